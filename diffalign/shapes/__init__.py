@@ -1,0 +1,36 @@
+"""The shapes world: a tiny but real text-to-image pipeline with prompts, a renderer and an exact verifier.
+
+It is the embedded default on which every method of the package can be trained and judged on a CPU in minutes.
+"""
+
+from pathlib import Path
+
+from .prompts import ATTRIBUTES, Scene, all_scenes, held_out_prompts, parse_prompt, split_scenes, train_prompts
+from .renderer import render
+from .verifier import Verdict, attribute_table, score, verify
+
+SHAPES_MODEL = "shapes"
+"""The name under which `model:` accepts the embedded pipeline."""
+
+
+def weights_dir() -> Path:
+    """The folder of the embedded `StableDiffusionPipeline`, loadable with plain `from_pretrained`."""
+    return Path(__file__).parent / "weights"
+
+
+__all__ = [
+    "ATTRIBUTES",
+    "SHAPES_MODEL",
+    "Scene",
+    "Verdict",
+    "all_scenes",
+    "attribute_table",
+    "held_out_prompts",
+    "parse_prompt",
+    "render",
+    "score",
+    "split_scenes",
+    "train_prompts",
+    "verify",
+    "weights_dir",
+]

@@ -1,0 +1,80 @@
+"""Draws a `Scene` as an image: one filled shape on a plain background, antialiased by supersampling."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from PIL import Image, ImageDraw
+
+from .prompts import Scene
+
+RESOLUTION = 64
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 165, 70),
+    "blue": (45, 75, 220),
+    "yellow": (245, 215, 45),
+    "purple": (140, 50, 180),
+    "cyan": (50, 205, 225),
+}
+BACKGROUND_PALETTE: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "gray": (128, 128, 128),
+    "black": (18, 18, 18),
+    "pink": (250, 165, 195),
+}
+# Half the side of the shape's bounding box and its centre, in pixels of the 64-pixel canvas. The ranges of two values of an
+# attribute never touch, so that the verifier's thresholds in the gaps are exact.
+HALF_SIDE = {"small": (9.5, 11.0), "large": (16.0, 18.0)}
+CENTER_X = {"left": (20.0, 22.0), "center": (31.0, 33.0), "right": (42.0, 44.0)}
+CENTER_Y = (29.0, 35.0)
+_SUPERSAMPLING = 4
+
+
+def shape_polygon(shape: str, half_side: float) -> list[tuple[float, float]]:
+    """The outline of `shape` around the origin (y downwards), filling the box [-half_side, half_side] squared."""
+    r = half_side
+    if shape == "circle":
+        return [(r * math.cos(a), r * math.sin(a)) for a in (2 * math.pi * i / 96 for i in range(96))]
+    if shape == "square":
+        return [(-r, -r), (r, -r), (r, r), (-r, r)]
+    if shape == "triangle":
+        return [(0.0, -r), (r, r), (-r, r)]
+    if shape == "cross":
+        arm = 0.34 * r
+        quarter = [(arm, -r), (arm, -arm), (r, -arm), (r, arm)]
+        points = []
+        for _ in range(4):
+            points += quarter[:3]
+            quarter = [(-y, x) for x, y in quarter]
+        return points
+    if shape == "star":
+        points = []
+        for i in range(10):
+            radius, angle = (1.0 if i % 2 == 0 else 0.45), -math.pi / 2 + math.pi * i / 5
+            points.append((radius * math.cos(angle), radius * math.sin(angle)))
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        mid_x, mid_y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+        half_w, half_h = (max(xs) - min(xs)) / 2, (max(ys) - min(ys)) / 2
+        return [((x - mid_x) / half_w * r, (y - mid_y) / half_h * r) for x, y in points]
+    raise ValueError(f"shape: {shape!r} cannot be drawn")
+
+
+def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
+    """Draws one 64x64 RGB image of `scene`; size and place vary within the attribute's range by `rng` (midpoints without).
+
+    Args:
+        scene (`Scene`): what to draw.
+        rng (`random.Random`, *optional*): source of the variation.
+    """
+
+    def draw(low: float, high: float) -> float:
+        return (low + high) / 2 if rng is None else rng.uniform(low, high)
+
+    half_side, x, y = draw(*HALF_SIDE[scene.size]), draw(*CENTER_X[scene.position]), draw(*CENTER_Y)
+    s = _SUPERSAMPLING
+    canvas = Image.new("RGB", (RESOLUTION * s, RESOLUTION * s), BACKGROUND_PALETTE[scene.background])
+    outline = [((px + x) * s, (py + y) * s) for px, py in shape_polygon(scene.shape, half_side)]
+    ImageDraw.Draw(canvas).polygon(outline, fill=PALETTE[scene.color])
+    return canvas.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX)

@@ -1,0 +1,50 @@
+"""The vocabulary of the shapes world as a real `CLIPTokenizer`: one token per word of the grammar, letters for the rest."""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .prompts import all_scenes
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+MAX_LENGTH = 16
+_END_OF_WORD = "</w>"
+
+
+def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding trained until every word is a single token; replaying the merges in order is then exact."""
+    pieces = {word: [*word[:-1], word[-1] + _END_OF_WORD] for word in words}
+    merges: list[tuple[str, str]] = []
+    while any(len(parts) > 1 for parts in pieces.values()):
+        counts = Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:], strict=False))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for word, parts in pieces.items():
+            merged, i = [], 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == best:
+                    merged.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            pieces[word] = merged
+    return merges
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A `CLIPTokenizer` of about 150 entries with `model_max_length` 16; a prompt of the grammar takes 12 or 13 tokens."""
+    from transformers import CLIPTokenizer
+
+    words = sorted({word for scene in all_scenes() for word in scene.prompt.split()})
+    letters = [*string.ascii_lowercase, *string.digits, ",", ".", "-"]
+    merges = _byte_pair_merges(words)
+    entries = letters + [letter + _END_OF_WORD for letter in letters]
+    entries += [left + right for left, right in merges]
+    entries = list(dict.fromkeys(entries)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
