@@ -1,0 +1,43 @@
+"""diffalign: text-to-image diffusion models that follow human preferences.
+
+Every name is imported on first use: ``import diffalign`` itself loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DiffusionDPOConfig": "methods.diffusion_dpo",
+    "DiffusionDPOTrainer": "methods.diffusion_dpo",
+    "SFTConfig": "methods.sft",
+    "SFTTrainer": "methods.sft",
+    "DataConfig": "data.config",
+    "ValidationConfig": "config",
+    "TrainerCallback": "training.callbacks",
+    "load_preferences": "data.load",
+    "UserError": "exceptions",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .config import ValidationConfig
+    from .data.config import DataConfig
+    from .data.load import load_preferences
+    from .exceptions import UserError
+    from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from .methods.sft import SFTConfig, SFTTrainer
+    from .training.callbacks import TrainerCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'diffalign' has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,189 @@
+"""Loads single components of a diffusers pipeline, so that a run with full caches never touches the VAE or the text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..exceptions import ConfigError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Loaded by plain pipelines for inference only; a training run has no use for them.
+_NEVER = ("safety_checker", "feature_extractor", "image_encoder")
+_CHUNK = 1 << 20
+
+
+def _sampled_hash(path: Path) -> str:
+    """Hash of a file's size, beginning, middle and end: content-based, yet quick for a 10 GB encoder."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in {0, max(0, size // 2 - _CHUNK // 2), max(0, size - _CHUNK)}:
+            file.seek(offset)
+            digest.update(file.read(_CHUNK))
+    return digest.hexdigest()
+
+
+def module_hash(module: torch.nn.Module) -> str:
+    """Content hash of a loaded module's weights."""
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class ModelSource:
+    """Where a pipeline's components come from: a Hub id, a local folder, ``shapes`` or a loaded pipeline.
+
+    Args:
+        model: Hub id, folder, ``"shapes"`` or a `DiffusionPipeline`.
+        revision (`str`, *optional*): git revision on the Hub.
+        variant (`str`, *optional*): weights variant, e.g. ``fp16``.
+        vae (`str` or module, *optional*): a different autoencoder.
+
+    Raises:
+        ConfigError: with the field `model`, when there is no such pipeline or its weights are pickles.
+    """
+
+    def __init__(self, model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None) -> None:
+        self.revision, self.variant, self.vae = revision, variant, vae
+        self.pipe = None if isinstance(model, (str, Path)) else model
+        if self.pipe is not None:
+            if not hasattr(self.pipe, "components"):
+                raise ConfigError("model", f"expected a Hub id, a folder or a DiffusionPipeline, got {type(model).__name__}")
+            self.name = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
+            self.pipeline_class_name = type(self.pipe).__name__
+            return
+        self.name = str(model)
+        if self.name == "shapes" and not Path("shapes").is_dir():
+            from ..shapes import weights_dir
+
+            self.location, self.local = str(weights_dir()), True
+        else:
+            self.location, self.local = self.name, Path(self.name).is_dir()
+        self.index = self._read_index()
+        self.pipeline_class_name = self.index["_class_name"]
+        if self.local:
+            self._refuse_pickles()
+
+    def _read_index(self) -> dict[str, Any]:
+        path = Path(self.location)
+        if self.local:
+            if not (path / "model_index.json").is_file():
+                raise ConfigError("model", f"the folder {self.name!r} is no diffusers pipeline: it has no model_index.json")
+            return json.loads((path / "model_index.json").read_text())
+        if path.is_file():
+            raise ConfigError(
+                "model",
+                f"{self.name!r} is a single file; convert it to a diffusers folder first "
+                "(DiffusionPipeline.from_single_file(...).save_pretrained(folder))",
+            )
+        if self.name.startswith((".", "/", "~")) or self.name.count("/") != 1:
+            raise ConfigError("model", f"there is no folder {self.name!r}, and it is no Hub id of the form 'user/name'")
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(self.name, "model_index.json", revision=self.revision)
+        except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError("model", f"neither a local folder nor a pipeline on the Hub: {self.name!r} ({reason})") from error
+        return json.loads(Path(file).read_text())
+
+    def _refuse_pickles(self) -> None:
+        for name in self.component_names():
+            folder = Path(self.location) / name
+            pickles = [p for p in folder.glob("*") if p.suffix in _PICKLES]
+            if pickles and not list(folder.glob("*.safetensors")):
+                raise ConfigError(
+                    "model",
+                    f"{name}/{pickles[0].name} of {self.name!r} is a pickle, which can run code when loaded; "
+                    "only safetensors are read: save the pipeline again with safe_serialization=True",
+                )
+
+    def component_names(self) -> list[str]:
+        """The pipeline's components that a run may need."""
+        if self.pipe is not None:
+            return [name for name, value in self.pipe.components.items() if value is not None and name not in _NEVER]
+        return [n for n, v in self.index.items() if isinstance(v, list) and v[0] is not None and n not in _NEVER]
+
+    def has(self, name: str) -> bool:
+        return name in self.component_names()
+
+    def component_config(self, name: str) -> dict[str, Any]:
+        """A component's config without its weights."""
+        if self.pipe is not None:
+            return dict(getattr(self.pipe, name).config)
+        if name == "vae" and self.vae is not None:
+            return self.load("vae").config  # rarely used: the replacement's config lies wherever its weights do
+        cls = self._class(name)
+        return dict(cls.load_config(self.location, subfolder=name, revision=self.revision))
+
+    def _class(self, name: str) -> Any:
+        library, cls = self.index[name]
+        if library not in ("diffusers", "transformers"):
+            raise ConfigError("model", f"component {name} of {self.name!r} comes from {library!r}, which would run foreign code")
+        return getattr(importlib.import_module(library), cls)
+
+    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        """Loads one component from safetensors (or takes the loaded pipeline's own)."""
+        if name == "vae" and self.vae is not None:
+            if not isinstance(self.vae, (str, Path)):
+                return self.vae
+            from diffusers import AutoencoderKL
+
+            subfolder = "vae" if (Path(self.vae) / "vae").is_dir() else None
+            return AutoencoderKL.from_pretrained(self.vae, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+        if self.pipe is not None:
+            component = getattr(self.pipe, name)
+            return component.to(dtype) if isinstance(component, torch.nn.Module) and component.dtype != dtype else component
+        cls = self._class(name)
+        options: dict[str, Any] = {"subfolder": name, "revision": self.revision}
+        if issubclass(cls, torch.nn.Module):
+            key = "dtype" if self.index[name][0] == "transformers" else "torch_dtype"
+            options.update({key: dtype, "variant": self.variant, "use_safetensors": True})
+        try:
+            return cls.from_pretrained(self.location, **options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError("model", f"component {name} of {self.name!r} cannot be loaded: {reason}") from error
+
+    def pipeline_class(self) -> Any:
+        return type(self.pipe) if self.pipe is not None else getattr(importlib.import_module("diffusers"), self.pipeline_class_name)
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Plain values that the pipeline's constructor takes, e.g. SDXL's `force_zeros_for_empty_prompt`."""
+        values = dict(self.pipe.config) if self.pipe is not None else self.index
+        names = inspect.signature(self.pipeline_class().__init__).parameters
+        options = {k: v for k, v in values.items() if k in names and isinstance(v, (bool, int, float, str))}
+        if "requires_safety_checker" in names:
+            options["requires_safety_checker"] = False
+        return options
+
+    def fingerprint(self, *names: str) -> str:
+        """A content-based key of components, the same in every process: part of cache keys and of checkpoints."""
+        digest = hashlib.sha256()
+        for name in names:
+            if name == "vae" and self.vae is not None:
+                digest.update(str(self.vae).encode() if isinstance(self.vae, (str, Path)) else module_hash(self.vae).encode())
+            elif self.pipe is not None:
+                component = getattr(self.pipe, name)
+                is_module = isinstance(component, torch.nn.Module)
+                digest.update((module_hash(component) if is_module else json.dumps(dict(component.config), default=str)).encode())
+            elif self.local:
+                folder = Path(self.location) / name
+                for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                    digest.update(f"{name}/{path.name}:{_sampled_hash(path)}".encode())
+            else:
+                from huggingface_hub import hf_hub_download
+
+                # The path of a cached file holds the commit, which identifies the content.
+                snapshot = Path(hf_hub_download(self.name, "model_index.json", revision=self.revision)).parent.name
+                digest.update(f"{self.name}@{snapshot}/{name}:{self.variant}".encode())
+        return digest.hexdigest()[:16]

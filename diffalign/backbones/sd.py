@@ -1,0 +1,23 @@
+"""Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder, epsilon or v-prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Backbone
+
+
+class StableDiffusionBackbone(Backbone):
+    pipeline_classes = ("StableDiffusionPipeline",)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embeds, _ = self._encoding_pipe().encode_prompt(list(prompts), self.device, 1, False)
+        return {"prompt_embeds": embeds}
+
+    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(noisy, times, encoder_hidden_states=condition["prompt_embeds"], return_dict=False)[0]

@@ -1,0 +1,37 @@
+"""Stable Diffusion 3 and 3.5: an MMDiT trained by flow matching, up to three text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Backbone
+
+
+class StableDiffusion3Backbone(Backbone):
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    network_name = "transformer"
+    text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    @property
+    def size_factor(self) -> int:
+        return self.vae_scale * self.source.component_config("transformer").get("patch_size", 2)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self._encoding_pipe().encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(
+            hidden_states=noisy,
+            timestep=times,
+            encoder_hidden_states=condition["prompt_embeds"],
+            pooled_projections=condition["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]

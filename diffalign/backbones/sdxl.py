@@ -1,0 +1,36 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and size conditioning from the true size and crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Backbone
+
+
+class StableDiffusionXLBackbone(Backbone):
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        pipe = self._encoding_pipe()
+        embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:
+            # At inference this model's "no prompt" is zeros, not the encoding of an empty string.
+            keep = torch.tensor([bool(prompt) for prompt in prompts], device=embeds.device, dtype=embeds.dtype)
+            embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def geometry_condition(self, geometries: Sequence[Any]) -> dict[str, Tensor]:
+        rows = [[*g.original_size, *g.crop_top_left, *g.target_size] for g in geometries]
+        return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
+
+    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]}
+        return network(
+            noisy, times, encoder_hidden_states=condition["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+        )[0]

@@ -1,0 +1,341 @@
+"""Run files: strict loading of YAML into dataclass sections, dotted overrides, saving.
+
+The YAML is the Python call written down. Unknown keys are errors with a suggestion, wrong types and ranges carry the YAML path, and
+``1e-5`` - which YAML reads as text - is the number it looks like.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from .data.config import DataConfig
+from .exceptions import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from .training.config import TrainingConfig
+
+S = TypeVar("S")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'beta'?)`` when a known name is close, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in typing.get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def coerce(value: Any, annotation: Any, path: str) -> Any:
+    """`value` as the annotated type; only lossless readings are allowed ('1e-5' and 5 are floats, 2.0 is an int, 'five' is neither).
+
+    Raises:
+        ConfigError: naming `path`, the type and the value.
+    """
+    wrong = ConfigError(path, f"expected {_type_name(annotation)}, got {value!r}")
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for choice in (a for a in arguments if a is not type(None)):
+            try:
+                return coerce(value, choice, path)
+            except ConfigError:
+                continue
+        raise wrong
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        return [coerce(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong
+        return {coerce(k, arguments[0], path): coerce(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
+    if annotation is bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong
+    if annotation in (int, float):
+        if isinstance(value, bool):
+            raise wrong
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if annotation is float:
+            return number
+        if number != int(number) if abs(number) < float("inf") else True:
+            raise wrong
+        return int(number)
+    if isinstance(value, annotation):
+        return value
+    raise wrong
+
+
+def build_section(cls: type[S], values: Any, path: str) -> S:
+    """A dataclass from a mapping, strictly; nested dataclass fields are built in turn.
+
+    Raises:
+        ConfigError: on unknown keys, wrong types or ranges, with the path in front.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(path, f"expected a section with keys, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}.{key}", f"unknown key{suggestion(str(key), known)}; {path} takes {', '.join(known)}")
+    converted = {key: coerce(value, hints[key], f"{path}.{key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise error.within(path) from None
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass, base classes first: the one source of `--help` and of the docs."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                    docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def section_help(cls: type, path: str) -> str:
+    """One line per field: option, default and its docstring."""
+    docs, lines = field_docs(cls), []
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        lines.append(f"  --{path}.{f.name} (default {default!r})\n      {docs.get(f.name, '')}")
+    return "\n".join(lines)
+
+
+@dataclass
+class LoraSection:
+    """`lora:` of a run file; the names are peft's. An absent section means full fine-tuning."""
+
+    r: int = 16
+    """Rank."""
+    alpha: int | None = None
+    """Scale numerator; the update is multiplied by alpha / r. None takes r."""
+    dropout: float = 0.0
+    """Dropout on the input of the adapters while training."""
+    target_modules: list[str] | str | None = None
+    """Names (or one regular expression) of the layers that get adapters. None takes the model family's attention projections."""
+    init: str = "gaussian"
+    """How A is drawn: `gaussian` (diffusers' choice) or `default` (peft's Kaiming-uniform); B starts at zero in both."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling alpha / sqrt(r)."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError("r", f"expected int >= 1, got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("dropout", f"expected float in [0, 1), got {self.dropout}")
+        if self.init not in ("gaussian", "default"):
+            raise ConfigError("init", f"expected gaussian or default, got {self.init!r}")
+
+    def to_peft(self) -> LoraConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha or self.r,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            init_lora_weights="gaussian" if self.init == "gaussian" else True,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+        )
+
+
+@dataclass
+class ValidationConfig:
+    """`validation:` of a run file: same-seed grids of base against tuned while training. An absent section means none."""
+
+    validation_prompts: list[str] = field(default_factory=list)
+    """Prompts to draw."""
+    num_validation_images: int = 2
+    """Images per prompt."""
+    validation_steps: int = 200
+    """Draw every so many optimizer steps, and at the end."""
+    validation_seed: int = 0
+    """Seed of the first image; image i of a prompt has seed + i under both models."""
+    num_inference_steps: int | None = None
+    """Sampler steps; None takes the pipeline's default."""
+    guidance_scale: float | None = None
+    """Guidance; None takes the pipeline's default."""
+
+    def __post_init__(self) -> None:
+        if not self.validation_prompts:
+            raise ConfigError("validation_prompts", "expected at least one prompt; leave the whole section out for no validation")
+        for name in ("num_validation_images", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"expected int >= 1, got {getattr(self, name)}")
+
+    def pipe_kwargs(self) -> dict[str, Any]:
+        named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass
+class HubConfig:
+    """`hub:` of a run file."""
+
+    push_to_hub: bool = False
+    """Upload the result when training ends."""
+    hub_model_id: str | None = None
+    """Repository, `user/name`; None takes the output folder's name."""
+    hub_private_repo: bool = False
+    """Create the repository as private."""
+
+
+@dataclass
+class RunConfig:
+    """A whole run file."""
+
+    method: str
+    """One of diffalign's methods, e.g. `diffusion_dpo`."""
+    model: str
+    """Hub id or local folder of a diffusers pipeline, or `shapes` for the embedded one."""
+    train: TrainingConfig
+    data: DataConfig
+    revision: str | None = None
+    """Git revision of the model on the Hub."""
+    variant: str | None = None
+    """Weights variant, e.g. `fp16`."""
+    vae: str | None = None
+    """A different autoencoder (Hub id or folder), e.g. the fp16-safe one of SDXL."""
+    lora: LoraSection | None = None
+    validation: ValidationConfig | None = None
+    hub: HubConfig | None = None
+
+
+_TOP_LEVEL = ("method", "model", "revision", "variant", "vae", "lora", "data", "train", "validation", "hub")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: when the file is missing, is not YAML or holds no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config: there is no file {str(path)!r}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config: {path} must hold keys such as method, model, data and train, not {type(values).__name__}")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted command-line options over a mapping: ``["--train.beta", "2000", "--data.resolution=512"]``.
+
+    Raises:
+        UserError: on an option without a value, or one that goes through a value that is no section.
+    """
+    values = dict(values)
+    pending = list(overrides)
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"{option!r}: expected an option such as --train.beta 2000")
+        name, equals, text = option[2:].partition("=")
+        if not equals:
+            if not pending:
+                raise UserError(f"{option}: expected a value after it")
+            text = pending.pop(0)
+        if name.split(".")[0] not in _TOP_LEVEL:
+            raise UserError(f"{option}: unknown option{suggestion(name, _TOP_LEVEL)}; sections are {', '.join(_TOP_LEVEL)}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *sections, last = name.split(".")
+        target = values
+        for section in sections:
+            inner = target.get(section)
+            if inner is not None and not isinstance(inner, dict):
+                raise UserError(f"{option}: {section} is the value {inner!r}, not a section")
+            target[section] = dict(inner or {})
+            target = target[section]
+        target[last] = value
+    return values
+
+
+def run_from_dict(values: dict[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested plain values.
+
+    Raises:
+        ConfigError: on anything unknown, missing, of the wrong type or out of range.
+    """
+    from .methods import METHODS, config_class
+
+    for key in values:
+        if key not in _TOP_LEVEL:
+            raise ConfigError(str(key), f"unknown key{suggestion(str(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}")
+    for key in ("method", "model"):
+        if not isinstance(values.get(key), str):
+            raise ConfigError(key, f"expected a name, got {values.get(key)!r}")
+    method = values["method"]
+    if method not in METHODS:
+        raise ConfigError("method", f"unknown method {method!r}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}")
+    optional: dict[str, Callable[[Any], Any]] = {
+        "lora": lambda v: build_section(LoraSection, v, "lora"),
+        "validation": lambda v: build_section(ValidationConfig, v, "validation"),
+        "hub": lambda v: build_section(HubConfig, v, "hub"),
+        **{name: lambda v, name=name: coerce(v, str, name) for name in ("revision", "variant", "vae")},  # type: ignore[misc]
+    }
+    return RunConfig(
+        method=method,
+        model=values["model"],
+        train=build_section(config_class(method), values.get("train") or {}, "train"),
+        data=build_section(DataConfig, values.get("data") or {}, "data"),
+        **{name: build(values[name]) for name, build in optional.items() if values.get(name) is not None},
+    )
+
+
+def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run file with overrides applied. Errors as `read_yaml`, `apply_overrides` and `run_from_dict`."""
+    return run_from_dict(apply_overrides(read_yaml(path) if path else {}, overrides))
+
+
+def run_to_dict(run: RunConfig) -> dict[str, Any]:
+    """Plain nested values; absent sections are left out. `run_from_dict` reads them back to an equal `RunConfig`."""
+    return {key: value for key, value in dataclasses.asdict(run).items() if value is not None}
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,101 @@
+"""Tensors on disk by content key: latents and prompt embeddings that need not be computed twice.
+
+A cache is a folder of safetensors shards. Shards are written whole (temporary file, then rename) by one process each, so several
+processes can fill one cache and an interrupted one loses only its last shard. Reading maps the files; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..exceptions import UserError
+
+_SEPARATOR = "|"
+
+
+class TensorCache:
+    """Maps keys to small dictionaries of tensors.
+
+    Args:
+        folder: created on the first write.
+        shard_entries (`int`, *optional*, defaults to `512`): entries per file.
+
+    Raises:
+        UserError: when a shard is damaged; the message says which file to delete.
+    """
+
+    def __init__(self, folder: str | Path, shard_entries: int = 512) -> None:
+        self.folder, self.shard_entries = Path(folder), shard_entries
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the headers of all shards, also those other processes have written since."""
+        from safetensors import safe_open
+
+        self._files: dict[Path, Any] = {}
+        self._index: dict[str, tuple[Path, list[str]]] = {}
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    names = list(file.keys())
+            except Exception as error:  # safetensors raises its own type for damage
+                raise UserError(f"cache file {path} is damaged ({error}); delete it and run again") from error
+            for name in names:
+                key, _, field = name.rpartition(_SEPARATOR)
+                self._index.setdefault(key, (path, []))[1].append(field)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._index or key in self._pending
+
+    def __len__(self) -> int:
+        return len(self._index) + len(self._pending)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The distinct keys not stored yet, in order."""
+        return [key for key in dict.fromkeys(keys) if key not in self]
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        if key in self._pending:
+            return self._pending[key]
+        from safetensors import safe_open
+
+        path, fields = self._index[key]
+        if path not in self._files:
+            self._files[path] = safe_open(path, "pt").__enter__()
+        return {field: self._files[path].get_tensor(f"{key}{_SEPARATOR}{field}") for field in fields}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Data-loader workers open the files themselves: a mapping must not cross a process boundary.
+        return {**self.__dict__, "_files": {}}
+
+    def add(self, key: str, tensors: dict[str, Tensor]) -> None:
+        self._pending[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if len(self._pending) >= self.shard_entries:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending as one new shard."""
+        if not self._pending:
+            return
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
+        temporary, path = self.folder / f".{name}.tmp", self.folder / f"shard-{name}.safetensors"
+        flat = {f"{k}{_SEPARATOR}{n}": t.clone() for k, entry in self._pending.items() for n, t in entry.items()}
+        try:
+            save_file(flat, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        for key, entry in self._pending.items():
+            self._index[key] = (path, list(entry))
+        self._pending = {}

@@ -1,0 +1,95 @@
+"""The `data:` section of a run file. Imports nothing heavy: the command line builds its help from it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffalign.exceptions import ConfigError
+
+TIES = ("drop", "keep")
+VERIFY_IMAGES = ("header", "full", "none")
+MISMATCH = ("drop", "letterbox")
+
+
+@dataclass
+class DataConfig:
+    """Where the preference data come from and how their images are brought to the model's size."""
+
+    dataset_name: str | None = None
+    """Hub id, local folder, or a .parquet, .jsonl, .json, .csv or .tar file."""
+    dataset_config: str | None = None
+    """Name of the dataset's configuration (subset) on the Hub."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the Hub dataset; pin it for a run that can be repeated."""
+    dataset_train_split: str = "train"
+    """Split to train on; slices such as train[:1000] work for Hub ids, folders and files."""
+    dataset_test_split: str | None = None
+    """Split for the loss on held-out groups; none by default."""
+    dataset_streaming: bool = False
+    """Read rows as they come instead of preparing the whole dataset first."""
+    train_data_dir: str | None = None
+    """Folder with chosen/ and rejected/ (or w/ and l/) or an imagefolder; with dataset_name, where its image paths start."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Canonical column name -> your column name, e.g. {prompt: text, chosen: winner, rejected: loser}."""
+    ties: str = "drop"
+    """drop removes tied groups (counted and printed); keep gives them weight 0. A tie never makes a loser."""
+    verify_images: str = "header"
+    """header opens every image once and reads its size, full decodes it, none trusts the data."""
+    max_broken_fraction: float = 0.05
+    """Largest share of unusable rows that is skipped; above it loading stops and names the first of them."""
+    resolution: int | None = None
+    """Side of the square training images in pixels; none = the model's own."""
+    center_crop: bool = True
+    """Crop the middle; false crops at a random place, the same one for all images of a group."""
+    random_flip: bool = False
+    """Mirror half of the groups; all images of a group together."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes to choose from per group, as height,width pairs: "512,512;640,384". Replaces resolution."""
+    mismatch: str = "drop"
+    """What becomes of a group whose images differ in aspect ratio, under buckets: drop it, or letterbox its images."""
+    cache_latents: str | None = None
+    """Folder for the encoded images; none = encode in every epoch."""
+    cache_text_embeddings: str | None = None
+    """Folder for the encoded prompts; none = encode in every epoch."""
+    num_workers: int = 0
+    """Processes that read and decode images; 0 = the training process itself."""
+
+    def __post_init__(self) -> None:
+        _choice("ties", self.ties, TIES)
+        _choice("verify_images", self.verify_images, VERIFY_IMAGES)
+        _choice("mismatch", self.mismatch, MISMATCH)
+        if not 0 <= self.max_broken_fraction <= 1:
+            raise ConfigError("max_broken_fraction", f"expected a share from 0 to 1, got {self.max_broken_fraction}")
+        if self.resolution is not None and self.resolution <= 0:
+            raise ConfigError("resolution", f"expected a number of pixels above 0, got {self.resolution}")
+        if self.num_workers < 0:
+            raise ConfigError("num_workers", f"expected 0 or more, got {self.num_workers}")
+        if self.aspect_ratio_buckets is not None:
+            parse_buckets(self.aspect_ratio_buckets)
+            if self.resolution is not None:
+                raise ConfigError("aspect_ratio_buckets", "give either resolution or aspect_ratio_buckets, not both")
+
+
+def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[int, int]]:
+    """`"512,512;640,384"` (diffusers' format) as `[(height, width), ...]` in pixels.
+
+    Raises:
+        ConfigError: a pair that is not `height,width`, or a size given twice.
+    """
+    buckets: list[tuple[int, int]] = []
+    for pair in text.strip().strip(";").split(";"):
+        match = re.fullmatch(r"\s*([1-9]\d*)\s*,\s*([1-9]\d*)\s*", pair)
+        if match is None:
+            raise ConfigError(field, f'expected height,width pairs such as "512,512;640,384", got {pair!r} in {text!r}')
+        bucket = (int(match[1]), int(match[2]))
+        if bucket in buckets:
+            raise ConfigError(field, f"the size {bucket[0]},{bucket[1]} stands twice in {text!r}")
+        buckets.append(bucket)
+    return buckets
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,244 @@
+"""A look at a dataset before money is spent on it (`diffalign data inspect`), and its canonical form (`diffalign data convert`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from diffalign.data import images as image_cells
+from diffalign.data.dataset import Group, PreferenceDataset
+from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
+from diffalign.exceptions import UserError
+
+_LISTED = 20  # row ids per finding
+_ASPECTS = {"1:2": 0.5, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 0.75, "4:5": 0.8, "1:1": 1.0}
+_ASPECTS |= {":".join(reversed(name.split(":"))): 1 / value for name, value in _ASPECTS.items() if value < 1}
+
+
+class _Findings:
+    """Row ids of one kind of finding: all counted, the first ones kept."""
+
+    def __init__(self) -> None:
+        self.count, self.rows = 0, list[int]()
+
+    def add(self, row_id: int) -> None:
+        self.count += 1
+        if len(self.rows) < _LISTED:
+            self.rows.append(row_id)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "rows": self.rows}
+
+
+def inspect(dataset: PreferenceDataset) -> dict[str, Any]:
+    """Reads every group once; images are hashed and their headers read, not decoded.
+
+    Returns:
+        Plain types, ready for JSON: the load report (`rows`, `kept`, `ties`, ...) and `fingerprint`, `images`, `sizes`
+        ("HxW" -> number), `aspects` (nearest usual width:height -> number), `formats`, `prompt_words` and `prompt_characters`
+        ({min, median, max}), `distinct_prompts`, `first_image_preferred` (share, where labels say it), and findings as
+        {count, rows}: `duplicate_groups`, `duplicate_images`, `identical_images` (chosen = rejected), `size_mismatches`,
+        `aspect_mismatches`, `unreadable`.
+    """
+    sizes, aspects, formats = Counter[str](), Counter[str](), Counter[str]()
+    prompts = Counter[str]()
+    seen_groups, seen_images = set[tuple[Any, ...]](), set[bytes]()
+    names = ("duplicate_groups", "duplicate_images", "identical_images", "size_mismatches", "aspect_mismatches", "unreadable")
+    findings = {name: _Findings() for name in names}
+    images = 0
+    for group in _readable(dataset, findings["unreadable"]):
+        prompts.update(dict.fromkeys(group.prompts))
+        try:
+            headers = [image_cells.header(image) for image in group.images]
+        except image_cells.BrokenImage:
+            findings["unreadable"].add(group.row_id)
+            continue
+        found = [size for size, _ in headers]
+        hashes = [bytes.fromhex(digest)[:16] for digest in group.image_hashes()]
+        images += len(found)
+        sizes.update(f"{height}x{width}" for height, width in found)
+        aspects.update(_nearest_aspect(size) for size in found)
+        formats.update(kind for _, kind in headers)
+        key = (group.prompts, *hashes)
+        checks = {
+            "duplicate_groups": key in seen_groups,
+            "duplicate_images": any(digest in seen_images for digest in hashes),
+            "identical_images": len(set(hashes)) < len(hashes),
+            "size_mismatches": len(set(found)) > 1,
+            "aspect_mismatches": any(not _same_aspect(size, found[0]) for size in found),
+        }
+        for name, true in checks.items():
+            if true:
+                findings[name].add(group.row_id)
+        seen_groups.add(key)
+        seen_images.update(hashes)
+    report = dataset.report
+    judged = report.first_wins + report.second_wins
+    return report.as_dict() | {
+        "kind": dataset.kind,
+        "fingerprint": dataset.fingerprint,
+        "images": images,
+        "distinct_images": len(seen_images),
+        "sizes": dict(sizes.most_common()),
+        "aspects": dict(aspects.most_common()),
+        "formats": dict(formats.most_common()),
+        "distinct_prompts": len(prompts),
+        "prompt_words": _spread(len(prompt.split()) for prompt in prompts.elements()),
+        "prompt_characters": _spread(len(prompt) for prompt in prompts.elements()),
+        "first_image_preferred": report.first_wins / judged if judged else None,
+        **{name: found.as_dict() for name, found in findings.items()},
+    }
+
+
+def _readable(dataset: PreferenceDataset, unreadable: _Findings) -> Iterator[Group]:
+    """The dataset's groups; one whose image files are gone is a finding, not the end."""
+    if dataset.row_ids is None:
+        yield from dataset
+        return
+    for index, row_id in enumerate(dataset.row_ids.tolist()):
+        try:
+            group = dataset[index]
+        except UserError:
+            unreadable.add(row_id)
+            continue
+        yield group
+
+
+def _nearest_aspect(size: tuple[int, int]) -> str:
+    return min(_ASPECTS, key=lambda name: abs(_ASPECTS[name] - size[1] / size[0]) / _ASPECTS[name])
+
+
+def _spread(values: Iterable[int]) -> dict[str, int]:
+    ordered = sorted(values) or [0]
+    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
+
+
+def format_inspection(result: dict[str, Any]) -> str:
+    """The result of `inspect` as lines for the terminal."""
+
+    def histogram(counts: dict[str, int]) -> str:
+        shown = ", ".join(f"{name}: {count}" for name, count in list(counts.items())[:8])
+        return shown + (f", {len(counts) - 8} more" if len(counts) > 8 else "") or "none"
+
+    def finding(name: str) -> str:
+        found = result[name]
+        rows = ", ".join(map(str, found["rows"])) + (", ..." if found["count"] > len(found["rows"]) else "")
+        return f"{found['count']} (rows {rows})" if found["count"] else "0"
+
+    def spread(name: str) -> str:
+        return "{min} to {max}, median {median}".format(**result[name])
+
+    balance = result["first_image_preferred"]
+    lines = {
+        "source": result["source"],
+        "layout": f"{result['layout']} ({', '.join(f'{role} = {column}' for role, column in result['mapping'].items())})",
+        "kind": result["kind"],
+        "rows": f"{result['rows']}, of which used {result['kept']}",
+        "ties": f"{result['ties']} ({'kept with weight 0' if result['ties_kept'] else 'dropped'})",
+        "without a label": str(result["unlabelled"]),
+        "broken": str(result["broken_count"]),
+        "first image preferred": "the columns are ordered" if balance is None else f"{balance:.1%}",
+        "prompts": f"{result['distinct_prompts']} distinct",
+        "words per prompt": spread("prompt_words"),
+        "characters per prompt": spread("prompt_characters"),
+        "images": f"{result['images']}, distinct {result['distinct_images']}",
+        "formats": histogram(result["formats"]),
+        "height x width": histogram(result["sizes"]),
+        "aspect (w:h)": histogram(result["aspects"]),
+        "repeated groups": finding("duplicate_groups"),
+        "repeated images": finding("duplicate_images"),
+        "equal images in a group": finding("identical_images"),
+        "unequal sizes in a group": finding("size_mismatches"),
+        f"aspects over {ASPECT_TOLERANCE:.0%} apart": finding("aspect_mismatches"),
+        "unreadable": finding("unreadable"),
+        "fingerprint": result["fingerprint"],
+    }
+    text = [f"{name:<24} {value}" for name, value in lines.items()]
+    text += [f"  row {row_id}: {reason}" for row_id, reason in result["broken"]]
+    return "\n".join(text)
+
+
+def convert(dataset: PreferenceDataset, output_dir: str | Path, *, kind: str | None = None, shard_rows: int = 1000) -> Path:
+    """Writes the groups as canonical parquet, images embedded as they are: `train-00000-of-0000N.parquet`.
+
+    Read back by `datasets.load_dataset(output_dir)` and `load_preferences(output_dir)`. The folder appears only when it is
+    complete.
+
+    Args:
+        dataset: from `load_preferences`.
+        output_dir: a folder that does not exist yet, or is empty.
+        kind: written kind, see `PreferenceDataset.as_kind`; None = the dataset's own.
+        shard_rows: rows per file.
+
+    Raises:
+        UserError: the folder is not empty, an image cannot be read, or the data are not of the kind.
+    """
+    output = Path(output_dir).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one")
+    if kind is not None:
+        dataset = dataset.as_kind(kind)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        shards: list[Path] = []
+        for number, rows in enumerate(_chunks(dataset, shard_rows)):
+            shards.append(partial / f"shard-{number:05d}")
+            _write_shard(rows, dataset, shards[-1])
+        for number, shard in enumerate(shards):
+            shard.rename(partial / f"train-{number:05d}-of-{len(shards):05d}.parquet")
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output
+
+
+def _chunks(dataset: PreferenceDataset, size: int) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for group in dataset:
+        rows.append(_canonical_row(group, dataset))
+        if len(rows) == size:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
+    try:
+        images = [{"bytes": image_cells.raw_bytes(image), "path": None} for image in group.images]
+    except image_cells.BrokenImage as error:
+        raise UserError(f"dataset row {group.row_id}: {error}") from error
+    row: dict[str, Any] = {"prompt": group.prompts[0]}
+    if dataset.kind == "pair":
+        row |= {"chosen": images[0], "rejected": images[1]}
+        if _two_prompts(dataset):
+            row |= {"chosen_prompt": group.prompts[0], "rejected_prompt": group.prompts[1]}
+    elif dataset.kind == "ranked":
+        row |= {"images": images, "scores": list(group.scores or ())}
+    elif dataset.kind == "single":
+        row |= {"image": images[0]}
+    return row if dataset.kind == "prompt" else row | {"weight": group.weight}
+
+
+def _two_prompts(dataset: PreferenceDataset) -> bool:
+    return dataset.layout.name in ("dcpo", "canonical_two_prompts")
+
+
+def _write_shard(rows: list[dict[str, Any]], dataset: PreferenceDataset, path: Path) -> None:
+    import datasets
+    import pyarrow.parquet
+
+    types: dict[str, Any] = {name: datasets.Value("string") for name in ("prompt", "chosen_prompt", "rejected_prompt")}
+    types |= {name: datasets.Image() for name in ("chosen", "rejected", "image")} | {"images": datasets.List(datasets.Image())}
+    types |= {"scores": datasets.List(datasets.Value("float64")), "weight": datasets.Value("float64")}
+    features = datasets.Features({name: types[name] for name in rows[0]})
+    table = datasets.Dataset.from_list(rows, features=features)
+    # small row groups: one row can then be read from a large file without its neighbours' images
+    pyarrow.parquet.write_table(table.data.table, path, row_group_size=100)

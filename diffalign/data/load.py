@@ -1,0 +1,93 @@
+"""From anything a user has to groups of the canonical schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.config import TIES, VERIFY_IMAGES
+from diffalign.data.dataset import Group, LoadReport, PreferenceDataset
+from diffalign.data.schema import Layout, recognise
+from diffalign.data.sources import open_source
+from diffalign.data.verify import usable_rows
+from diffalign.exceptions import ConfigError
+
+__all__ = ["Group", "LoadReport", "PreferenceDataset", "load_preferences"]
+
+
+def load_preferences(
+    source: Any,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ties: str = "drop",
+    verify_images: str = "header",
+    max_broken_fraction: float = 0.05,
+    kind: str | None = None,
+    data_dir: str | Path | None = None,
+    verbose: bool = True,
+) -> PreferenceDataset:
+    """Reads preference data of any layout of `diffalign.data.schema`.
+
+    Args:
+        source: one of
+
+            * a Hub id;
+            * a `.parquet`, `.jsonl`, `.json`, `.csv` or `.tar` (WebDataset) file;
+            * a folder: written by `save_to_disk`; an imagefolder with `metadata.jsonl`/`.csv`; `chosen/` and `rejected/` (or
+              `w/` and `l/`) with equal file stems, captions as `.txt` beside the chosen image, or in `captions.json`
+              (`{stem: caption}`) or `prompts.jsonl` (`{"file_name": ..., "prompt": ...}` per line) beside the two folders;
+              parquet or tar shards; jsonl, json or csv tables with image paths relative to the table;
+            * a `datasets` object, or a list of dicts;
+            * None, to read `data_dir`.
+        split: of a dataset that has several; ignored for a `Dataset` and a list.
+        config, revision: of a Hub dataset.
+        streaming: read rows as they come; the result has no length and no index.
+        columns: canonical column name -> column of the dataset, where the names are not recognised.
+        ties: `drop` or `keep` (with weight 0).
+        verify_images: `header`, `full` or `none`.
+        max_broken_fraction: largest share of broken rows that is skipped.
+        kind: what the groups shall be, see `PreferenceDataset.as_kind`; None = what the data are.
+        data_dir: a folder in which relative image paths are looked up first.
+        verbose: print the report.
+
+    Returns:
+        `PreferenceDataset`, or its streaming sibling.
+
+    Raises:
+        UserError: the source is missing, unreadable, of an unknown layout, empty, all ties, too broken, or not of `kind`.
+    """
+    for name, value, choices in (("ties", ties, TIES), ("verify_images", verify_images, VERIFY_IMAGES)):
+        if value not in choices:
+            raise ConfigError(f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}")
+    import datasets
+
+    opened = open_source(source, split=split, config=config, revision=revision, streaming=streaming, data_dir=data_dir)
+    data = opened.dataset
+    names = data.column_names or next((list(row) for row in data.take(1)), None)
+    report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
+    if not names or (isinstance(data, datasets.Dataset) and len(data) == 0):
+        report.check(max_broken_fraction)
+    layout: Layout = recognise(names or (), columns or {})
+    report.layout, report.kind, report.mapping = layout.name, layout.kind, layout.mapping
+    if isinstance(data, datasets.Dataset):
+        verify = "none" if kind == "prompt" else verify_images  # prompts alone: their images are never looked at
+        row_ids = usable_rows(data, layout, report, opened.folders, verify)
+        report.check(max_broken_fraction)
+        result = PreferenceDataset(data, layout, report, row_ids, opened.folders)
+    else:
+        from diffalign.data.streaming import StreamingPreferenceDataset
+
+        result = StreamingPreferenceDataset(
+            data, layout, report, opened.folders, verify_images=verify_images, max_broken_fraction=max_broken_fraction
+        )
+    result = result if kind is None else result.as_kind(kind)
+    if verbose:
+        print(
+            report.summary() if len(report.mapping) and report.rows else f"dataset {opened.name}: streaming, layout {layout.name}"
+        )
+    return result

@@ -1,0 +1,252 @@
+"""Opening whatever the user points at as a `datasets` dataset, with its columns as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.exceptions import UserError
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PAIR_FOLDERS = (("chosen", "rejected"), ("w", "l"))
+
+
+@dataclass
+class Source:
+    """An opened source.
+
+    Attributes:
+        dataset: `datasets.Dataset` or `IterableDataset`.
+        name: for messages.
+        folders: where relative image paths of its rows are looked up.
+    """
+
+    dataset: Any
+    name: str
+    folders: tuple[Path, ...] = ()
+
+
+def open_source(
+    source: Any,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    data_dir: str | Path | None = None,
+) -> Source:
+    """Opens a Hub id, folder, file, `datasets` object or list of rows; see `load_preferences` for what is accepted.
+
+    Raises:
+        UserError: not there, unreadable, of an unknown form, or without this split.
+    """
+    if source is None and data_dir is not None:
+        source, data_dir = data_dir, None
+    extra = () if data_dir is None else (_existing(Path(data_dir).expanduser(), "train_data_dir"),)
+    if source is None:
+        raise UserError("data.dataset_name: give a Hub id, a folder or a file (or data.train_data_dir)")
+    if not isinstance(source, (str, Path)):
+        return Source(_in_memory(source, split, streaming), f"a {type(source).__name__}", extra)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        opened = _folder(path, split, config, streaming)
+    elif path.is_file():
+        opened = _file(path, split, streaming)
+    elif _looks_local(str(source)):
+        raise UserError(f"dataset {str(source)!r}: there is no such file or folder (working directory {Path.cwd()})")
+    else:
+        opened = Source(_hub(str(source), split, config, revision, streaming), str(source))
+    return Source(opened.dataset, opened.name, extra + opened.folders)
+
+
+def _in_memory(source: Any, split: str, streaming: bool) -> Any:
+    import datasets
+
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split not in source:
+            raise UserError(f"dataset split {split!r} does not exist; there are {', '.join(map(str, source))}")
+        source = source[split]
+    elif isinstance(source, Sequence):
+        if not source:
+            raise UserError("dataset a list has no rows")
+        names = list(dict.fromkeys(name for row in source for name in row))
+        try:
+            source = datasets.Dataset.from_dict({name: [row.get(name) for row in source] for name in names})
+        except (ValueError, TypeError) as error:  # pyarrow's errors are of these types
+            raise UserError(f"dataset a list: a column mixes types: {error}") from error
+    if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        raise UserError(f"dataset: expected a name, a path, a datasets object or a list of rows, got {type(source).__name__}")
+    return source.to_iterable_dataset() if streaming and isinstance(source, datasets.Dataset) else source
+
+
+def _file(path: Path, split: str, streaming: bool) -> Source:
+    builder = BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise UserError(f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are {', '.join(BUILDERS)}")
+    dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
+    return Source(_plain_tar(dataset) if builder == "webdataset" else dataset, str(path), _image_folders([path]))
+
+
+def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Source:
+    """Tried in this order: save_to_disk, README.md with configurations, imagefolder metadata, pair folders, parquet and tar,
+    then json, jsonl and csv tables whose images lie beside them."""
+    import datasets
+
+    name = str(path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, (path,))
+    described = (path / "README.md").is_file() and "\nconfigs:" in (path / "README.md").read_text("utf-8", "replace")
+    if described or any(path.rglob("metadata.jsonl")) or any(path.rglob("metadata.csv")) or any(path.rglob("metadata.parquet")):
+        return Source(_load(name, name, split, config=config, streaming=streaming), name, (path,))
+    for chosen, rejected in PAIR_FOLDERS:
+        if (path / chosen).is_dir() and (path / rejected).is_dir():
+            return Source(_in_memory(_pair_folders(path / chosen, path / rejected), split, streaming), name, (path,))
+    if any(path.rglob("*.parquet")):
+        return Source(_load(name, name, split, config=config, streaming=streaming), name, (path,))
+    if any(path.rglob("*.tar")):
+        return Source(_plain_tar(_load(name, name, split, config=config, streaming=streaming)), name, (path,))
+    for suffix in (".jsonl", ".json", ".csv"):
+        files = sorted(path.rglob(f"*{suffix}"))
+        if files:
+            files = _files_of_split(path, files, split)
+            dataset = _load(name, BUILDERS[suffix], "train", data_files=[str(file) for file in files], streaming=streaming)
+            return Source(dataset, name, (path, *_image_folders(files)))
+    raise UserError(
+        f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no metadata.jsonl, and no "
+        "parquet, jsonl, json, csv or tar files in this folder"
+    )
+
+
+def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
+    """One row per file stem. The caption is the chosen image's .txt, else captions.json ({stem: text}) or prompts.jsonl
+    ({"file_name" | "id": stem or name, "prompt" | "text" | "caption": text} per line) in the folder above or in chosen/."""
+    captions: dict[str, Any] = {}
+    for folder in (chosen.parent, chosen):
+        if (folder / "captions.json").is_file():
+            captions |= {Path(name).stem: text for name, text in _json(folder / "captions.json").items()}
+        if (folder / "prompts.jsonl").is_file():
+            for number, line in enumerate((folder / "prompts.jsonl").read_text("utf-8").splitlines(), start=1):
+                if line.strip():
+                    row = _json(folder / "prompts.jsonl", line, number)
+                    stem = Path(str(row.get("file_name", row.get("id")))).stem
+                    captions[stem] = row.get("prompt", row.get("text", row.get("caption")))
+    images = [{_stem(path, side): path for path in _images_in(side)} for side in (chosen, rejected)]
+    rows: list[dict[str, Any]] = []
+    for stem in sorted(set(images[0]) | set(images[1])):
+        text = (chosen / stem).parent / f"{Path(stem).name}.txt"
+        caption = text.read_text("utf-8").strip() if text.is_file() else captions.get(stem, captions.get(Path(stem).name))
+        paths = [str(side[stem]) if stem in side else None for side in images]
+        rows.append({"prompt": caption, "chosen": paths[0], "rejected": paths[1], "id": stem})
+    if not rows:
+        raise UserError(f"dataset {str(chosen.parent)!r}: {chosen.name}/ and {rejected.name}/ hold no images")
+    return rows
+
+
+def _json(path: Path, text: str | None = None, line: int | None = None) -> dict[str, Any]:
+    where = f"{path}" if line is None else f"{path}, line {line}"
+    try:
+        value = json.loads(path.read_text("utf-8") if text is None else text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files whose name starts with the split (`train-0001.jsonl`) or that lie in its folder; `train` means all when no
+    file names any usual split."""
+    names = {file: [part.lower() for part in (*file.relative_to(folder).parent.parts, file.stem)] for file in files}
+    mine = [file for file in files if any(part.startswith(split.lower()) for part in names[file])]
+    usual = ("train", "test", "val", "dev", "eval")
+    if mine or split != "train" or any(part.startswith(usual) for parts in names.values() for part in parts):
+        if not mine:
+            got = ", ".join(file.name for file in files[:5])
+            raise UserError(f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are {got}")
+        return mine
+    return files
+
+
+def _image_folders(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Beside a table, in images/ beside it, and in a folder named like it (HPDv2: train.json and train/)."""
+    return tuple(dict.fromkeys(base for file in files for base in (file.parent, file.parent / "images", file.with_suffix(""))))
+
+
+def _plain_tar(dataset: Any) -> Any:
+    """WebDataset's fields as plain columns: `chosen.png` -> `chosen`, `prompt.txt` -> `prompt`, the keys of `json` on top level."""
+    if dataset.features is not None and isinstance(dataset.features.get("json"), dict):
+        if hasattr(dataset, "flatten"):
+            dataset = dataset.flatten()
+        else:  # a stream; undecoded, or its images would be encoded anew
+            flat = dataset.features.flatten()
+            dataset = dataset.decode(False).map(_lift_json, remove_columns=["json"], features=flat)
+    names = dataset.column_names or []
+    endings = (*(suffix[1:] for suffix in IMAGE_SUFFIXES), "txt", "cls")
+    plain: dict[str, str] = {}
+    for name in names:
+        short = name.removeprefix("json.")
+        stem, _, ending = short.rpartition(".")
+        short = stem if stem and ending in endings else short
+        if short != name and short not in names and short not in plain.values():
+            plain[name] = short
+    return dataset.rename_columns(plain) if plain else dataset
+
+
+def _lift_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {f"json.{name}": value for name, value in row["json"].items()}
+
+
+def _load(name: str, builder: str, split: str, *, config: str | None = None, **kwargs: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, config, split=split, **kwargs)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError):
+        raise  # `_hub` says more about them
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"dataset {name!r}: {' '.join(str(cause).split())[:600]}") from error
+
+
+def _hub(name: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+    import datasets
+
+    alternatives = (
+        "Pick-a-Pic was taken down from the Hub in 2025; use data-is-better-together/open-image-preferences-v1-binarized, "
+        "HPDv2 (ymhao/HPDv2), or your own data through `diffalign data convert`"
+    )
+    try:
+        return _load(name, name, split, config=config, revision=revision, streaming=streaming)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"dataset {name!r}: not found on the Hub{at} (nor as a local path), or private. {alternatives}"
+        ) from error
+    except ConnectionError as error:
+        raise UserError(f"dataset {name!r}: the Hub cannot be reached ({error}). {alternatives}") from error
+
+
+def _looks_local(source: str) -> bool:
+    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
+    suffixes = (*BUILDERS, ".arrow", ".zip", ".pkl", ".pickle")
+    return (
+        source.startswith((".", "/", "~")) or source.endswith("/") or source.lower().endswith(suffixes) or source.count("/") > 1
+    )
+
+
+def _existing(path: Path, field: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"data.{field}: there is no folder {str(path)!r}")
+    return path

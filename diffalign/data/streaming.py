@@ -1,0 +1,94 @@
+"""The same groups from a stream: a torch `IterableDataset`, so that a DataLoader treats it as one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from diffalign.data.dataset import Group, LoadReport, PreferenceDataset, build_group
+from diffalign.data.images import BrokenImage
+from diffalign.data.schema import Layout, judge
+from diffalign.data.verify import check_image
+
+_JUDGED_AFTER = 100  # rows before the share of broken ones means anything
+
+
+class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
+    """`PreferenceDataset` over a `datasets.IterableDataset`: has no length and no index; iterating drops ties and broken rows and
+    counts them in `report`, afresh in every pass. Row ids count the rows of the stream; where workers of a DataLoader share its
+    shards, each counts its own."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        layout: Layout,
+        report: LoadReport,
+        folders: Sequence[Path] = (),
+        *,
+        verify_images: str = "header",
+        max_broken_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(dataset.decode(False) if dataset.features is not None else dataset, layout, report, None, folders)
+        self._verify, self._max_broken_fraction = verify_images, max_broken_fraction
+
+    def __len__(self) -> int:
+        raise TypeError("a streamed dataset has no length; set train.max_steps")
+
+    def __getitem__(self, index: int) -> NoReturn:
+        raise TypeError("a streamed dataset has no index; iterate over it, or load it without streaming")
+
+    def select(self, indices: Sequence[int]) -> NoReturn:
+        raise TypeError("a streamed dataset has no index; load it without streaming to select groups")
+
+    def __iter__(self) -> Iterator[Group]:
+        fresh = LoadReport(self.report.source, self.report.layout, self.report.kind, self.report.mapping)
+        for counter in dataclasses.fields(fresh):
+            if counter.name != "ties_kept":
+                setattr(self.report, counter.name, getattr(fresh, counter.name))
+        worker = get_worker_info()
+        # datasets deals its shards to the workers; each counts in steps of their number, so that row ids stay unique
+        row_ids = itertools.count() if worker is None else itertools.count(worker.id, worker.num_workers)
+        for row_id, row in zip(row_ids, self.dataset, strict=False):
+            self.report.rows += 1
+            group = self._admitted(row_id, row)
+            if self.report.rows >= _JUDGED_AFTER and self.report.kept:
+                self.report.check(self._max_broken_fraction)
+            if group is not None:
+                yield group
+        if worker is None:
+            self.report.check(self._max_broken_fraction)
+
+    def _admitted(self, row_id: int, row: dict[str, Any]) -> Group | None:
+        """The group of a row, or None for one that is left out."""
+        verdict = judge(self.layout, {role: row.get(column) for role, column in self.layout.light_columns.items()})
+        if not self.report.admit(row_id, verdict):
+            return None
+        try:
+            cells = {role: row.get(column) for role, column in self._columns.items() if role in self.layout.image_columns}
+            group = build_group(self.layout, verdict, row_id, cells, self.folders)
+            for image in group.images:
+                check_image(image, self._verify)
+        except BrokenImage as error:
+            self.report.add_broken(row_id, str(error))
+            return None
+        self.report.kept += 1
+        return self._viewed(group)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the source's name, layout, mapping and kind: a stream's content is not known before it has been read."""
+        parts = ["stream", self.report.source, self.layout.name, sorted(self.layout.mapping.items()), self.kind]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def __copy__(self) -> StreamingPreferenceDataset:
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.report = copy.deepcopy(self.report)
+        return view

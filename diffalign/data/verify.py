@@ -1,0 +1,79 @@
+"""The one pass over a dataset that decides which rows are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.data import images as image_cells
+from diffalign.data.dataset import LoadReport, build_group, lazy_cell
+from diffalign.data.schema import Layout, judge
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_BATCH = 256
+_SHOW_PROGRESS_FROM = 20_000  # rows
+
+
+def check_image(image: Any, verify: str) -> None:
+    """Opens (`header`) or decodes (`full`) an image, or trusts it (`none`).
+
+    Raises:
+        BrokenImage: it cannot be used.
+    """
+    if verify == "full":
+        image_cells.decode(image)
+    elif verify == "header":
+        image_cells.header(image)
+
+
+def usable_rows(dataset: Any, layout: Layout, report: LoadReport, folders: Sequence[Path], verify: str) -> np.ndarray:
+    """Ids of the rows to use, ascending, as int64; counts all others in `report`.
+
+    Prompts, labels and scores of every row are read. Images are read only to be verified, as views of the Arrow table: a header
+    check of embedded images does not read their pixels from disk.
+    """
+    import numpy as np
+    from tqdm.auto import tqdm
+
+    columns = layout.mapping if verify != "none" else layout.light_columns | _lists(layout)
+    tables = dataset.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
+    kept: list[int] = []
+    with tqdm(total=len(dataset), desc="checking rows", unit="row", disable=len(dataset) < _SHOW_PROGRESS_FROM) as bar:
+        for table in tables.iter(batch_size=_BATCH):
+            light = {role: table[column].to_pylist() for role, column in layout.light_columns.items()}
+            for offset in range(len(table)):
+                row_id = report.rows
+                report.rows += 1
+                verdict = judge(layout, {role: values[offset] for role, values in light.items()})
+                if not report.admit(row_id, verdict):
+                    continue
+                try:
+                    if verify == "none":
+                        _check_length(table, layout, offset, len(verdict.prompts))
+                    else:
+                        cells = {role: lazy_cell(table[column][offset]) for role, column in layout.image_columns.items()}
+                        for image in build_group(layout, verdict, row_id, cells, folders).images:
+                            check_image(image, verify)
+                except image_cells.BrokenImage as error:
+                    report.add_broken(row_id, str(error))
+                    continue
+                kept.append(row_id)
+            bar.update(len(table))
+    report.kept = len(kept)
+    return np.asarray(kept, dtype=np.int64)
+
+
+def _lists(layout: Layout) -> dict[str, str]:
+    return {role: column for role, column in layout.image_columns.items() if role == "images"}
+
+
+def _check_length(table: Any, layout: Layout, offset: int, expected: int) -> None:
+    """A ranked row has one image per score, even where images are trusted."""
+    for column in _lists(layout).values():
+        images = table[column][offset]
+        found = len(images.values) if images.is_valid else 0
+        if found != expected:
+            raise image_cells.BrokenImage(f"has {found} images and {expected} scores")

@@ -1,0 +1,38 @@
+"""The ELBO-likelihood core: noising processes, denoising errors, implicit rewards and transition log-probabilities.
+
+Pure functions of tensors; nothing here knows a model, a trainer or a dataset.
+"""
+
+from .errors import (
+    convert_errors,
+    denoising_errors,
+    effective_beta,
+    group_noise,
+    implicit_rewards,
+    min_snr_weight,
+)
+from .processes import NoisingProcess, RectifiedFlow, VariancePreserving, process_from_scheduler
+from .timesteps import TIMESTEP_SAMPLERS, refiner_timesteps, sample_times, turbo_timesteps
+from .transitions import ddim_step, ddim_step_log_prob, flow_sde_step, flow_sde_step_log_prob, gaussian_log_prob
+
+__all__ = [
+    "TIMESTEP_SAMPLERS",
+    "NoisingProcess",
+    "RectifiedFlow",
+    "VariancePreserving",
+    "convert_errors",
+    "ddim_step",
+    "ddim_step_log_prob",
+    "denoising_errors",
+    "effective_beta",
+    "flow_sde_step",
+    "flow_sde_step_log_prob",
+    "gaussian_log_prob",
+    "group_noise",
+    "implicit_rewards",
+    "min_snr_weight",
+    "process_from_scheduler",
+    "refiner_timesteps",
+    "sample_times",
+    "turbo_timesteps",
+]

@@ -1,0 +1,107 @@
+"""Builds what the loop optimises: the network with or without LoRA, optimizer, schedule, attention backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Parameter
+
+from ..backbones import Backbone
+from ..exceptions import ConfigError
+from .config import TrainingConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraConfig | None) -> Any:
+    """Loads the network; adds LoRA (float32 adapters on a base in the run's precision) or makes all of it trainable in float32.
+
+    Raises:
+        ConfigError: when no module matches the LoRA targets, or the attention backend cannot be used here.
+    """
+    network = backbone.load_network(DTYPES[args.mixed_precision] if peft_config is not None else torch.float32)
+    set_attention(network, args.attention)
+    if args.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if peft_config is None:
+        return network.requires_grad_(True).train()
+    from diffusers.training_utils import cast_training_params
+
+    config = copy.deepcopy(peft_config)
+    if config.target_modules is None:
+        config.target_modules = backbone.lora_targets
+    if getattr(network, "peft_config", None):
+        raise ConfigError("model", "the pipeline already carries adapters; fuse or unload them first (pipe.fuse_lora(), pipe.unload_lora_weights())")
+    try:
+        network.add_adapter(config)
+    except ValueError as error:
+        if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
+            raise
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ConfigError(
+            "lora.target_modules",
+            f"{config.target_modules!r} matches no module of the {backbone.network_name}; its linear layers are named {', '.join(linear[:12])}",
+        ) from error
+    cast_training_params(network, dtype=torch.float32)
+    return network.train()
+
+
+def set_attention(network: Any, backend: str) -> None:
+    """Chooses diffusers' attention backend; ``native`` is torch's scaled dot product attention."""
+    if backend == "native":
+        return
+    try:
+        network.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError("train.attention", f"the backend {backend!r} cannot be used here ({reason}); native always can") from error
+
+
+def trainable_parameters(network: Any) -> list[Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def _extra(name: str, package: str, error: ImportError) -> ConfigError:
+    return ConfigError("train.optim", f"{name} needs {package}: pip install 'diffalign[optim]' ({error})")
+
+
+def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that `optim` names.
+
+    Raises:
+        ConfigError: when its package is not installed, with the command that installs it.
+    """
+    betas = (args.adam_beta1, args.adam_beta2)
+    common: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optim == "adamw":
+        return torch.optim.AdamW(parameters, betas=betas, eps=args.adam_epsilon, **common)
+    if args.optim == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise _extra("adamw_8bit", "bitsandbytes", error) from error
+        return AdamW8bit(parameters, betas=betas, eps=args.adam_epsilon, **common)
+    if args.optim == "prodigy":
+        try:
+            from prodigyopt import Prodigy
+        except ImportError as error:
+            raise _extra("prodigy", "prodigyopt", error) from error
+        return Prodigy(parameters, betas=betas, eps=args.adam_epsilon, use_bias_correction=True, safeguard_warmup=True, **common)
+    from transformers.optimization import Adafactor
+
+    # As the official SDXL code: no parameter scaling, no relative step; the loop clips, so the optimizer need not.
+    return Adafactor(parameters, scale_parameter=False, relative_step=False, clip_threshold=1.0, **common)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """diffusers' schedule, in optimizer steps: it is not handed to accelerate, which would step it once per process."""
+    from diffusers.optimization import get_scheduler
+
+    name = "constant_with_warmup" if args.lr_scheduler == "constant" and args.warmup_steps else args.lr_scheduler
+    return get_scheduler(name, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=max_steps)

@@ -1,0 +1,240 @@
+"""Checkpoints: written whole or not at all, resumed exactly, readable by plain diffusers.
+
+``checkpoint-<step>/`` holds what accelerate saves (optimizer, scaler, random states), inference-ready weights
+(``pytorch_lora_weights.safetensors``, or the network's folder for full fine-tuning), the average of the weights, and
+``trainer_state.json`` with the identity of the run and the size of every file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..exceptions import UserError
+from .callbacks import TrainerState
+
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_TEMPORARY = ".tmp-checkpoint-"
+STATE_FILE = "trainer_state.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+EMA_FILE = "ema.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """Saving failed; the message says what survives."""
+
+
+def checkpoint_step(path: Path) -> int:
+    match = _NAME.match(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first: the rename that gives a folder its name is the last act of saving."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.match(p.name) and (p / STATE_FILE).is_file()]
+    return sorted(found, key=checkpoint_step)
+
+
+def find_checkpoint(output_dir: Path, request: str) -> Path:
+    """The folder that ``latest`` or a path means.
+
+    Raises:
+        UserError: when there is none, or it is no checkpoint.
+    """
+    if request == "latest":
+        found = list_checkpoints(output_dir)
+        if not found:
+            raise UserError(f"train.resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to resume; leave the option out to start")
+        return found[-1]
+    path = Path(request)
+    if not (path / STATE_FILE).is_file():
+        inside = output_dir / request
+        if (inside / STATE_FILE).is_file():
+            return inside
+        raise UserError(f"train.resume_from_checkpoint: {request!r} is no checkpoint of diffalign (it has no {STATE_FILE})")
+    return path
+
+
+def lora_state(network: Any) -> dict[str, Tensor]:
+    """The adapter's weights under diffusers' names."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    return convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+
+
+def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
+    """Puts saved adapter weights back, bit for bit."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    prefix = f"{backbone.network_name}."
+    state = {n.removeprefix(prefix): t for n, t in load_file(folder / LORA_FILE).items() if n.startswith(prefix)}
+    result = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name="default")
+    if result is not None and result.unexpected_keys:
+        raise UserError(f"{folder}: the LoRA does not fit this network; unexpected keys {result.unexpected_keys[:3]}")
+
+
+class CheckpointManager:
+    """Saves and loads one run's checkpoints.
+
+    Args:
+        accelerator: holds the prepared network and optimizer.
+        backbone: writes inference-ready weights of its family.
+        network: the unwrapped network.
+        is_lora: LoRA or full fine-tuning.
+        output_dir: the run's folder.
+        limit: newest checkpoints to keep, None for all.
+        identity: method, model, dataset, ...: a checkpoint is resumed only by a run of equal identity.
+        ema: diffusers' `EMAModel`, or None.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        backbone: Backbone,
+        network: Any,
+        is_lora: bool,
+        output_dir: Path,
+        limit: int | None,
+        identity: dict[str, Any],
+        ema: Any = None,
+    ) -> None:
+        self.accelerator, self.backbone, self.network, self.is_lora = accelerator, backbone, network, is_lora
+        self.output_dir, self.limit, self.identity, self.ema = output_dir, limit, identity, ema
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def _save_weights(self, models: list[Any], weights: list[dict[str, Tensor]], output_dir: str) -> None:
+        state = weights[0] if weights else None
+        if self.accelerator.is_main_process:
+            if self.is_lora:
+                self.backbone.save_lora(output_dir, self.network, lora_state(self.network))
+            else:
+                self.network.save_pretrained(Path(output_dir) / self.backbone.network_name, state_dict=state)
+        weights.clear()
+
+    def _load_weights(self, models: list[Any], input_dir: str) -> None:
+        if self.is_lora:
+            load_lora_state(self.network, self.backbone, Path(input_dir))
+        else:
+            loaded = type(self.network).from_pretrained(input_dir, subfolder=self.backbone.network_name, use_safetensors=True)
+            self.network.load_state_dict(loaded.state_dict())
+        models.clear()
+
+    def clean(self) -> None:
+        """Removes what a killed run left half-written."""
+        if self.accelerator.is_main_process:
+            for path in self.output_dir.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, state: TrainerState) -> Path:
+        """Writes ``checkpoint-<step>`` and then removes the oldest beyond the limit. All processes must call this.
+
+        Raises:
+            CheckpointError: when writing fails (disk full, say); the checkpoints before survive.
+        """
+        final = self.output_dir / f"checkpoint-{state.global_step}"
+        temporary = self.output_dir / f"{_TEMPORARY}{state.global_step}"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(temporary))
+            if main:
+                self._save_ema(temporary)
+            self.accelerator.wait_for_everyone()
+            if main:
+                self._seal(temporary, state)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+        except Exception as error:  # OSError, and safetensors' and torch's own wrappers of it
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = list_checkpoints(self.output_dir)
+            survives = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"checkpoint-{state.global_step} could not be written ({reason}); {survives}") from error
+        if main and self.limit is not None:
+            for old in list_checkpoints(self.output_dir)[: -self.limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _save_ema(self, folder: Path) -> None:
+        if self.ema is None:
+            return
+        from safetensors.torch import save_file
+
+        save_file({f"{i:05d}": p.detach().cpu().contiguous() for i, p in enumerate(self.ema.shadow_params)}, folder / EMA_FILE)
+
+    def _seal(self, folder: Path, state: TrainerState) -> None:
+        """The state file, then everything to the disk: a power cut must not leave a complete-looking folder of empty files."""
+        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        values = dataclasses.asdict(state)
+        values.pop("log_history")
+        record = {"state": values, "identity": self.identity, "files": files}
+        if self.ema is not None:
+            record["ema_steps"] = self.ema.optimization_step
+        (folder / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def load(self, folder: Path, force: bool) -> TrainerState:
+        """Restores everything but the data position, which is in the returned state.
+
+        Raises:
+            UserError: when the checkpoint is damaged or belongs to another run (unless `force`).
+        """
+        record = self.check(folder, force)
+        try:
+            self.accelerator.load_state(str(folder))
+            if self.ema is not None:
+                self._load_ema(folder, record)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder} cannot be read ({reason}); resume from an earlier checkpoint") from error
+        return TrainerState(**record["state"])
+
+    def _load_ema(self, folder: Path, record: dict[str, Any]) -> None:
+        from safetensors.torch import load_file
+
+        if not (folder / EMA_FILE).is_file():
+            raise UserError(f"train.use_ema: {folder} holds no average of the weights; resume without use_ema")
+        saved = load_file(folder / EMA_FILE)
+        for i, shadow in enumerate(self.ema.shadow_params):
+            shadow.data.copy_(saved[f"{i:05d}"])
+        self.ema.optimization_step = record["ema_steps"]
+
+    def check(self, folder: Path, force: bool) -> dict[str, Any]:
+        """Reads the state file and compares sizes and identity, before anything is loaded."""
+        try:
+            record = json.loads((folder / STATE_FILE).read_text())
+            files, identity = record["files"], record["identity"]
+        except (json.JSONDecodeError, KeyError, OSError) as error:
+            raise UserError(f"{folder / STATE_FILE} is damaged ({error}); resume from an earlier checkpoint") from error
+        for name, size in files.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise UserError(f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint")
+        different = [k for k in self.identity if self.identity[k] != identity.get(k)]
+        if different and not force:
+            details = "; ".join(f"{k} is {self.identity[k]!r}, there {identity.get(k)!r}" for k in different)
+            raise UserError(f"{folder} belongs to another run ({details}); use the same settings, or --train.force_resume true")
+        return record

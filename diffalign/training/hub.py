@@ -1,0 +1,307 @@
+"""What a run says about itself: facts on the screen, config.yaml, model card, final weights, upload."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import HubConfig, LoraSection, dump_yaml
+from ..exceptions import ConfigError, UserError
+from .build import trainable_parameters
+from .checkpoint import list_checkpoints, lora_state
+from .config import TrainingConfig
+from .diagnostics import beta_message
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+_RUN_FILES = ("config.yaml", "logs", "samples", "README.md", "pytorch_lora_weights.safetensors", "reference_errors.safetensors")
+_DRAW_FIELDS = (
+    "seed",
+    "ref_error_draws",
+    "proportion_empty_prompts",
+    "shared_noise",
+    "noise_offset",
+    "timestep_sampling",
+    "logit_mean",
+    "logit_std",
+    "snr_gamma",
+    "reduction",
+    "mixed_precision",
+)
+
+
+def digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def draw_settings(args: TrainingConfig) -> dict[str, Any]:
+    """The settings that precomputed reference errors depend on."""
+    return {name: getattr(args, name) for name in _DRAW_FIELDS}
+
+
+def claim_output_dir(folder: Path, overwrite: bool) -> None:
+    """Makes sure a fresh run does not mix with an older one.
+
+    Raises:
+        UserError: when the folder holds a run and `overwrite` is off; with it, the old run is moved to ``<folder>.old-<n>``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"train.output_dir: {str(folder)!r} is a file; name a folder")
+    if not folder.is_dir() or not ((folder / "config.yaml").is_file() or list_checkpoints(folder)):
+        return
+    if not overwrite:
+        found = list_checkpoints(folder)
+        state = f"its last checkpoint is {found[-1].name}" if found else "it has no checkpoint"
+        raise UserError(
+            f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it with --train.resume_from_checkpoint latest, "
+            "choose another folder, or move it aside with --train.overwrite_output_dir true"
+        )
+    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+    shutil.move(folder, folder.with_name(f"{folder.name}.old-{number}"))
+
+
+def run_facts(trainer: Trainer) -> list[str]:
+    """What changes the meaning of the run and would otherwise be silent."""
+    args, data = trainer.args, trainer.data
+    accelerator = trainer.accelerator
+    trainable = sum(p.numel() for p in trainable_parameters(trainer.network))
+    total = sum(p.numel() for p in trainer.network.parameters())
+    height, width = data.transform.sizes[0]
+    shape = trainer.backbone.latent_shape(height, width)
+    lines = [
+        f"{trainer._name} on {trainer.backbone.source.name} ({trainer.process.prediction_type}), "
+        f"{'LoRA' if trainer.peft_config is not None else 'full fine-tuning'}: {trainable:,} of {total:,} parameters train",
+        f"data: {trainer.train_dataset.report.summary()}",
+        f"batch: {args.per_device_train_batch_size} groups x {args.gradient_accumulation_steps} passes x "
+        f"{accelerator.num_processes} processes = {data.global_batch} per optimizer step; {trainer.state.max_steps} steps"
+        + ("" if data.streaming else f", {math_steps(len(data.dataset), data.global_batch)} per epoch"),
+        f"learning rate {args.learning_rate:g} as it is (never scaled), {args.lr_scheduler}, warm-up {args.warmup_steps} steps; "
+        f"precision {args.mixed_precision}; images {height}x{width}",
+    ]
+    if data.dropped_sizes:
+        lines.append(f"data: {data.dropped_sizes} groups dropped because their images differ in aspect")
+    if not trainer.reference_free:
+        assert trainer.reference is not None
+        other = f" from {trainer.ref_backbone.source.name}" if trainer.ref_backbone is not None else ""
+        lines.append(f"reference: {trainer.reference.description}{other}")
+    beta = getattr(args, "beta", None)
+    if beta is not None:
+        lines.append(beta_message(beta, shape, args.reduction))
+    return lines
+
+
+def math_steps(rows: int, batch: int) -> int:
+    return -(-rows // batch)
+
+
+def run_values(trainer: Trainer) -> dict[str, Any]:
+    """The run as a run file's values: `diffalign train --config config.yaml` repeats it."""
+    from ..methods import METHODS, trainer_class
+
+    method = next((name for name in METHODS if trainer_class(name) is type(trainer)), type(trainer).__name__)
+    values: dict[str, Any] = {"method": method, "model": trainer.backbone.source.name}
+    values |= {name: value for name, value in trainer.model_options.items() if value is not None}
+    if trainer.peft_config is not None:
+        config = trainer.peft_config
+        targets = config.target_modules or trainer.backbone.lora_targets
+        values["lora"] = dataclasses.asdict(
+            LoraSection(
+                r=config.r,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                target_modules=targets if isinstance(targets, str) else sorted(targets),
+                init="gaussian" if config.init_lora_weights == "gaussian" else "default",
+                use_dora=config.use_dora,
+                use_rslora=config.use_rslora,
+            )
+        )
+    values["data"] = dataclasses.asdict(trainer.data_config)
+    values["train"] = dataclasses.asdict(trainer.args)
+    for name in ("validation", "hub"):
+        section = getattr(trainer, name)
+        if section is not None:
+            values[name] = dataclasses.asdict(section)
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_config(trainer: Trainer, folder: Path) -> None:
+    """``config.yaml``: runnable values, with the run's facts as comments on top."""
+    notes = [*trainer.lines, f"dataset fingerprint {trainer.train_dataset.fingerprint}", json.dumps(versions())]
+    text = "".join(f"# {line}\n" for note in notes for line in note.splitlines()) + dump_yaml(run_values(trainer))
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, folder / "config.yaml")
+
+
+def tracker_config(args: TrainingConfig) -> dict[str, Any]:
+    """Plain values: tensorboard takes nothing else."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(args).items()}
+
+
+def tracker_options(args: TrainingConfig) -> dict[str, Any]:
+    return {args.report_to: {"name": args.run_name}} if args.run_name and args.report_to in ("wandb", "trackio") else {}
+
+
+def save_model(trainer: Trainer, folder: Path) -> None:
+    """Weights, config and card into `folder`, each file whole or absent. All processes must call this."""
+    accelerator, backbone = trainer.accelerator, trainer.backbone
+    state = None if trainer.peft_config is not None else accelerator.get_state_dict(trainer.prepared)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".tmp-model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if trainer.peft_config is not None:
+                backbone.save_lora(str(temporary), trainer.network, lora_state(trainer.network))
+            else:
+                backbone.pipeline(network=trainer.network).save_pretrained(temporary, safe_serialization=True)
+                trainer.network.save_pretrained(temporary / backbone.network_name, state_dict=state)
+            for path in sorted(temporary.iterdir()):
+                target = folder / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not hasattr(trainer, "lines"):
+            trainer.lines = run_facts(trainer)
+        write_config(trainer, folder)
+        write_card(trainer, folder)
+    accelerator.wait_for_everyone()
+
+
+_CARD = """
+# {title}
+
+{how}
+
+## Use
+
+```python
+{use}
+```
+
+## How it was trained
+
+{facts}
+
+| metric | last value |
+|---|---|
+{metrics}
+
+Versions: {versions}. Dataset fingerprint `{dataset}`. The run file is `config.yaml`; with the same data
+`diffalign train --config config.yaml` repeats it.
+{citation}"""
+
+
+def write_card(trainer: Trainer, folder: Path) -> None:
+    """A model card with provenance."""
+    # diffusers' `load_or_create_model_card` asks the Hub for an existing card first, which stalls a machine without network.
+    from diffusers.utils.hub_utils import populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
+
+    is_lora, source = trainer.peft_config is not None, trainer.backbone.source
+    cls = source.pipeline_class().__name__
+    use = f"from diffusers import {cls}\n\n"
+    if is_lora:
+        use += f'pipe = {cls}.from_pretrained("{source.name}")\npipe.load_lora_weights("path/to/this/folder")'
+    else:
+        use += f'pipe = {cls}.from_pretrained("path/to/this/folder")'
+    paper = trainer._paper
+    link = f" ([{paper['title']}](https://huggingface.co/papers/{paper['id']}))" if paper else ""
+    history = trainer.state.log_history[-1] if trainer.state.log_history else {}
+    body = _CARD.format(
+        title=folder.resolve().name,
+        how=f"{'LoRA weights' if is_lora else 'A pipeline'} fine-tuned from `{source.name}` with {trainer._name}{link} by diffalign.",
+        use=use,
+        facts="\n".join(f"- {line}" for line in trainer.lines),
+        metrics="\n".join(f"| {k} | {v:.5g} |" for k, v in sorted(history.items()) if isinstance(v, (int, float))),
+        versions=", ".join(f"{k} {v}" for k, v in versions().items()),
+        dataset=trainer.train_dataset.fingerprint,
+        citation=f"\n## Citation\n\n```bibtex\n{paper['citation']}\n```\n" if paper else "",
+    )
+    if (folder / "samples").is_dir():
+        pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
+        if pictures:
+            body += f"\n![base and tuned, same seeds](samples/{pictures[-1].name})\n"
+    prompts = trainer.validation.validation_prompts if trainer.validation is not None else []
+    data = ModelCardData(
+        base_model=source.name,
+        license="other",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        widget=[{"text": prompt} for prompt in prompts] or None,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+    tags = ["text-to-image", "diffusers", "diffusers-training", "diffalign", *(["lora"] if is_lora else []), *trainer._tag_names]
+    populate_model_card(card, tags=tags).save(folder / "README.md")
+
+
+def peak_memory(device: torch.device) -> tuple[float, str]:
+    """(GiB, what it is): the device's peak allocation, or the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30, "peak device memory"
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30, "peak resident memory of the process"
+
+
+def dry_run_report(trainer: Trainer, batch: Any, loss: float, seconds: float) -> dict[str, Any]:
+    """What `dry_run` prints and returns."""
+    memory, kind = peak_memory(trainer.accelerator.device)
+    trainable = sum(p.numel() for p in trainable_parameters(trainer.network))
+    lines = [*run_facts(trainer), *trainer.notes]
+    lines += [f"{kind}: {memory:.2f} GiB; loss of the first batch {loss:.4f}; {seconds:.1f} s with loading", "dry run: nothing was written"]
+    return {
+        "lines": lines,
+        "trainable_parameters": trainable,
+        "peak_memory_gib": memory,
+        "effective_batch": trainer.data.global_batch,
+        "steps_per_epoch": None if trainer.data.streaming else math_steps(len(trainer.data.dataset), trainer.data.global_batch),
+        "loss": loss,
+        "latent_shape": tuple(batch.x0.shape[2:]),
+    }
+
+
+def push_to_hub(folder: Path, config: HubConfig) -> str:
+    """Uploads the final model: not checkpoints, logs or caches. The token comes from the environment or the login, never the config.
+
+    Raises:
+        ConfigError: when the Hub refuses, with its reason.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        repo = api.create_repo(config.hub_model_id or folder.resolve().name, private=config.hub_private_repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*", ".tmp*", "logs/*", "reference_errors*"]
+        )
+    except Exception as error:  # every transport and permission error of the client
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError("hub.hub_model_id", f"the upload failed ({reason}); the model is in {str(folder)!r}") from error
+    return str(repo)

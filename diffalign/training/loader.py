@@ -1,0 +1,247 @@
+"""From rows to micro-batches: the order of the data, its latents and its conditions.
+
+The order is a function of (seed, position), so a run is resumed by its position alone, and the groups of an optimizer step are the
+same whether one process, several processes or several accumulated passes consume them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..backbones import Backbone
+from ..data.cache import TensorCache
+from ..data.transforms import Geometry, GroupTransform
+from ..exceptions import UserError
+from ..likelihood import group_noise, sample_times
+from .batch import Batch
+from .config import TrainingConfig
+from .rng import row_generator
+
+
+class RowOrder:
+    """Position -> (epoch, index): one shuffle after another without end.
+
+    Args:
+        count: rows.
+        seed: of the shuffles.
+        buckets: (count,) bucket of each row; then every run of `chunk` positions lies in one bucket, and a bucket's last chunk
+            is filled up from its own beginning.
+        chunk: groups per device and forward pass.
+    """
+
+    def __init__(self, count: int, seed: int, buckets: Sequence[int] | None = None, chunk: int = 1) -> None:
+        self.count, self.seed, self.chunk = count, seed, chunk
+        self.buckets = None if buckets is None or len(set(buckets)) < 2 else torch.tensor(buckets)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self.length = len(self._shuffled(0))
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator = row_generator(self.seed, 0, epoch, "order")
+        order = torch.randperm(self.count, generator=generator)
+        if self.buckets is None:
+            return order
+        chunks = []
+        for bucket in self.buckets.unique():
+            rows = order[self.buckets[order] == bucket]
+            short = -len(rows) % self.chunk
+            chunks += list(torch.cat([rows, rows.repeat(short // len(rows) + 1)[:short]]).split(self.chunk))
+        return torch.cat([chunks[i] for i in torch.randperm(len(chunks), generator=generator)])
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return epoch, int(self._order[offset])
+
+
+class PositionSampler:
+    """Batches of (epoch, index) for one process, starting anywhere.
+
+    In optimizer step s, pass a, process r reads positions ``start + ((s A + a) W + r) b + j`` for j < b.
+    """
+
+    def __init__(self, order: RowOrder, start: int, batch_size: int, rank: int, world: int) -> None:
+        self.order, self.start, self.batch_size, self.rank, self.world = order, start, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        base = self.start + self.rank * self.batch_size
+        while True:
+            yield [self.order[base + j] for j in range(self.batch_size)]
+            base += self.world * self.batch_size
+
+
+@dataclass
+class Example:
+    """One group as the data loader delivers it; latents where they were cached, pixels otherwise."""
+
+    row_id: int
+    epoch: int
+    prompts: tuple[str, ...]
+    geometry: Geometry
+    weight: float
+    scores: tuple[float, ...] | None
+    pixels: Tensor | None = None  # (k, 3, H, W)
+    mean: Tensor | None = None  # (k, C, h, w)
+    std: Tensor | None = None
+
+
+
+class GroupReader(torch.utils.data.Dataset):
+    """Map-style access by (epoch, index), in a worker or not."""
+
+    def __init__(self, dataset: Any, transform: GroupTransform, seed: int, latents: TensorCache | None = None) -> None:
+        self.dataset, self.transform, self.seed, self.latents = dataset, transform, seed, latents
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        return self.read(self.dataset[index], epoch)
+
+    def read(self, group: Any, epoch: int) -> Example:
+        example = Example(group.row_id, epoch, tuple(group.prompts), Geometry((0, 0), (0, 0), (0, 0)), group.weight, group.scores)
+        if self.latents is not None:
+            hashes = group.image_hashes()
+            entry = self.latents[group_key(hashes)]
+            example.mean, example.std = entry["mean"], entry["std"]
+            values = entry["geometry"].tolist()
+            example.geometry = Geometry((values[0], values[1]), (values[2], values[3]), (values[4], values[5]))
+        else:
+            generator = row_generator(self.seed, group.row_id, epoch, "transform")
+            example.pixels, example.geometry = self.transform(group.open_images(), generator)
+        return example
+
+
+def group_key(hashes: Sequence[str]) -> str:
+    """Key of a group's latents: the bucket and crop of an image depend on its whole group."""
+    return hashlib.sha256("+".join(hashes).encode()).hexdigest()
+
+
+class StreamReader(torch.utils.data.IterableDataset):
+    """Streaming rows: every process walks the stream and keeps its own positions. The order is the stream's."""
+
+    def __init__(self, dataset: Any, reader: GroupReader, start: int, batch_size: int, rank: int, world: int) -> None:
+        self.dataset, self.reader = dataset, reader
+        self.start, self.batch_size, self.rank, self.world = start, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        position, epoch, batch = 0, 0, []
+        while True:
+            before = position
+            for group in self.dataset:
+                owner = (position - self.start) // self.batch_size % self.world
+                if position >= self.start and owner == self.rank:
+                    batch.append(self.reader.read(group, epoch))
+                    if len(batch) == self.batch_size:
+                        yield batch
+                        batch = []
+                position += 1
+            if position == before:
+                raise UserError("data.dataset_name: the stream has no usable rows")
+            epoch += 1
+
+
+def fill_latent_cache(cache: TensorCache, reader: GroupReader, backbone: Backbone, rank: int, world: int, batch_groups: int = 8) -> int:
+    """Encodes the groups that the cache lacks, a share per process; returns how many were missing over all processes."""
+    keys = [group_key(reader.dataset[i].image_hashes()) for i in range(len(reader.dataset))]
+    missing = set(cache.missing(keys))
+    todo = [i for i, key in enumerate(keys) if key in missing]
+    first = {keys[i]: i for i in reversed(todo)}
+    todo = [i for i in todo if first[keys[i]] == i]
+    mine = todo[rank::world]
+    for start in tqdm(range(0, len(mine), batch_groups), desc="encoding images", unit="batch", disable=not mine or rank > 0):
+        indices = mine[start : start + batch_groups]
+        examples = [reader[(0, index)] for index in indices]
+        for index, example in zip(indices, examples, strict=True):
+            assert example.pixels is not None
+            mean, std = backbone.encode_images(example.pixels)
+            g = example.geometry
+            geometry = torch.tensor([*g.original_size, *g.crop_top_left, *g.target_size])
+            cache.add(keys[index], {"mean": mean, "std": std, "geometry": geometry})
+    cache.flush()
+    return len(todo)
+
+
+def prompt_key(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def fill_prompt_cache(cache: TensorCache, prompts: Sequence[str], backbone: Backbone, rank: int, world: int) -> int:
+    """Encodes the prompts that the cache lacks, a share per process."""
+    by_key = {prompt_key(p): p for p in prompts}
+    todo = cache.missing(by_key)
+    mine = todo[rank::world]
+    for start in tqdm(range(0, len(mine), 32), desc="encoding prompts", unit="batch", disable=not mine or rank > 0):
+        chunk = mine[start : start + 32]
+        encoded = backbone.encode_prompts([by_key[key] for key in chunk])
+        for i, key in enumerate(chunk):
+            cache.add(key, {name: values[i] for name, values in encoded.items()})
+    cache.flush()
+    return len(todo)
+
+
+class BatchBuilder:
+    """Examples -> `Batch`: encodes what is not cached and draws everything random from the rows' own generators."""
+
+    def __init__(self, backbone: Backbone, args: TrainingConfig, device: torch.device, prompts: TensorCache | None) -> None:
+        self.backbone, self.args, self.device, self.prompts = backbone, args, device, prompts
+        sampling = args.timestep_sampling
+        flow = backbone.process.prediction_type == "flow_matching"
+        self.sampling = ("logit_normal" if flow else "uniform") if sampling == "auto" else sampling
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        args, k = self.args, len(examples[0].prompts)
+        draws = [row_generator(args.seed, e.row_id, self.draw_epoch(e.epoch), "noise") for e in examples]
+        # [timestep, prompt dropout] per row; always both, so that switching dropout on does not move the timesteps.
+        uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in draws])
+        times = sample_times(self.backbone.process, uniforms[:, 0], self.sampling, args.logit_mean, args.logit_std)
+        mean, std = self._latents(examples)
+        shape = mean.shape[1:]
+        noise = group_noise(shape, k, draws, shared=args.shared_noise, offset=args.noise_offset)
+        posterior = torch.cat([torch.randn((k, *shape), generator=g) for g in draws])
+        x0 = mean + std * posterior.to(self.device)
+        dropped = uniforms[:, 1] < args.proportion_empty_prompts
+        prompts = ["" if drop else prompt for e, drop in zip(examples, dropped, strict=True) for prompt in e.prompts]
+        condition = self._encode(prompts)
+        geometries = [e.geometry for e in examples for _ in range(k)]
+        condition |= {name: t.to(self.device) for name, t in self.backbone.geometry_condition(geometries).items()}
+        scores = None
+        if examples[0].scores is not None:
+            scores = torch.tensor([e.scores for e in examples], dtype=torch.float32, device=self.device)
+        return Batch(
+            x0=x0.unflatten(0, (-1, k)),
+            noise=noise.to(self.device),
+            times=times,
+            condition=condition,
+            weights=torch.tensor([e.weight for e in examples], dtype=torch.float32, device=self.device),
+            row_ids=[e.row_id for e in examples],
+            scores=scores,
+        )
+
+    def draw_epoch(self, epoch: int) -> int:
+        """Which draw of (noise, timestep) an epoch uses: a new one each time, or one of the precomputed ones in turn."""
+        return epoch % self.args.ref_error_draws if self.args.precompute_ref_errors else epoch
+
+    def _latents(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        if examples[0].mean is not None:
+            mean = torch.cat([e.mean for e in examples if e.mean is not None])
+            std = torch.cat([e.std for e in examples if e.std is not None])
+            return mean.to(self.device), std.to(self.device)
+        mean, std = self.backbone.encode_images(torch.cat([e.pixels for e in examples if e.pixels is not None]))
+        return mean.to(self.device), std.to(self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditions of all prompts; each distinct prompt is encoded or read once."""
+        distinct = list(dict.fromkeys(prompts))
+        if self.prompts is not None:
+            entries = [self.prompts[prompt_key(p)] for p in distinct]
+            encoded = {name: torch.stack([e[name] for e in entries]).to(self.device) for name in entries[0]}
+        else:
+            encoded = self.backbone.encode_prompts(distinct)
+        index = torch.tensor([distinct.index(p) for p in prompts], device=self.device)
+        return {name: values.to(self.device)[index] for name, values in encoded.items()}

@@ -1,0 +1,230 @@
+"""What happens to the data before the first step: transform, caches, loader, precomputed reference errors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..backbones import Backbone
+from ..data import DataConfig, GroupTransform, PreferenceDataset, check_resolution, load_preferences, parse_buckets
+from ..data.cache import TensorCache
+from ..exceptions import ConfigError, UserError
+from .batch import Batch
+from .config import TrainingConfig
+from .loader import (
+    BatchBuilder,
+    Example,
+    GroupReader,
+    PositionSampler,
+    RowOrder,
+    StreamReader,
+    fill_latent_cache,
+    fill_prompt_cache,
+)
+
+REFERENCE_FILE = "reference_errors.safetensors"
+
+
+def as_preferences(data: Any, config: DataConfig, kind: str, split: str) -> PreferenceDataset:
+    """Whatever the user gave - a name, a `datasets.Dataset`, rows, a `PreferenceDataset` - as groups of the method's kind."""
+    if not isinstance(data, PreferenceDataset):
+        data = load_preferences(
+            data,
+            split=split,
+            config=config.dataset_config,
+            revision=config.dataset_revision,
+            streaming=config.dataset_streaming,
+            columns=config.columns or None,
+            ties=config.ties,
+            verify_images=config.verify_images,
+            max_broken_fraction=config.max_broken_fraction,
+            data_dir=config.train_data_dir,
+            verbose=False,
+        )
+    return data.as_kind(kind)
+
+
+def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
+    """The joint image transform, its sizes checked against the model.
+
+    Raises:
+        ConfigError: when a side is not a multiple of what the model's autoencoder and network need.
+    """
+    if config.aspect_ratio_buckets:
+        sizes: Any = parse_buckets(config.aspect_ratio_buckets)
+        for size in sizes:
+            check_resolution(size, backbone.size_factor, "data.aspect_ratio_buckets")
+    else:
+        side = config.resolution or backbone.default_resolution
+        check_resolution(side, backbone.size_factor)
+        sizes = (side, side)
+    transform = GroupTransform(sizes, center_crop=config.center_crop, random_flip=config.random_flip, mismatch=config.mismatch)
+    if config.cache_latents and not (config.center_crop and not config.random_flip):
+        raise ConfigError(
+            "data.cache_latents", "cached latents cannot be cropped or flipped anew; set data.center_crop: true and data.random_flip: false"
+        )
+    return transform
+
+
+class DataPipeline:
+    """One dataset, ready to be read: owns caches, order and batch building.
+
+    Args:
+        dataset: groups of the method's kind.
+        config, args, backbone, accelerator: of the run.
+    """
+
+    def __init__(
+        self, dataset: PreferenceDataset, config: DataConfig, args: TrainingConfig, backbone: Backbone, accelerator: Accelerator
+    ) -> None:
+        self.config, self.args, self.backbone, self.accelerator = config, args, backbone, accelerator
+        self.transform = build_transform(config, backbone)
+        self.streaming = config.dataset_streaming
+        if self.streaming and (config.cache_latents or config.cache_text_embeddings or args.precompute_ref_errors):
+            raise ConfigError("data.dataset_streaming", "caches and precompute_ref_errors need a dataset of known size; set it to false")
+        if args.precompute_ref_errors and not (config.center_crop and not config.random_flip):
+            raise ConfigError("train.precompute_ref_errors", "needs the same pixels in every epoch; set data.center_crop: true and data.random_flip: false")
+        self.dropped_sizes = 0
+        self.buckets: list[int] | None = None
+        if config.aspect_ratio_buckets and not self.streaming:
+            dataset = self._assign_buckets(dataset)
+        self.dataset = dataset
+        self.latents = self._latent_cache()
+        self.reader = GroupReader(dataset, self.transform, args.seed, None)
+        self.prompts = self._prompt_cache()
+        self.builder = BatchBuilder(backbone, args, accelerator.device, self.prompts)
+
+    def _assign_buckets(self, dataset: PreferenceDataset) -> PreferenceDataset:
+        assigned = [self.transform.bucket_of(group.image_sizes()) for group in dataset]
+        keep = [i for i, bucket in enumerate(assigned) if bucket is not None]
+        self.dropped_sizes = len(assigned) - len(keep)
+        if not keep:
+            raise UserError("data.mismatch: the images of every group differ in aspect; set data.mismatch: letterbox")
+        self.buckets = [bucket for bucket in assigned if bucket is not None]
+        return dataset if not self.dropped_sizes else dataset.select(keep)
+
+    def _latent_cache(self) -> TensorCache | None:
+        if not self.config.cache_latents:
+            return None
+        transform = hashlib.sha256(self.transform.fingerprint.encode()).hexdigest()[:16]
+        key = f"latents-{self.backbone.source.fingerprint('vae')}-{transform}"
+        return TensorCache(Path(self.config.cache_latents) / key)
+
+    def _prompt_cache(self) -> TensorCache | None:
+        if not self.config.cache_text_embeddings:
+            return None
+        names = [n for n in self.backbone.source.component_names() if n.startswith(("text_encoder", "tokenizer"))]
+        encoders = [n for n in names if n.startswith("text_encoder")]
+        key = f"prompts-{self.backbone.source.fingerprint(*encoders)}-{str(self.backbone.dtype).removeprefix('torch.')}"
+        return TensorCache(Path(self.config.cache_text_embeddings) / key)
+
+    def fill_caches(self) -> list[str]:
+        """Encodes what the caches lack, on all processes; afterwards the encoders are let go. Returns what to tell the user."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        said = []
+        if self.latents is not None:
+            added = fill_latent_cache(self.latents, self.reader, self.backbone, rank, world)
+            self.accelerator.wait_for_everyone()
+            self.latents.reload()
+            self.reader.latents = self.latents
+            said.append(f"latent cache {self.latents.folder}: {len(self.dataset)} groups, {added} encoded now")
+            self.backbone.release("vae")
+        if self.prompts is not None:
+            texts = sorted({p for i in range(len(self.dataset)) for p in self.dataset[i].prompts} | {""})
+            added = fill_prompt_cache(self.prompts, texts, self.backbone, rank, world)
+            self.accelerator.wait_for_everyone()
+            self.prompts.reload()
+            said.append(f"prompt cache {self.prompts.folder}: {len(texts)} prompts, {added} encoded now")
+            self.backbone.release(*self.backbone.text_encoder_names)
+        return said
+
+    @property
+    def global_batch(self) -> int:
+        """Groups per optimizer step over all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def batches(self, start: int) -> Iterator[list[Example]]:
+        """Endless micro-batches of this process from position `start` (groups over all processes)."""
+        args, accelerator = self.args, self.accelerator
+        place = (start, args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes)
+        workers: dict[str, Any] = {"num_workers": self.config.num_workers, "persistent_workers": self.config.num_workers > 0}
+        if self.streaming:
+            stream = StreamReader(self.dataset, self.reader, *place)
+            return iter(torch.utils.data.DataLoader(stream, batch_size=None, collate_fn=_same))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
+        sampler = PositionSampler(order, *place)
+        return iter(torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, collate_fn=_same, **workers))  # type: ignore[arg-type]
+
+    def passes(self) -> Iterator[list[Example]]:
+        """Every group once, in order, micro-batch by micro-batch: this process's share (for evaluation)."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = list(range(len(self.dataset)))[rank::world]
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(mine), size):
+            yield [self.reader[(0, i)] for i in mine[start : start + size]]
+
+
+def _same(examples: list[Example]) -> list[Example]:
+    return examples
+
+
+class ReferenceErrors:
+    """Reference errors of every row and draw, computed once before training and kept beside the run.
+
+    Args:
+        data: the pipeline whose rows and draws they belong to.
+        output_dir: where the file goes.
+        key: identity of model, data and draw settings; a file of another key is not used.
+    """
+
+    def __init__(self, data: DataPipeline, output_dir: Path, key: str) -> None:
+        self.data, self.path, self.key = data, output_dir / REFERENCE_FILE, key
+        self.table: dict[tuple[int, int], Tensor] = {}
+
+    def fill(self, errors: Callable[[Batch], Tensor]) -> bool:
+        """Reads the file or runs the reference over all rows and draws; True when it was computed now."""
+        from safetensors import safe_open
+
+        if self.path.is_file():
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("key") == self.key:
+                    self._index(file.get_tensor("row_ids"), file.get_tensor("errors"))
+                    return False
+        self._index(*self._compute(errors))
+        return True
+
+    def _compute(self, errors: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
+        from safetensors.torch import save_file
+
+        data, accelerator = self.data, self.data.accelerator
+        count, draws = len(data.dataset), data.args.ref_error_draws
+        k = len(data.dataset[0].prompts)
+        ids = torch.tensor([data.dataset[i].row_id for i in range(count)])
+        table = torch.zeros(count, draws, k, dtype=torch.float64)
+        size = data.args.per_device_train_batch_size
+        todo = [(d, i) for d in range(draws) for i in range(count)][accelerator.process_index :: accelerator.num_processes]
+        for start in tqdm(range(0, len(todo), size), desc="reference errors", unit="batch", disable=not accelerator.is_main_process):
+            chunk = todo[start : start + size]
+            values = errors(data.builder([data.reader[key] for key in chunk])).double().cpu()
+            for (draw, index), row in zip(chunk, values, strict=True):
+                table[index, draw] = row
+        table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
+        if accelerator.is_main_process:
+            save_file({"row_ids": ids, "errors": table}, self.path, metadata={"key": self.key})
+        return ids, table
+
+    def _index(self, ids: Tensor, table: Tensor) -> None:
+        self.table = {(int(row), draw): table[i, draw] for i, row in enumerate(ids) for draw in range(table.shape[1])}
+
+    def attach(self, batch: Batch, examples: list[Example]) -> None:
+        rows = [self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))] for e in examples]
+        batch.reference_errors = torch.stack(rows).to(batch.x0.device, torch.float32)

@@ -1,0 +1,72 @@
+"""Who the policy is compared with. A reference is called like the network and never sees a gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+
+
+class Reference(Protocol):
+    """Anything that predicts like the starting weights."""
+
+    description: str
+
+    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor: ...
+
+
+class AdapterOffReference:
+    """The same network with its LoRA switched off: no second model in memory."""
+
+    description = "adapter-off (the base weights under the LoRA)"
+
+    def __init__(self, network: Any) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.network = network
+        self.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        for layer in self.layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.enable_adapters(True)
+
+    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad(), self.adapters_off():
+            return backbone.predict(self.network, noisy, times, condition)
+
+
+class FrozenCopyReference:
+    """A second copy of the starting weights, for full fine-tuning; optionally parked on the CPU between calls.
+
+    Args:
+        network: copied now, before anything trains.
+        device: where its forward pass runs.
+        offload: keep it on the CPU meanwhile.
+    """
+
+    def __init__(self, network: Any, device: torch.device, offload: bool = False) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.device, self.offload = device, offload and device.type != "cpu"
+        self.network.to("cpu" if self.offload else device)
+        self.description = "frozen copy of the starting weights" + (" (offloaded)" if self.offload else "")
+
+    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        if self.offload:
+            self.network.to(self.device)
+        with torch.no_grad():
+            prediction = backbone.predict(self.network, noisy, times, condition)
+        if self.offload:
+            self.network.to("cpu")
+        return prediction

@@ -1,0 +1,85 @@
+"""Collects per-group metrics over a logging window, averages them over processes, writes them to disk and to trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class MetricWindow:
+    """Sums of per-group values since the last log. NaN entries do not count: a metric of a timestep third is averaged over the
+    pairs that fell into it, on all processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, values in metrics.items():
+            values = values.detach().double().flatten()
+            finite = ~values.isnan()
+            total, count = values.nan_to_num(0.0, math.inf, -math.inf).sum(), finite.sum().double()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts[name] + count if name in self.counts else count
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the window and over processes; empties the window. All processes must call this."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        stacked = torch.stack([torch.stack([self.sums[n], self.counts[n]]) for n in names])
+        if accelerator.device.type == "mps":
+            stacked = stacked.float()
+        total = accelerator.reduce(stacked, reduction="sum").cpu()
+        self.sums, self.counts = {}, {}
+        return {n: (float(s / c) if c else math.nan) for n, (s, c) in zip(names, total, strict=True)}
+
+
+class MetricLog:
+    """``logs/metrics.jsonl`` and the trackers. A resumed run continues the file from the checkpoint's step."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
+        self.accelerator, self.path = accelerator, output_dir / "logs" / "metrics.jsonl"
+
+    def start(self, step: int) -> list[dict[str, float]]:
+        """Keeps the entries up to `step` and returns them; what an interrupted run logged after its checkpoint is dropped."""
+        if not self.accelerator.is_main_process:
+            return []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if step and self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a killed run
+                if entry["step"] <= step:
+                    kept.append(entry)
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        finite = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.accelerator.log(finite, step=step)
+
+    def images(self, name: str, image: Any, step: int) -> None:
+        """A PIL image to every tracker that can show one."""
+        import numpy as np
+
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "trackio":
+                import trackio
+
+                trackio.log({name: trackio.Image(np.asarray(image))}, step=step)
+            elif hasattr(tracker, "log_images"):
+                payload = [image] if tracker.name == "wandb" else np.asarray(image)[None]
+                tracker.log_images({name: payload}, step=step)

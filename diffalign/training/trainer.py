@@ -1,0 +1,502 @@
+"""The one training loop. A method is a subclass that says which data it needs and what its loss is; see `diffalign.methods`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from torch import Tensor
+
+from ..backbones import load_backbone
+from ..config import HubConfig, ValidationConfig
+from ..data import DataConfig
+from ..exceptions import ConfigError
+from ..likelihood import denoising_errors, min_snr_weight
+from . import hub
+from .batch import Batch
+from .build import DTYPES, build_network, build_optimizer, build_schedule, trainable_parameters
+from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from .checkpoint import CheckpointManager, find_checkpoint
+from .config import TrainingConfig
+from .diagnostics import LOG2_MESSAGE, DivergenceGuard
+from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
+from .reference import AdapterOffReference, FrozenCopyReference, Reference
+from .signals import StopSignals
+from .tracking import MetricLog, MetricWindow
+from .validation import Validator
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names rows and timesteps."""
+
+
+@dataclass
+class TrainOutput:
+    """What `Trainer.train` returns.
+
+    Attributes:
+        global_step: optimizer steps done.
+        metrics: the last log.
+        interrupted_by: number of the signal that ended the run early, else None.
+    """
+
+    global_step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    interrupted_by: int | None = None
+
+
+class Trainer:
+    """Trains a diffusers model. Use a method's subclass, e.g. `DiffusionDPOTrainer`.
+
+    Args:
+        model: Hub id, local folder, ``"shapes"`` or a `DiffusionPipeline`. Given a pipeline, its network is trained in place.
+        ref_model (*optional*): same kinds; whom the policy is compared with. None means the starting weights.
+        args (`TrainingConfig`, *optional*): the method's config.
+        train_dataset: anything `load_preferences` reads, or its result.
+        eval_dataset (*optional*): the same, for `evaluate`.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): hooks.
+        optimizers (*optional*): (optimizer class taking parameters, schedule function taking the optimizer); None for the config's.
+        peft_config (`peft.LoraConfig`, *optional*): None means full fine-tuning.
+        data (`DataConfig`, *optional*): geometry and caches.
+        validation (`ValidationConfig`, *optional*): None means no grids.
+        hub (`HubConfig`, *optional*): uploading.
+        revision, variant, vae (*optional*): of the model.
+
+    Raises:
+        ConfigError, UserError: on anything wrong with model, data or settings, before weights are loaded.
+    """
+
+    _name: ClassVar[str] = "Trainer"
+    _tag_names: ClassVar[tuple[str, ...]] = ()
+    _paper: ClassVar[dict[str, str]] = {}
+    config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
+    data_kind: ClassVar[str] = "pair"
+    reference_free: ClassVar[bool] = False
+    passes_per_batch: ClassVar[int] = 1
+    """How many micro-batches `micro_batches` yields for one batch."""
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: TrainingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: LoraConfig | None = None,
+        *,
+        data: DataConfig | None = None,
+        validation: ValidationConfig | None = None,
+        hub: HubConfig | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        vae: Any = None,
+    ) -> None:
+        self.args = args if args is not None else self.config_class()
+        if not isinstance(self.args, self.config_class):
+            raise ConfigError("args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}")
+        self.data_config, self.validation, self.hub = data or DataConfig(), validation, hub
+        self.output_dir, self.peft_config, self.optimizers = Path(self.args.output_dir), peft_config, optimizers
+        if self.reference_free and self.args.precompute_ref_errors:
+            raise ConfigError("train.precompute_ref_errors", f"{self._name} has no reference; set it to false")
+        self.backbone = load_backbone(model, revision=revision, variant=variant, vae=vae)
+        self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
+        self.process = self.backbone.process
+        # Of the starting weights: taken before anything trains, since a given pipeline is trained in place.
+        self._model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)
+        self.model_options = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
+        build_transform(self.data_config, self.backbone)  # sizes are checked now, not after an hour of encoding
+        source = train_dataset if train_dataset is not None else self.data_config.dataset_name or self.data_config.train_data_dir
+        if source is None:
+            raise ConfigError("data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)")
+        self.train_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_train_split)
+        if eval_dataset is None and self.data_config.dataset_test_split and train_dataset is None:
+            eval_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_test_split)
+        self.eval_dataset = eval_dataset
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.callbacks: list[TrainerCallback] = list(callbacks)
+        self._ready = False
+        self._call("on_init_end")
+
+    # Hooks of a method ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Before the micro-batches: self-samples, trajectories, targets. Default: the batch as it is."""
+        return batch
+
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """The forward passes of one batch, `passes_per_batch` many. Default: one."""
+        yield batch
+
+    def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss per group (g,) and metrics per group, each (g,) with NaN for "does not apply"."""
+        raise NotImplementedError(f"{type(self).__name__} must define compute_loss")
+
+    def on_optimizer_step(self, step: int) -> None:
+        """After optimizer step number `step`."""
+
+    # The core, as methods call it -------------------------------------------------------------------------------------------
+
+    def errors(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Denoising errors (g, k) of policy and reference at the identical noisy samples; None without a reference."""
+        reference = batch.reference_errors
+        if reference is None and not self.reference_free:
+            reference = self.reference_errors(batch)
+        return self._errors(batch, self._predict_policy), reference
+
+    def reference_errors(self, batch: Batch) -> Tensor:
+        """(g, k), without gradient."""
+        with torch.no_grad():
+            return self._errors(batch, self._predict_reference)
+
+    def _errors(self, batch: Batch, predict: Any) -> Tensor:
+        g, k = len(batch), batch.k
+        x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
+        times = batch.times.repeat_interleave(k)
+        noisy = self.process.add_noise(x0, noise, times)
+        with self.accelerator.autocast():
+            prediction = predict(noisy, self.process.model_times(times).to(noisy.device), batch.condition)
+        weight = None
+        if self.args.snr_gamma is not None:
+            weight = min_snr_weight(self.process.snr(times), self.args.snr_gamma, self.process.prediction_type)
+            weight = weight.to(noisy.device)
+        target = self.process.target(x0, noise, times)
+        return denoising_errors(prediction, target, weight, self.args.reduction).unflatten(0, (g, k))
+
+    def _predict_policy(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.backbone.predict(self.prepared, *self._cast(noisy, times, condition))
+
+    def _predict_reference(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        assert self.reference is not None
+        return self.reference.predict(self.backbone, *self._cast(noisy, times, condition))
+
+    def _cast(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        dtype = self.backbone.dtype
+        return noisy.to(dtype), times, {name: value.to(dtype) for name, value in condition.items()}
+
+    # Building ---------------------------------------------------------------------------------------------------------------
+
+    def _setup(self) -> None:
+        """Everything heavy: processes, weights, reference, caches, optimizer."""
+        if self._ready:
+            return
+        args = self.args
+        self.accelerator = self._make_accelerator()
+        set_seed(args.seed)  # the same on every process: LoRA must start equal
+        self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
+        self.network = build_network(self.backbone, args, self.peft_config)
+        self.reference = self._make_reference()
+        self.data = DataPipeline(self.train_dataset, self.data_config, args, self.backbone, self.accelerator)
+        self.notes = self.data.fill_caches()
+        parameters = trainable_parameters(self.network)
+        make_optimizer, make_schedule = self.optimizers
+        optimizer = make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
+        self.state.max_steps = self._max_steps()
+        self.schedule = make_schedule(optimizer) if make_schedule else build_schedule(optimizer, args, self.state.max_steps)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.ema = self._make_ema(parameters)
+        self.checkpoints = CheckpointManager(
+            self.accelerator,
+            self.backbone,
+            self.network,
+            self.peft_config is not None,
+            self.output_dir,
+            args.save_total_limit,
+            self.identity(),
+            self.ema,
+        )
+        set_seed(args.seed, device_specific=True)  # from here on only dropout draws from the global generators
+        self._ready = True
+
+    def _make_accelerator(self) -> Accelerator:
+        args = self.args
+        if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ConfigError("train.mixed_precision", "fp16 needs a GPU; use bf16 or no")
+        from accelerate.state import AcceleratorState
+
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != args.mixed_precision:
+            # accelerate keeps one precision for ever; a second trainer in a notebook may want another.
+            AcceleratorState._reset_state(reset_partial_state=False)
+        try:
+            return Accelerator(
+                mixed_precision=args.mixed_precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=args.gradient_accumulation_steps * self.passes_per_batch, sync_with_dataloader=False
+                ),
+                log_with=None if args.report_to == "none" else args.report_to,
+                project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            )
+        except (ValueError, ImportError) as error:
+            if args.report_to == "none":
+                raise
+            raise ConfigError("train.report_to", f"{args.report_to!r} cannot be used ({' '.join(str(error).split())})") from error
+
+    def _make_reference(self) -> Reference | None:
+        if self.reference_free:
+            return None
+        device = self.accelerator.device
+        if self.ref_backbone is not None:
+            self.ref_backbone.place(device, self.backbone.dtype)
+            network = self.ref_backbone.load_network(self.backbone.dtype)
+            return FrozenCopyReference(network, device, self.args.offload_reference)
+        if self.peft_config is not None:
+            return AdapterOffReference(self.network)
+        return FrozenCopyReference(self.network, device, self.args.offload_reference)
+
+    def _make_ema(self, parameters: list[torch.nn.Parameter]) -> Any:
+        if not self.args.use_ema:
+            return None
+        from diffusers.training_utils import EMAModel
+
+        ema = EMAModel(parameters, decay=self.args.ema_decay)
+        ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
+        return ema
+
+    def _max_steps(self) -> int:
+        args = self.args
+        if args.max_steps is not None:
+            return args.max_steps
+        if self.data.streaming:
+            raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
+        return math.ceil(len(self.data.dataset) * (args.num_train_epochs or 1) / self.data.global_batch)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run to be resumed by it."""
+        lora = None
+        if self.peft_config is not None:
+            config = self.peft_config
+            lora = {"r": config.r, "alpha": config.lora_alpha, "targets": str(sorted(config.target_modules or self.backbone.lora_targets))}
+        return {
+            "method": self._name,
+            "model": self._model_fingerprint,
+            "dataset": self.train_dataset.fingerprint,
+            "lora": lora,
+            "seed": self.args.seed,
+        }
+
+    # Public verbs -----------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+        """Runs to the end (or to the first signal), writing checkpoints, logs and the final model.
+
+        Args:
+            resume_from_checkpoint (`str`, *optional*): ``latest`` or a checkpoint folder; None takes the config's.
+
+        Raises:
+            UserError: when `output_dir` holds another run, or a checkpoint does not belong to this one.
+            NonFiniteLoss, CheckpointError: when training or saving fails.
+        """
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        checkpoint = find_checkpoint(self.output_dir, resume) if resume else None
+        if checkpoint is None:
+            hub.claim_output_dir(self.output_dir, self.args.overwrite_output_dir)
+        self._setup()
+        self.checkpoints.clean()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        validator = self._make_validator()
+        self._precompute()
+        if checkpoint is not None:
+            steps = self.state.max_steps
+            self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
+            self.state.max_steps = steps
+            self.schedule.last_epoch = self.state.global_step
+        self._announce(checkpoint)
+        with StopSignals() as signals:
+            metrics = self._loop(validator, signals)
+        if signals.received is None:
+            self.save_model(str(self.output_dir))
+            if self.hub is not None and self.hub.push_to_hub:
+                self.push_to_hub()
+        self.accelerator.end_training()
+        return TrainOutput(self.state.global_step, metrics, signals.received)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Mean loss and metrics on the evaluation data, one fixed draw of noise and timestep per row."""
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if data is None:
+            raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
+        self._setup()
+        groups = as_preferences(data, self.data_config, self.data_kind, self.data_config.dataset_test_split or "test")
+        config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
+        args = dataclasses.replace(self.args, precompute_ref_errors=False, proportion_empty_prompts=0.0)
+        pipeline = DataPipeline(groups, config, args, self.backbone, self.accelerator)
+        window = MetricWindow()
+        self.network.eval()
+        for examples in pipeline.passes():
+            loss, metrics = self.compute_loss(self.prepare(pipeline.builder(examples)))
+            window.add({"loss": loss, **metrics})
+        self.network.train()
+        result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
+        self._call("on_evaluate", metrics=result)
+        return result
+
+    def save_model(self, output_dir: str) -> None:
+        """Writes inference-ready weights, ``config.yaml`` and the model card: ``pipe.load_lora_weights(output_dir)`` for LoRA, a
+        whole pipeline for full fine-tuning. With `use_ema` these are the averaged weights. All processes must call this."""
+        self._setup()
+        parameters = trainable_parameters(self.network)
+        if self.ema is not None:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        hub.save_model(self, Path(output_dir))
+        if self.ema is not None:
+            self.ema.restore(parameters)
+
+    def push_to_hub(self) -> str:
+        """Uploads what `save_model` wrote; returns the address."""
+        return hub.push_to_hub(self.output_dir, self.hub or HubConfig())
+
+    def dry_run(self) -> dict[str, Any]:
+        """One batch forward and backward; nothing is written. Returns and prints what the run would be."""
+        started = time.perf_counter()
+        self._setup()
+        examples = next(self.data.batches(0))
+        for batch in self.micro_batches(self.prepare(self.data.builder(examples))):
+            loss, _ = self.compute_loss(batch)
+            self._check_finite(loss, batch)
+            self.accelerator.backward(loss.mean())
+        self.optimizer.zero_grad()
+        report = hub.dry_run_report(self, batch, float(loss.mean().detach()), time.perf_counter() - started)
+        for line in report["lines"]:
+            self.accelerator.print(line)
+        return report
+
+    # The loop ---------------------------------------------------------------------------------------------------------------
+
+    def _make_validator(self) -> Validator | None:
+        if self.validation is None or not self.accelerator.is_main_process:
+            return None
+        validator = Validator(self.validation, self.backbone, self.output_dir)
+        validator.draw_base(self.network)
+        return validator
+
+    def _precompute(self) -> None:
+        self.precomputed: ReferenceErrors | None = None
+        if not self.args.precompute_ref_errors:
+            return
+        identity = {**self.identity(), "lora": None, "args": hub.draw_settings(self.args), "transform": self.data.transform.fingerprint}
+        self.precomputed = ReferenceErrors(self.data, self.output_dir, hub.digest(identity))
+        fresh = self.precomputed.fill(self.reference_errors)
+        self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {'computed' if fresh else 'read back'}")
+
+    def _announce(self, checkpoint: Path | None) -> None:
+        self.lines = hub.run_facts(self)
+        for line in [*self.lines, *self.notes, *([] if self.reference_free else [LOG2_MESSAGE])]:
+            self.accelerator.print(line)
+        if checkpoint is not None:
+            self.accelerator.print(f"resuming from {checkpoint} at step {self.state.global_step} of {self.state.max_steps}")
+        if self.accelerator.is_main_process:
+            hub.write_config(self, self.output_dir)
+        if self.args.report_to != "none":
+            self.accelerator.init_trackers(
+                self.args.project, config=hub.tracker_config(self.args), init_kwargs=hub.tracker_options(self.args)
+            )
+
+    def _loop(self, validator: Validator | None, signals: StopSignals) -> dict[str, float]:
+        args, state, control = self.args, self.state, self.control
+        log = MetricLog(self.accelerator, self.output_dir)
+        state.log_history = log.start(state.global_step)
+        self.window, metrics = MetricWindow(), {}
+        guard = DivergenceGuard(args.divergence_patience, self.accelerator.print)
+        progress = [ProgressCallback()] if self.accelerator.is_main_process else []
+        self._call("on_train_begin", progress)
+        batches = self.data.batches(state.samples_seen)
+        while state.global_step < state.max_steps and not control.should_training_stop:
+            self._optimizer_step(batches)
+            self.on_optimizer_step(state.global_step)
+            last = state.global_step == state.max_steps
+            if state.global_step % args.logging_steps == 0 or last:
+                metrics = self._log(log, progress)
+                if guard.update(metrics, state.global_step) and args.stop_on_divergence:
+                    control.should_training_stop = control.should_save = True
+            self._call("on_step_end", progress)
+            if self._interrupted(signals):
+                control.should_training_stop = control.should_save = True
+            if control.should_save or last or (args.save_steps and state.global_step % args.save_steps == 0):
+                control.should_save = False
+                path = self.checkpoints.save(state)
+                self._call("on_save", progress, checkpoint=path)
+            if validator is not None and (last or state.global_step % validator.config.validation_steps == 0):
+                grid, _ = validator.draw(self.network, state.global_step)
+                log.images("validation", grid, state.global_step)
+        self._call("on_train_end", progress)
+        return metrics
+
+    def _interrupted(self, signals: StopSignals) -> bool:
+        if self.accelerator.num_processes == 1:
+            return signals.received is not None
+        if signals.received is not None:
+            self.accelerator.set_trigger()
+        if not self.accelerator.check_trigger():
+            return False
+        signals.received = signals.received or 15  # another process was told to stop: so are we all
+        return True
+
+    def _optimizer_step(self, batches: Iterator[Any]) -> None:
+        args, state = self.args, self.state
+        for _ in range(args.gradient_accumulation_steps):
+            examples = next(batches)
+            whole = self.data.builder(examples)
+            if self.precomputed is not None:
+                self.precomputed.attach(whole, examples)
+            for batch in self.micro_batches(self.prepare(whole)):
+                with self.accelerator.accumulate(self.prepared):
+                    loss, metrics = self.compute_loss(batch)
+                    self._check_finite(loss, batch)
+                    self.accelerator.backward((batch.weights * loss).mean())
+                    self.window.add({"train/loss": loss, **metrics})
+                    if self.accelerator.sync_gradients and args.max_grad_norm is not None:
+                        # A list: a generator would be exhausted after one use, and clipping would silently do nothing.
+                        norm = self.accelerator.clip_grad_norm_(trainable_parameters(self.network), args.max_grad_norm)
+                        self.window.add({"train/grad_norm": torch.as_tensor(norm)})
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        self.schedule.step()
+        state.global_step += 1
+        state.samples_seen += self.data.global_batch
+        if not self.data.streaming:
+            state.epoch = state.samples_seen / len(self.data.dataset)
+        if self.ema is not None:
+            self._update_ema()
+
+    def _update_ema(self) -> None:
+        if self.args.offload_ema:
+            self.ema.to(self.accelerator.device)
+        self.ema.step(trainable_parameters(self.network))
+        if self.args.offload_ema:
+            self.ema.to("cpu")
+
+    def _check_finite(self, loss: Tensor, batch: Batch) -> None:
+        if torch.isfinite(loss).all():
+            return
+        bad = [i for i, value in enumerate(loss.detach().cpu()) if not torch.isfinite(value)]
+        rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
+        raise NonFiniteLoss(
+            f"step {self.state.global_step + 1}: the loss is not finite for dataset rows {rows} at timesteps {times}; "
+            "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
+        )
+
+    def _log(self, log: MetricLog, progress: list[ProgressCallback]) -> dict[str, float]:
+        metrics = self.window.reduce(self.accelerator)
+        metrics |= {"train/lr": self.optimizer.param_groups[0]["lr"], "epoch": self.state.epoch}
+        log.write(metrics, self.state.global_step)
+        self.state.log_history.append({"step": self.state.global_step, **metrics})
+        self._call("on_log", progress, logs=metrics)
+        return metrics
+
+    def _call(self, hook: str, more: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        for callback in [*self.callbacks, *more]:
+            getattr(callback, hook)(self.args, self.state, self.control, trainer=self, **kwargs)
