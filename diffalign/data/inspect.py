@@ -51,7 +51,7 @@ def inspect(dataset: PreferenceDataset) -> dict[str, Any]:
     findings = {name: _Findings() for name in names}
     images = 0
     for group in _readable(dataset, findings["unreadable"]):
-        prompts.update(dict.fromkeys(group.prompts))
+        prompts.update(set(group.prompts))
         try:
             headers = [image_cells.header(image) for image in group.images]
         except image_cells.BrokenImage:
@@ -80,7 +80,7 @@ def inspect(dataset: PreferenceDataset) -> dict[str, Any]:
     judged = report.first_wins + report.second_wins
     return report.as_dict() | {
         "kind": dataset.kind,
-        "fingerprint": dataset.fingerprint,
+        "fingerprint": None if findings["unreadable"].count else dataset.fingerprint,
         "images": images,
         "distinct_images": len(seen_images),
         "sizes": dict(sizes.most_common()),
@@ -155,7 +155,7 @@ def format_inspection(result: dict[str, Any]) -> str:
         "unequal sizes in a group": finding("size_mismatches"),
         f"aspects over {ASPECT_TOLERANCE:.0%} apart": finding("aspect_mismatches"),
         "unreadable": finding("unreadable"),
-        "fingerprint": result["fingerprint"],
+        "fingerprint": result["fingerprint"] or "none while images are unreadable",
     }
     text = [f"{name:<24} {value}" for name, value in lines.items()]
     text += [f"  row {row_id}: {reason}" for row_id, reason in result["broken"]]

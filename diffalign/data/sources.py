@@ -225,7 +225,7 @@ def _hub(name: str, split: str, config: str | None, revision: str | None, stream
 
     alternatives = (
         "Pick-a-Pic was taken down from the Hub in 2025; use data-is-better-together/open-image-preferences-v1-binarized, "
-        "HPDv2 (ymhao/HPDv2), or your own data through `diffalign data convert`"
+        "HPDv2, or your own data through `diffalign data convert`"
     )
     try:
         return _load(name, name, split, config=config, revision=revision, streaming=streaming)

@@ -207,7 +207,7 @@ def train_denoiser(
 
 def measure(pipe: StableDiffusionPipeline, guidance_scale: float, images_per_prompt: int = 4) -> dict[str, float]:
     """Held-out accuracy per attribute and of all at once, with the standard error of the latter clustered by prompt."""
-    from ..evaluation.generate import generate
+    from ..evaluation.sampling import generate
 
     prompts = [prompt for prompt in held_out_prompts() for _ in range(images_per_prompt)]
     sampling = {**SAMPLING, "guidance_scale": guidance_scale}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..config import ValidationConfig
-from ..evaluation.generate import generate
+from ..evaluation.sampling import generate
 from ..evaluation.grids import comparison_grid
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ def test_findings(rows):
     assert (result["images"], result["distinct_images"], result["distinct_prompts"]) == (8, 3, 3)
     assert result["prompt_words"] == {"min": 2, "median": 3, "max": 6}
     assert result["prompt_characters"] == {"min": 5, "median": 9, "max": 29}
-    assert result["first_image_preferred"] == pytest.approx(0.6)  # of the five labels with a winner, a broken row's included
+    assert result["first_image_preferred"] == pytest.approx(0.8)  # four of five labels; the broken row has one too
     json.dumps(result)
 
 
@@ -63,6 +63,10 @@ def test_unreadable_images_are_findings(save):
     data = load([{"prompt": "p", "image": str(path)}])
     path.write_bytes(b"?")
     assert inspect(data)["unreadable"] == {"count": 1, "rows": [0]}
+    path.unlink()
+    result = inspect(data)
+    assert (result["unreadable"], result["fingerprint"]) == ({"count": 1, "rows": [0]}, None)
+    assert "none while images are unreadable" in format_inspection(result)
 
 
 def test_a_stream_can_be_inspected(rows):

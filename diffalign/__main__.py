@@ -1,0 +1,5 @@
+"""``python -m diffalign`` is the ``diffalign`` command."""
+
+from .cli import main
+
+main()

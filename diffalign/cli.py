@@ -1,0 +1,232 @@
+"""The command line. Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a failure, 128 + n after signal n."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .exceptions import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return options.handler(options, rest)
+    except UserError as error:
+        return _say(str(error), 2)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except Exception as error:
+        expected = {"CheckpointError", "NonFiniteLoss"}
+        if type(error).__name__ == "Interrupted":
+            return _say(str(error), 128 + error.signal)  # type: ignore[attr-defined]
+        if type(error).__name__ in expected:
+            return _say(str(error), 1)
+        raise
+
+
+def _say(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # one process of several speaks
+        print(f"diffalign: {message}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in arguments read like all other mistakes."""
+
+    def error(self, message: str) -> Any:
+        sys.exit(_say(f"{message} (see {self.prog} --help)", 2))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands; nothing heavy is imported here."""
+    parser = _Parser(prog="diffalign", description="Align text-to-image diffusion models with human preferences.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    quick = commands.add_parser("quickstart", help="align the embedded model on a CPU in minutes and measure it", allow_abbrev=False)
+    quick.add_argument("--output_dir", type=Path, default=Path("diffalign-quickstart"), help="default: diffalign-quickstart")
+    _add_quickstart_options(quick)
+    quick.set_defaults(handler=_quickstart)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model as a run file says",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("-h", "--help", action="store_true")
+    train.add_argument("--config", type=Path)
+    train.add_argument("--dry_run", action="store_true")
+    train.add_argument("--accelerate_config")
+    train.add_argument("--num_processes", type=int)
+    train.set_defaults(handler=_train)
+
+    sample = commands.add_parser("sample", help="draw images, with a LoRA beside the base", allow_abbrev=False)
+    sample.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
+    sample.add_argument("--lora", help="folder or Hub id of LoRA weights; base images are drawn beside")
+    sample.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default 1.0)")
+    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sample.add_argument("--num_images", type=int, default=4, help="images per prompt (default 4)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
+    sample.add_argument("--num_inference_steps", type=int, help="sampler steps (default: the pipeline's)")
+    sample.add_argument("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
+    sample.add_argument("--batch_size", type=int, default=4, help="images per forward pass (default 4)")
+    sample.add_argument("--output_dir", type=Path, default=Path("diffalign-samples"), help="default: diffalign-samples")
+    sample.set_defaults(handler=_sample)
+
+    data = commands.add_parser("data", help="inspect or convert preference data", allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    for name, text in (("inspect", "what is in a dataset, and what is wrong with it"), ("convert", "write any layout as canonical parquet")):
+        action = actions.add_parser(name, help=text, allow_abbrev=False)
+        action.add_argument("source", help="Hub id, folder or file")
+        action.add_argument("--split", default="train", help="default: train")
+        action.add_argument("--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'")
+        action.add_argument("--ties", default="drop", choices=("drop", "keep"), help="default: drop")
+        if name == "convert":
+            action.add_argument("--output_dir", type=Path, required=True)
+            action.add_argument("--kind", choices=("pair", "ranked", "single", "prompt"), help="default: the source's own")
+        action.set_defaults(handler=_data)
+
+    env = commands.add_parser("env", help="versions and devices, for a bug report")
+    env.set_defaults(handler=_env)
+    return parser
+
+
+def _add_quickstart_options(parser: argparse.ArgumentParser) -> None:
+    import dataclasses
+
+    from .config import field_docs
+    from .shapes.quickstart_config import QuickstartConfig
+
+    docs = field_docs(QuickstartConfig)
+    for field in dataclasses.fields(QuickstartConfig):
+        kind = {"int": int, "float": float}[str(field.type)]
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"{docs[field.name]} Default {field.default}.".replace("%", "%%"))
+
+
+def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
+    from .shapes import quickstart
+    from .shapes.quickstart_config import QuickstartConfig
+
+    values = vars(options)
+    config = QuickstartConfig(**{name: values[name] for name in QuickstartConfig.__dataclass_fields__})
+    quickstart.run(options.output_dir, config)
+    return 0
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .config import load_run
+
+    if options.help:
+        print(_train_help(overrides))
+        return 0
+    if options.config is None and not overrides:
+        raise UserError("--config: name a run file, e.g. diffalign train --config configs/diffusion_dpo/shapes.yaml")
+    run_config = load_run(options.config, overrides)
+    if options.accelerate_config or (options.num_processes or 1) > 1:
+        return _launch(options, overrides)
+    from .training.run import train_run
+
+    return train_run(run_config, dry_run=options.dry_run)
+
+
+def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The same program through ``accelerate launch``."""
+    import subprocess
+
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if options.accelerate_config:
+        name = options.accelerate_config
+        folder = Path(__file__).parent / "accelerate_configs"
+        path = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+            raise UserError(f"--accelerate_config: {name!r} is neither a file nor one of {known}")
+        command += ["--config_file", str(path)]
+    if options.num_processes:
+        command += ["--num_processes", str(options.num_processes)]
+    command += ["-m", "diffalign", "train"]
+    if options.config:
+        command += ["--config", str(options.config)]
+    return subprocess.call(command + (["--dry_run"] if options.dry_run else []) + overrides)
+
+
+def _train_help(overrides: list[str]) -> str:
+    from .config import HubConfig, LoraSection, ValidationConfig, section_help
+    from .data.config import DataConfig
+    from .methods import METHODS, config_class
+
+    text = [
+        "usage: diffalign train --config FILE [--dry_run] [--accelerate_config NAME] [--num_processes N] [--SECTION.FIELD VALUE ...]",
+        "",
+        "Any field of a run file can be given on the command line, e.g. --model FOLDER --train.beta 2000 --lora.r 8.",
+        "--dry_run does one batch forward and backward and says what the run would be.",
+        f"methods: {', '.join(METHODS)}",
+    ]
+    for cls, name in ((LoraSection, "lora"), (DataConfig, "data"), (ValidationConfig, "validation"), (HubConfig, "hub")):
+        text += ["", f"{name}:", section_help(cls, name)]
+    for method in METHODS:
+        text += ["", f"train (method: {method}):", section_help(config_class(method), "train")]
+    return "\n".join(text)
+
+
+def _sample(options: argparse.Namespace, rest: list[str]) -> int:
+    from .evaluation.sample_command import sample
+
+    sample(options)
+    return 0
+
+
+def _data(options: argparse.Namespace, rest: list[str]) -> int:
+    import yaml
+
+    from .data import convert, format_inspection, load_preferences
+    from .data.inspect import inspect
+
+    columns = yaml.safe_load(options.columns) if options.columns else None
+    if columns is not None and not isinstance(columns, dict):
+        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {options.columns!r}")
+    # Inspecting must show what is broken, so nothing is too broken to be looked at.
+    share = 1.0 if options.action == "inspect" else 0.05
+    dataset = load_preferences(
+        options.source, split=options.split, columns=columns, ties=options.ties, max_broken_fraction=share, verbose=False
+    )
+    if options.action == "inspect":
+        print(format_inspection(inspect(dataset)))
+    else:
+        print(f"wrote {convert(dataset, options.output_dir, kind=options.kind)}")
+    return 0
+
+
+def _env(options: argparse.Namespace, rest: list[str]) -> int:
+    import platform
+
+    import torch
+
+    from .training.hub import versions
+
+    for name, version in versions().items():
+        print(f"- {name}: {version}")
+    print(f"- platform: {platform.platform()}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"- devices: {', '.join(devices) or f'cpu ({torch.get_num_threads()} threads)'}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""``diffalign sample``: images of a model, with and without a LoRA, as files and as one picture."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..backbones.loading import ModelSource
+from ..exceptions import ConfigError, UserError
+from .grids import comparison_grid
+from .sampling import generate
+
+
+def load_pipeline(model: str) -> Any:
+    """A plain diffusers pipeline from a Hub id, a folder or ``shapes``, on the GPU if there is one; safetensors only."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    source = ModelSource(model)
+    cuda = torch.cuda.is_available()
+    pipe = DiffusionPipeline.from_pretrained(
+        source.location, torch_dtype=torch.bfloat16 if cuda else torch.float32, use_safetensors=True
+    )
+    return pipe.to("cuda") if cuda else pipe
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Writes ``<prompt>-<seed>.png`` files and, with a LoRA, ``comparison.png``.
+
+    Raises:
+        UserError: on a missing model or LoRA, or numbers out of range.
+    """
+    for name, lowest in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, name) < lowest:
+            raise ConfigError(f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}")
+    pipe = load_pipeline(options.model)
+    settings: dict[str, Any] = {
+        name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale") if getattr(options, name) is not None
+    }
+    if options.model == "shapes":
+        from ..shapes.pretrain import SAMPLING
+
+        settings = {**SAMPLING, **settings}
+    prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
+    seeds = [options.seed + i for _ in options.prompt for i in range(options.num_images)]
+    sides = {"base": generate(pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings)}
+    if options.lora:
+        try:
+            pipe.load_lora_weights(options.lora, adapter_name="tuned", use_safetensors=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--lora: {options.lora!r} holds no LoRA for this model ({' '.join(str(error).split())[:200]})") from error
+        pipe.set_adapters("tuned", options.lora_scale)
+        sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, images in sides.items():
+        for i, image in enumerate(images):
+            image.save(options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
+    if options.lora:
+        n = options.num_images
+        rows = [(p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)]
+        comparison_grid(rows).save(options.output_dir / "comparison.png")
+    print(f"wrote {sum(map(len, sides.values()))} images to {options.output_dir}")
