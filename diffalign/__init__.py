@@ -21,7 +21,18 @@ _EXPORTS = {
     "load_preferences": "data.load",
     "UserError": "exceptions",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "DataConfig",
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "TrainerCallback",
+    "UserError",
+    "ValidationConfig",
+    "__version__",
+    "load_preferences",
+]
 
 if TYPE_CHECKING:
     from .config import ValidationConfig

@@ -54,11 +54,15 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; nothing heavy is imported here."""
-    parser = _Parser(prog="diffalign", description="Align text-to-image diffusion models with human preferences.", allow_abbrev=False)
+    parser = _Parser(
+        prog="diffalign", description="Align text-to-image diffusion models with human preferences.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    quick = commands.add_parser("quickstart", help="align the embedded model on a CPU in minutes and measure it", allow_abbrev=False)
+    quick = commands.add_parser(
+        "quickstart", help="align the embedded model on a CPU in minutes and measure it", allow_abbrev=False
+    )
     quick.add_argument("--output_dir", type=Path, default=Path("diffalign-quickstart"), help="default: diffalign-quickstart")
     _add_quickstart_options(quick)
     quick.set_defaults(handler=_quickstart)
@@ -91,11 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="inspect or convert preference data", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
-    for name, text in (("inspect", "what is in a dataset, and what is wrong with it"), ("convert", "write any layout as canonical parquet")):
+    for name, text in (
+        ("inspect", "what is in a dataset, and what is wrong with it"),
+        ("convert", "write any layout as canonical parquet"),
+    ):
         action = actions.add_parser(name, help=text, allow_abbrev=False)
         action.add_argument("source", help="Hub id, folder or file")
         action.add_argument("--split", default="train", help="default: train")
-        action.add_argument("--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'")
+        action.add_argument(
+            "--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'"
+        )
         action.add_argument("--ties", default="drop", choices=("drop", "keep"), help="default: drop")
         if name == "convert":
             action.add_argument("--output_dir", type=Path, required=True)
@@ -116,7 +125,12 @@ def _add_quickstart_options(parser: argparse.ArgumentParser) -> None:
     docs = field_docs(QuickstartConfig)
     for field in dataclasses.fields(QuickstartConfig):
         kind = {"int": int, "float": float}[str(field.type)]
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"{docs[field.name]} Default {field.default}.".replace("%", "%%"))
+        parser.add_argument(
+            f"--{field.name}",
+            type=kind,
+            default=field.default,
+            help=f"{docs[field.name]} Default {field.default}.".replace("%", "%%"),
+        )
 
 
 def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:

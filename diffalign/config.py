@@ -121,9 +121,9 @@ def field_docs(cls: type) -> dict[str, str]:
         body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                    docs[statement.target.id] = " ".join(str(following.value.value).split())
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if documented and isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                docs[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[union-attr]
     return docs
 
 
@@ -131,7 +131,7 @@ def section_help(cls: type, path: str) -> str:
     """One line per field: option, default and its docstring."""
     docs, lines = field_docs(cls), []
     for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc,operator]
         lines.append(f"  --{path}.{f.name} (default {default!r})\n      {docs.get(f.name, '')}")
     return "\n".join(lines)
 
@@ -305,7 +305,9 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
 
     for key in values:
         if key not in _TOP_LEVEL:
-            raise ConfigError(str(key), f"unknown key{suggestion(str(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}")
+            raise ConfigError(
+                str(key), f"unknown key{suggestion(str(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}"
+            )
     for key in ("method", "model"):
         if not isinstance(values.get(key), str):
             raise ConfigError(key, f"expected a name, got {values.get(key)!r}")

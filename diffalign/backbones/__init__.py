@@ -25,7 +25,9 @@ def load_backbone(model: Any, *, revision: str | None = None, variant: str | Non
         if source.pipeline_class_name in backbone.pipeline_classes:
             return backbone(source)
     supported = ", ".join(name for backbone in BACKBONES for name in backbone.pipeline_classes)
-    raise ConfigError("model", f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; supported are {supported}")
+    raise ConfigError(
+        "model", f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; supported are {supported}"
+    )
 
 
 __all__ = ["BACKBONES", "Backbone", "ModelSource", "load_backbone"]

@@ -155,7 +155,9 @@ class ModelSource:
             raise ConfigError("model", f"component {name} of {self.name!r} cannot be loaded: {reason}") from error
 
     def pipeline_class(self) -> Any:
-        return type(self.pipe) if self.pipe is not None else getattr(importlib.import_module("diffusers"), self.pipeline_class_name)
+        return (
+            type(self.pipe) if self.pipe is not None else getattr(importlib.import_module("diffusers"), self.pipeline_class_name)
+        )
 
     def pipeline_options(self) -> dict[str, Any]:
         """Plain values that the pipeline's constructor takes, e.g. SDXL's `force_zeros_for_empty_prompt`."""

@@ -53,7 +53,10 @@ def comparison_grid(
             draw.text((x + half + _MARGIN, _MARGIN), right, fill=_INK, font=font)
         for offset, images in ((0, base), (half + _MARGIN, tuned)):
             for i, image in enumerate(images):
-                scaled = image.convert("RGB").resize((side, side * image.height // image.width), Image.Resampling.NEAREST if side >= 2 * image.width else Image.Resampling.LANCZOS)
+                scaled = image.convert("RGB").resize(
+                    (side, side * image.height // image.width),
+                    Image.Resampling.NEAREST if side >= 2 * image.width else Image.Resampling.LANCZOS,
+                )
                 canvas.paste(scaled.crop((0, 0, side, side)), (x + offset + i * (side + 2), y))
         for i, content in enumerate(text):
             draw.text((x, y + side + 2 + i * line), content, fill=_INK, font=font)

@@ -50,7 +50,9 @@ def sample(options: argparse.Namespace) -> None:
         try:
             pipe.load_lora_weights(options.lora, adapter_name="tuned", use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--lora: {options.lora!r} holds no LoRA for this model ({' '.join(str(error).split())[:200]})") from error
+            raise UserError(
+                f"--lora: {options.lora!r} holds no LoRA for this model ({' '.join(str(error).split())[:200]})"
+            ) from error
         pipe.set_adapters("tuned", options.lora_scale)
         sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,8 @@ def sample(options: argparse.Namespace) -> None:
             image.save(options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
     if options.lora:
         n = options.num_images
-        rows = [(p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)]
+        rows = [
+            (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)
+        ]
         comparison_grid(rows).save(options.output_dir / "comparison.png")
     print(f"wrote {sum(map(len, sides.values()))} images to {options.output_dir}")

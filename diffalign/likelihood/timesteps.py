@@ -43,7 +43,9 @@ def sample_times(
         uniforms = torch.sigmoid(logit_mean + logit_std * quantiles)
     if isinstance(process, RectifiedFlow):
         if sampler in ("turbo", "refiner"):
-            raise ValueError(f"timestep_sampling: {sampler!r} belongs to SDXL, not to flow-matching models; use uniform or logit_normal")
+            raise ValueError(
+                f"timestep_sampling: {sampler!r} belongs to SDXL, not to flow-matching models; use uniform or logit_normal"
+            )
         sigma = uniforms.clamp(min=1 / process.num_timesteps)
         return process.shift * sigma / (1 + (process.shift - 1) * sigma)
     assert isinstance(process, VariancePreserving)

@@ -18,6 +18,7 @@ its beta 2500 is 5000 here; there, too, its `ipo` margin 1/(2 beta') is 1/beta h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class DiffusionDPOTrainer(Trainer):
 
     _name = "Diffusion-DPO"
     _tag_names = ("diffusion-dpo",)
-    _paper = {
+    _paper: ClassVar[dict[str, str]] = {
         "title": "Diffusion Model Alignment Using Direct Preference Optimization",
         "id": "2311.12908",
         "citation": """@inproceedings{wallace2024diffusion,

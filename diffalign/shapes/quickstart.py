@@ -108,7 +108,12 @@ def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
     repeated = [prompt for prompt in prompts for _ in range(k)]
     first = config.seed * len(train_prompts()) * 100
     images = generate(
-        base_pipeline(), repeated, range(first, first + len(repeated)), batch_size=64, description="1/3 sampling from the base", **SAMPLING
+        base_pipeline(),
+        repeated,
+        range(first, first + len(repeated)),
+        batch_size=64,
+        description="1/3 sampling from the base",
+        **SAMPLING,
     )
     scores = score(images, repeated)
     rows = {
@@ -189,7 +194,9 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
     count = config.eval_images
     repeated = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(BASE_SEED + config.seed * len(repeated), BASE_SEED + (config.seed + 1) * len(repeated))
-    pipe, images, results = base_pipeline(), {}, {}
+    pipe = base_pipeline()
+    images: dict[str, list[Image.Image]] = {}
+    results: dict[str, Any] = {}
     for name in ("base", "tuned"):
         if name == "tuned":
             pipe.load_lora_weights(str(folder / "lora"))

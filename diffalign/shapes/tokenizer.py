@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .prompts import all_scenes
@@ -20,7 +21,7 @@ def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     pieces = {word: [*word[:-1], word[-1] + _END_OF_WORD] for word in words}
     merges: list[tuple[str, str]] = []
     while any(len(parts) > 1 for parts in pieces.values()):
-        counts = Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:], strict=False))
+        counts = Counter(pair for parts in pieces.values() for pair in pairwise(parts))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for word, parts in pieces.items():
@@ -45,6 +46,6 @@ def build_tokenizer() -> CLIPTokenizer:
     merges = _byte_pair_merges(words)
     entries = letters + [letter + _END_OF_WORD for letter in letters]
     entries += [left + right for left, right in merges]
-    entries = list(dict.fromkeys(entries)) + ["<|startoftext|>", "<|endoftext|>"]
+    entries = [*dict.fromkeys(entries), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(entries)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)

@@ -37,7 +37,10 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     if config.target_modules is None:
         config.target_modules = backbone.lora_targets
     if getattr(network, "peft_config", None):
-        raise ConfigError("model", "the pipeline already carries adapters; fuse or unload them first (pipe.fuse_lora(), pipe.unload_lora_weights())")
+        raise ConfigError(
+            "model",
+            "the pipeline already carries adapters; fuse or unload them first (pipe.fuse_lora(), pipe.unload_lora_weights())",
+        )
     try:
         network.add_adapter(config)
     except ValueError as error:
@@ -60,7 +63,9 @@ def set_attention(network: Any, backend: str) -> None:
         network.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError("train.attention", f"the backend {backend!r} cannot be used here ({reason}); native always can") from error
+        raise ConfigError(
+            "train.attention", f"the backend {backend!r} cannot be used here ({reason}); native always can"
+        ) from error
 
 
 def trainable_parameters(network: Any) -> list[Parameter]:

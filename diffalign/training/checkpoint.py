@@ -53,7 +53,9 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
     if request == "latest":
         found = list_checkpoints(output_dir)
         if not found:
-            raise UserError(f"train.resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to resume; leave the option out to start")
+            raise UserError(
+                f"train.resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to resume; leave the option out to start"
+            )
         return found[-1]
     path = Path(request)
     if not (path / STATE_FILE).is_file():

@@ -10,7 +10,6 @@ import platform
 import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +274,10 @@ def dry_run_report(trainer: Trainer, batch: Any, loss: float, seconds: float) ->
     memory, kind = peak_memory(trainer.accelerator.device)
     trainable = sum(p.numel() for p in trainable_parameters(trainer.network))
     lines = [*run_facts(trainer), *trainer.notes]
-    lines += [f"{kind}: {memory:.2f} GiB; loss of the first batch {loss:.4f}; {seconds:.1f} s with loading", "dry run: nothing was written"]
+    lines += [
+        f"{kind}: {memory:.2f} GiB; loss of the first batch {loss:.4f}; {seconds:.1f} s with loading",
+        "dry run: nothing was written",
+    ]
     return {
         "lines": lines,
         "trainable_parameters": trainable,

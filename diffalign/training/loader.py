@@ -92,7 +92,6 @@ class Example:
     std: Tensor | None = None
 
 
-
 class GroupReader(torch.utils.data.Dataset):
     """Map-style access by (epoch, index), in a worker or not."""
 
@@ -146,7 +145,9 @@ class StreamReader(torch.utils.data.IterableDataset):
             epoch += 1
 
 
-def fill_latent_cache(cache: TensorCache, reader: GroupReader, backbone: Backbone, rank: int, world: int, batch_groups: int = 8) -> int:
+def fill_latent_cache(
+    cache: TensorCache, reader: GroupReader, backbone: Backbone, rank: int, world: int, batch_groups: int = 8
+) -> int:
     """Encodes the groups that the cache lacks, a share per process; returns how many were missing over all processes."""
     keys = [group_key(reader.dataset[i].image_hashes()) for i in range(len(reader.dataset))]
     missing = set(cache.missing(keys))

@@ -68,7 +68,8 @@ def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
     transform = GroupTransform(sizes, center_crop=config.center_crop, random_flip=config.random_flip, mismatch=config.mismatch)
     if config.cache_latents and not (config.center_crop and not config.random_flip):
         raise ConfigError(
-            "data.cache_latents", "cached latents cannot be cropped or flipped anew; set data.center_crop: true and data.random_flip: false"
+            "data.cache_latents",
+            "cached latents cannot be cropped or flipped anew; set data.center_crop: true and data.random_flip: false",
         )
     return transform
 
@@ -88,9 +89,14 @@ class DataPipeline:
         self.transform = build_transform(config, backbone)
         self.streaming = config.dataset_streaming
         if self.streaming and (config.cache_latents or config.cache_text_embeddings or args.precompute_ref_errors):
-            raise ConfigError("data.dataset_streaming", "caches and precompute_ref_errors need a dataset of known size; set it to false")
+            raise ConfigError(
+                "data.dataset_streaming", "caches and precompute_ref_errors need a dataset of known size; set it to false"
+            )
         if args.precompute_ref_errors and not (config.center_crop and not config.random_flip):
-            raise ConfigError("train.precompute_ref_errors", "needs the same pixels in every epoch; set data.center_crop: true and data.random_flip: false")
+            raise ConfigError(
+                "train.precompute_ref_errors",
+                "needs the same pixels in every epoch; set data.center_crop: true and data.random_flip: false",
+            )
         self.dropped_sizes = 0
         self.buckets: list[int] | None = None
         if config.aspect_ratio_buckets and not self.streaming:
@@ -212,7 +218,9 @@ class ReferenceErrors:
         table = torch.zeros(count, draws, k, dtype=torch.float64)
         size = data.args.per_device_train_batch_size
         todo = [(d, i) for d in range(draws) for i in range(count)][accelerator.process_index :: accelerator.num_processes]
-        for start in tqdm(range(0, len(todo), size), desc="reference errors", unit="batch", disable=not accelerator.is_main_process):
+        for start in tqdm(
+            range(0, len(todo), size), desc="reference errors", unit="batch", disable=not accelerator.is_main_process
+        ):
             chunk = todo[start : start + size]
             values = errors(data.builder([data.reader[key] for key in chunk])).double().cpu()
             for (draw, index), row in zip(chunk, values, strict=True):

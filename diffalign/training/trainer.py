@@ -120,7 +120,9 @@ class Trainer:
         build_transform(self.data_config, self.backbone)  # sizes are checked now, not after an hour of encoding
         source = train_dataset if train_dataset is not None else self.data_config.dataset_name or self.data_config.train_data_dir
         if source is None:
-            raise ConfigError("data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)")
+            raise ConfigError(
+                "data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)"
+            )
         self.train_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_train_split)
         if eval_dataset is None and self.data_config.dataset_test_split and train_dataset is None:
             eval_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_test_split)
@@ -277,7 +279,11 @@ class Trainer:
         lora = None
         if self.peft_config is not None:
             config = self.peft_config
-            lora = {"r": config.r, "alpha": config.lora_alpha, "targets": str(sorted(config.target_modules or self.backbone.lora_targets))}
+            lora = {
+                "r": config.r,
+                "alpha": config.lora_alpha,
+                "targets": str(sorted(config.target_modules or self.backbone.lora_targets)),
+            }
         return {
             "method": self._name,
             "model": self._model_fingerprint,
@@ -387,7 +393,12 @@ class Trainer:
         self.precomputed: ReferenceErrors | None = None
         if not self.args.precompute_ref_errors:
             return
-        identity = {**self.identity(), "lora": None, "args": hub.draw_settings(self.args), "transform": self.data.transform.fingerprint}
+        identity = {
+            **self.identity(),
+            "lora": None,
+            "args": hub.draw_settings(self.args),
+            "transform": self.data.transform.fingerprint,
+        }
         self.precomputed = ReferenceErrors(self.data, self.output_dir, hub.digest(identity))
         fresh = self.precomputed.fill(self.reference_errors)
         self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {'computed' if fresh else 'read back'}")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..config import ValidationConfig
-from ..evaluation.sampling import generate
 from ..evaluation.grids import comparison_grid
+from ..evaluation.sampling import generate
 
 if TYPE_CHECKING:
     from ..backbones import Backbone

@@ -1,0 +1,224 @@
+"""Speed and memory of one optimizer step of LoRA Diffusion-DPO: this package beside diffusers' research script, in one run.
+
+    python benchmarks/train_step.py --peer path/to/train_diffusion_dpo.py [--output benchmarks/train_step.md]
+
+The peer is `examples/research_projects/diffusion_dpo/train_diffusion_dpo.py` of huggingface/diffusers, which the user downloads;
+without --peer only our own variants are measured. Every variant is a process of its own that trains the same LoRA on the same pairs
+in Pick-a-Pic columns with the same batch. A global optimizer hook notes the time after each step and the process's peak resident
+memory, in our processes and the peer's alike; the median of the steps after the warm-up counts. Variants take turns, so that a slow
+minute of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = {
+    "diffalign": [],
+    "diffalign, cache": ["cache"],
+    "diffalign, cache + precompute_ref_errors": ["cache", "precompute"],
+}
+
+
+def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
+    """Runs `script` as its own main program, notes every optimizer step, and leaves after the last."""
+    import torch
+
+    times: list[float] = []
+
+    def after_step(*_: Any) -> None:
+        times.append(time.perf_counter())
+        if len(times) == steps:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            Path(result).write_text(json.dumps({"times": times, "peak_kib": peak}))
+            os._exit(0)
+
+    torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        sys.modules["wandb"] = types.ModuleType("wandb")  # the peer imports it even when it is not used
+        sys.modules["wandb"].__spec__ = None
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def make_pairs(folder: Path, count: int, size: int) -> None:
+    """Rendered pairs in Pick-a-Pic columns: a right image and one of another scene."""
+    from datasets import Dataset
+
+    from diffalign.shapes import all_scenes, render
+
+    rng = random.Random(0)
+
+    def encoded(scene: Any) -> bytes:
+        buffer = io.BytesIO()
+        render(scene, rng).resize((size, size)).save(buffer, "png")
+        return buffer.getvalue()
+
+    rows = []
+    for _ in range(count):
+        right, wrong = rng.sample(all_scenes(), 2)
+        first = rng.random() < 0.5
+        images = [encoded(right), encoded(wrong)] if first else [encoded(wrong), encoded(right)]
+        rows.append({"caption": right.prompt, "jpg_0": images[0], "jpg_1": images[1], "label_0": float(first), "label_1": float(not first)})
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def make_midsize(folder: Path) -> int:
+    """The shapes pipeline with a random UNet of more than 50 M parameters; returns the count."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    from diffalign.shapes import weights_dir
+
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline.from_pretrained(weights_dir())
+    pipe.unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=64,
+        attention_head_dim=8,
+    )
+    pipe.save_pretrained(folder)
+    return sum(p.numel() for p in pipe.unet.parameters())
+
+
+def our_arguments(model: str, data: Path, work: Path, batch: int, size: int, steps: int, features: list[str]) -> list[str]:
+    values = {
+        "method": "diffusion_dpo",
+        "model": model,
+        "lora.r": 16,
+        "data.dataset_name": data,
+        "data.resolution": size,
+        "train.output_dir": work / "out",
+        "train.beta": 5000.0,
+        "train.learning_rate": 1e-4,
+        "train.max_steps": steps,
+        "train.per_device_train_batch_size": batch,
+        "train.report_to": "tensorboard",
+    }
+    if "cache" in features:
+        values |= {"data.cache_latents": work / "cache", "data.cache_text_embeddings": work / "cache"}
+    if "precompute" in features:
+        values |= {"train.precompute_ref_errors": "true", "train.ref_error_draws": 1}
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def peer_arguments(model: str, data: Path, work: Path, batch: int, size: int, steps: int) -> list[str]:
+    values = {
+        "pretrained_model_name_or_path": model,
+        "dataset_name": data,
+        "dataset_split_name": "train",
+        "output_dir": work / "out",
+        "resolution": size,
+        "train_batch_size": batch,
+        "rank": 16,
+        "beta_dpo": 2500,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "max_train_steps": steps,
+        "mixed_precision": "no",
+        "report_to": "tensorboard",
+        "seed": 0,
+    }
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tuple[float, float]:
+    """(median seconds per step, peak MiB) of one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--worker", str(result), str(steps), str(script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        if not result.is_file():
+            sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        values = json.loads(result.read_text())
+    times = values["times"][warm_up:]
+    return statistics.median(b - a for a, b in zip(times, times[1:], strict=False)), values["peak_kib"] / 1024
+
+
+def compare(model: str, size: int, batch: int, steps: int, rounds: int, peer: Path | None, work: Path) -> list[tuple[str, float, float]]:
+    """(variant, samples per second, peak MiB), medians over rounds."""
+    data = work / "pairs"
+    make_pairs(data, max(64, 4 * batch), size)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for number in range(rounds):
+        if peer is not None:
+            arguments = peer_arguments(model, data, work / f"peer{number}", batch, size, steps)
+            found.setdefault("peer", []).append(measure(peer, arguments, steps, 5))
+        for name, features in VARIANTS.items():
+            place = work / f"{'-'.join(features) or 'plain'}{number}"
+            arguments = our_arguments(model, data, place, batch, size, steps, features)
+            found.setdefault(name, []).append(measure(ROOT / "scripts" / "train.py", arguments, steps, 5))
+            print(f"{name}: {batch / found[name][-1][0]:.1f} pairs/s, {found[name][-1][1]:.0f} MiB", flush=True)
+    middle = statistics.median
+    return [(name, batch / middle(s for s, _ in runs), middle(m for _, m in runs)) for name, runs in found.items()]
+
+
+def table(rows: list[tuple[str, float, float]]) -> str:
+    base_speed, base_memory = rows[0][1], rows[0][2]
+    lines = [f"| variant | pairs per second | ratio to {rows[0][0]} | peak memory, MiB | ratio |", "|---|---|---|---|---|"]
+    lines += [f"| {n} | {s:.1f} | {s / base_speed:.2f} | {m:.0f} | {m / base_memory:.2f} |" for n, s, m in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--midsize_steps", type=int, default=16)
+    options = parser.parse_args()
+    from diffalign.shapes import weights_dir
+
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        rows = compare(str(weights_dir()), 64, 16, options.steps, options.rounds, options.peer, work / "shapes")
+        parts.append(f"## The shapes pipeline, 16 pairs of 64x64 per step\n\n{table(rows)}")
+        parameters = make_midsize(work / "midsize-model")
+        rows = compare(str(work / "midsize-model"), 128, 4, options.midsize_steps, options.rounds, options.peer, work / "midsize")
+        parts.append(f"## A random UNet of {parameters / 1e6:.0f} M parameters, 4 pairs of 128x128 per step\n\n{table(rows)}")
+    command = f"python benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} --rounds {options.rounds}"
+    text = (
+        f"# One optimizer step of LoRA Diffusion-DPO\n\nMade by `{command}` on {os.cpu_count()} CPU cores ({platform.machine()}), float32. "
+        "Medians over steps and rounds; variants took turns. The step is measured from the end of one optimizer step to the end of the "
+        "next: reading, decoding, encoding, policy, reference, backward. Filling the caches and computing the reference errors happens "
+        "once before training and is not in it: it costs one encoding of every image, and one reference pass over the data per draw.\n\n"
+        + "\n\n".join(parts)
+        + "\n"
+    )
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
