@@ -146,3 +146,69 @@ def pair_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     return [
         {"prompt": prompts[i % 2], "chosen": picture(210, i, size), "rejected": picture(40, 1000 + i, size)} for i in range(count)
     ]
+
+
+def lora_config(r: int = 4, alpha: int = 8, dropout: float = 0.0, **options: Any) -> Any:
+    """A LoRA whose alpha is not its rank, so that a lost alpha shows."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", **options)
+
+
+def make_trainer(
+    folder: Any,
+    family: str = "sd",
+    method: str = "diffusion_dpo",
+    *,
+    peft_config: Any = None,
+    rows: Any = None,
+    model: Any = None,
+    data: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **args: Any,
+) -> Any:
+    """A trainer of the tiny pipeline: `data` and `args` are config fields, `options` are arguments of the trainer itself."""
+    from diffalign import DataConfig
+    from diffalign.methods import config_class, trainer_class
+
+    values: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0} | args
+    if method == "diffusion_dpo":
+        values.setdefault("beta", 100.0)
+    return trainer_class(method)(
+        model=build_pipeline(family) if model is None else model,
+        args=config_class(method)(output_dir=str(folder), **values),
+        train_dataset=pair_rows() if rows is None else rows,
+        peft_config=peft_config,
+        data=DataConfig(**{"resolution": RESOLUTION, **(data or {})}),
+        **(options or {}),
+    )
+
+
+def trained_tensors(trainer: Any) -> dict[str, torch.Tensor]:
+    """Copies of the trainable weights by name."""
+    return {n: p.detach().clone() for n, p in trainer.network.named_parameters() if p.requires_grad}
+
+
+def all_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all weights by name."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def first_batch(trainer: Any) -> Any:
+    """The batch that a fresh run would train on first."""
+    trainer._setup()
+    return trainer.data.builder(next(trainer.data.batches(0)))
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit-equal, name by name."""
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different, f"{len(different)} of {len(expected)} tensors differ, e.g. {different[:3]}"
+
+
+def assert_close_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+    """Equal within tolerances, name by name."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")

@@ -40,7 +40,7 @@ class PretrainConfig:
     vae_steps: int = 5000
     vae_batch: int = 16
     vae_learning_rate: float = 1e-3
-    decoder_steps: int = 4000
+    decoder_steps: int = 3000
     denoiser_steps: int = 4500
     denoiser_batch: int = 64
     denoiser_learning_rate: float = 1e-3

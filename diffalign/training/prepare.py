@@ -162,13 +162,15 @@ class DataPipeline:
         args, accelerator = self.args, self.accelerator
         place = (start, args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes)
         workers: dict[str, Any] = {"num_workers": self.config.num_workers, "persistent_workers": self.config.num_workers > 0}
+        # Of its own: a loader draws its workers' seeds when it starts, and a resumed run would have one draw more than the first.
+        loading: dict[str, Any] = {"collate_fn": _same, "generator": torch.Generator()}
         if self.streaming:
             stream = StreamReader(self.dataset, self.reader, *place)
-            return iter(torch.utils.data.DataLoader(stream, batch_size=None, collate_fn=_same))
+            return iter(torch.utils.data.DataLoader(stream, batch_size=None, **loading))
         seed = args.seed if args.data_seed is None else args.data_seed
         order = RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
         sampler = PositionSampler(order, *place)
-        return iter(torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, collate_fn=_same, **workers))  # type: ignore[arg-type]
+        return iter(torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, **loading, **workers))  # type: ignore[arg-type]
 
     def passes(self) -> Iterator[list[Example]]:
         """Every group once, in order, micro-batch by micro-batch: this process's share (for evaluation)."""

@@ -57,7 +57,11 @@ class FrozenCopyReference:
     """
 
     def __init__(self, network: Any, device: torch.device, offload: bool = False) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.network = copy.deepcopy(network).requires_grad_(False).train()
+        # In the policy's mode: diffusers' residual blocks choose memory layouts by it, and other layouts round differently.
+        for module in self.network.modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.eval()
         self.device, self.offload = device, offload and device.type != "cpu"
         self.network.to("cpu" if self.offload else device)
         self.description = "frozen copy of the starting weights" + (" (offloaded)" if self.offload else "")

@@ -1,0 +1,201 @@
+"""What every method promises for every model family, LoRA and full fine-tuning alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import (
+    FAMILIES,
+    all_tensors,
+    assert_same_tensors,
+    build_pipeline,
+    first_batch,
+    lora_config,
+    make_trainer,
+    pair_rows,
+    trained_tensors,
+)
+
+from diffalign.backbones.base import ATTENTION_TARGETS
+from diffalign.config import load_run, run_to_dict
+from diffalign.methods import METHODS, config_class
+from diffalign.training.callbacks import TrainerCallback
+
+every_method = pytest.mark.parametrize("method", list(METHODS))
+every_family = pytest.mark.parametrize("family", FAMILIES)
+lora_and_full = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+
+
+class Snapshots(TrainerCallback):
+    """The trainable weights before the first and after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append(trained_tensors(kwargs["trainer"]))
+
+    on_step_end = on_train_begin
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def draw(pipe: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    prompt = pair_rows(1)[0]["prompt"]
+    images = pipe(prompt, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np").images
+    return images[0]
+
+
+@every_method
+@every_family
+@lora_and_full
+def test_steps_train_all_that_is_trainable_and_nothing_else(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+    model, snapshots = build_pipeline(family), Snapshots()
+    parts = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
+    frozen = {name: all_tensors(part) for name, part in parts.items()}
+    trainer = make_trainer(
+        tmp_path / "run", family, method, model=model, peft_config=lora_config() if lora else None, max_steps=2, options={"callbacks": [snapshots]}
+    )  # fmt: skip
+    trainer.train()
+    start, first, second = snapshots.weights
+    network = trainer.backbone.network_name
+    if lora:
+        # B starts at zero, so A has no gradient before B has moved.
+        assert all("lora_" in name for name in start)
+        assert changed(start, first) == {name for name in start if "lora_B" in name}
+        assert changed(first, second) == set(start)
+        now = {name.replace(".base_layer", ""): value for name, value in all_tensors(parts[network]).items() if "lora_" not in name}
+        assert_same_tensors(now, frozen.pop(network))
+    else:
+        assert start.keys() == dict(parts[network].named_parameters()).keys()
+        # The queries of SD3's last text stream reach no output.
+        idle = {name for name in start if name.startswith("transformer_blocks.1.attn.add_q_proj.")}
+        assert changed(start, first) == set(start) - idle
+        frozen.pop(network)
+    for name, before in frozen.items():
+        assert_same_tensors(all_tensors(parts[name]), before)
+
+
+@every_family
+@lora_and_full
+def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lora: bool) -> None:
+    trainer = make_trainer(
+        tmp_path, family, peft_config=lora_config(dropout=0.3) if lora else None, per_device_train_batch_size=2, beta=5000.0
+    )
+    batch = first_batch(trainer)
+    policy, reference = trainer.errors(batch)
+    assert policy.requires_grad and not reference.requires_grad
+    assert torch.equal(policy, reference)
+    loss, metrics = trainer.compute_loss(batch)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)), rtol=0, atol=1e-7)
+    assert metrics["rewards/margins"].tolist() == [0.0, 0.0]
+    assert metrics["rewards/accuracies"].tolist() == [0.5, 0.5]
+
+
+@every_method
+@every_family
+@lora_and_full
+def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+    # A random UNet says little about brightness through its attention: its convolutions get adapters, too.
+    targets = None if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1", "conv2", "conv_out"]
+    trainer = make_trainer(
+        tmp_path / "run",
+        family,
+        method,
+        peft_config=lora_config(r=8, alpha=16, target_modules=targets) if lora else None,
+        max_steps=16,
+        learning_rate=1e-2 if lora else 3e-3,
+        per_device_train_batch_size=4,
+    )
+    before = trainer.evaluate(pair_rows())
+    trainer.train()
+    after = trainer.evaluate(pair_rows())
+    assert after["eval/loss"] < before["eval/loss"]
+    if method == "diffusion_dpo":
+        assert before["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert after["eval/rewards/accuracies"] == 1.0
+        assert after["eval/rewards/margins"] > 0
+
+
+@every_method
+@every_family
+@lora_and_full
+def test_trained_weights_draw_the_same_in_plain_diffusers(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+    base = draw(build_pipeline(family))
+    trainer = make_trainer(
+        tmp_path / "run", family, method, peft_config=lora_config() if lora else None, max_steps=3, learning_rate=2e-2
+    )
+    trainer.train()
+    trainer.network.eval()
+    trained = draw(trainer.backbone.pipeline(network=trainer.network))
+    plain = build_pipeline(family)
+    if lora:
+        plain.load_lora_weights(tmp_path / "run")
+    else:
+        absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}  # diffusers wants to be told
+        plain = type(plain).from_pretrained(tmp_path / "run", **absent)
+    np.testing.assert_allclose(draw(plain), trained, rtol=0, atol=1e-5)
+    assert np.abs(trained - base).max() > 1e-3  # else the comparison would say nothing
+
+
+RESUMED = {
+    "lora": {"peft_config": {"dropout": 0.3}, "use_ema": True, "ema_decay": 0.9, "lr_scheduler": "cosine", "warmup_steps": 2},
+    "full": {"use_ema": True, "ema_decay": 0.9, "lr_scheduler": "linear", "warmup_steps": 1, "gradient_accumulation_steps": 2},
+    "plain lora": {"peft_config": {}, "proportion_empty_prompts": 0.5, "shared_noise": False},
+    "adafactor": {"optim": "adafactor", "max_grad_norm": None},
+}
+
+
+@every_method
+@pytest.mark.parametrize("kind", list(RESUMED))
+def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind: str) -> None:
+    options = dict(RESUMED[kind])
+    if "peft_config" in options:
+        options["peft_config"] = lora_config(**options["peft_config"])
+    options |= {"max_steps": 6, "save_steps": 3, "save_total_limit": None, "per_device_train_batch_size": 2}
+    make_trainer(tmp_path / "a", "sd", method, **options).train()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-6")
+    resumed = make_trainer(tmp_path / "b", "sd", method, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"), **options)
+    assert resumed.train().global_step == 6
+    written = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.safetensors")]
+    assert len(written) >= 3
+    for path in written:
+        assert_same_tensors(load_file(tmp_path / "b" / path), load_file(tmp_path / "a" / path))
+    assert (tmp_path / "b/logs/metrics.jsonl").read_text() == (tmp_path / "a/logs/metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in (tmp_path / "b/logs/metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    if options.get("use_ema"):
+        names = {p.name for p in (tmp_path / "a" / "checkpoint-6").iterdir()}
+        assert "ema.safetensors" in names
+
+
+@every_method
+@lora_and_full
+def test_config_yaml_is_the_run(tmp_path: Path, method: str, lora: bool) -> None:
+    trainer = make_trainer(
+        tmp_path / "run", "sd", method, peft_config=lora_config(dropout=0.1) if lora else None, max_steps=1, learning_rate=3e-7, snr_gamma=5.0
+    )  # fmt: skip
+    trainer.train()
+    run = load_run(tmp_path / "run" / "config.yaml")
+    assert run.method == method
+    assert type(run.train) is config_class(method) and run.train == trainer.args
+    assert run.data == trainer.data_config
+    assert (run.lora is not None) is lora
+    if run.lora is not None:
+        assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.init) == (4, 8, 0.1, "gaussian")
+        assert run.lora.target_modules == sorted(trainer.backbone.lora_targets)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(run_to_dict(run)))
+    assert load_run(tmp_path / "again.yaml") == run

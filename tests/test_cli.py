@@ -1,0 +1,213 @@
+"""The installed command: what a user's mistakes look like. One sentence, exit code 2, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import build_pipeline, pair_rows
+
+import diffalign.cli
+from diffalign.data import convert, load_preferences
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the installed command as a user would."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    program = Path(sys.executable).with_name("diffalign")
+    start = [str(program)] if program.exists() else [sys.executable, "-m", "diffalign"]
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, pairs and a run file."""
+    folder = tmp_path_factory.mktemp("world")
+    build_pipeline("sd").save_pretrained(folder / "model")
+    convert(load_preferences(pair_rows(6), verbose=False), folder / "pairs")
+    values = {
+        "method": "diffusion_dpo",
+        "model": str(folder / "model"),
+        "lora": {"r": 2},
+        "data": {"dataset_name": str(folder / "pairs")},
+        "train": {"output_dir": str(folder / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": "1e-5"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def fails(world: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs `diffalign train` in this process with the run file and options; returns the one sentence."""
+    before = {p for p in world.rglob("*")}
+    code = diffalign.cli.run(["train", "--config", str(world / "run.yaml"), *map(str, arguments)])
+    printed = capsys.readouterr().err.strip()
+    assert code == 2, printed
+    said = printed.splitlines()[-1]  # before it there may be progress bars
+    assert said.startswith("diffalign: ") and printed.count("diffalign: ") == 1 and "Traceback" not in printed
+    assert {p for p in world.rglob("*")} == before, "something was left behind"
+    return said
+
+
+def test_mistakes_through_the_installed_command(world: Path) -> None:
+    (world / "bad.yaml").write_text((world / "run.yaml").read_text().replace("max_steps", "max_stepz"))
+    for arguments, expected in [
+        (["train", "--config", world / "bad.yaml"], "train.max_stepz: unknown key (did you mean 'max_steps'?)"),
+        (["train", "--config", world / "nowhere.yaml"], "there is no file"),
+        (["train", "--config", world / "run.yaml", "--train.beta", "five"], "train.beta: expected float, got 'five'"),
+        (["train", "--config", world / "run.yaml", "--model", world / "pairs"], "has no model_index.json"),
+        (["quickstart", "--output_dir", world], "is no quickstart"),
+        (["data", "inspect", world / "nothing"], "nothing"),
+        (["frobnicate"], "invalid choice"),
+        (["sample", "--model", world / "gone", "--prompt", "x"], "there is no folder"),
+    ]:
+        done = command(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--train.beta", "-1"], "train.beta: expected float > 0, got -1.0"),
+        (["--train.beta", "nan"], "train.beta: expected float > 0"),
+        (["--train.max_steps", "1.5"], "train.max_steps: expected int or null, got 1.5"),
+        (["--train.optim", "sgd"], "train.optim: expected one of adamw"),
+        (["--train.max_steps", "1", "--train.num_train_epochs", "2"], "set either max_steps or num_train_epochs"),
+        (["--data.ties", "win"], "data.ties: expected one of drop, keep"),
+        (["--method", "diffusion_dpoo"], "did you mean 'diffusion_dpo'?"),
+        (["--lora.rank", "4"], "lora.rank: unknown key"),
+        (["--trian.beta", "4"], "unknown option"),
+        (["--train.beta"], "expected a value"),
+        (["--model", "./gone"], "there is no folder './gone'"),
+        (["--data.resolution", "33"], "33 is not divisible by 2"),
+        (["--lora.target_modules", "[nothing_like_it]"], "matches no module"),
+        (["--train.attention", "nonsense"], "the backend 'nonsense' cannot be used here"),
+        (["--train.mixed_precision", "fp16"], "fp16 needs a GPU"),
+        (["--train.optim", "prodigy"], "pip install 'diffalign[optim]'"),
+        (["--train.resume_from_checkpoint", "latest"], "holds no checkpoint to resume"),
+        (["--data.columns", "{prompt: nope}"], "nope"),
+        (["--data.cache_latents", "c", "--data.random_flip", "true"], "cached latents cannot be cropped or flipped anew"),
+    ],
+)
+def test_wrong_settings(world: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: str) -> None:
+    assert expected in fails(world, capsys, *options)
+
+
+def dataset(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    from datasets import Dataset
+
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def test_wrong_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = (Path(__file__).parent / "data" / "missing").name.encode()
+    strange = dataset(tmp_path / "strange", [{"foo": "a", "bar": 1}])
+    said = fails(world, capsys, "--data.dataset_name", strange)
+    assert "foo" in said and "data.columns" in said and "chosen" in said
+    tied = {"caption": "a", "jpg_0": png, "jpg_1": png, "label_0": 0.5, "label_1": 0.5}
+    said = fails(world, capsys, "--data.dataset_name", dataset(tmp_path / "tied", [tied] * 3), "--data.verify_images", "none")
+    assert "ties" in said
+    broken = {**tied, "label_0": 1.0, "label_1": 0.0}
+    assert "row" in fails(world, capsys, "--data.dataset_name", dataset(tmp_path / "broken", [broken] * 3))
+    assert "prompt" in fails(world, capsys, "--data.dataset_name", dataset(tmp_path / "prompts", [{"prompt": "a"}]))
+
+
+def test_pickled_weights_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (os.system, (f"touch {tmp_path}/executed",))
+
+    shutil.copytree(world / "model", tmp_path / "model")
+    for file in (tmp_path / "model" / "unet").glob("*.safetensors"):
+        file.unlink()
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    assert "is a pickle" in fails(world, capsys, "--model", tmp_path / "model")
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Payload()))
+    assert "single file" in fails(world, capsys, "--model", tmp_path / "model.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_unsupported_pipeline_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    said = fails(world, capsys, "--model", tmp_path)
+    assert "FluxPipeline" in said and "StableDiffusionXLPipeline" in said
+
+
+def test_a_run_trains_is_not_overwritten_and_resumes(world: Path) -> None:
+    output = world / "out"
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", str(script)]
+    done = subprocess.run(
+        [*launch, "--config", str(world / "run.yaml"), "--train.save_steps", "1"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "beta 5000" in done.stdout and "0.693" in done.stdout
+    assert (output / "pytorch_lora_weights.safetensors").is_file() and (output / "checkpoint-2").is_dir()
+    again = command("train", "--config", world / "run.yaml")
+    assert again.returncode == 2 and "holds another run" in again.stderr
+    more = command("train", "--config", world / "run.yaml", "--train.resume_from_checkpoint", "latest", "--train.max_steps", 3)
+    assert more.returncode == 0 and "at step 2 of 3" in more.stdout, more.stderr
+    from_config = command("train", "--config", output / "config.yaml", "--train.output_dir", world / "repeat")
+    assert from_config.returncode == 2 and "holds no checkpoint" in from_config.stderr
+
+
+def test_dry_run_writes_nothing(world: Path, tmp_path: Path) -> None:
+    done = command("train", "--config", world / "run.yaml", "--dry_run", "--train.output_dir", tmp_path / "dry")
+    assert done.returncode == 0, done.stderr
+    for said in ("parameters train", "per optimizer step", "3 per epoch", "beta 5000", "layout trl", "peak resident memory", "dry run"):
+        assert said in done.stdout, done.stdout
+    assert not (tmp_path / "dry").exists()
+
+
+def test_help_names_every_field_and_needs_no_config() -> None:
+    done = command("train", "--help")
+    assert done.returncode == 0
+    assert "--train.beta (default 5000.0)" in done.stdout and "--data.cache_latents" in done.stdout
+    env = command("env")
+    assert env.returncode == 0 and "torch" in env.stdout
+
+
+def test_import_and_help_load_no_torch() -> None:
+    code = (
+        "import sys, diffalign, diffalign.cli; diffalign.cli.build_parser(); "
+        "sys.exit(','.join(m for m in ('torch', 'diffusers', 'transformers', 'datasets', 'gradio', 'wandb') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_data_commands(world: Path, tmp_path: Path) -> None:
+    seen = command("data", "inspect", world / "pairs")
+    assert seen.returncode == 0 and "6" in seen.stdout and "pair" in seen.stdout, seen.stderr
+    done = command("data", "convert", world / "pairs", "--output_dir", tmp_path / "single", "--kind", "single")
+    assert done.returncode == 0, done.stderr
+    assert len(load_preferences(str(tmp_path / "single"), verbose=False)) == 6
+    assert command("data", "convert", world / "pairs", "--output_dir", tmp_path / "single").returncode == 2
+
+
+def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
+    lora = world / "out"
+    if not (lora / "pytorch_lora_weights.safetensors").is_file():
+        assert command("train", "--config", world / "run.yaml").returncode == 0
+    done = command(
+        "sample", "--model", world / "model", "--lora", lora, "--lora_scale", 0, "--prompt", "a red circle", "--num_images", 2,
+        "--num_inference_steps", 2, "--output_dir", tmp_path / "s",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in (tmp_path / "s").iterdir())
+    assert names == ["000-seed0-base.png", "000-seed0-tuned.png", "000-seed1-base.png", "000-seed1-tuned.png", "comparison.png"]
+    base, tuned = ((tmp_path / "s" / f"000-seed1-{side}.png").read_bytes() for side in ("base", "tuned"))
+    assert base == tuned, "a LoRA at scale 0 must be the base, bit for bit"

@@ -1,0 +1,218 @@
+"""The weights a run reaches depend on the data and the settings, not on how the work is cut, cached or repeated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import (
+    assert_close_tensors,
+    assert_same_tensors,
+    build_pipeline,
+    first_batch,
+    lora_config,
+    make_trainer,
+    pair_rows,
+    picture,
+    trained_tensors,
+)
+
+from diffalign.training.callbacks import TrainerCallback
+from diffalign.training.reference import FrozenCopyReference
+
+SCRIPT = Path(__file__).with_name("script.py")
+# Adam divides by the gradient's size; a large epsilon keeps it from magnifying the rounding of gradients near zero.
+STEADY: dict[str, Any] = {"adam_epsilon": 1e-3}
+
+
+def train(folder: Path, **options: Any) -> Any:
+    trainer = make_trainer(folder, **options)
+    trainer.train()
+    return trainer
+
+
+def weights(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    return trained_tensors(train(folder, **options))
+
+
+class Batches(TrainerCallback):
+    """What was drawn for each row: (row, epoch-independent step) -> (time, noise)."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[int, float, torch.Tensor]] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        builder, draws = kwargs["trainer"].data.builder, self.draws
+
+        def recording(examples: Any) -> Any:
+            batch = builder(examples)
+            draws.extend(zip(batch.row_ids, batch.times.tolist(), batch.noise, strict=True))
+            return batch
+
+        kwargs["trainer"].data.builder = recording
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_accumulated_passes_are_one_batch(tmp_path: Path, lora: bool) -> None:
+    peft_config = lora_config() if lora else None
+    whole = weights(tmp_path / "a", peft_config=peft_config, per_device_train_batch_size=4, **STEADY)
+    parts = weights(
+        tmp_path / "b", peft_config=peft_config, per_device_train_batch_size=1, gradient_accumulation_steps=4, **STEADY
+    )
+    assert_close_tensors(parts, whole, rtol=1e-4, atol=1e-6)
+    start = dict(build_pipeline("sd").unet.named_parameters())
+    assert lora or max(float((whole[n] - start[n]).abs().max()) for n in whole) > 1e-4
+
+
+def test_draws_of_a_row_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    seen = {}
+    for size in (1, 4):
+        recorder = Batches()
+        make_trainer(
+            tmp_path / str(size), per_device_train_batch_size=size, max_steps=8 // size, proportion_empty_prompts=0.5, options={"callbacks": [recorder]}
+        ).train()  # fmt: skip
+        seen[size] = recorder.draws
+    assert sorted(row for row, _, _ in seen[1]) == list(range(8))
+    for (row, time, noise), (other_row, other_time, other_noise) in zip(seen[1], seen[4], strict=True):
+        assert (row, time) == (other_row, other_time)
+        assert torch.equal(noise, other_noise)
+
+
+def test_two_processes_are_one_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_endpoint", "localhost:0"]
+    launch += ["--rdzv_backend", "c10d", str(SCRIPT), "plain", str(tmp_path / "two"), "2"]
+    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 groups x 1 passes x 2 processes = 4 per optimizer step" in done.stdout
+    one = train(tmp_path / "one", per_device_train_batch_size=4, use_ema=True, ema_decay=0.5, **STEADY)
+    found = load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = load_file(tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_close_tensors(found, expected, rtol=1e-4, atol=1e-6)
+    import json
+
+    lines = [json.loads(line) for line in (tmp_path / "two" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == len(one.state.log_history) == 3
+    for there, here in zip(lines, one.state.log_history, strict=True):
+        for name, value in there.items():
+            assert value == pytest.approx(here[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_caches_change_nothing_and_spare_the_encoders(tmp_path: Path, family: str) -> None:
+    build_pipeline(family).save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"peft_config": lora_config(), "per_device_train_batch_size": 2, "proportion_empty_prompts": 0.4}
+    caches = {"cache_latents": str(tmp_path / "latents"), "cache_text_embeddings": str(tmp_path / "prompts")}
+    plain = weights(tmp_path / "off", family=family, model=str(tmp_path / "model"), **options)
+    filling = train(tmp_path / "fill", family=family, model=str(tmp_path / "model"), data=caches, **options)
+    assert_close_tensors(trained_tensors(filling), plain, rtol=1e-5, atol=1e-6)
+    full = train(tmp_path / "full", family=family, model=str(tmp_path / "model"), data=caches, **options)
+    assert_same_tensors(trained_tensors(full), trained_tensors(filling))
+    assert not any(full.backbone.is_loaded(name) for name in ("vae", *full.backbone.text_encoder_names))
+    assert all("0 encoded now" in note for note in full.notes)
+
+
+def test_caches_ask_for_repeatable_pixels(tmp_path: Path) -> None:
+    from diffalign.exceptions import ConfigError
+
+    with pytest.raises(ConfigError, match="data.cache_latents"):
+        make_trainer(tmp_path / "run", data={"cache_latents": str(tmp_path / "cache"), "random_flip": True})
+
+
+def test_adapters_off_are_the_frozen_copy(tmp_path: Path) -> None:
+    trainer = train(tmp_path / "run", peft_config=lora_config(), per_device_train_batch_size=2, learning_rate=1e-2)
+    copy = FrozenCopyReference(build_pipeline("sd").unet, trainer.accelerator.device)
+    batch = first_batch(trainer)
+    adapters_off = trainer.reference_errors(batch)
+    policy, _ = trainer.errors(batch)
+    trainer.reference = copy
+    torch.testing.assert_close(trainer.reference_errors(batch), adapters_off, rtol=1e-6, atol=1e-7)
+    assert float((policy - adapters_off).abs().max()) > 1e-5
+    assert all(layer.disable_adapters is False for layer in trainer.network.modules() if hasattr(layer, "disable_adapters"))
+
+
+def test_another_reference_model(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, peft_config=lora_config(), options={"ref_model": build_pipeline("sd", seed=1)})
+    batch = first_batch(trainer)
+    policy, reference = trainer.errors(batch)
+    assert not torch.equal(policy, reference)
+    own = make_trainer(tmp_path / "other", model=build_pipeline("sd", seed=1), peft_config=lora_config())
+    torch.testing.assert_close(own.errors(first_batch(own))[0], reference, rtol=1e-5, atol=1e-6)
+
+
+def test_precomputed_reference_errors_change_nothing_and_are_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 8, "per_device_train_batch_size": 2, "peft_config": lora_config(), "use_ema": False}
+    plain = weights(tmp_path / "a", **options)
+    ahead = train(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, **options)
+    assert_close_tensors(trained_tensors(ahead), plain, rtol=1e-3, atol=1e-5)
+    assert "reference errors: 2 draws per row, computed" in ahead.notes
+    again = make_trainer(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, save_steps=4, **options)
+    again._setup()
+    again._precompute()
+    assert "reference errors: 2 draws per row, read back" in again.notes
+    changed = make_trainer(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, noise_offset=0.1, **options)
+    changed._setup()
+    changed._precompute()
+    assert "reference errors: 2 draws per row, computed" in changed.notes
+
+
+def test_few_precomputed_draws_come_round(tmp_path: Path) -> None:
+    recorder = Batches()
+    train(
+        tmp_path, rows=pair_rows(2), max_steps=6, precompute_ref_errors=True, ref_error_draws=2, options={"callbacks": [recorder]}
+    )
+    times = {row: [time for other, time, _ in recorder.draws if other == row] for row in (0, 1)}
+    for draws in times.values():
+        assert draws[2] == draws[0] != draws[1]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gradient_checkpointing_gives_equal_weights(tmp_path: Path, lora: bool) -> None:
+    peft_config = lora_config() if lora else None
+    plain = weights(tmp_path / "a", peft_config=peft_config, **STEADY)
+    saving = weights(tmp_path / "b", peft_config=peft_config, gradient_checkpointing=True, **STEADY)
+    assert_close_tensors(saving, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_one_seed_gives_one_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"peft_config": lora_config(dropout=0.2), "per_device_train_batch_size": 2}
+    first, second = weights(tmp_path / "a", **options), weights(tmp_path / "b", **options)
+    assert_same_tensors(first, second)
+    other = weights(tmp_path / "c", seed=1, **options)
+    assert any(not torch.equal(other[name], first[name]) for name in first)
+
+
+def test_a_dry_run_does_not_move_the_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"peft_config": lora_config(), "per_device_train_batch_size": 2}
+    plain = weights(tmp_path / "a", **options)
+    trainer = make_trainer(tmp_path / "b", **options)
+    trainer.dry_run()
+    trainer.train()
+    assert_same_tensors(trained_tensors(trainer), plain)
+
+
+def test_kept_ties_do_not_train(tmp_path: Path) -> None:
+    rows = [{"jpg_0": picture(40, i), "jpg_1": picture(200, i), "label_0": 0.5, "label_1": 0.5, "caption": "a star"} for i in range(2)]
+    rows += [{"jpg_0": picture(40, i), "jpg_1": picture(200, i), "label_0": 0.0, "label_1": 1.0, "caption": "a star"} for i in range(2)]
+    recorder = Batches()
+    trainer = train(tmp_path / "a", rows=rows[:3], data={"ties": "keep"}, max_steps=1, per_device_train_batch_size=3, max_grad_norm=None, options={"callbacks": [recorder]})  # fmt: skip
+    batch = first_batch(make_trainer(tmp_path / "b", rows=rows[:3], data={"ties": "keep"}, per_device_train_batch_size=3))
+    assert sorted(zip(batch.row_ids, batch.weights.tolist(), strict=True)) == [(0, 0.0), (1, 0.0), (2, 1.0)]
+    assert trainer.state.global_step == 1
+    alone = make_trainer(tmp_path / "c", rows=rows[:2] + rows[3:], data={"ties": "keep"}, max_steps=1, per_device_train_batch_size=3)
+    whole = first_batch(alone)
+    loss, _ = alone.compute_loss(whole)
+    (loss * whole.weights).mean().backward()
+    keep = whole.weights.bool()
+    with_ties = {n: p.grad.clone() for n, p in alone.network.named_parameters()}
+    alone.network.zero_grad()
+    loss, _ = alone.compute_loss(whole)
+    (loss[keep].sum() / len(loss)).backward()
+    for name, parameter in alone.network.named_parameters():
+        torch.testing.assert_close(parameter.grad, with_ties[name])
