@@ -77,7 +77,15 @@ def make_pairs(folder: Path, count: int, size: int) -> None:
         right, wrong = rng.sample(all_scenes(), 2)
         first = rng.random() < 0.5
         images = [encoded(right), encoded(wrong)] if first else [encoded(wrong), encoded(right)]
-        rows.append({"caption": right.prompt, "jpg_0": images[0], "jpg_1": images[1], "label_0": float(first), "label_1": float(not first)})
+        rows.append(
+            {
+                "caption": right.prompt,
+                "jpg_0": images[0],
+                "jpg_1": images[1],
+                "label_0": float(first),
+                "label_1": float(not first),
+            }
+        )
     folder.mkdir(parents=True)
     Dataset.from_list(rows).to_parquet(folder / "train-00000-of-00001.parquet")
 
@@ -161,7 +169,9 @@ def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tup
     return statistics.median(b - a for a, b in zip(times, times[1:], strict=False)), values["peak_kib"] / 1024
 
 
-def compare(model: str, size: int, batch: int, steps: int, rounds: int, peer: Path | None, work: Path) -> list[tuple[str, float, float]]:
+def compare(
+    model: str, size: int, batch: int, steps: int, rounds: int, peer: Path | None, work: Path
+) -> list[tuple[str, float, float]]:
     """(variant, samples per second, peak MiB), medians over rounds."""
     data = work / "pairs"
     make_pairs(data, max(64, 4 * batch), size)
@@ -206,7 +216,9 @@ def main() -> None:
         parameters = make_midsize(work / "midsize-model")
         rows = compare(str(work / "midsize-model"), 128, 4, options.midsize_steps, options.rounds, options.peer, work / "midsize")
         parts.append(f"## A random UNet of {parameters / 1e6:.0f} M parameters, 4 pairs of 128x128 per step\n\n{table(rows)}")
-    command = f"python benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} --rounds {options.rounds}"
+    command = (
+        f"python benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} --rounds {options.rounds}"
+    )
     text = (
         f"# One optimizer step of LoRA Diffusion-DPO\n\nMade by `{command}` on {os.cpu_count()} CPU cores ({platform.machine()}), float32. "
         "Medians over steps and rounds; variants took turns. The step is measured from the end of one optimizer step to the end of the "

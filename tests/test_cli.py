@@ -167,7 +167,15 @@ def test_a_run_trains_is_not_overwritten_and_resumes(world: Path) -> None:
 def test_dry_run_writes_nothing(world: Path, tmp_path: Path) -> None:
     done = command("train", "--config", world / "run.yaml", "--dry_run", "--train.output_dir", tmp_path / "dry")
     assert done.returncode == 0, done.stderr
-    for said in ("parameters train", "per optimizer step", "3 per epoch", "beta 5000", "layout trl", "peak resident memory", "dry run"):
+    for said in (
+        "parameters train",
+        "per optimizer step",
+        "3 per epoch",
+        "beta 5000",
+        "layout trl",
+        "peak resident memory",
+        "dry run",
+    ):
         assert said in done.stdout, done.stdout
     assert not (tmp_path / "dry").exists()
 

@@ -211,4 +211,6 @@ def assert_close_tensors(found: dict[str, torch.Tensor], expected: dict[str, tor
     """Equal within tolerances, name by name."""
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch.nn import Parameter
 
 from ..backbones import Backbone
@@ -17,6 +22,44 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Accelerator:
+    """accelerate's view of the machine: processes, precision, accumulation over `passes`, trackers.
+
+    Raises:
+        ConfigError: on a precision or a tracker that this machine does not have.
+    """
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.mixed_precision", "fp16 needs a GPU; use bf16 or no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != args.mixed_precision:
+        # accelerate keeps one precision for ever; a second trainer in a notebook may want another.
+        AcceleratorState._reset_state(reset_partial_state=False)
+    # Started by torchrun on a machine without accelerators, accelerate would let every process train for itself.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    try:
+        return Accelerator(
+            cpu=several_on_cpu,
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False),
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        )
+    except (ValueError, ImportError) as error:
+        if args.report_to == "none":
+            raise
+        raise ConfigError("train.report_to", f"{args.report_to!r} cannot be used ({' '.join(str(error).split())})") from error
+
+
+def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.device) -> Any:
+    """diffusers' `EMAModel` over the trainable parameters, or None."""
+    if not args.use_ema:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    ema = EMAModel(parameters, decay=args.ema_decay)
+    ema.to("cpu" if args.offload_ema else device)
+    return ema
 
 
 def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraConfig | None) -> Any:

@@ -117,7 +117,7 @@ class TrainingConfig:
     run_name: str | None = None
     """Tracker run name."""
     save_steps: int | None = None
-    """Write `checkpoint-<step>` every so many optimizer steps; null only when interrupted."""
+    """Write `checkpoint-<step>` every so many optimizer steps; null: only at the end and when interrupted."""
     save_total_limit: int | None = 2
     """Keep this many newest checkpoints; null keeps all."""
     resume_from_checkpoint: str | None = None

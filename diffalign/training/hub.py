@@ -25,7 +25,6 @@ from .diagnostics import beta_message
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-_RUN_FILES = ("config.yaml", "logs", "samples", "README.md", "pytorch_lora_weights.safetensors", "reference_errors.safetensors")
 _DRAW_FIELDS = (
     "seed",
     "ref_error_draws",
@@ -67,6 +66,8 @@ def claim_output_dir(folder: Path, overwrite: bool) -> None:
             f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it with --train.resume_from_checkpoint latest, "
             "choose another folder, or move it aside with --train.overwrite_output_dir true"
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process of several moves it
     number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.old-{n}").exists())
     shutil.move(folder, folder.with_name(f"{folder.name}.old-{number}"))
 

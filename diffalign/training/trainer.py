@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from ..backbones import load_backbone
@@ -22,7 +21,7 @@ from ..exceptions import ConfigError
 from ..likelihood import denoising_errors, min_snr_weight
 from . import hub
 from .batch import Batch
-from .build import DTYPES, build_network, build_optimizer, build_schedule, trainable_parameters
+from .build import DTYPES, build_accelerator, build_ema, build_network, build_optimizer, build_schedule, trainable_parameters
 from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from .checkpoint import CheckpointManager, find_checkpoint
 from .config import TrainingConfig
@@ -195,7 +194,7 @@ class Trainer:
         if self._ready:
             return
         args = self.args
-        self.accelerator = self._make_accelerator()
+        self.accelerator = build_accelerator(args, self.output_dir, args.gradient_accumulation_steps * self.passes_per_batch)
         set_seed(args.seed)  # the same on every process: LoRA must start equal
         self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
         self.network = build_network(self.backbone, args, self.peft_config)
@@ -208,7 +207,7 @@ class Trainer:
         self.state.max_steps = self._max_steps()
         self.schedule = make_schedule(optimizer) if make_schedule else build_schedule(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        self.ema = self._make_ema(parameters)
+        self.ema = build_ema(parameters, args, self.accelerator.device)
         self.checkpoints = CheckpointManager(
             self.accelerator,
             self.backbone,
@@ -222,29 +221,6 @@ class Trainer:
         set_seed(args.seed, device_specific=True)  # from here on only dropout draws from the global generators
         self._ready = True
 
-    def _make_accelerator(self) -> Accelerator:
-        args = self.args
-        if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-            raise ConfigError("train.mixed_precision", "fp16 needs a GPU; use bf16 or no")
-        from accelerate.state import AcceleratorState
-
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != args.mixed_precision:
-            # accelerate keeps one precision for ever; a second trainer in a notebook may want another.
-            AcceleratorState._reset_state(reset_partial_state=False)
-        try:
-            return Accelerator(
-                mixed_precision=args.mixed_precision,
-                gradient_accumulation_plugin=GradientAccumulationPlugin(
-                    num_steps=args.gradient_accumulation_steps * self.passes_per_batch, sync_with_dataloader=False
-                ),
-                log_with=None if args.report_to == "none" else args.report_to,
-                project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
-            )
-        except (ValueError, ImportError) as error:
-            if args.report_to == "none":
-                raise
-            raise ConfigError("train.report_to", f"{args.report_to!r} cannot be used ({' '.join(str(error).split())})") from error
-
     def _make_reference(self) -> Reference | None:
         if self.reference_free:
             return None
@@ -256,15 +232,6 @@ class Trainer:
         if self.peft_config is not None:
             return AdapterOffReference(self.network)
         return FrozenCopyReference(self.network, device, self.args.offload_reference)
-
-    def _make_ema(self, parameters: list[torch.nn.Parameter]) -> Any:
-        if not self.args.use_ema:
-            return None
-        from diffusers.training_utils import EMAModel
-
-        ema = EMAModel(parameters, decay=self.args.ema_decay)
-        ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
-        return ema
 
     def _max_steps(self) -> int:
         args = self.args
@@ -309,6 +276,7 @@ class Trainer:
         if checkpoint is None:
             hub.claim_output_dir(self.output_dir, self.args.overwrite_output_dir)
         self._setup()
+        self.control.should_training_stop = self.control.should_save = False  # of an earlier, interrupted call
         self.checkpoints.clean()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         validator = self._make_validator()

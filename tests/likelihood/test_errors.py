@@ -56,7 +56,7 @@ def test_g1b_noisy_samples_and_errors(dtype: torch.dtype) -> None:
 
 
 @both_precisions
-@pytest.mark.parametrize("reduction, logit, loss", [("mean", -0.1, 0.744396660074), ("sum", -0.4, 0.913015252400)])
+@pytest.mark.parametrize(("reduction", "logit", "loss"), [("mean", -0.1, 0.744396660074), ("sum", -0.4, 0.913015252400)])
 def test_g1b_implicit_rewards(dtype: torch.dtype, reduction: str, logit: float, loss: float) -> None:
     x0, noise, times = g1b(dtype)
     noisy = process().add_noise(x0, noise, times)

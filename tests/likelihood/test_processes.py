@@ -121,7 +121,11 @@ def test_flow_is_diffusers_own() -> None:
 
 def test_zero_terminal_snr_stays_finite_where_it_can() -> None:
     theirs = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type="v_prediction"
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
     )
     vp = process_from_scheduler(theirs)
     x0, noise = samples()
@@ -168,7 +172,7 @@ def test_uniform_sigmas_with_shift() -> None:
     torch.testing.assert_close(sample_times(RectifiedFlow(), grid)[1:], grid[1:])
     shifted = sample_times(RectifiedFlow(shift=3.0), grid)
     torch.testing.assert_close(shifted[1:], 3 * grid[1:] / (1 + 2 * grid[1:]))
-    assert 0 < float(shifted.min()) and float(shifted.max()) <= 1
+    assert float(shifted.min()) > 0 and float(shifted.max()) <= 1
     assert float(sample_times(RectifiedFlow(), torch.zeros(1))) == pytest.approx(1e-3)
 
 

@@ -144,7 +144,7 @@ def test_flow_sde_without_noise_is_the_euler_step() -> None:
     assert float(std) == 0
 
 
-@pytest.mark.parametrize("eta, alpha_bar_prev", [(0.0, 0.6), (1e-5, 0.6), (1.0, 0.5)])
+@pytest.mark.parametrize(("eta", "alpha_bar_prev"), [(0.0, 0.6), (1e-5, 0.6), (1.0, 0.5)])
 def test_deterministic_steps_have_no_density(eta: float, alpha_bar_prev: float) -> None:
     sample = torch.ones(1, 2)
     with pytest.raises(ValueError, match="deterministic"):
@@ -200,9 +200,9 @@ def test_gradient_of_the_flow_log_prob_and_constant_sample() -> None:
     sigma, then = torch.tensor([0.8, 1.0]), torch.tensor([0.7, 0.9])
 
     def log_prob(value: torch.Tensor) -> torch.Tensor:
-        return flow_sde_step_log_prob(
-            model_output=value, sample=sample, prev_sample=prev, sigma=sigma, sigma_prev=then, eta=0.7
-        )[0]
+        return flow_sde_step_log_prob(model_output=value, sample=sample, prev_sample=prev, sigma=sigma, sigma_prev=then, eta=0.7)[
+            0
+        ]
 
     output.requires_grad_(True)
     prev.requires_grad_(True)

@@ -55,7 +55,9 @@ def draw(pipe: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     prompt = pair_rows(1)[0]["prompt"]
-    images = pipe(prompt, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np").images
+    images = pipe(
+        prompt, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np"
+    ).images
     return images[0]
 
 
@@ -77,7 +79,9 @@ def test_steps_train_all_that_is_trainable_and_nothing_else(tmp_path: Path, meth
         assert all("lora_" in name for name in start)
         assert changed(start, first) == {name for name in start if "lora_B" in name}
         assert changed(first, second) == set(start)
-        now = {name.replace(".base_layer", ""): value for name, value in all_tensors(parts[network]).items() if "lora_" not in name}
+        now = {
+            name.replace(".base_layer", ""): value for name, value in all_tensors(parts[network]).items() if "lora_" not in name
+        }
         assert_same_tensors(now, frozen.pop(network))
     else:
         assert start.keys() == dict(parts[network].named_parameters()).keys()
@@ -111,6 +115,8 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str, lora: bool) -> None:
     # A random UNet says little about brightness through its attention: its convolutions get adapters, too.
     targets = None if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1", "conv2", "conv_out"]
+    # The same noise and timestep in every epoch, those of `evaluate`.
+    one_draw = {"precompute_ref_errors": True, "ref_error_draws": 1} if method == "diffusion_dpo" else {}
     trainer = make_trainer(
         tmp_path / "run",
         family,
@@ -119,6 +125,7 @@ def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str,
         max_steps=16,
         learning_rate=1e-2 if lora else 3e-3,
         per_device_train_batch_size=4,
+        **one_draw,
     )
     before = trainer.evaluate(pair_rows())
     trainer.train()
@@ -176,7 +183,14 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind:
     for path in written:
         assert_same_tensors(load_file(tmp_path / "b" / path), load_file(tmp_path / "a" / path))
     assert (tmp_path / "b/logs/metrics.jsonl").read_text() == (tmp_path / "a/logs/metrics.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in (tmp_path / "b/logs/metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in (tmp_path / "b/logs/metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     if options.get("use_ema"):
         names = {p.name for p in (tmp_path / "a" / "checkpoint-6").iterdir()}
         assert "ema.safetensors" in names

@@ -70,7 +70,7 @@ def test_g1_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("reduction, expected", [("mean", 0.744396660074), ("sum", 0.913015252400)])
+@pytest.mark.parametrize(("reduction", "expected"), [("mean", 0.744396660074), ("sum", 0.913015252400)])
 def test_g1b_from_tensors_to_the_gradient(dtype: torch.dtype, reduction: str, expected: float) -> None:
     x0 = torch.tensor([[1, 0, -1, 0.5], [0, 1, 0.5, -0.5]], dtype=dtype)
     noise = torch.tensor([[0.5, -0.5, 1, 0]], dtype=dtype).expand(2, 4)
@@ -88,7 +88,7 @@ def test_g1b_from_tensors_to_the_gradient(dtype: torch.dtype, reduction: str, ex
 
 
 @pytest.mark.parametrize(
-    "loss_type, expected",
+    ("loss_type", "expected"),
     [("sigmoid", [0.023245464372, 3.529750418273]), ("hinge", [0.0, 4.5]), ("ipo", [1.69e-6, 2.56e-6])],
 )
 def test_g2_variants_of_diffusers(loss_type: str, expected: list[float]) -> None:
@@ -165,7 +165,7 @@ def test_unknown_loss_type_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("beta", 0),
         ("beta", -1.0),

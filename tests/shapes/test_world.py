@@ -55,7 +55,10 @@ def test_the_verifier_sees_every_wrong_attribute() -> None:
 
 def test_the_score_is_graded() -> None:
     scene = Scene("large", "red", "square", "center", "white")
-    one_wrong, two_wrong = Scene("large", "blue", "square", "center", "white"), Scene("small", "blue", "square", "center", "white")
+    one_wrong, two_wrong = (
+        Scene("large", "blue", "square", "center", "white"),
+        Scene("small", "blue", "square", "center", "white"),
+    )
     images = [render(s) for s in (scene, one_wrong, two_wrong)]
     scores = score(images, [scene.prompt] * 3)
     assert scores[0] > 0.95 > scores[1] > scores[2] > 0

@@ -16,11 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from tiny import lora_config, make_trainer  # noqa: E402
+import torch
+from tiny import lora_config, make_trainer
 
-from diffalign import TrainerCallback  # noqa: E402
-from diffalign.training import checkpoint  # noqa: E402
+from diffalign import TrainerCallback
+from diffalign.training import checkpoint
 
 
 class Announce(TrainerCallback):
@@ -56,7 +56,7 @@ def main() -> None:
         kill_in_second_save()
     elif mode == "plain":
         # A full fine-tune with an epsilon that keeps Adam from magnifying rounding.
-        options = {"max_steps": 3, "adam_epsilon": 1e-3, "use_ema": True, "ema_decay": 0.5}
+        options = {"max_steps": 3, "adam_epsilon": 1e-3, "use_ema": True, "ema_decay": 0.5, "overwrite_output_dir": True}
     else:
         options["options"] = {"callbacks": [Announce() if mode == "announce" else DiskFull()]}
     if mode == "announce":

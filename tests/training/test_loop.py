@@ -129,7 +129,9 @@ class Worsen(TrainerCallback):
 
 
 def test_divergence_stops_a_run_that_asks_for_it(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=9, divergence_patience=2, stop_on_divergence=True, options={"callbacks": [Worsen()]})
+    trainer = make_trainer(
+        tmp_path, max_steps=9, divergence_patience=2, stop_on_divergence=True, options={"callbacks": [Worsen()]}
+    )
     output = trainer.train()
     assert output.global_step < 9
     assert (tmp_path / f"checkpoint-{output.global_step}").is_dir()
@@ -149,7 +151,9 @@ def test_a_loss_that_is_not_finite_names_rows_and_timesteps(tmp_path: Path) -> N
     trainer.data.builder = poison
     with pytest.raises(NonFiniteLoss) as error:
         trainer.train()
-    assert f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps [{poisoned['time']}]" in str(error.value)
+    assert f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps [{poisoned['time']}]" in str(
+        error.value
+    )
     assert_same_tensors(all_tensors(trainer.network), all_tensors(build_pipeline("sd").unet))
 
 
@@ -178,7 +182,7 @@ def test_bf16_errors_are_near_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(found["bf16"], found["no"], rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("method, family", [("diffusion_dpo", "sd"), ("diffusion_dpo", "sdxl"), ("sft", "sd3")])
+@pytest.mark.parametrize(("method", "family"), [("diffusion_dpo", "sd"), ("diffusion_dpo", "sdxl"), ("sft", "sd3")])
 def test_mixed_sizes_train_in_buckets(tmp_path: Path, method: str, family: str) -> None:
     rows = pair_rows(4)
     for i, row in enumerate(pair_rows(3)):
@@ -198,14 +202,13 @@ def test_mixed_sizes_train_in_buckets(tmp_path: Path, method: str, family: str) 
 
     class Shapes(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            builder = trainer.data.builder
+            prepare = trainer.prepare
 
-            def recording(examples: Any) -> Any:
-                batch = builder(examples)
+            def recording(batch: Any) -> Any:
                 shapes.append(tuple(batch.x0.shape[-2:]))
-                return batch
+                return prepare(batch)
 
-            trainer.data.builder = recording
+            trainer.prepare = recording
 
     trainer.callbacks.append(Shapes())
     trainer.train()
@@ -218,7 +221,12 @@ def test_mixed_sizes_train_in_buckets(tmp_path: Path, method: str, family: str) 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_validation_grids_and_kept_base_images(tmp_path: Path, lora: bool) -> None:
     config = ValidationConfig(["a red circle", "a blue star"], num_validation_images=2, validation_steps=2, num_inference_steps=2)
-    options: dict[str, Any] = {"peft_config": lora_config() if lora else None, "max_steps": 3, "save_steps": 2, "learning_rate": 2e-2}
+    options: dict[str, Any] = {
+        "peft_config": lora_config() if lora else None,
+        "max_steps": 3,
+        "save_steps": 2,
+        "learning_rate": 2e-2,
+    }
     make_trainer(tmp_path / "run", options={"validation": config}, **options).train()
     samples = tmp_path / "run" / "samples"
     assert sorted(p.name for p in samples.glob("*.png")) == ["step-2.png", "step-3.png"]
@@ -268,7 +276,9 @@ def test_unusable_attention_backends_are_refused(tmp_path: Path, backend: str) -
 
 
 def test_native_sdpa_by_its_other_name(tmp_path: Path) -> None:
-    assert make_trainer(tmp_path, attention="_native_math", peft_config=lora_config()).dry_run()["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert make_trainer(tmp_path, attention="_native_math", peft_config=lora_config()).dry_run()["loss"] == pytest.approx(
+        math.log(2), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("targets", [["to_nothing"], "nothing.*"])
@@ -284,7 +294,7 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options, word",
+    ("options", "word"),
     [
         ({"data": {"resolution": 33}}, "data.resolution"),
         ({"method": "sft", "precompute_ref_errors": True}, "train.precompute_ref_errors"),
@@ -346,7 +356,9 @@ def test_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
 
 
 def test_epochs_become_steps(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=None, num_train_epochs=1.5, per_device_train_batch_size=3, peft_config=lora_config())
+    trainer = make_trainer(
+        tmp_path, max_steps=None, num_train_epochs=1.5, per_device_train_batch_size=3, peft_config=lora_config()
+    )
     assert trainer.train().global_step == 4  # 8 rows x 1.5 / 3
     assert trainer.state.epoch == pytest.approx(12 / 8)
 
@@ -377,6 +389,8 @@ def test_the_card_says_how_and_with_what(tmp_path: Path) -> None:
 def test_loader_workers_change_nothing(tmp_path: Path) -> None:
     plain = make_trainer(tmp_path / "a", peft_config=lora_config(), data={"random_flip": True, "center_crop": False})
     plain.train()
-    workers = make_trainer(tmp_path / "b", peft_config=lora_config(), data={"random_flip": True, "center_crop": False, "num_workers": 1})
+    workers = make_trainer(
+        tmp_path / "b", peft_config=lora_config(), data={"random_flip": True, "center_crop": False, "num_workers": 1}
+    )
     workers.train()
     assert_same_tensors(trained_tensors(workers), trained_tensors(plain))

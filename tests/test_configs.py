@@ -1,0 +1,106 @@
+"""Run files: every shipped one parses strictly, every `shapes.yaml` trains, and a config survives its round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import pair_rows
+
+from diffalign.config import apply_overrides, build_section, coerce, dump_yaml, field_docs, load_run, run_from_dict, run_to_dict
+from diffalign.config import LoraSection
+from diffalign.data import DataConfig, convert, load_preferences
+from diffalign.exceptions import ConfigError, UserError
+from diffalign.methods import METHODS, config_class, trainer_class
+from diffalign.training.run import train_run
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_run_file_parses_and_round_trips(path: Path) -> None:
+    run = load_run(path)
+    assert run.method == path.parent.name
+    assert run_from_dict(yaml.safe_load(dump_yaml(run_to_dict(run)))) == run
+    assert "#" in path.read_text(), "recipes are commented"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) -> None:
+    data = convert(load_preferences(pair_rows(4, 64), verbose=False), tmp_path / "pairs")
+    options = {
+        "data.dataset_name": data,
+        "data.cache_latents": tmp_path / "cache",
+        "data.cache_text_embeddings": tmp_path / "cache",
+        "train.output_dir": tmp_path / "out",
+        "train.max_steps": 2,
+        "train.per_device_train_batch_size": 2,
+    }
+    run = load_run(ROOT / "configs" / method / "shapes.yaml", [str(x) for k, v in options.items() for x in (f"--{k}", v)])
+    run.validation = None
+    assert train_run(run) == 0
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    again = load_run(tmp_path / "out" / "config.yaml")
+    assert again.train == run.train and again.data == run.data
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_is_documented(method: str) -> None:
+    for cls in (config_class(method), DataConfig, LoraSection):
+        docs = field_docs(cls)
+        assert {f.name for f in dataclasses.fields(cls)} == set(docs)
+    assert trainer_class(method).__doc__
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        ("1e-5", float, 1e-5),  # YAML reads 1e-5 as text
+        (5, float, 5.0),
+        ("2.048e-5", float, 2.048e-5),
+        (2.0, int, 2),
+        (None, "int | None", None),
+        ([1, 2], list[float], [1.0, 2.0]),
+    ],
+)
+def test_lossless_readings(value: object, annotation: object, expected: object) -> None:
+    annotation = (int | None) if annotation == "int | None" else annotation
+    result = coerce(value, annotation, "x")
+    assert result == expected and type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation"), [("five", float), (True, int), (True, float), (1.5, int), ("yes", bool), (3, str), ("a", list[int])]
+)
+def test_lossy_readings_are_refused_with_the_path(value: object, annotation: object) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.x: expected"):
+        coerce(value, annotation, "train.x")
+
+
+def test_yaml_numbers_of_either_spelling_are_equal() -> None:
+    text = "{method: sft, model: shapes, train: {learning_rate: %s}}"
+    assert run_from_dict(yaml.safe_load(text % "1e-5")) == run_from_dict(yaml.safe_load(text % "1.0e-5"))
+
+
+def test_overrides_reach_and_create_sections() -> None:
+    values = apply_overrides({"train": {"seed": 1}}, ["--train.seed=2", "--lora.r", "8", "--lora.target_modules", "[to_k, to_q]"])
+    assert values == {"train": {"seed": 2}, "lora": {"r": 8, "target_modules": ["to_k", "to_q"]}}
+    with pytest.raises(UserError, match="not a section"):
+        apply_overrides({"model": "x"}, ["--model.name", "y"])
+
+
+def test_unknown_keys_suggest_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.dropuot: unknown key \(did you mean 'dropout'\?\)"):
+        build_section(LoraSection, {"dropuot": 0.1}, "lora")
+    with pytest.raises(ConfigError, match="modell: unknown key"):
+        run_from_dict({"method": "sft", "modell": "x"})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just words"])
+def test_files_that_are_no_run_files(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match="--config"):
+        load_run(tmp_path / "x.yaml")

@@ -1,0 +1,84 @@
+"""The wheel carries the embedded weights and works in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import shutil
+
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".git")
+    shutil.copytree(ROOT / "diffalign", folder / "source" / "diffalign", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source" / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(folder / "source"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("diffalign-*.whl"))
+
+
+def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for expected in (
+        "diffalign/py.typed",
+        "diffalign/accelerate_configs/multi_gpu.yaml",
+        "diffalign/shapes/weights/model_index.json",
+        "diffalign/shapes/weights/unet/diffusion_pytorch_model.safetensors",
+        "diffalign/shapes/weights/vae/diffusion_pytorch_model.safetensors",
+        "diffalign/shapes/weights/text_encoder/model.safetensors",
+        "diffalign/shapes/weights/tokenizer/tokenizer.json",
+        "diffalign/shapes/weights/scheduler/scheduler_config.json",
+    ):
+        assert expected in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "configs/"))]
+
+
+def test_it_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """The environment sees the dependencies of the running one, but not the source tree."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    site = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
+    zipfile.ZipFile(wheel).extractall(site)
+    here = next(p for p in map(Path, sys.path) if (p / "torch").is_dir())
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for entry in here.iterdir():  # everything that is installed, except the package itself and editable hooks
+        if "diffalign" not in entry.name and entry.suffix != ".pth":
+            (dependencies / entry.name).symlink_to(entry)
+    environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    python = [str(tmp_path / "venv" / "bin" / "python"), "-c"]
+
+    def run(code: str, **extra: str) -> str:
+        done = subprocess.run([*python, code], capture_output=True, text=True, cwd=tmp_path, env={**environment, **extra})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "site-packages" in run("import diffalign; print(diffalign.__file__)")
+    code = "import diffalign.cli, sys; sys.argv = ['diffalign', '--help']; diffalign.cli.main()"
+    assert "quickstart" in run(code, PYTHONPATH=str(dependencies))
+    load = (
+        "from diffalign.backbones import load_backbone; import torch; b = load_backbone('shapes'); "
+        "print(sum(p.numel() for p in b.load_network(torch.float32).parameters()))"
+    )
+    assert int(run(load, PYTHONPATH=str(dependencies)).split()[-1]) > 4_000_000

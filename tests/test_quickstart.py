@@ -1,0 +1,109 @@
+"""The quickstart in small, through the installed command; what the README's blocks need lies in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--num_prompts 16 --images_per_prompt 3 --max_steps 6 --batch_size 4 --eval_prompts 8 --eval_images 1".split()
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which a small quickstart ran; the recipes and scripts of the repository are beside it."""
+    folder = tmp_path_factory.mktemp("home")
+    for name in ("configs", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    done = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "win-rate of tuned over base" in done.stdout and "next: diffalign sample" in done.stdout
+    return folder
+
+
+def test_it_leaves_what_it_says(home: Path) -> None:
+    folder = home / "diffalign-quickstart"
+    results = json.loads((folder / "results.json").read_text())
+    for side in ("base", "tuned"):
+        assert 0 <= results[side]["accuracy"] <= 1 and results[side]["accuracy_standard_error"] >= 0
+        assert set(results[side]["attributes"]) == {"size", "color", "shape", "position", "background"}
+    wins = results["win_rate"]
+    assert 0 <= wins["low"] <= wins["rate"] <= wins["high"] <= 1
+    assert Image.open(folder / "comparison.png").size[0] > 400
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder / "lora" / "logs" / "metrics.jsonl").read_text().count("\n") >= 1
+
+
+def test_its_dataset_is_plain_parquet_of_training_prompts(home: Path) -> None:
+    from datasets import load_dataset
+
+    from diffalign.shapes import held_out_prompts
+
+    rows = load_dataset("parquet", data_dir=str(home / "diffalign-quickstart" / "dataset"), split="train")
+    assert len(rows) == 16 and len(rows[0]["images"]) == len(rows[0]["scores"]) == 3
+    assert not set(rows["prompt"]) & set(held_out_prompts())
+
+
+def test_a_second_run_says_what_is_there(home: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (home / "diffalign-quickstart").rglob("*")}
+    again = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=home)
+    assert again.returncode == 0 and "finished quickstart" in again.stdout and "win-rate" in again.stdout
+    other = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, "--seed", 1, cwd=home)
+    assert other.returncode == 2 and "--seed 0" in other.stderr and "Traceback" not in other.stderr
+    assert {p: p.stat().st_mtime_ns for p in (home / "diffalign-quickstart").rglob("*")} == before
+
+
+def test_an_interrupted_run_continues_from_what_is_there(home: Path) -> None:
+    import shutil
+
+    folder = home / "again"
+    shutil.copytree(home / "diffalign-quickstart", folder)
+    (folder / "results.json").unlink()
+    (folder / "lora" / "pytorch_lora_weights.safetensors").unlink()
+    before = json.loads((home / "diffalign-quickstart" / "results.json").read_text())
+    done = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, "--output_dir", folder, cwd=home)
+    assert done.returncode == 0 and "continuing the quickstart" in done.stdout, done.stderr
+    after = json.loads((folder / "results.json").read_text())
+    assert after["tuned"] == before["tuned"] and after["base"] == before["base"]
+
+
+@pytest.mark.parametrize("flag", ["--seed -1", "--num_prompts 601", "--images_per_prompt 1", "--beta 0", "--max_steps x"])
+def test_settings_out_of_range(home: Path, flag: str) -> None:
+    done = run(sys.executable, "-m", "diffalign", "quickstart", *flag.split(), "--output_dir", home / "never", cwd=home)
+    assert done.returncode == 2 and flag.split()[0] in done.stderr and "Traceback" not in done.stderr
+    assert not (home / "never").exists()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/data.md"])
+def test_the_documents_commands_run(home: Path, document: str) -> None:
+    ran = 0
+    for block in blocks(ROOT / document, "bash"):
+        for line in block.strip().splitlines():
+            if line.startswith("pip install"):
+                continue  # .ci/run reads the commands out of the README and runs them
+            done = run("bash", "-euc", line, cwd=home)
+            assert done.returncode == 0, (line, done.stderr)
+            ran += 1
+    assert ran >= 2
+
+
+@pytest.mark.parametrize("index", range(len(blocks(ROOT / "README.md", "python"))))
+def test_the_documents_python_runs(home: Path, index: int) -> None:
+    done = run(sys.executable, "-c", blocks(ROOT / "README.md", "python")[index], cwd=home)
+    assert done.returncode == 0, done.stderr
