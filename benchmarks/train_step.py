@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -166,7 +167,7 @@ def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tup
             sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         values = json.loads(result.read_text())
     times = values["times"][warm_up:]
-    return statistics.median(b - a for a, b in zip(times, times[1:], strict=False)), values["peak_kib"] / 1024
+    return statistics.median(b - a for a, b in itertools.pairwise(times)), values["peak_kib"] / 1024
 
 
 def compare(

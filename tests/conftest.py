@@ -5,5 +5,5 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality across processes needs equal thread counts
 sys.path.insert(0, str(Path(__file__).parent))

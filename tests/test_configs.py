@@ -9,8 +9,17 @@ import pytest
 import yaml
 from tiny import pair_rows
 
-from diffalign.config import apply_overrides, build_section, coerce, dump_yaml, field_docs, load_run, run_from_dict, run_to_dict
-from diffalign.config import LoraSection
+from diffalign.config import (
+    LoraSection,
+    apply_overrides,
+    build_section,
+    coerce,
+    dump_yaml,
+    field_docs,
+    load_run,
+    run_from_dict,
+    run_to_dict,
+)
 from diffalign.data import DataConfig, convert, load_preferences
 from diffalign.exceptions import ConfigError, UserError
 from diffalign.methods import METHODS, config_class, trainer_class

@@ -13,7 +13,20 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--num_prompts 16 --images_per_prompt 3 --max_steps 6 --batch_size 4 --eval_prompts 8 --eval_images 1".split()
+SMALL = [
+    "--num_prompts",
+    "16",
+    "--images_per_prompt",
+    "3",
+    "--max_steps",
+    "6",
+    "--batch_size",
+    "4",
+    "--eval_prompts",
+    "8",
+    "--eval_images",
+    "1",
+]
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ class QuickstartConfig:
 
     seed: int = 0
     """Seed of the training images, of training and of the comparison."""
-    num_prompts: int = 400
+    num_prompts: int = 320
     """Training prompts to make preferences for (of 600)."""
     images_per_prompt: int = 4
     """Images that compete for each prompt."""
@@ -23,9 +23,9 @@ class QuickstartConfig:
     """Optimizer steps."""
     batch_size: int = 16
     """Pairs per step."""
-    beta: float = 2000.0
-    """Diffusion-DPO's beta."""
-    learning_rate: float = 3e-4
+    beta: float = 500.0
+    """Diffusion-DPO's beta; small, because this world's preferences are nearly free of noise."""
+    learning_rate: float = 1e-3
     """Learning rate of the LoRA."""
     rank: int = 16
     """Rank of the LoRA."""

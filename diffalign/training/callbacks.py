@@ -20,12 +20,14 @@ class TrainerState:
         samples_seen: groups consumed over all processes: the position in the data.
         epoch: passes over the data so far, fractional.
         max_steps: when the run ends.
+        window: sums and counts of the metrics since the last log, so that a run resumed between two logs logs the same.
     """
 
     global_step: int = 0
     samples_seen: int = 0
     epoch: float = 0.0
     max_steps: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
     log_history: list[dict[str, float]] = field(default_factory=list)
 
 

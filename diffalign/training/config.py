@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ _POSITIVE = (
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "eval_steps",
     "ref_error_draws",
     "snr_gamma",
     "logit_std",
@@ -110,6 +112,8 @@ class TrainingConfig:
     """mean | sum over the elements of a latent; `beta` is meant for mean."""
     logging_steps: int = 10
     """Log every so many optimizer steps, averaged over them."""
+    eval_steps: int | None = None
+    """Evaluate on the evaluation data every so many optimizer steps; null: only when `evaluate` is called."""
     report_to: str = "none"
     """Tracker by accelerate's names: tensorboard | wandb | trackio | swanlab | comet_ml | mlflow | ... | all | none."""
     project: str = "diffalign"
@@ -132,6 +136,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         from ..config import coerce
 
+        self.output_dir = os.fspath(self.output_dir)  # a Path is as good
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             setattr(self, f.name, coerce(getattr(self, f.name), hints[f.name], f.name))

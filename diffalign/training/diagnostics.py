@@ -78,6 +78,12 @@ class DivergenceGuard:
     def __init__(self, patience: int, warn: Callable[[str], None]) -> None:
         self.patience, self.warn, self.count = patience, warn, 0
 
+    def replay(self, history: list[dict[str, float]]) -> None:
+        """Counts the logs of a resumed run again, silently."""
+        for entry in history:
+            change = entry.get("change/chosen", math.nan)
+            self.count = self.count if math.isnan(change) else self.count + 1 if change > 0 else 0
+
     def update(self, metrics: dict[str, float], step: int) -> bool:
         """Feeds one log; True when the run has diverged by now."""
         change = metrics.get("change/chosen")

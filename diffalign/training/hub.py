@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -219,6 +220,10 @@ Versions: {versions}. Dataset fingerprint `{dataset}`. The run file is `config.y
 {citation}"""
 
 
+def _parameters(cls: Any) -> set[str]:
+    return set(inspect.signature(cls.__init__).parameters)
+
+
 def write_card(trainer: Trainer, folder: Path) -> None:
     """A model card with provenance."""
     # diffusers' `load_or_create_model_card` asks the Hub for an existing card first, which stalls a machine without network.
@@ -226,12 +231,17 @@ def write_card(trainer: Trainer, folder: Path) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     is_lora, source = trainer.peft_config is not None, trainer.backbone.source
-    cls = source.pipeline_class().__name__
+    cls_object = source.pipeline_class()
+    cls = cls_object.__name__
     use = f"from diffusers import {cls}\n\n"
     if is_lora:
         use += f'pipe = {cls}.from_pretrained("{source.name}")\npipe.load_lora_weights("path/to/this/folder")'
     else:
-        use += f'pipe = {cls}.from_pretrained("path/to/this/folder")'
+        # diffusers wants to be told of components that the pipeline never had, e.g. SD3 without its third encoder.
+        absent = "".join(
+            f", {n}=None" for n in ("text_encoder_3", "tokenizer_3") if n in _parameters(cls_object) and not source.has(n)
+        )
+        use += f'pipe = {cls}.from_pretrained("path/to/this/folder"{absent})'
     paper = trainer._paper
     link = f" ([{paper['title']}](https://huggingface.co/papers/{paper['id']}))" if paper else ""
     history = trainer.state.log_history[-1] if trainer.state.log_history else {}

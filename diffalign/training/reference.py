@@ -51,20 +51,22 @@ class FrozenCopyReference:
     """A second copy of the starting weights, for full fine-tuning; optionally parked on the CPU between calls.
 
     Args:
-        network: copied now, before anything trains.
+        network: copied now, before anything trains; taken as it is with ``copy_weights=False``.
         device: where its forward pass runs.
         offload: keep it on the CPU meanwhile.
     """
 
-    def __init__(self, network: Any, device: torch.device, offload: bool = False) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False).train()
+    def __init__(self, network: Any, device: torch.device, offload: bool = False, copy_weights: bool = True) -> None:
+        self.network = (copy.deepcopy(network) if copy_weights else network).requires_grad_(False).train()
         # In the policy's mode: diffusers' residual blocks choose memory layouts by it, and other layouts round differently.
         for module in self.network.modules():
             if isinstance(module, torch.nn.modules.dropout._DropoutNd):
                 module.eval()
         self.device, self.offload = device, offload and device.type != "cpu"
         self.network.to("cpu" if self.offload else device)
-        self.description = "frozen copy of the starting weights" + (" (offloaded)" if self.offload else "")
+        self.description = ("frozen copy of the starting weights" if copy_weights else "frozen network") + (
+            " (offloaded)" if self.offload else ""
+        )
 
     def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
         if self.offload:

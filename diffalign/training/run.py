@@ -28,6 +28,7 @@ def train_run(run: RunConfig, dry_run: bool = False) -> int:
         trainer.dry_run()
         return 0
     output = trainer.train()
+    trainer.accelerator.end_training()
     if output.interrupted_by is not None:
         trainer.accelerator.print(
             f"interrupted at step {output.global_step}: saved checkpoint-{output.global_step}; "

@@ -28,15 +28,30 @@ class MetricWindow:
             self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.counts[name] = self.counts[name] + count if name in self.counts else count
 
-    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the window and over processes; empties the window. All processes must call this."""
+    def dump(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """[sum, count] of every metric over all processes, for a checkpoint. All processes must call this."""
+        names, total = self._total(accelerator)
+        return {name: row.tolist() for name, row in zip(names, total, strict=True)}
+
+    def restore(self, values: dict[str, list[float]], accelerator: Accelerator) -> None:
+        """Takes back what `dump` gave: on the main process, the others start from nothing."""
+        if accelerator.is_main_process:
+            for name, (total, count) in values.items():
+                self.sums[name] = torch.tensor(total, dtype=torch.float64, device=accelerator.device)
+                self.counts[name] = torch.tensor(count, dtype=torch.float64, device=accelerator.device)
+
+    def _total(self, accelerator: Accelerator) -> tuple[list[str], Tensor]:
         names = sorted(self.sums)
         if not names:
-            return {}
+            return [], torch.empty(0, 2)
         stacked = torch.stack([torch.stack([self.sums[n], self.counts[n]]) for n in names])
         if accelerator.device.type == "mps":
             stacked = stacked.float()
-        total = accelerator.reduce(stacked, reduction="sum").cpu()
+        return names, accelerator.reduce(stacked, reduction="sum").cpu()
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the window and over processes; empties the window. All processes must call this."""
+        names, total = self._total(accelerator)
         self.sums, self.counts = {}, {}
         return {n: (float(s / c) if c else math.nan) for n, (s, c) in zip(names, total, strict=True)}
 

@@ -228,7 +228,7 @@ class Trainer:
         if self.ref_backbone is not None:
             self.ref_backbone.place(device, self.backbone.dtype)
             network = self.ref_backbone.load_network(self.backbone.dtype)
-            return FrozenCopyReference(network, device, self.args.offload_reference)
+            return FrozenCopyReference(network, device, self.args.offload_reference, copy_weights=False)
         if self.peft_config is not None:
             return AdapterOffReference(self.network)
         return FrozenCopyReference(self.network, device, self.args.offload_reference)
@@ -257,6 +257,8 @@ class Trainer:
             "dataset": self.train_dataset.fingerprint,
             "lora": lora,
             "seed": self.args.seed,
+            # With buckets the order of the data depends on it.
+            "bucketed_batch": self.args.per_device_train_batch_size if self.data_config.aspect_ratio_buckets else None,
         }
 
     # Public verbs -----------------------------------------------------------------------------------------------------------
@@ -293,7 +295,9 @@ class Trainer:
             self.save_model(str(self.output_dir))
             if self.hub is not None and self.hub.push_to_hub:
                 self.push_to_hub()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
         return TrainOutput(self.state.global_step, metrics, signals.received)
 
     @torch.no_grad()
@@ -389,7 +393,9 @@ class Trainer:
         log = MetricLog(self.accelerator, self.output_dir)
         state.log_history = log.start(state.global_step)
         self.window, metrics = MetricWindow(), {}
+        self.window.restore(state.window, self.accelerator)
         guard = DivergenceGuard(args.divergence_patience, self.accelerator.print)
+        guard.replay(state.log_history)
         progress = [ProgressCallback()] if self.accelerator.is_main_process else []
         self._call("on_train_begin", progress)
         batches = self.data.batches(state.samples_seen)
@@ -406,8 +412,13 @@ class Trainer:
                 control.should_training_stop = control.should_save = True
             if control.should_save or last or (args.save_steps and state.global_step % args.save_steps == 0):
                 control.should_save = False
+                state.window = self.window.dump(self.accelerator)
                 path = self.checkpoints.save(state)
                 self._call("on_save", progress, checkpoint=path)
+            due = args.eval_steps is not None and state.global_step % args.eval_steps == 0
+            if control.should_evaluate or (due and self.eval_dataset is not None):
+                control.should_evaluate = False
+                log.write(self.evaluate(), state.global_step)
             if validator is not None and (last or state.global_step % validator.config.validation_steps == 0):
                 grid, _ = validator.draw(self.network, state.global_step)
                 log.images("validation", grid, state.global_step)

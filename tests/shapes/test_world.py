@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.shapes import ATTRIBUTES, Scene, all_scenes, attribute_table, held_out_prompts, parse_prompt, render, score
-from diffalign.shapes import split_scenes, train_prompts, verify
+from diffalign.shapes import (
+    ATTRIBUTES,
+    Scene,
+    all_scenes,
+    attribute_table,
+    held_out_prompts,
+    parse_prompt,
+    render,
+    score,
+    split_scenes,
+    train_prompts,
+    verify,
+)
 from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 
 

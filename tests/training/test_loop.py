@@ -394,3 +394,35 @@ def test_loader_workers_change_nothing(tmp_path: Path) -> None:
     )
     workers.train()
     assert_same_tensors(trained_tensors(workers), trained_tensors(plain))
+
+
+def test_a_window_is_logged_alike_when_resumed_in_its_middle(tmp_path: Path) -> None:
+    import shutil
+
+    options = {"max_steps": 6, "save_steps": 3, "save_total_limit": None, "logging_steps": 2}
+    make_trainer(tmp_path / "straight", **options).train()
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    make_trainer(tmp_path / "resumed", **options).train(str(tmp_path / "resumed" / "checkpoint-3"))
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "logs" / "metrics.jsonl").read_text().splitlines()]
+        for n in ("straight", "resumed")
+    ]
+    assert [entry["step"] for entry in logs[0]] == [2, 4, 6]
+    assert logs[0] == logs[1]
+
+
+def test_evaluation_during_training_is_logged(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", max_steps=4, eval_steps=2, logging_steps=4)
+    trainer.eval_dataset = pair_rows(4)
+    trainer.train()
+    entries = [json.loads(x) for x in (tmp_path / "out" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "eval/loss" in e] == [2, 4]
+
+
+def test_another_model_can_be_the_reference(tmp_path: Path) -> None:
+    from tiny import build_pipeline
+
+    trainer = make_trainer(tmp_path / "out", max_steps=1, options={"ref_model": build_pipeline("sd", seed=5)})
+    output = trainer.train()
+    assert output.metrics["errors/chosen"] != output.metrics["errors/ref_chosen"]
+    assert abs(output.metrics["train/loss"] - 0.6931) > 1e-3
