@@ -23,7 +23,16 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
     """The results of one seed, with the wall time of the whole command."""
     record = folder / f"seed-{seed}.json"
     if not record.is_file():
-        command = [sys.executable, "-m", "diffalign", "quickstart", "--seed", str(seed), "--output_dir", str(folder / f"seed-{seed}")]
+        command = [
+            sys.executable,
+            "-m",
+            "diffalign",
+            "quickstart",
+            "--seed",
+            str(seed),
+            "--output_dir",
+            str(folder / f"seed-{seed}"),
+        ]
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from typing import Any
 
 from . import __version__
 from .exceptions import UserError
+
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,6 +34,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except OSError as error:
+        if error.errno in _PERMISSION:
+            return _say(f"cannot write {error.filename!r} ({error.strerror}); name a folder that you may write to", 2)
+        if error.errno in _NO_SPACE:
+            return _say(
+                f"cannot write {error.filename or 'a file'} ({error.strerror}); free some space and run the command again", 1
+            )
+        raise
     except Exception as error:
         expected = {"CheckpointError", "NonFiniteLoss"}
         if type(error).__name__ == "Interrupted":

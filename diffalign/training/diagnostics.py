@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..likelihood import effective_beta, implicit_rewards
+from .batch import Batch
 
 THIRDS = ("low_noise", "mid_noise", "high_noise")
 
@@ -65,6 +66,22 @@ LOG2_MESSAGE = (
     "a preference loss starts at log 2 = 0.693 (policy = reference) and moves slowly: 0.69 is not a fault. "
     "Watch rewards/accuracies (above 0.5), rewards/margins (rising) and change/chosen (below 0)"
 )
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names rows and timesteps."""
+
+
+def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
+    """Raises `NonFiniteLoss` with the dataset rows and timesteps of the groups whose loss (g,) is not finite."""
+    if torch.isfinite(loss).all():
+        return
+    bad = [i for i, value in enumerate(loss.detach().cpu()) if not torch.isfinite(value)]
+    rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
+    raise NonFiniteLoss(
+        f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; "
+        "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
+    )
 
 
 class DivergenceGuard:

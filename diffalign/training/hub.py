@@ -50,6 +50,23 @@ def draw_settings(args: TrainingConfig) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _DRAW_FIELDS}
 
 
+def run_identity(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint must share with a run to be resumed by it."""
+    lora, config = None, trainer.peft_config
+    if config is not None:
+        targets = str(sorted(config.target_modules or trainer.backbone.lora_targets))
+        lora = {"r": config.r, "alpha": config.lora_alpha, "targets": targets}
+    return {
+        "method": trainer._name,
+        "model": trainer.model_fingerprint,
+        "dataset": trainer.train_dataset.fingerprint,
+        "lora": lora,
+        "seed": trainer.args.seed,
+        # With buckets the order of the data depends on it.
+        "bucketed_batch": trainer.args.per_device_train_batch_size if trainer.data_config.aspect_ratio_buckets else None,
+    }
+
+
 def claim_output_dir(folder: Path, overwrite: bool) -> None:
     """Makes sure a fresh run does not mix with an older one.
 

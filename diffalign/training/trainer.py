@@ -25,7 +25,7 @@ from .build import DTYPES, build_accelerator, build_ema, build_network, build_op
 from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from .checkpoint import CheckpointManager, find_checkpoint
 from .config import TrainingConfig
-from .diagnostics import LOG2_MESSAGE, DivergenceGuard
+from .diagnostics import LOG2_MESSAGE, DivergenceGuard, check_finite
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
 from .reference import AdapterOffReference, FrozenCopyReference, Reference
 from .signals import StopSignals
@@ -34,10 +34,6 @@ from .validation import Validator
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names rows and timesteps."""
 
 
 @dataclass
@@ -114,7 +110,7 @@ class Trainer:
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
         self.process = self.backbone.process
         # Of the starting weights: taken before anything trains, since a given pipeline is trained in place.
-        self._model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)
+        self.model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)
         self.model_options = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
         build_transform(self.data_config, self.backbone)  # sizes are checked now, not after an hour of encoding
         source = train_dataset if train_dataset is not None else self.data_config.dataset_name or self.data_config.train_data_dir
@@ -243,23 +239,7 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run to be resumed by it."""
-        lora = None
-        if self.peft_config is not None:
-            config = self.peft_config
-            lora = {
-                "r": config.r,
-                "alpha": config.lora_alpha,
-                "targets": str(sorted(config.target_modules or self.backbone.lora_targets)),
-            }
-        return {
-            "method": self._name,
-            "model": self._model_fingerprint,
-            "dataset": self.train_dataset.fingerprint,
-            "lora": lora,
-            "seed": self.args.seed,
-            # With buckets the order of the data depends on it.
-            "bucketed_batch": self.args.per_device_train_batch_size if self.data_config.aspect_ratio_buckets else None,
-        }
+        return hub.run_identity(self)
 
     # Public verbs -----------------------------------------------------------------------------------------------------------
 
@@ -344,7 +324,7 @@ class Trainer:
         examples = next(self.data.batches(0))
         for batch in self.micro_batches(self.prepare(self.data.builder(examples))):
             loss, _ = self.compute_loss(batch)
-            self._check_finite(loss, batch)
+            check_finite(loss, batch, self.state.global_step + 1)
             self.accelerator.backward(loss.mean())
         self.optimizer.zero_grad()
         report = hub.dry_run_report(self, batch, float(loss.mean().detach()), time.perf_counter() - started)
@@ -445,7 +425,7 @@ class Trainer:
             for batch in self.micro_batches(self.prepare(whole)):
                 with self.accelerator.accumulate(self.prepared):
                     loss, metrics = self.compute_loss(batch)
-                    self._check_finite(loss, batch)
+                    check_finite(loss, batch, self.state.global_step + 1)
                     self.accelerator.backward((batch.weights * loss).mean())
                     self.window.add({"train/loss": loss, **metrics})
                     if self.accelerator.sync_gradients and args.max_grad_norm is not None:
@@ -468,16 +448,6 @@ class Trainer:
         self.ema.step(trainable_parameters(self.network))
         if self.args.offload_ema:
             self.ema.to("cpu")
-
-    def _check_finite(self, loss: Tensor, batch: Batch) -> None:
-        if torch.isfinite(loss).all():
-            return
-        bad = [i for i, value in enumerate(loss.detach().cpu()) if not torch.isfinite(value)]
-        rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
-        raise NonFiniteLoss(
-            f"step {self.state.global_step + 1}: the loss is not finite for dataset rows {rows} at timesteps {times}; "
-            "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
-        )
 
     def _log(self, log: MetricLog, progress: list[ProgressCallback]) -> dict[str, float]:
         metrics = self.window.reduce(self.accelerator)

@@ -26,11 +26,10 @@ from tiny import (
 from diffalign import ValidationConfig
 from diffalign.exceptions import ConfigError
 from diffalign.training.callbacks import TrainerCallback
-from diffalign.training.diagnostics import DivergenceGuard, beta_message, pair_metrics
+from diffalign.training.diagnostics import DivergenceGuard, NonFiniteLoss, beta_message, pair_metrics
 from diffalign.training.loader import PositionSampler, RowOrder
 from diffalign.training.rng import row_seed
 from diffalign.training.tracking import MetricWindow
-from diffalign.training.trainer import NonFiniteLoss
 
 
 def test_row_order_is_one_permutation_per_epoch() -> None:
