@@ -7,6 +7,7 @@ same whether one process, several processes or several accumulated passes consum
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,20 +94,46 @@ class Example:
 
 
 class GroupReader(torch.utils.data.Dataset):
-    """Map-style access by (epoch, index), in a worker or not."""
+    """Map-style access by (epoch, index), in a worker or not.
 
-    def __init__(self, dataset: Any, transform: GroupTransform, seed: int, latents: TensorCache | None = None) -> None:
-        self.dataset, self.transform, self.seed, self.latents = dataset, transform, seed, latents
+    A row whose image turns out to be undecodable (headers were checked on loading, pixels were not) is replaced by the next row,
+    named in a warning and counted; above `max_broken_fraction` of all rows it is an error.
+    """
+
+    def __init__(self, dataset: Any, transform: GroupTransform, seed: int, max_broken_fraction: float = 0.05) -> None:
+        self.dataset, self.transform, self.seed, self.max_broken_fraction = dataset, transform, seed, max_broken_fraction
+        self.latents: TensorCache | None = None
+        self.broken: dict[int, str] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         epoch, index = key
-        return self.read(self.dataset[index], epoch)
+        try:
+            return self.read(self.dataset[index], epoch)
+        except UserError as error:
+            self.skip(index, str(error))
+            return self[(epoch, (index + 1) % len(self.dataset))]
+
+    def skip(self, index: int, reason: str) -> None:
+        """Counts a broken row.
+
+        Raises:
+            UserError: when there are too many.
+        """
+        if index not in self.broken:
+            warnings.warn(f"{reason}; the next row takes its place", stacklevel=2)
+        self.broken[index] = reason
+        if len(self.broken) > self.max_broken_fraction * len(self.dataset):
+            raise UserError(
+                f"{len(self.broken)} of {len(self.dataset)} rows cannot be used, more than data.max_broken_fraction: {reason}"
+            )
 
     def read(self, group: Any, epoch: int) -> Example:
         example = Example(group.row_id, epoch, tuple(group.prompts), Geometry((0, 0), (0, 0), (0, 0)), group.weight, group.scores)
         if self.latents is not None:
-            hashes = group.image_hashes()
-            entry = self.latents[group_key(hashes)]
+            cached = group_key(group.image_hashes())
+            if cached not in self.latents:
+                raise UserError(f"dataset row {group.row_id}: its latents could not be cached")
+            entry = self.latents[cached]
             example.mean, example.std = entry["mean"], entry["std"]
             values = entry["geometry"].tolist()
             example.geometry = Geometry((values[0], values[1]), (values[2], values[3]), (values[4], values[5]))
@@ -157,15 +184,30 @@ def fill_latent_cache(
     mine = todo[rank::world]
     for start in tqdm(range(0, len(mine), batch_groups), desc="encoding images", unit="batch", disable=not mine or rank > 0):
         indices = mine[start : start + batch_groups]
-        examples = [reader[(0, index)] for index in indices]
-        for index, example in zip(indices, examples, strict=True):
-            assert example.pixels is not None
-            mean, std = backbone.encode_images(example.pixels)
-            g = example.geometry
-            geometry = torch.tensor([*g.original_size, *g.crop_top_left, *g.target_size])
-            cache.add(keys[index], {"mean": mean, "std": std, "geometry": geometry})
+        indices, examples = _readable(reader, indices)
+        for shape in {e.pixels.shape for e in examples if e.pixels is not None}:  # one, except under buckets
+            alike = [(i, e) for i, e in zip(indices, examples, strict=True) if e.pixels is not None and e.pixels.shape == shape]
+            mean, std = backbone.encode_images(torch.cat([e.pixels for _, e in alike if e.pixels is not None]))
+            k = shape[0]
+            for n, (index, example) in enumerate(alike):
+                g = example.geometry
+                geometry = torch.tensor([*g.original_size, *g.crop_top_left, *g.target_size])
+                place = slice(n * k, (n + 1) * k)
+                cache.add(keys[index], {"mean": mean[place], "std": std[place], "geometry": geometry})
     cache.flush()
     return len(todo)
+
+
+def _readable(reader: GroupReader, indices: list[int]) -> tuple[list[int], list[Example]]:
+    """The rows that can be decoded; the others are counted and stay out of the cache."""
+    kept, examples = [], []
+    for index in indices:
+        try:
+            examples.append(reader.read(reader.dataset[index], 0))
+            kept.append(index)
+        except UserError as error:
+            reader.skip(index, str(error))
+    return kept, examples
 
 
 def prompt_key(prompt: str) -> str:

@@ -103,7 +103,7 @@ class DataPipeline:
             dataset = self._assign_buckets(dataset)
         self.dataset = dataset
         self.latents = self._latent_cache()
-        self.reader = GroupReader(dataset, self.transform, args.seed, None)
+        self.reader = GroupReader(dataset, self.transform, args.seed, config.max_broken_fraction)
         self.prompts = self._prompt_cache()
         self.builder = BatchBuilder(backbone, args, accelerator.device, self.prompts)
 

@@ -425,3 +425,39 @@ def test_another_model_can_be_the_reference(tmp_path: Path) -> None:
     output = trainer.train()
     assert output.metrics["errors/chosen"] != output.metrics["errors/ref_chosen"]
     assert abs(output.metrics["train/loss"] - 0.6931) > 1e-3
+
+
+def truncated_rows(broken: int) -> list[dict[str, Any]]:
+    """Pairs of which some have an image whose header is right and whose pixels are missing."""
+    import io
+
+    rows = pair_rows(8, 64)
+    for row in rows[:broken]:
+        buffer = io.BytesIO()
+        row["chosen"].save(buffer, "png")
+        row["chosen"] = {"bytes": buffer.getvalue()[: len(buffer.getvalue()) // 2], "path": None}
+    for row in rows:
+        if not isinstance(row["chosen"], dict):
+            buffer = io.BytesIO()
+            row["chosen"].save(buffer, "png")
+            row["chosen"] = {"bytes": buffer.getvalue(), "path": None}
+    return rows
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_that_breaks_while_decoding_is_skipped_and_counted(tmp_path: Path, cached: bool) -> None:
+    data: dict[str, Any] = {"max_broken_fraction": 0.3}
+    if cached:
+        data |= {"cache_latents": str(tmp_path / "cache")}
+    trainer = make_trainer(tmp_path / "out", rows=truncated_rows(1), data=data, max_steps=8, per_device_train_batch_size=2)
+    with pytest.warns(UserWarning, match="dataset row 0"):
+        trainer.train()
+    assert list(trainer.data.reader.broken) == [0]
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
+    from diffalign.exceptions import UserError
+
+    trainer = make_trainer(tmp_path / "out", rows=truncated_rows(4), data={"max_broken_fraction": 0.3}, max_steps=8)
+    with pytest.warns(UserWarning, match="next row"), pytest.raises(UserError, match="more than data.max_broken_fraction"):
+        trainer.train()
