@@ -43,6 +43,7 @@ def generate(
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[start : start + batch_size]]
-            images += pipe(prompt=chunk, generator=generators, **pipe_kwargs).images
+            # Not `+=`: with output_type="np" that would be an addition of arrays.
+            images.extend(pipe(prompt=chunk, generator=generators, **pipe_kwargs).images)
             bar.update(len(chunk))
     return images
