@@ -12,6 +12,7 @@ minute of the machine hits all of them.
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import io
 import itertools
 import json
@@ -39,7 +40,7 @@ VARIANTS = {
 
 def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
     """Runs `script` as its own main program, notes every optimizer step, and leaves after the last."""
-    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     times: list[float] = []
 
@@ -50,12 +51,12 @@ def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
             Path(result).write_text(json.dumps({"times": times, "peak_kib": peak}))
             os._exit(0)
 
-    torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+    register_optimizer_step_post_hook(after_step)
     try:
         import wandb  # noqa: F401
     except ImportError:
         sys.modules["wandb"] = types.ModuleType("wandb")  # the peer imports it even when it is not used
-        sys.modules["wandb"].__spec__ = None
+        sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
@@ -105,7 +106,7 @@ def make_midsize(folder: Path) -> int:
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(128, 256, 512),
+        block_out_channels=(128, 256, 544),
         down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=64,
@@ -204,8 +205,8 @@ def main() -> None:
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--midsize_steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--midsize_steps", type=int, default=10)
     options = parser.parse_args()
     from diffalign.shapes import weights_dir
 

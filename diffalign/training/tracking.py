@@ -22,9 +22,10 @@ class MetricWindow:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, values in metrics.items():
-            values = values.detach().double().flatten()
+            values = values.detach().flatten()
+            values = values.float() if values.device.type == "mps" else values.double()  # MPS has no float64
             finite = ~values.isnan()
-            total, count = values.nan_to_num(0.0, math.inf, -math.inf).sum(), finite.sum().double()
+            total, count = values.nan_to_num(0.0, math.inf, -math.inf).sum(), finite.sum().to(values.dtype)
             self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.counts[name] = self.counts[name] + count if name in self.counts else count
 
@@ -37,16 +38,16 @@ class MetricWindow:
         """Takes back what `dump` gave: on the main process, the others start from nothing."""
         if accelerator.is_main_process:
             for name, (total, count) in values.items():
-                self.sums[name] = torch.tensor(total, dtype=torch.float64, device=accelerator.device)
-                self.counts[name] = torch.tensor(count, dtype=torch.float64, device=accelerator.device)
+                dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+                self.sums[name] = torch.tensor(total, dtype=dtype, device=accelerator.device)
+                self.counts[name] = torch.tensor(count, dtype=dtype, device=accelerator.device)
 
     def _total(self, accelerator: Accelerator) -> tuple[list[str], Tensor]:
         names = sorted(self.sums)
         if not names:
             return [], torch.empty(0, 2)
-        stacked = torch.stack([torch.stack([self.sums[n], self.counts[n]]) for n in names])
-        if accelerator.device.type == "mps":
-            stacked = stacked.float()
+        device = accelerator.device
+        stacked = torch.stack([torch.stack([self.sums[n].to(device), self.counts[n].to(device)]) for n in names])
         return names, accelerator.reduce(stacked, reduction="sum").cpu()
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:

@@ -337,7 +337,7 @@ class Trainer:
     def _make_validator(self) -> Validator | None:
         if self.validation is None or not self.accelerator.is_main_process:
             return None
-        validator = Validator(self.validation, self.backbone, self.output_dir)
+        validator = Validator(self.validation, self.backbone, self.output_dir, self.accelerator.autocast)
         validator.draw_base(self.network)
         return validator
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,11 @@ class Validator:
     resumed run reads them back.
     """
 
-    def __init__(self, config: ValidationConfig, backbone: Backbone, output_dir: Path) -> None:
+    def __init__(
+        self, config: ValidationConfig, backbone: Backbone, output_dir: Path, autocast: Callable[[], Any] = nullcontext
+    ) -> None:
+        # Under mixed precision the components differ in dtype; the training forward is autocast too.
+        self.autocast = autocast
         self.config, self.backbone, self.folder = config, backbone, output_dir / "samples"
         count = config.num_validation_images
         self.prompts = [p for p in config.validation_prompts for _ in range(count)]
@@ -34,7 +40,10 @@ class Validator:
         network.eval()
         pipe = self.backbone.pipeline(network=network)
         try:
-            return generate(pipe, self.prompts, self.seeds, batch_size=8, description=description, **self.config.pipe_kwargs())
+            with self.autocast():
+                return generate(
+                    pipe, self.prompts, self.seeds, batch_size=8, description=description, **self.config.pipe_kwargs()
+                )
         finally:
             network.train(training)
 

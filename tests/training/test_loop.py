@@ -461,3 +461,14 @@ def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "out", rows=truncated_rows(4), data={"max_broken_fraction": 0.3}, max_steps=8)
     with pytest.warns(UserWarning, match="next row"), pytest.raises(UserError, match="more than data.max_broken_fraction"):
         trainer.train()
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_validation_draws_under_mixed_precision(tmp_path: Path, family: str, lora: bool) -> None:
+    validation = ValidationConfig(validation_prompts=["a red circle"], validation_steps=1, num_inference_steps=2)
+    options = {"validation": validation}
+    peft = lora_config() if lora else None
+    trainer = make_trainer(tmp_path / "out", family, peft_config=peft, max_steps=1, mixed_precision="bf16", options=options)
+    trainer.train()
+    assert (tmp_path / "out" / "samples" / "step-1.png").is_file()
