@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--midsize_steps", type=int, default=10)
+    parser.add_argument("--midsize_steps", type=int, default=14)
     options = parser.parse_args()
     from diffalign.shapes import weights_dir
 
