@@ -309,6 +309,10 @@ def save(
     )
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):  # a component that was itself loaded remembers from where
+        values = json.loads(path.read_text())
+        values.pop("_name_or_path", None)
+        path.write_text(json.dumps(values, indent=2) + "\n")
     # transformers loads a model in the dtype its config names, diffusers in float32: make a plain `from_pretrained` consistent.
     text_config = folder / "text_encoder" / "config.json"
     text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")

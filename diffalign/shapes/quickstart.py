@@ -36,9 +36,6 @@ def run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
         print(f"{output_dir} holds a finished quickstart; nothing was run again")
         print(summary(finished, output_dir))
         return finished
-    import logging
-
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     dataset = make_preferences(output_dir, config)
     train(output_dir, config, dataset)
     results = compare(output_dir, config)
@@ -84,6 +81,7 @@ def base_pipeline() -> Any:
     from . import weights_dir
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     return StableDiffusionPipeline.from_pretrained(weights_dir())
 
 
