@@ -304,7 +304,7 @@ def dry_run_report(trainer: Trainer, batch: Any, loss: float, seconds: float) ->
     lines = [*run_facts(trainer), *trainer.notes]
     lines += [
         f"{kind}: {memory:.2f} GiB; loss of the first batch {loss:.4f}; {seconds:.1f} s with loading",
-        "dry run: nothing was written",
+        "dry run: no step was taken and nothing was written, caches apart",
     ]
     return {
         "lines": lines,
