@@ -20,6 +20,21 @@ def _over(coefficient: Tensor, sample: Tensor) -> Tensor:
     return coefficient.reshape(-1, *[1] * (sample.ndim - 1))
 
 
+def implied_x0_eps(output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that a variance-preserving network's output implies; `alpha` and `sigma` broadcast over the sample.
+
+    Raises:
+        ValueError: on an unknown prediction type.
+    """
+    if prediction_type == "epsilon":
+        return (sample - sigma * output) / alpha, output
+    if prediction_type == "v_prediction":
+        return alpha * sample - sigma * output, sigma * sample + alpha * output
+    if prediction_type == "sample":
+        return output, (sample - alpha * output) / sigma
+    raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}")
+
+
 class NoisingProcess(Protocol):
     """What the core asks of a process."""
 
@@ -108,16 +123,12 @@ class VariancePreserving(_Process):
     def to_x0(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
         """The clean sample that an output implies."""
         alpha, sigma = (_over(c, sample) for c in self.alpha_sigma(times))
-        if self.prediction_type == "epsilon":
-            return (sample - sigma * output) / alpha
-        return output if self.prediction_type == "sample" else alpha * sample - sigma * output
+        return implied_x0_eps(output, sample, alpha, sigma, self.prediction_type)[0]
 
     def to_eps(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
         """The noise that an output implies."""
         alpha, sigma = (_over(c, sample) for c in self.alpha_sigma(times))
-        if self.prediction_type == "epsilon":
-            return output
-        return (sample - alpha * output) / sigma if self.prediction_type == "sample" else sigma * sample + alpha * output
+        return implied_x0_eps(output, sample, alpha, sigma, self.prediction_type)[1]
 
 
 class RectifiedFlow(_Process):

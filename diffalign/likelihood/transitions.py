@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .processes import implied_x0_eps
+
 MIN_STD = 1e-4
 
 
@@ -62,14 +64,7 @@ def ddim_step(
     bar, bar_prev = _wide(alpha_bar, sample), _wide(alpha_bar_prev, sample)
     output, x_t = model_output.to(bar.dtype), sample.to(bar.dtype)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
-    if prediction_type == "epsilon":
-        x0, eps = (x_t - sigma * output) / alpha, output
-    elif prediction_type == "v_prediction":
-        x0, eps = alpha * x_t - sigma * output, sigma * x_t + alpha * output
-    elif prediction_type == "sample":
-        x0, eps = output, (x_t - alpha * output) / sigma
-    else:
-        raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}")
+    x0, eps = implied_x0_eps(output, x_t, alpha, sigma, prediction_type)
     variance = (1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev)
     std = eta * variance.clamp(min=0).sqrt()
     mean = bar_prev.sqrt() * x0 + (1 - bar_prev - std.square()).clamp(min=0).sqrt() * eps

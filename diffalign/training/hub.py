@@ -104,7 +104,7 @@ def run_facts(trainer: Trainer) -> list[str]:
         f"data: {trainer.train_dataset.report.summary()}",
         f"batch: {args.per_device_train_batch_size} groups x {args.gradient_accumulation_steps} passes x "
         f"{accelerator.num_processes} processes = {data.global_batch} per optimizer step; {trainer.state.max_steps} steps"
-        + ("" if data.streaming else f", {math_steps(len(data.dataset), data.global_batch)} per epoch"),
+        + ("" if data.streaming else f", {steps_per_epoch(len(data.dataset), data.global_batch)} per epoch"),
         f"learning rate {args.learning_rate:g} as it is (never scaled), {args.lr_scheduler}, warm-up {args.warmup_steps} steps; "
         f"precision {args.mixed_precision}; images {height}x{width}",
     ]
@@ -120,7 +120,8 @@ def run_facts(trainer: Trainer) -> list[str]:
     return lines
 
 
-def math_steps(rows: int, batch: int) -> int:
+def steps_per_epoch(rows: int, batch: int) -> int:
+    """Optimizer steps until every row was seen once."""
     return -(-rows // batch)
 
 
@@ -311,7 +312,9 @@ def dry_run_report(trainer: Trainer, batch: Any, loss: float, seconds: float) ->
         "trainable_parameters": trainable,
         "peak_memory_gib": memory,
         "effective_batch": trainer.data.global_batch,
-        "steps_per_epoch": None if trainer.data.streaming else math_steps(len(trainer.data.dataset), trainer.data.global_batch),
+        "steps_per_epoch": None
+        if trainer.data.streaming
+        else steps_per_epoch(len(trainer.data.dataset), trainer.data.global_batch),
         "loss": loss,
         "latent_shape": tuple(batch.x0.shape[2:]),
     }

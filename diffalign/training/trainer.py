@@ -120,8 +120,12 @@ class Trainer:
             )
         self.train_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_train_split)
         if eval_dataset is None and self.data_config.dataset_test_split and train_dataset is None:
-            eval_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_test_split)
-        self.eval_dataset = eval_dataset
+            eval_dataset = source
+        # Read once: an evaluation every few steps must not scan the data again.
+        test_split = self.data_config.dataset_test_split or "test"
+        self.eval_dataset = (
+            None if eval_dataset is None else as_preferences(eval_dataset, self.data_config, self.data_kind, test_split)
+        )
         self.state, self.control = TrainerState(), TrainerControl()
         self.callbacks: list[TrainerCallback] = list(callbacks)
         self._ready = False
