@@ -19,6 +19,9 @@ _EXPORTS = {
     "ValidationConfig": "config",
     "TrainerCallback": "training.callbacks",
     "load_preferences": "data.load",
+    "list_scorers": "rewards.registry",
+    "load_scorer": "rewards.registry",
+    "register_scorer": "rewards.registry",
     "UserError": "exceptions",
 }
 __all__ = [
@@ -31,7 +34,10 @@ __all__ = [
     "UserError",
     "ValidationConfig",
     "__version__",
+    "list_scorers",
     "load_preferences",
+    "load_scorer",
+    "register_scorer",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
     from .exceptions import UserError
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
+    from .rewards.registry import list_scorers, load_scorer, register_scorer
     from .training.callbacks import TrainerCallback
 
 

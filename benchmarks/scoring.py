@@ -1,0 +1,242 @@
+"""Images per second of the reward scorers: a batched call beside scoring one by one, and the cache beside scoring.
+
+    python benchmarks/scoring.py [--full] [--rounds 3] [--output benchmarks/scoring.md]
+
+64 images of 512x512 (64x64 for shapes-clip) with 8 distinct prompts. Weights are random, in the published formats, written to a
+temporary folder and loaded by `load_scorer`: tiny ones always, towers of full size (ViT-L/14, ViT-H/14, BLIP ViT-L with BERT) with
+--full, which takes about 40 minutes on two cores and 12 GiB of memory. The ways take turns within each round and medians count:
+
+* batched: one call `scorer(images, prompts)`;
+* one by one: 64 calls of the same scorer with one image each;
+* README loop: what PickScore's and CLIP's own READMEs do, processor and model on one image and one prompt at a time, on transformers;
+  only where it runs on the installed versions.
+
+The shares say where the time of a batched call goes; reading and resizing run in threads beside the towers, so they can add up to
+more than the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "rewards"), str(ROOT)]
+
+PROMPTS = [f"a photograph of a {color} {thing}" for color in ("red", "blue") for thing in ("car", "house", "bird", "tree")]
+
+
+def encoded_images(count: int, size: int) -> list[bytes]:
+    """PNG files of smooth random pictures, as generators write them."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((size, size), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+        files.append(buffer.getvalue())
+    return files
+
+
+def timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def shares(scorer: Any, call: Callable[[], Any]) -> dict[str, float]:
+    """Seconds spent in each stage of one call, as parts of its length."""
+    spent = dict.fromkeys(("read and resize", "text", "vision", "head"), 0.0)
+    stages = {"_pixels": "read and resize", "text_features": "text", "image_features": "vision", "similarity": "head"}
+
+    def watch(name: str, stage: str) -> None:
+        inner = getattr(scorer, name)
+
+        def outer(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*arguments)
+            finally:
+                spent[stage] += time.perf_counter() - start
+
+        setattr(scorer, name, outer)
+
+    for name, stage in stages.items():
+        watch(name, stage)
+    scorer._texts.clear()
+    whole = timed(call)
+    for name in stages:
+        delattr(scorer, name)
+    return {stage: seconds / whole for stage, seconds in spent.items()}
+
+
+def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] | None:
+    """One image and one prompt at a time through transformers' own processor and model, without our code."""
+    clip = getattr(scorer, "clip", None)
+    if type(clip).__name__ != "HFClip" or scorer.heads():
+        return None
+    from transformers import CLIPImageProcessorPil
+
+    size = scorer.preprocess.size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+    def run(images: list[Image.Image], prompts: list[str]) -> None:
+        with torch.no_grad():
+            for image, prompt in zip(images, prompts, strict=True):
+                pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+                text = clip.tokenizer([prompt], padding=True, truncation=True, max_length=clip.max_length, return_tensors="pt")
+                image_features = clip.module.get_image_features(pixel_values=pixels).pooler_output
+                text_features = clip.module.get_text_features(**text).pooler_output
+                image_features = image_features / image_features.norm(dim=-1, keepdim=True)
+                text_features = text_features / text_features.norm(dim=-1, keepdim=True)
+                (clip.module.logit_scale.exp() * (text_features * image_features).sum()).item()
+
+    return run
+
+
+def measure(label: str, scorer: Any, files: list[bytes], rounds: int) -> dict[str, Any]:
+    """Medians over rounds of each way's images per second."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(files))]
+    if scorer.name.startswith("shapes"):
+        from diffalign.shapes import train_prompts
+
+        prompts = [train_prompts()[i % len(PROMPTS)] for i in range(len(files))]
+
+    def batched() -> None:
+        scorer._texts.clear()
+        scorer(files, prompts)
+
+    def one_by_one() -> None:
+        scorer._texts.clear()
+        for file, prompt in zip(files, prompts, strict=True):
+            scorer([file], [prompt])
+
+    ways: dict[str, Callable[[], Any]] = {"batched": batched, "one by one": one_by_one}
+    loop = readme_loop(scorer)
+    if loop is not None:
+        ways["README loop"] = lambda: loop([Image.open(io.BytesIO(file)) for file in files], prompts)
+    scorer(files[:2], prompts[:2])  # first calls allocate
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(timed(way))
+    speed = {name: len(files) / statistics.median(values) for name, values in times.items()}
+    row = {"label": label, "speed": speed, "shares": shares(scorer, lambda: scorer(files, prompts))}
+    print(label, {k: round(v, 2) for k, v in speed.items()}, {k: round(v, 2) for k, v in row["shares"].items()}, flush=True)
+    return row
+
+
+def measure_cache(load: Callable[..., Any], folder: Path, size: int, rounds: int) -> tuple[float, float]:
+    """Seconds for 1,000 images: scored, and answered from the cache."""
+    files = encoded_images(1000, size)
+    paths = []
+    for i, data in enumerate(files):
+        paths.append(folder / f"known-{i}.png")
+        paths[-1].write_bytes(data)
+    from diffalign.shapes import train_prompts
+
+    prompts = [train_prompts()[i % 100] for i in range(len(paths))]
+    scorer = load(cache=folder / "scores.sqlite")
+    plain = load()
+    scorer(paths, prompts)
+    scored = statistics.median(timed(lambda: plain(paths, prompts)) for _ in range(rounds))
+    known = statistics.median(timed(lambda: scorer(paths, prompts)) for _ in range(rounds))
+    print(f"1,000 images: scored in {scored:.3f} s, known in {known:.4f} s, {scored / known:.0f} times faster", flush=True)
+    return scored, known
+
+
+def tiny_scorers(folder: Path) -> list[tuple[str, Any]]:
+    """Scorers of every family on the tiny random checkpoints of the tests."""
+    import checkpoints
+    from diffalign import load_scorer
+
+    return [(f"{name}, tiny", load_scorer(name, **checkpoints.write(name, folder / name))) for name in checkpoints.FAMILIES]
+
+
+def full_scorers(folder: Path) -> list[tuple[str, Callable[[], Any]]]:
+    """Loaders of the published architectures with random weights."""
+    import checkpoints
+    from diffalign import load_scorer
+
+    def loader(name: str) -> Callable[[], Any]:
+        return lambda: load_scorer(name, **checkpoints.write_full_size(name, folder / f"{name}-full"))
+
+    return [(f"{name}, full size", loader(name)) for name in ("clip-l14", "imagereward", "pickscore")]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| scorer | batched, images/s | one by one | ratio | README loop | ratio | read and resize | text | vision | head |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speed, part = row["speed"], row["shares"]
+        loop = speed.get("README loop")
+        cells = [
+            row["label"],
+            f"{speed['batched']:.3g}",
+            f"{speed['one by one']:.3g}",
+            f"{speed['batched'] / speed['one by one']:.2f}",
+            f"{loop:.3g}" if loop else "–",
+            f"{speed['batched'] / loop:.2f}" if loop else "–",
+            *(f"{100 * part[name]:.0f} %" for name in ("read and resize", "text", "vision", "head")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="also towers of full size")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--full_rounds", type=int, default=1)
+    parser.add_argument("--full_images", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    from diffalign import load_scorer
+
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows.append(measure("shapes-clip", load_scorer("shapes-clip"), encoded_images(64, 64), options.rounds))
+        files = encoded_images(64, 512)
+        for label, scorer in tiny_scorers(folder):
+            rows.append(measure(label, scorer, files, options.rounds))
+        scored, known = measure_cache(lambda **extra: load_scorer("shapes-clip", **extra), folder, 64, options.rounds)
+        for label, load in full_scorers(folder) if options.full else []:
+            rows.append(measure(label, load(), files[: options.full_images], options.full_rounds))
+            gc.collect()
+    lines = [
+        "# Speed of the reward scorers",
+        "",
+        f"Made by `python benchmarks/scoring.py{' --full' if options.full else ''}` on {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), float32, torch {torch.__version__}. 64 images, 8 distinct prompts, micro-batches of 16. What each column "
+        "is stands at the head of the script.",
+        "",
+        *table(rows),
+        "",
+        f"The cache answers 1,000 known 64x64 PNG files in {known * 1000:.0f} ms; shapes-clip scores them in {scored:.2f} s: "
+        f"{scored / known:.0f} times faster.",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Reward scorers: one registry, exact numbers, differentiable where declared, combined and cached."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "ScoreCache": "cache",
+    "ScoreResult": "base",
+    "Scorer": "base",
+    "ModelScorer": "base",
+    "ScorerSpec": "spec",
+    "Panel": "panel",
+    "PanelResult": "panel",
+    "as_ddpo": "adapters",
+    "as_flow_factory": "adapters",
+    "as_trl": "adapters",
+    "check_scorer": "check",
+    "combine": "ensemble",
+    "get_spec": "registry",
+    "kendalls_w": "ensemble",
+    "list_scorers": "registry",
+    "load_scorer": "registry",
+    "register_scorer": "registry",
+    "win_rates": "ensemble",
+}
+__all__ = [
+    "ModelScorer",
+    "Panel",
+    "PanelResult",
+    "ScoreCache",
+    "ScoreResult",
+    "Scorer",
+    "ScorerSpec",
+    "as_ddpo",
+    "as_flow_factory",
+    "as_trl",
+    "check_scorer",
+    "combine",
+    "get_spec",
+    "kendalls_w",
+    "list_scorers",
+    "load_scorer",
+    "register_scorer",
+    "win_rates",
+]
+
+if TYPE_CHECKING:
+    from .adapters import as_ddpo, as_flow_factory, as_trl
+    from .base import ModelScorer, Scorer, ScoreResult
+    from .cache import ScoreCache
+    from .check import check_scorer
+    from .ensemble import combine, kendalls_w, win_rates
+    from .panel import Panel, PanelResult
+    from .registry import get_spec, list_scorers, load_scorer, register_scorer
+    from .spec import ScorerSpec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'diffalign.rewards' has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -1,0 +1,295 @@
+"""What users pass as images, read into PIL images; and the two ways from there into a network.
+
+The exact way resizes 8-bit PIL images as the published code of each scorer does. The differentiable way resizes float tensors with
+antialiasing, which differs from it by up to 2/255. The two are never mixed in one ranking.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import UserError
+from .cache import file_digest, pixel_digest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class UnreadableImage(UserError):
+    """An image that cannot be used; the sentence names its place in the list."""
+
+
+@dataclass
+class ImageInput:
+    """One image as given, decoded when first needed: a known file is answered from the cache without decoding.
+
+    Attributes:
+        place: how messages name it, e.g. ``images[3]``.
+        source: a PIL image, or the path or bytes of an encoded file.
+    """
+
+    place: str
+    source: Any
+    _image: Image.Image | None = field(default=None, repr=False)
+    _encoded: bytes | None = field(default=None, repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The decoded image, in its own mode.
+
+        Raises:
+            UnreadableImage: missing, damaged or of zero size.
+        """
+        from PIL import Image
+
+        if self._image is None:
+            image = self.source
+            try:
+                if not isinstance(image, Image.Image):
+                    image = Image.open(io.BytesIO(self.encoded()) if self._encoded is not None else self._open())
+                image.load()
+            except UserError:
+                raise
+            except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
+                raise UnreadableImage(f"{self.place}: {self._name()} cannot be decoded ({error}); remove or repair it") from error
+            if 0 in image.size:
+                raise UnreadableImage(f"{self.place}: the image is empty, {image.size[0]}x{image.size[1]} pixels")
+            self._image = image
+        return self._image
+
+    def _name(self) -> str:
+        return repr(str(self.source)[:200]) if isinstance(self.source, (str, Path)) else "the image"
+
+    def _open(self) -> Any:
+        if isinstance(self.source, (str, Path)):
+            if not Path(self.source).is_file():
+                raise UnreadableImage(f"{self.place}: there is no image file {str(self.source)[:200]!r}")
+            return self.source
+        return io.BytesIO(self.source)
+
+    def encoded(self) -> bytes:
+        """The encoded file's bytes, read once."""
+        if self._encoded is None:
+            self._encoded = (
+                bytes(self.source) if isinstance(self.source, (bytes, memoryview)) else Path(self._open()).read_bytes()
+            )
+        return self._encoded
+
+    def file_key(self) -> bytes | None:
+        """Digest of the encoded file; None for images that came decoded."""
+        return file_digest(self.encoded()) if self._is_file else None
+
+    def pixel_key(self) -> bytes:
+        """Digest of the decoded pixels."""
+        return pixel_digest(self.image)
+
+    def release(self) -> None:
+        """Forgets what was decoded from a file."""
+        self._encoded = None
+        if self._is_file:
+            self._image = None
+
+    @property
+    def _is_file(self) -> bool:
+        return isinstance(self.source, (str, Path, bytes, memoryview))
+
+
+def read_images(images: Any) -> list[ImageInput]:
+    """Every accepted form as a list.
+
+    Args:
+        images: a list of PIL images, paths, encoded bytes, `{"bytes", "path"}` cells of a dataset, or uint8 (H, W), (H, W, 3|4)
+            arrays; or one tensor or array of them: uint8 or float in [0, 1], (N, 3, H, W). Float tensors are rounded to 8 bits, so
+            that an image in memory and its saved PNG get the same number.
+
+    Raises:
+        UserError: an empty list, one image where a list is meant, values that are not finite or out of range, another type or shape.
+    """
+    from PIL import Image
+
+    if isinstance(images, (Image.Image, str, Path, bytes)):
+        raise UserError(f"images: expected a list, got one {type(images).__name__}; write [image]")
+    if isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype != object):
+        images = _from_batch(images)
+    elif not isinstance(images, Sequence):
+        images = list(images)
+    if len(images) == 0:
+        raise UserError("images: the list is empty; give at least one image")
+    return [_read_one(image, f"images[{i}]") for i, image in enumerate(images)]
+
+
+def _read_one(image: Any, place: str) -> ImageInput:
+    from PIL import Image
+
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, ImageInput):
+        return image
+    if isinstance(image, (Image.Image, str, Path, bytes, memoryview)):
+        return ImageInput(place, image)
+    if isinstance(image, Tensor):
+        if image.ndim != 3:
+            raise UserError(f"{place}: expected a (3, H, W) tensor, got shape {tuple(image.shape)}")
+        return ImageInput(place, _from_batch(image[None], place)[0])
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise UserError(
+                f"{place}: expected a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}; "
+                "floats go in as one (N, 3, H, W) tensor in [0, 1]"
+            )
+        if 0 in image.shape:
+            raise UnreadableImage(f"{place}: the image is empty, shape {image.shape}")
+        return ImageInput(place, Image.fromarray(image))
+    raise UserError(f"{place}: expected a PIL image, a path, bytes or a uint8 array, got {type(image).__name__}")
+
+
+def _from_batch(batch: Any, place: str = "images") -> list[Any]:
+    """PIL images of an (N, 3, H, W) batch."""
+    from PIL import Image
+
+    if isinstance(batch, np.ndarray):
+        if batch.ndim == 4 and batch.dtype == np.uint8 and batch.shape[-1] in (3, 4):  # (N, H, W, C), as pipelines return arrays
+            return list(batch)
+        batch = torch.from_numpy(batch)
+    check_pixels(batch, place)
+    if batch.dtype != torch.uint8:
+        batch = quantise(batch)
+    return [Image.fromarray(array) for array in batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def quantise(pixels: Tensor) -> Tensor:
+    """Float pixels in [0, 1] as uint8: round(255 x), the rounding under which a saved PNG is the nearest image."""
+    return (pixels.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_pixels(pixels: Tensor, place: str = "pixels") -> None:
+    """Checks an (N, 3, H, W) batch.
+
+    Raises:
+        UserError: wrong shape or type, nothing in it, values not finite or outside [0, 1].
+    """
+    if not isinstance(pixels, Tensor):
+        raise UserError(f"{place}: expected a float tensor (N, 3, H, W) in [0, 1], got {type(pixels).__name__}")
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise UserError(f"{place}: expected shape (N, 3, H, W), got {tuple(pixels.shape)}")
+    if 0 in pixels.shape:
+        raise UserError(f"{place}: the tensor is empty, shape {tuple(pixels.shape)}; give at least one image")
+    if pixels.dtype == torch.uint8:
+        return
+    if not pixels.is_floating_point():
+        raise UserError(f"{place}: expected uint8 or float values, got {pixels.dtype}")
+    low, high = (float(value) for value in pixels.detach().aminmax())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UserError(f"{place}: some values are not finite; a generator that returns NaN is to be mended, not scored")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise UserError(
+            f"{place}: values run from {low:.3g} to {high:.3g}, expected [0, 1]; "
+            + ("images in [-1, 1] become (x / 2 + 0.5)" if high <= 1.5 else "images in [0, 255] go in as uint8")
+            + ", overshoot is removed by clamp(0, 1)"
+        )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How one family of scorers turns an image into a network's input, in both modes.
+
+    Attributes:
+        size: side of the square input, in pixels.
+        mode: `crop`: shortest side to `size`, centre crop. `letterbox`: HPSv2's: the longest side to `size` on the float tensor, black
+            bars. `squash`: both sides to `size`, whatever the aspect.
+        rounding: where the centre crop of an odd margin begins: `floor` as transformers does, `half_even` as torchvision does.
+        rgb_first: convert to RGB before resizing (transformers, HPSv2) or after it (ImageReward).
+        antialias: of the letterbox's tensor resize. True is what torchvision computes since 0.17, False what it computed when HPSv2's
+            tables were made.
+        mean, std: per channel.
+    """
+
+    size: int = 224
+    mode: Literal["crop", "letterbox", "squash"] = "crop"
+    rounding: Literal["floor", "half_even"] = "floor"
+    rgb_first: bool = True
+    antialias: bool = True
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    resize_to: int | None = None
+    """Target of the shortest side where it differs from the crop."""
+
+    def exact(self, image: Image.Image) -> Tensor:
+        """(3, size, size): uint8 after a PIL resize, float after the letterbox."""
+        from PIL import Image
+
+        if image.mode != "RGB" and (self.rgb_first or self.mode == "letterbox"):
+            image = image.convert("RGB")
+        if self.mode == "letterbox":
+            return self.letterbox(torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255))
+        if self.mode == "squash":
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        else:
+            height, width = self._shortest(image.height, image.width)
+            if (width, height) != image.size:
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            top, left = self._margin(height), self._margin(width)
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    def tensor(self, pixels: Tensor) -> Tensor:
+        """(N, 3, size, size) floats from (N, 3, H, W) floats in [0, 1], differentiable."""
+        from torchvision.transforms.v2 import functional as F
+
+        if self.mode == "letterbox":
+            return self.letterbox(pixels)
+        height, width = (self.size, self.size) if self.mode == "squash" else self._shortest(*pixels.shape[-2:])
+        if (height, width) != tuple(pixels.shape[-2:]):
+            # A bicubic kernel overshoots; 8-bit images cannot, so the clamp keeps the two modes close.
+            pixels = F.resize(pixels, [height, width], F.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        top, left = self._margin(height), self._margin(width)
+        return pixels[..., top : top + self.size, left : left + self.size]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(N, 3, size, size) uint8 or floats in [0, 1] -> float32 (or wider), normalised per channel."""
+        pixels = pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def letterbox(self, pixels: Tensor) -> Tensor:
+        """Longest side to `size` by a bicubic tensor resize, black bars around; the odd pixel of the bars lies right and below."""
+        from torchvision.transforms.v2 import functional as F
+
+        height, width = pixels.shape[-2:]
+        scale = self.size / max(height, width)
+        if scale == 1.0 and height == width:
+            return pixels
+        new = (max(1, round(height * scale)), max(1, round(width * scale)))
+        if scale != 1.0:
+            pixels = F.resize(pixels, list(new), F.InterpolationMode.BICUBIC, antialias=self.antialias)
+        free_h, free_w = self.size - new[0], self.size - new[1]
+        return F.pad(pixels, [free_w // 2, free_h // 2, free_w - free_w // 2, free_h - free_h // 2], fill=0)
+
+    def _shortest(self, height: int, width: int) -> tuple[int, int]:
+        target, short = self.resize_to or self.size, min(height, width)
+        if short == target:
+            return height, width
+        long = int(target * max(height, width) / short)
+        return (target, long) if height <= width else (long, target)
+
+    def _margin(self, side: int) -> int:
+        free = side - self.size
+        return free // 2 if self.rounding == "floor" else round(free / 2)
+
+    def describe(self) -> str:
+        """A stable name of this preprocessing, part of fingerprints."""
+        parts = [self.mode, str(self.size), self.rounding, "rgb-first" if self.rgb_first else "rgb-last"]
+        parts += [f"resize{self.resize_to}"] * (self.resize_to is not None)
+        parts += [f"antialias={self.antialias}"] * (self.mode == "letterbox")
+        return "-".join([*parts, ",".join(f"{v:g}" for v in (*self.mean, *self.std))])

@@ -1,0 +1,317 @@
+"""Scorers by name: the built-in ones, registered ones, plug-ins, and classes by path.
+
+A name is looked up as registry key or alias (case and ``-``/``_`` do not matter), then as entry point of the group
+``diffalign.scorers``, then as ``package.module:Class``, then - only when the user trusts it - as ``./file.py:Class``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..exceptions import ConfigError, UserError
+from .base import Item, Scorer
+from .spec import ScorerSpec
+
+ENTRY_POINTS = "diffalign.scorers"
+
+# key -> where it is written. A file is imported when its scorer is first asked for.
+_BUILT_IN = {
+    "imagereward": "imagereward:ImageReward",
+    "pickscore": "pickscore:PickScore",
+    "hpsv2.0": "hps:HPSv20",
+    "hpsv2.1": "hps:HPSv21",
+    "clip-l14": "clip_score:ClipL14",
+    "clip-h14": "clip_score:ClipH14",
+    "open_clip": "clip_score:OpenClipScore",
+    "aesthetic-v1": "aesthetic:AestheticV1",
+    "aesthetic-v2": "aesthetic:AestheticV2",
+    "mps": "mps:MPS",
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "geneval": "geneval:GenEval",
+    "vlm_judge": "vlm_judge:VLMJudge",
+    "remote": "remote:RemoteScorer",
+    "shapes": "shapes_world:ShapesScorer",
+    "shapes-clip": "pickscore:ShapesClip",
+}
+_AMBIGUOUS = {
+    "hpsv2": ("hpsv2.0", "hpsv2.1"),
+    "hps": ("hpsv2.0", "hpsv2.1"),
+    "clip": ("clip-l14", "clip-h14", "open_clip:NAME"),
+    "clip_score": ("clip-l14", "clip-h14", "open_clip:NAME"),
+    "aesthetic": ("aesthetic-v1", "aesthetic-v2"),
+    "jpeg": ("jpeg_compressibility", "jpeg_incompressibility"),
+}
+_ALIASES = {
+    "image_reward": "imagereward",
+    "pick_score": "pickscore",
+    "pickscore_v1": "pickscore",
+    "imagereward_v1.0": "imagereward",
+}
+_registered: dict[str, type[Scorer]] = {}
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def register_scorer(
+    name: str, *, override: bool = False, aliases: Sequence[str] = (), **spec_fields: Any
+) -> Callable[[Any], Any]:
+    """Decorator that adds a scorer to the registry.
+
+    On a subclass of `Scorer` it registers the class (its `spec` is made from `spec_fields` unless it has one). On a plain function
+    ``(images, prompts, metadata) -> list of floats`` - any leading part of these arguments - or on any other class whose instances are
+    called so, it registers a scorer around it; the images are PIL images and None or NaN marks a missing score.
+
+    Args:
+        name: the key.
+        override: replace a scorer of that name.
+        aliases: further names.
+        **spec_fields: fields of `ScorerSpec`, e.g. ``requires=("image",)``, ``higher_is_better``, ``range``.
+
+    Raises:
+        ConfigError: the name is taken.
+
+    Example:
+        ```python
+        @register_scorer("brightness", requires=("image",))
+        def brightness(images):
+            return [sum(image.convert("L").histogram()[128:]) / (image.width * image.height) for image in images]
+        ```
+    """
+    names = [name, *aliases]
+    for each in names:
+        if not override and (_fold(each) in _table() or _fold(each) in _AMBIGUOUS):
+            raise ConfigError("name", f"a scorer called {each!r} exists; choose another name or pass override=True")
+
+    def register(target: Any) -> Any:
+        scorer_class = _as_scorer_class(target, name, tuple(aliases), spec_fields)
+        for each in names:
+            _registered[_fold(each)] = scorer_class
+        return target
+
+    return register
+
+
+def list_scorers() -> list[str]:
+    """The canonical names of all scorers: built in, registered, and of installed plug-ins (which are not imported)."""
+    names = {*_BUILT_IN, *(cls.spec.key for cls in _registered.values()), *_plug_ins()}
+    return sorted(names)
+
+
+def get_spec(name: str, *, trust_remote_code: bool = False) -> ScorerSpec:
+    """The card of a scorer, without loading weights. Errors as `load_scorer`."""
+    return find_class(name, trust_remote_code=trust_remote_code)[0].spec
+
+
+def load_scorer(
+    name: str,
+    model: str | Path | None = None,
+    config: Any = None,
+    tokenizer: str | Path | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Scorer:
+    """Loads a scorer.
+
+    Args:
+        name: one of `list_scorers()`, an alias, ``open_clip:ViT-B-32``, ``package.module:Class`` or ``./file.py:Class``.
+        model: weights: a file or folder in the published format, or a Hub id; None takes the published ones.
+        config: overrides the architecture, as the scorer's own documentation says.
+        tokenizer: folder or file of the tokenizer; None takes the model's own.
+        device: ``auto`` (None), ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: of the towers; None is float32, the reference.
+        trust_remote_code: allow ``./file.py:Class``, which runs that file.
+        **options: of the scorer, and `batch_size`, `cache` (a file in which scores are kept).
+
+    Raises:
+        ConfigError: unknown or ambiguous name, unknown option, weights that are not there.
+        UserError: weights that do not fit or are unsafe to load.
+    """
+    scorer_class, fixed = find_class(name, trust_remote_code=trust_remote_code)
+    given = {"model": model, "config": config, "tokenizer": tokenizer}
+    accepted = _options_of(scorer_class)
+    for field, value in {**given, **options}.items():
+        if value is not None and field not in accepted:
+            kinds = ", ".join(sorted(accepted - {"device", "dtype"}))
+            raise ConfigError(field, f"{scorer_class.spec.key} has no option of that name; it takes {kinds}")
+    values = {field: value for field, value in {**given, **fixed, **options}.items() if value is not None}
+    return scorer_class(device=device, dtype=dtype, **values)
+
+
+def find_class(name: str, *, trust_remote_code: bool = False) -> tuple[type[Scorer], dict[str, Any]]:
+    """The class behind a name, and the options that the name itself holds (``open_clip:ViT-B-32``). Errors as `load_scorer`."""
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError("scorer", f"expected a name, got {name!r}")
+    folded = _fold(name)
+    table = _table()
+    if folded in _AMBIGUOUS and folded not in _registered:
+        versions = ", ".join(_AMBIGUOUS[folded])
+        raise ConfigError(
+            "scorer", f"{name!r} stands for several scorers whose numbers cannot be compared; name one of {versions}"
+        )
+    if folded in table:
+        return _resolve(table[folded]), {}
+    for short, point in _plug_ins().items():
+        if _fold(short) == folded:
+            return _load_plug_in(point), {}
+    if folded.startswith("open_clip:"):
+        return _resolve(_BUILT_IN["open_clip"]), {"architecture": name.strip()[len("open_clip:") :]}
+    if ":" in name:
+        return _from_path(name, trust_remote_code), {}
+    known = list_scorers()
+    close = difflib.get_close_matches(folded, [_fold(key) for key in known], n=3, cutoff=0.5)
+    matches = [key for fold in close for key in known if _fold(key) == fold]
+    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
+    raise ConfigError("scorer", f"unknown scorer {name!r}; {hint}there are {', '.join(known)}")
+
+
+def _table() -> dict[str, Any]:
+    built_in: dict[str, Any] = {_fold(key): target for key, target in _BUILT_IN.items()}
+    return built_in | {alias: _BUILT_IN[key] for alias, key in _ALIASES.items()} | _registered
+
+
+def _resolve(target: Any) -> type[Scorer]:
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+    return target
+
+
+def _plug_ins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _load_plug_in(point: EntryPoint) -> type[Scorer]:
+    try:
+        target = point.load()
+    except Exception as error:  # whatever the plug-in does
+        raise ConfigError(
+            "scorer", f"the plug-in {point.name!r} ({point.value}) cannot be imported: {error}; update or remove it"
+        ) from error
+    return _as_scorer_class(target, point.name, (), {})
+
+
+def _from_path(name: str, trust: bool) -> type[Scorer]:
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ConfigError("scorer", f"there is no file {place!r}")
+        if not trust:
+            raise ConfigError("scorer", f"{name!r} would run the code in {place}; read it, then pass trust_remote_code=True")
+        module_name = f"diffalign_scorer_{hashlib.sha256(str(Path(place).resolve()).encode()).hexdigest()[:12]}"
+        spec = importlib.util.spec_from_file_location(module_name, place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        _import(lambda: spec.loader.exec_module(module), name)  # type: ignore[union-attr]
+    else:
+        module = _import(lambda: importlib.import_module(place), name)
+    if not hasattr(module, attribute):
+        raise ConfigError("scorer", f"{place} has no {attribute!r}")
+    return _as_scorer_class(getattr(module, attribute), attribute, (), {})
+
+
+def _import(action: Callable[[], Any], name: str) -> Any:
+    try:
+        return action()
+    except Exception as error:  # whatever the user's file does
+        raise ConfigError("scorer", f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _options_of(scorer_class: type[Scorer]) -> set[str]:
+    names: set[str] = set()
+    for cls in scorer_class.__mro__:
+        if "__init__" in cls.__dict__ and cls is not object:
+            parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return names
+
+
+def _as_scorer_class(target: Any, name: str, aliases: tuple[str, ...], spec_fields: Mapping[str, Any]) -> type[Scorer]:
+    if isinstance(target, type) and issubclass(target, Scorer):
+        if "spec" not in vars(target) or spec_fields:
+            fields = {"summary": _first_line(target), **spec_fields}
+            target.spec = ScorerSpec(key=name, aliases=aliases, **fields)
+        return target
+    if not callable(target):
+        raise ConfigError("scorer", f"{name!r} is {type(target).__name__}, expected a Scorer, a class or a function")
+    fields = {"summary": _first_line(target), **spec_fields}
+    return _wrap(target, ScorerSpec(key=name, aliases=aliases, **fields))
+
+
+def _first_line(target: Any) -> str:
+    return (inspect.getdoc(target) or str(getattr(target, "__name__", ""))).split("\n")[0]
+
+
+def _wrap(target: Any, spec: ScorerSpec) -> type[Scorer]:
+    """A scorer class around a function, or around a class whose instances are called like one."""
+
+    class Wrapped(CallableScorer):
+        pass
+
+    Wrapped.spec, Wrapped.target = spec, staticmethod(target)
+    Wrapped.__name__ = Wrapped.__qualname__ = getattr(target, "__name__", spec.key)
+    return Wrapped
+
+
+class CallableScorer(Scorer):
+    """A scorer around ``function(images, prompts, metadata)``, or any leading part of these arguments."""
+
+    target: Any
+
+    def __init__(self, *, arguments: Mapping[str, Any] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.arguments = dict(arguments or {})
+        is_class = isinstance(self.target, type)
+        try:
+            self.function = self.target(**self.arguments) if is_class else self.target
+        except TypeError as error:
+            raise ConfigError("arguments", f"{self.name} cannot be made from {self.arguments!r}: {error}") from error
+        if not is_class and self.arguments:
+            raise ConfigError("arguments", f"{self.name} is a function and takes none, got {self.arguments!r}")
+        if not callable(self.function):
+            raise ConfigError(
+                "scorer", f"{self.name}: instances of the class cannot be called; write __call__(images, prompts, metadata)"
+            )
+        parameters = inspect.signature(self.function).parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        self.count = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+
+    def identity(self) -> dict[str, Any]:
+        try:
+            source = inspect.getsource(self.target)
+        except (OSError, TypeError):  # written in an interactive session
+            source = getattr(self.target, "__qualname__", repr(self.target))
+        return {"source": hashlib.sha256(source.encode()).hexdigest(), "arguments": self.arguments}
+
+    def score_batch(self, items: list[Item]) -> Any:
+        given: tuple[Any, ...] = ([i.image for i in items], [i.prompt for i in items], [i.metadata for i in items])
+        named = dict(zip(("images", "prompts", "metadata"), given, strict=True))
+        found = self.function(*given[: self.count], **{name: named[name] for name in self.keyword_only & named.keys()})
+        if isinstance(found, Tensor):
+            found = found.detach().float().cpu().reshape(-1)
+        elif not isinstance(found, Sequence):
+            try:
+                found = list(found)
+            except TypeError:
+                raise UserError(f"{self.name}: returned {type(found).__name__}, expected one number per image") from None
+        return found
