@@ -419,6 +419,10 @@ class ModelScorer(Scorer):
         return [*self.towers(), *self.heads()]
 
     def to(self, device: Any = None, dtype: Any = None) -> Scorer:
+        """Moves the networks. Precision that was given up cannot be had back: errors as loading, and `ConfigError` on widening."""
+        if dtype is not None and self.dtype.itemsize < 4 and _dtype(dtype) != self.dtype:
+            held = str(self.dtype).removeprefix("torch.")
+            raise ConfigError("dtype", f"{self.name} was rounded to {held} and cannot be widened; load it again with that dtype")
         super().to(device, dtype)
         if dtype is not None:
             for tower in self.towers():

@@ -218,7 +218,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str, *, dt
         raise UserError(
             f"model: the checkpoint does not fit {what}: it {'; it '.join(found)}; pass the matching checkpoint, or its architecture as config"
         )
-    module.load_state_dict(dict(state), strict=True, assign=True)
+    # Copied one by one: what stays mapped to the file would crash the process when somebody overwrites that file.
+    module.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, strict=True, assign=True)
     module.to(dtype or torch.float32)
     return freeze(module, what)
 

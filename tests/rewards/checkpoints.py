@@ -35,10 +35,11 @@ PROMPTS = [
     "кошка γάτα قطة",
     "emoji 😀 👩‍👩‍👧 flag 🇩🇪",
     "a <|endoftext|> b <|startoftext|> c",
-    "a [MASK] cat [SEP] dog [PAD] [DEC]",
+    "a [MASK] cat [SEP] dog [PAD]",
     "<start_of_text> a <end_of_text>",
     "unaffable supercalifragilisticexpialidocious 1234567890 3.14",
     "zero\u200bwidth \u00a0nbsp \ufeffbom e\u0301 decomposed Ⅷ",
+    "a [DEC] cat [ENC] dog",  # words of their own only because the original ImageReward adds them to BERT's
     " ".join(["a very long prompt about a red cat and two blue dogs in the house"] * 22),
 ]
 
@@ -159,23 +160,23 @@ def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
     draw.linear("blip.text_proj", config["projection_dim"], text["hidden_size"])
     sizes = (text["hidden_size"], 1024, 128, 64, 16, 1)
     for index, inp, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):  # noqa: B905 - the old Python has no strict
-        draw.linear(f"mlp.layers.{index}", out, inp)
+        draw.linear(f"mlp.layers.{index}", out, inp, gain=3.0 if index == 0 else 1.0)
     return draw.state
 
 
 def _imagereward_text(draw: _Draw, text: dict[str, Any]) -> None:
     width, prefix = text["hidden_size"], "blip.text_encoder"
     draw.arange(f"{prefix}.embeddings.position_ids", text["max_position_embeddings"])
-    draw.normal(f"{prefix}.embeddings.word_embeddings.weight", text["vocab_size"], width, std=0.002)
-    draw.normal(f"{prefix}.embeddings.position_embeddings.weight", text["max_position_embeddings"], width, std=0.001)
+    draw.normal(f"{prefix}.embeddings.word_embeddings.weight", text["vocab_size"], width, std=0.0005)
+    draw.normal(f"{prefix}.embeddings.position_embeddings.weight", text["max_position_embeddings"], width, std=0.0003)
     draw.norm(f"{prefix}.embeddings.LayerNorm", width)
     for i in range(text["num_hidden_layers"]):
         layer = f"{prefix}.encoder.layer.{i}"
         for kind, source in (("attention", width), ("crossattention", text["encoder_hidden_size"])):
             draw.linear(f"{layer}.{kind}.self.query", width, width, gain=1.6)
             draw.linear(f"{layer}.{kind}.self.key", width, source, gain=1.6)
-            draw.linear(f"{layer}.{kind}.self.value", width, source, gain=2.0)
-            draw.linear(f"{layer}.{kind}.output.dense", width, width, gain=2.0)
+            draw.linear(f"{layer}.{kind}.self.value", width, source, gain=3.0)
+            draw.linear(f"{layer}.{kind}.output.dense", width, width, gain=4.0 if kind == "attention" else 1.5)
             draw.norm(f"{layer}.{kind}.output.LayerNorm", width)
         draw.linear(f"{layer}.intermediate.dense", text["intermediate_size"], width, gain=1.5)
         draw.linear(f"{layer}.output.dense", width, text["intermediate_size"], gain=1.5)
@@ -370,7 +371,7 @@ def write_clip_tokenizer(folder: Path, bpe: Path | None = None) -> Path:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     assert len(vocabulary) == 49408
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join([lines[0], *merges]) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     config = {"do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "errors": "replace"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
