@@ -105,6 +105,9 @@ class ImageReward(ModelScorer):
                 f"{str(source)!r} has {len(tokenizer)} entries, BERT base uncased has {_BERT_ENTRIES}; pass its folder or vocab.txt",
             )
         check_vocabulary(len(tokenizer) - 1, vocab_size, self.name)
+        if vocab_size >= len(tokenizer) + 2:
+            # BLIP's two extra entries. They are never written, but a prompt that spells them is read so by the published code.
+            tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
         return tokenizer
 
     def towers(self) -> Iterable[nn.Module]:
