@@ -281,6 +281,12 @@ def hpsv2_state(seed: int = 2) -> dict[str, np.ndarray]:
     return out
 
 
+MPS_CONDITION_IDS = [  # tokens of its sentence "light, color, clarity, ..."
+    267, 269, 884, 1395, 1710, 1739, 1844, 2225, 2653, 2842, 3140, 3500, 4372, 4657, 5285, 6448,
+    8408, 11844, 16505, 21323, 26920, 34572, 34886, 38570, 40763, 49406, 49407,
+]  # fmt: skip
+
+
 def mps_config() -> dict[str, Any]:
     """Sizes of the tiny MPS: the CLIP under `clip`, arguments of the original Cross_model under `cross`."""
     return {"clip": clip_config(), "cross": {"dim": 16, "layer_num": 2, "dim_head": 8, "heads": 4, "ff_mult": 4}}
@@ -289,7 +295,13 @@ def mps_config() -> dict[str, Any]:
 def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
     """State dict of MPS' module: the CLIPModel under `model.`, the cross-attention layers under `cross_model.`."""
     config, draw = mps_config(), _Draw(seed + 100)
-    draw.state.update({f"model.{name}": value for name, value in clip_state(seed, config["clip"]).items()})
+    clip = clip_state(seed, config["clip"])
+    # Words lie along one axis, those of MPS' condition sentence all on its positive side, so that each threshold drops some of a prompt.
+    side = draw.rng.standard_normal(len(clip["text_model.embeddings.token_embedding.weight"]))
+    side[MPS_CONDITION_IDS] = 1.5
+    axis = np.tile([1.0, -1.0], config["clip"]["text_config"]["hidden_size"] // 2)
+    clip["text_model.embeddings.token_embedding.weight"] += (0.02 * side[:, None] * axis).astype(np.float32)
+    draw.state.update({f"model.{name}": value for name, value in clip.items()})
     dim, head = config["cross"]["dim"], config["cross"]["dim_head"]
     inner, hidden = head * config["cross"]["heads"], dim * config["cross"]["ff_mult"]
     for i in range(config["cross"]["layer_num"]):

@@ -199,3 +199,38 @@ def test_hpsv2_converts_what_breaks_the_published_code(tmp_path, images):
     picture = images["RGBA_180x260"]
     both = scorer([picture, picture.convert("RGB")], ["a photo of a red cat"] * 2)
     assert both[0] == both[1] and both.isfinite().all()
+
+
+# MPS
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.01])
+def test_mps_scores_and_selected_tokens(threshold, tmp_path, images):
+    expected = fixture("mps")
+    scorer = load_tiny("mps", tmp_path, threshold=threshold)
+    kept = [i for i in range(len(expected["prompts"])) if i not in spelled(expected["prompts"])]
+    tokens, _, selected = scorer.text_features(expected["prompts"])
+    np.testing.assert_array_equal(selected.sum(1)[kept], np.array(expected["kept_tokens"][str(threshold)])[kept])
+    near = (tokens @ scorer._condition.T).amax(-1)
+    similarity = near / near.amax(-1, keepdim=True)
+    np.testing.assert_allclose(similarity[kept], arrays("mps")["similarity"][kept], atol=2e-5)
+    # In one batch of all images and prompts, where the published code gives single ones.
+    found = all_pairs(scorer, images.values(), expected["prompts"])
+    assert float((found - torch.tensor(expected[f"scores_threshold_{threshold}"]))[:, kept].abs().max()) <= 2e-4
+
+
+def test_mps_gradient(tmp_path):
+    expected = fixture("mps")["gradient_fp64"]
+    scorer = load_tiny("mps", tmp_path, threshold=0.01, dtype="float64")
+    inputs = torch.from_numpy(checkpoints.random_model_input(3)).double()
+    scores, gradient = gradient_of(scorer, inputs, [checkpoints.PROMPTS[0]] * 2)
+    np.testing.assert_allclose(scores, expected["scores"], atol=1e-6)
+    np.testing.assert_allclose(gradient[..., ::STRIDE, ::STRIDE], arrays("mps")["gradient_fp64"], atol=1e-6)
+
+
+def test_mps_does_not_depend_on_the_batch(tmp_path, images):
+    scorer = load_tiny("mps", tmp_path, batch_size=64)
+    prompts = [checkpoints.PROMPTS[i % 9] for i in range(len(images))]
+    together = scorer(list(images.values()), prompts)
+    alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(images.values(), prompts, strict=True)])
+    torch.testing.assert_close(together, alone, atol=2e-4, rtol=0)
