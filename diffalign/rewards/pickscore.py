@@ -70,9 +70,10 @@ class ShapesClip(PickScore):
 
     spec = ScorerSpec(
         key="shapes-clip",
-        summary="embedded preference model of the shapes world, trained on noisy labels",
+        summary="embedded preference model of the shapes world, trained on noisy labels: imperfect and hackable",
+        parameters=413_249,
         licence="Apache-2.0",
-        range=(-10.0, 10.0),
+        range=(0.0, 3.0),
         differentiable=True,
         backbone="shapes-clip",
         preprocess="clip-pil-64",

@@ -18,6 +18,11 @@ def weights_dir() -> Path:
     return Path(__file__).parent / "weights"
 
 
+def reward_weights_dir() -> Path:
+    """The folder of the embedded learned reward, a `CLIPModel` with tokenizer, loadable with plain `from_pretrained`."""
+    return Path(__file__).parent / "reward_weights"
+
+
 __all__ = [
     "ATTRIBUTES",
     "SHAPES_MODEL",
@@ -28,6 +33,7 @@ __all__ = [
     "held_out_prompts",
     "parse_prompt",
     "render",
+    "reward_weights_dir",
     "score",
     "split_scenes",
     "train_prompts",

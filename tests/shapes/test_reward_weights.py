@@ -1,0 +1,173 @@
+"""The committed learned reward: plain transformers loads it, it is good but not perfect, and its maker repeats itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.exceptions import ConfigError, UserError
+from diffalign.shapes import ATTRIBUTES, held_out_prompts, reward_weights_dir, train_prompts
+
+SETTINGS = {
+    "num_prompts": 4,
+    "images_per_prompt": 2,
+    "steps": 3,
+    "warmup_steps": 3,
+    "train_steps": 3,
+    "eval_prompts": 2,
+    "eval_images_per_prompt": 2,
+}
+TINY = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import CLIPModel
+
+    loaded, info = CLIPModel.from_pretrained(reward_weights_dir(), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return loaded.eval()
+
+
+def plain_scores(model: Any, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """PickScore's few lines, with transformers alone."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    processor = AutoImageProcessor.from_pretrained(reward_weights_dir())
+    tokenizer = AutoTokenizer.from_pretrained(reward_weights_dir())
+    with torch.no_grad():
+        text = tokenizer(prompts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        texts = model.get_text_features(**text).pooler_output
+        pictures = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+        return model.logit_scale.exp() * torch.nn.functional.cosine_similarity(texts, pictures)
+
+
+def test_the_weights_are_small_float32_safetensors_and_nothing_else_is_large() -> None:
+    from safetensors import safe_open
+
+    folder = reward_weights_dir()
+    assert (folder / "model.safetensors").stat().st_size <= 2_000_000
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != "model.safetensors") < 100_000
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {torch.float32}  # noqa: SIM118
+
+
+def test_the_folder_is_a_clip_with_exact_gelu_and_its_own_end_token(model: Any) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reward_weights_dir())
+    assert model.config.text_config.hidden_act == model.config.vision_config.hidden_act == "gelu"
+    assert model.config.text_config.eos_token_id == tokenizer.eos_token_id
+    prompts = held_out_prompts()[:3]
+    short, padded = (
+        tokenizer(prompts, padding=p, truncation=True, max_length=16, return_tensors="pt") for p in (True, "max_length")
+    )
+    with torch.no_grad():
+        a, b = (model.get_text_features(**ids).pooler_output for ids in (short, padded))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)  # the end token is pooled, not the padding after it
+    assert (a[0] - a[1]).abs().max() > 1e-2
+
+
+def test_right_images_mostly_beat_images_with_one_wrong_attribute(model: Any) -> None:
+    from diffalign.shapes.reward_card import one_wrong
+
+    prompts, hits = held_out_prompts()[:40], []
+    for name in ATTRIBUTES:
+        images = one_wrong(prompts, name, seed=7)
+        right, wrong = ([Image.fromarray(image) for image in images[:, column]] for column in (0, 1))
+        hits.append((plain_scores(model, right, prompts) > plain_scores(model, wrong, prompts)).numpy())
+    assert np.mean(hits) > 0.7
+    assert np.mean(hits) < 1.0  # imperfect on purpose
+
+
+def test_training_and_scoring_see_the_same_pixels(model: Any) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from diffalign.shapes import pretrain_reward as maker
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    prompts = held_out_prompts()[:6]
+    pictures = [Image.fromarray(image) for image in images]
+    processed = AutoImageProcessor.from_pretrained(reward_weights_dir())(images=pictures, return_tensors="pt").pixel_values
+    torch.testing.assert_close(maker.preprocess(images), processed, atol=1e-5, rtol=0)
+    ours = maker.score_pixels(model, AutoTokenizer.from_pretrained(reward_weights_dir()), images[:, None], prompts)[:, 0]
+    torch.testing.assert_close(ours, plain_scores(model, pictures, prompts), atol=1e-4, rtol=0)
+
+
+def test_the_card_states_the_measured_figures() -> None:
+    results = json.loads((reward_weights_dir() / "accuracy.json").read_text())
+    card = (reward_weights_dir() / "README.md").read_text()
+    accuracy = results["pairwise_accuracy"]["all"]
+    assert 0.75 <= accuracy["rate"] <= 0.90 and accuracy["pairs"] >= 2000
+    assert accuracy["low"] < accuracy["rate"] < accuracy["high"]
+    for share in (*results["pairwise_accuracy"].values(), *results["attribute_accuracy"].values()):
+        assert f"{share['rate']:.1%} | {share['low']:.1%} to {share['high']:.1%}" in card
+    for image in ("before", "after", "perfect"):
+        assert f"{results['exploit'][image]['reward']:.2f}" in card
+    assert results["exploit"]["after"]["reward"] > results["exploit"]["perfect"]["reward"]
+    assert results["bytes"] == (reward_weights_dir() / "model.safetensors").stat().st_size
+    assert results["command"] in card
+
+
+def test_the_committed_settings_are_the_defaults() -> None:
+    from dataclasses import asdict
+
+    from diffalign.shapes.pretrain_reward import RewardPretrainConfig
+
+    assert json.loads((reward_weights_dir() / "accuracy.json").read_text())["settings"] == asdict(RewardPretrainConfig())
+
+
+def test_labels_are_bradley_terry_with_flips() -> None:
+    from diffalign.shapes.pretrain_reward import RewardPretrainConfig, noisy_labels
+
+    truth = np.tile([0.95, 0.90, 0.0], (20_000, 1))  # pairs: 0.05, 0.95 and 0.90 apart
+    labels = noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))
+    sigmoid = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(labels.mean(0), [0.9 * sigmoid + 0.1 * (1 - sigmoid), 0.9, 0.9], atol=0.01)
+    assert (labels == noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))).all()
+
+
+def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffalign.evaluation import sampling
+    from diffalign.shapes import pretrain_reward as maker
+
+    prompts: list[str] = []
+    generate = sampling.generate
+
+    def recording(pipe: Any, texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        prompts.extend(texts)
+        return generate(pipe, texts, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "generate", recording)
+    for name in ("a", "b"):
+        maker.main(["--output_dir", str(tmp_path / name), *TINY])
+    assert set(prompts) == set(train_prompts()[:4]) | set(held_out_prompts()[:2])
+    drawn = len(prompts)
+    files = {"a": {}, "b": {}}  # type: dict[str, dict[str, bytes]]
+    for name, contents in files.items():
+        contents.update({p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()})
+    assert files["a"] == files["b"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "accuracy.json"} <= set(files["a"])
+    next((tmp_path / "a" / "drawn").glob("train-0-*.npy")).unlink()
+    maker.main(["--output_dir", str(tmp_path / "a"), *TINY])
+    assert len(prompts) == drawn + 4  # one file of four images was drawn again, nothing else
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == files["b"]["model.safetensors"]
+    with pytest.raises(UserError, match="--steps 3"):
+        maker.main(["--output_dir", str(tmp_path / "a"), *TINY, "--steps", "4"])
+
+
+def test_settings_out_of_range_are_named() -> None:
+    from diffalign.shapes.pretrain_reward import RewardPretrainConfig
+
+    with pytest.raises(ConfigError, match="--num_prompts"):
+        RewardPretrainConfig(num_prompts=601)
+    with pytest.raises(ConfigError, match="--label_flips"):
+        RewardPretrainConfig(label_flips=0.5)
+    with pytest.raises(ConfigError, match="--temperature"):
+        RewardPretrainConfig(temperature=0.0)
