@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import gzip
 import io
+import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -161,21 +164,80 @@ def measure_cache(load: Callable[..., Any], folder: Path, size: int, rounds: int
 
 def tiny_scorers(folder: Path) -> list[tuple[str, Any]]:
     """Scorers of every family on the tiny random checkpoints of the tests."""
-    import checkpoints
-    from diffalign import load_scorer
+    from models import MODELS, load_tiny
 
-    return [(f"{name}, tiny", load_scorer(name, **checkpoints.write(name, folder / name))) for name in checkpoints.FAMILIES]
+    return [
+        (f"{name}, tiny", load_tiny(name, folder)) for name in MODELS if name not in ("shapes-clip", "hpsv2.0", "aesthetic-v1")
+    ]
 
 
 def full_scorers(folder: Path) -> list[tuple[str, Callable[[], Any]]]:
-    """Loaders of the published architectures with random weights."""
+    """Loaders of the published architectures with random weights in the published formats."""
+    return [
+        ("clip-l14, ViT-L/14", lambda: full_clip("clip-l14", folder / "l14", VIT_L14)),
+        ("imagereward, BLIP ViT-L/16 + BERT", lambda: full_imagereward(folder / "imagereward")),
+        ("pickscore, ViT-H/14", lambda: full_clip("pickscore", folder / "h14", VIT_H14)),
+    ]
+
+
+VIT_L14: dict[str, Any] = {
+    "projection_dim": 768,
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+VIT_H14: dict[str, Any] = {
+    "projection_dim": 1024,
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+
+
+def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
     import checkpoints
+    from transformers import CLIPConfig, CLIPModel
+
     from diffalign import load_scorer
 
-    def loader(name: str) -> Callable[[], Any]:
-        return lambda: load_scorer(name, **checkpoints.write_full_size(name, folder / f"{name}-full"))
+    CLIPModel(CLIPConfig(**config)).save_pretrained(folder)
+    checkpoints.write_clip_tokenizer(folder)
+    scorer = load_scorer(name, model=folder)
+    shutil.rmtree(folder)
+    return scorer
 
-    return [(f"{name}, full size", loader(name)) for name in ("clip-l14", "imagereward", "pickscore")]
+
+def full_imagereward(folder: Path) -> Any:
+    import checkpoints
+
+    from diffalign import load_scorer
+
+    packed = (ROOT / "tests" / "rewards" / "fixtures" / "imagereward_full_keys.json.gz").read_bytes()
+    shapes = json.loads(gzip.decompress(packed))["shapes"]
+    state = {
+        name: torch.randn(shape) * 0.02 if "position_ids" not in name else torch.arange(shape[-1])[None]
+        for name, shape in shapes.items()
+    }
+    for name in state:
+        if ("norm" in name.lower()) and name.endswith("weight"):
+            state[name] = torch.ones_like(state[name])
+    folder.mkdir()
+    torch.save(state, folder / "ImageReward.pt")
+    words = checkpoints.bert_vocabulary()
+    (folder / "vocab.txt").write_text("\n".join([*words, *(f"filler{i}" for i in range(30522 - len(words)))]) + "\n")
+    scorer = load_scorer("imagereward", model=folder)
+    shutil.rmtree(folder)
+    return scorer
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

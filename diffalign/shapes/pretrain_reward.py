@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..exceptions import ConfigError, UserError
+from ..rewards.images import CLIP_MEAN, CLIP_STD
 from .prompts import held_out_prompts, parse_prompt, train_prompts
 from .renderer import RESOLUTION, render
 from .tokenizer import MAX_LENGTH, build_tokenizer
@@ -40,8 +41,6 @@ GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
 """Image j of a prompt is drawn with entry ``j % 4``: from mostly wrong to mostly right."""
 TRAIN_SEED, HELD_OUT_SEED = 20_000_000, 30_000_000
 """First image seeds: far from those of the quickstart's training images and of its evaluation."""
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "do_convert_rgb": True,
