@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -188,7 +189,7 @@ class Scorer:
         size = batch_size or self.batch_size
         if not isinstance(size, int) or size < 1:
             raise ConfigError("batch_size", f"expected int >= 1, got {batch_size!r}")
-        call = _Call(ScoreResult(torch.full((len(items),), float("nan"))), on_error)
+        call = _Call(ScoreResult(torch.empty(0)), on_error)
         distinct = self._distinct(items, call)
         values = self._look_up(list(distinct))
         call.result.cached = sum(len(call.places[key]) for key in values)
@@ -197,11 +198,14 @@ class Scorer:
             found = self._run(fresh, min(size, self._fits or size), call)
         if self.cache is not None and self.deterministic and found:
             self.cache.put_many(self.fingerprint(), {key: value for key, value in found.items() if math.isfinite(value)})
+        row = [math.nan] * len(items)
         for key, value in (values | found).items():
             if math.isinf(value):
                 call.missing(key, "the score is infinite")
                 value = math.nan
-            call.result.values[call.places[key]] = value
+            for place in call.places[key]:
+                row[place] = value
+        call.result.values = torch.tensor(row, dtype=torch.float32)
         return call.result
 
     def score_tensor(self, pixels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
@@ -296,23 +300,31 @@ class Scorer:
         """What identifies each image; None where it cannot be read.
 
         Without a cache an encoded file is known by its bytes and stays undecoded until a batch needs it. With one it is known by its
-        pixels, so that a re-encoded image is still found; which pixels a file holds is remembered too.
+        pixels, so that a re-encoded image is still found; which pixels a file holds is remembered too, by its bytes and, for a file
+        that has not been touched since, by its change times.
         """
-        files = {i: key for i, item in enumerate(items) if (key := call.guard(i, item.input.file_key)) is not None}
         if self.cache is None:
-            return [files.get(i) or call.guard(i, item.input.pixel_key) for i, item in enumerate(items)]
-        known = self.cache.pixel_digests(list(dict.fromkeys(files.values()))) if files else {}
-        keys: list[bytes | None] = []
+            return [call.guard(i, item.input.file_key) or call.guard(i, item.input.pixel_key) for i, item in enumerate(items)]
+        now = time.time()
+        stamps = [item.input.stamp_key(now) for item in items]
+        keys: list[bytes | None] = self._remembered(stamps)
+        files = [call.guard(i, item.input.file_key) if keys[i] is None else None for i, item in enumerate(items)]
+        by_content = self._remembered(files)
+        fresh: dict[bytes, bytes] = {}
         for i, item in enumerate(items):
-            file = files.get(i)
-            key = known.get(file) if file is not None else None
-            if key is None and i not in call.result.errors:
-                key = call.guard(i, item.input.pixel_key)
-            keys.append(key)
-        fresh = {file: key for i, file in files.items() if file not in known and (key := keys[i]) is not None}
+            if keys[i] is None:
+                key = keys[i] = by_content[i] or call.guard(i, item.input.pixel_key)
+                fresh.update({digest: key for digest in (stamps[i], files[i]) if digest is not None and key is not None})
         if fresh:
             self.cache.remember_files(fresh)
         return keys
+
+    def _remembered(self, digests: list[bytes | None]) -> list[bytes | None]:
+        """Pixel digests of known files, None for the others."""
+        assert self.cache is not None
+        asked = [digest for digest in dict.fromkeys(digests) if digest is not None]
+        known = self.cache.pixel_digests(asked) if asked else {}
+        return [known.get(digest) if digest is not None else None for digest in digests]
 
     def _look_up(self, keys: list[bytes]) -> dict[bytes, float]:
         if self.cache is None or not self.deterministic:

@@ -35,7 +35,9 @@ def table(names: list[str]) -> str:
             continue
         rows.append((name, "+".join(spec.requires), "yes" if spec.differentiable else "no", spec.summary))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+    )
 
 
 def card(values: dict[str, Any]) -> str:

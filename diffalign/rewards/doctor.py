@@ -89,7 +89,9 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
 
     wanted = [name.strip() for name in options.scorers.split(",")] if options.scorers else None
     keys = [registry.get_spec(name).key for name in wanted] if wanted else None
-    models, tokenizers = (_pairs(values, field) for values, field in ((options.model, "--model"), (options.tokenizer, "--tokenizer")))
+    models, tokenizers = (
+        _pairs(values, field) for values, field in ((options.model, "--model"), (options.tokenizer, "--tokenizer"))
+    )
     stored = json.loads(REFERENCE.read_text("utf-8"))
     for key, expected in stored.items():
         if keys is None or key in keys:
@@ -171,7 +173,9 @@ def _published(key: str, model: str | None, tokenizer: str | None, options: argp
     spec = scorer.spec
     if spec.sha256 is not None and model is not None and Path(model).is_file():
         same = content_hash(Path(model)) == spec.sha256
-        yield Finding(key, "SHA-256", same, "the published file" if same else f"not the published file, whose digest is {spec.sha256}")
+        yield Finding(
+            key, "SHA-256", same, "the published file" if same else f"not the published file, whose digest is {spec.sha256}"
+        )
     images = reference_models.drawn_images(reference_models.SCENES)
     scores = scorer(images, reference_models.SCENES)
     span = f"{float(scores.min()):.3f} to {float(scores.max()):.3f}"
@@ -182,7 +186,9 @@ def _published(key: str, model: str | None, tokenizer: str | None, options: argp
         return
     files = [_find(options.assets, name) for name in public["files"]] if options.assets else [None]
     if any(file is None for file in files):
-        yield Finding(key, "public numbers", None, f"not compared: give --assets with {', '.join(public['files'])} ({public['source']})")
+        yield Finding(
+            key, "public numbers", None, f"not compared: give --assets with {', '.join(public['files'])} ({public['source']})"
+        )
         return
     found = scorer([str(file) for file in files], [public["prompt"]] * len(files)).tolist()
     largest = max(abs(a - b) for a, b in zip(found, public["values"], strict=True))

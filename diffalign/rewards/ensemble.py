@@ -59,7 +59,9 @@ def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -
     """
     values, given, weight = _prepared(scores, weights)
     here = given.to(values.dtype)
-    higher = (values[:, :, None] > values[:, None]).to(values.dtype) + 0.5 * (values[:, :, None] == values[:, None]).to(values.dtype)
+    higher = (values[:, :, None] > values[:, None]).to(values.dtype) + 0.5 * (values[:, :, None] == values[:, None]).to(
+        values.dtype
+    )
     both = here[:, :, None] * here[:, None]
     others = here.sum(1, keepdim=True) - 1
     wins = (higher * both).sum(2) - 0.5 * here  # an image ties with itself
@@ -123,7 +125,9 @@ def minmax(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> T
     values, given, weight = _prepared(scores, weights)
     low = values.masked_fill(~given, float("inf")).amin(1, keepdim=True)
     span = values.masked_fill(~given, float("-inf")).amax(1, keepdim=True) - low
-    stretched = torch.where(span > 0, (values - low) / span.clamp(min=torch.finfo(values.dtype).tiny), torch.full_like(values, 0.5))
+    stretched = torch.where(
+        span > 0, (values - low) / span.clamp(min=torch.finfo(values.dtype).tiny), torch.full_like(values, 0.5)
+    )
     return _average(stretched, given, weight).to(scores.dtype)
 
 
@@ -287,7 +291,9 @@ def combine(
         UserError: undeclared scales, or missing scores under ``missing="fail"``.
     """
     if method not in METHODS:
-        raise ConfigError("combine.method", f"unknown method {method!r}{suggestion(str(method), METHODS)}; there are {', '.join(METHODS)}")
+        raise ConfigError(
+            "combine.method", f"unknown method {method!r}{suggestion(str(method), METHODS)}; there are {', '.join(METHODS)}"
+        )
     scores = apply_missing(scores, missing, names)
     simple: dict[str, Any] = {"winrate": win_rates, "majority": majority_score, "minmax": minmax}
     if method in simple:
@@ -297,7 +303,10 @@ def combine(
     scales: Sequence[tuple[float, float] | None] | str = [None] * scores.shape[-1] if affine is None else affine
     if method == "weighted_sum":
         return weighted_sum(scores, weights, affine=scales, names=names)
-    one_scale = [weighted_sum(scores[..., i : i + 1], affine=_one(scales, i), names=names[i : i + 1] if names else None) for i in range(scores.shape[-1])]
+    one_scale = [
+        weighted_sum(scores[..., i : i + 1], affine=_one(scales, i), names=names[i : i + 1] if names else None)
+        for i in range(scores.shape[-1])
+    ]
     return conservative(torch.stack(one_scale, -1), method, k=k, ddof=ddof, weights=weights)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
-from .cache import file_digest, pixel_digest
+from .cache import file_digest, pixel_digest, stamp_digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,6 +89,10 @@ class ImageInput:
     def file_key(self) -> bytes | None:
         """Digest of the encoded file; None for images that came decoded."""
         return file_digest(self.encoded()) if self._is_file else None
+
+    def stamp_key(self, now: float) -> bytes | None:
+        """Digest of an image file's place and change times; None where there is no such file or it has just been written."""
+        return stamp_digest(self.source, now) if isinstance(self.source, (str, Path)) else None
 
     def pixel_key(self) -> bytes:
         """Digest of the decoded pixels."""

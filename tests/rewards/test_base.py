@@ -90,7 +90,14 @@ def test_every_accepted_form_gives_the_same_number(tmp_path):
     floats = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 255
     scorer = Brightness()
     expected = float(array.mean())
-    forms = [[image], [str(tmp_path / "a.png")], [tmp_path / "a.png"], [png(image)], [{"bytes": png(image), "path": None}], [array]]
+    forms = [
+        [image],
+        [str(tmp_path / "a.png")],
+        [tmp_path / "a.png"],
+        [png(image)],
+        [{"bytes": png(image), "path": None}],
+        [array],
+    ]
     forms += [floats, (floats * 255).to(torch.uint8), array[None], [floats[0]]]
     for form in forms:
         assert float(scorer(form)[0]) == pytest.approx(expected, abs=1e-4)
@@ -272,3 +279,30 @@ def test_options_are_checked():
             Brightness(**options)
     with pytest.raises(UserError, match="on_error: expected raise or nan"):
         Brightness().score([picture(0)], on_error="ignore")
+
+
+def test_a_changed_file_is_never_answered_from_the_cache(tmp_path):
+    """Neither right after it was written nor when it is old and its size is the same."""
+    import os
+
+    path = tmp_path / "a.bmp"  # every picture of one size has the same number of bytes
+    scorer = Brightness(cache=tmp_path / "scores.sqlite")
+    old = 1_600_000_000
+    for seed in range(4):
+        picture(seed).save(path)
+        os.utime(path, (old, old))
+        for _ in range(2):
+            assert float(scorer([path])[0]) == pytest.approx(float(np.asarray(picture(seed)).mean()), abs=1e-4)
+    assert sum(scorer.batches) == 4
+
+
+def test_an_untouched_file_is_known_without_being_read(tmp_path, monkeypatch):
+    from diffalign.rewards import cache
+
+    monkeypatch.setattr(cache, "_SETTLED", 0.0)
+    picture(0).save(tmp_path / "a.png")
+    scorer = Brightness(cache=tmp_path / "scores.sqlite")
+    expected = scorer([tmp_path / "a.png"])
+    monkeypatch.setattr(type(read_images([tmp_path / "a.png"])[0]), "encoded", lambda self: pytest.fail("the file was read"))
+    result = scorer.score([tmp_path / "a.png"])
+    assert result.cached == 1 and torch.equal(result.values, expected)
