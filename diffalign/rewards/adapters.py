@@ -1,0 +1,147 @@
+"""A scorer in the shapes in which other trainers call a reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import UserError
+from .base import Scorer
+
+
+def as_ddpo(scorer: Scorer) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """The reward of DDPO and its descendants (TRL's DDPO, d3po, flow_grpo): ``fn(images, prompts, metadata) -> (scores, info)``.
+
+    Images are a tensor or array (N, 3, H, W) of floats in [0, 1] or of uint8, or (N, H, W, 3) of uint8, or a list as `Scorer.score`
+    takes it. `metadata` is one mapping per image, or anything empty. `scores` is float32 (N,) on the CPU, NaN where a score is missing;
+    `info` is ``{"errors": {index: sentence}}``. Errors as `Scorer.score`.
+    """
+
+    def reward(images: Any, prompts: Any = None, metadata: Any = None) -> tuple[Tensor, dict[str, Any]]:
+        given = metadata is not None and len(metadata) > 0
+        result = scorer.score(_channels_first(images), _texts(prompts), list(metadata) if given else None)
+        return result.values, {"errors": result.errors}
+
+    return _named(reward, scorer)
+
+
+def as_trl(scorer: Scorer, image_column: str = "image", prompt_column: str = "prompt") -> Callable[..., list[float | None]]:
+    """A reward function of TRL's GRPO: called with keywords, returns one float per completion, None where a score is missing.
+
+    Args:
+        scorer: to be wrapped.
+        image_column: where the images are: a column of the dataset, or ``completions`` when images are what is generated.
+        prompt_column: where the prompts are. The column ``prompt`` is what TRL passes as `prompts`; of a conversation the text of the
+            last user message is taken.
+
+    A scorer that requires metadata gets the column ``metadata`` where there is one, else the other columns, row by row. Unreadable
+    images give None; every other error is that of `Scorer.score`.
+    """
+
+    def reward(prompts: Any = None, completions: Any = None, **columns: Any) -> list[float | None]:
+        given = {"prompt": prompts, "prompts": prompts, "completions": completions, **columns}
+        images = given.get(image_column)
+        if images is None:
+            raise UserError(f"image_column: the batch has no column {image_column!r}; it has {', '.join(_filled(given))}")
+        texts = given.get(prompt_column)
+        if texts is None and "prompt" in scorer.spec.requires:
+            raise UserError(f"prompt_column: the batch has no column {prompt_column!r}; it has {', '.join(_filled(given))}")
+        metadata = None
+        if "metadata" in scorer.spec.requires:
+            metadata = columns["metadata"] if "metadata" in columns else _rows(columns, image_column, len(images))
+        values = scorer.score(_channels_first(images), _texts(texts), metadata, on_error="nan").values
+        return [None if value != value else value for value in values.tolist()]
+
+    return _named(reward, scorer)
+
+
+@dataclass
+class FlowFactoryOutput:
+    """What Flow-Factory reads of a reward.
+
+    Attributes:
+        rewards: float32 (N,), NaN where a score is missing.
+        extra_info: ``{"errors": {index: sentence}}``.
+    """
+
+    rewards: Tensor
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+class FlowFactoryReward:
+    """A pointwise reward model of Flow-Factory around a scorer; made by `as_flow_factory`.
+
+    Attributes:
+        required_fields: what a call needs, e.g. ``("prompt", "image")``.
+        use_tensor_inputs: False: images come as PIL images. Tensors (3, H, W) in [0, 1] are taken too.
+    """
+
+    use_tensor_inputs = False
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.required_fields = tuple(name for name in ("prompt", "image", "metadata") if name in scorer.spec.requires)
+
+    def __call__(self, *, prompt: Any = None, image: Any = None, metadata: Any = None, **_: Any) -> FlowFactoryOutput:
+        """Scores; what other rewards need (`video`, `condition_images`, ...) is ignored. Errors as `Scorer.score`."""
+        if image is None:
+            raise UserError(f"image: {self.scorer.name} scores images; give one per prompt")
+        rows = None if metadata is None else [json.loads(row) if isinstance(row, str) else row for row in metadata]
+        result = self.scorer.score(_channels_first(image), _texts(prompt), rows)
+        return FlowFactoryOutput(result.values, {"errors": result.errors})
+
+
+def as_flow_factory(scorer: Scorer) -> FlowFactoryReward:
+    """A callable with the keywords ``prompt=, image=`` that returns an object with `rewards` and `extra_info`."""
+    return FlowFactoryReward(scorer)
+
+
+def _named(function: Callable[..., Any], scorer: Scorer) -> Callable[..., Any]:
+    """Trainers log a reward under its function's name."""
+    function.__name__ = function.__qualname__ = scorer.name
+    return function
+
+
+def _channels_first(images: Any) -> Any:
+    """A tensor (N, H, W, 3) of uint8 as (N, 3, H, W), half-precision arrays as floats; everything else as it is."""
+    if isinstance(images, np.ndarray) and images.dtype == np.float16:
+        images = images.astype(np.float32)
+    if (
+        isinstance(images, Tensor)
+        and images.ndim == 4
+        and images.dtype == torch.uint8
+        and images.shape[1] != 3 == images.shape[-1]
+    ):
+        return images.permute(0, 3, 1, 2)
+    return images
+
+
+def _texts(prompts: Any) -> Any:
+    """One text per row: a conversation becomes the text of its last user message."""
+    if prompts is None or isinstance(prompts, str):
+        return prompts
+    return [_last_user_text(prompt) if isinstance(prompt, (list, tuple)) else prompt for prompt in prompts]
+
+
+def _last_user_text(messages: Sequence[Mapping[str, Any]]) -> Any:
+    contents = [message.get("content") for message in messages if message.get("role") == "user"]
+    content = contents[-1] if contents else None
+    if isinstance(content, (list, tuple)):  # parts of a multimodal message
+        content = " ".join(part["text"] for part in content if part.get("type") == "text")
+    return content
+
+
+def _rows(columns: Mapping[str, Any], image_column: str, count: int) -> list[dict[str, Any]]:
+    """Per row what the dataset's columns say; what TRL adds for the whole batch is no column."""
+    names = [n for n, v in columns.items() if n != image_column and isinstance(v, (list, tuple)) and len(v) == count]
+    return [{name: columns[name][i] for name in names} for i in range(count)]
+
+
+def _filled(given: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in given.items() if value is not None]

@@ -1,0 +1,397 @@
+"""Several scorers as one judge: each keeps its own column, and only those of role `train` are combined."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import build_section, suggestion
+from ..exceptions import ConfigError, UserError
+from . import ensemble
+from .agreement import LARGEST_COMPARED, agreement, group_members, stacks
+from .base import Scorer, ScoreResult, _device
+from .cache import ScoreCache
+from .images import ImageInput, read_images
+from .panel_config import PLACEMENTS, CombineConfig, RewardEntry, parse_rewards
+from .registry import _options_of, find_class, load_scorer
+from .spec import ScorerSpec
+
+__all__ = ["CombineConfig", "Combined", "Panel", "PanelResult", "RewardEntry", "parse_rewards"]
+
+_CONFIG_KEYS = ("rewards", "combine", "placement", "cache", "device")
+
+
+@dataclass
+class PanelResult:
+    """What `Panel.score` returns.
+
+    Attributes:
+        columns: name -> float32 scores (N,) as the scorer gave them, NaN = missing; in the order of the panel.
+        errors: name -> {index: sentence} of the missing ones.
+        cached: name -> how many came from the cache.
+    """
+
+    columns: dict[str, Tensor]
+    errors: dict[str, dict[int, str]] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Combined:
+    """What `Panel.combine` returns.
+
+    Attributes:
+        values: float32 (N,), higher is better whatever the scorers' directions; NaN for an image without a score.
+        agreement: plain values, None where undefined: `names`; `kendalls_w`, the mean over groups of the concordance of the combined
+            scorers, and `kendalls_w_per_group`, in the order in which groups first appear; `pairwise`, for every two of `names` (eval
+            scorers too) the share of image pairs that they order alike; `left_out`, groups too large to be compared.
+    """
+
+    values: Tensor
+    agreement: dict[str, Any]
+
+
+@dataclass
+class _Slot:
+    """One scorer, loaded at most once, whatever number of entries uses it."""
+
+    path: str
+    entries: list[RewardEntry]
+    spec: ScorerSpec
+    device: torch.device
+    cache: Any = None
+    scorer: Scorer | None = None
+    given: bool = False
+
+
+class Panel:
+    """Several scorers and the rule that combines them.
+
+    Args:
+        entries: whatever `parse_rewards` takes.
+        combine (`CombineConfig`, mapping or method name, *optional*): defaults to `winrate`.
+        placement (`str`, *optional*, defaults to `"resident"`): ``resident``: all are loaded and stay on the device. ``offload``: they
+            wait on the CPU and are moved for a call. ``exclusive``: a call loads one, scores everything it was given, frees it and
+            loads the next, so that five large scorers need the memory of the largest.
+        device: for entries without their own.
+        cache (`ScoreCache` or path, *optional*): for entries without their own.
+        trust_remote_code: allow scorers of ``./file.py:Class``, which runs that file.
+
+    Raises:
+        ConfigError: see `parse_rewards`; also options a scorer does not have, scales that the method needs and nobody declares.
+    """
+
+    def __init__(
+        self,
+        entries: Any,
+        combine: CombineConfig | Mapping[str, Any] | str | None = None,
+        *,
+        placement: str = "resident",
+        device: Any = None,
+        cache: Any = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if placement not in PLACEMENTS:
+            problem = f"expected {', '.join(PLACEMENTS)}, got {placement!r}{suggestion(str(placement), PLACEMENTS)}"
+            raise ConfigError("placement", problem)
+        self.placement, self.trust_remote_code = placement, trust_remote_code
+        self.entries = parse_rewards(entries, trust_remote_code=trust_remote_code)
+        self.combine_config = _combine_config(combine)
+        self._caches: dict[str, ScoreCache] = {}
+        self._slots = self._make_slots(device, cache)
+        self.specs = {entry.name: slot.spec for slot in self._slots for entry in slot.entries}
+        self._affine = self._scales()
+        self._check_combination()
+        self._warn_of_shared_backbones()
+        if placement != "exclusive":
+            for slot in self._slots:
+                slot.scorer = slot.scorer or self._load(slot)
+
+    @classmethod
+    def from_config(cls, value: Any, *, device: Any = None, trust_remote_code: bool = False) -> Panel:
+        """A panel from ``{"rewards": ..., "combine": ..., "placement": ..., "cache": ..., "device": ...}`` or from a bare rewards value.
+
+        Raises:
+            ConfigError: unknown keys, and everything the constructor raises.
+        """
+        if not isinstance(value, Mapping) or not value.keys() & set(_CONFIG_KEYS):
+            return cls(value, device=device, trust_remote_code=trust_remote_code)
+        for key in value:
+            if key not in _CONFIG_KEYS:
+                hint = suggestion(str(key), _CONFIG_KEYS)
+                raise ConfigError(str(key), f"unknown key{hint}; a panel takes {', '.join(_CONFIG_KEYS)}")
+        if value.get("rewards") is None:
+            raise ConfigError("rewards", "names no scorer; write for example rewards: [imagereward, pickscore]")
+        return cls(
+            value["rewards"],
+            value.get("combine"),
+            placement=value.get("placement") or "resident",
+            device=device if device is not None else value.get("device"),
+            cache=value.get("cache"),
+            trust_remote_code=trust_remote_code,
+        )
+
+    # Names
+
+    @property
+    def names(self) -> list[str]:
+        """The columns, in order."""
+        return [entry.name for entry in self.entries]
+
+    @property
+    def train_names(self) -> list[str]:
+        """The columns that are combined."""
+        return [entry.name for entry in self.entries if entry.role == "train"]
+
+    # Scoring
+
+    def score(self, images: Any, prompts: Any = None, metadata: Any = None, *, on_error: str | None = None) -> PanelResult:
+        """Scores images with every scorer. Arguments and errors as `Scorer.score`; `on_error` None takes each entry's own."""
+        sources = [(image.place, image.source) for image in read_images(images)]
+        found: dict[str, ScoreResult] = {}
+        for slot in self._slots:
+            with self._held(slot) as scorer:
+                for policy in dict.fromkeys(on_error or entry.on_error for entry in slot.entries):
+                    # Fresh inputs: what one scorer decoded shall not wait in memory for the others.
+                    result = scorer.score([ImageInput(*source) for source in sources], prompts, metadata, on_error=policy)
+                    users = [entry.name for entry in slot.entries if (on_error or entry.on_error) == policy]
+                    found.update(dict.fromkeys(users, result))
+        return PanelResult(
+            {name: found[name].values for name in self.names},
+            {name: found[name].errors for name in self.names},
+            {name: found[name].cached for name in self.names},
+        )
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Scorer]:
+        """The scorer of one column, loaded and on its device while the block runs; for work that goes scorer by scorer.
+
+        Example:
+            ```python
+            for name in panel.names:
+                with panel.using(name) as scorer:
+                    columns[name] = [scorer(images, prompts) for images, prompts in chunks]
+            ```
+        """
+        slot = next((slot for slot in self._slots if name in [entry.name for entry in slot.entries]), None)
+        if slot is None:
+            raise UserError(
+                f"{name!r}: the panel has no such scorer{suggestion(name, self.names)}; it has {', '.join(self.names)}"
+            )
+        with self._held(slot) as scorer:
+            yield scorer
+
+    def close(self) -> None:
+        """Frees the scorers that the panel loaded."""
+        for slot in self._slots:
+            if slot.scorer is not None and not slot.given:
+                slot.scorer.close()
+                slot.scorer = None
+
+    @contextmanager
+    def _held(self, slot: _Slot) -> Iterator[Scorer]:
+        scorer = slot.scorer or self._load(slot)
+        if self.placement == "resident":
+            slot.scorer = scorer
+        elif scorer.device != slot.device:
+            scorer.to(slot.device)
+        try:
+            yield scorer
+        finally:
+            if self.placement == "exclusive" and not slot.given:
+                scorer.close()
+            elif self.placement != "resident":
+                scorer.offload()
+
+    def _load(self, slot: _Slot) -> Scorer:
+        entry = slot.entries[0]
+        options = dict(entry.args)
+        if entry.batch_size is not None:
+            options["batch_size"] = entry.batch_size
+        if slot.cache is not None:
+            options["cache"] = self._cache(slot.cache)
+        if "on_error" in _options_of(self._class_of(entry)):  # a scorer that can fail by itself, as a remote one
+            options["on_error"] = entry.on_error
+        device = "cpu" if self.placement == "offload" else slot.device
+        try:
+            return load_scorer(
+                entry.scorer,
+                entry.model,
+                entry.config,
+                entry.tokenizer,
+                device,
+                entry.dtype,
+                trust_remote_code=self.trust_remote_code,
+                **options,
+            )
+        except ConfigError as error:
+            raise error.within(f"{slot.path}.args" if error.field in entry.args else slot.path) from error
+
+    # Combining
+
+    def combine(self, columns: Mapping[str, Any], groups: Sequence[Hashable]) -> Combined:
+        """One number per image from the columns of role `train`.
+
+        Args:
+            columns: name -> scores (N,), e.g. `PanelResult.columns`; columns of role `eval` may be missing.
+            groups: N group ids; the images of one id are compared with each other. Groups may differ in size.
+
+        Raises:
+            UserError: columns missing or of another length, no scorer of role `train`, missing scores under ``missing: fail``, a group
+                too large for a method that compares all images with all.
+        """
+        names, weights = self._combined_entries()
+        present = [name for name in self.names if name in columns or name in names]
+        scores = self._signed(columns, present, len(groups))
+        train = scores[:, [present.index(name) for name in names]]
+        members = group_members(groups)
+        config = self.combine_config
+        largest = max(map(len, members))
+        if config.method in ("winrate", "majority") and largest > LARGEST_COMPARED:
+            raise UserError(
+                f"combine.method: {config.method} compares all images of a group with all, and one has {largest}, more than "
+                f"{LARGEST_COMPARED}; use zscore, or smaller groups"
+            )
+        usable = ensemble.apply_missing(train[None], config.missing, names)[0]
+        values = torch.full((len(groups),), float("nan"), dtype=torch.float64)
+        for _, index in stacks(members, len(names)):
+            values[index] = ensemble.combine(
+                usable[index],
+                config.method,
+                weights=weights,
+                affine=[self._affine[name] for name in names],
+                names=names,
+                k=config.k,
+                ddof=config.ddof,
+            )
+        return Combined(values.float(), agreement(scores, present, train, members))
+
+    def agreed_pairs(self, columns: Mapping[str, Any], groups: Sequence[Hashable]) -> list[tuple[int, int]]:
+        """Pairs (better, worse) of image indices within groups on which `combine.min_agree` scorers of role `train` agree by
+        `combine.margins`; by default all of them, by any difference."""
+        names, _ = self._combined_entries()
+        scores = self._signed(columns, names, len(groups))
+        margins = self.combine_config.margins_of(names)
+        pairs: list[tuple[int, int]] = []
+        for _, index in stacks(group_members(groups), len(names)):
+            agreed = ensemble.unanimous(scores[index], margins, self.combine_config.min_agree)
+            group, better, worse = agreed.nonzero(as_tuple=True)
+            pairs += zip(index[group, better].tolist(), index[group, worse].tolist(), strict=True)
+        return sorted(pairs)
+
+    def _combined_entries(self) -> tuple[list[str], list[float]]:
+        train = [entry for entry in self.entries if entry.role == "train"]
+        if not train:
+            raise UserError("rewards: all scorers have the role eval, so nothing can be combined; give one the role train")
+        return [entry.name for entry in train], [entry.weight for entry in train]
+
+    def _signed(self, columns: Mapping[str, Any], names: Sequence[str], count: int) -> Tensor:
+        """(N, n) float64, negated where lower is better."""
+        if count == 0:
+            raise UserError("groups: is empty; give one group id per image")
+        table = []
+        for name in names:
+            if name not in columns:
+                raise UserError(f"columns: {name} is missing; there are {', '.join(map(str, columns))}")
+            column = torch.as_tensor(columns[name], dtype=torch.float64).cpu()
+            if column.shape != (count,):
+                raise UserError(
+                    f"columns: {name} has shape {tuple(column.shape)}, expected one score for each of {count} group ids"
+                )
+            table.append(column if self.specs[name].higher_is_better else -column)
+        return torch.stack(table, -1)
+
+    # Making
+
+    def _class_of(self, entry: RewardEntry) -> Any:
+        return find_class(entry.scorer, trust_remote_code=self.trust_remote_code)[0]
+
+    def _make_slots(self, device: Any, cache: Any) -> list[_Slot]:
+        slots: dict[str, _Slot] = {}
+        for i, entry in enumerate(self.entries):
+            path = f"rewards[{i}]"
+            if isinstance(entry.scorer, Scorer):
+                slot = _Slot(path, [], entry.scorer.spec, entry.scorer.device, scorer=entry.scorer, given=True)
+                slots.setdefault(f"given {id(entry.scorer)}", slot).entries.append(entry)
+                continue
+            scorer_class, fixed = find_class(entry.scorer, trust_remote_code=self.trust_remote_code)
+            accepted = _options_of(scorer_class)
+            for name in entry.args:
+                if name not in accepted:
+                    raise ConfigError(f"{path}.args.{name}", f"{entry.scorer} has no such option{suggestion(name, accepted)}")
+            own = entry.on_error if "on_error" in accepted else None
+            kept_in = entry.cache if entry.cache is not None else cache
+            try:
+                where = _device(entry.device if entry.device is not None else device)
+            except ConfigError as error:
+                raise error.within(path) if entry.device is not None else error from None
+            name = entry.scorer if ":" in entry.scorer else scorer_class.spec.key
+            facts = [
+                name,
+                fixed,
+                entry.model,
+                entry.config,
+                entry.tokenizer,
+                entry.args,
+                where,
+                entry.dtype,
+                entry.batch_size,
+                own,
+            ]
+            key = json.dumps([*facts, getattr(kept_in, "path", kept_in)], sort_keys=True, default=str)
+            slots.setdefault(key, _Slot(path, [], scorer_class.spec, where, kept_in)).entries.append(entry)
+        return list(slots.values())
+
+    def _cache(self, cache: Any) -> ScoreCache:
+        """One connection per file."""
+        if isinstance(cache, ScoreCache):
+            return cache
+        return self._caches.setdefault(str(cache), ScoreCache(cache))
+
+    def _scales(self) -> dict[str, tuple[float, float] | None]:
+        """Name -> (mean, std) of the signed scores; a mirrored score has a mirrored mean."""
+        scales = {}
+        for i, entry in enumerate(self.entries):
+            spec = self.specs[entry.name]
+            try:
+                affine = entry.affine(spec)
+            except ConfigError as error:
+                raise error.within(f"rewards[{i}]") from None
+            scales[entry.name] = affine if affine is None or spec.higher_is_better else (-affine[0], affine[1])
+        return scales
+
+    def _check_combination(self) -> None:
+        """Tries the rule on nothing, so that a mistake in it is found before an hour of scoring."""
+        names = self.train_names
+        if names:
+            self.combine(dict.fromkeys(names, torch.zeros(2)), [0, 0])
+        if names and (self.combine_config.margins is not None or self.combine_config.min_agree is not None):
+            self.agreed_pairs(dict.fromkeys(names, torch.zeros(2)), [0, 0])
+
+    def _warn_of_shared_backbones(self) -> None:
+        by_role: dict[str, dict[str, str]] = {"train": {}, "eval": {}}
+        for entry in self.entries:
+            backbone = self.specs[entry.name].backbone
+            if backbone is not None:
+                by_role[entry.role].setdefault(backbone, entry.name)
+        for backbone, name in by_role["eval"].items():
+            if backbone in by_role["train"]:
+                warnings.warn(
+                    f"rewards: {name} (eval) and {by_role['train'][backbone]} (train) both start from {backbone}, so {name} shares the "
+                    "mistakes that training exploits; evaluate with another family too",
+                    stacklevel=4,
+                )
+
+
+def _combine_config(combine: CombineConfig | Mapping[str, Any] | str | None) -> CombineConfig:
+    if isinstance(combine, CombineConfig):
+        return combine
+    values = {"method": combine} if isinstance(combine, str) else combine if combine is None else dict(combine)
+    return build_section(CombineConfig, values or {}, "combine")
