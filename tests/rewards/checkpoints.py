@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-# ---------------------------------------------------------------------------------------------------------------- inputs
-
 PROMPTS = [
     "a photo of a red cat",
     "A Painting of Two Dogs, oil on canvas, 4k!",
@@ -66,8 +64,7 @@ def random_pixels(seed: int, width: int, height: int, channels: int) -> np.ndarr
     coarse = rng.randint(0, 256, (cells + 1, cells + 1, channels)).astype(np.int64)
     y, x = np.arange(height) * cells * 256 // height, np.arange(width) * cells * 256 // width
     (y0, fy), (x0, fx) = (y // 256, (y % 256)[:, None, None]), (x // 256, (x % 256)[None, :, None])
-    top = coarse[y0][:, x0] * (256 - fx) + coarse[y0][:, x0 + 1] * fx
-    bottom = coarse[y0 + 1][:, x0] * (256 - fx) + coarse[y0 + 1][:, x0 + 1] * fx
+    top, bottom = (coarse[y][:, x0] * (256 - fx) + coarse[y][:, x0 + 1] * fx for y in (y0, y0 + 1))
     smooth = (top * (256 - fy) + bottom * fy) // 65536
     noise = rng.randint(-24 - 8 * (seed % 3), 25 + 8 * (seed % 3), smooth.shape)
     return np.clip(smooth + noise, 0, 255).astype(np.uint8)
@@ -82,9 +79,6 @@ def random_features(seed: int = 0, count: int = 8, width: int = 768) -> np.ndarr
 def random_model_input(seed: int = 0, count: int = 2, size: int = 224) -> np.ndarray:
     """(count, 3, size, size) float32 as after normalisation; input of the gradient fixtures."""
     return np.random.RandomState(seed).standard_normal((count, 3, size, size)).astype(np.float32)
-
-
-# --------------------------------------------------------------------------------------------------------------- weights
 
 
 class _Draw:
@@ -110,6 +104,9 @@ class _Draw:
         self.state[name] = np.arange(count, dtype=np.int64)[None]
 
 
+PROJECTION = 8  # of ImageReward's unused contrastive heads; 256 in the original
+
+
 def imagereward_config() -> dict[str, Any]:
     """Sizes of the tiny ImageReward under transformers' names. LayerNorm epsilons are the original's, 1e-6 and 1e-12."""
     return {
@@ -121,26 +118,20 @@ def imagereward_config() -> dict[str, Any]:
             "vocab_size": len(bert_vocabulary()) + 2, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "max_position_embeddings": 64, "encoder_hidden_size": 32, "layer_norm_eps": 1e-12,
         },
-        "projection_dim": 8,
     }  # fmt: skip
 
 
 def imagereward_med_config() -> dict[str, Any]:
     """`med_config.json`, which the original reads beside its checkpoint."""
-    text = imagereward_config()["text"]
-    return {
-        "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-        "hidden_size": text["hidden_size"], "initializer_range": 0.02, "intermediate_size": text["intermediate_size"],
-        "layer_norm_eps": 1e-12, "max_position_embeddings": text["max_position_embeddings"], "model_type": "bert",
-        "num_attention_heads": text["num_attention_heads"], "num_hidden_layers": text["num_hidden_layers"], "pad_token_id": 0,
-        "type_vocab_size": 2, "vocab_size": text["vocab_size"], "encoder_width": 768, "add_cross_attention": True,
-    }  # fmt: skip
+    text = {name: value for name, value in imagereward_config()["text"].items() if name != "encoder_hidden_size"}
+    fixed = {"model_type": "bert", "hidden_act": "gelu", "pad_token_id": 0, "type_vocab_size": 2, "encoder_width": 768}
+    return {**text, **fixed, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "add_cross_attention": True}
 
 
 def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
     """State dict of ImageReward.pt: `blip.visual_encoder`, `blip.text_encoder`, the two unused projections, `mlp`."""
-    config, draw = imagereward_config(), _Draw(seed)
-    vision, text = config["vision"], config["text"]
+    vision, text = imagereward_config().values()
+    draw = _Draw(seed)
     width, patch = vision["hidden_size"], vision["patch_size"]
     draw.normal("blip.visual_encoder.cls_token", 1, 1, width, std=0.002)
     draw.normal("blip.visual_encoder.pos_embed", 1, (vision["image_size"] // patch) ** 2 + 1, width, std=0.002)
@@ -156,8 +147,8 @@ def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
         draw.linear(f"{block}.mlp.fc2", width, vision["intermediate_size"], gain=0.006)
     draw.norm("blip.visual_encoder.norm", width)
     _imagereward_text(draw, text)
-    draw.linear("blip.vision_proj", config["projection_dim"], width)
-    draw.linear("blip.text_proj", config["projection_dim"], text["hidden_size"])
+    draw.linear("blip.vision_proj", PROJECTION, width)
+    draw.linear("blip.text_proj", PROJECTION, text["hidden_size"])
     sizes = (text["hidden_size"], 1024, 128, 64, 16, 1)
     for index, inp, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):  # noqa: B905 - the old Python has no strict
         draw.linear(f"mlp.layers.{index}", out, inp, gain=3.0 if index == 0 else 1.0)
@@ -240,7 +231,7 @@ def _clip_layers(draw: _Draw, name: str, config: dict[str, Any], gain: float) ->
 
 
 def pickscore_state(seed: int = 1) -> dict[str, np.ndarray]:
-    """State dict of PickScore_v1: a CLIPModel of `clip_config()`."""
+    """State dict of PickScore_v1, a CLIPModel of `clip_config()`."""
     return clip_state(seed)
 
 
@@ -265,10 +256,8 @@ def hpsv2_state(seed: int = 2) -> dict[str, np.ndarray]:
                 parts = [state[f"{old}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
                 out[f"{new}.attn.in_proj_{kind}"] = np.concatenate(parts)
                 out.update({f"{new}.{b}.{kind}": state[f"{old}.{a}.{kind}"] for a, b in layers.items()})
-    names = {
-        "ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
-        "visual.ln_post": "vision_model.post_layernorm",
-    }  # fmt: skip
+    names = {"ln_final": "text_model.final_layer_norm"}
+    names.update({"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"})
     out.update({f"{new}.{kind}": state[f"{old}.{kind}"] for new, old in names.items() for kind in ("weight", "bias")})
     out["positional_embedding"] = state["text_model.embeddings.position_embedding.weight"]
     out["token_embedding.weight"] = state["text_model.embeddings.token_embedding.weight"]
@@ -338,15 +327,13 @@ def aesthetic_v2_state(seed: int = 5, width: int = 768) -> dict[str, np.ndarray]
     return draw.state
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
-
-
 def bert_vocabulary() -> list[str]:
     """A small uncased BERT vocabulary; the special tokens have their ids of bert-base-uncased (0, 100, 101, 102, 103)."""
     specials = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = [chr(c) for c in range(33, 127) if not "A" <= chr(c) <= "Z"] + list("’“”—一只色的猫東京γατкошка")
-    words = "the of and in a photo painting red blue cat dog house two oil canvas on long very prompt about fine it be".split()
-    pieces = ["##s", "##ing", "##able", "##ff", "##un", "ca", "##fe", "na", "##ive", "super", "##cal", "##12", "un", "##dog", "spaces"]
+    words = ["the", "of", "and", "in", "a", "photo", "painting", "red", "blue", "cat", "dog", "house", "two", "oil", "canvas",
+             "on", "long", "very", "prompt", "about", "fine", "it", "be", "ca", "na", "super", "un", "spaces"]  # fmt: skip
+    pieces = ["##s", "##ing", "##able", "##ff", "##un", "##fe", "##ive", "##cal", "##12", "##dog"]
     continued = [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
     return list(dict.fromkeys([*specials, *characters, *words, *pieces, *continued]))
 
@@ -374,7 +361,7 @@ def write_clip_tokenizer(folder: Path, bpe: Path | None = None) -> Path:
         bpe: `bpe_simple_vocab_16e6.txt.gz`; default: the one inside open_clip_torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = gzip.open(bpe or bpe_file()).read().decode("utf-8").split("\n")
+    lines = gzip.decompress((bpe or bpe_file()).read_bytes()).decode("utf-8").split("\n")
     merges = lines[1 : 49152 - 256 - 2 + 1]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -384,7 +371,8 @@ def write_clip_tokenizer(folder: Path, bpe: Path | None = None) -> Path:
     assert len(vocabulary) == 49408
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    end = "<|endoftext|>"
+    special = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end}
     config = {"do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "errors": "replace"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special}), encoding="utf-8")
@@ -399,9 +387,6 @@ def preprocessor_config() -> dict[str, Any]:
         "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True, "image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor",
     }  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------- files
 
 
 def tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -443,8 +428,7 @@ def write_pickscore(folder: Path, seed: int = 1) -> Path:
 
 def write_clip(folder: Path, seed: int = 6, hidden_act: str = "quick_gelu", projection_dim: int = 16) -> Path:
     """The folder of an OpenAI CLIP (quick GELU)."""
-    config = clip_config(hidden_act, projection_dim)
-    return write_clip_folder(folder, clip_state(seed, config), config)
+    return write_clip_folder(folder, clip_state(seed, config := clip_config(hidden_act, projection_dim)), config)
 
 
 def write_mps(folder: Path, seed: int = 3) -> Path:

@@ -40,7 +40,9 @@ def spelled(prompts) -> list[int]:
 
 
 def pixel_digests(scorer, images) -> list[str]:
-    return [hashlib.sha256(np.ascontiguousarray(scorer.preprocess.exact(image).numpy()).tobytes()).hexdigest() for image in images]
+    return [
+        hashlib.sha256(np.ascontiguousarray(scorer.preprocess.exact(image).numpy()).tobytes()).hexdigest() for image in images
+    ]
 
 
 def gradient_of(scorer, inputs: torch.Tensor, prompts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,8 +48,6 @@ def source_of(checkout: Path, repository: str, *packages: str, note: str = "") -
 class _Anything(types.ModuleType):
     """A module any name can be imported from; what it gives out is never used."""
 
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -60,6 +58,7 @@ def stub(*names: str) -> None:
     """Puts stand-ins into sys.modules."""
     for name in names:
         sys.modules[name] = _Anything(name)
+        sys.modules[name].__path__ = []
 
 
 def bare_package(name: str, folder: Path) -> None:

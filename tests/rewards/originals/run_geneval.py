@@ -24,7 +24,7 @@ def include(name, count=1, **more):
 def detections(name, boxes, scores, colors=()):
     """One class: boxes with their scores and, for colour cases, what the classifier would say."""
     colors = list(colors) + [None] * (len(boxes) - len(colors))
-    return [{"class": name, "score": s, "box": list(b), "color": c} for b, s, c in zip(boxes, scores, colors)]
+    return [{"class": name, "score": s, "box": list(b), "color": c} for b, s, c in zip(boxes, scores, colors)]  # noqa: B905
 
 
 def cases():
@@ -58,8 +58,20 @@ def cases():
     yield "color_wrong", "colors", colors, [], detections("car", [A], [0.8], ["blue"])
     yield "color_only_best_counts", "colors", colors, [], detections("car", [A, B], [0.6, 0.9], ["red", "blue"])
     yield "color_missing_object", "colors", colors, [], []
-    yield "color_two_of_two", "colors", [include("car", 2, color="red")], [], detections("car", [A, B], [0.6, 0.9], ["red", "red"])
-    yield "color_one_of_two", "colors", [include("car", 2, color="red")], [], detections("car", [A, B], [0.6, 0.9], ["red", "pink"])
+    yield (
+        "color_two_of_two",
+        "colors",
+        [include("car", 2, color="red")],
+        [],
+        detections("car", [A, B], [0.6, 0.9], ["red", "red"]),
+    )
+    yield (
+        "color_one_of_two",
+        "colors",
+        [include("car", 2, color="red")],
+        [],
+        detections("car", [A, B], [0.6, 0.9], ["red", "pink"]),
+    )
     yield "position_left", "position", left, [], detections("dog", [B], [0.8]) + detections("cat", [A], [0.7])
     yield "position_mirrored", "position", left, [], detections("dog", [A], [0.8]) + detections("cat", [B], [0.7])
     yield "position_above", "position", above, [], detections("dog", [C], [0.8]) + detections("cat", [A], [0.7])
@@ -67,14 +79,44 @@ def cases():
     yield "position_dead_zone", "position", left, [], detections("dog", [(18, 10, 68, 60)], [0.8]) + detections("cat", [A], [0.7])
     yield "position_diagonal", "position", left, [], detections("dog", [row[3]], [0.8]) + detections("cat", [A], [0.7])
     yield "position_same_place", "position", left, [], detections("dog", [A], [0.8]) + detections("cat", [A], [0.7])
-    yield "position_shallow_angle", "position", above, [], detections("dog", [(100, 50, 150, 100)], [0.8]) + detections("cat", [A], [0.7])
-    yield "position_shrunk_below_half", "position", left, [], detections("dog", [(28, 10, 78, 60)], [0.8]) + detections("cat", [A], [0.7])
+    yield (
+        "position_shallow_angle",
+        "position",
+        above,
+        [],
+        detections("dog", [(100, 50, 150, 100)], [0.8]) + detections("cat", [A], [0.7]),
+    )
+    yield (
+        "position_shrunk_below_half",
+        "position",
+        left,
+        [],
+        detections("dog", [(28, 10, 78, 60)], [0.8]) + detections("cat", [A], [0.7]),
+    )
     yield "position_no_target", "position", left, [], detections("cat", [A], [0.7])
     yield "position_no_subject", "position", left, [], detections("dog", [A], [0.7])
-    yield "position_only_best_counts", "position", left, [], detections("dog", [B], [0.8]) + detections("cat", [A, (160, 10, 200, 50)], [0.5, 0.9])
+    yield (
+        "position_only_best_counts",
+        "position",
+        left,
+        [],
+        detections("dog", [B], [0.8]) + detections("cat", [A, (160, 10, 200, 50)], [0.5, 0.9]),
+    )
     yield "attr_right", "color_attr", attr, [], detections("car", [A], [0.8], ["red"]) + detections("dog", [B], [0.7], ["brown"])
-    yield "attr_swapped", "color_attr", attr, [], detections("car", [A], [0.8], ["brown"]) + detections("dog", [B], [0.7], ["red"])
-    yield "attr_one_wrong", "color_attr", attr, [], detections("car", [A], [0.8], ["red"]) + detections("dog", [B], [0.7], ["white"])
+    yield (
+        "attr_swapped",
+        "color_attr",
+        attr,
+        [],
+        detections("car", [A], [0.8], ["brown"]) + detections("dog", [B], [0.7], ["red"]),
+    )
+    yield (
+        "attr_one_wrong",
+        "color_attr",
+        attr,
+        [],
+        detections("car", [A], [0.8], ["red"]) + detections("dog", [B], [0.7], ["white"]),
+    )
     yield "attr_one_missing", "color_attr", attr, [], detections("car", [A], [0.8], ["red"])
     yield "exclude_only", "counting", [], [include("cat", 1)], detections("cat", [A], [0.95])
 

@@ -47,8 +47,8 @@ def main() -> None:
         )  # fmt: skip
         model = original.ImageReward(med_config=str(folder / "med_config.json"), device="cpu")
         model.mlp = original.MLP(sizes["text"]["hidden_size"])
-        model.blip.vision_proj = torch.nn.Linear(vision["hidden_size"], sizes["projection_dim"])
-        model.blip.text_proj = torch.nn.Linear(sizes["text"]["hidden_size"], sizes["projection_dim"])
+        model.blip.vision_proj = torch.nn.Linear(vision["hidden_size"], checkpoints.PROJECTION)
+        model.blip.text_proj = torch.nn.Linear(sizes["text"]["hidden_size"], checkpoints.PROJECTION)
         model.load_state_dict(torch.load(folder / "ImageReward.pt", map_location="cpu"), strict=True)
         model.eval()
         numbers, arrays = measure(model, checkpoints)

@@ -27,7 +27,9 @@ def main() -> None:
 
     images, prompts = checkpoints.sample_images(), checkpoints.PROMPTS
     tokens = processor(text=prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-    pixels = processor(images=list(images.values()), padding=True, truncation=True, max_length=77, return_tensors="pt").pixel_values
+    pixels = processor(
+        images=list(images.values()), padding=True, truncation=True, max_length=77, return_tensors="pt"
+    ).pixel_values
     raw = CLIPImageProcessor(**{**checkpoints.preprocessor_config(), "do_normalize": False, "do_rescale": False})
     raw = np.stack(raw(list(images.values()), return_tensors="np")["pixel_values"]).astype(np.uint8)
     with torch.no_grad():
@@ -70,7 +72,8 @@ def embed(model, pixels, tokens):
 
 def trimmed(tokens):
     """Token ids without padding."""
-    return [row[: mask.sum()].tolist() for row, mask in zip(tokens.input_ids, tokens.attention_mask)]
+    lengths = tokens.attention_mask.sum(1).tolist()
+    return [row[:length].tolist() for row, length in zip(tokens.input_ids, lengths)]  # noqa: B905
 
 
 if __name__ == "__main__":
