@@ -205,7 +205,7 @@ VIT_H14: dict[str, Any] = {
 
 
 def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
-    import checkpoints
+    from diffalign.rewards import reference_models as checkpoints
     from transformers import CLIPConfig, CLIPModel
 
     from diffalign import load_scorer
@@ -218,7 +218,7 @@ def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
 
 
 def full_imagereward(folder: Path) -> Any:
-    import checkpoints
+    from diffalign.rewards import reference_models as checkpoints
 
     from diffalign import load_scorer
 

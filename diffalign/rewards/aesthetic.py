@@ -35,6 +35,8 @@ class AestheticV2(ModelScorer):
         licence="Apache-2.0",
         weights="https://github.com/christophschuhmann/improved-aesthetic-predictor",
         filename="sac+logos+ava1-l14-linearMSE.pth",
+        revision="6934dd81792f086e613a121dbce43082cb8be85e",
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
         requires=("image",),
         range=(4.0, 7.0),
         differentiable=True,
@@ -100,6 +102,8 @@ class AestheticV1(AestheticV2):
         licence="MIT",
         weights="https://github.com/LAION-AI/aesthetic-predictor",
         filename="sa_0_4_vit_l_14_linear.pth",
+        revision="6d122adad522ab246644d9dc1c6d7a3810ee255f",
+        sha256="2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
         citation="Schuhmann et al. 2022, LAION aesthetic-predictor",
     )
 

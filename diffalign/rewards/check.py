@@ -331,7 +331,8 @@ def _default_images(scorer: Scorer) -> tuple[list[Any], list[str]]:
         from ..shapes import render, split_scenes
 
         scenes = split_scenes()[0][: len(PROMPTS)]
-        return [render(scene) for scene in scenes], [scene.prompt for scene in scenes]
+        shown = [scenes[i - i % 2] for i in range(len(scenes))]  # every other image belongs to another prompt
+        return [render(scene) for scene in shown], [scene.prompt for scene in scenes]
     rng = np.random.default_rng(0)
     images = []
     for number, (width, height) in enumerate(_SIZES):

@@ -133,17 +133,14 @@ def _compare_stored(key: str, expected: Mapping[str, Any], device: Any) -> Findi
 
 def stored_scores(key: str, expected: Mapping[str, Any], folder: Path, device: Any = None) -> list[float]:
     """Scores of the images and prompts that `expected` names, on the embedded weights or the tiny checkpoint."""
-    from . import reference_models
+    from . import reference
     from .registry import load_scorer
 
-    if key.startswith("shapes"):
-        images = reference_models.drawn_images(expected["prompts"])
-        scorer, prompts = load_scorer(key, device=device), [expected["prompts"][j] for _, j in expected["pairs"]]
-        return scorer([images[i] for i, _ in expected["pairs"]], prompts).tolist()
-    pictures = list(reference_models.sample_images().values())
-    scorer = load_scorer(key, device=device, **reference_models.arguments(key, folder), **expected.get("options", {}))
-    prompts = [reference_models.PROMPTS[j] for _, j in expected["pairs"]]
-    return scorer([pictures[i] for i, _ in expected["pairs"]], prompts).tolist()
+    drawn = key.startswith("shapes")
+    images = reference.drawn_images(reference.SCENES) if drawn else reference.sample_images()
+    prompts = reference.SCENES if drawn else reference.PROMPTS
+    scorer = load_scorer(key, device=device, **({} if drawn else reference.arguments(key, folder)), **expected.get("options", {}))
+    return scorer([images[i] for i, _ in expected["pairs"]], [prompts[j] for _, j in expected["pairs"]]).tolist()
 
 
 def _is_cached(key: str) -> bool:
@@ -161,7 +158,7 @@ def _is_cached(key: str) -> bool:
 
 def _published(key: str, model: str | None, tokenizer: str | None, options: argparse.Namespace) -> Iterator[Finding]:
     """Published weights: they load, their scores lie where they usually do, and they reproduce the public numbers."""
-    from . import reference_models
+    from . import reference
     from .checkpoints import content_hash
     from .registry import load_scorer
 
@@ -176,8 +173,8 @@ def _published(key: str, model: str | None, tokenizer: str | None, options: argp
         yield Finding(
             key, "SHA-256", same, "the published file" if same else f"not the published file, whose digest is {spec.sha256}"
         )
-    images = reference_models.drawn_images(reference_models.SCENES)
-    scores = scorer(images, reference_models.SCENES)
+    images = reference.drawn_images(reference.SCENES)
+    scores = scorer(images, reference.SCENES)
     span = f"{float(scores.min()):.3f} to {float(scores.max()):.3f}"
     usual = f"; usual are {spec.range[0]:g} to {spec.range[1]:g} on generated images" if spec.range else ""
     yield Finding(key, "drawn images", bool(scores.isfinite().all()), f"scores from {span}{usual}")

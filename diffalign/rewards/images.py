@@ -7,6 +7,7 @@ antialiasing, which differs from it by up to 2/255. The two are never mixed in o
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,11 @@ class ImageInput:
                 raise
             except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
                 raise UnreadableImage(f"{self.place}: {self._name()} cannot be decoded ({error}); remove or repair it") from error
+            if image.mode.startswith("I"):
+                warnings.warn(
+                    f"{self.place}: 16-bit values above 255 become white, as in the published code; convert the image to 8 bits first",
+                    stacklevel=2,
+                )
             if 0 in image.size:
                 raise UnreadableImage(f"{self.place}: the image is empty, {image.size[0]}x{image.size[1]} pixels")
             self._image = image

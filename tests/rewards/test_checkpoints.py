@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 
-import checkpoints
+from diffalign.rewards import reference_models as checkpoints
 import pytest
 import torch
 from models import MODELS, load_tiny
@@ -132,7 +132,7 @@ def test_a_tokenizer_that_does_not_belong_is_refused(tmp_path):
     vocabulary = tmp_path / "tokenizer" / "vocab.txt"
     as_file = load_scorer("imagereward", **{**arguments, "tokenizer": vocabulary})
     as_folder = load_scorer("imagereward", **arguments)
-    assert len(as_file.tokenizer) == len(as_folder.tokenizer) == len(checkpoints.bert_vocabulary())
+    assert len(as_file.tokenizer) == len(as_folder.tokenizer) == len(checkpoints.bert_vocabulary()) + 2  # [DEC], [ENC]
     with pytest.raises(UserError, match="tokenizer: .* cannot be loaded"):
         load_scorer("imagereward", **{**arguments, "tokenizer": tmp_path / "nowhere"})
     long = tmp_path / "long.txt"

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import checkpoints
+from diffalign.rewards import reference_models as checkpoints
 import numpy as np
 import pytest
 import torch
@@ -15,6 +15,8 @@ from models import MODELS, load_tiny
 
 from diffalign import load_scorer
 from diffalign.rewards import imagereward
+from diffalign.rewards.checkpoints import read_state
+from diffalign.rewards.registry import find_class
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STRIDE = 16
@@ -236,3 +238,20 @@ def test_mps_does_not_depend_on_the_batch(tmp_path, images):
     together = scorer(list(images.values()), prompts)
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(images.values(), prompts, strict=True)])
     torch.testing.assert_close(together, alone, atol=2e-4, rtol=0)
+
+
+# Aesthetic heads
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_aesthetic_heads(version, tmp_path):
+    expected = fixture("aesthetic")[f"v{version}"]
+    features = torch.from_numpy(checkpoints.random_features())
+    features = features / features.norm(dim=-1, keepdim=True)
+    state = read_state(checkpoints.write_aesthetic(tmp_path, version))
+    scorer_class = find_class(f"aesthetic-v{version}")[0]
+    scorer = scorer_class.__new__(scorer_class)
+    for dtype, values, tolerance in ((torch.float32, expected["outputs"], 1e-6), (torch.float64, expected["outputs_fp64"], 1e-7)):
+        found = scorer.build_head(dict(state), 768, dtype)(features.to(dtype)).squeeze(-1)
+        np.testing.assert_allclose(found, values, rtol=tolerance, atol=tolerance)
+    assert scorer_class.spec.sha256 == expected["published_sha256"]

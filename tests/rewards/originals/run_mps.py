@@ -15,7 +15,7 @@ import torch
 
 def main() -> None:
     options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
-    import checkpoints
+    from diffalign.rewards import reference_models as checkpoints
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
     common.stub("fire", "cv2", "matplotlib", "matplotlib.pyplot")
@@ -51,7 +51,7 @@ def main() -> None:
     numbers = {
         "source": common.source_of(
             options.source, "Kwai-Kolors/MPS", "transformers", "einops",
-            note="tiny random weights of tests/rewards/checkpoints.py; batches of one prompt; Tensor.half made the identity",
+            note="tiny random weights of diffalign/rewards/reference_models.py; batches of one prompt; Tensor.half made the identity",
         ),
         "images": list(images), "prompts": prompts, "condition": condition, "condition_ids": ids[-1].tolist(),
         "input_ids": [row.tolist() for row in ids[:-1]],

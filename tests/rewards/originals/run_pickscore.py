@@ -12,7 +12,7 @@ import torch
 
 def main() -> None:
     options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
-    import checkpoints
+    from diffalign.rewards import reference_models as checkpoints
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     model = CLIPModel(CLIPConfig.from_dict(checkpoints.clip_config()))
@@ -38,7 +38,7 @@ def main() -> None:
     numbers = {
         "source": common.source_of(
             options.source, "yuvalkirstain/PickScore", "transformers", "tokenizers",
-            note="code of README.md on tiny random weights of tests/rewards/checkpoints.py; CLIPTokenizerFast, CLIPImageProcessor",
+            note="code of README.md on tiny random weights of diffalign/rewards/reference_models.py; CLIPTokenizerFast, CLIPImageProcessor",
         ),
         "images": list(images), "prompts": prompts, "tokenizer": type(tokenizer).__name__,
         "input_ids": trimmed(tokens), "scores": scores.T.tolist(), "logit_scale": float(model.logit_scale),
