@@ -26,7 +26,8 @@ from diffalign.methods import METHODS, config_class, trainer_class
 from diffalign.training.run import train_run
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "rewards")
+REWARD_FILES = sorted((ROOT / "configs" / "rewards").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -35,6 +36,15 @@ def test_every_run_file_parses_and_round_trips(path: Path) -> None:
     assert run.method == path.parent.name
     assert run_from_dict(yaml.safe_load(dump_yaml(run_to_dict(run)))) == run
     assert "#" in path.read_text(), "recipes are commented"
+
+
+@pytest.mark.parametrize("path", REWARD_FILES, ids=lambda p: p.stem)
+def test_every_reward_file_parses_without_loading_weights(path: Path) -> None:
+    from diffalign.rewards.panel import Panel
+
+    panel = Panel.from_config({**yaml.safe_load(path.read_text()), "placement": "exclusive", "cache": None})
+    assert panel.train_names and set(panel.names) > set(panel.train_names)
+    assert path.read_text().startswith("#"), "recipes are commented"
 
 
 @pytest.mark.parametrize("method", METHODS)

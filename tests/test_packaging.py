@@ -50,6 +50,9 @@ def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
         "diffalign/shapes/weights/text_encoder/model.safetensors",
         "diffalign/shapes/weights/tokenizer/tokenizer.json",
         "diffalign/shapes/weights/scheduler/scheduler_config.json",
+        "diffalign/shapes/reward_weights/model.safetensors",
+        "diffalign/shapes/reward_weights/tokenizer.json",
+        "diffalign/rewards/reference.json",
     ):
         assert expected in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "configs/"))]

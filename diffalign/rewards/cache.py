@@ -8,11 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import sqlite3
+import threading
+import time
 import unicodedata
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import date
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import UserError
@@ -29,6 +34,7 @@ _WAIT = 60.0  # seconds to wait for another process's write
 
 def pixel_digest(image: Image.Image) -> bytes:
     """SHA-256 of a decoded image: mode, size, palette and transparency where it has them, and the pixels."""
+    image.load()  # loading brings palette and transparency into their final form
     digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
     if image.mode in ("P", "PA"):
         palette = image.palette
@@ -41,8 +47,17 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def file_digest(source: bytes | str | Path) -> bytes:
-    """SHA-256 of an encoded file or of its bytes."""
-    return hashlib.sha256(source if isinstance(source, bytes) else Path(source).read_bytes()).digest()
+    """SHA-256 of an encoded file or of its bytes.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
+    try:
+        return hashlib.sha256(Path(source).read_bytes()).digest()
+    except OSError as error:
+        raise UserError(f"images: {str(source)!r} cannot be read ({error.strerror}); name an image file") from error
 
 
 def stamp_digest(path: str | Path, now: float) -> bytes | None:
@@ -63,8 +78,18 @@ def stamp_digest(path: str | Path, now: float) -> bytes | None:
 
 
 def content_key(image: bytes, prompt: str | None, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """32 bytes that identify what is scored: the image's digest, the prompt in Unicode normal form C, the metadata."""
-    digest = hashlib.sha256(image)
+    """32 bytes that identify what is scored.
+
+    Args:
+        image: the image's digest.
+        prompt: taken in Unicode normal form C; None and ``""`` differ.
+        metadata: in any order of keys; None and ``{}`` are the same. Beside JSON values it may hold bytes, paths, dates, images, arrays
+            and tensors, all of which count in full.
+
+    Raises:
+        UserError: metadata whose content cannot be told, such as an object of another class.
+    """
+    digest = hashlib.sha256(b"%d:" % len(image) + image)
     text = (
         b""
         if prompt is None
@@ -72,12 +97,38 @@ def content_key(image: bytes, prompt: str | None, metadata: Mapping[str, Any] | 
     )
     digest.update(b"%d:%d:" % (prompt is not None, len(text)) + text)
     if metadata:
-        digest.update(json.dumps(metadata, sort_keys=True, ensure_ascii=True, default=str).encode())
+        try:
+            digest.update(json.dumps(metadata, sort_keys=True, ensure_ascii=True, default=_as_json).encode())
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"metadata: cannot be told apart from other metadata ({error}); give text, numbers, lists, mappings"
+            ) from error
     return digest.digest()
+
+
+def _as_json(value: Any) -> Any:
+    """What stands for a value that JSON has no form for. Never its printed form: large arrays print alike, and addresses change."""
+    from PIL import Image
+
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value).hex()}
+    if isinstance(value, (date, PurePath)):
+        return str(value)
+    if isinstance(value, Image.Image):
+        return {"image": pixel_digest(value).hex()}
+    if callable(getattr(value, "tolist", None)):  # numpy and torch
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return {"set": sorted(json.dumps(member, sort_keys=True, default=_as_json) for member in value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} has no plain value")
 
 
 class ScoreCache:
     """Scores by scorer fingerprint and content key.
+
+    Threads share one connection and take turns. A forked or unpickled cache opens its own.
 
     Args:
         path: the file; it and its folder are made on first use.
@@ -89,12 +140,15 @@ class ScoreCache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._connection: sqlite3.Connection | None = None
-        self._pid = 0
+        self._lock = threading.Lock()
         self._ids: dict[str, int] = {}
+        _CACHES.add(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A connection must not cross a process boundary.
-        return {"path": self.path, "_connection": None, "_pid": 0, "_ids": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)  # a connection must not cross a process boundary
+
+    def __bool__(self) -> bool:
+        return True  # an empty cache is a cache
 
     def __enter__(self) -> ScoreCache:
         return self
@@ -104,65 +158,77 @@ class ScoreCache:
 
     def close(self) -> None:
         """Closes the file; it is opened again when needed."""
-        if self._connection is not None and self._pid == os.getpid():
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._connection is not None:
             self._connection.close()
         self._connection, self._ids = None, {}
 
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None or self._pid != os.getpid():
-            self._connection, self._pid, self._ids = self._connect(), os.getpid(), {}
-        return self._connection
-
     def _connect(self) -> sqlite3.Connection:
+        """Opens the file. Making it and turning on write-ahead mode fail at once, without waiting, when others do the same."""
+        deadline = time.monotonic() + _WAIT
+        while True:
+            try:
+                return self._try_to_connect()
+            except UserError as error:
+                if "locked" not in str(error.__cause__) or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.005, 0.05))
+
+    def _try_to_connect(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"cache: {str(self.path)!r} cannot be opened ({error}); name a file that you may write to") from error
         try:
+            self._check(connection)  # first, for another program's file must stay as it is
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
-            self._prepare(connection)
+            with _transaction(connection):  # two processes may make a new file at once
+                if self._check(connection):
+                    _make_tables(connection)
         except sqlite3.OperationalError as error:
             connection.close()
             raise UserError(f"cache: {str(self.path)!r} cannot be used ({error}); name a file that you may write to") from error
         except sqlite3.DatabaseError as error:
             connection.close()
             raise UserError(
-                f"cache: {str(self.path)!r} is no score cache or is damaged ({error}); delete it or name another file"
+                f"cache: {str(self.path)!r} is no score cache or is damaged ({error}); name another file, or delete it if it was one"
             ) from error
-        except UserError:
+        except BaseException:
             connection.close()
             raise
         return connection
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Makes the tables, unless the file has them."""
-        connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
-        try:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            mark = connection.execute("PRAGMA application_id").fetchone()[0]
-            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if tables and mark != _APPLICATION:
-                raise UserError(f"cache: {str(self.path)!r} is another program's database; name another file")
-            if version > _SCHEMA:
-                raise UserError(f"cache: {str(self.path)!r} was written by a newer diffalign; update, or name another file")
-            if not tables:
-                connection.execute(f"PRAGMA application_id={_APPLICATION}")
-                connection.execute(f"PRAGMA user_version={_SCHEMA}")
-                connection.execute("CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL)")
-                connection.execute(
-                    "CREATE TABLE scores (scorer INTEGER, key BLOB, value REAL NOT NULL, PRIMARY KEY (scorer, key)) WITHOUT ROWID"
-                )
-                connection.execute("CREATE TABLE files (file BLOB PRIMARY KEY, pixels BLOB NOT NULL) WITHOUT ROWID")
-        finally:
-            connection.execute("COMMIT")
+    def _check(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file is new; `UserError` when it is not a cache that this version can use."""
+        query = "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"  # one look, not three
+        mark, version, tables = connection.execute(f"{query} FROM pragma_application_id, pragma_user_version").fetchone()
+        if not (mark or version or tables):
+            return True
+        if mark != _APPLICATION:
+            raise UserError(f"cache: {str(self.path)!r} is another program's database; name another file")
+        if version > _SCHEMA:
+            raise UserError(f"cache: {str(self.path)!r} was written by a newer diffalign; update, or name another file")
+        return False
 
     @contextmanager
     def _guarded(self) -> Iterator[sqlite3.Connection]:
-        connection = self._open()
+        with self._lock, self._translated():
+            if self._connection is None:
+                self._connection = self._connect()
+            yield self._connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """SQLite's errors as a sentence."""
         try:
-            yield connection
+            yield
+        except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
+            raise  # values of a wrong type: no reason to delete the file
         except sqlite3.OperationalError as error:
             raise UserError(
                 f"cache: {str(self.path)!r} cannot be used ({error}); check the disk, or run without a cache"
@@ -198,16 +264,14 @@ class ScoreCache:
     def put_many(self, fingerprint: str, values: Mapping[bytes, float]) -> None:
         """Stores scores in one transaction. A missing score (NaN) is not stored: it may be there next time."""
         with self._guarded() as connection:
-            connection.execute("BEGIN IMMEDIATE")
             try:
-                number = self._id(connection, fingerprint, create=True)
-                rows = [(number, key, float(value)) for key, value in values.items() if value == value]
-                connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+                with _transaction(connection):
+                    number = self._id(connection, fingerprint, create=True)
+                    rows = [(number, key, float(value)) for key, value in values.items() if value == value]
+                    connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
             except BaseException:
-                connection.execute("ROLLBACK")
                 self._ids.pop(fingerprint, None)
                 raise
-            connection.execute("COMMIT")
 
     def pixel_digests(self, file_digests: Sequence[bytes]) -> dict[bytes, bytes]:
         """Which pixels known files hold: file (or stamp) digest -> pixel digest."""
@@ -222,14 +286,8 @@ class ScoreCache:
 
     def remember_files(self, digests: Mapping[bytes, bytes]) -> None:
         """Notes which pixels files hold."""
-        with self._guarded() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", digests.items())
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+        with self._guarded() as connection, _transaction(connection):
+            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", digests.items())
 
     def __len__(self) -> int:
         with self._guarded() as connection:
@@ -240,3 +298,49 @@ class ScoreCache:
         query = "SELECT fingerprint, count(key) FROM fingerprints LEFT JOIN scores ON scorer = id GROUP BY id"
         with self._guarded() as connection:
             return dict(connection.execute(query))
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    connection.execute(f"PRAGMA application_id={_APPLICATION}")
+    connection.execute(f"PRAGMA user_version={_SCHEMA}")
+    connection.execute("CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL)")
+    connection.execute(
+        "CREATE TABLE scores (scorer INTEGER, key BLOB, value REAL NOT NULL, PRIMARY KEY (scorer, key)) WITHOUT ROWID"
+    )
+    connection.execute("CREATE TABLE files (file BLOB PRIMARY KEY, pixels BLOB NOT NULL) WITHOUT ROWID")
+
+
+# SQLite keeps its locks on a file per process and believes that a fork still holds them. A fork that inherits an open connection would
+# write without any, and lose what it wrote when the parent closes the file. So nothing is open while a process forks.
+_CACHES: weakref.WeakSet[ScoreCache] = weakref.WeakSet()
+_HELD: list[ScoreCache] = []
+
+
+def _before_fork() -> None:
+    held = sorted(_CACHES, key=id)
+    for cache in held:
+        cache._lock.acquire()
+        cache._close()
+    _HELD[:] = held
+
+
+def _after_fork() -> None:
+    for cache in _HELD:
+        cache._lock.release()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -57,16 +57,13 @@ def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -
     Returns:
         phi (groups, k) in [0, 1]; NaN for an image without any score. Constant groups, and groups of one, give 1/2.
     """
-    values, given, weight = _prepared(scores, weights)
-    here = given.to(values.dtype)
-    higher = (values[:, :, None] > values[:, None]).to(values.dtype) + 0.5 * (values[:, :, None] == values[:, None]).to(
-        values.dtype
-    )
-    both = here[:, :, None] * here[:, None]
-    others = here.sum(1, keepdim=True) - 1
-    wins = (higher * both).sum(2) - 0.5 * here  # an image ties with itself
-    rate = torch.where(others > 0, wins / others.clamp(min=1), torch.full_like(wins, 0.5))
-    return _average(rate, given, weight).to(scores.dtype)
+    values, given, weight = _prepared(_grouped(scores), weights)
+    # A comparison with NaN is False, so missing scores neither win nor tie.
+    wins = (values[:, :, None] > values[:, None]).sum(2).double()
+    ties = (values[:, :, None] == values[:, None]).sum(2) - 1  # an image ties with itself
+    others = given.sum(1, keepdim=True) - 1
+    rate = torch.where(others > 0, (wins + 0.5 * ties) / others.clamp(min=1), torch.full_like(wins, 0.5))
+    return _like(_average(rate, given, weight), scores)
 
 
 def zscore(scores: Tensor, weights: Sequence[float] | Tensor | None = None, *, ddof: int = 0, eps: float = 1e-8) -> Tensor:
@@ -76,17 +73,19 @@ def zscore(scores: Tensor, weights: Sequence[float] | Tensor | None = None, *, d
         scores: (groups, k, n).
         weights: (n,).
         ddof: 0 divides the variance by k (numpy, Flow-Factory), 1 by k - 1 (TRL).
+        eps: added to the standard deviation, in the scores' own units.
 
     Returns:
         (groups, k); NaN for an image without any score.
     """
-    values, given, weight = _prepared(scores, weights)
+    values, given, weight = _prepared(_grouped(scores), weights)
     count = given.sum(1, keepdim=True)
     filled = values.masked_fill(~given, 0.0)
     mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (filled - mean).masked_fill(~given, 0.0)
+    low, high = _extremes(values, given)
+    centred = (filled - mean).masked_fill(~given | (low == high), 0.0)  # a mean of equals may be off by its rounding
     std = (centred.square().sum(1, keepdim=True) / (count - ddof).clamp(min=1)).sqrt()
-    return _average(centred / (std + eps), given, weight).to(scores.dtype)
+    return _like(_average(centred / (std + eps), given, weight), scores)
 
 
 def weighted_sum(
@@ -96,62 +95,58 @@ def weighted_sum(
     affine: Sequence[tuple[float, float] | None] | str,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """sum_r w_r (s_r - mean_r) / std_r with declared scales; where scores are missing the present weights are scaled up to the full sum.
+    """sum_r w_r (s_r - mean_r) / std_r with declared scales, not divided by sum_r w_r.
+
+    Where scores are missing the present weights are scaled up to the full sum, so that rows stay comparable.
 
     Args:
         scores: (groups, k, n).
         weights: (n,).
         affine: (mean, std) per scorer, or ``"none"`` to add raw scores on purpose.
+        names: the scorers' names, for messages.
+
+    Returns:
+        (groups, k); NaN for an image without any score.
 
     Raises:
+        ConfigError: an unknown word, another number of scales, or a std that is not above 0.
         UserError: a scorer without a declared scale.
     """
-    values, given, weight = _prepared(scores, weights)
-    if affine != "none":
-        scales = [None] * scores.shape[-1] if isinstance(affine, str) else list(affine)
-        undeclared = [names[i] if names else f"scorer {i}" for i, scale in enumerate(scales) if scale is None]
-        if undeclared:
-            raise UserError(
-                f"combine.method: weighted_sum adds scores of different scales, and {', '.join(undeclared)} declares none; give each a "
-                "normalize: {kind: affine, mean: ..., std: ...}, or normalize: none to add raw scores, or use winrate"
-            )
-        constants = values.new_tensor(scales)
-        values = (values - constants[:, 0]) / constants[:, 1]
-    return (_average(values, given, weight) * weight.sum()).to(scores.dtype)
+    scaled = _scaled(scores, affine, names)
+    values, given, weight = _prepared(_grouped(scaled), weights)
+    return _like(_average(values, given, weight) * weight.sum(), scores)
 
 
 def minmax(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """Weighted mean of scores stretched to [0, 1] within each group; one outlier moves all others, so prefer `win_rates`."""
-    values, given, weight = _prepared(scores, weights)
-    low = values.masked_fill(~given, float("inf")).amin(1, keepdim=True)
-    span = values.masked_fill(~given, float("-inf")).amax(1, keepdim=True) - low
-    stretched = torch.where(
-        span > 0, (values - low) / span.clamp(min=torch.finfo(values.dtype).tiny), torch.full_like(values, 0.5)
-    )
-    return _average(stretched, given, weight).to(scores.dtype)
+    values, given, weight = _prepared(_grouped(scores), weights)
+    low, high = _extremes(values, given)
+    span = torch.where(high > low, high - low, 1.0)
+    stretched = torch.where(high > low, (values - low) / span, 0.5)
+    return _like(_average(stretched, given, weight), scores)
 
 
 def majority(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """Which of two images most of the weight prefers: sign sum_r w_r sign(s_i - s_j); scorers that lack one of them abstain.
 
     Returns:
-        (groups, k, k), antisymmetric, in {-1, 0, 1}. May be cyclic: a over b, b over c, c over a.
+        float64 (groups, k, k), antisymmetric, in {-1, 0, 1}. May be cyclic: a over b, b over c, c over a.
     """
-    values, given, weight = _prepared(scores, weights)
-    signs = torch.sign(values[:, :, None] - values[:, None])
-    signs = signs.masked_fill(~(given[:, :, None] & given[:, None]), 0.0)
-    return torch.sign((signs * weight).sum(-1))
+    values, _, weight = _prepared(_grouped(scores), weights)
+    votes = _signs(values[:, :, None], values[:, None]) @ weight
+    # 0.1 + 0.2 against 0.3 is a tie, whatever the rounding of the sum.
+    return torch.sign(votes).masked_fill(votes.abs() <= 1e-12 * weight.sum(), 0.0)
 
 
 def majority_score(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """Copeland's score: the share of the other images of the group that an image beats by majority, ties one half; (groups, k)."""
-    present = ~scores.isnan().all(-1)
+    present = _prepared(_grouped(scores), weights)[1].any(-1)
     wins = (majority(scores, weights) + 1) / 2
     pairs = (present[:, :, None] & present[:, None]).to(wins.dtype)
     others = (present.sum(1, keepdim=True) - 1).to(wins.dtype)
     total = (wins * pairs).sum(-1) - 0.5  # against itself
     score = torch.where(others > 0, total / others.clamp(min=1), torch.full_like(total, 0.5))
-    return score.masked_fill(~present, float("nan")).to(scores.dtype)
+    return _like(score.masked_fill(~present, float("nan")), scores)
 
 
 def unanimous(scores: Tensor, margins: Sequence[float] | Tensor | None = None, min_agree: int | None = None) -> Tensor:
@@ -163,19 +158,21 @@ def unanimous(scores: Tensor, margins: Sequence[float] | Tensor | None = None, m
         min_agree: number of scorers that must prefer i; None asks all n. More than half are asked for, so no pair is kept both ways.
 
     Returns:
-        bool (groups, k, k): image i is preferred over image j.
+        bool (groups, k, k): image i is preferred over image j. A scorer that lacks one of the two does not agree.
+
+    Raises:
+        ConfigError: margins or a number of scorers that make no sense.
     """
-    values, given, _ = _prepared(scores, None)
+    values, _, _ = _prepared(_grouped(scores), None)
     n = scores.shape[-1]
     needed = n if min_agree is None else min_agree
     if not n / 2 < needed <= n:
         raise ConfigError("combine.min_agree", f"expected more than half of the {n} scorers and at most all, got {needed}")
-    margin = values.new_zeros(n) if margins is None else torch.as_tensor(margins, dtype=values.dtype)
-    if margin.shape != (n,) or bool((margin < 0).any()):
+    margin = values.new_zeros(n) if margins is None else torch.as_tensor(margins, dtype=values.dtype).to(values.device)
+    if margin.shape != (n,) or not bool((margin >= 0).all()):
         raise ConfigError("combine.margins", f"expected {n} numbers of at least 0, got {margin.tolist()}")
-    difference = values[:, :, None] - values[:, None]
-    agrees = (difference >= margin) & (difference > 0) & given[:, :, None] & given[:, None]
-    return agrees.sum(-1) >= needed
+    difference = values[:, :, None] - values[:, None]  # NaN where a score is missing, and then neither comparison holds
+    return ((difference >= margin) & (difference > 0)).sum(-1) >= needed
 
 
 def conservative(
@@ -188,7 +185,7 @@ def conservative(
         kind: ``mean``; ``min``, the worst case; ``mean_minus_std``, the mean minus `k` standard deviations across members.
         k: at least 0.
         ddof: of the standard deviation.
-        weights: of the members in mean and standard deviation.
+        weights: of the members in mean and standard deviation; a member of weight 0 is left out of the worst case too.
 
     Returns:
         (...); NaN where every member is missing. One present member has a standard deviation of 0.
@@ -200,52 +197,53 @@ def conservative(
     values, given, weight = _prepared(scores, weights)
     if kind == "min":
         found = values.masked_fill(~given, float("inf")).amin(-1)
-        return found.masked_fill(~given.any(-1), float("nan")).to(scores.dtype)
+        return _like(found.masked_fill(~given.any(-1), float("nan")), scores)
     mean = _average(values, given, weight)
     if kind == "mean":
-        return mean.to(scores.dtype)
+        return _like(mean, scores)
     share = weight * given
     total = share.sum(-1)
     spread = (share * (values - mean[..., None]).masked_fill(~given, 0.0).square()).sum(-1)
     count = given.sum(-1)
     correction = count / (count - ddof).clamp(min=1) if ddof else torch.ones_like(total)
-    return (mean - k * (spread / total * correction).sqrt()).to(scores.dtype)
+    return _like(mean - k * (spread / total * correction).sqrt(), scores)
 
 
 def kendalls_w(scores: Tensor) -> Tensor:
     """Kendall's coefficient of concordance with the correction for ties: 1 when all scorers rank alike, near 0 when they do not.
 
-    The cheapest sign of a broken scorer. Counted over the images that every scorer scored.
+    The cheapest sign of a broken scorer. Counted over the images that every scorer scored: with their ranks, equals sharing the mean
+    rank, W = 12 S / (n^2 (k^3 - k) - n T), where S is the squared spread of the images' rank sums and T sums t^3 - t over the ties.
+
+    Args:
+        scores: (groups, k, n).
 
     Returns:
-        (groups,); NaN with fewer than two scorers or two common images, or when no scorer tells any two images apart.
+        float64 (groups,); NaN with fewer than two scorers or two common images, or when no scorer tells any two images apart.
     """
-    found = []
-    for group in scores.double():
-        common = group[~group.isnan().any(-1)]
-        k, n = common.shape
-        if k < 2 or n < 2:
-            found.append(float("nan"))
-            continue
-        less = (common[:, None] > common[None]).sum(1).double()
-        equal = (common[:, None] == common[None]).sum(1).double()
-        ranks = less + (equal + 1) / 2
-        # Each of t tied images contributes t^2 - 1, so that a group of them adds t^3 - t.
-        ties = (equal.square() - 1).sum()
-        spread = (ranks.sum(1) - n * (k + 1) / 2).square().sum()
-        denominator = n * n * (k**3 - k) - n * ties
-        found.append(float(12 * spread / denominator) if denominator > 0 else float("nan"))
-    return torch.tensor(found, dtype=torch.float64)
+    n = _grouped(scores).shape[-1]
+    common = ~scores.isnan().any(-1, keepdim=True)
+    values = scores.double().masked_fill(~common, float("nan"))  # compares as False with everything
+    less = (values[:, :, None] > values[:, None]).sum(2).double()
+    equal = (values[:, :, None] == values[:, None]).sum(2).double()
+    k = common.sum((1, 2)).double()
+    sums = (less + (equal + 1) / 2).sum(-1)
+    spread = (sums - n * (k[:, None] + 1) / 2).square().masked_fill(~common[..., 0], 0.0).sum(1)
+    # Each of t tied images contributes t^2 - 1, so that a group of them adds t^3 - t.
+    ties = (equal.square() - 1).masked_fill(~common, 0.0).sum((1, 2))
+    denominator = n * n * (k**3 - k) - n * ties
+    known = (denominator > 0) & (n >= 2)
+    return torch.where(known, 12 * spread / denominator.clamp(min=1), float("nan"))
 
 
 def pairwise_agreement(scores: Tensor) -> Tensor:
     """(n, n): of the image pairs of all groups that both scorers tell apart, the share that they order alike; NaN without any."""
-    values, given, _ = _prepared(scores, None)
+    values, _, _ = _prepared(_grouped(scores), None)
     k = scores.shape[1]
     first, second = torch.triu_indices(k, k, 1)
-    signs = torch.sign(values[:, first] - values[:, second]).masked_fill(~(given[:, first] & given[:, second]), 0.0).flatten(0, 1)
-    told = (signs != 0).double()
-    agree = (told.T @ told + signs.double().T @ signs.double()) / 2
+    signs = _signs(values[:, first], values[:, second]).flatten(0, 1)
+    told = signs.abs()
+    agree = (told.T @ told + signs.T @ signs) / 2
     return agree / (told.T @ told)  # 0 / 0 is NaN
 
 
@@ -256,12 +254,14 @@ def best_worst_pairs(combined: Tensor) -> tuple[Tensor, Tensor]:
         combined: (groups, k), NaN = missing.
 
     Returns:
-        indices (groups, 2) int64, -1 where a group has fewer than two scored images; margins (groups,), NaN there. The first of equals
-        is taken; a margin of 0 is a tie.
+        indices (groups, 2) int64, -1 where a group has fewer than two scored images; margins (groups,), NaN there. Of equal best ones
+        the first is taken, of equal worst ones the last, so an image never meets itself; a margin of 0 is a tie.
     """
     given = ~combined.isnan()
-    best = combined.masked_fill(~given, float("-inf")).argmax(1)
-    worst = combined.masked_fill(~given, float("inf")).argmin(1)
+    limits = torch.finfo(combined.dtype)
+    finite = combined.clamp(limits.min, limits.max)  # below, infinity stands for a missing score
+    best = finite.masked_fill(~given, float("-inf")).argmax(1)
+    worst = combined.shape[1] - 1 - finite.masked_fill(~given, float("inf")).flip(1).argmin(1)
     indices = torch.stack([best, worst], 1)
     margins = combined.gather(1, best[:, None])[:, 0] - combined.gather(1, worst[:, None])[:, 0]
     few = given.sum(1) < 2
@@ -303,25 +303,65 @@ def combine(
     scales: Sequence[tuple[float, float] | None] | str = [None] * scores.shape[-1] if affine is None else affine
     if method == "weighted_sum":
         return weighted_sum(scores, weights, affine=scales, names=names)
-    one_scale = [
-        weighted_sum(scores[..., i : i + 1], affine=_one(scales, i), names=names[i : i + 1] if names else None)
-        for i in range(scores.shape[-1])
-    ]
-    return conservative(torch.stack(one_scale, -1), method, k=k, ddof=ddof, weights=weights)
+    members = _scaled(_grouped(scores), scales, names)
+    return _like(conservative(members, method, k=k, ddof=ddof, weights=weights), scores)
 
 
-def _one(affine: Sequence[tuple[float, float] | None] | str, i: int) -> Sequence[tuple[float, float] | None] | str:
-    return affine if isinstance(affine, str) else affine[i : i + 1]
+def _scaled(scores: Tensor, affine: Sequence[tuple[float, float] | None] | str, names: Sequence[str] | None) -> Tensor:
+    """float64 (s - mean) / std; `UserError` where a scale is not declared, see `weighted_sum`."""
+    values, n = scores.double(), scores.shape[-1]
+    if isinstance(affine, str):
+        if affine != "none":
+            raise ConfigError("normalize", f"expected (mean, std) per scorer, or none to add raw scores, got {affine!r}")
+        return values
+    if len(affine) != n:
+        raise ConfigError("normalize", f"expected a (mean, std) for each of {n} scorers, got {len(affine)}")
+    called = list(names) if names else [f"scorer {i}" for i in range(n)]
+    undeclared = [name for name, scale in zip(called, affine, strict=True) if scale is None]
+    if undeclared:
+        raise UserError(
+            "combine.method: this method adds or compares scores of different scorers, which takes a common scale, and "
+            f"{', '.join(undeclared)} declares none; give each a normalize: {{kind: affine, mean: ..., std: ...}}, or "
+            "normalize: none to take raw scores, or use winrate"
+        )
+    constants = torch.tensor([tuple(scale) for scale in affine if scale is not None], dtype=torch.float64, device=values.device)
+    for name, (_, std) in zip(called, constants.tolist(), strict=True):
+        if not std > 0:
+            raise ConfigError("normalize.std", f"expected a number above 0 for {name}, got {std}")
+    return (values - constants[:, 0]) / constants[:, 1]
+
+
+def _grouped(scores: Tensor) -> Tensor:
+    if scores.dim() != 3:
+        raise UserError(f"scores: expected (groups, images of a group, scorers), got shape {tuple(scores.shape)}")
+    return scores
 
 
 def _prepared(scores: Tensor, weights: Sequence[float] | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(float64 scores, which are given, float64 weights)."""
-    values = scores.double()
+    """(float64 scores, which are given, float64 weights); what weighs nothing counts as missing."""
     n = scores.shape[-1]
     weight = torch.ones(n, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
     if weight.shape != (n,) or not bool((weight >= 0).all() & weight.isfinite().all()) or not float(weight.sum()) > 0:
         raise ConfigError("weights", f"expected {n} numbers of at least 0, not all 0, got {weight.tolist()}")
-    return values, ~values.isnan(), weight.to(values.device)
+    weight = weight.to(scores.device)
+    values = scores.double().masked_fill(weight == 0, float("nan"))
+    return values, ~values.isnan(), weight
+
+
+def _extremes(values: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest given score of each group, (groups, 1, n)."""
+    low = values.masked_fill(~given, float("inf")).amin(1, keepdim=True)
+    return low, values.masked_fill(~given, float("-inf")).amax(1, keepdim=True)
+
+
+def _signs(first: Tensor, second: Tensor) -> Tensor:
+    """sign(first - second) as float64; 0 where one is NaN, or both are the same infinity."""
+    return (first > second).double() - (first < second).double()
+
+
+def _like(values: Tensor, scores: Tensor) -> Tensor:
+    """In the scores' precision, at least float32: counts and half precisions must not round the result."""
+    return values.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _average(values: Tensor, given: Tensor, weight: Tensor) -> Tensor:

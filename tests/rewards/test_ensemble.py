@@ -74,6 +74,10 @@ def test_constant_groups_and_padding():
     for method in ("winrate", "zscore", "minmax", "majority"):
         found = ensemble.combine(ragged, method)
         assert found[0, 2].isnan() and found[0, 1] > found[0, 0]
+    # exactly, for any weights and for values whose mean is rounded
+    uneven = torch.full((1, 7, 3), 0.1, dtype=torch.float64)
+    assert bool((ensemble.win_rates(uneven, [0.1, 0.7, 0.3]) == 0.5).all())
+    assert bool((ensemble.zscore(uneven, [0.1, 0.7, 0.3]) == 0).all())
     lone = torch.tensor([[[1.0], [NAN]]])
     assert ensemble.win_rates(lone)[0, 0] == 0.5 and ensemble.majority_score(lone)[0, 0] == 0.5
 
@@ -120,6 +124,25 @@ def test_majorities_may_be_cyclic():
     assert ensemble.majority(clear)[0, 1, 0] == 1
     assert ensemble.majority(clear, [1, 1, 5])[0, 1, 0] == -1
     assert ensemble.majority_score(clear).tolist() == [[0.0, 1.0]]
+    # 0.1 + 0.2 is not 0.3 in binary, and still no majority
+    split = torch.tensor([[[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    assert not ensemble.majority(split, [0.1, 0.2, 0.3]).any()
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_majorities_follow_their_definition(missing):
+    scores, weights = random_scores(9, (20, 4, 3), missing=missing, ties=True), [1.0, 0.5, 2.0]
+    found = ensemble.majority(scores, weights)
+    copeland = ensemble.majority_score(scores, weights)
+    for group, matrix, values in zip(scores.tolist(), found.tolist(), copeland.tolist(), strict=True):
+        present = [i for i in range(4) if not all(map(math.isnan, group[i]))]
+        for i in range(4):
+            for j in range(4):
+                pairs = [(w, a, b) for w, a, b in zip(weights, group[i], group[j], strict=True) if not math.isnan(a + b)]
+                votes = sum(w * ((a > b) - (a < b)) for w, a, b in pairs)
+                assert matrix[i][j] == (votes > 0) - (votes < 0) == -matrix[j][i]
+            if i in present and len(present) > 1:
+                assert values[i] == pytest.approx(sum((matrix[i][j] + 1) / 2 for j in present if j != i) / (len(present) - 1))
 
 
 def test_unanimous_pairs_need_margins_and_enough_scorers():
@@ -132,8 +155,13 @@ def test_unanimous_pairs_need_margins_and_enough_scorers():
     assert not ensemble.unanimous(scores.masked_fill(torch.tensor([True, False, False]), NAN), min_agree=2).any()
     with pytest.raises(UserError, match="more than half of the 3 scorers"):
         ensemble.unanimous(scores, min_agree=1)
-    with pytest.raises(UserError, match="expected 3 numbers of at least 0"):
-        ensemble.unanimous(scores, [1.0])
+    for margins in ([1.0], [0.0, -1.0, 0.0], [0.0, NAN, 0.0]):
+        with pytest.raises(UserError, match="expected 3 numbers of at least 0"):
+            ensemble.unanimous(scores, margins)
+    many = random_scores(10, (30, 5, 3), missing=0.2, ties=True)
+    for needed in (2, 3):
+        kept = ensemble.unanimous(many, [0.0, 1.0, 0.5], needed)
+        assert kept.any() and not (kept & kept.transpose(1, 2)).any()
 
 
 def test_conservative_ensembles():
@@ -147,8 +175,9 @@ def test_conservative_ensembles():
     torch.testing.assert_close(sample, torch.tensor([3 - math.sqrt(7.0)], dtype=torch.float64))
     for kind in ensemble.KINDS:
         assert ensemble.conservative(scores, kind)[2].isnan()
-    weighted = ensemble.conservative(scores[:1], "mean", weights=[1, 1, 0])
-    assert weighted.tolist() == [1.5]
+    for kind, expected in (("mean", 4.0), ("min", 2.0), ("mean_minus_std", 2.0)):  # a member of weight 0 is none
+        assert ensemble.conservative(scores[:1], kind, weights=[0, 1, 1]).tolist() == [expected]
+    assert ensemble.conservative(torch.ones(2, 3, 4, 5), "min").shape == (2, 3, 4)
     with pytest.raises(UserError, match="expected mean, min, mean_minus_std, got 'max'"):
         ensemble.conservative(scores, "max")
 
@@ -170,6 +199,13 @@ def test_kendalls_w():
     # with ties, ranks 1, 2.5, 2.5, 4 twice: still perfect agreement
     tied = torch.stack([torch.tensor([1.0, 2.0, 2.0, 3.0])] * 2, -1)[None]
     torch.testing.assert_close(ensemble.kendalls_w(tied), torch.tensor([1.0], dtype=torch.float64))
+    # one judge ties two: ranks 1.5, 1.5, 3 and 1, 2, 3 -> R = 2.5, 3.5, 6, S = 6.5; W = 12 * 6.5 / (4 * 24 - 2 * 6)
+    half = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]])
+    torch.testing.assert_close(ensemble.kendalls_w(half), torch.tensor([78 / 84], dtype=torch.float64))
+    # images that not all scored are left out, in each group on its own
+    ragged = torch.cat([ranks, torch.full((1, 1, 3), NAN)], 1)
+    partly = torch.cat([torch.tensor([[[9.0, NAN, 0.0]]]), ranks], 1)
+    torch.testing.assert_close(ensemble.kendalls_w(torch.cat([ragged, partly])), torch.tensor([12 * 37 / 540] * 2).double())
     assert ensemble.kendalls_w(torch.ones(1, 3, 2)).isnan().all()
     assert ensemble.kendalls_w(torch.ones(1, 3, 1)).isnan().all()
     assert ensemble.kendalls_w(torch.tensor([[[1.0, 2.0], [NAN, 1.0]]])).isnan().all()
@@ -181,13 +217,30 @@ def test_pairwise_agreement():
     assert found[0, 2] == 0 and found[0, 0] == 1
     assert found[0, 1] == 1  # of the two pairs that scorer 1 tells apart
     torch.testing.assert_close(found, found.T)
+    assert ensemble.pairwise_agreement(torch.tensor([[[1.0, NAN], [2.0, 1.0]]]))[0, 1].isnan()
+    two = torch.tensor(
+        [[[1.0, 1.0], [2.0, 2.0], [NAN, 3.0]], [[1.0, 3.0], [2.0, 2.0], [3.0, NAN]], [[1.0, 0.0], [2.0, 5.0], [2.0, 5.0]]]
+    )
+    # over all groups, pairs that both tell apart: (1, 2) alike; (1, 2) not; (1, 2) and (1, 3) alike
+    assert ensemble.pairwise_agreement(two)[0, 1] == 3 / 4
 
 
 def test_pairs_never_hold_a_missing_score():
     combined = torch.tensor([[0.2, NAN, 0.9, 0.1], [NAN, 0.5, NAN, NAN], [0.5, 0.5, NAN, 0.5]])
     indices, margins = ensemble.best_worst_pairs(combined)
-    assert indices.tolist() == [[2, 3], [-1, -1], [0, 0]]
+    assert indices.tolist() == [[2, 3], [-1, -1], [0, 3]]
     assert margins[0] == pytest.approx(0.8) and margins[1].isnan() and margins[2] == 0
+    infinite = torch.tensor([[NAN, -math.inf, -math.inf, NAN], [NAN, math.inf, 1.0, NAN]])
+    assert ensemble.best_worst_pairs(infinite)[0].tolist() == [[1, 2], [1, 2]]
+    assert ensemble.best_worst_pairs(torch.tensor([[3.0, 1.0, 3.0, 2.0]]))[0].tolist() == [[0, 1]]
+    scores = random_scores(6, (200, 3), missing=0.4, ties=True)
+    for group, (best, worst) in zip(scores.tolist(), ensemble.best_worst_pairs(scores)[0].tolist(), strict=True):
+        present = [value for value in group if not math.isnan(value)]
+        if len(present) < 2:
+            assert (best, worst) == (-1, -1)
+        else:
+            assert best != worst and (group[best], group[worst]) == (max(present), min(present))
+            assert best == group.index(max(present))
 
 
 def test_the_dispatcher_names_methods_and_refuses_undeclared_scales():
@@ -200,7 +253,55 @@ def test_the_dispatcher_names_methods_and_refuses_undeclared_scales():
         with pytest.raises(UserError, match="declares none"):
             ensemble.combine(scores, method, affine=[(0, 1), None, (0, 1)])
     torch.testing.assert_close(ensemble.combine(scores, "min", affine=[(0, 1)] * 3), scores.amin(-1))
-    with pytest.raises(UserError, match="unknown method 'win_rate'; did you mean|unknown method 'win_rate'"):
+    with pytest.raises(UserError, match=r"combine.method: unknown method 'win_rate' \(did you mean 'winrate'\?\); there are"):
         ensemble.combine(scores, "win_rate")
-    with pytest.raises(UserError, match="weights: expected 3 numbers"):
-        ensemble.combine(scores, weights=[1.0, -1.0, 1.0])
+    for weights in ([1.0, -1.0, 1.0], [1.0, NAN, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0]):
+        with pytest.raises(UserError, match="weights: expected 3 numbers"):
+            ensemble.combine(scores, weights=weights)
+    with pytest.raises(UserError, match=r"scorer 1, scorer 2 declares none"):
+        ensemble.combine(scores, "mean", affine=[(0, 1), None, None])
+    with pytest.raises(UserError, match=r"pick, hps, clip declares none"):
+        ensemble.combine(scores, "min", names=["pick", "hps", "clip"])
+    with pytest.raises(UserError, match="for each of 3 scorers, got 1"):
+        ensemble.combine(scores, "weighted_sum", affine=[(0, 1)])
+    with pytest.raises(UserError, match="a number above 0 for scorer 2, got 0"):
+        ensemble.combine(scores, "weighted_sum", affine=[(0, 1), (0, 1), (0, 0)])
+    with pytest.raises(UserError, match="got 'declared'"):
+        ensemble.combine(scores, "weighted_sum", affine="declared")
+    with pytest.raises(UserError, match=r"expected \(groups, images of a group, scorers\), got shape \(5, 4\)"):
+        ensemble.win_rates(scores[..., 0])
+
+
+@pytest.mark.parametrize("method", ensemble.METHODS)
+def test_every_method_follows_permutations_and_leaves_out_what_is_missing(method):
+    def combine(scores, weights=(1.0, 0.5, 2.0), affine=((0, 1), (1, 2), (-1, 0.5))):
+        return ensemble.combine(scores, method, weights=list(weights), affine=list(affine))
+
+    scores = random_scores(7, (40, 5, 3), missing=0.3, ties=True)
+    found = combine(scores)
+    assert bool((found.isnan() == scores.isnan().all(-1)).all())
+    images = torch.tensor([4, 2, 0, 3, 1])
+    torch.testing.assert_close(combine(scores[:, images]), found[:, images], equal_nan=True)
+    turned = combine(scores[..., [2, 0, 1]], (2.0, 1.0, 0.5), ((-1, 0.5), (0, 1), (1, 2)))
+    torch.testing.assert_close(turned, found, equal_nan=True)
+    if method != "weighted_sum":  # which is not divided by the weights
+        torch.testing.assert_close(combine(scores, (0.2, 0.1, 0.4)), found, equal_nan=True)
+    # a scorer of weight 0 and a padded image change nothing
+    longer = torch.cat([scores, random_scores(8, (40, 5, 1))], -1)
+    torch.testing.assert_close(
+        combine(longer, (1.0, 0.5, 2.0, 0.0), ((0, 1), (1, 2), (-1, 0.5), (0, 1))).nan_to_num(9), found.nan_to_num(9)
+    )
+    padded = torch.cat([scores, torch.full((40, 2, 3), NAN)], 1)
+    torch.testing.assert_close(combine(padded)[:, :5], found, equal_nan=True)
+    assert combine(padded)[:, 5:].isnan().all()
+    # dropped images are out, and out of the others' comparisons
+    dropped = ensemble.combine(scores, method, missing="drop", affine=[(0, 1)] * 3)
+    assert bool((dropped.isnan() == scores.isnan().any(-1)).all())
+
+
+def test_results_are_floats_of_at_least_single_precision():
+    whole = torch.tensor([[[1], [2], [3]]])
+    assert ensemble.win_rates(whole).tolist() == [[0.0, 0.5, 1.0]]
+    for given, expected in ((torch.int64, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        for method in ensemble.METHODS:
+            assert ensemble.combine(whole.to(given), method, affine="none").dtype == expected
