@@ -16,7 +16,7 @@ from diffalign.rewards.panel import CombineConfig, Panel, RewardEntry, parse_rew
 from diffalign.rewards.registry import register_scorer
 from diffalign.rewards.spec import ScorerSpec
 
-EVENTS: list[str] = []
+events: list[str] = []
 
 
 def picture(seed: int, level: int | None = None) -> Image.Image:
@@ -35,22 +35,22 @@ class _Logged(Scorer):
     def __init__(self, *, offset: float = 0.0, **options) -> None:
         super().__init__(**options)
         self.offset = offset
-        EVENTS.append(f"load {self.name}")
+        events.append(f"load {self.name}")
 
     def identity(self):
         return {"offset": self.offset}
 
     def score_batch(self, items: list[Item]):
-        EVENTS.append(f"score {self.name} {len(items)}")
+        events.append(f"score {self.name} {len(items)}")
         return [mean(item.image) + self.offset for item in items]
 
     def to(self, device=None, dtype=None):
-        EVENTS.append(f"move {self.name} {device}")
+        events.append(f"move {self.name} {device}")
         self.device = torch.device(device)
         return self
 
     def close(self) -> None:
-        EVENTS.append(f"close {self.name}")
+        events.append(f"close {self.name}")
 
 
 @register_scorer("panel-a")
@@ -77,7 +77,7 @@ def panel_gap(images):
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    EVENTS.clear()
+    events.clear()
 
 
 def test_all_forms_of_rewards_are_entries():
@@ -149,7 +149,7 @@ def test_mistakes_in_rewards_name_their_place(value, place, part):
 def test_mistakes_in_a_panel_are_found_before_scoring(config, part):
     with pytest.raises(UserError, match=part):
         Panel.from_config(config)
-    assert not [event for event in EVENTS if event.startswith("score")]
+    assert not [event for event in events if event.startswith("score")]
 
 
 def test_a_panel_keeps_every_column_and_takes_a_bare_value():
@@ -177,22 +177,22 @@ def test_entries_with_the_same_scorer_and_options_share_it():
         warnings.simplefilter("ignore")
         panel = Panel(entries)
     result = panel.score([picture(0), picture(1)])
-    assert EVENTS == ["load panel-a", "load panel-a", "score panel-a 2", "score panel-a 2"]
+    assert events == ["load panel-a", "load panel-a", "score panel-a 2", "score panel-a 2"]
     torch.testing.assert_close(result.columns["panel-a"], result.columns["again"])
     torch.testing.assert_close(result.columns["shifted"], result.columns["panel-a"] + 1)
 
 
 def test_exclusive_holds_one_scorer_at_a_time_and_loads_each_once_per_call():
     panel = Panel("panel-a,panel-b", placement="exclusive")
-    assert EVENTS == []
+    assert events == []
     panel.score([picture(i) for i in range(40)])
     a = ["load panel-a", "score panel-a 16", "score panel-a 16", "score panel-a 8", "close panel-a"]
-    assert EVENTS == [*a, *(event.replace("panel-a", "panel-b") for event in a)]
-    EVENTS.clear()
+    assert events == [*a, *(event.replace("panel-a", "panel-b") for event in a)]
+    events.clear()
     with panel.using("panel-b") as scorer:
         scorer([picture(0)])
         scorer([picture(1)])
-    assert EVENTS == ["load panel-b", "score panel-b 1", "score panel-b 1", "close panel-b"]
+    assert events == ["load panel-b", "score panel-b 1", "score panel-b 1", "close panel-b"]
 
 
 def test_offload_keeps_scorers_on_the_cpu_between_calls():
@@ -201,7 +201,7 @@ def test_offload_keeps_scorers_on_the_cpu_between_calls():
     panel.score([picture(0)])
     panel.score([picture(1)])
     once = ["move panel-a cpu:0", "score panel-a 1", "move panel-a cpu"]
-    assert EVENTS == ["load panel-a", *once, *once]
+    assert events == ["load panel-a", *once, *once]
 
 
 def test_a_loaded_scorer_is_taken_as_it_is_and_not_closed():
@@ -210,7 +210,7 @@ def test_a_loaded_scorer_is_taken_as_it_is_and_not_closed():
     result = panel.score([picture(0)])
     assert result.columns["panel-a"].tolist() == pytest.approx([mean(picture(0)) + 2])
     panel.close()
-    assert not [event for event in EVENTS if event.startswith("close")]
+    assert not [event for event in events if event.startswith("close")]
     with pytest.raises(ConfigError, match="is loaded"):
         RewardEntry("x", scorer=scorer, device="cpu")
 

@@ -90,10 +90,8 @@ def image_folder(folder: Path, count: int = 6) -> Path:
 
 def pair_table(path: Path, count: int = 6) -> Path:
     """Pairs whose chosen image shows its prompt; stored as bytes."""
-    rows = [
-        {"prompt": scene.prompt, "chosen": {"bytes": png(render(scene)), "path": None}, "rejected": {"bytes": png(render(other)), "path": None}}
-        for scene, other in zip(SCENES[:count], SCENES[1 : count + 1], strict=True)
-    ]  # fmt: skip
+    cells = [{"bytes": png(render(scene)), "path": None} for scene in SCENES[: count + 1]]
+    rows = [{"prompt": SCENES[i].prompt, "chosen": cells[i], "rejected": cells[i + 1]} for i in range(count)]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 

@@ -1,0 +1,275 @@
+"""``diffalign serve-scorer``: one scorer over HTTP, JSON with PNG images inside, for judges that need an environment of their own.
+
+``GET /info`` gives the card, the fingerprint and the limits; ``POST /score`` takes ``{"expect_fingerprint", "items": [{"image": base64,
+"prompt", "metadata"}]}`` and gives ``{"scores": [number or null], "errors": [sentence or null], "fingerprint"}``; ``GET /health`` says ok.
+Nothing is unpickled, sizes and counts are limited, and no path or traceback of this machine is ever told. There is no authentication: it
+listens on this machine only unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import io
+import json
+import math
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from .base import Scorer
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_READ_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_items: int = 64
+    """Images."""
+    max_bytes: int = 128 << 20
+    """Bytes of the request."""
+    max_pixels: int = 4096 * 4096
+    """Pixels of one decoded image."""
+    max_prompt: int = 20_000
+    """Characters of one prompt."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"--{name}", f"expected int >= 1, got {value}")
+
+
+class _Refused(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="scorer, as for load_scorer")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which (default 8000)")
+    for name, text in (("model", "weights: file, folder or Hub id"), ("config", "JSON file of the architecture"), ("tokenizer", "folder")):
+        parser.add_argument(f"--{name}", help=text)
+    parser.add_argument("--args", default="{}", help="further options of the scorer as YAML, e.g. '{antialias: false}'")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default auto)")
+    parser.add_argument("--dtype", help="of the towers (default float32)")
+    parser.add_argument("--batch_size", type=int, help="images per forward pass")
+    parser.add_argument("--cache", type=Path, help="file in which scores are kept")
+    for name, value in asdict(Limits()).items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"per request (default {value})")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow ./file.py:Class, which runs that file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Loads the scorer and serves until SIGINT or SIGTERM.
+
+    Raises:
+        UserError: what `load_scorer` raises, options that are no mapping, a port that is taken.
+    """
+    import yaml
+
+    from .registry import load_scorer
+
+    limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
+    try:
+        extra = yaml.safe_load(options.args) or {}
+    except yaml.YAMLError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise UserError(f"--args: expected a mapping such as '{{antialias: false}}', got {options.args!r}")
+    scorer = load_scorer(
+        options.name,
+        options.model,
+        options.config,
+        options.tokenizer,
+        options.device,
+        options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        **extra,
+        **{name: getattr(options, name) for name in ("batch_size", "cache") if getattr(options, name) is not None},
+    )
+    try:
+        server = make_server(scorer, options.host, options.port, limits)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port: {options.host}:{options.port} cannot be listened on ({error}); choose another") from error
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    host, port = server.server_address[:2]
+    shown = f"[{host!s}]" if ":" in str(host) else str(host)
+    print(f"{scorer.name} ({scorer.fingerprint()}) at http://{shown}:{port}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    finally:
+        server.server_close()
+    return 0
+
+
+def make_server(scorer: Scorer, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None) -> ThreadingHTTPServer:
+    """A server that is not running yet: call `serve_forever`, best in a thread, and `shutdown`. `server_address` has the port."""
+    service = _Service(scorer, limits or Limits())
+    handler = type("Handler", (_Handler,), {"service": service})
+    server = ThreadingHTTPServer((host, port), handler)
+    server.daemon_threads = True
+    return server
+
+
+class _Service:
+    """What is behind the addresses; knows nothing of HTTP."""
+
+    def __init__(self, scorer: Scorer, limits: Limits) -> None:
+        self.scorer, self.limits = scorer, limits
+        self.fingerprint = scorer.fingerprint()
+        self._lock = threading.Lock()  # one forward pass at a time
+
+    def info(self) -> dict[str, Any]:
+        return {"spec": self.scorer.spec.as_dict(), "fingerprint": self.fingerprint, "limits": asdict(self.limits)}
+
+    def score(self, request: Any) -> dict[str, Any]:
+        """Checks and scores a request.
+
+        Raises:
+            _Refused: 400 for what is malformed, 409 for another fingerprint, 413 for too many items.
+        """
+        if not isinstance(request, Mapping):
+            raise _Refused(400, "expected a JSON object with items")
+        expected = request.get("expect_fingerprint")
+        if expected is not None and expected != self.fingerprint:
+            raise _Refused(409, f"this scorer has the fingerprint {self.fingerprint}, not the expected one")
+        wanted = request.get("scorer")
+        if wanted is not None and wanted != self.scorer.spec.key:
+            raise _Refused(409, f"this is {self.scorer.spec.key}, not the scorer that was asked for")
+        items = request.get("items")
+        if not isinstance(items, list) or not items:
+            raise _Refused(400, "items: expected a list of at least one object with an image")
+        if len(items) > self.limits.max_items:
+            raise _Refused(413, f"items: {len(items)} are more than the limit of {self.limits.max_items}")
+        scores: list[float | None] = [None] * len(items)
+        errors: list[str | None] = [None] * len(items)
+        good: list[tuple[int, Any, str, dict[str, Any]]] = []
+        for i, item in enumerate(items):
+            try:
+                good.append((i, *self._read(item)))
+            except ValueError as error:
+                errors[i] = str(error)
+        if good:
+            with self._lock:
+                places, images, prompts, metadata = zip(*good, strict=True)
+                result = self.scorer.score(list(images), list(prompts), list(metadata), on_error="nan")
+            for place, value, number in zip(places, result.values.tolist(), range(len(places)), strict=True):
+                scores[place] = value if math.isfinite(value) else None
+                errors[place] = None if math.isfinite(value) else result.errors.get(number, "no score")
+        return {"scores": scores, "errors": errors, "fingerprint": self.fingerprint}
+
+    def _read(self, item: Any) -> tuple[Any, str, dict[str, Any]]:
+        """(image, prompt, metadata) of one item.
+
+        Raises:
+            ValueError: with the sentence for this item.
+        """
+        if not isinstance(item, Mapping):
+            raise ValueError("expected an object with an image")
+        prompt, metadata = item.get("prompt"), item.get("metadata") or {}
+        if prompt is None:
+            prompt = ""
+        if not isinstance(prompt, str) or len(prompt) > self.limits.max_prompt:
+            raise ValueError(f"prompt: expected text of at most {self.limits.max_prompt} characters")
+        if not isinstance(metadata, dict):
+            raise ValueError("metadata: expected an object")
+        return self._image(item.get("image")), prompt, metadata
+
+    def _image(self, text: Any) -> Any:
+        from PIL import Image
+
+        if not isinstance(text, str):
+            raise ValueError("image: expected base64 text")
+        try:
+            image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=_FORMATS)
+        except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+            raise ValueError(f"image: expected {', '.join(_FORMATS)} as base64") from None
+        # Before decoding: a few bytes may claim gigapixels.
+        if image.width * image.height > self.limits.max_pixels:
+            raise ValueError(f"image: {image.width}x{image.height} is more than {self.limits.max_pixels} pixels")
+        try:
+            image.load()
+        except Exception:  # PIL's plugins raise whatever the bad bytes lead them to
+            raise ValueError("image: cannot be decoded") from None
+        return image
+
+
+class _Handler(BaseHTTPRequestHandler):
+    service: _Service
+    timeout = _READ_SECONDS  # a client that stops in the middle does not hold a thread for ever
+    server_version, sys_version = "diffalign", ""
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/info":
+            self._answer(200, self.service.info())
+        elif self.path == "/health":
+            self._answer(200, {"status": "ok"})
+        else:
+            self._answer(404, {"error": "there are GET /info, GET /health and POST /score"})
+
+    def do_POST(self) -> None:
+        try:
+            if self.path != "/score":
+                raise _Refused(404, "there are GET /info, GET /health and POST /score")
+            self._answer(200, self.service.score(self._body()))
+        except _Refused as refused:
+            self.close_connection = True  # the rest of the body was not read
+            self._answer(refused.status, {"error": str(refused)})
+        except UserError as error:  # what the scorer says of this request
+            self._answer(400, {"error": str(error)})
+        except OSError:
+            self.close_connection = True
+        except Exception as error:
+            print(f"{type(error).__name__} while scoring: {error}", file=sys.stderr, flush=True)
+            self._answer(500, {"error": "the scorer failed; its own output says why"})
+
+    def _body(self) -> Any:
+        if self.headers.get("Transfer-Encoding"):
+            raise _Refused(411, "send a Content-Length")
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            raise _Refused(411, "send a Content-Length") from None
+        if length < 0 or length > self.service.limits.max_bytes:
+            raise _Refused(413, f"the request is larger than {self.service.limits.max_bytes} bytes")
+        data = self.rfile.read(length)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise _Refused(400, "the body is not JSON") from None
+
+    def _answer(self, status: int, value: Mapping[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(body)
+        except OSError:
+            self.close_connection = True  # the client has gone
+
+    def log_message(self, format: str, *values: Any) -> None:
+        """Requests are not logged."""
