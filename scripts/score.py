@@ -1,4 +1,4 @@
-"""The target of ``torchrun scripts/score.py --images ... --scorers ...``: the same program as ``diffalign score``."""
+"""The target of ``torchrun --nproc_per_node 2 scripts/score.py --images ...``: the same program as ``diffalign score``."""
 
 import argparse
 import os

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import build_section, coerce, suggestion
@@ -70,7 +70,7 @@ class RewardEntry:
                 raise ConfigError(name, f"expected {' or '.join(choices)}, got {value!r}{suggestion(str(value), choices)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError("batch_size", f"expected int >= 1, got {self.batch_size}")
-        misplaced = sorted(_FIELDS & self.args.keys())
+        misplaced = sorted(_LOADING & self.args.keys())
         if misplaced:
             raise ConfigError(f"args.{misplaced[0]}", f"is not an option of the scorer's own; write {misplaced[0]}: beside args:")
         _affine_of(self.normalize)
@@ -89,7 +89,8 @@ class RewardEntry:
         return spec.affine if self.normalize in (None, "declared") else _affine_of(self.normalize)
 
 
-_FIELDS = {f.name for f in fields(RewardEntry)}
+# Fields that every scorer has; `scorer`, for one, may be an option too: the one that a remote server shall use.
+_LOADING = {"model", "config", "tokenizer", "device", "dtype", "batch_size", "cache", "on_error"}
 
 
 def _affine_of(normalize: Any) -> tuple[float, float] | None:

@@ -116,14 +116,15 @@ def _config(options: argparse.Namespace) -> dict[str, Any]:
     for name in extra:
         if name not in [entry.name for entry in entries]:
             raise ConfigError(f"--scorer_args.{name}", f"no such scorer; there are {', '.join(entry.name for entry in entries)}")
-    fields = {f.name for f in dataclasses.fields(RewardEntry)}
+    fields = {f.name for f in dataclasses.fields(RewardEntry)} - {"name", "scorer"}
     for i, entry in enumerate(entries):
         if entry.name in COLUMNS:
             raise ConfigError(f"rewards[{i}].name", f"{entry.name!r} is a column of the output; choose another name")
         own = extra.get(entry.name) or {}
         if not isinstance(own, Mapping):
             raise ConfigError(f"--scorer_args.{entry.name}", f"expected a mapping of options, got {own!r}")
-        values = {f: getattr(entry, f) for f in fields} | {key: value for key, value in own.items() if key in fields}
+        values = {f: getattr(entry, f) for f in ("name", "scorer", *fields)}
+        values |= {key: value for key, value in own.items() if key in fields}
         values["args"] = {
             **entry.args,
             **{key: value for key, value in own.items() if key not in fields},

@@ -92,6 +92,7 @@ def test_all_forms_of_rewards_are_entries():
     assert (full[0].name, full[0].weight, full[1].name, full[1].args) == ("pick", 0.1, "hpsv2.1", {})
     assert full[0].affine(PanelB.spec) == (18.0, 8.0)
     assert parse_rewards(full) == full
+    assert parse_rewards([{"scorer": "remote", "args": {"scorer": "pickscore"}}])[0].args == {"scorer": "pickscore"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Reading of replies, and a judge behind a real HTTP server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffalign import UserError, load_scorer
+from diffalign.rewards.vlm_judge import parse_score, yes_no_probability
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Final Score: 4", 4),
+        ("**Final Score:** 4", 4),
+        ("**Final Score: 4**", 4),
+        ("final score: 3.5", 3.5),
+        ("Final Score: **2**", 2),
+        ("FINAL SCORE = 5", 5),
+        ("Final Score: 4/5", 4),
+        ("Final Score: [3]", 3),
+        ("The score is 3 for content. Final Score: 4.", 4),
+        ("Final Score: 4.\nThank you!", 4),
+        ("Final Score:\n\n5", 5),
+        ("4", 4),
+        (" **3** ", 3),
+        ("Final Score: 10", None),
+        ("Final Score: 0", None),
+        ("Final Score: -3", None),
+        ("Final Score: 2 ... no, Final Score: 7", None),
+        ("I cannot judge this image.", None),
+        ("Three cats and 2 dogs.", None),
+        ("Final Score: four", None),
+        ("", None),
+    ],
+)
+def test_scores_are_read_from_replies(text, expected):
+    found = parse_score(text)
+    assert math.isnan(found) if expected is None else found == expected
+
+
+def test_yes_no_probabilities():
+    tokens = [{"token": " Yes", "logprob": math.log(0.5)}, {"token": "yes", "logprob": math.log(0.1)}, {"token": "No", "logprob": math.log(0.2)}]
+    assert yes_no_probability(tokens) == pytest.approx(0.75)
+    assert yes_no_probability([{"token": "no", "logprob": -0.1}, {"token": "maybe", "logprob": -3}]) == 0
+    assert math.isnan(yes_no_probability([{"token": "maybe", "logprob": -0.1}]))
+    assert math.isnan(yes_no_probability([]))
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Answers from the image's mean, after some failures."""
+
+    replies: list = []
+    seen: list = []
+    failures = 0
+
+    def do_POST(self):
+        kind = type(self)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        kind.seen.append((self.path, self.headers.get("Authorization"), body))
+        if kind.failures:
+            kind.failures -= 1
+            self.send_error(503)
+            return
+        data = json.dumps(kind.reply(body)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    @classmethod
+    def reply(cls, body):
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+        value = round(np.asarray(image).mean() / 50)
+        if body.get("logprobs"):
+            top = [{"token": "Yes", "logprob": math.log(value / 5)}, {"token": "No", "logprob": math.log(1 - value / 5)}]
+            return {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}]}
+        return {"choices": [{"message": {"content": f"It is fine.\n**Final Score:** {value}"}}]}
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge():
+    handler = type("Own", (Judge,), {"seen": [], "failures": 0})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def gray(value: int) -> Image.Image:
+    return Image.new("RGB", (20, 10), (value,) * 3)
+
+
+def test_a_judge_scores_and_is_asked_the_same_way_every_time(judge, monkeypatch):
+    url, handler = judge
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    scorer = load_scorer("vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY", image_size=8)
+    found = scorer([gray(50), gray(150), gray(250)], ["a {brace} cat"] * 3)
+    assert found.tolist() == pytest.approx([0.2, 0.6, 1.0])
+    path, key, body = handler.seen[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret"
+    assert body["temperature"] == 0 and body["seed"] == 0 and body["model"] == "m"
+    picture, text = body["messages"][0]["content"]
+    assert "a {brace} cat" in text["text"] and picture["image_url"]["url"].startswith("data:image/png;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(picture["image_url"]["url"].split(",")[1]))).size == (8, 8)
+    yes = load_scorer("vlm_judge", url=url + "/v1", judge_model="m", kind="yes_no")
+    assert yes([gray(150)], ["p"]).tolist() == pytest.approx([0.6])
+
+
+def test_what_cannot_be_read_is_missing_and_never_zero(judge):
+    url, handler = judge
+    replies = iter([{"choices": [{"message": {"content": "I will not judge."}}]}, {"choices": []}, {"error": "x"}, {"choices": [{"message": {"content": "Final Score: 10"}}]}])
+    handler.reply = classmethod(lambda cls, body: next(replies))
+    scorer = load_scorer("vlm_judge", url=url, judge_model="m", concurrency=1)
+    result = scorer.score([gray(i) for i in range(4)], ["p"] * 4)
+    assert result.values.isnan().all() and set(result.errors) == {0, 1, 2, 3}
+    assert "holds no score from 1 to 5" in result.errors[0] and "without a message" in result.errors[1]
+
+
+def test_a_busy_server_is_asked_again_and_a_dead_one_is_a_sentence(judge):
+    url, handler = judge
+    handler.failures = 2
+    scorer = load_scorer("vlm_judge", url=url, judge_model="m", retries=2, backoff=0.001)
+    assert scorer([gray(100)], ["p"]).tolist() == pytest.approx([0.4]) and len(handler.seen) == 3
+    dead = {"url": "http://127.0.0.1:9", "judge_model": "m", "retries": 1, "backoff": 0.001}
+    result = load_scorer("vlm_judge", **dead).score([gray(0)], ["p"])
+    assert result.values.isnan().all() and "cannot be reached" in result.errors[0] and "after 2 tries" in result.errors[0]
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_scorer("vlm_judge", **dead, on_error="raise")([gray(0)], ["p"])
+
+
+def test_options():
+    for options, message in (
+        ({}, "judge_model: expected the name"),
+        ({"judge_model": "m", "url": "file:///etc/passwd"}, "url: expected an address"),
+        ({"judge_model": "m", "kind": "stars"}, "kind: expected unifiedreward or yes_no"),
+        ({"judge_model": "m", "template": "How good?"}, "template: expected a text with {prompt}"),
+        ({"judge_model": "m", "api_key_env": "NOT_SET_ANYWHERE"}, "is not set"),
+        ({"judge_model": "m", "retries": -1}, "retries: expected int >= 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_scorer("vlm_judge", **options)
+    one, two = (load_scorer("vlm_judge", judge_model=name) for name in ("a", "b"))
+    assert one.fingerprint() != two.fingerprint()
+    assert load_scorer("vlm_judge", judge_model="a", template="Other {prompt}").fingerprint() != one.fingerprint()
