@@ -95,7 +95,7 @@ class Judge(BaseHTTPRequestHandler):
 def judge():
     handler = type("Own", (Judge,), {"seen": [], "failures": 0})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler
     server.shutdown()
     server.server_close()

@@ -1,0 +1,340 @@
+"""serve-scorer and the remote scorer over real HTTP on the loopback: parity, limits, hostile requests, servers that fail."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from models import load_tiny
+from PIL import Image
+
+from diffalign import UserError, load_scorer
+from diffalign.rewards import reference
+from diffalign.rewards.base import Item, Scorer
+from diffalign.rewards.check import check_scorer
+from diffalign.rewards.server import Limits, make_server
+from diffalign.rewards.spec import ScorerSpec
+
+
+class Bright(Scorer):
+    """Mean of the pixels; NaN for prompts that say so; breaks on others."""
+
+    spec = ScorerSpec(key="bright", summary="mean", requires=("image", "prompt"))
+
+    def score_batch(self, items: list[Item]):
+        if any(item.prompt == "break" for item in items):
+            raise RuntimeError("secret place /root/key")
+        return [float("nan") if i.prompt == "nan" else float(np.asarray(i.image.convert("RGB")).mean()) for i in items], {
+            k: "asked for" for k, i in enumerate(items) if i.prompt == "nan"
+        }
+
+
+@contextlib.contextmanager
+def serving(scorer, limits=None):
+    server = make_server(scorer, limits=limits)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def gray(value: int, size=(12, 8)) -> Image.Image:
+    return Image.new("RGB", size, (value,) * 3)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def post(url, body, path="/score", headers=None):
+    """(status, JSON) of a raw request."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, data, headers or {})
+    reply = connection.getresponse()
+    return reply.status, json.loads(reply.read())
+
+
+def test_remote_scores_are_the_local_ones_to_the_bit(tmp_path):
+    images = reference.sample_images()
+    prompts = reference.PROMPTS[: len(images)]
+    for local in (load_scorer("jpeg_compressibility"), load_tiny("pickscore", tmp_path)):
+        with serving(local) as url:
+            remote = load_scorer("remote", url=url, max_items=4)
+            assert remote.spec.requires == local.spec.requires and remote.spec.summary.startswith(local.name)
+            np.testing.assert_allclose(remote(images, prompts), local(images, prompts), rtol=1e-6, atol=1e-5)
+            assert not remote.differentiable
+            report = check_scorer(remote)
+            report.raise_if_failed()
+    with serving(load_scorer("shapes")) as url:
+        remote = load_scorer("remote", url=url)
+        drawn = reference.drawn_images(reference.SCENES)
+        assert remote(drawn, reference.SCENES).tolist() == load_scorer("shapes")(drawn, reference.SCENES).tolist()
+
+
+def test_missing_scores_cross_as_null_with_their_reason():
+    with serving(Bright()) as url:
+        result = load_scorer("remote", url=url).score([gray(1), gray(2)], ["a", "nan"])
+    assert result.values[0] == 1 and result.values[1].isnan() and result.errors == {1: "asked for"}
+
+
+def test_fingerprints_are_checked_on_loading_and_on_every_call():
+    scorer = Bright()
+    with serving(scorer) as url:
+        good = load_scorer("remote", url=url, expect_fingerprint=scorer.fingerprint(), scorer="bright")
+        assert good([gray(3)], ["a"])[0] == 3
+        with pytest.raises(UserError, match=f"has the fingerprint {scorer.fingerprint()}, not 0123"):
+            load_scorer("remote", url=url, expect_fingerprint="0123")
+        with pytest.raises(UserError, match="offers 'bright', not 'pickscore'"):
+            load_scorer("remote", url=url, scorer="pickscore")
+        assert load_scorer("remote", url=url).fingerprint() == good.fingerprint()
+        good.remote_fingerprint = "0123"  # as if the server had been restarted with other weights
+        with pytest.raises(UserError, match="409: this scorer has the fingerprint"):
+            good([gray(4)], ["a"])
+
+
+def test_a_server_that_is_down_is_one_sentence():
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9/info cannot be reached .*start the server.* after 2 tries"):
+        load_scorer("remote", url="http://127.0.0.1:9", retries=1, backoff=0.001)
+    with serving(Bright()) as url:
+        strict = load_scorer("remote", url=url, retries=1, backoff=0.001)
+        lenient = load_scorer("remote", url=url, retries=0, on_error="nan")
+    with pytest.raises(UserError, match="cannot be reached"):
+        strict([gray(1)], ["a"])
+    result = lenient.score([gray(1)], ["a"])
+    assert result.values.isnan().all() and "cannot be reached" in result.errors[0]
+    for url in ("ftp://example.org", "127.0.0.1:80", "file:///etc/passwd", ""):
+        with pytest.raises(UserError, match="url: expected an address such as"):
+            load_scorer("remote", url=url)
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """Answers what the test says, in order; the last answer repeats."""
+
+    answers: list
+    asked: list
+
+    def do_GET(self):
+        self.respond()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.respond()
+
+    def respond(self):
+        kind = type(self)
+        kind.asked.append(self.path)
+        status, body = kind.answers.pop(0) if len(kind.answers) > 1 else kind.answers[0]
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "file:///etc/passwd")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def answering(*answers):
+    handler = type("Own", (Flaky,), {"answers": list(answers), "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", handler.asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+INFO = {"spec": Bright.spec.as_dict(), "fingerprint": "ff", "limits": {"max_items": 8}}
+
+
+def test_busy_servers_are_asked_again_and_refusals_are_final():
+    with answering((503, {}), (429, {}), (200, INFO)) as (url, asked):
+        load_scorer("remote", url=url, retries=2, backoff=0.001)
+        assert asked == ["/info"] * 3
+    with answering((503, {"error": "warming up"})) as (url, asked):
+        with pytest.raises(UserError, match="answered 503: warming up after 4 tries"):
+            load_scorer("remote", url=url, retries=3, backoff=0.001)
+        assert len(asked) == 4
+    with answering((404, {})) as (url, asked):
+        with pytest.raises(UserError, match="answered 404"):
+            load_scorer("remote", url=url, retries=3, backoff=0.001)
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, b"<html>"), "no JSON object"),
+        ((200, [1]), "no JSON object"),
+        ((200, b"\x80\x04."), "no JSON object"),
+        ((302, {}), "answered 302"),
+        ((200, {"scores": [1.0, 2.0], "fingerprint": "ff"}), "no list of 1 scores"),
+        ((200, {"scores": ["high"], "fingerprint": "ff"}), "no list of 1 scores"),
+        ((200, {"scores": [1.0], "fingerprint": "00"}), "restarted with another scorer"),
+        ((200, {"fingerprint": "ff"}), "no list of 1 scores"),
+    ],
+)
+def test_replies_that_cannot_be_read_are_missing_and_never_zero(answer, message):
+    with answering((200, INFO), answer) as (url, _):
+        scorer = load_scorer("remote", url=url, retries=0, on_error="nan")
+        result = scorer.score([gray(1)], ["a"])
+        assert result.values.isnan().all() and message in result.errors[0]
+        with pytest.raises(UserError, match=message):
+            load_scorer_unchecked(scorer)([gray(2)], ["a"])
+
+
+def load_scorer_unchecked(scorer):
+    scorer.on_error = "raise"
+    return scorer
+
+
+def test_information_that_is_no_scorer():
+    for info in ({}, {"fingerprint": "ff"}, {"fingerprint": 3, "spec": {"key": "x"}}, {"fingerprint": "ff", "spec": {"key": "x"}}):
+        with answering((200, info)) as (url, _), pytest.raises(UserError, match="no scorer|cannot be read"):
+            load_scorer("remote", url=url, retries=0)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG header that claims gigapixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def test_hostile_items_are_null_with_a_sentence_and_spare_the_others():
+    good = {"image": b64(png(gray(5))), "prompt": "a"}
+    gif = io.BytesIO()
+    gray(5).save(gif, format="GIF")
+    bad = [
+        {"image": b64(bomb(60_000, 60_000))},
+        {"image": b64(bomb(3000, 3000))},
+        {"image": b64(b"no image")},
+        {"image": "%%%"},
+        {"image": "/etc/passwd"},
+        {"image": None},
+        {"image": b64(pickle.dumps(gray(5)))},
+        {"image": b64(gif.getvalue())},
+        {"image": good["image"], "prompt": "x" * 300},
+        {"image": good["image"], "prompt": 7},
+        {"image": good["image"], "metadata": []} | {"metadata": [1]},
+        "text",
+        {"image": b64(png(gray(5))[:40])},
+    ]
+    with serving(Bright(), Limits(max_pixels=1_000_000, max_prompt=200)) as url:
+        status, reply = post(url, {"items": [good, *bad, good]})
+    assert status == 200
+    assert reply["scores"] == [5.0, *[None] * len(bad), 5.0]
+    assert all(reply["errors"][1:-1]) and reply["errors"][0] is None
+    assert "more than 1000000 pixels" in reply["errors"][2]
+    assert "root" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
+
+
+def test_hostile_requests_are_refused():
+    item = {"image": b64(png(gray(5))), "prompt": "a"}
+    with serving(Bright(), Limits(max_items=2, max_bytes=100_000)) as url:
+        for body, status, message in (
+            (b"{not json", 400, "not JSON"),
+            (pickle.dumps({"items": []}), 400, "not JSON"),
+            (b"[" * 50_000, 400, "not JSON"),
+            ([1], 400, "expected a JSON object"),
+            ({}, 400, "items: expected a list"),
+            ({"items": []}, 400, "items: expected a list"),
+            ({"items": [item] * 3}, 413, "more than the limit of 2"),
+            ({"items": [item], "expect_fingerprint": "00"}, 409, "has the fingerprint"),
+            ({"items": [item], "scorer": "pickscore"}, 409, "this is bright"),
+        ):
+            found, reply = post(url, body)
+            assert (found, message in reply["error"]) == (status, True), reply
+        assert post(url, {"items": [item]}, path="/../../etc/passwd")[0] == 404
+        status, reply = post(url, {"items": [{**item, "prompt": "break"}]})
+        assert status == 500 and "secret" not in reply["error"]
+        host, port = url.removeprefix("http://").split(":")
+        for headers, status in (({"Content-Length": "999999999"}, 413), ({"Content-Length": "-5"}, 413), ({"Content-Length": "x"}, 411)):
+            connection = http.client.HTTPConnection(host, int(port), timeout=20)
+            connection.putrequest("POST", "/score")
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            assert connection.getresponse().status == status
+        assert post(url, {"items": [item]})[1]["scores"] == [5.0]  # still alive
+
+
+def test_many_clients_at_once_get_their_own_scores():
+    with serving(Bright()) as url:
+        clients = [load_scorer("remote", url=url, max_items=2) for _ in range(4)]
+
+        def work(client_and_start):
+            client, start = client_and_start
+            return client([gray(start + i) for i in range(6)], ["a"] * 6).tolist()
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(work, zip(clients, (0, 50, 100, 150), strict=True)))
+    assert found == [[float(start + i) for i in range(6)] for start in (0, 50, 100, 150)]
+
+
+def test_the_command_serves_until_it_is_told_to_stop():
+    code = "from diffalign.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve-scorer", "jpeg_compressibility", "--port", "0", "--args", "{scale: 500000}"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert line.startswith("jpeg_compressibility ("), server.stderr.read() if server.stderr else line
+    remote = load_scorer("remote", url=line.split()[-1])
+    assert remote([gray(9)]) == load_scorer("jpeg_compressibility", scale=500000)([gray(9)])
+    port = line.strip().rsplit(":", 1)[1]
+    second = subprocess.run([*command[:-4], "--port", port], capture_output=True, text=True, check=False)
+    assert second.returncode == 2 and "cannot be listened on" in second.stderr and "Traceback" not in second.stderr
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pickscoer"], "did you mean pickscore"),
+        (["shapes", "--args", "[1]"], "--args: expected a mapping"),
+        (["shapes", "--max_items", "0"], "--max_items: expected int >= 1"),
+        (["shapes", "--model", "x"], "model: shapes has no option"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, capsys):
+    from diffalign.cli import run
+
+    try:
+        code = run(["serve-scorer", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and message in capsys.readouterr().err
