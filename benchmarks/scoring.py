@@ -205,10 +205,10 @@ VIT_H14: dict[str, Any] = {
 
 
 def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
-    from diffalign.rewards import reference_models as checkpoints
     from transformers import CLIPConfig, CLIPModel
 
     from diffalign import load_scorer
+    from diffalign.rewards import reference_models as checkpoints
 
     CLIPModel(CLIPConfig(**config)).save_pretrained(folder)
     checkpoints.write_clip_tokenizer(folder)
@@ -218,9 +218,8 @@ def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
 
 
 def full_imagereward(folder: Path) -> Any:
-    from diffalign.rewards import reference_models as checkpoints
-
     from diffalign import load_scorer
+    from diffalign.rewards import reference_models as checkpoints
 
     packed = (ROOT / "tests" / "rewards" / "fixtures" / "imagereward_full_keys.json.gz").read_bytes()
     shapes = json.loads(gzip.decompress(packed))["shapes"]

@@ -334,13 +334,17 @@ class Scorer:
     def _run(self, items: Mapping[bytes, Item], size: int, call: _Call) -> dict[bytes, float]:
         """Scores distinct items in micro-batches."""
         values: dict[bytes, float] = {}
-        keys = [key for key, item in items.items() if call.readable(key, item)]
+        keys = list(items)
         for start in range(0, len(keys), size):
-            batch = keys[start : start + size]
+            batch = [key for key in keys[start : start + size] if call.readable(key, items[key])]
+            if not batch:
+                continue
             found, notes = self._with_halving(self._scored, [items[key] for key in batch])
             values.update(zip(batch, found, strict=True))
             for i, sentence in notes.items():
                 call.missing(batch[i], sentence)
+            for key in batch:
+                items[key].input.release()
         return values
 
     def _scored(self, batch: list[Item]) -> tuple[list[float], dict[int, str]]:

@@ -57,6 +57,8 @@ class JpegCompressibility(JpegIncompressibility):
     """Minus the bytes as JPEG over `scale`. Arguments as `JpegIncompressibility`."""
 
     spec = replace(
-        JpegIncompressibility.spec, key="jpeg_compressibility", summary="minus the kilobytes as JPEG of quality 95; for smoke tests"
+        JpegIncompressibility.spec,
+        key="jpeg_compressibility",
+        summary="minus the kilobytes as JPEG of quality 95; for smoke tests",
     )
     sign = -1.0

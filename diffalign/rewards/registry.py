@@ -214,17 +214,28 @@ def _from_path(name: str, trust: bool) -> type[Scorer]:
             raise ConfigError("scorer", f"there is no file {place!r}")
         if not trust:
             raise ConfigError("scorer", f"{name!r} would run the code in {place}; read it, then pass trust_remote_code=True")
-        module_name = f"diffalign_scorer_{hashlib.sha256(str(Path(place).resolve()).encode()).hexdigest()[:12]}"
-        spec = importlib.util.spec_from_file_location(module_name, place)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        _import(lambda: spec.loader.exec_module(module), name)  # type: ignore[union-attr]
+        # A file is run once: it may register scorers, and its classes are to stay the same objects.
+        content = str(Path(place).resolve()).encode() + b"\0" + Path(place).read_bytes()
+        module_name = f"diffalign_scorer_{hashlib.sha256(content).hexdigest()[:16]}"
+        module = sys.modules.get(module_name) or _run_file(place, module_name, name)
     else:
         module = _import(lambda: importlib.import_module(place), name)
     if not hasattr(module, attribute):
         raise ConfigError("scorer", f"{place} has no {attribute!r}")
     return _as_scorer_class(getattr(module, attribute), attribute, (), {})
+
+
+def _run_file(place: str, module_name: str, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(module_name, place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        _import(lambda: spec.loader.exec_module(module), name)  # type: ignore[union-attr]
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
 
 
 def _import(action: Callable[[], Any], name: str) -> Any:

@@ -85,11 +85,13 @@ class RemoteScorer(Scorer):
     def _remote_spec(self, info: dict[str, Any]) -> ScorerSpec:
         """The remote card, under the name `remote` and without a gradient."""
         fields = {f.name for f in dataclasses.fields(ScorerSpec)}
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in info["spec"].items() if name in fields}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in info["spec"].items() if n in fields}
         try:
             spec = ScorerSpec(**values)
         except (TypeError, ValueError) as error:
-            raise ServerFailure(f"{self.url}/info answered a card that cannot be read ({error}); update the server or this side") from error
+            raise ServerFailure(
+                f"{self.url}/info answered a card that cannot be read ({error}); update the server or this side"
+            ) from error
         return dataclasses.replace(spec, key="remote", summary=f"{spec.key}: {spec.summary}", aliases=(), differentiable=False)
 
     def identity(self) -> dict[str, Any]:

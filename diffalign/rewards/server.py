@@ -63,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="scorer, as for load_scorer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which (default 8000)")
-    for name, text in (("model", "weights: file, folder or Hub id"), ("config", "JSON file of the architecture"), ("tokenizer", "folder")):
+    for name, text in (
+        ("model", "weights: file, folder or Hub id"),
+        ("config", "JSON file of the architecture"),
+        ("tokenizer", "folder"),
+    ):
         parser.add_argument(f"--{name}", help=text)
     parser.add_argument("--args", default="{}", help="further options of the scorer as YAML, e.g. '{antialias: false}'")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default auto)")

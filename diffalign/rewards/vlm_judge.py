@@ -26,7 +26,10 @@ UNIFIED_REWARD = (
     "'Final Score:'.\n\nCaption: {prompt}"
 )
 YES_NO = "Does this image show '{prompt}', without visible faults? Answer with one word, yes or no."
-_KINDS: dict[str, tuple[str, tuple[float, float]]] = {"unifiedreward": (UNIFIED_REWARD, (1.0, 5.0)), "yes_no": (YES_NO, (0.0, 1.0))}
+_KINDS: dict[str, tuple[str, tuple[float, float]]] = {
+    "unifiedreward": (UNIFIED_REWARD, (1.0, 5.0)),
+    "yes_no": (YES_NO, (0.0, 1.0)),
+}
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?![\d.]*\d)"
 _AFTER_LABEL = re.compile(rf"score\b[\s*_`:=\]\)\"'-]*?(?:is\s+)?[\s*_`\[\(\"']*({_NUMBER})", re.IGNORECASE)
 
@@ -124,7 +127,13 @@ class VLMJudge(Scorer):
         address = check_url(url)
         self.url = address if address.endswith("/chat/completions") else f"{address.removesuffix('/v1')}/v1/chat/completions"
         self.judge_model, self.kind, self.image_size, self.max_tokens, self.seed = judge_model, kind, image_size, max_tokens, seed
-        self.timeout, self.retries, self.backoff, self.concurrency, self.on_error = timeout, retries, backoff, concurrency, on_error
+        self.timeout, self.retries, self.backoff, self.concurrency, self.on_error = (
+            timeout,
+            retries,
+            backoff,
+            concurrency,
+            on_error,
+        )
         self.headers: dict[str, str] = {}
         if api_key_env is not None:
             if not os.environ.get(api_key_env):

@@ -6,7 +6,6 @@ import json
 import shutil
 import warnings
 
-from diffalign.rewards import reference_models as checkpoints
 import pytest
 import torch
 from models import MODELS, load_tiny
@@ -14,6 +13,7 @@ from PIL import Image
 
 from diffalign import UserError, load_scorer
 from diffalign.rewards import checkpoints as loading
+from diffalign.rewards import reference_models as checkpoints
 
 PUBLISHED = [name for name in MODELS if name != "shapes-clip"]
 

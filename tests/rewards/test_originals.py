@@ -7,7 +7,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from diffalign.rewards import reference_models as checkpoints
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from models import MODELS, load_tiny
 
 from diffalign import load_scorer
 from diffalign.rewards import imagereward
+from diffalign.rewards import reference_models as checkpoints
 from diffalign.rewards.checkpoints import read_state
 from diffalign.rewards.registry import find_class
 

@@ -154,6 +154,14 @@ def test_a_file_runs_only_when_trusted(tmp_path):
     assert not (tmp_path / "ran").exists()
     assert load_scorer(f"{file}:Mine", trust_remote_code=True)(images(), ["", ""]).tolist() == [7, 7]
     assert (tmp_path / "ran").exists()
+    file.write_text(
+        "from diffalign import register_scorer\n"
+        "@register_scorer('mine-of-a-file', requires=('image',))\n"
+        "def mine(images):\n"
+        "    return [8.0] * len(images)\n"
+    )
+    for _ in range(2):  # a changed file is read anew, an unchanged one is run once
+        assert load_scorer(f"{file}:mine", trust_remote_code=True)(images(), ["", ""]).tolist() == [8, 8]
     with pytest.raises(UserError, match="has no 'Other'"):
         load_scorer(f"{file}:Other", trust_remote_code=True)
     with pytest.raises(UserError, match="there is no file"):

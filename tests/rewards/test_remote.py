@@ -219,7 +219,12 @@ def load_scorer_unchecked(scorer):
 
 
 def test_information_that_is_no_scorer():
-    for info in ({}, {"fingerprint": "ff"}, {"fingerprint": 3, "spec": {"key": "x"}}, {"fingerprint": "ff", "spec": {"key": "x"}}):
+    for info in (
+        {},
+        {"fingerprint": "ff"},
+        {"fingerprint": 3, "spec": {"key": "x"}},
+        {"fingerprint": "ff", "spec": {"key": "x"}},
+    ):
         with answering((200, info)) as (url, _), pytest.raises(UserError, match="no scorer|cannot be read"):
             load_scorer("remote", url=url, retries=0)
 
@@ -282,7 +287,11 @@ def test_hostile_requests_are_refused():
         status, reply = post(url, {"items": [{**item, "prompt": "break"}]})
         assert status == 500 and "secret" not in reply["error"]
         host, port = url.removeprefix("http://").split(":")
-        for headers, status in (({"Content-Length": "999999999"}, 413), ({"Content-Length": "-5"}, 413), ({"Content-Length": "x"}, 411)):
+        for headers, status in (
+            ({"Content-Length": "999999999"}, 413),
+            ({"Content-Length": "-5"}, 413),
+            ({"Content-Length": "x"}, 411),
+        ):
             connection = http.client.HTTPConnection(host, int(port), timeout=20)
             connection.putrequest("POST", "/score")
             for name, value in headers.items():
@@ -308,7 +317,9 @@ def test_many_clients_at_once_get_their_own_scores():
 def test_the_command_serves_until_it_is_told_to_stop():
     code = "from diffalign.cli import main; main()"
     command = [sys.executable, "-c", code, "serve-scorer", "jpeg_compressibility", "--port", "0", "--args", "{scale: 500000}"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert server.stdout is not None
     line = server.stdout.readline()
     assert line.startswith("jpeg_compressibility ("), server.stderr.read() if server.stderr else line

@@ -8,6 +8,7 @@ import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -49,7 +50,11 @@ def test_scores_are_read_from_replies(text, expected):
 
 
 def test_yes_no_probabilities():
-    tokens = [{"token": " Yes", "logprob": math.log(0.5)}, {"token": "yes", "logprob": math.log(0.1)}, {"token": "No", "logprob": math.log(0.2)}]
+    tokens = [
+        {"token": " Yes", "logprob": math.log(0.5)},
+        {"token": "yes", "logprob": math.log(0.1)},
+        {"token": "No", "logprob": math.log(0.2)},
+    ]
     assert yes_no_probability(tokens) == pytest.approx(0.75)
     assert yes_no_probability([{"token": "no", "logprob": -0.1}, {"token": "maybe", "logprob": -3}]) == 0
     assert math.isnan(yes_no_probability([{"token": "maybe", "logprob": -0.1}]))
@@ -59,8 +64,7 @@ def test_yes_no_probabilities():
 class Judge(BaseHTTPRequestHandler):
     """Answers from the image's mean, after some failures."""
 
-    replies: list = []
-    seen: list = []
+    seen: ClassVar[list] = []
     failures = 0
 
     def do_POST(self):
@@ -84,7 +88,9 @@ class Judge(BaseHTTPRequestHandler):
         value = round(np.asarray(image).mean() / 50)
         if body.get("logprobs"):
             top = [{"token": "Yes", "logprob": math.log(value / 5)}, {"token": "No", "logprob": math.log(1 - value / 5)}]
-            return {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}]}
+            return {
+                "choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}]
+            }
         return {"choices": [{"message": {"content": f"It is fine.\n**Final Score:** {value}"}}]}
 
     def log_message(self, *_):
@@ -123,7 +129,14 @@ def test_a_judge_scores_and_is_asked_the_same_way_every_time(judge, monkeypatch)
 
 def test_what_cannot_be_read_is_missing_and_never_zero(judge):
     url, handler = judge
-    replies = iter([{"choices": [{"message": {"content": "I will not judge."}}]}, {"choices": []}, {"error": "x"}, {"choices": [{"message": {"content": "Final Score: 10"}}]}])
+    replies = iter(
+        [
+            {"choices": [{"message": {"content": "I will not judge."}}]},
+            {"choices": []},
+            {"error": "x"},
+            {"choices": [{"message": {"content": "Final Score: 10"}}]},
+        ]
+    )
     handler.reply = classmethod(lambda cls, body: next(replies))
     scorer = load_scorer("vlm_judge", url=url, judge_model="m", concurrency=1)
     result = scorer.score([gray(i) for i in range(4)], ["p"] * 4)

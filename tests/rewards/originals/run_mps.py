@@ -15,8 +15,9 @@ import torch
 
 def main() -> None:
     options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
-    from diffalign.rewards import reference_models as checkpoints
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    from diffalign.rewards import reference_models as checkpoints
 
     common.stub("fire", "cv2", "matplotlib", "matplotlib.pyplot")
     common.sys.path.insert(0, str(options.source))

@@ -12,8 +12,9 @@ import torch
 
 def main() -> None:
     options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
-    from diffalign.rewards import reference_models as checkpoints
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from diffalign.rewards import reference_models as checkpoints
 
     model = CLIPModel(CLIPConfig.from_dict(checkpoints.clip_config()))
     model.load_state_dict(checkpoints.tensors(checkpoints.pickscore_state()), strict=True)
