@@ -11,19 +11,23 @@ from .grids import comparison_grid
 from .sampling import generate
 
 
-def load_pipeline(model: str) -> Any:
-    """A plain diffusers pipeline from a Hub id, a folder or ``shapes``, on the GPU if there is one; safetensors only."""
+def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, **components: Any) -> Any:
+    """A plain diffusers pipeline from a Hub id, a folder or ``shapes``; safetensors only.
+
+    Args:
+        dtype: of its weights; None is bfloat16 on a GPU, else float32.
+        device: None takes the GPU if there is one.
+        components: replace the pipeline's own, e.g. ``safety_checker=None``.
+    """
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     source = ModelSource(model)
-    cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(
-        source.location, torch_dtype=torch.bfloat16 if cuda else torch.float32, use_safetensors=True
-    )
-    return pipe.to("cuda") if cuda else pipe
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return DiffusionPipeline.from_pretrained(source.location, torch_dtype=dtype, use_safetensors=True, **components).to(device)
 
 
 def sample(options: argparse.Namespace) -> None:

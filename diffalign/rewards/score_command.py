@@ -62,7 +62,15 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}", f"expected int >= 1, got {value}")
-    config = _config(options)
+    config = panel_config(
+        scorers=options.scorers,
+        file=options.config,
+        scorer_args=options.scorer_args,
+        combine=options.combine,
+        trust_remote_code=options.trust_remote_code,
+        overrides={name: getattr(options, name) for name in ("batch_size", "dtype", "on_error")},
+    )
+    config |= {name: getattr(options, name) for name in ("placement", "cache") if getattr(options, name) is not None}
     processes = Processes.start(options.device)
     from .panel import Panel
     from .registry import get_spec
@@ -101,18 +109,39 @@ def run(options: argparse.Namespace) -> int:
 # Options
 
 
-def _config(options: argparse.Namespace) -> dict[str, Any]:
-    """The panel's configuration, its rewards as entries with the command line's options in them."""
+def panel_config(
+    *,
+    scorers: str | None,
+    file: Path | None,
+    file_option: str = "--config",
+    scorer_args: str | None = None,
+    combine: str | None = None,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `Panel.from_config` takes, from the options of a command: its rewards as entries with the command line's options in them.
+
+    Args:
+        scorers: names with commas between; or
+        file: YAML with `rewards` and `combine`, given as the option `file_option`.
+        scorer_args: YAML, options by scorer.
+        combine: method.
+        overrides: `on_error`, and `batch_size` and `dtype` for entries without their own.
+
+    Raises:
+        UserError: both or neither are given, or anything in them does not fit.
+    """
     from ..config import build_section
     from .panel_config import RewardEntry, parse_rewards
     from .score_report import COLUMNS
 
-    if (options.scorers is None) == (options.config is None):
-        raise UserError("--scorers, --config: give one of them, e.g. --scorers imagereward,pickscore")
-    given = options.scorers if options.config is None else _read(options.config)
+    if (scorers is None) == (file is None):
+        raise UserError(f"--scorers, {file_option}: give one of them, e.g. --scorers imagereward,pickscore")
+    given = scorers if file is None else _read(file, file_option)
+    overrides = overrides or {}
     config: dict[str, Any] = dict(given) if isinstance(given, Mapping) and "rewards" in given else {"rewards": given}
-    entries = parse_rewards(config["rewards"], trust_remote_code=options.trust_remote_code)
-    extra = _mapping(options.scorer_args, "--scorer_args", "{pickscore: {model: FOLDER}}") or {}
+    entries = parse_rewards(config["rewards"], trust_remote_code=trust_remote_code)
+    extra = _mapping(scorer_args, "--scorer_args", "{pickscore: {model: FOLDER}}") or {}
     for name in extra:
         if name not in [entry.name for entry in entries]:
             raise ConfigError(f"--scorer_args.{name}", f"no such scorer; there are {', '.join(entry.name for entry in entries)}")
@@ -131,28 +160,25 @@ def _config(options: argparse.Namespace) -> dict[str, Any]:
             **(own.get("args") or {}),
         }
         for key in ("batch_size", "dtype"):
-            values[key] = getattr(options, key) if values[key] is None else values[key]
-        values["on_error"] = options.on_error or values["on_error"]
+            values[key] = overrides.get(key) if values[key] is None else values[key]
+        values["on_error"] = overrides.get("on_error") or values["on_error"]
         entries[i] = build_section(RewardEntry, values, f"--scorer_args.{entry.name}")
     config["rewards"] = entries
-    if options.combine is not None:
+    if combine is not None:
         rule = config.get("combine") or {}
-        config["combine"] = {**({"method": rule} if isinstance(rule, str) else rule), "method": options.combine}
-    for key in ("placement", "cache"):
-        if getattr(options, key) is not None:
-            config[key] = getattr(options, key)
+        config["combine"] = {**({"method": rule} if isinstance(rule, str) else rule), "method": combine}
     return config
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, option: str) -> Any:
     if not path.is_file():
-        raise UserError(f"--config: there is no file {str(path)!r}")
+        raise UserError(f"{option}: there is no file {str(path)!r}")
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{option}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not values:
-        raise UserError(f"--config: {path} is empty; write for example rewards: [imagereward, pickscore]")
+        raise UserError(f"{option}: {path} is empty; write for example rewards: [imagereward, pickscore]")
     return values
 
 
@@ -203,6 +229,11 @@ class Processes:
         from accelerate.utils import gather_object
 
         return gather_object(mine)
+
+    def wait(self) -> None:
+        """For all processes to come here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()
 
     def say(self, error: UserError) -> None:
         """The command line lets only the first process speak; a mistake that another one met must be read too."""

@@ -1,0 +1,371 @@
+"""``diffalign data build``: preference data from prompts - draw images, score them with a panel, write pairs or ranked lists.
+
+The recipe of RankDPO's Syn-Pic (arXiv 2410.18013, section 3.1): several images per prompt, from one or several models, ranked by how
+often they win under several reward models. Image i of a prompt has the same seed under every model. What was drawn and scored is kept, so
+an interrupted command goes on, and more prompts, images, models or scorers can be added to a finished one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from ..rewards.panel import Panel
+    from ..rewards.score_command import Processes
+
+_SCORE_PROMPTS = 32  # prompts scored at once: the same ones whatever the number of processes, so that rounding is the same too
+SELECTIONS = ("best_worst", "best_vs_rest", "all", "unanimous")
+FORMATS = ("both", "pairs", "ranked")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--prompts", required=True, help="text file with one per line, any dataset with prompts, shapes or shapes-held-out"
+    )
+    parser.add_argument("--max_prompts", type=int, help="take only the first so many")
+    parser.add_argument("--models", nargs="+", default=["shapes"], help="Hub ids or folders of pipelines (default: shapes)")
+    parser.add_argument("--lora", action="append", default=[], help="LoRA on the first model, as a further model; several times")
+    parser.add_argument("--scorers", help="names with commas between, e.g. imagereward,pickscore")
+    parser.add_argument("--rewards_config", type=Path, help="YAML with rewards: and combine: instead of --scorers")
+    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
+    parser.add_argument("--num_images", type=int, default=4, help="images per prompt and model (default 4)")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--format", default="both", choices=FORMATS, help="what to write (default both)")
+    parser.add_argument(
+        "--pair_selection",
+        default="best_worst",
+        choices=SELECTIONS,
+        help="best_worst (default): one pair per prompt; best_vs_rest; all; unanimous: the widest on which all scorers agree",
+    )
+    parser.add_argument(
+        "--min_margin", type=float, default=0.0, help="least difference of the combined scores in a pair (default 0: any)"
+    )
+    parser.add_argument("--combine", help="how scorers are combined (default winrate)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images (default 0)")
+    parser.add_argument("--num_inference_steps", type=int, help="sampler steps (default: the pipeline's)")
+    parser.add_argument("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
+    parser.add_argument("--resolution", type=int, help="side of the images (default: the pipeline's)")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass of a model (default 8)")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
+    parser.add_argument("--placement", default="exclusive", help="of the scorers: exclusive (default), offload or resident")
+    parser.add_argument("--cache", type=Path, help="file that keeps scores (default: scores.sqlite in the output folder)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draws, scores and writes; prints what came out.
+
+    Raises:
+        UserError: options, prompts, models or scorers that do not fit, before anything is drawn; a folder that holds another build.
+    """
+    _check_numbers(options)
+    from ..rewards.panel import Panel
+    from ..rewards.score_command import Processes, panel_config
+
+    config = panel_config(
+        scorers=options.scorers,
+        file=options.rewards_config,
+        file_option="--rewards_config",
+        scorer_args=options.scorer_args,
+        combine=options.combine,
+        trust_remote_code=options.trust_remote_code,
+    )
+    config["placement"] = options.placement
+    config["cache"] = options.cache or options.output_dir / "scores.sqlite"
+    prompts, notes = read_prompts(options.prompts, options.max_prompts)
+    generators = find_generators(options)
+    if len(generators) * options.num_images < 2:
+        raise ConfigError(
+            "--num_images", "one image per prompt leaves nothing to compare; draw at least 2, or name a second model"
+        )
+    processes = Processes.start(options.device)
+    panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
+    _check_panel(panel, processes)
+    claim(options, generators)
+    images = [
+        Drawn(p, prompt, generator.name, i, options)
+        for p, prompt in enumerate(prompts)
+        for generator in generators
+        for i in range(options.num_images)
+    ]
+    for generator in generators:
+        draw(generator, [image for image in images if image.model == generator.name], options, processes)
+    processes.wait()
+    columns = score(panel, images, processes)
+    processes.stop()
+    if processes.rank == 0:
+        from .build_output import write
+
+        print(write(options, prompts, notes, generators, images, columns, panel))
+    return 0
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, least in (
+        ("num_images", 1),
+        ("batch_size", 1),
+        ("seed", 0),
+        ("max_prompts", 1),
+        ("num_inference_steps", 1),
+        ("resolution", 8),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
+    if not 0 <= options.min_margin < float("inf"):
+        raise ConfigError("--min_margin", f"expected a number of at least 0, got {options.min_margin}")
+
+
+def _check_panel(panel: Panel, processes: Processes) -> None:
+    """Everything that can be wrong with the scorers shows before hours of drawing: each is loaded once."""
+    if not panel.train_names:
+        raise UserError("rewards: all scorers have the role eval, so nothing would be labelled; give one the role train")
+    for name in panel.names:
+        if "metadata" in panel.specs[name].requires:
+            raise UserError(
+                f"rewards.{name}: it needs metadata for every prompt, which prompts alone do not have; score with diffalign score"
+            )
+    if processes.rank == 0:
+        for name in panel.names:
+            with panel.using(name):
+                pass
+    processes.wait()
+
+
+def read_prompts(source: str, limit: int | None = None) -> tuple[list[str], list[str]]:
+    """(distinct prompts in their order, what was left out and why).
+
+    Raises:
+        UserError: no such source, or no prompt in it.
+    """
+    path = Path(source).expanduser()
+    if source in ("shapes", "shapes-held-out") and not path.exists():
+        from ..shapes import held_out_prompts, train_prompts
+
+        given = train_prompts() if source == "shapes" else held_out_prompts()
+    elif path.suffix == ".txt" and path.is_file():
+        given = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    else:
+        from .load import load_preferences
+
+        given = [prompt for group in load_preferences(source, ties="keep", verbose=False) for prompt in group.prompts]
+    kept = list(dict.fromkeys(prompt for prompt in given if prompt.strip()))
+    empty = sum(not prompt.strip() for prompt in given)
+    notes = [f"{empty} empty prompts left out"] * (empty > 0)
+    repeated = len(given) - empty - len(kept)
+    notes += [f"{repeated} repeated prompts taken once"] * (repeated > 0)
+    if not kept:
+        raise UserError(f"--prompts: {source!r} holds no prompt")
+    return kept[:limit], notes
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that draws.
+
+    Attributes:
+        name: of its folder and column, made of letters, digits, dot, dash and underscore.
+        model, lora: where it comes from.
+        fingerprint: of its weights.
+    """
+
+    name: str
+    model: str
+    lora: str | None
+    fingerprint: str
+
+    @property
+    def described(self) -> str:
+        return self.model if self.lora is None else f"{self.model} with the LoRA {self.lora}"
+
+
+def find_generators(options: argparse.Namespace) -> list[Generator]:
+    """The models and LoRAs, each with a name of its own.
+
+    Raises:
+        ConfigError: a model or LoRA that is not there.
+    """
+    from ..backbones.loading import ModelSource
+    from ..rewards.checkpoints import content_hash
+
+    found: list[Generator] = []
+    for model, lora in [*((model, None) for model in options.models), *((options.models[0], lora) for lora in options.lora)]:
+        source = ModelSource(model)
+        fingerprint = source.fingerprint(*source.component_names())
+        if lora is not None:
+            place = Path(lora)
+            if not place.exists() or (place.is_dir() and not list(place.glob("*.safetensors"))):
+                raise ConfigError("--lora", f"there is no file or folder with safetensors {lora!r}")
+            fingerprint = f"{fingerprint}+{content_hash(place)[:16]}"
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(lora or model).name).strip("-.") or "model"
+        taken = [generator.name for generator in found]
+        name = next(n for n in (slug, *(f"{slug}-{i}" for i in range(2, 1000))) if n not in taken)
+        found.append(Generator(name, model, lora, fingerprint))
+    return found
+
+
+class Drawn:
+    """One image: which prompt, which model, which seed, which file."""
+
+    def __init__(self, group: int, prompt: str, model: str, number: int, options: argparse.Namespace) -> None:
+        self.group, self.prompt, self.model, self.number = group, prompt, model, number
+        digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        self.seed = image_seed(options.seed, prompt, number)
+        # Named by the prompt's digest: a prompt can hold anything.
+        self.path: Path = options.output_dir / "images" / model / digest[:2] / f"{digest[:20]}-{number:03d}.png"
+
+
+def image_seed(seed: int, prompt: str, number: int) -> int:
+    """Seed of image `number` of a prompt: the same under every model, whatever the order or number of prompts."""
+    text = f"{seed}:{number}:".encode() + prompt.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
+
+
+def claim(options: argparse.Namespace, generators: Sequence[Generator]) -> None:
+    """Makes sure that a folder's images were all drawn in one way; writes ``manifest.json``.
+
+    Raises:
+        UserError: the folder holds something else, or images drawn with other settings or weights.
+    """
+    folder: Path = options.output_dir
+    names = ("seed", "num_inference_steps", "guidance_scale", "resolution", "dtype")
+    settings = {name: getattr(options, name) for name in names}
+    models = {generator.name: generator.fingerprint for generator in generators}
+    file = folder / "manifest.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
+        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+    if file.is_file():
+        there = json.loads(file.read_text("utf-8"))
+        for name, value in settings.items():
+            if there["settings"].get(name) != value:
+                raise UserError(
+                    f"--output_dir: {str(folder)!r} holds images drawn with --{name} {there['settings'].get(name)}, not {value}; use that, or "
+                    "another folder"
+                )
+        for name, fingerprint in models.items():
+            if there["models"].get(name, fingerprint) != fingerprint:
+                raise UserError(
+                    f"--output_dir: {str(folder)!r} holds images of other weights under the name {name!r}; use another folder"
+                )
+        models = {**there["models"], **models}
+    if os.environ.get("RANK", "0") == "0":
+        from ..rewards.score_command import write_atomically
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps({"settings": settings, "models": models}, indent=1) + "\n").encode())
+
+
+def draw(generator: Generator, images: Sequence[Drawn], options: argparse.Namespace, processes: Processes) -> None:
+    """Draws what is not there yet.
+
+    A batch is always the same images, also when some of them are there already, because the last bit of an image may depend on its batch.
+    """
+    from tqdm.auto import tqdm
+
+    batches = [images[start : start + options.batch_size] for start in range(0, len(images), options.batch_size)]
+    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(image.path.is_file() for image in batch)]
+    if not mine:
+        return
+    pipe, settings = _pipeline(generator, options, processes.device)
+    from ..evaluation.sampling import generate
+
+    total = sum(map(len, mine))
+    with tqdm(total=total, desc=f"drawing, {generator.name}", unit="image", disable=processes.rank > 0) as bar:
+        for batch in mine:
+            prompts, seeds = [image.prompt for image in batch], [image.seed for image in batch]
+            pictures = generate(pipe, prompts, seeds, batch_size=len(batch), progress=False, **settings)
+            for image, picture in zip(batch, pictures, strict=True):
+                if not image.path.is_file():
+                    image.path.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = image.path.with_suffix(f".{os.getpid()}.tmp")
+                    picture.save(temporary, format="PNG")
+                    os.replace(temporary, image.path)
+            bar.update(len(batch))
+
+
+def _pipeline(generator: Generator, options: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
+    """(pipeline, arguments of its call)."""
+    import torch
+
+    from ..backbones.loading import ModelSource
+    from ..evaluation.sample_command import load_pipeline
+
+    # A safety checker paints images black, and a black image would be labelled like any other.
+    source = ModelSource(generator.model)
+    components = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in source.index else {}
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    device = None if device in (None, "auto") else device
+    pipe = load_pipeline(generator.model, dtype=dtype, device=device, **components)
+    if generator.lora is not None:
+        place = Path(generator.lora)
+        where: dict[str, Any] = {"weight_name": place.name} if place.is_file() else {}
+        try:
+            pipe.load_lora_weights(str(place.parent if place.is_file() else place), use_safetensors=True, **where)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError("--lora", f"{generator.lora!r} holds no LoRA for {generator.model!r} ({reason})") from error
+    settings: dict[str, Any] = {}
+    if generator.model == "shapes" and source.local:
+        from ..shapes.pretrain import SAMPLING
+
+        settings |= SAMPLING
+    for name in ("num_inference_steps", "guidance_scale"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    if options.resolution is not None:
+        settings |= {"height": options.resolution, "width": options.resolution}
+    return pipe, settings
+
+
+def score(panel: Panel, images: Sequence[Drawn], processes: Processes) -> dict[str, list[float]]:
+    """Scores of all images by column, scorer after scorer; NaN = missing."""
+    from tqdm.auto import tqdm
+
+    from ..rewards.base import ModelScorer
+
+    parts = list(_prompt_parts(images))
+    mine = parts[processes.rank :: processes.world]
+    found: list[tuple[str, list[int], list[float]]] = []
+    for name in panel.names:
+        total = sum(map(len, mine))
+        with (
+            panel.using(name) as scorer,
+            tqdm(total=total, desc=f"scoring, {name}", unit="image", disable=processes.rank > 0) as bar,
+        ):
+            for part in mine:
+                if isinstance(scorer, ModelScorer):
+                    scorer._texts.clear()  # rounding shall not depend on the parts before
+                chosen = [images[i] for i in part]
+                result = scorer.score([image.path for image in chosen], [image.prompt for image in chosen], on_error="nan")
+                found.append((name, part, result.values.tolist()))
+                bar.update(len(part))
+    columns = {name: [float("nan")] * len(images) for name in panel.names}
+    for name, part, values in processes.gather(found):
+        for i, value in zip(part, values, strict=True):
+            columns[name][i] = value
+    return columns
+
+
+def _prompt_parts(images: Sequence[Drawn]) -> Iterator[list[int]]:
+    """Indices of the images of so many prompts at a time."""
+    part: list[int] = []
+    for i, image in enumerate(images):
+        if part and image.group % _SCORE_PROMPTS == 0 and image.group != images[i - 1].group:
+            yield part
+            part = []
+        part.append(i)
+    yield part
