@@ -267,7 +267,7 @@ def card(options: argparse.Namespace, generators: Sequence[Generator], summary: 
     models = "\n".join(f"- `{g.name}`: {g.described} (weights {g.fingerprint})" for g in generators)
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     head = f"---\ntags: [preference, text-to-image, diffalign]\n{'configs:' + chr(10) + configs if configs else ''}---\n"
-    body = "\n".join(f"- {line}" for line in summary.split("\n"))
+    body = "\n".join(f"- {line}" for line in summary.split("\n") if not line.startswith("wrote "))
     return (
         f"{head}# Preferences drawn and labelled by `diffalign data build`\n\nImages are drawn by models and judged by scorers, not by people.\n\n"
         f"## Models\n\n{models}\n\nSettings: {shown}. Image i of a prompt has the same seed under every model.\n\n## What came out\n\n{body}\n\n"
@@ -289,7 +289,7 @@ def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
     pen = ImageDraw.Draw(canvas)
     for row, ranked in enumerate(rows):
         top = gap + row * height
-        prompt = " ".join(images[ranked[0]].prompt.split())
+        prompt = " ".join(images[ranked[0]].prompt[:400].split())
         while prompt and font.getlength(prompt) > canvas.width - 2 * gap:
             prompt = prompt[:-4].rstrip(".") + "..." if len(prompt) > 4 else ""
         pen.text((gap, top), prompt, fill="black", font=font)
