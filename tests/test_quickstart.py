@@ -103,7 +103,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.S | re.M)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/data.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/rewards.md", "docs/building-data.md"])
 def test_the_documents_commands_run(home: Path, document: str) -> None:
     ran = 0
     for block in blocks(ROOT / document, "bash"):

@@ -30,7 +30,15 @@ PUBLISHED: dict[str, tuple[str, str, float, dict[str, Any]]] = {
     "hpsv2.1": ("hpsv2_antialias", "scores", 5e-6, {}),
     "mps": ("mps", "scores_threshold_0.3", 2e-4, {}),
 }
-OWN = {"clip-l14": 5e-6, "clip-h14": 5e-6, "open_clip": 5e-6, "aesthetic-v1": 2e-5, "aesthetic-v2": 2e-5, "shapes-clip": 2e-5}
+OWN = {
+    "clip-l14": 5e-6,
+    "clip-h14": 5e-6,
+    "open_clip": 5e-6,
+    "aesthetic-v1": 2e-5,
+    "aesthetic-v2": 2e-5,
+    "shapes-clip": 2e-5,
+    "shapes": 1e-6,
+}
 
 
 def main() -> None:
@@ -46,7 +54,7 @@ def main() -> None:
         found[key] = {"source": source, "pairs": PAIRS, "values": values, "tolerance": tolerance, "options": options}
     for key, tolerance in OWN.items():
         drawn = key.startswith("shapes")
-        weights = "its embedded weights" if drawn else "tiny random weights"
+        weights = {"shapes": "drawn images", "shapes-clip": "its embedded weights"}.get(key, "tiny random weights")
         expected = {"source": f"diffalign {__version__} on {weights}", "pairs": SCENES if drawn else PAIRS, "options": {}}
         with tempfile.TemporaryDirectory() as folder:
             found[key] = {**expected, "values": doctor.stored_scores(key, expected, Path(folder)), "tolerance": tolerance}
