@@ -24,7 +24,8 @@ class AestheticV2(ModelScorer):
 
     Args:
         model: the published head, `sac+logos+ava1-l14-linearMSE.pth`, or a folder that holds it.
-        config: ``{"clip": folder or Hub id of the CLIP ViT-L/14}``; None takes OpenAI's from the Hub.
+        config: ``{"clip": folder or Hub id of the CLIP ViT-L/14}``; None takes the one in the head's own folder, else OpenAI's from the
+            Hub.
         tokenizer: not used; the folder of the CLIP's tokenizer if it lies elsewhere.
     """
 
@@ -57,7 +58,8 @@ class AestheticV2(ModelScorer):
         self.source = checkpoints.find_weights(model, self.spec)
         state = checkpoints.read_state(self.source)
         clip_spec = replace(self.spec, weights=_CLIP, filename=None)
-        self.clip = HFClip(values.get("clip"), clip_spec, tokenizer=tokenizer, dtype=self.dtype)
+        beside = self.source.parent if (self.source.parent / "config.json").is_file() else None
+        self.clip = HFClip(values.get("clip", beside), clip_spec, tokenizer=tokenizer, dtype=self.dtype)
         width = int(self.clip.module.config.projection_dim)
         self.head = self.build_head(state, width, torch.promote_types(self.dtype, torch.float32))
         self.preprocess = self.clip.preprocess

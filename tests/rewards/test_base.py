@@ -306,3 +306,32 @@ def test_an_untouched_file_is_known_without_being_read(tmp_path, monkeypatch):
     monkeypatch.setattr(type(read_images([tmp_path / "a.png"])[0]), "encoded", lambda self: pytest.fail("the file was read"))
     result = scorer.score([tmp_path / "a.png"])
     assert result.cached == 1 and torch.equal(result.values, expected)
+
+
+def test_16_bit_images_are_converted_as_the_published_code_does_and_warned_about():
+    values = np.arange(0, 40 * 30 * 16, 16, dtype=np.uint16).reshape(30, 40)
+    image = Image.fromarray(values)
+    assert image.mode.startswith("I")
+    with pytest.warns(UserWarning, match=r"images\[0\]: 16-bit values above 255 become white"):
+        found = Brightness()([image])
+    assert float(found[0]) == pytest.approx(float(np.clip(values, 0, 255).mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "carries no gradient"),
+        (torch.full((1, 3, 4, 4), float("inf")), "not finite"),
+        (torch.full((1, 3, 4, 4), 2.0), r"expected \[0, 1\]"),
+        (torch.rand(3, 4, 4), r"expected shape \(N, 3, H, W\)"),
+        ([[0.5]], "expected a float tensor"),
+    ],
+)
+def test_bad_pixels_of_the_differentiable_mode(pixels, message):
+    with pytest.raises(UserError, match=message):
+        Toy().score_tensor(pixels, ["a"])
+
+
+def test_prompts_of_the_differentiable_mode_are_checked_too():
+    with pytest.raises(UserError, match="got 1 prompts for 2 images"):
+        Toy().score_tensor(torch.rand(2, 3, 8, 8), ["a"])

@@ -190,6 +190,30 @@ def test_long_prompts_are_truncated_with_a_warning(tmp_path):
             assert scorer([image], ["a red cat"]).isfinite().all()
 
 
+def test_folders_as_they_come(tmp_path):
+    """Vocabulary files without settings beside them; a CLIP and its aesthetic head in one folder."""
+    arguments = MODELS["imagereward"](tmp_path / "a")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tmp_path / "a" / "tokenizer" / "vocab.txt", bare)
+    image, prompt = [Image.new("RGB", (50, 40), (200, 30, 30))], ["a photo of a red cat"]
+    expected = load_scorer("imagereward", **arguments)(image, prompt)
+    assert load_scorer("imagereward", **{**arguments, "tokenizer": bare})(image, prompt) == expected
+    shutil.copy(bare / "vocab.txt", tmp_path / "a")
+    assert load_scorer("imagereward", model=tmp_path / "a", config=arguments["config"])(image, prompt) == expected
+
+    folder = checkpoints.write_pickscore(tmp_path / "p")
+    expected = load_scorer("pickscore", model=folder)(image, prompt)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"):
+        (folder / name).unlink()
+    assert load_scorer("pickscore", model=folder)(image, prompt) == expected
+
+    both = checkpoints.write_clip(tmp_path / "clip")
+    head = checkpoints.write_aesthetic(both, 2, 16)
+    expected = load_scorer("aesthetic-v2", model=head, config={"clip": both})(image)
+    assert load_scorer("aesthetic-v2", model=head)(image) == load_scorer("aesthetic-v2", model=both)(image) == expected
+
+
 def test_half_precision_towers_stay_close_and_heads_stay_wide(tmp_path):
     images = [image for image in checkpoints.sample_images().values() if image.mode == "RGB"]
     prompts = checkpoints.PROMPTS[:2] * len(images)

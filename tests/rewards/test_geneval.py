@@ -11,6 +11,7 @@ from models import load_tiny
 from PIL import Image
 
 from diffalign import UserError, load_scorer
+from diffalign.rewards.check import check_scorer
 from diffalign.rewards.geneval import COLORS, ClipColorClassifier, Detection, relative_position
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "geneval.json").read_text())["cases"]
@@ -143,3 +144,14 @@ def test_malformed_metadata_is_one_sentence(metadata, message):
         load_scorer("geneval")([IMAGE], metadata=[{"detections": [], **metadata}])
     with pytest.raises(UserError, match="detector: 'nowhere:it' cannot be imported"):
         load_scorer("geneval", detector="nowhere:it")
+
+
+def test_the_common_checks():
+    def detector(image):
+        mean = float(np.asarray(image).mean())
+        return [Detection("cat", 0.9, (10, 10, 40, 40))] * int(mean // 50)
+
+    images = [Image.new("RGB", (60 + i, 50), (40 * i,) * 3) for i in range(6)]
+    metadata = [{"tag": "two_object", "include": [{"class": "cat", "count": 1 + i % 3}]} for i in range(6)]
+    scorer = load_scorer("geneval", detector=detector, mode="partial")
+    check_scorer(scorer, images, [""] * 6, metadata).raise_if_failed()

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from diffalign import UserError, load_scorer
+from diffalign.rewards.check import check_scorer
 from diffalign.rewards.vlm_judge import parse_score, yes_no_probability
 
 
@@ -170,3 +171,12 @@ def test_options():
     one, two = (load_scorer("vlm_judge", judge_model=name) for name in ("a", "b"))
     assert one.fingerprint() != two.fingerprint()
     assert load_scorer("vlm_judge", judge_model="a", template="Other {prompt}").fingerprint() != one.fingerprint()
+
+
+def test_the_common_checks(judge):
+    url, _ = judge
+    images = [gray(50 * i) for i in (1, 2, 3, 4, 5)]
+    for kind in ("unifiedreward", "yes_no"):
+        scorer = load_scorer("vlm_judge", url=url, judge_model="m", kind=kind)
+        shown = images[:4] if kind == "yes_no" else images
+        check_scorer(scorer, shown, [f"prompt {i}" for i in range(len(shown))]).raise_if_failed()
