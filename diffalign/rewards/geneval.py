@@ -6,9 +6,11 @@ Mask2Former of mmdetection, lives in an environment of its own and can serve thr
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +114,7 @@ def evaluate_clauses(
     """
     credits, reasons = list[float](), list[str]()
     matched: list[list[Detection] | None] = []
-    for clause in metadata.get("include", ()):
+    for clause in _clauses(metadata, "include"):
         label, count = clause["class"], int(clause["count"])
         everything = list(objects.get(label, ()))
         found = everything if exact_count else everything[:count]
@@ -121,14 +123,15 @@ def evaluate_clauses(
         failed = len(found) != count
         if failed:
             reasons.append(f"expected {label}{'==' if exact_count else '>='}{count}, found {len(found)}")
-            if "color" in clause or "position" in clause:
-                credits.append(0.0)
+            demands = ("color" in clause) + ("position" in clause)
+            credits += [0.0] * (min(demands, 1) if as_published else demands)
         elif "color" in clause:
             seen = list(colors(found, label))
             right = seen.count(clause["color"])
             credits.append(right / count)
             if right < count:
                 failed = True
+                credits += [0.0] * ("position" in clause and not as_published)
                 others = ", ".join(f"{seen.count(color)} {color}" for color in COLORS if color in seen)
                 reasons.append(f"expected {clause['color']} {label}>={count}, found {right} {clause['color']}; and {others}")
         if "position" in clause and not failed:
@@ -138,13 +141,18 @@ def evaluate_clauses(
             credits += [0.0] * failed + [1.0] * (not failed or (as_published and not no_target))
             reasons += [problem] if problem is not None else []
         matched.append(None if failed else found)
-    for clause in metadata.get("exclude", ()):
+    for clause in _clauses(metadata, "exclude"):
         number = len(objects.get(clause["class"], ()))
         if not as_published:
             credits.append(0.0 if number >= int(clause["count"]) else 1.0)
         if number >= int(clause["count"]):
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return ClauseResult(not reasons, "\n".join(reasons), credits)
+
+
+def _clauses(metadata: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The clauses of a kind. Tables such as Parquet hold None for what a clause does not have."""
+    return [{name: value for name, value in clause.items() if value is not None} for clause in metadata.get(kind) or ()]
 
 
 def _misplaced(found: Sequence[Detection], clause: Mapping[str, Any], matched: Sequence[list[Detection] | None]) -> str | None:
@@ -168,10 +176,11 @@ def check_metadata(metadata: Mapping[str, Any], place: str = "metadata") -> None
     Raises:
         UserError: naming the clause and what it lacks.
     """
-    include = metadata.get("include", [])
-    if not isinstance(include, Sequence) or isinstance(include, str) or not (include or metadata.get("exclude")):
-        raise UserError(f"{place}.include: expected a list of clauses such as {{'class': 'cat', 'count': 1}}, got {include!r}")
     for kind in ("include", "exclude"):
+        value = metadata.get(kind) or []
+        empty = kind == "include" and not value and not metadata.get("exclude")
+        if empty or not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"{place}.{kind}: expected a list of clauses such as {{'class': 'cat', 'count': 1}}, got {value!r}")
         for i, clause in enumerate(metadata.get(kind) or ()):
             where = f"{place}.{kind}[{i}]"
             if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
@@ -195,7 +204,8 @@ class GenEval(Scorer):
 
     Args:
         detector: callable from a PIL image to `Detection`s (or mappings with its fields), or its ``package.module:name``. None: the
-            metadata brings them under `detections`.
+            metadata brings them under `detections`. Its scores are kept in a cache only when it can be told from another: when it is a
+            function of a module, or has a method ``fingerprint() -> str``; so for the classifier.
         color_classifier: `ColorClassifier`, needed by prompts that name colours unless the detections have a `color`.
         mode: ``geneval``: the published rule; surplus objects are allowed. ``strict``: counts must be equal, as flow_grpo trains.
             ``partial``: the mean credit of its demands, each in [0, 1]. ``partial_published``: flow_grpo's reward to the letter, see
@@ -227,9 +237,11 @@ class GenEval(Scorer):
         self.mode = mode
         self.detector = _callable(detector, "detector")
         self.color_classifier = _callable(color_classifier, "color_classifier")
+        if None in (_identity(self.detector), _identity(self.color_classifier)):
+            self.deterministic = False  # type: ignore[misc]  # two of them would share their cached scores
 
     def identity(self) -> dict[str, Any]:
-        named = {name: _name_of(getattr(self, name)) for name in ("detector", "color_classifier")}
+        named = {name: _identity(getattr(self, name)) for name in ("detector", "color_classifier")}
         return {"mode": self.mode, **named}
 
     def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
@@ -251,7 +263,10 @@ class GenEval(Scorer):
         if given is None and self.detector is None:
             raise _Unknown("no detections: give metadata['detections'] or a detector")
         image = item.image.convert("RGB")
-        found = [_detection(one) for one in (given if given is not None else self.detector(image))]  # type: ignore[misc]
+        seen = given if given is not None else self.detector(image)  # type: ignore[misc]
+        if not isinstance(seen, Iterable) or isinstance(seen, (str, Mapping)):
+            raise UserError(f"detections: expected a list of {{label, score, box}}, got {type(seen).__name__}")
+        found = [_detection(one) for one in seen]
         objects = keep_detections(found, str(item.metadata.get("tag", "")))
 
         def colors(detections: Sequence[Detection], label: str) -> Sequence[str]:
@@ -284,20 +299,16 @@ class ClipColorClassifier:
     def __init__(self, scorer: Any) -> None:
         self.scorer = scorer
 
+    def fingerprint(self) -> str | None:
+        """That of its scorer; None for an object that has none."""
+        return self.scorer.fingerprint() if isinstance(self.scorer, Scorer) else None
+
     def __call__(self, image: Any, detections: Sequence[Detection], label: str) -> list[str]:
         import torch
-        from PIL import Image
 
         from .towers import unit
 
-        crops = []
-        for one in detections:
-            picture = image
-            if one.mask is not None:
-                blank = Image.new("RGB", image.size, "#999")
-                picture = Image.composite(image, blank, Image.fromarray(one.mask.astype("uint8") * 255))
-            crops.append(picture.crop(tuple(round(value) for value in one.box)))
-        scorer = self.scorer
+        scorer, crops = self.scorer, [_crop(image, one) for one in detections]
         with torch.no_grad():
             pixels = torch.stack([scorer.preprocess.normalise(scorer.preprocess.exact(crop)) for crop in crops])
             features = scorer.image_features(pixels.to(scorer.device, scorer.dtype))
@@ -307,6 +318,20 @@ class ClipColorClassifier:
                 classes.append(unit(texts.mean(0)))
             best = (features @ torch.stack(classes).T).argmax(-1)
         return [COLORS[i] for i in best.tolist()]
+
+
+def _crop(image: Any, one: Detection) -> Any:
+    """The box of an object, everything else in it gray; never empty."""
+    import numpy as np
+    from PIL import Image
+
+    if one.mask is not None:
+        mask = np.asarray(one.mask, dtype=bool)
+        if mask.shape != (image.height, image.width):
+            raise UserError(f"detections: the mask of {one.label} is {mask.shape}, the image ({image.height}, {image.width})")
+        image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(mask.astype("uint8") * 255))
+    left, top, right, bottom = (round(value) for value in one.box)
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 class _Unknown(Exception):
@@ -319,9 +344,10 @@ def _detection(value: Any) -> Detection:
     try:
         label = value.get("label", value.get("class"))
         box = tuple(float(side) for side in value["box"])
-        if not isinstance(label, str) or len(box) != 4:
-            raise ValueError("a detection has a label and a box of four numbers")
-        return Detection(label, float(value["score"]), box, value.get("mask"), value.get("color"))  # type: ignore[arg-type]
+        score = float(value["score"])
+        if not isinstance(label, str) or len(box) != 4 or not all(map(math.isfinite, (*box, score))):
+            raise ValueError("a detection has a label, a score and a box of four numbers")
+        return Detection(label, score, box, value.get("mask"), value.get("color"))  # type: ignore[arg-type]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"detections: expected {{label, score, box}}, got {value!r} ({error})") from error
 
@@ -338,9 +364,19 @@ def _callable(value: Any, field_name: str) -> Any:
     return value
 
 
-def _name_of(value: Any) -> str | None:
+def _identity(value: Any) -> str | None:
+    """What tells a detector or classifier from others, an empty text for none at all; None where it cannot be known, as for closures and
+    objects with settings of their own."""
     if value is None:
+        return ""
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    fingerprint = getattr(value, "fingerprint", None)
+    if callable(fingerprint):
+        found = fingerprint()
+        return f"{name} {found}" if isinstance(found, str) else None
+    if not inspect.isfunction(value) or "<" in name or value.__closure__:
         return None
-    scorer = getattr(value, "scorer", None)
-    of = f"({scorer.fingerprint()})" if isinstance(scorer, Scorer) else ""
-    return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}{of}"
+    try:
+        return f"{name} {hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]}"
+    except OSError:  # written in an interactive session
+        return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..exceptions import ConfigError
+from ..exceptions import ConfigError, UserError
 from .base import Item, Scorer
 from .http_client import ServerFailure, check_calls, check_url, png_base64, request_json
 from .spec import ScorerSpec
@@ -25,7 +26,7 @@ class RemoteScorer(Scorer):
         retries: further tries when the connection fails or the server is busy.
         backoff: seconds of the first pause at most; it doubles.
         concurrency: requests at once.
-        max_items: images per request.
+        max_items: images per request at most; the server's own limits, also that of bytes, are kept too.
         on_error: ``raise``, or ``nan`` to make scores missing when the server fails.
 
     Raises:
@@ -66,7 +67,8 @@ class RemoteScorer(Scorer):
         self.concurrency, self.on_error = concurrency, on_error
         info = request_json(f"{self.url}/info", timeout=timeout, retries=retries, backoff=backoff)
         self.remote_fingerprint = self._check(info, scorer, expect_fingerprint)
-        self.max_items = min(max_items, int(info.get("limits", {}).get("max_items", max_items)))
+        limits = self._limits(info)
+        self.max_items, self.max_bytes = min(max_items, limits.get("max_items", max_items)), limits.get("max_bytes", math.inf)
         self.spec = self._remote_spec(info)  # type: ignore[misc]
 
     def _check(self, info: dict[str, Any], scorer: str | None, expected: str | None) -> str:
@@ -80,6 +82,16 @@ class RemoteScorer(Scorer):
                 "expect_fingerprint",
                 f"{self.url} has the fingerprint {found}, not {expected}: other weights, settings or version; their scores cannot be mixed",
             )
+        return found
+
+    def _limits(self, info: dict[str, Any]) -> dict[str, int]:
+        """What the server allows, as far as it says."""
+        limits = info.get("limits") or {}
+        found = (
+            {name: limits[name] for name in ("max_items", "max_bytes") if name in limits} if isinstance(limits, dict) else None
+        )
+        if found is None or not all(type(value) is int and value >= 1 for value in found.values()):
+            raise ServerFailure(f"{self.url}/info answered limits that cannot be read ({limits}); update the server or this side")
         return found
 
     def _remote_spec(self, info: dict[str, Any]) -> ScorerSpec:
@@ -108,17 +120,36 @@ class RemoteScorer(Scorer):
         return values, notes
 
     def _ask(self, items: Sequence[Item]) -> tuple[list[float], dict[int, str]]:
-        payload = {
-            "expect_fingerprint": self.remote_fingerprint,
-            "items": [{"image": png_base64(item.image), "prompt": item.prompt, "metadata": item.metadata} for item in items],
-        }
+        return self._send([self._encoded(item) for item in items])
+
+    def _encoded(self, item: Item) -> tuple[dict[str, Any], int]:
+        """What is sent of an item, and its bytes."""
+        image = png_base64(item.image)
         try:
+            rest = json.dumps([item.prompt, item.metadata])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"metadata: cannot be sent as JSON ({error}); give text, numbers, lists and mappings") from error
+        return {"image": image, "prompt": item.prompt, "metadata": item.metadata}, len(image) + len(rest) + 64
+
+    def _send(self, encoded: list[tuple[dict[str, Any], int]]) -> tuple[list[float], dict[int, str]]:
+        """One request, or several where the server would refuse it for its size."""
+        count, size = len(encoded), 256 + sum(size for _, size in encoded)
+        if size > self.max_bytes and count > 1:
+            first, notes = self._send(encoded[: count // 2])
+            second, more = self._send(encoded[count // 2 :])
+            return first + second, notes | {len(first) + i: sentence for i, sentence in more.items()}
+        payload = {"expect_fingerprint": self.remote_fingerprint, "items": [item for item, _ in encoded]}
+        try:
+            if size > self.max_bytes:
+                raise ServerFailure(
+                    f"{self.url} takes {self.max_bytes} bytes at most, one image has {size}; raise its --max_bytes"
+                )
             reply = request_json(f"{self.url}/score", payload, timeout=self.timeout, retries=self.retries, backoff=self.backoff)
-            return self._read(reply, len(items))
+            return self._read(reply, count)
         except ServerFailure as error:
             if self.on_error == "raise":
                 raise
-            return [math.nan] * len(items), dict.fromkeys(range(len(items)), str(error))
+            return [math.nan] * count, dict.fromkeys(range(count), str(error))
 
     def _read(self, reply: dict[str, Any], count: int) -> tuple[list[float], dict[int, str]]:
         scores, errors = reply.get("scores"), reply.get("errors") or [None] * count
@@ -128,9 +159,12 @@ class RemoteScorer(Scorer):
                 "another scorer; load this one again"
             )
         good = isinstance(scores, list) and isinstance(errors, list) and len(scores) == len(errors) == count
-        if not good or not all(score is None or isinstance(score, (int, float)) for score in scores):  # type: ignore[union-attr]
+        if not good or not all(score is None or type(score) in (int, float) for score in scores):  # type: ignore[union-attr]
             raise ServerFailure(f"{self.url} answered no list of {count} scores; that is no scorer")
-        values = [math.nan if score is None else float(score) for score in scores]  # type: ignore[union-attr]
+        try:
+            values = [math.nan if score is None else float(score) for score in scores]  # type: ignore[union-attr]
+        except OverflowError:
+            raise ServerFailure(f"{self.url} answered a score that no float holds; that is no scorer") from None
         return values, dict(self._said(values, errors))
 
     @staticmethod

@@ -14,6 +14,7 @@ import binascii
 import io
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _READ_SECONDS = 30.0
+_PLACE = re.compile(r"""(['"])(?:[~/]|[A-Za-z]:\\)[^'"]*\1|(?<![\w:/.])/[^\s'",;)]+""")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Limits:
         for name, value in asdict(self).items():
             if value < 1:
                 raise ConfigError(f"--{name}", f"expected int >= 1, got {value}")
+
+
+def _public(sentence: str) -> str:
+    """The sentence without the places of files on this machine, such as that of a cache which cannot be read."""
+    return _PLACE.sub("(a file of the server)", sentence)
 
 
 class _Refused(Exception):
@@ -178,7 +185,7 @@ class _Service:
                 result = self.scorer.score(list(images), list(prompts), list(metadata), on_error="nan")
             for place, value, number in zip(places, result.values.tolist(), range(len(places)), strict=True):
                 scores[place] = value if math.isfinite(value) else None
-                errors[place] = None if math.isfinite(value) else result.errors.get(number, "no score")
+                errors[place] = None if math.isfinite(value) else _public(result.errors.get(number, "no score"))
         return {"scores": scores, "errors": errors, "fingerprint": self.fingerprint}
 
     def _read(self, item: Any) -> tuple[Any, str, dict[str, Any]]:
@@ -189,14 +196,17 @@ class _Service:
         """
         if not isinstance(item, Mapping):
             raise ValueError("expected an object with an image")
-        prompt, metadata = item.get("prompt"), item.get("metadata") or {}
-        if prompt is None:
-            prompt = ""
+        image, prompt, metadata = self._image(item.get("image")), item.get("prompt"), item.get("metadata")
+        # A score for a prompt that nobody gave would be a made-up number.
+        for name, value in (("prompt", prompt), ("metadata", metadata)):
+            if value is None and name in self.scorer.spec.requires:
+                raise ValueError(f"{name}: {self.scorer.spec.key} needs it with every image")
+        prompt, metadata = "" if prompt is None else prompt, {} if metadata is None else metadata
         if not isinstance(prompt, str) or len(prompt) > self.limits.max_prompt:
             raise ValueError(f"prompt: expected text of at most {self.limits.max_prompt} characters")
         if not isinstance(metadata, dict):
             raise ValueError("metadata: expected an object")
-        return self._image(item.get("image")), prompt, metadata
+        return image, prompt, metadata
 
     def _image(self, text: Any) -> Any:
         from PIL import Image
@@ -240,7 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # the rest of the body was not read
             self._answer(refused.status, {"error": str(refused)})
         except UserError as error:  # what the scorer says of this request
-            self._answer(400, {"error": str(error)})
+            print(f"refused: {error}", file=sys.stderr, flush=True)
+            self._answer(400, {"error": _public(str(error))})
         except OSError:
             self.close_connection = True
         except Exception as error:
@@ -274,6 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         except OSError:
             self.close_connection = True  # the client has gone
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses, such as other methods: as JSON too."""
+        self.close_connection = True
+        self._answer(code, {"error": "the request is not understood; there are GET /info, GET /health and POST /score"})
 
     def log_message(self, format: str, *values: Any) -> None:
         """Requests are not logged."""

@@ -31,26 +31,36 @@ _KINDS: dict[str, tuple[str, tuple[float, float]]] = {
     "yes_no": (YES_NO, (0.0, 1.0)),
 }
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?![\d.]*\d)"
-_AFTER_LABEL = re.compile(rf"score\b[\s*_`:=\]\)\"'-]*?(?:is\s+)?[\s*_`\[\(\"']*({_NUMBER})", re.IGNORECASE)
+# What may follow: the end of the scale, or something that makes it no plain number (4 %, 4,5, 4-5).
+_TAIL = r"(?:[\s*_`]*(?:/|out\s+of)[\s*_`]*(\d+(?:\.\d+)?)|([ \t]*%|,\d|[ \t]*(?:[-–]|to\b)[ \t]*\d))?"
+_AFTER_LABEL = re.compile(
+    # A bracket that is more than the number, as in "Score (1-5): 4", names the scale.
+    rf"score\b(?:[ \t*_`]*\((?!{_NUMBER}\s*\))[^()\n]*\))?[\s*_`:=\[\]()\"'-]*?(?:is\s+[\s*_`\[(\"']*)?({_NUMBER}){_TAIL}",
+    re.IGNORECASE,
+)
+_ALONE = re.compile(rf"[\s*_`\[(\"']*({_NUMBER}){_TAIL}[\s*_`\])\"'.]*", re.IGNORECASE)
 
 
 def parse_score(text: str, low: float = 1.0, high: float = 5.0) -> float:
     """The last score in a reply.
 
-    A number after the word "score" counts, in any case and through Markdown (``**Final Score:** 4``, ``Score: [4]``, ``Final Score: 4/5``); a
-    reply that is nothing but a number counts too.
+    A number after the word "score" counts, in any case and through Markdown (``**Final Score:** 4``, ``Score: [4]``, ``Final Score: 4/5``,
+    ``Score (1-5): 4``); a reply that is nothing but a number counts too.
 
     Returns:
-        the score, or NaN when there is none or the last one is outside [low, high]: "Final Score: 10" is no 1.
+        the score, or NaN when there is none, or the last one is outside [low, high] ("Final Score: 10" is no 1), on another scale
+        (4/10) or no plain number (4-5, "4,5").
     """
-    found = _AFTER_LABEL.findall(text)
+    found = [match.groups() for match in _AFTER_LABEL.finditer(text)]
     if not found:
-        alone = re.fullmatch(rf"[\s*_`\[\(\"']*({_NUMBER})[\s*_`\]\)\"'.]*(?:/\s*\d+[\s*_`.]*)?", text)
-        found = [alone.group(1)] if alone else []
+        alone = _ALONE.fullmatch(text)
+        found = [alone.groups()] if alone else []
     if not found:
         return math.nan
-    value = float(found[-1])
-    return value if low <= value <= high else math.nan
+    number, scale, unclear = found[-1]
+    value = float(number)
+    good = low <= value <= high and not unclear and (scale is None or float(scale) == high)
+    return value if good else math.nan
 
 
 def yes_no_probability(top_logprobs: Sequence[Mapping[str, Any]]) -> float:
@@ -76,7 +86,7 @@ class VLMJudge(Scorer):
         judge_model: name of the model that the server knows.
         kind: ``unifiedreward``: a written judgement with a score from 1 to 5, divided by 5. ``yes_no``: P(yes) / (P(yes) + P(no)) of
             the first word.
-        template: another question; ``{prompt}`` stands for the prompt.
+        template: another question for an answer of that kind, so on the same scale; ``{prompt}`` stands for the prompt.
         image_size: the image is resized to this square first (UnifiedReward is asked at 512); None sends it as it is.
         api_key_env: environment variable that holds the key, if the server wants one.
         max_tokens: of the reply.
@@ -136,9 +146,14 @@ class VLMJudge(Scorer):
         )
         self.headers: dict[str, str] = {}
         if api_key_env is not None:
-            if not os.environ.get(api_key_env):
+            key = os.environ.get(api_key_env, "").strip()
+            if not key:
                 raise ConfigError("api_key_env", f"the environment variable {api_key_env} is not set")
-            self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+            if not (key.isascii() and key.isprintable()):  # checked here, for what http.client says of it shows the key
+                raise ConfigError(
+                    "api_key_env", f"{api_key_env} holds characters that no key has, such as a line break; set it again"
+                )
+            self.headers["Authorization"] = f"Bearer {key}"
 
     def identity(self) -> dict[str, Any]:
         question = hashlib.sha256(self.template.encode()).hexdigest()
@@ -193,7 +208,7 @@ class VLMJudge(Scorer):
             else:
                 said = str(choice["message"]["content"])
                 value = parse_score(said, self.low, self.high) / self.high
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
             return math.nan, f"{self.url} answered without {'log-probabilities' if self.kind == 'yes_no' else 'a message'}"
         shown = " ".join(said.split())[-120:]
         return value, "" if math.isfinite(value) else f"the reply holds no score from {self.low:g} to {self.high:g}: ...{shown!r}"

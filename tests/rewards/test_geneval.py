@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign import UserError, load_scorer
 from diffalign.rewards.check import check_scorer
-from diffalign.rewards.geneval import COLORS, ClipColorClassifier, Detection, relative_position
+from diffalign.rewards.geneval import COLORS, ClipColorClassifier, Detection, evaluate_clauses, keep_detections, relative_position
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "geneval.json").read_text())["cases"]
 IMAGE = Image.new("RGB", (100, 100), (120, 120, 120))
@@ -155,3 +155,98 @@ def test_the_common_checks():
     metadata = [{"tag": "two_object", "include": [{"class": "cat", "count": 1 + i % 3}]} for i in range(6)]
     scorer = load_scorer("geneval", detector=detector, mode="partial")
     check_scorer(scorer, images, [""] * 6, metadata).raise_if_failed()
+
+
+def test_none_stands_for_what_a_clause_does_not_have():
+    """As tables with one column per field hold it."""
+    clause = {"class": "cat", "count": 1, "color": None, "position": None}
+    metadata = {"tag": "single_object", "include": [clause], "exclude": None, "detections": [cat(0)]}
+    for mode in ("geneval", "strict", "partial", "partial_published"):
+        assert load_scorer("geneval", mode=mode)([IMAGE], metadata=[metadata])[0] == 1
+    only = {"include": None, "exclude": [{"class": "dog", "count": 1}]}
+    assert load_scorer("geneval")([IMAGE], metadata=[{**only, "detections": [cat(0)]}])[0] == 1
+    assert load_scorer("geneval")([IMAGE], metadata=[{**only, "detections": [dog(0)]}])[0] == 0
+
+
+def credits_of(detections, include, **options):
+    objects = keep_detections([Detection(d["label"], d["score"], d["box"], color=d.get("color")) for d in detections], "")
+    return evaluate_clauses(
+        objects, {"include": include}, lambda found, _: [one.color for one in found], exact_count=True, **options
+    )
+
+
+def test_every_demand_has_one_credit_whatever_fails_first():
+    include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}]
+    right, wrong, away = cat(0, color="red"), cat(0, color="blue"), cat(90, color="red")
+    for detections, published, mended in (
+        ([dog(50), right], [1, 1, 1, 1], [1, 1, 1, 1]),
+        ([dog(50), wrong], [1, 1, 0], [1, 1, 0, 0]),
+        ([dog(50), away], [1, 1, 1, 0, 1], [1, 1, 1, 0]),  # published: a failed position collects a 1 behind its 0
+        ([dog(50)], [1, 0, 0], [1, 0, 0, 0]),
+        ([right], [0, 1, 1, 0], [0, 1, 1, 0]),  # no target: no 1 behind it
+    ):
+        assert credits_of(detections, include, as_published=True).credits == published
+        assert credits_of(detections, include).credits == mended
+
+
+@pytest.mark.parametrize(
+    ("detections", "message"),
+    [
+        (5, "expected a list of .*got int"),
+        ("cat", "expected a list of .*got str"),
+        ([cat(0, score=float("nan"))], "a score and a box of four numbers"),
+        ([{"label": "cat", "score": 0.9, "box": [0, 0, float("nan"), 5]}], "a score and a box of four numbers"),
+        ([{"label": "cat", "score": 0.9, "box": [0, 0, 5]}], "a score and a box of four numbers"),
+    ],
+)
+def test_malformed_detections_are_one_sentence(detections, message):
+    metadata = {"include": [{"class": "cat", "count": 1}], "detections": detections}
+    with pytest.raises(UserError, match=f"detections: .*{message}"):
+        load_scorer("geneval")([IMAGE], metadata=[metadata])
+    if detections == 5:
+        with pytest.raises(UserError, match="metadata.exclude: expected a list"):
+            load_scorer("geneval")([IMAGE], metadata=[{**metadata, "detections": [], "exclude": 5}])
+
+
+def finds_a_cat(image):
+    return [Detection("cat", 0.9, (0, 0, 5, 5))]
+
+
+class Threshold:
+    """A detector with a setting, which says so."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, image):
+        return [Detection("cat", self.value, (0, 0, 5, 5))]
+
+
+class Named(Threshold):
+    def fingerprint(self):
+        return f"threshold {self.value}"
+
+
+def test_detectors_that_cannot_be_told_apart_share_no_cache(tmp_path):
+    metadata = [{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}]
+    found = {}
+    for kind in (Threshold, Named):
+        for value in (0.1, 0.9):
+            scorer = load_scorer("geneval", detector=kind(value), cache=tmp_path / "scores.sqlite")
+            first, again = (scorer.score([picture(1)], metadata=metadata) for _ in range(2))
+            assert first.values[0] == again.values[0] == (value > 0.3)
+            found[kind, value] = (scorer.fingerprint(), again.cached)
+    assert [cached for _, cached in found.values()] == [0, 0, 1, 1]
+    assert found[Named, 0.1][0] != found[Named, 0.9][0]
+    assert load_scorer("geneval", detector=finds_a_cat).deterministic
+    assert not load_scorer("geneval", detector=lambda image: []).deterministic
+    assert load_scorer("geneval").deterministic
+
+
+def test_boxes_without_area_and_masks_as_lists_have_colours_too(tmp_path):
+    classifier = ClipColorClassifier(load_tiny("clip-l14", tmp_path))
+    mask = [[True] * 100 for _ in range(100)]
+    found = [Detection("cat", 0.9, (10.2, 10.2, 10.4, 40)), Detection("cat", 0.9, (0, 0, 50, 50), mask)]
+    assert set(classifier(IMAGE, found, "cat")) <= set(COLORS)
+    with pytest.raises(UserError, match=r"the mask of cat is \(1, 2\), the image \(100, 100\)"):
+        classifier(IMAGE, [Detection("cat", 0.9, (0, 0, 5, 5), [[True, False]])], "cat")

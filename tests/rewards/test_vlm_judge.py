@@ -35,7 +35,22 @@ from diffalign.rewards.vlm_judge import parse_score, yes_no_probability
         ("Final Score:\n\n5", 5),
         ("4", 4),
         (" **3** ", 3),
+        ("Alignment Score (1-5): 4", 4),
+        ("**Alignment Score (1 to 5):** 2", 2),
+        ("Final Score (4)", 4),
+        ("Final Score: (4/5)", 4),
+        ("Final Score: 4 out of 5", 4),
+        ("The score is **4**.", 4),
+        ('{"final_score": 4}', 4),
+        ("Final Score: 4\n- 2 cats are missing", 4),
         ("Final Score: 10", None),
+        ("Final Score: 4/10", None),
+        ("4/10", None),
+        ("Final Score: 4-5", None),
+        ("Final Score: 1 to 5", None),
+        ("Final Score: 4,5", None),
+        ("Final Score: 4%", None),
+        ("Alignment Score (1-5): four", None),
         ("Final Score: 0", None),
         ("Final Score: -3", None),
         ("Final Score: 2 ... no, Final Score: 7", None),
@@ -180,3 +195,31 @@ def test_the_common_checks(judge):
         scorer = load_scorer("vlm_judge", url=url, judge_model="m", kind=kind)
         shown = images[:4] if kind == "yes_no" else images
         check_scorer(scorer, shown, [f"prompt {i}" for i in range(len(shown))]).raise_if_failed()
+
+
+def test_a_key_never_shows_and_may_end_in_a_line_break(judge, monkeypatch):
+    url, handler = judge
+    monkeypatch.setenv("JUDGE_KEY", "secret\n")
+    assert load_scorer("vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY")([gray(100)], ["p"])[0] > 0
+    assert handler.seen[0][1] == "Bearer secret"
+    monkeypatch.setenv("JUDGE_KEY", "secret\nX-Other: 1")
+    with pytest.raises(UserError, match="api_key_env: JUDGE_KEY holds characters") as caught:
+        load_scorer("vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"logprobs": None, "message": {"content": "Yes"}},
+        {"logprobs": {"content": []}},
+        {"logprobs": {"content": [{"top_logprobs": [3]}]}},
+        {"logprobs": {"content": [{"top_logprobs": [{"token": "yes", "logprob": 1e9}]}]}},
+        {"logprobs": {"content": [{"top_logprobs": [{"token": "perhaps", "logprob": -0.1}]}]}},
+    ],
+)
+def test_log_probabilities_that_cannot_be_read_are_missing(judge, choice):
+    url, handler = judge
+    handler.reply = classmethod(lambda cls, body: {"choices": [choice]})
+    result = load_scorer("vlm_judge", url=url, judge_model="m", kind="yes_no").score([gray(1)], ["p"])
+    assert result.values.isnan().all() and result.errors[0]

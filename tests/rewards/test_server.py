@@ -1,0 +1,60 @@
+"""What serve-scorer answers to requests that lack something, and what it never tells."""
+
+from __future__ import annotations
+
+import http.client
+import json
+
+from test_remote import Bright, b64, gray, png, post, serving
+
+from diffalign import UserError, load_scorer
+from diffalign.rewards.base import Item, Scorer
+from diffalign.rewards.spec import ScorerSpec
+
+
+def test_what_a_scorer_needs_is_never_made_up():
+    image = b64(png(gray(5)))
+    with serving(Bright()) as url:
+        reply = post(url, {"items": [{"image": image}, {"image": image, "prompt": ""}]})[1]
+        assert reply["scores"] == [None, 5.0] and "prompt: bright needs it" in reply["errors"][0]
+    with serving(load_scorer("geneval")) as url:
+        reply = post(url, {"items": [{"image": image, "prompt": "a"}]})[1]
+        assert reply["scores"] == [None] and "metadata: geneval needs it" in reply["errors"][0]
+    with serving(load_scorer("jpeg_incompressibility")) as url:
+        assert post(url, {"items": [{"image": image}]})[1]["scores"][0] > 0
+
+
+class Telling(Scorer):
+    """Says where its files are, as an unusable cache does."""
+
+    spec = ScorerSpec(key="telling", summary="tells", requires=("image", "prompt"))
+
+    def score_batch(self, items: list[Item]):
+        if items[0].prompt == "raise":
+            raise UserError("cache: '/srv/secret place/c.sqlite' is damaged; http://host/v1 and 3/4 and and/or stay")
+        return [float("nan")] * len(items), dict.fromkeys(range(len(items)), "model: /srv/secret/model.pt is gone; mend it")
+
+
+def test_no_place_on_the_server_is_told():
+    image = b64(png(gray(5)))
+    with serving(Telling()) as url:
+        status, reply = post(url, {"items": [{"image": image, "prompt": "raise"}]})
+        expected = "cache: (a file of the server) is damaged; http://host/v1 and 3/4 and and/or stay"
+        assert (status, reply["error"]) == (400, expected)
+        status, reply = post(url, {"items": [{"image": image, "prompt": "x"}]})
+        assert reply["errors"] == ["model: (a file of the server) is gone; mend it"]
+
+
+def test_other_methods_and_paths_are_answered_in_json():
+    with serving(Bright()) as url:
+        for method, path, status in (
+            ("PUT", "/score", 501),
+            ("GET", "/../../etc/passwd", 404),
+            ("GET", "/score", 404),
+            ("GET", "/health", 200),
+        ):
+            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+            connection.request(method, path)
+            reply = connection.getresponse()
+            assert (reply.status, reply.headers["Content-Type"]) == (status, "application/json")
+            assert json.loads(reply.read())
