@@ -26,6 +26,7 @@ from .cache import ScoreCache, content_key
 from .images import ImageInput, Preprocess, UnreadableImage, check_pixels, read_images
 from .spec import ScorerSpec
 
+_LARGEST = torch.finfo(torch.float32).max
 _TEXTS_KEPT = 512  # prompts whose features stay in memory between calls
 
 
@@ -200,7 +201,7 @@ class Scorer:
             self.cache.put_many(self.fingerprint(), {key: value for key, value in found.items() if math.isfinite(value)})
         row = [math.nan] * len(items)
         for key, value in (values | found).items():
-            if math.isinf(value):
+            if abs(value) > _LARGEST:
                 call.missing(key, "the score is infinite")
                 value = math.nan
             for place in call.places[key]:

@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import random
 import time
 import urllib.error
@@ -44,15 +45,19 @@ def check_url(url: Any, field: str = "url") -> str:
     Raises:
         ConfigError: anything that is not http or https with a host.
     """
-    parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url) if isinstance(url, str) and url.isascii() else None
+        good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        good = False
+    if not good:
         raise ConfigError(field, f"expected an address such as http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/")
 
 
 def check_calls(timeout: Any, retries: Any, concurrency: Any, on_error: Any) -> None:
     """Raises ConfigError for values that make no sense."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
         raise ConfigError("timeout", f"expected seconds above 0, got {timeout!r}")
     for field, value, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -102,7 +107,7 @@ def _object(url: str, data: bytes) -> dict[str, Any]:
         raise ServerFailure(f"{url} answered more than {_LARGEST_REPLY >> 20} MiB; that is no scorer")
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ServerFailure(f"{url} answered what is no JSON object ({data[:60]!r}); that is no scorer")
@@ -119,7 +124,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
         value = json.loads(text)
         text = value.get("error", text) if isinstance(value, dict) else text
         text = text.get("message", str(text)) if isinstance(text, dict) else text
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return " ".join(str(text).split())[:300] or str(error.reason)
 

@@ -64,7 +64,7 @@ class ImageInput:
                 raise
             except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
                 raise UnreadableImage(f"{self.place}: {self._name()} cannot be decoded ({error}); remove or repair it") from error
-            if image.mode.startswith("I"):
+            if image.mode.startswith("I") and image.getextrema()[1] > 255:
                 warnings.warn(
                     f"{self.place}: 16-bit values above 255 become white, as in the published code; convert the image to 8 bits first",
                     stacklevel=2,

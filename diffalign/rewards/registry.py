@@ -312,7 +312,9 @@ class CallableScorer(Scorer):
             source = inspect.getsource(self.target)
         except (OSError, TypeError):  # written in an interactive session
             source = getattr(self.target, "__qualname__", repr(self.target))
-        return {"source": hashlib.sha256(source.encode()).hexdigest(), "arguments": self.arguments}
+        # Two functions from one factory have one source; what they closed over tells them apart (by address where there is no better).
+        cells = [repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()]
+        return {"source": hashlib.sha256(source.encode()).hexdigest(), "closure": cells, "arguments": self.arguments}
 
     def score_batch(self, items: list[Item]) -> Any:
         given: tuple[Any, ...] = ([i.image for i in items], [i.prompt for i in items], [i.metadata for i in items])

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _READ_SECONDS = 30.0
+_PIXELS_AT_ONCE = 1 << 25  # decoded before they are scored: 128 MiB of RGBA
 _PLACE = re.compile(r"""(['"])(?:[~/]|[A-Za-z]:\\)[^'"]*\1|(?<![\w:/.])/[^\s'",;)]+""")
 
 
@@ -173,20 +174,28 @@ class _Service:
             raise _Refused(413, f"items: {len(items)} are more than the limit of {self.limits.max_items}")
         scores: list[float | None] = [None] * len(items)
         errors: list[str | None] = [None] * len(items)
-        good: list[tuple[int, Any, str, dict[str, Any]]] = []
-        for i, item in enumerate(items):
-            try:
-                good.append((i, *self._read(item)))
-            except ValueError as error:
-                errors[i] = str(error)
-        if good:
-            with self._lock:
-                places, images, prompts, metadata = zip(*good, strict=True)
-                result = self.scorer.score(list(images), list(prompts), list(metadata), on_error="nan")
-            for place, value, number in zip(places, result.values.tolist(), range(len(places)), strict=True):
-                scores[place] = value if math.isfinite(value) else None
-                errors[place] = None if math.isfinite(value) else _public(result.errors.get(number, "no score"))
+        ready: list[tuple[int, Any, str, dict[str, Any]]] = []
+        with self._lock:  # decoding too, so that many requests do not fill the memory together
+            for i, item in enumerate(items):
+                try:
+                    ready.append((i, *self._read(item)))
+                except ValueError as error:
+                    errors[i] = str(error)
+                if sum(image.width * image.height for _, image, _, _ in ready) >= _PIXELS_AT_ONCE:
+                    self._score_ready(ready, scores, errors)
+            self._score_ready(ready, scores, errors)
         return {"scores": scores, "errors": errors, "fingerprint": self.fingerprint}
+
+    def _score_ready(self, ready: list[Any], scores: list[float | None], errors: list[str | None]) -> None:
+        """Scores what was decoded and lets go of it."""
+        if not ready:
+            return
+        places, images, prompts, metadata = zip(*ready, strict=True)
+        result = self.scorer.score(list(images), list(prompts), list(metadata), on_error="nan")
+        for number, (place, value) in enumerate(zip(places, result.values.tolist(), strict=True)):
+            scores[place] = value if math.isfinite(value) else None
+            errors[place] = None if math.isfinite(value) else _public(result.errors.get(number, "no score"))
+        ready.clear()
 
     def _read(self, item: Any) -> tuple[Any, str, dict[str, Any]]:
         """(image, prompt, metadata) of one item.

@@ -187,7 +187,7 @@ def test_missing_and_infinite_scores_are_nan_with_a_reason():
         spec = ScorerSpec(key="test-partly", summary="partly", requires=("image",))
 
         def score_batch(self, items):
-            return [1.0, None, float("inf"), float("nan")], {1: "no detector"}
+            return [1.0, None, 1e300, float("nan")], {1: "no detector"}
 
     result = Partly().score([picture(i) for i in range(4)])
     assert result.values[0] == 1 and result.values[1:].isnan().all()

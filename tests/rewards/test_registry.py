@@ -140,6 +140,20 @@ def test_a_function_with_other_code_has_another_fingerprint():
     assert load_scorer("f").fingerprint() != first
 
 
+def test_two_functions_from_one_factory_do_not_share_cached_scores(tmp_path):
+    def factory(value):
+        def constant(images):
+            return [value] * len(images)
+
+        return constant
+
+    found = []
+    for value in (1.0, 2.0):
+        register_scorer("constant", override=True, requires=("image",))(factory(value))
+        found.append(load_scorer("constant", cache=tmp_path / "scores.sqlite")(images(1))[0])
+    assert found == [1, 2]
+
+
 def test_a_file_runs_only_when_trusted(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -58,3 +58,21 @@ def test_other_methods_and_paths_are_answered_in_json():
             reply = connection.getresponse()
             assert (reply.status, reply.headers["Content-Type"]) == (status, "application/json")
             assert json.loads(reply.read())
+
+
+def test_large_images_of_one_request_are_decoded_and_scored_part_by_part(monkeypatch):
+    from diffalign.rewards import server
+
+    monkeypatch.setattr(server, "_PIXELS_AT_ONCE", 2 * 12 * 8)  # two of the images below
+    sizes = []
+
+    class Counting(Bright):
+        def score_batch(self, items: list[Item]):
+            sizes.append(len(items))
+            return super().score_batch(items)
+
+    with serving(Counting()) as url:
+        items = [{"image": b64(png(gray(5 * i))), "prompt": "a"} for i in range(5)]
+        items.insert(2, {"image": "broken"})
+        reply = post(url, {"items": items})[1]
+    assert sizes == [2, 2, 1] and reply["scores"] == [0.0, 5.0, None, 10.0, 15.0, 20.0]
