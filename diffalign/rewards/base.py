@@ -454,18 +454,21 @@ class ModelScorer(Scorer):
             return {}
         values: dict[bytes, float] = {}
         keys = list(items)
+        # Beside a GPU the next batch is prepared while the towers run. On a CPU the two would only take each other's cores.
+        ahead = size if self.device.type != "cpu" else 0
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
             def prepare(start: int) -> dict[bytes, Any]:
                 return {key: pool.submit(self._pixels, items[key]) for key in keys[start : start + size]}
 
-            ready = prepare(0)
+            ready = prepare(0) if ahead else {}
             self._encode([items[key].prompt for key in keys], size)
             for start in range(0, len(keys), size):
-                pixels = {key: value for key, future in ready.items() if (value := call.result_of(key, future)) is not None}
-                ready = prepare(start + size)  # while the towers run
+                current = ready if ahead else prepare(start)
+                ready = prepare(start + ahead) if ahead else {}
+                pixels = {key: value for key, future in current.items() if (value := call.result_of(key, future)) is not None}
                 if pixels:
-                    rows = _Rows(torch.stack(list(pixels.values())), [items[key].prompt for key in pixels])
+                    rows = _Rows(self.preprocess.stack(list(pixels.values())), [items[key].prompt for key in pixels])
                     values.update(zip(pixels, self._with_halving(self._score_rows, rows)[0], strict=True))
         return values
 

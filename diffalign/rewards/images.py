@@ -242,7 +242,7 @@ class Preprocess:
         if image.mode != "RGB" and (self.rgb_first or self.mode == "letterbox"):
             image = image.convert("RGB")
         if self.mode == "letterbox":
-            return self.letterbox(torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255))
+            return self.letterbox(_to_tensor(image).float().div(255))
         if self.mode == "squash":
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         else:
@@ -251,7 +251,7 @@ class Preprocess:
                 image = image.resize((width, height), Image.Resampling.BICUBIC)
             top, left = self._margin(height), self._margin(width)
             image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
     def tensor(self, pixels: Tensor) -> Tensor:
         """(N, 3, size, size) floats from (N, 3, H, W) floats in [0, 1], differentiable."""
@@ -268,9 +268,10 @@ class Preprocess:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, 3, size, size) uint8 or floats in [0, 1] -> float32 (or wider), normalised per channel."""
-        pixels = pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        if pixels.dtype == torch.uint8:
+            return pixels.float().div_(255).sub_(mean).div_(std)  # in place: whole batches of temporaries cost more than the sums
+        return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
 
     def letterbox(self, pixels: Tensor) -> Tensor:
         """Longest side to `size` by a bicubic tensor resize, black bars around; the odd pixel of the bars lies right and below."""
@@ -297,9 +298,22 @@ class Preprocess:
         free = side - self.size
         return free // 2 if self.rounding == "floor" else round(free / 2)
 
+    @staticmethod
+    def stack(images: Sequence[Tensor]) -> Tensor:
+        """One batch of prepared images; 8-bit ones stay in the order of memory in which PIL wrote them."""
+        if images[0].dtype == torch.uint8:
+            return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+        return torch.stack(list(images))
+
     def describe(self) -> str:
         """A stable name of this preprocessing, part of fingerprints."""
         parts = [self.mode, str(self.size), self.rounding, "rgb-first" if self.rgb_first else "rgb-last"]
         parts += [f"resize{self.resize_to}"] * (self.resize_to is not None)
         parts += [f"antialias={self.antialias}"] * (self.mode == "letterbox")
         return "-".join([*parts, ",".join(f"{v:g}" for v in (*self.mean, *self.std))])
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W) of an RGB image."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3).permute(2, 0, 1)
