@@ -2,9 +2,10 @@
 
     python benchmarks/scoring.py [--full] [--rounds 5] [--output benchmarks/scoring.md]
 
-64 PNG files with 8 distinct prompts: 64x64 for shapes-clip, 128x128 for tiny weights, 512x512 for towers of full size. Weights are
-random, in the published formats, written to a temporary folder and loaded by `load_scorer`: tiny ones always, towers of full size
-(ViT-L/14, ViT-H/14, BLIP ViT-L with BERT) with --full, which takes about half an hour on two cores and 12 GiB of memory. The ways take turns within each round and medians count:
+64 PNG files with 8 distinct prompts: 64x64 for shapes-clip and tiny weights, 512x512 for towers of full size. Weights are random, in
+the published formats, written to a temporary folder and loaded by `load_scorer`: tiny ones always, towers of full size (ViT-L/14,
+ViT-H/14, BLIP ViT-L with BERT) with --full, which takes about half an hour on two cores and 12 GiB of memory. The ways take turns
+within each round and medians count:
 
 * batched: one call `scorer(images, prompts)`;
 * one by one: 64 calls of the same scorer with one image each;
@@ -278,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows.append(measure("shapes-clip", load_scorer("shapes-clip"), encoded_images(64, 64), options.rounds))
-        files = encoded_images(64, 128)
+        files = encoded_images(64, 64)
         for label, scorer in tiny_scorers(folder):
             rows.append(measure(label, scorer, files, options.rounds))
         scored, known = measure_cache(lambda **extra: load_scorer("shapes-clip", **extra), folder, 64, options.rounds)
@@ -290,7 +291,7 @@ def main() -> None:
         "# Speed of the reward scorers",
         "",
         f"Made by `python benchmarks/scoring.py{' --full' if options.full else ''}` on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), float32, torch {torch.__version__}. 64 images, 8 distinct prompts, micro-batches of 16; medians of "
+        f"({platform.machine()}), float32, torch {torch.__version__}. 64 images, 8 distinct prompts, micro-batches of 8; medians of "
         f"{options.rounds} rounds ({options.full_rounds} for towers of full size). What each column is stands at the head of the script.",
         "",
         *table(rows),

@@ -335,7 +335,7 @@ def score(panel: Panel, images: Sequence[Drawn], processes: Processes) -> dict[s
     """Scores of all images by column, scorer after scorer; NaN = missing."""
     from tqdm.auto import tqdm
 
-    from ..rewards.base import ModelScorer
+    from ..rewards.model_scorer import ModelScorer
 
     parts = list(_prompt_parts(images))
     mine = parts[processes.rank :: processes.world]

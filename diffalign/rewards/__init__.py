@@ -9,7 +9,7 @@ _EXPORTS = {
     "ScoreCache": "cache",
     "ScoreResult": "base",
     "Scorer": "base",
-    "ModelScorer": "base",
+    "ModelScorer": "model_scorer",
     "ScorerSpec": "spec",
     "Panel": "panel",
     "PanelResult": "panel",
@@ -48,10 +48,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapters import as_ddpo, as_flow_factory, as_trl
-    from .base import ModelScorer, Scorer, ScoreResult
+    from .base import Scorer, ScoreResult
     from .cache import ScoreCache
     from .check import check_scorer
     from .ensemble import combine, kendalls_w, win_rates
+    from .model_scorer import ModelScorer
     from .panel import Panel, PanelResult
     from .registry import get_spec, list_scorers, load_scorer, register_scorer
     from .spec import ScorerSpec

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigError
 from . import checkpoints
-from .base import ModelScorer
 from .imagereward import build_head
+from .model_scorer import ModelScorer
 from .spec import ScorerSpec
 from .towers import HFClip, unit
 

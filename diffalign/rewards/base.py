@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +20,11 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigError, UserError
 from .cache import ScoreCache, content_key
-from .images import ImageInput, Preprocess, UnreadableImage, check_pixels, read_images
+from .devices import read_device, read_dtype
+from .images import ImageInput, UnreadableImage, read_images
 from .spec import ScorerSpec
 
 _LARGEST = torch.finfo(torch.float32).max
-_TEXTS_KEPT = 512  # prompts whose features stay in memory between calls
 
 
 @dataclass
@@ -59,7 +56,7 @@ class Item:
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of `score`: where equal items stand, and what went wrong."""
 
     result: ScoreResult
@@ -102,7 +99,7 @@ class Scorer:
         device (`str` or `torch.device`, *optional*): where it runs; None takes the GPU when there is one.
         dtype (`torch.dtype` or its name, *optional*): of the towers; None is float32, the reference. Heads, normalisation and dot
             products stay in float32.
-        batch_size (`int`, *optional*, defaults to `16`): images per forward pass.
+        batch_size (`int`, *optional*): images per forward pass; None takes 16, and 8 on a CPU, whose caches hold no more.
         cache (`ScoreCache` or path, *optional*): scores are looked up there first and written there.
     """
 
@@ -114,13 +111,13 @@ class Scorer:
         *,
         device: Any = None,
         dtype: Any = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         cache: ScoreCache | str | Path | None = None,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigError("batch_size", f"expected int >= 1, got {batch_size!r}")
-        self.device = _device(device)
-        self.dtype = _dtype(dtype)
+        self.device = read_device(device)
+        self.dtype = read_dtype(dtype)
         self.batch_size = batch_size
         self.cache = ScoreCache(cache) if isinstance(cache, (str, Path)) else cache
         self._fits: int | None = None  # the micro-batch that last fitted into memory
@@ -187,10 +184,10 @@ class Scorer:
             raise ConfigError("on_error", f"expected raise or nan, got {on_error!r}")
         inputs = read_images(images)
         items = self._items(inputs, prompts, metadata)
-        size = batch_size or self.batch_size
+        size = batch_size or self.batch_size or (8 if self.device.type == "cpu" else 16)
         if not isinstance(size, int) or size < 1:
             raise ConfigError("batch_size", f"expected int >= 1, got {batch_size!r}")
-        call = _Call(ScoreResult(torch.empty(0)), on_error)
+        call = Call(ScoreResult(torch.empty(0)), on_error)
         distinct = self._distinct(items, call)
         values = self._look_up(list(distinct))
         call.result.cached = sum(len(call.places[key]) for key in values)
@@ -234,8 +231,8 @@ class Scorer:
 
     def to(self, device: Any = None, dtype: Any = None) -> Scorer:
         """Moves the networks."""
-        self.device = _device(device) if device is not None else self.device
-        self.dtype = _dtype(dtype) if dtype is not None else self.dtype
+        self.device = read_device(device) if device is not None else self.device
+        self.dtype = read_dtype(dtype) if dtype is not None else self.dtype
         for module in self.modules():
             module.to(self.device)
         self._fits = None
@@ -285,7 +282,7 @@ class Scorer:
             for image, prompt, extra in zip(inputs, prompts, metadata, strict=True)
         ]
 
-    def _distinct(self, items: list[Item], call: _Call) -> dict[bytes, Item]:
+    def _distinct(self, items: list[Item], call: Call) -> dict[bytes, Item]:
         """Content key -> the first of the items with that image, prompt and metadata: equal ones are scored once."""
         uses_metadata = "metadata" in self.spec.requires
         distinct: dict[bytes, Item] = {}
@@ -297,7 +294,7 @@ class Scorer:
             distinct.setdefault(key, item)
         return distinct
 
-    def _image_keys(self, items: list[Item], call: _Call) -> list[bytes | None]:
+    def _image_keys(self, items: list[Item], call: Call) -> list[bytes | None]:
         """What identifies each image; None where it cannot be read.
 
         Without a cache an encoded file is known by its bytes and stays undecoded until a batch needs it. With one it is known by its
@@ -332,7 +329,7 @@ class Scorer:
             return {}
         return self.cache.get_many(self.fingerprint(), keys)
 
-    def _run(self, items: Mapping[bytes, Item], size: int, call: _Call) -> dict[bytes, float]:
+    def _run(self, items: Mapping[bytes, Item], size: int, call: Call) -> dict[bytes, float]:
         """Scores distinct items in micro-batches."""
         values: dict[bytes, float] = {}
         keys = list(items)
@@ -376,170 +373,3 @@ class Scorer:
         first, notes = self._with_halving(function, batch[:half])
         second, more = self._with_halving(function, batch[half:])
         return first + second, notes | {half + i: sentence for i, sentence in more.items()}
-
-
-class ModelScorer(Scorer):
-    """A scorer made of neural towers: unique prompts are encoded once, images are prepared in threads while the towers run.
-
-    A new one writes `text_features`, `image_features` and `similarity`, and sets `preprocess`.
-    """
-
-    preprocess: Preprocess
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._texts: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
-
-    # What a scorer writes
-
-    def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """What `similarity` needs of prompts: tensors with one row per prompt, on the device."""
-        raise NotImplementedError
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Features of normalised pixels (n, 3, size, size) of the towers' dtype; one row per image."""
-        raise NotImplementedError
-
-    def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        """Scores (n,) of rows of features, float32 or wider."""
-        raise NotImplementedError
-
-    def towers(self) -> Iterable[nn.Module]:
-        """Networks that run in `dtype`."""
-        return ()
-
-    def heads(self) -> Iterable[nn.Module]:
-        """Networks that stay in float32 when the towers run in half precision."""
-        return ()
-
-    # How it works
-
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        if not self.differentiable:
-            return super().score_tensor(pixels, prompts)
-        check_pixels(pixels)
-        if pixels.dtype == torch.uint8:
-            raise UserError(
-                "pixels: expected floats in [0, 1], got uint8, which carries no gradient; call scorer(images, prompts)"
-            )
-        texts = [item.prompt for item in self._items([ImageInput("pixels", b"")] * len(pixels), prompts, None)]
-        with torch.autocast(self.device.type, enabled=False):
-            pixels = pixels.to(self.device)
-            if self.dtype != torch.float64:
-                pixels = pixels.float()
-            with torch.no_grad():
-                features = self._gather(texts, batch_size=len(pixels))
-            prepared = self.preprocess.normalise(self.preprocess.tensor(pixels))
-            return self.similarity(self.image_features(prepared.to(self.dtype)), features)
-
-    def modules(self) -> Iterable[nn.Module]:
-        return [*self.towers(), *self.heads()]
-
-    def to(self, device: Any = None, dtype: Any = None) -> Scorer:
-        """Moves the networks. Precision that was given up cannot be had back: errors as loading, and `ConfigError` on widening."""
-        if dtype is not None and self.dtype.itemsize < 4 and _dtype(dtype) != self.dtype:
-            held = str(self.dtype).removeprefix("torch.")
-            raise ConfigError("dtype", f"{self.name} was rounded to {held} and cannot be widened; load it again with that dtype")
-        super().to(device, dtype)
-        if dtype is not None:
-            for tower in self.towers():
-                tower.to(self.dtype)
-            for head in self.heads():
-                head.to(torch.promote_types(self.dtype, torch.float32))
-        self._texts.clear()
-        return self
-
-    def _run(self, items: Mapping[bytes, Item], size: int, call: _Call) -> dict[bytes, float]:
-        if not items:
-            return {}
-        values: dict[bytes, float] = {}
-        keys = list(items)
-        # Beside a GPU the next batch is prepared while the towers run. On a CPU the two would only take each other's cores.
-        ahead = size if self.device.type != "cpu" else 0
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-
-            def prepare(start: int) -> dict[bytes, Any]:
-                return {key: pool.submit(self._pixels, items[key]) for key in keys[start : start + size]}
-
-            ready = prepare(0) if ahead else {}
-            self._encode([items[key].prompt for key in keys], size)
-            for start in range(0, len(keys), size):
-                current = ready if ahead else prepare(start)
-                ready = prepare(start + ahead) if ahead else {}
-                pixels = {key: value for key, future in current.items() if (value := call.result_of(key, future)) is not None}
-                if pixels:
-                    rows = _Rows(self.preprocess.stack(list(pixels.values())), [items[key].prompt for key in pixels])
-                    values.update(zip(pixels, self._with_halving(self._score_rows, rows)[0], strict=True))
-        return values
-
-    def _pixels(self, item: Item) -> Tensor:
-        pixels = self.preprocess.exact(item.image)
-        item.input.release()
-        return pixels
-
-    def _score_rows(self, rows: _Rows) -> tuple[list[float], dict[int, str]]:
-        pixels = self.preprocess.normalise(rows.pixels.to(self.device, non_blocking=True))
-        features = self.image_features(pixels.to(self.dtype))
-        scores = self.similarity(features, self._gather(rows.prompts, batch_size=len(rows)))
-        return scores.float().cpu().tolist(), {}
-
-    def _encode(self, prompts: Sequence[str], batch_size: int) -> None:
-        """Features of prompts not known yet, a batch at a time."""
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        for start in range(0, len(unknown), batch_size):
-            part = unknown[start : start + batch_size]
-            features = self.text_features(part)
-            for i, prompt in enumerate(part):
-                self._texts[prompt] = tuple(feature[i] for feature in features)
-        while len(self._texts) > max(_TEXTS_KEPT, len(set(prompts))):
-            self._texts.popitem(last=False)
-
-    def _gather(self, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
-        self._encode(prompts, batch_size)
-        rows = [self._texts[prompt] for prompt in prompts]
-        for prompt in dict.fromkeys(prompts):
-            self._texts.move_to_end(prompt)
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-
-
-@dataclass
-class _Rows:
-    """Prepared images with their prompts; slices like a list."""
-
-    pixels: Tensor
-    prompts: list[str]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, part: slice) -> _Rows:
-        return _Rows(self.pixels[part], self.prompts[part])
-
-
-def _device(device: Any) -> torch.device:
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", f"{str(device)!r} was asked for, but torch sees no GPU; use device=cpu")
-    return device
-
-
-_DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "no": torch.float32,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
-    "float64": torch.float64, "fp64": torch.float64,
-}  # fmt: skip
-
-
-def _dtype(dtype: Any) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError("dtype", f"expected one of float32, bfloat16, float16, float64, got {dtype!r}")
-    return found

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
-from .base import Item, ModelScorer, Scorer
+from .base import Item, Scorer
 from .images import quantise, read_images
+from .model_scorer import ModelScorer
 
 PROMPTS = (
     "a photo of a red cat on a wooden chair",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigError
 from . import checkpoints
-from .base import ModelScorer
 from .images import Preprocess
+from .model_scorer import ModelScorer
 from .spec import ScorerSpec
 from .towers import build_clip, clip_tokenizer, merged, preprocess_of_folder, tokenize, unit
 

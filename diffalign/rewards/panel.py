@@ -16,11 +16,12 @@ from ..config import build_section, suggestion
 from ..exceptions import ConfigError, UserError
 from . import ensemble
 from .agreement import LARGEST_COMPARED, agreement, group_members, stacks
-from .base import Scorer, ScoreResult, _device
+from .base import Scorer, ScoreResult
 from .cache import ScoreCache
+from .devices import read_device
 from .images import ImageInput, read_images
 from .panel_config import PLACEMENTS, CombineConfig, RewardEntry, parse_rewards
-from .registry import _options_of, find_class, load_scorer
+from .registry import find_class, load_scorer, options_of
 from .spec import ScorerSpec
 
 __all__ = ["CombineConfig", "Combined", "Panel", "PanelResult", "RewardEntry", "parse_rewards"]
@@ -217,7 +218,7 @@ class Panel:
             options["batch_size"] = entry.batch_size
         if slot.cache is not None:
             options["cache"] = self._cache(slot.cache)
-        if "on_error" in _options_of(self._class_of(entry)):  # a scorer that can fail by itself, as a remote one
+        if "on_error" in options_of(self._class_of(entry)):  # a scorer that can fail by itself, as a remote one
             options["on_error"] = entry.on_error
         device = "cpu" if self.placement == "offload" else slot.device
         try:
@@ -322,14 +323,14 @@ class Panel:
                 slots.setdefault(f"given {id(entry.scorer)}", slot).entries.append(entry)
                 continue
             scorer_class, fixed = find_class(entry.scorer, trust_remote_code=self.trust_remote_code)
-            accepted = _options_of(scorer_class)
+            accepted = options_of(scorer_class)
             for name in entry.args:
                 if name not in accepted:
                     raise ConfigError(f"{path}.args.{name}", f"{entry.scorer} has no such option{suggestion(name, accepted)}")
             own = entry.on_error if "on_error" in accepted else None
             kept_in = entry.cache if entry.cache is not None else cache
             try:
-                where = _device(entry.device if entry.device is not None else device)
+                where = read_device(entry.device if entry.device is not None else device)
             except ConfigError as error:
                 raise error.within(path) if entry.device is not None else error from None
             name = entry.scorer if ":" in entry.scorer else scorer_class.spec.key

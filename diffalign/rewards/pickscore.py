@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checkpoints
-from .base import ModelScorer
+from .model_scorer import ModelScorer
 from .spec import ScorerSpec
 from .towers import HFClip, unit
 

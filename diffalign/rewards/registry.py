@@ -145,7 +145,7 @@ def load_scorer(
     """
     scorer_class, fixed = find_class(name, trust_remote_code=trust_remote_code)
     given = {"model": model, "config": config, "tokenizer": tokenizer}
-    accepted = _options_of(scorer_class)
+    accepted = options_of(scorer_class)
     for field, value in {**given, **options}.items():
         if value is not None and field not in accepted:
             kinds = ", ".join(sorted(accepted - {"device", "dtype"}))
@@ -245,7 +245,8 @@ def _import(action: Callable[[], Any], name: str) -> Any:
         raise ConfigError("scorer", f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _options_of(scorer_class: type[Scorer]) -> set[str]:
+def options_of(scorer_class: type[Scorer]) -> set[str]:
+    """The arguments that a scorer can be made with."""
     names: set[str] = set()
     for cls in scorer_class.__mro__:
         if "__init__" in cls.__dict__ and cls is not object:

@@ -336,7 +336,7 @@ def _finished(path: Path) -> bool:
 
 
 def _score_chunk(scorer: Scorer, chunk: Chunk, on_error: str, path: Path) -> None:
-    from .base import ModelScorer
+    from .model_scorer import ModelScorer
 
     if isinstance(scorer, ModelScorer):
         # Prompts are encoded in batches, and a batch's rounding depends on its size: remembered ones would make a chunk's last digits

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import load_scorer
-from diffalign.rewards.base import ModelScorer
+from diffalign.rewards.model_scorer import ModelScorer
 from diffalign.rewards.reference import MODELS, arguments
 
 __all__ = ["MODELS", "load_tiny"]

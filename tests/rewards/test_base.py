@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from diffalign import UserError
-from diffalign.rewards.base import Item, ModelScorer, Scorer
+from diffalign.rewards.base import Item, Scorer
 from diffalign.rewards.images import Preprocess, read_images
+from diffalign.rewards.model_scorer import ModelScorer
 from diffalign.rewards.spec import ScorerSpec
 
 

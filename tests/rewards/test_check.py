@@ -13,9 +13,10 @@ from PIL import Image
 from diffalign import load_scorer
 from diffalign.exceptions import UserError
 from diffalign.rewards import mps
-from diffalign.rewards.base import Item, ModelScorer, Scorer
+from diffalign.rewards.base import Item, Scorer
 from diffalign.rewards.check import CheckReport, check_scorer
 from diffalign.rewards.images import Preprocess
+from diffalign.rewards.model_scorer import ModelScorer
 from diffalign.rewards.registry import register_scorer
 from diffalign.rewards.spec import ScorerSpec
 
