@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..exceptions import ConfigError
@@ -186,6 +188,8 @@ def build(
     tower = checkpoints.build_empty(lambda: BlipVisionModel(BlipVisionConfig(**vision)))
     encoder = checkpoints.build_empty(lambda: BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False))
     checkpoints.load_strict(tower, parts["vision"], "imagereward's vision tower", dtype=dtype)
+    for layer in tower.encoder.layers:
+        layer.self_attn.forward = MethodType(_fused_attention, layer.self_attn)
     checkpoints.load_strict(encoder, parts["text"], "imagereward's text tower", dtype=dtype)
     head = build_head(parts["head"], int(text["hidden_size"]), torch.promote_types(dtype, torch.float32))
     return tower, encoder, head
@@ -200,6 +204,14 @@ def build_head(
     for place, (inputs, outputs) in zip(_HEAD, pairwise(sizes), strict=True):
         layers[place] = nn.Linear(inputs, outputs)  # type: ignore[call-overload]
     return checkpoints.load_strict(nn.Sequential(*layers), state, what, dtype=dtype)
+
+
+def _fused_attention(attention: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """`BlipAttention` by torch's fused kernel: transformers has only the written-out form, which keeps all attention weights."""
+    n, length, width = hidden_states.shape
+    q, k, v = attention.qkv(hidden_states).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    return attention.projection(attended.transpose(1, 2).reshape(n, length, width)), None
 
 
 _VISION_NAMES = (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..exceptions import UserError
@@ -255,37 +256,39 @@ class Preprocess:
 
     def tensor(self, pixels: Tensor) -> Tensor:
         """(N, 3, size, size) floats from (N, 3, H, W) floats in [0, 1], differentiable."""
-        from torchvision.transforms.v2 import functional as F
-
         if self.mode == "letterbox":
             return self.letterbox(pixels)
         height, width = (self.size, self.size) if self.mode == "squash" else self._shortest(*pixels.shape[-2:])
         if (height, width) != tuple(pixels.shape[-2:]):
             # A bicubic kernel overshoots; 8-bit images cannot, so the clamp keeps the two modes close.
-            pixels = F.resize(pixels, [height, width], F.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+            pixels = _resize(pixels, (height, width), antialias=True).clamp(0, 1)
         top, left = self._margin(height), self._margin(width)
         return pixels[..., top : top + self.size, left : left + self.size]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, 3, size, size) uint8 or floats in [0, 1] -> float32 (or wider), normalised per channel."""
+        """(..., 3, size, size) uint8 or floats in [0, 1] -> float32 (or wider), normalised per channel."""
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         if pixels.dtype == torch.uint8:
-            return pixels.float().div_(255).sub_(mean).div_(std)  # in place: whole batches of temporaries cost more than the sums
+            # In place, and along whole rows of interleaved colours: the plain formula costs as much as a small tower.
+            last = pixels.movedim(-3, -1)
+            rows = last.reshape(*last.shape[:-2], last.shape[-2] * 3).float().div_(255)
+            rows.sub_(mean.flatten().repeat(last.shape[-2])).div_(std.flatten().repeat(last.shape[-2]))
+            return rows.view(last.shape).movedim(-1, -3)
         return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
 
     def letterbox(self, pixels: Tensor) -> Tensor:
         """Longest side to `size` by a bicubic tensor resize, black bars around; the odd pixel of the bars lies right and below."""
-        from torchvision.transforms.v2 import functional as F
-
         height, width = pixels.shape[-2:]
         scale = self.size / max(height, width)
         if scale == 1.0 and height == width:
             return pixels
         new = (max(1, round(height * scale)), max(1, round(width * scale)))
         if scale != 1.0:
-            pixels = F.resize(pixels, list(new), F.InterpolationMode.BICUBIC, antialias=self.antialias)
+            pixels = _resize(pixels, new, antialias=self.antialias)
         free_h, free_w = self.size - new[0], self.size - new[1]
-        return F.pad(pixels, [free_w // 2, free_h // 2, free_w - free_w // 2, free_h - free_h // 2], fill=0)
+        if free_h == free_w == 0:
+            return pixels
+        return F.pad(pixels, (free_w // 2, free_w - free_w // 2, free_h // 2, free_h - free_h // 2))
 
     def _shortest(self, height: int, width: int) -> tuple[int, int]:
         target, short = self.resize_to or self.size, min(height, width)
@@ -311,6 +314,13 @@ class Preprocess:
         parts += [f"resize{self.resize_to}"] * (self.resize_to is not None)
         parts += [f"antialias={self.antialias}"] * (self.mode == "letterbox")
         return "-".join([*parts, ",".join(f"{v:g}" for v in (*self.mean, *self.std))])
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """(3, H, W) or (N, 3, H, W) resized as torchvision resizes tensors, which is this call behind its checks."""
+    batch = pixels if pixels.ndim == 4 else pixels[None]
+    resized = F.interpolate(batch, size=list(size), mode="bicubic", align_corners=False, antialias=antialias)
+    return resized if pixels.ndim == 4 else resized[0]
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
