@@ -203,4 +203,5 @@ class ClipH14(OpenClipScore):
         citation="Schuhmann et al. 2022, arXiv 2210.08402; preprocessing of the Diffusion-DPO evaluation (arXiv 2311.12908)",
     )
     default_architecture = "ViT-H-14"
+    tag = "laion2b_s32b_b79k"
     default_preprocess = "letterbox"

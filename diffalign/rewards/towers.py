@@ -231,7 +231,7 @@ class OpenClip:
         values = values or {}
         self.preprocess_config: dict[str, Any] = dict(values.get("preprocess_cfg", {}))
         self.config = dict(values.get("model_cfg", values)) or architecture_config(architecture)
-        if model is None and tag is not None and spec.weights is None:
+        if model is None and tag is not None:
             self.source, published = _published(architecture, tag)
             self.preprocess_config = {**published, **self.preprocess_config}
         else:

@@ -115,6 +115,8 @@ def test_published_weights_that_are_not_here_say_where_they_are(tmp_path):
         load_scorer("pickscore")
     with pytest.raises(UserError, match=r"HPS_v2.1_compressed.pt of 'xswu/HPSv2'"):
         load_scorer("hpsv2.1")
+    with pytest.raises(UserError, match=r"'laion2b_s32b_b79k' of ViT-H-14 are not on this machine and cannot be downloaded"):
+        load_scorer("clip-h14")
     with pytest.raises(UserError, match=r"is published at https://github.com/.*pass model=FILE"):
         load_scorer("aesthetic-v2")
     with pytest.raises(UserError, match="pickled module"):
