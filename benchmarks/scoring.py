@@ -180,7 +180,7 @@ def full_scorers(folder: Path) -> list[tuple[str, Callable[[], Any]]]:
     """Loaders of the published architectures with random weights in the published formats."""
     return [
         ("clip-l14, ViT-L/14", lambda: full_clip("clip-l14", folder / "l14", VIT_L14)),
-        ("imagereward, BLIP ViT-L/16 + BERT", lambda: full_imagereward(folder / "imagereward")),
+        ("imagereward, BLIP ViT-L/16 + BERT", lambda: full_imagereward(folder / "blip-l")),
         ("pickscore, ViT-H/14", lambda: full_clip("pickscore", folder / "h14", VIT_H14)),
     ]
 
