@@ -1,11 +1,11 @@
 """Images per second of the reward scorers: a batched call beside scoring one by one, and the cache beside scoring.
 
-    python benchmarks/scoring.py [--full] [--rounds 5] [--output benchmarks/scoring.md]
+    python benchmarks/scoring.py [--full] [--rounds 9] [--output benchmarks/scoring.md]
 
 64 PNG files with 8 distinct prompts: 64x64 for shapes-clip and tiny weights, 512x512 for towers of full size. Weights are random, in
 the published formats, written to a temporary folder and loaded by `load_scorer`: tiny ones always, towers of full size (ViT-L/14,
 ViT-H/14, BLIP ViT-L with BERT) with --full, which takes about half an hour on two cores and 12 GiB of memory. The ways take turns
-within each round and medians count:
+within each round, with towers of full size after every 8 images, and medians over rounds count:
 
 * batched: one call `scorer(images, prompts)`;
 * one by one: 64 calls of the same scorer with one image each;
@@ -62,8 +62,8 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def shares(scorer: Any, call: Callable[[], Any]) -> tuple[dict[str, float], float]:
-    """(seconds spent in each stage of one call as parts of its length, its length)."""
+def staged(scorer: Any, call: Callable[[], Any]) -> tuple[dict[str, float], float]:
+    """(seconds spent in each stage of one call, its length)."""
     spent = dict.fromkeys(("read and resize", "text", "vision", "head"), 0.0)
     stages = {"_pixels": "read and resize", "text_features": "text", "image_features": "vision", "similarity": "head"}
 
@@ -84,7 +84,7 @@ def shares(scorer: Any, call: Callable[[], Any]) -> tuple[dict[str, float], floa
     whole = timed(call)
     for name in stages:
         delattr(scorer, name)
-    return {stage: seconds / whole for stage, seconds in spent.items()}, whole
+    return spent, whole
 
 
 def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] | None:
@@ -111,41 +111,47 @@ def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] |
     return run
 
 
-def measure(label: str, scorer: Any, files: list[bytes], rounds: int) -> dict[str, Any]:
-    """Medians over rounds of each way's images per second."""
+def measure(label: str, scorer: Any, files: list[bytes], rounds: int, block: int | None = None) -> dict[str, Any]:
+    """Medians over rounds of each way's images per second. The ways take turns after every `block` images, or after all of them."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(files))]
     if scorer.name.startswith("shapes"):
         from diffalign.shapes import train_prompts
 
         prompts = [train_prompts()[i % len(PROMPTS)] for i in range(len(files))]
 
-    def batched() -> None:
-        scorer._texts.clear()
-        scorer(files, prompts)
+    def batched(part: slice) -> None:
+        scorer(files[part], prompts[part])
 
-    def one_by_one() -> None:
-        scorer._texts.clear()
-        for file, prompt in zip(files, prompts, strict=True):
+    def one_by_one(part: slice) -> None:
+        for file, prompt in zip(files[part], prompts[part], strict=True):
             scorer([file], [prompt])
 
-    ways: dict[str, Callable[[], Any]] = {"batched": batched, "one by one": one_by_one}
+    ways: dict[str, Callable[[slice], Any]] = {"batched": batched, "one by one": one_by_one}
     loop = readme_loop(scorer)
     if loop is not None:
-        ways["README loop"] = lambda: loop([Image.open(io.BytesIO(file)) for file in files], prompts)
+        ways["README loop"] = lambda part: loop([Image.open(io.BytesIO(file)) for file in files[part]], prompts[part])
     scorer(files[:2], prompts[:2])  # first calls allocate
     times: dict[str, list[float]] = {name: [] for name in ways}
-    parts: dict[str, float] = {}
+    spent: dict[str, float] = {}
     for _ in range(rounds):
-        for name, way in ways.items():
-            if name == "batched":
-                parts, seconds = shares(scorer, way)
-                times[name].append(seconds)
-            else:
-                times[name].append(timed(way))
+        sums = dict.fromkeys(ways, 0.0)
+        for start in range(0, len(files), block or len(files)):
+            part = slice(start, start + (block or len(files)))
+            for name, way in ways.items():
+                if start == 0:
+                    scorer._texts.clear()
+                if name == "batched":
+                    stages, seconds = staged(scorer, lambda way=way, part=part: way(part))
+                    spent = {stage: spent.get(stage, 0.0) + value for stage, value in stages.items()}
+                else:
+                    seconds = timed(lambda way=way, part=part: way(part))
+                sums[name] += seconds
+        for name, seconds in sums.items():
+            times[name].append(seconds)
     speed = {name: len(files) / statistics.median(values) for name, values in times.items()}
-    row = {"label": label, "speed": speed, "shares": parts}
-    print(label, {k: round(v, 2) for k, v in speed.items()}, {k: round(v, 2) for k, v in row["shares"].items()}, flush=True)
-    return row
+    shares = {stage: seconds / sum(times["batched"]) for stage, seconds in spent.items()}
+    print(label, {k: round(v, 2) for k, v in speed.items()}, {k: round(v, 2) for k, v in shares.items()}, flush=True)
+    return {"label": label, "speed": speed, "shares": shares}
 
 
 def measure_cache(load: Callable[..., Any], folder: Path, size: int, rounds: int) -> tuple[float, float]:
@@ -268,7 +274,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="also towers of full size")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--full_rounds", type=int, default=1)
     parser.add_argument("--full_images", type=int, default=64)
     parser.add_argument("--output", type=Path)
@@ -285,7 +291,7 @@ def main() -> None:
         scored, known = measure_cache(lambda **extra: load_scorer("shapes-clip", **extra), folder, 64, options.rounds)
         files = encoded_images(options.full_images, 512)
         for label, load in full_scorers(folder) if options.full else []:
-            rows.append(measure(label, load(), files, options.full_rounds))
+            rows.append(measure(label, load(), files, options.full_rounds, block=8))
             gc.collect()
     lines = [
         "# Speed of the reward scorers",
