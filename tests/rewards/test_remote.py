@@ -37,7 +37,7 @@ class Bright(Scorer):
 
     def score_batch(self, items: list[Item]):
         if any(item.prompt == "break" for item in items):
-            raise RuntimeError("secret place /root/key")
+            raise RuntimeError("secret place /srv/key")
         return [float("nan") if i.prompt == "nan" else float(np.asarray(i.image.convert("RGB")).mean()) for i in items], {
             k: "asked for" for k, i in enumerate(items) if i.prompt == "nan"
         }
@@ -266,7 +266,7 @@ def test_hostile_items_are_null_with_a_sentence_and_spare_the_others():
     assert reply["scores"] == [5.0, *[None] * len(bad), 5.0]
     assert all(reply["errors"][1:-1]) and reply["errors"][0] is None
     assert "more than 1000000 pixels" in reply["errors"][2]
-    assert "root" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
+    assert "/srv" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
 
 
 def test_hostile_requests_are_refused():
