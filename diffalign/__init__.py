@@ -22,12 +22,14 @@ _EXPORTS = {
     "list_scorers": "rewards.registry",
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
+    "FKSteering": "steering.sampler",
     "UserError": "exceptions",
 }
 __all__ = [
     "DataConfig",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "FKSteering",
     "SFTConfig",
     "SFTTrainer",
     "TrainerCallback",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
+    from .steering.sampler import FKSteering
     from .training.callbacks import TrainerCallback
 
 

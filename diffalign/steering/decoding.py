@@ -1,0 +1,97 @@
+"""From predicted clean latents to the images an intermediate reward sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..exceptions import ConfigError, UserError
+
+
+class LatentDecoder:
+    """Decodes x0hat of any pipeline with an image autoencoder, in micro-batches.
+
+    Args:
+        pipe: the pipeline.
+        decoder: None takes the pipeline's own; an `AutoencoderTiny` (or another autoencoder) is cheaper and leaves the target unchanged; a
+            function maps unpacked latents (n, ...) to pixels (n, 3, h, w) in [-1, 1].
+        batch_size (`int`): latents per forward pass.
+        height, width (`int`, *optional*): of the image, for packed latents.
+
+    Raises:
+        ConfigError: `decoder` is none of these.
+        UserError: the pipeline has no image autoencoder that is understood.
+    """
+
+    def __init__(self, pipe: Any, decoder: Any, batch_size: int, height: int | None = None, width: int | None = None) -> None:
+        from diffusers.image_processor import VaeImageProcessor
+
+        self.pipe, self.batch_size, self.height, self.width = pipe, batch_size, height, width
+        self.module = getattr(pipe, "vae", None) if decoder is None else decoder if hasattr(decoder, "decode") else None
+        self.function = None if decoder is None or self.module is not None else decoder
+        if self.function is not None and not callable(self.function):
+            raise ConfigError("decoder", f"expected an autoencoder, a function of latents or None, got {type(decoder).__name__}")
+        self.processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()
+        self.decoded = 0
+
+    def images(self, x0: Tensor) -> list[Image.Image]:
+        """x0 (n, ...) as the scheduler has it -> n images.
+
+        Raises:
+            UserError: packed or video latents that are not understood.
+        """
+        latents = self._unpack(x0)
+        found: list[Image.Image] = []
+        with torch.no_grad():
+            for start in range(0, len(latents), self.batch_size):
+                pixels = self._decode(latents[start : start + self.batch_size])
+                found += self.processor.postprocess(pixels.float(), output_type="pil")
+        self.decoded += len(latents)
+        return found
+
+    def _unpack(self, x0: Tensor) -> Tensor:
+        if x0.ndim != 3 or self.function is not None:
+            return x0
+        unpack = getattr(self.pipe, "_unpack_latents", None)
+        if unpack is None:
+            raise UserError(
+                "decoder: this pipeline packs its latents in a way that is not known here; give decoder= a function of latents"
+            )
+        side = getattr(self.pipe, "default_sample_size", 0) * self.pipe.vae_scale_factor
+        return unpack(x0, self.height or side, self.width or side, self.pipe.vae_scale_factor)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.function is not None:
+            pixels = self.function(latents)
+            if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != len(latents):
+                raise UserError("decoder: expected a function that returns pixels (n, 3, height, width) in [-1, 1] for n latents")
+            return pixels
+        if self.module is None:
+            if latents.ndim == 4 and latents.shape[1] in (1, 3):
+                return latents  # a pipeline in pixel space
+            raise UserError("decoder: this pipeline has no autoencoder named vae; give decoder= a function of latents")
+        if latents.ndim != 4:
+            raise UserError(
+                f"decoder: expected image latents of 4 dimensions, got {latents.ndim}; give decoder= a function of latents"
+            )
+        vae, config = self.module, self.module.config
+        scaling = config.get("scaling_factor") or 1.0
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            mean, std = (torch.tensor(x, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1) for x in (mean, std))
+            latents = latents * std / scaling + mean
+        else:
+            latents = latents / scaling + (config.get("shift_factor") or 0.0)
+        # Half-precision SDXL autoencoders overflow; the pipeline itself decodes in float32 then, and so do we.
+        dtype = vae.dtype
+        upcast = dtype == torch.float16 and config.get("force_upcast", False)
+        if upcast:
+            vae.to(dtype=torch.float32)
+        try:
+            return vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(dtype=dtype)

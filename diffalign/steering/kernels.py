@@ -1,0 +1,87 @@
+"""Stochastic transitions of our own over a scheduler's time grid, for samplers that have none: generalised DDIM and the flow SDE.
+
+One formula covers DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12), Euler ancestral and their flow-matching counterpart: the posterior of
+``y' = alpha' x0 + sigma' eps'`` given ``y = alpha x0 + sigma eps``, its standard deviation scaled by eta.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..exceptions import ConfigError, UserError
+from ..likelihood.transitions import flow_sde_step
+from .coordinates import Coordinates
+
+KERNELS = ("ddim", "ancestral", "euler_maruyama")
+DEFAULT_ETA = {"ddim": 1.0, "ancestral": 1.0, "euler_maruyama": 0.7}
+
+
+def check_kernel(kernel: str | None, eta: float | None) -> float | None:
+    """The eta to use, or None without a kernel.
+
+    Raises:
+        ConfigError: an unknown kernel; eta without a kernel, not positive, above 1 for DDIM, other than 1 for ancestral.
+    """
+    if kernel is None:
+        if eta is not None:
+            raise ConfigError(
+                "eta",
+                f"it belongs to kernel=, got eta={eta} without one; for the pipeline's own DDIM write pipe_kwargs eta={eta}",
+            )
+        return None
+    if kernel not in KERNELS:
+        raise ConfigError("kernel", f"expected one of {', '.join(KERNELS)} or None (the pipeline's scheduler), got {kernel!r}")
+    value = DEFAULT_ETA[kernel] if eta is None else eta
+    if not 0 < value < float("inf") or (kernel == "ddim" and value > 1) or (kernel == "ancestral" and value != 1):
+        limits = {"ddim": "in (0, 1]", "ancestral": "of 1", "euler_maruyama": "above 0"}[kernel]
+        raise ConfigError(
+            "eta", f"expected a number {limits} for kernel={kernel!r}, got {eta!r}; at 0 particles would never separate"
+        )
+    return value
+
+
+def ddim_transition(x0: Tensor, sample: Tensor, now: Coordinates, then: Coordinates, eta: float) -> tuple[Tensor, float]:
+    """Mean and standard deviation of the generalised DDIM step: any (alpha, sigma) to any other.
+
+    ``std = eta (sigma'/sigma) sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)``, ``mean = alpha' x0 + sqrt(sigma'^2 - std^2) eps``.
+
+    Args:
+        x0, sample (`Tensor`): (n, ...), the clean prediction and y.
+        now, then (`Coordinates`): of y and of the result.
+        eta (`float`): 0 is deterministic, 1 ancestral.
+    """
+    if then.sigma == 0 or now.sigma == 0:
+        return then.alpha * x0, 0.0
+    eps = (sample.to(x0.dtype) - now.alpha * x0) / now.sigma
+    ratio = now.alpha / then.alpha
+    std = eta * then.sigma / now.sigma * max(now.sigma**2 - ratio**2 * then.sigma**2, 0.0) ** 0.5
+    return then.alpha * x0 + max(then.sigma**2 - std**2, 0.0) ** 0.5 * eps, std
+
+
+def transition(
+    kernel: str, eta: float, model_output: Tensor, sample: Tensor, x0: Tensor, now: Coordinates, then: Coordinates
+) -> tuple[Tensor, float]:
+    """Mean (n, ...) and standard deviation of one step of `kernel`; arguments as `ddim_transition`.
+
+    Raises:
+        UserError: Euler-Maruyama on a scheduler that is not flow matching.
+    """
+    if kernel != "euler_maruyama":
+        return ddim_transition(x0, sample, now, then, eta)
+    if now.kind != "flow" or now.prediction != "flow":
+        raise UserError("kernel: euler_maruyama is for flow-matching models; use kernel='ddim' for this scheduler")
+    if then.sigma == 0:
+        return x0, 0.0  # noise on the returned sample would only blur it
+    mean, std = flow_sde_step(model_output=model_output, sample=sample, sigma=now.sigma, sigma_prev=then.sigma, eta=eta)
+    return mean, float(std)
+
+
+def draw(mean: Tensor, std: float, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype) -> Tensor:
+    """A sample of N(mean, std^2) in `dtype`; no number is drawn where std is 0."""
+    if std == 0:
+        return mean.to(dtype)
+    from diffusers.utils.torch_utils import randn_tensor
+
+    noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
+    return (mean + std * noise).to(dtype)

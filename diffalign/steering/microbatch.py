@@ -1,0 +1,130 @@
+"""Networks of a pipeline run in micro-batches, or on distinct particles only, and count their rows, for the duration of one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import UserError
+
+# Positions, shared by all rows: their first dimension may equal the batch by accident.
+_SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
+
+
+def _pick(value: Any, batch: int, index: slice | Tensor) -> Any:
+    """The rows `index` of every tensor with `batch` rows inside a nest of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or value.shape[0] != batch:
+            return value
+        return value[index] if isinstance(index, slice) else value[index.to(value.device)]
+    if isinstance(value, dict):
+        return {k: v if k in _SHARED else _pick(v, batch, index) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_pick(v, batch, index) for v in value)
+    return value
+
+
+def _join(parts: list[Any], sizes: list[int]) -> Any:
+    """One output of the outputs of micro-batches, concatenated where they have their rows."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        rows = all(p.ndim > 0 and p.shape[0] == n for p, n in zip(parts, sizes, strict=True))
+        return torch.cat(parts) if rows else first
+    if isinstance(first, dict):
+        joined = {k: _join([p[k] for p in parts], sizes) for k in first}
+        return type(first)(**joined) if type(first) is not dict else joined
+    if isinstance(first, (list, tuple)):
+        return type(first)(_join([p[i] for p in parts], sizes) for i in range(len(first)))
+    return first
+
+
+class Batches:
+    """How a network's forward is run: whole, in micro-batches, on distinct rows only; and what was run.
+
+    Args:
+        rows (`int`): particles of the call; a batch holds a multiple of them (guidance doubles it).
+        size (`int`, *optional*): largest micro-batch; None runs the batch whole.
+        grouped (`int`): particles per group, whose text conditioning must be the same; 0 does not check.
+
+    Attributes:
+        calls, computed: forward passes and rows of them.
+        same_as: (rows,) int64 or None: the first row with an equal state, for `mode="prune"`.
+    """
+
+    def __init__(self, rows: int, size: int | None = None, grouped: int = 0) -> None:
+        self.rows, self.size, self.grouped = rows, size, grouped
+        self.calls = self.computed = 0
+        self.same_as: Tensor | None = None
+
+    def forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = next(
+            (x for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states"), kwargs.get("z")) if isinstance(x, Tensor)),
+            None,
+        )
+        if first is None or first.ndim == 0 or first.shape[0] % self.rows:
+            self.calls += 1
+            self.computed += 0 if first is None or first.ndim == 0 else first.shape[0]
+            return original(*args, **kwargs)
+        batch = first.shape[0]
+        self._check_groups(kwargs.get("encoder_hidden_states"), batch)
+        if self.same_as is not None:
+            distinct, back = self._distinct(batch)
+            if len(distinct) < batch:
+                args, kwargs = _pick(args, batch, distinct), _pick(kwargs, batch, distinct)
+                out = self._split(original, args, kwargs, len(distinct))
+                return _pick(out, len(distinct), back)
+        return self._split(original, args, kwargs, batch)
+
+    def _split(self, original: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
+        size = self.size or batch
+        self.calls += -(-batch // size)
+        self.computed += batch
+        if size >= batch:
+            return original(*args, **kwargs)
+        starts = range(0, batch, size)
+        slices = [slice(start, min(start + size, batch)) for start in starts]
+        parts = [original(*_pick(args, batch, part), **_pick(kwargs, batch, part)) for part in slices]
+        return _join(parts, [part.stop - part.start for part in slices])
+
+    def _distinct(self, batch: int) -> tuple[Tensor, Tensor]:
+        """(rows to compute, for every row the place of its result among them), over all guidance copies."""
+        assert self.same_as is not None
+        offsets = torch.arange(batch // self.rows)[:, None] * self.rows
+        distinct, back = torch.unique((self.same_as + offsets).flatten(), return_inverse=True)
+        return distinct, back
+
+    def _check_groups(self, embeddings: Any, batch: int) -> None:
+        if not self.grouped or not isinstance(embeddings, Tensor) or embeddings.shape[0] != batch:
+            return
+        groups = embeddings.unflatten(0, (-1, self.grouped))
+        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            raise UserError(
+                "pipe: its rows are not one prompt's particles after the other, so they cannot be told apart; "
+                "steer one prompt per call (prompts_per_call=1)"
+            )
+        self.grouped = 0  # once is enough
+
+
+@contextmanager
+def batched(module: Any, name: str, batches: Batches) -> Iterator[None]:
+    """Puts `batches` in front of ``module.name`` on this instance and restores it whatever happens."""
+    there, before = name in vars(module), vars(module).get(name)
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return batches.forward(original, args, kwargs)
+
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        if there:
+            setattr(module, name, before)
+        else:
+            delattr(module, name)

@@ -1,0 +1,304 @@
+"""One pipeline call under steering: what happens at every ``scheduler.step``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..exceptions import UserError
+from .coordinates import clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
+from .decoding import LatentDecoder
+from .kernels import draw, transition
+from .microbatch import Batches
+from .resampling import Generators, ess
+from .result import SteeringResult, StepTrace
+from .rewarding import Rewarder
+from .smc import ParticleWeights, check_temperatures, resampling_stream, schedule
+from .streams import derive_seed, state_key, stream
+from .tap import own_noise, permute_buffers
+
+if TYPE_CHECKING:
+    from .sampler import FKSteering
+
+THUMBNAIL = 96
+
+
+@dataclass
+class Streams:
+    """The random streams of one call.
+
+    Attributes:
+        initial: what the pipeline gets as `generator`.
+        steps: one generator per slot for step noise the pipeline does not draw itself.
+        resampling: one, or one per prompt.
+        replace: whether `steps` also replaces a generator that the pipeline hands to its scheduler.
+    """
+
+    initial: Any
+    steps: list[torch.Generator]
+    resampling: Generators
+    replace: bool
+
+    @classmethod
+    def make(cls, generator: Any, seeds: list[int] | None, resampling: Any, k: int, groups: int) -> Streams:
+        """From the user's generator (or one per row), or from one seed per prompt."""
+        if seeds is not None:
+            slots = [(seed, j) for seed in seeds for j in range(k)]
+            initial = [stream(seed, "initial", j) for seed, j in slots]
+            steps = [stream(seed, "steps", j) for seed, j in slots]
+            return cls(initial, steps, resampling or [stream(seed, "resampling") for seed in seeds], True)
+        if isinstance(generator, (list, tuple)):
+            keys = [state_key(one) for one in generator]
+            steps = [stream(key, "steps") for key in keys]
+            own: Generators = [stream(key, "resampling") for key in keys[::k]]
+        else:
+            key = state_key(generator)
+            steps = [stream(key, "steps", row) for row in range(groups * k)]
+            own = resampling_stream(generator)
+        return cls(generator, steps, resampling or own, False)
+
+
+class SteeredRun:
+    """Counts the steps, scores and resamples at the scheduled ones, steps with the scheduler or with a kernel of ours.
+
+    Args:
+        owner (`FKSteering`): options.
+        weighting: of `ParticleWeights`.
+        rewarder, decoder, streams, models: of this call.
+        groups (`int`): prompts.
+    """
+
+    def __init__(
+        self,
+        owner: FKSteering,
+        weighting: dict[str, Any],
+        rewarder: Rewarder,
+        decoder: LatentDecoder,
+        streams: Streams,
+        models: Batches,
+        groups: int,
+    ) -> None:
+        self.owner, self.weighting, self.rewarder, self.decoder = owner, weighting, rewarder, decoder
+        self.streams, self.models, self.groups, self.k = streams, models, groups, owner.num_particles
+        self.scheduler = owner.pipe.scheduler
+        self.rows = groups * self.k
+        self.calls = self.intervals = 0
+        self.first_position = 0
+        self.num_steps = 0
+        self.steps: list[int] = []
+        self.weights: ParticleWeights | None = None
+        self.trace: list[StepTrace] = []
+        self.latents: Tensor | None = None
+        self.decode_seconds = 0.0
+
+    def step(self, arguments: dict[str, Any], original: Callable[..., Any]) -> Any:
+        """Stands for the scheduler's step. Order: score and resample y_i with its model output, then propose.
+
+        Args:
+            arguments: of the step by name.
+            original: the scheduler's own step.
+
+        Raises:
+            UserError: a sampler that cannot be steered, more steps than announced, rewards that do not fit.
+        """
+        sample = arguments["sample"]
+        if sample.shape[0] != self.rows:
+            raise UserError(
+                f"pipe: its scheduler stepped {sample.shape[0]} rows where {self.rows} (prompts x particles) were asked for; "
+                "it cannot be steered from outside"
+            )
+        second_half = not getattr(self.scheduler, "state_in_first_order", True)
+        if self.calls == 0:
+            self._begin(arguments)
+        position = self.first_position + self.calls
+        self.calls += 1
+        if not second_half:
+            i, self.intervals = self.intervals, self.intervals + 1
+            if i >= self.num_steps:
+                raise UserError(
+                    f"pipe: its scheduler stepped more often than the {self.num_steps} steps of its time grid; it cannot be steered from outside"
+                )
+            if i in self.steps:
+                self._score(arguments, position, i)
+        result = self._propose(arguments, original, position)
+        self.latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        return result
+
+    def _begin(self, arguments: dict[str, Any]) -> None:
+        """Reads the time grid at the first step, and refuses what cannot be steered."""
+        times = torch.as_tensor(self.scheduler.timesteps).double().tolist()
+        now = float(torch.as_tensor(arguments["timestep"]).flatten()[0])
+        if now not in times:
+            raise UserError(
+                f"pipe: it steps at timestep {now:g}, which is not in its scheduler's time grid; it cannot be steered from outside"
+            )
+        self.first_position = times.index(now)
+        calls = getattr(self.owner.pipe, "num_timesteps", None) or len(times) - self.first_position
+        # Second-order schedulers list every inner point twice, except the first.
+        self.num_steps = (calls + 1) // 2 if hasattr(self.scheduler, "state_in_first_order") else calls
+        self.steps = schedule(self.owner.resample_steps, self.num_steps)
+        weighting = dict(self.weighting)
+        weighting["temperatures"] = check_temperatures(weighting["potential"], weighting["temperatures"], len(self.steps))
+        self.weights = ParticleWeights(self.groups, self.k, generator=self.streams.resampling, **weighting)
+        resampling = self.k > 1 and bool(self.steps) and self.weighting["ess_threshold"] != 0
+        if not resampling or self.owner.kernel is not None:
+            return
+        random = is_stochastic(self.scheduler, arguments)
+        name = type(self.scheduler).__name__
+        if self.owner.mode == "prune":
+            if random:
+                raise UserError(
+                    f"mode: prune is for deterministic samplers, and {name} adds noise as it is called; use mode='resample'"
+                )
+            self.models.same_as = torch.arange(self.rows)
+        elif not random:
+            hint = (
+                "pass eta=1.0 to the call"
+                if "eta" in step_parameters(self.scheduler) and "DDIM" in name and "CogVideo" not in name
+                else None
+            )
+            remedy = f"{hint}, or use kernel='ddim'" if hint else "use kernel='ddim'"
+            raise UserError(
+                f"scheduler: {name} is deterministic as it is called, so copies of a particle would stay equal; {remedy} (or mode='prune' to only drop the worst)"
+            )
+
+    def _score(self, arguments: dict[str, Any], position: int, i: int) -> None:
+        assert self.weights is not None
+        x0 = self._clean(arguments, position)
+        thumbnails = None
+        if self.rewarder.intermediate is not None:
+            rewards = self.rewarder.of_latents(x0)
+        else:
+            started = time.perf_counter()
+            images = self.decoder.images(x0)
+            self.decode_seconds += time.perf_counter() - started
+            rewards = self.rewarder.of_images(images)
+            thumbnails = [[_thumbnail(image) for image in images[p * self.k : (p + 1) * self.k]] for p in range(self.groups)]
+        log_g = self.weights.update(rewards)
+        log_weights = self.weights.log_weights
+        ancestors = self.weights.resample()
+        own = torch.arange(self.k).expand(self.groups, -1)
+        self.trace.append(
+            StepTrace(
+                index=i,
+                timestep=float(torch.as_tensor(arguments["timestep"]).flatten()[0]),
+                rewards=rewards,
+                log_potentials=log_g,
+                log_weights=log_weights,
+                ess=ess(log_weights),
+                ancestors=own if ancestors is None else ancestors,
+                resampled=self.weights.resampled,
+                thumbnails=thumbnails,
+            )
+        )
+        if ancestors is not None:
+            self._permute(arguments, ancestors)
+
+    def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
+        output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
+        if self.owner.predict_x0 is not None:
+            return self.owner.predict_x0(self.scheduler, output, timestep, sample)
+        now, _ = read_coordinates(self.scheduler, timestep, position)
+        return clean_prediction(self.scheduler, output, sample, now)
+
+    def _permute(self, arguments: dict[str, Any], ancestors: Tensor) -> None:
+        """Every tensor per particle follows its ancestor: latents, model output, the scheduler's buffers."""
+        rows = (ancestors + torch.arange(self.groups)[:, None] * self.k).flatten()
+        for name in ("model_output", "sample"):
+            arguments[name] = arguments[name][rows.to(arguments[name].device)]
+        permute_buffers(self.scheduler, rows, arguments["sample"])
+        if self.models.same_as is not None:
+            lineage = self.models.same_as[rows]
+            first = {int(value): row for row, value in reversed(list(enumerate(lineage.tolist())))}
+            self.models.same_as = torch.tensor([first[int(value)] for value in lineage])
+
+    def _propose(self, arguments: dict[str, Any], original: Callable[..., Any], position: int) -> Any:
+        if self.owner.kernel is not None:
+            return self._own_step(arguments, position)
+        device = arguments["sample"].device
+        if "generator" not in step_parameters(self.scheduler):
+            seed = derive_seed(state_key(self.streams.steps[0]), self.calls)
+            with own_noise(seed, device):
+                return original(**arguments)
+        if self.streams.replace or arguments.get("generator") is None:
+            arguments["generator"] = self.streams.steps if self.rows > 1 else self.streams.steps[0]
+        return original(**arguments)
+
+    def _own_step(self, arguments: dict[str, Any], position: int) -> Any:
+        """A step of our kernel on the scheduler's time grid; moves the scheduler's position on."""
+        if getattr(self.scheduler, "order", 1) != 1:
+            raise UserError(
+                f"kernel: {type(self.scheduler).__name__} calls the model twice per step; use a first-order scheduler, e.g. DDIM or Euler"
+            )
+        output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
+        now, then = read_coordinates(self.scheduler, timestep, position)
+        x0 = self._clean(arguments, position)
+        assert self.owner.kernel is not None and self.owner.eta is not None
+        mean, std = transition(self.owner.kernel, self.owner.eta, output, sample, x0, now, then)
+        given = arguments.get("generator")
+        moved = draw(mean, std, self.streams.steps if self.streams.replace or given is None else given, sample.dtype)
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = step_index(self.scheduler, timestep) + 1
+        if not arguments.get("return_dict", True):
+            return (moved,)
+        from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+        return SchedulerOutput(prev_sample=moved)
+
+    def result(self, output: Any, prompts: list[str], seconds: float) -> SteeringResult:
+        """Closes the weights with the rewards of the returned images.
+
+        Raises:
+            UserError: the pipeline made no step, stopped before a scored one, or returned something else than its images.
+        """
+        if self.weights is None or self.latents is None:
+            raise UserError("pipe: it never called the step of pipe.scheduler, so it cannot be steered from outside")
+        missed = [i for i in self.steps if i >= self.intervals]
+        if missed:
+            raise UserError(
+                f"resample_steps: {missed[0]} was never reached, the pipeline stopped after {self.intervals} steps; give earlier steps"
+            )
+        images = getattr(output, "images", None)
+        if images is None or len(images) != self.rows:
+            count = "none" if images is None else len(images)
+            raise UserError(f"pipe: expected {self.rows} images of it, got {count}; steering is for text-to-image pipelines")
+        started = time.perf_counter()
+        rewards = self.rewarder.of_images(list(images))
+        self.weights.finish(rewards)
+        seconds += time.perf_counter() - started
+        weights = self.weights
+        return SteeringResult(
+            prompts=prompts,
+            images=[list(images[p * self.k : (p + 1) * self.k]) for p in range(self.groups)],
+            rewards=rewards,
+            log_weights=weights.log_weights,
+            log_z=weights.log_z,
+            lmbda=weights.lmbda,
+            roots=weights.roots,
+            applied=weights.applied,
+            degenerate=weights.degenerate,
+            steps=self.trace,
+            final_ess=ess(weights.log_weights),
+            latents=self.latents.detach().unflatten(0, (self.groups, self.k)),
+            counts={
+                "model_rows": self.models.computed,
+                "model_calls": self.models.calls,
+                "decodes": self.decoder.decoded,
+                "reward_calls": self.rewarder.calls,
+                "scored_images": self.rewarder.images,
+            },
+            seconds={"total": seconds, "decode": self.decode_seconds, "reward": self.rewarder.seconds},
+            nan_count=weights.nan_count,
+        )
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small
