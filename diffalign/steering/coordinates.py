@@ -55,7 +55,7 @@ def _kind(scheduler: Any) -> str | None:
         return "solver"
     if scheduler.config.get("prediction_type") == "flow_prediction":
         return "flow" if hasattr(scheduler, "sigmas") else None
-    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "is_scale_input_called"):
+    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "alphas_cumprod"):
         return "ve"
     if hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
         return "vp"
@@ -182,15 +182,18 @@ def detached(scheduler: Any) -> Any:
     return clone
 
 
-def is_stochastic(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether this step, taken twice with different seeds on a copy of the scheduler, gives different samples.
+def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 0) -> bool:
+    """Whether two steps, taken twice with different seeds on copies of the scheduler, give different samples.
+
+    Two steps, because second-order schedulers add their noise in the second half of an interval.
 
     Args:
         arguments: of `scheduler.step` by name, as the pipeline gave them; only the first row is used.
+        position (`int`): of this step in ``scheduler.timesteps``.
     """
     outcomes = []
     for seed in (1, 2):
-        given = dict(arguments)
+        clone, given = detached(scheduler), dict(arguments)
         for name in ("model_output", "sample"):
             given[name] = given[name][:1]
         given |= {"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in step_parameters(scheduler) else {}
@@ -198,7 +201,9 @@ def is_stochastic(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
         device = given["sample"].device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            outcomes.append(type(scheduler).step(detached(scheduler), **given)[0])
+            for timestep in clone.timesteps[position : position + 2]:
+                given["sample"] = type(clone).step(clone, **{**given, "timestep": timestep})[0]
+        outcomes.append(given["sample"])
     return not torch.equal(*outcomes)
 
 

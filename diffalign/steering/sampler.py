@@ -243,16 +243,15 @@ class FKSteering:
 
     def _pipeline_arguments(self, texts: list[str], streams: Streams, pipe_kwargs: dict[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(self.pipe.__call__).parameters
-        arguments = dict(pipe_kwargs)
-        k = self.num_particles
-        if "num_images_per_prompt" in parameters:
-            arguments["num_images_per_prompt"] = k  # every prompt is encoded once
-        else:
+        arguments, k = dict(pipe_kwargs), self.num_particles
+        embedded = arguments.get("prompt_embeds") is not None
+        if embedded or "num_images_per_prompt" not in parameters:
+            # Pipelines disagree on whether embeddings are multiplied by num_images_per_prompt, so that is done here.
+            arguments = {name: _repeat(name, value, len(texts), k) for name, value in arguments.items()}
             texts = [text for text in texts for _ in range(k)]
-            for name in ("negative_prompt", "negative_prompt_2", "prompt_2"):
-                if isinstance(arguments.get(name), list):
-                    arguments[name] = [text for text in arguments[name] for _ in range(k)]
-        if arguments.get("prompt_embeds") is None:
+        else:
+            arguments["num_images_per_prompt"] = k  # every prompt is encoded once
+        if not embedded:
             arguments["prompt"] = texts
         if streams.initial is not None and "generator" in parameters:
             arguments["generator"] = streams.initial
@@ -276,6 +275,15 @@ def _rows(values: Any, chosen: range, each: int) -> Any:
     if isinstance(values, (list, tuple)):
         return list(values)[chosen.start * each : chosen.stop * each]
     return values
+
+
+def _repeat(name: str, value: Any, prompts: int, k: int) -> Any:
+    """Texts and embeddings with one entry per prompt, once per particle; anything else as it is."""
+    if isinstance(value, list) and "prompt" in name and len(value) == prompts:
+        return [text for text in value for _ in range(k)]
+    if isinstance(value, Tensor) and name.endswith(("_embeds", "_mask")) and len(value) == prompts:
+        return value.repeat_interleave(k, 0)
+    return value
 
 
 def _share(value: Any, chosen: range, prompts: int, k: int) -> Any:

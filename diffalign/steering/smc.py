@@ -224,6 +224,16 @@ def run(
     """
     if aggregate not in AGGREGATES:
         raise ConfigError("aggregate", f"expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+    check_options(
+        num_particles=num_particles,
+        lmbda=lmbda,
+        ess_target=ess_target,
+        potential=potential,
+        scheme=scheme,
+        ess_threshold=ess_threshold,
+        adaptive_tempering=adaptive_tempering,
+        temperatures=temperatures,
+    )
     steps = schedule(resample_steps, model.num_steps)
     weights = ParticleWeights(
         groups,

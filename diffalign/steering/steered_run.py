@@ -149,7 +149,7 @@ class SteeredRun:
         resampling = self.k > 1 and bool(self.steps) and self.weighting["ess_threshold"] != 0
         if not resampling or self.owner.kernel is not None:
             return
-        random = is_stochastic(self.scheduler, arguments)
+        random = is_stochastic(self.scheduler, arguments, self.first_position)
         name = type(self.scheduler).__name__
         if self.owner.mode == "prune":
             if random:

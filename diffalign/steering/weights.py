@@ -95,7 +95,6 @@ class ParticleWeights:
         generator: of resampling, one or one per group.
 
     Attributes:
-        log_weights: (groups, k) float64, normalised.
         log_z: (groups,) estimate of log E[exp(lmbda r)].
         applied: (groups, k), A: the sum of log G along each lineage.
         roots: (groups, k) int64, the initial particle each one descends from.
@@ -140,7 +139,7 @@ class ParticleWeights:
         self.ess_target, self.adaptive = ess_target, adaptive_tempering
         self.temperatures = None if temperatures is None else list(temperatures)
         self.lmbda = _per_group(lmbda, groups)
-        self.log_weights = torch.full(shape, -math.log(num_particles), dtype=torch.float64)
+        self._log = torch.zeros(shape, dtype=torch.float64)  # weights up to a factor: equal weights are exact zeros
         self.log_z = torch.zeros(groups, dtype=torch.float64)
         self.applied = torch.zeros(shape, dtype=torch.float64)
         self.state = initial_state(potential, shape)
@@ -149,6 +148,11 @@ class ParticleWeights:
         self.nan_count = self.updates = 0
         self.resampled = torch.zeros(groups, dtype=torch.bool)
         self._pending = torch.zeros(shape, dtype=torch.float64)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """(groups, k) float64, normalised."""
+        return self._log - self._log.logsumexp(1, keepdim=True)
 
     @property
     def weights(self) -> Tensor:
@@ -211,8 +215,7 @@ class ParticleWeights:
             drawn[needed] = resample(self.weights[needed], self.scheme, generator=[generator[g] for g in picked])
         ancestors = torch.where(needed[:, None], drawn, torch.arange(k).expand(self.shape))
         self.applied, self.state, self.roots = (x.gather(1, ancestors) for x in (self.applied, self.state, self.roots))
-        flat = torch.full_like(self.log_weights, -math.log(k))
-        self.log_weights = torch.where(needed[:, None], flat, self.log_weights)
+        self._log = torch.where(needed[:, None], torch.zeros_like(self._log), self._log)
         # A pending ratio was folded into the weights by the update before; it is zero here unless the caller skipped that.
         self._pending = self._pending.gather(1, ancestors)
         return ancestors
@@ -236,15 +239,14 @@ class ParticleWeights:
         return log_g
 
     def _reweight(self, log_g: Tensor) -> None:
-        total = self.log_weights + self._pending + log_g
-        constant = total.logsumexp(1)
-        dead = torch.isneginf(constant)
-        self.degenerate |= dead
-        self.log_z = self.log_z + constant
-        flat = torch.full_like(total, -math.log(self.shape[1]))
-        self.log_weights = torch.where(
-            dead[:, None], flat, total - torch.where(dead, torch.zeros_like(constant), constant)[:, None]
-        )
+        total = self._log + self._pending + log_g
+        top = total.amax(1, keepdim=True)
+        dead = torch.isneginf(top)
+        shifted = torch.where(dead, torch.zeros_like(total), total - top)
+        # A difference of two sums: where nothing was weighed it is zero to the last bit.
+        self.log_z = self.log_z + top[:, 0] + shifted.logsumexp(1) - self._log.logsumexp(1)
+        self.degenerate |= dead[:, 0]
+        self._log = shifted
         self._pending = torch.zeros_like(total)
 
     def _read(self, rewards: Tensor) -> Tensor:
