@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class SteeringResult:
     @property
     def best_index(self) -> Tensor:
         """(P,) int64: the particle of highest reward. A sample of the maximum, not of the tilted law: see `draw`."""
-        return self.rewards.argmax(1)
+        return self.rewards.nan_to_num(nan=-math.inf, neginf=-math.inf).argmax(1)
 
     @property
     def best(self) -> list[Any]:
