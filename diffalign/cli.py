@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("--kind", choices=("pair", "ranked", "single", "prompt"), help="default: the source's own")
         action.set_defaults(handler=_data)
 
-    _add_reward_commands(commands, actions)
+    _add_module_commands(commands, actions)
 
     env = commands.add_parser("env", help="versions and devices, for a bug report")
     env.set_defaults(handler=_env)
@@ -131,19 +131,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # Commands whose options stand beside what they run: name, module, one line of help.
-_REWARD_COMMANDS = (
+_MODULE_COMMANDS = (
     ("score", "rewards.score_command", "score images with reward models"),
     ("serve-scorer", "rewards.server", "offer a scorer to other processes and environments over HTTP"),
     ("doctor", "rewards.doctor", "check the scorers on this machine against known numbers"),
     ("scorers", "rewards.cards", "list the scorers, or show the card of one"),
+    ("steer", "steering.steer_command", "steer a model towards a reward while it samples (Feynman-Kac particles)"),
 )
 
 
-def _add_reward_commands(commands: Any, data_actions: Any) -> None:
+def _add_module_commands(commands: Any, data_actions: Any) -> None:
     from importlib import import_module
 
     build = ("build", "data.build", "make preference data: draw images, score them, write pairs or ranked lists")
-    for parent, entries in ((commands, _REWARD_COMMANDS), (data_actions, (build,))):
+    for parent, entries in ((commands, _MODULE_COMMANDS), (data_actions, (build,))):
         for name, module_name, text in entries:
             module = import_module(f".{module_name}", __package__)
             parser = parent.add_parser(name, help=text, allow_abbrev=False)

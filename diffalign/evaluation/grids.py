@@ -12,9 +12,10 @@ _BACKGROUND = (255, 255, 255)
 _INK = (25, 25, 25)
 
 
-def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def wrap_text(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The text in lines of at most about `width` pixels."""
     per_line = max(8, int(width / font.getlength("n")))
-    return textwrap.wrap(text, per_line)[:4] or [""]
+    return textwrap.wrap(text, per_line) or [""]
 
 
 def comparison_grid(
@@ -39,7 +40,7 @@ def comparison_grid(
     count = len(rows[0][1])
     half = count * side + (count - 1) * 2
     block_width = 2 * half + _MARGIN
-    texts = [_lines(prompt, block_width, font) for prompt, _, _ in rows]
+    texts = [wrap_text(prompt, block_width, font)[:4] for prompt, _, _ in rows]
     block_height = side + max(len(t) for t in texts) * line + 2 * _MARGIN
     vertical = -(-len(rows) // columns)
     width = columns * block_width + (columns + 1) * 2 * _MARGIN
@@ -60,4 +61,36 @@ def comparison_grid(
                 canvas.paste(scaled.crop((0, 0, side, side)), (x + offset + i * (side + 2), y))
         for i, content in enumerate(text):
             draw.text((x, y + side + 2 + i * line), content, fill=_INK, font=font)
+    return canvas
+
+
+def framed_grid(rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell: int | None = None) -> Image.Image:
+    """One row of images per prompt with one of them framed, the prompt beneath.
+
+    Args:
+        rows: (prompt, images, index of the framed one).
+        cell (`int`, *optional*): side of one image in the picture; at least 96.
+    """
+    side = cell or max(96, rows[0][1][0].height)
+    font = ImageFont.load_default(max(11, side // 9))
+    line = max(14, side // 7)
+    count = max(len(images) for _, images, _ in rows)
+    width = 2 * _MARGIN + count * (side + _MARGIN)
+    texts = [wrap_text(prompt, width - 2 * _MARGIN, font)[:4] for prompt, _, _ in rows]
+    height = sum(side + len(text) * line + 3 * _MARGIN for text in texts)
+    canvas = Image.new("RGB", (width, height + _MARGIN), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    y = _MARGIN
+    for (_, images, best), text in zip(rows, texts, strict=True):
+        for i, image in enumerate(images):
+            scale = side / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            kind = Image.Resampling.NEAREST if scale >= 1.5 else Image.Resampling.LANCZOS
+            x = _MARGIN + i * (side + _MARGIN)
+            canvas.paste(image.convert("RGB").resize(size, kind), (x, y))
+            if i == best:
+                draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline=(24, 140, 60), width=3)
+        for j, content in enumerate(text):
+            draw.text((_MARGIN, y + side + 4 + j * line), content, fill=_INK, font=font)
+        y += side + len(text) * line + 3 * _MARGIN
     return canvas

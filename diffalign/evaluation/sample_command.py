@@ -27,7 +27,7 @@ def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, **compon
     source = ModelSource(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return DiffusionPipeline.from_pretrained(source.location, torch_dtype=dtype, use_safetensors=True, **components).to(device)
+    return DiffusionPipeline.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **components).to(device)
 
 
 def sample(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from ..likelihood.transitions import flow_sde_step
 from .coordinates import Coordinates
 
 KERNELS = ("ddim", "ancestral", "euler_maruyama")
+AUTO = "auto"
 DEFAULT_ETA = {"ddim": 1.0, "ancestral": 1.0, "euler_maruyama": 0.7}
 
 
@@ -30,8 +31,11 @@ def check_kernel(kernel: str | None, eta: float | None) -> float | None:
                 f"it belongs to kernel=, got eta={eta} without one; for the pipeline's own DDIM write pipe_kwargs eta={eta}",
             )
         return None
-    if kernel not in KERNELS:
-        raise ConfigError("kernel", f"expected one of {', '.join(KERNELS)} or None (the pipeline's scheduler), got {kernel!r}")
+    if kernel not in (*KERNELS, AUTO):
+        raise ConfigError(
+            "kernel", f"expected one of {', '.join(KERNELS)}, {AUTO} or None (the pipeline's scheduler), got {kernel!r}"
+        )
+    kernel = "ddim" if kernel == AUTO else kernel
     value = DEFAULT_ETA[kernel] if eta is None else eta
     if not 0 < value < float("inf") or (kernel == "ddim" and value > 1) or (kernel == "ancestral" and value != 1):
         limits = {"ddim": "in (0, 1]", "ancestral": "of 1", "euler_maruyama": "above 0"}[kernel]

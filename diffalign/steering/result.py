@@ -67,6 +67,7 @@ class SteeringResult:
         nan_count: rewards that were NaN and counted as -inf.
         warnings: sentences about collapsed populations.
         seed: what the streams were made from, when no generator was given.
+        kernel: what stepped: one of ours, or None for the pipeline's scheduler.
     """
 
     prompts: list[str]
@@ -86,6 +87,7 @@ class SteeringResult:
     nan_count: int = 0
     warnings: list[str] = field(default_factory=list)
     seed: Any = None
+    kernel: str | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -189,6 +191,7 @@ class SteeringResult:
             seconds={key: sum(part.seconds[key] for part in parts) for key in parts[0].seconds},
             nan_count=sum(part.nan_count for part in parts),
             seed=parts[0].seed,
+            kernel=parts[0].kernel,
         )
 
 

@@ -17,7 +17,7 @@ class Rewarder:
     """Scores particle images.
 
     Args:
-        scorer: a `Scorer`, its name in the registry, or a function (images, prompts) -> (n,).
+        scorer: a `Scorer`, its name in the registry, or a function (images, prompts) -> (n,). Scores of which lower is better are negated.
         intermediate: function (x0hat latents, prompts) -> (n,), or None.
         batch_size: images per call of a plain function, and per forward pass of a `Scorer`; None is all, and the scorer's own.
 
@@ -51,6 +51,10 @@ class Rewarder:
         fresh.prompts = [prompt for prompt in prompts for _ in range(k)]
         fresh.metadata = None if metadata is None else [row for row in metadata for _ in range(k)]
         fresh.k = k
+        # Prompts are encoded in batches whose rounding depends on their size: remembered ones would make a call depend on those before it.
+        remembered = getattr(self.scorer, "_texts", None)
+        if remembered is not None:
+            remembered.clear()
         return fresh
 
     def of_latents(self, x0: Tensor) -> Tensor:
@@ -81,6 +85,7 @@ class Rewarder:
             metadata = self.metadata if "metadata" in needs else None
             size = {} if self.batch_size is None else {"batch_size": self.batch_size}
             values = self._read(self.scorer(list(images), prompts, metadata, **size), len(images), "scorer")
+            values = values if self.scorer.spec.higher_is_better else -values
             self.calls += 1
         else:
             parts = []

@@ -6,6 +6,7 @@ become a few times on the way, multiplies the promising ones and returns them wi
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 import warnings
@@ -49,7 +50,7 @@ class FKSteering:
         intermediate_reward (*optional*): function (x0hat latents (n, ...), prompts) -> (n,) in place of decoding and scoring, e.g. a learned value.
         predict_x0 (*optional*): function (scheduler, model_output, timestep, sample) -> x0hat, for schedulers that are not known here.
         kernel (`str`, *optional*): a stochastic step over the scheduler's time grid in its place: ``ddim`` (generalised, any scheduler), ``ancestral`` (the
-            same at eta 1), ``euler_maruyama`` (flow matching).
+            same at eta 1), ``euler_maruyama`` (flow matching); ``auto`` is ``ddim`` where the scheduler is deterministic as it is called.
         eta (`float`, *optional*): of `kernel`; 1, and 0.7 for ``euler_maruyama``.
         mode (`str`): ``resample``; or ``prune`` for deterministic samplers: copies stay copies, so the model runs on distinct particles only.
         model_batch_size, decode_batch_size, reward_batch_size (`int`, *optional*): rows per forward pass of the model (guidance counts twice), latents per decode,
@@ -175,6 +176,13 @@ class FKSteering:
         for sentence in result.warnings:
             warnings.warn(sentence, stacklevel=2)
         return result
+
+    def best_of_n(self) -> FKSteering:
+        """The same sampler without any intermediate scoring: K plain samples with terminal weights, from the same noise for the same seed."""
+        plain = copy.copy(self)
+        plain.resample_steps, plain.mode = (), "resample"
+        plain.weighting = {**self.weighting, "temperatures": None}
+        return plain
 
     def _check_call(self, texts: list[str], generator: Any, seed: Any, metadata: Any, pipe_kwargs: Mapping[str, Any]) -> None:
         if not texts or not all(isinstance(text, str) for text in texts):

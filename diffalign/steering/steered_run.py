@@ -14,7 +14,7 @@ from torch import Tensor
 from ..exceptions import UserError
 from .coordinates import clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
 from .decoding import LatentDecoder
-from .kernels import draw, transition
+from .kernels import AUTO, draw, transition
 from .microbatch import Batches
 from .resampling import Generators, ess
 from .result import SteeringResult, StepTrace
@@ -87,6 +87,7 @@ class SteeredRun:
         self.owner, self.weighting, self.rewarder, self.decoder = owner, weighting, rewarder, decoder
         self.streams, self.models, self.groups, self.k = streams, models, groups, owner.num_particles
         self.scheduler = owner.pipe.scheduler
+        self.kernel = owner.kernel
         self.rows = groups * self.k
         self.calls = self.intervals = 0
         self.first_position = 0
@@ -147,8 +148,14 @@ class SteeredRun:
         weighting["temperatures"] = check_temperatures(weighting["potential"], weighting["temperatures"], len(self.steps))
         self.weights = ParticleWeights(self.groups, self.k, generator=self.streams.resampling, **weighting)
         resampling = self.k > 1 and bool(self.steps) and self.weighting["ess_threshold"] != 0
-        if not resampling or self.owner.kernel is not None:
-            return
+        if self.kernel == AUTO:
+            replaced = self.scheduler.config.get("stochastic_sampling", False)
+            self.kernel = None if is_stochastic(self.scheduler, arguments, self.first_position) and not replaced else "ddim"
+        elif resampling and self.kernel is None:
+            self._check_noise(arguments)
+
+    def _check_noise(self, arguments: dict[str, Any]) -> None:
+        """Refuses to resample copies that would stay copies, and to prune ones that would not."""
         random = is_stochastic(self.scheduler, arguments, self.first_position)
         name = type(self.scheduler).__name__
         if self.owner.mode == "prune":
@@ -158,14 +165,11 @@ class SteeredRun:
                 )
             self.models.same_as = torch.arange(self.rows)
         elif not random:
-            hint = (
-                "pass eta=1.0 to the call"
-                if "eta" in step_parameters(self.scheduler) and "DDIM" in name and "CogVideo" not in name
-                else None
-            )
-            remedy = f"{hint}, or use kernel='ddim'" if hint else "use kernel='ddim'"
+            takes_eta = "eta" in step_parameters(self.scheduler) and "CogVideo" not in name
+            remedy = "pass eta=1.0 to the call, or use kernel='ddim'" if takes_eta else "use kernel='ddim'"
             raise UserError(
-                f"scheduler: {name} is deterministic as it is called, so copies of a particle would stay equal; {remedy} (or mode='prune' to only drop the worst)"
+                f"scheduler: {name} is deterministic as it is called, so copies of a particle would stay equal; {remedy} "
+                "(or mode='prune' to only drop the worst)"
             )
 
     def _score(self, arguments: dict[str, Any], position: int, i: int) -> None:
@@ -219,7 +223,7 @@ class SteeredRun:
             self.models.same_as = torch.tensor([first[int(value)] for value in lineage])
 
     def _propose(self, arguments: dict[str, Any], original: Callable[..., Any], position: int) -> Any:
-        if self.owner.kernel is not None:
+        if self.kernel is not None:
             return self._own_step(arguments, position)
         device = arguments["sample"].device
         if "generator" not in step_parameters(self.scheduler):
@@ -239,8 +243,8 @@ class SteeredRun:
         output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
         now, then = read_coordinates(self.scheduler, timestep, position)
         x0 = self._clean(arguments, position)
-        assert self.owner.kernel is not None and self.owner.eta is not None
-        mean, std = transition(self.owner.kernel, self.owner.eta, output, sample, x0, now, then)
+        assert self.kernel is not None and self.owner.eta is not None
+        mean, std = transition(self.kernel, self.owner.eta, output, sample, x0, now, then)
         given = arguments.get("generator")
         moved = draw(mean, std, self.streams.steps if self.streams.replace or given is None else given, sample.dtype)
         if hasattr(self.scheduler, "_step_index"):
@@ -295,6 +299,7 @@ class SteeredRun:
             },
             seconds={"total": seconds, "decode": self.decode_seconds, "reward": self.rewarder.seconds},
             nan_count=weights.nan_count,
+            kernel=self.kernel,
         )
 
 
