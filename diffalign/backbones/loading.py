@@ -139,15 +139,14 @@ class ModelSource:
             from diffusers import AutoencoderKL
 
             subfolder = "vae" if (Path(self.vae) / "vae").is_dir() else None
-            return AutoencoderKL.from_pretrained(self.vae, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+            return AutoencoderKL.from_pretrained(self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True)
         if self.pipe is not None:
             component = getattr(self.pipe, name)
             return component.to(dtype) if isinstance(component, torch.nn.Module) and component.dtype != dtype else component
         cls = self._class(name)
         options: dict[str, Any] = {"subfolder": name, "revision": self.revision}
         if issubclass(cls, torch.nn.Module):
-            key = "dtype" if self.index[name][0] == "transformers" else "torch_dtype"
-            options.update({key: dtype, "variant": self.variant, "use_safetensors": True})
+            options.update({"dtype": dtype, "variant": self.variant, "use_safetensors": True})
         try:
             return cls.from_pretrained(self.location, **options)
         except (OSError, ValueError) as error:

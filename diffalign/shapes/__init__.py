@@ -23,6 +23,11 @@ def reward_weights_dir() -> Path:
     return Path(__file__).parent / "reward_weights"
 
 
+def text_weights_dir() -> Path:
+    """The folder of the embedded masked denoiser of captions; `pretrain_text.load_text_denoiser` reads it."""
+    return Path(__file__).parent / "text_weights"
+
+
 __all__ = [
     "ATTRIBUTES",
     "SHAPES_MODEL",
@@ -36,6 +41,7 @@ __all__ = [
     "reward_weights_dir",
     "score",
     "split_scenes",
+    "text_weights_dir",
     "train_prompts",
     "verify",
     "weights_dir",

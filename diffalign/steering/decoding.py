@@ -77,7 +77,8 @@ class LatentDecoder:
             raise UserError(
                 f"decoder: expected image latents of 4 dimensions, got {latents.ndim}; give decoder= a function of latents"
             )
-        vae, config = self.module, self.module.config
+        vae: Any = self.module
+        config = vae.config
         scaling = config.get("scaling_factor") or 1.0
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
@@ -91,7 +92,11 @@ class LatentDecoder:
         if upcast:
             vae.to(dtype=torch.float32)
         try:
-            return vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+            # Under offloading the weights lie elsewhere until the module is called.
+            device = (
+                vae.device if vae is not getattr(self.pipe, "vae", None) else getattr(self.pipe, "_execution_device", vae.device)
+            )
+            return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
         finally:
             if upcast:
                 vae.to(dtype=dtype)

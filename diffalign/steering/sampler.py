@@ -26,7 +26,6 @@ from .result import SteeringResult
 from .rewarding import Rewarder
 from .smc import check_options, check_schedule
 from .steered_run import SteeredRun, Streams
-from .streams import state_key, stream
 from .tap import steered
 
 MODES = ("resample", "prune")
@@ -54,7 +53,7 @@ class FKSteering:
         eta (`float`, *optional*): of `kernel`; 1, and 0.7 for ``euler_maruyama``.
         mode (`str`): ``resample``; or ``prune`` for deterministic samplers: copies stay copies, so the model runs on distinct particles only.
         model_batch_size, decode_batch_size, reward_batch_size (`int`, *optional*): rows per forward pass of the model (guidance counts twice), latents per decode,
-            images per call of the scorer.
+            images per call of the scorer. None: the pipeline's own way, and 8 latents per intermediate decode.
         prompts_per_call (`int`, *optional*): prompts that share a pipeline call; None is all of them.
 
     Raises:
@@ -120,7 +119,7 @@ class FKSteering:
         self.resample_steps: Sequence[int | float] | None = () if num_particles == 1 else resample_steps
         self.decoder, self.predict_x0 = decoder, predict_x0
         self.rewarder = Rewarder(scorer, intermediate_reward, reward_batch_size)
-        self.model_batch_size, self.decode_batch_size = model_batch_size, decode_batch_size or 8
+        self.model_batch_size, self.decode_batch_size = model_batch_size, decode_batch_size
         self.prompts_per_call = prompts_per_call
 
     def __call__(
@@ -166,8 +165,8 @@ class FKSteering:
                         len(chosen),
                     ),
                     None if metadata is None else [metadata[i] for i in chosen],
-                    {name: _share(value, chosen, len(texts), self.num_particles) for name, value in pipe_kwargs.items()},
-                    {**self.weighting, "lmbda": _share(self.weighting["lmbda"], chosen, len(texts), 1)},
+                    {name: _share(name, value, chosen, len(texts), self.num_particles) for name, value in pipe_kwargs.items()},
+                    {**self.weighting, "lmbda": _share("lmbda", self.weighting["lmbda"], chosen, len(texts), 1)},
                 )
             )
         result = SteeringResult.merged(parts)
@@ -232,7 +231,7 @@ class FKSteering:
         models = Batches(groups * k, self.model_batch_size, grouped=k)
         decodes = Batches(groups * k, self.decode_batch_size)
         decoder = LatentDecoder(
-            self.pipe, self.decoder, self.decode_batch_size, pipe_kwargs.get("height"), pipe_kwargs.get("width")
+            self.pipe, self.decoder, self.decode_batch_size or 8, pipe_kwargs.get("height"), pipe_kwargs.get("width")
         )
         rewarder = self.rewarder.start(texts, metadata, k)
         run = SteeredRun(self, weighting, rewarder, decoder, streams, models, groups)
@@ -294,16 +293,18 @@ def _repeat(name: str, value: Any, prompts: int, k: int) -> Any:
     return value
 
 
-def _share(value: Any, chosen: range, prompts: int, k: int) -> Any:
-    """The share of the chosen prompts of an argument with one entry per prompt or per particle."""
-    if len(chosen) == prompts:
+def _share(name: str, value: Any, chosen: range, prompts: int, k: int) -> Any:
+    """The share of the chosen prompts of an argument with one entry per prompt or per particle, told by its name and length."""
+    if len(chosen) == prompts or not isinstance(value, (list, tuple, Tensor)):
         return value
-    if isinstance(value, (list, tuple, Tensor)) and not (isinstance(value, Tensor) and value.ndim == 0):
-        if len(value) == prompts:
-            return value[chosen.start : chosen.stop]
-        if isinstance(value, Tensor) and len(value) == prompts * k:
-            return value[chosen.start * k : chosen.stop * k]
+    per_prompt = ("prompt" in name or "image" in name or name == "lmbda") if not isinstance(value, Tensor) else True
+    if isinstance(value, Tensor) and (value.ndim == 0 or not name.endswith(("_embeds", "_mask", "latents", "image", "lmbda"))):
+        return value
+    if per_prompt and len(value) == prompts:
+        return value[chosen.start : chosen.stop]
+    if isinstance(value, Tensor) and len(value) == prompts * k:
+        return value[chosen.start * k : chosen.stop * k]
     return value
 
 
-__all__ = ["FKSteering", "SteeringResult", "state_key", "stream"]
+__all__ = ["FKSteering", "SteeringResult"]

@@ -249,20 +249,12 @@ def run(
     )
     state = model.init(groups, num_particles, generator)
     prepare = getattr(model, "prepare", None)
-    log: dict[str, list[Tensor]] = {name: [] for name in ("rewards", "log_g", "ancestors", "resampled", "ess")}
+    trace = _Trace([], [], [], [], [])
     for i in range(model.num_steps):
         state = prepare(state, i) if prepare is not None else state
         if i in steps:
-            rewards = _collect(reward(model.predict_x0(state, i)), aggregate, weights)
-            log["rewards"].append(rewards)
-            log["log_g"].append(weights.update(rewards))
-            log["ess"].append(ess(weights.log_weights))
-            ancestors = weights.resample()
-            if ancestors is not None:
-                state = model.index(state, ancestors)
-            own = torch.arange(num_particles).expand(groups, -1)
-            log["ancestors"].append(own if ancestors is None else ancestors)
-            log["resampled"].append(weights.resampled)
+            ancestors = trace.score(weights, _collect(reward(model.predict_x0(state, i)), aggregate, weights))
+            state = state if ancestors is None else model.index(state, ancestors)
         proposed = model.propose(state, i, generator)
         if isinstance(proposed, tuple):
             state, ratio = proposed
@@ -272,25 +264,50 @@ def run(
     particles = model.final(state)
     final = _collect(reward(particles), aggregate, weights)
     weights.finish(final)
-    log["ess"].append(ess(weights.log_weights))
-    empty = torch.zeros(0, groups, num_particles, dtype=torch.float64)
-    return SMCResult(
-        particles=particles,
-        rewards=final,
-        log_weights=weights.log_weights,
-        log_z=weights.log_z,
-        lmbda=weights.lmbda,
-        steps=steps,
-        step_rewards=torch.stack(log["rewards"]) if steps else empty,
-        log_potentials=torch.stack(log["log_g"]) if steps else empty,
-        ancestors=torch.stack(log["ancestors"]) if steps else empty.long(),
-        resampled=torch.stack(log["resampled"]) if steps else torch.zeros(0, groups, dtype=torch.bool),
-        ess=torch.stack(log["ess"]),
-        roots=weights.roots,
-        applied=weights.applied,
-        degenerate=weights.degenerate,
-        nan_count=weights.nan_count,
-    )
+    return trace.result(particles, final, weights, steps)
+
+
+@dataclass
+class _Trace:
+    """What happened at the scored steps."""
+
+    rewards: list[Tensor]
+    log_g: list[Tensor]
+    ancestors: list[Tensor]
+    resampled: list[Tensor]
+    ess: list[Tensor]
+
+    def score(self, weights: ParticleWeights, rewards: Tensor) -> Tensor | None:
+        """Reweights and resamples; the ancestors, or None where nobody moves."""
+        self.rewards.append(rewards)
+        self.log_g.append(weights.update(rewards))
+        self.ess.append(ess(weights.log_weights))
+        ancestors = weights.resample()
+        groups, k = weights.shape
+        self.ancestors.append(torch.arange(k).expand(groups, -1) if ancestors is None else ancestors)
+        self.resampled.append(weights.resampled)
+        return ancestors
+
+    def result(self, particles: Any, rewards: Tensor, weights: ParticleWeights, steps: list[int]) -> SMCResult:
+        groups, k = weights.shape
+        empty = torch.zeros(0, groups, k, dtype=torch.float64)
+        return SMCResult(
+            particles=particles,
+            rewards=rewards,
+            log_weights=weights.log_weights,
+            log_z=weights.log_z,
+            lmbda=weights.lmbda,
+            steps=steps,
+            step_rewards=torch.stack(self.rewards) if steps else empty,
+            log_potentials=torch.stack(self.log_g) if steps else empty,
+            ancestors=torch.stack(self.ancestors) if steps else empty.long(),
+            resampled=torch.stack(self.resampled) if steps else torch.zeros(0, groups, dtype=torch.bool),
+            ess=torch.stack([*self.ess, ess(weights.log_weights)]),
+            roots=weights.roots,
+            applied=weights.applied,
+            degenerate=weights.degenerate,
+            nan_count=weights.nan_count,
+        )
 
 
 def resampling_stream(generator: Generators) -> Generators:

@@ -253,9 +253,9 @@ class _Work:
             from diffusers import AutoencoderTiny
 
             try:
-                decoder = AutoencoderTiny.from_pretrained(
-                    options.tiny_decoder, dtype=pipe.vae.dtype, use_safetensors=True
-                ).to(device)
+                decoder = AutoencoderTiny.from_pretrained(options.tiny_decoder, dtype=pipe.vae.dtype, use_safetensors=True).to(
+                    device
+                )
             except (OSError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"--tiny_decoder: {options.tiny_decoder!r} holds no AutoencoderTiny ({reason})") from error

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from tiny import build_pipeline
+
+from diffalign import FKSteering
 
 STOCHASTIC = {
     "ddim": ("DDIMScheduler", {}, {"eta": 1.0}),
@@ -101,3 +104,24 @@ def call_options(name: str, prompts: int = 2) -> dict[str, Any]:
         "prompt_embeds": torch.randn(prompts, 5, 32, generator=generator),
         "pooled_prompt_embeds": torch.randn(prompts, 32, generator=generator),
     }
+
+
+PROMPTS = ["a small red circle on the left of a gray background", "a large blue star in the center of a white background"]
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def brightness(images, prompts) -> torch.Tensor:
+    return torch.tensor([np.asarray(image, dtype=np.float64).mean() for image in images])
+
+
+def steer(pipe: Any, prompts=PROMPTS, *, name: str = "sd", steps: int = 6, call: dict | None = None, **options: Any):
+    options = {"num_particles": 4, "lmbda": 4.0, "ess_threshold": 1.0, "resample_steps": (1, 3)} | options
+    arguments = {"num_inference_steps": steps, "seed": 0} | call_options(name, len(prompts)) | (call or {})
+    return FKSteering(pipe, options.pop("scorer", brightness), **options)(prompts, **arguments)
+
+
+def stacked(result: Any) -> np.ndarray:
+    return np.stack([np.asarray(image) for row in result.images for image in row])
