@@ -5,7 +5,7 @@
 24 held-out prompts times 8 seeds, four particles each, the embedded pipeline with DDIM eta 1 and 30 steps. Best-of-n draws the same four images
 without resampling (bit-equal initial and step noise) and takes the one of highest reward; steering takes its particle of highest reward. *Accuracy* is the
 verifier's: all five attributes right. Differences are paired by prompt and seed, their standard errors clustered by prompt. Finished arms lie in
---work as JSON: an interrupted run goes on. About 25 minutes on two cores.
+--work as JSON: an interrupted run goes on. About half an hour.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def main() -> None:
             "",
             f"With the full autoencoder, decoding took {100 * statistics.median(shares['decode']):.1f} % and scoring {100 * statistics.median(shares['reward']):.1f} % of the call "
             "(five intermediate scorings of 16 images and the last one; the last decode is the pipeline's own and not counted). The plain pipeline took "
-            f"{statistics.median(times['plain']):.2f} s. The embedded autoencoder is large for its tiny denoiser: for real models the share is smaller (docs/steering.md).",
+            f"{statistics.median(times['plain']):.2f} s. The embedded autoencoder is large for its tiny denoiser; with other models `result.seconds` says what the shares are.",
             "",
         ]
     )

@@ -112,7 +112,7 @@ def read_coordinates(scheduler: Any, timestep: Any, position: int) -> tuple[Coor
 
 
 def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: Coordinates) -> Tensor:
-    """x0hat in float32 (or wider) from the tensors of one step (steering.md 6.3: Tweedie's formula in each parametrisation).
+    """x0hat in float32 (or wider) from the tensors of one step (Tweedie's formula in each parametrisation).
 
     Args:
         model_output, sample (`Tensor`): (n, ...); a learned variance in the second half of the channels is dropped.
@@ -163,7 +163,7 @@ def check_reachable(pipe: Any) -> None:
 
 
 def refuse_replaced_noise(scheduler: Any) -> None:
-    """Refuses flow matching's ``stochastic_sampling=True``, which never converges to the model's law (steering.md 6.5).
+    """Refuses flow matching's ``stochastic_sampling=True``, which never converges to the model's law.
 
     Raises:
         UserError: with what to use instead.

@@ -30,7 +30,7 @@ class LatentDecoder:
         from diffusers.image_processor import VaeImageProcessor
 
         self.pipe, self.batch_size, self.height, self.width = pipe, batch_size, height, width
-        self.module = getattr(pipe, "vae", None) if decoder is None else decoder if hasattr(decoder, "decode") else None
+        self.module: Any = getattr(pipe, "vae", None) if decoder is None else decoder if hasattr(decoder, "decode") else None
         self.function = None if decoder is None or self.module is not None else decoder
         if self.function is not None and not callable(self.function):
             raise ConfigError("decoder", f"expected an autoencoder, a function of latents or None, got {type(decoder).__name__}")
@@ -93,9 +93,8 @@ class LatentDecoder:
             vae.to(dtype=torch.float32)
         try:
             # Under offloading the weights lie elsewhere until the module is called.
-            device = (
-                vae.device if vae is not getattr(self.pipe, "vae", None) else getattr(self.pipe, "_execution_device", vae.device)
-            )
+            own = vae is getattr(self.pipe, "vae", None) and hasattr(self.pipe, "_execution_device")
+            device = self.pipe._execution_device if own else vae.device
             return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
         finally:
             if upcast:

@@ -1,6 +1,6 @@
 """Sequential Monte Carlo over any particle model: Feynman-Kac steering without knowing what a particle is.
 
-Step order of the specification (Singhal et al. 2025, arXiv 2501.06848, Algorithm 1, with carried weights and an exact terminal correction): predict the clean sample
+Step order (Singhal et al. 2025, arXiv 2501.06848, Algorithm 1, with carried weights and an exact terminal correction): predict the clean sample
 of every particle, score it, reweight, resample where the effective sample size is low, only then propose. The same core runs under images
 (`sampler.py`) and text (`text.py`). The estimate exp(log_z) of E[exp(lambda r)] is unbiased for fixed lambda, any potential, schedule and adaptivity.
 """

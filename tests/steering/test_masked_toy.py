@@ -1,4 +1,4 @@
-"""Toy C of steering.md 5.5: a masked chain small enough to enumerate, steered through `MaskedDiffusion`; and uniform diffusion likewise."""
+"""A masked chain small enough to enumerate, steered through `MaskedDiffusion`; and uniform diffusion likewise."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def estimates(result, z: float) -> tuple[Estimate, Estimate]:
     return Estimate.of(scaled), Estimate.of(scaled * (result.weights * result.rewards).sum(1))
 
 
-def test_the_enumeration_is_that_of_the_specification() -> None:
+def test_the_enumeration_gives_the_known_numbers() -> None:
     assert float(LAW[~CLEAN].sum()) == 0.0 and float(LAW.sum()) == pytest.approx(1.0)
     p = torch.zeros(len(STATES)).double()
     p[number(STRINGS)] = joint()

@@ -1,4 +1,4 @@
-"""Resampling, potentials and weights, against steering.md 5.1 and the invariances of 5.6."""
+"""Resampling vectors and variances, potentials and weights in closed form, invariances."""
 
 from __future__ import annotations
 

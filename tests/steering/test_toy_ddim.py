@@ -1,4 +1,4 @@
-"""Toy B of steering.md 5.4: linear-Gaussian data through the real `DDIMScheduler`, under `smc.run` and under `FKSteering` on a pipeline."""
+"""Linear-Gaussian data through the real `DDIMScheduler`, under `smc.run` and under `FKSteering` on a pipeline."""
 
 from __future__ import annotations
 

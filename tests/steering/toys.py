@@ -15,7 +15,7 @@ WEIGHTS = torch.tensor([0.7, 0.3], dtype=torch.float64)
 
 
 class Mixture:
-    """Toy A: exact reverse kernels of a two-component Gaussian mixture, so the chain's law is the mixture for any number of steps.
+    """Exact reverse kernels of a two-component Gaussian mixture, so the chain's law is the mixture for any number of steps.
 
     Args:
         num_steps: steps.
