@@ -7,7 +7,8 @@ taking each judge's own maximum over K would flatter both sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,7 +216,7 @@ def compare_best_of_n(
     named = read_judges(judges)
     parts: dict[str, list[tuple[SteeringResult, dict[str, Array]]]] = {arm: [] for arm in ARMS}
     sides = {"best_of_n": steering.best_of_n(), "steering": steering}
-    with tqdm(total=2 * len(numbers), desc="comparing", unit="round", disable=not progress) as bar:
+    with quiet_bars(steering.pipe), tqdm(total=2 * len(numbers), desc="comparing", unit="round", disable=not progress) as bar:
         for number in numbers:
             for arm, sampler in sides.items():
                 own = [population_seed(number, i) for i in range(len(texts))]
@@ -223,6 +224,20 @@ def compare_best_of_n(
                 parts[arm].append((result, judge(result, named, metadata)))
                 bar.update()
     return BestOfNComparison(texts, numbers, steering.num_particles, {arm: _arm(rounds) for arm, rounds in parts.items()})
+
+
+@contextmanager
+def quiet_bars(pipe: Any) -> Iterator[None]:
+    """The pipeline's own progress bar off: one bar for all calls is enough."""
+    if not hasattr(pipe, "set_progress_bar_config"):
+        yield
+        return
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
 
 
 def population_seed(seed: int, prompt: int) -> int:
