@@ -255,16 +255,21 @@ def run(
         if i in steps:
             ancestors = trace.score(weights, _collect(reward(model.predict_x0(state, i)), aggregate, weights))
             state = state if ancestors is None else model.index(state, ancestors)
-        proposed = model.propose(state, i, generator)
-        if isinstance(proposed, tuple):
-            state, ratio = proposed
+        before, state = state, model.propose(state, i, generator)
+        if _is_tilted(before, state):
+            state, ratio = state
             weights.add_log_ratio(ratio)
-        else:
-            state = proposed
     particles = model.final(state)
     final = _collect(reward(particles), aggregate, weights)
     weights.finish(final)
     return trace.result(particles, final, weights, steps)
+
+
+def _is_tilted(before: Any, proposed: Any) -> bool:
+    """Whether a proposal is (state, log ratio) and not a state that is itself a tuple."""
+    if not isinstance(proposed, tuple) or len(proposed) != 2:
+        return False
+    return not isinstance(before, tuple) or isinstance(proposed[0], tuple)
 
 
 @dataclass

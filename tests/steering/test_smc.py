@@ -254,6 +254,36 @@ def test_the_resampling_stream_is_derived_without_advancing_the_noise() -> None:
     assert torch.equal(seen[0], start)
 
 
+def test_states_that_are_tuples_are_no_log_ratios() -> None:
+    class Pairs(Mixture):
+        def init(self, groups, k, generator):
+            return super().init(groups, k, generator), torch.zeros(groups, k)
+
+        def predict_x0(self, state, i):
+            return super().predict_x0(state[0], i)
+
+        def propose(self, state, i, generator):
+            return super().propose(state[0], i, generator), state[1] + 1
+
+        def index(self, state, ancestors):
+            return tuple(part.gather(1, ancestors) for part in state)
+
+        def final(self, state):
+            assert (state[1] == self.num_steps).all()
+            return state[0]
+
+    class Tilted(Pairs):
+        def propose(self, state, i, generator):
+            return super().propose(state, i, generator), torch.zeros(40, 4)
+
+    def of(model):
+        return run(model, lambda x: x, groups=40, num_particles=4, lmbda=0.7, generator=gen(5), resample_generator=gen(6))
+
+    plain, pairs, tilted = of(Mixture()), of(Pairs()), of(Tilted())
+    assert torch.equal(plain.particles, pairs.particles) and torch.equal(plain.log_z, pairs.log_z)
+    assert torch.equal(plain.particles, tilted.particles) and torch.equal(plain.log_z, tilted.log_z)
+
+
 def test_missing_and_impossible_rewards() -> None:
     weights = ParticleWeights(2, 3, lmbda=2.0)
     weights.update(torch.tensor([[math.nan, 1.0, 2.0], [-math.inf, 0.0, 0.0]]))
