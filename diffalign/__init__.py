@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "DCPOConfig": "methods.dcpo",
+    "DCPOTrainer": "methods.dcpo",
+    "DiffusionNPOConfig": "methods.diffusion_npo",
+    "DiffusionNPOTrainer": "methods.diffusion_npo",
+    "DiffusionORPOConfig": "methods.diffusion_orpo",
+    "DiffusionORPOTrainer": "methods.diffusion_orpo",
+    "MaPOConfig": "methods.mapo",
+    "MaPOTrainer": "methods.mapo",
+    "RankDPOConfig": "methods.rankdpo",
+    "RankDPOTrainer": "methods.rankdpo",
     "DiffusionDPOConfig": "methods.diffusion_dpo",
     "DiffusionDPOTrainer": "methods.diffusion_dpo",
     "SFTConfig": "methods.sft",
@@ -26,10 +36,20 @@ _EXPORTS = {
     "UserError": "exceptions",
 }
 __all__ = [
+    "DCPOConfig",
+    "DCPOTrainer",
     "DataConfig",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "DiffusionNPOConfig",
+    "DiffusionNPOTrainer",
+    "DiffusionORPOConfig",
+    "DiffusionORPOTrainer",
     "FKSteering",
+    "MaPOConfig",
+    "MaPOTrainer",
+    "RankDPOConfig",
+    "RankDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
     "TrainerCallback",
@@ -47,7 +67,12 @@ if TYPE_CHECKING:
     from .data.config import DataConfig
     from .data.load import load_preferences
     from .exceptions import UserError
+    from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer
+    from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
+    from .methods.mapo import MaPOConfig, MaPOTrainer
+    from .methods.rankdpo import RankDPOConfig, RankDPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
     from .steering.sampler import FKSteering

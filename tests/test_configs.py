@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import pair_rows
+from tiny import method_rows, pair_rows
 
 from diffalign.config import (
     LoraSection,
@@ -49,7 +49,7 @@ def test_every_reward_file_parses_without_loading_weights(path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) -> None:
-    data = convert(load_preferences(pair_rows(4, 64), verbose=False), tmp_path / "pairs")
+    data = convert(load_preferences(method_rows(method, 4, 64), verbose=False), tmp_path / "data")
     options = {
         "data.dataset_name": data,
         "data.cache_latents": tmp_path / "cache",

@@ -148,6 +148,26 @@ def pair_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     ]
 
 
+def ranked_rows(count: int = 8, size: int = RESOLUTION, lengths: tuple[int, ...] = (3,)) -> list[dict[str, Any]]:
+    """Separable lists: the brighter, the better; row i has ``lengths[i % len(lengths)]`` images."""
+    rows = []
+    for i, row in enumerate(pair_rows(count, size)):
+        k = lengths[i % len(lengths)]
+        images = [picture(210 - 170 * j // (k - 1), 100 * j + i, size) for j in range(k)]
+        rows.append({"prompt": row["prompt"], "images": images, "scores": [1 - j / (k - 1) for j in range(k)]})
+    return rows
+
+
+def captioned_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
+    """The pairs of `pair_rows` with a caption for each image."""
+    return [{**row, "chosen_prompt": row["prompt"], "rejected_prompt": "a small green cross on the right of a black background"} for row in pair_rows(count, size)]  # fmt: skip
+
+
+def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
+    """Rows that a method can train on."""
+    return {"rankdpo": ranked_rows, "dcpo": captioned_rows}.get(method, pair_rows)(count, size)
+
+
 def lora_config(r: int = 4, alpha: int = 8, dropout: float = 0.0, **options: Any) -> Any:
     """A LoRA whose alpha is not its rank, so that a lost alpha shows."""
     from peft import LoraConfig
@@ -172,12 +192,12 @@ def make_trainer(
     from diffalign.methods import config_class, trainer_class
 
     values: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0} | args
-    if method == "diffusion_dpo":
+    if method in ("diffusion_dpo", "diffusion_npo", "dcpo", "rankdpo"):
         values.setdefault("beta", 100.0)
     return trainer_class(method)(
         model=build_pipeline(family) if model is None else model,
         args=config_class(method)(output_dir=str(folder), **values),
-        train_dataset=pair_rows() if rows is None else rows,
+        train_dataset=method_rows(method) if rows is None else rows,
         peft_config=peft_config,
         data=DataConfig(**{"resolution": RESOLUTION, **(data or {})}),
         **(options or {}),

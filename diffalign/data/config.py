@@ -33,6 +33,10 @@ class DataConfig:
     """Folder with chosen/ and rejected/ (or w/ and l/) or an imagefolder; with dataset_name, where its image paths start."""
     columns: dict[str, str] = field(default_factory=dict)
     """Canonical column name -> your column name, e.g. {prompt: text, chosen: winner, rejected: loser}."""
+    score_columns: list[str] = field(default_factory=list)
+    """Columns of scores per image, one per scorer; a ranked row's scores are then its win rates over them (RankDPO's phi)."""
+    invert_preferences: bool = False
+    """Prefer what was rejected: pairs exchanged, scores negated; any method then trains a negative model (Diffusion-NPO)."""
     ties: str = "drop"
     """drop removes tied groups (counted and printed); keep gives them weight 0. A tie never makes a loser."""
     verify_images: str = "header"

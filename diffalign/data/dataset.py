@@ -200,6 +200,7 @@ class PreferenceDataset:
         self.row_ids = row_ids
         self.kind = layout.kind
         self._views: tuple[str, ...] = ()
+        self._inverted = self._one_prompt = False
 
     @property
     def _columns(self) -> dict[str, str]:
@@ -229,7 +230,11 @@ class PreferenceDataset:
         return self._viewed(group)
 
     def _viewed(self, group: Group) -> Group:
-        """The group as the kind that `as_kind` asked for."""
+        """The group as the kind that `as_kind` asked for, its preference and prompts as asked."""
+        if self._one_prompt:
+            group = dataclasses.replace(group, prompts=group.prompts[:1] * len(group.prompts))
+        if self._inverted:
+            group = _inverted(group, self.layout.kind)
         for source, kind in pairwise((self.layout.kind, *self._views)):
             group = _prompt_only(group) if kind == "prompt" else _VIEWS[source, kind](group)
         return group
@@ -284,6 +289,34 @@ class PreferenceDataset:
         return view
 
     @property
+    def has_two_prompts(self) -> bool:
+        """Whether every image of a pair has a caption of its own."""
+        return {"chosen_prompt", "rejected_prompt"} <= self.layout.mapping.keys() or {
+            "caption_0",
+            "caption_1",
+        } <= self.layout.mapping.keys()
+
+    def with_first_prompt(self) -> PreferenceDataset:
+        """The same groups, all images under the chosen one's prompt."""
+        view = self._derived()
+        view._one_prompt = True
+        return view
+
+    def with_inverted_preferences(self) -> PreferenceDataset:
+        """The same groups with the opposite preference: pairs exchanged, scores turned round (those within [0, 1] stay there).
+
+        Raises:
+            UserError: the data hold no preference.
+        """
+        if self.layout.kind not in ("pair", "ranked"):
+            raise UserError(
+                f"dataset {self.report.source}: {self.layout.kind} data hold no preference to invert; give pairs or ranked lists"
+            )
+        view = self._derived()
+        view._inverted = not self._inverted
+        return view
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of what is learned from: layout, mapping, kind and, per group, row id, prompts, scores, weight and the size and
         first and last 4 KiB of every image. The same content gives the same fingerprint in any place and process. Not seen: an
@@ -333,6 +366,14 @@ _VIEWS: dict[tuple[str, str], Callable[[Group], Group]] = {
     ("ranked", "single"): lambda group: _pick(group, [_best(group)]),
     ("pair", "single"): lambda group: _pick(group, [0]),
 }
+
+
+def _inverted(group: Group, kind: str) -> Group:
+    if kind == "pair":
+        return dataclasses.replace(group, prompts=group.prompts[::-1], images=group.images[::-1])
+    scores = group.scores or ()
+    top = 1.0 if scores and min(scores) >= 0 and max(scores) <= 1 else 0.0
+    return dataclasses.replace(group, scores=tuple(top - score for score in scores))
 
 
 def _prompt_only(group: Group) -> Group:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def load_preferences(
     verify_images: str = "header",
     max_broken_fraction: float = 0.05,
     kind: str | None = None,
+    score_columns: Sequence[str] = (),
     data_dir: str | Path | None = None,
     verbose: bool = True,
 ) -> PreferenceDataset:
@@ -52,6 +53,7 @@ def load_preferences(
         verify_images: `header`, `full` or `none`.
         max_broken_fraction: largest share of broken rows that is skipped.
         kind: what the groups shall be, see `PreferenceDataset.as_kind`; None = what the data are.
+        score_columns: columns of scores per image, one per scorer: a ranked row's scores become its win rates over them.
         data_dir: a folder in which relative image paths are looked up first.
         verbose: print the report.
 
@@ -69,6 +71,9 @@ def load_preferences(
     opened = open_source(source, split=split, config=config, revision=revision, streaming=streaming, data_dir=data_dir)
     data = opened.dataset
     names = data.column_names or next((list(row) for row in data.take(1)), None)
+    if score_columns:
+        data, columns = with_win_rates(data, score_columns, columns or {})
+        names = data.column_names
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
     if not names or (isinstance(data, datasets.Dataset) and len(data) == 0):
         report.check(max_broken_fraction)
@@ -91,3 +96,41 @@ def load_preferences(
             report.summary() if len(report.mapping) and report.rows else f"dataset {opened.name}: streaming, layout {layout.name}"
         )
     return result
+
+
+WIN_RATES = "win_rates"
+
+
+def with_win_rates(data: Any, score_columns: Sequence[str], columns: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """The dataset with a column of win rates over several columns of scores, and the column mapping that reads it.
+
+    Args:
+        data: a `datasets.Dataset`.
+        score_columns: each a list of numbers per row, one per image, higher is better; missing ones are left out.
+        columns: the user's mapping.
+
+    Raises:
+        ConfigError: a column that is not there, a stream, lists of different lengths in a row.
+    """
+    import datasets
+    import torch
+
+    from diffalign.rewards.ensemble import win_rates
+
+    if not isinstance(data, datasets.Dataset):
+        raise ConfigError("data.score_columns", "a stream has no column to add; set data.dataset_streaming: false")
+    for name in score_columns:
+        if name not in data.column_names:
+            raise ConfigError("data.score_columns", f"the dataset has no column {name!r}; it has {', '.join(data.column_names)}")
+    rows = []
+    table = data.select_columns(list(score_columns))
+    for number, row in enumerate(table):
+        lists = [row[name] or [] for name in score_columns]
+        if len({len(values) for values in lists}) != 1:
+            raise ConfigError(
+                "data.score_columns",
+                f"row {number} has {', '.join(str(len(v)) for v in lists)} scores; expected one per image in each",
+            )
+        scores = torch.tensor([[float("nan") if x is None else x for x in values] for values in lists], dtype=torch.float64)
+        rows.append(win_rates(scores.T[None])[0].tolist() if scores.numel() else [])
+    return data.add_column(WIN_RATES, rows), {**columns, "scores": WIN_RATES}

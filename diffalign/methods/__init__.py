@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from ..training.trainer import Trainer
 
 METHODS: dict[str, str] = {
+    "dcpo": "dcpo:DCPO",
     "diffusion_dpo": "diffusion_dpo:DiffusionDPO",
+    "diffusion_npo": "diffusion_npo:DiffusionNPO",
+    "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
+    "mapo": "mapo:MaPO",
+    "rankdpo": "rankdpo:RankDPO",
     "sft": "sft:SFT",
 }
 """Name in a run file -> ``module:Prefix``; the module holds ``<Prefix>Config`` and ``<Prefix>Trainer``."""

@@ -7,6 +7,7 @@ same whether one process, several processes or several accumulated passes consum
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -228,6 +229,12 @@ def fill_prompt_cache(cache: TensorCache, prompts: Sequence[str], backbone: Back
     return len(todo)
 
 
+def _padded(values: Tensor, k: int) -> Tensor:
+    """(g, n, ...) with the last image repeated up to k: shorter lists of a batch, whose missing scores leave them out of the loss."""
+    missing = k - values.shape[1]
+    return values if missing == 0 else torch.cat([values, values[:, -1:].expand(-1, missing, *values.shape[2:])], dim=1)
+
+
 class BatchBuilder:
     """Examples -> `Batch`: encodes what is not cached and draws everything random from the rows' own generators."""
 
@@ -238,24 +245,39 @@ class BatchBuilder:
         self.sampling = ("logit_normal" if flow else "uniform") if sampling == "auto" else sampling
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        args, k = self.args, len(examples[0].prompts)
+        args = self.args
+        counts = [len(e.prompts) for e in examples]
+        k = max(counts)
         draws = [row_generator(args.seed, e.row_id, self.draw_epoch(e.epoch), "noise") for e in examples]
         # [timestep, prompt dropout] per row; always both, so that switching dropout on does not move the timesteps.
         uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in draws])
         times = sample_times(self.backbone.process, uniforms[:, 0], self.sampling, args.logit_mean, args.logit_std)
         mean, std = self._latents(examples)
         shape = mean.shape[1:]
-        noise = group_noise(shape, k, draws, shared=args.shared_noise, offset=args.noise_offset)
-        posterior = torch.cat([torch.randn((k, *shape), generator=g) for g in draws])
+        # What a row draws depends on its own length alone, not on the longest list of its batch.
+        noise = torch.cat(
+            [
+                _padded(group_noise(shape, n, [g], shared=args.shared_noise, offset=args.noise_offset), k)
+                for n, g in zip(counts, draws, strict=True)
+            ]
+        )
+        posterior = torch.cat([torch.randn((n, *shape), generator=g) for n, g in zip(counts, draws, strict=True)])
         x0 = mean + std * posterior.to(self.device)
+        if min(counts) < k:
+            x0 = torch.cat([_padded(part[None], k)[0] for part in x0.split(counts)])
         dropped = uniforms[:, 1] < args.proportion_empty_prompts
-        prompts = ["" if drop else prompt for e, drop in zip(examples, dropped, strict=True) for prompt in e.prompts]
+        prompts = [
+            "" if drop else prompt
+            for e, drop in zip(examples, dropped, strict=True)
+            for prompt in (*e.prompts, *(e.prompts[-1:] * (k - len(e.prompts))))
+        ]
         condition = self._encode(prompts)
         geometries = [e.geometry for e in examples for _ in range(k)]
         condition |= {name: t.to(self.device) for name, t in self.backbone.geometry_condition(geometries).items()}
         scores = None
         if examples[0].scores is not None:
-            scores = torch.tensor([e.scores for e in examples], dtype=torch.float32, device=self.device)
+            padded = [(*(e.scores or ()), *[math.nan] * (k - len(e.prompts))) for e in examples]
+            scores = torch.tensor(padded, dtype=torch.float32, device=self.device)
         return Batch(
             x0=x0.unflatten(0, (-1, k)),
             noise=noise.to(self.device),

@@ -32,8 +32,12 @@ from .loader import (
 REFERENCE_FILE = "reference_errors.safetensors"
 
 
-def as_preferences(data: Any, config: DataConfig, kind: str, split: str) -> PreferenceDataset:
-    """Whatever the user gave - a name, a `datasets.Dataset`, rows, a `PreferenceDataset` - as groups of the method's kind."""
+def as_preferences(data: Any, config: DataConfig, kind: str, split: str, *, invert: bool = False) -> PreferenceDataset:
+    """Whatever the user gave - a name, a `datasets.Dataset`, rows, a `PreferenceDataset` - as groups of the method's kind.
+
+    Args:
+        invert: prefer what was rejected; `data.invert_preferences` turns it round once more.
+    """
     if not isinstance(data, PreferenceDataset):
         data = load_preferences(
             data,
@@ -46,9 +50,11 @@ def as_preferences(data: Any, config: DataConfig, kind: str, split: str) -> Pref
             verify_images=config.verify_images,
             max_broken_fraction=config.max_broken_fraction,
             data_dir=config.train_data_dir,
+            score_columns=config.score_columns,
             verbose=False,
         )
-    return data.as_kind(kind)
+    data = data.as_kind(kind)
+    return data.with_inverted_preferences() if invert != config.invert_preferences else data
 
 
 def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
@@ -215,7 +221,7 @@ class ReferenceErrors:
 
         data, accelerator = self.data, self.data.accelerator
         count, draws = len(data.dataset), data.args.ref_error_draws
-        k = len(data.dataset[0].prompts)
+        k = max(len(data.dataset[i].prompts) for i in range(count))
         ids = torch.tensor([data.dataset[i].row_id for i in range(count)])
         table = torch.zeros(count, draws, k, dtype=torch.float64)
         size = data.args.per_device_train_batch_size
@@ -226,7 +232,7 @@ class ReferenceErrors:
             chunk = todo[start : start + size]
             values = errors(data.builder([data.reader[key] for key in chunk])).double().cpu()
             for (draw, index), row in zip(chunk, values, strict=True):
-                table[index, draw] = row
+                table[index, draw, : len(row)] = row
         table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
         if accelerator.is_main_process:
             save_file({"row_ids": ids, "errors": table}, self.path, metadata={"key": self.key})
@@ -236,5 +242,5 @@ class ReferenceErrors:
         self.table = {(int(row), draw): table[i, draw] for i, row in enumerate(ids) for draw in range(table.shape[1])}
 
     def attach(self, batch: Batch, examples: list[Example]) -> None:
-        rows = [self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))] for e in examples]
+        rows = [self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))][: batch.k] for e in examples]
         batch.reference_errors = torch.stack(rows).to(batch.x0.device, torch.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backbones import load_backbone
 from ..config import HubConfig, ValidationConfig
-from ..data import DataConfig
+from ..data import DataConfig, PreferenceDataset
 from ..exceptions import ConfigError
 from ..likelihood import denoising_errors, min_snr_weight
 from . import hub
@@ -78,6 +78,8 @@ class Trainer:
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
     data_kind: ClassVar[str] = "pair"
     reference_free: ClassVar[bool] = False
+    inverted: ClassVar[bool] = False
+    """Whether the method prefers what people rejected."""
     passes_per_batch: ClassVar[int] = 1
     """How many micro-batches `micro_batches` yields for one batch."""
 
@@ -118,20 +120,26 @@ class Trainer:
             raise ConfigError(
                 "data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)"
             )
-        self.train_dataset = as_preferences(source, self.data_config, self.data_kind, self.data_config.dataset_train_split)
+        self.train_dataset = self.read_dataset(source, self.data_config.dataset_train_split)
         if eval_dataset is None and self.data_config.dataset_test_split and train_dataset is None:
             eval_dataset = source
         # Read once: an evaluation every few steps must not scan the data again.
         test_split = self.data_config.dataset_test_split or "test"
-        self.eval_dataset = (
-            None if eval_dataset is None else as_preferences(eval_dataset, self.data_config, self.data_kind, test_split)
-        )
+        self.eval_dataset = None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
         self.state, self.control = TrainerState(), TrainerControl()
         self.callbacks: list[TrainerCallback] = list(callbacks)
         self._ready = False
         self._call("on_init_end")
 
     # Hooks of a method ------------------------------------------------------------------------------------------------------
+
+    def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
+        """The data as groups of `data_kind`; a method that needs more of them checks it here.
+
+        Raises:
+            UserError: they do not hold what the method needs.
+        """
+        return as_preferences(source, self.data_config, self.data_kind, split, invert=self.inverted)
 
     def prepare(self, batch: Batch) -> Batch:
         """Before the micro-batches: self-samples, trajectories, targets. Default: the batch as it is."""
@@ -291,7 +299,7 @@ class Trainer:
         if data is None:
             raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
         self._setup()
-        groups = as_preferences(data, self.data_config, self.data_kind, self.data_config.dataset_test_split or "test")
+        groups = self.read_dataset(data, self.data_config.dataset_test_split or "test")
         config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
         args = dataclasses.replace(self.args, precompute_ref_errors=False, proportion_empty_prompts=0.0)
         pipeline = DataPipeline(groups, config, args, self.backbone, self.accelerator)

@@ -21,13 +21,14 @@ from tiny import (
     first_batch,
     lora_config,
     make_trainer,
+    method_rows,
     pair_rows,
     trained_tensors,
 )
 
 from diffalign.backbones.base import ATTENTION_TARGETS
 from diffalign.config import load_run, run_to_dict
-from diffalign.methods import METHODS, config_class
+from diffalign.methods import METHODS, config_class, trainer_class
 from diffalign.training.callbacks import TrainerCallback
 
 every_method = pytest.mark.parametrize("method", list(METHODS))
@@ -116,7 +117,7 @@ def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str,
     # A random UNet says little about brightness through its attention: its convolutions get adapters, too.
     targets = None if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1", "conv2", "conv_out"]
     # The same noise and timestep in every epoch, those of `evaluate`.
-    one_draw = {"precompute_ref_errors": True, "ref_error_draws": 1} if method == "diffusion_dpo" else {}
+    one_draw = {"precompute_ref_errors": True, "ref_error_draws": 1} if not trainer_class(method).reference_free else {}
     trainer = make_trainer(
         tmp_path / "run",
         family,
@@ -127,9 +128,9 @@ def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str,
         per_device_train_batch_size=4,
         **one_draw,
     )
-    before = trainer.evaluate(pair_rows())
+    before = trainer.evaluate(method_rows(method))
     trainer.train()
-    after = trainer.evaluate(pair_rows())
+    after = trainer.evaluate(method_rows(method))
     assert after["eval/loss"] < before["eval/loss"]
     if method == "diffusion_dpo":
         assert before["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)

@@ -1,0 +1,71 @@
+"""Diffusion-ORPO, after diffusers' research project `diffusion_orpo` (Hong et al. 2024, arXiv 2403.07691, carried over to denoising errors).
+
+    o    = m_l - m_w                            (sign: correct)
+    loss = m_w - beta log sigmoid(o)
+
+m are the policy's mean squared denoising errors of the chosen (w) and rejected (l) image; no reference model. Errors fall as likelihoods rise, so the odds must have the minus sign above.
+The published script has o = m_w - m_l, which rewards a larger error of the chosen image; ``sign: legacy`` reproduces it. MaPO supersedes both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ..exceptions import ConfigError
+from ..training.batch import Batch
+from ..training.config import TrainingConfig
+from ..training.trainer import Trainer
+from .mapo import margin_metrics
+
+SIGNS = ("correct", "legacy")
+
+
+@dataclass
+class DiffusionORPOConfig(TrainingConfig):
+    """`train:` for `method: diffusion_orpo`."""
+
+    beta: float = 0.1
+    """Weight of the odds (the script's 0.1)."""
+    sign: str = "correct"
+    """correct | legacy: the published script's, which prefers the rejected image's error to be the lower one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sign not in SIGNS:
+            raise ConfigError("sign", f"expected one of {', '.join(SIGNS)}, got {self.sign!r}")
+        self._check("beta", lambda v: v > 0, "> 0")
+
+
+def diffusion_orpo_loss(policy_errors: Tensor, *, beta: float = 0.1, sign: str = "correct") -> Tensor:
+    """Loss per pair, (g,).
+
+    Args:
+        policy_errors (`Tensor`): (g, 2), chosen first.
+        beta (`float`): > 0.
+        sign (`str`): ``correct`` or ``legacy``.
+
+    Raises:
+        ValueError: another sign.
+    """
+    if sign not in SIGNS:
+        raise ValueError(f"sign: expected one of {', '.join(SIGNS)}, got {sign!r}")
+    odds = policy_errors[:, 1] - policy_errors[:, 0]
+    return policy_errors[:, 0] + beta * softplus(-odds if sign == "correct" else odds)
+
+
+class DiffusionORPOTrainer(Trainer):
+    """Trains on pairs without a reference."""
+
+    _name = "Diffusion-ORPO"
+    _tag_names = ("diffusion-orpo",)
+    config_class = DiffusionORPOConfig
+    data_kind = "pair"
+    reference_free = True
+    args: DiffusionORPOConfig
+
+    def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy, _ = self.errors(batch)
+        return diffusion_orpo_loss(policy, beta=self.args.beta, sign=self.args.sign), margin_metrics(policy)
