@@ -33,6 +33,7 @@ _EXPORTS = {
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
     "FKSteering": "steering.sampler",
+    "NegativeGuidance": "guidance",
     "UserError": "exceptions",
 }
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "FKSteering",
     "MaPOConfig",
     "MaPOTrainer",
+    "NegativeGuidance",
     "RankDPOConfig",
     "RankDPOTrainer",
     "SFTConfig",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from .data.config import DataConfig
     from .data.load import load_preferences
     from .exceptions import UserError
+    from .guidance import NegativeGuidance
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer

@@ -96,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
     sample.add_argument("--lora", help="folder or Hub id of LoRA weights; base images are drawn beside")
     sample.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default 1.0)")
+    sample.add_argument("--negative_lora", help="LoRA of a negative model (Diffusion-NPO, Self-NPO) for the unconditional branch")
+    sample.add_argument("--alpha", type=float, default=1.0, help="share of --lora in the negative branch (default 1.0)")
+    sample.add_argument("--beta", type=float, default=1.0, help="share of --negative_lora in it (default 1.0)")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
     sample.add_argument("--num_images", type=int, default=4, help="images per prompt (default 4)")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
@@ -136,6 +139,7 @@ _MODULE_COMMANDS = (
     ("serve-scorer", "rewards.server", "offer a scorer to other processes and environments over HTTP"),
     ("doctor", "rewards.doctor", "check the scorers on this machine against known numbers"),
     ("scorers", "rewards.cards", "list the scorers, or show the card of one"),
+    ("merge", "merge", "add up LoRAs or full weights of several runs"),
     ("steer", "steering.steer_command", "steer a model towards a reward while it samples (Feynman-Kac particles)"),
 )
 

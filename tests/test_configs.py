@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import method_rows, pair_rows
+from tiny import method_rows
 
 from diffalign.config import (
     LoraSection,

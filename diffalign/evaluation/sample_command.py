@@ -31,7 +31,7 @@ def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, **compon
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Writes ``<prompt>-<seed>.png`` files and, with a LoRA, ``comparison.png``.
+    """Writes ``<prompt>-<seed>.png`` files and, with a LoRA or a negative one, ``comparison.png``.
 
     Raises:
         UserError: on a missing model or LoRA, or numbers out of range.
@@ -59,11 +59,18 @@ def sample(options: argparse.Namespace) -> None:
             ) from error
         pipe.set_adapters("tuned", options.lora_scale)
         sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
+    if options.negative_lora:
+        from ..guidance import NegativeGuidance
+
+        with NegativeGuidance(pipe, negative=options.negative_lora, alpha=options.alpha, beta=options.beta):
+            sides["tuned"] = generate(
+                pipe, prompts, seeds, batch_size=options.batch_size, description="negative guidance", **settings
+            )
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, images in sides.items():
         for i, image in enumerate(images):
             image.save(options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
-    if options.lora:
+    if "tuned" in sides:
         n = options.num_images
         rows = [
             (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batching import Batches, batched
 from ..exceptions import ConfigError, UserError
 from .coordinates import check_reachable, refuse_replaced_noise
 from .decoding import LatentDecoder
 from .kernels import check_kernel
-from .microbatch import Batches, batched
 from .result import SteeringResult
 from .rewarding import Rewarder
 from .smc import check_options, check_schedule

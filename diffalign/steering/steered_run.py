@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..batching import Batches
 from ..exceptions import UserError
 from .coordinates import clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
 from .decoding import LatentDecoder
 from .kernels import AUTO, draw, transition
-from .microbatch import Batches
 from .resampling import Generators, ess
 from .result import SteeringResult, StepTrace
 from .rewarding import Rewarder

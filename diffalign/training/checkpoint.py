@@ -67,11 +67,14 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
 
 
 def lora_state(network: Any) -> dict[str, Tensor]:
-    """The adapter's weights under diffusers' names."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+    """The adapter's weights, every key in peft's form (``...lora_A.weight``).
+
+    diffusers' `convert_state_dict_to_diffusers` renames attention layers only, and its loader judges a file by one key:
+    of a file in both forms it would silently drop the renamed half.
+    """
     from peft.utils import get_peft_model_state_dict
 
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    return dict(get_peft_model_state_dict(network))
 
 
 def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:

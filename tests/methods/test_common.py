@@ -142,10 +142,11 @@ def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str,
 @every_family
 @lora_and_full
 def test_trained_weights_draw_the_same_in_plain_diffusers(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+    """Also where a LoRA holds attention and convolutions, whose keys diffusers names in two ways."""
     base = draw(build_pipeline(family))
-    trainer = make_trainer(
-        tmp_path / "run", family, method, peft_config=lora_config() if lora else None, max_steps=3, learning_rate=2e-2
-    )
+    targets = ATTENTION_TARGETS if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1"]
+    config = lora_config(target_modules=targets) if lora else None
+    trainer = make_trainer(tmp_path / "run", family, method, peft_config=config, max_steps=3, learning_rate=2e-2)
     trainer.train()
     trainer.network.eval()
     trained = draw(trainer.backbone.pipeline(network=trainer.network))

@@ -10,36 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import UserError
+from .exceptions import UserError
 
 # Positions, shared by all rows: their first dimension may equal the batch by accident.
 _SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
 
 
-def _pick(value: Any, batch: int, index: slice | Tensor) -> Any:
+def pick_rows(value: Any, batch: int, index: slice | Tensor) -> Any:
     """The rows `index` of every tensor with `batch` rows inside a nest of lists, tuples and dicts."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or value.shape[0] != batch:
             return value
         return value[index] if isinstance(index, slice) else value[index.to(value.device)]
     if isinstance(value, dict):
-        return {k: v if k in _SHARED else _pick(v, batch, index) for k, v in value.items()}
+        return {k: v if k in _SHARED else pick_rows(v, batch, index) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_pick(v, batch, index) for v in value)
+        return type(value)(pick_rows(v, batch, index) for v in value)
     return value
 
 
-def _join(parts: list[Any], sizes: list[int]) -> Any:
+def join_rows(parts: list[Any], sizes: list[int]) -> Any:
     """One output of the outputs of micro-batches, concatenated where they have their rows."""
     first = parts[0]
     if isinstance(first, Tensor):
         rows = all(p.ndim > 0 and p.shape[0] == n for p, n in zip(parts, sizes, strict=True))
         return torch.cat(parts) if rows else first
     if isinstance(first, dict):
-        joined = {k: _join([p[k] for p in parts], sizes) for k in first}
+        joined = {k: join_rows([p[k] for p in parts], sizes) for k in first}
         return type(first)(**joined) if type(first) is not dict else joined
     if isinstance(first, (list, tuple)):
-        return type(first)(_join([p[i] for p in parts], sizes) for i in range(len(first)))
+        return type(first)(join_rows([p[i] for p in parts], sizes) for i in range(len(first)))
     return first
 
 
@@ -75,9 +75,9 @@ class Batches:
         if self.same_as is not None:
             distinct, back = self._distinct(batch)
             if len(distinct) < batch:
-                args, kwargs = _pick(args, batch, distinct), _pick(kwargs, batch, distinct)
+                args, kwargs = pick_rows(args, batch, distinct), pick_rows(kwargs, batch, distinct)
                 out = self._split(original, args, kwargs, len(distinct))
-                return _pick(out, len(distinct), back)
+                return pick_rows(out, len(distinct), back)
         return self._split(original, args, kwargs, batch)
 
     def _split(self, original: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
@@ -88,8 +88,8 @@ class Batches:
             return original(*args, **kwargs)
         starts = range(0, batch, size)
         slices = [slice(start, min(start + size, batch)) for start in starts]
-        parts = [original(*_pick(args, batch, part), **_pick(kwargs, batch, part)) for part in slices]
-        return _join(parts, [part.stop - part.start for part in slices])
+        parts = [original(*pick_rows(args, batch, part), **pick_rows(kwargs, batch, part)) for part in slices]
+        return join_rows(parts, [part.stop - part.start for part in slices])
 
     def _distinct(self, batch: int) -> tuple[Tensor, Tensor]:
         """(rows to compute, for every row the place of its result among them), over all guidance copies."""

@@ -1,0 +1,161 @@
+"""``diffalign merge``: weighted sums of LoRAs or of full weights, written as plain diffusers weights.
+
+    theta = base + sum_i w_i (theta_i - base)
+
+With weights that sum to 1 this is interpolation, or a reward soup of several runs (Rame et al. 2023, arXiv 2306.04488). LoRAs are merged exactly: the sum of low-rank updates has the sum of their ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exceptions import ConfigError, UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--inputs", nargs="+", required=True, help="LoRAs, or pipelines of full weights (folders or Hub ids)")
+    parser.add_argument("--weights", type=float, nargs="+", help="one per input (default: equal shares)")
+    parser.add_argument("--model", required=True, help="the base: Hub id or folder of a pipeline, or shapes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the merged weights go")
+
+
+def merge_states(
+    base: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """base + sum_i w_i (theta_i - base), name by name, summed in float32 or wider.
+
+    Raises:
+        UserError: names or shapes that differ.
+    """
+    for number, other in enumerate(others):
+        different = sorted(set(base) ^ set(other))
+        if different:
+            raise UserError(
+                f"--inputs: number {number + 1} is of another architecture, e.g. in {different[0]}; merge weights of one model family"
+            )
+        for name, value in base.items():
+            if value.shape != other[name].shape:
+                raise UserError(
+                    f"--inputs: {name} of number {number + 1} has shape {tuple(other[name].shape)}, the base's {tuple(value.shape)}; merge weights of one model"
+                )
+    merged = {}
+    for name, value in base.items():
+        if not value.is_floating_point():
+            merged[name] = value
+            continue
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        total = wide.clone()
+        for weight, other in zip(weights, others, strict=True):
+            total += weight * (other[name].to(wide) - wide)
+        merged[name] = total.to(value.dtype)
+    return merged
+
+
+def run(options: argparse.Namespace) -> int:
+    """Merges and writes.
+
+    Raises:
+        UserError: inputs that do not fit, weights of the wrong number, an output folder that is not empty.
+    """
+    weights = options.weights or [1 / len(options.inputs)] * len(options.inputs)
+    if len(weights) != len(options.inputs):
+        raise ConfigError("--weights", f"expected one per input ({len(options.inputs)}), got {len(weights)}")
+    if not all(-1e6 < weight < 1e6 for weight in weights):
+        raise ConfigError("--weights", f"expected numbers, got {weights}")
+    out: Path = options.output_dir
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output_dir: {str(out)!r} exists and is not empty; name another folder")
+    full = [_is_pipeline(name) for name in options.inputs]
+    if any(full) and not all(full):
+        lora = options.inputs[full.index(False)]
+        raise UserError(f"--inputs: {lora!r} is a LoRA and others are pipelines; merge one kind at a time")
+    if all(full):
+        _merge_pipelines(options.model, options.inputs, weights, out)
+    else:
+        merge_loras(options.model, options.inputs, weights, out)
+    print(f"wrote {out}: {', '.join(f'{w:g} x {name}' for w, name in zip(weights, options.inputs, strict=True))}")
+    return 0
+
+
+def _is_pipeline(name: str) -> bool:
+    return name == "shapes" or (Path(name) / "model_index.json").is_file()
+
+
+def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+    """Writes ``pytorch_lora_weights.safetensors``: the exact weighted sum of the LoRAs' updates.
+
+    Raises:
+        UserError: one of them is no LoRA of the model.
+    """
+    from .backbones import load_backbone
+    from .guidance import load_lora
+    from .training.checkpoint import lora_state
+
+    backbone = load_backbone(model)
+    backbone.place(torch.device("cpu"), torch.float32)
+    network = backbone.load_network(torch.float32)
+    pipe = backbone.pipeline(with_vae=False, network=network)
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        load_lora(pipe, lora, "input", "--inputs")
+        for name, (down, up) in _factors(network, "input").items():
+            parts.setdefault(name, []).append((down, weight * up))
+        pipe.delete_adapters(["input"])
+    factors = {name: (torch.cat([d for d, _ in each], 0), torch.cat([u for _, u in each], 1)) for name, each in parts.items()}
+    _put(network, factors)
+    state = lora_state(network)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    backbone.save_lora(str(output_dir), network, state)
+
+
+def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down, up) of an adapter, alpha / r folded into the second."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            scale = layer.scaling[adapter]
+            found[name] = (layer.lora_A[adapter].weight.detach().clone(), scale * layer.lora_B[adapter].weight.detach())
+    return found
+
+
+def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Leaves one adapter `default` on the network, its alpha equal to its rank in every layer."""
+    from peft import LoraConfig
+
+    ranks = {name: len(down) for name, (down, _) in factors.items()}
+    most = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(r=most, lora_alpha=most, target_modules=list(factors), rank_pattern=pattern, alpha_pattern=dict(pattern))
+    network.add_adapter(config, adapter_name="default")
+    for name, (down, up) in factors.items():
+        layer = network.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(down)
+        layer.lora_B["default"].weight.data.copy_(up)
+
+
+def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+    from .backbones import load_backbone
+
+    backbone = load_backbone(model)
+    backbone.place(torch.device("cpu"), torch.float32)
+    network = backbone.load_network(torch.float32)
+    states = []
+    for name in inputs:
+        other = load_backbone(name)
+        if other.network_name != backbone.network_name:
+            raise UserError(
+                f"--inputs: {name!r} has a {other.network_name}, the base a {backbone.network_name}; merge weights of one model family"
+            )
+        other.place(torch.device("cpu"), torch.float32)
+        states.append(other.load_network(torch.float32).state_dict())
+    network.load_state_dict(merge_states(network.state_dict(), states, weights))
+    backbone.pipeline(network=network).save_pretrained(output_dir)
