@@ -148,7 +148,8 @@ def _add_module_commands(commands: Any, data_actions: Any) -> None:
     from importlib import import_module
 
     build = ("build", "data.build", "make preference data: draw images, score them, write pairs or ranked lists")
-    for parent, entries in ((commands, _MODULE_COMMANDS), (data_actions, (build,))):
+    recaption = ("recaption", "data.recaption", "write pairs with two captions for DCPO: captioned, perturbed or both")
+    for parent, entries in ((commands, _MODULE_COMMANDS), (data_actions, (build, recaption))):
         for name, module_name, text in entries:
             module = import_module(f".{module_name}", __package__)
             parser = parent.add_parser(name, help=text, allow_abbrev=False)

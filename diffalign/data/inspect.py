@@ -182,27 +182,42 @@ def convert(dataset: PreferenceDataset, output_dir: str | Path, *, kind: str | N
         raise UserError(f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one")
     if kind is not None:
         dataset = dataset.as_kind(kind)
+    return write_canonical((canonical_row(group, dataset) for group in dataset), output, shard_rows=shard_rows)
+
+
+def write_canonical(rows: Iterable[dict[str, Any]], output: Path, *, shard_rows: int = 1000, replace: bool = False) -> Path:
+    """Rows of canonical columns as parquet shards in a folder that appears only when it is complete.
+
+    Args:
+        rows: all with the same columns.
+        output: the folder.
+        replace: take the place of one that is there.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
         shards: list[Path] = []
-        for number, rows in enumerate(_chunks(dataset, shard_rows)):
+        for number, chunk in enumerate(_chunks(rows, shard_rows)):
             shards.append(partial / f"shard-{number:05d}")
-            _write_shard(rows, dataset, shards[-1])
+            _write_shard(chunk, shards[-1])
         for number, shard in enumerate(shards):
             shard.rename(partial / f"train-{number:05d}-of-{len(shards):05d}.parquet")
+        old = partial.with_name(f"{partial.name}-old")
+        if replace and output.exists():
+            output.rename(old)
         os.replace(partial, output)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return output
 
 
-def _chunks(dataset: PreferenceDataset, size: int) -> Iterator[list[dict[str, Any]]]:
+def _chunks(source: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
-    for group in dataset:
-        rows.append(_canonical_row(group, dataset))
+    for row in source:
+        rows.append(row)
         if len(rows) == size:
             yield rows
             rows = []
@@ -210,7 +225,12 @@ def _chunks(dataset: PreferenceDataset, size: int) -> Iterator[list[dict[str, An
         yield rows
 
 
-def _canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
+def canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
+    """The group's canonical columns, images as encoded bytes.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
     try:
         images = [{"bytes": image_cells.raw_bytes(image), "path": None} for image in group.images]
     except image_cells.BrokenImage as error:
@@ -231,7 +251,7 @@ def _two_prompts(dataset: PreferenceDataset) -> bool:
     return dataset.layout.name in ("dcpo", "canonical_two_prompts")
 
 
-def _write_shard(rows: list[dict[str, Any]], dataset: PreferenceDataset, path: Path) -> None:
+def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     import datasets
     import pyarrow.parquet
 

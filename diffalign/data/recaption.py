@@ -1,0 +1,301 @@
+"""``diffalign data recaption``: pairs with two captions, for DCPO (Saeidi et al. 2025, arXiv 2502.06023, section 3.2).
+
+    c   chosen_prompt = Q(x_w | c)    rejected_prompt = Q(x_l | c)
+    p   chosen_prompt = c             rejected_prompt = perturb(c)
+    h   chosen_prompt = Q(x_w | c)    rejected_prompt = perturb(Q(x_l | c)), or perturb(Q(x_w | c))
+
+Q is a captioner that sees the image and the prompt c. The prompt stays in the column `prompt`. Every text is kept as soon as
+it is there, so an interrupted command goes on, and another strategy in the same folder reuses the captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from .dataset import PreferenceDataset
+
+STRATEGIES = ("c", "p", "h")
+TEXTS = "texts.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("source", help="pairs or ranked lists: Hub id, folder or file")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the recaptioned pairs go; run again to go on")
+    parser.add_argument("--strategy", choices=STRATEGIES, required=True, help="c: captions, p: perturbed prompt, h: both")
+    parser.add_argument("--captioner", help="shapes, an image-to-text model of transformers, module:object, ./file.py:object")
+    parser.add_argument("--perturber", default="rules", help="rules (default), shapes, a paraphrase model, module:object")
+    parser.add_argument("--level", default="medium", choices=("weak", "medium", "strong"), help="of perturbation (medium)")
+    parser.add_argument(
+        "--perturb", default="rejected", choices=("rejected", "chosen"), help="h: whose caption is perturbed (rejected)"
+    )
+    parser.add_argument("--instruction", help="what a chat model is asked; {prompt} stands for the prompt")
+    parser.add_argument("--perturber_template", help="what a paraphrase model reads; {text} stands for the caption")
+    parser.add_argument("--split", default="train", help="default: train")
+    parser.add_argument("--columns", help="canonical names to your columns, as in diffalign data inspect")
+    parser.add_argument("--seed", type=int, default=0, help="of the perturbations (default 0)")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts or images at once (default 8)")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
+    parser.add_argument("--max_empty_fraction", type=float, default=0.05, help="share of pairs without caption that is left out")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow ./file.py:object, which runs that file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command.
+
+    Raises:
+        UserError: see `recaption`.
+    """
+    import yaml
+
+    columns = yaml.safe_load(options.columns) if options.columns else None
+    if columns is not None and not isinstance(columns, dict):
+        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {options.columns!r}")
+    if options.strategy != "p" and not options.captioner:
+        raise ConfigError(
+            "--captioner", f"strategy {options.strategy} needs one: shapes, a model of transformers, or module:object"
+        )
+    if options.batch_size < 1:
+        raise ConfigError("--batch_size", f"expected int >= 1, got {options.batch_size}")
+    # The data first: a captioner of many gigabytes is not loaded for a path that is not there.
+    dataset = read_pairs(options.source, split=options.split, columns=columns)
+    check_folder(options.output_dir)
+    captioner, perturber = _tools(options)
+    print(
+        recaption(
+            dataset,
+            options.output_dir,
+            options.strategy,
+            captioner=captioner,
+            perturber=perturber,
+            perturb=options.perturb,
+            names=(
+                f"{options.captioner}|{options.instruction or ''}",
+                f"{options.perturber}|{options.level}|{options.seed}|{options.perturber_template or ''}",
+            ),
+            batch_size=options.batch_size,
+            max_empty_fraction=options.max_empty_fraction,
+        )
+    )
+    return 0
+
+
+def _tools(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(captioner, perturber), None where the strategy needs none."""
+    from .captioners import make_captioner
+    from .perturbers import make_perturber
+
+    placed = {"device": options.device, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    asked = {"instruction": options.instruction} if options.instruction else {}
+    template = {"template": options.perturber_template} if options.perturber_template else {}
+    captioner = None if options.strategy == "p" else make_captioner(options.captioner, **placed, **asked)
+    if options.strategy == "c":
+        return captioner, None
+    return captioner, make_perturber(options.perturber, options.level, options.seed, **placed, **template)
+
+
+def read_pairs(source: Any, *, split: str = "train", columns: dict[str, str] | None = None) -> PreferenceDataset:
+    """The source as pairs; of a ranked list the best against the worst.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    from .dataset import PreferenceDataset
+    from .load import load_preferences
+
+    dataset = source
+    if not isinstance(source, PreferenceDataset):
+        dataset = load_preferences(source, split=split, columns=columns, verbose=False)
+    if dataset.kind not in ("pair", "ranked"):
+        raise UserError(f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs pairs or ranked lists")
+    return dataset.as_kind("pair")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder with something else in it."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / TEXTS).is_file())):
+        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+
+
+def recaption(
+    source: Any,
+    output_dir: str | Path,
+    strategy: str,
+    *,
+    captioner: Callable[..., Sequence[str]] | None = None,
+    perturber: Callable[[Sequence[str]], Sequence[str]] | None = None,
+    perturb: str = "rejected",
+    names: tuple[str, str] | None = None,
+    batch_size: int = 8,
+    max_empty_fraction: float = 0.05,
+) -> str:
+    """Writes ``OUTPUT_DIR/data`` (canonical parquet with `prompt`, `chosen_prompt`, `rejected_prompt`); returns a summary.
+
+    Args:
+        source: a `PreferenceDataset`, or what `load_preferences` reads; pairs, or ranked lists (best against worst).
+        output_dir: kept texts are in its ``texts.jsonl``.
+        strategy: ``c``, ``p`` or ``h``.
+        captioner: (images, prompts) -> captions; for c and h.
+        perturber: texts -> texts; for p and h.
+        perturb: whose caption h perturbs, ``rejected`` or ``chosen``.
+        names: of captioner and perturber with their settings, under which texts are kept; None for the objects' own names.
+        batch_size: images or texts at once.
+        max_empty_fraction: of the pairs, that may be left out for want of a caption.
+
+    Raises:
+        UserError: source, options, or a captioner or perturber that returns nothing or the wrong number of texts.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError("strategy", f"expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy != "p" and captioner is None:
+        raise ConfigError("captioner", f"strategy {strategy} needs one")
+    if strategy != "c" and perturber is None:
+        raise ConfigError("perturber", f"strategy {strategy} needs one")
+    folder = Path(output_dir)
+    check_folder(folder)
+    dataset = read_pairs(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = TextStore(folder / TEXTS)
+    captioner_name, perturber_name = names or (_name(captioner), _name(perturber))
+    places = {"c": (0, 1), "p": (), "h": (1,) if perturb == "rejected" else ()}[strategy]
+    captions: dict[tuple[int, int], str] = {}
+    if strategy != "p":
+        assert captioner is not None
+        captions = _captions(dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size)
+    pairs: list[tuple[str, str]] = []
+    for i in range(len(dataset)):
+        base = dataset[i].prompts[0]
+        first = base if strategy == "p" else captions[i, 0]
+        second = captions.get((i, 1), first)
+        pairs.append((first, second))
+    if strategy != "c":
+        assert perturber is not None
+        changed = _perturbed([second for _, second in pairs], perturber, perturber_name, texts, batch_size)
+        pairs = [(first, changed.get(second, "")) for first, second in pairs]
+    return _write(dataset, pairs, folder, strategy, max_empty_fraction)
+
+
+def _name(tool: Any) -> str:
+    return "" if tool is None else str(getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__))
+
+
+class TextStore:
+    """Texts that were made, by key, in a file of one JSON object per line; a torn last line is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.texts = path, {}
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self.texts[entry["key"]] = entry["text"]
+            except (ValueError, KeyError):
+                continue
+        path.touch()
+
+    @staticmethod
+    def key(*parts: str) -> str:
+        """A name for what a text was made from."""
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def add(self, keys: Sequence[str], texts: Sequence[str]) -> None:
+        """Keeps texts; they are on the disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            if file.tell() and not self.path.read_bytes().endswith(b"\n"):
+                file.write("\n")
+            for key, text in zip(keys, texts, strict=True):
+                self.texts[key] = text
+                file.write(json.dumps({"key": key, "text": text}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _captions(
+    dataset: Any, sides: Sequence[int], captioner: Callable[..., Sequence[str]], name: str, texts: TextStore, batch_size: int
+) -> dict[tuple[int, int], str]:
+    """(group, image) -> caption; an image that occurs twice under one prompt is read once."""
+    keys: dict[tuple[int, int], str] = {}
+    first: dict[str, tuple[int, int]] = {}
+    for i in range(len(dataset)):
+        group = dataset[i]
+        for side, digest in enumerate(group.image_hashes()):
+            if side in sides:
+                keys[i, side] = TextStore.key("caption", name, digest, group.prompts[0])
+                first.setdefault(keys[i, side], (i, side))
+    for batch in _batches(list(first), texts, batch_size, "captioning"):
+        groups = [dataset[first[key][0]] for key in batch]
+        images = [group.open_images()[first[key][1]] for group, key in zip(groups, batch, strict=True)]
+        found = captioner(images, [group.prompts[0] for group in groups])
+        texts.add(batch, _checked(found, len(batch), "captioner", name))
+    return {place: texts.texts[key] for place, key in keys.items()}
+
+
+def _perturbed(
+    given: Sequence[str], perturber: Callable[[Sequence[str]], Sequence[str]], name: str, texts: TextStore, batch_size: int
+) -> dict[str, str]:
+    """Text -> its perturbation, empty where nothing was changed."""
+    keys = {TextStore.key("perturb", name, text): text for text in given if text}
+    for batch in _batches(list(keys), texts, batch_size, "perturbing"):
+        found = perturber([keys[key] for key in batch])
+        texts.add(batch, _checked(found, len(batch), "perturber", name))
+    return {text: "" if texts.texts[key] == text else texts.texts[key] for key, text in keys.items()}
+
+
+def _batches(keys: Sequence[str], texts: TextStore, size: int, label: str) -> Iterator[list[str]]:
+    """Batches with something to do. They are the same in every run: a model's last bit, or its sample, may depend on its batch."""
+    from tqdm.auto import tqdm
+
+    batches = [list(keys[i : i + size]) for i in range(0, len(keys), size)]
+    todo = [batch for batch in batches if any(key not in texts.texts for key in batch)]
+    with tqdm(total=sum(map(len, todo)), desc=label, unit="text", disable=not todo) as bar:
+        for batch in todo:
+            yield batch
+            bar.update(len(batch))
+
+
+def _checked(found: Any, count: int, role: str, name: str) -> list[str]:
+    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != count:
+        number = "nothing" if found is None else f"{len(found)} texts" if hasattr(found, "__len__") else repr(found)
+        raise UserError(f"--{role}: {name} returned {number} for {count} inputs; expected a list of one text each")
+    for text in found:
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"--{role}: {name} returned {text!r}; expected texts")
+    return [" ".join((text or "").split()) for text in found]
+
+
+def _write(dataset: Any, pairs: Sequence[tuple[str, str]], folder: Path, strategy: str, max_empty_fraction: float) -> str:
+    from .inspect import canonical_row, write_canonical
+
+    kept = [i for i, captions in enumerate(pairs) if all(captions)]
+    empty = len(pairs) - len(kept)
+    if empty > max_empty_fraction * len(pairs):
+        groups = ", ".join(str(dataset[i].row_id) for i, captions in enumerate(pairs) if not all(captions))[:60]
+        raise UserError(
+            f"{empty} of {len(pairs)} pairs got no caption, or no changed one (rows {groups} ...); use another captioner or perturber, "
+            "or raise --max_empty_fraction"
+        )
+    total: Counter[str] = Counter(caption for i in kept for caption in set(pairs[i]))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for i in kept:
+            group = dataset[i]
+            row = canonical_row(group, dataset)
+            yield {**row, "chosen_prompt": pairs[i][0], "rejected_prompt": pairs[i][1]}
+
+    write_canonical(rows(), folder / "data", replace=True)
+    same = sum(pairs[i][0] == pairs[i][1] for i in kept)
+    lines = [f"{len(kept)} of {len(pairs)} pairs recaptioned (strategy {strategy}), {len(total)} different captions"]
+    lines += [f"{empty} left out without a caption"] * (empty > 0)
+    lines += [f"{same} have equal captions on both sides (no lesson beyond Diffusion-DPO's)"] * (same > 0)
+    return "\n".join([*lines, f"wrote {folder / 'data'}"])
