@@ -23,6 +23,8 @@ _EXPORTS = {
     "RankDPOTrainer": "methods.rankdpo",
     "DiffusionDPOConfig": "methods.diffusion_dpo",
     "DiffusionDPOTrainer": "methods.diffusion_dpo",
+    "SelfNPOConfig": "methods.self_npo",
+    "SelfNPOTrainer": "methods.self_npo",
     "SFTConfig": "methods.sft",
     "SFTTrainer": "methods.sft",
     "DataConfig": "data.config",
@@ -54,6 +56,8 @@ __all__ = [
     "RankDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SelfNPOConfig",
+    "SelfNPOTrainer",
     "TrainerCallback",
     "UserError",
     "ValidationConfig",
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
     from .methods.mapo import MaPOConfig, MaPOTrainer
     from .methods.rankdpo import RankDPOConfig, RankDPOTrainer
+    from .methods.self_npo import SelfNPOConfig, SelfNPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
     from .steering.sampler import FKSteering

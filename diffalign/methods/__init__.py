@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
     "mapo": "mapo:MaPO",
     "rankdpo": "rankdpo:RankDPO",
+    "self_npo": "self_npo:SelfNPO",
     "sft": "sft:SFT",
 }
 """Name in a run file -> ``module:Prefix``; the module holds ``<Prefix>Config`` and ``<Prefix>Trainer``."""

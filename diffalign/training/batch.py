@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from .rng import row_generator
 
 
 @dataclass
@@ -20,6 +23,8 @@ class Batch:
         row_ids (`list[int]`): rows of the source dataset, for messages.
         scores (`Tensor`, *optional*): (g, k) scores of ranked data, NaN = missing.
         reference_errors (`Tensor`, *optional*): (g, k), when they were computed before training.
+        noisy (`Tensor`, *optional*): (g, k, C, H, W) noisy samples at `times`, of methods that make them in `prepare`.
+        epochs (`list[int]`), seed (`int`): with `row_ids`, where the rows' own draws come from.
     """
 
     x0: Tensor
@@ -30,6 +35,13 @@ class Batch:
     row_ids: list[int] = field(default_factory=list)
     scores: Tensor | None = None
     reference_errors: Tensor | None = None
+    noisy: Tensor | None = None
+    epochs: list[int] = field(default_factory=list)
+    seed: int = 0
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One CPU generator per row for a method's own draws, the same in any batch, process and resumed run."""
+        return [row_generator(self.seed, row, epoch, purpose) for row, epoch in zip(self.row_ids, self.epochs, strict=True)]
 
     def __len__(self) -> int:
         return len(self.x0)

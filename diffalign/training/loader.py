@@ -130,7 +130,9 @@ class GroupReader(torch.utils.data.Dataset):
 
     def read(self, group: Any, epoch: int) -> Example:
         example = Example(group.row_id, epoch, tuple(group.prompts), Geometry((0, 0), (0, 0), (0, 0)), group.weight, group.scores)
-        if self.latents is not None:
+        if not group.images:
+            example.geometry = Geometry(self.transform.sizes[0], (0, 0), self.transform.sizes[0])
+        elif self.latents is not None:
             cached = group_key(group.image_hashes())
             if cached not in self.latents:
                 raise UserError(f"dataset row {group.row_id}: its latents could not be cached")
@@ -271,7 +273,7 @@ class BatchBuilder:
             for e, drop in zip(examples, dropped, strict=True)
             for prompt in (*e.prompts, *(e.prompts[-1:] * (k - len(e.prompts))))
         ]
-        condition = self._encode(prompts)
+        condition = self.encode(prompts)
         geometries = [e.geometry for e in examples for _ in range(k)]
         condition |= {name: t.to(self.device) for name, t in self.backbone.geometry_condition(geometries).items()}
         scores = None
@@ -286,6 +288,8 @@ class BatchBuilder:
             weights=torch.tensor([e.weight for e in examples], dtype=torch.float32, device=self.device),
             row_ids=[e.row_id for e in examples],
             scores=scores,
+            epochs=[self.draw_epoch(e.epoch) for e in examples],
+            seed=args.seed,
         )
 
     def draw_epoch(self, epoch: int) -> int:
@@ -293,6 +297,10 @@ class BatchBuilder:
         return epoch % self.args.ref_error_draws if self.args.precompute_ref_errors else epoch
 
     def _latents(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        if examples[0].pixels is None and examples[0].mean is None:  # prompts alone: nothing but a shape
+            height, width = examples[0].geometry.target_size
+            zeros = torch.zeros((len(examples), *self.backbone.latent_shape(height, width)), device=self.device)
+            return zeros, zeros
         if examples[0].mean is not None:
             mean = torch.cat([e.mean for e in examples if e.mean is not None])
             std = torch.cat([e.std for e in examples if e.std is not None])
@@ -300,7 +308,7 @@ class BatchBuilder:
         mean, std = self.backbone.encode_images(torch.cat([e.pixels for e in examples if e.pixels is not None]))
         return mean.to(self.device), std.to(self.device)
 
-    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditions of all prompts; each distinct prompt is encoded or read once."""
         distinct = list(dict.fromkeys(prompts))
         if self.prompts is not None:

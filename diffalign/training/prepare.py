@@ -105,6 +105,8 @@ class DataPipeline:
             )
         self.dropped_sizes = 0
         self.buckets: list[int] | None = None
+        if config.aspect_ratio_buckets and dataset.kind == "prompt":
+            raise ConfigError("data.aspect_ratio_buckets", "prompts without images have no size; set data.resolution instead")
         if config.aspect_ratio_buckets and not self.streaming:
             dataset = self._assign_buckets(dataset)
         self.dataset = dataset
@@ -123,7 +125,7 @@ class DataPipeline:
         return dataset if not self.dropped_sizes else dataset.select(keep)
 
     def _latent_cache(self) -> TensorCache | None:
-        if not self.config.cache_latents:
+        if not self.config.cache_latents or self.dataset.kind == "prompt":
             return None
         transform = hashlib.sha256(self.transform.fingerprint.encode()).hexdigest()[:16]
         key = f"latents-{self.backbone.source.fingerprint('vae')}-{transform}"

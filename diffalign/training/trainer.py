@@ -230,8 +230,9 @@ class Trainer:
         self._ready = True
 
     def _make_reference(self) -> Reference | None:
-        if self.reference_free:
-            return None
+        return None if self.reference_free else self._build_reference()
+
+    def _build_reference(self) -> Reference:
         device = self.accelerator.device
         if self.ref_backbone is not None:
             self.ref_backbone.place(device, self.backbone.dtype)

@@ -1,0 +1,232 @@
+"""Self-NPO: Wang et al. 2025, "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning", arXiv 2505.11777.
+
+    x_t      = K sampler steps down an N-step grid, from noise or from a noised image
+    target   = x0_hat(x_t)                                   Tweedie's estimate of the truncated sample: over-smoothed
+    x_s      = (alpha_s/alpha_t) x_t + ... z,  s > t          re-noised, with exactly the process's marginal
+    loss     = |x0_hat_theta(x_s) - target|^2, or Huber's
+
+The result is a *negative* model, learned without images or judgements from the model's own truncated samples, for the
+unconditional branch of guidance (`diffalign.guidance`). The paper starts from noise and takes the square; the official code
+starts from real images, takes Huber's loss and lets the average of the student draw, with a negative guidance weight. Both are
+options here, for epsilon-, v- and flow-prediction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..data import PreferenceDataset
+from ..exceptions import ConfigError
+from ..likelihood.processes import NoisingProcess
+from ..training.batch import Batch
+from ..training.config import TrainingConfig
+from ..training.prepare import as_preferences
+from ..training.reference import Reference
+from ..training.trainer import Trainer
+
+STARTS = ("noise", "data")
+LOSS_TYPES = ("mse", "huber")
+SAMPLERS = ("frozen_ref", "ema")
+
+
+@dataclass
+class SelfNPOConfig(TrainingConfig):
+    """`train:` for `method: self_npo`; defaults are the paper's (from noise, squared error, 5 steps)."""
+
+    start: str = "noise"
+    """noise (paper): prompts are all it needs; data (official code): noised images, so the data must hold some."""
+    loss_type: str = "mse"
+    """mse (paper) | huber (official code), in the space of clean latents."""
+    huber_c: float = 1e-3
+    """Where Huber's loss turns from square to straight."""
+    num_inference_steps: int = 25
+    """Steps of the whole sampling grid."""
+    truncation_steps: int = 5
+    """Of these, how many are run before the sample is cut off."""
+    guidance_weight: float = 0.0
+    """w of cond + w (cond - uncond) while sampling: 0 conditional, -1 unconditional (official SD1.5), -5 (official SDXL)."""
+    sampler: str = "frozen_ref"
+    """Who samples: frozen_ref, the starting weights | ema (official code), the average of the student; needs use_ema."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("start", STARTS), ("loss_type", LOSS_TYPES), ("sampler", SAMPLERS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._check("huber_c", lambda v: v > 0, "> 0")
+        self._check("num_inference_steps", lambda v: isinstance(v, int) and v >= 2, "an int >= 2")
+        self._check("truncation_steps", lambda v: isinstance(v, int) and v >= 1, "an int >= 1")
+        if self.truncation_steps >= self.num_inference_steps:
+            raise ConfigError(
+                "truncation_steps",
+                f"{self.truncation_steps} of {self.num_inference_steps} steps truncate nothing; give fewer than num_inference_steps",
+            )
+        if self.sampler == "ema" and not self.use_ema:
+            raise ConfigError("sampler", "ema draws with the average of the weights; set use_ema: true (official decay 0.999)")
+
+
+def sampling_grid(process: NoisingProcess, steps: int) -> Tensor:
+    """Times from least to most noisy, (steps,): timesteps T/steps * i - 1, or shifted sigmas i / steps."""
+    index = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    if process.prediction_type == "flow_matching":
+        shift = getattr(process, "shift", 1.0)
+        return shift * index / (1 + (shift - 1) * index)
+    count = process.num_timesteps  # type: ignore[attr-defined]
+    return (count * index).round().long() - 1
+
+
+def guided_output(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
+    """cond + weight (cond - uncond); at a weight of -1 the unconditional output."""
+    return cond + weight * (cond - uncond)
+
+
+def ddim_move(process: NoisingProcess, output: Tensor, sample: Tensor, times: Tensor, new_times: Tensor) -> Tensor:
+    """One deterministic DDIM step (an Euler step for flows), per row; a row whose time does not change stays as it is.
+
+    Args:
+        output, sample: (n, ...).
+        times, new_times: (n,).
+    """
+    moved = process.add_noise(process.to_x0(output, sample, times), process.to_eps(output, sample, times), new_times)
+    still = (times == new_times).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
+    return torch.where(still, sample, moved.to(sample.dtype))
+
+
+def later_times(process: NoisingProcess, times: Tensor, uniforms: Tensor) -> Tensor:
+    """Times uniform on what is noisier: t+1, ..., T-1, or (t, 1). (n,) each."""
+    if process.prediction_type == "flow_matching":
+        return times + (1 - times) * uniforms.clamp(1e-6, 1 - 1e-6)
+    last = process.num_timesteps - 1  # type: ignore[attr-defined]
+    return times + 1 + (uniforms * (last - times)).long().clamp(max=last - 1 - times)
+
+
+def self_npo_loss(student_x0: Tensor, target: Tensor, *, loss_type: str = "mse", huber_c: float = 1e-3) -> Tensor:
+    """Loss per sample, (n,): the mean over elements of d^2, or of sqrt(d^2 + c^2) - c.
+
+    Args:
+        student_x0, target (`Tensor`): (n, ...) clean latents.
+        loss_type (`str`): ``mse`` or ``huber``.
+        huber_c (`float`): c.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    wide = torch.promote_types(student_x0.dtype, torch.float32)
+    difference = (student_x0.to(wide) - target.to(wide)).flatten(1)
+    if loss_type == "mse":
+        return difference.square().mean(1)
+    return ((difference.square() + huber_c**2).sqrt() - huber_c).mean(1)
+
+
+class SelfNPOTrainer(Trainer):
+    """Trains a negative model on truncated samples of the model itself."""
+
+    _name = "Self-NPO"
+    _tag_names = ("self-npo",)
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning",
+        "id": "2505.11777",
+        "citation": """@inproceedings{wang2026selfnpo,
+  title     = {Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning},
+  author    = {Wang, Fu-Yun and Sun, Keqiang and Teng, Yao and Liu, Xihui and Yuan, Jiale and Song, Jiaming and Li, Hongsheng},
+  booktitle = {AAAI},
+  year      = {2026}
+}""",
+    }
+    config_class = SelfNPOConfig
+    data_kind = "prompt"
+    reference_free = True  # the loss has none; `sampler: frozen_ref` needs the starting weights all the same
+    args: SelfNPOConfig
+
+    def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
+        return as_preferences(source, self.data_config, "prompt" if self.args.start == "noise" else "single", split)
+
+    def _make_reference(self) -> Reference | None:
+        return self._build_reference() if self.args.sampler == "frozen_ref" else None
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Runs the truncated sampler: `x0` becomes the target, `noisy` and `times` what the student sees."""
+        args, process = self.args, self.process
+        generators = batch.generators("self_npo")
+        uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in generators])
+        again = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators]).to(batch.x0.device)
+        grid = sampling_grid(process, args.num_inference_steps)
+        index = torch.full((len(batch),), len(grid) - 1)
+        if args.start == "data":
+            index = (uniforms[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)
+        times = grid[index]
+        sample = batch.noise[:, 0]
+        if args.start == "data":
+            sample = process.add_noise(batch.x0[:, 0], sample, times)
+        empty = self.data.builder.encode([""] * len(batch))
+        unconditional = {**batch.condition, **{name: value.to(self.accelerator.device) for name, value in empty.items()}}
+        with self._sampling_weights():
+            for step in range(1, args.truncation_steps + 1):
+                below = index - step
+                new_times = torch.where(below >= 0, grid[below.clamp(min=0)], self._floor(grid))
+                output = self._sampler_output(sample, times, batch.condition, unconditional)
+                sample, times = ddim_move(process, output, sample, times, new_times), new_times
+            output = self._sampler_output(sample, times, batch.condition, unconditional)
+        target = process.to_x0(output, sample, times)
+        later = later_times(process, times, uniforms[:, 1])
+        noisy = process.renoise(sample, times, later, again)
+        return replace(batch, x0=target[:, None].float(), noise=again[:, None], noisy=noisy[:, None].float(), times=later)
+
+    def _floor(self, grid: Tensor) -> Tensor:
+        """Where samples rest that have come to the end of the grid: timestep 0, or a twentieth of the first sigma."""
+        return torch.zeros((), dtype=grid.dtype) if not grid.is_floating_point() else grid[0] / 20
+
+    @contextlib.contextmanager
+    def _sampling_weights(self) -> Iterator[None]:
+        """The student's average in place of the student, without dropout."""
+        if self.args.sampler != "ema" or self.ema is None:
+            yield
+            return
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        training = self.network.training
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train(training)
+            self.ema.restore(parameters)
+
+    def _sampler_output(
+        self, sample: Tensor, times: Tensor, condition: Mapping[str, Tensor], unconditional: Mapping[str, Tensor]
+    ) -> Tensor:
+        weight = self.args.guidance_weight
+        model_times = self.process.model_times(times).to(sample.device)
+
+        def predict(given: Mapping[str, Tensor]) -> Tensor:
+            with self.accelerator.autocast():
+                if self.args.sampler == "frozen_ref":
+                    return self._predict_reference(sample, model_times, dict(given)).float()
+                return self.backbone.predict(self.network, *self._cast(sample, model_times, dict(given))).float()
+
+        # One pass where the other has no weight.
+        if weight == 0:
+            return predict(condition)
+        if weight == -1:
+            return predict(unconditional)
+        return guided_output(predict(condition), predict(unconditional), weight)
+
+    def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.noisy is not None
+        noisy, target = batch.noisy[:, 0], batch.x0[:, 0]
+        times = self.process.model_times(batch.times).to(noisy.device)
+        with self.accelerator.autocast():
+            output = self._predict_policy(noisy, times, batch.condition)
+        student = self.process.to_x0(output.float(), noisy, batch.times)
+        loss = self_npo_loss(student, target, loss_type=self.args.loss_type, huber_c=self.args.huber_c)
+        with torch.no_grad():
+            error = self_npo_loss(student, target)
+            contrast = target.flatten(1).std(1)
+        return loss, {"errors/target": error, "targets/std": contrast}
