@@ -62,6 +62,14 @@ class DCPOTrainer(DiffusionDPOTrainer):
   year    = {2025}
 }""",
     }
+    _sources: ClassVar[dict[str, str]] = {
+        **DiffusionDPOTrainer._sources,
+        "beta": "paper, headline rows of table 9, 5000 (it studies 500 to 5000; the script's default is 500)",
+        "captions": "paper, last row of its tables, for the control",
+    }
+    _not_public: ClassVar[str] = (
+        "Whether the published numbers were trained with the launcher's mistaken target (a v-prediction model's output against the noise)."
+    )
     config_class = DCPOConfig
     args: DCPOConfig
 

@@ -102,6 +102,16 @@ class DiffusionDPOTrainer(Trainer):
   year      = {2024}
 }""",
     }
+    _sources: ClassVar[dict[str, str]] = {
+        "beta": "released launchers, 5000; the paper's main table has 2000 for SD1.5 and 5000 for SDXL",
+        "loss_type": "paper, eq. 14; hinge and ipo as in diffusers' research project",
+        "label_smoothing": "ours (conservative DPO of Mitchell 2023); 0 is the paper's loss",
+        "sft_weight": "ours, against both errors rising; 0 is the paper's loss",
+    }
+    _not_public: ClassVar[str] = (
+        "Which learning rate made the released weights: the paper's formula gives 8.19e-9 at beta 5000 (2.048e-8 at 2000), the released "
+        "launchers train at 2.048e-5 after their scaling by batch and processes."
+    )
     config_class = DiffusionDPOConfig
     data_kind = "pair"
     args: DiffusionDPOConfig

@@ -10,6 +10,7 @@ The published script has o = m_w - m_l, which rewards a larger error of the chos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -61,6 +62,21 @@ class DiffusionORPOTrainer(Trainer):
 
     _name = "Diffusion-ORPO"
     _tag_names = ("diffusion-orpo",)
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "ORPO: Monolithic Preference Optimization without Reference Model (carried over to diffusion by diffusers' research project)",
+        "id": "2403.07691",
+        "citation": """@article{hong2024orpo,
+  title   = {ORPO: Monolithic Preference Optimization without Reference Model},
+  author  = {Hong, Jiwoo and Lee, Noah and Thorne, James},
+  journal = {arXiv preprint arXiv:2403.07691},
+  year    = {2024}
+}""",
+    }
+    _sources: ClassVar[dict[str, str]] = {
+        "beta": "published script, 0.1",
+        "sign": "ours: the published script's sign rewards a larger error of the chosen image",
+    }
+    _not_public: ClassVar[str] = "No paper derives the diffusion form; its authors replaced it by MaPO."
     config_class = DiffusionORPOConfig
     data_kind = "pair"
     reference_free = True

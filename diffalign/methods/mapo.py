@@ -110,6 +110,17 @@ class MaPOTrainer(Trainer):
   year    = {2024}
 }""",
     }
+    _sources: ClassVar[dict[str, str]] = {
+        "form": "official code; `paper` for eq. 9-11",
+        "beta": "official code, 0.1; paper form: section 4, 8 to 1024 by task",
+        "link_form": "official code multiplies, which is the scale form",
+        "inner_scale": "official code, `snr_value` 0.5",
+        "margin_scale": "official code, the 1000 training timesteps",
+    }
+    _not_public: ClassVar[str] = (
+        "How beta enters the link function (the text allows a factor or a power), and why the code weighs the margin a hundred times more than "
+        "the paper's 1/beta would."
+    )
     config_class = MaPOConfig
     data_kind = "pair"
     reference_free = True

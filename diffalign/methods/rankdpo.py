@@ -163,6 +163,14 @@ class RankDPOTrainer(Trainer):
   year    = {2024}
 }""",
     }
+    _sources: ClassVar[dict[str, str]] = {
+        "beta": "not stated in the paper; Diffusion-DPO's for SDXL",
+        "gains": "paper, section 3.1: win rates over all comparisons and reward models",
+        "log_base": "paper, eq. 9",
+        "normalize": "paper: the sum over pairs",
+        "shared_noise": "paper: the images share the timestep alone",
+    }
+    _not_public: ClassVar[str] = "Code, learning rate, beta, and the two constants of the loss (1/2, mean or sum over elements)."
     config_class = RankDPOConfig
     data_kind = "ranked"
     args: RankDPOConfig

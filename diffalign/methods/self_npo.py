@@ -138,6 +138,18 @@ class SelfNPOTrainer(Trainer):
   year      = {2026}
 }""",
     }
+    _sources: ClassVar[dict[str, str]] = {
+        "start": "paper; the official code starts from noised images",
+        "loss_type": "paper; the official code has Huber's loss",
+        "huber_c": "official code",
+        "num_inference_steps": "official code, 25 DDIM steps",
+        "truncation_steps": "official code, 5",
+        "guidance_weight": "ours: the model's own conditional prediction; official code -1 (SD1.5) and -5 (SDXL)",
+        "sampler": "ours: the model itself; the official code draws with the average of the student, decay 0.999",
+    }
+    _not_public: ClassVar[str] = (
+        "The image folder of the official run; whether the published weights come from the paper's or the code's variant; the paper's own learning rate."
+    )
     config_class = SelfNPOConfig
     data_kind = "prompt"
     reference_free = True  # the loss has none; `sampler: frozen_ref` needs the starting weights all the same

@@ -75,6 +75,10 @@ class Trainer:
     _name: ClassVar[str] = "Trainer"
     _tag_names: ClassVar[tuple[str, ...]] = ()
     _paper: ClassVar[dict[str, str]] = {}
+    _sources: ClassVar[dict[str, str]] = {}
+    """Where the default of each of the method's own fields comes from."""
+    _not_public: ClassVar[str] = ""
+    """What paper and code leave unsaid."""
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
     data_kind: ClassVar[str] = "pair"
     reference_free: ClassVar[bool] = False

@@ -1,0 +1,281 @@
+"""The offline methods on the shapes world, from one ranked dataset, with equal evaluation.
+
+    python benchmarks/methods.py [--seeds 3] [--methods NAME ...] [--work FOLDER] [--output benchmarks/methods.md]
+
+600 training prompts, six images each from the base, judged by the verifier (`diffalign data build`); DCPO gets the recaptioned copy
+(`diffalign data recaption`), Self-NPO the prompts alone. Every method is trained as its `configs/<method>/shapes.yaml` says, from
+three seeds, on at most four minutes of two cores. Settings were chosen on the first 60 held-out prompts; what is reported are the
+other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of pairs that the
+verifier's graded score gives to the trained model (ties count one half), with a bootstrap interval clustered by prompt. Negative
+models are used in guidance, and compared with the base at its own best guidance scale; both scales are chosen on the first 60.
+Finished parts lie in --work: an interrupted run goes on, and two processes can share the work by --methods. About an hour and a half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from diffalign import NegativeGuidance, cli
+from diffalign.config import load_run
+from diffalign.evaluation.sampling import generate
+from diffalign.evaluation.statistics import clustered_bootstrap, win_rate
+from diffalign.shapes.pretrain import SAMPLING
+from diffalign.shapes.prompts import held_out_prompts
+from diffalign.shapes.quickstart import base_pipeline
+from diffalign.shapes.verifier import attribute_table, score
+from diffalign.training.run import build_trainer
+
+ROOT = Path(__file__).parents[1]
+IMAGES, TUNING_IMAGES = 8, 4
+FIRST_SEED = 20_000_000
+SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+# name -> (method, dataset, overrides, is a negative model)
+ARMS: dict[str, tuple[str, str, list[str], bool]] = {
+    "SFT": ("sft", "data/ranked", [], False),
+    "Diffusion-DPO": ("diffusion_dpo", "data/ranked", [], False),
+    "RankDPO": ("rankdpo", "data/ranked", [], False),
+    "MaPO": ("mapo", "data/ranked", [], False),
+    "DCPO": ("dcpo", "recaptioned/data", [], False),
+    "DCPO, captions: chosen (control)": ("dcpo", "recaptioned/data", ["--train.captions", "chosen"], False),
+    "Self-NPO": ("self_npo", "data/ranked", [], True),
+    "Diffusion-NPO": ("diffusion_npo", "data/ranked", [], True),
+}
+MUST_WIN = ("DCPO", "RankDPO", "MaPO")
+DIRECT = (("RankDPO", "Diffusion-DPO"), ("DCPO", "DCPO, captions: chosen (control)"), ("DCPO", "Diffusion-DPO"))
+
+
+def make_data(work: Path) -> None:
+    """The ranked dataset and its recaptioned copy."""
+    build = ["data", "build", "--prompts", "shapes", "--models", "shapes", "--num_images", "6", "--scorers", "shapes"]
+    recaption = ["data", "recaption", str(work / "data" / "ranked"), "--strategy", "h", "--captioner", "shapes"]
+    for command, result, folder in (
+        ([*build, "--batch_size", "64"], work / "data" / "ranked", work / "data"),
+        ([*recaption, "--perturber", "shapes"], work / "recaptioned" / "data", work / "recaptioned"),
+    ):
+        if not result.is_dir():
+            code = cli.run([*command, "--output_dir", str(folder)])
+            if code:
+                raise SystemExit(code)
+
+
+def judge(pipe: Any, prompts: list[str], images: int, first: int, guidance: float | None = None) -> dict[str, list[list[float]]]:
+    """Graded scores and whether all is right, (prompts, images) each."""
+    repeated = [prompt for prompt in prompts for _ in range(images)]
+    settings = SAMPLING if guidance is None else {**SAMPLING, "guidance_scale": guidance}
+    drawn = generate(pipe, repeated, range(first, first + len(repeated)), batch_size=60, progress=False, **settings)
+    right = [row["all"] for row in attribute_table(drawn, repeated)]
+    shape = (len(prompts), images)
+    return {
+        "scores": score(drawn, repeated).reshape(shape).tolist(),
+        "right": np.array(right, float).reshape(shape).tolist(),
+    }
+
+
+def kept(path: Path, make: Any) -> Any:
+    """What `make` returns, from the file where it is there already."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)
+    return value
+
+
+def tuning(pipe: Any, scale: float) -> dict[str, Any]:
+    return judge(pipe, held_out_prompts()[:60], TUNING_IMAGES, FIRST_SEED - 10_000, scale)
+
+
+def final(pipe: Any, scale: float | None = None) -> dict[str, Any]:
+    return judge(pipe, held_out_prompts()[60:], IMAGES, FIRST_SEED, scale)
+
+
+def base_results(work: Path) -> dict[str, Any]:
+    """The base at the sampler's own guidance scale and at the best one, which the first 60 prompts choose."""
+    sweep = {scale: kept(work / "base" / f"tuning-{scale}.json", lambda s=scale: tuning(base_pipeline(), s)) for scale in SCALES}
+    best = max(SCALES, key=lambda s: np.mean(sweep[s]["scores"]))
+    return {
+        "default": kept(work / "base" / "test.json", lambda: final(base_pipeline())),
+        "best_scale": best,
+        "best": kept(work / "base" / f"test-{best}.json", lambda: final(base_pipeline(), best)),
+        "sweep": {s: [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()},
+    }
+
+
+def train(name: str, seed: int, work: Path) -> dict[str, Any]:
+    """Trains one arm; returns seconds and steps."""
+    method, dataset, overrides, _ = ARMS[name]
+    out = work / "runs" / f"{folder_name(name)}-{seed}"
+    options = {
+        "data.dataset_name": work / dataset,
+        "data.cache_text_embeddings": work / "cache",
+        "train.output_dir": out,
+        "train.seed": seed,
+        "train.overwrite_output_dir": "true",
+        "train.save_steps": 100_000,
+        "train.logging_steps": 50,
+    }
+    if method != "self_npo":
+        options["data.cache_latents"] = work / "cache"
+    arguments = [str(x) for key, value in options.items() for x in (f"--{key}", value)]
+    run = load_run(ROOT / "configs" / method / "shapes.yaml", [*arguments, *overrides])
+    run.validation = None
+    trainer = build_trainer(run)
+    started = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - started, "steps": trainer.state.global_step}
+
+
+def measure(name: str, seed: int, work: Path) -> dict[str, Any]:
+    """One arm and seed: trained, and judged on the test prompts."""
+    facts = kept(work / "results" / f"{folder_name(name)}-{seed}-train.json", lambda: train(name, seed, work))
+    folder = work / "runs" / f"{folder_name(name)}-{seed}"
+
+    def judged() -> dict[str, Any]:
+        pipe = base_pipeline()
+        if not ARMS[name][3]:
+            pipe.load_lora_weights(str(folder))
+            return final(pipe)
+        guidance = NegativeGuidance(pipe, negative=str(folder))
+        with guidance:
+            sweep = {scale: tuning(pipe, scale) for scale in SCALES}
+            best = max(SCALES, key=lambda s: np.mean(sweep[s]["scores"]))
+            means = {str(s): [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()}
+            return {**final(pipe, best), "best_scale": best, "sweep": means}
+
+    return {**facts, **kept(work / "results" / f"{folder_name(name)}-{seed}-test.json", judged)}
+
+
+def folder_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    right = np.array(result["right"])
+    low, high = clustered_bootstrap(right)
+    return f"{100 * right.mean():.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def rate(base: dict[str, Any], result: dict[str, Any]) -> tuple[str, bool]:
+    found = win_rate(np.array(base["scores"]), np.array(result["scores"]))
+    return f"{100 * found.rate:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})", found.low > 0.5
+
+
+def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        f"Base at its usual guidance scale {SAMPLING['guidance_scale']:g}: accuracy {accuracy(base['default'])} %. At its best, "
+        f"{base['best_scale']:g}: {accuracy(base['best'])} %.",
+        "",
+        "| method | seed | accuracy % | win-rate against the base % | training, s (steps) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seeds in results.items():
+        if ARMS[name][3]:
+            continue
+        for seed, result in enumerate(seeds):
+            shown, _ = rate(base["default"], result)
+            lines.append(f"| {name} | {seed} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |")
+    lines += [
+        "",
+        "Negative models in the unconditional branch (`NegativeGuidance`, alpha irrelevant without a positive model, beta 1), against "
+        f"the base at its best guidance scale, {base['best_scale']:g}:",
+        "",
+        "| method | seed | guidance scale | accuracy % | win-rate against the base at its best % | training, s (steps) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, seeds in results.items():
+        if not ARMS[name][3]:
+            continue
+        for seed, result in enumerate(seeds):
+            shown, _ = rate(base["best"], result)
+            lines.append(
+                f"| {name} | {seed} | {result['best_scale']:g} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |"
+            )
+    lines += ["", "Accuracy % over guidance scales on the 60 tuning prompts (seed 0 of negative models):", ""]
+    lines += [f"| | {' | '.join(f'{s:g}' for s in SCALES)} |", f"|---|{'---|' * len(SCALES)}"]
+    sweeps = {"base": {str(s): v for s, v in base["sweep"].items()}}
+    sweeps |= {name: seeds[0]["sweep"] for name, seeds in results.items() if ARMS[name][3] and seeds}
+    lines += [f"| {name} | {' | '.join(f'{100 * sweep[str(s)][0]:.1f}' for s in SCALES)} |" for name, sweep in sweeps.items()]
+    return lines
+
+
+def comparisons(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        "",
+        "Directly against one another, same prompts and noise, win-rate of the first in %:",
+        "",
+        "| | seed | win-rate |",
+        "|---|---|---|",
+    ]
+    for first, second in DIRECT:
+        for seed, (a, b) in enumerate(zip(results.get(first, []), results.get(second, []), strict=False)):
+            lines.append(f"| {first} against {second} | {seed} | {rate(b, a)[0]} |")
+    return lines
+
+
+def verdicts(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [""]
+    for name in MUST_WIN:
+        good = [rate(base["default"], result)[1] for result in results.get(name, [])]
+        lines.append(f"- {name}: the interval lies above 50 % for {sum(good)} of {len(good)} seeds.")
+    for name, seeds in results.items():
+        if ARMS[name][3]:
+            good = [rate(base["best"], result)[1] for result in seeds]
+            lines.append(
+                f"- {name} against the base at its best scale: the interval lies above 50 % for {sum(good)} of {len(good)} seeds."
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--work", type=Path, default=Path("runs/methods-benchmark"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "methods.md")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    work = options.work
+    make_data(work)
+    base = base_results(work)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
+    with tqdm(total=len(options.methods) * options.seeds, unit="run") as bar:
+        for name in options.methods:
+            for seed in range(options.seeds):
+                bar.set_description(f"{name}, seed {seed}")
+                results[name].append(measure(name, seed, work))
+                bar.update()
+    if set(options.methods) != set(ARMS):
+        print("a part of the methods: no report written")
+        return
+    facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]} with {torch.get_num_threads()} threads"
+    assert __doc__ is not None
+    body = [
+        "# Offline methods on the shapes world",
+        "",
+        *__doc__.split("\n\n", 1)[1].rstrip().split("\n"),
+        "",
+        f"Measured on {facts}.",
+        "",
+        *table(base, results),
+        *comparisons(results),
+        *verdicts(base, results),
+    ]
+    options.output.write_text("\n".join(body) + "\n")
+    print("\n".join(body))
+
+
+if __name__ == "__main__":
+    main()

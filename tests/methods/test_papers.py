@@ -1,0 +1,23 @@
+"""docs/papers.md is what the classes say, and every option of a method names its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffalign.methods import METHODS, trainer_class
+from diffalign.methods.papers import own_fields, page, section
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_own_option_names_its_source(method: str) -> None:
+    trainer = trainer_class(method)
+    names = [name for name, _ in own_fields(method)]
+    assert set(names) == set(trainer._sources)
+    assert "loss" in section(method) and all(f"`{name}`" in section(method) for name in names)
+
+
+def test_the_page_is_up_to_date() -> None:
+    path = Path(__file__).parents[2] / "docs" / "papers.md"
+    assert path.read_text("utf-8") == page(), "run python -m diffalign.methods.papers"
