@@ -21,6 +21,19 @@ class Reference(Protocol):
     def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor: ...
 
 
+def without_dropout(network: Any) -> Any:
+    """The network in the policy's mode, but without dropout.
+
+    Not `eval()`: diffusers' residual blocks choose memory layouts by the mode, and other layouts round differently, so that
+    policy and reference would differ where they are equal.
+    """
+    network.train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.eval()
+    return network
+
+
 class AdapterOffReference:
     """The same network with its LoRA switched off: no second model in memory."""
 
@@ -57,11 +70,7 @@ class FrozenCopyReference:
     """
 
     def __init__(self, network: Any, device: torch.device, offload: bool = False, copy_weights: bool = True) -> None:
-        self.network = (copy.deepcopy(network) if copy_weights else network).requires_grad_(False).train()
-        # In the policy's mode: diffusers' residual blocks choose memory layouts by it, and other layouts round differently.
-        for module in self.network.modules():
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-                module.eval()
+        self.network = without_dropout((copy.deepcopy(network) if copy_weights else network).requires_grad_(False))
         self.device, self.offload = device, offload and device.type != "cpu"
         self.network.to("cpu" if self.offload else device)
         self.description = ("frozen copy of the starting weights" if copy_weights else "frozen network") + (

@@ -27,7 +27,7 @@ from .checkpoint import CheckpointManager, find_checkpoint
 from .config import TrainingConfig
 from .diagnostics import LOG2_MESSAGE, DivergenceGuard, check_finite
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
-from .reference import AdapterOffReference, FrozenCopyReference, Reference
+from .reference import AdapterOffReference, FrozenCopyReference, Reference, without_dropout
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validator
@@ -309,7 +309,7 @@ class Trainer:
         args = dataclasses.replace(self.args, precompute_ref_errors=False, proportion_empty_prompts=0.0)
         pipeline = DataPipeline(groups, config, args, self.backbone, self.accelerator)
         window = MetricWindow()
-        self.network.eval()
+        without_dropout(self.network)
         for examples in pipeline.passes():
             loss, metrics = self.compute_loss(self.prepare(pipeline.builder(examples)))
             window.add({"loss": loss, **metrics})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import (
     FAMILIES,
     all_tensors,
+    assert_close_tensors,
     assert_same_tensors,
     build_pipeline,
     first_batch,
@@ -196,6 +200,39 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind:
     if options.get("use_ema"):
         names = {p.name for p in (tmp_path / "a" / "checkpoint-6").iterdir()}
         assert "ema.safetensors" in names
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method trained by two processes, one pair each per step."""
+    folder = tmp_path_factory.mktemp("two")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
+    script = str(Path(__file__).parents[1] / "training" / "script.py")
+    arguments = [sys.executable, *launch, script, "methods", str(folder), "2"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@every_method
+def test_two_processes_are_one_process(two_processes: Path, tmp_path: Path, method: str) -> None:
+    steady = {"max_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2}
+    config = lora_config(target_modules=["to_q", "conv_in"])
+    make_trainer(tmp_path, method=method, peft_config=config, per_device_train_batch_size=4, **steady).train()
+    name = "pytorch_lora_weights.safetensors"
+    one, two = load_file(tmp_path / name), load_file(two_processes / method / name)
+    assert_close_tensors(two, one, rtol=1e-3, atol=1e-5)
+    assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untrained_weights_are_exactly_the_reference_in_evaluation(tmp_path: Path, family: str) -> None:
+    """Also against a frozen copy, whose rounding must not differ."""
+    trainer = make_trainer(tmp_path, family, peft_config=None, per_device_train_batch_size=4)
+    found = trainer.evaluate(pair_rows(8))
+    assert found["eval/loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert found["eval/rewards/accuracies"] == 0.5 and found["eval/rewards/margins"] == 0.0
 
 
 @every_method

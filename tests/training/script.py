@@ -1,7 +1,8 @@
 """A training run in a process of its own: `script.py <mode> <folder> [per_device_train_batch_size]`.
 
 Modes: `plain`; `kill` dies by SIGKILL in the second save, just before the checkpoint gets its name; `disk_full` cannot write files
-above 20 kB from step 2 on; `announce` prints a line after every step, slowly enough to be signalled.
+above 20 kB from step 2 on; `announce` prints a line after every step, slowly enough to be signalled; `methods` trains every method,
+each in a folder of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from tiny import lora_config, make_trainer
 
 from diffalign import TrainerCallback
+from diffalign.methods import METHODS
 from diffalign.training import checkpoint
 
 
@@ -51,6 +53,14 @@ def kill_in_second_save() -> None:
 def main() -> None:
     mode, folder = sys.argv[1:3]
     size = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+    if mode == "methods":
+        for method in METHODS:
+            config = lora_config(target_modules=["to_q", "conv_in"])
+            steady = {"max_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2}
+            make_trainer(
+                f"{folder}/{method}", method=method, peft_config=config, per_device_train_batch_size=size, **steady
+            ).train()
+        return
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 1, "save_total_limit": None}
     if mode == "kill":
         kill_in_second_save()
