@@ -96,7 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
     sample.add_argument("--lora", help="folder or Hub id of LoRA weights; base images are drawn beside")
     sample.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default 1.0)")
-    sample.add_argument("--negative_lora", help="LoRA of a negative model (Diffusion-NPO, Self-NPO) for the unconditional branch")
+    sample.add_argument(
+        "--negative_lora",
+        help="negative model (Diffusion-NPO, Self-NPO) for the unconditional branch: LoRA, or pipeline folder of full weights",
+    )
     sample.add_argument("--alpha", type=float, default=1.0, help="share of --lora in the negative branch (default 1.0)")
     sample.add_argument("--beta", type=float, default=1.0, help="share of --negative_lora in it (default 1.0)")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")

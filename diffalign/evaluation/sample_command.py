@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..backbones.loading import ModelSource
@@ -60,9 +61,11 @@ def sample(options: argparse.Namespace) -> None:
         pipe.set_adapters("tuned", options.lora_scale)
         sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
     if options.negative_lora:
-        from ..guidance import NegativeGuidance
+        from ..guidance import NegativeGuidance, load_network
 
-        with NegativeGuidance(pipe, negative=options.negative_lora, alpha=options.alpha, beta=options.beta):
+        whole = (Path(options.negative_lora) / "model_index.json").is_file()
+        negative = load_network(pipe, options.negative_lora) if whole else options.negative_lora
+        with NegativeGuidance(pipe, negative=negative, alpha=options.alpha, beta=options.beta):
             sides["tuned"] = generate(
                 pipe, prompts, seeds, batch_size=options.batch_size, description="negative guidance", **settings
             )

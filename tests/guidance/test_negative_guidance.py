@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import all_tensors, build_pipeline, lora_config, make_trainer, pair_rows
 
 from diffalign import NegativeGuidance, cli
@@ -252,3 +253,12 @@ def test_the_sample_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert (tmp_path / "out" / "comparison.png").is_file() and len(list((tmp_path / "out").glob("*-tuned.png"))) == 1
     assert cli.run([*arguments[:-1], str(tmp_path / "missing"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "holds no LoRA" in capsys.readouterr().err
+    build_pipeline("sd").save_pretrained(tmp_path / "other")
+    assert cli.run([*arguments[:-1], str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "negative: " in capsys.readouterr().err
+    from diffalign.shapes.quickstart import base_pipeline
+
+    base_pipeline().save_pretrained(tmp_path / "same")
+    assert cli.run([*arguments[:-1], str(tmp_path / "same"), "--output_dir", str(tmp_path / "full")]) == 0
+    base, tuned = (Image.open(next((tmp_path / "full").glob(f"*-{side}.png"))) for side in ("base", "tuned"))
+    assert np.abs(np.asarray(base, float) - np.asarray(tuned, float)).max() <= 1  # the base against itself: ordinary guidance
