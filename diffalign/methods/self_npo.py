@@ -106,19 +106,22 @@ def later_times(process: NoisingProcess, times: Tensor, uniforms: Tensor) -> Ten
     return times + 1 + (uniforms * (last - times)).long().clamp(max=last - 1 - times)
 
 
-def self_npo_loss(student_x0: Tensor, target: Tensor, *, loss_type: str = "mse", huber_c: float = 1e-3) -> Tensor:
+def self_npo_loss(predicted_x0: Tensor, target_x0: Tensor, *, kind: str = "huber", huber_c: float = 1e-3) -> Tensor:
     """Loss per sample, (n,): the mean over elements of d^2, or of sqrt(d^2 + c^2) - c.
 
     Args:
-        student_x0, target (`Tensor`): (n, ...) clean latents.
-        loss_type (`str`): ``mse`` or ``huber``.
+        predicted_x0, target_x0 (`Tensor`): (n, ...) clean latents.
+        kind (`str`): ``mse`` or ``huber``.
         huber_c (`float`): c.
+
+    Raises:
+        ValueError: another kind.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-    wide = torch.promote_types(student_x0.dtype, torch.float32)
-    difference = (student_x0.to(wide) - target.to(wide)).flatten(1)
-    if loss_type == "mse":
+    if kind not in LOSS_TYPES:
+        raise ValueError(f"kind: expected one of {', '.join(LOSS_TYPES)}, got {kind!r}")
+    wide = torch.promote_types(predicted_x0.dtype, torch.float32)
+    difference = (predicted_x0.to(wide) - target_x0.to(wide)).flatten(1)
+    if kind == "mse":
         return difference.square().mean(1)
     return ((difference.square() + huber_c**2).sqrt() - huber_c).mean(1)
 
@@ -237,8 +240,8 @@ class SelfNPOTrainer(Trainer):
         with self.accelerator.autocast():
             output = self._predict_policy(noisy, times, batch.condition)
         student = self.process.to_x0(output.float(), noisy, batch.times)
-        loss = self_npo_loss(student, target, loss_type=self.args.loss_type, huber_c=self.args.huber_c)
+        loss = self_npo_loss(student, target, kind=self.args.loss_type, huber_c=self.args.huber_c)
         with torch.no_grad():
-            error = self_npo_loss(student, target)
+            error = self_npo_loss(student, target, kind="mse")
             contrast = target.flatten(1).std(1)
         return loss, {"errors/target": error, "targets/std": contrast}
