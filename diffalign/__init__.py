@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "D3POConfig": "methods.d3po",
+    "D3POTrainer": "methods.d3po",
     "DCPOConfig": "methods.dcpo",
     "DCPOTrainer": "methods.dcpo",
     "DiffusionNPOConfig": "methods.diffusion_npo",
@@ -39,6 +41,8 @@ _EXPORTS = {
     "UserError": "exceptions",
 }
 __all__ = [
+    "D3POConfig",
+    "D3POTrainer",
     "DCPOConfig",
     "DCPOTrainer",
     "DataConfig",
@@ -74,6 +78,7 @@ if TYPE_CHECKING:
     from .data.load import load_preferences
     from .exceptions import UserError
     from .guidance import NegativeGuidance
+    from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer

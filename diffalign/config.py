@@ -237,9 +237,11 @@ class RunConfig:
     lora: LoraSection | None = None
     validation: ValidationConfig | None = None
     hub: HubConfig | None = None
+    rewards: dict[str, Any] | None = None
+    """Who judges, for methods that sample while they learn: a panel, `{rewards: ..., combine: ...}`, or its rewards alone."""
 
 
-_TOP_LEVEL = ("method", "model", "revision", "variant", "vae", "lora", "data", "train", "validation", "hub")
+_TOP_LEVEL = ("method", "model", "revision", "variant", "vae", "lora", "data", "train", "validation", "hub", "rewards")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -318,6 +320,7 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
         "lora": lambda v: build_section(LoraSection, v, "lora"),
         "validation": lambda v: build_section(ValidationConfig, v, "validation"),
         "hub": lambda v: build_section(HubConfig, v, "hub"),
+        "rewards": panel_section,
         **{name: lambda v, name=name: coerce(v, str, name) for name in ("revision", "variant", "vae")},  # type: ignore[misc]
     }
     return RunConfig(
@@ -327,6 +330,19 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
         data=build_section(DataConfig, values.get("data") or {}, "data"),
         **{name: build(values[name]) for name, build in optional.items() if values.get(name) is not None},
     )
+
+
+def panel_section(value: Any) -> dict[str, Any]:
+    """The `rewards:` of a run file as the mapping that `diffalign.rewards.Panel.from_config` takes.
+
+    Raises:
+        ConfigError: entries that are none.
+    """
+    from .rewards.panel_config import parse_rewards
+
+    config = dict(value) if isinstance(value, dict) and "rewards" in value else {"rewards": value}
+    parse_rewards(config["rewards"], trust_remote_code=bool(config.get("trust_remote_code")))
+    return config
 
 
 def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

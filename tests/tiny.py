@@ -168,6 +168,11 @@ def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dic
     return {"rankdpo": ranked_rows, "dcpo": captioned_rows}.get(method, pair_rows)(count, size)
 
 
+def brightness(images: Any, prompts: Any) -> Any:
+    """A judge of random images: the mean of their pixels."""
+    return torch.tensor([float(np.asarray(image, dtype=np.float64).mean()) for image in images], dtype=torch.float64)
+
+
 def lora_config(r: int = 4, alpha: int = 8, dropout: float = 0.0, **options: Any) -> Any:
     """A LoRA whose alpha is not its rank, so that a lost alpha shows."""
     from peft import LoraConfig
@@ -192,6 +197,9 @@ def make_trainer(
     from diffalign.methods import config_class, trainer_class
 
     values: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0} | args
+    if method == "d3po":
+        values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
+        options = {"scorers": [brightness], **(options or {})}
     if method in ("diffusion_dpo", "diffusion_npo", "dcpo", "rankdpo"):
         values.setdefault("beta", 100.0)
     return trainer_class(method)(

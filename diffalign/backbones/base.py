@@ -134,6 +134,16 @@ class Backbone:
         shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Any]:
+        """Scaled latents (n, C, h, w) -> n PIL images, as the family's pipelines decode them."""
+        from diffusers.image_processor import VaeImageProcessor
+
+        vae = self.component("vae")
+        shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[0]
+        return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
+
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> tensors with leading dimension n. The empty prompt gives what guidance uses for "no prompt"."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffalign.exceptions import UserError
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".tar": "webdataset"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PAIR_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
@@ -87,7 +87,11 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
     builder = BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise UserError(f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are {', '.join(BUILDERS)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"dataset {str(path)!r}: the file is empty")
     dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
+    if builder == "text":  # a prompt per line
+        dataset = dataset.filter(lambda row: bool(row["text"].strip()))
     return Source(_plain_tar(dataset) if builder == "webdataset" else dataset, str(path), _image_folders([path]))
 
 

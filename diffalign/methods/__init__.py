@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..training.trainer import Trainer
 
 METHODS: dict[str, str] = {
+    "d3po": "d3po:D3PO",
     "dcpo": "dcpo:DCPO",
     "diffusion_dpo": "diffusion_dpo:DiffusionDPO",
     "diffusion_npo": "diffusion_npo:DiffusionNPO",

@@ -250,7 +250,7 @@ class Panel:
         """
         names, weights = self._combined_entries()
         present = [name for name in self.names if name in columns or name in names]
-        scores = self._signed(columns, present, len(groups))
+        scores = self.signed(columns, present, len(groups))
         train = scores[:, [present.index(name) for name in names]]
         members = group_members(groups)
         config = self.combine_config
@@ -278,7 +278,7 @@ class Panel:
         """Pairs (better, worse) of image indices within groups on which `combine.min_agree` scorers of role `train` agree by
         `combine.margins`; by default all of them, by any difference."""
         names, _ = self._combined_entries()
-        scores = self._signed(columns, names, len(groups))
+        scores = self.signed(columns, names, len(groups))
         margins = self.combine_config.margins_of(names)
         pairs: list[tuple[int, int]] = []
         for _, index in stacks(group_members(groups), len(names)):
@@ -293,7 +293,7 @@ class Panel:
             raise UserError("rewards: all scorers have the role eval, so nothing can be combined; give one the role train")
         return [entry.name for entry in train], [entry.weight for entry in train]
 
-    def _signed(self, columns: Mapping[str, Any], names: Sequence[str], count: int) -> Tensor:
+    def signed(self, columns: Mapping[str, Any], names: Sequence[str], count: int) -> Tensor:
         """(N, n) float64, negated where lower is better."""
         if count == 0:
             raise UserError("groups: is empty; give one group id per image")

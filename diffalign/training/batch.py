@@ -24,6 +24,8 @@ class Batch:
         scores (`Tensor`, *optional*): (g, k) scores of ranked data, NaN = missing.
         reference_errors (`Tensor`, *optional*): (g, k), when they were computed before training.
         noisy (`Tensor`, *optional*): (g, k, C, H, W) noisy samples at `times`, of methods that make them in `prepare`.
+        prompts (`list[str]`): of the groups, as they are in the data.
+        extra (`dict[str, Tensor]`): what a method adds in `prepare`, leading dimension g.
         epochs (`list[int]`), seed (`int`): with `row_ids`, where the rows' own draws come from.
     """
 
@@ -36,6 +38,8 @@ class Batch:
     scores: Tensor | None = None
     reference_errors: Tensor | None = None
     noisy: Tensor | None = None
+    prompts: list[str] = field(default_factory=list)
+    extra: dict[str, Tensor] = field(default_factory=dict)
     epochs: list[int] = field(default_factory=list)
     seed: int = 0
 

@@ -117,6 +117,8 @@ class CheckpointManager:
     ) -> None:
         self.accelerator, self.backbone, self.network, self.is_lora = accelerator, backbone, network, is_lora
         self.output_dir, self.limit, self.identity, self.ema = output_dir, limit, identity, ema
+        self.parts: list[Any] = []
+        """What else belongs to the run, with `save(folder, rank)` and `load(folder, rank, device)`; saved by every process."""
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -160,6 +162,8 @@ class CheckpointManager:
             self.accelerator.save_state(str(temporary))
             if main:
                 self._save_ema(temporary)
+            for part in self.parts:
+                part.save(temporary, self.accelerator.process_index)
             self.accelerator.wait_for_everyone()
             if main:
                 self._seal(temporary, state)
@@ -209,6 +213,8 @@ class CheckpointManager:
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
                 self._load_ema(folder, record)
+            for part in self.parts:
+                part.load(folder, self.accelerator.process_index, self.accelerator.device)
         except UserError:
             raise
         except Exception as error:

@@ -115,7 +115,7 @@ def run_facts(trainer: Trainer) -> list[str]:
         other = f" from {trainer.ref_backbone.source.name}" if trainer.ref_backbone is not None else ""
         lines.append(f"reference: {trainer.reference.description}{other}")
     beta = getattr(args, "beta", None)
-    if beta is not None:
+    if beta is not None and trainer.error_beta:
         lines.append(beta_message(beta, shape, args.reduction))
     return lines
 
@@ -148,6 +148,8 @@ def run_values(trainer: Trainer) -> dict[str, Any]:
         )
     values["data"] = dataclasses.asdict(trainer.data_config)
     values["train"] = dataclasses.asdict(trainer.args)
+    if isinstance(trainer.scorers, dict):
+        values["rewards"] = trainer.scorers
     for name in ("validation", "hub"):
         section = getattr(trainer, name)
         if section is not None:

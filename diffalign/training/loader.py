@@ -288,6 +288,7 @@ class BatchBuilder:
             weights=torch.tensor([e.weight for e in examples], dtype=torch.float32, device=self.device),
             row_ids=[e.row_id for e in examples],
             scores=scores,
+            prompts=[e.prompts[0] for e in examples],
             epochs=[self.draw_epoch(e.epoch) for e in examples],
             seed=args.seed,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backbones import Backbone
+from ..exceptions import UserError
 
 
 class Reference(Protocol):
@@ -58,6 +60,60 @@ class AdapterOffReference:
     def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
         with torch.no_grad(), self.adapters_off():
             return backbone.predict(self.network, noisy, times, condition)
+
+
+class SnapshotReference:
+    """The policy as it was at some moment: its trainable weights are kept, and put in place for a prediction.
+
+    Under LoRA that costs the adapter's size, under full fine-tuning as much as a frozen copy.
+    """
+
+    description = "the policy at the beginning of the round (iterated)"
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {}
+        self.take()
+
+    def take(self) -> None:
+        """Remembers the weights of now."""
+        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @contextmanager
+    def in_place(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """The network under other weights; pointers are exchanged, nothing is copied."""
+        own = {name: p.data for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            p.data = weights[name]
+        try:
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                p.data = own[name]
+
+    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad(), self.in_place(self.weights):
+            return backbone.predict(self.network, noisy, times, condition)
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Part of a checkpoint; equal on all processes."""
+        from safetensors.torch import save_file
+
+        if rank == 0:
+            save_file({name: w.cpu().contiguous() for name, w in self.weights.items()}, folder / "reference.safetensors")
+
+    def load(self, folder: Path, rank: int, device: Any) -> None:
+        """Reads it back.
+
+        Raises:
+            UserError: the checkpoint has none.
+        """
+        from safetensors.torch import load_file
+
+        if not (folder / "reference.safetensors").is_file():
+            raise UserError(f"train.reference: {folder} holds no reference; it was saved by a run with another setting")
+        self.weights = {name: w.to(device) for name, w in load_file(folder / "reference.safetensors").items()}
 
 
 class FrozenCopyReference:

@@ -18,6 +18,7 @@ def build_trainer(run: RunConfig):  # type: ignore[no-untyped-def]  # the class 
         revision=run.revision,
         variant=run.variant,
         vae=run.vae,
+        scorers=run.rewards,
     )
 
 

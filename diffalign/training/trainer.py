@@ -67,6 +67,7 @@ class Trainer:
         validation (`ValidationConfig`, *optional*): None means no grids.
         hub (`HubConfig`, *optional*): uploading.
         revision, variant, vae (*optional*): of the model.
+        scorers (*optional*): who judges, for methods that sample while they learn: see `diffalign.training.judge.Judge`.
 
     Raises:
         ConfigError, UserError: on anything wrong with model, data or settings, before weights are loaded.
@@ -84,7 +85,9 @@ class Trainer:
     reference_free: ClassVar[bool] = False
     inverted: ClassVar[bool] = False
     """Whether the method prefers what people rejected."""
-    passes_per_batch: ClassVar[int] = 1
+    error_beta: ClassVar[bool] = True
+    """Whether `beta` multiplies denoising errors, so that it can be told per latent size."""
+    passes_per_batch: int = 1
     """How many micro-batches `micro_batches` yields for one batch."""
 
     def __init__(
@@ -104,11 +107,13 @@ class Trainer:
         revision: str | None = None,
         variant: str | None = None,
         vae: Any = None,
+        scorers: Any = None,
     ) -> None:
         self.args = args if args is not None else self.config_class()
         if not isinstance(self.args, self.config_class):
             raise ConfigError("args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}")
         self.data_config, self.validation, self.hub = data or DataConfig(), validation, hub
+        self.scorers = scorers
         self.output_dir, self.peft_config, self.optimizers = Path(self.args.output_dir), peft_config, optimizers
         if self.reference_free and self.args.precompute_ref_errors:
             raise ConfigError("train.precompute_ref_errors", f"{self._name} has no reference; set it to false")
@@ -132,6 +137,7 @@ class Trainer:
         self.eval_dataset = None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
         self.state, self.control = TrainerState(), TrainerControl()
         self.callbacks: list[TrainerCallback] = list(callbacks)
+        self.precomputed: ReferenceErrors | None = None
         self._ready = False
         self._call("on_init_end")
 
@@ -338,8 +344,7 @@ class Trainer:
         """One batch forward and backward; nothing is written. Returns and prints what the run would be."""
         started = time.perf_counter()
         self._setup()
-        examples = next(self.data.batches(0))
-        for batch in self.micro_batches(self.prepare(self.data.builder(examples))):
+        for batch in self.micro_batches(self._next_batch(self._batches())):
             loss, _ = self.compute_loss(batch)
             check_finite(loss, batch, self.state.global_step + 1)
             self.accelerator.backward(loss.mean())
@@ -359,7 +364,6 @@ class Trainer:
         return validator
 
     def _precompute(self) -> None:
-        self.precomputed: ReferenceErrors | None = None
         if not self.args.precompute_ref_errors:
             return
         identity = {
@@ -395,7 +399,7 @@ class Trainer:
         guard.replay(state.log_history)
         progress = [ProgressCallback()] if self.accelerator.is_main_process else []
         self._call("on_train_begin", progress)
-        batches = self.data.batches(state.samples_seen)
+        batches = self._batches()
         while state.global_step < state.max_steps and not control.should_training_stop:
             self._optimizer_step(batches)
             self.on_optimizer_step(state.global_step)
@@ -422,6 +426,17 @@ class Trainer:
         self._call("on_train_end", progress)
         return metrics
 
+    def _batches(self) -> Iterator[Any]:
+        """This process's micro-batches from the position of the run."""
+        return self.data.batches(self.state.samples_seen)
+
+    def _next_batch(self, batches: Iterator[Any]) -> Batch:
+        examples = next(batches)
+        whole = self.data.builder(examples)
+        if self.precomputed is not None:
+            self.precomputed.attach(whole, examples)
+        return self.prepare(whole)
+
     def _interrupted(self, signals: StopSignals) -> bool:
         if self.accelerator.num_processes == 1:
             return signals.received is not None
@@ -435,11 +450,7 @@ class Trainer:
     def _optimizer_step(self, batches: Iterator[Any]) -> None:
         args, state = self.args, self.state
         for _ in range(args.gradient_accumulation_steps):
-            examples = next(batches)
-            whole = self.data.builder(examples)
-            if self.precomputed is not None:
-                self.precomputed.attach(whole, examples)
-            for batch in self.micro_batches(self.prepare(whole)):
+            for batch in self.micro_batches(self._next_batch(batches)):
                 with self.accelerator.accumulate(self.prepared):
                     loss, metrics = self.compute_loss(batch)
                     check_finite(loss, batch, self.state.global_step + 1)

@@ -1,0 +1,219 @@
+"""What methods share that sample while they learn: rounds of rollouts, judged by scorers or by people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..exceptions import ConfigError, UserError
+from .batch import Batch
+from .config import TrainingConfig
+from .judge import Judge, ScoreAhead, preferences
+from .reference import Reference, SnapshotReference
+from .rollout import Grid, Rollout, SamplerConfig, Trajectories, make_grid, sampling_mode
+from .rounds import Rounds
+from .trainer import Trainer
+
+
+@dataclass
+class OnPolicyConfig(TrainingConfig):
+    """Options of methods that sample while they learn."""
+
+    images_per_prompt: int = 2
+    """Images drawn for each prompt; all their pairs are compared."""
+    num_inference_steps: int = 20
+    """Steps of the sampler, all kept."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance, in sampling and in training alike; 1 or below for none."""
+    eta: float = 1.0
+    """Stochasticity of the sampler's steps: DDIM's eta, or the noise level of the flow SDE (0.7 is usual there)."""
+    shared_init: bool = True
+    """One initial noise for all images of a prompt."""
+    rollout_batch_size: int = 8
+    """Images sampled at once."""
+    steps_per_round: int = 1
+    """Optimizer steps whose samples are drawn at once, by the policy at the beginning of the round."""
+    num_inner_epochs: int = 1
+    """Passes over the samples of a round."""
+    scorers: list[str] = field(default_factory=list)
+    """Names of the scorers that judge; a run file's `rewards:` section, or the trainer's `scorers`, says more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("images_per_prompt", "num_inference_steps", "rollout_batch_size", "steps_per_round", "num_inner_epochs"):
+            self._check(name, lambda v: v >= 1, ">= 1")
+        self._check("eta", lambda v: v >= 0, ">= 0")
+        if self.precompute_ref_errors:
+            raise ConfigError("precompute_ref_errors", "there are no fixed images to compute them for; set it to false")
+
+
+class OnPolicyTrainer(Trainer):
+    """Draws a round of trajectories, has it judged, and trains on it batch by batch."""
+
+    data_kind = "prompt"
+    error_beta = False
+    _sources: ClassVar[dict[str, str]] = {
+        "images_per_prompt": "official reward script, 2; its human-feedback script 7",
+        "num_inference_steps": "official code, 20",
+        "guidance_scale": "official code, 5.0",
+        "eta": "official code, 1.0",
+        "shared_init": "official code",
+        "rollout_batch_size": "ours",
+        "steps_per_round": "ours: 1 samples for every optimizer step",
+        "num_inner_epochs": "official code, 1",
+        "scorers": "ours",
+    }
+    args: OnPolicyConfig
+
+    # Building ---------------------------------------------------------------------------------------------------------------
+
+    def sampler_config(self) -> SamplerConfig:
+        """How the trajectories of this run are drawn."""
+        args = self.args
+        return SamplerConfig(
+            args.num_inference_steps,
+            args.guidance_scale,
+            args.eta,
+            args.rollout_batch_size,
+            args.shared_init,
+            getattr(args, "reduce", "mean"),
+        )
+
+    def sampling_grid(self) -> Grid:
+        """The sampler's times, before anything is loaded."""
+        return make_grid(self.process, self.backbone.scheduler, self.args.num_inference_steps, self.args.eta)
+
+    def _setup(self) -> None:
+        if self._ready:
+            return
+        self.judge = self._make_judge()
+        super()._setup()
+        self.rollout = Rollout(self.backbone, self.process, self.sampler_config())
+        # A round is whole optimizer steps.
+        self.rounds = Rounds(self._round, self.args.steps_per_round * self.args.gradient_accumulation_steps)
+        self.checkpoints.parts.append(self.rounds)
+        if isinstance(self.reference, SnapshotReference):
+            self.checkpoints.parts.append(self.reference)
+        self._empty: dict[str, Tensor] | None = None
+
+    def _make_judge(self) -> Judge | None:
+        if getattr(self.args, "feedback", "scorers") == "people":
+            return None
+        scorers = self.scorers if self.scorers is not None else self.args.scorers
+        if not scorers:
+            raise ConfigError(
+                "train.scorers",
+                f"{self._name} needs a judge: name scorers, give a rewards section, or set train.feedback: people",
+            )
+        return Judge(scorers)
+
+    def _build_reference(self) -> Reference:
+        if getattr(self.args, "reference", "fixed") == "iterated":
+            return SnapshotReference(self.network)
+        return super()._build_reference()
+
+    # Rounds -----------------------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Any]:
+        start = self.rounds.drawn * self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return (self.data.builder(examples) for examples in self.data.batches(start))
+
+    def _next_batch(self, batches: Iterator[Any]) -> Batch:
+        return self.rounds.next(batches)
+
+    def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
+        """Samples and judges; the policy of this moment is the reference of the round under ``reference: iterated``."""
+        if isinstance(self.reference, SnapshotReference):
+            self.reference.take()
+        done = []
+        for batch in batches:
+            trajectories, scores = self.sample(batch)
+            assert self.judge is not None
+            compare = getattr(self.args, "compare", "combined")
+            done.append(self.finish(batch, trajectories, preferences(self.judge, scores, compare), scores))
+        return [batch for _ in range(self.args.num_inner_epochs) for batch in done]
+
+    def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:
+        """The batch that is trained on.
+
+        Args:
+            batch: of prompts, one condition per group.
+            preference: (g, k, k) in [-1, 1].
+            scores: (g, k, m); NaN where there are none.
+        """
+        raise NotImplementedError
+
+    def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
+        """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU.
+
+        Raises:
+            UserError: the judge has no score for any image.
+        """
+        k = self.args.images_per_prompt
+        prompts = [prompt for prompt in batch.prompts for _ in range(k)]
+        ahead = None if self.judge is None else ScoreAhead(self.judge, prompts, self.accelerator.device.type == "cuda")
+        with sampling_mode(self.network), self.accelerator.autocast():
+            trajectories = self.rollout(
+                self._predict_unwrapped,
+                batch,
+                k,
+                self.unconditional(batch),
+                purpose=purpose,
+                on_images=ahead,
+                progress=self.accelerator.is_main_process,
+            )
+        if ahead is None:
+            return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
+        scores = ahead.result().unflatten(0, (len(batch), k))
+        self._check_scores(batch, scores)
+        return trajectories, scores
+
+    def _check_scores(self, batch: Batch, scores: Tensor) -> None:
+        silent = torch.isnan(scores).all(1).any(1)
+        if silent.all():
+            raise UserError(
+                f"train.scorers: a scorer gave no score for any image of {len(batch)} prompts, e.g. {batch.prompts[0][:60]!r}; "
+                "check it with diffalign score"
+            )
+        for row in silent.nonzero()[:, 0].tolist():
+            self.accelerator.print(f"no score for any image of {batch.prompts[row][:60]!r}: its images are taken as equal")
+
+    def _predict_unwrapped(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.backbone.predict(self.network, *self._cast(noisy, times, condition))
+
+    def unconditional(self, batch: Batch) -> dict[str, Tensor]:
+        """The empty prompt's condition, one row per group, with the group's sizes."""
+        if self._empty is None:
+            self._empty = {name: value.to(self.accelerator.device) for name, value in self.data.builder.encode([""]).items()}
+        rows = len(next(iter(batch.condition.values())))
+        return {**batch.condition, **{n: v.expand(rows, *v.shape[1:]) for n, v in self._empty.items()}}
+
+    # Evaluation -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Mean scores of images that the policy draws for held-out prompts, the same noise every time."""
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if data is None:
+            raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
+        self._setup()
+        if self.judge is None:
+            raise UserError("train.feedback: people cannot judge an evaluation; draw images with diffalign sample")
+        from .prepare import DataPipeline
+        from .tracking import MetricWindow
+
+        groups = self.read_dataset(data, self.data_config.dataset_test_split or "test")
+        config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
+        pipeline = DataPipeline(groups, config, self.args, self.backbone, self.accelerator)
+        window = MetricWindow()
+        for examples in pipeline.passes():
+            _, scores = self.sample(pipeline.builder(examples), purpose="evaluation")
+            window.add({f"score_{i}": column.nanmean(1) for i, column in enumerate(scores.float().unbind(-1))})
+        result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
+        self._call("on_evaluate", metrics=result)
+        return result

@@ -1,0 +1,132 @@
+"""Rounds of on-policy training: batches are drawn ahead, sampled by the policy of that moment, and trained on one after another.
+
+What is left of a round is part of every checkpoint, so that a run stopped in its middle goes on with the same samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import UserError
+from .batch import Batch
+
+_TENSORS = ("x0", "noise", "times", "weights", "scores", "reference_errors", "noisy")
+_DICTS = ("condition", "extra")
+_PLAIN = ("row_ids", "prompts", "epochs", "seed")
+
+
+class Rounds:
+    """The queue of a run's on-policy batches.
+
+    Args:
+        make: (round number, batches as the data give them) -> batches to train on, in order.
+        batches_per_round: data batches of this process that a round samples.
+        start: position in the data, in batches of this process.
+
+    Attributes:
+        number: rounds begun.
+        drawn: data batches of this process taken so far.
+    """
+
+    def __init__(self, make: Callable[[int, list[Batch]], list[Batch]], batches_per_round: int) -> None:
+        self.make, self.batches_per_round = make, batches_per_round
+        self.queue: list[Batch] = []
+        self.number = self.drawn = 0
+
+    def next(self, source: Iterator[Batch]) -> Batch:
+        """The next batch to train on; begins a round when the last one is used up."""
+        if not self.queue:
+            batches = [next(source) for _ in range(self.batches_per_round)]
+            self.queue = self.make(self.number, batches)
+            self.number += 1
+            self.drawn += self.batches_per_round
+        return self.queue.pop(0)
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes what is left of the round, a file per process."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        plain = []
+        for i, batch in enumerate(self.queue):
+            tensors |= {f"{i}.{name}": value for name, value in flat_tensors(batch).items()}
+            plain.append({name: getattr(batch, name) for name in _PLAIN})
+        facts = {"number": self.number, "drawn": self.drawn, "batches": plain}
+        save_file(tensors, folder / f"rollout-{rank}.safetensors", metadata={"rounds": json.dumps(facts)})
+
+    def load(self, folder: Path, rank: int, device: Any) -> None:
+        """Reads it back.
+
+        Raises:
+            UserError: the checkpoint has none for this process.
+        """
+        path = folder / f"rollout-{rank}.safetensors"
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no rollouts of process {rank}; resume with as many processes as before, or from another checkpoint"
+            )
+        tensors, facts = read_tensors(path)
+        self.number, self.drawn = facts["number"], facts["drawn"]
+        self.queue = [batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])]
+
+
+def flat_tensors(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch by name, on the CPU."""
+    found = {name: getattr(batch, name) for name in _TENSORS if getattr(batch, name) is not None}
+    for section in _DICTS:
+        found |= {f"{section}/{name}": value for name, value in getattr(batch, section).items()}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def batch_from(tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], device: Any) -> Batch:
+    """A batch from `flat_tensors` under a prefix; times stay on the CPU."""
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    values: dict[str, Any] = {name: own[name] if name == "times" else own[name].to(device) for name in _TENSORS if name in own}
+    for section in _DICTS:
+        start = f"{section}/"
+        # Trajectories stay on the CPU until they are trained on.
+        place = (lambda t: t.to(device)) if section == "condition" else (lambda t: t)
+        values[section] = {name.removeprefix(start): place(t) for name, t in own.items() if name.startswith(start)}
+    return Batch(**values, **plain)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts) of a file that `Rounds.save` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["rounds"])
+
+
+def repeated(batch: Batch, k: int) -> Batch:
+    """Groups of k copies of the one (imageless) row of each group: conditions, latents and noise."""
+
+    def spread(value: Tensor) -> Tensor:
+        return value.repeat_interleave(k, 0)
+
+    return dataclasses.replace(
+        batch,
+        x0=batch.x0.expand(-1, k, *batch.x0.shape[2:]),
+        noise=batch.noise.expand(-1, k, *batch.noise.shape[2:]),
+        condition={name: spread(value) for name, value in batch.condition.items()},
+    )
+
+
+def chosen_rows(condition: dict[str, Tensor], g: int) -> dict[str, Tensor]:
+    """The first row of each of g groups."""
+    return {name: value.unflatten(0, (g, -1))[:, 0] for name, value in condition.items()}
+
+
+def empty_condition(builder: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The condition of the empty prompt, one row per row of `batch.condition`."""
+    rows = next(iter(batch.condition.values())).shape[0]
+    encoded = builder.encode([""])
+    return {**batch.condition, **{n: v.to(device).expand(rows, *v.shape[1:]).contiguous() for n, v in encoded.items()}}
