@@ -27,6 +27,8 @@ _EXPORTS = {
     "DiffusionDPOTrainer": "methods.diffusion_dpo",
     "SelfNPOConfig": "methods.self_npo",
     "SelfNPOTrainer": "methods.self_npo",
+    "SePPOConfig": "methods.seppo",
+    "SePPOTrainer": "methods.seppo",
     "SFTConfig": "methods.sft",
     "SFTTrainer": "methods.sft",
     "DataConfig": "data.config",
@@ -60,6 +62,8 @@ __all__ = [
     "RankDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SePPOConfig",
+    "SePPOTrainer",
     "SelfNPOConfig",
     "SelfNPOTrainer",
     "TrainerCallback",
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
     from .methods.mapo import MaPOConfig, MaPOTrainer
     from .methods.rankdpo import RankDPOConfig, RankDPOTrainer
     from .methods.self_npo import SelfNPOConfig, SelfNPOTrainer
+    from .methods.seppo import SePPOConfig, SePPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
     from .steering.sampler import FKSteering

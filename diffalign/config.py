@@ -58,6 +58,8 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         for choice in (a for a in arguments if a is not type(None)):
+            if dataclasses.is_dataclass(choice) and isinstance(value, dict):
+                return build_section(choice, value, path)  # type: ignore[arg-type]  # its own errors are the better ones
             try:
                 return coerce(value, choice, path)
             except ConfigError:

@@ -197,6 +197,8 @@ def make_trainer(
     from diffalign.methods import config_class, trainer_class
 
     values: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0} | args
+    if method == "seppo":
+        values = {"num_inference_steps": 2, "guidance_scale": 2.0, "beta": 100.0} | values
     if method == "d3po":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": [brightness], **(options or {})}

@@ -14,6 +14,34 @@ MISMATCH = ("drop", "letterbox")
 
 
 @dataclass
+class OnlineConfig:
+    """`data.online`: train an offline method on what the policy draws, judged by scorers; the dataset gives the prompts."""
+
+    every: int = 10
+    """Optimizer steps between two rounds of sampling."""
+    k: int = 8
+    """Images per prompt; a pair method takes the best and the worst of them, a ranked one all."""
+    scorers: list[str] = field(default_factory=list)
+    """Names of the scorers that judge, unless the run has a rewards section."""
+    num_inference_steps: int = 20
+    """Steps of the sampler."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance while sampling."""
+    eta: float = 1.0
+    """Stochasticity of the sampler's steps; 0 is deterministic, the images then differ by their initial noise."""
+    rollout_batch_size: int = 8
+    """Images sampled at once."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("k", 2), ("num_inference_steps", 2), ("rollout_batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"online.{name}", f"expected int >= {least}, got {value!r}")
+        if not self.eta >= 0:
+            raise ConfigError("online.eta", f"expected float >= 0, got {self.eta!r}")
+
+
+@dataclass
 class DataConfig:
     """Where the preference data come from and how their images are brought to the model's size."""
 
@@ -43,6 +71,8 @@ class DataConfig:
     """header opens every image once and reads its size, full decodes it, none trusts the data."""
     max_broken_fraction: float = 0.05
     """Largest share of unusable rows that is skipped; above it loading stops and names the first of them."""
+    online: OnlineConfig | None = None
+    """A section: regenerate pairs or lists from the current policy while training; the dataset gives the prompts."""
     resolution: int | None = None
     """Side of the square training images in pixels; none = the model's own."""
     center_crop: bool = True
@@ -61,6 +91,10 @@ class DataConfig:
     """Processes that read and decode images; 0 = the training process itself."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.online, dict):  # a section, written down in Python
+            from ..config import build_section
+
+            self.online = build_section(OnlineConfig, self.online, "online")
         _choice("ties", self.ties, TIES)
         _choice("verify_images", self.verify_images, VERIFY_IMAGES)
         _choice("mismatch", self.mismatch, MISMATCH)

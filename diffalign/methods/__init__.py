@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
     "mapo": "mapo:MaPO",
     "rankdpo": "rankdpo:RankDPO",
+    "seppo": "seppo:SePPO",
     "self_npo": "self_npo:SelfNPO",
     "sft": "sft:SFT",
 }

@@ -71,6 +71,7 @@ class DCPOTrainer(DiffusionDPOTrainer):
         "Whether the published numbers were trained with the launcher's mistaken target (a v-prediction model's output against the noise)."
     )
     config_class = DCPOConfig
+    can_be_online = False  # the policy's images have no captions of their own
     args: DCPOConfig
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:

@@ -22,9 +22,13 @@ The values that papers and official scripts train with are in `configs/<method>/
 
 def own_fields(method: str) -> list[tuple[str, Any]]:
     """(name, default) of what the method adds to, or sets otherwise than, the common options."""
-    common = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
-    fields = dataclasses.fields(config_class(method))
-    return [(f.name, f.default) for f in fields if f.name not in common or common[f.name] != f.default]
+    common = {field.name: _default(field) for field in dataclasses.fields(TrainingConfig)}
+    found = [(field.name, _default(field)) for field in dataclasses.fields(config_class(method))]
+    return [(name, default) for name, default in found if name not in common or common[name] != default]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
 
 
 def section(method: str) -> str:

@@ -155,6 +155,7 @@ class SelfNPOTrainer(Trainer):
     )
     config_class = SelfNPOConfig
     data_kind = "prompt"
+    can_be_online = False
     reference_free = True  # the loss has none; `sampler: frozen_ref` needs the starting weights all the same
     args: SelfNPOConfig
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..exceptions import ConfigError, UserError
 from .batch import Batch
 from .config import TrainingConfig
-from .judge import Judge, ScoreAhead, preferences
+from .judge import Judge, preferences
+from .online import empty_rows, sample_and_score
 from .reference import Reference, SnapshotReference
-from .rollout import Grid, Rollout, SamplerConfig, Trajectories, make_grid, sampling_mode
+from .rollout import Grid, Rollout, SamplerConfig, Trajectories, make_grid
 from .rounds import Rounds
 from .trainer import Trainer
 
@@ -56,6 +57,7 @@ class OnPolicyTrainer(Trainer):
     """Draws a round of trajectories, has it judged, and trains on it batch by batch."""
 
     data_kind = "prompt"
+    can_be_online = False  # it samples by itself
     error_beta = False
     _sources: ClassVar[dict[str, str]] = {
         "images_per_prompt": "official reward script, 2; its human-feedback script 7",
@@ -155,43 +157,13 @@ class OnPolicyTrainer(Trainer):
             UserError: the judge has no score for any image.
         """
         k = self.args.images_per_prompt
-        prompts = [prompt for prompt in batch.prompts for _ in range(k)]
-        ahead = None if self.judge is None else ScoreAhead(self.judge, prompts, self.accelerator.device.type == "cuda")
-        with sampling_mode(self.network), self.accelerator.autocast():
-            trajectories = self.rollout(
-                self._predict_unwrapped,
-                batch,
-                k,
-                self.unconditional(batch),
-                purpose=purpose,
-                on_images=ahead,
-                progress=self.accelerator.is_main_process,
-            )
-        if ahead is None:
-            return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
-        scores = ahead.result().unflatten(0, (len(batch), k))
-        self._check_scores(batch, scores)
-        return trajectories, scores
-
-    def _check_scores(self, batch: Batch, scores: Tensor) -> None:
-        silent = torch.isnan(scores).all(1).any(1)
-        if silent.all():
-            raise UserError(
-                f"train.scorers: a scorer gave no score for any image of {len(batch)} prompts, e.g. {batch.prompts[0][:60]!r}; "
-                "check it with diffalign score"
-            )
-        for row in silent.nonzero()[:, 0].tolist():
-            self.accelerator.print(f"no score for any image of {batch.prompts[row][:60]!r}: its images are taken as equal")
-
-    def _predict_unwrapped(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return self.backbone.predict(self.network, *self._cast(noisy, times, condition))
+        return sample_and_score(self, self.rollout, self.judge, batch, k, self.unconditional(batch), purpose)
 
     def unconditional(self, batch: Batch) -> dict[str, Tensor]:
         """The empty prompt's condition, one row per group, with the group's sizes."""
         if self._empty is None:
             self._empty = {name: value.to(self.accelerator.device) for name, value in self.data.builder.encode([""]).items()}
-        rows = len(next(iter(batch.condition.values())))
-        return {**batch.condition, **{n: v.expand(rows, *v.shape[1:]) for n, v in self._empty.items()}}
+        return empty_rows(self._empty, batch.condition)
 
     # Evaluation -------------------------------------------------------------------------------------------------------------
 

@@ -5,13 +5,11 @@ What is left of a round is part of every checkpoint, so that a run stopped in it
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..exceptions import UserError
@@ -104,29 +102,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, json.loads(file.metadata()["rounds"])
-
-
-def repeated(batch: Batch, k: int) -> Batch:
-    """Groups of k copies of the one (imageless) row of each group: conditions, latents and noise."""
-
-    def spread(value: Tensor) -> Tensor:
-        return value.repeat_interleave(k, 0)
-
-    return dataclasses.replace(
-        batch,
-        x0=batch.x0.expand(-1, k, *batch.x0.shape[2:]),
-        noise=batch.noise.expand(-1, k, *batch.noise.shape[2:]),
-        condition={name: spread(value) for name, value in batch.condition.items()},
-    )
-
-
-def chosen_rows(condition: dict[str, Tensor], g: int) -> dict[str, Tensor]:
-    """The first row of each of g groups."""
-    return {name: value.unflatten(0, (g, -1))[:, 0] for name, value in condition.items()}
-
-
-def empty_condition(builder: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The condition of the empty prompt, one row per row of `batch.condition`."""
-    rows = next(iter(batch.condition.values())).shape[0]
-    encoded = builder.encode([""])
-    return {**batch.condition, **{n: v.to(device).expand(rows, *v.shape[1:]).contiguous() for n, v in encoded.items()}}

@@ -26,6 +26,7 @@ from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, Traine
 from .checkpoint import CheckpointManager, find_checkpoint
 from .config import TrainingConfig
 from .diagnostics import LOG2_MESSAGE, DivergenceGuard, check_finite
+from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
 from .reference import AdapterOffReference, FrozenCopyReference, Reference, without_dropout
 from .signals import StopSignals
@@ -85,6 +86,8 @@ class Trainer:
     reference_free: ClassVar[bool] = False
     inverted: ClassVar[bool] = False
     """Whether the method prefers what people rejected."""
+    can_be_online: ClassVar[bool] = True
+    """Whether `data.online` can make its groups."""
     error_beta: ClassVar[bool] = True
     """Whether `beta` multiplies denoising errors, so that it can be told per latent size."""
     passes_per_batch: int = 1
@@ -117,6 +120,8 @@ class Trainer:
         self.output_dir, self.peft_config, self.optimizers = Path(self.args.output_dir), peft_config, optimizers
         if self.reference_free and self.args.precompute_ref_errors:
             raise ConfigError("train.precompute_ref_errors", f"{self._name} has no reference; set it to false")
+        if self.data_config.online is not None and self.args.precompute_ref_errors:
+            raise ConfigError("train.precompute_ref_errors", "the images of data.online do not exist beforehand; set it to false")
         self.backbone = load_backbone(model, revision=revision, variant=variant, vae=vae)
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
         self.process = self.backbone.process
@@ -129,7 +134,7 @@ class Trainer:
             raise ConfigError(
                 "data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)"
             )
-        self.train_dataset = self.read_dataset(source, self.data_config.dataset_train_split)
+        self.train_dataset = self._read_training_data(source)
         if eval_dataset is None and self.data_config.dataset_test_split and train_dataset is None:
             eval_dataset = source
         # Read once: an evaluation every few steps must not scan the data again.
@@ -138,8 +143,18 @@ class Trainer:
         self.state, self.control = TrainerState(), TrainerControl()
         self.callbacks: list[TrainerCallback] = list(callbacks)
         self.precomputed: ReferenceErrors | None = None
+        self.online: Online | None = None
         self._ready = False
         self._call("on_init_end")
+
+    def _read_training_data(self, source: Any) -> PreferenceDataset:
+        if self.data_config.online is None:
+            return self.read_dataset(source, self.data_config.dataset_train_split)
+        if not self.can_be_online:
+            raise ConfigError("data.online", f"{self._name} cannot train on pairs that the policy draws; leave the section out")
+        # Only the prompts are read, so there is no preference to invert: that happens to the policy's own images.
+        config = dataclasses.replace(self.data_config, invert_preferences=False)
+        return as_preferences(source, config, "prompt", self.data_config.dataset_train_split)
 
     # Hooks of a method ------------------------------------------------------------------------------------------------------
 
@@ -236,6 +251,9 @@ class Trainer:
             self.identity(),
             self.ema,
         )
+        if self.data_config.online is not None:
+            self.online = Online(self, self.data_config.online)
+            self.checkpoints.parts.append(self.online.rounds)
         set_seed(args.seed, device_specific=True)  # from here on only dropout draws from the global generators
         self._ready = True
 
@@ -428,9 +446,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[Any]:
         """This process's micro-batches from the position of the run."""
-        return self.data.batches(self.state.samples_seen)
+        return self.data.batches(self.state.samples_seen) if self.online is None else self.online.batches()
 
     def _next_batch(self, batches: Iterator[Any]) -> Batch:
+        if self.online is not None:
+            return self.prepare(self.online.rounds.next(batches))
         examples = next(batches)
         whole = self.data.builder(examples)
         if self.precomputed is not None:

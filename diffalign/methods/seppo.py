@@ -1,0 +1,237 @@
+"""SePPO: Zhang, Lan et al. 2024, "SePPO: Semi-Policy Preference Optimization for Diffusion Alignment", arXiv 2410.05255, eq. 7-14.
+
+    ref  ~ one of the past checkpoints theta_0 ... theta_{k-1};   x_ref ~ p_ref(. | c)       sampled on-policy from it
+    d_w  = m_w - r_w,   d_ref = m_ref - r_ref                     error changes on the winner and on the reference's sample
+    a    = sign(-d_w), averaged draws, detached                   +1: the policy denoises the winner better than ref does
+    loss = -log sigmoid(-(beta/2) (d_w - a d_ref))
+
+Winners alone are needed: the rival is the reference's own image. Where the policy is already better than that reference (a = +1) its
+image is a loser, as in Diffusion-DPO; where it is not (a = -1) the image is probably good and is learned from too. `anchor: indicator`
+drops it instead (a = 0). At the first step policy and reference are equal: sgn(0) is taken as +1 (`zero_anchor`). The training code is not
+public and the paper leaves beta, learning rate, sampler and noise sharing open; T and omega are inside beta, in Diffusion-DPO's convention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ..exceptions import ConfigError
+from ..likelihood import implicit_rewards, sample_times
+from ..training.batch import Batch
+from ..training.config import TrainingConfig
+from ..training.diagnostics import pair_metrics
+from ..training.online import empty_rows
+from ..training.pool import STRATEGIES, CheckpointPool
+from ..training.reference import Reference
+from ..training.rollout import Rollout, SamplerConfig, sampling_mode
+from ..training.trainer import Trainer
+
+ANCHORS = ("sign", "indicator")
+
+
+@dataclass
+class SePPOConfig(TrainingConfig):
+    """`train:` for `method: seppo`."""
+
+    beta: float = 2000.0
+    """Strength of the pull to the reference, in Diffusion-DPO's convention; not public."""
+    ref_strategy: str = "random"
+    """Which past checkpoint is the reference of a step: random (the method) | initial | latest."""
+    pool_save_steps: int = 30
+    """A checkpoint joins the pool every so many optimizer steps."""
+    pool_size: int = 8
+    """Checkpoints in the pool; beyond, the oldest but the initial one leaves."""
+    anchor: str = "sign"
+    """sign: a is +1 or -1 | indicator: 1 or 0."""
+    anchor_samples: int = 1
+    """Draws of (noise, timestep) over which the anchor criterion is averaged; the paper takes the training draw alone."""
+    zero_anchor: float = 1.0
+    """a where policy and reference are equal, as at the first step: 1 or 0."""
+    num_inference_steps: int = 50
+    """Steps of the sampler that draws the reference's images."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance while sampling."""
+    eta: float = 0.0
+    """Stochasticity of the sampler."""
+    rollout_batch_size: int = 8
+    """Images sampled at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("ref_strategy", STRATEGIES), ("anchor", ANCHORS), ("zero_anchor", (0.0, 1.0))):
+            if getattr(self, name) not in known:
+                raise ConfigError(name, f"expected one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+        self._check("beta", lambda v: v > 0, "> 0")
+        for name in ("pool_save_steps", "anchor_samples", "rollout_batch_size"):
+            self._check(name, lambda v: v >= 1, ">= 1")
+        for name in ("pool_size", "num_inference_steps"):
+            self._check(name, lambda v: v >= 2, ">= 2")
+        self._check("eta", lambda v: v >= 0, ">= 0")
+        if self.precompute_ref_errors:
+            raise ConfigError("precompute_ref_errors", "the reference changes while training; set it to false")
+
+
+def anchors(winner_changes: Tensor, kind: str = "sign", zero: float = 1.0) -> Tensor:
+    """a from the winner's error changes m - r, any shape, detached: +1 where the policy is better, -1 (or 0) where it is worse.
+
+    Args:
+        winner_changes (`Tensor`): averaged over draws by the caller.
+        kind (`str`): ``sign`` or ``indicator``.
+        zero (`float`): where the change is exactly 0.
+    """
+    changes = winner_changes.detach()
+    worse = torch.full_like(changes, -1.0 if kind == "sign" else 0.0)
+    found = torch.where(changes < 0, torch.ones_like(changes), worse)
+    return torch.where(changes == 0, torch.full_like(changes, zero), found)
+
+
+def seppo_loss(
+    policy_errors: Tensor,
+    reference_errors: Tensor,
+    *,
+    beta: float,
+    anchor: str = "sign",
+    zero_anchor: float = 1.0,
+    anchor_values: Tensor | None = None,
+) -> Tensor:
+    """Loss per group, (g,).
+
+    Args:
+        policy_errors, reference_errors (`Tensor`): (g, 2), the winner and the reference's sample.
+        beta (`float`): see `SePPOConfig`.
+        anchor (`str`): ``sign`` or ``indicator``.
+        zero_anchor (`float`): a where the winner's errors are equal.
+        anchor_values (`Tensor`, *optional*): a, (g,), if it was found from other draws; +1 everywhere gives Diffusion-DPO's loss.
+
+    Raises:
+        ValueError: another anchor.
+    """
+    if anchor not in ANCHORS:
+        raise ValueError(f"anchor: expected one of {', '.join(ANCHORS)}, got {anchor!r}")
+    rewards = implicit_rewards(policy_errors, reference_errors, beta)
+    if anchor_values is None:
+        anchor_values = anchors(policy_errors[:, 0] - reference_errors[:, 0], anchor, zero_anchor)
+    return softplus(-(rewards[:, 0] - anchor_values.to(rewards) * rewards[:, 1]))
+
+
+class SePPOTrainer(Trainer):
+    """Trains on winners against images of its own past."""
+
+    _name = "SePPO"
+    _tag_names = ("seppo",)
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "SePPO: Semi-Policy Preference Optimization for Diffusion Alignment",
+        "id": "2410.05255",
+        "citation": """@article{zhang2024seppo,
+  title   = {SePPO: Semi-Policy Preference Optimization for Diffusion Alignment},
+  author  = {Zhang, Daoan and Lan, Guangchen and Han, Dong-Jun and Yao, Wenlin and Pan, Xiaoman and Zhang, Hongming and Li, Mingxiao and others},
+  journal = {arXiv preprint arXiv:2410.05255},
+  year    = {2024}
+}""",
+    }
+    _sources: ClassVar[dict[str, str]] = {
+        "beta": "not public; Diffusion-DPO's for SD1.5",
+        "ref_strategy": "paper: random; the others are its ablations",
+        "pool_save_steps": "paper, every 30 updates",
+        "pool_size": "paper, 7 rounds and the initial model",
+        "anchor": "paper; indicator is its ablation",
+        "anchor_samples": "paper: one draw",
+        "zero_anchor": "ours: the paper does not say what sgn(0) is",
+        "num_inference_steps": "not public; the baseline's 50",
+        "guidance_scale": "official test script, 7.5",
+        "eta": "not public; the baseline's deterministic sampler",
+        "rollout_batch_size": "ours",
+    }
+    _not_public: ClassVar[str] = (
+        "Training code, beta, learning rate, the sampler of the reference's images, and whether the pair shares its noise."
+    )
+    config_class = SePPOConfig
+    data_kind = "single"
+    can_be_online = False
+    args: SePPOConfig
+
+    def _build_reference(self) -> Reference:
+        return CheckpointPool(self.network, self.output_dir / "pool", self.args.pool_size, self.args.ref_strategy)
+
+    def _setup(self) -> None:
+        if self._ready:
+            return
+        super()._setup()
+        args = self.args
+        sampler = SamplerConfig(args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size)
+        self.rollout = Rollout(self.backbone, self.process, sampler, "sampling from the reference")
+        self.checkpoints.parts.append(self.pool)
+        self._empty: dict[str, Tensor] | None = None
+
+    @property
+    def pool(self) -> CheckpointPool:
+        """The past checkpoints."""
+        assert isinstance(self.reference, CheckpointPool)
+        return self.reference
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Adds the reference's own image to every winner."""
+        self.pool.choose(self.args.seed, self.state.global_step, self.accelerator.is_main_process)
+        if self._empty is None:
+            self._empty = {name: value.to(self.accelerator.device) for name, value in self.data.builder.encode([""]).items()}
+        empty = empty_rows(self._empty, batch.condition)
+        main = self.accelerator.is_main_process
+        with sampling_mode(self.network), self.accelerator.autocast():
+            found = self.rollout(self._predict_reference, batch, 1, empty, purpose="seppo", decode=False, progress=main)
+        noise = batch.noise
+        if self.args.shared_noise:
+            rival = noise
+        else:
+            draws = [torch.randn(noise.shape[2:], generator=g) for g in batch.generators("rival-noise")]
+            rival = torch.stack(draws)[:, None].to(noise.device)
+        return dataclasses.replace(
+            batch,
+            x0=torch.cat([batch.x0, found.final.to(batch.x0.device)], 1),
+            noise=torch.cat([noise, rival], 1),
+            condition={name: value.repeat_interleave(2, 0) for name, value in batch.condition.items()},
+        )
+
+    def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy, reference = self.errors(batch)
+        assert reference is not None
+        args = self.args
+        change = (policy[:, 0] - reference[:, 0]).detach()
+        if args.anchor_samples > 1:
+            change = self._averaged_change(batch, change)
+        a = anchors(change, args.anchor, args.zero_anchor)
+        loss = seppo_loss(policy, reference, beta=args.beta, anchor=args.anchor, anchor_values=a)
+        metrics = pair_metrics(policy, reference, args.beta, self.process.fraction(batch.times))
+        return loss, {
+            **metrics,
+            "anchor/better": (a > 0).to(policy),
+            "pool/reference": torch.full_like(change, self.pool.current),
+        }
+
+    @torch.no_grad()
+    def _averaged_change(self, batch: Batch, first: Tensor) -> Tensor:
+        """The winner's error change over `anchor_samples` draws, the training draw among them."""
+        winners = {name: value.unflatten(0, (len(batch), -1))[:, 0] for name, value in batch.condition.items()}
+        generators, total = batch.generators("anchor"), first.clone()
+        sampling = self.data.builder.sampling
+        for _ in range(self.args.anchor_samples - 1):
+            uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+            noise = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators])[:, None]
+            times = sample_times(self.process, uniforms, sampling, self.args.logit_mean, self.args.logit_std)
+            drawn = dataclasses.replace(batch, x0=batch.x0[:, :1], noise=noise.to(first.device), times=times, condition=winners)
+            with sampling_mode(self.network):
+                total += (self._errors(drawn, self._predict_unprepared) - self.reference_errors(drawn))[:, 0]
+        return total / self.args.anchor_samples
+
+    def _predict_unprepared(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.backbone.predict(self.network, *self._cast(noisy, times, condition))
+
+    def on_optimizer_step(self, step: int) -> None:
+        if step % self.args.pool_save_steps == 0:
+            self.pool.append(step, self.accelerator.is_main_process)

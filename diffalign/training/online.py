@@ -1,0 +1,139 @@
+"""Online data for offline methods: pairs or ranked lists drawn by the policy itself, judged, and made anew every so many steps.
+
+Online Diffusion-DPO, RankDPO, MaPO, ...: the dataset gives the prompts; a round of rollouts gives the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..data.config import OnlineConfig
+from ..exceptions import ConfigError, UserError
+from .batch import Batch
+from .judge import Judge, ScoreAhead
+from .rollout import Rollout, SamplerConfig, Trajectories, sampling_mode
+from .rounds import Rounds
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def sample_and_score(
+    trainer: Trainer, rollout: Rollout, judge: Judge | None, batch: Batch, k: int, empty: Mapping[str, Tensor], purpose: str
+) -> tuple[Trajectories, Tensor]:
+    """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU.
+
+    Raises:
+        UserError: a scorer has no score for any image.
+    """
+    prompts = [prompt for prompt in batch.prompts for _ in range(k)]
+    ahead = None if judge is None else ScoreAhead(judge, prompts, trainer.accelerator.device.type == "cuda")
+
+    def predict(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return trainer.backbone.predict(trainer.network, *trainer._cast(noisy, times, condition))
+
+    with sampling_mode(trainer.network), trainer.accelerator.autocast():
+        main = trainer.accelerator.is_main_process
+        trajectories = rollout(predict, batch, k, empty, purpose=purpose, on_images=ahead, progress=main)
+    if ahead is None:
+        return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
+    scores = ahead.result().unflatten(0, (len(batch), k))
+    silent = torch.isnan(scores).all(1).any(1)
+    if silent.all():
+        raise UserError(
+            f"scorers: a scorer gave no score for any image of {len(batch)} prompts, e.g. {batch.prompts[0][:60]!r}; check it with "
+            "diffalign score"
+        )
+    for row in silent.nonzero()[:, 0].tolist():
+        trainer.accelerator.print(f"no score for any image of {batch.prompts[row][:60]!r}: its images are taken as equal")
+    return trajectories, scores
+
+
+def empty_rows(encoded: Mapping[str, Tensor], condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The empty prompt's condition (encoded once, one row) for every row of `condition`, with that row's sizes."""
+    rows = len(next(iter(condition.values())))
+    return {**condition, **{n: v.expand(rows, *v.shape[1:]) for n, v in encoded.items()}}
+
+
+class Online:
+    """The rounds of a run with `data.online`.
+
+    Args:
+        trainer: set up, its data pipeline reading prompts.
+        config: of the section.
+
+    Raises:
+        ConfigError: no scorer.
+    """
+
+    def __init__(self, trainer: Trainer, config: OnlineConfig) -> None:
+        self.trainer, self.config = trainer, config
+        scorers = trainer.scorers if trainer.scorers is not None else config.scorers
+        if not scorers:
+            raise ConfigError("data.online.scorers", "name at least one scorer, or give a rewards section")
+        self.judge = Judge(scorers)
+        sampler = SamplerConfig(
+            config.num_inference_steps, config.guidance_scale, config.eta, config.rollout_batch_size, shared_init=False
+        )
+        self.rollout = Rollout(trainer.backbone, trainer.process, sampler, "sampling online data")
+        self.rounds = Rounds(self._round, config.every * trainer.args.gradient_accumulation_steps)
+        self._empty: dict[str, Tensor] = {}
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches of prompts from the position of the rounds."""
+        trainer = self.trainer
+        start = self.rounds.drawn * trainer.args.per_device_train_batch_size * trainer.accelerator.num_processes
+        return (trainer.data.builder(examples) for examples in trainer.data.batches(start))
+
+    def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
+        trainer = self.trainer
+        if not self._empty:
+            device = trainer.accelerator.device
+            self._empty = {name: value.to(device) for name, value in trainer.data.builder.encode([""]).items()}
+        done = []
+        for batch in batches:
+            empty = empty_rows(self._empty, batch.condition)
+            found, scores = sample_and_score(trainer, self.rollout, self.judge, batch, self.config.k, empty, "online")
+            done.append(self._judged(batch, found.final, scores))
+        return done
+
+    def _judged(self, batch: Batch, latents: Tensor, scores: Tensor) -> Batch:
+        """The groups that the method trains on: pairs, lists, or the best image."""
+        combined = self.judge.combined(scores)
+        if self.trainer.inverted:
+            combined = -combined
+        low = torch.where(torch.isnan(combined), torch.full_like(combined, math.inf), combined)
+        high = torch.where(torch.isnan(combined), torch.full_like(combined, -math.inf), combined)
+        best, worst = high.argmax(1), low.argmin(1)
+        kind = self.trainer.data_kind
+        if kind == "ranked":
+            chosen = torch.arange(latents.shape[1]).expand(len(batch), -1)
+        else:
+            chosen = torch.stack([best, worst], 1)[:, : 2 if kind == "pair" else 1]
+        rows = torch.arange(len(batch))[:, None]
+        decided = (high.amax(1) > low.amin(1)).float()
+        k = chosen.shape[1]
+        device = batch.x0.device
+        if hasattr(self.trainer, "window"):
+            self.trainer.window.add({"online/score": scores.float().nanmean((1, 2)), "online/ties": 1 - decided})
+        return dataclasses.replace(
+            batch,
+            x0=latents[rows, chosen].to(device),
+            noise=self._noise(batch, k),
+            condition={name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()},
+            scores=combined.float().to(device) if kind == "ranked" else None,
+            # One image has nothing to be equal to.
+            weights=batch.weights if kind == "single" else batch.weights * decided.to(device),
+        )
+
+    def _noise(self, batch: Batch, k: int) -> Tensor:
+        if self.trainer.args.shared_noise:
+            return batch.noise.expand(-1, k, *batch.noise.shape[2:])
+        draws = [torch.randn((k, *batch.noise.shape[2:]), generator=g) for g in batch.generators("online-noise")]
+        return torch.stack(draws).to(batch.noise.device)
