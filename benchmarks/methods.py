@@ -7,7 +7,8 @@
 three seeds, on at most four minutes of two cores. Settings were chosen on the first 60 held-out prompts; what is reported are the
 other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of pairs that the
 verifier's graded score gives to the trained model (ties count one half), with a bootstrap interval clustered by prompt. Negative
-models are used in guidance, and compared with the base at its own best guidance scale; both scales are chosen on the first 60.
+models are used in guidance, and compared with the base at its own best guidance scale; both scales are those that win most often
+against the base at its usual scale on the first 60.
 Finished parts lie in --work: an interrupted run goes on, and two processes can share the work by --methods. About an hour and a half.
 """
 
@@ -40,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES, TUNING_IMAGES = 8, 4
 FIRST_SEED = 20_000_000
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+NEGATIVE_SCALES = (3.0, 4.0, 5.0)
 # name -> (method, dataset, overrides, is a negative model)
 ARMS: dict[str, tuple[str, str, list[str], bool]] = {
     "SFT": ("sft", "data/ranked", [], False),
@@ -105,13 +107,19 @@ def final(pipe: Any, scale: float | None = None) -> dict[str, Any]:
 def base_results(work: Path) -> dict[str, Any]:
     """The base at the sampler's own guidance scale and at the best one, which the first 60 prompts choose."""
     sweep = {scale: kept(work / "base" / f"tuning-{scale}.json", lambda s=scale: tuning(base_pipeline(), s)) for scale in SCALES}
-    best = max(SCALES, key=lambda s: np.mean(sweep[s]["scores"]))
+    best = best_scale(sweep, sweep[SAMPLING["guidance_scale"]])
     return {
         "default": kept(work / "base" / "test.json", lambda: final(base_pipeline())),
         "best_scale": best,
         "best": kept(work / "base" / f"test-{best}.json", lambda: final(base_pipeline(), best)),
         "sweep": {s: [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()},
     }
+
+
+def best_scale(sweep: dict[float, dict[str, Any]], usual: dict[str, Any]) -> float:
+    """The guidance scale with the highest win-rate against the base at its usual one."""
+    base = np.array(usual["scores"])
+    return max(sweep, key=lambda scale: win_rate(base, np.array(sweep[scale]["scores"])).rate)
 
 
 def train(name: str, seed: int, work: Path) -> dict[str, Any]:
@@ -150,8 +158,9 @@ def measure(name: str, seed: int, work: Path) -> dict[str, Any]:
             return final(pipe)
         guidance = NegativeGuidance(pipe, negative=str(folder))
         with guidance:
-            sweep = {scale: tuning(pipe, scale) for scale in SCALES}
-            best = max(SCALES, key=lambda s: np.mean(sweep[s]["scores"]))
+            sweep = {scale: tuning(pipe, scale) for scale in NEGATIVE_SCALES}
+            usual = json.loads((work / "base" / f"tuning-{SAMPLING['guidance_scale']}.json").read_text())
+            best = best_scale(sweep, usual)
             means = {str(s): [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()}
             return {**final(pipe, best), "best_scale": best, "sweep": means}
 
@@ -207,7 +216,9 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
     lines += [f"| | {' | '.join(f'{s:g}' for s in SCALES)} |", f"|---|{'---|' * len(SCALES)}"]
     sweeps = {"base": {str(s): v for s, v in base["sweep"].items()}}
     sweeps |= {name: seeds[0]["sweep"] for name, seeds in results.items() if ARMS[name][3] and seeds}
-    lines += [f"| {name} | {' | '.join(f'{100 * sweep[str(s)][0]:.1f}' for s in SCALES)} |" for name, sweep in sweeps.items()]
+    for name, sweep in sweeps.items():
+        shown = (f"{100 * sweep[str(s)][0]:.1f}" if str(s) in sweep else "" for s in SCALES)
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return lines
 
 

@@ -142,6 +142,7 @@ _MODULE_COMMANDS = (
     ("serve-scorer", "rewards.server", "offer a scorer to other processes and environments over HTTP"),
     ("doctor", "rewards.doctor", "check the scorers on this machine against known numbers"),
     ("scorers", "rewards.cards", "list the scorers, or show the card of one"),
+    ("feedback", "training.feedback_command", "ask people which images are better, for runs that train on their votes"),
     ("merge", "merge", "add up LoRAs or full weights of several runs"),
     ("steer", "steering.steer_command", "steer a model towards a reward while it samples (Feynman-Kac particles)"),
 )

@@ -28,7 +28,7 @@ def own_fields(method: str) -> list[tuple[str, Any]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc,operator]
 
 
 def section(method: str) -> str:

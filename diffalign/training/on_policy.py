@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ConfigError, UserError
+from . import feedback
 from .batch import Batch
 from .config import TrainingConfig
 from .judge import Judge, preferences
@@ -132,12 +133,38 @@ class OnPolicyTrainer(Trainer):
         """Samples and judges; the policy of this moment is the reference of the round under ``reference: iterated``."""
         if isinstance(self.reference, SnapshotReference):
             self.reference.take()
+        if self.judge is None:
+            return self._asked(number, batches)
         done = []
         for batch in batches:
             trajectories, scores = self.sample(batch)
             assert self.judge is not None
             compare = getattr(self.args, "compare", "combined")
             done.append(self.finish(batch, trajectories, preferences(self.judge, scores, compare), scores))
+        return [batch for _ in range(self.args.num_inner_epochs) for batch in done]
+
+    def _asked(self, number: int, batches: list[Batch]) -> list[Batch]:
+        """The round judged by people.
+
+        Raises:
+            VotesNeeded: they have not voted yet.
+            UserError: votes that do not fit.
+        """
+        folder = feedback.round_folder(self.output_dir, number)
+        rank, world, k = self.accelerator.process_index, self.accelerator.num_processes, self.args.images_per_prompt
+        if not (folder / feedback.MANIFEST).is_file():
+            drawn = [self.sample(batch)[0] for batch in batches]
+            feedback.write_round(folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone)
+        if not feedback.find_votes(folder):
+            raise feedback.VotesNeeded(folder)
+        votes = feedback.read_votes(folder)
+        self.accelerator.print(f"round {number}: {votes.summary()}")
+        done = []
+        for index, batch in enumerate(feedback.read_round(folder, rank, self.accelerator.device)):
+            found = Trajectories(batch.extra["states"], batch.extra["log_probs"], [])
+            preference = feedback.preference_matrix(votes, batch, index, rank, k)
+            nobody = torch.full((len(batch), k, 1), float("nan"))
+            done.append(self.finish(batch, found, preference, nobody))
         return [batch for _ in range(self.args.num_inner_epochs) for batch in done]
 
     def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:

@@ -36,5 +36,11 @@ def train_run(run: RunConfig, dry_run: bool = False) -> int:
             "continue with --train.resume_from_checkpoint latest"
         )
         return 128 + output.interrupted_by
+    if output.waiting_for is not None:
+        trainer.accelerator.print(
+            f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it), then go on with "
+            "--train.resume_from_checkpoint latest"
+        )
+        return 0
     trainer.accelerator.print(f"done: {trainer.output_dir}")
     return 0

@@ -26,6 +26,7 @@ from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, Traine
 from .checkpoint import CheckpointManager, find_checkpoint
 from .config import TrainingConfig
 from .diagnostics import LOG2_MESSAGE, DivergenceGuard, check_finite
+from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
 from .reference import AdapterOffReference, FrozenCopyReference, Reference, without_dropout
@@ -45,11 +46,13 @@ class TrainOutput:
         global_step: optimizer steps done.
         metrics: the last log.
         interrupted_by: number of the signal that ended the run early, else None.
+        waiting_for: folder in which people's votes are wanted before the run can go on, else None.
     """
 
     global_step: int
     metrics: dict[str, float] = field(default_factory=dict)
     interrupted_by: int | None = None
+    waiting_for: Path | None = None
 
 
 class Trainer:
@@ -144,6 +147,7 @@ class Trainer:
         self.callbacks: list[TrainerCallback] = list(callbacks)
         self.precomputed: ReferenceErrors | None = None
         self.online: Online | None = None
+        self.waiting_for: Path | None = None
         self._ready = False
         self._call("on_init_end")
 
@@ -312,14 +316,14 @@ class Trainer:
         self._announce(checkpoint)
         with StopSignals() as signals:
             metrics = self._loop(validator, signals)
-        if signals.received is None:
+        if signals.received is None and self.waiting_for is None:
             self.save_model(str(self.output_dir))
             if self.hub is not None and self.hub.push_to_hub:
                 self.push_to_hub()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
-        return TrainOutput(self.state.global_step, metrics, signals.received)
+        return TrainOutput(self.state.global_step, metrics, signals.received, self.waiting_for)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
@@ -419,7 +423,12 @@ class Trainer:
         self._call("on_train_begin", progress)
         batches = self._batches()
         while state.global_step < state.max_steps and not control.should_training_stop:
-            self._optimizer_step(batches)
+            try:
+                self._optimizer_step(batches)
+            except VotesNeeded as asked:
+                self.waiting_for = asked.folder
+                self.checkpoints.save(state)
+                break
             self.on_optimizer_step(state.global_step)
             last = state.global_step == state.max_steps
             if state.global_step % args.logging_steps == 0 or last:

@@ -1,0 +1,222 @@
+"""People as judges: a round's images are written out with a manifest, and the run waits until votes are beside them.
+
+``feedback/round-0003/`` holds ``manifest.json`` (groups of images of one prompt, with ids), ``images/``, ``index.html`` to look at, and
+the trajectories that belong to the images, so that training goes on from them whenever the votes come. Votes are any ``votes*.json``,
+``.jsonl``, ``.csv`` or ``.parquet`` in that folder, a row per comparison: ``image_a``, ``image_b`` and ``preference`` (``a``, ``b`` or
+``tie``; or a number from 1 for a to -1 for b), or ``chosen`` and ``rejected``; ``annotator`` is optional. Several votes on a pair are
+averaged; pairs without a vote count as ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import UserError
+from .batch import Batch
+from .rollout import Trajectories
+from .rounds import batch_from, flat_tensors, read_tensors
+
+MANIFEST = "manifest.json"
+_WORDS = {"a": 1.0, "b": -1.0, "tie": 0.0, "left": 1.0, "right": -1.0}
+
+
+class VotesNeeded(Exception):
+    """Training cannot go on before people have voted."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"waiting for votes in {folder}")
+        self.folder = folder
+
+
+@dataclasses.dataclass
+class Votes:
+    """What people said.
+
+    Attributes:
+        preference: (image id, image id) -> mean of the votes, 1 for the first, -1 for the second; both orders are in it.
+        count: votes read.
+        annotators: how many people, as far as they are named.
+        conflicts: pairs on which votes differ.
+    """
+
+    preference: dict[tuple[str, str], float]
+    count: int
+    annotators: int
+    conflicts: int
+
+    def summary(self) -> str:
+        """One line."""
+        who = f" of {self.annotators} annotators" if self.annotators else ""
+        conflict = f"; on {self.conflicts} pairs they differ and are averaged" if self.conflicts else ""
+        return f"{self.count} votes{who} on {len(self.preference) // 2} pairs{conflict}"
+
+
+def round_folder(output_dir: Path, number: int) -> Path:
+    """Where a round's images and votes are."""
+    return output_dir / "feedback" / f"round-{number:04d}"
+
+
+def group_ids(batch: Batch, index: int, rank: int) -> list[str]:
+    """An id per group, unique in a round."""
+    return [f"p{rank}-{index}-{i}-row{row}" for i, row in enumerate(batch.row_ids)]
+
+
+def write_round(
+    folder: Path, batches: Sequence[Batch], trajectories: Sequence[Trajectories], rank: int, world: int, wait: Any
+) -> None:
+    """Images, trajectories and manifest; the manifest comes last, so a folder with one is complete. All processes must call this.
+
+    Args:
+        wait: called between the processes' parts, e.g. `accelerator.wait_for_everyone`.
+    """
+    from safetensors.torch import save_file
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    groups: list[dict[str, Any]] = []
+    plain: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for index, (batch, found) in enumerate(zip(batches, trajectories, strict=True)):
+        for name, prompt, images in zip(group_ids(batch, index, rank), batch.prompts, found.images, strict=True):
+            entries = []
+            for i, image in enumerate(images):
+                image.save(folder / "images" / f"{name}-{i}.png")
+                entries.append({"id": f"{name}-{i}", "file": f"images/{name}-{i}.png"})
+            groups.append({"id": name, "prompt": prompt, "images": entries})
+        whole = dataclasses.replace(batch, extra={"states": found.states, "log_probs": found.log_probs})
+        tensors |= {f"{index}.{name}": value for name, value in flat_tensors(whole).items()}
+        plain.append({"row_ids": batch.row_ids, "prompts": batch.prompts, "epochs": batch.epochs, "seed": batch.seed})
+    facts = {"rounds": json.dumps({"batches": plain})}
+    save_file(tensors, folder / f"rollout-{rank}.safetensors", metadata=facts)
+    (folder / f".groups-{rank}.json").write_text(json.dumps(groups))
+    wait()
+    if rank == 0:
+        everyone = [g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())]
+        (folder / "index.html").write_text(_page(everyone), "utf-8")
+        temporary = folder / ".manifest.tmp"
+        temporary.write_text(json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(temporary, folder / MANIFEST)
+    wait()
+
+
+def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
+    """The batches of this process, states and recorded log-probabilities in `extra`.
+
+    Raises:
+        UserError: its file is gone.
+    """
+    path = folder / f"rollout-{rank}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder}: {path.name} is missing; resume with as many processes as before, or put it back")
+    tensors, facts = read_tensors(path)
+    return [batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])]
+
+
+def find_votes(folder: Path) -> list[Path]:
+    """Vote files of a round, in the order of their names."""
+    return sorted(p for p in folder.glob("votes*") if p.suffix in (".json", ".jsonl", ".csv", ".parquet"))
+
+
+def read_votes(folder: Path) -> Votes:
+    """All votes of a round.
+
+    Raises:
+        UserError: a file that cannot be read, images that are not of this round, a preference that is none, or no vote at all.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    place = {image["id"]: group["id"] for group in manifest["groups"] for image in group["images"]}
+    said: dict[tuple[str, str], list[float]] = {}
+    people: set[str] = set()
+    for path in find_votes(folder):
+        for number, row in enumerate(_rows(path)):
+            where = f"{path.name}, vote {number}"
+            first, second, value = _vote(row, where)
+            for image in (first, second):
+                if image not in place:
+                    raise UserError(
+                        f"{where}: there is no image {image!r} in this round (its ids are in {MANIFEST}); were the votes given for other images?"
+                    )
+            if place[first] != place[second] or first == second:
+                raise UserError(f"{where}: {first!r} and {second!r} are not two images of one prompt")
+            if first > second:
+                first, second, value = second, first, -value
+            said.setdefault((first, second), []).append(value)
+            people |= {str(row["annotator"])} if row.get("annotator") not in (None, "") else set()
+    if not said:
+        raise UserError(f"{folder}: its vote files hold no vote")
+    means = {pair: sum(values) / len(values) for pair, values in said.items()}
+    both = means | {(b, a): -value for (a, b), value in means.items()}
+    conflicts = sum(len(set(values)) > 1 for values in said.values())
+    return Votes(both, sum(map(len, said.values())), len(people), conflicts)
+
+
+def preference_matrix(votes: Votes, batch: Batch, index: int, rank: int, k: int) -> Tensor:
+    """(g, k, k) of mean votes for the groups of a batch; 0 where nobody voted."""
+    found = torch.zeros(len(batch), k, k)
+    for g, name in enumerate(group_ids(batch, index, rank)):
+        for i in range(k):
+            for j in range(k):
+                found[g, i, j] = votes.preference.get((f"{name}-{i}", f"{name}-{j}"), 0.0)
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        if path.suffix == ".csv":
+            return pyarrow.csv.read_csv(path).to_pylist()
+        text = path.read_text("utf-8")
+        values = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as votes ({' '.join(str(error).split())[:150]})") from error
+    values = values.get("votes") if isinstance(values, dict) else values
+    if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
+        raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
+    return values
+
+
+def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
+    """(image, image, value of the first over the second)."""
+    if "chosen" in row and "rejected" in row:
+        return str(row["chosen"]), str(row["rejected"]), 1.0
+    if "image_a" not in row or "image_b" not in row or "preference" not in row:
+        raise UserError(
+            f"{where}: expected image_a, image_b and preference (or chosen and rejected), got {', '.join(map(str, row))}"
+        )
+    given = row["preference"]
+    value = given
+    if isinstance(given, str):
+        word = given.strip().lower()
+        try:
+            value = _WORDS[word] if word in _WORDS else float(word)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not -1 <= value <= 1:
+        raise UserError(f"{where}: preference is {given!r}; expected a, b, tie or a number from -1 to 1")
+    return str(row["image_a"]), str(row["image_b"]), float(value)
+
+
+def _page(groups: Sequence[Mapping[str, Any]]) -> str:
+    """A page to look at: every group's images with their ids."""
+    parts = ["<!doctype html><meta charset='utf-8'><title>Votes wanted</title><style>body{font:15px sans-serif;margin:2em}"]
+    parts.append("figure{display:inline-block;margin:.5em}img{min-width:160px;image-rendering:pixelated}</style>")
+    for group in groups:
+        parts.append(f"<h3>{html.escape(group['prompt'])}</h3>")
+        for image in group["images"]:
+            parts.append(
+                f"<figure><img src='{html.escape(image['file'])}'><figcaption>{html.escape(image['id'])}</figcaption></figure>"
+            )
+    return "\n".join(parts) + "\n"
