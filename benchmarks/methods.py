@@ -42,6 +42,7 @@ IMAGES, TUNING_IMAGES = 8, 4
 FIRST_SEED = 20_000_000
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
 NEGATIVE_SCALES = (3.0, 4.0, 5.0)
+OFFICIAL = ["--train.start", "data", "--train.loss_type", "huber", "--train.guidance_weight", "-1"]
 # name -> (method, dataset, overrides, is a negative model)
 ARMS: dict[str, tuple[str, str, list[str], bool]] = {
     "SFT": ("sft", "data/ranked", [], False),
@@ -51,6 +52,7 @@ ARMS: dict[str, tuple[str, str, list[str], bool]] = {
     "DCPO": ("dcpo", "recaptioned/data", [], False),
     "DCPO, captions: chosen (control)": ("dcpo", "recaptioned/data", ["--train.captions", "chosen"], False),
     "Self-NPO": ("self_npo", "data/ranked", [], True),
+    "Self-NPO, official code (from images)": ("self_npo", "data/ranked", OFFICIAL, True),
     "Diffusion-NPO": ("diffusion_npo", "data/ranked", [], True),
 }
 MUST_WIN = ("DCPO", "RankDPO", "MaPO")
@@ -135,7 +137,7 @@ def train(name: str, seed: int, work: Path) -> dict[str, Any]:
         "train.save_steps": 100_000,
         "train.logging_steps": 50,
     }
-    if method != "self_npo":
+    if method != "self_npo" or overrides:
         options["data.cache_latents"] = work / "cache"
     arguments = [str(x) for key, value in options.items() for x in (f"--{key}", value)]
     run = load_run(ROOT / "configs" / method / "shapes.yaml", [*arguments, *overrides])
