@@ -119,6 +119,26 @@ def test_resuming_takes_the_pool_along(tmp_path: Path, lora: bool) -> None:
         small(tmp_path / "b3", resume_from_checkpoint=str(tmp_path / "b3" / "checkpoint-4"), **options).train()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_it_learns_the_winners(tmp_path: Path, family: str, lora: bool) -> None:
+    """Their denoising error falls, at draws that were not trained on."""
+    config = lora_config(r=8, alpha=16) if lora else None
+    rate = 1e-2 if lora else 3e-3
+    options = {"max_steps": 16, "pool_save_steps": 4, "learning_rate": rate, "per_device_train_batch_size": 4}
+    trainer = small(tmp_path, family, peft_config=config, **options)
+    winners = first_batch(trainer)  # sets up
+
+    def error() -> float:
+        fixed = [trainer.data.builder([trainer.data.reader[(99, i)] for i in range(4)])]
+        with torch.no_grad():
+            return sum(float(trainer._errors(batch, trainer._predict_unprepared).mean()) for batch in fixed)
+
+    before = error()
+    trainer.train()
+    assert len(winners) == 4 and error() < before
+
+
 def test_winners_alone_are_enough(tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "image": row["chosen"]} for row in pair_rows()]
     trainer = small(tmp_path, rows=rows, shared_noise=False)
