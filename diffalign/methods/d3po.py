@@ -182,6 +182,11 @@ class D3POTrainer(OnPolicyTrainer):
         loss = d3po_loss(pairs.flatten(0, 1), preference.flatten(), beta=args.beta, clip_range=args.clip_range)
         return loss.unflatten(0, pairs.shape[:2]).mean(1), self._metrics(batch, policy, pairs, preference)
 
+    def judged(self, batch: Batch) -> list[tuple[str, Tensor]]:
+        """(scorer, its scores (g, k)) of the batch's images; none under people's votes."""
+        columns = batch.extra["scores"].unbind(-1)
+        return [] if self.judge is None else list(zip(self.judge.names(len(columns)), columns, strict=True))
+
     @torch.no_grad()
     def _metrics(self, batch: Batch, policy: Tensor, pairs: Tensor, preference: Tensor) -> dict[str, Tensor]:
         margin = preference * (pairs[..., 0] - pairs[..., 1])
@@ -202,5 +207,5 @@ class D3POTrainer(OnPolicyTrainer):
             "policy/log_ratio": pairs.abs().mean((1, 2)),
             "policy/since_sampling": (policy - recorded).abs().mean(1),
             "judge/ties": 1 - decided.float().mean(1),
-            **{f"judge/score_{i}": s for i, s in enumerate(batch.extra["scores"].mean(1).unbind(-1))},
+            **{f"judge/{name}": column.nanmean(1) for name, column in self.judged(batch)},
         }

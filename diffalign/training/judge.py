@@ -21,6 +21,10 @@ class Judge:
             panel (``{rewards: ..., combine: ...}``, see `diffalign.rewards.Panel`).
         device: of the scorers.
 
+    Attributes:
+        deciding: how many columns of scores, from the left, decide, None for all; a panel's scorers of role ``eval`` are only
+            recorded.
+
     Raises:
         ConfigError: none of these.
     """
@@ -30,6 +34,7 @@ class Judge:
 
         self.panel: Any = None
         self.members: list[Any] = []
+        self.deciding: int | None = None
         if isinstance(scorers, Panel):
             self.panel = scorers
         elif isinstance(scorers, Mapping):
@@ -39,6 +44,8 @@ class Judge:
             self.members = [self._member(s, device) for s in ([scorers] if single else scorers)]
             if not self.members:
                 raise ConfigError("scorers", "name at least one scorer")
+        if self.panel is not None:
+            self.deciding = len(self.panel.train_names)
 
     @staticmethod
     def _member(scorer: Any, device: Any) -> Any:
@@ -51,16 +58,29 @@ class Judge:
         return scorer
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
-        """Scores (n, m), float64, higher is better in every column; NaN = missing.
+        """Scores (n, m), float64, higher is better in every column, those that decide first; NaN = missing.
 
         Raises:
             UserError: a function that returns another number of scores.
         """
         if self.panel is not None:
             columns = self.panel.score(list(images), list(prompts), on_error="nan").columns
-            names = self.panel.train_names
-            return self.panel.signed(columns, names, len(images))
+            return self.panel.signed(columns, self._panel_names(), len(images))
         return torch.cat([self._scores(member, images, prompts) for member in self.members], dim=1)
+
+    def _panel_names(self) -> list[str]:
+        train = self.panel.train_names
+        return [*train, *(name for name in self.panel.names if name not in train)]
+
+    def names(self, count: int) -> list[str]:
+        """What the `count` columns of scores are called: as the scorers, or ``score_<i>`` where functions judge."""
+        from ..rewards.base import Scorer
+
+        if self.panel is not None:
+            return self._panel_names()
+        if all(isinstance(member, Scorer) for member in self.members):
+            return [member.name for member in self.members]
+        return [f"score_{i}" for i in range(count)]
 
     @staticmethod
     def _scores(member: Any, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
@@ -79,6 +99,7 @@ class Judge:
 
     def combined(self, scores: Tensor) -> Tensor:
         """One number per image of groups, (g, k, m) -> (g, k): the panel's rule, or the mean of win rates of several scorers."""
+        scores = scores[..., : self.deciding]
         if scores.shape[-1] == 1:
             return scores[..., 0]
         if self.panel is None:
@@ -108,7 +129,7 @@ def preferences(judge: Judge, scores: Tensor, compare: str) -> Tensor:
     """(g, k, k) of +1, -1, 0 from scores (g, k, m): by Pareto dominance or by the combined score."""
     if compare not in COMPARE:
         raise ConfigError("compare", f"expected one of {', '.join(COMPARE)}, got {compare!r}")
-    return pareto_preferences(scores if compare == "pareto" else judge.combined(scores)[..., None])
+    return pareto_preferences(scores[..., : judge.deciding] if compare == "pareto" else judge.combined(scores)[..., None])
 
 
 class ScoreAhead:

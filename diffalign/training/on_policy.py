@@ -212,7 +212,9 @@ class OnPolicyTrainer(Trainer):
         window = MetricWindow()
         for examples in pipeline.passes():
             _, scores = self.sample(pipeline.builder(examples), purpose="evaluation")
-            window.add({f"score_{i}": column.nanmean(1) for i, column in enumerate(scores.float().unbind(-1))})
+            window.add(
+                {n: c.float().nanmean(1) for n, c in zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)}
+            )
         result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
         self._call("on_evaluate", metrics=result)
         return result

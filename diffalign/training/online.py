@@ -44,7 +44,8 @@ def sample_and_score(
     if ahead is None:
         return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
     scores = ahead.result().unflatten(0, (len(batch), k))
-    silent = torch.isnan(scores).all(1).any(1)
+    assert judge is not None
+    silent = torch.isnan(scores[..., : judge.deciding]).all(1).any(1)
     if silent.all():
         raise UserError(
             f"scorers: a scorer gave no score for any image of {len(batch)} prompts, e.g. {batch.prompts[0][:60]!r}; check it with "
@@ -121,7 +122,11 @@ class Online:
         k = chosen.shape[1]
         device = batch.x0.device
         if hasattr(self.trainer, "window"):
-            self.trainer.window.add({"online/score": scores.float().nanmean((1, 2)), "online/ties": 1 - decided})
+            seen = {
+                f"online/{n}": c.float().nanmean(1)
+                for n, c in zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)
+            }
+            self.trainer.window.add({**seen, "online/ties": 1 - decided})
         return dataclasses.replace(
             batch,
             x0=latents[rows, chosen].to(device),

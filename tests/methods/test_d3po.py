@@ -25,7 +25,7 @@ from diffalign import D3POConfig
 from diffalign.exceptions import ConfigError, UserError
 from diffalign.likelihood.transitions import ddim_step_log_prob
 from diffalign.methods.d3po import d3po_loss
-from diffalign.training.judge import Judge, pareto_preferences
+from diffalign.training.judge import Judge, pareto_preferences, preferences
 from diffalign.training.rollout import step_log_prob
 
 F64 = torch.float64
@@ -215,6 +215,10 @@ def test_judges(tmp_path: Path) -> None:
     panel = Judge({"rewards": ["shapes", "jpeg_compressibility"], "combine": "zscore"})
     scores = panel(images, prompts)
     assert scores.shape == (4, 2) and panel.combined(scores[None]).shape == (1, 4)
+    watched = Judge({"rewards": ["jpeg_compressibility", {"scorer": "shapes", "role": "eval"}]})
+    scores = watched(images, prompts)
+    assert watched.names(2) == ["jpeg_compressibility", "shapes"] and watched.deciding == 1
+    assert torch.equal(preferences(watched, scores[None], "pareto"), pareto_preferences(scores[None, :, :1]))
     with pytest.raises(UserError, match=r"expected 4 scores for 4 images, got shape \(3, 1\)"):
         Judge(lambda i, p: torch.zeros(3))(images, prompts)
     with pytest.raises(ConfigError, match="scorers: expected scorers"):

@@ -50,7 +50,7 @@ def test_pairs_are_the_best_and_the_worst_image(tmp_path: Path, family: str) -> 
 def test_every_offline_method_trains_online(tmp_path: Path, method: str) -> None:
     trainer = online(tmp_path, method=method, max_steps=3)
     trainer.train()
-    assert trainer.online.rounds.number == 2 and "online/score" in trainer.state.log_history[0]
+    assert trainer.online.rounds.number == 2 and "online/score_0" in trainer.state.log_history[0]
     batch = next_batch(trainer)
     assert batch.x0.shape[1] == {"rankdpo": 3, "sft": 1}.get(method, 2)
     if method == "rankdpo":
