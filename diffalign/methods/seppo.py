@@ -178,7 +178,7 @@ class SePPOTrainer(Trainer):
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """Adds the reference's own image to every winner."""
-        self.pool.choose(self.args.seed, self.state.global_step, self.accelerator.is_main_process)
+        self.pool.choose(self.args.seed, self.state.global_step)
         if self._empty is None:
             self._empty = {name: value.to(self.accelerator.device) for name, value in self.data.builder.encode([""]).items()}
         empty = empty_rows(self._empty, batch.condition)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,7 +18,9 @@ from .online import empty_rows, sample_and_score
 from .reference import Reference, SnapshotReference
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories, make_grid
 from .rounds import Rounds
+from .tracking import MetricWindow
 from .trainer import Trainer
+from .verbs import evaluation_data
 
 
 @dataclass
@@ -151,6 +152,10 @@ class OnPolicyTrainer(Trainer):
             UserError: votes that do not fit.
         """
         folder = feedback.round_folder(self.output_dir, number)
+        if self.is_dry:  # nothing may be written: everybody is undecided
+            k = self.args.images_per_prompt
+            drawn_dry = [self.sample(batch) for batch in batches]
+            return [self.finish(b, t, torch.zeros(len(b), k, k), s) for b, (t, s) in zip(batches, drawn_dry, strict=True)]
         rank, world, k = self.accelerator.process_index, self.accelerator.num_processes, self.args.images_per_prompt
         if not (folder / feedback.MANIFEST).is_file():
             drawn = [self.sample(batch)[0] for batch in batches]
@@ -197,18 +202,9 @@ class OnPolicyTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Mean scores of images that the policy draws for held-out prompts, the same noise every time."""
-        data = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if data is None:
-            raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
-        self._setup()
+        pipeline = evaluation_data(self, eval_dataset)
         if self.judge is None:
             raise UserError("train.feedback: people cannot judge an evaluation; draw images with diffalign sample")
-        from .prepare import DataPipeline
-        from .tracking import MetricWindow
-
-        groups = self.read_dataset(data, self.data_config.dataset_test_split or "test")
-        config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
-        pipeline = DataPipeline(groups, config, self.args, self.backbone, self.accelerator)
         window = MetricWindow()
         for examples in pipeline.passes():
             _, scores = self.sample(pipeline.builder(examples), purpose="evaluation")

@@ -41,14 +41,13 @@ class CheckpointPool(SnapshotReference):
         # Not "is there a file": a run that goes on from an earlier checkpoint must not read what its first try wrote.
         self._written: set[int] = set()
 
-    def choose(self, seed: int, step: int, is_main: bool) -> int:
+    def choose(self, seed: int, step: int) -> int:
         """Makes a member the reference of optimizer step `step`; the same one on every process. Returns its step."""
         if self.strategy == "random":
             draw = row_generator(seed, step, 0, "pool")
             chosen = self.members[int(torch.randint(len(self.members), (1,), generator=draw))]
         else:
             chosen = self.members[0 if self.strategy == "initial" else -1]
-        self._write(is_main)
         self.current, self.weights = chosen, self.kept[chosen]
         return chosen
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..config import HubConfig, ValidationConfig
 from ..data import DataConfig, PreferenceDataset
 from ..exceptions import ConfigError
 from ..likelihood import denoising_errors, min_snr_weight
-from . import hub
+from . import hub, verbs
 from .batch import Batch
 from .build import DTYPES, build_accelerator, build_ema, build_network, build_optimizer, build_schedule, trainable_parameters
 from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
@@ -29,7 +28,7 @@ from .diagnostics import LOG2_MESSAGE, DivergenceGuard, check_finite
 from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
-from .reference import AdapterOffReference, FrozenCopyReference, Reference, without_dropout
+from .reference import AdapterOffReference, FrozenCopyReference, Reference
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validator
@@ -148,6 +147,7 @@ class Trainer:
         self.precomputed: ReferenceErrors | None = None
         self.online: Online | None = None
         self.waiting_for: Path | None = None
+        self.is_dry = False
         self._ready = False
         self._call("on_init_end")
 
@@ -328,23 +328,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Mean loss and metrics on the evaluation data, one fixed draw of noise and timestep per row."""
-        data = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if data is None:
-            raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
-        self._setup()
-        groups = self.read_dataset(data, self.data_config.dataset_test_split or "test")
-        config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
-        args = dataclasses.replace(self.args, precompute_ref_errors=False, proportion_empty_prompts=0.0)
-        pipeline = DataPipeline(groups, config, args, self.backbone, self.accelerator)
-        window = MetricWindow()
-        without_dropout(self.network)
-        for examples in pipeline.passes():
-            loss, metrics = self.compute_loss(self.prepare(pipeline.builder(examples)))
-            window.add({"loss": loss, **metrics})
-        self.network.train()
-        result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
-        self._call("on_evaluate", metrics=result)
-        return result
+        return verbs.evaluate(self, eval_dataset)
 
     def save_model(self, output_dir: str) -> None:
         """Writes inference-ready weights, ``config.yaml`` and the model card: ``pipe.load_lora_weights(output_dir)`` for LoRA, a
@@ -364,17 +348,7 @@ class Trainer:
 
     def dry_run(self) -> dict[str, Any]:
         """One batch forward and backward; nothing is written. Returns and prints what the run would be."""
-        started = time.perf_counter()
-        self._setup()
-        for batch in self.micro_batches(self._next_batch(self._batches())):
-            loss, _ = self.compute_loss(batch)
-            check_finite(loss, batch, self.state.global_step + 1)
-            self.accelerator.backward(loss.mean())
-        self.optimizer.zero_grad()
-        report = hub.dry_run_report(self, batch, float(loss.mean().detach()), time.perf_counter() - started)
-        for line in report["lines"]:
-            self.accelerator.print(line)
-        return report
+        return verbs.dry_run(self)
 
     # The loop ---------------------------------------------------------------------------------------------------------------
 

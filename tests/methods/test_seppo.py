@@ -96,9 +96,9 @@ def test_the_pool(tmp_path: Path) -> None:
     assert files == list(range(7))
     now = load_file(tmp_path / "pool" / "00000006.safetensors")
     assert_same_tensors(now, {name: t for name, t in trained_tensors(trainer).items()})
-    drawn = {trainer.pool.choose(0, step, False) for step in range(30)}
+    drawn = {trainer.pool.choose(0, step) for step in range(30)}
     assert drawn == {0, 5, 6}
-    assert trainer.pool.choose(0, 4, False) == trainer.pool.choose(0, 4, False)
+    assert trainer.pool.choose(0, 4) == trainer.pool.choose(0, 4)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -137,6 +137,11 @@ def test_it_learns_the_winners(tmp_path: Path, family: str, lora: bool) -> None:
     before = error()
     trainer.train()
     assert len(winners) == 4 and error() < before
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    small(tmp_path / "run").dry_run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_winners_alone_are_enough(tmp_path: Path) -> None:

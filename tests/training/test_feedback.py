@@ -85,6 +85,11 @@ def test_nothing_is_drawn_twice(waiting: Path) -> None:
     assert (waiting / "manifest.json").read_text() == manifest
 
 
+def test_a_dry_run_asks_nobody(tmp_path: Path) -> None:
+    asking(tmp_path / "run").dry_run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_votes_of_any_form_are_averaged(waiting: Path) -> None:
     a, b, c = (image["id"] for image in json.loads((waiting / "manifest.json").read_text())["groups"][0]["images"])
     (waiting / "votes-1.json").write_text(

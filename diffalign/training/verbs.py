@@ -1,0 +1,63 @@
+"""What a trainer does besides training: evaluating, and trying a run out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ConfigError
+from . import hub
+from .diagnostics import check_finite
+from .prepare import DataPipeline
+from .reference import without_dropout
+from .tracking import MetricWindow
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def evaluation_data(trainer: Trainer, eval_dataset: Any, **options: Any) -> DataPipeline:
+    """The evaluation data of a trainer, uncached; `options` replace arguments of the run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    data = eval_dataset if eval_dataset is not None else trainer.eval_dataset
+    if data is None:
+        raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
+    trainer._setup()
+    groups = trainer.read_dataset(data, trainer.data_config.dataset_test_split or "test")
+    config = dataclasses.replace(trainer.data_config, cache_latents=None, cache_text_embeddings=None)
+    args = dataclasses.replace(trainer.args, **options)
+    return DataPipeline(groups, config, args, trainer.backbone, trainer.accelerator)
+
+
+def evaluate(trainer: Trainer, eval_dataset: Any) -> dict[str, float]:
+    """See `Trainer.evaluate`; called without gradients."""
+    pipeline = evaluation_data(trainer, eval_dataset, precompute_ref_errors=False, proportion_empty_prompts=0.0)
+    window = MetricWindow()
+    without_dropout(trainer.network)
+    for examples in pipeline.passes():
+        loss, metrics = trainer.compute_loss(trainer.prepare(pipeline.builder(examples)))
+        window.add({"loss": loss, **metrics})
+    trainer.network.train()
+    result = {f"eval/{name}": value for name, value in window.reduce(trainer.accelerator).items()}
+    trainer._call("on_evaluate", metrics=result)
+    return result
+
+
+def dry_run(trainer: Trainer) -> dict[str, Any]:
+    """See `Trainer.dry_run`."""
+    started = time.perf_counter()
+    trainer.is_dry = True
+    trainer._setup()
+    for batch in trainer.micro_batches(trainer._next_batch(trainer._batches())):
+        loss, _ = trainer.compute_loss(batch)
+        check_finite(loss, batch, trainer.state.global_step + 1)
+        trainer.accelerator.backward(loss.mean())
+    trainer.optimizer.zero_grad()
+    report = hub.dry_run_report(trainer, batch, float(loss.mean().detach()), time.perf_counter() - started)
+    for line in report["lines"]:
+        trainer.accelerator.print(line)
+    return report
