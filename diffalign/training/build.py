@@ -153,3 +153,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingConfig, max_s
 
     name = "constant_with_warmup" if args.lr_scheduler == "constant" and args.warmup_steps else args.lr_scheduler
     return get_scheduler(name, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=max_steps)
+
+
+def update_ema(ema: Any, parameters: list[Any], device: Any, offload: bool) -> None:
+    """One step of the average, which is fetched from the CPU for it where it is kept there."""
+    if offload:
+        ema.to(device)
+    ema.step(parameters)
+    if offload:
+        ema.to("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -38,6 +39,23 @@ class TrainerControl:
     should_training_stop: bool = False
     should_save: bool = False
     should_evaluate: bool = False
+
+
+@dataclass
+class TrainOutput:
+    """What `Trainer.train` returns.
+
+    Attributes:
+        global_step: optimizer steps done.
+        metrics: the last log.
+        interrupted_by: number of the signal that ended the run early, else None.
+        waiting_for: folder in which people's votes are wanted before the run can go on, else None.
+    """
+
+    global_step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    interrupted_by: int | None = None
+    waiting_for: Path | None = None
 
 
 class TrainerCallback:

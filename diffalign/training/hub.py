@@ -21,7 +21,7 @@ from ..exceptions import ConfigError, UserError
 from .build import trainable_parameters
 from .checkpoint import list_checkpoints, lora_state
 from .config import TrainingConfig
-from .diagnostics import beta_message
+from .diagnostics import LOG2_MESSAGE, beta_message
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -118,6 +118,20 @@ def run_facts(trainer: Trainer) -> list[str]:
     if beta is not None and trainer.error_beta:
         lines.append(beta_message(beta, shape, args.reduction))
     return lines
+
+
+def announce(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Prints what the run is, writes its config, and starts the trackers."""
+    trainer.lines = run_facts(trainer)
+    for line in [*trainer.lines, *trainer.notes, *([] if trainer.reference_free else [LOG2_MESSAGE])]:
+        trainer.accelerator.print(line)
+    if checkpoint is not None:
+        trainer.accelerator.print(f"resuming from {checkpoint} at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    if trainer.accelerator.is_main_process:
+        write_config(trainer, trainer.output_dir)
+    if trainer.args.report_to != "none":
+        options = tracker_options(trainer.args)
+        trainer.accelerator.init_trackers(trainer.args.project, config=tracker_config(trainer.args), init_kwargs=options)
 
 
 def steps_per_epoch(rows: int, batch: int) -> int:

@@ -141,3 +141,13 @@ class FrozenCopyReference:
         if self.offload:
             self.network.to("cpu")
         return prediction
+
+
+def build_reference(
+    backbone: Backbone, network: Any, ref_backbone: Backbone | None, is_lora: bool, device: torch.device, offload: bool
+) -> Reference:
+    """The fixed reference of a run: another model, the network without its adapter, or a frozen copy."""
+    if ref_backbone is not None:
+        ref_backbone.place(device, backbone.dtype)
+        return FrozenCopyReference(ref_backbone.load_network(backbone.dtype), device, offload, copy_weights=False)
+    return AdapterOffReference(network) if is_lora else FrozenCopyReference(network, device, offload)

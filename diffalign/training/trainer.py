@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,38 +19,30 @@ from ..exceptions import ConfigError
 from ..likelihood import denoising_errors, min_snr_weight
 from . import hub, verbs
 from .batch import Batch
-from .build import DTYPES, build_accelerator, build_ema, build_network, build_optimizer, build_schedule, trainable_parameters
-from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from .build import (
+    DTYPES,
+    build_accelerator,
+    build_ema,
+    build_network,
+    build_optimizer,
+    build_schedule,
+    trainable_parameters,
+    update_ema,
+)
+from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainOutput
 from .checkpoint import CheckpointManager, find_checkpoint
 from .config import TrainingConfig
-from .diagnostics import LOG2_MESSAGE, DivergenceGuard, check_finite
+from .diagnostics import DivergenceGuard, check_finite
 from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
-from .reference import AdapterOffReference, FrozenCopyReference, Reference
+from .reference import Reference, build_reference
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validator
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-@dataclass
-class TrainOutput:
-    """What `Trainer.train` returns.
-
-    Attributes:
-        global_step: optimizer steps done.
-        metrics: the last log.
-        interrupted_by: number of the signal that ended the run early, else None.
-        waiting_for: folder in which people's votes are wanted before the run can go on, else None.
-    """
-
-    global_step: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    interrupted_by: int | None = None
-    waiting_for: Path | None = None
 
 
 class Trainer:
@@ -237,7 +228,7 @@ class Trainer:
         self.network = build_network(self.backbone, args, self.peft_config)
         self.reference = self._make_reference()
         self.data = DataPipeline(self.train_dataset, self.data_config, args, self.backbone, self.accelerator)
-        self.notes = self.data.fill_caches()
+        self.notes, self.lines = self.data.fill_caches(), list[str]()
         parameters = trainable_parameters(self.network)
         make_optimizer, make_schedule = self.optimizers
         optimizer = make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
@@ -265,14 +256,8 @@ class Trainer:
         return None if self.reference_free else self._build_reference()
 
     def _build_reference(self) -> Reference:
-        device = self.accelerator.device
-        if self.ref_backbone is not None:
-            self.ref_backbone.place(device, self.backbone.dtype)
-            network = self.ref_backbone.load_network(self.backbone.dtype)
-            return FrozenCopyReference(network, device, self.args.offload_reference, copy_weights=False)
-        if self.peft_config is not None:
-            return AdapterOffReference(self.network)
-        return FrozenCopyReference(self.network, device, self.args.offload_reference)
+        place = (self.accelerator.device, self.args.offload_reference)
+        return build_reference(self.backbone, self.network, self.ref_backbone, self.peft_config is not None, *place)
 
     def _max_steps(self) -> int:
         args = self.args
@@ -313,7 +298,7 @@ class Trainer:
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
             self.state.max_steps = steps
             self.schedule.last_epoch = self.state.global_step
-        self._announce(checkpoint)
+        hub.announce(self, checkpoint)
         with StopSignals() as signals:
             metrics = self._loop(validator, signals)
         if signals.received is None and self.waiting_for is None:
@@ -371,19 +356,6 @@ class Trainer:
         self.precomputed = ReferenceErrors(self.data, self.output_dir, hub.digest(identity))
         fresh = self.precomputed.fill(self.reference_errors)
         self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {'computed' if fresh else 'read back'}")
-
-    def _announce(self, checkpoint: Path | None) -> None:
-        self.lines = hub.run_facts(self)
-        for line in [*self.lines, *self.notes, *([] if self.reference_free else [LOG2_MESSAGE])]:
-            self.accelerator.print(line)
-        if checkpoint is not None:
-            self.accelerator.print(f"resuming from {checkpoint} at step {self.state.global_step} of {self.state.max_steps}")
-        if self.accelerator.is_main_process:
-            hub.write_config(self, self.output_dir)
-        if self.args.report_to != "none":
-            self.accelerator.init_trackers(
-                self.args.project, config=hub.tracker_config(self.args), init_kwargs=hub.tracker_options(self.args)
-            )
 
     def _loop(self, validator: Validator | None, signals: StopSignals) -> dict[str, float]:
         args, state, control = self.args, self.state, self.control
@@ -471,14 +443,7 @@ class Trainer:
         if not self.data.streaming:
             state.epoch = state.samples_seen / len(self.data.dataset)
         if self.ema is not None:
-            self._update_ema()
-
-    def _update_ema(self) -> None:
-        if self.args.offload_ema:
-            self.ema.to(self.accelerator.device)
-        self.ema.step(trainable_parameters(self.network))
-        if self.args.offload_ema:
-            self.ema.to("cpu")
+            update_ema(self.ema, trainable_parameters(self.network), self.accelerator.device, self.args.offload_ema)
 
     def _log(self, log: MetricLog, progress: list[ProgressCallback]) -> dict[str, float]:
         metrics = self.window.reduce(self.accelerator)
