@@ -133,25 +133,9 @@ def rankdpo(rounds: int) -> list[str]:
 
 def peak(method: str) -> None:
     """In a process of its own: two steps of full fine-tuning, then the peak memory."""
-    from diffusers import UNet2DConditionModel
+    from random_unet import large_pipeline
 
-    from diffalign.shapes.quickstart import base_pipeline
-
-    torch.manual_seed(0)
-    pipe = base_pipeline()
-    small = pipe.unet.config
-    pipe.register_modules(
-        unet=UNet2DConditionModel(
-            sample_size=16,
-            in_channels=small["in_channels"],
-            out_channels=small["out_channels"],
-            block_out_channels=(128, 256, 384),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=small["cross_attention_dim"],
-            attention_head_dim=32,
-        )
-    )
+    pipe = large_pipeline()
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(method, folder, 4, model=pipe, lora=False, save_steps=None)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
+from random_unet import large_pipeline
 
 from diffalign import D3POConfig, D3POTrainer, DataConfig
 from diffalign.shapes.prompts import train_prompts
@@ -30,22 +31,8 @@ GUIDANCE = 5.0
 
 
 def pipeline(large: bool) -> Any:
-    pipe = base_pipeline()
+    pipe = large_pipeline() if large else base_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    if large:
-        torch.manual_seed(0)
-        small = pipe.unet.config
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            in_channels=small["in_channels"],
-            out_channels=small["out_channels"],
-            block_out_channels=(128, 256, 384),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=small["cross_attention_dim"],
-            attention_head_dim=32,
-        )
-        pipe.register_modules(unet=unet.eval())
     return pipe
 
 

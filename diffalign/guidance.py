@@ -246,19 +246,26 @@ def check_same_network(base: Any, other: Any, role: str) -> None:
     Raises:
         UserError: names the first difference.
     """
-    mine, theirs = base.state_dict(), other.state_dict()
     if type(base).__name__ != type(other).__name__:
         raise UserError(f"{role}: a {type(other).__name__} cannot be combined with this pipeline's {type(base).__name__}")
+    check_same_states(base.state_dict(), other.state_dict(), role, "the pipeline's")
+
+
+def check_same_states(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], role: str, whose: str) -> None:
+    """Refuses weights of other names or shapes.
+
+    Raises:
+        UserError: names the first difference.
+    """
     missing = sorted(set(mine) ^ set(theirs))
     if missing:
         raise UserError(
-            f"{role}: its architecture differs from the pipeline's, e.g. in {missing[0]}; use weights of the same model family"
+            f"{role}: its architecture differs from {whose}, e.g. in {missing[0]}; use weights of the same model family"
         )
     for name, weight in mine.items():
         if weight.shape != theirs[name].shape:
-            raise UserError(
-                f"{role}: {name} has shape {tuple(theirs[name].shape)}, the pipeline's {tuple(weight.shape)}; use weights of the same model family"
-            )
+            shapes = f"{tuple(theirs[name].shape)}, {whose} {tuple(weight.shape)}"
+            raise UserError(f"{role}: {name} has shape {shapes}; use weights of the same model family")
 
 
 def load_network(pipe: Any, folder: str | Path) -> Any:

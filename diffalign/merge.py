@@ -34,17 +34,10 @@ def merge_states(
     Raises:
         UserError: names or shapes that differ.
     """
+    from .guidance import check_same_states
+
     for number, other in enumerate(others):
-        different = sorted(set(base) ^ set(other))
-        if different:
-            raise UserError(
-                f"--inputs: number {number + 1} is of another architecture, e.g. in {different[0]}; merge weights of one model family"
-            )
-        for name, value in base.items():
-            if value.shape != other[name].shape:
-                raise UserError(
-                    f"--inputs: {name} of number {number + 1} has shape {tuple(other[name].shape)}, the base's {tuple(value.shape)}; merge weights of one model"
-                )
+        check_same_states(base, other, f"--inputs, number {number + 1}", "the base's")
     merged = {}
     for name, value in base.items():
         if not value.is_floating_point():
@@ -155,6 +148,9 @@ def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float]
             raise UserError(
                 f"--inputs: {name!r} has a {other.network_name}, the base a {backbone.network_name}; merge weights of one model family"
             )
+        kinds = other.process.prediction_type, backbone.process.prediction_type
+        if kinds[0] != kinds[1]:
+            raise UserError(f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of one model family")
         other.place(torch.device("cpu"), torch.float32)
         states.append(other.load_network(torch.float32).state_dict())
     network.load_state_dict(merge_states(network.state_dict(), states, weights))

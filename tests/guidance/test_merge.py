@@ -88,6 +88,8 @@ def test_mistakes(model: Path, loras: list[Path], tmp_path: Path, capsys: pytest
     fails("exists and is not empty", loras, out="full")
     build_pipeline("sdxl").save_pretrained(tmp_path / "xl")
     fails("number 1", [tmp_path / "xl"])
+    build_pipeline("sd_v").save_pretrained(tmp_path / "v")
+    fails("predicts v_prediction, the base epsilon", [tmp_path / "v"])
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"w of number 1 has shape \(3,\), the base's \(2,\)"):
+    with pytest.raises(UserError, match=r"number 1: w has shape \(3,\), the base's \(2,\)"):
         merge_states({"w": torch.zeros(2)}, [{"w": torch.zeros(3)}], [1.0])
