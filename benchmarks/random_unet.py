@@ -16,7 +16,7 @@ def large_pipeline() -> Any:
     pipe = base_pipeline()
     small = pipe.unet.config
     unet = UNet2DConditionModel(
-        sample_size=16,
+        sample_size=small["sample_size"],
         in_channels=small["in_channels"],
         out_channels=small["out_channels"],
         block_out_channels=(128, 256, 384),

@@ -260,3 +260,17 @@ def test_mistakes(tmp_path: Path) -> None:
     empty.write_text("")
     with pytest.raises(UserError, match="empty"):
         small(tmp_path, rows=str(empty))
+
+
+def test_scoring_beside_sampling() -> None:
+    """A thread and turns give the same scores in the same order."""
+    from diffalign.training.judge import ScoreAhead
+
+    images = [row["chosen"] for row in pair_rows(6)]
+    found = []
+    for parallel in (False, True):
+        ahead = ScoreAhead(Judge(brightness), ["x"] * 6, parallel)
+        for first in (0, 4):
+            ahead(first, images[first : first + 4])
+        found.append(ahead.result())
+    assert torch.equal(*found) and torch.equal(found[0][:, 0], brightness(images, None))
