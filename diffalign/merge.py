@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .exceptions import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,8 @@ def merge_states(
     Raises:
         UserError: names or shapes that differ.
     """
+    import torch
+
     from .guidance import check_same_states
 
     for number, other in enumerate(others):
@@ -87,6 +89,8 @@ def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], outp
     Raises:
         UserError: one of them is no LoRA of the model.
     """
+    import torch
+
     from .backbones import load_backbone
     from .guidance import load_lora
     from .training.checkpoint import lora_state
@@ -136,6 +140,8 @@ def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
 
 
 def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+    import torch
+
     from .backbones import load_backbone
 
     backbone = load_backbone(model)
