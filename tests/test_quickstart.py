@@ -103,7 +103,10 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.S | re.M)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/rewards.md", "docs/building-data.md"])
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("data", "rewards", "building-data", "guidance", "online")))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_documents_commands_run(home: Path, document: str) -> None:
     ran = 0
     for block in blocks(ROOT / document, "bash"):
@@ -116,7 +119,9 @@ def test_the_documents_commands_run(home: Path, document: str) -> None:
     assert ran >= 2
 
 
-@pytest.mark.parametrize("index", range(len(blocks(ROOT / "README.md", "python"))))
-def test_the_documents_python_runs(home: Path, index: int) -> None:
-    done = run(sys.executable, "-c", blocks(ROOT / "README.md", "python")[index], cwd=home)
+@pytest.mark.parametrize(
+    ("document", "index"), [(d, i) for d in ("README.md", "docs/guidance.md") for i in range(len(blocks(ROOT / d, "python")))]
+)
+def test_the_documents_python_runs(home: Path, document: str, index: int) -> None:
+    done = run(sys.executable, "-c", blocks(ROOT / document, "python")[index], cwd=home)
     assert done.returncode == 0, done.stderr
