@@ -20,6 +20,7 @@ import os
 import platform
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,34 @@ IMAGES, TUNING_IMAGES = 8, 4
 FIRST_SEED = 20_000_000
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
 NEGATIVE_SCALES = (3.0, 4.0, 5.0)
-OFFICIAL = ["--train.start", "data", "--train.loss_type", "huber", "--train.guidance_weight", "-1"]
-# name -> (method, dataset, overrides, is a negative model)
-ARMS: dict[str, tuple[str, str, list[str], bool]] = {
-    "SFT": ("sft", "data/ranked", [], False),
-    "Diffusion-DPO": ("diffusion_dpo", "data/ranked", [], False),
-    "RankDPO": ("rankdpo", "data/ranked", [], False),
-    "MaPO": ("mapo", "data/ranked", [], False),
-    "DCPO": ("dcpo", "recaptioned/data", [], False),
-    "DCPO, captions: chosen (control)": ("dcpo", "recaptioned/data", ["--train.captions", "chosen"], False),
-    "Self-NPO": ("self_npo", "data/ranked", [], True),
-    "Self-NPO, official code (from images)": ("self_npo", "data/ranked", OFFICIAL, True),
-    "Diffusion-NPO": ("diffusion_npo", "data/ranked", [], True),
+OFFICIAL = ("--train.start", "data", "--train.loss_type", "huber", "--train.guidance_weight", "-1")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained: a file of configs/, the dataset, options over both, and how it is judged."""
+
+    config: str
+    dataset: str = "data/ranked"
+    overrides: tuple[str, ...] = ()
+    kind: str = "offline"  # or negative: used in guidance
+
+    @property
+    def from_images(self) -> bool:
+        """Whether the images of the dataset are read, so that their latents are worth keeping."""
+        return not (self.config.startswith("self_npo") and not self.overrides)
+
+
+ARMS: dict[str, Arm] = {
+    "SFT": Arm("sft/shapes"),
+    "Diffusion-DPO": Arm("diffusion_dpo/shapes"),
+    "RankDPO": Arm("rankdpo/shapes"),
+    "MaPO": Arm("mapo/shapes"),
+    "DCPO": Arm("dcpo/shapes", "recaptioned/data"),
+    "DCPO, captions: chosen (control)": Arm("dcpo/shapes", "recaptioned/data", ("--train.captions", "chosen")),
+    "Self-NPO": Arm("self_npo/shapes", kind="negative"),
+    "Self-NPO, official code (from images)": Arm("self_npo/shapes", overrides=OFFICIAL, kind="negative"),
+    "Diffusion-NPO": Arm("diffusion_npo/shapes", kind="negative"),
 }
 MUST_WIN = ("DCPO", "RankDPO", "MaPO")
 DIRECT = (("RankDPO", "Diffusion-DPO"), ("DCPO", "DCPO, captions: chosen (control)"), ("DCPO", "Diffusion-DPO"))
@@ -126,10 +143,10 @@ def best_scale(sweep: dict[float, dict[str, Any]], usual: dict[str, Any]) -> flo
 
 def train(name: str, seed: int, work: Path) -> dict[str, Any]:
     """Trains one arm; returns seconds and steps."""
-    method, dataset, overrides, _ = ARMS[name]
+    arm = ARMS[name]
     out = work / "runs" / f"{folder_name(name)}-{seed}"
     options = {
-        "data.dataset_name": work / dataset,
+        "data.dataset_name": work / arm.dataset,
         "data.cache_text_embeddings": work / "cache",
         "train.output_dir": out,
         "train.seed": seed,
@@ -137,10 +154,10 @@ def train(name: str, seed: int, work: Path) -> dict[str, Any]:
         "train.save_steps": 100_000,
         "train.logging_steps": 50,
     }
-    if method != "self_npo" or overrides:
+    if arm.from_images:
         options["data.cache_latents"] = work / "cache"
     arguments = [str(x) for key, value in options.items() for x in (f"--{key}", value)]
-    run = load_run(ROOT / "configs" / method / "shapes.yaml", [*arguments, *overrides])
+    run = load_run(ROOT / "configs" / f"{arm.config}.yaml", [*arguments, *arm.overrides])
     run.validation = None
     trainer = build_trainer(run)
     started = time.perf_counter()
@@ -155,7 +172,7 @@ def measure(name: str, seed: int, work: Path) -> dict[str, Any]:
 
     def judged() -> dict[str, Any]:
         pipe = base_pipeline()
-        if not ARMS[name][3]:
+        if ARMS[name].kind != "negative":
             pipe.load_lora_weights(str(folder))
             return final(pipe)
         guidance = NegativeGuidance(pipe, negative=str(folder))
@@ -193,7 +210,7 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
         "|---|---|---|---|---|",
     ]
     for name, seeds in results.items():
-        if ARMS[name][3]:
+        if ARMS[name].kind == "negative":
             continue
         for seed, result in enumerate(seeds):
             shown, _ = rate(base["default"], result)
@@ -207,7 +224,7 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
         "|---|---|---|---|---|---|",
     ]
     for name, seeds in results.items():
-        if not ARMS[name][3]:
+        if ARMS[name].kind != "negative":
             continue
         for seed, result in enumerate(seeds):
             shown, _ = rate(base["best"], result)
@@ -217,7 +234,7 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
     lines += ["", "Accuracy % over guidance scales on the 60 tuning prompts (seed 0 of negative models):", ""]
     lines += [f"| | {' | '.join(f'{s:g}' for s in SCALES)} |", f"|---|{'---|' * len(SCALES)}"]
     sweeps = {"base": {str(s): v for s, v in base["sweep"].items()}}
-    sweeps |= {name: seeds[0]["sweep"] for name, seeds in results.items() if ARMS[name][3] and seeds}
+    sweeps |= {name: seeds[0]["sweep"] for name, seeds in results.items() if ARMS[name].kind == "negative" and seeds}
     for name, sweep in sweeps.items():
         shown = (f"{100 * sweep[str(s)][0]:.1f}" if str(s) in sweep else "" for s in SCALES)
         lines.append(f"| {name} | {' | '.join(shown)} |")
@@ -244,7 +261,7 @@ def verdicts(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> 
         good = [rate(base["default"], result)[1] for result in results.get(name, [])]
         lines.append(f"- {name}: the interval lies above 50 % for {sum(good)} of {len(good)} seeds.")
     for name, seeds in results.items():
-        if ARMS[name][3]:
+        if ARMS[name].kind == "negative":
             good = [rate(base["best"], result)[1] for result in seeds]
             lines.append(
                 f"- {name} against the base at its best scale: the interval lies above 50 % for {sum(good)} of {len(good)} seeds."
@@ -265,7 +282,7 @@ def reading(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> l
     ]
     right, scores = np.array(base["best"]["right"]) > 0, np.array(base["best"]["scores"])
     for name, seeds in results.items():
-        if not ARMS[name][3]:
+        if ARMS[name].kind != "negative":
             continue
         own = np.array([result["right"] for result in seeds]) > 0
         graded = np.array([result["scores"] for result in seeds])
