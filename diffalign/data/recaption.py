@@ -119,6 +119,8 @@ def read_pairs(source: Any, *, split: str = "train", columns: dict[str, str] | N
         dataset = load_preferences(source, split=split, columns=columns, verbose=False)
     if dataset.kind not in ("pair", "ranked"):
         raise UserError(f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs pairs or ranked lists")
+    if dataset.has_two_prompts:
+        raise UserError(f"source: {dataset.report.source} has two captions per pair already; recaption the data it was made from")
     return dataset.as_kind("pair")
 
 
@@ -194,7 +196,8 @@ class TextStore:
     """Texts that were made, by key, in a file of one JSON object per line; a torn last line is left out."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.texts = path, {}
+        self.path = path
+        self.texts: dict[str, str] = {}
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         for line in lines:
             try:
@@ -203,6 +206,9 @@ class TextStore:
             except (ValueError, KeyError):
                 continue
         path.touch()
+        with path.open("rb") as file:  # a line that a killed run left torn must not swallow the next
+            file.seek(-min(1, path.stat().st_size), os.SEEK_END)
+            self._torn = file.read() not in (b"", b"\n")
 
     @staticmethod
     def key(*parts: str) -> str:
@@ -212,8 +218,8 @@ class TextStore:
     def add(self, keys: Sequence[str], texts: Sequence[str]) -> None:
         """Keeps texts; they are on the disk when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
-            if file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                file.write("\n")
+            file.write("\n" * self._torn)
+            self._torn = False
             for key, text in zip(keys, texts, strict=True):
                 self.texts[key] = text
                 file.write(json.dumps({"key": key, "text": text}) + "\n")

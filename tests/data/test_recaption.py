@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import pair_rows
 
 from diffalign import cli, load_preferences
+from diffalign.data import convert
 from diffalign.data.captioners import ShapesCaptioner, TransformersCaptioner, make_captioner
 from diffalign.data.perturbers import LEVELS, RulePerturber, ShapesPerturber, TransformersPerturber
 from diffalign.data.recaption import recaption
@@ -217,8 +218,7 @@ def test_paraphrase_models(models: Path, kind: str) -> None:
 
 
 def test_the_command_with_models_and_own_code(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    recaption(shapes_rows(), tmp_path / "pairs", "c", captioner=ShapesCaptioner())
-    source = str(tmp_path / "pairs" / "data")
+    source = str(convert(load_preferences(shapes_rows(), verbose=False), tmp_path / "pairs"))
     out = tmp_path / "out"
     common = ["data", "recaption", source, "--output_dir", str(out)]
     assert cli.run([*common, "--strategy", "c", "--captioner", "shapes"]) == 0
@@ -269,7 +269,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "2 of 3 pairs" in some and "1 left out without a caption" in some
     assert cli.run(["data", "recaption", "x", "--output_dir", str(tmp_path / "o"), "--strategy", "c"]) == 2
     assert "--captioner: strategy c needs one" in capsys.readouterr().err
-    arguments = ["data", "recaption", str(tmp_path / "some" / "data"), "--output_dir", str(tmp_path / "o"), "--strategy", "c"]
+    with pytest.raises(UserError, match="has two captions per pair already"):
+        recaption(str(tmp_path / "some" / "data"), tmp_path / "twice", "c", captioner=ShapesCaptioner())
+    convert(load_preferences(rows, verbose=False), tmp_path / "plain")
+    arguments = ["data", "recaption", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "o"), "--strategy", "c"]
     assert cli.run([*arguments, "--captioner", str(tmp_path / "nothing")]) == 2
     assert "--captioner: cannot load" in capsys.readouterr().err
     assert cli.run([*arguments, "--captioner", "no.such:thing"]) == 2
