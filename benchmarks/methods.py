@@ -161,7 +161,9 @@ def train(name: str, seed: int, work: Path) -> dict[str, Any]:
     run.validation = None
     trainer = build_trainer(run)
     started = time.perf_counter()
-    trainer.train()
+    output = trainer.train()
+    if output.interrupted_by is not None:  # a half-trained arm must not be kept as a finished one
+        raise SystemExit(128 + output.interrupted_by)
     return {"seconds": time.perf_counter() - started, "steps": trainer.state.global_step}
 
 
