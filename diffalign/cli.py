@@ -252,14 +252,11 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _data(options: argparse.Namespace, rest: list[str]) -> int:
-    import yaml
-
     from .data import convert, format_inspection, load_preferences
+    from .data.config import read_columns
     from .data.inspect import inspect
 
-    columns = yaml.safe_load(options.columns) if options.columns else None
-    if columns is not None and not isinstance(columns, dict):
-        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {options.columns!r}")
+    columns = read_columns(options.columns)
     # Inspecting must show what is broken, so nothing is too broken to be looked at.
     share = 1.0 if options.action == "inspect" else 0.05
     dataset = load_preferences(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
+from ..folders import check_output_dir
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
@@ -244,10 +245,7 @@ def claim(options: argparse.Namespace, generators: Sequence[Generator]) -> None:
     settings = {name: getattr(options, name) for name in names}
     models = {generator.name: generator.fingerprint for generator in generators}
     file = folder / "manifest.json"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
-        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+    check_output_dir(folder, file.name)
     if file.is_file():
         there = json.loads(file.read_text("utf-8"))
         for name, value in settings.items():

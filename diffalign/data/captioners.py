@@ -160,13 +160,10 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
 
 
 def _placement(device: Any, dtype: Any) -> tuple[Any, Any]:
-    import torch
+    from ..rewards.devices import read_device, read_dtype
 
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return device, dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+    place = read_device(device)
+    return place, read_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
 
 
 def _load(cls: Any, model: str, field: str, **options: Any) -> Any:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffalign.exceptions import ConfigError
+from diffalign.exceptions import ConfigError, UserError
 
 TIES = ("drop", "keep")
 VERIFY_IMAGES = ("header", "full", "none")
@@ -126,6 +126,20 @@ def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[
             raise ConfigError(field, f"the size {bucket[0]},{bucket[1]} stands twice in {text!r}")
         buckets.append(bucket)
     return buckets
+
+
+def read_columns(text: str | None) -> dict[str, str] | None:
+    """`--columns` of a command, a YAML mapping of canonical names to columns.
+
+    Raises:
+        UserError: it is none.
+    """
+    import yaml
+
+    columns = yaml.safe_load(text) if text else None
+    if columns is not None and not isinstance(columns, dict):
+        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {text!r}")
+    return columns
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -285,7 +285,8 @@ class PreferenceDataset:
                 f"(layout {self.layout.name})"
             )
         view = self._derived()
-        view.kind, view._views = kind, (*self._views, kind)
+        # Prompts are read without images, which the views between would ask for.
+        view.kind, view._views = kind, (kind,) if kind == "prompt" else (*self._views, kind)
         return view
 
     @property

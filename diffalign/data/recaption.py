@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
+from ..folders import check_output_dir
+from .config import read_columns
 
 if TYPE_CHECKING:
     from .dataset import PreferenceDataset
@@ -57,11 +59,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: see `recaption`.
     """
-    import yaml
-
-    columns = yaml.safe_load(options.columns) if options.columns else None
-    if columns is not None and not isinstance(columns, dict):
-        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {options.columns!r}")
+    columns = read_columns(options.columns)
     if options.strategy != "p" and not options.captioner:
         raise ConfigError(
             "--captioner", f"strategy {options.strategy} needs one: shapes, a model of transformers, or module:object"
@@ -70,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--batch_size", f"expected int >= 1, got {options.batch_size}")
     # The data first: a captioner of many gigabytes is not loaded for a path that is not there.
     dataset = read_pairs(options.source, split=options.split, columns=columns)
-    check_folder(options.output_dir)
+    check_output_dir(options.output_dir, TEXTS)
     captioner, perturber = _tools(options)
     print(
         recaption(
@@ -124,12 +122,6 @@ def read_pairs(source: Any, *, split: str = "train", columns: dict[str, str] | N
     return dataset.as_kind("pair")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder with something else in it."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / TEXTS).is_file())):
-        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
-
-
 def recaption(
     source: Any,
     output_dir: str | Path,
@@ -165,7 +157,7 @@ def recaption(
     if strategy != "c" and perturber is None:
         raise ConfigError("perturber", f"strategy {strategy} needs one")
     folder = Path(output_dir)
-    check_folder(folder)
+    check_output_dir(folder, TEXTS)
     dataset = read_pairs(source)
     folder.mkdir(parents=True, exist_ok=True)
     texts = TextStore(folder / TEXTS)
@@ -176,8 +168,8 @@ def recaption(
         assert captioner is not None
         captions = _captions(dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size)
     pairs: list[tuple[str, str]] = []
-    for i in range(len(dataset)):
-        base = dataset[i].prompts[0]
+    for i, group in enumerate(dataset.as_kind("prompt")):  # prompts alone: no image is read for them
+        base = group.prompts[0]
         first = base if strategy == "p" else captions[i, 0]
         second = captions.get((i, 1), first)
         pairs.append((first, second))

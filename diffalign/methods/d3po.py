@@ -161,7 +161,7 @@ class D3POTrainer(OnPolicyTrainer):
         g, k = batch.noisy.shape[:2]
         times, next_times = (t.repeat_interleave(k) for t in (batch.times, batch.extra["next_times"]))
         condition = {name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()}
-        empty = {name: value.repeat_interleave(k, 0) for name, value in self.unconditional(batch).items()}
+        empty = {name: value.repeat_interleave(k, 0) for name, value in self.data.builder.unconditional(batch.condition).items()}
         sample = batch.noisy.flatten(0, 1)
         with self.accelerator.autocast():
             output = guide(predict, self.process, sample, times, condition, empty, self.args.guidance_scale)

@@ -25,6 +25,7 @@ from ..data import PreferenceDataset
 from ..exceptions import ConfigError
 from ..likelihood.processes import NoisingProcess
 from ..training.batch import Batch
+from ..training.build import trainable_parameters
 from ..training.config import TrainingConfig
 from ..training.prepare import as_preferences
 from ..training.reference import Reference
@@ -180,8 +181,7 @@ class SelfNPOTrainer(Trainer):
         sample = batch.noise[:, 0]
         if args.start == "data":
             sample = process.add_noise(batch.x0[:, 0], sample, times)
-        empty = self.data.builder.encode([""] * len(batch))
-        unconditional = {**batch.condition, **{name: value.to(self.accelerator.device) for name, value in empty.items()}}
+        unconditional = self.data.builder.unconditional(batch.condition)
         with self._sampling_weights():
             for step in range(1, args.truncation_steps + 1):
                 below = index - step
@@ -204,7 +204,7 @@ class SelfNPOTrainer(Trainer):
         if self.args.sampler != "ema" or self.ema is None:
             yield
             return
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        parameters = trainable_parameters(self.network)
         training = self.network.training
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -225,7 +225,7 @@ class SelfNPOTrainer(Trainer):
             with self.accelerator.autocast():
                 if self.args.sampler == "frozen_ref":
                     return self._predict_reference(sample, model_times, dict(given)).float()
-                return self.backbone.predict(self.network, *self._cast(sample, model_times, dict(given))).float()
+                return self._predict_unprepared(sample, model_times, dict(given)).float()
 
         # One pass where the other has no weight.
         if weight == 0:

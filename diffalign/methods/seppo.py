@@ -26,7 +26,6 @@ from ..likelihood import implicit_rewards, sample_times
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
-from ..training.online import empty_rows
 from ..training.pool import STRATEGIES, CheckpointPool
 from ..training.reference import Reference
 from ..training.rollout import Rollout, SamplerConfig, sampling_mode
@@ -167,7 +166,6 @@ class SePPOTrainer(Trainer):
         sampler = SamplerConfig(args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size)
         self.rollout = Rollout(self.backbone, self.process, sampler, "sampling from the reference")
         self.checkpoints.parts.append(self.pool)
-        self._empty: dict[str, Tensor] | None = None
 
     @property
     def pool(self) -> CheckpointPool:
@@ -179,9 +177,7 @@ class SePPOTrainer(Trainer):
     def prepare(self, batch: Batch) -> Batch:
         """Adds the reference's own image to every winner."""
         self.pool.choose(self.args.seed, self.state.global_step)
-        if self._empty is None:
-            self._empty = {name: value.to(self.accelerator.device) for name, value in self.data.builder.encode([""]).items()}
-        empty = empty_rows(self._empty, batch.condition)
+        empty = self.data.builder.unconditional(batch.condition)
         main = self.accelerator.is_main_process
         with sampling_mode(self.network), self.accelerator.autocast():
             found = self.rollout(self._predict_reference, batch, 1, empty, purpose="seppo", decode=False, progress=main)
@@ -228,9 +224,6 @@ class SePPOTrainer(Trainer):
             with sampling_mode(self.network):
                 total += (self._errors(drawn, self._predict_unprepared) - self.reference_errors(drawn))[:, 0]
         return total / self.args.anchor_samples
-
-    def _predict_unprepared(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return self.backbone.predict(self.network, *self._cast(noisy, times, condition))
 
     def on_optimizer_step(self, step: int) -> None:
         if step % self.args.pool_save_steps == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
+from ..folders import check_output_dir
 
 if TYPE_CHECKING:
     from .compare import BestOfNComparison
@@ -208,10 +209,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> bool:
     from ..rewards.score_command import write_atomically
 
     file = folder / "settings.json"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
-        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+    check_output_dir(folder, file.name)
     if file.is_file():
         there = json.loads(file.read_text("utf-8"))
         for name, value in settings.items():

@@ -242,6 +242,7 @@ class BatchBuilder:
 
     def __init__(self, backbone: Backbone, args: TrainingConfig, device: torch.device, prompts: TensorCache | None) -> None:
         self.backbone, self.args, self.device, self.prompts = backbone, args, device, prompts
+        self._empty: dict[str, Tensor] | None = None
         sampling = args.timestep_sampling
         flow = backbone.process.prediction_type == "flow_matching"
         self.sampling = ("logit_normal" if flow else "uniform") if sampling == "auto" else sampling
@@ -296,6 +297,13 @@ class BatchBuilder:
     def draw_epoch(self, epoch: int) -> int:
         """Which draw of (noise, timestep) an epoch uses: a new one each time, or one of the precomputed ones in turn."""
         return epoch % self.args.ref_error_draws if self.args.precompute_ref_errors else epoch
+
+    def unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The empty prompt's condition, encoded once, for every row of `condition`, with that row's sizes."""
+        if self._empty is None:
+            self._empty = self.encode([""])
+        rows = len(next(iter(condition.values())))
+        return {**condition, **{name: value.expand(rows, *value.shape[1:]) for name, value in self._empty.items()}}
 
     def _latents(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         if examples[0].pixels is None and examples[0].mean is None:  # prompts alone: nothing but a shape

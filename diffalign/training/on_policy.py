@@ -14,7 +14,7 @@ from . import feedback
 from .batch import Batch
 from .config import TrainingConfig
 from .judge import Judge, preferences
-from .online import empty_rows, sample_and_score
+from .online import sample_and_score
 from .reference import Reference, SnapshotReference
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories, make_grid
 from .rounds import Rounds
@@ -103,7 +103,6 @@ class OnPolicyTrainer(Trainer):
         self.checkpoints.parts.append(self.rounds)
         if isinstance(self.reference, SnapshotReference):
             self.checkpoints.parts.append(self.reference)
-        self._empty: dict[str, Tensor] | None = None
 
     def _make_judge(self) -> Judge | None:
         if getattr(self.args, "feedback", "scorers") == "people":
@@ -124,8 +123,7 @@ class OnPolicyTrainer(Trainer):
     # Rounds -----------------------------------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[Any]:
-        start = self.rounds.drawn * self.args.per_device_train_batch_size * self.accelerator.num_processes
-        return (self.data.builder(examples) for examples in self.data.batches(start))
+        return self.rounds.batches(self)
 
     def _next_batch(self, batches: Iterator[Any]) -> Batch:
         return self.rounds.next(batches)
@@ -134,15 +132,16 @@ class OnPolicyTrainer(Trainer):
         """Samples and judges; the policy of this moment is the reference of the round under ``reference: iterated``."""
         if isinstance(self.reference, SnapshotReference):
             self.reference.take()
-        if self.judge is None:
-            return self._asked(number, batches)
-        done = []
+        judged = self._asked(number, batches) if self.judge is None else self._scored(self.judge, batches)
+        return judged * self.args.num_inner_epochs
+
+    def _scored(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+        """The round judged by scorers."""
+        compare, done = getattr(self.args, "compare", "combined"), []
         for batch in batches:
             trajectories, scores = self.sample(batch)
-            assert self.judge is not None
-            compare = getattr(self.args, "compare", "combined")
-            done.append(self.finish(batch, trajectories, preferences(self.judge, scores, compare), scores))
-        return [batch for _ in range(self.args.num_inner_epochs) for batch in done]
+            done.append(self.finish(batch, trajectories, preferences(judge, scores, compare), scores))
+        return done
 
     def _asked(self, number: int, batches: list[Batch]) -> list[Batch]:
         """The round judged by people.
@@ -151,12 +150,11 @@ class OnPolicyTrainer(Trainer):
             VotesNeeded: they have not voted yet.
             UserError: votes that do not fit.
         """
-        folder = feedback.round_folder(self.output_dir, number)
+        folder, k = feedback.round_folder(self.output_dir, number), self.args.images_per_prompt
         if self.is_dry:  # nothing may be written: everybody is undecided
-            k = self.args.images_per_prompt
             drawn_dry = [self.sample(batch) for batch in batches]
             return [self.finish(b, t, torch.zeros(len(b), k, k), s) for b, (t, s) in zip(batches, drawn_dry, strict=True)]
-        rank, world, k = self.accelerator.process_index, self.accelerator.num_processes, self.args.images_per_prompt
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not (folder / feedback.MANIFEST).is_file():
             drawn = [self.sample(batch)[0] for batch in batches]
             feedback.write_round(folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone)
@@ -170,7 +168,7 @@ class OnPolicyTrainer(Trainer):
             preference = feedback.preference_matrix(votes, batch, index, rank, k)
             nobody = torch.full((len(batch), k, 1), float("nan"))
             done.append(self.finish(batch, found, preference, nobody))
-        return [batch for _ in range(self.args.num_inner_epochs) for batch in done]
+        return done
 
     def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:
         """The batch that is trained on.
@@ -189,13 +187,7 @@ class OnPolicyTrainer(Trainer):
             UserError: the judge has no score for any image.
         """
         k = self.args.images_per_prompt
-        return sample_and_score(self, self.rollout, self.judge, batch, k, self.unconditional(batch), purpose)
-
-    def unconditional(self, batch: Batch) -> dict[str, Tensor]:
-        """The empty prompt's condition, one row per group, with the group's sizes."""
-        if self._empty is None:
-            self._empty = {name: value.to(self.accelerator.device) for name, value in self.data.builder.encode([""]).items()}
-        return empty_rows(self._empty, batch.condition)
+        return sample_and_score(self, self.rollout, self.judge, batch, k, purpose)
 
     # Evaluation -------------------------------------------------------------------------------------------------------------
 

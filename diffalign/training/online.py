@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def sample_and_score(
-    trainer: Trainer, rollout: Rollout, judge: Judge | None, batch: Batch, k: int, empty: Mapping[str, Tensor], purpose: str
+    trainer: Trainer, rollout: Rollout, judge: Judge | None, batch: Batch, k: int, purpose: str
 ) -> tuple[Trajectories, Tensor]:
     """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU.
 
@@ -35,12 +34,10 @@ def sample_and_score(
     prompts = [prompt for prompt in batch.prompts for _ in range(k)]
     ahead = None if judge is None else ScoreAhead(judge, prompts, trainer.accelerator.device.type == "cuda")
 
-    def predict(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return trainer.backbone.predict(trainer.network, *trainer._cast(noisy, times, condition))
-
     with sampling_mode(trainer.network), trainer.accelerator.autocast():
         main = trainer.accelerator.is_main_process
-        trajectories = rollout(predict, batch, k, empty, purpose=purpose, on_images=ahead, progress=main)
+        empty = trainer.data.builder.unconditional(batch.condition)
+        trajectories = rollout(trainer._predict_unprepared, batch, k, empty, purpose=purpose, on_images=ahead, progress=main)
     if ahead is None:
         return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
     scores = ahead.result().unflatten(0, (len(batch), k))
@@ -54,12 +51,6 @@ def sample_and_score(
     for row in silent.nonzero()[:, 0].tolist():
         trainer.accelerator.print(f"no score for any image of {batch.prompts[row][:60]!r}: its images are taken as equal")
     return trajectories, scores
-
-
-def empty_rows(encoded: Mapping[str, Tensor], condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The empty prompt's condition (encoded once, one row) for every row of `condition`, with that row's sizes."""
-    rows = len(next(iter(condition.values())))
-    return {**condition, **{n: v.expand(rows, *v.shape[1:]) for n, v in encoded.items()}}
 
 
 class Online:
@@ -84,23 +75,12 @@ class Online:
         )
         self.rollout = Rollout(trainer.backbone, trainer.process, sampler, "sampling online data")
         self.rounds = Rounds(self._round, config.every * trainer.args.gradient_accumulation_steps)
-        self._empty: dict[str, Tensor] = {}
-
-    def batches(self) -> Iterator[Batch]:
-        """Batches of prompts from the position of the rounds."""
-        trainer = self.trainer
-        start = self.rounds.drawn * trainer.args.per_device_train_batch_size * trainer.accelerator.num_processes
-        return (trainer.data.builder(examples) for examples in trainer.data.batches(start))
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
         trainer = self.trainer
-        if not self._empty:
-            device = trainer.accelerator.device
-            self._empty = {name: value.to(device) for name, value in trainer.data.builder.encode([""]).items()}
         done = []
         for batch in batches:
-            empty = empty_rows(self._empty, batch.condition)
-            found, scores = sample_and_score(trainer, self.rollout, self.judge, batch, self.config.k, empty, "online")
+            found, scores = sample_and_score(trainer, self.rollout, self.judge, batch, self.config.k, "online")
             done.append(self._judged(batch, found.final, scores))
         return done
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..exceptions import UserError
 from .batch import Batch
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 _TENSORS = ("x0", "noise", "times", "weights", "scores", "reference_errors", "noisy")
 _DICTS = ("condition", "extra")
@@ -26,7 +29,6 @@ class Rounds:
     Args:
         make: (round number, batches as the data give them) -> batches to train on, in order.
         batches_per_round: data batches of this process that a round samples.
-        start: position in the data, in batches of this process.
 
     Attributes:
         number: rounds begun.
@@ -37,6 +39,11 @@ class Rounds:
         self.make, self.batches_per_round = make, batches_per_round
         self.queue: list[Batch] = []
         self.number = self.drawn = 0
+
+    def batches(self, trainer: Trainer) -> Iterator[Batch]:
+        """The data's batches from where the rounds are."""
+        start = self.drawn * trainer.args.per_device_train_batch_size * trainer.accelerator.num_processes
+        return (trainer.data.builder(examples) for examples in trainer.data.batches(start))
 
     def next(self, source: Iterator[Batch]) -> Batch:
         """The next batch to train on; begins a round when the last one is used up."""

@@ -207,6 +207,10 @@ class Trainer:
     def _predict_policy(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return self.backbone.predict(self.prepared, *self._cast(noisy, times, condition))
 
+    def _predict_unprepared(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The policy outside training: nothing to synchronise."""
+        return self.backbone.predict(self.network, *self._cast(noisy, times, condition))
+
     def _predict_reference(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
         assert self.reference is not None
         return self.reference.predict(self.backbone, *self._cast(noisy, times, condition))
@@ -401,7 +405,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[Any]:
         """This process's micro-batches from the position of the run."""
-        return self.data.batches(self.state.samples_seen) if self.online is None else self.online.batches()
+        return self.data.batches(self.state.samples_seen) if self.online is None else self.online.rounds.batches(self)
 
     def _next_batch(self, batches: Iterator[Any]) -> Batch:
         if self.online is not None:
