@@ -1,15 +1,15 @@
-"""The offline methods on the shapes world, from one ranked dataset, with equal evaluation.
+"""The methods on the shapes world, with equal evaluation.
 
     python benchmarks/methods.py [--seeds 3] [--methods NAME ...] [--work FOLDER] [--output benchmarks/methods.md]
 
 600 training prompts, six images each from the base, judged by the verifier (`diffalign data build`); DCPO gets the recaptioned copy
-(`diffalign data recaption`), Self-NPO the prompts alone. Every method is trained as its `configs/<method>/shapes.yaml` says, from
-three seeds, on at most four minutes of two cores. Settings were chosen on the first 60 held-out prompts; what is reported are the
+(`diffalign data recaption`), Self-NPO the prompts alone, SePPO rendered winners, D3PO and online Diffusion-DPO the prompts and a judge.
+Every method is trained as its `configs/<method>/shapes.yaml` says, from three seeds, in at most ten minutes. Settings were chosen on the first 60 held-out prompts; what is reported are the
 other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of pairs that the
 verifier's graded score gives to the trained model (ties count one half), with a bootstrap interval clustered by prompt. Negative
 models are used in guidance, and compared with the base at its own best guidance scale; both scales are those that win most often
 against the base at its usual scale on the first 60.
-Finished parts lie in --work: an interrupted run goes on, and two processes can share the work by --methods. About an hour and a half.
+Finished parts lie in --work: an interrupted run goes on, and two processes can share the work by --methods. About three hours.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import online_methods
 import torch
 from tqdm.auto import tqdm
 
@@ -53,12 +54,12 @@ class Arm:
     config: str
     dataset: str = "data/ranked"
     overrides: tuple[str, ...] = ()
-    kind: str = "offline"  # or negative: used in guidance
+    kind: str = "offline"  # or negative: used in guidance; or online: draws its own images
 
     @property
     def from_images(self) -> bool:
         """Whether the images of the dataset are read, so that their latents are worth keeping."""
-        return not (self.config.startswith("self_npo") and not self.overrides)
+        return self.kind != "online" and not (self.config.startswith("self_npo") and not self.overrides)
 
 
 ARMS: dict[str, Arm] = {
@@ -71,13 +72,21 @@ ARMS: dict[str, Arm] = {
     "Self-NPO": Arm("self_npo/shapes", kind="negative"),
     "Self-NPO, official code (from images)": Arm("self_npo/shapes", overrides=OFFICIAL, kind="negative"),
     "Diffusion-NPO": Arm("diffusion_npo/shapes", kind="negative"),
+    "D3PO, verifier": Arm("d3po/shapes", kind="online"),
+    "D3PO, shapes-clip": Arm("d3po/shapes", overrides=("--rewards", online_methods.WATCHED), kind="online"),
+    "D3PO, conservative ensemble": Arm(
+        "d3po/shapes", overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"), kind="online"
+    ),
+    "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
+    "SePPO": Arm("seppo/shapes", "rendered"),
+    "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),
 }
-MUST_WIN = ("DCPO", "RankDPO", "MaPO")
+MUST_WIN = ("DCPO", "RankDPO", "MaPO", "D3PO, verifier", "D3PO, shapes-clip", "Online Diffusion-DPO", "SePPO")
 DIRECT = (("RankDPO", "Diffusion-DPO"), ("DCPO", "DCPO, captions: chosen (control)"), ("DCPO", "Diffusion-DPO"))
 
 
 def make_data(work: Path) -> None:
-    """The ranked dataset and its recaptioned copy."""
+    """The ranked dataset, its recaptioned copy, and the rendered winners."""
     build = ["data", "build", "--prompts", "shapes", "--models", "shapes", "--num_images", "6", "--scorers", "shapes"]
     recaption = ["data", "recaption", str(work / "data" / "ranked"), "--strategy", "h", "--captioner", "shapes"]
     for command, result, folder in (
@@ -88,6 +97,7 @@ def make_data(work: Path) -> None:
             code = cli.run([*command, "--output_dir", str(folder)])
             if code:
                 raise SystemExit(code)
+    online_methods.render_winners(work / "rendered")
 
 
 def judge(pipe: Any, prompts: list[str], images: int, first: int, guidance: float | None = None) -> dict[str, list[list[float]]]:
@@ -157,7 +167,8 @@ def train(name: str, seed: int, work: Path) -> dict[str, Any]:
     if arm.from_images:
         options["data.cache_latents"] = work / "cache"
     arguments = [str(x) for key, value in options.items() for x in (f"--{key}", value)]
-    run = load_run(ROOT / "configs" / f"{arm.config}.yaml", [*arguments, *arm.overrides])
+    overrides = online_methods.filled(arm.overrides, work)
+    run = load_run(ROOT / "configs" / f"{arm.config}.yaml", [*arguments, *overrides])
     run.validation = None
     trainer = build_trainer(run)
     started = time.perf_counter()

@@ -38,6 +38,7 @@ _EXPORTS = {
     "list_scorers": "rewards.registry",
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
+    "compare": "evaluation.compare",
     "FKSteering": "steering.sampler",
     "NegativeGuidance": "guidance",
     "UserError": "exceptions",
@@ -70,6 +71,7 @@ __all__ = [
     "UserError",
     "ValidationConfig",
     "__version__",
+    "compare",
     "list_scorers",
     "load_preferences",
     "load_scorer",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from .config import ValidationConfig
     from .data.config import DataConfig
     from .data.load import load_preferences
+    from .evaluation.compare import compare
     from .exceptions import UserError
     from .guidance import NegativeGuidance
     from .methods.d3po import D3POConfig, D3POTrainer

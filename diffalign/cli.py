@@ -138,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # Commands whose options stand beside what they run: name, module, one line of help.
 _MODULE_COMMANDS = (
+    ("compare", "evaluation.compare_command", "compare models on the same prompts and noise: win-rates, tables, a page"),
     ("score", "rewards.score_command", "score images with reward models"),
     ("serve-scorer", "rewards.server", "offer a scorer to other processes and environments over HTTP"),
     ("doctor", "rewards.doctor", "check the scorers on this machine against known numbers"),

@@ -1,8 +1,12 @@
-"""Output folders of commands that can be run again."""
+"""Output folders of commands that can be run again, and files that are whole or not there."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .exceptions import UserError
 
@@ -17,3 +21,34 @@ def check_output_dir(folder: Path, marker: str) -> None:
         raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+
+
+def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()) -> None:
+    """Takes a folder for a run with these settings, written as `marker`; a run with the same ones goes on in it.
+
+    Args:
+        long: names of settings whose values are too long for a message.
+
+    Raises:
+        UserError: it is a file, holds something else, or a run with other settings.
+    """
+    file = folder / marker
+    check_output_dir(folder, marker)
+    wanted = json.loads(json.dumps(settings, default=str))
+    if file.is_file():
+        there = json.loads(file.read_text("utf-8"))
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                said = f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
+                raise UserError(f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder")
+        return
+    if os.environ.get("RANK", "0") == "0":
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

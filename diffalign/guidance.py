@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class NegativeGuidance:
             raise UserError(
                 "positive, negative: one is a LoRA and the other a network; merge the LoRA into a network first (diffalign merge)"
             )
-        if full[1] and self._active():
+        if full[1] and active_adapters(self.network):
             raise UserError(
                 "negative: a network cannot be combined with LoRAs that are active on the pipeline; fuse them first (pipe.fuse_lora())"
             )
@@ -160,26 +160,19 @@ class NegativeGuidance:
         own = positive.forward  # before it is wrapped
         return merged.forward, own
 
-    def _active(self) -> list[str]:
-        """Adapters that are active on the pipeline's network."""
-        if not getattr(self.network, "_hf_peft_config_loaded", False):
-            return []
-        return list(self.network.active_adapters())
-
     def _adapter_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """One network, its adapters switched before each half."""
         network = self.network
         mine: list[str] = []
-        before = self._active()
-        scales = _scales(network, before)
-        pos = dict(zip(before, scales, strict=True))
+        before = active_adapters(network)
+        pos = dict(before)
 
         def put_back() -> None:
             present = [name for name in mine if name in getattr(network, "peft_config", {})]
             if present:
                 self.pipe.delete_adapters(present)
             if before:
-                network.set_adapters(before, scales)
+                network.set_adapters(list(before), list(before.values()))
 
         self._undo.append(put_back)
         for role, weights in (("positive", self.positive), ("negative", self.negative)):
@@ -206,32 +199,41 @@ class NegativeGuidance:
         return branch(neg), branch(pos)
 
 
-def _scales(network: Any, names: Sequence[str]) -> list[float]:
-    """The weights that adapters were set to, relative to their own alpha / r."""
+def active_adapters(network: Any) -> dict[str, float]:
+    """The LoRAs that are active on a network, with the weights that they were set to, relative to their own alpha / r."""
     from peft.tuners.lora import LoraLayer
 
-    found = []
-    for name in names:
+    if not getattr(network, "_hf_peft_config_loaded", False):
+        return {}
+    found = {}
+    for name in network.active_adapters():
         layer = next((m for m in network.modules() if isinstance(m, LoraLayer) and name in m.scaling), None)
         if layer is None:
-            found.append(1.0)
+            found[name] = 1.0
             continue
         config = network.peft_config[name]
         rank = layer.r[name]
         own = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
-        found.append(layer.scaling[name] / own)
+        found[name] = layer.scaling[name] / own
     return found
 
 
 def load_lora(pipe: Any, weights: Any, name: str, role: str) -> None:
-    """Loads a LoRA as an adapter of the pipeline's denoiser.
+    """Loads a LoRA (folder, file or Hub id) as an adapter of the pipeline's denoiser.
+
+    Args:
+        role: how messages name it, e.g. ``negative`` or ``--lora``.
 
     Raises:
         UserError: it is no LoRA of this model.
     """
     network = next(getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
+    place = Path(weights)
+    where = {"weight_name": place.name} if place.is_file() else {}
     try:
-        pipe.load_lora_weights(str(weights), adapter_name=name, use_safetensors=True)
+        pipe.load_lora_weights(
+            str(place.parent if place.is_file() else weights), adapter_name=name, use_safetensors=True, **where
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"{role}: {str(weights)!r} holds no LoRA for this model ({' '.join(str(error).split())[:200]})"

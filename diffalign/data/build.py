@@ -21,8 +21,8 @@ from ..exceptions import ConfigError, UserError
 from ..folders import check_output_dir
 
 if TYPE_CHECKING:
+    from ..processes import Processes
     from ..rewards.panel import Panel
-    from ..rewards.score_command import Processes
 
 _SCORE_PROMPTS = 32  # prompts scored at once: the same ones whatever the number of processes, so that rounding is the same too
 SELECTIONS = ("best_worst", "best_vs_rest", "all", "unanimous")
@@ -72,8 +72,9 @@ def run(options: argparse.Namespace) -> int:
         UserError: options, prompts, models or scorers that do not fit, before anything is drawn; a folder that holds another build.
     """
     _check_numbers(options)
+    from ..processes import Processes
     from ..rewards.panel import Panel
-    from ..rewards.score_command import Processes, panel_config
+    from ..rewards.score_command import panel_config
 
     config = panel_config(
         scorers=options.scorers,
@@ -223,15 +224,11 @@ class Drawn:
     def __init__(self, group: int, prompt: str, model: str, number: int, options: argparse.Namespace) -> None:
         self.group, self.prompt, self.model, self.number = group, prompt, model, number
         digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        from ..evaluation.sampling import image_seed
+
         self.seed = image_seed(options.seed, prompt, number)
         # Named by the prompt's digest: a prompt can hold anything.
         self.path: Path = options.output_dir / "images" / model / digest[:2] / f"{digest[:20]}-{number:03d}.png"
-
-
-def image_seed(seed: int, prompt: str, number: int) -> int:
-    """Seed of image `number` of a prompt: the same under every model, whatever the order or number of prompts."""
-    text = f"{seed}:{number}:".encode() + prompt.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
 
 def claim(options: argparse.Namespace, generators: Sequence[Generator]) -> None:
@@ -261,66 +258,39 @@ def claim(options: argparse.Namespace, generators: Sequence[Generator]) -> None:
                 )
         models = {**there["models"], **models}
     if os.environ.get("RANK", "0") == "0":
-        from ..rewards.score_command import write_atomically
+        from ..folders import write_atomically
 
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps({"settings": settings, "models": models}, indent=1) + "\n").encode())
 
 
 def draw(generator: Generator, images: Sequence[Drawn], options: argparse.Namespace, processes: Processes) -> None:
-    """Draws what is not there yet.
+    """Draws what is not there yet."""
+    from ..evaluation.sampling import draw_files, generate
 
-    A batch is always the same images, also when some of them are there already, because the last bit of an image may depend on its batch.
-    """
-    from tqdm.auto import tqdm
+    loaded: list[Any] = []
 
-    batches = [images[start : start + options.batch_size] for start in range(0, len(images), options.batch_size)]
-    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(image.path.is_file() for image in batch)]
-    if not mine:
-        return
-    pipe, settings = _pipeline(generator, options, processes.device)
-    from ..evaluation.sampling import generate
+    def pictures(prompts: list[str], seeds: list[int]) -> list[Any]:
+        if not loaded:
+            loaded.extend(_pipeline(generator, options, processes.device))
+        return generate(loaded[0], prompts, seeds, batch_size=len(prompts), progress=False, **loaded[1])
 
-    total = sum(map(len, mine))
-    with tqdm(total=total, desc=f"drawing, {generator.name}", unit="image", disable=processes.rank > 0) as bar:
-        for batch in mine:
-            prompts, seeds = [image.prompt for image in batch], [image.seed for image in batch]
-            pictures = generate(pipe, prompts, seeds, batch_size=len(batch), progress=False, **settings)
-            for image, picture in zip(batch, pictures, strict=True):
-                if not image.path.is_file():
-                    image.path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = image.path.with_suffix(f".{os.getpid()}.tmp")
-                    picture.save(temporary, format="PNG")
-                    os.replace(temporary, image.path)
-            bar.update(len(batch))
+    wanted = [(image.prompt, image.seed, image.path) for image in images]
+    draw_files(pictures, wanted, options.batch_size, processes, f"drawing, {generator.name}")
 
 
 def _pipeline(generator: Generator, options: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments of its call)."""
     import torch
 
-    from ..backbones.loading import ModelSource
-    from ..evaluation.sample_command import load_pipeline
+    from ..evaluation.models import default_settings, load_for_scoring
+    from ..guidance import load_lora
 
-    # A safety checker paints images black, and a black image would be labelled like any other.
-    source = ModelSource(generator.model)
-    components = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in source.index else {}
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    device = None if device in (None, "auto") else device
-    pipe = load_pipeline(generator.model, dtype=dtype, device=device, **components)
+    pipe = load_for_scoring(generator.model, dtype=dtype, device=device)
     if generator.lora is not None:
-        place = Path(generator.lora)
-        where: dict[str, Any] = {"weight_name": place.name} if place.is_file() else {}
-        try:
-            pipe.load_lora_weights(str(place.parent if place.is_file() else place), use_safetensors=True, **where)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError("--lora", f"{generator.lora!r} holds no LoRA for {generator.model!r} ({reason})") from error
-    settings: dict[str, Any] = {}
-    if generator.model == "shapes" and source.local:
-        from ..shapes.pretrain import SAMPLING
-
-        settings |= SAMPLING
+        load_lora(pipe, generator.lora, "drawing", "--lora")
+    settings = default_settings(generator.model)
     for name in ("num_inference_steps", "guidance_scale"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)

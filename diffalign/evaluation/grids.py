@@ -34,31 +34,50 @@ def comparison_grid(
         cell (`int`, *optional*): side of one image in the picture; at least 96, so that tiny images can be seen.
         columns (`int`, *optional*, defaults to `1`): blocks beside each other.
     """
-    side = cell or max(96, rows[0][1][0].height)
+    return models_grid([(prompt, sides) for prompt, *sides in rows], [left, right], cell=cell, columns=columns)
+
+
+def models_grid(
+    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
+    headings: Sequence[str],
+    *,
+    cell: int | None = None,
+    columns: int = 1,
+) -> Image.Image:
+    """`comparison_grid` for any number of models.
+
+    Args:
+        rows: (prompt, the images of every model), equally many of each.
+        headings: one per model.
+    """
+    side = cell or max(96, rows[0][1][0][0].height)
     font = ImageFont.load_default(max(11, side // 9))
     line = int(font.size * 1.3) if isinstance(font, ImageFont.FreeTypeFont) else 14
-    count = len(rows[0][1])
-    half = count * side + (count - 1) * 2
-    block_width = 2 * half + _MARGIN
-    texts = [wrap_text(prompt, block_width, font)[:4] for prompt, _, _ in rows]
+    count = len(rows[0][1][0])
+    part = count * side + (count - 1) * 2
+    block_width = len(headings) * (part + _MARGIN) - _MARGIN
+    texts = [wrap_text(prompt, block_width, font)[:4] for prompt, _ in rows]
+    names = [wrap_text(heading, part, font) for heading in headings]
+    top = max(len(lines) for lines in names) * line + 2 * _MARGIN
     block_height = side + max(len(t) for t in texts) * line + 2 * _MARGIN
     vertical = -(-len(rows) // columns)
     width = columns * block_width + (columns + 1) * 2 * _MARGIN
-    canvas = Image.new("RGB", (width, line + 2 * _MARGIN + vertical * block_height), _BACKGROUND)
+    canvas = Image.new("RGB", (width, top + vertical * block_height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    for index, ((_, base, tuned), text) in enumerate(zip(rows, texts, strict=True)):
+    for index, ((_, sides), text) in enumerate(zip(rows, texts, strict=True)):
         x = 2 * _MARGIN + (index % columns) * (block_width + 2 * _MARGIN)
-        y = line + 2 * _MARGIN + (index // columns) * block_height
-        if index < columns:
-            draw.text((x, _MARGIN), left, fill=_INK, font=font)
-            draw.text((x + half + _MARGIN, _MARGIN), right, fill=_INK, font=font)
-        for offset, images in ((0, base), (half + _MARGIN, tuned)):
+        y = top + (index // columns) * block_height
+        for s, images in enumerate(sides):
+            offset = x + s * (part + _MARGIN)
+            if index < columns:
+                for i, content in enumerate(names[s]):
+                    draw.text((offset, _MARGIN + i * line), content, fill=_INK, font=font)
             for i, image in enumerate(images):
                 scaled = image.convert("RGB").resize(
                     (side, side * image.height // image.width),
                     Image.Resampling.NEAREST if side >= 2 * image.width else Image.Resampling.LANCZOS,
                 )
-                canvas.paste(scaled.crop((0, 0, side, side)), (x + offset + i * (side + 2), y))
+                canvas.paste(scaled.crop((0, 0, side, side)), (offset + i * (side + 2), y))
         for i, content in enumerate(text):
             draw.text((x, y + side + 2 + i * line), content, fill=_INK, font=font)
     return canvas

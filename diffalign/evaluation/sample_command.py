@@ -6,29 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..backbones.loading import ModelSource
-from ..exceptions import ConfigError, UserError
+from ..exceptions import ConfigError
 from .grids import comparison_grid
+from .models import default_settings, load_pipeline
 from .sampling import generate
-
-
-def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, **components: Any) -> Any:
-    """A plain diffusers pipeline from a Hub id, a folder or ``shapes``; safetensors only.
-
-    Args:
-        dtype: of its weights; None is bfloat16 on a GPU, else float32.
-        device: None takes the GPU if there is one.
-        components: replace the pipeline's own, e.g. ``safety_checker=None``.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    source = ModelSource(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return DiffusionPipeline.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **components).to(device)
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -44,20 +25,14 @@ def sample(options: argparse.Namespace) -> None:
     settings: dict[str, Any] = {
         name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale") if getattr(options, name) is not None
     }
-    if options.model == "shapes":
-        from ..shapes.pretrain import SAMPLING
-
-        settings = {**SAMPLING, **settings}
+    settings = {**default_settings(options.model), **settings}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompt for i in range(options.num_images)]
     sides = {"base": generate(pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings)}
     if options.lora:
-        try:
-            pipe.load_lora_weights(options.lora, adapter_name="tuned", use_safetensors=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"--lora: {options.lora!r} holds no LoRA for this model ({' '.join(str(error).split())[:200]})"
-            ) from error
+        from ..guidance import load_lora
+
+        load_lora(pipe, options.lora, "tuned", "--lora")
         pipe.set_adapters("tuned", options.lora_scale)
         sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
     if options.negative_lora:

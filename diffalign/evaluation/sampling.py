@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from ..processes import Processes
 
 
 def generate(
@@ -47,3 +53,38 @@ def generate(
             images.extend(pipe(prompt=chunk, generator=generators, **pipe_kwargs).images)
             bar.update(len(chunk))
     return images
+
+
+def image_seed(seed: int, prompt: str, number: int) -> int:
+    """Seed of image `number` of a prompt: the same under every model, whatever the order or number of prompts."""
+    text = f"{seed}:{number}:".encode() + prompt.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
+
+
+def draw_files(
+    draw: Callable[[list[str], list[int]], list[Any]],
+    wanted: Sequence[tuple[str, int, Path]],
+    batch_size: int,
+    processes: Processes,
+    description: str,
+) -> None:
+    """Draws the (prompt, seed, PNG file) that are not there yet, batches shared among processes; no file is ever half-written.
+
+    A batch is always the same images, also when some of them are there already, because the last bit of an image may depend on its batch.
+
+    Args:
+        draw: (prompts, seeds) of a batch -> images; not called when nothing is missing.
+    """
+    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(path.is_file() for _, _, path in batch)]
+    total = sum(map(len, mine))
+    with tqdm(total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine) as bar:
+        for batch in mine:
+            pictures = draw([prompt for prompt, _, _ in batch], [seed for _, seed, _ in batch])
+            for (_, _, path), picture in zip(batch, pictures, strict=True):
+                if not path.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                    picture.save(temporary, format="PNG")
+                    os.replace(temporary, path)
+            bar.update(len(batch))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..exceptions import ConfigError, UserError
 from .base import Call, Item, Scorer
 from .devices import read_dtype
-from .images import ImageInput, Preprocess, check_pixels
+from .images import ImageInput, Preprocess, check_pixels, read_images
 
 _TEXTS_KEPT = 512  # prompts whose features stay in memory between calls
 
@@ -73,6 +73,22 @@ class ModelScorer(Scorer):
                 features = self._gather(texts, batch_size=len(pixels))
             prepared = self.preprocess.normalise(self.preprocess.tensor(pixels))
             return self.similarity(self.image_features(prepared.to(self.dtype)), features)
+
+    @torch.no_grad()
+    def embed(self, images: Any) -> Tensor:
+        """Image embeddings (n, d), float32 on the CPU, as `image_features` makes them.
+
+        Raises:
+            UserError: unreadable images, or a scorer whose features are no single vector per image.
+        """
+        rows = []
+        for given in read_images(images):
+            pixels = self.preprocess.normalise(self.preprocess.exact(given.image)[None].to(self.device))
+            rows.append(self.image_features(pixels.to(self.dtype)).float().cpu())
+        found = torch.cat(rows)
+        if found.ndim != 2:
+            raise UserError(f"{self.name} has no single embedding per image; take a CLIP scorer such as clip-b32 or pickscore")
+        return found
 
     def modules(self) -> Iterable[nn.Module]:
         return [*self.towers(), *self.heads()]

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
-import os
-import re
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..exceptions import ConfigError, UserError
+from ..processes import Processes
 
 if TYPE_CHECKING:
-    from .base import Scorer
-    from .panel import Panel
     from .panel_config import RewardEntry
-    from .score_source import Chunk, Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     processes = Processes.start(options.device)
     from .panel import Panel
     from .registry import get_spec
+    from .score_parts import ScoreWork, score_share
     from .score_report import write_report
     from .score_source import open_images
 
@@ -92,9 +85,9 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder elsewhere")
     (options.output_dir / "parts").mkdir(parents=True, exist_ok=True)
     panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
-    work = _Work(panel, source, source.chunks(options.chunk_size), options.output_dir / "parts")
+    work = ScoreWork(panel, source, source.chunks(options.chunk_size), options.output_dir / "parts")
     try:
-        mine = _score_share(work, processes)
+        mine = score_share(work, processes)
     except UserError as error:
         processes.say(error)
         raise
@@ -192,169 +185,3 @@ def _mapping(text: str | None, option: str, example: str) -> dict[str, Any] | No
     if not isinstance(value, dict):
         raise UserError(f"{option}: expected a mapping such as '{example}', got {text!r}")
     return value
-
-
-# Processes
-
-
-@dataclass
-class Processes:
-    """This process among those of torchrun or accelerate; alone where there are none."""
-
-    rank: int
-    world: int
-    device: Any
-    state: Any = None
-
-    @classmethod
-    def start(cls, device: Any) -> Processes:
-        """Joins the others."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(0, 1, device)
-        from datetime import timedelta
-
-        import torch
-        from accelerate import PartialState
-
-        # Started by torchrun on a machine without accelerators, accelerate would let every process work for itself.
-        on_cpu = device == "cpu" or not torch.accelerator.is_available()
-        # A process whose share was scored before waits for the others at the end, however long they need.
-        state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-        return cls(state.process_index, state.num_processes, str(state.device), state)
-
-    def gather(self, mine: list[Any]) -> list[Any]:
-        """The items of all processes, in the order of their ranks."""
-        if self.world == 1:
-            return mine
-        from accelerate.utils import gather_object
-
-        return gather_object(mine)
-
-    def wait(self) -> None:
-        """For all processes to come here."""
-        if self.state is not None:
-            self.state.wait_for_everyone()
-
-    def say(self, error: UserError) -> None:
-        """The command line lets only the first process speak; a mistake that another one met must be read too."""
-        if self.rank > 0:
-            print(f"diffalign: process {self.rank}: {error}", file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        """Leaves the others."""
-        if self.state is not None:
-            self.state.destroy_process_group()
-
-
-# Work
-
-
-@dataclass
-class Table:
-    """What was scored: one record per image, per scorer the values (NaN = missing) and why some are missing, and its fingerprint."""
-
-    records: list[Record]
-    columns: dict[str, list[float]]
-    errors: dict[str, dict[int, str]]
-    fingerprints: dict[str, str]
-
-
-@dataclass
-class _Work:
-    """The chunks of a source, and what is known of them."""
-
-    panel: Panel
-    source: Any
-    chunks: list[range]
-    parts: Path
-    records: dict[int, list[Record]] = field(default_factory=dict)
-    files: dict[tuple[str, int], str] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-
-    def add(self, found: Any) -> None:
-        """What one process found: (chunk, its records), or (column, fingerprint, {chunk: file})."""
-        if len(found) == 2:
-            self.records[found[0]] = found[1]
-        else:
-            name, self.fingerprints[name], files = found[0], found[1], found[2]
-            self.files.update({(name, number): file for number, file in files.items()})
-
-    def table(self) -> Table:
-        """Everything, in the source's order."""
-        numbers = range(len(self.chunks))
-        records = [record for number in numbers for record in self.records[number]]
-        columns: dict[str, list[float]] = {}
-        errors: dict[str, dict[int, str]] = {}
-        for name in self.panel.names:
-            columns[name], errors[name] = [], {}
-            for number in numbers:
-                part = json.loads((self.parts / self.files[name, number]).read_text("utf-8"))
-                start = len(columns[name])
-                errors[name] |= {start + int(i): sentence for i, sentence in part["errors"].items()}
-                columns[name] += [float("nan") if value is None else value for value in part["values"]]
-        return Table(records, columns, errors, self.fingerprints)
-
-
-def _score_share(work: _Work, processes: Processes) -> list[Any]:
-    """Scores this process's chunks, scorer by scorer; what `_Work.add` takes."""
-    from tqdm.auto import tqdm
-
-    mine = range(processes.rank, len(work.chunks), processes.world)
-    total = sum(len(work.chunks[number]) for number in mine)
-    contents: dict[int, str] = {}
-    found: list[Any] = []
-    for entry in work.panel.entries:
-        files: dict[int, str] = {}
-        unit = "image" if work.source.kind in ("folder", "single") else "row"
-        with (
-            work.panel.using(entry.name) as scorer,
-            tqdm(total=total, desc=entry.name, unit=unit, disable=processes.rank > 0) as bar,
-        ):
-            for number in mine:
-                chunk = None
-                if number not in contents:
-                    chunk = work.source.read(work.chunks[number])
-                    contents[number] = chunk.fingerprint()
-                    found.append((number, chunk.records))
-                files[number] = _part_name(scorer, contents[number])
-                if not _finished(work.parts / files[number]):
-                    chunk = chunk or work.source.read(work.chunks[number])
-                    _score_chunk(scorer, chunk, entry.on_error, work.parts / files[number])
-                bar.update(len(work.chunks[number]))
-            found.append((entry.name, scorer.fingerprint(), files))
-    return found
-
-
-def _part_name(scorer: Scorer, content: str) -> str:
-    digest = hashlib.sha256(f"{scorer.fingerprint()}:{content}".encode()).hexdigest()[:24]
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', scorer.name)}-{scorer.fingerprint()}-{digest}.json"
-
-
-def _finished(path: Path) -> bool:
-    """Whether the chunk is scored; one with missing scores is tried again."""
-    return path.is_file() and None not in json.loads(path.read_text("utf-8"))["values"]
-
-
-def _score_chunk(scorer: Scorer, chunk: Chunk, on_error: str, path: Path) -> None:
-    from .model_scorer import ModelScorer
-
-    if isinstance(scorer, ModelScorer):
-        # Prompts are encoded in batches, and a batch's rounding depends on its size: remembered ones would make a chunk's last digits
-        # depend on the chunks before it, and an interrupted run differ from one that was not.
-        scorer._texts.clear()
-    prompts = [record.prompt for record in chunk.records]
-    texts = prompts if "prompt" in scorer.spec.requires else None
-    metadata = chunk.metadata if "metadata" in scorer.spec.requires else None
-    result = scorer.score(chunk.inputs, texts, metadata, on_error=on_error)  # type: ignore[arg-type]
-    values = [None if value != value else value for value in result.values.tolist()]
-    errors = {str(i): result.errors.get(i, "the scorer gave no number") for i, value in enumerate(values) if value is None}
-    for given in chunk.inputs:
-        given.release()
-    write_atomically(path, json.dumps({"values": values, "errors": errors}).encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..folders import write_atomically
 from .agreement import LARGEST_COMPARED, group_members
-from .score_command import Table, write_atomically
+from .score_parts import Table
 
 if TYPE_CHECKING:
     from .panel import Combined, Panel

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
+from ..evaluation.statistics import nanmean
 from ..exceptions import ConfigError
 from .result import SteeringResult
 from .rewarding import Rewarder
@@ -57,7 +58,7 @@ class ArmScores:
 
     def mean(self, metric: str) -> Array:
         """(prompts, seeds): the mean over the K particles."""
-        return _nanmean(self.scores[metric], -1)
+        return nanmean(self.scores[metric], -1)
 
     def weighted(self, metric: str) -> Array:
         """(prompts, seeds): the mean under the weights, an estimate for the tilted law."""
@@ -79,7 +80,7 @@ class Difference:
     @classmethod
     def of(cls, difference: Array) -> Difference:
         """From (prompts, seeds); NaN pairs are left out."""
-        units = _nanmean(difference, 1) if difference.shape[0] > 1 else difference[0]
+        units = nanmean(difference, 1) if difference.shape[0] > 1 else difference[0]
         units = units[~np.isnan(units)]
         error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.nan
         return cls(float(units.mean()) if len(units) else math.nan, error)
@@ -284,13 +285,6 @@ def _arm(rounds: list[tuple[SteeringResult, dict[str, Array]]]) -> ArmScores:
         },
         seconds=sum(result.seconds["total"] for result in results),
     )
-
-
-def _nanmean(values: Array, axis: int) -> Array:
-    missing = np.isnan(values)
-    count = (~missing).sum(axis)
-    total = np.where(missing, 0.0, values).sum(axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _number(value: float) -> float | None:

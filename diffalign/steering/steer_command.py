@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
-from ..folders import check_output_dir
+from ..folders import claim_output_dir
 
 if TYPE_CHECKING:
     from .compare import BestOfNComparison
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     arguments = _scorer_arguments(options)
     settings = {k: v for k, v in sorted(vars(options).items()) if k not in _FREE} | {"prompts": prompts, "prompt": None}
-    if _claim(options.output_dir, json.loads(json.dumps(settings, default=str))):
+    if _claim(options.output_dir, settings):
         print(f"{options.output_dir} holds a finished run; nothing was run again")
         print((options.output_dir / "table.md").read_text("utf-8"))
         return 0
@@ -206,20 +206,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> bool:
     Raises:
         UserError: it holds something else, or a run with other settings.
     """
-    from ..rewards.score_command import write_atomically
-
-    file = folder / "settings.json"
-    check_output_dir(folder, file.name)
-    if file.is_file():
-        there = json.loads(file.read_text("utf-8"))
-        for name, value in settings.items():
-            if there.get(name) != value:
-                said = "other prompts" if name == "prompts" else f"--{name} {there.get(name)}, not {value}"
-                raise UserError(f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder")
-        return (folder / "results.json").is_file()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(settings, indent=2).encode())
-    return False
+    claim_output_dir(folder, "settings.json", settings, long=("prompts",))
+    return (folder / "results.json").is_file()
 
 
 @dataclass
@@ -233,7 +221,7 @@ class _Work:
 
     @classmethod
     def load(cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]) -> _Work:
-        from ..evaluation.sample_command import load_pipeline
+        from ..evaluation.models import default_settings, load_pipeline
         from ..rewards.devices import read_device, read_dtype
         from ..rewards.registry import load_scorer
         from .compare import read_judges
@@ -279,14 +267,12 @@ class _Work:
             {"eta": options.eta} if own and options.eta is not None else {}
         )
         if options.model == "shapes":
-            from ..shapes.pretrain import SAMPLING
-
-            call = {**SAMPLING, "num_inference_steps": 30, **call}
+            call = {**default_settings("shapes"), "num_inference_steps": 30, **call}
         return cls(options, steering, read_judges(dict(zip(list(arguments)[1:], scorers[1:], strict=True))), call)
 
     def do(self, units: list[tuple[int, int]], prompts: list[str], path: Path) -> None:
         """One call of steering (and of best-of-n) for some (prompt, seed) units: files first, the record last."""
-        from ..rewards.score_command import write_atomically
+        from ..folders import write_atomically
         from .compare import judge, population_seed
 
         seeds = [self.options.seed + population_seed(s, i) for i, s in units]
@@ -337,7 +323,7 @@ def _arm_record(result: SteeringResult, judged: Mapping[str, Any]) -> dict[str, 
 
 def _report(options: argparse.Namespace, settings: dict[str, Any], prompts: list[str], records: list[dict[str, Any]]) -> str:
     """Writes the overall files; returns what the command prints."""
-    from ..rewards.score_command import write_atomically
+    from ..folders import write_atomically
     from ..training.hub import versions
 
     folder = options.output_dir

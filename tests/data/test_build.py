@@ -18,8 +18,9 @@ from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign import UserError, load_preferences, register_scorer
 from diffalign.cli import run
-from diffalign.data.build import image_seed, read_prompts
+from diffalign.data.build import read_prompts
 from diffalign.data.build_output import label
+from diffalign.evaluation.sampling import image_seed
 from diffalign.rewards import registry
 from diffalign.rewards.panel import Panel
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.evaluation import clustered_bootstrap, clustered_standard_error, comparison_grid, win_rate
+from diffalign.evaluation import clustered_bootstrap, clustered_standard_error, comparison_grid, models_grid, sign_test, win_rate
+from diffalign.evaluation.statistics import expanded_level
 
 
 def test_the_same_model_on_both_sides_is_exactly_one_half() -> None:
@@ -24,14 +27,55 @@ def test_swapping_the_sides_mirrors_the_rate() -> None:
     assert forward.low == pytest.approx(1 - backward.high, abs=1e-12)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("prompts", [20, 60])
+def test_the_interval_covers_the_truth_as_often_as_it_says(prompts: int) -> None:
     # Images of a prompt share its difficulty: an interval that ignored the clusters would cover far too seldom.
-    rng, hits, trials = np.random.default_rng(2), 0, 400
+    rng, hits, trials = np.random.default_rng(2), 0, 2000
     for trial in range(trials):
-        difficulty = rng.normal(0.3, 0.5, (60, 1))
-        low, high = clustered_bootstrap(difficulty + rng.normal(0, 0.2, (60, 4)), samples=600, seed=trial)
+        difficulty = rng.normal(0.3, 0.5, (prompts, 1))
+        low, high = clustered_bootstrap(difficulty + rng.normal(0, 0.2, (prompts, 4)), samples=400, seed=trial)
         hits += low <= 0.3 <= high
-    assert 0.90 <= hits / trials <= 0.98
+    assert 0.93 <= hits / trials <= 0.97
+
+
+def test_the_win_rates_interval_covers_the_true_rate() -> None:
+    # Every prompt has a win probability of its own, mean 0.6; four images each, compared with a base that scores 0.
+    rng, hits, trials = np.random.default_rng(3), 0, 1500
+    for trial in range(trials):
+        share = rng.beta(3.0, 2.0, (30, 1))
+        tuned = np.where(rng.random((30, 4)) < share, 1.0, -1.0)
+        found = win_rate(np.zeros((30, 4)), tuned, seed=trial, samples=400)
+        hits += found.low <= 0.6 <= found.high
+    assert 0.93 <= hits / trials <= 0.97
+
+
+def test_the_expanded_level_is_students() -> None:
+    # 95 % t quantiles times sqrt(n / (n - 1)) as normal quantiles: 2.2281 for 11 prompts, 2.0003 for 61.
+    for prompts, quantile in ((11, 2.2281), (61, 2.0003)):
+        expected = 2 * NormalDist().cdf(quantile * (prompts / (prompts - 1)) ** 0.5) - 1
+        assert expanded_level(0.95, prompts) == pytest.approx(expected, abs=2e-5)
+
+
+def test_missing_scores_leave_their_pairs_out() -> None:
+    base = np.array([[0.0, 0.0], [0.0, np.nan], [np.nan, np.nan]])
+    tuned = np.array([[1.0, -1.0], [1.0, 5.0], [5.0, 5.0]])
+    found = win_rate(base, tuned)
+    assert (found.rate, found.wins, found.losses) == (2 / 3, 2 / 3, 1 / 3)
+    assert np.isnan(win_rate(np.full((2, 2), np.nan), tuned[:2]).rate)
+
+
+def test_the_sign_test_counts_prompts() -> None:
+    base = np.zeros((8, 4))
+    tuned = np.ones((8, 4))
+    assert sign_test(base, tuned) == pytest.approx(2 / 2**8)  # not 2 / 2**32
+    tuned[0], tuned[1, :2] = 0, -1  # a prompt of ties, and one that is even
+    assert sign_test(base, tuned) == pytest.approx(2 / 2**6)
+    assert sign_test(base, base) == 1.0 and sign_test(base, tuned) == sign_test(tuned, base)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    found = win_rate(np.zeros((1, 4)), np.ones((1, 4)))
+    assert found.rate == 1.0 and np.isnan(found.low)
 
 
 def test_the_standard_error_counts_prompts_not_images() -> None:
@@ -49,3 +93,12 @@ def test_the_grid_holds_every_image_in_its_place() -> None:
     grid = comparison_grid([("a prompt", [red, red], [blue, blue]), ("another", [blue, blue], [red, red])], cell=64, columns=2)
     pixels = np.asarray(grid).astype(int)
     assert (np.abs(pixels - [255, 0, 0]).sum(-1) == 0).sum() == (np.abs(pixels - [0, 0, 255]).sum(-1) == 0).sum() == 4 * 64 * 64
+
+
+def test_a_grid_of_three_models_has_three_columns() -> None:
+    sides = [[Image.new("RGB", (96, 96), colour)] for colour in ("red", "lime", "blue")]
+    pixels = np.asarray(models_grid([("a prompt", sides)], ["base", "a model with a long name", "c"]))
+    places = [np.argwhere((pixels == colour).all(-1)) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    assert [len(place) for place in places] == [96 * 96] * 3
+    lefts = [place[:, 1].min() for place in places]
+    assert lefts == sorted(lefts) and len({place[:, 0].min() for place in places}) == 1

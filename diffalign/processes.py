@@ -1,0 +1,59 @@
+"""The processes of a command that draws or scores, started by torchrun or accelerate; or the only one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .exceptions import UserError
+
+
+@dataclass
+class Processes:
+    """This process among those of torchrun or accelerate; alone where there are none."""
+
+    rank: int
+    world: int
+    device: Any
+    state: Any = None
+
+    @classmethod
+    def start(cls, device: Any) -> Processes:
+        """Joins the others."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(0, 1, device)
+        from datetime import timedelta
+
+        import torch
+        from accelerate import PartialState
+
+        # Started by torchrun on a machine without accelerators, accelerate would let every process work for itself.
+        on_cpu = device == "cpu" or not torch.accelerator.is_available()
+        # A process whose share was scored before waits for the others at the end, however long they need.
+        state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+        return cls(state.process_index, state.num_processes, str(state.device), state)
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """The items of all processes, in the order of their ranks."""
+        if self.world == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return gather_object(mine)
+
+    def wait(self) -> None:
+        """For all processes to come here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+    def say(self, error: UserError) -> None:
+        """The command line lets only the first process speak; a mistake that another one met must be read too."""
+        if self.rank > 0:
+            print(f"diffalign: process {self.rank}: {error}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Leaves the others."""
+        if self.state is not None:
+            self.state.destroy_process_group()

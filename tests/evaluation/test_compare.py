@@ -1,0 +1,293 @@
+"""`compare` and ``diffalign compare``: pairing, resuming, processes, what is written, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
+from tiny import build_pipeline
+
+from diffalign import FKSteering, compare, load_scorer
+from diffalign.cli import run
+from diffalign.evaluation.compare import image_name
+from diffalign.evaluation.models import ModelSpec, parse_model
+from diffalign.exceptions import UserError
+from diffalign.rewards.registry import register_scorer
+from diffalign.shapes.quickstart import base_pipeline
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
+SMALL: dict[str, Any] = {"max_prompts": 3, "num_images": 2, "num_inference_steps": 3}
+TINY: dict[str, Any] = {"num_images": 2, "num_inference_steps": 2, "height": 32, "width": 32}
+ARGUMENTS = ["--max_prompts", "3", "--num_images", "2", "--num_inference_steps", "3", "--batch_size", "4"]
+
+
+@register_scorer("compare-dark", requires=("image",), higher_is_better=False)
+def dark(images: list[Any]) -> list[float]:
+    """Mean of the pixels, lower is better."""
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the embedded pipeline with random weights, strong enough to change images."""
+    folder = tmp_path_factory.mktemp("lora")
+    pipe = base_pipeline()
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    from peft import get_peft_model_state_dict
+
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Base against a LoRA at three scales and against itself."""
+    folder = tmp_path_factory.mktemp("done") / "out"
+    tuned = ["again=shapes", f"off={lora}@0", f"half={lora}@0.5", str(lora)]
+    return compare("shapes", tuned, scorers=["shapes", "shapes-clip"], output_dir=folder, **SMALL)
+
+
+def test_the_same_model_on_both_sides_is_exactly_one_half(done: Any) -> None:
+    for model in ("again", "off"):
+        for scorer in done.scorers:
+            found = done.win_rate(model, scorer)
+            assert (found.rate, found.ties) == (0.5, 1.0)
+        for p in range(3):
+            for n in range(2):
+                assert done.file(model, p, n).read_bytes() == done.file("base", p, n).read_bytes()
+
+
+def test_a_lora_changes_images_and_nothing_else(done: Any, lora: Path) -> None:
+    assert done.tuned == ["again", "off", "half", lora.name]
+    assert not np.array_equal(np.asarray(done.images(lora.name, 0)[0]), np.asarray(done.images("base", 0)[0]))
+    assert not np.array_equal(np.asarray(done.images(lora.name, 0)[0]), np.asarray(done.images("half", 0)[0]))
+
+
+def test_images_are_those_of_the_plain_pipeline(done: Any) -> None:
+    rows = pq.read_table(done.folder / "scores.parquet").to_pylist()
+    row = next(r for r in rows if r["model"] == "base" and r["number"] == 1)
+    pipe = base_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [r["seed"] for r in rows if r["model"] == "base"]
+    prompts = [r["prompt"] for r in rows if r["model"] == "base"]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    plain = pipe(prompts, generator=generators, num_inference_steps=3, guidance_scale=2.0).images[1]
+    assert np.array_equal(np.asarray(Image.open(done.folder / row["image"])), np.asarray(plain))
+
+
+def test_scores_are_the_scorers(done: Any) -> None:
+    scorer = load_scorer("shapes-clip")
+    for p, prompt in enumerate(done.prompts.prompts):
+        expected = scorer(done.images("half", p), [prompt] * 2)
+        assert np.allclose(done.scores["half"]["shapes-clip"][p], expected.numpy(), atol=1e-5)
+
+
+def test_swapping_the_sides_mirrors_everything(done: Any, lora: Path, tmp_path: Path) -> None:
+    swapped = compare({"lora": str(lora), "model": "shapes", "name": "lora"}, "plain=shapes", output_dir=tmp_path / "b", **SMALL)
+    forward, backward = done.win_rate(lora.name), swapped.win_rate("plain")
+    assert forward.rate == 1 - backward.rate
+    assert forward.low == pytest.approx(1 - backward.high, abs=1e-12)
+    assert done.sign_test(lora.name) == swapped.sign_test("plain")
+
+
+def test_what_is_written(done: Any) -> None:
+    results = json.loads((done.folder / "results.json").read_text())
+    assert results["prompts"]["name"] == "shapes" and results["prompts"]["notes"] == ["3 of 120 prompts, evenly spaced"]
+    assert results["comparisons"]["again"]["shapes"]["rate"] == 0.5
+    assert results["models"]["base"]["diversity"]["mean"] == pytest.approx(done.mean_diversity("base")[0])
+    assert {"torch", "diffusers"} <= set(results["versions"])
+    rows = pq.read_table(done.folder / "scores.parquet").to_pylist()
+    assert len(rows) == 5 * 3 * 2 and all((done.folder / row["image"]).is_file() for row in rows)
+    assert Image.open(done.folder / "grid.png").width > 500
+    table = (done.folder / "table.md").read_text()
+    assert "| again | shapes | 50.0 (50.0 to 50.0) |" in table and "3 prompts are few" in table
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        self.images += [value or "" for name, value in attrs if tag == "img" and name == "src"]
+
+
+def test_the_page_opens_from_disk(done: Any) -> None:
+    links = _Links()
+    links.feed((done.folder / "report.html").read_text())
+    assert "grid.png" in links.images and len(links.images) > 2
+    assert all((done.folder / link).is_file() for link in links.images)
+
+
+def test_diversity_is_what_it_says(done: Any) -> None:
+    first, second = (np.asarray(image, dtype=float) / 255 for image in done.images("base", 1))
+    assert done.diversity["base"][1] == pytest.approx(np.sqrt(((first - second) ** 2).mean()))
+
+
+def test_html_in_a_prompt_is_text(tmp_path: Path) -> None:
+    pipe = build_pipeline("sd")
+    prompts = ["<script>alert(1)</script> & <img src=x onerror=alert(1)>", "a cat"]
+    other = build_pipeline("sd", seed=1)
+    compare(pipe, other, prompts, ["compare-dark"], output_dir=tmp_path / "o", **TINY)
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "onerror=alert(1)&gt;" in page
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_other_families_and_steering(family: str, tmp_path: Path) -> None:
+    pipe = build_pipeline(family)
+    steering = FKSteering(
+        pipe, lambda images, prompts: [float(np.asarray(i).mean()) for i in images], num_particles=2, lmbda=1.0, kernel="auto"
+    )
+    found = compare(
+        pipe, [steering, {"model": pipe, "name": "same"}], ["a cat", "a dog"], ["compare-dark"], output_dir=tmp_path / "o", **TINY
+    )
+    assert found.tuned == ["tuned", "same"] or found.tuned == ["steered", "same"]
+    assert found.win_rate("same").rate == 0.5
+    # Lower is better here, so the brighter steered images lose.
+    assert found.mean(found.tuned[0])[0] >= found.mean("base")[0] and found.win_rate(found.tuned[0]).rate <= 0.5
+
+
+def test_a_pipeline_is_left_as_it_was(lora: Path, tmp_path: Path) -> None:
+    pipe = base_pipeline()
+    pipe.load_lora_weights(str(lora), adapter_name="mine")
+    pipe.set_adapters("mine", 0.25)
+    compare(
+        pipe,
+        {"model": pipe, "lora": str(lora), "name": "more"},
+        ["a small red circle on the left of a gray background"],
+        output_dir=tmp_path / "o",
+        scorers=["shapes"],
+        num_images=1,
+        num_inference_steps=1,
+    )
+    assert pipe.get_active_adapters() == ["mine"] and list(pipe.unet.peft_config) == ["mine"]
+    from diffalign.guidance import active_adapters
+
+    assert active_adapters(pipe.unet) == {"mine": 0.25}
+
+
+# Resuming and processes
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "results.json").read_text())
+    found.pop("seconds")
+    return found
+
+
+def test_killed_and_run_again_equals_uninterrupted(done: Any, lora: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    command = [sys.executable, str(SCRIPT), "--tuned", f"tuned={lora}", *ARGUMENTS]
+    assert run(["compare", "--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(straight)]) == 0
+    # Killed as soon as the second batch of the base is there; half of it, and one score file, are then lost on top.
+    process = subprocess.Popen([*command, "--output_dir", str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (broken / image_name("base", 2, 0)).is_file():
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (broken / "results.json").exists()
+    (broken / image_name("base", 2, 1)).unlink(missing_ok=True)
+    assert run(["compare", "--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(broken)]) == 0
+    assert results(straight) == results(broken)
+    for path in (straight / "images").rglob("*.png"):
+        assert path.read_bytes() == (broken / path.relative_to(straight)).read_bytes()
+    assert not list(broken.rglob("*.tmp"))
+
+
+def test_two_processes_equal_one(lora: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
+    assert run(["compare", *arguments, "--output_dir", str(one)]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29677", str(SCRIPT)]
+    done = subprocess.run([*launch, *arguments, "--output_dir", str(two)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(one) == results(two)
+    assert done.stdout.count("report.html") == 1
+    for path in (one / "images").rglob("*.png"):
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
+
+
+# The command
+
+
+def test_the_command_with_scales_and_steering(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--lora_scales", "0,1", "--steer", "shapes-clip", "--num_particles", "2", "--lmbda", "5", "--scorers", "shapes-clip"]
+    code = run(["compare", "--tuned", str(lora), *more, *ARGUMENTS, "--output_dir", str(tmp_path / "o")])
+    said = capsys.readouterr().out
+    assert code == 0 and f"| {lora.name}@0 | shapes-clip | 50.0 (50.0 to 50.0) |" in said and "| steered |" in said
+    # A second run has nothing to draw, and says the same.
+    shutil.rmtree(tmp_path / "o" / "parts")
+    assert run(["compare", "--tuned", str(lora), *more, *ARGUMENTS, "--output_dir", str(tmp_path / "o")]) == 0
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--tuned: name at least one model"),
+        (["--tuned", "nowhere/at/all"], "there is no"),
+        (["--tuned", "shapes", "--num_images", "0"], "num_images: expected int >= 1, got 0"),
+        (["--tuned", "shapes", "--max_prompts", "0"], "--max_prompts: expected int >= 1, got 0"),
+        (["--tuned", "shapes", "--prompts", "shape"], "neither a file.*did you mean.*shapes"),
+        (["--tuned", "shapes", "--scorers", "pickscor"], "pickscore"),
+        (["--tuned", "shapes", "--lora_scales", "0,1"], "no LoRA among --tuned"),
+        (["--tuned", "shapes", "--lora_scales", "a"], "--lora_scales: expected numbers"),
+        (["--steer", "shapes-clip"], "--lmbda: --steer needs one"),
+        (["--tuned", "{lora: x.safetensors}"], "no file or folder with safetensors 'x.safetensors'"),
+        (["--tuned", "{modle: shapes}"], "unknown key.*did you mean.*model"),
+        (["--tuned", "{steer: {lmbda: 1}}"], "names no scorer"),
+        (["--tuned", "a=shapes", "--tuned", "a=shapes"], "two models called 'a'"),
+        (["--tuned", "shapes", "--diversity", "shapes"], "no image embedding"),
+        (["--tuned", "shapes", "--prompts", "OTHER.txt"], "name at least one, e.g. pickscore"),
+        (["--tuned", "shapes", "--output_dir", "OTHER.txt"], "is a file"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "OTHER.txt").write_text("a cat\n")
+    small = [a for pair in zip(ARGUMENTS[::2], ARGUMENTS[1::2], strict=True) if pair[0] not in arguments for a in pair]
+    assert run(["compare", *arguments, *small]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    assert re.search(says, said), said
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_folder_of_another_comparison_is_refused(done: Any) -> None:
+    with pytest.raises(UserError, match="holds a run with --seed 0, not 1"):
+        compare(done.models[0], done.models[1:], output_dir=done.folder, seed=1, scorers=["shapes"], **SMALL)
+    with pytest.raises(UserError, match="other models"):
+        compare("shapes", ["again=shapes"], output_dir=done.folder, scorers=["shapes"], **SMALL)
+
+
+def test_names_of_models(lora: Path) -> None:
+    base = parse_model("shapes", "base")
+    assert base.name == "base"
+    found = parse_model(f"mine={lora}@0.5", "tuned", base=base)
+    assert (found.name, found.lora, found.lora_scale, found.model) == ("mine", str(lora), 0.5, "shapes")
+    assert parse_model(str(lora), "tuned", base=base, taken=[lora.name]).name == f"{lora.name}-2"
+    assert parse_model(found, "tuned", base=base) == found
+    assert isinstance(parse_model({"steer": {"scorer": "shapes", "lmbda": 1}}, "tuned", base=base), ModelSpec)
+    assert os.path.basename(parse_model({"negative": str(lora)}, "tuned", base=base).name) == lora.name
