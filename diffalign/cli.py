@@ -145,6 +145,7 @@ _MODULE_COMMANDS = (
     ("scorers", "rewards.cards", "list the scorers, or show the card of one"),
     ("feedback", "training.feedback_command", "ask people which images are better, for runs that train on their votes"),
     ("merge", "merge", "add up LoRAs or full weights of several runs"),
+    ("demo", "demo.demo_command", "a page with models side by side, blind votes and steering"),
     ("steer", "steering.steer_command", "steer a model towards a reward while it samples (Feynman-Kac particles)"),
 )
 

@@ -23,6 +23,11 @@ def reward_weights_dir() -> Path:
     return Path(__file__).parent / "reward_weights"
 
 
+def lora_dir() -> Path:
+    """The folder of a LoRA of the embedded pipeline, made by ``diffalign quickstart --rank 4``."""
+    return Path(__file__).parent / "lora_weights"
+
+
 def text_weights_dir() -> Path:
     """The folder of the embedded masked denoiser of captions; `pretrain_text.load_text_denoiser` reads it."""
     return Path(__file__).parent / "text_weights"
@@ -36,6 +41,7 @@ __all__ = [
     "all_scenes",
     "attribute_table",
     "held_out_prompts",
+    "lora_dir",
     "parse_prompt",
     "render",
     "reward_weights_dir",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..evaluation.grids import wrap_text
 
 if TYPE_CHECKING:
-    from .result import SteeringResult
+    from .result import SteeringResult, StepTrace
 
 _BACKGROUND, _INK, _PALE, _STRONG, _BEST = (255, 255, 255), (25, 25, 25), (205, 211, 222), (31, 98, 171), (24, 140, 60)
 _MARGIN = 14
@@ -49,39 +49,9 @@ def lineage_picture(result: SteeringResult, prompt: int = 0, *, cell: int | None
         raise IndexError(f"prompt: {prompt} of {len(result.prompts)}")
     k, steps = result.rewards.shape[1], result.steps
     side = cell or (96 if k <= 8 else 64)
-    font, small = ImageFont.load_default(max(11, side // 7)), ImageFont.load_default(max(9, side // 9))
-    ancestors = [step.ancestors[prompt].tolist() for step in steps]
-    alive = [*surviving(ancestors, k), set(range(k))]
-    gap, line = max(40, side // 2), max(14, side // 6)
-    pitch = side + line + 8
-    column = side + gap
-    width = 2 * _MARGIN + len(steps) * column + side + 8 * line
-    caption = wrap_text(result.prompts[prompt], width - 2 * _MARGIN, font)[:3]
-    top = _MARGIN + 3 * line
-    height = top + k * pitch + (len(caption) + 1) * (line + 4) + _MARGIN
-    canvas = Image.new("RGB", (width, height), _BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-
-    def corner(j: int, slot: int) -> tuple[int, int]:
-        return _MARGIN + j * column, top + slot * pitch
-
-    for strong in (False, True):
-        for j, row in enumerate(ancestors):
-            for child, parent in enumerate(row):
-                if (child in alive[j + 1]) == strong:
-                    (x0, y0), (x1, y1) = corner(j, parent), corner(j + 1, child)
-                    ends = (x0 + side, y0 + side // 2, x1, y1 + side // 2)
-                    draw.line(ends, fill=_STRONG if strong else _PALE, width=3 if strong else 2)
-    for j, step in enumerate(steps):
-        x = corner(j, 0)[0]
-        draw.text((x, _MARGIN), f"step {step.index}", fill=_INK, font=font)
-        state = "resampled" if bool(step.resampled[prompt]) else "kept"
-        draw.text((x, _MARGIN + line + 2), f"ESS {float(step.ess[prompt]):.2f}, {state}", fill=_INK, font=small)
-        for slot in range(k):
-            picture = None if step.thumbnails is None else step.thumbnails[prompt][slot]
-            _paste(canvas, draw, picture, corner(j, slot), side, dim=slot not in alive[j])
-            at = corner(j, slot)
-            draw.text((at[0], at[1] + side + 1), _number(float(step.rewards[prompt, slot])), fill=_INK, font=small)
+    caption = wrap_text(result.prompts[prompt], _Tree.width_of(len(steps), side) - 2 * _MARGIN, _Tree.fonts(side)[0])[:3]
+    tree = _Tree(steps, prompt, k, side, len(caption) + 1)
+    canvas, draw, font, small, line, corner = tree.canvas, tree.draw, tree.font, tree.small, tree.line, tree.corner
     x = corner(len(steps), 0)[0]
     draw.text((x, _MARGIN), "returned", fill=_INK, font=font)
     draw.text((x, _MARGIN + line + 2), f"ESS {float(result.final_ess[prompt]):.2f}", fill=_INK, font=small)
@@ -97,13 +67,70 @@ def lineage_picture(result: SteeringResult, prompt: int = 0, *, cell: int | None
         beside = [f"weight {weight:.2f}", f"root {int(result.roots[prompt, slot])}", *(["best"] if slot == best else [])]
         for i, words in enumerate(beside):
             draw.text((at[0] + side + 8, at[1] + i * (line + 1)), words, fill=_BEST if words == "best" else _INK, font=small)
-    y = top + k * pitch + 2
+    y = tree.bottom + 2
     for words in caption:
         draw.text((_MARGIN, y), words, fill=_INK, font=font)
         y += line + 4
     numbers = f"lmbda {float(result.lmbda[prompt]):.3g}, log Z {float(result.log_z[prompt]):.3f}, {int(result.num_roots[prompt])} of {k} initial noises survive"
     draw.text((_MARGIN, y), numbers, fill=_INK, font=small)
     return canvas
+
+
+def trace_picture(steps: Sequence[StepTrace], prompt: int = 0, *, cell: int = 96) -> Image.Image:
+    """`lineage_picture` of a run that is still going on: the scored steps so far, the lineages that are alive drawn strong.
+
+    Args:
+        steps: at least one.
+        prompt (`int`): index of the prompt.
+        cell (`int`): side of a thumbnail in pixels.
+    """
+    return _Tree(steps, prompt, steps[0].rewards.shape[1], cell, 0).canvas
+
+
+class _Tree:
+    """The canvas with the columns of the scored steps and the lines between them."""
+
+    def __init__(self, steps: Sequence[StepTrace], prompt: int, k: int, side: int, caption_lines: int) -> None:
+        self.side, self.line = side, max(14, side // 6)
+        self.font, self.small = self.fonts(side)
+        self.pitch = side + self.line + 8
+        self.top = _MARGIN + 3 * self.line
+        self.bottom = self.top + k * self.pitch
+        height = self.bottom + caption_lines * (self.line + 4) + _MARGIN
+        self.canvas = Image.new("RGB", (self.width_of(len(steps), side), height), _BACKGROUND)
+        self.draw = ImageDraw.Draw(self.canvas)
+        ancestors = [step.ancestors[prompt].tolist() for step in steps]
+        alive = [*surviving(ancestors, k), set(range(k))]
+        for strong in (False, True):
+            for j, row in enumerate(ancestors):
+                for child, parent in enumerate(row):
+                    if (child in alive[j + 1]) == strong:
+                        (x0, y0), (x1, y1) = self.corner(j, parent), self.corner(j + 1, child)
+                        ends = (x0 + side, y0 + side // 2, x1, y1 + side // 2)
+                        self.draw.line(ends, fill=_STRONG if strong else _PALE, width=3 if strong else 2)
+        for j, step in enumerate(steps):
+            x = self.corner(j, 0)[0]
+            self.draw.text((x, _MARGIN), f"step {step.index}", fill=_INK, font=self.font)
+            state = "resampled" if bool(step.resampled[prompt]) else "kept"
+            ess = f"ESS {float(step.ess[prompt]):.2f}, {state}"
+            self.draw.text((x, _MARGIN + self.line + 2), ess, fill=_INK, font=self.small)
+            for slot in range(k):
+                picture = None if step.thumbnails is None else step.thumbnails[prompt][slot]
+                at = self.corner(j, slot)
+                _paste(self.canvas, self.draw, picture, at, side, dim=slot not in alive[j])
+                self.draw.text((at[0], at[1] + side + 1), _number(float(step.rewards[prompt, slot])), fill=_INK, font=self.small)
+
+    @staticmethod
+    def fonts(side: int) -> tuple[Any, Any]:
+        return ImageFont.load_default(max(11, side // 7)), ImageFont.load_default(max(9, side // 9))
+
+    @staticmethod
+    def width_of(steps: int, side: int) -> int:
+        return 2 * _MARGIN + steps * (side + max(40, side // 2)) + side + 8 * max(14, side // 6)
+
+    def corner(self, j: int, slot: int) -> tuple[int, int]:
+        """Top left of a thumbnail."""
+        return _MARGIN + j * (self.side + max(40, self.side // 2)), self.top + slot * self.pitch
 
 
 def _number(value: float) -> str:

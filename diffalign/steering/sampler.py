@@ -22,7 +22,7 @@ from ..exceptions import ConfigError, UserError
 from .coordinates import check_reachable, refuse_replaced_noise
 from .decoding import LatentDecoder
 from .kernels import check_kernel
-from .result import SteeringResult
+from .result import SteeringResult, StepTrace
 from .rewarding import Rewarder
 from .smc import check_options, check_schedule
 from .steered_run import SteeredRun, Streams
@@ -130,6 +130,7 @@ class FKSteering:
         seed: int | Sequence[int] | None = None,
         resample_generator: torch.Generator | Sequence[torch.Generator] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
+        on_step: Callable[[StepTrace], None] | None = None,
         **pipe_kwargs: Any,
     ) -> SteeringResult:
         """Draws and steers K particles for every prompt.
@@ -142,6 +143,7 @@ class FKSteering:
                 separate streams, so a prompt's noise does not depend on the other prompts of the call. Neither: torch's global generator chooses.
             resample_generator: one, or one per prompt; None derives it without advancing the noise.
             metadata: one mapping per prompt, for scorers that read it.
+            on_step: called with what happened after every scored step, e.g. to show it; an exception of it ends the call.
             pipe_kwargs: for the pipeline's call (`num_inference_steps`, `guidance_scale`, `eta`, ...).
 
         Raises:
@@ -167,6 +169,7 @@ class FKSteering:
                     None if metadata is None else [metadata[i] for i in chosen],
                     {name: _share(name, value, chosen, len(texts), self.num_particles) for name, value in pipe_kwargs.items()},
                     {**self.weighting, "lmbda": _share("lmbda", self.weighting["lmbda"], chosen, len(texts), 1)},
+                    on_step,
                 )
             )
         result = SteeringResult.merged(parts)
@@ -223,7 +226,13 @@ class FKSteering:
                 refuse_replaced_noise(self.pipe.scheduler)
 
     def _call(
-        self, texts: list[str], streams: Streams, metadata: Any, pipe_kwargs: dict[str, Any], weighting: dict[str, Any]
+        self,
+        texts: list[str],
+        streams: Streams,
+        metadata: Any,
+        pipe_kwargs: dict[str, Any],
+        weighting: dict[str, Any],
+        on_step: Callable[[StepTrace], None] | None,
     ) -> SteeringResult:
         """One call of the pipeline."""
         started = time.perf_counter()
@@ -234,7 +243,7 @@ class FKSteering:
             self.pipe, self.decoder, self.decode_batch_size or 8, pipe_kwargs.get("height"), pipe_kwargs.get("width")
         )
         rewarder = self.rewarder.start(texts, metadata, k)
-        run = SteeredRun(self, weighting, rewarder, decoder, streams, models, groups)
+        run = SteeredRun(self, weighting, rewarder, decoder, streams, models, groups, on_step)
         arguments = self._pipeline_arguments(texts, streams, pipe_kwargs)
         with ExitStack() as stack:
             stack.enter_context(steered(self.pipe.scheduler, run.step))

@@ -72,6 +72,7 @@ class SteeredRun:
         weighting: of `ParticleWeights`.
         rewarder, decoder, streams, models: of this call.
         groups (`int`): prompts.
+        on_step: called after every scored step.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class SteeredRun:
         streams: Streams,
         models: Batches,
         groups: int,
+        on_step: Callable[[StepTrace], None] | None = None,
     ) -> None:
+        self.on_step = on_step
         self.owner, self.weighting, self.rewarder, self.decoder = owner, weighting, rewarder, decoder
         self.streams, self.models, self.groups, self.k = streams, models, groups, owner.num_particles
         self.scheduler = owner.pipe.scheduler
@@ -203,6 +206,8 @@ class SteeredRun:
         )
         if ancestors is not None:
             self._permute(arguments, ancestors)
+        if self.on_step is not None:
+            self.on_step(self.trace[-1])
 
     def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
         output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))

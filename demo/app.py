@@ -1,0 +1,8 @@
+"""The demo as a script, for Spaces and for ``python demo/app.py --tuned runs/mine``: the same program as ``diffalign demo``."""
+
+import sys
+
+from diffalign.cli import main
+
+if __name__ == "__main__":
+    main(["demo", *sys.argv[1:]])

@@ -1,0 +1,67 @@
+"""The page: three tabs over one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from . import compare_tab, steer_tab, vote_tab
+from .engine import Engine
+from .ui import Session
+from .vote_tab import KEYS, Voting
+from .votes import VoteStore
+
+CSS = """
+#compare-slider img, #steer-slider img, #vote-image-left img, #vote-image-right img { image-rendering: pixelated }
+.gradio-container { max-width: 1100px !important }
+footer { display: none !important }
+"""
+EXAMPLE = "a large yellow star on the right of a black background"
+KEEP_SECONDS = 1800  # of drawn images in the server's cache
+
+
+def build_app(
+    engine: Engine,
+    *,
+    prompts: Sequence[str] = (),
+    votes: VoteStore | None = None,
+    vote_pair: tuple[str, str] | None = None,
+    example: str = EXAMPLE,
+    export: bool = True,
+) -> gr.Blocks:
+    """The demo as `gr.Blocks`.
+
+    Args:
+        engine: models and scorers.
+        prompts: for blind votes.
+        votes: where they are kept; None keeps them in ``diffalign-votes``.
+        vote_pair: names of base and tuned; None takes the first and the last model.
+        example: the first prompt.
+        export: let visitors download all votes as a preference dataset.
+    """
+    session = Session()
+    voting = Voting(
+        engine, votes or VoteStore(Path("diffalign-votes")), prompts, vote_pair or (engine.names[0], engine.names[-1])
+    )
+    with gr.Blocks(title="diffalign demo", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as app:
+        gr.Markdown("# diffalign\nModels side by side from the same noise.")
+        with gr.Tabs():
+            with gr.Tab("Compare", id="compare"):
+                compare_tab.build(engine, session, example)
+            with gr.Tab("Blind vote", id="vote"):
+                vote_tab.build(voting, session, export)
+            if engine.scorers:
+                with gr.Tab("Steer", id="steer"):
+                    steer_tab.build(engine, session, example)
+    app.queue(max_size=engine.limits.queue, default_concurrency_limit=8)
+    return app
+
+
+def launch(app: gr.Blocks, **options: Any) -> Any:
+    """Serves it: no uploads, no files of the server, no web fonts."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    given = {"theme": theme, "css": CSS, "head": KEYS, "max_file_size": "1kb", "show_error": True, "footer_links": []}
+    return app.launch(**{**given, "ssr_mode": False, "mcp_server": False, "enable_monitoring": False, **options})

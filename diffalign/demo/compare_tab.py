@@ -1,0 +1,65 @@
+"""*Compare*: one prompt and seed under two models, with a slider between the images."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from .engine import Engine, Request, bounded, enlarged
+from .ui import Session, inputs, said, score_table
+
+
+def build(engine: Engine, session: Session, example: str) -> None:
+    """The tab's components and events."""
+    names = engine.names
+    prompt, seed, steps, guidance, side = inputs(engine, names[0], example, "compare")
+    with gr.Row():
+        left = gr.Dropdown(names, value=names[0], label="Left", elem_id="compare-left", min_width=140)
+        right = gr.Dropdown(names, value=names[-1], label="Right", elem_id="compare-right", min_width=140)
+        high = engine.limits.lora_scale
+        scale = gr.Slider(0, high, value=1.0, step=0.05, label="LoRA scale (of LoRAs)", elem_id="compare-scale", min_width=200)
+    with gr.Row():
+        go = gr.Button("Draw both", variant="primary", elem_id="compare-go")
+        another = gr.Button("Seed + 1", elem_id="compare-next")
+        stop = gr.Button("Stop", variant="stop", elem_id="compare-stop")
+    status = gr.Markdown("Both images start from the same noise.", elem_id="compare-status")
+    slider = gr.ImageSlider(
+        show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=["fullscreen"], max_height=420
+    )
+    scores = gr.Markdown(elem_id="compare-scores")
+
+    def draw(prompt, seed, steps, guidance, side, left, right, scale, request: gr.Request, progress=gr.Progress()):  # type: ignore[no-untyped-def]  # noqa: B008
+        with said():
+            wanted = engine.read(prompt, seed, steps, guidance, side)
+            bounded("LoRA scale", scale, 0, engine.limits.lora_scale)
+            for name in (left, right):
+                engine.pipe(name)
+            images = []
+            for i, name in enumerate((left, right)):
+                for kind, value in session.run(request, partial(engine.draw, name, wanted, lora_scale=scale)):
+                    if kind == "step":
+                        progress((i * value[1] + value[0], 2 * value[1]), desc=f"drawing {name}")
+                    else:
+                        images.append(value)
+            yield gr.skip(), gr.skip(), "scoring"
+            table = score_table(engine.score(images, wanted.prompt), [f"left: {left}", f"right: {right}"])
+            yield tuple(enlarged(image) for image in images), table, _caption(wanted)
+
+    given = [prompt, seed, steps, guidance, side, left, right, scale]
+    options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
+    events = [
+        go.click(draw, given, [slider, scores, status], api_name="compare", **options),
+        prompt.submit(draw, given, [slider, scores, status], api_visibility="private", **options),
+    ]
+    more = another.click(
+        lambda seed: min(int(seed or 0) + 1, engine.limits.seed), seed, seed, queue=False, api_visibility="private"
+    )
+    events.append(more.then(draw, given, [slider, scores, status], api_visibility="private", **options))
+    stop.click(session.cancel, None, status, cancels=events, queue=False, api_visibility="private")
+
+
+def _caption(request: Request) -> str:
+    settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in request.settings.items())
+    return f"Seed {request.seed}, {settings}: the same initial noise on both sides."

@@ -1,0 +1,249 @@
+"""What the demo draws with: pipelines loaded once, their LoRAs switched, one picture at a time, every request checked."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..evaluation.models import ModelSpec, default_settings, load_for_scoring
+from ..exceptions import ConfigError, UserError
+from ..guidance import NETWORKS, NegativeGuidance, load_lora
+from .jobs import Job
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a visitor may ask for."""
+
+    prompt_chars: int = 400
+    """Characters of a prompt."""
+    steps: int = 100
+    """Sampler steps."""
+    guidance: float = 20.0
+    """Guidance scale."""
+    lora_scale: float = 2.0
+    """Strength of a LoRA."""
+    particles: int = 8
+    """Particles of a steered population."""
+    lmbda: float = 100.0
+    """Tilt of steering."""
+    side: int = 1024
+    """Height and width in pixels."""
+    seed: int = 2**31 - 1
+    """Seed."""
+    queue: int = 64
+    """Requests that wait."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is drawn; see `Engine.read`."""
+
+    prompt: str
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """Draws with several models from the same noise.
+
+    Args:
+        models: the base first.
+        scorers: names or loaded scorers whose numbers stand under the images.
+        limits: of requests.
+        device, dtype: of the models; None takes the GPU if there is one.
+
+    Raises:
+        UserError: a model, LoRA or scorer that is not there or does not fit.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ModelSpec],
+        scorers: Sequence[Any] = (),
+        *,
+        limits: Limits | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        from ..rewards.registry import load_scorer
+
+        self.limits = limits or Limits()
+        self.models = {model.name: model for model in models}
+        self._pipes: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+        for i, model in enumerate(models):
+            key = model.model if isinstance(model.model, str) else id(model.model)
+            if key not in self._pipes:
+                pipe = load_for_scoring(model.model, device=device, dtype=dtype) if isinstance(model.model, str) else model.model
+                pipe.set_progress_bar_config(disable=True)
+                self._pipes[key] = pipe
+            if model.lora is not None:
+                load_lora(self._pipes[key], model.lora, f"model_{i}", model.name)
+        self._adapters = {model.name: f"model_{i}" for i, model in enumerate(models) if model.lora is not None}
+        loaded = [load_scorer(s, device=device) if isinstance(s, str) else s for s in scorers]
+        self.scorers = {scorer.name: scorer for scorer in loaded}
+        for scorer in loaded:
+            if "metadata" in scorer.spec.requires:
+                raise ConfigError("--scorers", f"{scorer.name} needs metadata for every prompt, which a visitor does not type")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models, the base first."""
+        return list(self.models)
+
+    def pipe(self, name: str) -> Any:
+        """The pipeline of a model.
+
+        Raises:
+            UserError: no such model.
+        """
+        if name not in self.models:
+            raise UserError(f"model: there is no {str(name)[:60]!r}; there are {', '.join(self.models)}")
+        model = self.models[name].model
+        return self._pipes[model if isinstance(model, str) else id(model)]
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Steps, guidance and side that the model's pipeline would take."""
+        pipe, known = self.pipe(name), default_settings(self.models[name].model)
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        found = {
+            key: known.get(key, getattr(parameters.get(key), "default", None))
+            for key in ("num_inference_steps", "guidance_scale")
+        }
+        network = next(getattr(pipe, n) for n in NETWORKS if getattr(pipe, n, None) is not None)
+        side = int(getattr(network.config, "sample_size", 64)) * int(getattr(pipe, "vae_scale_factor", 8))
+        return {
+            "num_inference_steps": found["num_inference_steps"] or 30,
+            "guidance_scale": found["guidance_scale"] or 1.0,
+            "side": side,
+        }
+
+    # Requests
+
+    def read(self, prompt: Any, seed: Any, steps: Any, guidance: Any, side: Any = None) -> Request:
+        """Checks what a visitor sent.
+
+        Raises:
+            UserError: out of the limits, in one sentence.
+        """
+        limits = self.limits
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError("prompt: write what the image should show")
+        if len(prompt) > limits.prompt_chars:
+            raise UserError(f"prompt: {len(prompt)} characters are too many; at most {limits.prompt_chars}")
+        settings: dict[str, Any] = {
+            "num_inference_steps": int(bounded("steps", steps, 1, limits.steps, whole=True)),
+            "guidance_scale": bounded("guidance", guidance, 0, limits.guidance),
+        }
+        if side is not None:
+            wanted = int(bounded("size", side, 64, limits.side, whole=True))
+            if wanted % 64:
+                raise UserError(f"size: expected a multiple of 64, got {wanted}")
+            settings |= {"height": wanted, "width": wanted}
+        return Request(" ".join(prompt.split()), int(bounded("seed", seed, 0, limits.seed, whole=True)), settings)
+
+    # Drawing
+
+    def draw(self, name: str, request: Request, job: Job | None = None, *, lora_scale: float | None = None) -> Image.Image:
+        """One image: the same initial and step noise under every model for the same seed.
+
+        Args:
+            job (*optional*): is told ``("step", (done, of))``, and may cancel.
+            lora_scale (*optional*): in place of the model's own.
+        """
+        pipe, model = self.pipe(name), self.models[name]
+        if model.steer is not None:
+            raise UserError(f"model: {name} is steered; use the tab for steering")
+        with self._lock, ExitStack() as stack, torch.inference_mode():
+            self._switch(
+                pipe,
+                name,
+                model.lora_scale if lora_scale is None else bounded("LoRA scale", lora_scale, 0, self.limits.lora_scale),
+            )
+            if model.negative is not None:
+                stack.enter_context(NegativeGuidance(pipe, negative=model.negative, alpha=model.alpha, beta=model.beta))
+            generator = torch.Generator("cpu").manual_seed(request.seed)
+            more = _step_callback(pipe, job, request.settings["num_inference_steps"])
+            # A list, as `evaluation.generate` has it: the noise is drawn in the same way.
+            return pipe(prompt=[request.prompt], generator=[generator], **request.settings, **more).images[0]
+
+    def _switch(self, pipe: Any, name: str, scale: float) -> None:
+        mine = [adapter for other, adapter in self._adapters.items() if self.pipe(other) is pipe]
+        if name in self._adapters:
+            pipe.enable_lora()
+            pipe.set_adapters(self._adapters[name], scale)
+        elif mine:
+            pipe.disable_lora()
+
+    def score(self, images: Sequence[Image.Image], prompt: str) -> dict[str, list[float | None]]:
+        """Scorer -> a number per image, None where it has none (and nothing else is lost)."""
+        with self._lock:
+            found = {
+                name: s.score(list(images), [prompt] * len(images), on_error="nan").values.tolist()
+                for name, s in self.scorers.items()
+            }
+        return {name: [None if math.isnan(value) else value for value in values] for name, values in found.items()}
+
+    def steer(
+        self, name: str, request: Request, *, scorer: str, num_particles: Any, lmbda: Any, job: Job
+    ) -> tuple[Any, Image.Image]:
+        """(steering result, plain image of the same seed); every scored step is reported as ``("scored", StepTrace)``.
+
+        Raises:
+            UserError: numbers out of the limits, no such scorer, a prompt it has no score for.
+        """
+        from ..steering.sampler import FKSteering
+
+        pipe, particles = self.pipe(name), int(bounded("particles", num_particles, 2, self.limits.particles, whole=True))
+        tilt = bounded("lambda", lmbda, 0, self.limits.lmbda)
+        if scorer not in self.scorers:
+            raise UserError(f"scorer: there is no {str(scorer)[:60]!r}; there are {', '.join(self.scorers)}")
+        plain = self.draw(name, request, job=job)
+        if self.score([plain], request.prompt)[scorer][0] is None:
+            raise UserError(f"prompt: {scorer} has no score for it; choose another scorer, or a prompt that it knows")
+        with self._lock, torch.inference_mode():
+            self._switch(pipe, name, self.models[name].lora_scale)
+            steering = FKSteering(pipe, self.scorers[scorer], num_particles=particles, lmbda=tilt, kernel="auto")
+            result = steering(
+                request.prompt, seed=request.seed, on_step=lambda step: job.report("scored", step), **request.settings
+            )
+        return result, plain
+
+
+def bounded(name: str, value: Any, low: float, high: float, whole: bool = False) -> float:
+    """A number within limits.
+
+    Raises:
+        UserError: it is none.
+    """
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    if not good or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"{name}: expected {kind} from {low:g} to {high:g}, got {str(value)[:40]}")
+    return value
+
+
+def _step_callback(pipe: Any, job: Job | None, steps: int) -> Mapping[str, Any]:
+    if job is None or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        return {}
+
+    def callback(_: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        job.report("step", (step + 1, steps))
+        return arguments
+
+    return {"callback_on_step_end": callback}
+
+
+def enlarged(image: Image.Image, side: int = 320) -> Image.Image:
+    """Small images by a whole factor, so that their pixels can be seen."""
+    factor = max(1, side // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) if factor > 1 else image

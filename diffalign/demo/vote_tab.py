@@ -1,0 +1,173 @@
+"""*Blind vote*: two images, nobody says whose; every vote is on disk before the next pair comes."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..evaluation.report import rate
+from ..exceptions import UserError
+from .engine import Engine, enlarged
+from .ui import Session, said
+from .votes import ANNOTATOR_CHARS, Pair, RoundVotes, VoteStore
+
+KEYS = """
+<script>
+document.addEventListener("keydown", (event) => {
+  const at = document.activeElement;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  if (at && (["INPUT", "TEXTAREA", "SELECT"].includes(at.tagName) || at.isContentEditable)) return;
+  const name = {"1": "left", "ArrowLeft": "left", "2": "right", "ArrowRight": "right", "0": "tie", "ArrowDown": "tie"}[event.key];
+  const button = name && document.getElementById("vote-" + name);
+  if (button && button.offsetParent !== null && !button.disabled) { event.preventDefault(); button.click(); }
+});
+</script>
+"""
+
+
+class Voting:
+    """Draws pairs of two models for prompts in a shuffled order, or takes them from a round that waits for votes.
+
+    Args:
+        engine: draws.
+        store: keeps the votes; a `RoundVotes` also gives the pairs.
+        prompts: to draw.
+        pair: names of the two models; the first is the base.
+    """
+
+    def __init__(self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]) -> None:
+        self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
+        self._shown: dict[str, Pair] = {}  # by session; the browser never learns the sides
+        self._lock = threading.Lock()
+
+    @property
+    def from_round(self) -> bool:
+        return isinstance(self.store, RoundVotes)
+
+    def new_pair(self, visitor: str, annotator: Any) -> Pair | None:
+        """The next pair of a visitor, remembered until its vote."""
+        pair = self.store.next(annotator, random.Random()) if isinstance(self.store, RoundVotes) else self._drawn()
+        with self._lock:
+            if pair is None:
+                self._shown.pop(visitor, None)
+            else:
+                self._shown[visitor] = pair
+                while len(self._shown) > 1000:  # visitors who left
+                    self._shown.pop(next(iter(self._shown)))
+        return pair
+
+    def _drawn(self) -> Pair:
+        rng = random.SystemRandom()
+        prompt, seed = rng.choice(self.prompts), rng.randrange(self.engine.limits.seed)
+        base = self.engine.defaults(self.models[0])
+        wanted = self.engine.read(
+            prompt[: self.engine.limits.prompt_chars], seed, base["num_inference_steps"], base["guidance_scale"]
+        )
+        sides = list(self.models)
+        rng.shuffle(sides)
+        images = [self.engine.draw(name, wanted) for name in sides]
+        facts = {"seed": seed, **wanted.settings}
+        return Pair(uuid.uuid4().hex, wanted.prompt, (images[0], images[1]), (sides[0], sides[1]), facts)
+
+    def vote(self, visitor: str, shown: Any, choice: str, annotator: Any) -> bool:
+        """Takes a vote on the pair that the visitor sees; False if it was for another one (a key pressed twice)."""
+        with self._lock:
+            pair = self._shown.get(visitor)
+            if pair is None or pair.id != shown:
+                return False
+            del self._shown[visitor]
+        return self.store.add(pair, choice, annotator)
+
+    def state(self) -> str:
+        """One line on all votes."""
+        if self.from_round:
+            return f"{len(self.store.votes)} votes in this round; go on training with `--train.resume_from_checkpoint latest`."
+        count, found = self.store.rate(*self.models)
+        if not count:
+            return "No votes yet."
+        return f"{count} votes: **{self.models[1]}** wins {rate(found)} % against {self.models[0]}."
+
+
+def build(voting: Voting, session: Session, export: bool) -> None:
+    """The tab's components and events."""
+    gr.Markdown("Which image follows the prompt better? Keys: **1** or ← left, **2** or → right, **0** or ↓ tie.")
+    with gr.Row():
+        annotator = gr.Textbox(
+            label="Your name or a pseudonym (optional)", max_length=ANNOTATOR_CHARS, elem_id="vote-annotator", min_width=200
+        )
+        start = gr.Button("Show a pair", variant="primary", elem_id="vote-start")
+    prompt = gr.Textbox(label="Prompt", interactive=False, elem_id="vote-prompt")
+    shown = gr.Textbox(visible="hidden", elem_id="vote-pair")
+    with gr.Row():
+        images = [
+            gr.Image(
+                label=side,
+                format="png",
+                interactive=False,
+                buttons=[],
+                elem_id=f"vote-image-{side}",
+                min_width=150,
+                alt_text=f"the {side} image",
+            )
+            for side in ("left", "right")
+        ]
+    with gr.Row():
+        buttons = [
+            gr.Button(text, elem_id=f"vote-{choice}", interactive=False, min_width=90)
+            for text, choice in (("Left (1)", "left"), ("Tie (0)", "tie"), ("Right (2)", "right"))
+        ]
+    status = gr.Markdown(voting.state, elem_id="vote-status")
+    outputs = [prompt, shown, *images, *buttons, status]
+    options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
+
+    def show(annotator: Any, request: gr.Request) -> list[Any]:
+        with said():
+            pair = voting.new_pair(session.visitor(request), annotator)
+        if pair is None:
+            return [
+                "",
+                "",
+                None,
+                None,
+                *[gr.update(interactive=False)] * 3,
+                "You have judged every pair of this round. " + voting.state(),
+            ]
+        return [pair.prompt, pair.id, *(enlarged(i) for i in pair.images), *[gr.update(interactive=True)] * 3, voting.state()]
+
+    def lock() -> list[Any]:
+        return [gr.update(interactive=False)] * 3
+
+    start.click(show, annotator, outputs, api_name="pair", **options)
+    for button, choice in zip(buttons, ("left", "tie", "right"), strict=True):
+
+        def take(shown: Any, annotator: Any, request: gr.Request, choice: str = choice) -> list[Any]:
+            with said():
+                if not voting.vote(session.visitor(request), shown, choice, annotator):
+                    return [gr.skip()] * 7 + [voting.state()]
+            return show(annotator, request)
+
+        # The vote itself waits for nobody's drawing: it is on disk before the next pair is drawn.
+        button.click(lock, None, buttons, queue=False, api_visibility="private", show_progress="hidden").then(
+            take, [shown, annotator], outputs, api_name=f"vote_{choice}", **options
+        )
+    if export and not voting.from_round:
+        with gr.Row():
+            make = gr.Button("Make a preference dataset of all votes", elem_id="vote-export")
+            file = gr.DownloadButton("Download votes.parquet", visible=False, elem_id="vote-download")
+
+        def write() -> Any:
+            with said():
+                folder = Path(tempfile.mkdtemp(prefix="diffalign-votes-"))
+                voting.store.export(folder / "votes.parquet")
+            return gr.update(value=str(folder / "votes.parquet"), visible=True)
+
+        make.click(write, None, file, api_name="export")
+    if not voting.prompts and not voting.from_round:
+        raise UserError("--prompts: there is none to vote on")
