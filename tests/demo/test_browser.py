@@ -1,0 +1,412 @@
+"""The demo in a real headless browser, used as a person would; and its routes, used as nobody should."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffalign import load_preferences
+
+pytest.importorskip("gradio")
+webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+ARTIFACTS = Path(os.environ.get("DIFFALIGN_TEST_ARTIFACTS", Path(__file__).parents[2] / ".artifacts" / "demo"))
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Server:
+    """``diffalign demo`` as a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.arguments, self.url = folder, arguments, f"http://127.0.0.1:{self.port}"
+        self.votes = folder / "votes" / "votes.jsonl"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "diffalign", "demo", "--port", str(self.port), "--votes_dir", "votes", *self.arguments]
+        self.log = (self.folder / "log.txt").open("a")
+        self.process = subprocess.Popen(command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(self.url, timeout=2).read()
+                return
+            except urllib.error.HTTPError:
+                return  # it answers, with a login page
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "log.txt").read_text()
+                time.sleep(0.1)
+        raise AssertionError("the server does not answer")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+class Visitor:
+    """A browser with one person in front of it."""
+
+    def __init__(self, url: str, width: int = 1200) -> None:
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--window-size={width},1300",
+        ):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+        self.open(url)
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+        self.until(lambda: self.at("compare-go").is_displayed())
+
+    def at(self, name: str) -> Any:
+        return self.driver.find_element(By.ID, name)
+
+    def until(self, true: Any, seconds: float = 60) -> None:
+        ignored = (Exception,)
+        WebDriverWait(self.driver, seconds, ignored_exceptions=ignored).until(lambda _: true())
+
+    def tab(self, text: str) -> None:
+        tabs = self.driver.find_elements(By.CSS_SELECTOR, "button[role=tab]")
+        next(tab for tab in tabs if tab.text == text).click()
+        self.until(
+            lambda: (
+                self.driver.execute_script("return document.querySelector('button[role=tab][aria-selected=true]').innerText")
+                == text
+            )
+        )
+
+    def sources(self, name: str) -> list[str]:
+        return [e.get_attribute("src") for e in self.driver.find_elements(By.CSS_SELECTOR, f"#{name} img")]
+
+    def value(self, name: str) -> str:
+        return self.driver.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input").get_attribute("value")
+
+    def write(self, name: str, text: str) -> None:
+        box = self.driver.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input")
+        box.clear()
+        box.send_keys(text)
+
+    def press(self, key: str) -> None:
+        self.driver.execute_script("document.activeElement.blur()")
+        webdriver.ActionChains(self.driver).send_keys(key).perform()
+
+    def picture(self, name: str) -> None:
+        ARTIFACTS.mkdir(parents=True, exist_ok=True)
+        time.sleep(0.5)  # what fades in has done so
+        self.driver.save_screenshot(str(ARTIFACTS / f"{name}.png"))
+
+    def show_pair(self, annotator: str) -> None:
+        self.tab("Blind vote")
+        self.write("vote-annotator", annotator)
+        self.at("vote-start").click()
+        self.until(lambda: self.at("vote-left").is_enabled() and self.sources("vote-image-left"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("demo"))
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="module")
+def visitor(server: Server) -> Iterator[Visitor]:
+    someone = Visitor(server.url)
+    yield someone
+    someone.driver.quit()
+
+
+def lines(server: Server) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in server.votes.read_text().splitlines()] if server.votes.is_file() else []
+
+
+@needs_browser
+def test_compare(visitor: Visitor) -> None:
+    visitor.tab("Compare")
+    visitor.at("compare-go").click()
+    visitor.until(lambda: "same initial noise on both sides" in visitor.at("compare-status").text)
+    visitor.until(lambda: len(set(visitor.sources("compare-slider"))) == 2)
+    assert "shapes-clip" in visitor.at("compare-scores").text
+    visitor.picture("compare")
+    before = visitor.sources("compare-slider")
+    visitor.at("compare-next").click()
+    visitor.until(lambda: "Seed 1," in visitor.at("compare-status").text)
+    visitor.until(lambda: set(visitor.sources("compare-slider")).isdisjoint(before))
+
+
+@needs_browser
+def test_compare_by_keyboard_alone(visitor: Visitor) -> None:
+    visitor.tab("Compare")
+    visitor.write("compare-seed", "7")
+    visitor.write("compare-prompt", "a small blue circle on the left of a white background\n")  # return draws
+    visitor.until(lambda: "Seed 7," in visitor.at("compare-status").text)
+
+
+@needs_browser
+def test_steer(visitor: Visitor) -> None:
+    visitor.tab("Steer")
+    visitor.at("steer-go").click()
+    visitor.until(lambda: visitor.sources("steer-trace"))  # while it runs
+    visitor.until(lambda: "initial noises survive" in visitor.at("steer-status").text)
+    visitor.until(lambda: len(set(visitor.sources("steer-slider"))) == 2)
+    assert "best particle" in visitor.at("steer-scores").text
+    visitor.picture("steer")
+
+
+@needs_browser
+def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visitor: Visitor) -> None:
+    visitor.show_pair("ann")
+    visitor.picture("vote")
+    before = len(lines(server))
+    first = visitor.value("vote-pair")
+    assert not {"base", "diffusion-dpo"} & set(visitor.at("vote-prompt").text.split())
+    visitor.press("2")
+    visitor.until(lambda: len(lines(server)) == before + 1)
+    last = lines(server)[-1]
+    assert (last["vote"], last["annotator"], last["id"]) == ("right", "ann", first)
+    visitor.until(lambda: visitor.value("vote-pair") not in ("", first) and visitor.at("vote-tie").is_enabled())
+    visitor.at("vote-tie").click()
+    visitor.until(lambda: len(lines(server)) == before + 2)
+    server.kill()  # at once, while the next pair is being drawn
+    assert [line["vote"] for line in lines(server)[-2:]] == ["right", "tie"]
+    server.start()
+    visitor.open(server.url)
+    visitor.tab("Blind vote")
+    visitor.until(lambda: f"{before + 2} votes" in visitor.at("vote-status").text)
+    visitor.at("vote-export").click()
+    visitor.until(lambda: visitor.at("vote-download").is_displayed())
+    link = visitor.driver.execute_script(
+        "const e = document.getElementById('vote-download'); return (e.closest('a') || e.querySelector('a') || e).href"
+    )
+    if link:
+        path = server.folder / "down.parquet"
+        path.write_bytes(urllib.request.urlopen(link).read())
+        assert len(load_preferences(str(path), verbose=False)) == sum(line["vote"] != "tie" for line in lines(server))
+
+
+@needs_browser
+def test_two_visitors_at_once_do_not_mix(server: Server, visitor: Visitor) -> None:
+    other = Visitor(server.url)
+    try:
+        visitor.open(server.url)
+        people = {"ann": visitor, "bob": other}
+        for name, one in people.items():
+            one.show_pair(name)
+        pairs = {name: one.value("vote-pair") for name, one in people.items()}
+        prompts = {name: one.value("vote-prompt") for name, one in people.items()}
+        assert pairs["ann"] != pairs["bob"]
+        before = len(lines(server))
+        visitor.press("1")
+        other.press("0")
+        visitor.until(lambda: len(lines(server)) == before + 2)
+        said = {line["annotator"]: line for line in lines(server)[before:]}
+        assert {name: line["id"] for name, line in said.items()} == pairs
+        assert {name: line["prompt"] for name, line in said.items()} == prompts
+        assert (said["ann"]["vote"], said["bob"]["vote"]) == ("left", "tie")
+    finally:
+        other.driver.quit()
+
+
+@needs_browser
+def test_a_narrow_screen(server: Server) -> None:
+    one = Visitor(server.url, width=500)
+    try:
+        one.driver.set_window_size(400, 900)
+        for name in ("Compare", "Blind vote", "Steer"):
+            one.tab(name)
+            width, window = one.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+            assert width <= window
+            one.picture(f"narrow-{name.split()[0].lower()}")
+    finally:
+        one.driver.quit()
+
+
+@needs_browser
+def test_html_in_texts_does_nothing(server: Server, visitor: Visitor) -> None:
+    visitor.open(server.url)
+    evil = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>"
+    visitor.tab("Compare")
+    visitor.write("compare-prompt", evil + "\n")
+    visitor.until(lambda: "same initial noise on both sides" in visitor.at("compare-status").text)
+    visitor.tab("Steer")
+    visitor.write("steer-prompt", evil + "\n")
+    visitor.driver.execute_script("document.activeElement.blur()")
+    visitor.show_pair(evil)
+    visitor.press("1")
+    visitor.until(lambda: lines(server)[-1]["annotator"].startswith("img srcx"))
+    assert visitor.driver.title == "diffalign demo"
+    assert not [entry for entry in visitor.driver.get_log("browser") if "evil" in entry["message"]]
+
+
+# Without a browser: the routes
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    from gradio_client import Client
+
+    return Client(server.url, verbose=False)
+
+
+PROMPT = "a small red circle on the left of a gray background"
+CALL: dict[str, Any] = {
+    "prompt": PROMPT,
+    "seed": 0,
+    "steps": 3,
+    "guidance": 2,
+    "side": 64,
+    "left": "base",
+    "right": "diffusion-dpo",
+    "scale": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 10**9},
+        {"steps": -1},
+        {"seed": -5},
+        {"seed": 10**30},
+        {"guidance": 1e300},
+        {"scale": 50},
+        {"side": 10**7},
+        {"prompt": "x" * 100_000},
+        {"prompt": ""},
+        {"left": "../../../etc/passwd"},
+        {"right": "/etc/passwd"},
+    ],
+)
+def test_hostile_numbers_and_names_are_refused(client: Any, changes: dict[str, Any]) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises((AppError, ValueError)) as error:
+        client.predict(*{**CALL, **changes}.values(), api_name="/compare")
+    assert "Traceback" not in str(error.value)
+
+
+def test_the_page_still_works_after_all_that(client: Any) -> None:
+    images, table, status = client.predict(*CALL.values(), api_name="/compare")
+    assert len(images) == 2 and "shapes" in table and "Seed 0" in status
+
+
+def test_base_and_lora_at_scale_0_are_the_same_picture(client: Any) -> None:
+    images, _, _ = client.predict(*{**CALL, "scale": 0}.values(), api_name="/compare")
+    first, second = (Path(image["path"] if isinstance(image, dict) else image).read_bytes() for image in images)
+    assert first == second
+
+
+def test_a_vote_for_a_pair_that_was_never_shown_is_none(client: Any, server: Server) -> None:
+    before = len(lines(server))
+    client.predict("made-up", "eve", api_name="/vote_left")
+    assert len(lines(server)) == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../../../etc/passwd",
+        "/gradio_api/file=%2e%2e/%2e%2e/etc/passwd",
+        "/gradio_api/file=VOTES",
+        "/file=/etc/passwd",
+        "/assets/../../../../../../etc/passwd",
+        "/static/../../../../../../etc/passwd",
+        "/theme.css/../../../etc/passwd",
+        "/gradio_api/file=http://127.0.0.1:1/x",
+    ],
+)
+def test_no_file_of_the_server_is_reachable(server: Server, path: str) -> None:
+    import http.client
+
+    server.votes.parent.mkdir(exist_ok=True)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", path.replace("VOTES", str(server.votes)))
+    answer = connection.getresponse()
+    body = answer.read()
+    assert b"root:" not in body and b"annotator" not in body[:200]
+    assert answer.status >= 400 or b"<html" in body.lower()
+
+
+def test_uploads_of_any_size_are_refused(server: Server) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"0" * 5000 + b"\r\n--x--\r\n"
+    sent = urllib.request.Request(f"{server.url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(sent)
+    assert error.value.code == 413
+
+
+def test_many_at_once_are_all_answered(server: Server) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from gradio_client import Client
+
+    def ask(seed: int) -> str:
+        return Client(server.url, verbose=False).predict(*{**CALL, "seed": seed}.values(), api_name="/compare")[2]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert [f"Seed {seed}," in status for seed, status in enumerate(pool.map(ask, range(6)))] == [True] * 6
+
+
+def test_a_login_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "auth").write_text("ann:secret\n")
+    running = Server(tmp_path, "--auth_file", "auth", "--scorers", "shapes")
+    try:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{running.url}/config")
+        assert error.value.code == 401
+        from gradio_client import Client
+
+        assert Client(running.url, auth=("ann", "secret"), verbose=False).predict(*CALL.values(), api_name="/compare")[2]
+    finally:
+        running.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "-1"], "--port: expected int >= 0, got -1"),
+        (["--tuned", "nowhere/at/all"], "tuned: "),
+        (["--base", "nowhere/at/all", "--tuned", "shapes"], "base: "),
+        (["--scorers", "shape"], "shapes"),
+        (["--auth_file", "none"], "--auth_file: there is no file 'none'"),
+        (["--prompts", "none"], "--prompts: 'none' is neither a file"),
+        (["--max_particles", "1"], "--max_particles: expected int >= 2"),
+    ],
+)
+def test_mistakes_before_it_starts(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffalign.cli import run
+
+    monkeypatch.chdir(tmp_path)
+    assert run(["demo", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
