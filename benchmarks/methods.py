@@ -162,7 +162,7 @@ def train(name: str, seed: int, work: Path) -> dict[str, Any]:
         "train.seed": seed,
         "train.overwrite_output_dir": "true",
         "train.save_steps": 100_000,
-        "train.logging_steps": 50,
+        "train.logging_steps": 4 if arm.kind == "online" else 50,
     }
     if arm.from_images:
         options["data.cache_latents"] = work / "cache"

@@ -181,10 +181,19 @@ class LoraSection:
 
 @dataclass
 class ValidationConfig:
-    """`validation:` of a run file: same-seed grids of base against tuned while training. An absent section means none."""
+    """`validation:` of a run file: base against tuned on the same seeds while training, as a picture and, with `scorers`, as numbers. An
+    absent section means none."""
 
     validation_prompts: list[str] = field(default_factory=list)
     """Prompts to draw."""
+    prompts: str | None = None
+    """In place of `validation_prompts`: a prompt set or file as for `diffalign compare`, e.g. `shapes` or `partiprompts`."""
+    max_prompts: int | None = None
+    """Use so many of `prompts`, evenly over the set."""
+    scorers: list[str] = field(default_factory=list)
+    """Scorers of the drawn images; logged with the win-rate against the base and its interval. Take others than those that train."""
+    keep_best: str | None = None
+    """One of `scorers`: the weights with its highest mean are kept in `best/`."""
     num_validation_images: int = 2
     """Images per prompt."""
     validation_steps: int = 200
@@ -197,11 +206,18 @@ class ValidationConfig:
     """Guidance; None takes the pipeline's default."""
 
     def __post_init__(self) -> None:
-        if not self.validation_prompts:
+        if self.prompts is not None and self.validation_prompts:
+            raise ConfigError("prompts", "give validation_prompts or prompts, not both")
+        if not self.validation_prompts and self.prompts is None:
             raise ConfigError("validation_prompts", "expected at least one prompt; leave the whole section out for no validation")
-        for name in ("num_validation_images", "validation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"expected int >= 1, got {getattr(self, name)}")
+        for name in ("num_validation_images", "validation_steps", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(name, f"expected int >= 1, got {value}")
+        if self.keep_best is not None and self.keep_best not in self.scorers:
+            raise ConfigError(
+                "keep_best", f"expected one of scorers ({', '.join(self.scorers) or 'none'}), got {self.keep_best!r}"
+            )
 
     def pipe_kwargs(self) -> dict[str, Any]:
         named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}

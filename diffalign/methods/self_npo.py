@@ -25,7 +25,6 @@ from ..data import PreferenceDataset
 from ..exceptions import ConfigError
 from ..likelihood.processes import NoisingProcess
 from ..training.batch import Batch
-from ..training.build import trainable_parameters
 from ..training.config import TrainingConfig
 from ..training.prepare import as_preferences
 from ..training.reference import Reference
@@ -204,16 +203,13 @@ class SelfNPOTrainer(Trainer):
         if self.args.sampler != "ema" or self.ema is None:
             yield
             return
-        parameters = trainable_parameters(self.network)
         training = self.network.training
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.network.eval()
-        try:
-            yield
-        finally:
-            self.network.train(training)
-            self.ema.restore(parameters)
+        with self.averaged_weights():
+            self.network.eval()
+            try:
+                yield
+            finally:
+                self.network.train(training)
 
     def _sampler_output(
         self, sample: Tensor, times: Tensor, condition: Mapping[str, Tensor], unconditional: Mapping[str, Tensor]

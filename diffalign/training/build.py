@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,21 @@ def set_attention(network: Any, backend: str) -> None:
 
 def trainable_parameters(network: Any) -> list[Parameter]:
     return [p for p in network.parameters() if p.requires_grad]
+
+
+@contextmanager
+def averaged(ema: Any, network: Any) -> Iterator[None]:
+    """The averaged weights in place of the current ones while the block runs; without `ema` nothing changes."""
+    if ema is None:
+        yield
+        return
+    parameters = trainable_parameters(network)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def _extra(name: str, package: str, error: ImportError) -> ConfigError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,7 @@ from . import hub, verbs
 from .batch import Batch
 from .build import (
     DTYPES,
+    averaged,
     build_accelerator,
     build_ema,
     build_network,
@@ -39,7 +41,7 @@ from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transf
 from .reference import Reference, build_reference
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
-from .validation import Validator
+from .validation import Validation, check_validation
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -58,7 +60,7 @@ class Trainer:
         optimizers (*optional*): (optimizer class taking parameters, schedule function taking the optimizer); None for the config's.
         peft_config (`peft.LoraConfig`, *optional*): None means full fine-tuning.
         data (`DataConfig`, *optional*): geometry and caches.
-        validation (`ValidationConfig`, *optional*): None means no grids.
+        validation (`ValidationConfig`, *optional*): None means none.
         hub (`HubConfig`, *optional*): uploading.
         revision, variant, vae (*optional*): of the model.
         scorers (*optional*): who judges, for methods that sample while they learn: see `diffalign.training.judge.Judge`.
@@ -109,6 +111,7 @@ class Trainer:
         if not isinstance(self.args, self.config_class):
             raise ConfigError("args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}")
         self.data_config, self.validation, self.hub = data or DataConfig(), validation, hub
+        self.notes: list[str] = [] if validation is None else check_validation(validation, scorers)
         self.scorers = scorers
         self.output_dir, self.peft_config, self.optimizers = Path(self.args.output_dir), peft_config, optimizers
         if self.reference_free and self.args.precompute_ref_errors:
@@ -232,7 +235,8 @@ class Trainer:
         self.network = build_network(self.backbone, args, self.peft_config)
         self.reference = self._make_reference()
         self.data = DataPipeline(self.train_dataset, self.data_config, args, self.backbone, self.accelerator)
-        self.notes, self.lines = self.data.fill_caches(), list[str]()
+        self.notes += self.data.fill_caches()
+        self.lines: list[str] = []
         parameters = trainable_parameters(self.network)
         make_optimizer, make_schedule = self.optimizers
         optimizer = make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
@@ -295,8 +299,10 @@ class Trainer:
         self.control.should_training_stop = self.control.should_save = False  # of an earlier, interrupted call
         self.checkpoints.clean()
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        validator = self._make_validator()
-        self._precompute()
+        watch = None if self.validation is None else Validation(self)
+        if watch is not None:
+            watch.start(fresh=checkpoint is None)
+        verbs.precompute(self)
         if checkpoint is not None:
             steps = self.state.max_steps
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
@@ -304,7 +310,7 @@ class Trainer:
             self.schedule.last_epoch = self.state.global_step
         hub.announce(self, checkpoint)
         with StopSignals() as signals:
-            metrics = self._loop(validator, signals)
+            metrics = self._loop(watch, signals)
         if signals.received is None and self.waiting_for is None:
             self.save_model(str(self.output_dir))
             if self.hub is not None and self.hub.push_to_hub:
@@ -323,13 +329,12 @@ class Trainer:
         """Writes inference-ready weights, ``config.yaml`` and the model card: ``pipe.load_lora_weights(output_dir)`` for LoRA, a
         whole pipeline for full fine-tuning. With `use_ema` these are the averaged weights. All processes must call this."""
         self._setup()
-        parameters = trainable_parameters(self.network)
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        hub.save_model(self, Path(output_dir))
-        if self.ema is not None:
-            self.ema.restore(parameters)
+        with self.averaged_weights():
+            hub.save_model(self, Path(output_dir))
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The averaged weights in the network while the block runs, under `use_ema`."""
+        return averaged(self.ema, self.network)
 
     def push_to_hub(self) -> str:
         """Uploads what `save_model` wrote; returns the address."""
@@ -341,27 +346,7 @@ class Trainer:
 
     # The loop ---------------------------------------------------------------------------------------------------------------
 
-    def _make_validator(self) -> Validator | None:
-        if self.validation is None or not self.accelerator.is_main_process:
-            return None
-        validator = Validator(self.validation, self.backbone, self.output_dir, self.accelerator.autocast)
-        validator.draw_base(self.network)
-        return validator
-
-    def _precompute(self) -> None:
-        if not self.args.precompute_ref_errors:
-            return
-        identity = {
-            **self.identity(),
-            "lora": None,
-            "args": hub.draw_settings(self.args),
-            "transform": self.data.transform.fingerprint,
-        }
-        self.precomputed = ReferenceErrors(self.data, self.output_dir, hub.digest(identity))
-        fresh = self.precomputed.fill(self.reference_errors)
-        self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {'computed' if fresh else 'read back'}")
-
-    def _loop(self, validator: Validator | None, signals: StopSignals) -> dict[str, float]:
+    def _loop(self, watch: Validation | None, signals: StopSignals) -> dict[str, float]:
         args, state, control = self.args, self.state, self.control
         log = MetricLog(self.accelerator, self.output_dir)
         state.log_history = log.start(state.global_step)
@@ -397,9 +382,8 @@ class Trainer:
             if control.should_evaluate or (due and self.eval_dataset is not None):
                 control.should_evaluate = False
                 log.write(self.evaluate(), state.global_step)
-            if validator is not None and (last or state.global_step % validator.config.validation_steps == 0):
-                grid, _ = validator.draw(self.network, state.global_step)
-                log.images("validation", grid, state.global_step)
+            if watch is not None and watch.due(state.global_step, last):
+                watch.run(state.global_step, log)
         self._call("on_train_end", progress)
         return metrics
 

@@ -1,73 +1,246 @@
-"""Validation grids: the starting weights beside the current ones, same prompts, same seeds."""
+"""Validation while training: the starting weights beside the current ones, same prompts, same seeds, judged as `diffalign compare` does."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
-from ..config import ValidationConfig
+from ..evaluation.diversity import Diversity
 from ..evaluation.grids import comparison_grid
+from ..evaluation.prompt_sets import load_prompts
 from ..evaluation.sampling import generate
+from ..evaluation.statistics import nanmean, win_rate
+from ..exceptions import UserError
+from ..folders import write_atomically
+from .tracking import MetricLog
 
 if TYPE_CHECKING:
-    from ..backbones import Backbone
+    from ..config import ValidationConfig
+    from ..rewards.panel import Panel
+    from .trainer import Trainer
+
+BEST = "best"
+GRID_PROMPTS = 12
 
 
-class Validator:
-    """Draws the grids of one run on the main process.
+def validation_prompts(config: ValidationConfig) -> list[str]:
+    """Those written out, as they stand; or those of the set."""
+    return config.validation_prompts or load_prompts(config.prompts or "", limit=config.max_prompts).prompts
 
-    The base images are drawn once, before the first step, and kept in ``samples/base``; they need no second model later, and a
-    resumed run reads them back.
+
+def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
+    """Everything that can be known before weights are loaded; returns what the run should say.
+
+    Args:
+        judge: the scorers that train the model, if it samples while it learns.
+
+    Raises:
+        UserError: no such prompts or scorers.
+    """
+    from ..rewards.panel_config import parse_rewards
+    from ..rewards.registry import get_spec
+
+    validation_prompts(config)
+    for entry in parse_rewards(config.scorers) if config.scorers else ():
+        if "metadata" in get_spec(entry.scorer).requires:
+            raise UserError(f"validation.scorers: {entry.name} needs metadata for every prompt, which prompts alone do not have")
+    training = {name for name in config.scorers if name in _judging(judge)}
+    if config.keep_best is None or config.keep_best not in training:
+        return []
+    return [
+        f"validation: {config.keep_best} also judges the training, so it cannot show over-optimisation; keep the best by another scorer"
+    ]
+
+
+def _judging(judge: Any) -> set[str]:
+    """Names of the scorers that decide in training."""
+    entries = judge.get("rewards", []) if isinstance(judge, dict) else judge
+    found = set()
+    for entry in [entries] if isinstance(entries, (str, dict)) else entries or []:
+        if isinstance(entry, str):
+            found.add(entry)
+        elif isinstance(entry, dict) and entry.get("role", "train") == "train":
+            found.add(str(entry.get("scorer") or entry.get("name")))
+    return found
+
+
+@dataclass
+class Validated:
+    """What one validation found.
+
+    Attributes:
+        grid, path: the picture, ``samples/step-<n>.png``.
+        metrics: to log.
+        value: mean of the scorer that `keep_best` names, higher is better; NaN without one.
     """
 
-    def __init__(
-        self, config: ValidationConfig, backbone: Backbone, output_dir: Path, autocast: Callable[[], Any] = nullcontext
-    ) -> None:
-        # Under mixed precision the components differ in dtype; the training forward is autocast too.
-        self.autocast = autocast
-        self.config, self.backbone, self.folder = config, backbone, output_dir / "samples"
-        count = config.num_validation_images
-        self.prompts = [p for p in config.validation_prompts for _ in range(count)]
-        self.seeds = [config.validation_seed + i for _ in config.validation_prompts for i in range(count)]
+    grid: Image.Image
+    path: Path
+    metrics: dict[str, float]
+    value: float = math.nan
 
-    def _draw(self, network: Any, description: str) -> list[Image.Image]:
+
+class Validation:
+    """The validations of one run. Every process has one; the main process draws and scores.
+
+    The base images are drawn once, before the first step, and kept in ``samples/base``; they need no second model later, and a resumed run
+    reads them back. The best weights lie in ``best/`` with ``validation.json``, which says at what step and how good.
+
+    Raises:
+        UserError: scorers that cannot be loaded.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        assert trainer.validation is not None
+        self.trainer, self.config = trainer, trainer.validation
+        self.folder, self.main = trainer.output_dir / "samples", trainer.accelerator.is_main_process
+        self.distinct = validation_prompts(self.config)
+        count, seed = self.config.num_validation_images, self.config.validation_seed
+        self.prompts = [p for p in self.distinct for _ in range(count)]
+        self.seeds = [seed + i for _ in self.distinct for i in range(count)]
+        self.panel: Panel | None = None
+        if self.config.scorers and self.main:
+            from ..rewards.panel import Panel
+
+            self.panel = Panel.from_config(self.config.scorers, device=trainer.accelerator.device)
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to validate after this step."""
+        return last or step % self.config.validation_steps == 0
+
+    def start(self, fresh: bool) -> None:
+        """Call with the starting weights.
+
+        Args:
+            fresh: not resumed, so that what an earlier attempt left behind is not this run's.
+        """
+        folder = self.folder / "base"
+        if self.main and fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.trainer.output_dir / BEST, ignore_errors=True)
+        if not self.main or len(list(folder.glob("*.png"))) == len(self.prompts):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(self._draw("validation (base)")):
+            temporary = folder / f".{i:04d}.tmp"
+            image.save(temporary, "png")
+            os.replace(temporary, folder / f"{i:04d}.png")
+
+    def run(self, step: int, log: MetricLog) -> None:
+        """Draws, judges and logs; with `keep_best`, keeps the weights if they are the best so far. All processes must call this."""
+        from accelerate.utils import broadcast_object_list
+
+        trainer = self.trainer
+        with trainer.averaged_weights():  # what `save_model` writes is what is judged
+            found = self.validate(step) if self.main else None
+        if found is not None:
+            log.images("validation", found.grid, step)
+        better = found is not None and self.config.keep_best is not None and found.value > self._best()
+        shared: list[Any] = [found.metrics if found is not None else {}, better]
+        broadcast_object_list(shared)
+        if shared[0]:
+            log.write(shared[0], step)
+        if shared[1]:
+            self._keep(step, found)
+
+    def validate(self, step: int) -> Validated:
+        """The picture and the numbers of the current weights."""
+        tuned, base = self._draw("validation"), self.base_images
+        count = self.config.num_validation_images
+        rows = [
+            (prompt, base[i * count : (i + 1) * count], tuned[i * count : (i + 1) * count])
+            for i, prompt in enumerate(self.distinct[:GRID_PROMPTS])
+        ]
+        found = Validated(comparison_grid(rows, right=f"step {step}"), self.folder / f"step-{step}.png", {})
+        found.grid.save(found.path)
+        if self.panel is not None:
+            scores = self._scores(tuned)
+            for name, values in scores.items():
+                rate = win_rate(self.base_scores[name], values)
+                sign = 1.0 if self.panel.specs[name].higher_is_better else -1.0
+                mean = float(nanmean(values.reshape(1, -1))[0])
+                found.metrics |= {
+                    f"validation/{name}": sign * mean,
+                    f"validation/{name}/base": sign * float(nanmean(self.base_scores[name].reshape(1, -1))[0]),
+                    f"validation/{name}/win_rate": rate.rate,
+                    f"validation/{name}/win_rate_low": rate.low,
+                    f"validation/{name}/win_rate_high": rate.high,
+                }
+                if name == self.config.keep_best:
+                    found.value = mean
+            if count > 1:
+                found.metrics |= {
+                    "validation/diversity": self._diversity(tuned),
+                    "validation/diversity/base": self._diversity(base),
+                }
+        return found
+
+    @cached_property
+    def base_images(self) -> list[Image.Image]:
+        """Of the starting weights."""
+        return [Image.open(self.folder / "base" / f"{i:04d}.png").convert("RGB") for i in range(len(self.prompts))]
+
+    @cached_property
+    def base_scores(self) -> dict[str, Any]:
+        """scorer -> (prompts, images), higher is better."""
+        return self._scores(self.base_images)
+
+    def _scores(self, images: list[Image.Image]) -> dict[str, Any]:
+        assert self.panel is not None
+        columns = self.panel.score(images, self.prompts, on_error="nan").columns
+        signs = {name: 1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in columns}
+        shape = (-1, self.config.num_validation_images)
+        return {name: signs[name] * np.asarray(values, dtype=np.float64).reshape(shape) for name, values in columns.items()}
+
+    def _diversity(self, images: list[Image.Image]) -> float:
+        count, distance = self.config.num_validation_images, Diversity()
+        return float(np.mean([distance(images[i : i + count]) for i in range(0, len(images), count)]))
+
+    def _draw(self, description: str) -> list[Image.Image]:
+        trainer = self.trainer
+        network = trainer.network
         training = network.training
         network.eval()
-        pipe = self.backbone.pipeline(network=network)
+        pipe = trainer.backbone.pipeline(network=network)
         try:
-            with self.autocast():
+            # Under mixed precision the components differ in dtype; the training forward is autocast too.
+            with trainer.accelerator.autocast():
                 return generate(
                     pipe, self.prompts, self.seeds, batch_size=8, description=description, **self.config.pipe_kwargs()
                 )
         finally:
             network.train(training)
 
-    def draw_base(self, network: Any) -> None:
-        """Call with the starting weights."""
-        folder = self.folder / "base"
-        if len(list(folder.glob("*.png"))) == len(self.prompts):
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(self._draw(network, "validation (base)")):
-            temporary = folder / f".{i:04d}.tmp"
-            image.save(temporary, "png")
-            os.replace(temporary, folder / f"{i:04d}.png")
+    # The best weights
 
-    def draw(self, network: Any, step: int) -> tuple[Image.Image, Path]:
-        """The grid of the current weights and the file it is in, ``samples/step-<n>.png``."""
-        tuned = self._draw(network, "validation")
-        base = [Image.open(self.folder / "base" / f"{i:04d}.png") for i in range(len(tuned))]
-        count = self.config.num_validation_images
-        rows = [
-            (prompt, base[i * count : (i + 1) * count], tuned[i * count : (i + 1) * count])
-            for i, prompt in enumerate(self.config.validation_prompts)
-        ]
-        grid = comparison_grid(rows, right=f"step {step}")
-        path = self.folder / f"step-{step}.png"
-        grid.save(path)
-        return grid, path
+    def _best(self) -> float:
+        file = self.trainer.output_dir / BEST / "validation.json"
+        return json.loads(file.read_text())["value"] if file.is_file() else -math.inf
+
+    def _keep(self, step: int, found: Validated | None) -> None:
+        """``best/`` is the old one or the new one, and never half of either."""
+        trainer = self.trainer
+        folder, fresh = trainer.output_dir / BEST, trainer.output_dir / f".{BEST}.new"
+        if self.main:
+            shutil.rmtree(fresh, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(fresh))
+        if found is None:
+            return
+        facts = {"scorer": self.config.keep_best, "value": found.value, "step": step, **found.metrics}
+        write_atomically(fresh / "validation.json", (json.dumps(facts, indent=2) + "\n").encode())
+        old = trainer.output_dir / f".{BEST}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.is_dir():
+            os.rename(folder, old)
+        os.rename(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)

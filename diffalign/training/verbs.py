@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..exceptions import ConfigError
 from . import hub
 from .diagnostics import check_finite
-from .prepare import DataPipeline
+from .prepare import DataPipeline, ReferenceErrors
 from .reference import without_dropout
 from .tracking import MetricWindow
 
@@ -31,6 +31,18 @@ def evaluation_data(trainer: Trainer, eval_dataset: Any, **options: Any) -> Data
     config = dataclasses.replace(trainer.data_config, cache_latents=None, cache_text_embeddings=None)
     args = dataclasses.replace(trainer.args, **options)
     return DataPipeline(groups, config, args, trainer.backbone, trainer.accelerator)
+
+
+def precompute(trainer: Trainer) -> None:
+    """The reference's errors of the whole dataset, under `precompute_ref_errors`."""
+    if not trainer.args.precompute_ref_errors:
+        return
+    draws = hub.draw_settings(trainer.args)
+    identity = {**trainer.identity(), "lora": None, "args": draws, "transform": trainer.data.transform.fingerprint}
+    trainer.precomputed = ReferenceErrors(trainer.data, trainer.output_dir, hub.digest(identity))
+    fresh = trainer.precomputed.fill(trainer.reference_errors)
+    state = "computed" if fresh else "read back"
+    trainer.notes.append(f"reference errors: {trainer.args.ref_error_draws} draws per row, {state}")
 
 
 def evaluate(trainer: Trainer, eval_dataset: Any) -> dict[str, float]:
