@@ -313,6 +313,37 @@ def reading(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> l
     return lines
 
 
+def test_images(work: Path, folder: Path | None) -> tuple[list[Any], list[str], int]:
+    """The images that `final` judges, of the base or of a trained LoRA."""
+    pipe = base_pipeline()
+    if folder is not None:
+        pipe.load_lora_weights(str(folder))
+    prompts = [prompt for prompt in held_out_prompts()[60:] for _ in range(IMAGES)]
+    seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+    return generate(pipe, prompts, seeds, batch_size=60, progress=False, **SAMPLING), prompts, IMAGES
+
+
+def online_report(work: Path, names: list[str], seeds: int, picture: Path) -> list[str]:
+    """Curves and over-optimisation of the arms that learn from a judge."""
+
+    def scored(name: str, seed: int) -> dict[str, Any]:
+        folder = work / "runs" / f"{folder_name(name)}-{seed}" if name else None
+        file = work / "results" / (f"{folder_name(name)}-{seed}-judges.json" if name else "base-judges.json")
+        return kept(file, lambda: online_methods.held_out(name, seed, work, lambda: test_images(work, folder)))
+
+    arms = {name: [scored(name, seed) for seed in range(seeds)] for name in names}
+    folders = {name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in range(seeds)] for name in names}
+    online_methods.plot(online_methods.curves(work, folders), picture)
+    return [
+        "",
+        "## Methods that learn from a judge",
+        "",
+        f"![reward over training]({picture.name})",
+        *online_methods.over_optimisation(scored("", 0), arms),
+        *online_methods.READING,
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -334,10 +365,11 @@ def main() -> None:
     if set(options.methods) != set(ARMS):
         print("a part of the methods: no report written")
         return
+    judged_arms = [name for name in ARMS if ARMS[name].kind == "online"]
     facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]} with {torch.get_num_threads()} threads"
     assert __doc__ is not None
     body = [
-        "# Offline methods on the shapes world",
+        "# The methods on the shapes world",
         "",
         *__doc__.split("\n\n", 1)[1].rstrip().split("\n"),
         "",
@@ -347,6 +379,7 @@ def main() -> None:
         *comparisons(results),
         *verdicts(base, results),
         *reading(base, results),
+        *online_report(work, judged_arms, options.seeds, options.output.with_name("methods_online.png")),
     ]
     options.output.write_text("\n".join(body) + "\n")
     print("\n".join(body))

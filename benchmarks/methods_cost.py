@@ -73,9 +73,10 @@ class Step:
         self.trainer = make_trainer(method, folder, batch)
         trainer = self.trainer
         trainer._setup()
-        trainer._precompute()
+        from diffalign.training import verbs
         from diffalign.training.tracking import MetricWindow
 
+        verbs.precompute(trainer)
         trainer.window = MetricWindow()
         self.batches = trainer.data.batches(0)
         self.calls: list[int] = []
@@ -140,9 +141,10 @@ def peak(method: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(method, folder, 4, model=pipe, lora=False, save_steps=None)
         trainer._setup()
-        trainer._precompute()
+        from diffalign.training import verbs
         from diffalign.training.tracking import MetricWindow
 
+        verbs.precompute(trainer)
         trainer.window = MetricWindow()
         batches = trainer.data.batches(0)
         for _ in range(3):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from diffalign.rewards import load_scorer
@@ -68,3 +69,80 @@ def ensemble(work: Path) -> str:
 def filled(overrides: Sequence[str], work: Path) -> list[str]:
     """Options with the ensemble's section in its place."""
     return [ensemble(work) if option == ENSEMBLE else option for option in overrides]
+
+
+# What comes of it
+
+
+def held_out(name: str, seed: int, work: Path, draw: Any) -> dict[str, list[list[float]]]:
+    """Scores of the test images by the verifier and all learned rewards, (prompts, images) each.
+
+    Args:
+        name: of the arm, or empty for the base.
+        draw: () -> (images, prompts, images per prompt).
+    """
+    images, prompts, count = draw()
+    found = {"verifier": load_scorer("shapes")(images, prompts)}
+    for member, folder in learned_rewards(work):
+        found[member] = load_scorer("shapes-clip", **({"model": folder} if folder else {}))(images, prompts)
+    return {key: values.reshape(-1, count).tolist() for key, values in found.items()}
+
+
+def curves(work: Path, arms: dict[str, list[Path]]) -> dict[str, list[dict[str, list[float]]]]:
+    """arm -> per seed: step and the means of every judge over the round's samples, from the runs' logs."""
+    found: dict[str, list[dict[str, list[float]]]] = {}
+    for name, folders in arms.items():
+        for folder in folders:
+            lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+            keys = [key for key in lines[0] if key.startswith(("judge/", "online/")) and not key.endswith("/ties")]
+            series = {key.split("/", 1)[1]: [line.get(key, float("nan")) for line in lines] for key in keys}
+            found.setdefault(name, []).append({"step": [line["step"] for line in lines], **series})
+    return found
+
+
+def plot(found: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
+    """The reward that decides (left) and the verifier (right) over training, a line per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = dict(zip(found, ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#9a6700"), strict=False))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, runs in found.items():
+        for i, run in enumerate(runs):
+            label = name if i == 0 else None
+            learned = [key for key in run if key.startswith(("learned", "shapes-clip"))]
+            if learned:
+                left.plot(run["step"], np.mean([run[key] for key in learned], axis=0), color=colours[name], lw=1.2, label=label)
+            truth = run.get("verifier", run.get("shapes"))
+            right.plot(run["step"], truth, color=colours[name], lw=1.2, label=label)
+    left.set(title="learned reward of the samples (mean of the members)", xlabel="optimizer step")
+    right.set(title="verifier of the same samples", xlabel="optimizer step")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Win-rates on the test prompts by the reward that trained, by two that did not, and by the verifier."""
+    from diffalign.evaluation.statistics import win_rate
+
+    judges = list(base)
+    names = {"verifier": "verifier", "learned": "shapes-clip (trains)", "learned-1": "seed 1", "learned-2": "seed 2"}
+    lines = [
+        "",
+        "Over-optimisation: the same test images, win-rate % against the base by the verifier, by the embedded `shapes-clip`, and by two rewards "
+        "of the same recipe from other seeds, which only the ensemble was trained with:",
+        "",
+        f"| arm | seed | {' | '.join(names[j] for j in judges)} | shapes-clip's win-rate less the verifier's |",
+        f"|---|---|{'---|' * (len(judges) + 1)}",
+    ]
+    for name, runs in arms.items():
+        for seed, run in enumerate(runs):
+            rates = {j: win_rate(np.array(base[j]), np.array(run[j])) for j in judges}
+            shown = [f"{100 * r.rate:.1f} ({100 * r.low:.1f}-{100 * r.high:.1f})" for r in rates.values()]
+            gap = 100 * (rates["learned"].rate - rates["verifier"].rate)
+            lines.append(f"| {name} | {seed} | {' | '.join(shown)} | {gap:+.1f} |")
+    return lines

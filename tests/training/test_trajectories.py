@@ -25,6 +25,7 @@ from tiny import (
     trained_tensors,
 )
 
+from diffalign.training import verbs
 from diffalign.training.callbacks import TrainerCallback
 from diffalign.training.reference import FrozenCopyReference
 
@@ -165,11 +166,11 @@ def test_precomputed_reference_errors_change_nothing_and_are_kept(tmp_path: Path
     assert "reference errors: 2 draws per row, computed" in ahead.notes
     again = make_trainer(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, save_steps=4, **options)
     again._setup()
-    again._precompute()
+    verbs.precompute(again)
     assert "reference errors: 2 draws per row, read back" in again.notes
     changed = make_trainer(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, noise_offset=0.1, **options)
     changed._setup()
-    changed._precompute()
+    verbs.precompute(changed)
     assert "reference errors: 2 draws per row, computed" in changed.notes
 
 
