@@ -7,3 +7,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality across processes needs equal thread counts
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small quickstart."""
+    from commands import small_quickstart
+
+    return small_quickstart(tmp_path_factory.mktemp("home"))

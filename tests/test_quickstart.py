@@ -1,49 +1,14 @@
-"""The quickstart in small, through the installed command; what the README's blocks need lies in its folder."""
+"""The quickstart in small, through the installed command; what it leaves, and running it again."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import SMALL, run
 from PIL import Image
-
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--num_prompts",
-    "16",
-    "--images_per_prompt",
-    "3",
-    "--max_steps",
-    "6",
-    "--batch_size",
-    "4",
-    "--eval_prompts",
-    "8",
-    "--eval_images",
-    "1",
-]
-
-
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder in which a small quickstart ran; the recipes and scripts of the repository are beside it."""
-    folder = tmp_path_factory.mktemp("home")
-    for name in ("configs", "scripts"):
-        (folder / name).symlink_to(ROOT / name)
-    done = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "win-rate of tuned over base" in done.stdout and "next: diffalign sample" in done.stdout
-    return folder
 
 
 def test_it_leaves_what_it_says(home: Path) -> None:
@@ -97,31 +62,3 @@ def test_settings_out_of_range(home: Path, flag: str) -> None:
     done = run(sys.executable, "-m", "diffalign", "quickstart", *flag.split(), "--output_dir", home / "never", cwd=home)
     assert done.returncode == 2 and flag.split()[0] in done.stderr and "Traceback" not in done.stderr
     assert not (home / "never").exists()
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.S | re.M)
-
-
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("data", "rewards", "building-data", "guidance", "online")))
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_documents_commands_run(home: Path, document: str) -> None:
-    ran = 0
-    for block in blocks(ROOT / document, "bash"):
-        for line in block.strip().splitlines():
-            if line.startswith("pip install"):
-                continue  # .ci/run reads the commands out of the README and runs them
-            done = run("bash", "-euc", line, cwd=home)
-            assert done.returncode == 0, (line, done.stderr)
-            ran += 1
-    assert ran >= 2
-
-
-@pytest.mark.parametrize(
-    ("document", "index"), [(d, i) for d in ("README.md", "docs/guidance.md") for i in range(len(blocks(ROOT / d, "python")))]
-)
-def test_the_documents_python_runs(home: Path, document: str, index: int) -> None:
-    done = run(sys.executable, "-c", blocks(ROOT / document, "python")[index], cwd=home)
-    assert done.returncode == 0, done.stderr
