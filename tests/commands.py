@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# A free port each: tests run beside each other.
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
 SMALL = [
     "--num_prompts",
     "16",

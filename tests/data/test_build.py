@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 import pytest
+from commands import TORCHRUN
 from PIL import Image
 from tiny import build_pipeline, lora_config, make_trainer
 
@@ -156,9 +157,8 @@ def test_more_prompts_images_and_scorers_are_added_to_what_is_there(prompts, tmp
 
 def test_two_processes_build_what_one_builds(tmp_path):
     arguments = ["--prompts", "shapes", "--max_prompts", "40", "--num_images", "2", "--scorers", "shapes-clip,shapes", *FAST]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for name, command in (("one", []), ("two", launch)):
+    for name, command in (("one", []), ("two", TORCHRUN)):
         script = [sys.executable, *command, str(ROOT / "scripts" / "build_dataset.py"), *arguments]
         done = subprocess.run([*script, "--output_dir", str(tmp_path / name)], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]

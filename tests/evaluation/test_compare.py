@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import TORCHRUN
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
@@ -218,7 +219,7 @@ def test_two_processes_equal_one(lora: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
     assert run(["compare", *arguments, "--output_dir", str(one)]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29677", str(SCRIPT)]
+    launch = [sys.executable, *TORCHRUN, str(SCRIPT)]
     done = subprocess.run([*launch, *arguments, "--output_dir", str(two)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert results(one) == results(two)

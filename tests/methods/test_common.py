@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import TORCHRUN
 from safetensors.torch import load_file
 from tiny import (
     FAMILIES,
@@ -208,9 +209,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method trained by two processes, one pair each per step."""
     folder = tmp_path_factory.mktemp("two")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
     script = str(Path(__file__).parents[1] / "training" / "script.py")
-    arguments = [sys.executable, *launch, script, "methods", str(folder), "2"]
+    arguments = [sys.executable, *TORCHRUN, script, "methods", str(folder), "2"]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

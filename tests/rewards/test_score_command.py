@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import TORCHRUN
 from PIL import Image
 
 from diffalign import load_scorer
@@ -346,7 +347,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_two_processes_write_what_one_writes(tmp_path, monkeypatch):
     run, folder = _own(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPT, *run]
+    launch = [sys.executable, *TORCHRUN, SCRIPT, *run]
     log, both = tmp_path / "log", tmp_path / "both"
     found = subprocess.run([*launch, both], env=_environment(log), capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr

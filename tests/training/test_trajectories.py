@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import TORCHRUN
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import (
@@ -91,8 +92,7 @@ def test_two_processes_are_one_process(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "config.yaml").write_text("# an older run, to be moved aside once\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
-    launch += [str(SCRIPT), "plain", str(tmp_path / "two"), "2"]
+    launch = [*TORCHRUN, str(SCRIPT), "plain", str(tmp_path / "two"), "2"]
     done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 groups x 1 passes x 2 processes = 4 per optimizer step" in done.stdout

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import TORCHRUN
 from safetensors.torch import load_file
 from tiny import lora_config, make_trainer, trained_tensors
 
@@ -154,16 +155,7 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
         "--validation.validation_prompts", "[]", "--validation.prompts", "shapes", "--validation.max_prompts", "2", "--validation.validation_steps", "1",
         "--validation.scorers", "[shapes]", "--validation.keep_best", "shapes", "--validation.num_inference_steps", "2",
     ]  # fmt: skip
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29688",
-        "scripts/train.py",
-    ]
+    launch = [sys.executable, *TORCHRUN, "scripts/train.py"]
     two = [*launch, *arguments, "--train.per_device_train_batch_size", "2", "--train.output_dir", str(tmp_path / "two")]
     done = subprocess.run(two, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
