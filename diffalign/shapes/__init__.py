@@ -24,7 +24,7 @@ def reward_weights_dir() -> Path:
 
 
 def lora_dir() -> Path:
-    """The folder of a LoRA of the embedded pipeline, made by ``diffalign quickstart --rank 4``."""
+    """The folder of a Diffusion-DPO LoRA of the embedded pipeline, loadable with plain `load_lora_weights`."""
     return Path(__file__).parent / "lora_weights"
 
 
