@@ -52,6 +52,7 @@ def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
         "diffalign/shapes/weights/scheduler/scheduler_config.json",
         "diffalign/shapes/reward_weights/model.safetensors",
         "diffalign/shapes/reward_weights/tokenizer.json",
+        "diffalign/shapes/lora_weights/pytorch_lora_weights.safetensors",
         "diffalign/rewards/reference.json",
     ):
         assert expected in names

@@ -37,7 +37,6 @@ def build(engine: Engine, session: Session, example: str) -> None:
         format="png",
         interactive=False,
         elem_id="steer-trace",
-        alt_text="lineage of the particles",
     )
     slider = gr.ImageSlider(
         show_label=False, buttons=["fullscreen"], format="png", interactive=False, elem_id="steer-slider", max_height=420

@@ -114,7 +114,6 @@ def build(voting: Voting, session: Session, export: bool) -> None:
                 buttons=[],
                 elem_id=f"vote-image-{side}",
                 min_width=150,
-                alt_text=f"the {side} image",
             )
             for side in ("left", "right")
         ]
