@@ -54,6 +54,7 @@ class Arm:
     config: str
     dataset: str = "data/ranked"
     overrides: tuple[str, ...] = ()
+    seeds: int = 99  # at most
     kind: str = "offline"  # or negative: used in guidance; or online: draws its own images
 
     @property
@@ -62,6 +63,7 @@ class Arm:
         return self.kind != "online" and not (self.config.startswith("self_npo") and not self.overrides)
 
 
+LONG = "D3PO, shapes-clip, 240 steps"
 ARMS: dict[str, Arm] = {
     "SFT": Arm("sft/shapes"),
     "Diffusion-DPO": Arm("diffusion_dpo/shapes"),
@@ -77,6 +79,7 @@ ARMS: dict[str, Arm] = {
     "D3PO, conservative ensemble": Arm(
         "d3po/shapes", overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"), kind="online"
     ),
+    LONG: Arm("d3po/shapes", overrides=("--rewards", online_methods.WATCHED, "--train.max_steps", "240"), kind="online", seeds=1),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
     "SePPO": Arm("seppo/shapes", "rendered"),
     "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),
@@ -331,8 +334,9 @@ def online_report(work: Path, names: list[str], seeds: int, picture: Path) -> li
         file = work / "results" / (f"{folder_name(name)}-{seed}-judges.json" if name else "base-judges.json")
         return kept(file, lambda: online_methods.held_out(name, seed, work, lambda: test_images(work, folder)))
 
-    arms = {name: [scored(name, seed) for seed in range(seeds)] for name in names}
-    folders = {name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in range(seeds)] for name in names}
+    runs = {name: range(min(seeds, ARMS[name].seeds)) for name in names}
+    arms = {name: [scored(name, seed) for seed in runs[name]] for name in names}
+    folders = {name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in runs[name]] for name in names}
     online_methods.plot(online_methods.curves(work, folders), picture)
     return [
         "",
@@ -356,9 +360,10 @@ def main() -> None:
     make_data(work)
     base = base_results(work)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
-    with tqdm(total=len(options.methods) * options.seeds, unit="run") as bar:
+    total = sum(min(options.seeds, ARMS[name].seeds) for name in options.methods)
+    with tqdm(total=total, unit="run") as bar:
         for name in options.methods:
-            for seed in range(options.seeds):
+            for seed in range(min(options.seeds, ARMS[name].seeds)):
                 bar.set_description(f"{name}, seed {seed}")
                 results[name].append(measure(name, seed, work))
                 bar.update()

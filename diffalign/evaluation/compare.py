@@ -311,6 +311,8 @@ def _panel(scorers: Any, prompts: PromptSet, processes: Processes) -> Panel:
             raise ConfigError("scorers", "name at least one, e.g. pickscore; diffalign scorers lists them")
         scorers = ["shapes"]
     panel = Panel.from_config(scorers, device=processes.device)
+    for entry in panel.entries:
+        entry.on_error = "nan"  # one image without a score shall not cost the comparison; its pair is left out and counted
     for name in panel.names:
         if "metadata" in panel.specs[name].requires and not all(prompts.metadata):
             raise UserError(f"scorers: {name} needs metadata of every prompt; take a set that has it, e.g. geneval")
@@ -369,7 +371,11 @@ def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Pan
         raise
     for item in processes.gather(mine):
         work.add(item)
-    return {name: np.array(values, dtype=np.float64).reshape(-1, count) for name, values in work.table().columns.items()}
+    table = work.table()
+    for name, values in table.columns.items():
+        if values and all(math.isnan(value) for value in values):
+            raise UserError(f"scorers: {name} has no score for any image of {model} ({next(iter(table.errors[name].values()))})")
+    return {name: np.array(values, dtype=np.float64).reshape(-1, count) for name, values in table.columns.items()}
 
 
 def _diversity(kind: Diversity, model: str, prompts: PromptSet, folder: Path, count: int, processes: Processes) -> Array:

@@ -185,6 +185,19 @@ def test_a_pipeline_is_left_as_it_was(lora: Path, tmp_path: Path) -> None:
     assert active_adapters(pipe.unet) == {"mine": 0.25}
 
 
+def test_images_without_a_score_are_left_out_and_counted(tmp_path: Path) -> None:
+    prompts = [
+        "a small red circle on the left of a gray background",
+        "a cat",
+        "a large blue star in the center of a white background",
+    ]
+    found = compare("shapes", "again=shapes", prompts, ["shapes"], output_dir=tmp_path / "o", num_images=1, num_inference_steps=1)
+    assert np.isnan(found.scores["base"]["shapes"][1, 0]) and found.win_rate("again").rate == 0.5
+    assert "shapes has no score for 1 images of base" in found.table()
+    with pytest.raises(UserError, match="shapes has no score for any image of base .*not of the shapes world"):
+        compare("shapes", "again=shapes", ["a cat"], ["shapes"], output_dir=tmp_path / "p", num_images=1, num_inference_steps=1)
+
+
 # Resuming and processes
 
 
