@@ -146,3 +146,6 @@ def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]
             gap = 100 * (rates["learned"].rate - rates["verifier"].rate)
             lines.append(f"| {name} | {seed} | {' | '.join(shown)} | {gap:+.1f} |")
     return lines
+
+
+READING: list[str] = []
