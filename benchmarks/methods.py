@@ -63,7 +63,8 @@ class Arm:
         return self.kind != "online" and not (self.config.startswith("self_npo") and not self.overrides)
 
 
-LONG = "D3PO, shapes-clip, 240 steps"
+PUSHED = "Online Diffusion-DPO, shapes-clip, pushed too far"
+TOO_FAR = ("--train.beta", "20", "--train.learning_rate", "3e-3", "--train.max_steps", "160")
 ARMS: dict[str, Arm] = {
     "SFT": Arm("sft/shapes"),
     "Diffusion-DPO": Arm("diffusion_dpo/shapes"),
@@ -79,8 +80,8 @@ ARMS: dict[str, Arm] = {
     "D3PO, conservative ensemble": Arm(
         "d3po/shapes", overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"), kind="online"
     ),
-    LONG: Arm("d3po/shapes", overrides=("--rewards", online_methods.WATCHED, "--train.max_steps", "240"), kind="online", seeds=1),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
+    PUSHED: Arm("diffusion_dpo/shapes_online", overrides=("--rewards", online_methods.WATCHED, *TOO_FAR), kind="online", seeds=1),
     "SePPO": Arm("seppo/shapes", "rendered"),
     "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),
 }

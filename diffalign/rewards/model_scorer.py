@@ -149,14 +149,14 @@ class ModelScorer(Scorer):
             features = self.text_features(part)
             for i, prompt in enumerate(part):
                 self._texts[prompt] = tuple(feature[i] for feature in features)
+        for prompt in dict.fromkeys(prompts):  # those that are wanted now are the last to be forgotten
+            self._texts.move_to_end(prompt)
         while len(self._texts) > max(_TEXTS_KEPT, len(set(prompts))):
             self._texts.popitem(last=False)
 
     def _gather(self, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
         self._encode(prompts, batch_size)
         rows = [self._texts[prompt] for prompt in prompts]
-        for prompt in dict.fromkeys(prompts):
-            self._texts.move_to_end(prompt)
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 

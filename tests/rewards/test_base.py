@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign import UserError
+from diffalign import UserError, load_scorer
 from diffalign.rewards.base import Item, Scorer
 from diffalign.rewards.images import Preprocess, read_images
 from diffalign.rewards.model_scorer import ModelScorer
@@ -336,3 +336,18 @@ def test_bad_pixels_of_the_differentiable_mode(pixels, message):
 def test_prompts_of_the_differentiable_mode_are_checked_too():
     with pytest.raises(UserError, match="got 1 prompts for 2 images"):
         Toy().score_tensor(torch.rand(2, 3, 8, 8), ["a"])
+
+
+def test_more_prompts_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run asks again for prompts that stand at the edge of being forgotten."""
+    from diffalign.rewards import model_scorer
+    from diffalign.rewards.reference import SCENES, drawn_images
+
+    monkeypatch.setattr(model_scorer, "_TEXTS_KEPT", 3)
+    scorer, images = load_scorer("shapes-clip"), drawn_images(SCENES)
+    expected = scorer(images, SCENES)
+    for order in ([0, 1, 2], [3, 0], [1, 2, 0], [3, 1, 2]):
+        found = scorer([images[i] for i in order], [SCENES[i] for i in order])
+        assert torch.allclose(found, expected[order], atol=1e-5)
+        pixels = torch.rand(len(order), 3, 64, 64)
+        assert scorer.score_tensor(pixels, [SCENES[i] for i in order]).shape == (len(order),)
