@@ -4,7 +4,7 @@
 
 Each method is trained as its `configs/<method>/shapes.yaml` says, from `--seeds` seeds, under one budget: at most 260,000 passes of one row
 through the network, everything counted (a pass with backward as three; drawing the training images, with guidance, as well). A recipe that
-would take more is shortened. Then one `diffalign.compare` draws 60 held-out prompts, eight images each, under the base and all trained
+would take more is shortened. Then one `diffalign.compare` draws 60 held-out prompts, four images each, under the base and all trained
 models from the same noise: verifier, accuracy (all five attributes right), the learned reward `shapes-clip`, diversity. Steering and best of
 four are no training but four (and more) times the work of every image. Negative models are compared in a second run at the base's best
 guidance scale, 4. Memory is the peak resident size of a process that trains three steps.
@@ -141,7 +141,7 @@ def trained(name: str, seed: int, work: Path) -> dict[str, Any]:
 def judged(work: Path, results: dict[str, list[dict[str, Any]]]) -> tuple[Comparison, Comparison | None]:
     """All models on the test prompts: at the usual guidance, and the negative ones at the base's best."""
     prompts = held_out_prompts()[60:]
-    options: dict[str, Any] = {"num_images": methods.IMAGES, "batch_size": BATCH, "seed": 77}
+    options: dict[str, Any] = {"num_images": 4, "batch_size": BATCH, "seed": 77}
     positive, negative = [], []
     for name, runs in results.items():
         for seed, run in enumerate(runs):

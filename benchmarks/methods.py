@@ -54,7 +54,6 @@ class Arm:
     config: str
     dataset: str = "data/ranked"
     overrides: tuple[str, ...] = ()
-    seeds: int = 99  # at most
     kind: str = "offline"  # or negative: used in guidance; or online: draws its own images
 
     @property
@@ -63,8 +62,6 @@ class Arm:
         return self.kind != "online" and not (self.config.startswith("self_npo") and not self.overrides)
 
 
-PUSHED = "Online Diffusion-DPO, shapes-clip, pushed too far"
-TOO_FAR = ("--train.beta", "20", "--train.learning_rate", "3e-3", "--train.max_steps", "160")
 ARMS: dict[str, Arm] = {
     "SFT": Arm("sft/shapes"),
     "Diffusion-DPO": Arm("diffusion_dpo/shapes"),
@@ -81,7 +78,6 @@ ARMS: dict[str, Arm] = {
         "d3po/shapes", overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"), kind="online"
     ),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
-    PUSHED: Arm("diffusion_dpo/shapes_online", overrides=("--rewards", online_methods.WATCHED, *TOO_FAR), kind="online", seeds=1),
     "SePPO": Arm("seppo/shapes", "rendered"),
     "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),
 }
@@ -335,9 +331,8 @@ def online_report(work: Path, names: list[str], seeds: int, picture: Path) -> li
         file = work / "results" / (f"{folder_name(name)}-{seed}-judges.json" if name else "base-judges.json")
         return kept(file, lambda: online_methods.held_out(name, seed, work, lambda: test_images(work, folder)))
 
-    runs = {name: range(min(seeds, ARMS[name].seeds)) for name in names}
-    arms = {name: [scored(name, seed) for seed in runs[name]] for name in names}
-    folders = {name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in runs[name]] for name in names}
+    arms = {name: [scored(name, seed) for seed in range(seeds)] for name in names}
+    folders = {name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in range(seeds)] for name in names}
     online_methods.plot(online_methods.curves(work, folders), picture)
     return [
         "",
@@ -361,10 +356,9 @@ def main() -> None:
     make_data(work)
     base = base_results(work)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
-    total = sum(min(options.seeds, ARMS[name].seeds) for name in options.methods)
-    with tqdm(total=total, unit="run") as bar:
+    with tqdm(total=len(options.methods) * options.seeds, unit="run") as bar:
         for name in options.methods:
-            for seed in range(min(options.seeds, ARMS[name].seeds)):
+            for seed in range(options.seeds):
                 bar.set_description(f"{name}, seed {seed}")
                 results[name].append(measure(name, seed, work))
                 bar.update()
