@@ -238,7 +238,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ylabel="win-rate against the base, % (verifier)",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center left")
+    axes.margins(x=0.12)
     figure.savefig(path, dpi=110)
 
 
