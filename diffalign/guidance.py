@@ -199,6 +199,20 @@ class NegativeGuidance:
         return branch(neg), branch(pos)
 
 
+def denoiser(pipe: Any) -> Any:
+    """The pipeline's UNet or transformer."""
+    return next(getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
+
+
+def load_negative(pipe: Any, source: str) -> Any:
+    """What `NegativeGuidance` takes as `negative`: the network of a pipeline folder, or a LoRA as it is named.
+
+    Raises:
+        UserError: see `load_network`.
+    """
+    return load_network(pipe, source) if (Path(source) / "model_index.json").is_file() else source
+
+
 def active_adapters(network: Any) -> dict[str, float]:
     """The LoRAs that are active on a network, with the weights that they were set to, relative to their own alpha / r."""
     from peft.tuners.lora import LoraLayer
@@ -227,7 +241,7 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str) -> None:
     Raises:
         UserError: it is no LoRA of this model.
     """
-    network = next(getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
+    network = denoiser(pipe)
     place = Path(weights)
     where = {"weight_name": place.name} if place.is_file() else {}
     try:

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ..evaluation.models import ModelSpec, default_settings, load_for_scoring
+from ..evaluation.sampling import generate
 from ..exceptions import ConfigError, UserError
-from ..guidance import NETWORKS, NegativeGuidance, load_lora
+from ..guidance import NegativeGuidance, denoiser, load_lora, load_negative
 from .jobs import Job
 
 
@@ -89,6 +90,7 @@ class Engine:
             if model.lora is not None:
                 load_lora(self._pipes[key], model.lora, f"model_{i}", model.name)
         self._adapters = {model.name: f"model_{i}" for i, model in enumerate(models) if model.lora is not None}
+        self._negative = {m.name: load_negative(self.pipe(m.name), m.negative) for m in models if m.negative is not None}
         loaded = [load_scorer(s, device=device) if isinstance(s, str) else s for s in scorers]
         self.scorers = {scorer.name: scorer for scorer in loaded}
         for scorer in loaded:
@@ -119,8 +121,7 @@ class Engine:
             key: known.get(key, getattr(parameters.get(key), "default", None))
             for key in ("num_inference_steps", "guidance_scale")
         }
-        network = next(getattr(pipe, n) for n in NETWORKS if getattr(pipe, n, None) is not None)
-        side = int(getattr(network.config, "sample_size", 64)) * int(getattr(pipe, "vae_scale_factor", 8))
+        side = int(getattr(denoiser(pipe).config, "sample_size", 64)) * int(getattr(pipe, "vae_scale_factor", 8))
         return {
             "num_inference_steps": found["num_inference_steps"] or 30,
             "guidance_scale": found["guidance_scale"] or 1.0,
@@ -163,18 +164,16 @@ class Engine:
         pipe, model = self.pipe(name), self.models[name]
         if model.steer is not None:
             raise UserError(f"model: {name} is steered; use the tab for steering")
-        with self._lock, ExitStack() as stack, torch.inference_mode():
+        with self._lock, ExitStack() as stack:
             self._switch(
                 pipe,
                 name,
                 model.lora_scale if lora_scale is None else bounded("LoRA scale", lora_scale, 0, self.limits.lora_scale),
             )
-            if model.negative is not None:
-                stack.enter_context(NegativeGuidance(pipe, negative=model.negative, alpha=model.alpha, beta=model.beta))
-            generator = torch.Generator("cpu").manual_seed(request.seed)
+            if name in self._negative:
+                stack.enter_context(NegativeGuidance(pipe, negative=self._negative[name], alpha=model.alpha, beta=model.beta))
             more = _step_callback(pipe, job, request.settings["num_inference_steps"])
-            # A list, as `evaluation.generate` has it: the noise is drawn in the same way.
-            return pipe(prompt=[request.prompt], generator=[generator], **request.settings, **more).images[0]
+            return generate(pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more)[0]
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
         mine = [adapter for other, adapter in self._adapters.items() if self.pipe(other) is pipe]

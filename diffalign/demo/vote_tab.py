@@ -40,12 +40,17 @@ class Voting:
         store: keeps the votes; a `RoundVotes` also gives the pairs.
         prompts: to draw.
         pair: names of the two models; the first is the base.
+
+    Raises:
+        UserError: nothing to vote on.
     """
 
     def __init__(self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
         self._shown: dict[str, Pair] = {}  # by session; the browser never learns the sides
         self._lock = threading.Lock()
+        if not self.prompts and not self.from_round:
+            raise UserError("--prompts: there is none to vote on")
 
     @property
     def from_round(self) -> bool:
@@ -168,5 +173,3 @@ def build(voting: Voting, session: Session, export: bool) -> None:
             return gr.update(value=str(folder / "votes.parquet"), visible=True)
 
         make.click(write, None, file, api_name="export")
-    if not voting.prompts and not voting.from_round:
-        raise UserError("--prompts: there is none to vote on")

@@ -75,7 +75,10 @@ class VoteStore:
 
     def __init__(self, folder: Path) -> None:
         check_output_dir(folder, VOTES)
-        self.folder, self.file = folder, folder / VOTES
+        self._open(folder, VOTES)
+
+    def _open(self, folder: Path, name: str) -> None:
+        self.folder, self.file = folder, folder / name
         self._lock = threading.Lock()
         self.votes = read_lines(self.file)
         self._known = {vote["id"] for vote in self.votes if "id" in vote}
@@ -204,10 +207,7 @@ class RoundVotes(VoteStore):
             )
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         self.groups: Sequence[Mapping[str, Any]] = manifest["groups"]
-        self.folder, self.file = folder, folder / "votes-demo.jsonl"
-        self._lock = threading.Lock()
-        self.votes = read_lines(self.file)
-        self._known = {vote["id"] for vote in self.votes if "id" in vote}
+        self._open(folder, "votes-demo.jsonl")
 
     def _record(self, pair: Pair, choice: str, annotator: str) -> dict[str, Any]:
         """As `training.feedback.read_votes` reads it."""

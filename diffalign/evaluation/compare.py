@@ -354,7 +354,7 @@ def _draw(
 
 def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes) -> dict[str, Array]:
     """Scorer -> (P, N), in chunks that are kept."""
-    from ..rewards.score_parts import ScoreWork, score_share
+    from ..rewards.score_parts import ScoreWork, score_all
     from ..rewards.score_source import FolderSource
 
     files = [folder / image_name(model, p, n) for p in range(len(prompts.prompts)) for n in range(count)]
@@ -363,15 +363,7 @@ def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Pan
     source = FolderSource(model, folder, files, texts, extra)
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
-    work = ScoreWork(panel, source, source.chunks(64), parts)
-    try:
-        mine = score_share(work, processes)
-    except UserError as error:
-        processes.say(error)
-        raise
-    for item in processes.gather(mine):
-        work.add(item)
-    table = work.table()
+    table = score_all(ScoreWork(panel, source, source.chunks(64), parts), processes)
     for name, values in table.columns.items():
         if values and all(math.isnan(value) for value in values):
             raise UserError(f"scorers: {name} has no score for any image of {model} ({next(iter(table.errors[name].values()))})")

@@ -17,7 +17,7 @@ import yaml
 from ..backbones.loading import ModelSource, module_hash
 from ..config import suggestion
 from ..exceptions import ConfigError, UserError
-from ..guidance import NETWORKS, NegativeGuidance, active_adapters, load_lora, load_network
+from ..guidance import NegativeGuidance, active_adapters, denoiser, load_lora, load_negative
 from .sampling import generate, image_seed
 
 Draw = Callable[..., list[Any]]
@@ -71,8 +71,7 @@ class ModelSpec:
             source = ModelSource(self.model)
             found = source.fingerprint(*source.component_names())
         else:
-            network = next(getattr(self.model, n) for n in NETWORKS if getattr(self.model, n, None) is not None)
-            found = module_hash(network)
+            found = module_hash(denoiser(self.model))
         for part in (self.lora, self.negative):
             found += "-" + (content_hash(Path(part)) if part is not None and Path(part).exists() else str(part))
         steer = self.steer if isinstance(self.steer, Mapping) or self.steer is None else vars(self.steer).get("weighting")
@@ -225,8 +224,7 @@ def default_settings(model: Any) -> dict[str, Any]:
 @contextmanager
 def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None]:
     """A LoRA on the pipeline while the block runs, beside those that are active on it."""
-    network = next(getattr(pipe, n) for n in NETWORKS if getattr(pipe, n, None) is not None)
-    before = active_adapters(network)
+    before = active_adapters(denoiser(pipe))
     name = "diffalign_compared"
     load_lora(pipe, weights, name, role)
     try:
@@ -252,8 +250,7 @@ def opened(spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str
         if spec.lora is not None:
             stack.enter_context(with_lora(pipe, spec.lora, spec.lora_scale, field))
         if spec.negative is not None:
-            whole = (Path(spec.negative) / "model_index.json").is_file()
-            negative = load_network(pipe, spec.negative) if whole else spec.negative
+            negative = load_negative(pipe, spec.negative)
             stack.enter_context(NegativeGuidance(pipe, negative=negative, alpha=spec.alpha, beta=spec.beta))
         if spec.steer is None:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigError
@@ -36,10 +35,9 @@ def sample(options: argparse.Namespace) -> None:
         pipe.set_adapters("tuned", options.lora_scale)
         sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
     if options.negative_lora:
-        from ..guidance import NegativeGuidance, load_network
+        from ..guidance import NegativeGuidance, load_negative
 
-        whole = (Path(options.negative_lora) / "model_index.json").is_file()
-        negative = load_network(pipe, options.negative_lora) if whole else options.negative_lora
+        negative = load_negative(pipe, options.negative_lora)
         with NegativeGuidance(pipe, negative=negative, alpha=options.alpha, beta=options.beta):
             sides["tuned"] = generate(
                 pipe, prompts, seeds, batch_size=options.batch_size, description="negative guidance", **settings

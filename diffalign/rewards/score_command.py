@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     processes = Processes.start(options.device)
     from .panel import Panel
     from .registry import get_spec
-    from .score_parts import ScoreWork, score_share
+    from .score_parts import ScoreWork, score_all
     from .score_report import write_report
     from .score_source import open_images
 
@@ -86,16 +86,10 @@ def run(options: argparse.Namespace) -> int:
     (options.output_dir / "parts").mkdir(parents=True, exist_ok=True)
     panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
     work = ScoreWork(panel, source, source.chunks(options.chunk_size), options.output_dir / "parts")
-    try:
-        mine = score_share(work, processes)
-    except UserError as error:
-        processes.say(error)
-        raise
-    for found in processes.gather(mine):
-        work.add(found)
+    table = score_all(work, processes)
     processes.stop()
     if processes.rank == 0:
-        print(write_report(work.table(), panel, source, options.output_dir, combine_asked="combine" in config))
+        print(write_report(table, panel, source, options.output_dir, combine_asked="combine" in config))
     return 0
 
 

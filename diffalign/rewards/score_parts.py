@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..exceptions import UserError
 from ..folders import write_atomically
 
 if TYPE_CHECKING:
@@ -93,6 +94,22 @@ def score_share(work: ScoreWork, processes: Processes) -> list[Any]:
                 bar.update(len(work.chunks[number]))
             found.append((entry.name, scorer.fingerprint(), files))
     return found
+
+
+def score_all(work: ScoreWork, processes: Processes) -> Table:
+    """Scores everything, each process its share; all of them get the whole table.
+
+    Raises:
+        UserError: in the process that met the mistake, which also says it.
+    """
+    try:
+        mine = score_share(work, processes)
+    except UserError as error:
+        processes.say(error)
+        raise
+    for found in processes.gather(mine):
+        work.add(found)
+    return work.table()
 
 
 def part_name(scorer: Scorer, content: str) -> str:
