@@ -90,6 +90,11 @@ class Voting:
             del self._shown[visitor]
         return self.store.add(pair, choice, annotator)
 
+    def is_open(self, visitor: str) -> bool:
+        """Whether a visitor sees a pair that waits for a vote."""
+        with self._lock:
+            return visitor in self._shown
+
     def state(self) -> str:
         """One line on all votes."""
         if self.from_round:
@@ -145,6 +150,11 @@ def build(voting: Voting, session: Session, export: bool) -> None:
             ]
         return [pair.prompt, pair.id, *(enlarged(i) for i in pair.images), *[gr.update(interactive=True)] * 3, voting.state()]
 
+    def show_next(annotator: Any, request: gr.Request) -> list[Any]:
+        if voting.is_open(session.visitor(request)):  # the vote was for another pair: this one still waits for its own
+            return [*[gr.skip()] * 4, *[gr.update(interactive=True)] * 3, gr.skip()]
+        return show(annotator, request)
+
     def lock() -> list[Any]:
         return [gr.update(interactive=False)] * 3
 
@@ -153,13 +163,12 @@ def build(voting: Voting, session: Session, export: bool) -> None:
 
         def take(shown: Any, annotator: Any, request: gr.Request, choice: str = choice) -> list[Any]:
             with said():
-                if not voting.vote(session.visitor(request), shown, choice, annotator):
-                    return [gr.skip()] * 7 + [voting.state()]
-            return show(annotator, request)
+                voting.vote(session.visitor(request), shown, choice, annotator)
+            return [*lock(), voting.state()]
 
-        # The vote itself waits for nobody's drawing: it is on disk before the next pair is drawn.
-        button.click(lock, None, buttons, queue=False, api_visibility="private", show_progress="hidden").then(
-            take, [shown, annotator], outputs, api_name=f"vote_{choice}", **options
+        # The vote waits for nobody's drawing, which the next pair does.
+        button.click(take, [shown, annotator], [*buttons, status], queue=False, api_name=f"vote_{choice}").then(
+            show_next, annotator, outputs, api_visibility="private", **options
         )
     if export and not voting.from_round:
         with gr.Row():
