@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..folders import replacing
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
@@ -131,9 +132,8 @@ def _write_scores(folder: Path, images: Sequence[Drawn], columns: dict[str, list
         **{f"score_{name}": numbers(values) for name, values in columns.items()},
         "combined": numbers(labels.combined),
     }
-    temporary = folder / ".scores.parquet.tmp"
-    pyarrow.parquet.write_table(pyarrow.table(table), temporary)
-    os.replace(temporary, folder / "scores.parquet")
+    with replacing(folder / "scores.parquet") as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(table), temporary)
 
 
 def _pair_features() -> dict[str, Any]:

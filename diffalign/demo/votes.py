@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..evaluation.statistics import WinRate, clustered_bootstrap
 from ..exceptions import UserError
-from ..folders import check_output_dir, write_atomically
+from ..folders import check_output_dir, replacing, write_atomically
 
 VOTES = "votes.jsonl"
 CHOICES = ("left", "right", "tie")
@@ -181,10 +181,9 @@ class VoteStore:
             rows["annotator"].append(vote["annotator"])
         texts = {name: Value("string") for name in ("prompt", "annotator", "chosen_model", "rejected_model")}
         features = Features({**texts, "chosen": ImageFeature(), "rejected": ImageFeature()})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(rows, features=features).to_parquet(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            Dataset.from_dict(rows, features=features).to_parquet(temporary)
         return len(decided)
 
 

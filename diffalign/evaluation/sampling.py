@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+
+from ..folders import replacing
 
 if TYPE_CHECKING:
     from ..processes import Processes
@@ -84,7 +85,6 @@ def draw_files(
             for (_, _, path), picture in zip(batch, pictures, strict=True):
                 if not path.is_file():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                    picture.save(temporary, format="PNG")
-                    os.replace(temporary, path)
+                    with replacing(path) as temporary:
+                        picture.save(temporary, format="PNG")
             bar.update(len(batch))

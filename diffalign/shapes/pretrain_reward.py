@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..exceptions import ConfigError, UserError
+from ..folders import replacing
 from ..rewards.images import CLIP_MEAN, CLIP_STD
 from .prompts import held_out_prompts, parse_prompt, train_prompts
 from .renderer import RESOLUTION, render
@@ -195,10 +195,8 @@ def draw(folder: Path, name: str, prompts: Sequence[str], images_per_prompt: int
                 seeds = range(first, first + len(part))
                 options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "progress": False}
                 images = generate(pipe, part, seeds, batch_size=chunk, **options)
-                temporary = path.with_suffix(".tmp")
-                with temporary.open("wb") as file:
+                with replacing(path) as temporary, temporary.open("wb") as file:
                     np.save(file, np.stack([np.asarray(image.convert("RGB")) for image in images]))
-                os.replace(temporary, path)
             parts.append(np.load(path, allow_pickle=False))
             bar.update(len(parts[-1]))
         columns.append(np.concatenate(parts))

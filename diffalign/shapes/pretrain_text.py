@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..exceptions import ConfigError
+from ..folders import write_atomically
 from .prompts import held_out_prompts, parse_prompt, train_prompts
 from .tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -203,9 +203,9 @@ def run(folder: Path, config: TextPretrainConfig) -> dict[str, Any]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     results = measure(model, tokenizer, config)
-    temporary = folder / ".accuracy.json.tmp"
-    temporary.write_text(json.dumps({"settings": asdict(config), "by_steps": results}, indent=2) + "\n")
-    os.replace(temporary, folder / "accuracy.json")
+    write_atomically(
+        folder / "accuracy.json", (json.dumps({"settings": asdict(config), "by_steps": results}, indent=2) + "\n").encode()
+    )
     write_card(folder, config, results, sum(p.numel() for p in model.parameters()))
     return results
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..exceptions import UserError
+from ..folders import write_atomically
 from .prompts import ATTRIBUTES, held_out_prompts, train_prompts
 from .quickstart_config import QuickstartConfig
 
@@ -68,9 +69,7 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def base_pipeline() -> Any:

@@ -13,7 +13,6 @@ import dataclasses
 import html
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
+from ..folders import write_atomically
 from .batch import Batch
 from .rollout import Trajectories
 from .rounds import batch_from, flat_tensors, read_tensors
@@ -102,9 +102,7 @@ def write_round(
     if rank == 0:
         everyone = [g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())]
         (folder / "index.html").write_text(_page(everyone), "utf-8")
-        temporary = folder / ".manifest.tmp"
-        temporary.write_text(json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(temporary, folder / MANIFEST)
+        write_atomically(folder / MANIFEST, (json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n").encode())
     wait()
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ..config import HubConfig, LoraSection, dump_yaml
 from ..exceptions import ConfigError, UserError
+from ..folders import write_atomically
 from .build import trainable_parameters
 from .checkpoint import list_checkpoints, lora_state
 from .config import TrainingConfig
@@ -188,9 +189,7 @@ def write_config(trainer: Trainer, folder: Path) -> None:
     """``config.yaml``: runnable values, with the run's facts as comments on top."""
     notes = [*trainer.lines, f"dataset fingerprint {trainer.train_dataset.fingerprint}", json.dumps(versions())]
     text = "".join(f"# {line}\n" for note in notes for line in note.splitlines()) + dump_yaml(run_values(trainer))
-    temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, folder / "config.yaml")
+    write_atomically(folder / "config.yaml", text.encode())
 
 
 def tracker_config(args: TrainingConfig) -> dict[str, Any]:

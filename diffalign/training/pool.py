@@ -6,7 +6,6 @@ The trainable weights of every member lie in a file, ``pool/<step>.safetensors``
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
+from ..folders import replacing
 from .reference import SnapshotReference
 from .rng import row_generator
 
@@ -73,9 +73,8 @@ class CheckpointPool(SnapshotReference):
             path = self._path(step)
             if step not in self._written:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(".tmp")
-                save_file({name: w.cpu().contiguous() for name, w in self.kept[step].items()}, temporary)
-                os.replace(temporary, path)
+                with replacing(path) as temporary:
+                    save_file({name: w.cpu().contiguous() for name, w in self.kept[step].items()}, temporary)
                 self._written.add(step)
 
     def save(self, folder: Path, rank: int) -> None:

@@ -20,7 +20,7 @@ from ..evaluation.prompt_sets import load_prompts
 from ..evaluation.sampling import generate
 from ..evaluation.statistics import nanmean, win_rate
 from ..exceptions import UserError
-from ..folders import write_atomically
+from ..folders import replacing, write_atomically
 from .tracking import MetricLog
 
 if TYPE_CHECKING:
@@ -131,9 +131,8 @@ class Validation:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(self._draw("validation (base)")):
-            temporary = folder / f".{i:04d}.tmp"
-            image.save(temporary, "png")
-            os.replace(temporary, folder / f"{i:04d}.png")
+            with replacing(folder / f"{i:04d}.png") as temporary:
+                image.save(temporary, "png")
 
     def run(self, step: int, log: MetricLog) -> None:
         """Draws, judges and logs; with `keep_best`, keeps the weights if they are the best so far. All processes must call this."""

@@ -211,7 +211,7 @@ def test_killed_and_run_again_equals_uninterrupted(done: Any, lora: Path, tmp_pa
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     command = [sys.executable, str(SCRIPT), "--tuned", f"tuned={lora}", *ARGUMENTS]
     assert run(["compare", "--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(straight)]) == 0
-    # Killed as soon as the second batch of the base is there; half of it, and one score file, are then lost on top.
+    # Killed as soon as the second batch of the base is there; half of it is then lost, as if the kill had come while it was written.
     process = subprocess.Popen([*command, "--output_dir", str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None and not (broken / image_name("base", 2, 0)).is_file():
@@ -220,7 +220,9 @@ def test_killed_and_run_again_equals_uninterrupted(done: Any, lora: Path, tmp_pa
         process.kill()
         process.wait()
     assert not (broken / "results.json").exists()
-    (broken / image_name("base", 2, 1)).unlink(missing_ok=True)
+    cut = broken / image_name("base", 2, 1)
+    cut.unlink(missing_ok=True)
+    cut.with_name(f".{cut.name}.tmp").write_bytes(b"cut short")
     assert run(["compare", "--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(broken)]) == 0
     assert results(straight) == results(broken)
     for path in (straight / "images").rglob("*.png"):
