@@ -77,6 +77,7 @@ ARMS: dict[str, Arm] = {
     "D3PO, conservative ensemble": Arm(
         "d3po/shapes", overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"), kind="online"
     ),
+    "SPO, verifier": Arm("spo/shapes", kind="online"),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
     "SePPO": Arm("seppo/shapes", "rendered"),
     "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),

@@ -29,6 +29,8 @@ _EXPORTS = {
     "SelfNPOTrainer": "methods.self_npo",
     "SePPOConfig": "methods.seppo",
     "SePPOTrainer": "methods.seppo",
+    "SPOConfig": "methods.spo",
+    "SPOTrainer": "methods.spo",
     "SFTConfig": "methods.sft",
     "SFTTrainer": "methods.sft",
     "DataConfig": "data.config",
@@ -63,6 +65,8 @@ __all__ = [
     "RankDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SPOConfig",
+    "SPOTrainer",
     "SePPOConfig",
     "SePPOTrainer",
     "SelfNPOConfig",
@@ -95,6 +99,7 @@ if TYPE_CHECKING:
     from .methods.self_npo import SelfNPOConfig, SelfNPOTrainer
     from .methods.seppo import SePPOConfig, SePPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
+    from .methods.spo import SPOConfig, SPOTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
     from .steering.sampler import FKSteering
     from .training.callbacks import TrainerCallback

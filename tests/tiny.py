@@ -202,6 +202,15 @@ def make_trainer(
     if method == "d3po":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": [brightness], **(options or {})}
+    if method == "spo":
+        values = {
+            "num_inference_steps": 3,
+            "first_step": 1,
+            "guidance_scale": 2.0,
+            "threshold": 0.0,
+            "images_per_prompt": 2,
+        } | values
+        options = {"scorers": [brightness], **(options or {})}
     if method in ("diffusion_dpo", "diffusion_npo", "dcpo", "rankdpo"):
         values.setdefault("beta", 100.0)
     return trainer_class(method)(

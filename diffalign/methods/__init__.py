@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "mapo": "mapo:MaPO",
     "rankdpo": "rankdpo:RankDPO",
     "seppo": "seppo:SePPO",
+    "spo": "spo:SPO",
     "self_npo": "self_npo:SelfNPO",
     "sft": "sft:SFT",
 }

@@ -27,7 +27,7 @@ from ..exceptions import ConfigError, UserError
 from ..training.batch import Batch
 from ..training.judge import COMPARE
 from ..training.on_policy import OnPolicyConfig, OnPolicyTrainer
-from ..training.rollout import Trajectories, guide, step_log_prob
+from ..training.rollout import Grid, Trajectories, guide, step_log_prob
 
 REFERENCES = ("fixed", "iterated")
 FEEDBACK = ("scorers", "people")
@@ -114,18 +114,20 @@ class D3POTrainer(OnPolicyTrainer):
 
     def _setup(self) -> None:
         if not self._ready:
-            grid = self.sampling_grid()
-            usable = int(grid.trainable.sum())
-            if usable == 0:
+            usable = self.usable_steps(self.sampling_grid())
+            if not len(usable):
                 raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
-            self.trained_steps = max(1, math.ceil(self.args.timestep_fraction * usable))
+            self.trained_steps = max(1, math.ceil(self.args.timestep_fraction * len(usable)))
             self.passes_per_batch = self.trained_steps
         super()._setup()
 
+    def usable_steps(self, grid: Grid) -> Tensor:
+        """Which steps of the sampler, (u,), can be trained on: those with a density."""
+        return grid.trainable.nonzero()[:, 0]
+
     def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:
         """Keeps what the steps are trained on: states, recorded log-probabilities, preferences, the order of the steps."""
-        grid = self.rollout.grid
-        usable = grid.trainable.nonzero()[:, 0]
+        usable = self.usable_steps(self.rollout.grid)
         orders = [usable[torch.randperm(len(usable), generator=g)] for g in batch.generators("step-order")]
         extra = {
             "states": trajectories.states,

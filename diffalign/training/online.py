@@ -40,8 +40,18 @@ def sample_and_score(
         trajectories = rollout(trainer._predict_unprepared, batch, k, empty, purpose=purpose, on_images=ahead, progress=main)
     if ahead is None:
         return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
-    scores = ahead.result().unflatten(0, (len(batch), k))
     assert judge is not None
+    scores = ahead.result().unflatten(0, (len(batch), k))
+    check_scores(trainer, judge, batch, scores)
+    return trajectories, scores
+
+
+def check_scores(trainer: Trainer, judge: Judge, batch: Batch, scores: Tensor) -> None:
+    """Announces groups that a deciding scorer has no score (g, k, m) for.
+
+    Raises:
+        UserError: it has none for any group.
+    """
     silent = torch.isnan(scores[..., : judge.deciding]).all(1).any(1)
     if silent.all():
         raise UserError(
@@ -50,7 +60,6 @@ def sample_and_score(
         )
     for row in silent.nonzero()[:, 0].tolist():
         trainer.accelerator.print(f"no score for any image of {batch.prompts[row][:60]!r}: its images are taken as equal")
-    return trajectories, scores
 
 
 class Online:

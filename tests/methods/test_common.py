@@ -116,7 +116,7 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 
 
 # Methods that sample while they learn have no fixed set; their own tests show that they learn.
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("d3po", "seppo")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("d3po", "seppo", "spo")])
 @every_family
 @lora_and_full
 def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str, lora: bool) -> None:

@@ -90,7 +90,7 @@ def test_the_section_of_a_run_file(tmp_path: Path) -> None:
         DataConfig(online={"k": 1})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"data.online.scorers: name at least one scorer"):
         online(tmp_path, options={"scorers": None}).train()
-    for method in ("dcpo", "d3po", "seppo", "self_npo"):
+    for method in ("dcpo", "d3po", "seppo", "self_npo", "spo"):
         with pytest.raises(ConfigError, match=r"data.online: .* cannot train on pairs that the policy draws"):
             online(tmp_path, method=method)
     with pytest.raises(ConfigError, match="precompute_ref_errors: the images of data.online"):

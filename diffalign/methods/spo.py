@@ -1,0 +1,238 @@
+"""SPO: Liang et al. 2024, "Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step", arXiv 2406.04314.
+
+    x_{t-1}^1 ... x_{t-1}^n ~ p(. | x_t, c)                     candidates from one state; one of them, at random, is the next state
+    s_i  = score of the clean estimate x0(x_{t-1}^i)            by a scorer; of the image itself after the last step
+    kept if softmax(s_w, s_l)_w - softmax(s_w, s_l)_l > threshold                  w, l: best and worst candidate
+    loss = -log sigmoid(beta (log rho_w - log rho_l)),   rho = clamp(exp(log p - log p_ref), 1 - eps, 1 + eps) of D3PO
+
+The sibling of D3PO that compares single steps: the rivals start from the same state, so that a step answers for what it did and not for
+its trajectory. The official code scores clean estimates with a CLIP that was trained for it and knows the timestep; any scorer takes that
+place here, a function too. As that model's scores are logits, scores are multiplied by `score_scale` before the softmax. Early steps, whose
+estimates say little, are only sampled (`first_step`). In the official code the last two steps share one comparison, and with SDXL three
+steps do; here every step has its own. A step whose candidates are too alike counts as a tie: loss log 2, no gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..exceptions import ConfigError
+from ..training.batch import Batch
+from ..training.judge import Judge
+from ..training.on_policy import OnPolicyConfig, OnPolicyTrainer
+from ..training.online import check_scores
+from ..training.rollout import Grid, gaussian_log_prob, guide, sampling_mode, step_log_prob, transition
+from .d3po import D3POTrainer
+
+
+@dataclass
+class SPOConfig(OnPolicyConfig):
+    """`train:` for `method: spo`."""
+
+    beta: float = 10.0
+    """Strength of the pull to the reference, on log-probabilities."""
+    clip_range: float = 0.1
+    """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no gradient."""
+    reduce: str = "mean"
+    """mean (official code) | sum over the elements of a latent; sum wants a beta smaller by their number."""
+    images_per_prompt: int = 4
+    """Candidates for every step, and images drawn for each prompt in an evaluation."""
+    first_step: int = 4
+    """Steps that are sampled without candidates, counted from the noisiest."""
+    threshold: float = 0.3
+    """How much better the best candidate must be than the worst, as a difference of softmax probabilities, in [0, 1)."""
+    score_scale: float = 1.0
+    """Scores are multiplied by it before the softmax: what makes logits of them."""
+    timestep_fraction: float = 1.0
+    """Share of the compared steps that is trained, drawn anew per row, those with a decided pair first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduce not in ("mean", "sum"):
+            raise ConfigError("reduce", f"expected one of mean, sum, got {self.reduce!r}")
+        self._check("beta", lambda v: v > 0, "> 0")
+        self._check("clip_range", lambda v: 0 < v < 1, "in (0, 1)")
+        self._check("threshold", lambda v: 0 <= v < 1, "in [0, 1)")
+        self._check("score_scale", lambda v: v > 0, "> 0")
+        self._check("timestep_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
+        self._check("eta", lambda v: v > 0, "> 0: candidates of a deterministic sampler are all the same")
+        self._check("images_per_prompt", lambda v: v >= 2, ">= 2: one candidate has no rival")
+        self._check("first_step", lambda v: 0 <= v < self.num_inference_steps, "in [0, num_inference_steps)")
+
+
+def best_and_worst(scores: Tensor, threshold: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The pair of every group: indices (g, 2) of its best and worst candidate, and whether they are far enough apart, (g,).
+
+    Args:
+        scores (`Tensor`): (g, n), higher is better, NaN = missing and never chosen.
+        threshold (`float`): on softmax(best, worst)[0] - softmax(best, worst)[1] = tanh(scale (best - worst) / 2).
+        scale (`float`): of the scores.
+    """
+    known = ~torch.isnan(scores)
+    best = torch.where(known, scores, torch.full_like(scores, -torch.inf)).argmax(1)
+    worst = torch.where(known, scores, torch.full_like(scores, torch.inf)).argmin(1)
+    pair = torch.stack([best, worst], 1)
+    gap = scores.gather(1, pair)
+    # A missing score makes the gap NaN, which is not above any threshold.
+    return pair, torch.tanh(scale * (gap[:, 0] - gap[:, 1]) / 2) > threshold
+
+
+class SPOTrainer(D3POTrainer):
+    """Samples step by step from several candidates, and trains every step on its best against its worst."""
+
+    _name = "SPO"
+    _tag_names = ("spo",)
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step",
+        "id": "2406.04314",
+        "citation": """@article{liang2024spo,
+  title   = {Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step},
+  author  = {Liang, Zhanhao and Yuan, Yuhui and Gu, Shuyang and Chen, Bohan and Hang, Tiankai and Li, Ji and Zheng, Liang},
+  journal = {arXiv preprint arXiv:2406.04314},
+  year    = {2024}
+}""",
+    }
+    _sources: ClassVar[dict[str, str]] = {
+        **OnPolicyTrainer._sources,
+        "beta": "official code, 10",
+        "clip_range": "official code, 0.1",
+        "reduce": "official code",
+        "images_per_prompt": "official code, 4 (2 for SDXL)",
+        "first_step": "official code, 4 of 20",
+        "threshold": "official code, 0.3 (0.4 for SDXL)",
+        "score_scale": "ours; 1 for a model whose scores are logits, as the official one",
+        "timestep_fraction": "official code, all steps",
+    }
+    _not_public: ClassVar[str] = ""
+    config_class = SPOConfig  # type: ignore[assignment]
+    args: SPOConfig  # type: ignore[assignment]
+
+    def usable_steps(self, grid: Grid) -> Tensor:
+        steps = super().usable_steps(grid)
+        return steps[steps >= self.args.first_step]
+
+    def _scored(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+        size = max(1, self.args.rollout_batch_size // self.args.images_per_prompt)
+        total = sum(map(len, batches)) * len(self.rollout.grid)
+        done = []
+        main = self.accelerator.is_main_process
+        with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
+            for batch in batches:
+                rows = [range(first, min(first + size, len(batch))) for first in range(0, len(batch), size)]
+                with torch.no_grad(), sampling_mode(self.network), self.accelerator.autocast():
+                    parts = [self._branch(judge, batch, part, bar) for part in rows]
+                extra = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                check_scores(self, judge, batch, extra["scores"].double())
+                done.append(dataclasses.replace(batch, extra={**extra, "order": self._order(batch, extra["decided"])}))
+        return done
+
+    def _order(self, batch: Batch, decided: Tensor) -> Tensor:
+        """(g, trained steps) numbers among the usable steps: a random order, decided pairs first."""
+        orders = []
+        for kept, generator in zip(decided, batch.generators("step-order"), strict=True):
+            order = torch.randperm(len(kept), generator=generator)
+            orders.append(order[torch.argsort(kept[order].int(), descending=True, stable=True)])
+        return torch.stack(orders)[:, : self.trained_steps]
+
+    def _branch(self, judge: Judge, batch: Batch, rows: range, bar: Any) -> dict[str, Tensor]:
+        """Samples some rows of a batch, with candidates from `first_step` on.
+
+        Returns:
+            On the CPU, of g rows, u usable steps and n candidates: ``states`` (g, u, C, h, w), ``pairs`` (g, u, 2, C, h, w) and
+            ``log_probs`` (g, u, 2) of best and worst, ``decided`` (g, u), ``scores`` (g, n, m) of the last candidates.
+        """
+        args, grid, process, device = self.args, self.rollout.grid, self.process, batch.x0.device
+        n, g, shape = args.images_per_prompt, len(rows), batch.x0.shape[2:]
+        index = torch.tensor(list(rows), device=device)
+        given = {name: value[index] for name, value in batch.condition.items()}
+        empty = self.data.builder.unconditional(given)
+        prompts = [batch.prompts[row] for row in rows for _ in range(n)]
+        starts, draws = ([batch.generators(purpose)[row] for row in rows] for purpose in ("spo-start", "spo"))
+        usable = set(self.usable_steps(grid).tolist())
+        state = torch.stack([torch.randn(shape, generator=generator) for generator in starts]).to(device)
+        # Candidates of the state's last step, (g, n, ...), with (state, mean, std) of that step where it is compared.
+        candidates: Tensor | None = None
+        origin: tuple[Tensor, Tensor, Tensor] | None = None
+        kept: dict[str, list[Tensor]] = {"states": [], "pairs": [], "log_probs": [], "decided": []}
+
+        def compare(images: list[Any]) -> Tensor:
+            assert origin is not None and candidates is not None
+            scores = judge(images, prompts).unflatten(0, (g, n))
+            pair, decided = best_and_worst(judge.combined(scores), args.threshold, args.score_scale)
+            places = torch.arange(g)[:, None]
+            both = candidates[places, pair]
+            before, mean, std = origin
+            found = [gaussian_log_prob(both[:, i], mean, std, args.reduce) for i in range(2)]
+            for name, value in zip(kept, (before, both, torch.stack(found, 1).float(), decided), strict=True):
+                kept[name].append(value.cpu())
+            return scores
+
+        scores = torch.full((g, n, 1), torch.nan, dtype=torch.float64)
+        for step, (t, after) in enumerate(zip(grid.times, grid.next_times, strict=True)):
+            flat = state if candidates is None else candidates.flatten(0, 1)
+            k = len(flat) // g
+            times = t.expand(len(flat))
+            condition, nothing = ({name: v.repeat_interleave(k, 0) for name, v in c.items()} for c in (given, empty))
+            output = guide(self._predict_unprepared, process, flat, times, condition, nothing, args.guidance_scale)
+            if candidates is not None:
+                if origin is not None:
+                    clean = process.to_x0(output, flat, times)
+                    scores = compare(self.backbone.decode_latents(clean.float()))
+                chosen = torch.stack([torch.randint(n, (), generator=generator) for generator in draws]).to(device)
+                places = torch.arange(g, device=device)
+                state, output = candidates[places, chosen], output.unflatten(0, (g, n))[places, chosen]
+            mean, std = transition(process, output, state, times[:g], after.expand(g), args.eta)
+            many = n if step >= args.first_step else 1
+            noise = torch.stack([torch.randn((many, *shape), generator=generator) for generator in draws]).to(mean)
+            following = (mean[:, None] + std.reshape(-1, *[1] * noise[0].ndim) * noise).float()
+            origin = (state, mean, std) if step in usable else None
+            candidates, state = (following, state) if many > 1 else (None, following[:, 0])
+            bar.update(g)
+        assert candidates is not None
+        images = self.backbone.decode_latents(candidates.flatten(0, 1))
+        scores = compare(images) if origin is not None else judge(images, prompts).unflatten(0, (g, n))
+        return {**{name: torch.stack(values, 1) for name, values in kept.items()}, "scores": scores.float()}
+
+    def micro_batches(self, batch: Batch) -> Any:
+        """One step of every row at a time: its state, its best and worst candidate."""
+        grid, device, rows = self.rollout.grid, batch.x0.device, torch.arange(len(batch))
+        usable = self.usable_steps(grid)
+        for number in range(self.trained_steps):
+            place = batch.extra["order"][:, number]
+            step = usable[place]
+            decided = batch.extra["decided"][rows, place].float()
+            preference = torch.zeros(len(batch), 2, 2)
+            preference[:, 0, 1], preference[:, 1, 0] = decided, -decided
+            yield dataclasses.replace(
+                batch,
+                times=grid.times[step],
+                noisy=batch.extra["states"][rows, place][:, None].to(device),
+                x0=batch.extra["pairs"][rows, place].to(device),
+                extra={
+                    "next_times": grid.next_times[step],
+                    "recorded": batch.extra["log_probs"][rows, place],
+                    "preference": preference,
+                    "scores": batch.extra["scores"],
+                },
+            )
+
+    def step_log_probs(self, batch: Batch, predict: Any) -> Tensor:
+        """(g, 2) log-probabilities of the best and the worst candidate; one pass, as both come from one state."""
+        assert batch.noisy is not None
+        state, times, after = batch.noisy[:, 0], batch.times, batch.extra["next_times"]
+        empty = self.data.builder.unconditional(batch.condition)
+        with self.accelerator.autocast():
+            output = guide(predict, self.process, state, times, batch.condition, empty, self.args.guidance_scale)
+        return torch.stack(
+            [
+                step_log_prob(self.process, output, state, candidate, times, after, self.args.eta, self.args.reduce)
+                for candidate in batch.x0.unbind(1)
+            ],
+            dim=1,
+        )
