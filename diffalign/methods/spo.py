@@ -153,7 +153,7 @@ class SPOTrainer(D3POTrainer):
         given = {name: value[index] for name, value in batch.condition.items()}
         empty = self.data.builder.unconditional(given)
         prompts = [batch.prompts[row] for row in rows for _ in range(n)]
-        starts, draws = ([batch.generators(purpose)[row] for row in rows] for purpose in ("spo-start", "spo"))
+        starts, draws = (batch.generators(purpose)[rows.start : rows.stop] for purpose in ("spo-start", "spo"))
         usable = set(self.usable_steps(grid).tolist())
         state = torch.stack([torch.randn(shape, generator=generator) for generator in starts]).to(device)
         # Candidates of the state's last step, (g, n, ...), with (state, mean, std) of that step where it is compared.
@@ -173,7 +173,6 @@ class SPOTrainer(D3POTrainer):
                 kept[name].append(value.cpu())
             return scores
 
-        scores = torch.full((g, n, 1), torch.nan, dtype=torch.float64)
         for step, (t, after) in enumerate(zip(grid.times, grid.next_times, strict=True)):
             flat = state if candidates is None else candidates.flatten(0, 1)
             k = len(flat) // g
@@ -183,7 +182,7 @@ class SPOTrainer(D3POTrainer):
             if candidates is not None:
                 if origin is not None:
                     clean = process.to_x0(output, flat, times)
-                    scores = compare(self.backbone.decode_latents(clean.float()))
+                    compare(self.backbone.decode_latents(clean.float()))
                 chosen = torch.stack([torch.randint(n, (), generator=generator) for generator in draws]).to(device)
                 places = torch.arange(g, device=device)
                 state, output = candidates[places, chosen], output.unflatten(0, (g, n))[places, chosen]
