@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.prompt_sets import NAMED, load_prompts
 from ..exceptions import ConfigError, UserError
 from ..folders import check_output_dir
 
@@ -32,7 +33,9 @@ FORMATS = ("both", "pairs", "ranked")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--prompts", required=True, help="text file with one per line, any dataset with prompts, shapes or shapes-held-out"
+        "--prompts",
+        required=True,
+        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
     )
     parser.add_argument("--max_prompts", type=int, help="take only the first so many")
     parser.add_argument("--models", nargs="+", default=["shapes"], help="Hub ids or folders of pipelines (default: shapes)")
@@ -147,18 +150,21 @@ def _check_panel(panel: Panel, processes: Processes) -> None:
 
 
 def read_prompts(source: str, limit: int | None = None) -> tuple[list[str], list[str]]:
-    """(distinct prompts in their order, what was left out and why).
+    """(distinct prompts in their order, what was left out and why): ``shapes``, its training prompts, here, where data are made.
+
+    A text file or a named set is read as for a comparison; anything else is a dataset with prompts.
 
     Raises:
         UserError: no such source, or no prompt in it.
     """
     path = Path(source).expanduser()
-    if source in ("shapes", "shapes-held-out") and not path.exists():
-        from ..shapes import held_out_prompts, train_prompts
+    if source == "shapes" and not path.exists():
+        from ..shapes import train_prompts
 
-        given = train_prompts() if source == "shapes" else held_out_prompts()
-    elif path.suffix == ".txt" and path.is_file():
-        given = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        given = train_prompts()
+    elif (path.is_file() and path.suffix in (".txt", ".tsv")) or (source in {*NAMED, "shapes-held-out"} and not path.exists()):
+        found = load_prompts(source)
+        return found.prompts[:limit], found.notes
     else:
         from .load import load_preferences
 

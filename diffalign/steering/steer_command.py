@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
     parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
-    parser.add_argument("--prompts", help="text file with one per line, any dataset with prompts, shapes or shapes-held-out")
+    parser.add_argument(
+        "--prompts",
+        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
+    )
     parser.add_argument("--prompt", action="append", help="instead of --prompts; may be given several times")
     parser.add_argument("--max_prompts", type=int, help="take only the first so many")
     parser.add_argument("--num_particles", type=int, default=4, help="images per prompt that steering works with (default 4)")

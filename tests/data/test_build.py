@@ -204,10 +204,18 @@ def test_unanimous_pairs_need_every_scorer():
     assert wide.pairs == []
 
 
-def test_prompts_from_files_and_datasets(tmp_path):
+def test_prompts_from_files_and_datasets(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "one"}\n')
     assert read_prompts(str(tmp_path / "p.jsonl")) == (["one", "two"], ["1 repeated prompts taken once"])
     assert len(read_prompts("shapes")[0]) == 600 and len(read_prompts("shapes-held-out", 7)[0]) == 7
+    (tmp_path / "p.txt").write_text("one\n\ntwo\none\n")
+    assert read_prompts(str(tmp_path / "p.txt")) == (
+        ["one", "two"],
+        ["1 empty prompts left out", "1 repeated prompts taken once"],
+    )
+    (tmp_path / "PartiPrompts.tsv").write_text('Prompt\tCategory\na "cat"\tAnimals\na dog\tAnimals\n')
+    monkeypatch.setenv("DIFFALIGN_PROMPTS", str(tmp_path))
+    assert read_prompts("partiprompts", 1)[0] == ['a "cat"']
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(str(tmp_path / "empty.txt"))
