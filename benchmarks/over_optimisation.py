@@ -3,9 +3,10 @@
     python benchmarks/over_optimisation.py [--steps 80] [--seed 0] [--work FOLDER] [--output benchmarks/over_optimisation.md]
 
 SPO, the method that learns fastest from a judge here, is trained on the shapes world twice as long as its recipe says and with three times its
-learning rate: once judged by the learned reward `shapes-clip`, once by a conservative ensemble (the mean less one standard deviation) of it and two rewards of the same recipe from
-other seeds, all on the scale of the base's images. Every --every steps the weights are kept; afterwards one `diffalign.compare` draws 60 held-out
-prompts, four images each, under the base and all of them, and both the learned reward and the verifier judge. The two runs train side by side.
+learning rate: once judged by the learned reward `shapes-clip`, once by a conservative ensemble (the mean less one standard deviation) of it and
+two rewards of the same recipe from other seeds, all on the scale of the base's images. Every --every steps the weights are kept; afterwards one
+`diffalign.compare` draws 60 held-out prompts, four images each, under the base and all of them, and both the learned reward and the verifier
+judge. The two runs train side by side.
 """
 
 from __future__ import annotations
