@@ -3,13 +3,13 @@
     python benchmarks/methods.py [--seeds 3] [--methods NAME ...] [--work FOLDER] [--output benchmarks/methods.md]
 
 600 training prompts, six images each from the base, judged by the verifier (`diffalign data build`); DCPO gets the recaptioned copy
-(`diffalign data recaption`), Self-NPO the prompts alone, SePPO rendered winners, D3PO and online Diffusion-DPO the prompts and a judge.
-Every method is trained as its `configs/<method>/shapes.yaml` says, from three seeds, in at most ten minutes. Settings were chosen on the first 60 held-out prompts; what is reported are the
-other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of pairs that the
-verifier's graded score gives to the trained model (ties count one half), with a bootstrap interval clustered by prompt. Negative
-models are used in guidance, and compared with the base at its own best guidance scale; both scales are those that win most often
-against the base at its usual scale on the first 60.
-Finished parts lie in --work: an interrupted run goes on, and two processes can share the work by --methods. About three hours.
+(`diffalign data recaption`), Self-NPO the prompts alone, SePPO rendered winners, D3PO, SPO and online Diffusion-DPO the prompts and a judge.
+Every method is trained as its `configs/<method>/shapes.yaml` says, from three seeds. Settings were chosen on the first 60 held-out prompts;
+what is reported are the other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of
+pairs that the verifier's graded score gives to the trained model (ties count one half), with a bootstrap interval clustered by prompt.
+Negative models are used in guidance, and compared with the base at its own best guidance scale; both scales are those that win most often
+against the base at its usual scale on the first 60. Finished parts lie in --work: an interrupted run goes on, and two processes can share
+the work by --methods. About three hours.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ ARMS: dict[str, Arm] = {
     "SePPO": Arm("seppo/shapes", "rendered"),
     "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),
 }
-MUST_WIN = ("DCPO", "RankDPO", "MaPO", "D3PO, verifier", "D3PO, shapes-clip", "Online Diffusion-DPO", "SePPO")
+MUST_WIN = ("DCPO", "RankDPO", "MaPO", "D3PO, verifier", "D3PO, shapes-clip", "SPO, verifier", "Online Diffusion-DPO", "SePPO")
 DIRECT = (("RankDPO", "Diffusion-DPO"), ("DCPO", "DCPO, captions: chosen (control)"), ("DCPO", "Diffusion-DPO"))
 
 
