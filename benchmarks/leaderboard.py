@@ -305,7 +305,8 @@ def main() -> None:
         *table(rows),
         "",
         "Intervals are over prompts, seeds pooled. Negative models are judged against the base at guidance "
-        f"{NEGATIVE_SCALE:g}, all others at 2. Seconds are those of the training runs as they ran, side by side.",
+        f"{NEGATIVE_SCALE:g}, all others at 2. Seconds are those of the training runs as they ran, side by side. "
+        "Passes leave out decoding and judging, which is most of SPO's time here: it decodes every candidate of every step.",
     ]
     options.output.write_text("\n".join(body) + "\n")
     print("\n".join(body))

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -24,6 +25,7 @@ from .base import Item, Scorer
 from .spec import ScorerSpec
 
 ENTRY_POINTS = "diffalign.scorers"
+_LOADING = threading.RLock()  # a scorer may load another
 
 # key -> where it is written. A file is imported when its scorer is first asked for.
 _BUILT_IN = {
@@ -151,7 +153,9 @@ def load_scorer(
             kinds = ", ".join(sorted(accepted - {"device", "dtype"}))
             raise ConfigError(field, f"{scorer_class.spec.key} has no option of that name; it takes {kinds}")
     values = {field: value for field, value in {**given, **fixed, **options}.items() if value is not None}
-    return scorer_class(device=device, dtype=dtype, **values)
+    # Building without memory swaps a method of every torch module for all threads: two at once would find each other's weights missing.
+    with _LOADING:
+        return scorer_class(device=device, dtype=dtype, **values)
 
 
 def find_class(name: str, *, trust_remote_code: bool = False) -> tuple[type[Scorer], dict[str, Any]]:

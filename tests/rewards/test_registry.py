@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -212,6 +213,14 @@ def test_plug_ins_are_found_by_entry_point_and_blamed_on_use_only(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the plug-in 'broken' (plugin_broken:nothing) cannot be imported: needs a licence" in done.stdout
+
+
+def test_scorers_load_in_several_threads_at_once():
+    prompts = ["a red circle", "a blue square"]
+    expected = load_scorer("shapes-clip")(images(), prompts)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_scorer("shapes-clip")(images(), prompts), range(8)))
+    assert all(torch.allclose(scores, expected, atol=1e-5) for scores in found)
 
 
 def test_the_public_names_are_exported():
