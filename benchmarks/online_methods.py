@@ -155,6 +155,8 @@ READING = [
     "learning rate three times as high and a weak pull to the reference lost both. What exploitation there is shows in the last column: trained by `shapes-clip`, D3PO wins "
     "more by that reward than by the verifier, and less by the rewards of other seeds, which know other errors; trained by the verifier it is the other way round. The "
     "conservative ensemble (mean minus one standard deviation of the three rewards) closes the gap in two of three seeds; one of its seeds gains nothing at all (the "
-    "accuracy rises, the sharpness that the graded score counts falls), so that over three seeds it is safer, not better. SePPO beats the base from winners alone, and does "
-    "not beat plain fine-tuning on the same winners. Seconds are those of one thread with other jobs on the same two cores; a D3PO run with one other job beside it took 511.",
+    "accuracy rises, the sharpness that the graded score counts falls), so that over three seeds it is safer, not better. SPO, which compares steps instead of whole "
+    "trajectories, learns more from the same verifier in half of D3PO's optimizer steps. SePPO beats the base from winners alone, and does not beat plain fine-tuning on the "
+    "same winners. Seconds of D3PO with the verifier, SPO, online Diffusion-DPO and SePPO are those of the leaderboard's runs, one thread each with one other run beside it; "
+    "those of the other D3PO arms were measured with more jobs on the same two cores.",
 ]
