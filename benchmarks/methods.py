@@ -33,6 +33,7 @@ from diffalign import NegativeGuidance, cli
 from diffalign.config import load_run
 from diffalign.evaluation.sampling import generate
 from diffalign.evaluation.statistics import clustered_bootstrap, win_rate
+from diffalign.folders import write_atomically
 from diffalign.shapes.pretrain import SAMPLING
 from diffalign.shapes.prompts import held_out_prompts
 from diffalign.shapes.quickstart import base_pipeline
@@ -120,9 +121,7 @@ def kept(path: Path, make: Any) -> Any:
         return json.loads(path.read_text())
     value = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    write_atomically(path, json.dumps(value).encode())
     return value
 
 

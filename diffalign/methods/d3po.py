@@ -158,17 +158,28 @@ class D3POTrainer(OnPolicyTrainer):
             )
 
     def step_log_probs(self, batch: Batch, predict: Any) -> Tensor:
-        """(g, k) log-probabilities of the stored next states."""
+        """(g, k) log-probabilities of the stored next states; one state may have several of them."""
         assert batch.noisy is not None
-        g, k = batch.noisy.shape[:2]
-        times, next_times = (t.repeat_interleave(k) for t in (batch.times, batch.extra["next_times"]))
-        condition = {name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()}
-        empty = {name: value.repeat_interleave(k, 0) for name, value in self.data.builder.unconditional(batch.condition).items()}
-        sample = batch.noisy.flatten(0, 1)
+        (g, k), states = batch.x0.shape[:2], batch.noisy.shape[1]
+
+        def rows(value: Tensor, count: int) -> Tensor:
+            return value.repeat_interleave(count, 0)
+
+        condition = {name: rows(value, states) for name, value in batch.condition.items()}
+        empty = {name: rows(value, states) for name, value in self.data.builder.unconditional(batch.condition).items()}
+        sample, times = batch.noisy.flatten(0, 1), batch.times
         with self.accelerator.autocast():
-            output = guide(predict, self.process, sample, times, condition, empty, self.args.guidance_scale)
+            output = guide(predict, self.process, sample, rows(times, states), condition, empty, self.args.guidance_scale)
+        output, sample = rows(output, k // states), rows(sample, k // states)
         found = step_log_prob(
-            self.process, output, sample, batch.x0.flatten(0, 1), times, next_times, self.args.eta, self.args.reduce
+            self.process,
+            output,
+            sample,
+            batch.x0.flatten(0, 1),
+            rows(times, k),
+            rows(batch.extra["next_times"], k),
+            self.args.eta,
+            self.args.reduce,
         )
         return found.unflatten(0, (g, k))
 

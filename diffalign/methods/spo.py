@@ -27,7 +27,7 @@ from ..training.batch import Batch
 from ..training.judge import Judge
 from ..training.on_policy import OnPolicyConfig, OnPolicyTrainer
 from ..training.online import check_scores
-from ..training.rollout import Grid, gaussian_log_prob, guide, sampling_mode, step_log_prob, transition
+from ..training.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
 from .d3po import D3POTrainer
 
 
@@ -220,18 +220,3 @@ class SPOTrainer(D3POTrainer):
                     "scores": batch.extra["scores"],
                 },
             )
-
-    def step_log_probs(self, batch: Batch, predict: Any) -> Tensor:
-        """(g, 2) log-probabilities of the best and the worst candidate; one pass, as both come from one state."""
-        assert batch.noisy is not None
-        state, times, after = batch.noisy[:, 0], batch.times, batch.extra["next_times"]
-        empty = self.data.builder.unconditional(batch.condition)
-        with self.accelerator.autocast():
-            output = guide(predict, self.process, state, times, batch.condition, empty, self.args.guidance_scale)
-        return torch.stack(
-            [
-                step_log_prob(self.process, output, state, candidate, times, after, self.args.eta, self.args.reduce)
-                for candidate in batch.x0.unbind(1)
-            ],
-            dim=1,
-        )
