@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .exceptions import UserError
 
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PATIENCE = 5  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,8 +54,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one process of several speaks
-        print(f"diffalign: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if code > 128:
+            return code  # a signal, which all processes got
+        # Mostly all meet the same mistake, and the launcher ends this process as soon as the first one has said it. If not, it is this one's own.
+        time.sleep(_PATIENCE)
+        message = f"process {rank}: {message}"
+    print(f"diffalign: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -20,12 +20,16 @@ def check_output_dir(folder: Path, marker: str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+    # A process of several may come here while the first one writes the marker, and a killed one may have left it half-written.
+    unfinished = _temporary(folder / marker, "0").name
+    if folder.is_dir() and any(p.name != unfinished for p in folder.iterdir()) and not (folder / marker).is_file():
         raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
 
 
 def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()) -> None:
     """Takes a folder for a run with these settings, written as `marker`; a run with the same ones goes on in it.
+
+    Several processes may call it, of which the first one writes; all must then wait for each other before they write anything else there.
 
     Args:
         long: names of settings whose values are too long for a message.
@@ -48,13 +52,18 @@ def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], lon
         write_atomically(file, (json.dumps(wanted, indent=2) + "\n").encode())
 
 
+def _temporary(path: Path, rank: str) -> Path:
+    return path.with_name(f".{path.name}.tmp" if rank == "0" else f".{path.name}.{rank}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to write, which then takes the place of `path`: that is there whole or not at all.
 
-    The temporary name has no number of a process in it, so that what a killed run left behind is overwritten by the next one.
+    Processes of one run may write the same file at the same time. The temporary name holds their rank, and not the number that the system
+    gave them, so that what a killed run left behind is overwritten by the next one.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path, os.environ.get("RANK", "0"))
     try:
         yield temporary
         os.replace(temporary, path)

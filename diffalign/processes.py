@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
-
-from .exceptions import UserError
 
 
 @dataclass
@@ -47,11 +44,6 @@ class Processes:
         """For all processes to come here."""
         if self.state is not None:
             self.state.wait_for_everyone()
-
-    def say(self, error: UserError) -> None:
-        """The command line lets only the first process speak; a mistake that another one met must be read too."""
-        if self.rank > 0:
-            print(f"diffalign: process {self.rank}: {error}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Leaves the others."""

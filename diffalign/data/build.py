@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
     panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
     _check_panel(panel, processes)
     claim(options, generators)
+    processes.wait()
     images = [
         Drawn(p, prompt, generator.name, i, options)
         for p, prompt in enumerate(prompts)

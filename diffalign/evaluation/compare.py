@@ -257,6 +257,7 @@ def compare(
         "arguments": pipe_kwargs,
     }
     claim_output_dir(folder, MARKER, settings, long=("models", "prompts"))
+    processes.wait()
     started = time.perf_counter()
     for model in models:
         _draw(model, found.prompts, folder, num_images, seed, batch_size, pipe_kwargs, dtype, processes)
@@ -345,11 +346,7 @@ def _draw(
                 drawing.append(stack.enter_context(opened(model, device=processes.device, dtype=dtype, field=model.name)))
             return drawing[0](texts, seeds, **settings)
 
-        try:
-            draw_files(draw, wanted, batch_size, processes, f"drawing, {model.name}")
-        except UserError as error:
-            processes.say(error)
-            raise
+        draw_files(draw, wanted, batch_size, processes, f"drawing, {model.name}")
 
 
 def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes) -> dict[str, Array]:

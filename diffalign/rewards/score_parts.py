@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import UserError
 from ..folders import write_atomically
 
 if TYPE_CHECKING:
@@ -100,14 +99,9 @@ def score_all(work: ScoreWork, processes: Processes) -> Table:
     """Scores everything, each process its share; all of them get the whole table.
 
     Raises:
-        UserError: in the process that met the mistake, which also says it.
+        UserError: in the process that met the mistake.
     """
-    try:
-        mine = score_share(work, processes)
-    except UserError as error:
-        processes.say(error)
-        raise
-    for found in processes.gather(mine):
+    for found in processes.gather(score_share(work, processes)):
         work.add(found)
     return work.table()
 

@@ -243,6 +243,57 @@ def test_two_processes_equal_one(lora: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
 
 
+RACE = """
+import os, sys, time
+from pathlib import Path
+import diffalign.evaluation.compare as compare
+from diffalign.cli import main
+
+folder, late = Path(sys.argv[-1]), sys.argv.pop(1)
+claim, draw, replace = compare.claim_output_dir, compare._draw, os.replace
+
+def wait(name, seconds):
+    end = time.time() + seconds
+    while not (folder / name).exists() and time.time() < end:
+        time.sleep(0.01)
+
+def claim_late(*arguments, **options):
+    if os.environ["RANK"] == late:
+        wait(".compare.json.tmp", 60) if late == "1" else wait("images", 5)
+    claim(*arguments, **options)
+
+def draw_at_once(*arguments):  # loading the model takes longer than some machines are late
+    if os.environ["RANK"] != "0":
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+    draw(*arguments)
+
+def replace_slowly(source, target):
+    time.sleep(1)
+    replace(source, target)
+
+compare.claim_output_dir, compare._draw = claim_late, draw_at_once
+if late == "1" and os.environ["RANK"] == "0":
+    os.replace = replace_slowly
+main(["compare", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_processes_may_come_to_the_folder_in_any_order(lora: Path, tmp_path: Path, late: str) -> None:
+    """The first one late: the other must not draw before the folder is claimed. The other one late: it finds a half-written claim."""
+    script = tmp_path / "race.py"
+    script.write_text(RACE)
+    more = ["--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(tmp_path / "o")]
+    done = subprocess.run([sys.executable, *TORCHRUN, str(script), late, *more], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_with_nothing_but_a_half_written_claim_is_taken(lora: Path, tmp_path: Path) -> None:
+    (tmp_path / ".compare.json.tmp").write_text('{"models"')
+    assert run(["compare", "--tuned", str(lora), *ARGUMENTS, "--output_dir", str(tmp_path)]) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 # The command
 
 
