@@ -49,14 +49,23 @@ def test_commands_run(home: Path, document: str) -> None:
 def serves(folder: Path) -> None:
     """It would run for ever: it has said where, and ends on Ctrl-C."""
     demo = subprocess.Popen(
-        ["diffalign", "demo", "--port", "0"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ["diffalign", "demo", "--port", "0"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and so these tests and all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert demo.stdout is not None
         assert any("the demo runs at http" in line for line in demo.stdout)
     finally:
         demo.send_signal(signal.SIGINT)
-        demo.wait(30)
+        try:
+            demo.wait(60)
+        finally:
+            demo.kill()
 
 
 @pytest.mark.parametrize("document", having("python"))

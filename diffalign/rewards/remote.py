@@ -50,7 +50,7 @@ class RemoteScorer(Scorer):
         url: str = "http://127.0.0.1:8000",
         expect_fingerprint: str | None = None,
         scorer: str | None = None,
-        timeout: float = 60.0,
+        timeout: float = 600.0,
         retries: int = 3,
         backoff: float = 0.5,
         concurrency: int = 4,
@@ -65,7 +65,7 @@ class RemoteScorer(Scorer):
             raise ConfigError("max_items", f"expected int >= 1, got {max_items!r}")
         self.url, self.timeout, self.retries, self.backoff = check_url(url), timeout, retries, backoff
         self.concurrency, self.on_error = concurrency, on_error
-        info = request_json(f"{self.url}/info", timeout=timeout, retries=retries, backoff=backoff)
+        info = request_json(f"{self.url}/info", timeout=min(timeout, 60.0), retries=retries, backoff=backoff)
         self.remote_fingerprint = self._check(info, scorer, expect_fingerprint)
         limits = self._limits(info)
         self.max_items, self.max_bytes = min(max_items, limits.get("max_items", max_items)), limits.get("max_bytes", math.inf)

@@ -31,6 +31,7 @@ _POSITIVE = (
     "snr_gamma",
     "logit_std",
     "divergence_patience",
+    "ddp_timeout",
     "adam_epsilon",
 )
 _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "noise_offset")
@@ -132,6 +133,8 @@ class TrainingConfig:
     """Warn when the chosen error stays above the reference's for so many logs in a row."""
     stop_on_divergence: bool = False
     """Stop (with a checkpoint) instead of warning."""
+    ddp_timeout: int = 7200
+    """Seconds that processes wait for each other, e.g. while the first one draws the validation images; then the run fails."""
 
     def __post_init__(self) -> None:
         from ..config import coerce

@@ -124,6 +124,26 @@ def find_votes(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("votes*") if p.suffix in (".json", ".jsonl", ".csv", ".parquet"))
 
 
+def shared_votes(folder: Path, is_main: bool) -> Votes | None:
+    """The votes as the first process sees them, for all processes, as they may be written at this moment; None: there are none yet.
+
+    Raises:
+        UserError: see `read_votes`; on all processes.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if is_main:
+        try:
+            found[0] = read_votes(folder) if find_votes(folder) else None
+        except UserError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
+
+
 def read_votes(folder: Path) -> Votes:
     """All votes of a round.
 

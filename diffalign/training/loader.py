@@ -178,13 +178,14 @@ class StreamReader(torch.utils.data.IterableDataset):
 def fill_latent_cache(
     cache: TensorCache, reader: GroupReader, backbone: Backbone, rank: int, world: int, batch_groups: int = 8
 ) -> int:
-    """Encodes the groups that the cache lacks, a share per process; returns how many were missing over all processes."""
+    """Encodes the groups that the cache lacks, a share per process; returns how many this process found missing over all shares."""
     keys = [group_key(reader.dataset[i].image_hashes()) for i in range(len(reader.dataset))]
     missing = set(cache.missing(keys))
-    todo = [i for i, key in enumerate(keys) if key in missing]
-    first = {keys[i]: i for i in reversed(todo)}
-    todo = [i for i in todo if first[keys[i]] == i]
-    mine = todo[rank::world]
+    first: dict[str, int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    # Shares of all groups: a late process may see what another one has encoded already, and shares of what is missing would shift.
+    mine = [i for i in list(first.values())[rank::world] if keys[i] in missing]
     for start in tqdm(range(0, len(mine), batch_groups), desc="encoding images", unit="batch", disable=not mine or rank > 0):
         indices = mine[start : start + batch_groups]
         indices, examples = _readable(reader, indices)
@@ -198,7 +199,7 @@ def fill_latent_cache(
                 place = slice(n * k, (n + 1) * k)
                 cache.add(keys[index], {"mean": mean[place], "std": std[place], "geometry": geometry})
     cache.flush()
-    return len(todo)
+    return len(missing)
 
 
 def _readable(reader: GroupReader, indices: list[int]) -> tuple[list[int], list[Example]]:
@@ -218,17 +219,17 @@ def prompt_key(prompt: str) -> str:
 
 
 def fill_prompt_cache(cache: TensorCache, prompts: Sequence[str], backbone: Backbone, rank: int, world: int) -> int:
-    """Encodes the prompts that the cache lacks, a share per process."""
+    """Encodes the prompts that the cache lacks, a share per process; returns how many this process found missing over all shares."""
     by_key = {prompt_key(p): p for p in prompts}
-    todo = cache.missing(by_key)
-    mine = todo[rank::world]
+    missing = set(cache.missing(by_key))
+    mine = [key for key in list(by_key)[rank::world] if key in missing]  # shares of all prompts, as in `fill_latent_cache`
     for start in tqdm(range(0, len(mine), 32), desc="encoding prompts", unit="batch", disable=not mine or rank > 0):
         chunk = mine[start : start + 32]
         encoded = backbone.encode_prompts([by_key[key] for key in chunk])
         for i, key in enumerate(chunk):
             cache.add(key, {name: values[i] for name, values in encoded.items()})
     cache.flush()
-    return len(todo)
+    return len(missing)
 
 
 def _padded(values: Tensor, k: int) -> Tensor:

@@ -158,9 +158,9 @@ class OnPolicyTrainer(Trainer):
         if not (folder / feedback.MANIFEST).is_file():
             drawn = [self.sample(batch)[0] for batch in batches]
             feedback.write_round(folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone)
-        if not feedback.find_votes(folder):
+        votes = feedback.shared_votes(folder, self.accelerator.is_main_process)
+        if votes is None:
             raise feedback.VotesNeeded(folder)
-        votes = feedback.read_votes(folder)
         self.accelerator.print(f"round {number}: {votes.summary()}")
         done = []
         for index, batch in enumerate(feedback.read_round(folder, rank, self.accelerator.device)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 
@@ -44,10 +45,15 @@ class MetricWindow:
 
     def _total(self, accelerator: Accelerator) -> tuple[list[str], Tensor]:
         names = sorted(self.sums)
+        if accelerator.num_processes > 1:
+            names = sorted(set(gather_object(names)))  # a process may have had no row, or no round of samples, in this window
         if not names:
             return [], torch.empty(0, 2)
         device = accelerator.device
-        stacked = torch.stack([torch.stack([self.sums[n].to(device), self.counts[n].to(device)]) for n in names])
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        none = torch.zeros((), dtype=dtype, device=device)
+        columns = [torch.stack([sums.get(n, none).to(device) for n in names]) for sums in (self.sums, self.counts)]
+        stacked = torch.stack(columns, dim=1)
         return names, accelerator.reduce(stacked, reduction="sum").cpu()
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
@@ -64,9 +70,12 @@ class MetricLog:
         self.accelerator, self.path = accelerator, output_dir / "logs" / "metrics.jsonl"
 
     def start(self, step: int) -> list[dict[str, float]]:
-        """Keeps the entries up to `step` and returns them; what an interrupted run logged after its checkpoint is dropped."""
-        if not self.accelerator.is_main_process:
-            return []
+        """Keeps the entries up to `step` and returns them, to all processes; what an interrupted run logged after its checkpoint is dropped."""
+        kept = [self._cut(step) if self.accelerator.is_main_process else []]
+        broadcast_object_list(kept)
+        return kept[0]
+
+    def _cut(self, step: int) -> list[dict[str, float]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if step and self.path.is_file():

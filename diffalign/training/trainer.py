@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -336,8 +337,10 @@ class Trainer:
         """The averaged weights in the network while the block runs, under `use_ema`."""
         return averaged(self.ema, self.network)
 
-    def push_to_hub(self) -> str:
-        """Uploads what `save_model` wrote; returns the address."""
+    def push_to_hub(self) -> str | None:
+        """Uploads what `save_model` wrote, from the first process; returns the address there, None on the others."""
+        if os.environ.get("RANK", "0") != "0":
+            return None
         return hub.push_to_hub(self.output_dir, self.hub or HubConfig())
 
     def dry_run(self) -> dict[str, Any]:
