@@ -28,7 +28,7 @@ SMALL = [
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def small_quickstart(folder: Path) -> Path:

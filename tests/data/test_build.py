@@ -160,7 +160,9 @@ def test_two_processes_build_what_one_builds(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, command in (("one", []), ("two", TORCHRUN)):
         script = [sys.executable, *command, str(ROOT / "scripts" / "build_dataset.py"), *arguments]
-        done = subprocess.run([*script, "--output_dir", str(tmp_path / name)], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*script, "--output_dir", str(tmp_path / name)], capture_output=True, text=True, env=environment, timeout=600
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("40 prompts") == 1
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")

@@ -29,6 +29,7 @@ CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"),
 ARTIFACTS = Path(os.environ.get("DIFFALIGN_TEST_ARTIFACTS", Path(__file__).parents[2] / ".artifacts" / "demo"))
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine")
 pytestmark = pytest.mark.filterwarnings("ignore")
+PATIENT = {"timeout": 60}  # the client's own 5 seconds are few while others draw
 
 
 class Server:
@@ -46,7 +47,7 @@ class Server:
         command = [sys.executable, "-m", "diffalign", "demo", "--port", str(self.port), "--votes_dir", "votes", *self.arguments]
         self.log = (self.folder / "log.txt").open("a")
         self.process = subprocess.Popen(command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT)
-        for _ in range(600):
+        for _ in range(1800):
             try:
                 urllib.request.urlopen(self.url, timeout=2).read()
                 return
@@ -208,7 +209,9 @@ def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visito
     if link:
         path = server.folder / "down.parquet"
         path.write_bytes(urllib.request.urlopen(link).read())
-        assert len(load_preferences(str(path), verbose=False)) == sum(line["vote"] != "tie" for line in lines(server))
+        assert len(load_preferences(str(path), verbose=False, httpx_kwargs=PATIENT)) == sum(
+            line["vote"] != "tie" for line in lines(server)
+        )
 
 
 @needs_browser
@@ -272,7 +275,7 @@ def test_html_in_texts_does_nothing(server: Server, visitor: Visitor) -> None:
 def client(server: Server) -> Any:
     from gradio_client import Client
 
-    return Client(server.url, verbose=False)
+    return Client(server.url, verbose=False, httpx_kwargs=PATIENT)
 
 
 PROMPT = "a small red circle on the left of a gray background"
@@ -369,7 +372,9 @@ def test_many_at_once_are_all_answered(server: Server) -> None:
     from gradio_client import Client
 
     def ask(seed: int) -> str:
-        return Client(server.url, verbose=False).predict(*{**CALL, "seed": seed}.values(), api_name="/compare")[2]
+        return Client(server.url, verbose=False, httpx_kwargs=PATIENT).predict(
+            *{**CALL, "seed": seed}.values(), api_name="/compare"
+        )[2]
 
     with ThreadPoolExecutor(6) as pool:
         assert [f"Seed {seed}," in status for seed, status in enumerate(pool.map(ask, range(6)))] == [True] * 6
@@ -384,7 +389,9 @@ def test_a_login_is_asked_for(tmp_path: Path) -> None:
         assert error.value.code == 401
         from gradio_client import Client
 
-        assert Client(running.url, auth=("ann", "secret"), verbose=False).predict(*CALL.values(), api_name="/compare")[2]
+        assert Client(running.url, auth=("ann", "secret"), verbose=False, httpx_kwargs=PATIENT).predict(
+            *CALL.values(), api_name="/compare"
+        )[2]
     finally:
         running.kill()
 

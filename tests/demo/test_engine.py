@@ -121,8 +121,14 @@ def test_steering_shows_its_steps(engine: Engine) -> None:
 
 
 def test_a_stopped_job_stops_and_frees_the_engine(engine: Engine) -> None:
+    class Held(Job):
+        def report(self, kind: str, value: Any) -> None:
+            if value[0] > 1:
+                self._cancelled.wait(60)
+            super().report(kind, value)
+
     wanted = request(engine, steps=30)
-    job = Job(lambda job: engine.draw("one", wanted, job))
+    job = Held(lambda job: engine.draw("one", wanted, job))
     seen = iter(job)
     assert next(seen) == ("step", (1, 30))
     job.cancel()

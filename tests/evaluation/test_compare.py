@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -207,23 +206,33 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_killed_and_run_again_equals_uninterrupted(done: Any, lora: Path, tmp_path: Path) -> None:
+KILLED = """
+import os, signal, sys
+from diffalign.cli import main
+
+replace = os.replace
+
+def deadly(source, target):
+    if str(target).endswith(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = deadly
+main(["compare", *sys.argv[2:]])
+"""
+
+
+def test_killed_and_run_again_equals_uninterrupted(lora: Path, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    command = [sys.executable, str(SCRIPT), "--tuned", f"tuned={lora}", *ARGUMENTS]
-    assert run(["compare", "--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(straight)]) == 0
-    # Killed as soon as the second batch of the base is there; half of it is then lost, as if the kill had come while it was written.
-    process = subprocess.Popen([*command, "--output_dir", str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not (broken / image_name("base", 2, 0)).is_file():
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    assert not (broken / "results.json").exists()
-    cut = broken / image_name("base", 2, 1)
-    cut.unlink(missing_ok=True)
-    cut.with_name(f".{cut.name}.tmp").write_bytes(b"cut short")
-    assert run(["compare", "--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(broken)]) == 0
+    arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
+    assert run(["compare", *arguments, "--output_dir", str(straight)]) == 0
+    # Killed in the middle of the second batch of the base, with an image that has been written and has no name yet.
+    cut = image_name("base", 2, 1)
+    command = [sys.executable, "-c", KILLED, cut, *arguments, "--output_dir", str(broken)]
+    assert subprocess.run(command, capture_output=True, timeout=600).returncode == -9
+    assert (broken / image_name("base", 2, 0)).is_file() and not (broken / cut).exists()
+    assert len(list(broken.rglob("*.tmp"))) == 1 and not (broken / "results.json").exists()
+    assert run(["compare", *arguments, "--output_dir", str(broken)]) == 0
     assert results(straight) == results(broken)
     for path in (straight / "images").rglob("*.png"):
         assert path.read_bytes() == (broken / path.relative_to(straight)).read_bytes()
@@ -235,7 +244,7 @@ def test_two_processes_equal_one(lora: Path, tmp_path: Path) -> None:
     arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
     assert run(["compare", *arguments, "--output_dir", str(one)]) == 0
     launch = [sys.executable, *TORCHRUN, str(SCRIPT)]
-    done = subprocess.run([*launch, *arguments, "--output_dir", str(two)], capture_output=True, text=True)
+    done = subprocess.run([*launch, *arguments, "--output_dir", str(two)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert results(one) == results(two)
     assert done.stdout.count("report.html") == 1
@@ -249,31 +258,39 @@ from pathlib import Path
 import diffalign.evaluation.compare as compare
 from diffalign.cli import main
 
-folder, late = Path(sys.argv[-1]), sys.argv.pop(1)
+late, folder, rank = sys.argv.pop(1), Path(sys.argv[-1]), os.environ["RANK"]
+looked = folder.with_name("looked")  # the other process has been at the folder
 claim, draw, replace = compare.claim_output_dir, compare._draw, os.replace
 
-def wait(name, seconds):
+def wait(path, seconds):
     end = time.time() + seconds
-    while not (folder / name).exists() and time.time() < end:
+    while not path.exists() and time.time() < end:
         time.sleep(0.01)
+    return path.exists()
 
-def claim_late(*arguments, **options):
-    if os.environ["RANK"] == late:
-        wait(".compare.json.tmp", 60) if late == "1" else wait("images", 5)
-    claim(*arguments, **options)
+def claiming(*arguments, **options):
+    if rank == late == "1":
+        assert wait(folder / ".compare.json.tmp", 120)
+    if rank == late == "0":
+        assert wait(looked, 120)
+        wait(folder / "images", 3)  # nobody may draw now
+    try:
+        claim(*arguments, **options)
+    finally:
+        if rank == "1":
+            looked.touch()
 
-def draw_at_once(*arguments):  # loading the model takes longer than some machines are late
-    if os.environ["RANK"] != "0":
+def drawing(*arguments):  # loading the model takes longer than some machines are late
+    if rank == "1":
         (folder / "images").mkdir(parents=True, exist_ok=True)
     draw(*arguments)
 
-def replace_slowly(source, target):
-    time.sleep(1)
+def replacing(source, target):
+    if rank == "0" and late == "1" and Path(target).name == "compare.json":
+        assert wait(looked, 120)
     replace(source, target)
 
-compare.claim_output_dir, compare._draw = claim_late, draw_at_once
-if late == "1" and os.environ["RANK"] == "0":
-    os.replace = replace_slowly
+compare.claim_output_dir, compare._draw, os.replace = claiming, drawing, replacing
 main(["compare", *sys.argv[1:]])
 """
 
@@ -284,7 +301,7 @@ def test_processes_may_come_to_the_folder_in_any_order(lora: Path, tmp_path: Pat
     script = tmp_path / "race.py"
     script.write_text(RACE)
     more = ["--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(tmp_path / "o")]
-    done = subprocess.run([sys.executable, *TORCHRUN, str(script), late, *more], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *TORCHRUN, str(script), late, *more], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -322,16 +322,19 @@ def test_the_command_serves_until_it_is_told_to_stop():
     server = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    assert server.stdout is not None
-    line = server.stdout.readline()
-    assert line.startswith("jpeg_compressibility ("), server.stderr.read() if server.stderr else line
-    remote = load_scorer("remote", url=line.split()[-1])
-    assert remote([gray(9)]) == load_scorer("jpeg_compressibility", scale=500000)([gray(9)])
-    port = line.strip().rsplit(":", 1)[1]
-    second = subprocess.run([*command[:-4], "--port", port], capture_output=True, text=True, check=False)
-    assert second.returncode == 2 and "cannot be listened on" in second.stderr and "Traceback" not in second.stderr
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(timeout=30) == 0
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("jpeg_compressibility ("), server.stderr.read() if server.stderr else line
+        remote = load_scorer("remote", url=line.split()[-1])
+        assert remote([gray(9)]) == load_scorer("jpeg_compressibility", scale=500000)([gray(9)])
+        port = line.strip().rsplit(":", 1)[1]
+        second = subprocess.run([*command[:-4], "--port", port], capture_output=True, text=True, check=False)
+        assert second.returncode == 2 and "cannot be listened on" in second.stderr and "Traceback" not in second.stderr
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,9 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
     ]  # fmt: skip
     launch = [sys.executable, *TORCHRUN, "scripts/train.py"]
     two = [*launch, *arguments, "--train.per_device_train_batch_size", "2", "--train.output_dir", str(tmp_path / "two")]
-    done = subprocess.run(two, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+    done = subprocess.run(
+        two, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one = ["train", *arguments, "--train.per_device_train_batch_size", "4", "--train.output_dir", str(tmp_path / "one")]
     assert run([*one[:2], str(ROOT / one[2]), *one[3:]]) == 0
