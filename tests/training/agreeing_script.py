@@ -1,4 +1,4 @@
-"""What two processes must agree on though they have seen different things: `processes_script.py <folder>`, under torchrun."""
+"""What two processes must agree on though they have seen different things: `agreeing_script.py <folder>`, under torchrun."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tiny import lora_config, make_trainer, pair_rows
 from diffalign.data.cache import TensorCache
 from diffalign.training.loader import fill_latent_cache, fill_prompt_cache, group_key, prompt_key
 
-SCRIPT = Path(__file__).with_name("processes_script.py")
+SCRIPT = Path(__file__).with_name("agreeing_script.py")
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
