@@ -151,8 +151,9 @@ def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]
 
 READING = [
     "",
-    "Within these recipes the learned reward and the verifier still rise together (picture); a reward that rises while the verifier falls was not seen, and a run with a "
-    "learning rate three times as high and a weak pull to the reference lost both. What exploitation there is shows in the last column: trained by `shapes-clip`, D3PO wins "
+    "Within these recipes the learned reward and the verifier still rise together (picture); a reward that rises while the verifier falls was not seen in training, and a run "
+    "with a learning rate three times as high and a weak pull to the reference lost both; it is seen where images are picked harder and by a weaker reward "
+    "([over_optimisation.md](over_optimisation.md)). What exploitation there is shows in the last column: trained by `shapes-clip`, D3PO wins "
     "more by that reward than by the verifier, and less by the rewards of other seeds, which know other errors; trained by the verifier it is the other way round. The "
     "conservative ensemble (mean minus one standard deviation of the three rewards) closes the gap in two of three seeds; one of its seeds gains nothing at all (the "
     "accuracy rises, the sharpness that the graded score counts falls), so that over three seeds it is safer, not better. SPO, which compares steps instead of whole "
