@@ -39,16 +39,21 @@ def render_winners(folder: Path) -> None:
     table.write_text("\n".join(rows) + "\n")
 
 
-def learned_rewards(work: Path) -> list[tuple[str, str | None]]:
-    """(name, folder) of the members; trains those that are not there."""
+def trained_reward(folder: Path, seed: int, **settings: int) -> Path:
+    """The folder of a reward of `shapes-clip`'s recipe, with other settings; trains it if it is not there."""
     from diffalign.shapes import pretrain_reward
 
+    if not (folder / "accuracy.json").is_file():
+        options = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+        pretrain_reward.main(["--seed", str(seed), *options, "--output_dir", str(folder)])
+    return folder
+
+
+def learned_rewards(work: Path) -> list[tuple[str, str | None]]:
+    """(name, folder) of the members; trains those that are not there."""
     members: list[tuple[str, str | None]] = [("learned", None)]
     for seed in ENSEMBLE_SEEDS:
-        folder = work / "rewards" / f"shapes-clip-{seed}"
-        if not (folder / "accuracy.json").is_file():
-            pretrain_reward.main(["--seed", str(seed), "--output_dir", str(folder)])
-        members.append((f"learned-{seed}", str(folder)))
+        members.append((f"learned-{seed}", str(trained_reward(work / "rewards" / f"shapes-clip-{seed}", seed))))
     return members
 
 

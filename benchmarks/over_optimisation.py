@@ -22,59 +22,55 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from methods import ROOT, kept
+from online_methods import trained_reward
 
 from diffalign.evaluation.sampling import draw_files, generate, image_seed
 from diffalign.evaluation.statistics import clustered_bootstrap
 from diffalign.folders import write_atomically
 from diffalign.processes import Processes
 from diffalign.rewards import combine, load_scorer
-from diffalign.shapes import pretrain_reward
+from diffalign.shapes.pretrain import SAMPLING
 from diffalign.shapes.prompts import held_out_prompts
 from diffalign.shapes.quickstart import base_pipeline
 
-ROOT = Path(__file__).parents[1]
 FEW = {"warmup_steps": 100, "num_prompts": 40}
-FIRST_SEED, GUIDANCE, STEPS = 11, 2.0, 20
+FIRST_SEED = 11
 ONE = "one reward from few preferences"
 Array = npt.NDArray[np.float64]
 
 
 def learned_from_few(work: Path, members: int) -> dict[str, Path]:
     """Name -> folder; trains those that are not there."""
-    found = {}
-    for seed in range(FIRST_SEED, FIRST_SEED + members):
-        folder = work / "rewards" / f"few-{seed}"
-        if not (folder / "accuracy.json").is_file():
-            options = [str(x) for name, value in FEW.items() for x in (f"--{name}", value)]
-            pretrain_reward.main(["--seed", str(seed), *options, "--output_dir", str(folder)])
-        found[f"few-{seed}"] = folder
-    return found
+    seeds = range(FIRST_SEED, FIRST_SEED + members)
+    return {f"few-{seed}": trained_reward(work / "rewards" / f"few-{seed}", seed, **FEW) for seed in seeds}
 
 
 def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array]:
     """Judge -> (prompts, images)."""
-    path = work / "over-optimisation" / f"scores-{images}.json"
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    prompts, folder = held_out_prompts()[60:], work / "over-optimisation" / "images"
-    wanted = [(p, image_seed(5, p, n), folder / f"{i:03d}-{n:03d}.png") for i, p in enumerate(prompts) for n in range(images)]
+    work = work / "over-optimisation"
+    prompts = held_out_prompts()[60:]
+    wanted = [
+        (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png") for i, p in enumerate(prompts) for n in range(images)
+    ]
     pipes: list[Any] = []
 
     def draw(texts: list[str], seeds: list[int]) -> list[Any]:
         if not pipes:
             pipes.append(base_pipeline())
-        settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-        return generate(pipes[0], texts, seeds, batch_size=len(texts), progress=False, **settings)
+        return generate(pipes[0], texts, seeds, batch_size=len(texts), progress=False, **SAMPLING)
 
     draw_files(draw, wanted, 128, Processes(0, 1, None), "drawing")
-    scorers: dict[str, dict[str, Any]] = {"verifier": {"name": "shapes"}, "shapes-clip": {"name": "shapes-clip"}}
-    scorers |= {name: {"name": "shapes-clip", "model": str(where)} for name, where in members.items()}
-    for name, options in scorers.items():
-        if name not in kept:
-            key = options.pop("name")
+
+    def scores(name: str, key: str, **options: str) -> Array:
+        def judge() -> list[list[float]]:
             values = load_scorer(key, **options)([file for _, _, file in wanted], [prompt for prompt, _, _ in wanted])
-            kept[name] = values.reshape(-1, images).tolist()
-            write_atomically(path, json.dumps(kept).encode())
-    return {name: np.asarray(kept[name], dtype=np.float64) for name in scorers}
+            return values.reshape(-1, images).tolist()
+
+        return np.asarray(kept(work / f"{name}-{images}.json", judge), dtype=np.float64)
+
+    found = {"verifier": scores("verifier", "shapes"), "shapes-clip": scores("shapes-clip", "shapes-clip")}
+    return found | {name: scores(name, "shapes-clip", model=str(folder)) for name, folder in members.items()}
 
 
 def best_of(judge: Array, value: Array, n: int) -> Array:
@@ -110,9 +106,9 @@ def curves(scores: dict[str, Array], members: list[str], powers: list[int]) -> d
     }
 
 
-def said(values: Array, signed: bool = False) -> str:
-    low, high = clustered_bootstrap(values[:, None])
-    return f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})" if signed else f"{values.mean():.3f} ({low:.3f}-{high:.3f})"
+def said(difference: Array) -> str:
+    low, high = clustered_bootstrap(difference[:, None])
+    return f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def tables(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
@@ -133,13 +129,11 @@ def tables(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
     lines += [f"| picked by | n = 1 to 4 | n = 4 to {powers[last]} | n = 1 to {powers[last]} |", "|---|---|---|---|"]
     for name, curve in found.items():
         v = curve["verifier"]
-        lines.append(
-            f"| {name} | {said(v[four] - v[0], True)} | {said(v[last] - v[four], True)} | {said(v[last] - v[0], True)} |"
-        )
+        lines.append(f"| {name} | {said(v[four] - v[0])} | {said(v[last] - v[four])} | {said(v[last] - v[0])} |")
     lines += ["", f"Against {ONE}, verifier of the picked image, same images:", ""]
     lines += [f"| picked by | n = 4 | n = {powers[last]} |", "|---|---|---|"]
     for name in [name for name in found if name.startswith("mean of")]:
-        gains = [said(found[name]["verifier"][i] - found[ONE]["verifier"][i], True) for i in (four, last)]
+        gains = [said(found[name]["verifier"][i] - found[ONE]["verifier"][i]) for i in (four, last)]
         lines.append(f"| {name} | {gains[0]} | {gains[1]} |")
     return lines
 

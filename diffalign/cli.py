@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from . import __version__
 from .exceptions import UserError
+from .processes import process_rank
 
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,8 +54,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    rank = process_rank()
+    if rank > 0:
         if code > 128:
             return code  # a signal, which all processes got
         # Mostly all meet the same mistake, and the launcher ends this process as soon as the first one has said it. If not, it is this one's own.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .exceptions import UserError
+from .processes import process_rank
 
 
 def check_output_dir(folder: Path, marker: str) -> None:
@@ -21,7 +22,7 @@ def check_output_dir(folder: Path, marker: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
     # A process of several may come here while the first one writes the marker, and a killed one may have left it half-written.
-    unfinished = _temporary(folder / marker, "0").name
+    unfinished = _temporary(folder / marker, 0).name
     if folder.is_dir() and any(p.name != unfinished for p in folder.iterdir()) and not (folder / marker).is_file():
         raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
 
@@ -47,13 +48,13 @@ def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], lon
                 said = f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
                 raise UserError(f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder")
         return
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(wanted, indent=2) + "\n").encode())
 
 
-def _temporary(path: Path, rank: str) -> Path:
-    return path.with_name(f".{path.name}.tmp" if rank == "0" else f".{path.name}.{rank}.tmp")
+def _temporary(path: Path, rank: int) -> Path:
+    return path.with_name(f".{path.name}.{rank}.tmp" if rank else f".{path.name}.tmp")
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Processes of one run may write the same file at the same time. The temporary name holds their rank, and not the number that the system
     gave them, so that what a killed run left behind is overwritten by the next one.
     """
-    temporary = _temporary(path, os.environ.get("RANK", "0"))
+    temporary = _temporary(path, process_rank())
     try:
         yield temporary
         os.replace(temporary, path)

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def process_rank() -> int:
+    """Number of this process among those of torchrun or accelerate, also before it has joined them; 0 is the first one, or the only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @dataclass
 class Processes:
     """This process among those of torchrun or accelerate; alone where there are none."""

@@ -31,6 +31,13 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
+def torchrun(script: Path, *arguments: object, timeout: int) -> subprocess.CompletedProcess[str]:
+    """A script by two processes on the CPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, *TORCHRUN, str(script), *map(str, arguments)]
+    return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
 def small_quickstart(folder: Path) -> Path:
     """A working folder in which a small quickstart ran; the recipes and scripts of the repository are beside it."""
     for name in ("configs", "scripts"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.prompt_sets import NAMED, load_prompts
 from ..exceptions import ConfigError, UserError
 from ..folders import check_output_dir
+from ..processes import process_rank
 
 if TYPE_CHECKING:
     from ..processes import Processes
@@ -264,7 +264,7 @@ def claim(options: argparse.Namespace, generators: Sequence[Generator]) -> None:
                     f"--output_dir: {str(folder)!r} holds images of other weights under the name {name!r}; use another folder"
                 )
         models = {**there["models"], **models}
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         from ..folders import write_atomically
 
         folder.mkdir(parents=True, exist_ok=True)

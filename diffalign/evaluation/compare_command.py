@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..exceptions import ConfigError, UserError
+from ..processes import process_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in names},
         **{name: value for name, value in call.items() if value is not None},
     )
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         print(found.table())
         print(f"\npage       {found.folder / 'report.html'}\npicture    {found.folder / 'grid.png'}")
         print(f"numbers    {found.folder / 'results.json'}\nper image  {found.folder / 'scores.parquet'}")

@@ -19,6 +19,7 @@ import torch
 from ..config import HubConfig, LoraSection, dump_yaml
 from ..exceptions import ConfigError, UserError
 from ..folders import write_atomically
+from ..processes import process_rank
 from .build import trainable_parameters
 from .checkpoint import list_checkpoints, lora_state
 from .config import TrainingConfig
@@ -85,7 +86,7 @@ def claim_output_dir(folder: Path, overwrite: bool) -> None:
             f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it with --train.resume_from_checkpoint latest, "
             "choose another folder, or move it aside with --train.overwrite_output_dir true"
         )
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank() > 0:
         return  # one process of several moves it
     number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.old-{n}").exists())
     shutil.move(folder, folder.with_name(f"{folder.name}.old-{number}"))

@@ -13,6 +13,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 
+def _precision(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
 class MetricWindow:
     """Sums of per-group values since the last log. NaN entries do not count: a metric of a timestep third is averaged over the
     pairs that fell into it, on all processes."""
@@ -23,8 +27,7 @@ class MetricWindow:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, values in metrics.items():
-            values = values.detach().flatten()
-            values = values.float() if values.device.type == "mps" else values.double()  # MPS has no float64
+            values = values.detach().flatten().to(_precision(values.device))
             finite = ~values.isnan()
             total, count = values.nan_to_num(0.0, math.inf, -math.inf).sum(), finite.sum().to(values.dtype)
             self.sums[name] = self.sums[name] + total if name in self.sums else total
@@ -38,10 +41,10 @@ class MetricWindow:
     def restore(self, values: dict[str, list[float]], accelerator: Accelerator) -> None:
         """Takes back what `dump` gave: on the main process, the others start from nothing."""
         if accelerator.is_main_process:
+            device = accelerator.device
             for name, (total, count) in values.items():
-                dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-                self.sums[name] = torch.tensor(total, dtype=dtype, device=accelerator.device)
-                self.counts[name] = torch.tensor(count, dtype=dtype, device=accelerator.device)
+                self.sums[name] = torch.tensor(total, dtype=_precision(device), device=device)
+                self.counts[name] = torch.tensor(count, dtype=_precision(device), device=device)
 
     def _total(self, accelerator: Accelerator) -> tuple[list[str], Tensor]:
         names = sorted(self.sums)
@@ -50,8 +53,7 @@ class MetricWindow:
         if not names:
             return [], torch.empty(0, 2)
         device = accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        none = torch.zeros((), dtype=dtype, device=device)
+        none = torch.zeros((), dtype=_precision(device), device=device)
         columns = [torch.stack([sums.get(n, none).to(device) for n in names]) for sums in (self.sums, self.counts)]
         stacked = torch.stack(columns, dim=1)
         return names, accelerator.reduce(stacked, reduction="sum").cpu()

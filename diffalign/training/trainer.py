@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..config import HubConfig, ValidationConfig
 from ..data import DataConfig, PreferenceDataset
 from ..exceptions import ConfigError
 from ..likelihood import denoising_errors, min_snr_weight
+from ..processes import process_rank
 from . import hub, verbs
 from .batch import Batch
 from .build import (
@@ -339,7 +339,7 @@ class Trainer:
 
     def push_to_hub(self) -> str | None:
         """Uploads what `save_model` wrote, from the first process; returns the address there, None on the others."""
-        if os.environ.get("RANK", "0") != "0":
+        if process_rank() > 0:
             return None
         return hub.push_to_hub(self.output_dir, self.hub or HubConfig())
 

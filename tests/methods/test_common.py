@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import TORCHRUN
+from commands import torchrun
 from safetensors.torch import load_file
 from tiny import (
     FAMILIES,
@@ -208,10 +205,7 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method trained by two processes, one pair each per step."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    script = str(Path(__file__).parents[1] / "training" / "script.py")
-    arguments = [sys.executable, *TORCHRUN, script, "methods", str(folder), "2"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun(Path(__file__).parents[1] / "training" / "script.py", "methods", folder, 2, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

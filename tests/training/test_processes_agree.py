@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from commands import TORCHRUN
+from commands import torchrun
 from tiny import lora_config, make_trainer, pair_rows
 
 from diffalign.data.cache import TensorCache
@@ -18,9 +15,7 @@ SCRIPT = Path(__file__).with_name("agreeing_script.py")
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, *TORCHRUN, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun(SCRIPT, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "process 0 agrees" in done.stdout and "process 1 agrees" in done.stdout
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import TORCHRUN
+from commands import torchrun
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import (
@@ -91,9 +88,7 @@ def test_draws_of_a_row_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 def test_two_processes_are_one_process(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "config.yaml").write_text("# an older run, to be moved aside once\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [*TORCHRUN, str(SCRIPT), "plain", str(tmp_path / "two"), "2"]
-    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=150)
+    done = torchrun(SCRIPT, "plain", tmp_path / "two", 2, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 groups x 1 passes x 2 processes = 4 per optimizer step" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two", "two.old-1"]
