@@ -132,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
             "--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'"
         )
         action.add_argument("--ties", default="drop", choices=("drop", "keep"), help="default: drop")
+        action.add_argument("--allow_remote_images", action="store_true", help="fetch web addresses in image columns")
+        action.add_argument("--allow_outside_paths", action="store_true", help="open image files outside the dataset's folder")
+        if name == "inspect":
+            action.add_argument(
+                "--verify_images", default="full", choices=("full", "header"), help="default: full, which decodes"
+            )
+            action.add_argument("--picture", type=Path, help="write the first group as a PNG, the preferred image on the left")
         if name == "convert":
             action.add_argument("--output_dir", type=Path, required=True)
             action.add_argument("--kind", choices=("pair", "ranked", "single", "prompt"), help="default: the source's own")
@@ -264,16 +271,25 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
 def _data(options: argparse.Namespace, rest: list[str]) -> int:
     from .data import convert, format_inspection, load_preferences
     from .data.config import read_columns
-    from .data.inspect import inspect
+    from .data.inspect import first_group_picture, inspect
 
-    columns = read_columns(options.columns)
-    # Inspecting must show what is broken, so nothing is too broken to be looked at.
-    share = 1.0 if options.action == "inspect" else 0.05
+    inspecting = options.action == "inspect"
     dataset = load_preferences(
-        options.source, split=options.split, columns=columns, ties=options.ties, max_broken_fraction=share, verbose=False
+        options.source,
+        split=options.split,
+        columns=read_columns(options.columns),
+        ties=options.ties,
+        # Inspecting must show what is broken, so nothing is too broken to be looked at; it decodes by itself.
+        max_broken_fraction=1.0 if inspecting else 0.05,
+        verify_images="header" if inspecting else "full",
+        allow_remote_images=options.allow_remote_images,
+        allow_outside_paths=options.allow_outside_paths,
+        verbose=not inspecting,
     )
-    if options.action == "inspect":
-        print(format_inspection(inspect(dataset)))
+    if inspecting:
+        print(format_inspection(inspect(dataset, decode=options.verify_images == "full")))
+        if options.picture is not None:
+            print(f"wrote {first_group_picture(dataset, options.picture)}")
     else:
         print(f"wrote {convert(dataset, options.output_dir, kind=options.kind)}")
     return 0

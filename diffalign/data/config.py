@@ -59,6 +59,10 @@ class DataConfig:
     """Read rows as they come instead of preparing the whole dataset first."""
     train_data_dir: str | None = None
     """Folder with chosen/ and rejected/ (or w/ and l/) or an imagefolder; with dataset_name, where its image paths start."""
+    allow_remote_images: bool = False
+    """Fetch web addresses in image columns: public http and https addresses only, each once, kept under ~/.cache/diffalign."""
+    allow_outside_paths: bool = False
+    """Open image files outside the dataset's folder, named by absolute paths or `..`; set it for a dataset that you trust."""
     columns: dict[str, str] = field(default_factory=dict)
     """Canonical column name -> your column name, e.g. {prompt: text, chosen: winner, rejected: loser}."""
     score_columns: list[str] = field(default_factory=list)

@@ -9,10 +9,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data import images as image_cells
+from diffalign.data.images import NO_FOLDERS, ImagePlaces
 from diffalign.data.schema import KINDS, Layout, Verdict, judge
 from diffalign.exceptions import UserError
 
@@ -77,6 +77,9 @@ class LoadReport:
         unlabelled: rows dropped because nobody judged them.
         broken_count, broken: number of unusable rows; (row id, reason) of the first 20.
         first_wins, second_wins: how often a label preferred the first or the second image column.
+        direction: which way the judgements are read, in words.
+        unused: columns that look like judgements or images and are not read.
+        notes: what else was done to read the source.
     """
 
     source: str
@@ -92,6 +95,9 @@ class LoadReport:
     broken: list[tuple[int, str]] = field(default_factory=list)
     first_wins: int = 0
     second_wins: int = 0
+    direction: str = ""
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One paragraph for the terminal and the model card."""
@@ -103,7 +109,16 @@ class LoadReport:
             text += f"; {self.unlabelled} rows without a label dropped"
         if self.broken_count:
             text += f"; {self.broken_count} broken rows skipped ({self.first_broken()})"
+        for remark in (*self.notes, self.unused_columns()):
+            text += f"; {remark}" if remark else ""
         return text
+
+    def unused_columns(self) -> str:
+        """A sentence about columns that look like judgements or images and are not read; empty where there are none."""
+        if not self.unused:
+            return ""
+        names = ", ".join(self.unused)
+        return f"not read, although they look like judgements or images: {names} (data.columns says what a column is)"
 
     def first_broken(self, count: int = 3) -> str:
         """The first broken rows with their reasons, for a message."""
@@ -144,11 +159,11 @@ class LoadReport:
         if self.kept == 0:
             raise UserError(
                 f"dataset {self.source}: none of its {self.rows} rows can be used ({self.ties} ties, {self.unlabelled} without "
-                f"a label, {self.broken_count} broken)"
+                f"a label, {self.broken_count} broken{': ' + self.first_broken() if self.broken_count else ''})"
             )
 
 
-def build_group(layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, Any], folders: Sequence[Path]) -> Group:
+def build_group(layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, Any], places: ImagePlaces) -> Group:
     """The group of a judged row.
 
     Args:
@@ -162,7 +177,7 @@ def build_group(layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, 
         found = cells["images"] or []
         if len(found) != len(verdict.prompts):
             raise image_cells.BrokenImage(f"has {len(found)} images and {len(verdict.prompts)} scores")
-    images = [image_cells.resolve(cell, folders) for cell in found]
+    images = [image_cells.resolve(cell, places) for cell in found]
     return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight)
 
 
@@ -190,13 +205,13 @@ class PreferenceDataset:
         kind (`str`): what the groups are: `pair`, `ranked`, `single` or `prompt`.
         report (`LoadReport`): what was left out.
         row_ids (`np.ndarray` of int64): the rows in use, ascending.
-        folders: where relative image paths are looked up.
+        places (`ImagePlaces`): where its image cells may point to.
     """
 
     def __init__(
-        self, dataset: Any, layout: Layout, report: LoadReport, row_ids: np.ndarray | None, folders: Sequence[Path] = ()
+        self, dataset: Any, layout: Layout, report: LoadReport, row_ids: np.ndarray | None, places: ImagePlaces = NO_FOLDERS
     ) -> None:
-        self.dataset, self.layout, self.report, self.folders = dataset, layout, report, tuple(folders)
+        self.dataset, self.layout, self.report, self.places = dataset, layout, report, places
         self.row_ids = row_ids
         self.kind = layout.kind
         self._views: tuple[str, ...] = ()
@@ -224,7 +239,7 @@ class PreferenceDataset:
         light = {role: cells[role] for role in self.layout.light_columns}
         images = {role: cells[role] for role in self.layout.image_columns if role in cells}
         try:
-            group = build_group(self.layout, judge(self.layout, light), row_id, images, self.folders)
+            group = build_group(self.layout, judge(self.layout, light), row_id, images, self.places)
         except image_cells.BrokenImage as error:
             raise UserError(f"dataset row {row_id}: {error}") from error
         return self._viewed(group)
@@ -296,6 +311,11 @@ class PreferenceDataset:
             "caption_0",
             "caption_1",
         } <= self.layout.mapping.keys()
+
+    @property
+    def score_name(self) -> str:
+        """What the numbers of a ranked row are called in the data: `rank` or `score`."""
+        return "rank" if "rank" in self.layout.mapping else "score"
 
     def with_first_prompt(self) -> PreferenceDataset:
         """The same groups, all images under the chosen one's prompt."""

@@ -4,31 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from diffalign import decoding
+from diffalign.decoding import UnreadableImage as BrokenImage
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_EXIF_ORIENTATION = 0x0112
+__all__ = ["NO_FOLDERS", "BrokenImage", "ImagePlaces", "content_hash", "decode", "header", "raw_bytes", "resolve", "sampled_digest"]
+
 _SAMPLE = 4096  # bytes read from either end of an image for the dataset's fingerprint
 
 
-class BrokenImage(Exception):
-    """This image cannot be used; the message says why. Becomes a broken row, or a `UserError` naming the row."""
+@dataclass(frozen=True)
+class ImagePlaces:
+    """Where the image cells of a dataset may point to.
+
+    Attributes:
+        folders: where relative paths are looked up, in order, before the working directory.
+        anywhere: paths may leave these folders, as in rows that were made in code.
+        remote: web addresses are fetched, see `diffalign.data.remote_images`.
+        hub: members of the Hub dataset that is being streamed may be opened.
+    """
+
+    folders: tuple[Path, ...] = ()
+    anywhere: bool = False
+    remote: bool = False
+    hub: bool = False
 
 
-def resolve(cell: Any, folders: Sequence[Path]) -> Any:
+NO_FOLDERS = ImagePlaces()
+"""Embedded images, and paths from the working directory."""
+
+
+def resolve(cell: Any, places: ImagePlaces) -> Any:
     """An undecoded image from a dataset's cell: `{"bytes": bytes | None, "path": str | None}`, or a PIL image as it is.
 
     Args:
-        cell: `{"bytes", "path"}` (datasets' undecoded form), raw bytes or a view of them, a path, or a PIL image.
-        folders: where relative paths are looked up, in order, before the working directory.
+        cell: `{"bytes", "path"}` (datasets' undecoded form), raw bytes or a view of them, a path, an array or a PIL image.
+        places: where its path may point to.
 
     Raises:
-        BrokenImage: nothing there, or no such file.
+        BrokenImage: nothing there, no such file, a place that is not allowed, or something else than an image.
     """
+    from PIL import Image
+
     if isinstance(cell, (bytes, memoryview)):
         return {"bytes": cell, "path": None}
     if isinstance(cell, dict) and cell.get("bytes") is not None:
@@ -36,15 +60,82 @@ def resolve(cell: Any, folders: Sequence[Path]) -> Any:
     path = cell.get("path") if isinstance(cell, dict) else cell
     if path is None:
         raise BrokenImage("has no image")
+    if isinstance(path, Image.Image):
+        return path
+    if decoding.is_array(path):
+        return decoding.from_array(path)
     if not isinstance(path, (str, Path)):
-        return cell
-    candidates = [Path(path)] if Path(path).is_absolute() else [*(folder / path for folder in folders), Path(path)]
-    for candidate in candidates:
-        if _is_file(candidate):
+        raise BrokenImage(f"its image is {_described(path)}; expected a path, encoded bytes, a PIL image or an array")
+    return _resolved_path(str(path), places)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}; for one image per cell give the image itself"
+    return f"{str(value)[:50]!r}, a value of type {type(value).__name__}"
+
+
+def _resolved_path(path: str, places: ImagePlaces) -> dict[str, Any]:
+    if "://" in path:
+        return {"bytes": None, "path": _resolved_address(path, places)}
+    outside = False
+    for candidate in _candidates(path, places):
+        if not _is_file(candidate):
+            continue
+        if places.anywhere or _is_inside(candidate, places):
             return {"bytes": None, "path": str(candidate)}
-    if "://" in str(path):
-        return {"bytes": None, "path": str(path)}  # a member of a remote or packed file, of a streamed dataset
-    raise BrokenImage(f"image file {str(path)[:200]!r} does not exist")
+        outside = True
+    if outside:
+        raise BrokenImage(
+            f"image file {path[:200]!r} lies outside the dataset's folder; if you trust this dataset, set data.allow_outside_paths: "
+            "true, or name the folder of its images as data.train_data_dir"
+        )
+    raise BrokenImage(f"image file {path[:200]!r} does not exist")
+
+
+def _candidates(path: str, places: ImagePlaces) -> list[Path]:
+    """The path as written, and with the backslashes of a table made on Windows, in each folder."""
+    spellings = [path] + ([path.replace("\\", "/")] if "\\" in path and os.sep == "/" else [])
+    candidates = []
+    for spelling in spellings:
+        written = Path(spelling)
+        candidates += [written] if written.is_absolute() else [*(folder / written for folder in places.folders), written]
+    return candidates
+
+
+def _is_inside(file: Path, places: ImagePlaces) -> bool:
+    """Whether a file lies in the dataset's folders, the working directory, or the caches in which `datasets` keeps its downloads.
+
+    Symbolic links are not followed: the Hub's cache consists of them.
+    """
+    place = os.path.abspath(file)
+    roots = [*places.folders, Path.cwd(), *_download_folders()]
+    return any(Path(place).is_relative_to(os.path.abspath(root)) for root in roots)
+
+
+def _download_folders() -> list[Path]:
+    import datasets
+    from huggingface_hub import constants
+
+    config = datasets.config
+    return [Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH), Path(constants.HF_HUB_CACHE)]
+
+
+def _resolved_address(path: str, places: ImagePlaces) -> str:
+    """A member of a streamed Hub dataset as it is; a web address as the file that it was fetched to."""
+    place = path.rsplit("::", 1)[-1]
+    if places.hub and place.startswith("hf://"):
+        return path
+    if path.lower().startswith(("http://", "https://")):
+        if places.remote:
+            from diffalign.data.remote_images import fetch
+
+            return str(fetch(path))
+        raise BrokenImage(
+            f"its image is the web address {path[:100]!r}, which is not fetched; download the images first, or set "
+            "data.allow_remote_images: true"
+        )
+    raise BrokenImage(f"its image is the address {path[:100]!r}, which is not opened; download the images and give their paths")
 
 
 def raw_bytes(image: Any) -> bytes:
@@ -68,18 +159,13 @@ def raw_bytes(image: Any) -> bytes:
         raise BrokenImage(f"cannot be read: {error}") from error
 
 
-def _open(image: Any) -> Image.Image:
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
+def _source(image: Any) -> Any:
+    """What `diffalign.decoding` opens. A view stays one: no more of a memory-mapped file is read than Pillow asks for."""
+    if not isinstance(image, dict):
         return image
-    if image["bytes"] is None and "://" not in image["path"]:
-        return Image.open(image["path"])
-    if isinstance(image["bytes"], memoryview):
-        import pyarrow
-
-        return Image.open(pyarrow.BufferReader(image["bytes"]))  # reads no more of the memory-mapped file than PIL asks for
-    return Image.open(io.BytesIO(raw_bytes(image)))
+    if image["bytes"] is not None:
+        return image["bytes"]
+    return raw_bytes(image) if "://" in image["path"] else image["path"]
 
 
 def header(image: Any) -> tuple[tuple[int, int], str]:
@@ -88,40 +174,16 @@ def header(image: Any) -> tuple[tuple[int, int], str]:
     Raises:
         BrokenImage: not an image.
     """
-    from PIL import Image
-
-    try:
-        opened = _open(image)
-        width, height = opened.size
-        # not PngImageFile's own getexif, which decodes the whole image in search of an EXIF chunk behind its pixels
-        turned = Image.Image.getexif(opened).get(_EXIF_ORIENTATION, 1) >= 5
-        kind = opened.format or "in memory"
-        if opened is not image:
-            opened.close()
-    except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
-        raise BrokenImage(f"image cannot be opened: {error}") from error
-    return ((width, height) if turned else (height, width)), kind
+    return decoding.header(_source(image))
 
 
 def decode(image: Any) -> Image.Image:
-    """The image as RGB, turned as its EXIF says, transparency on white.
+    """The image as 8-bit RGB, see `diffalign.decoding`.
 
     Raises:
         BrokenImage: cannot be decoded.
     """
-    from PIL import Image, ImageOps
-
-    try:
-        opened = _open(image)
-        opened.load()
-        upright = ImageOps.exif_transpose(opened)
-        if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright)
-        return upright.convert("RGB")
-    except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
-        raise BrokenImage(f"image cannot be decoded: {error}") from error
+    return decoding.decode(_source(image))
 
 
 def content_hash(image: Any) -> str:

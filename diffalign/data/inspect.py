@@ -9,12 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from diffalign.data import images as image_cells
 from diffalign.data.dataset import Group, PreferenceDataset
 from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
 from diffalign.exceptions import UserError
+from diffalign.folders import replacing
 
 _LISTED = 20  # row ids per finding
+_SHOW_PROGRESS_FROM = 2000  # rows
 _ASPECTS = {"1:2": 0.5, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 0.75, "4:5": 0.8, "1:1": 1.0}
 _ASPECTS |= {":".join(reversed(name.split(":"))): 1 / value for name, value in _ASPECTS.items() if value < 1}
 
@@ -34,15 +38,18 @@ class _Findings:
         return {"count": self.count, "rows": self.rows}
 
 
-def inspect(dataset: PreferenceDataset) -> dict[str, Any]:
-    """Reads every group once; images are hashed and their headers read, not decoded.
+def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any]:
+    """Reads every group once.
+
+    Args:
+        decode: decode every image, so that a file that is cut off is found; False reads headers only.
 
     Returns:
         Plain types, ready for JSON: the load report (`rows`, `kept`, `ties`, ...) and `fingerprint`, `images`, `sizes`
         ("HxW" -> number), `aspects` (nearest usual width:height -> number), `formats`, `prompt_words` and `prompt_characters`
         ({min, median, max}), `distinct_prompts`, `first_image_preferred` (share, where labels say it), and findings as
         {count, rows}: `duplicate_groups`, `duplicate_images`, `identical_images` (chosen = rejected), `size_mismatches`,
-        `aspect_mismatches`, `unreadable`.
+        `aspect_mismatches`, `unreadable` (with `reasons`: the first ones), and `decoded`.
     """
     sizes, aspects, formats = Counter[str](), Counter[str](), Counter[str]()
     prompts = Counter[str]()
@@ -50,12 +57,17 @@ def inspect(dataset: PreferenceDataset) -> dict[str, Any]:
     names = ("duplicate_groups", "duplicate_images", "identical_images", "size_mismatches", "aspect_mismatches", "unreadable")
     findings = {name: _Findings() for name in names}
     images = 0
-    for group in _readable(dataset, findings["unreadable"]):
+    reasons: list[str] = []
+    for group in _readable(dataset, findings["unreadable"], reasons):
         prompts.update(set(group.prompts))
         try:
             headers = [image_cells.header(image) for image in group.images]
-        except image_cells.BrokenImage:
+            if decode:
+                for image in group.images:
+                    image_cells.decode(image)
+        except image_cells.BrokenImage as error:
             findings["unreadable"].add(group.row_id)
+            _note(reasons, f"row {group.row_id}: {error}")
             continue
         found = [size for size, _ in headers]
         hashes = [bytes.fromhex(digest)[:16] for digest in group.image_hashes()]
@@ -91,21 +103,30 @@ def inspect(dataset: PreferenceDataset) -> dict[str, Any]:
         "prompt_characters": _spread(len(prompt) for prompt in prompts.elements()),
         "first_image_preferred": report.first_wins / judged if judged else None,
         **{name: found.as_dict() for name, found in findings.items()},
+        "reasons": reasons,
+        "decoded": decode,
     }
 
 
-def _readable(dataset: PreferenceDataset, unreadable: _Findings) -> Iterator[Group]:
+def _readable(dataset: PreferenceDataset, unreadable: _Findings, reasons: list[str]) -> Iterator[Group]:
     """The dataset's groups; one whose image files are gone is a finding, not the end."""
     if dataset.row_ids is None:
         yield from dataset
         return
-    for index, row_id in enumerate(dataset.row_ids.tolist()):
+    row_ids = dataset.row_ids.tolist()
+    for index, row_id in enumerate(tqdm(row_ids, desc="reading", unit="row", disable=len(row_ids) < _SHOW_PROGRESS_FROM)):
         try:
             group = dataset[index]
-        except UserError:
+        except UserError as error:
             unreadable.add(row_id)
+            _note(reasons, str(error))
             continue
         yield group
+
+
+def _note(reasons: list[str], reason: str) -> None:
+    if len(reasons) < _LISTED:
+        reasons.append(reason)
 
 
 def _nearest_aspect(size: tuple[int, int]) -> str:
@@ -141,6 +162,7 @@ def format_inspection(result: dict[str, Any]) -> str:
         "ties": f"{result['ties']} ({'kept with weight 0' if result['ties_kept'] else 'dropped'})",
         "without a label": str(result["unlabelled"]),
         "broken": str(result["broken_count"]),
+        "direction": result["direction"] or "no judgements",
         "first image preferred": "the columns are ordered" if balance is None else f"{balance:.1%}",
         "prompts": f"{result['distinct_prompts']} distinct",
         "words per prompt": spread("prompt_words"),
@@ -154,12 +176,54 @@ def format_inspection(result: dict[str, Any]) -> str:
         "equal images in a group": finding("identical_images"),
         "unequal sizes in a group": finding("size_mismatches"),
         f"aspects over {ASPECT_TOLERANCE:.0%} apart": finding("aspect_mismatches"),
-        "unreadable": finding("unreadable"),
+        "unreadable": finding("unreadable") + ("" if result["decoded"] else " (headers only; --verify_images full decodes)"),
         "fingerprint": result["fingerprint"] or "none while images are unreadable",
     }
     text = [f"{name:<24} {value}" for name, value in lines.items()]
     text += [f"  row {row_id}: {reason}" for row_id, reason in result["broken"]]
+    text += [f"  {reason}" for reason in result["reasons"]]
+    text += [f"note: {note}" for note in result["notes"]]
+    if result["unused"]:
+        text.append(
+            f"not read, although they look like judgements or images: {', '.join(result['unused'])} (map them with --columns)"
+        )
     return "\n".join(text)
+
+
+def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: int = 256) -> Path:
+    """Draws the first group of a dataset, the preferred image on the left, to show which way its judgements are read.
+
+    Args:
+        dataset: pairs, ranked lists or single images.
+        file: where the PNG goes.
+        side: of each image, in pixels.
+
+    Raises:
+        UserError: there are no images, or the first group cannot be read.
+    """
+    from PIL import Image, ImageDraw, ImageOps
+
+    group = next(iter(dataset), None)
+    if group is None or not group.images:
+        raise UserError(f"--picture: dataset {dataset.report.source} has no images to show")
+    images = group.open_images()
+    order = sorted(range(len(images)), key=lambda i: -group.scores[i] if group.scores else 0.0)
+    names = ["chosen", "rejected"] if dataset.kind == "pair" and group.scores is None else ["image"] * len(images)
+    if group.weight == 0:
+        names = ["tie"] * len(images)
+    picture = Image.new("RGB", (len(images) * (side + 8) + 8, side + 56), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((8, 6), f"row {group.row_id}: {group.prompts[order[0]][: 40 * len(images)]}", fill="black")
+    for place, i in enumerate(order):
+        left = 8 + place * (side + 8)
+        picture.paste(ImageOps.pad(images[i], (side, side), color="lightgray"), (left, 24))
+        label = f"{place + 1}: {dataset.score_name} {abs(group.scores[i]):g}" if group.scores else names[i]
+        draw.text((left, side + 32), label, fill="black")
+    target = Path(file).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        picture.save(temporary, format="PNG")
+    return target
 
 
 def convert(dataset: PreferenceDataset, output_dir: str | Path, *, kind: str | None = None, shard_rows: int = 1000) -> Path:

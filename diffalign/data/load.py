@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ def load_preferences(
     kind: str | None = None,
     score_columns: Sequence[str] = (),
     data_dir: str | Path | None = None,
+    allow_remote_images: bool = False,
+    allow_outside_paths: bool = False,
     verbose: bool = True,
 ) -> PreferenceDataset:
     """Reads preference data of any layout of `diffalign.data.schema`.
@@ -55,6 +59,9 @@ def load_preferences(
         kind: what the groups shall be, see `PreferenceDataset.as_kind`; None = what the data are.
         score_columns: columns of scores per image, one per scorer: a ranked row's scores become its win rates over them.
         data_dir: a folder in which relative image paths are looked up first.
+        allow_remote_images: fetch web addresses in image columns (public http and https only), each once.
+        allow_outside_paths: open image files outside the dataset's folder, which its cells name by absolute paths or `..`. Rows that
+            were made in code may always name them.
         verbose: print the report.
 
     Returns:
@@ -77,25 +84,102 @@ def load_preferences(
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
     if not names or (isinstance(data, datasets.Dataset) and len(data) == 0):
         report.check(max_broken_fraction)
-    layout: Layout = recognise(names or (), columns or {})
+    layout: Layout = recognise(names or (), columns or {}, list_columns(data))
+    report.direction, report.unused = layout.direction, list(layout.unused)
+    if layout.name == "image_rows":
+        if not isinstance(data, datasets.Dataset):
+            raise ConfigError(
+                "data.dataset_streaming",
+                "one image per row with a rank is gathered into lists, which a stream cannot; set it to false",
+            )
+        data, layout = with_lists(data, layout, report)
     report.layout, report.kind, report.mapping = layout.name, layout.kind, layout.mapping
+    places = dataclasses.replace(
+        opened.places, anywhere=opened.places.anywhere or allow_outside_paths, remote=allow_remote_images
+    )
     if isinstance(data, datasets.Dataset):
         verify = "none" if kind == "prompt" else verify_images  # prompts alone: their images are never looked at
-        row_ids = usable_rows(data, layout, report, opened.folders, verify)
+        row_ids = usable_rows(data, layout, report, places, verify)
         report.check(max_broken_fraction)
-        result = PreferenceDataset(data, layout, report, row_ids, opened.folders)
+        result = PreferenceDataset(data, layout, report, row_ids, places)
     else:
         from diffalign.data.streaming import StreamingPreferenceDataset
 
         result = StreamingPreferenceDataset(
-            data, layout, report, opened.folders, verify_images=verify_images, max_broken_fraction=max_broken_fraction
+            data, layout, report, places, verify_images=verify_images, max_broken_fraction=max_broken_fraction
         )
     result = result if kind is None else result.as_kind(kind)
     if verbose:
         print(
-            report.summary() if len(report.mapping) and report.rows else f"dataset {opened.name}: streaming, layout {layout.name}"
+            report.summary()
+            if len(report.mapping) and report.rows
+            else "; ".join(filter(None, (f"dataset {opened.name}: streaming, layout {layout.name}", report.unused_columns())))
         )
+    elif report.unused:
+        warnings.warn(f"dataset {opened.name}: {report.unused_columns()}", stacklevel=2)
     return result
+
+
+def list_columns(data: Any) -> set[str] | None:
+    """The columns of a `datasets` object that hold lists; None where neither its features nor its first row say."""
+    import datasets
+
+    if data.features is not None:
+        kinds = (datasets.List, datasets.LargeList, list, tuple)
+        return {name for name, kind in data.features.items() if isinstance(kind, kinds)}
+    row = next(iter(data.take(1)), None)
+    return None if row is None else {name for name, value in row.items() if isinstance(value, (list, tuple))}
+
+
+def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layout]:
+    """Rows of one image with a rank or score as one list per prompt.
+
+    Images with the same `prompt_id` (or, without that column, the same prompt) make a list, in the order of their rows.
+
+    Args:
+        data: a `datasets.Dataset` of layout `image_rows`.
+        layout: its layout.
+        report: gets a note of what was gathered.
+
+    Returns:
+        The dataset of lists, with the columns prompt, images and rank or scores, and its layout.
+    """
+    import datasets
+
+    role = "rank" if "rank" in layout.mapping else "scores"
+    table = data.select_columns(list(dict.fromkeys(layout.mapping.values()))).with_format("arrow")
+    keys = table[layout.mapping.get("prompt_id", layout.mapping["prompt"])].to_pylist()
+    groups: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    several = {key: rows for key, rows in groups.items() if len(rows) > 1 and key is not None}
+    image_feature = data.features[layout.mapping["image"]]
+    image_feature = datasets.Image(decode=False) if isinstance(image_feature, datasets.Image) else image_feature
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "images": datasets.List(image_feature),
+            role: datasets.List(datasets.Value("float64")),
+        }
+    )
+
+    def lists(fingerprint: str) -> Iterator[dict[str, Any]]:
+        for rows in several.values():
+            part = table[rows]
+            cells = {name: part[column].to_pylist() for name, column in layout.mapping.items()}
+            yield {"prompt": cells["prompt"][0], "images": cells["image"], role: cells[role]}
+
+    # The argument makes `datasets` keep the lists of this table under a name of their own.
+    gathered = datasets.Dataset.from_generator(
+        lists, features=features, gen_kwargs={"fingerprint": f"{data._fingerprint}{layout}"}
+    )
+    alone = len(keys) - sum(len(rows) for rows in several.values())
+    by = layout.mapping.get("prompt_id", layout.mapping["prompt"])
+    report.notes.append(
+        f"{len(keys)} rows of one image became {len(several)} lists by {by!r}"
+        + (f"; {alone} rows have nothing to be compared with" if alone else "")
+    )
+    return gathered, recognise(["prompt", "images", role], {}, {"images", role})
 
 
 WIN_RATES = "win_rates"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign import decoding
+from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.exceptions import UserError
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".tar": "webdataset"}
@@ -22,12 +25,12 @@ class Source:
     Attributes:
         dataset: `datasets.Dataset` or `IterableDataset`.
         name: for messages.
-        folders: where relative image paths of its rows are looked up.
+        places: where the image cells of its rows may point to.
     """
 
     dataset: Any
     name: str
-    folders: tuple[Path, ...] = ()
+    places: ImagePlaces = NO_FOLDERS
 
 
 def open_source(
@@ -50,7 +53,7 @@ def open_source(
     if source is None:
         raise UserError("data.dataset_name: give a Hub id, a folder or a file (or data.train_data_dir)")
     if not isinstance(source, (str, Path)):
-        return Source(_in_memory(source, split, streaming), f"a {type(source).__name__}", extra)
+        return Source(_in_memory(source, split, streaming), f"a {type(source).__name__}", ImagePlaces(extra, anywhere=True))
     path = Path(source).expanduser()
     if path.is_dir():
         opened = _folder(path, split, config, streaming)
@@ -59,8 +62,8 @@ def open_source(
     elif _looks_local(str(source)):
         raise UserError(f"dataset {str(source)!r}: there is no such file or folder (working directory {Path.cwd()})")
     else:
-        opened = Source(_hub(str(source), split, config, revision, streaming), str(source))
-    return Source(opened.dataset, opened.name, extra + opened.folders)
+        opened = Source(_hub(str(source), split, config, revision, streaming), str(source), ImagePlaces(hub=True))
+    return Source(opened.dataset, opened.name, dataclasses.replace(opened.places, folders=extra + opened.places.folders))
 
 
 def _in_memory(source: Any, split: str, streaming: bool) -> Any:
@@ -73,14 +76,31 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
     elif isinstance(source, Sequence):
         if not source:
             raise UserError("dataset a list has no rows")
+        for number, row in enumerate(source):
+            if not isinstance(row, Mapping):
+                raise UserError(
+                    f"dataset a list: row {number} is {type(row).__name__}, expected a mapping of column names to cells"
+                )
         names = list(dict.fromkeys(name for row in source for name in row))
         try:
-            source = datasets.Dataset.from_dict({name: [row.get(name) for row in source] for name in names})
+            source = datasets.Dataset.from_dict({name: [_cell(row.get(name)) for row in source] for name in names})
         except (ValueError, TypeError) as error:  # pyarrow's errors are of these types
             raise UserError(f"dataset a list: a column mixes types: {error}") from error
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         raise UserError(f"dataset: expected a name, a path, a datasets object or a list of rows, got {type(source).__name__}")
     return source.to_iterable_dataset() if streaming and isinstance(source, datasets.Dataset) else source
+
+
+def _cell(value: Any) -> Any:
+    """Arrays and tensors of pixels as PIL images, also within a list of images; everything else as it is."""
+    if decoding.is_array(value) and value.ndim >= 2:
+        try:
+            return decoding.from_array(value)
+        except BrokenImage:  # numbers that are no image stay what they are
+            return value
+    if isinstance(value, (list, tuple)) and any(decoding.is_array(item) for item in value):
+        return [_cell(item) for item in value]
+    return value
 
 
 def _file(path: Path, split: str, streaming: bool) -> Source:
@@ -92,7 +112,7 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
     dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
     if builder == "text":  # a prompt per line
         dataset = dataset.filter(lambda row: bool(row["text"].strip()))
-    return Source(_plain_tar(dataset) if builder == "webdataset" else dataset, str(path), _image_folders([path]))
+    return Source(_plain_tar(dataset) if builder == "webdataset" else dataset, str(path), ImagePlaces(_image_folders([path])))
 
 
 def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Source:
@@ -100,25 +120,25 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
     then json, jsonl and csv tables whose images lie beside them."""
     import datasets
 
-    name = str(path)
+    name, places = str(path), ImagePlaces((path,))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, (path,))
+        return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, places)
     described = (path / "README.md").is_file() and "\nconfigs:" in (path / "README.md").read_text("utf-8", "replace")
     if described or any(path.rglob("metadata.jsonl")) or any(path.rglob("metadata.csv")) or any(path.rglob("metadata.parquet")):
-        return Source(_load(name, name, split, config=config, streaming=streaming), name, (path,))
+        return Source(_load(name, name, split, config=config, streaming=streaming), name, places)
     for chosen, rejected in PAIR_FOLDERS:
         if (path / chosen).is_dir() and (path / rejected).is_dir():
-            return Source(_in_memory(_pair_folders(path / chosen, path / rejected), split, streaming), name, (path,))
+            return Source(_in_memory(_pair_folders(path / chosen, path / rejected), split, streaming), name, places)
     if any(path.rglob("*.parquet")):
-        return Source(_load(name, name, split, config=config, streaming=streaming), name, (path,))
+        return Source(_load(name, name, split, config=config, streaming=streaming), name, places)
     if any(path.rglob("*.tar")):
-        return Source(_plain_tar(_load(name, name, split, config=config, streaming=streaming)), name, (path,))
+        return Source(_plain_tar(_load(name, name, split, config=config, streaming=streaming)), name, places)
     for suffix in (".jsonl", ".json", ".csv"):
         files = sorted(path.rglob(f"*{suffix}"))
         if files:
             files = _files_of_split(path, files, split)
             dataset = _load(name, BUILDERS[suffix], "train", data_files=[str(file) for file in files], streaming=streaming)
-            return Source(dataset, name, (path, *_image_folders(files)))
+            return Source(dataset, name, ImagePlaces((path, *_image_folders(files))))
     raise UserError(
         f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no metadata.jsonl, and no "
         "parquet, jsonl, json, csv or tar files in this folder"

@@ -7,13 +7,12 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset, build_group
-from diffalign.data.images import BrokenImage
+from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.schema import Layout, judge
 from diffalign.data.verify import check_image
 
@@ -30,12 +29,12 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         dataset: Any,
         layout: Layout,
         report: LoadReport,
-        folders: Sequence[Path] = (),
+        places: ImagePlaces = NO_FOLDERS,
         *,
         verify_images: str = "header",
         max_broken_fraction: float = 0.05,
     ) -> None:
-        super().__init__(dataset.decode(False) if dataset.features is not None else dataset, layout, report, None, folders)
+        super().__init__(dataset.decode(False) if dataset.features is not None else dataset, layout, report, None, places)
         self._verify, self._max_broken_fraction = verify_images, max_broken_fraction
 
     def __len__(self) -> int:
@@ -72,7 +71,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             return None
         try:
             cells = {role: row.get(column) for role, column in self._columns.items() if role in self.layout.image_columns}
-            group = build_group(self.layout, verdict, row_id, cells, self.folders)
+            group = build_group(self.layout, verdict, row_id, cells, self.places)
             for image in group.images:
                 check_image(image, self._verify)
         except BrokenImage as error:

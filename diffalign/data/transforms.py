@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ASPECT_TOLERANCE = 0.05
 """Images of a group whose width / height differ by more than this share do not fit one bucket."""
 
+_MOST_RESIZED = 64  # times the pixels of the target: an image that would become larger is cut before it is resized
+
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -140,11 +142,22 @@ def _covered(image: Image.Image, target: Size, down: float, right: float, flip: 
     height, width = target
     factor = max(height / image.height, width / image.width)
     resized_height, resized_width = max(height, round(image.height * factor)), max(width, round(image.width * factor))
-    image = _resized(image, resized_height, resized_width)
     top, left = round(down * (resized_height - height)), round(right * (resized_width - width))
-    cropped = image.crop((left, top, left + width, top + height))
+    if resized_height * resized_width > _MOST_RESIZED * height * width:
+        cropped = _crop_of_thin(image, target, (top / factor, left / factor), factor)
+    else:
+        cropped = _resized(image, resized_height, resized_width).crop((left, top, left + width, top + height))
     # cropping and mirroring is mirroring and cropping at the mirrored place, which is how diffusers' SDXL scripts count
     return cropped, (top, resized_width - width - left if flip else left)
+
+
+def _crop_of_thin(image: Image.Image, target: Size, corner: tuple[float, float], factor: float) -> Image.Image:
+    """The crop of a very thin image, cut out before it is resized: the whole of it resized could fill any memory."""
+    from PIL import Image as Pillow
+
+    (top, left), (height, width) = corner, target
+    box = (left, top, min(image.width, left + width / factor), min(image.height, top + height / factor))
+    return image.resize((width, height), Pillow.Resampling.LANCZOS, box=box)
 
 
 def _letterboxed(image: Image.Image, target: Size) -> tuple[Image.Image, Size]:

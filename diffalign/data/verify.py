@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data import images as image_cells
 from diffalign.data.dataset import LoadReport, build_group, lazy_cell
+from diffalign.data.images import ImagePlaces
 from diffalign.data.schema import Layout, judge
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def check_image(image: Any, verify: str) -> None:
         image_cells.header(image)
 
 
-def usable_rows(dataset: Any, layout: Layout, report: LoadReport, folders: Sequence[Path], verify: str) -> np.ndarray:
+def usable_rows(dataset: Any, layout: Layout, report: LoadReport, places: ImagePlaces, verify: str) -> np.ndarray:
     """Ids of the rows to use, ascending, as int64; counts all others in `report`.
 
     Prompts, labels and scores of every row are read. Images are read only to be verified, as views of the Arrow table: a header
@@ -55,7 +54,7 @@ def usable_rows(dataset: Any, layout: Layout, report: LoadReport, folders: Seque
                         _check_length(table, layout, offset, len(verdict.prompts))
                     else:
                         cells = {role: lazy_cell(table[column][offset]) for role, column in layout.image_columns.items()}
-                        for image in build_group(layout, verdict, row_id, cells, folders).images:
+                        for image in build_group(layout, verdict, row_id, cells, places).images:
                             check_image(image, verify)
                 except image_cells.BrokenImage as error:
                     report.add_broken(row_id, str(error))

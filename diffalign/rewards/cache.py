@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 _APPLICATION = 0x64616C67  # marks the file as ours
+_DECODING = b"2:"  # changes when the same file would be decoded to other pixels, so that no cache answers from the former ones
 _CHUNK = 900  # parameters per statement, under SQLite's oldest limit
 _SETTLED = 2.0  # seconds after which a file's change time is trusted
 _WAIT = 60.0  # seconds to wait for another process's write
@@ -53,9 +54,9 @@ def file_digest(source: bytes | str | Path) -> bytes:
         UserError: a file that cannot be read.
     """
     if isinstance(source, bytes):
-        return hashlib.sha256(source).digest()
+        return hashlib.sha256(_DECODING + source).digest()
     try:
-        return hashlib.sha256(Path(source).read_bytes()).digest()
+        return hashlib.sha256(_DECODING + Path(source).read_bytes()).digest()
     except OSError as error:
         raise UserError(f"images: {str(source)!r} cannot be read ({error.strerror}); name an image file") from error
 
@@ -74,7 +75,7 @@ def stamp_digest(path: str | Path, now: float) -> bytes | None:
     place = os.fspath(path)
     place = place if place.startswith("/") else os.path.abspath(place)
     stamp = f"{place}\0{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-    return hashlib.sha256(stamp.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(_DECODING + stamp.encode("utf-8", "surrogateescape")).digest()
 
 
 def content_key(image: bytes, prompt: str | None, metadata: Mapping[str, Any] | None = None) -> bytes:

@@ -42,7 +42,13 @@ def table(names: list[str]) -> str:
 
 def card(values: dict[str, Any]) -> str:
     """Every field of a `ScorerSpec`, one per line."""
-    return "\n".join(f"{field}: {_shown(value)}" for field, value in values.items())
+    from ..decoding import RULE
+
+    lines = [f"{field}: {_shown(value)}" for field, value in values.items()]
+    place = 1 + next((i for i, line in enumerate(lines) if line.startswith("preprocess:")), len(lines) - 1)
+    # Published scorers' code neither turns an image nor lays it on white.
+    lines.insert(place, f"pixels: {RULE}; the same as in training")
+    return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:

@@ -262,7 +262,7 @@ class GenEval(Scorer):
         given = item.metadata.get("detections")
         if given is None and self.detector is None:
             raise _Unknown("no detections: give metadata['detections'] or a detector")
-        image = item.image.convert("RGB")
+        image = item.image
         seen = given if given is not None else self.detector(image)  # type: ignore[misc]
         if not isinstance(seen, Iterable) or isinstance(seen, (str, Mapping)):
             raise UserError(f"detections: expected a list of {{label, score, box}}, got {type(seen).__name__}")

@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from .. import decoding
 from ..exceptions import ConfigError, UserError
 
 _RETRIED = (429, 500, 502, 503, 504)
@@ -130,8 +131,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def png_base64(image: Any) -> str:
-    """A PIL image as base64 PNG, without loss and in its own mode, so that the other side converts it as the original does."""
+    """A decoded image as base64 PNG, without loss: the other side sees the pixels that are scored here."""
     buffer = io.BytesIO()
-    kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
-    kept.save(buffer, format="PNG", compress_level=1)
+    decoding.to_rgb(image).save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -6,8 +6,6 @@ antialiasing, which differs from it by up to 2/255. The two are never mixed in o
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import decoding
 from ..exceptions import UserError
 from .cache import file_digest, pixel_digest, stamp_digest
 
@@ -48,42 +47,26 @@ class ImageInput:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image, in its own mode.
+        """The decoded image as 8-bit RGB, the pixels that training sees (`diffalign.decoding`).
 
         Raises:
             UnreadableImage: missing, damaged or of zero size.
         """
-        from PIL import Image
-
         if self._image is None:
-            image = self.source
+            source = self._encoded if self._encoded is not None else self._open()
             try:
-                if not isinstance(image, Image.Image):
-                    image = Image.open(io.BytesIO(self.encoded()) if self._encoded is not None else self._open())
-                image.load()
-            except UserError:
-                raise
-            except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
-                raise UnreadableImage(f"{self.place}: {self._name()} cannot be decoded ({error}); remove or repair it") from error
-            if image.mode.startswith("I") and image.getextrema()[1] > 255:
-                warnings.warn(
-                    f"{self.place}: 16-bit values above 255 become white, as in the published code; convert the image to 8 bits first",
-                    stacklevel=2,
-                )
-            if 0 in image.size:
-                raise UnreadableImage(f"{self.place}: the image is empty, {image.size[0]}x{image.size[1]} pixels")
-            self._image = image
+                self._image = decoding.decode(source)
+            except decoding.UnreadableImage as error:
+                raise UnreadableImage(f"{self.place}: {self._name()} cannot be used: {error}; remove or repair it") from error
         return self._image
 
     def _name(self) -> str:
         return repr(str(self.source)[:200]) if isinstance(self.source, (str, Path)) else "the image"
 
     def _open(self) -> Any:
-        if isinstance(self.source, (str, Path)):
-            if not Path(self.source).is_file():
-                raise UnreadableImage(f"{self.place}: there is no image file {str(self.source)[:200]!r}")
-            return self.source
-        return io.BytesIO(self.source)
+        if isinstance(self.source, (str, Path)) and not Path(self.source).is_file():
+            raise UnreadableImage(f"{self.place}: there is no image file {str(self.source)[:200]!r}")
+        return self.source
 
     def encoded(self) -> bytes:
         """The encoded file's bytes, read once."""
@@ -120,9 +103,9 @@ def read_images(images: Any) -> list[ImageInput]:
     """Every accepted form as a list.
 
     Args:
-        images: a list of PIL images, paths, encoded bytes, `{"bytes", "path"}` cells of a dataset, or uint8 (H, W), (H, W, 3|4)
-            arrays; or one tensor or array of them: uint8 or float in [0, 1], (N, 3, H, W). Float tensors are rounded to 8 bits, so
-            that an image in memory and its saved PNG get the same number.
+        images: a list of PIL images, paths, encoded bytes, `{"bytes", "path"}` cells of a dataset, or arrays and tensors (H, W),
+            (H, W, C) or (C, H, W), uint8 or float in [0, 1]; or one tensor or array of them, (N, 3, H, W). Floats are rounded to 8
+            bits, so that an image in memory and its saved PNG get the same number.
 
     Raises:
         UserError: an empty list, one image where a list is meant, values that are not finite or out of range, another type or shape.
@@ -149,20 +132,12 @@ def _read_one(image: Any, place: str) -> ImageInput:
         return image
     if isinstance(image, (Image.Image, str, Path, bytes, memoryview)):
         return ImageInput(place, image)
-    if isinstance(image, Tensor):
-        if image.ndim != 3:
-            raise UserError(f"{place}: expected a (3, H, W) tensor, got shape {tuple(image.shape)}")
-        return ImageInput(place, _from_batch(image[None], place)[0])
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise UserError(
-                f"{place}: expected a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}; "
-                "floats go in as one (N, 3, H, W) tensor in [0, 1]"
-            )
-        if 0 in image.shape:
-            raise UnreadableImage(f"{place}: the image is empty, shape {image.shape}")
-        return ImageInput(place, Image.fromarray(image))
-    raise UserError(f"{place}: expected a PIL image, a path, bytes or a uint8 array, got {type(image).__name__}")
+    if decoding.is_array(image):
+        try:
+            return ImageInput(place, decoding.from_array(image))
+        except decoding.UnreadableImage as error:
+            raise UnreadableImage(f"{place}: {error}") from error
+    raise UserError(f"{place}: expected a PIL image, a path, bytes or an array, got {type(image).__name__}")
 
 
 def _from_batch(batch: Any, place: str = "images") -> list[Any]:
@@ -242,6 +217,8 @@ class Preprocess:
 
         if image.mode != "RGB" and (self.rgb_first or self.mode == "letterbox"):
             image = image.convert("RGB")
+        if self.mode == "crop":
+            image = middle_of_thin(image)
         if self.mode == "letterbox":
             return self.letterbox(_to_tensor(image).float().div(255))
         if self.mode == "squash":
@@ -314,6 +291,19 @@ class Preprocess:
         parts += [f"resize{self.resize_to}"] * (self.resize_to is not None)
         parts += [f"antialias={self.antialias}"] * (self.mode == "letterbox")
         return "-".join([*parts, ",".join(f"{v:g}" for v in (*self.mean, *self.std))])
+
+
+_THIN = 32  # long side in short sides from which only the middle is resized
+
+
+def middle_of_thin(image: Image.Image) -> Image.Image:
+    """The middle of an image whose long side is more than 32 times the short one, so that resizing it takes bounded memory."""
+    short, longest = min(image.size), max(image.size)
+    if longest <= _THIN * short:
+        return image
+    start = (longest - _THIN * short) // 2
+    end = start + _THIN * short
+    return image.crop((start, 0, end, short) if image.width > image.height else (0, start, short, end))
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:

@@ -146,7 +146,7 @@ class DatasetSource:
 
     def _name(self, image: Any) -> str | None:
         path = image.get("path") if isinstance(image, Mapping) else None
-        for folder in self._dataset.folders:
+        for folder in self._dataset.places.folders:
             if path is not None and Path(path).is_relative_to(folder):
                 return Path(path).relative_to(folder).as_posix()
         return path

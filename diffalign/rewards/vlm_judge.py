@@ -184,7 +184,7 @@ class VLMJudge(Scorer):
     def _question(self, item: Item) -> dict[str, Any]:
         from PIL import Image
 
-        image = item.image.convert("RGB")
+        image = item.image
         if self.image_size is not None:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"}}

@@ -51,6 +51,8 @@ def as_preferences(data: Any, config: DataConfig, kind: str, split: str, *, inve
             max_broken_fraction=config.max_broken_fraction,
             data_dir=config.train_data_dir,
             score_columns=config.score_columns,
+            allow_remote_images=config.allow_remote_images,
+            allow_outside_paths=config.allow_outside_paths,
             verbose=False,
         )
     data = data.as_kind(kind)

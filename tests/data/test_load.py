@@ -96,8 +96,9 @@ def test_jsonl_paths_are_relative_to_the_file(save, tmp_path, colors):
     save("elsewhere/b.png", "blue")
     row = {"prompt": "p", "chosen": "a.png", "rejected": "../elsewhere/b.png"}
     (tmp_path / "set/rows.jsonl").write_text(json.dumps(row) + "\n")
-    assert colors(load(tmp_path / "set/rows.jsonl")[0]) == ["red", "blue"]
-    assert colors(load(tmp_path / "set")[0]) == ["red", "blue"]
+    assert colors(load(tmp_path / "set/rows.jsonl", allow_outside_paths=True)[0]) == ["red", "blue"]
+    assert colors(load(tmp_path / "set", allow_outside_paths=True)[0]) == ["red", "blue"]
+    assert colors(load(tmp_path / "set", data_dir=tmp_path / "elsewhere/../elsewhere/..")[0]) == ["red", "blue"]
 
 
 def test_csv_and_data_dir(save, tmp_path, colors):

@@ -217,10 +217,15 @@ def test_a_scorer_that_returns_the_wrong_number_is_named():
         (picture(0), ["a"], "expected a list, got one Image"),
         ([3], ["a"], r"images\[0\]: expected a PIL image"),
         (["missing.png"], ["a"], r"images\[0\]: there is no image file 'missing.png'"),
-        ([b"no image"], ["a"], r"images\[0\]: the image cannot be decoded"),
-        ([png(picture(0))[:60]], ["a"], r"images\[0\]: the image cannot be decoded"),
-        ([Image.new("RGB", (0, 5))], ["a"], r"images\[0\]: the image is empty, 0x5"),
-        ([np.zeros((4, 4, 3), np.float32)], ["a"], r"images\[0\]: expected a uint8 array"),
+        ([b"no image"], ["a"], r"images\[0\]: the image cannot be used: image cannot be opened"),
+        ([png(picture(0))[:60]], ["a"], r"images\[0\]: the image cannot be used: image cannot be decoded"),
+        ([Image.new("RGB", (0, 5))], ["a"], r"images\[0\]: the image cannot be used: the image is empty, 0x5"),
+        (
+            [np.full((4, 4, 3), 7.0)],
+            ["a"],
+            r"images\[0\]: an array of float64 with shape \(4, 4, 3\) runs from 7 to 7, expected \[0, 1\]",
+        ),
+        ([np.zeros((4, 4, 3), np.int64)], ["a"], r"images\[0\]: an array of int64 .* is no image"),
         (torch.full((1, 3, 4, 4), float("nan")), ["a"], "some values are not finite"),
         (torch.full((1, 3, 4, 4), -1.0), ["a"], r"expected \[0, 1\]; images in \[-1, 1\]"),
         (torch.full((1, 3, 4, 4), 200.0), ["a"], r"images in \[0, 255\] go in as uint8"),
@@ -309,13 +314,10 @@ def test_an_untouched_file_is_known_without_being_read(tmp_path, monkeypatch):
     assert result.cached == 1 and torch.equal(result.values, expected)
 
 
-def test_16_bit_images_are_converted_as_the_published_code_does_and_warned_about():
+def test_16_bit_images_are_scored_by_their_high_byte():
     values = np.arange(0, 40 * 30 * 16, 16, dtype=np.uint16).reshape(30, 40)
-    image = Image.fromarray(values)
-    assert image.mode.startswith("I")
-    with pytest.warns(UserWarning, match=r"images\[0\]: 16-bit values above 255 become white"):
-        found = Brightness()([image])
-    assert float(found[0]) == pytest.approx(float(np.clip(values, 0, 255).mean()), abs=1e-3)
+    found = Brightness()([Image.fromarray(values)])
+    assert float(found[0]) == pytest.approx(float((values >> 8).mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ def test_chroma_is_subsampled_as_pillow_does_by_default():
     assert jpeg.jpeg_bytes(noise()) == encoded(noise())
 
 
-@pytest.mark.filterwarnings("ignore:.*16-bit values")
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F"])
 def test_other_modes_are_converted_to_rgb(mode):
     image = noise().convert(mode)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import MODELS, load_tiny
+from PIL import Image
 
 from diffalign import load_scorer
 from diffalign.rewards import imagereward
@@ -31,9 +32,13 @@ def arrays(name: str):
 
 
 def all_pairs(scorer, images, prompts) -> torch.Tensor:
-    """(images, prompts) scores in one call."""
-    flat = [image for image in images for _ in prompts]
+    """(images, prompts) scores in one call. The published code drops transparency, while this package lays it on white."""
+    flat = [opaque(image) for image in images for _ in prompts]
     return scorer(flat, list(prompts) * len(images)).reshape(len(images), len(prompts))
+
+
+def opaque(image):
+    return image.convert("RGB") if image.mode in ("RGBA", "LA") else image
 
 
 def spelled(prompts) -> list[int]:
@@ -75,7 +80,10 @@ def test_imagereward_tokens_and_pixels_are_exact(tmp_path, images):
 def test_imagereward_rewards(tmp_path, images):
     expected = fixture("imagereward")
     single = all_pairs(load_tiny("imagereward", tmp_path), images.values(), expected["prompts"])
-    assert float((single - torch.tensor(expected["rewards_fp32"])).abs().max()) <= 5e-5
+    # The published code resizes in the image's own mode, palette and transparency too; this package resizes the RGB they show.
+    same = [i for i, image in enumerate(images.values()) if image.mode in ("RGB", "L")]
+    assert len(same) == len(images) - 3
+    assert float((single - torch.tensor(expected["rewards_fp32"]))[same].abs().max()) <= 5e-5
     scorer = load_tiny("imagereward", tmp_path / "wide", dtype="float64")
     wide = []
     with torch.no_grad():
@@ -197,11 +205,12 @@ def test_hpsv2_gradient(tmp_path):
 
 
 def test_hpsv2_converts_what_breaks_the_published_code(tmp_path, images):
-    """RGBA goes into its first convolution with four channels; ours is the same picture in RGB."""
+    """RGBA goes into its first convolution with four channels; ours is the picture on white."""
     assert set(fixture("hpsv2_antialias")["errors"]) == {"RGBA_180x260"}
     scorer = load_tiny("hpsv2.1", tmp_path)
     picture = images["RGBA_180x260"]
-    both = scorer([picture, picture.convert("RGB")], ["a photo of a red cat"] * 2)
+    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    both = scorer([picture, on_white], ["a photo of a red cat"] * 2)
     assert both[0] == both[1] and both.isfinite().all()
 
 

@@ -380,7 +380,6 @@ def modes() -> list[Image.Image]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:.*16-bit values")
 def test_images_of_every_mode_prompts_and_metadata_arrive_unchanged():
     images = modes()
     prompts = [f"{i} Äpfel {{x}} \u202e\n" for i in range(len(images))]

@@ -1,0 +1,107 @@
+"""Images behind web addresses, fetched only when the user allows it (`data.allow_remote_images`), each once.
+
+A dataset's author decides what its cells say. So only public addresses are asked, over http and https, with limits of size and time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import ipaddress
+import os
+import socket
+import ssl
+import time
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+from diffalign.decoding import UnreadableImage
+from diffalign.folders import write_atomically
+
+MAX_BYTES = 64 << 20
+TOTAL_SECONDS = 60.0
+_REDIRECTS = 3
+_PART = 1 << 16
+
+
+def cache_folder() -> Path:
+    """Where fetched images are kept: `DIFFALIGN_CACHE`, or `~/.cache/diffalign`, and `images` in it."""
+    return Path(os.environ.get("DIFFALIGN_CACHE") or Path.home() / ".cache" / "diffalign") / "images"
+
+
+def fetch(url: str) -> Path:
+    """The file that a web address was fetched to; fetched once, kept in `cache_folder()`.
+
+    Raises:
+        UnreadableImage: offline mode, no public address, no answer in time, too large, or refused.
+    """
+    file = cache_folder() / hashlib.sha256(url.encode()).hexdigest()
+    if not file.is_file():
+        if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+            raise UnreadableImage(f"its image {url[:100]!r} is not fetched in offline mode (HF_HUB_OFFLINE)")
+        try:
+            content = _download(url, time.monotonic() + TOTAL_SECONDS)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UnreadableImage(f"its image {url[:100]!r} cannot be fetched: {error}") from error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    return file
+
+
+def _download(url: str, deadline: float) -> bytes:
+    for _ in range(_REDIRECTS + 1):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url[:100]!r} is no http or https address")
+        connection = _connection(parts.scheme, parts.hostname, parts.port, deadline)
+        try:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"User-Agent": "diffalign"})
+            reply = connection.getresponse()
+            if reply.status in (301, 302, 303, 307, 308):
+                url = urljoin(url, reply.getheader("Location") or "")
+                continue
+            if reply.status != 200:
+                raise ValueError(f"the server answered {reply.status}")
+            return _body(reply, deadline)
+        finally:
+            connection.close()
+    raise ValueError(f"more than {_REDIRECTS} redirects")
+
+
+def _connection(scheme: str, host: str, port: int | None, deadline: float) -> http.client.HTTPConnection:
+    """A connection to the checked address itself, so that the name cannot lead elsewhere a moment later."""
+    port = port or (443 if scheme == "https" else 80)
+    address = public_address(host, port)
+    connection = http.client.HTTPConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
+    connection.sock = socket.create_connection((address, port), timeout=connection.timeout)
+    if scheme == "https":
+        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+    return connection
+
+
+def public_address(host: str, port: int) -> str:
+    """The first address of a host, all of whose addresses are public.
+
+    Raises:
+        ValueError: one of them belongs to this machine or to a private network.
+    """
+    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address in addresses:
+        if not ipaddress.ip_address(address.split("%")[0]).is_global:
+            raise ValueError(f"{host!r} is no public address")
+    return addresses[0]
+
+
+def _body(reply: http.client.HTTPResponse, deadline: float) -> bytes:
+    parts, size = [], 0
+    while part := reply.read1(_PART):
+        size += len(part)
+        if size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise ValueError(f"not there after {TOTAL_SECONDS:g} seconds")
+        parts.append(part)
+    if reply.length:  # what the server announced and did not send
+        raise ValueError("the reply was cut short")
+    return b"".join(parts)
