@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
+import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,20 @@ from . import __version__
 from .exceptions import UserError
 from .processes import process_rank
 
-_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATIENCE = 5  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its code."""
-    sys.exit(run(arguments))
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -37,20 +46,46 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         if error.errno in _PERMISSION:
             return _say(f"cannot write {error.filename!r} ({error.strerror}); name a folder that you may write to", 2)
         if error.errno in _NO_SPACE:
             return _say(
                 f"cannot write {error.filename or 'a file'} ({error.strerror}); free some space and run the command again", 1
             )
+        if _no_space(error):
+            return _say("cannot write a file (no space left on device); free some space and run the command again", 1)
         raise
     except Exception as error:
-        expected = {"CheckpointError", "NonFiniteLoss"}
+        expected = {"CheckpointError", "NonFiniteLoss", "NonFiniteWeights"}
+        if type(error).__name__ not in expected and _no_space(error):
+            return _say("cannot write a file (no space left on device); free some space and run the command again", 1)
         if type(error).__name__ == "Interrupted":
             return _say(str(error), 128 + error.signal)  # type: ignore[attr-defined]
         if type(error).__name__ in expected:
             return _say(str(error), 1)
         raise
+
+
+_FULL = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|database or disk is full|requested and \d+ written"
+    r"|inline_container.cc.*unexpected pos",
+    re.IGNORECASE,
+)
+_WRITERS = ("safetensors", "sqlite3", "pyarrow")  # libraries whose errors are no OSError when the disk is full
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a library's way to say that the disk is full."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        library = type(error).__module__.split(".")[0]
+        if _FULL.search(str(error)) and (isinstance(error, (OSError, RuntimeError)) or library in _WRITERS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _say(message: str, code: int) -> int:
@@ -175,7 +210,23 @@ def _add_module_commands(commands: Any, data_actions: Any) -> None:
             module = import_module(f".{module_name}", __package__)
             parser = parent.add_parser(name, help=text, allow_abbrev=False)
             module.add_arguments(parser)
-            parser.set_defaults(handler=lambda options, rest, run=module.run: run(options))
+            handler = _locked if name in _LOCKED else _plain
+            parser.set_defaults(handler=functools.partial(handler, module.run))
+
+
+# Commands whose output folder belongs to one process, and the others that it started, at a time.
+_LOCKED = ("compare", "score", "steer", "build", "recaption")
+
+
+def _plain(run: Callable[[argparse.Namespace], int], options: argparse.Namespace, rest: list[str]) -> int:
+    return run(options)
+
+
+def _locked(run: Callable[[argparse.Namespace], int], options: argparse.Namespace, rest: list[str]) -> int:
+    from .folder_lock import FolderLock
+
+    with FolderLock(options.output_dir):
+        return run(options)
 
 
 def _add_quickstart_options(parser: argparse.ArgumentParser) -> None:

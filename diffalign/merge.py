@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .exceptions import ConfigError, UserError
+from .folders import replacing_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,8 +109,8 @@ def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], outp
     factors = {name: (torch.cat([d for d, _ in each], 0), torch.cat([u for _, u in each], 1)) for name, each in parts.items()}
     _put(network, factors)
     state = lora_state(network)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    backbone.save_lora(str(output_dir), network, state)
+    with replacing_folder(output_dir) as temporary:
+        backbone.save_lora(str(temporary), network, state)
 
 
 def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -160,4 +161,5 @@ def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float]
         other.place(torch.device("cpu"), torch.float32)
         states.append(other.load_network(torch.float32).state_dict())
     network.load_state_dict(merge_states(network.state_dict(), states, weights))
-    backbone.pipeline(network=network).save_pretrained(output_dir)
+    with replacing_folder(output_dir) as temporary:
+        backbone.pipeline(network=network).save_pretrained(temporary)

@@ -76,7 +76,7 @@ def test_mistakes_through_the_installed_command(world: Path) -> None:
     ("options", "expected"),
     [
         (["--train.beta", "-1"], "train.beta: expected float > 0, got -1.0"),
-        (["--train.beta", "nan"], "train.beta: expected float > 0"),
+        (["--train.beta", "nan"], "train.beta: expected a finite number, got nan"),
         (["--train.max_steps", "1.5"], "train.max_steps: expected int or null, got 1.5"),
         (["--train.optim", "sgd"], "train.optim: expected one of adamw"),
         (["--train.max_steps", "1", "--train.num_train_epochs", "2"], "set either max_steps or num_train_epochs"),
@@ -91,7 +91,7 @@ def test_mistakes_through_the_installed_command(world: Path) -> None:
         (["--train.attention", "nonsense"], "the backend 'nonsense' cannot be used here"),
         (["--train.mixed_precision", "fp16"], "fp16 needs a GPU"),
         (["--train.optim", "prodigy"], "pip install 'diffalign[optim]'"),
-        (["--train.resume_from_checkpoint", "latest"], "holds no checkpoint to resume"),
+        (["--train.resume_from_checkpoint", "nowhere"], "is no checkpoint"),
         (["--data.columns", "{prompt: nope}"], "nope"),
         (["--data.cache_latents", "c", "--data.random_flip", "true"], "cached latents cannot be cropped or flipped anew"),
     ],
@@ -161,7 +161,7 @@ def test_a_run_trains_is_not_overwritten_and_resumes(world: Path) -> None:
     more = command("train", "--config", world / "run.yaml", "--train.resume_from_checkpoint", "latest", "--train.max_steps", 3)
     assert more.returncode == 0 and "at step 2 of 3" in more.stdout, more.stderr
     from_config = command("train", "--config", output / "config.yaml", "--train.output_dir", world / "repeat")
-    assert from_config.returncode == 2 and "holds no checkpoint" in from_config.stderr
+    assert from_config.returncode == 0 and (world / "repeat" / "pytorch_lora_weights.safetensors").is_file(), from_config.stderr
 
 
 def test_dry_run_writes_nothing(world: Path, tmp_path: Path) -> None:

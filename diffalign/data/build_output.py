@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..folders import replacing
+from ..folders import replacing, replacing_folder, save_image, write_atomically
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
@@ -110,9 +110,9 @@ def write(
             folder / "ranked", lambda: _list_rows(images, columns, labels), len(labels.lists), _list_features(list(columns))
         )
     summary = summarise(options, prompts, notes, generators, images, columns, labels, panel)
-    (folder / "README.md").write_text(card(options, generators, summary), "utf-8")
+    write_atomically(folder / "README.md", card(options, generators, summary).encode())
     if labels.lists:
-        sheet(images, labels).save(folder / "sheet.png")
+        save_image(sheet(images, labels), folder / "sheet.png")
     return summary
 
 
@@ -203,23 +203,16 @@ def _write_dataset(target: Path, rows: Callable[[], Iterator[dict[str, Any]]], c
     """Parquet shards, whole or not at all; what stood there before is replaced. Without a row there is no folder."""
     from datasets import Dataset, Features
 
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     shards = -(-count // _SHARD_ROWS)
-    if shards:
-        temporary.mkdir()
+    if not shards:
+        shutil.rmtree(target, ignore_errors=True)
+        return
+    with replacing_folder(target) as temporary:
         source = rows()
         for number in range(shards):
             part = [row for _, row in zip(range(min(_SHARD_ROWS, count - number * _SHARD_ROWS)), source, strict=False)]
             name = f"train-{number:05d}-of-{shards:05d}.parquet"
             Dataset.from_list(part, features=Features(features)).to_parquet(temporary / name)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    if shards:
-        temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def summarise(

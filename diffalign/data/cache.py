@@ -6,7 +6,8 @@ processes can fill one cache and an interrupted one loses only its last shard. R
 
 from __future__ import annotations
 
-import os
+import contextlib
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from ..exceptions import UserError
+from ..folders import save_tensors
 
 _SEPARATOR = "|"
+_DEAD_AFTER = 3600.0  # seconds after which a half-written file belongs to no living process
 
 
 class TensorCache:
@@ -69,11 +72,20 @@ class TensorCache:
         path, fields = self._index[key]
         if path not in self._files:
             self._files[path] = safe_open(path, "pt").__enter__()
-        return {field: self._files[path].get_tensor(f"{key}{_SEPARATOR}{field}") for field in fields}
+        # Copies: tensors of a mapped file may lie where a CPU rounds otherwise.
+        return {field: self._files[path].get_tensor(f"{key}{_SEPARATOR}{field}").clone() for field in fields}
 
     def __getstate__(self) -> dict[str, Any]:
         # Data-loader workers open the files themselves: a mapping must not cross a process boundary.
         return {**self.__dict__, "_files": {}}
+
+    def _remove_old_temporaries(self) -> None:
+        """What killed processes left half-written. Several processes may share the folder, so only old files are known to be dead."""
+        for pattern in (".*.tmp", ".tmp??????"):
+            for file in self.folder.glob(pattern):
+                with contextlib.suppress(OSError):  # another process removed it
+                    if time.time() - file.stat().st_mtime > _DEAD_AFTER:
+                        file.unlink()
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
         self._pending[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -84,18 +96,10 @@ class TensorCache:
         """Writes what is pending as one new shard."""
         if not self._pending:
             return
-        from safetensors.torch import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        temporary, path = self.folder / f".{name}.tmp", self.folder / f"shard-{name}.safetensors"
-        flat = {f"{k}{_SEPARATOR}{n}": t.clone() for k, entry in self._pending.items() for n, t in entry.items()}
-        try:
-            save_file(flat, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        self._remove_old_temporaries()
+        path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
+        save_tensors({f"{k}{_SEPARATOR}{n}": t.clone() for k, entry in self._pending.items() for n, t in entry.items()}, path)
         for key, entry in self._pending.items():
             self._index[key] = (path, list(entry))
         self._pending = {}

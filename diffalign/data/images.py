@@ -15,7 +15,17 @@ from diffalign.decoding import UnreadableImage as BrokenImage
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["NO_FOLDERS", "BrokenImage", "ImagePlaces", "content_hash", "decode", "header", "raw_bytes", "resolve", "sampled_digest"]
+__all__ = [
+    "NO_FOLDERS",
+    "BrokenImage",
+    "ImagePlaces",
+    "content_hash",
+    "decode",
+    "header",
+    "raw_bytes",
+    "resolve",
+    "sampled_digest",
+]
 
 _SAMPLE = 4096  # bytes read from either end of an image for the dataset's fingerprint
 

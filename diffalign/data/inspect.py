@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from diffalign.data import images as image_cells
 from diffalign.data.dataset import Group, PreferenceDataset
 from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
 from diffalign.exceptions import UserError
-from diffalign.folders import replacing
+from diffalign.folders import make_folder, replacing, replacing_folder
 
 _LISTED = 20  # row ids per finding
 _SHOW_PROGRESS_FROM = 2000  # rows
@@ -257,24 +255,16 @@ def write_canonical(rows: Iterable[dict[str, Any]], output: Path, *, shard_rows:
         output: the folder.
         replace: take the place of one that is there.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    make_folder(output.parent)
+    if output.exists() and not replace and any(output.iterdir()):
+        raise UserError(f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one")
+    with replacing_folder(output) as partial:
         shards: list[Path] = []
         for number, chunk in enumerate(_chunks(rows, shard_rows)):
             shards.append(partial / f"shard-{number:05d}")
             _write_shard(chunk, shards[-1])
         for number, shard in enumerate(shards):
             shard.rename(partial / f"train-{number:05d}-of-{len(shards):05d}.parquet")
-        old = partial.with_name(f"{partial.name}-old")
-        if replace and output.exists():
-            output.rename(old)
-        os.replace(partial, output)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..exceptions import ConfigError
+from ..folders import make_folder, save_image
 from .grids import comparison_grid
 from .models import default_settings, load_pipeline
 from .sampling import generate
@@ -42,14 +43,14 @@ def sample(options: argparse.Namespace) -> None:
             sides["tuned"] = generate(
                 pipe, prompts, seeds, batch_size=options.batch_size, description="negative guidance", **settings
             )
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output_dir)
     for name, images in sides.items():
         for i, image in enumerate(images):
-            image.save(options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
+            save_image(image, options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
     if "tuned" in sides:
         n = options.num_images
         rows = [
             (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)
         ]
-        comparison_grid(rows).save(options.output_dir / "comparison.png")
+        save_image(comparison_grid(rows), options.output_dir / "comparison.png")
     print(f"wrote {sum(map(len, sides.values()))} images to {options.output_dir}")

@@ -5,6 +5,7 @@ One SQLite file in write-ahead mode, shared by any number of processes of one ma
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -231,6 +232,8 @@ class ScoreCache:
         except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
             raise  # values of a wrong type: no reason to delete the file
         except sqlite3.OperationalError as error:
+            if "full" in str(error) or "disk I/O" in str(error):  # the disk's fault: another exit code than a user's mistake
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from error
             raise UserError(
                 f"cache: {str(self.path)!r} cannot be used ({error}); check the disk, or run without a cache"
             ) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigError, UserError
+from ..folders import write_atomically
 
 REFERENCE = Path(__file__).parent / "reference.json"
 
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     wrong = [finding for finding in findings if finding.ok is False]
     print(f"{len(findings)} checks, {len(wrong)} wrong")
     if options.json:
-        options.json.write_text(json.dumps([vars(finding) for finding in findings], indent=1) + "\n")
+        write_atomically(options.json, (json.dumps([vars(finding) for finding in findings], indent=1) + "\n").encode())
     return 1 if wrong else 0
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from ..exceptions import UserError
-from ..folders import write_atomically
+from ..folder_lock import FolderLock
+from ..folders import LOCK, save_image, write_atomically
 from .prompts import ATTRIBUTES, held_out_prompts, train_prompts
 from .quickstart_config import QuickstartConfig
 
@@ -31,6 +32,11 @@ def run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
     Raises:
         UserError: when the folder holds something else, or a quickstart with other settings.
     """
+    with FolderLock(output_dir):
+        return _run(output_dir, config)
+
+
+def _run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
     started = time.perf_counter()
     finished = claim(output_dir, config)
     if finished is not None:
@@ -61,7 +67,7 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
             return json.loads(results.read_text())
         print(f"continuing the quickstart in {folder}")
         return None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(p.name not in (LOCK, ".quickstart.json.tmp") for p in folder.iterdir())):
         raise UserError(f"--output_dir: {str(folder)!r} exists and is no quickstart; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, dataclasses.asdict(config))
@@ -214,7 +220,7 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
         for i in range(0, len(prompts), max(1, len(prompts) // 8))
     ][:8]
     grid: Image.Image = comparison_grid(shown, cell=96, columns=2)
-    grid.save(folder / "comparison.png")
+    save_image(grid, folder / "comparison.png")
     return results
 
 

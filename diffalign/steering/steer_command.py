@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
-from ..folders import claim_output_dir
+from ..folders import claim_output_dir, save_image
 
 if TYPE_CHECKING:
     from .compare import BestOfNComparison
@@ -296,10 +296,10 @@ class _Work:
         for row, (i, s) in enumerate(units):
             name = f"{i:04d}-seed{s}"
             if arm == "best_of_n":
-                result.best[row].save(folder / "images" / f"{name}-best_of_n.png")
+                save_image(result.best[row], folder / "images" / f"{name}-best_of_n.png")
                 continue
             for k, image in enumerate(result.images[row]):
-                image.save(folder / "images" / f"{name}-particle{k}.png")
+                save_image(image, folder / "images" / f"{name}-particle{k}.png")
             result.plot(row, folder / "lineage" / f"{name}.png")
 
 
@@ -333,10 +333,10 @@ def _report(options: argparse.Namespace, settings: dict[str, Any], prompts: list
     comparison = _comparison(options, prompts, records)
     if options.compare:
         table = comparison.table()
-        comparison.grid().save(folder / "grid.png")
+        save_image(comparison.grid(), folder / "grid.png")
     else:
         table = _plain_table(comparison)
-        _particle_grid(options, comparison).save(folder / "grid.png")
+        save_image(_particle_grid(options, comparison), folder / "grid.png")
     steered = [record["arms"]["steering"] for record in records]
     collapsed = int((comparison.arms["steering"].roots == 1).sum()) if options.num_particles > 1 else 0
     total = comparison.arms["steering"].roots.size

@@ -30,6 +30,7 @@ class TrainerState:
     max_steps: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
     log_history: list[dict[str, float]] = field(default_factory=list)
+    due: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -12,21 +12,30 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..backbones import Backbone
 from ..exceptions import UserError
+from ..folders import save_tensors, write_atomically
 from .callbacks import TrainerState
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _TEMPORARY = ".tmp-checkpoint-"
 STATE_FILE = "trainer_state.json"
+DONE_FILE = "done.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMA_FILE = "ema.safetensors"
+
+
+class NonFiniteWeights(RuntimeError):
+    """Weights are NaN or infinite, so they are not saved; the message says which checkpoint is the last good one."""
 
 
 class CheckpointError(RuntimeError):
@@ -66,6 +75,15 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
     return path
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite; one answer per device is fetched."""
+    answers: dict[torch.device, Tensor] = {}
+    for tensor in tensors:
+        finite = torch.isfinite(tensor.detach()).all()
+        answers[tensor.device] = finite if tensor.device not in answers else answers[tensor.device] & finite
+    return all(bool(answer) for answer in answers.values())
+
+
 def lora_state(network: Any) -> dict[str, Tensor]:
     """The adapter's weights, every key in peft's form (``...lora_A.weight``).
 
@@ -88,6 +106,22 @@ def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
     result = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name="default")
     if result is not None and result.unexpected_keys:
         raise UserError(f"{folder}: the LoRA does not fit this network; unexpected keys {result.unexpected_keys[:3]}")
+
+
+def read_state(values: Any) -> TrainerState:
+    """The trainer's state from the plain values of a checkpoint.
+
+    Raises:
+        ValueError, TypeError: values that no trainer wrote.
+    """
+    state = TrainerState(**values)
+    if not {"global_step", "samples_seen", "epoch"} <= set(values):
+        raise ValueError("the run's position is missing")
+    for name in ("global_step", "samples_seen", "max_steps"):
+        value = getattr(state, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    return state
 
 
 class CheckpointManager:
@@ -139,6 +173,49 @@ class CheckpointManager:
             self.network.load_state_dict(loaded.state_dict())
         models.clear()
 
+    def check_weights(self, step: int) -> None:
+        """Raises `NonFiniteWeights` before bad weights take the place of good ones. All processes have the same weights."""
+        shadow = [] if self.ema is None else self.ema.shadow_params
+        if all_finite([*(p for p in self.network.parameters() if p.requires_grad), *shadow]):
+            return
+        kept = list_checkpoints(self.output_dir)
+        survives = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
+        raise NonFiniteWeights(
+            f"step {step}: the weights are not finite, so they are not saved; {survives}; lower train.learning_rate"
+        )
+
+    def undone(self, folder: Path, due: list[str]) -> list[str]:
+        """The work of a checkpoint's step that a killed run did not come to; the same for all processes."""
+        shared: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            done = self._done(folder)
+            shared = [[name for name in due if name not in done]]
+        broadcast_object_list(shared)
+        return shared[0]
+
+    def mark_done(self, folder: Path, name: str) -> None:
+        """Remembers beside a checkpoint that work of its step is done."""
+        if self.accelerator.is_main_process and folder.is_dir():
+            write_atomically(folder / DONE_FILE, json.dumps([*self._done(folder), name]).encode())
+
+    def _done(self, folder: Path) -> list[str]:
+        try:
+            names = json.loads((folder / DONE_FILE).read_text("utf-8"))
+        except (OSError, ValueError):
+            return []
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    def retire_later(self, step: int) -> None:
+        """Renames checkpoints behind `step`: a run that goes on from an earlier one writes its own, and `latest` must find those."""
+        if self.accelerator.is_main_process:
+            for path in list_checkpoints(self.output_dir):
+                if int(path.name.rpartition("-")[2]) > step:
+                    retired = path.with_name(f"abandoned-{path.name}")
+                    shutil.rmtree(retired, ignore_errors=True)
+                    os.replace(path, retired)
+                    self.accelerator.print(f"{path.name} is of a later step than this run goes on from; it is now {retired.name}")
+        self.accelerator.wait_for_everyone()
+
     def clean(self) -> None:
         """Removes what a killed run left half-written."""
         if self.accelerator.is_main_process:
@@ -151,6 +228,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: when writing fails (disk full, say); the checkpoints before survive.
         """
+        self.check_weights(state.global_step)
         final = self.output_dir / f"checkpoint-{state.global_step}"
         temporary = self.output_dir / f"{_TEMPORARY}{state.global_step}"
         main = self.accelerator.is_main_process
@@ -184,9 +262,7 @@ class CheckpointManager:
     def _save_ema(self, folder: Path) -> None:
         if self.ema is None:
             return
-        from safetensors.torch import save_file
-
-        save_file({f"{i:05d}": p.detach().cpu().contiguous() for i, p in enumerate(self.ema.shadow_params)}, folder / EMA_FILE)
+        save_tensors({f"{i:05d}": p.detach().cpu().contiguous() for i, p in enumerate(self.ema.shadow_params)}, folder / EMA_FILE)
 
     def _seal(self, folder: Path, state: TrainerState) -> None:
         """The state file, then everything to the disk: a power cut must not leave a complete-looking folder of empty files."""
@@ -196,7 +272,7 @@ class CheckpointManager:
         record = {"state": values, "identity": self.identity, "files": files}
         if self.ema is not None:
             record["ema_steps"] = self.ema.optimization_step
-        (folder / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        write_atomically(folder / STATE_FILE, (json.dumps(record, indent=2) + "\n").encode())
         for path in folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -210,6 +286,7 @@ class CheckpointManager:
         """
         record = self.check(folder, force)
         try:
+            self._check_random_state(folder, record["files"])
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
                 self._load_ema(folder, record)
@@ -220,7 +297,31 @@ class CheckpointManager:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder} cannot be read ({reason}); resume from an earlier checkpoint") from error
-        return TrainerState(**record["state"])
+        if not all_finite(p for p in self.network.parameters() if p.requires_grad):
+            raise UserError(f"{folder} holds weights that are not finite; resume from an earlier checkpoint")
+        return record["state"]
+
+    def _check_random_state(self, folder: Path, files: dict[str, int]) -> None:
+        """Raises `UserError` for a damaged file: accelerate hides every error while it reads it, and torch compares no checksums."""
+        import zipfile
+
+        from accelerate.utils.other import load
+
+        name = f"random_states_{self.accelerator.process_index}.pkl"
+        if name not in files:
+            self.accelerator.print(f"{folder} has no random states of process {self.accelerator.process_index}; they start anew")
+            return
+        try:
+            with zipfile.ZipFile(folder / name) as file:
+                if file.testzip() is not None:
+                    raise ValueError("wrong checksum")
+            if not {"random_state", "numpy_random_seed", "torch_manual_seed"} <= set(load(folder / name)):
+                raise ValueError("a state is missing")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"{folder} is damaged: the random state {name} cannot be read ({reason}); resume from an earlier checkpoint"
+            ) from error
 
     def _load_ema(self, folder: Path, record: dict[str, Any]) -> None:
         from safetensors.torch import load_file
@@ -235,9 +336,10 @@ class CheckpointManager:
     def check(self, folder: Path, force: bool) -> dict[str, Any]:
         """Reads the state file and compares sizes and identity, before anything is loaded."""
         try:
-            record = json.loads((folder / STATE_FILE).read_text())
-            files, identity = record["files"], record["identity"]
-        except (json.JSONDecodeError, KeyError, OSError) as error:
+            record = json.loads((folder / STATE_FILE).read_text("utf-8"))
+            files, identity = dict(record["files"]), dict(record["identity"])
+            record["state"] = read_state(record["state"])
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"{folder / STATE_FILE} is damaged ({error}); resume from an earlier checkpoint") from error
         for name, size in files.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None

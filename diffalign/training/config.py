@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import typing
 from dataclasses import dataclass
@@ -152,6 +153,10 @@ class TrainingConfig:
             self._check(name, lambda v: v >= 0, ">= 0")
         for name in _SHARES:
             self._check(name, lambda v: 0 <= v <= 1, "in [0, 1]")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value) and f.name not in ("max_grad_norm", "snr_gamma"):
+                raise ConfigError(f.name, f"expected a finite number, got {value!r}")
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError("max_steps", "set either max_steps or num_train_epochs, not both")
         if not self.output_dir:

@@ -84,6 +84,15 @@ def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
     )
 
 
+def check_gradient(norm: Tensor, batch: Batch, step: int) -> None:
+    """Raises `NonFiniteLoss` before such a gradient reaches the weights."""
+    if not torch.isfinite(norm).all():
+        raise NonFiniteLoss(
+            f"step {step}: the gradient is not finite (last batch: dataset rows {batch.row_ids}), so the step was not taken; "
+            "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
+        )
+
+
 class DivergenceGuard:
     """Notices when the chosen images' error stays above the reference's: the policy is getting worse at what it should like.
 

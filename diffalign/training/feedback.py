@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
-from ..folders import write_atomically
+from ..folders import save_image, save_tensors, write_atomically
 from .batch import Batch
 from .rollout import Trajectories
 from .rounds import batch_from, flat_tensors, read_tensors
@@ -79,7 +79,6 @@ def write_round(
     Args:
         wait: called between the processes' parts, e.g. `accelerator.wait_for_everyone`.
     """
-    from safetensors.torch import save_file
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     groups: list[dict[str, Any]] = []
@@ -89,20 +88,22 @@ def write_round(
         for name, prompt, images in zip(group_ids(batch, index, rank), batch.prompts, found.images, strict=True):
             entries = []
             for i, image in enumerate(images):
-                image.save(folder / "images" / f"{name}-{i}.png")
+                save_image(image, folder / "images" / f"{name}-{i}.png")
                 entries.append({"id": f"{name}-{i}", "file": f"images/{name}-{i}.png"})
             groups.append({"id": name, "prompt": prompt, "images": entries})
         whole = dataclasses.replace(batch, extra={"states": found.states, "log_probs": found.log_probs})
         tensors |= {f"{index}.{name}": value for name, value in flat_tensors(whole).items()}
         plain.append({"row_ids": batch.row_ids, "prompts": batch.prompts, "epochs": batch.epochs, "seed": batch.seed})
     facts = {"rounds": json.dumps({"batches": plain})}
-    save_file(tensors, folder / f"rollout-{rank}.safetensors", metadata=facts)
-    (folder / f".groups-{rank}.json").write_text(json.dumps(groups))
+    save_tensors(tensors, folder / f"rollout-{rank}.safetensors", metadata=facts)
+    write_atomically(folder / f".groups-{rank}.json", json.dumps(groups).encode())
     wait()
     if rank == 0:
         everyone = [g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())]
-        (folder / "index.html").write_text(_page(everyone), "utf-8")
+        write_atomically(folder / "index.html", _page(everyone).encode())
         write_atomically(folder / MANIFEST, (json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n").encode())
+        for r in range(world):
+            (folder / f".groups-{r}.json").unlink()
     wait()
 
 

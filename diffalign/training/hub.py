@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -18,10 +18,11 @@ import torch
 
 from ..config import HubConfig, LoraSection, dump_yaml
 from ..exceptions import ConfigError, UserError
-from ..folders import write_atomically
+from ..folder_lock import FolderLock
+from ..folders import move_aside, write_atomically
 from ..processes import process_rank
 from .build import trainable_parameters
-from .checkpoint import list_checkpoints, lora_state
+from .checkpoint import LORA_FILE, find_checkpoint, list_checkpoints, lora_state
 from .config import TrainingConfig
 from .diagnostics import LOG2_MESSAGE, beta_message
 
@@ -69,27 +70,56 @@ def run_identity(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def claim_output_dir(folder: Path, overwrite: bool) -> None:
-    """Makes sure a fresh run does not mix with an older one.
+_LEFTOVERS = ("logs/metrics.jsonl", "samples", "best", ".best.new", ".best.old", "pool")
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether final weights are there."""
+    return (folder / LORA_FILE).is_file() or (folder / "model_index.json").is_file()
+
+
+def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint from which a run in a folder goes on; None for a new run, for which the folder is then free.
 
     Raises:
-        UserError: when the folder holds a run and `overwrite` is off; with it, the old run is moved to ``<folder>.old-<n>``.
+        UserError: it holds another run.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"train.output_dir: {str(folder)!r} is a file; name a folder")
-    if not folder.is_dir() or not ((folder / "config.yaml").is_file() or list_checkpoints(folder)):
+    folder = lock.folder
+    if resume and (resume != "latest" or list_checkpoints(folder)):
+        found = find_checkpoint(folder, resume)
+        if found.resolve().parent == folder.resolve():
+            return found
+        _claim(lock, overwrite)
+        return found
+    _claim(lock, overwrite)
+    if resume and process_rank() == 0:
+        print(f"{folder} holds no checkpoint yet: the run starts from the beginning")
+    return None
+
+
+def _claim(lock: FolderLock, overwrite: bool) -> None:
+    folder = lock.folder
+    found = list_checkpoints(folder) if folder.is_dir() else []
+    has_votes = any(folder.glob("feedback/round-*/votes*"))
+    if not (found or _is_finished(folder) or has_votes or (overwrite and (folder / "config.yaml").is_file())):
+        # An empty folder, or a run that was killed before its first checkpoint: nothing is lost by starting anew.
+        if process_rank() == 0:
+            for name in _LEFTOVERS:
+                path = folder / name
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(folder / "feedback", ignore_errors=True)
         return
     if not overwrite:
-        found = list_checkpoints(folder)
-        state = f"its last checkpoint is {found[-1].name}" if found else "it has no checkpoint"
+        state = f"its last checkpoint is {found[-1].name}" if found else "it is finished"
         raise UserError(
             f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it with --train.resume_from_checkpoint latest, "
             "choose another folder, or move it aside with --train.overwrite_output_dir true"
         )
     if process_rank() > 0:
         return  # one process of several moves it
-    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-    shutil.move(folder, folder.with_name(f"{folder.name}.old-{number}"))
+    move_aside(folder, "train.output_dir")
+    lock.release()
+    lock.take()
 
 
 def run_facts(trainer: Trainer) -> list[str]:
@@ -163,7 +193,9 @@ def run_values(trainer: Trainer) -> dict[str, Any]:
             )
         )
     values["data"] = dataclasses.asdict(trainer.data_config)
-    values["train"] = dataclasses.asdict(trainer.args)
+    # How this call went on is no part of the run.
+    started_by = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "force_resume": False}
+    values["train"] = dataclasses.asdict(trainer.args) | started_by
     if isinstance(trainer.scorers, dict):
         values["rewards"] = trainer.scorers
     for name in ("validation", "hub"):
@@ -284,7 +316,9 @@ def write_card(trainer: Trainer, folder: Path) -> None:
         how=f"{'LoRA weights' if is_lora else 'A pipeline'} fine-tuned from `{source.name}` with {trainer._name}{link} by diffalign.",
         use=use,
         facts="\n".join(f"- {line}" for line in trainer.lines),
-        metrics="\n".join(f"| {k} | {v:.5g} |" for k, v in sorted(history.items()) if isinstance(v, (int, float))),
+        metrics="\n".join(
+            f"| {k} | {v:.5g} |" for k, v in sorted(history.items()) if isinstance(v, (int, float)) and not math.isnan(v)
+        ),
         versions=", ".join(f"{k} {v}" for k, v in versions().items()),
         dataset=trainer.train_dataset.fingerprint,
         citation=f"\n## Citation\n\n```bibtex\n{paper['citation']}\n```\n" if paper else "",
@@ -303,13 +337,17 @@ def write_card(trainer: Trainer, folder: Path) -> None:
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
     tags = ["text-to-image", "diffusers", "diffusers-training", "diffalign", *(["lora"] if is_lora else []), *trainer._tag_names]
-    populate_model_card(card, tags=tags).save(folder / "README.md")
+    write_atomically(folder / "README.md", str(populate_model_card(card, tags=tags)).encode())
 
 
 def peak_memory(device: torch.device) -> tuple[float, str]:
     """(GiB, what it is): the device's peak allocation, or the process's peak resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30, "peak device memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan"), "peak memory, which this system does not tell"
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30, "peak resident memory of the process"
 
@@ -348,7 +386,7 @@ def push_to_hub(folder: Path, config: HubConfig) -> str:
     try:
         repo = api.create_repo(config.hub_model_id or folder.resolve().name, private=config.hub_private_repo, exist_ok=True)
         api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*", ".tmp*", "logs/*", "reference_errors*"]
+            repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*", ".*", "logs/*", "reference_errors*"]
         )
     except Exception as error:  # every transport and permission error of the client
         reason = " ".join(str(error).split())[:200]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
-from ..folders import replacing
+from ..folders import read_tensors, save_tensors
 from .reference import SnapshotReference
 from .rng import row_generator
 
@@ -65,16 +65,13 @@ class CheckpointPool(SnapshotReference):
 
     def _write(self, is_main: bool) -> None:
         """Members that this run has not written yet; whole or not at all. Files of forgotten members stay: an older checkpoint may need them."""
-        from safetensors.torch import save_file
-
         if not is_main:
             return
         for step in self.members:
             path = self._path(step)
             if step not in self._written:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary:
-                    save_file({name: w.cpu().contiguous() for name, w in self.kept[step].items()}, temporary)
+                save_tensors({name: w.cpu().contiguous() for name, w in self.kept[step].items()}, path)
                 self._written.add(step)
 
     def save(self, folder: Path, rank: int) -> None:
@@ -89,8 +86,6 @@ class CheckpointPool(SnapshotReference):
         Raises:
             UserError: files of members are gone.
         """
-        from safetensors.torch import load_file
-
         record = folder / "pool.json"
         if not record.is_file():
             raise UserError(f"{folder} holds no pool of past checkpoints; it was saved by a run with another setting")
@@ -103,5 +98,5 @@ class CheckpointPool(SnapshotReference):
             )
         self.members, self.current = values["members"], values["current"]
         self._written = set(self.members)
-        self.kept = {step: {n: w.to(device) for n, w in load_file(self._path(step)).items()} for step in self.members}
+        self.kept = {step: {n: w.to(device) for n, w in read_tensors(self._path(step))[0].items()} for step in self.members}
         self.weights = self.kept.get(self.current, self.kept[0])

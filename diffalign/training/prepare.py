@@ -16,6 +16,7 @@ from ..backbones import Backbone
 from ..data import DataConfig, GroupTransform, PreferenceDataset, check_resolution, load_preferences, parse_buckets
 from ..data.cache import TensorCache
 from ..exceptions import ConfigError, UserError
+from ..folders import read_tensors, save_tensors
 from .batch import Batch
 from .config import TrainingConfig
 from .loader import (
@@ -210,19 +211,26 @@ class ReferenceErrors:
 
     def fill(self, errors: Callable[[Batch], Tensor]) -> bool:
         """Reads the file or runs the reference over all rows and draws; True when it was computed now."""
-        from safetensors import safe_open
+        from accelerate.utils import broadcast_object_list
 
-        if self.path.is_file():
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("key") == self.key:
-                    self._index(file.get_tensor("row_ids"), file.get_tensor("errors"))
-                    return False
+        found: list[Any] = [self._read() if self.data.accelerator.is_main_process else None]
+        broadcast_object_list(found)
+        if found[0] is not None:
+            self._index(*found[0])
+            return False
         self._index(*self._compute(errors))
         return True
 
-    def _compute(self, errors: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
-        from safetensors.torch import save_file
+    def _read(self) -> tuple[Tensor, Tensor] | None:
+        if not self.path.is_file():
+            return None
+        try:
+            tensors, facts = read_tensors(self.path)
+            return (tensors["row_ids"], tensors["errors"]) if facts.get("key") == self.key else None
+        except Exception:  # a damaged file is computed anew
+            return None
 
+    def _compute(self, errors: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
         data, accelerator = self.data, self.data.accelerator
         count, draws = len(data.dataset), data.args.ref_error_draws
         k = max(len(data.dataset[i].prompts) for i in range(count))
@@ -239,7 +247,7 @@ class ReferenceErrors:
                 table[index, draw, : len(row)] = row
         table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
         if accelerator.is_main_process:
-            save_file({"row_ids": ids, "errors": table}, self.path, metadata={"key": self.key})
+            save_tensors({"row_ids": ids, "errors": table}, self.path, metadata={"key": self.key})
         return ids, table
 
     def _index(self, ids: Tensor, table: Tensor) -> None:

@@ -109,11 +109,11 @@ class SnapshotReference:
         Raises:
             UserError: the checkpoint has none.
         """
-        from safetensors.torch import load_file
+        from ..folders import read_tensors
 
         if not (folder / "reference.safetensors").is_file():
             raise UserError(f"train.reference: {folder} holds no reference; it was saved by a run with another setting")
-        self.weights = {name: w.to(device) for name, w in load_file(folder / "reference.safetensors").items()}
+        self.weights = {name: w.to(device) for name, w in read_tensors(folder / "reference.safetensors")[0].items()}
 
 
 class FrozenCopyReference:

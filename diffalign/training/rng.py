@@ -7,7 +7,11 @@ processes and gradient accumulation therefore see the same draws, and a resumed 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -20,3 +24,15 @@ def row_seed(seed: int, row: int, epoch: int, purpose: str) -> int:
 def row_generator(seed: int, row: int, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator with that seed."""
     return torch.Generator().manual_seed(row_seed(seed, row, epoch, purpose))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The global generators afterwards stand where they stood before."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)

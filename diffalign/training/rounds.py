@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .. import folders
 from ..exceptions import UserError
 from .batch import Batch
 
@@ -104,8 +105,5 @@ def batch_from(tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], d
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of a file that `Rounds.save` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["rounds"])
+    tensors, facts = folders.read_tensors(path)
+    return tensors, json.loads(facts["rounds"])

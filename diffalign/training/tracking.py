@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from ..folders import write_atomically
+
 
 def _precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -71,24 +73,28 @@ class MetricLog:
     def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
         self.accelerator, self.path = accelerator, output_dir / "logs" / "metrics.jsonl"
 
-    def start(self, step: int) -> list[dict[str, float]]:
+    def start(self, step: int, undone: tuple[str, ...] = ()) -> list[dict[str, float]]:
         """Keeps the entries up to `step` and returns them, to all processes; what an interrupted run logged after its checkpoint is dropped."""
-        kept = [self._cut(step) if self.accelerator.is_main_process else []]
+        kept = [self._cut(step, undone) if self.accelerator.is_main_process else []]
         broadcast_object_list(kept)
         return kept[0]
 
-    def _cut(self, step: int) -> list[dict[str, float]]:
+    def _cut(self, step: int, undone: tuple[str, ...]) -> list[dict[str, float]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if step and self.path.is_file():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_bytes().split(b"\n"):
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                if entry["step"] <= step:
-                    kept.append(entry)
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+                except ValueError:  # the last line of a killed run; UnicodeDecodeError is one too
+                    continue
+                at = entry.get("step") if isinstance(entry, dict) else None
+                if not isinstance(at, int) or at > step:
+                    continue
+                if at == step and undone and all(name == "step" or name.startswith(undone) for name in entry):
+                    continue  # made up for
+                kept.append(entry)
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         return kept
 
     def write(self, metrics: dict[str, float], step: int) -> None:

@@ -17,6 +17,7 @@ from ..backbones import load_backbone
 from ..config import HubConfig, ValidationConfig
 from ..data import DataConfig, PreferenceDataset
 from ..exceptions import ConfigError
+from ..folder_lock import FolderLock
 from ..likelihood import denoising_errors, min_snr_weight
 from ..processes import process_rank
 from . import hub, verbs
@@ -33,19 +34,23 @@ from .build import (
     update_ema,
 )
 from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainOutput
-from .checkpoint import CheckpointManager, find_checkpoint
+from .checkpoint import CheckpointManager
 from .config import TrainingConfig
-from .diagnostics import DivergenceGuard, check_finite
+from .diagnostics import DivergenceGuard, check_finite, check_gradient
 from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
 from .reference import Reference, build_reference
+from .rng import undisturbed
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validation, check_validation
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+_PREFIXES = {"evaluate": "eval/", "validate": "validation/"}  # work after a checkpoint -> the names of its metrics
 
 
 class Trainer:
@@ -293,9 +298,10 @@ class Trainer:
             NonFiniteLoss, CheckpointError: when training or saving fails.
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        checkpoint = find_checkpoint(self.output_dir, resume) if resume else None
-        if checkpoint is None:
-            hub.claim_output_dir(self.output_dir, self.args.overwrite_output_dir)
+        with FolderLock(self.output_dir, "train.output_dir") as lock:
+            return self._train(hub.begin(lock, resume, self.args.overwrite_output_dir))
+
+    def _train(self, checkpoint: Path | None) -> TrainOutput:
         self._setup()
         self.control.should_training_stop = self.control.should_save = False  # of an earlier, interrupted call
         self.checkpoints.clean()
@@ -311,7 +317,7 @@ class Trainer:
             self.schedule.last_epoch = self.state.global_step
         hub.announce(self, checkpoint)
         with StopSignals() as signals:
-            metrics = self._loop(watch, signals)
+            metrics = self._loop(watch, signals, checkpoint)
         if signals.received is None and self.waiting_for is None:
             self.save_model(str(self.output_dir))
             if self.hub is not None and self.hub.push_to_hub:
@@ -349,23 +355,31 @@ class Trainer:
 
     # The loop ---------------------------------------------------------------------------------------------------------------
 
-    def _loop(self, watch: Validation | None, signals: StopSignals) -> dict[str, float]:
+    def _loop(self, watch: Validation | None, signals: StopSignals, checkpoint: Path | None) -> dict[str, float]:
         args, state, control = self.args, self.state, self.control
         log = MetricLog(self.accelerator, self.output_dir)
-        state.log_history = log.start(state.global_step)
+        undone: list[str] = []
+        if checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve():
+            undone = self.checkpoints.undone(checkpoint, state.due)
+            self.checkpoints.retire_later(state.global_step)
+        entries = log.start(state.global_step, tuple(_PREFIXES[name] for name in undone if name in _PREFIXES))
+        state.log_history = [entry for entry in entries if any(name.startswith("train/") for name in entry)]
         self.window, metrics = MetricWindow(), {}
         self.window.restore(state.window, self.accelerator)
         guard = DivergenceGuard(args.divergence_patience, self.accelerator.print)
         guard.replay(state.log_history)
         progress = [ProgressCallback()] if self.accelerator.is_main_process else []
         self._call("on_train_begin", progress)
+        self._work(undone, checkpoint, log, watch, progress, signals)
         batches = self._batches()
         while state.global_step < state.max_steps and not control.should_training_stop:
             try:
                 self._optimizer_step(batches)
             except VotesNeeded as asked:
                 self.waiting_for = asked.folder
-                self.checkpoints.save(state)
+                state.due = []
+                if not (self.output_dir / f"checkpoint-{state.global_step}").is_dir():
+                    self.checkpoints.save(state)
                 break
             self.on_optimizer_step(state.global_step)
             last = state.global_step == state.max_steps
@@ -376,19 +390,42 @@ class Trainer:
             self._call("on_step_end", progress)
             if self._interrupted(signals):
                 control.should_training_stop = control.should_save = True
+            state.due = self._due(watch, last)
+            path = None
             if control.should_save or last or (args.save_steps and state.global_step % args.save_steps == 0):
                 control.should_save = False
                 state.window = self.window.dump(self.accelerator)
+                state.due = ["on_save", *state.due]
                 path = self.checkpoints.save(state)
-                self._call("on_save", progress, checkpoint=path)
-            due = args.eval_steps is not None and state.global_step % args.eval_steps == 0
-            if control.should_evaluate or (due and self.eval_dataset is not None):
-                control.should_evaluate = False
-                log.write(self.evaluate(), state.global_step)
-            if watch is not None and watch.due(state.global_step, last):
-                watch.run(state.global_step, log)
+            self._work(state.due, path, log, watch, progress, signals)
         self._call("on_train_end", progress)
         return metrics
+
+    def _due(self, watch: Validation | None, last: bool) -> list[str]:
+        """The work of this step that comes after its checkpoint; the checkpoint holds this list."""
+        args, step = self.args, self.state.global_step
+        asked, self.control.should_evaluate = self.control.should_evaluate, False
+        due = args.eval_steps is not None and step % args.eval_steps == 0 and self.eval_dataset is not None
+        return ["evaluate"] * (asked or due) + ["validate"] * (watch is not None and watch.due(step, last))
+
+    def _work(
+        self, due: list[str], path: Path | None, log: MetricLog, watch: Validation | None, progress: Any, signals: StopSignals
+    ) -> None:
+        """Does what `_due` named, and remembers it beside the checkpoint. A run that was told to stop leaves it to the one that resumes."""
+        for name in due:
+            if name == "on_save":
+                self._call("on_save", progress, checkpoint=path)
+            elif path is not None and signals.received is not None:
+                return
+            elif name == "evaluate" and self.eval_dataset is not None:
+                with undisturbed():
+                    metrics = self.evaluate()
+                log.write(metrics, self.state.global_step)
+            elif name == "validate" and watch is not None:
+                with undisturbed():
+                    watch.run(self.state.global_step, log)
+            if path is not None:
+                self.checkpoints.mark_done(path, name)
 
     def _batches(self) -> Iterator[Any]:
         """This process's micro-batches from the position of the run."""
@@ -426,6 +463,9 @@ class Trainer:
                         # A list: a generator would be exhausted after one use, and clipping would silently do nothing.
                         norm = self.accelerator.clip_grad_norm_(trainable_parameters(self.network), args.max_grad_norm)
                         self.window.add({"train/grad_norm": torch.as_tensor(norm)})
+                        # Under fp16 the scaler leaves such a step out and scales less.
+                        if self.accelerator.scaler is None:
+                            check_gradient(torch.as_tensor(norm), batch, state.global_step + 1)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         self.schedule.step()

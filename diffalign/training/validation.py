@@ -126,7 +126,10 @@ class Validation:
         folder = self.folder / "base"
         if self.main and fresh:
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(self.trainer.output_dir / BEST, ignore_errors=True)
+            for name in (BEST, f".{BEST}.new", f".{BEST}.old"):
+                shutil.rmtree(self.trainer.output_dir / name, ignore_errors=True)
+        elif self.main:
+            self._recover()
         if not self.main or len(list(folder.glob("*.png"))) == len(self.prompts):
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +149,10 @@ class Validation:
         better = found is not None and self.config.keep_best is not None and found.value > self._best()
         shared: list[Any] = [found.metrics if found is not None else {}, better]
         broadcast_object_list(shared)
-        if shared[0]:
-            log.write(shared[0], step)
         if shared[1]:
             self._keep(step, found)
+        if shared[0]:
+            log.write(shared[0], step)  # last: whoever reads the row finds its weights
 
     def validate(self, step: int) -> Validated:
         """The picture and the numbers of the current weights."""
@@ -160,7 +163,9 @@ class Validation:
             for i, prompt in enumerate(self.distinct[:GRID_PROMPTS])
         ]
         found = Validated(comparison_grid(rows, right=f"step {step}"), self.folder / f"step-{step}.png", {})
-        found.grid.save(found.path)
+        temporary = found.path.with_name(f"{found.path.name}.tmp")
+        found.grid.save(temporary, "png")
+        os.replace(temporary, found.path)
         if self.panel is not None:
             scores = self._scores(tuned)
             for name, values in scores.items():
@@ -224,6 +229,18 @@ class Validation:
     def _best(self) -> float:
         file = self.trainer.output_dir / BEST / "validation.json"
         return json.loads(file.read_text())["value"] if file.is_file() else -math.inf
+
+    def _recover(self) -> None:
+        """A run killed between the two renames left the best weights under another name."""
+        output = self.trainer.output_dir
+        folder, fresh, old = output / BEST, output / f".{BEST}.new", output / f".{BEST}.old"
+        if not folder.is_dir():
+            for kept in (fresh, old):
+                if (kept / "validation.json").is_file():
+                    os.rename(kept, folder)
+                    break
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _keep(self, step: int, found: Validated | None) -> None:
         """``best/`` is the old one or the new one, and never half of either."""

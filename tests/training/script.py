@@ -41,7 +41,7 @@ def kill_in_second_save() -> None:
     replace, calls = os.replace, []
 
     def deadly(source: Any, target: Any) -> None:
-        if "checkpoint-" in str(target):
+        if Path(target).name.startswith("checkpoint-"):
             calls.append(target)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -58,7 +58,7 @@ def test_a_checkpoint_is_complete_and_readable_by_diffusers(run: Path) -> None:
     assert names(run) == ["checkpoint-1", "checkpoint-2"]
     record = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
     assert record["state"]["global_step"] == 2 and record["identity"]["method"] == "Diffusion-DPO"
-    on_disk = {p.name for p in (run / "checkpoint-2").iterdir()} - {"trainer_state.json"}
+    on_disk = {p.name for p in (run / "checkpoint-2").iterdir()} - {"trainer_state.json", "done.json"}
     assert set(record["files"]) == on_disk
     assert_same_tensors(
         load_file(run / "checkpoint-2" / "pytorch_lora_weights.safetensors"), load_file(run / "pytorch_lora_weights.safetensors")
