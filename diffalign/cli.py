@@ -16,6 +16,7 @@ from typing import Any
 from . import __version__
 from .exceptions import UserError
 from .processes import process_rank
+from .ranges import count, finite, seed, steps
 
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
-        parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.command != "train":
+            parser.error(f"unknown arguments: {' '.join(rest)}")
         return options.handler(options, rest)
     except UserError as error:
         return _say(str(error), 2)
@@ -96,24 +97,36 @@ def _say(message: str, code: int) -> int:
         # Mostly all meet the same mistake, and the launcher ends this process as soon as the first one has said it. If not, it is this one's own.
         time.sleep(_PATIENCE)
         message = f"process {rank}: {message}"
-    print(f"diffalign: {message}", file=sys.stderr, flush=True)
+    print(f"diffalign: {_one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes in arguments read like all other mistakes."""
+_LONGEST = 1500  # characters of a message
+
+
+def _one_line(message: str) -> str:
+    """A message as one printable line: names from files may hold line breaks and control characters, and be long."""
+    text = "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in message)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    encoding = sys.stderr.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in arguments are `UserError`s, and read like all other mistakes."""
 
     def error(self, message: str) -> Any:
-        sys.exit(_say(f"{message} (see {self.prog} --help)", 2))
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; nothing heavy is imported here."""
-    parser = _Parser(
+    parser = Parser(
         prog="diffalign", description="Align text-to-image diffusion models with human preferences.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     quick = commands.add_parser(
         "quickstart", help="align the embedded model on a CPU in minutes and measure it", allow_abbrev=False
@@ -132,30 +145,30 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path)
     train.add_argument("--dry_run", action="store_true")
     train.add_argument("--accelerate_config")
-    train.add_argument("--num_processes", type=int)
+    train.add_argument("--num_processes", type=count())
     train.set_defaults(handler=_train)
 
     sample = commands.add_parser("sample", help="draw images, with a LoRA beside the base", allow_abbrev=False)
     sample.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
     sample.add_argument("--lora", help="folder or Hub id of LoRA weights; base images are drawn beside")
-    sample.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default 1.0)")
+    sample.add_argument("--lora_scale", type=finite, default=1.0, help="strength of the LoRA (default 1.0)")
     sample.add_argument(
         "--negative_lora",
         help="negative model (Diffusion-NPO, Self-NPO) for the unconditional branch: LoRA, or pipeline folder of full weights",
     )
-    sample.add_argument("--alpha", type=float, default=1.0, help="share of --lora in the negative branch (default 1.0)")
-    sample.add_argument("--beta", type=float, default=1.0, help="share of --negative_lora in it (default 1.0)")
+    sample.add_argument("--alpha", type=finite, default=1.0, help="share of --lora in the negative branch (default 1.0)")
+    sample.add_argument("--beta", type=finite, default=1.0, help="share of --negative_lora in it (default 1.0)")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sample.add_argument("--num_images", type=int, default=4, help="images per prompt (default 4)")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
-    sample.add_argument("--num_inference_steps", type=int, help="sampler steps (default: the pipeline's)")
-    sample.add_argument("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
-    sample.add_argument("--batch_size", type=int, default=4, help="images per forward pass (default 4)")
+    sample.add_argument("--num_images", type=count(), default=4, help="images per prompt (default 4)")
+    sample.add_argument("--seed", type=seed, default=0, help="seed of the first image (default 0)")
+    sample.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)")
+    sample.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
+    sample.add_argument("--batch_size", type=count(), default=4, help="images per forward pass (default 4)")
     sample.add_argument("--output_dir", type=Path, default=Path("diffalign-samples"), help="default: diffalign-samples")
     sample.set_defaults(handler=_sample)
 
     data = commands.add_parser("data", help="inspect or convert preference data", allow_abbrev=False)
-    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     for name, text in (
         ("inspect", "what is in a dataset, and what is wrong with it"),
         ("convert", "write any layout as canonical parquet"),

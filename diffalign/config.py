@@ -10,6 +10,8 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from .data.config import DataConfig
 from .exceptions import ConfigError, UserError
+from .ranges import Range, count, finite, seed, steps
+from .yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
     from .training.config import TrainingConfig
 
 S = TypeVar("S")
+__all__ = [
+    "HubConfig",
+    "LoraSection",
+    "RunConfig",
+    "ValidationConfig",
+    "build_section",
+    "coerce",
+    "dump_yaml",
+    "load_run",
+    "read_yaml",
+]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -50,7 +63,6 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     Raises:
         ConfigError: naming `path`, the type and the value.
     """
-    wrong = ConfigError(path, f"expected {_type_name(annotation)}, got {value!r}")
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
@@ -64,34 +76,54 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
                 return coerce(value, choice, path)
             except ConfigError:
                 continue
-        raise wrong
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise wrong
+        raise _wrong_type(value, annotation, path)
+    if origin is list and isinstance(value, (list, tuple)):
         return [coerce(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong
-        return {coerce(k, arguments[0], path): coerce(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
-    if annotation is bool:
-        if isinstance(value, bool):
-            return value
-        raise wrong
+    if origin is dict and isinstance(value, dict):
+        return {coerce(k, arguments[0], path): coerce(v, arguments[1], f"{path}.{_key(k)}") for k, v in value.items()}
     if annotation in (int, float):
-        if isinstance(value, bool):
-            raise wrong
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise wrong from None
-        if annotation is float:
+        number = None if isinstance(value, bool) else _number(value, annotation)
+        if number is not None:
             return number
-        if number != int(number) if abs(number) < float("inf") else True:
-            raise wrong
-        return int(number)
-    if isinstance(value, annotation):
+    elif isinstance(annotation, type) and isinstance(value, annotation):
         return value
-    raise wrong
+    raise _wrong_type(value, annotation, path)
+
+
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
+
+
+def _number(value: Any, kind: type) -> int | float | None:
+    """The number that a value or text is, without loss; None where there is none."""
+    if isinstance(value, str):
+        text = value.strip()
+        if kind is int and len(text) <= 20 and _INTEGER.fullmatch(text):
+            return int(text)
+        try:
+            value = float(text) if "_" not in text else None
+        except ValueError:
+            return None
+    if not isinstance(value, (int, float)):
+        return None
+    if kind is int:
+        if isinstance(value, int):
+            return value
+        return int(value) if math.isfinite(value) and value.is_integer() and abs(value) < 2**53 else None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _wrong_type(value: Any, annotation: Any, path: str) -> ConfigError:
+    # A name such as 2026 or true is a number or a boolean to YAML.
+    quotes = "; write it in quotes" if annotation is str and isinstance(value, (bool, int, float)) else ""
+    return ConfigError(path, f"expected {_type_name(annotation)}, got {shown(value)}{quotes}")
+
+
+def _key(key: Any) -> str:
+    text = " ".join(str(key).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def build_section(cls: type[S], values: Any, path: str) -> S:
@@ -101,12 +133,14 @@ def build_section(cls: type[S], values: Any, path: str) -> S:
         ConfigError: on unknown keys, wrong types or ranges, with the path in front.
     """
     if not isinstance(values, dict):
-        raise ConfigError(path, f"expected a section with keys, got {values!r}")
+        raise ConfigError(path, f"expected a section with keys, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{path}.{key}", f"unknown key{suggestion(str(key), known)}; {path} takes {', '.join(known)}")
+            raise ConfigError(
+                f"{path}.{_key(key)}", f"unknown key{suggestion(_key(key), known)}; {path} takes {', '.join(known)}"
+            )
     converted = {key: coerce(value, hints[key], f"{path}.{key}") for key, value in values.items()}
     try:
         return cls(**converted)
@@ -158,8 +192,10 @@ class LoraSection:
     """Rank-stabilised scaling alpha / sqrt(r)."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError("r", f"expected int >= 1, got {self.r}")
+        count(1, 65_536).check("r", self.r)
+        if self.alpha is not None:
+            count().check("alpha", self.alpha)
+        _check_targets(self.target_modules)
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"expected float in [0, 1), got {self.dropout}")
         if self.init not in ("gaussian", "default"):
@@ -170,13 +206,36 @@ class LoraSection:
 
         return LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha or self.r,
+            lora_alpha=self.r if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
         )
+
+
+def _check_targets(targets: Any) -> None:
+    """Raises `ConfigError` for names or an expression that can match no layer."""
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError("target_modules", f"{shown(targets)} is no regular expression ({error})") from None
+    if targets is not None and (not targets or not all(targets)):
+        raise ConfigError(
+            "target_modules", f"expected names of layers, got {shown(targets)}; leave it out for the attention layers"
+        )
+
+
+_VALIDATION_RANGES: dict[str, Range] = {
+    "max_prompts": count(),
+    "num_validation_images": count(1, 65_536),
+    "validation_steps": count(),
+    "validation_seed": seed,
+    "num_inference_steps": steps,
+    "guidance_scale": finite,
+}
 
 
 @dataclass
@@ -210,10 +269,10 @@ class ValidationConfig:
             raise ConfigError("prompts", "give validation_prompts or prompts, not both")
         if not self.validation_prompts and self.prompts is None:
             raise ConfigError("validation_prompts", "expected at least one prompt; leave the whole section out for no validation")
-        for name in ("num_validation_images", "validation_steps", "max_prompts"):
+        for name, allowed in _VALIDATION_RANGES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, f"expected int >= 1, got {value}")
+            if value is not None:
+                allowed.check(name, value)
         if self.keep_best is not None and self.keep_best not in self.scorers:
             raise ConfigError(
                 "keep_best", f"expected one of scorers ({', '.join(self.scorers) or 'none'}), got {self.keep_best!r}"
@@ -268,13 +327,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: when the file is missing, is not YAML or holds no mapping.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config: there is no file {str(path)!r}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_file(path, "--config")
     if not isinstance(values, dict):
         raise UserError(f"--config: {path} must hold keys such as method, model, data and train, not {type(values).__name__}")
     return values
@@ -300,15 +353,17 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         if name.split(".")[0] not in _TOP_LEVEL:
             raise UserError(f"{option}: unknown option{suggestion(name, _TOP_LEVEL)}; sections are {', '.join(_TOP_LEVEL)}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = read_yaml_text(text, option.partition("=")[0])
+        except NotYaml:  # a path or a sentence that YAML would have to be told about
             value = text
         *sections, last = name.split(".")
+        if not all((*sections, last)):
+            raise UserError(f"{option.partition('=')[0]}: expected a name between the dots, such as --train.beta")
         target = values
         for section in sections:
             inner = target.get(section)
             if inner is not None and not isinstance(inner, dict):
-                raise UserError(f"{option}: {section} is the value {inner!r}, not a section")
+                raise UserError(f"{option}: {section} is the value {shown(inner)}, not a section")
             target[section] = dict(inner or {})
             target = target[section]
         target[last] = value
@@ -326,14 +381,16 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     for key in values:
         if key not in _TOP_LEVEL:
             raise ConfigError(
-                str(key), f"unknown key{suggestion(str(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}"
+                _key(key), f"unknown key{suggestion(_key(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}"
             )
     for key in ("method", "model"):
         if not isinstance(values.get(key), str):
-            raise ConfigError(key, f"expected a name, got {values.get(key)!r}")
+            raise ConfigError(key, f"expected a name, got {shown(values.get(key))}")
     method = values["method"]
     if method not in METHODS:
-        raise ConfigError("method", f"unknown method {method!r}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}")
+        raise ConfigError(
+            "method", f"unknown method {shown(method)}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}"
+        )
     optional: dict[str, Callable[[Any], Any]] = {
         "lora": lambda v: build_section(LoraSection, v, "lora"),
         "validation": lambda v: build_section(ValidationConfig, v, "validation"),
@@ -344,10 +401,15 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     return RunConfig(
         method=method,
         model=values["model"],
-        train=build_section(config_class(method), values.get("train") or {}, "train"),
-        data=build_section(DataConfig, values.get("data") or {}, "data"),
+        train=build_section(config_class(method), _section(values, "train"), "train"),
+        data=build_section(DataConfig, _section(values, "data"), "data"),
         **{name: build(values[name]) for name, build in optional.items() if values.get(name) is not None},
     )
+
+
+def _section(values: dict[str, Any], name: str) -> Any:
+    """An absent section and one without keys (`train:`) take the defaults."""
+    return {} if values.get(name) is None else values[name]
 
 
 def panel_section(value: Any) -> dict[str, Any]:
@@ -359,7 +421,11 @@ def panel_section(value: Any) -> dict[str, Any]:
     from .rewards.panel_config import parse_rewards
 
     config = dict(value) if isinstance(value, dict) and "rewards" in value else {"rewards": value}
-    parse_rewards(config["rewards"], trust_remote_code=bool(config.get("trust_remote_code")))
+    if "trust_remote_code" in config:
+        raise ConfigError(
+            "rewards.trust_remote_code", "a run file cannot allow foreign code; import the scorer in Python instead"
+        )
+    parse_rewards(config["rewards"])
     return config
 
 
@@ -371,7 +437,3 @@ def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfi
 def run_to_dict(run: RunConfig) -> dict[str, Any]:
     """Plain nested values; absent sections are left out. `run_from_dict` reads them back to an equal `RunConfig`."""
     return {key: value for key, value in dataclasses.asdict(run).items() if value is not None}
-
-
-def dump_yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

@@ -7,10 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.exceptions import ConfigError, UserError
+from diffalign.ranges import Range, count, finite, side
+from diffalign.yaml_text import read_yaml_text, shown
 
 TIES = ("drop", "keep")
 VERIFY_IMAGES = ("header", "full", "none")
 MISMATCH = ("drop", "letterbox")
+
+
+_ONLINE_RANGES = {
+    "every": count(),
+    "k": count(2, 65_536),
+    "num_inference_steps": count(2, 1000),
+    "rollout_batch_size": count(1, 65_536),
+    "guidance_scale": finite,
+    "eta": Range(0.0, 10.0),
+}
 
 
 @dataclass
@@ -33,12 +45,8 @@ class OnlineConfig:
     """Images sampled at once."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("k", 2), ("num_inference_steps", 2), ("rollout_batch_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"online.{name}", f"expected int >= {least}, got {value!r}")
-        if not self.eta >= 0:
-            raise ConfigError("online.eta", f"expected float >= 0, got {self.eta!r}")
+        for name, allowed in _ONLINE_RANGES.items():
+            allowed.check(f"online.{name}", getattr(self, name))
 
 
 @dataclass
@@ -103,11 +111,15 @@ class DataConfig:
         _choice("verify_images", self.verify_images, VERIFY_IMAGES)
         _choice("mismatch", self.mismatch, MISMATCH)
         if not 0 <= self.max_broken_fraction <= 1:
-            raise ConfigError("max_broken_fraction", f"expected a share from 0 to 1, got {self.max_broken_fraction}")
-        if self.resolution is not None and self.resolution <= 0:
-            raise ConfigError("resolution", f"expected a number of pixels above 0, got {self.resolution}")
-        if self.num_workers < 0:
-            raise ConfigError("num_workers", f"expected 0 or more, got {self.num_workers}")
+            raise ConfigError("max_broken_fraction", f"expected a share from 0 to 1, got {shown(self.max_broken_fraction)}")
+        if self.resolution is not None and not 0 < self.resolution <= side.high:
+            limit = f" and at most {side.high:g}" if self.resolution > 0 else ""
+            raise ConfigError("resolution", f"expected a number of pixels above 0{limit}, got {shown(self.resolution)}")
+        if not 0 <= self.num_workers <= 512:
+            raise ConfigError(
+                "num_workers",
+                f"expected 0 or more{', and at most 512' if self.num_workers > 0 else ''}, got {shown(self.num_workers)}",
+            )
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
             if self.resolution is not None:
@@ -122,9 +134,9 @@ def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[
     """
     buckets: list[tuple[int, int]] = []
     for pair in text.strip().strip(";").split(";"):
-        match = re.fullmatch(r"\s*([1-9]\d*)\s*,\s*([1-9]\d*)\s*", pair)
+        match = re.fullmatch(r"\s*([1-9][0-9]{0,4})\s*,\s*([1-9][0-9]{0,4})\s*", pair)
         if match is None:
-            raise ConfigError(field, f'expected height,width pairs such as "512,512;640,384", got {pair!r} in {text!r}')
+            raise ConfigError(field, f'expected height,width pairs such as "512,512;640,384", got {shown(pair)} in {shown(text)}')
         bucket = (int(match[1]), int(match[2]))
         if bucket in buckets:
             raise ConfigError(field, f"the size {bucket[0]},{bucket[1]} stands twice in {text!r}")
@@ -138,14 +150,14 @@ def read_columns(text: str | None) -> dict[str, str] | None:
     Raises:
         UserError: it is none.
     """
-    import yaml
-
-    columns = yaml.safe_load(text) if text else None
-    if columns is not None and not isinstance(columns, dict):
-        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {text!r}")
+    columns = read_yaml_text(text, "--columns") if text else None
+    if columns is None:
+        return None
+    if not isinstance(columns, dict) or not all(isinstance(part, str) for pair in columns.items() for part in pair):
+        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {shown(text)}")
     return columns
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {shown(value)}")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
 from ..folders import check_output_dir
+from ..ranges import count, seed, share
 from .config import read_columns
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perturber_template", help="what a paraphrase model reads; {text} stands for the caption")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--columns", help="canonical names to your columns, as in diffalign data inspect")
-    parser.add_argument("--seed", type=int, default=0, help="of the perturbations (default 0)")
-    parser.add_argument("--batch_size", type=int, default=8, help="texts or images at once (default 8)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the perturbations (default 0)")
+    parser.add_argument("--batch_size", type=count(), default=8, help="texts or images at once (default 8)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
-    parser.add_argument("--max_empty_fraction", type=float, default=0.05, help="share of pairs without caption that is left out")
+    parser.add_argument("--max_empty_fraction", type=share, default=0.05, help="share of pairs without caption that is left out")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow ./file.py:object, which runs that file")
 
 

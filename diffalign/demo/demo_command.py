@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigError, UserError
+from ..ranges import count, port, steps
 
 AUTH = "DIFFALIGN_DEMO_AUTH"
 
@@ -37,14 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--export", type=Path, help="write the votes of --votes_dir as a preference parquet to this file, and do nothing else"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes a free one")
+    parser.add_argument("--port", type=port, default=7860, help="default 7860; 0 takes a free one")
     parser.add_argument("--root_path", help="path under which a proxy shows the page")
     parser.add_argument("--share", action="store_true", help="a public link through gradio's servers")
     parser.add_argument("--auth_file", type=Path, help=f"lines of user:password; or the same in the environment as {AUTH}")
-    parser.add_argument("--max_steps", type=int, default=100, help="sampler steps a visitor may ask for (default 100)")
-    parser.add_argument("--max_particles", type=int, default=8, help="particles a visitor may ask for (default 8)")
-    parser.add_argument("--max_size", type=int, default=1024, help="height and width a visitor may ask for (default 1024)")
-    parser.add_argument("--queue_size", type=int, default=64, help="requests that may wait (default 64)")
+    parser.add_argument("--max_steps", type=steps, default=100, help="sampler steps a visitor may ask for (default 100)")
+    parser.add_argument("--max_particles", type=count(2, 65_536), default=8, help="particles a visitor may ask for (default 8)")
+    parser.add_argument(
+        "--max_size", type=count(64, 16_384), default=1024, help="height and width a visitor may ask for (default 1024)"
+    )
+    parser.add_argument("--queue_size", type=count(), default=64, help="requests that may wait (default 64)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
 

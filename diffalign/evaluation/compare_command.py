@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..exceptions import ConfigError, UserError
 from ..processes import process_rank
+from ..ranges import count, finite, not_negative, seed, side, steps
+from ..yaml_text import read_yaml_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,15 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuned", action="append", default=[], help=f"{what}; may be given several times")
     parser.add_argument("--lora_scales", help="of every LoRA of --tuned, e.g. 0,0.5,1: one model per scale")
     parser.add_argument("--steer", help="also compare the base steered by this scorer (best particle) with the base as it is")
-    parser.add_argument("--num_particles", type=int, default=4, help="of --steer (default 4)")
-    parser.add_argument("--lmbda", type=float, help="of --steer, in units of 1/reward")
+    parser.add_argument("--num_particles", type=count(), default=4, help="of --steer (default 4)")
+    parser.add_argument("--lmbda", type=not_negative, help="of --steer, in units of 1/reward")
     parser.add_argument(
         "--prompts", default="shapes", help="shapes (default), partiprompts, drawbench, hpdv2, geneval, pickapic-test, or a file"
     )
     parser.add_argument(
         "--prompts_path", type=Path, help="file or folder of a named set (default: the folder in DIFFALIGN_PROMPTS)"
     )
-    parser.add_argument("--max_prompts", type=int, help="use so many prompts, evenly over the set")
+    parser.add_argument("--max_prompts", type=count(), help="use so many prompts, evenly over the set")
     parser.add_argument("--scorers", help="names with commas between; the first decides (default for shapes: shapes)")
     parser.add_argument("--rewards_config", type=Path, help="YAML with rewards: instead of --scorers")
     parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diversity", default="pixel", help="pixel (default), or a scorer with an image embedding, e.g. clip-b32"
     )
-    parser.add_argument("--num_images", type=int, default=4, help="images per prompt (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--num_inference_steps", type=int, help="sampler steps (default: the pipeline's)")
-    parser.add_argument("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
-    parser.add_argument("--height", type=int, help="of the images (default: the pipeline's)")
-    parser.add_argument("--width", type=int, help="of the images (default: the pipeline's)")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass (default 8)")
+    parser.add_argument("--num_images", type=count(), default=4, help="images per prompt (default 4)")
+    parser.add_argument("--seed", type=seed, default=0, help="default 0")
+    parser.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)")
+    parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
+    parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument("--batch_size", type=count(), default=8, help="images per forward pass (default 8)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
     parser.add_argument("--output_dir", type=Path, default=Path("diffalign-comparison"), help="default: diffalign-comparison")
@@ -105,7 +105,7 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
             raise ConfigError("--lmbda", "--steer needs one: the tilt in units of 1/reward, e.g. 10")
         if options.num_particles < 2:
             raise ConfigError("--num_particles", f"steering needs at least 2, got {options.num_particles}")
-        arguments = yaml.safe_load(options.scorer_args) if options.scorer_args else {}
+        arguments = read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
         own = arguments.get(options.steer) if isinstance(arguments, dict) else None
         found.append({"name": "steered", "steer": {**steer, "lmbda": options.lmbda, **({"scorer_args": own} if own else {})}})
     if not found:

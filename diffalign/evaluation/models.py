@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..backbones.loading import ModelSource, module_hash
 from ..config import suggestion
 from ..exceptions import ConfigError, UserError
 from ..guidance import NegativeGuidance, active_adapters, denoiser, load_lora, load_negative
+from ..ranges import finite
+from ..yaml_text import read_yaml_text, shown
 from .sampling import generate, image_seed
 
 Draw = Callable[..., list[Any]]
@@ -101,8 +100,8 @@ def parse_model(value: Any, field: str, *, base: ModelSpec | None = None, taken:
         raise ConfigError(field, f"names no model: {value!r}")
     for key in ("lora_scale", "alpha", "beta"):
         number = values.get(key, 1.0)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ConfigError(f"{field}.{key}", f"expected a number, got {number!r}")
+        if not finite.holds(number):
+            raise ConfigError(f"{field}.{key}", f"expected a number, got {shown(number)}")
         values[key] = float(number)
     _check_files(values, field)
     name = str(values.get("name") or _name(values, base))
@@ -123,10 +122,7 @@ def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
     if isinstance(value, FKSteering):
         return {"model": value.pipe, "steer": value}
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(field, f"is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        value = read_yaml_text(value, field)
     if isinstance(value, Mapping):
         return dict(value)
     if not isinstance(value, (str, Path)):
@@ -143,7 +139,10 @@ def _read_text(text: str, base: ModelSpec | None) -> dict[str, Any]:
         found["name"], text = named.groups()
     scaled = re.match(r"(.+)@([-+.\deE]+)$", text)
     if scaled and not Path(text).exists():
-        text, found["lora_scale"] = scaled.group(1), float(scaled.group(2))
+        try:
+            text, found["lora_scale"] = scaled.group(1), float(scaled.group(2))
+        except ValueError:
+            raise ConfigError("tuned", f"expected a number behind '@', got {shown(scaled.group(2))}") from None
     place = Path(text).expanduser()
     is_lora = place.suffix == ".safetensors" or (
         place.is_dir() and not (place / "model_index.json").is_file() and any(place.glob("*.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..exceptions import ConfigError
 from ..folders import replacing
+from ..ranges import count
 
 if TYPE_CHECKING:
     from ..processes import Processes
@@ -44,6 +47,7 @@ def generate(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: expected one per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
+    check_steps(pipe, pipe_kwargs.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     with tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar, torch.inference_mode():
@@ -54,6 +58,27 @@ def generate(
             images.extend(pipe(prompt=chunk, generator=generators, **pipe_kwargs).images)
             bar.update(len(chunk))
     return images
+
+
+def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps") -> None:
+    """Raises `ConfigError` for a number of steps for which the pipeline's scheduler has no timesteps."""
+    if steps is None:
+        return
+    count().check(field, steps)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    limit = scheduler.config.get("num_train_timesteps")
+    flow = hasattr(scheduler, "sigmas") and "Flow" in type(scheduler).__name__
+    try:
+        scheduler.set_timesteps(steps)
+        times = torch.as_tensor(scheduler.timesteps)
+        good = len(times) > 0 and (flow or limit is None or float(times.max()) < limit)
+    except TypeError:  # one that needs more than a number, which its pipeline gives it
+        return
+    except Exception:
+        good = False
+    if not good:
+        most = f", at most {limit}" if isinstance(limit, int) and steps >= limit else ""
+        raise ConfigError(field, f"{type(scheduler).__name__} has no {steps} steps{most}; give fewer")
 
 
 def image_seed(seed: int, prompt: str, number: int) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ..exceptions import ConfigError, UserError
 from ..processes import Processes
+from ..ranges import count
+from ..yaml_text import NotYaml, read_yaml_file, read_yaml_text, shown
 
 if TYPE_CHECKING:
     from .panel_config import RewardEntry
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'")
     parser.add_argument("--output_dir", type=Path, default=Path("diffalign-scores"), help="default: diffalign-scores")
     parser.add_argument("--cache", type=Path, help="file that keeps scores across output folders")
-    parser.add_argument("--batch_size", type=int, help="images per forward pass (default: the scorer's)")
-    parser.add_argument("--chunk_size", type=int, default=256, help="images after which work is safe (default: 256)")
+    parser.add_argument("--batch_size", type=count(), help="images per forward pass (default: the scorer's)")
+    parser.add_argument("--chunk_size", type=count(), default=256, help="images after which work is safe (default: 256)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", help="of the towers (default: float32, the reference)")
     parser.add_argument("--combine", help="how scorers are combined, e.g. winrate, zscore, weighted_sum")
@@ -158,12 +158,7 @@ def panel_config(
 
 
 def _read(path: Path, option: str) -> Any:
-    if not path.is_file():
-        raise UserError(f"{option}: there is no file {str(path)!r}")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{option}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_file(path, option)
     if not values:
         raise UserError(f"{option}: {path} is empty; write for example rewards: [imagereward, pickscore]")
     return values
@@ -173,9 +168,9 @@ def _mapping(text: str | None, option: str, example: str) -> dict[str, Any] | No
     if text is None:
         return None
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml_text(text, option)
+    except NotYaml:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{option}: expected a mapping such as '{example}', got {text!r}")
+        raise UserError(f"{option}: expected a mapping such as '{example}', got {shown(text)}")
     return value

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
+from ..ranges import count, port
+from ..yaml_text import NotYaml, read_yaml_text, shown
 
 if TYPE_CHECKING:
     from .base import Scorer
@@ -70,7 +72,7 @@ class _Refused(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="scorer, as for load_scorer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which (default 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one and says which (default 8000)")
     for name, text in (
         ("model", "weights: file, folder or Hub id"),
         ("config", "JSON file of the architecture"),
@@ -80,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--args", default="{}", help="further options of the scorer as YAML, e.g. '{antialias: false}'")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dtype", help="of the towers (default float32)")
-    parser.add_argument("--batch_size", type=int, help="images per forward pass")
+    parser.add_argument("--batch_size", type=count(), help="images per forward pass")
     parser.add_argument("--cache", type=Path, help="file in which scores are kept")
     for name, value in asdict(Limits()).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"per request (default {value})")
@@ -93,17 +95,19 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: what `load_scorer` raises, options that are no mapping, a port that is taken.
     """
-    import yaml
-
     from .registry import load_scorer
 
     limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
     try:
-        extra = yaml.safe_load(options.args) or {}
-    except yaml.YAMLError:
-        extra = None
-    if not isinstance(extra, dict):
-        raise UserError(f"--args: expected a mapping such as '{{antialias: false}}', got {options.args!r}")
+        extra = read_yaml_text(options.args, "--args")
+    except NotYaml:
+        extra = ()
+    extra = {} if extra is None else extra
+    reserved = ("name", "model", "config", "tokenizer", "device", "dtype", "trust_remote_code", "batch_size", "cache")
+    if not isinstance(extra, dict) or not all(isinstance(key, str) and key not in reserved for key in extra):
+        raise UserError(
+            f"--args: expected a mapping of the scorer's own options such as '{{antialias: false}}', got {shown(options.args)}"
+        )
     scorer = load_scorer(
         options.name,
         options.model,
@@ -121,8 +125,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--port: {options.host}:{options.port} cannot be listened on ({error}); choose another") from error
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     host, port = server.server_address[:2]
-    shown = f"[{host!s}]" if ":" in str(host) else str(host)
-    print(f"{scorer.name} ({scorer.fingerprint()}) at http://{shown}:{port}", flush=True)
+    place = f"[{host!s}]" if ":" in str(host) else str(host)
+    print(f"{scorer.name} ({scorer.fingerprint()}) at http://{place}:{port}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

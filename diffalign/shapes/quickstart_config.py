@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..exceptions import ConfigError
+from ..ranges import positive
 from .prompts import held_out_prompts, train_prompts
 
 
@@ -41,5 +42,5 @@ class QuickstartConfig:
             lowest = {"seed": 0, "images_per_prompt": 2, "eval_prompts": 2}.get(field.name, 1)
             if field.type == "int" and not lowest <= value <= limits.get(field.name, 10**9):
                 raise ConfigError(f"--{field.name}", f"expected int in [{lowest}, {limits.get(field.name, 10**9)}], got {value}")
-            if field.type == "float" and not value > 0:
-                raise ConfigError(f"--{field.name}", f"expected float > 0, got {value}")
+            if field.type == "float":
+                positive.check(f"--{field.name}", value)

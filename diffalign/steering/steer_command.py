@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, UserError
 from ..folders import claim_output_dir, save_image
+from ..ranges import count, finite, not_negative, seed, side, steps
+from ..yaml_text import NotYaml, read_yaml_text
 
 if TYPE_CHECKING:
     from .compare import BestOfNComparison
@@ -32,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
     )
     parser.add_argument("--prompt", action="append", help="instead of --prompts; may be given several times")
-    parser.add_argument("--max_prompts", type=int, help="take only the first so many")
-    parser.add_argument("--num_particles", type=int, default=4, help="images per prompt that steering works with (default 4)")
-    parser.add_argument("--lmbda", type=float, help="strength of the tilt, in units of 1/reward; this or --ess_target")
+    parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
+    parser.add_argument(
+        "--num_particles", type=count(1, 65_536), default=4, help="images per prompt that steering works with (default 4)"
+    )
+    parser.add_argument("--lmbda", type=not_negative, help="strength of the tilt, in units of 1/reward; this or --ess_target")
     parser.add_argument(
         "--ess_target", type=float, help="choose lmbda such that this share of the particles stays effective, e.g. 0.5"
     )
@@ -54,19 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eta", type=float, help="of the kernel, or of the pipeline's scheduler with --kernel scheduler")
     parser.add_argument("--tiny_decoder", help="Hub id or folder of an AutoencoderTiny for intermediate images")
-    parser.add_argument("--num_inference_steps", type=int, help="sampler steps (default: the pipeline's; 30 for shapes)")
-    parser.add_argument("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
-    parser.add_argument("--height", type=int, help="of the images (default: the pipeline's)")
-    parser.add_argument("--width", type=int, help="of the images (default: the pipeline's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first population of a prompt (default 0)")
-    parser.add_argument("--num_seeds", type=int, default=1, help="populations per prompt (default 1)")
+    parser.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's; 30 for shapes)")
+    parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
+    parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first population of a prompt (default 0)")
+    parser.add_argument("--num_seeds", type=count(), default=1, help="populations per prompt (default 1)")
     parser.add_argument("--compare", action="store_true", help="also draw best-of-n from the same noise and compare")
     parser.add_argument("--judges", help="scorers that judge the images but do not steer, with commas between")
     parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
-    parser.add_argument("--prompts_per_call", type=int, help="prompts that share a pipeline call (default 1; 8 for shapes)")
-    parser.add_argument("--model_batch_size", type=int, help="rows per forward pass of the model (default: all)")
-    parser.add_argument("--decode_batch_size", type=int, help="latents per decode (default 8)")
+    parser.add_argument("--prompts_per_call", type=count(), help="prompts that share a pipeline call (default 1; 8 for shapes)")
+    parser.add_argument("--model_batch_size", type=count(), help="rows per forward pass of the model (default: all)")
+    parser.add_argument("--decode_batch_size", type=count(), help="latents per decode (default 8)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: bfloat16 on a GPU)")
     parser.add_argument("--output_dir", type=Path, default=Path("diffalign-steered"), help="default: diffalign-steered")
@@ -177,14 +181,12 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
     """Name of each scorer, the reward first -> its options."""
-    import yaml
-
     from ..rewards.registry import get_spec
 
     names = [options.scorer, *(name.strip() for name in (options.judges or "").split(",") if name.strip())]
     try:
-        given = yaml.safe_load(options.scorer_args) if options.scorer_args else {}
-    except yaml.YAMLError:
+        given = read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
+    except NotYaml:
         given = None
     if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
         raise UserError(

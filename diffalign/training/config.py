@@ -9,6 +9,8 @@ import typing
 from dataclasses import dataclass
 
 from ..exceptions import ConfigError
+from ..ranges import COUNT, LARGEST
+from ..yaml_text import shown
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -36,7 +38,19 @@ _POSITIVE = (
     "adam_epsilon",
 )
 _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "noise_offset")
-_SHARES = ("proportion_empty_prompts", "adam_beta1", "adam_beta2", "ema_decay")
+_SHARES = ("proportion_empty_prompts", "ema_decay")
+_BETAS = ("adam_beta1", "adam_beta2")
+_MOST = {
+    "seed": 2**32 - 1,  # numpy takes no larger one
+    "data_seed": 2**63 - 1,
+    "num_train_epochs": 1e6,
+    "per_device_train_batch_size": 65_536,
+    "ref_error_draws": 65_536,
+    "images_per_prompt": 65_536,
+    "rollout_batch_size": 65_536,
+    "num_inference_steps": 1000,
+}
+"""Largest values; others end at `ranges.COUNT` and `ranges.LARGEST`."""
 
 
 @dataclass
@@ -153,10 +167,14 @@ class TrainingConfig:
             self._check(name, lambda v: v >= 0, ">= 0")
         for name in _SHARES:
             self._check(name, lambda v: 0 <= v <= 1, "in [0, 1]")
+        for name in _BETAS:
+            self._check(name, lambda v: 0 <= v < 1, "in [0, 1)")
+        for name in ("seed", "data_seed"):
+            self._check(name, lambda v: v >= 0, ">= 0")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value) and f.name not in ("max_grad_norm", "snr_gamma"):
-                raise ConfigError(f.name, f"expected a finite number, got {value!r}")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._check_size(f.name, value)
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError("max_steps", "set either max_steps or num_train_epochs, not both")
         if not self.output_dir:
@@ -164,6 +182,14 @@ class TrainingConfig:
 
     def _check(self, name: str, holds: typing.Callable[[float], bool], range_: str) -> None:
         value = getattr(self, name)
-        if value is not None and not holds(value):  # NaN fails every comparison and is refused with the rest
+        if value is not None and not holds(value):
             kind = "int" if isinstance(value, int) else "float"
-            raise ConfigError(name, f"expected {kind} {range_}, got {value!r}")
+            raise ConfigError(name, f"expected {kind} {range_}, got {shown(value)}")
+
+    def _check_size(self, name: str, value: float) -> None:
+        """Refuses numbers that no step survives: NaN, infinite ones, and those that overflow in the layers below."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(name, f"expected a finite number, got {value!r}")
+        most = _MOST.get(name, COUNT if isinstance(value, int) else LARGEST)
+        if abs(value) > most:
+            raise ConfigError(name, f"expected a number of at most {most:g}, got {shown(value)}")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from ..exceptions import UserError
+from ..ranges import Range
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     collect.add_argument("--config", type=Path, required=True, help="run file with train.feedback: people")
     collect.add_argument("--output_dir", help="in place of the run file's train.output_dir")
     collect.add_argument("--no_wait", action="store_true", help="write the images and return")
-    collect.add_argument("--poll", type=float, default=2.0, help="seconds between two looks for votes (default 2)")
+    collect.add_argument(
+        "--poll", type=Range(0.0, 86_400.0, above=True), default=2.0, help="seconds between two looks for votes (default 2)"
+    )
     status = actions.add_parser("status", help="what a run waits for, and the votes that are there", allow_abbrev=False)
     status.add_argument("output_dir", type=Path, help="folder of the run")
 

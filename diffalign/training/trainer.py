@@ -263,7 +263,9 @@ class Trainer:
         if self.data_config.online is not None:
             self.online = Online(self, self.data_config.online)
             self.checkpoints.parts.append(self.online.rounds)
-        set_seed(args.seed, device_specific=True)  # from here on only dropout draws from the global generators
+        set_seed(
+            (args.seed + self.accelerator.process_index) % 2**32
+        )  # from here on only dropout draws from the global generators
         self._ready = True
 
     def _make_reference(self) -> Reference | None:

@@ -28,7 +28,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 torch.set_num_threads(1)
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 _COLORS, _SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "star")
-_SCRATCH = ("latents", "texts", "parts")  # folders of caches and of finished parts, whose division into files may differ
+_SCRATCH = ("latents", "texts", "parts", "cache")  # folders of caches and of finished parts, whose division into files may differ
 _TIMES = ("seconds", "time", "wall", "created")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from commands import TORCHRUN
 from PIL import Image
 
 from diffalign import load_scorer
+from diffalign.cli import Parser
 from diffalign.exceptions import UserError
 from diffalign.rewards import score_command
 from diffalign.rewards.registry import register_scorer
@@ -57,7 +57,7 @@ def dark(images):
 
 
 def score(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     score_command.add_arguments(parser)
     return score_command.run(parser.parse_args([str(argument) for argument in arguments]))
 

@@ -115,8 +115,8 @@ def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lmbda", "-1"], "--lmbda: expected a finite number >= 0"),
-        (["--lmbda", "nan"], "--lmbda: expected a finite number >= 0"),
+        (["--lmbda", "-1"], "--lmbda: expected float >= 0"),
+        (["--lmbda", "nan"], "--lmbda: expected float >= 0"),
         (["--ess_target", "0.5"], "--lmbda: give lmbda or ess_target, not both"),
         (["--num_particles", "0"], "--num_particles: expected int >= 1, got 0"),
         (["--num_particles", "1", "--resample_steps", "2"], "--num_particles: 1 particle cannot be resampled"),
