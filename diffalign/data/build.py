@@ -164,7 +164,9 @@ def read_prompts(source: str, limit: int | None = None) -> tuple[list[str], list
         from ..shapes import train_prompts
 
         given = train_prompts()
-    elif (path.is_file() and path.suffix in (".txt", ".tsv")) or (source in {*NAMED, "shapes-held-out"} and not path.exists()):
+    elif (path.is_file() and path.suffix.lower() in (".txt", ".tsv")) or (
+        source in {*NAMED, "shapes-held-out"} and not path.exists()
+    ):
         found = load_prompts(source)
         return found.prompts[:limit], found.notes
     else:

@@ -75,9 +75,11 @@ def load_preferences(
             raise ConfigError(f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}")
     import datasets
 
+    from diffalign.data.streaming import StreamingPreferenceDataset, guarded
+
     opened = open_source(source, split=split, config=config, revision=revision, streaming=streaming, data_dir=data_dir)
     data = opened.dataset
-    names = data.column_names or next((list(row) for row in data.take(1)), None)
+    names = data.column_names or next((list(row) for row in guarded(data.take(1), opened.name)), None)
     if score_columns:
         data, columns = with_win_rates(data, score_columns, columns or {})
         names = data.column_names
@@ -103,8 +105,6 @@ def load_preferences(
         report.check(max_broken_fraction)
         result = PreferenceDataset(data, layout, report, row_ids, places)
     else:
-        from diffalign.data.streaming import StreamingPreferenceDataset
-
         result = StreamingPreferenceDataset(
             data, layout, report, places, verify_images=verify_images, max_broken_fraction=max_broken_fraction
         )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import text_files
 from ..exceptions import ConfigError, UserError
 from ..folders import check_output_dir
 from ..ranges import count, seed, share
@@ -191,13 +192,10 @@ class TextStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.texts: dict[str, str] = {}
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
+        entries = text_files.journal(path)[0] if path.is_file() else []
+        for _, entry in entries:
+            if isinstance(entry, dict) and isinstance(entry.get("key"), str) and isinstance(entry.get("text"), str):
                 self.texts[entry["key"]] = entry["text"]
-            except (ValueError, KeyError):
-                continue
         path.touch()
         with path.open("rb") as file:  # a line that a killed run left torn must not swallow the next
             file.seek(-min(1, path.stat().st_size), os.SEEK_END)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign import decoding
+from diffalign import decoding, text_files
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
+from diffalign.data.tables import read_tables
 from diffalign.exceptions import UserError
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".tar": "webdataset"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's scripts write the second
 PAIR_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
@@ -109,10 +110,27 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
         raise UserError(f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are {', '.join(BUILDERS)}")
     if path.stat().st_size == 0:
         raise UserError(f"dataset {str(path)!r}: the file is empty")
-    dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
-    if builder == "text":  # a prompt per line
-        dataset = dataset.filter(lambda row: bool(row["text"].strip()))
+    if builder in ("json", "csv", "text"):
+        dataset = _in_memory(_part(read_tables([path], str(path)), split), split, streaming)
+    else:
+        dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
     return Source(_plain_tar(dataset) if builder == "webdataset" else dataset, str(path), ImagePlaces(_image_folders([path])))
+
+
+def _part(dataset: Any, split: str) -> Any:
+    """The slice of `train[:100]`; the whole for any other name, as a file has one split."""
+    from datasets import ReadInstruction
+
+    if "[" not in split:
+        if split != "train":
+            raise UserError(f"dataset split {split!r} does not exist; a file has the one split train")
+        return dataset
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+    except (ValueError, AssertionError, KeyError) as error:
+        raise UserError(f"dataset split {split!r}: {' '.join(str(error).split())[:200]}") from None
+    indices = [i for part in parts for i in range(part.from_ or 0, part.to if part.to is not None else len(dataset))]
+    return dataset.select(indices)
 
 
 def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Source:
@@ -123,6 +141,8 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
     name, places = str(path), ImagePlaces((path,))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, places)
+    for table in [*path.rglob("metadata.jsonl"), *path.rglob("metadata.csv")]:
+        _check_metadata(table)
     described = (path / "README.md").is_file() and "\nconfigs:" in (path / "README.md").read_text("utf-8", "replace")
     if described or any(path.rglob("metadata.jsonl")) or any(path.rglob("metadata.csv")) or any(path.rglob("metadata.parquet")):
         return Source(_load(name, name, split, config=config, streaming=streaming), name, places)
@@ -137,12 +157,21 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
         files = sorted(path.rglob(f"*{suffix}"))
         if files:
             files = _files_of_split(path, files, split)
-            dataset = _load(name, BUILDERS[suffix], "train", data_files=[str(file) for file in files], streaming=streaming)
+            dataset = _in_memory(read_tables(files, name), split, streaming)
             return Source(dataset, name, ImagePlaces((path, *_image_folders(files))))
     raise UserError(
         f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no metadata.jsonl, and no "
         "parquet, jsonl, json, csv or tar files in this folder"
     )
+
+
+def _check_metadata(table: Path) -> None:
+    """Raises `UserError` for what would end the imagefolder reader of `datasets` in a crash or a traceback."""
+    if table.suffix == ".jsonl":
+        for _ in text_files.read_json_objects(table, "dataset "):
+            pass
+    else:
+        text_files.read_table(table, "dataset ")
 
 
 def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
@@ -151,34 +180,37 @@ def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
     captions: dict[str, Any] = {}
     for folder in (chosen.parent, chosen):
         if (folder / "captions.json").is_file():
-            captions |= {Path(name).stem: text for name, text in _json(folder / "captions.json").items()}
+            values = text_files.read_json(folder / "captions.json", dict)
+            captions |= {_without_image_suffix(name): text for name, text in values.items()}
         if (folder / "prompts.jsonl").is_file():
-            for number, line in enumerate((folder / "prompts.jsonl").read_text("utf-8").splitlines(), start=1):
-                if line.strip():
-                    row = _json(folder / "prompts.jsonl", line, number)
-                    stem = Path(str(row.get("file_name", row.get("id")))).stem
-                    captions[stem] = row.get("prompt", row.get("text", row.get("caption")))
+            for _, row in text_files.read_json_objects(folder / "prompts.jsonl"):
+                stem = _without_image_suffix(str(row.get("file_name", row.get("id"))))
+                captions[stem] = row.get("prompt", row.get("text", row.get("caption")))
     images = [{_stem(path, side): path for path in _images_in(side)} for side in (chosen, rejected)]
     rows: list[dict[str, Any]] = []
+    without: list[str] = []
     for stem in sorted(set(images[0]) | set(images[1])):
-        text = (chosen / stem).parent / f"{Path(stem).name}.txt"
-        caption = text.read_text("utf-8").strip() if text.is_file() else captions.get(stem, captions.get(Path(stem).name))
+        beside = [(chosen / stem).parent / f"{Path(stem).name}{ending}" for ending in CAPTION_SUFFIXES]
+        file = next((file for file in beside if file.is_file()), None)
+        caption = text_files.read_text(file).strip() if file is not None else captions.get(stem, captions.get(Path(stem).name))
+        if not isinstance(caption, str):
+            without.append(stem)
+            caption = None
         paths = [str(side[stem]) if stem in side else None for side in images]
         rows.append({"prompt": caption, "chosen": paths[0], "rejected": paths[1], "id": stem})
     if not rows:
         raise UserError(f"dataset {str(chosen.parent)!r}: {chosen.name}/ and {rejected.name}/ hold no images")
+    if len(without) == len(rows):
+        raise UserError(
+            f"dataset {str(chosen.parent)!r}: no image has a caption; write {Path(without[0]).name}.txt (or {', '.join(CAPTION_SUFFIXES[1:])}) "
+            f"beside each image of {chosen.name}/, or captions.json or prompts.jsonl beside the folders"
+        )
     return rows
 
 
-def _json(path: Path, text: str | None = None, line: int | None = None) -> dict[str, Any]:
-    where = f"{path}" if line is None else f"{path}, line {line}"
-    try:
-        value = json.loads(path.read_text("utf-8") if text is None else text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
+def _without_image_suffix(name: str) -> str:
+    path = Path(name)
+    return path.with_suffix("").name if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -239,7 +271,7 @@ def _load(name: str, builder: str, split: str, *, config: str | None = None, **k
         return datasets.load_dataset(builder, config, split=split, **kwargs)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError):
         raise  # `_hub` says more about them
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"dataset {name!r}: {' '.join(str(cause).split())[:600]}") from error
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -15,8 +15,22 @@ from diffalign.data.dataset import Group, LoadReport, PreferenceDataset, build_g
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.schema import Layout, judge
 from diffalign.data.verify import check_image
+from diffalign.exceptions import UserError
 
 _JUDGED_AFTER = 100  # rows before the share of broken ones means anything
+
+
+def guarded(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows of a stream, its readers' errors as a sentence."""
+    import datasets
+
+    try:
+        yield from rows
+    except UserError:
+        raise
+    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"dataset {name}: a row cannot be read ({' '.join(str(cause).split())[:300]})") from error
 
 
 class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
@@ -54,7 +68,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         worker = get_worker_info()
         # datasets deals its shards to the workers; each counts in steps of their number, so that row ids stay unique
         row_ids = itertools.count() if worker is None else itertools.count(worker.id, worker.num_workers)
-        for row_id, row in zip(row_ids, self.dataset, strict=False):
+        for row_id, row in zip(row_ids, guarded(self.dataset, self.report.source), strict=False):
             self.report.rows += 1
             group = self._admitted(row_id, row)
             if self.report.rows >= _JUDGED_AFTER and self.report.kept:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..exceptions import ConfigError, UserError
 from ..ranges import count, port, steps
 
@@ -64,8 +65,10 @@ def run(options: argparse.Namespace) -> int:
     if options.export is not None:
         from .votes import VoteStore
 
-        count = VoteStore(options.votes_dir).export(options.export)
-        print(f"wrote {count} preferences to {options.export}")
+        store = VoteStore(options.votes_dir)
+        count = store.export(options.export)
+        lost = f"; {len(store.lost)} votes left out, whose pictures are lost or damaged" if store.lost else ""
+        print(f"wrote {count} preferences to {options.export}{lost}")
         return 0
     auth = _auth(options)
     app = _app(options)
@@ -143,10 +146,8 @@ def _prompts(options: argparse.Namespace, embedded: bool) -> list[str]:
 def _auth(options: argparse.Namespace) -> list[tuple[str, str]] | None:
     text = os.environ.get(AUTH, "")
     if options.auth_file is not None:
-        if not options.auth_file.is_file():
-            raise UserError(f"--auth_file: there is no file {str(options.auth_file)!r}")
-        text = options.auth_file.read_text("utf-8")
-    pairs = [line.strip().partition(":") for line in text.splitlines() if line.strip()]
+        text = text_files.read_text(options.auth_file, "--auth_file: ")
+    pairs = [line.strip().partition(":") for line in text_files.split_lines(text) if line.strip()]
     if not all(user and password for user, _, password in pairs):
         raise UserError("--auth_file: expected lines of user:password")
     if options.auth_file is not None and not pairs:

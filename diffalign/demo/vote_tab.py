@@ -98,11 +98,12 @@ class Voting:
     def state(self) -> str:
         """One line on all votes."""
         if self.from_round:
-            return f"{len(self.store.votes)} votes in this round; go on training with `--train.resume_from_checkpoint latest`."
+            votes = f"{len(self.store.votes)} votes in this round; go on training with `--train.resume_from_checkpoint latest`."
+            return votes + self.store.remarks()
         count, found = self.store.rate(*self.models)
         if not count:
-            return "No votes yet."
-        return f"{count} votes: **{self.models[1]}** wins {rate(found)} % against {self.models[0]}."
+            return "No votes yet." + self.store.remarks()
+        return f"{count} votes: **{self.models[1]}** wins {rate(found)} % against {self.models[0]}.{self.store.remarks()}"
 
 
 def build(voting: Voting, session: Session, export: bool) -> None:

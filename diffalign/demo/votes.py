@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import decoding
 from ..evaluation.statistics import WinRate, clustered_bootstrap
 from ..exceptions import UserError
 from ..folders import check_output_dir, replacing, write_atomically
+from ..text_files import BadLine, journal
 
 VOTES = "votes.jsonl"
 CHOICES = ("left", "right", "tie")
 ANNOTATOR_CHARS = 40
+_PICTURE = re.compile(r"images/[0-9a-f]{24}\.png")
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,6 @@ def read_annotator(text: Any) -> str:
     return re.sub(r"[^\w .@-]", "", str(text or ""))[:ANNOTATOR_CHARS].strip()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The votes of a file; a line torn by a crash is left out."""
-    found = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 class VoteStore:
     """``votes.jsonl`` and ``images/`` in a folder.
 
@@ -80,8 +72,49 @@ class VoteStore:
     def _open(self, folder: Path, name: str) -> None:
         self.folder, self.file = folder, folder / name
         self._lock = threading.Lock()
-        self.votes = read_lines(self.file)
-        self._known = {vote["id"] for vote in self.votes if "id" in vote}
+        self.votes: list[dict[str, Any]] = []
+        self.left_out: list[BadLine] = []
+        """Lines of the file that are no votes, and why."""
+        self._known: set[str] = set()
+        entries, self.left_out = journal(self.file) if self.file.is_file() else ([], [])
+        for number, entry in entries:
+            reason = self._fault(entry)
+            if reason is None:
+                self.votes.append(entry)
+            else:
+                self.left_out.append(BadLine(number, reason))
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+                self._known.add(entry["id"])
+        if self.left_out:
+            first = "; ".join(map(str, sorted(self.left_out, key=lambda line: line.number)[:3]))
+            print(f"{self.file}: {len(self.votes)} votes; {len(self.left_out)} lines left out ({first})", flush=True)
+
+    def _fault(self, entry: Any) -> str | None:
+        """Why an entry of the file is no vote of this store; None for one that is."""
+        reason = self._common_fault(entry, ("prompt", "left", "right"))
+        if reason is not None:
+            return reason
+        if entry.get("vote") not in CHOICES:
+            return f"vote is {str(entry.get('vote'))[:40]!r}, expected {', '.join(CHOICES)}"
+        for name in ("left_image", "right_image"):
+            if not isinstance(entry.get(name), str) or not _PICTURE.fullmatch(entry[name]):
+                return f"{name} is {str(entry.get(name))[:60]!r}, which is no picture of this folder"
+        return None
+
+    def _common_fault(self, entry: Any, texts: tuple[str, ...]) -> str | None:
+        if not isinstance(entry, dict):
+            return "no vote"
+        for name in ("id", *texts):
+            if not isinstance(entry.get(name), str) or not entry[name]:
+                return f"has no {name}"
+        if entry["id"] in self._known:
+            return f"the vote {entry['id'][:40]!r} stands twice"
+        entry.setdefault("annotator", "")
+        return None if isinstance(entry["annotator"], str) else "annotator is no text"
+
+    def remarks(self) -> str:
+        """What to say beside the number of votes; empty when every line is a vote."""
+        return f" {len(self.left_out)} lines of the file are left out." if self.left_out else ""
 
     def add(self, pair: Pair, choice: str, annotator: Any) -> bool:
         """Writes a vote durably; False if this pair has one already.
@@ -154,6 +187,8 @@ class VoteStore:
     def export(self, path: Path) -> int:
         """Writes the decided votes as preference pairs that `diffalign train` reads; returns how many.
 
+        Votes whose pictures are lost or damaged are left out; their ids are then in `lost`.
+
         Raises:
             UserError: there is none.
         """
@@ -172,19 +207,36 @@ class VoteStore:
             "chosen_model": [],
             "rejected_model": [],
         }
+        self.lost: list[str] = []
         for vote in decided:
             won, lost = ("left", "right") if vote["vote"] == "left" else ("right", "left")
+            pictures = [self._picture(vote[f"{side}_image"]) for side in (won, lost)]
+            if None in pictures:
+                self.lost.append(vote["id"])
+                continue
             rows["prompt"].append(vote["prompt"])
-            for column, side in (("chosen", won), ("rejected", lost)):
-                rows[column].append({"bytes": (self.folder / vote[f"{side}_image"]).read_bytes(), "path": None})
+            for column, side, content in (("chosen", won, pictures[0]), ("rejected", lost, pictures[1])):
+                rows[column].append({"bytes": content, "path": None})
                 rows[f"{column}_model"].append(vote[side])
             rows["annotator"].append(vote["annotator"])
+        if not rows["prompt"]:
+            raise UserError(
+                f"votes: the pictures of all {len(decided)} votes are lost or damaged; put {self.folder / 'images'} back"
+            )
         texts = {name: Value("string") for name in ("prompt", "annotator", "chosen_model", "rejected_model")}
         features = Features({**texts, "chosen": ImageFeature(), "rejected": ImageFeature()})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             Dataset.from_dict(rows, features=features).to_parquet(temporary)
-        return len(decided)
+        return len(rows["prompt"])
+
+    def _picture(self, name: str) -> bytes | None:
+        """A picture's file; None when it is gone or is not what the vote was given for."""
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError:
+            return None
+        return content if hashlib.sha256(content).hexdigest().startswith(Path(name).stem) else None
 
 
 class RoundVotes(VoteStore):
@@ -198,14 +250,14 @@ class RoundVotes(VoteStore):
     """
 
     def __init__(self, folder: Path) -> None:
-        from ..training.feedback import MANIFEST
+        from ..training.feedback import MANIFEST, read_manifest
 
         if not (folder / MANIFEST).is_file():
             raise UserError(
                 f"--feedback: {str(folder)!r} holds no round of images; start the run with diffalign feedback collect"
             )
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        self.groups: Sequence[Mapping[str, Any]] = manifest["groups"]
+        self.groups: Sequence[Mapping[str, Any]] = read_manifest(folder)
+        self._unreadable: set[str] = set()
         self._open(folder, "votes-demo.jsonl")
 
     def _record(self, pair: Pair, choice: str, annotator: str) -> dict[str, Any]:
@@ -213,6 +265,16 @@ class RoundVotes(VoteStore):
         said = {"left": "a", "right": "b", "tie": "tie"}[choice]
         facts = {"id": pair.id, "time": round(time.time(), 3), "annotator": annotator}
         return {**facts, "image_a": pair.sides[0], "image_b": pair.sides[1], "preference": said, "prompt": pair.prompt}
+
+    def _fault(self, entry: Any) -> str | None:
+        reason = self._common_fault(entry, ("image_a", "image_b"))
+        if reason is None and entry.get("preference") not in ("a", "b", "tie"):
+            return f"preference is {str(entry.get('preference'))[:40]!r}, expected a, b or tie"
+        return reason
+
+    def remarks(self) -> str:
+        lost = f" {len(self._unreadable)} images cannot be opened; their pairs are not shown." if self._unreadable else ""
+        return super().remarks() + lost
 
     def next(self, annotator: Any, rng: random.Random) -> Pair | None:
         """A pair that this annotator has not judged, of those with the fewest votes; None when there is none left."""
@@ -230,10 +292,20 @@ class RoundVotes(VoteStore):
             for b in group["images"][i + 1 :]
             if frozenset((a["id"], b["id"])) not in mine
         ]
-        if not open_pairs:
+        while open_pairs := [p for p in open_pairs if p[1]["id"] not in self._unreadable and p[2]["id"] not in self._unreadable]:
+            fewest = min(count.get(frozenset((a["id"], b["id"])), 0) for _, a, b in open_pairs)
+            group, *sides = rng.choice([p for p in open_pairs if count.get(frozenset((p[1]["id"], p[2]["id"])), 0) == fewest])
+            rng.shuffle(sides)
+            images = [self._image(side) for side in sides]
+            if images[0] is not None and images[1] is not None:
+                names = (sides[0]["id"], sides[1]["id"])
+                return Pair(f"{rng.getrandbits(64):016x}", group["prompt"], (images[0], images[1]), names, {})
+        return None
+
+    def _image(self, side: Mapping[str, Any]) -> Image.Image | None:
+        """An image of the round; None, and remembered, when its file is gone or damaged."""
+        try:
+            return decoding.decode(self.folder / side["file"])
+        except decoding.UnreadableImage:
+            self._unreadable.add(side["id"])
             return None
-        fewest = min(count.get(frozenset((a["id"], b["id"])), 0) for _, a, b in open_pairs)
-        group, *sides = rng.choice([p for p in open_pairs if count.get(frozenset((p[1]["id"], p[2]["id"])), 0) == fewest])
-        rng.shuffle(sides)
-        images = tuple(Image.open(self.folder / side["file"]).convert("RGB") for side in sides)
-        return Pair(f"{rng.getrandbits(64):016x}", group["prompt"], images, (sides[0]["id"], sides[1]["id"]), {})  # type: ignore[arg-type]

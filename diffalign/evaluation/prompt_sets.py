@@ -6,16 +6,15 @@ a folder with the published name in it, and their checksum says whether they are
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..config import suggestion
 from ..exceptions import ConfigError, UserError
 
@@ -197,48 +196,61 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
     Raises:
         UserError: of an unknown form, unreadable, or without a column of prompts.
     """
-    suffix = path.suffix.lower()
+    suffix, what = path.suffix.lower(), "--prompts: "
+    if suffix not in SUFFIXES:
+        raise UserError(f"--prompts: {str(path)!r} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}")
     try:
-        if suffix == ".parquet":
-            import pyarrow.parquet as pq
+        return [_row(row, path, place) for place, row in _values(path, suffix, what)]
+    except UserError as error:
+        if str(error).startswith(what) and "cannot be read" not in str(error) and "no column" not in str(error):
+            raise UserError(f"--prompts: {str(path)!r} cannot be read ({str(error).removeprefix(what)})") from None
+        raise
 
+
+def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
+    """(place for messages, row) of every row of a file."""
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        try:
             names = pq.read_schema(path).names
-            rows: list[Any] = pq.read_table(path, columns=[n for n in names if not n.startswith("jpg_")]).to_pylist()
-        else:
-            text = path.read_text("utf-8-sig")
-            if suffix == ".txt":
-                rows = [line.strip() for line in text.splitlines()]
-            elif suffix in (".csv", ".tsv"):
-                # No quoting in tab-separated files: a quotation mark in a prompt is one.
-                rows = (
-                    list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
-                    if suffix == ".tsv"
-                    else list(csv.DictReader(text.splitlines()))
-                )
-            elif suffix == ".jsonl":
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            elif suffix == ".json":
-                rows = json.loads(text)
-            else:
-                raise UserError(f"--prompts: {str(path)!r} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"--prompts: {str(path)!r} holds no list")
-    return [_row(row, path) for row in rows]
+            rows: Any = pq.read_table(path, columns=[n for n in names if not n.startswith("jpg_")]).to_pylist()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        yield from ((f"row {i}", row) for i, row in enumerate(rows, start=1))
+    elif suffix == ".txt":
+        yield from ((f"line {i}", line.strip()) for i, line in enumerate(text_files.read_lines(path, what), start=1))
+    elif suffix in (".csv", ".tsv"):
+        # No quoting in tab-separated files: a quotation mark in a prompt is one.
+        yield from ((f"row {row.number} (line {row.line})", row.cells) for row in text_files.read_table(path, what).rows)
+    elif suffix == ".jsonl":
+        yield from ((f"line {number}", value) for number, value in text_files.read_json_lines(path, what))
+    else:
+        rows = text_files.read_json(path, what=what)
+        if not isinstance(rows, list):
+            raise UserError(f"--prompts: {str(path)!r} cannot be read (holds no list)")
+        yield from ((f"entry {i}", row) for i, row in enumerate(rows, start=1))
 
 
-def _row(row: Any, path: Path) -> Mapping[str, Any]:
+def _row(row: Any, path: Path, place: str) -> Mapping[str, Any]:
     if isinstance(row, str):
         return {"prompt": row}
-    if isinstance(row, Mapping):
-        for key in row:
-            if str(key).lower() in PROMPT_KEYS and isinstance(row[key], str):
-                return {**{k: v for k, v in row.items() if k != key}, "prompt": row[key]}
-        columns = ", ".join(map(str, row))
-    else:
-        columns = type(row).__name__
-    raise UserError(f"--prompts: {str(path)!r} has no column {' or '.join(PROMPT_KEYS)}; it has {columns}")
+    if not isinstance(row, Mapping):
+        raise UserError(
+            f"--prompts: {str(path)!r} has no column of prompts: {place} is {str(row)[:40]!r}, expected text or an object"
+        )
+    for key in row:
+        if str(key).lower() in PROMPT_KEYS:
+            if row[key] is None and path.suffix.lower() in (".csv", ".tsv"):
+                return {"prompt": ""}  # counted with the empty ones
+            if not isinstance(row[key], str):
+                shown = "null" if row[key] is None else str(row[key])[:40]
+                raise UserError(
+                    f"--prompts: {str(path)!r} cannot be read ({place}: {key} is {shown}, expected text; write a prompt or remove it)"
+                )
+            return {**{k: v for k, v in row.items() if k != key}, "prompt": row[key]}
+    columns = ", ".join(map(str, row)) or "nothing"
+    raise UserError(f"--prompts: {str(path)!r} has no column {' or '.join(PROMPT_KEYS)} in {place}; it has {columns}")
 
 
 def _finish(name: str, rows: Iterable[Mapping[str, Any]], digest: str) -> PromptSet:

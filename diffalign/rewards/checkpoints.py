@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import text_files
 from ..exceptions import ConfigError, UserError
 from .spec import ScorerSpec
 
@@ -118,7 +118,7 @@ def read_config(value: Any, field: str = "config") -> dict[str, Any] | None:
         return None if value is None else dict(value)
     if isinstance(value, (str, Path)) and Path(value).is_file():
         try:
-            content = json.loads(Path(value).read_text("utf-8"))
+            content = text_files.parse_json(text_files.read_text(value))
         except ValueError as error:
             raise ConfigError(field, f"{str(value)!r} is not valid JSON ({error})") from error
         if isinstance(content, dict):

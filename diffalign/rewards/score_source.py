@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..data.images import BrokenImage, content_hash
 from ..data.load import load_preferences
 from ..data.sources import IMAGE_SUFFIXES, PAIR_FOLDERS
@@ -182,7 +183,8 @@ def open_images(
             beside each, else from ``captions.json`` (``{name: prompt}``), ``prompts.jsonl`` or ``metadata.jsonl``
             (``{"file_name": ..., "prompt": ...}`` per line) in the folder.
         prompt: one for all images of a folder.
-        prompts: a file with one line per image of a folder, in the order of their names; or ``.json`` and ``.jsonl`` as above.
+        prompts: a file with one line per image of a folder, in the order of their names; ``.json`` and ``.jsonl`` as above; or a
+            ``.csv`` or ``.tsv`` with the columns ``file_name`` and ``prompt``.
         split, columns: of a dataset.
         skip_broken: leave broken rows of a dataset out, however many they are.
 
@@ -212,7 +214,9 @@ def _is_image_folder(path: Path, prompts_given: bool) -> bool:
     tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow", ".tar", ".csv", ".json", ".jsonl")]
     if any(file.parent != path or file.name not in SIDECARS for file in tables):
         return False
-    return not (path / "metadata.jsonl").is_file() or "file_name" in next(iter(_jsonl(path / "metadata.jsonl")), {})
+    return not (path / "metadata.jsonl").is_file() or "file_name" in next(
+        (row for _, row in text_files.read_json_objects(path / "metadata.jsonl") if row), {}
+    )
 
 
 def _open_folder(source: str, path: Path, single: bool, prompt: str | None, prompts: str | Path | None) -> FolderSource:
@@ -220,7 +224,10 @@ def _open_folder(source: str, path: Path, single: bool, prompt: str | None, prom
     files = [path] if single else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
         raise UserError(f"--images: the folder {source!r} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    by_name = prompts is not None and Path(prompts).suffix.lower() in (".json", ".jsonl")
+    suffix = "" if prompts is None else Path(prompts).suffix.lower()
+    if suffix in (".parquet", ".arrow", ".tar", ".xlsx"):
+        raise UserError(f"--prompts: {str(prompts)!r} is no text; give a .txt, .csv, .tsv, .json or .jsonl file")
+    by_name = suffix in (".json", ".jsonl", ".csv", ".tsv")
     tables = [_table(root / name) for name in SIDECARS if (root / name).is_file()]
     if by_name:
         tables.insert(0, _table(Path(str(prompts))))
@@ -238,9 +245,9 @@ def _open_folder(source: str, path: Path, single: bool, prompt: str | None, prom
 
 
 def _lines(path: Path, count: int) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"--prompts: there is no file {str(path)!r}")
-    lines = path.read_text("utf-8").splitlines()
+    lines = text_files.read_lines(path, "--prompts: ")
+    while len(lines) > count and not lines[-1].strip():
+        lines.pop()
     if len(lines) != count:
         raise UserError(
             f"--prompts: {path} has {len(lines)} lines, but there are {count} images; give one line per image in the order of their "
@@ -253,43 +260,50 @@ def _prompt_of(file: Path, rows: list[dict[str, Any]], beside: bool) -> str | No
     """The .txt beside the image, else the first table that has one."""
     text = file.with_suffix(".txt")
     if beside and text.is_file():
-        return text.read_text("utf-8").strip()
-    found = next((row[key] for row in rows for key in _PROMPT_KEYS if row.get(key) is not None), None)
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"--images: the prompt of {file.name} is {found!r}, expected text")
-    return found
+        return text_files.read_text(text).strip()
+    prompt = next((row[key] for row in rows for key in _PROMPT_KEYS if row.get(key) is not None), None)
+    if prompt is not None and not isinstance(prompt, str):
+        raise UserError(f"--images: the prompt of {file.name} is {str(prompt)[:80]!r}, expected text")
+    return prompt
 
 
 def _table(path: Path) -> dict[str, dict[str, Any]]:
-    """File name -> row, of captions.json or a .jsonl file."""
-    if not path.is_file():
-        raise UserError(f"--prompts: there is no file {str(path)!r}")
-    if path.suffix.lower() == ".jsonl":
-        rows = _jsonl(path)
-        for number, row in enumerate(rows, start=1):
+    """File name -> row, of captions.json, a .jsonl, a .csv or a .tsv file."""
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return _named_rows(path)
+    if suffix == ".jsonl":
+        named: dict[str, dict[str, Any]] = {}
+        for number, row in text_files.read_json_objects(path):
+            if not row:
+                continue
             if not isinstance(row.get("file_name"), str):
-                raise UserError(f'{path}, row {number}: names no image; write {{"file_name": ..., "prompt": ...}}')
-        return {row["file_name"]: row for row in rows}
-    try:
-        captions = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(captions, dict):
-        raise UserError(f"{path}: expected {{file name: prompt}}, got {type(captions).__name__}")
+                raise UserError(f'{path}, line {number}: names no image; write {{"file_name": ..., "prompt": ...}}')
+            named[row["file_name"]] = row
+        return named
+    captions = text_files.read_json(path, dict)
     return {name: text if isinstance(text, dict) else {"prompt": text} for name, text in captions.items()}
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-        if row:
-            rows.append(row)
+_NAME_KEYS = ("file_name", "filename", "file", "image", "image_path", "path")
+
+
+def _named_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """File name -> row of a table, whose first line names its columns."""
+    table = text_files.read_table(path, "--prompts: ")
+    lower = {column.lower(): column for column in table.columns}
+    name = next((lower[key] for key in _NAME_KEYS if key in lower), None)
+    prompt = next((lower[key] for key in _PROMPT_KEYS if key in lower), None)
+    if name is None or prompt is None:
+        raise UserError(
+            f"--prompts: {path}: its first line must name the columns, file_name and prompt; it holds {', '.join(table.columns)[:120]}"
+        )
+    rows: dict[str, dict[str, Any]] = {}
+    for row in table.rows:
+        file = (row.cells.get(name) or "").replace("\\", "/")
+        if file in rows:
+            raise UserError(f"--prompts: {path}, line {row.line}: {file!r} stands twice; keep one row per image")
+        rows[file] = {**row.cells, "file_name": file, "prompt": row.cells.get(prompt)}
     return rows
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..exceptions import UserError
 from ..folders import save_image, save_tensors, write_atomically
+from ..text_files import journal, read_json, read_table
 from .batch import Batch
 from .rollout import Trajectories
 from .rounds import batch_from, flat_tensors, read_tensors
@@ -47,18 +48,23 @@ class Votes:
         count: votes read.
         annotators: how many people, as far as they are named.
         conflicts: pairs on which votes differ.
+        left_out: votes that are torn, or not on two images of one prompt of this round.
+        reasons: why, for the first of them.
     """
 
     preference: dict[tuple[str, str], float]
     count: int
     annotators: int
     conflicts: int
+    left_out: int = 0
+    reasons: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line."""
         who = f" of {self.annotators} annotators" if self.annotators else ""
         conflict = f"; on {self.conflicts} pairs they differ and are averaged" if self.conflicts else ""
-        return f"{self.count} votes{who} on {len(self.preference) // 2} pairs{conflict}"
+        left_out = f"; {self.left_out} votes left out ({'; '.join(self.reasons)})" if self.left_out else ""
+        return f"{self.count} votes{who} on {len(self.preference) // 2} pairs{conflict}{left_out}"
 
 
 def round_folder(output_dir: Path, number: int) -> Path:
@@ -122,7 +128,9 @@ def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
 
 def find_votes(folder: Path) -> list[Path]:
     """Vote files of a round, in the order of their names."""
-    return sorted(p for p in folder.glob("votes*") if p.suffix in (".json", ".jsonl", ".csv", ".parquet"))
+    return sorted(
+        p for p in folder.glob("votes*") if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.is_file()
+    )
 
 
 def shared_votes(folder: Path, is_main: bool) -> Votes | None:
@@ -145,37 +153,59 @@ def shared_votes(folder: Path, is_main: bool) -> Votes | None:
     return found[0]
 
 
-def read_votes(folder: Path) -> Votes:
-    """All votes of a round.
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The groups of a round, each with its prompt and images.
 
     Raises:
-        UserError: a file that cannot be read, images that are not of this round, a preference that is none, or no vote at all.
+        UserError: the manifest is damaged.
     """
-    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    place = {image["id"]: group["id"] for group in manifest["groups"] for image in group["images"]}
-    said: dict[tuple[str, str], list[float]] = {}
+    path = folder / MANIFEST
+    groups = read_json(path, dict).get("groups")
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("images"), list) for group in groups
+    ):
+        raise UserError(f"{path}: is damaged (it has no groups of images); put it back, or draw the round again")
+    return groups
+
+
+def read_votes(folder: Path) -> Votes:
+    """All votes of a round. A vote that is torn, or not on two images of one prompt of this round, is left out and counted.
+
+    Raises:
+        UserError: a file that cannot be read at all, or no vote that can be used.
+    """
+    place = {image["id"]: group["id"] for group in read_manifest(folder) for image in group["images"]}
+    values: dict[tuple[str, str], list[float]] = {}
     people: set[str] = set()
+    faults: list[str] = []
     for path in find_votes(folder):
-        for number, row in enumerate(_rows(path)):
-            where = f"{path.name}, vote {number}"
-            first, second, value = _vote(row, where)
-            for image in (first, second):
-                if image not in place:
-                    raise UserError(
-                        f"{where}: there is no image {image!r} in this round (its ids are in {MANIFEST}); were the votes given for other images?"
-                    )
-            if place[first] != place[second] or first == second:
-                raise UserError(f"{where}: {first!r} and {second!r} are not two images of one prompt")
-            if first > second:
-                first, second, value = second, first, -value
-            said.setdefault((first, second), []).append(value)
+        for where, row in _rows(path, faults):
+            try:
+                first, second, value = _placed(*_vote(row, where), place, where)
+            except UserError as error:
+                faults.append(str(error))
+                continue
+            values.setdefault((first, second), []).append(value)
             people |= {str(row["annotator"])} if row.get("annotator") not in (None, "") else set()
-    if not said:
-        raise UserError(f"{folder}: its vote files hold no vote")
-    means = {pair: sum(values) / len(values) for pair, values in said.items()}
+    if not values:
+        reasons = f" that can be used ({'; '.join(faults[:3])})" if faults else ""
+        raise UserError(f"{folder}: its vote files hold no vote{reasons}")
+    means = {pair: sum(each) / len(each) for pair, each in values.items()}
     both = means | {(b, a): -value for (a, b), value in means.items()}
-    conflicts = sum(len(set(values)) > 1 for values in said.values())
-    return Votes(both, sum(map(len, said.values())), len(people), conflicts)
+    conflicts = sum(len(set(each)) > 1 for each in values.values())
+    return Votes(both, sum(map(len, values.values())), len(people), conflicts, len(faults), tuple(faults[:3]))
+
+
+def _placed(first: str, second: str, value: float, place: Mapping[str, str], where: str) -> tuple[str, str, float]:
+    """A vote with its images in the order of their names."""
+    for image in (first, second):
+        if image not in place:
+            raise UserError(
+                f"{where}: there is no image {image[:60]!r} in this round (its ids are in {MANIFEST}); were the votes given for other images?"
+            )
+    if place[first] != place[second] or first == second:
+        raise UserError(f"{where}: {first!r} and {second!r} are not two images of one prompt")
+    return (second, first, -value) if first > second else (first, second, value)
 
 
 def preference_matrix(votes: Votes, batch: Batch, index: int, rank: int, k: int) -> Tensor:
@@ -188,23 +218,41 @@ def preference_matrix(votes: Votes, batch: Batch, index: int, rank: int, k: int)
     return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.csv
+def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(place for messages, vote) of a file; lines that are no votes are added to `faults`.
+
+    Raises:
+        UserError: the file cannot be read as a whole.
+    """
     import pyarrow.parquet
 
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix == ".csv":
-            return pyarrow.csv.read_csv(path).to_pylist()
-        text = path.read_text("utf-8")
-        values = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        if suffix == ".parquet":
+            values = [(f"row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)]
+        elif suffix in (".csv", ".tsv"):
+            values = [(f"line {row.line}", row.cells) for row in read_table(path).rows]
+        elif suffix == ".jsonl":
+            entries, left_out = journal(path)
+            faults += [f"{path.name}, {line}" for line in left_out]
+            values = [(f"line {number}", value) for number, value in entries]
+        else:
+            content = read_json(path)
+            content = content.get("votes") if isinstance(content, dict) else content
+            if not isinstance(content, list):
+                raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
+            values = [(f"vote {i}", value) for i, value in enumerate(content, start=1)]
     except (ValueError, OSError) as error:
+        if isinstance(error, UserError) and "expected a list of votes" in str(error):
+            raise
         raise UserError(f"{path}: cannot be read as votes ({' '.join(str(error).split())[:150]})") from error
-    values = values.get("votes") if isinstance(values, dict) else values
-    if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
-        raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
-    return values
+    rows = []
+    for place, value in values:
+        if isinstance(value, dict):
+            rows.append((f"{path.name}, {place}", value))
+        else:
+            faults.append(f"{path.name}, {place}: expected image_a, image_b and preference, got {str(value)[:40]}")
+    return rows
 
 
 def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:

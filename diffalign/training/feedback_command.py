@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def status(output_dir: Path) -> str:
     Raises:
         UserError: it has no rounds, or votes that do not fit.
     """
-    from .feedback import MANIFEST, find_votes, read_votes
+    from .feedback import MANIFEST, find_votes, read_manifest, read_votes
 
     rounds = sorted((output_dir / "feedback").glob("round-*"))
     if not rounds:
@@ -81,7 +80,7 @@ def status(output_dir: Path) -> str:
         if not (folder / MANIFEST).is_file():
             lines.append(f"{folder.name}: still being drawn")
             continue
-        groups = json.loads((folder / MANIFEST).read_text("utf-8"))["groups"]
+        groups = read_manifest(folder)
         images = sum(len(group["images"]) for group in groups)
         said = read_votes(folder).summary() if find_votes(folder) else "no votes yet"
         lines.append(f"{folder.name}: {len(groups)} prompts, {images} images; {said}")

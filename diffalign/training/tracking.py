@@ -100,7 +100,7 @@ class MetricLog:
     def write(self, metrics: dict[str, float], step: int) -> None:
         finite = {name: value for name, value in metrics.items() if not math.isnan(value)}
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
         self.accelerator.log(finite, step=step)
 

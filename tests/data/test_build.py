@@ -233,7 +233,7 @@ def test_prompts_from_files_and_datasets(tmp_path, monkeypatch):
         (["--scorers", "pickscore"], "are not on this machine"),
         (["--models", "nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
         (["--lora", "nowhere"], "there is no file or folder with safetensors"),
-        (["--min_margin", "-1"], "--min_margin: expected a number of at least 0"),
+        (["--min_margin", "-1"], "--min_margin: expected float >= 0"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--rewards_config", "none.yaml"], "--scorers, --rewards_config: give one of them"),
         (["--scorer_args", "{dark: {}}"], "no such scorer"),
