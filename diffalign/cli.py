@@ -25,6 +25,7 @@ _PATIENCE = 5  # seconds
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its code."""
+    _calm_progress_bars()
     try:
         code = run(arguments)
         sys.stdout.flush()
@@ -32,6 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def _calm_progress_bars() -> None:
+    """Where output goes to a file, a bar writes a line now and then, and those of the libraries none."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

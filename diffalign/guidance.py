@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import NETWORKS, active_adapters, adapter_state, load_lora, set_adapter_state
 from .batching import join_rows, pick_rows
 from .exceptions import ConfigError, UserError
-
-NETWORKS = ("unet", "transformer")
 
 
 def negative_weights(base: Tensor, positive: Tensor, npo: Tensor, alpha: float, beta: float) -> Tensor:
@@ -164,7 +163,7 @@ class NegativeGuidance:
         """One network, its adapters switched before each half."""
         network = self.network
         mine: list[str] = []
-        before = active_adapters(network)
+        before, state = active_adapters(network), adapter_state(self.pipe)
         pos = dict(before)
 
         def put_back() -> None:
@@ -172,7 +171,7 @@ class NegativeGuidance:
             if present:
                 self.pipe.delete_adapters(present)
             if before:
-                network.set_adapters(list(before), list(before.values()))
+                set_adapter_state(self.pipe, state)
 
         self._undo.append(put_back)
         for role, weights in (("positive", self.positive), ("negative", self.negative)):
@@ -180,7 +179,7 @@ class NegativeGuidance:
                 continue
             name = f"guidance_{role}"
             mine.append(name)
-            load_lora(self.pipe, weights, name, role)
+            load_lora(self.pipe, weights, name, role, denoiser_only=True, refused=("DoRA",))
             if role == "positive":
                 pos[name] = 1.0
         neg = {name: self.alpha * scale for name, scale in pos.items()}
@@ -199,11 +198,6 @@ class NegativeGuidance:
         return branch(neg), branch(pos)
 
 
-def denoiser(pipe: Any) -> Any:
-    """The pipeline's UNet or transformer."""
-    return next(getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
-
-
 def load_negative(pipe: Any, source: str) -> Any:
     """What `NegativeGuidance` takes as `negative`: the network of a pipeline folder, or a LoRA as it is named.
 
@@ -211,49 +205,6 @@ def load_negative(pipe: Any, source: str) -> Any:
         UserError: see `load_network`.
     """
     return load_network(pipe, source) if (Path(source) / "model_index.json").is_file() else source
-
-
-def active_adapters(network: Any) -> dict[str, float]:
-    """The LoRAs that are active on a network, with the weights that they were set to, relative to their own alpha / r."""
-    from peft.tuners.lora import LoraLayer
-
-    if not getattr(network, "_hf_peft_config_loaded", False):
-        return {}
-    found = {}
-    for name in network.active_adapters():
-        layer = next((m for m in network.modules() if isinstance(m, LoraLayer) and name in m.scaling), None)
-        if layer is None:
-            found[name] = 1.0
-            continue
-        config = network.peft_config[name]
-        rank = layer.r[name]
-        own = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
-        found[name] = layer.scaling[name] / own
-    return found
-
-
-def load_lora(pipe: Any, weights: Any, name: str, role: str) -> None:
-    """Loads a LoRA (folder, file or Hub id) as an adapter of the pipeline's denoiser.
-
-    Args:
-        role: how messages name it, e.g. ``negative`` or ``--lora``.
-
-    Raises:
-        UserError: it is no LoRA of this model.
-    """
-    network = denoiser(pipe)
-    place = Path(weights)
-    where = {"weight_name": place.name} if place.is_file() else {}
-    try:
-        pipe.load_lora_weights(
-            str(place.parent if place.is_file() else weights), adapter_name=name, use_safetensors=True, **where
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{role}: {str(weights)!r} holds no LoRA for this model ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if name not in getattr(network, "peft_config", {}):
-        raise UserError(f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model")
 
 
 def check_same_network(base: Any, other: Any, role: str) -> None:

@@ -92,8 +92,8 @@ def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], outp
     """
     import torch
 
+    from .adapters import load_lora
     from .backbones import load_backbone
-    from .guidance import load_lora
     from .training.checkpoint import lora_state
 
     backbone = load_backbone(model)
@@ -102,7 +102,7 @@ def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], outp
     pipe = backbone.pipeline(with_vae=False, network=network)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
-        load_lora(pipe, lora, "input", "--inputs")
+        load_lora(pipe, lora, "input", "--inputs", refused=("DoRA", "LoRA biases", "text encoder"))
         for name, (down, up) in _factors(network, "input").items():
             parts.setdefault(name, []).append((down, weight * up))
         pipe.delete_adapters(["input"])
@@ -160,6 +160,10 @@ def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float]
             raise UserError(f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of one model family")
         other.place(torch.device("cpu"), torch.float32)
         states.append(other.load_network(torch.float32).state_dict())
-    network.load_state_dict(merge_states(network.state_dict(), states, weights))
+    merged = merge_states(network.state_dict(), states, weights)
+    bad = next((name for name, value in merged.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"--inputs: the sum is not finite in {bad}; one of the inputs was saved by a broken run")
+    network.load_state_dict(merged)
     with replacing_folder(output_dir) as temporary:
         backbone.pipeline(network=network).save_pretrained(temporary)

@@ -181,7 +181,7 @@ def read_json(path: str | Path, kind: type | None = None, what: str = "") -> Any
     except ValueError as error:
         raise UserError(f"{what}{path}: {error}") from None
     if kind is not None and not isinstance(value, kind):
-        names = {dict: "a JSON object", list: "a JSON list"}
+        names: dict[type, str] = {dict: "a JSON object", list: "a JSON list"}
         raise UserError(f"{what}{path}: expected {names.get(kind, kind.__name__)}, got {_json_name(value)}")
     return value
 

@@ -6,12 +6,17 @@ import hashlib
 import importlib
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import text_files
+from ..adapters import unwrapped
 from ..exceptions import ConfigError
+from ..weight_files import check_component, check_filled, explained, loading_errors
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Loaded by plain pipelines for inference only; a training run has no use for them.
@@ -70,6 +75,7 @@ class ModelSource:
             self.location, self.local = self.name, Path(self.name).is_dir()
         self.index = self._read_index()
         self.pipeline_class_name = self.index["_class_name"]
+        self._variants: dict[str, str | None] = {}
         if self.local:
             self._refuse_pickles()
 
@@ -78,7 +84,7 @@ class ModelSource:
         if self.local:
             if not (path / "model_index.json").is_file():
                 raise ConfigError("model", f"the folder {self.name!r} is no diffusers pipeline: it has no model_index.json")
-            return json.loads((path / "model_index.json").read_text())
+            return self._parsed_index(path / "model_index.json")
         if path.is_file():
             raise ConfigError(
                 "model",
@@ -94,7 +100,63 @@ class ModelSource:
         except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
             reason = " ".join(str(error).split())[:200]
             raise ConfigError("model", f"neither a local folder nor a pipeline on the Hub: {self.name!r} ({reason})") from error
-        return json.loads(Path(file).read_text())
+        return self._parsed_index(Path(file))
+
+    def _parsed_index(self, file: Path) -> dict[str, Any]:
+        index = text_files.read_json(file, dict, "model: ")
+        if not isinstance(index.get("_class_name"), str):
+            raise ConfigError("model", f"{self.name!r} is no diffusers pipeline: its model_index.json names no _class_name")
+        return index
+
+    @contextmanager
+    def explaining(self, component: str | None) -> Iterator[None]:
+        """Loading errors of the libraries as one sentence that names the component."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except loading_errors() as error:
+            what = f"component {component} of {self.name!r}" if component else repr(self.name)
+            raise ConfigError("model", f"{what} cannot be loaded: {explained(error)}") from error
+
+    def from_transformers(self, name: str) -> bool:
+        """Whether a component is a network of transformers, such as a text encoder."""
+        if self.pipe is not None or self.index[name][0] != "transformers":
+            return False
+        cls = self._class(name)
+        return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+
+    def check_files(self) -> None:
+        """Looks at the files of every component of a local folder before any is loaded.
+
+        Raises:
+            ConfigError: one is missing or damaged.
+        """
+        if self.pipe is None and self.local:
+            for name in self.component_names():
+                self._component_variant(name)
+
+    def _component_variant(self, name: str) -> str | None:
+        """The variant in which a component is there; see `weight_files.check_component`."""
+        if not self.local:
+            return self.variant
+        if name not in self._variants:
+            folder = Path(self.location) / name
+            has_weights = any(folder.glob("*.safetensors")) or (folder / "config.json").is_file()
+            found = check_component(folder, "model", self.variant) if has_weights else self.variant
+            self._variants[name] = found
+        return self._variants[name]
+
+    def pipeline_variant(self) -> str | None:
+        """The variant for loading a whole pipeline: that of the components that have one."""
+        if self.pipe is not None or not self.local:
+            return self.variant
+        variants = {self._component_variant(name) for name in self.component_names()} - {None}
+        if len(variants) > 1:
+            raise ConfigError(
+                "model", f"the components of {self.name!r} have the variants {', '.join(map(str, variants))}; choose one"
+            )
+        return next(iter(variants), None)
 
     def _refuse_pickles(self) -> None:
         for name in self.component_names():
@@ -123,13 +185,19 @@ class ModelSource:
         if name == "vae" and self.vae is not None:
             return self.load("vae").config  # rarely used: the replacement's config lies wherever its weights do
         cls = self._class(name)
-        return dict(cls.load_config(self.location, subfolder=name, revision=self.revision))
+        with self.explaining(name):
+            return dict(cls.load_config(self.location, subfolder=name, revision=self.revision))
 
     def _class(self, name: str) -> Any:
         library, cls = self.index[name]
         if library not in ("diffusers", "transformers"):
             raise ConfigError("model", f"component {name} of {self.name!r} comes from {library!r}, which would run foreign code")
-        return getattr(importlib.import_module(library), cls)
+        found = getattr(importlib.import_module(library), str(cls), None)
+        if found is None:
+            raise ConfigError(
+                "model", f"component {name} of {self.name!r} is a {cls}, which this version of {library} does not have"
+            )
+        return found
 
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
         """Loads one component from safetensors (or takes the loaded pipeline's own)."""
@@ -139,19 +207,51 @@ class ModelSource:
             from diffusers import AutoencoderKL
 
             subfolder = "vae" if (Path(self.vae) / "vae").is_dir() else None
-            return AutoencoderKL.from_pretrained(self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True)
+            return self._load_vae(AutoencoderKL, subfolder, dtype)
         if self.pipe is not None:
-            component = getattr(self.pipe, name)
+            component = unwrapped(getattr(self.pipe, name))
             return component.to(dtype) if isinstance(component, torch.nn.Module) and component.dtype != dtype else component
         cls = self._class(name)
         options: dict[str, Any] = {"subfolder": name, "revision": self.revision}
-        if issubclass(cls, torch.nn.Module):
-            options.update({"dtype": dtype, "variant": self.variant, "use_safetensors": True})
+        if not issubclass(cls, torch.nn.Module):
+            with self.explaining(name):
+                return cls.from_pretrained(self.location, **options)
+        options |= {"dtype": dtype, "variant": self._component_variant(name), "use_safetensors": True}
+        with self.explaining(name):
+            if self.from_transformers(name):
+                from transformers.utils import logging
+
+                logging.disable_progress_bar()
+                # Weights that a file lacks would be drawn at random, with nothing but a table in the log.
+                module, facts = cls.from_pretrained(self.location, output_loading_info=True, **options)
+                lacking = sorted(facts.get("missing_keys", ()))
+                if lacking:
+                    raise ConfigError(
+                        "model",
+                        f"component {name} of {self.name!r} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: download "
+                        "them again",
+                    )
+            else:
+                module = cls.from_pretrained(self.location, **options)
+        check_filled(module, "model", f"component {name} of {self.name!r}")
+        return module
+
+    def _load_vae(self, cls: Any, subfolder: str | None, dtype: torch.dtype) -> Any:
+        """The autoencoder that replaces the pipeline's own."""
+        folder = Path(self.vae) / (subfolder or "")
+        variant = None
+        if folder.is_dir():
+            variant = check_component(folder, "vae")
+        elif Path(self.vae).is_file() or str(self.vae).startswith((".", "/", "~")) or str(self.vae).count("/") != 1:
+            raise ConfigError(
+                "vae", f"there is no folder {str(self.vae)!r} of an autoencoder, and it is no Hub id of the form 'user/name'"
+            )
         try:
-            return cls.from_pretrained(self.location, **options)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError("model", f"component {name} of {self.name!r} cannot be loaded: {reason}") from error
+            module = cls.from_pretrained(self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True, variant=variant)
+        except loading_errors() as error:
+            raise ConfigError("vae", f"{str(self.vae)!r} cannot be loaded: {explained(error)}") from error
+        check_filled(module, "vae", repr(str(self.vae)))
+        return module
 
     def pipeline_class(self) -> Any:
         return (

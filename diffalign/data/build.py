@@ -293,8 +293,8 @@ def _pipeline(generator: Generator, options: argparse.Namespace, device: Any) ->
     """(pipeline, arguments of its call)."""
     import torch
 
+    from ..adapters import load_lora
     from ..evaluation.models import default_settings, load_for_scoring
-    from ..guidance import load_lora
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     pipe = load_for_scoring(generator.model, dtype=dtype, device=device)

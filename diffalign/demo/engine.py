@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..adapters import denoiser, load_lora
 from ..evaluation.models import ModelSpec, default_settings, load_for_scoring
 from ..evaluation.sampling import generate
 from ..exceptions import ConfigError, UserError
-from ..guidance import NegativeGuidance, denoiser, load_lora, load_negative
+from ..guidance import NegativeGuidance, load_negative
 from .jobs import Job
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters import adapter_state, denoiser, load_lora, set_adapter_state
 from ..backbones.loading import ModelSource, module_hash
 from ..config import suggestion
 from ..exceptions import ConfigError, UserError
-from ..guidance import NegativeGuidance, active_adapters, denoiser, load_lora, load_negative
+from ..guidance import NegativeGuidance, load_negative
 from ..ranges import finite
+from ..weight_files import check_filled
 from ..yaml_text import read_yaml_text, shown
 from .sampling import generate, image_seed
 
@@ -70,7 +72,7 @@ class ModelSpec:
             source = ModelSource(self.model)
             found = source.fingerprint(*source.component_names())
         else:
-            found = module_hash(denoiser(self.model))
+            found = f"{module_hash(denoiser(self.model))}{adapter_state(self.model) or ''}"
         for part in (self.lora, self.negative):
             found += "-" + (content_hash(Path(part)) if part is not None and Path(part).exists() else str(part))
         steer = self.steer if isinstance(self.steer, Mapping) or self.steer is None else vars(self.steer).get("weighting")
@@ -183,12 +185,13 @@ def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
     return slug + (f"@{values['lora_scale']:g}" if values.get("lora") and values["lora_scale"] != 1 else "")
 
 
-def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, **components: Any) -> Any:
+def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, variant: str | None = None, **components: Any) -> Any:
     """A plain diffusers pipeline from a Hub id, a folder or ``shapes``; safetensors only.
 
     Args:
         dtype: of its weights; None is bfloat16 on a GPU, else float32.
         device: None and ``auto`` take the GPU if there is one.
+        variant: of the weights, such as ``fp16``; None takes the plain ones, or the variant that is there where there are none.
         components: replace the pipeline's own, e.g. ``safety_checker=None``.
     """
     import torch
@@ -198,16 +201,25 @@ def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, **compon
     from ..rewards.devices import read_device
 
     logging.disable_progress_bar()
-    source = ModelSource(model)
+    source = ModelSource(model, variant=variant)
     place = read_device(device)
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    return DiffusionPipeline.from_pretrained(source.location, dtype=dtype, use_safetensors=True, **components).to(place)
+    source.check_files()
+    parts = {name: source.load(name, dtype) for name in source.component_names() if source.from_transformers(name)}
+    with source.explaining(None):
+        pipe = DiffusionPipeline.from_pretrained(
+            source.location, dtype=dtype, use_safetensors=True, variant=source.pipeline_variant(), **parts, **components
+        )
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module):
+                check_filled(part, "model", f"component {name} of {source.name!r}")
+        return pipe.to(place)
 
 
 def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> Any:
     """`load_pipeline` without a safety checker: it paints images black, and a black image would be scored like any other."""
     index = getattr(ModelSource(model), "index", {})
-    components = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    components: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     return load_pipeline(model, dtype=dtype, device=device, **components)
 
 
@@ -223,16 +235,15 @@ def default_settings(model: Any) -> dict[str, Any]:
 @contextmanager
 def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None]:
     """A LoRA on the pipeline while the block runs, beside those that are active on it."""
-    before = active_adapters(denoiser(pipe))
+    before = adapter_state(pipe)
     name = "diffalign_compared"
     load_lora(pipe, weights, name, role)
     try:
-        pipe.set_adapters([*before, name], [*before.values(), scale])
+        pipe.set_adapters([*before, name], [*(dict(weights) for weights in before.values()), scale])
         yield
     finally:
         pipe.delete_adapters(name)
-        if before:
-            pipe.set_adapters(list(before), list(before.values()))
+        set_adapter_state(pipe, before)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def sample(options: argparse.Namespace) -> None:
     seeds = [options.seed + i for _ in options.prompt for i in range(options.num_images)]
     sides = {"base": generate(pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings)}
     if options.lora:
-        from ..guidance import load_lora
+        from ..adapters import load_lora
 
         load_lora(pipe, options.lora, "tuned", "--lora")
         pipe.set_adapters("tuned", options.lora_scale)

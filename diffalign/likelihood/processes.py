@@ -13,6 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..exceptions import UserError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 
 def _over(coefficient: Tensor, sample: Tensor) -> Tensor:
     """(n,) -> (n, 1, ...) in the sample's dtype, but never below float32."""
@@ -92,7 +96,7 @@ class VariancePreserving(_Process):
     """
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
-        if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}")
         # float64 once: the differences of errors that preference losses live on must not inherit the table's rounding.
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
@@ -169,9 +173,17 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
     """The process a diffusers scheduler belongs to, with the model's *true* prediction type (never forced to epsilon).
 
     Raises:
-        ValueError: when the scheduler's config names a prediction type of neither family.
+        UserError: a scheduler of another formulation (EDM, consistency, ...), or a prediction type of neither family.
     """
     config = scheduler.config
     if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
         return RectifiedFlow(config.get("num_train_timesteps", 1000), float(config.get("shift", 1.0) or 1.0))
-    return VariancePreserving(scheduler.alphas_cumprod, config.get("prediction_type", "epsilon"))
+    kind = config.get("prediction_type", "epsilon")
+    if not hasattr(scheduler, "alphas_cumprod") or config.get("timestep_type") == "continuous" or kind not in PREDICTION_TYPES:
+        name = type(scheduler).__name__
+        what = f" with prediction_type {kind!r}" if kind not in PREDICTION_TYPES else ""
+        raise UserError(
+            f"model: the scheduler {name}{what} is of a formulation that is not supported; models of DDPM's kind (epsilon, v_prediction, "
+            "sample) and flow-matching models are"
+        )
+    return VariancePreserving(scheduler.alphas_cumprod, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,8 +17,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 from torch.nn import Parameter
 
+from ..adapters import unwrapped
 from ..backbones import Backbone
 from ..exceptions import ConfigError
+from ..yaml_text import shown
 from .config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -71,7 +74,14 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     Raises:
         ConfigError: when no module matches the LoRA targets, or the attention backend cannot be used here.
     """
+    _check_adapters(backbone)
+    if peft_config is not None:
+        check_peft_config(peft_config)
     network = backbone.load_network(DTYPES[args.mixed_precision] if peft_config is not None else torch.float32)
+    if any("_orig_mod" in name for name, _ in network.named_parameters()):
+        raise ConfigError(
+            "model", "parts of the network are compiled (_orig_mod in the names of its weights); pass the plain network"
+        )
     set_attention(network, args.attention)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -82,23 +92,52 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     config = copy.deepcopy(peft_config)
     if config.target_modules is None:
         config.target_modules = backbone.lora_targets
-    if getattr(network, "peft_config", None):
-        raise ConfigError(
-            "model",
-            "the pipeline already carries adapters; fuse or unload them first (pipe.fuse_lora(), pipe.unload_lora_weights())",
-        )
     try:
         network.add_adapter(config)
-    except ValueError as error:
-        if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
-            raise
+    except (ValueError, re.error, NotImplementedError) as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)})
         raise ConfigError(
             "lora.target_modules",
-            f"{config.target_modules!r} matches no module of the {backbone.network_name}; its linear layers are named {', '.join(linear[:12])}",
+            f"{shown(config.target_modules)} matches no module of the {backbone.network_name} that can have a LoRA; its linear layers are "
+            f"named {', '.join(linear[:12])}",
         ) from error
     cast_training_params(network, dtype=torch.float32)
     return network.train()
+
+
+def _check_adapters(backbone: Backbone) -> None:
+    """Refuses a pipeline that carries adapters: they would train, or be saved, as parts of the base model."""
+    pipe = backbone.source.pipe
+    for name, component in (pipe.components if pipe is not None else {}).items():
+        if getattr(unwrapped(component), "peft_config", None):
+            raise ConfigError(
+                "model",
+                f"the pipeline already carries adapters (on its {name}); fuse or unload them first (pipe.fuse_lora(), "
+                "pipe.unload_lora_weights())",
+            )
+
+
+_CHANGING_INITS = ("pissa", "olora", "corda", "eva", "loftq")
+
+
+def check_peft_config(config: Any) -> None:
+    """Refuses adapters whose file would not load into a plain pipeline as what was trained.
+
+    Raises:
+        ConfigError: other adapters than LoRA and DoRA, biases, whole modules, or an initialisation that changes the base weights.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise ConfigError("peft_config", f"expected a LoraConfig, got {type(config).__name__}; LoRA and DoRA are trained here")
+    for name, plain in (("bias", "none"), ("modules_to_save", None), ("target_parameters", None)):
+        value = getattr(config, name, plain)
+        if value not in (plain, [], ()):
+            raise ConfigError(f"peft_config.{name}", f"expected {plain!r}, got {shown(value)}: a LoRA file has no place for it")
+    if str(config.init_lora_weights).startswith(_CHANGING_INITS):
+        raise ConfigError(
+            "peft_config.init_lora_weights", f"{config.init_lora_weights!r} changes the base weights; use gaussian or the default"
+        )
 
 
 def set_attention(network: Any, backend: str) -> None:

@@ -179,7 +179,7 @@ def test_a_pipeline_is_left_as_it_was(lora: Path, tmp_path: Path) -> None:
         num_inference_steps=1,
     )
     assert pipe.get_active_adapters() == ["mine"] and list(pipe.unet.peft_config) == ["mine"]
-    from diffalign.guidance import active_adapters
+    from diffalign.adapters import active_adapters
 
     assert active_adapters(pipe.unet) == {"mine": 0.25}
 

@@ -82,7 +82,7 @@ def test_mistakes(model: Path, loras: list[Path], tmp_path: Path, capsys: pytest
 
     fails("--weights: expected one per input (2), got 1", loras, 1.0)
     fails("merge one kind at a time", [loras[0], model])
-    fails("holds no LoRA", [tmp_path / "missing", loras[0]])
+    fails("there is no file or folder", [tmp_path / "missing", loras[0]])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     fails("exists and is not empty", loras, out="full")
