@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..drawn import to_images
 from ..likelihood import NoisingProcess, process_from_scheduler
 from .loading import ModelSource
 
@@ -136,13 +137,11 @@ class Backbone:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Any]:
-        """Scaled latents (n, C, h, w) -> n PIL images, as the family's pipelines decode them."""
-        from diffusers.image_processor import VaeImageProcessor
-
+        """Scaled latents (n, C, h, w) -> n PIL images, as the family's pipelines decode them; `Missing` where pixels are not finite."""
         vae = self.component("vae")
         shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[0]
-        return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
+        return to_images(pixels.float())
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> tensors with leading dimension n. The empty prompt gives what guidance uses for "no prompt"."""

@@ -110,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
     for generator in generators:
         draw(generator, [image for image in images if image.model == generator.name], options, processes)
     processes.wait()
+    notes = notes + missing_notes(images)
     columns = score(panel, images, processes)
     processes.stop()
     if processes.rank == 0:
@@ -287,6 +288,23 @@ def draw(generator: Generator, images: Sequence[Drawn], options: argparse.Namesp
 
     wanted = [(image.prompt, image.seed, image.path) for image in images]
     draw_files(pictures, wanted, options.batch_size, processes, f"drawing, {generator.name}")
+
+
+def missing_notes(images: Sequence[Drawn]) -> list[str]:
+    """What is missing of each model's images, in words.
+
+    Raises:
+        NoImages: a model drew none that can be used.
+    """
+    from ..drawn import check_any, left_out
+    from ..evaluation.sampling import drawn_file
+
+    notes = []
+    for model in dict.fromkeys(image.model for image in images):
+        files = [drawn_file(image.path) for image in images if image.model == model]
+        check_any(files, model)
+        notes.append(left_out(files, len(files), model))
+    return [note for note in notes if note]
 
 
 def _pipeline(generator: Generator, options: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:

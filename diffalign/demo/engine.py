@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..adapters import denoiser, load_lora
+from ..drawn import Missing
 from ..evaluation.models import ModelSpec, default_settings, load_for_scoring
 from ..evaluation.sampling import generate
 from ..exceptions import ConfigError, UserError
@@ -174,7 +175,10 @@ class Engine:
             if name in self._negative:
                 stack.enter_context(NegativeGuidance(pipe, negative=self._negative[name], alpha=model.alpha, beta=model.beta))
             more = _step_callback(pipe, job, request.settings["num_inference_steps"])
-            return generate(pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more)[0]
+            image = generate(pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more)[0]
+        if isinstance(image, Missing):
+            raise UserError(f"model {name}: no image for seed {request.seed}: {image.reason}; try another seed")
+        return image
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
         mine = [adapter for other, adapter in self._adapters.items() if self.pipe(other) is pipe]
@@ -216,6 +220,8 @@ class Engine:
             result = steering(
                 request.prompt, seed=request.seed, on_step=lambda step: job.report("scored", step), **request.settings
             )
+        if isinstance(result.best[0], Missing):
+            raise UserError(f"model {name}: no image for seed {request.seed}: {result.best[0].reason}; try another seed")
         return result, plain
 
 

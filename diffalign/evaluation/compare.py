@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..drawn import Missing, check_any, left_out
 from ..exceptions import ConfigError, UserError
 from ..folders import claim_output_dir, write_atomically
 from ..processes import Processes
 from .diversity import PIXEL, Diversity
 from .models import ModelSpec, opened, parse_model
 from .prompt_sets import PromptSet, load_prompts
-from .sampling import draw_files, image_seed
+from .sampling import draw_files, drawn_file, image_seed
 from .statistics import WinRate, clustered_bootstrap, nanmean, sign_test, win_rate
 
 if TYPE_CHECKING:
@@ -120,8 +121,9 @@ class Comparison:
         return self.folder / image_name(model, prompt, number)
 
     def images(self, model: str, prompt: int) -> list[Image.Image]:
-        """The images of one prompt."""
-        return [Image.open(self.file(model, prompt, n)) for n in range(self.num_images)]
+        """The images of one prompt, `diffalign.drawn.Missing` where one cannot be used."""
+        files = [drawn_file(self.file(model, prompt, n)) for n in range(self.num_images)]
+        return [file if isinstance(file, Missing) else Image.open(file) for file in files]
 
     def extremes(
         self, model: str, count: int = 6, scorer: str | None = None
@@ -262,6 +264,7 @@ def compare(
     for model in models:
         _draw(model, found.prompts, folder, num_images, seed, batch_size, pipe_kwargs, dtype, processes)
     processes.wait()
+    missing = {model.name: _missing(model.name, len(found.prompts), num_images, folder) for model in models}
     scores = {model.name: _scores(model.name, found, folder, num_images, panel, processes) for model in models}
     spread = {model.name: _diversity(kind, model.name, found, folder, num_images, processes) for model in models}
     processes.stop()
@@ -276,7 +279,12 @@ def compare(
         spread,
         kind.name,
         folder,
-        {"settings": settings, "versions": versions(), "seconds": round(time.perf_counter() - started, 1)},
+        {
+            "settings": settings,
+            "versions": versions(),
+            "seconds": round(time.perf_counter() - started, 1),
+            "missing": {k: v for k, v in missing.items() if v},
+        },
     )
     if processes.rank == 0:
         from .report import write
@@ -349,6 +357,17 @@ def _draw(
         draw_files(draw, wanted, batch_size, processes, f"drawing, {model.name}")
 
 
+def _missing(model: str, prompts: int, count: int, folder: Path) -> str:
+    """What is missing of a model's images, in words.
+
+    Raises:
+        NoImages: all of them.
+    """
+    files = [drawn_file(folder / image_name(model, p, n)) for p in range(prompts) for n in range(count)]
+    check_any(files, model)
+    return left_out(files, len(files), model)
+
+
 def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes) -> dict[str, Array]:
     """Scorer -> (P, N), in chunks that are kept."""
     from ..rewards.score_parts import ScoreWork, score_all
@@ -373,8 +392,9 @@ def _diversity(kind: Diversity, model: str, prompts: PromptSet, folder: Path, co
         return np.full(total, np.nan)
     mine = []
     for p in range(processes.rank, total, processes.world):
-        images = [Image.open(folder / image_name(model, p, n)).convert("RGB") for n in range(count)]
-        mine.append((p, kind(images)))
+        files = [drawn_file(folder / image_name(model, p, n)) for n in range(count)]
+        images = [Image.open(file).convert("RGB") for file in files if not isinstance(file, Missing)]
+        mine.append((p, kind(images) if len(images) > 1 else float("nan")))
     found = dict(processes.gather(mine))
     return np.array([found[p] for p in range(total)])
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ..drawn import Missing, placeholder
 
 _MARGIN = 8
 _BACKGROUND = (255, 255, 255)
@@ -37,6 +40,10 @@ def comparison_grid(
     return models_grid([(prompt, sides) for prompt, *sides in rows], [left, right], cell=cell, columns=columns)
 
 
+def _first_height(images: Iterable[Any]) -> int:
+    return next((image.height for image in images if not isinstance(image, Missing)), 96)
+
+
 def models_grid(
     rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
     headings: Sequence[str],
@@ -50,7 +57,7 @@ def models_grid(
         rows: (prompt, the images of every model), equally many of each.
         headings: one per model.
     """
-    side = cell or max(96, rows[0][1][0][0].height)
+    side = cell or max(96, _first_height(image for _, sides in rows for images in sides for image in images))
     font = ImageFont.load_default(max(11, side // 9))
     line = int(font.size * 1.3) if isinstance(font, ImageFont.FreeTypeFont) else 14
     count = len(rows[0][1][0])
@@ -73,6 +80,7 @@ def models_grid(
                 for i, content in enumerate(names[s]):
                     draw.text((offset, _MARGIN + i * line), content, fill=_INK, font=font)
             for i, image in enumerate(images):
+                image = placeholder(image, side)
                 scaled = image.convert("RGB").resize(
                     (side, side * image.height // image.width),
                     Image.Resampling.NEAREST if side >= 2 * image.width else Image.Resampling.LANCZOS,
@@ -90,7 +98,7 @@ def framed_grid(rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell:
         rows: (prompt, images, index of the framed one).
         cell (`int`, *optional*): side of one image in the picture; at least 96.
     """
-    side = cell or max(96, rows[0][1][0].height)
+    side = cell or max(96, _first_height(image for _, images, _ in rows for image in images))
     font = ImageFont.load_default(max(11, side // 9))
     line = max(14, side // 7)
     count = max(len(images) for _, images, _ in rows)
@@ -102,6 +110,7 @@ def framed_grid(rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell:
     y = _MARGIN
     for (_, images, best), text in zip(rows, texts, strict=True):
         for i, image in enumerate(images):
+            image = placeholder(image, side)
             scale = side / max(image.size)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             kind = Image.Resampling.NEAREST if scale >= 1.5 else Image.Resampling.LANCZOS

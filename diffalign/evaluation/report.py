@@ -72,6 +72,7 @@ def notes(c: Comparison) -> list[str]:
     found += c.prompts.notes
     if len(c.prompts.prompts) < FEW_PROMPTS:
         found.append(f"{len(c.prompts.prompts)} prompts are few: intervals are rough, and only large differences show.")
+    found += [f"{sentence}; their pairs are left out." for sentence in c.facts.get("missing", {}).values()]
     for model in c.models:
         for scorer in c.scorers:
             missing = sum(1 for value in c.scores[model.name][scorer].flat if math.isnan(value))
@@ -123,7 +124,10 @@ def _records(c: Comparison) -> list[dict[str, Any]]:
         for p, prompt in enumerate(c.prompts.prompts):
             for n in range(c.num_images):
                 row = {"model": model, "prompt": prompt, "category": c.prompts.categories[p], "number": n}
-                row |= {"seed": image_seed(seed, prompt, n), "image": image_name(model, p, n)}
+                row |= {
+                    "seed": image_seed(seed, prompt, n),
+                    "image": image_name(model, p, n) if c.file(model, p, n).is_file() else None,
+                }
                 rows.append({**row, **{f"score_{s}": float(c.scores[model][s][p, n]) for s in c.scorers}})
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..drawn import check_any, left_out, present
 from ..exceptions import ConfigError
 from ..folders import make_folder, save_image
 from .grids import comparison_grid
@@ -45,7 +46,9 @@ def sample(options: argparse.Namespace) -> None:
             )
     make_folder(options.output_dir)
     for name, images in sides.items():
-        for i, image in enumerate(images):
+        check_any(images, name)
+        for i in present(images):
+            image = images[i]
             save_image(image, options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
     if "tuned" in sides:
         n = options.num_images
@@ -53,4 +56,7 @@ def sample(options: argparse.Namespace) -> None:
             (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)
         ]
         save_image(comparison_grid(rows), options.output_dir / "comparison.png")
-    print(f"wrote {sum(map(len, sides.values()))} images to {options.output_dir}")
+    for name, images in sides.items():
+        if len(present(images)) < len(images):
+            print(left_out(images, len(images), name))
+    print(f"wrote {sum(len(present(images)) for images in sides.values())} images to {options.output_dir}")

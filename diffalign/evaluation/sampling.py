@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
-from ..exceptions import ConfigError
-from ..folders import replacing
+from ..drawn import ABSENT, FAILED, Missing, present, read_output, watched
+from ..exceptions import ConfigError, UserError
+from ..folders import save_image, write_atomically
 from ..ranges import count
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def generate(
     description: str = "sampling",
     progress: bool = True,
     **pipe_kwargs: Any,
-) -> list[Image.Image]:
+) -> list[Any]:
     """One image per (prompt, seed) from an unmodified diffusers pipeline.
 
     Every image has a CPU generator of its own, so initial and step noise depend on its seed alone: not on the batch size, the
@@ -43,21 +43,42 @@ def generate(
         pipe_kwargs: handed to the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
-        `list[PIL.Image.Image]` in the order of `prompts`.
+        `list[PIL.Image.Image]` in the order of `prompts`, with a `diffalign.drawn.Missing` where an image is not finite, was blocked by a
+        safety checker, or could not be drawn.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: expected one per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
     check_steps(pipe, pipe_kwargs.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
+    images: list[Any] = []
     with tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar, torch.inference_mode():
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[start : start + batch_size]]
-            # Not `+=`: with output_type="np" that would be an addition of arrays.
-            images.extend(pipe(prompt=chunk, generator=generators, **pipe_kwargs).images)
+            images.extend(_draw_batch(pipe, chunk, generators, pipe_kwargs))
             bar.update(len(chunk))
     return images
+
+
+def _draw_batch(pipe: Any, prompts: list[str], generators: list[torch.Generator], settings: Mapping[str, Any]) -> list[Any]:
+    """The images of a batch. Where the pipeline refuses it, its prompts are drawn one by one, so that one prompt costs one image."""
+    seeds = [generator.initial_seed() for generator in generators]
+    try:
+        with watched(pipe) as finite:
+            output = pipe(prompt=prompts, generator=generators, **settings)
+        return read_output(output, len(prompts), finite)
+    except ValueError as error:
+        if isinstance(error, UserError) or len(prompts) == 1:
+            raise
+        images: list[Any] = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            try:
+                images += _draw_batch(pipe, [prompt], [torch.Generator("cpu").manual_seed(seed)], settings)
+            except ValueError as failure:
+                images.append(Missing(f"{FAILED}: {' '.join(str(failure).split())[:150]}"))
+        if not present(images):
+            raise  # a mistake of the call, not of one prompt
+        return images
 
 
 def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps") -> None:
@@ -102,14 +123,40 @@ def draw_files(
         draw: (prompts, seeds) of a batch -> images; not called when nothing is missing.
     """
     batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
-    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(path.is_file() for _, _, path in batch)]
+    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(is_drawn(path) for _, _, path in batch)]
     total = sum(map(len, mine))
     with tqdm(total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine) as bar:
         for batch in mine:
             pictures = draw([prompt for prompt, _, _ in batch], [seed for _, seed, _ in batch])
             for (_, _, path), picture in zip(batch, pictures, strict=True):
-                if not path.is_file():
+                if not is_drawn(path):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with replacing(path) as temporary:
-                        picture.save(temporary, format="PNG")
+                    save_drawn(picture, path)
             bar.update(len(batch))
+
+
+def save_drawn(picture: Any, path: Path) -> None:
+    """The image, or a marker that says why it is missing."""
+    if isinstance(picture, Missing):
+        write_atomically(_marker(path), picture.reason.encode())
+    else:
+        save_image(picture, path)
+
+
+def _marker(path: Path) -> Path:
+    """Beside where an image would be: why it is missing."""
+    return path.with_suffix(".missing")
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether an image is there, or known to be missing. One that failed is tried again."""
+    marker = _marker(path)
+    return path.is_file() or (marker.is_file() and not marker.read_text("utf-8").startswith(FAILED))
+
+
+def drawn_file(path: Path) -> Any:
+    """A drawn file's path, or the `Missing` that stands in its place."""
+    if path.is_file():
+        return path
+    marker = _marker(path)
+    return Missing(marker.read_text("utf-8") if marker.is_file() else ABSENT)

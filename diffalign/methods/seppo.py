@@ -181,7 +181,11 @@ class SePPOTrainer(Trainer):
         main = self.accelerator.is_main_process
         with sampling_mode(self.network), self.accelerator.autocast():
             found = self.rollout(self._predict_reference, batch, 1, empty, purpose="seppo", decode=False, progress=main)
-        noise = batch.noise
+        noise, weights = batch.noise, batch.weights
+        if found.broken is not None and found.broken.any():
+            lost = found.broken[:, 0]
+            self.accelerator.print(f"{int(lost.sum())} of {len(lost)} images of the reference left out: not finite")
+            weights = weights * (~lost).to(weights)
         if self.args.shared_noise:
             rival = noise
         else:
@@ -191,6 +195,7 @@ class SePPOTrainer(Trainer):
             batch,
             x0=torch.cat([batch.x0, found.final.to(batch.x0.device)], 1),
             noise=torch.cat([noise, rival], 1),
+            weights=weights,
             condition={name: value.repeat_interleave(2, 0) for name, value in batch.condition.items()},
         )
 

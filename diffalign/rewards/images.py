@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import decoding
+from ..drawn import Missing
 from ..exceptions import UserError
 from .cache import file_digest, pixel_digest, stamp_digest
 
@@ -52,6 +53,8 @@ class ImageInput:
         Raises:
             UnreadableImage: missing, damaged or of zero size.
         """
+        if isinstance(self.source, Missing):
+            raise UnreadableImage(f"{self.place}: there is no image: {self.source.reason}")
         if self._image is None:
             source = self._encoded if self._encoded is not None else self._open()
             try:
@@ -130,7 +133,7 @@ def _read_one(image: Any, place: str) -> ImageInput:
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, ImageInput):
         return image
-    if isinstance(image, (Image.Image, str, Path, bytes, memoryview)):
+    if isinstance(image, (Image.Image, str, Path, bytes, memoryview, Missing)):
         return ImageInput(place, image)
     if decoding.is_array(image):
         try:

@@ -53,6 +53,15 @@ def _run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
     return results
 
 
+def _require(images: list[Any], name: str) -> None:
+    """Raises `UserError` when the embedded model drew an image that cannot be used."""
+    from ..drawn import left_out
+
+    sentence = left_out(images, len(images), name)
+    if sentence:
+        raise UserError(f"{sentence}; the weights are damaged: use another folder")
+
+
 def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
     """Takes the folder for these settings; returns the results when the run in it is complete."""
     settings = folder / "quickstart.json"
@@ -118,6 +127,7 @@ def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
         description="1/3 sampling from the base",
         **SAMPLING,
     )
+    _require(images, "base")
     scores = score(images, repeated)
     rows = {
         "prompt": prompts,
@@ -204,6 +214,7 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
         if name == "tuned":
             pipe.load_lora_weights(str(folder / "lora"))
         images[name] = generate(pipe, repeated, seeds, batch_size=64, description=f"3/3 held-out prompts, {name}", **SAMPLING)
+        _require(images[name], name)
         table = attribute_table(images[name], repeated)
         correct = np.array([row["all"] for row in table], dtype=float).reshape(-1, count)
         results[name] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..drawn import to_images
 from ..exceptions import ConfigError, UserError
 
 
@@ -37,18 +37,18 @@ class LatentDecoder:
         self.processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()
         self.decoded = 0
 
-    def images(self, x0: Tensor) -> list[Image.Image]:
+    def images(self, x0: Tensor) -> list[Any]:
         """x0 (n, ...) as the scheduler has it -> n images.
 
         Raises:
             UserError: packed or video latents that are not understood.
         """
         latents = self._unpack(x0)
-        found: list[Image.Image] = []
+        found: list[Any] = []
         with torch.no_grad():
             for start in range(0, len(latents), self.batch_size):
                 pixels = self._decode(latents[start : start + self.batch_size])
-                found += self.processor.postprocess(pixels.float(), output_type="pil")
+                found += to_images(pixels.float(), self.processor)
         self.decoded += len(latents)
         return found
 

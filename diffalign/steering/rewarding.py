@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..drawn import present
 from ..exceptions import ConfigError, UserError
 
 
@@ -70,36 +71,42 @@ class Rewarder:
         """Rewards of P * k images, prompt after prompt, (P, k) float64.
 
         Args:
-            images: PIL images, or float arrays or tensors as pipelines return them for ``np`` and ``pt``, which the scorer sees as PIL images.
+            images: PIL images, `diffalign.drawn.Missing` for one that cannot be used (its reward is NaN), or float arrays or tensors as pipelines return them for ``np`` and ``pt``, which the scorer sees as PIL images.
 
         Raises:
             UserError: the scorer gave another number of rewards, or none at all.
         """
-        from ..rewards.base import Scorer
-
         started = time.perf_counter()
-        images = _as_pil(images)
-        if isinstance(self.scorer, Scorer):
-            needs = self.scorer.spec.requires
-            prompts = self.prompts if "prompt" in needs else None
-            metadata = self.metadata if "metadata" in needs else None
-            size = {} if self.batch_size is None else {"batch_size": self.batch_size}
-            values = self._read(self.scorer(list(images), prompts, metadata, **size), len(images), "scorer")
-            values = values if self.scorer.spec.higher_is_better else -values
-            self.calls += 1
-        else:
-            parts = []
-            size_ = self.batch_size or len(images)
-            for start in range(0, len(images), size_):
-                chosen = slice(start, start + size_)
-                extra = () if self.metadata is None else (self.metadata[chosen],)
-                given = list(images[chosen])
-                parts.append(self._read(self.scorer(given, self.prompts[chosen], *extra), len(given), "scorer"))
-                self.calls += 1
-            values = torch.cat(parts)
-        self.images += len(images)
+        places = present(images)
+        values = torch.full((len(images),), float("nan"), dtype=torch.float64)
+        if places:
+            values[places] = self._of_present(_as_pil([images[i] for i in places]), places)
+        self.images += len(places)
         self.seconds += time.perf_counter() - started
         return values.unflatten(0, (-1, self.k))
+
+    def _of_present(self, images: Sequence[Any], places: list[int]) -> Tensor:
+        """Rewards (n,) of the images at these places."""
+        from ..rewards.base import Scorer
+
+        texts = [self.prompts[i] for i in places]
+        facts = None if self.metadata is None else [self.metadata[i] for i in places]
+        if isinstance(self.scorer, Scorer):
+            needs = self.scorer.spec.requires
+            size: dict[str, Any] = {} if self.batch_size is None else {"batch_size": self.batch_size}
+            given = (texts if "prompt" in needs else None, facts if "metadata" in needs else None)
+            values = self._read(self.scorer(list(images), *given, **size), len(images), "scorer")
+            self.calls += 1
+            return values if self.scorer.spec.higher_is_better else -values
+        parts = []
+        size_ = self.batch_size or len(images)
+        for start in range(0, len(images), size_):
+            chosen = slice(start, start + size_)
+            extra = () if facts is None else (facts[chosen],)
+            part = list(images[chosen])
+            parts.append(self._read(self.scorer(part, texts[chosen], *extra), len(part), "scorer"))
+            self.calls += 1
+        return torch.cat(parts)
 
     @staticmethod
     def _read(values: Any, expected: int, who: str) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..batching import Batches, batched
+from ..drawn import watched
 from ..exceptions import ConfigError, UserError
 from .coordinates import check_reachable, refuse_replaced_noise
 from .decoding import LatentDecoder
@@ -254,8 +255,9 @@ class FKSteering:
                 stack.enter_context(batched(self.pipe.vae, "decode", decodes))
             if hasattr(self.pipe, "_num_timesteps"):
                 self.pipe._num_timesteps = None  # a number left over from another call must not be read
+            finite = stack.enter_context(watched(self.pipe))
             output = self.pipe(**arguments)
-        return run.result(output, texts, time.perf_counter() - started)
+        return run.result(output, texts, time.perf_counter() - started, finite)
 
     def _pipeline_arguments(self, texts: list[str], streams: Streams, pipe_kwargs: dict[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(self.pipe.__call__).parameters

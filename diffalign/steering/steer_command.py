@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..drawn import Missing
 from ..exceptions import ConfigError, UserError
 from ..folders import claim_output_dir, save_image
 from ..ranges import count, finite, not_negative, seed, side, steps
@@ -226,7 +227,7 @@ class _Work:
 
     @classmethod
     def load(cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]) -> _Work:
-        from ..evaluation.models import default_settings, load_pipeline
+        from ..evaluation.models import default_settings, load_for_scoring
         from ..rewards.devices import read_device, read_dtype
         from ..rewards.registry import load_scorer
         from .compare import read_judges
@@ -237,7 +238,7 @@ class _Work:
             load_scorer(name, device=device, trust_remote_code=options.trust_remote_code, **given)
             for name, given in arguments.items()
         ]
-        pipe = load_pipeline(options.model, device=device, dtype=None if options.dtype is None else read_dtype(options.dtype))
+        pipe = load_for_scoring(options.model, device=device, dtype=None if options.dtype is None else read_dtype(options.dtype))
         pipe.set_progress_bar_config(disable=True)
         decoder = None
         if options.tiny_decoder:
@@ -298,10 +299,10 @@ class _Work:
         for row, (i, s) in enumerate(units):
             name = f"{i:04d}-seed{s}"
             if arm == "best_of_n":
-                save_image(result.best[row], folder / "images" / f"{name}-best_of_n.png")
+                _save(result.best[row], folder / "images" / f"{name}-best_of_n.png")
                 continue
             for k, image in enumerate(result.images[row]):
-                save_image(image, folder / "images" / f"{name}-particle{k}.png")
+                _save(image, folder / "images" / f"{name}-particle{k}.png")
             result.plot(row, folder / "lineage" / f"{name}.png")
 
 
@@ -367,6 +368,11 @@ def _unit(values: dict[str, Any], row: int) -> dict[str, Any]:
     kept = ("rewards", "log_weights", "log_z", "lmbda", "roots", "best", "ess", "ancestors", "degenerate")
     found = {name: values[name][row] for name in kept} | {"scored_steps": values["scored_steps"]}
     return found | {"judges": {name: scores[row] for name, scores in values["judges"].items()}}
+
+
+def _save(image: Any, path: Path) -> None:
+    if not isinstance(image, Missing):
+        save_image(image, path)
 
 
 def _comparison(options: argparse.Namespace, prompts: list[str], records: list[dict[str, Any]]) -> BestOfNComparison:

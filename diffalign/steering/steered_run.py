@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..batching import Batches
+from ..drawn import Missing, check_any, read_output
 from ..exceptions import UserError
 from .coordinates import clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
 from .decoding import LatentDecoder
@@ -178,7 +178,7 @@ class SteeredRun:
     def _score(self, arguments: dict[str, Any], position: int, i: int) -> None:
         assert self.weights is not None
         x0 = self._clean(arguments, position)
-        thumbnails = None
+        thumbnails = blank = None
         if self.rewarder.intermediate is not None:
             rewards = self.rewarder.of_latents(x0)
         else:
@@ -186,8 +186,9 @@ class SteeredRun:
             images = self.decoder.images(x0)
             self.decode_seconds += time.perf_counter() - started
             rewards = self.rewarder.of_images(images)
+            blank = self._blank(images)
             thumbnails = [[_thumbnail(image) for image in images[p * self.k : (p + 1) * self.k]] for p in range(self.groups)]
-        log_g = self.weights.update(rewards)
+        log_g = self.weights.update(rewards, blank)
         log_weights = self.weights.log_weights
         ancestors = self.weights.resample()
         own = torch.arange(self.k).expand(self.groups, -1)
@@ -208,6 +209,10 @@ class SteeredRun:
             self._permute(arguments, ancestors)
         if self.on_step is not None:
             self.on_step(self.trace[-1])
+
+    def _blank(self, images: Sequence[Any]) -> Tensor:
+        """(groups, k): where there is no image."""
+        return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(0, (self.groups, self.k))
 
     def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
         output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
@@ -260,7 +265,7 @@ class SteeredRun:
 
         return SchedulerOutput(prev_sample=moved)
 
-    def result(self, output: Any, prompts: list[str], seconds: float) -> SteeringResult:
+    def result(self, output: Any, prompts: list[str], seconds: float, finite: Sequence[bool] = ()) -> SteeringResult:
         """Closes the weights with the rewards of the returned images.
 
         Raises:
@@ -273,13 +278,11 @@ class SteeredRun:
             raise UserError(
                 f"resample_steps: {missed[0]} was never reached, the pipeline stopped after {self.intervals} steps; give earlier steps"
             )
-        images = getattr(output, "images", None)
-        if images is None or len(images) != self.rows:
-            count = "none" if images is None else len(images)
-            raise UserError(f"pipe: expected {self.rows} images of it, got {count}; steering is for text-to-image pipelines")
+        images = read_output(output, self.rows, finite)
+        check_any(images, type(self.owner.pipe).__name__)
         started = time.perf_counter()
-        rewards = self.rewarder.of_images(list(images))
-        self.weights.finish(rewards)
+        rewards = self.rewarder.of_images(images)
+        self.weights.finish(rewards, self._blank(images))
         seconds += time.perf_counter() - started
         weights = self.weights
         return SteeringResult(
@@ -308,7 +311,9 @@ class SteeredRun:
         )
 
 
-def _thumbnail(image: Image.Image) -> Image.Image:
+def _thumbnail(image: Any) -> Any:
+    if isinstance(image, Missing):
+        return None
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small

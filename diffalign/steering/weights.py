@@ -159,16 +159,17 @@ class ParticleWeights:
         """(groups, k), each group summing to 1."""
         return self.log_weights.exp()
 
-    def update(self, rewards: Tensor) -> Tensor:
+    def update(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
         """Applies the potential of one scored step; returns log G (groups, k) as applied.
 
         Args:
             rewards (`Tensor`): (groups, k) at x0hat; NaN counts as -inf, and -inf as a finite floor.
+            blank (`Tensor`, *optional*): (groups, k) bool, where there is no image; such particles get weight 0.
 
         Raises:
             UserError: a reward of +inf, a group of NaN only, a wrong shape.
         """
-        rewards, alive = self._floored(self._read(rewards))
+        rewards, alive = self._floored(self._read(rewards, blank))
         active = torch.where(alive, self._lambda(rewards, alive), torch.zeros(()).double())
         chosen = ~torch.isnan(active)
         active = torch.nan_to_num(active)[:, None]
@@ -220,19 +221,21 @@ class ParticleWeights:
         self._pending = self._pending.gather(1, ancestors)
         return ancestors
 
-    def finish(self, rewards: Tensor) -> Tensor:
+    def finish(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
         """Closes the product with the rewards (groups, k) of the returned samples; returns the terminal log G.
 
         Raises:
             UserError: as `update`. -inf is legal here: a hard constraint.
         """
-        rewards = self._read(rewards)
+        rewards = self._read(rewards, blank)
         alive = torch.isfinite(rewards).any(1)
         finite = torch.where(torch.isfinite(rewards), rewards, self._lowest(rewards))
         self._lambda(finite, alive)
         self.lmbda = torch.nan_to_num(self.lmbda)  # never a difference between rewards: nothing to tilt
         lmbda = self.lmbda[:, None]
         tilt = torch.where(lmbda > 0, lmbda * rewards, torch.zeros_like(rewards))
+        if blank is not None:  # also without a tilt: there is no image to return
+            tilt = torch.where(blank, torch.full_like(tilt, -math.inf), tilt)
         log_g = tilt - self.applied
         self._reweight(log_g)
         self.applied = self.applied + log_g
@@ -249,15 +252,19 @@ class ParticleWeights:
         self._log = shifted
         self._pending = torch.zeros_like(total)
 
-    def _read(self, rewards: Tensor) -> Tensor:
+    def _read(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
         rewards = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
         if rewards.shape != self.shape:
             raise UserError(f"reward: expected {self.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}")
         if torch.isposinf(rewards).any():
             raise UserError("reward: the scorer returned +inf, which no finite weight can follow; return a finite number")
         missing = torch.isnan(rewards)
-        if missing.all(1).any():
-            group = int(missing.all(1).nonzero()[0])
+        blank = torch.zeros_like(missing) if blank is None else blank
+        silent = missing.all(1) & ~blank.any(
+            1
+        )  # a group without an image is degenerate; one without scores is the scorer's fault
+        if silent.any():
+            group = int(silent.nonzero()[0])
             raise UserError(
                 f"reward: the scorer returned NaN for every particle of group {group}; check its inputs, or return -inf for 'impossible'"
             )

@@ -8,9 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drawn import present
 from ..exceptions import ConfigError, UserError
 
 COMPARE = ("pareto", "combined")
+
+
+def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+    """A function's scores of the images that are there, NaN for the others."""
+    places = present(images)
+    if len(places) == len(images):
+        return torch.as_tensor(function(list(images), list(prompts))).detach().cpu().double()
+    if not places:
+        return torch.full((len(images),), float("nan"), dtype=torch.float64)
+    values = torch.as_tensor(function([images[i] for i in places], [prompts[i] for i in places])).detach().cpu().double()
+    if len(values) != len(places):
+        raise UserError(f"scorers: expected {len(places)} scores for {len(places)} images, got shape {tuple(values.shape)}")
+    scores = torch.full((len(images), *values.shape[1:]), float("nan"), dtype=torch.float64)
+    scores[places] = values
+    return scores
 
 
 class Judge:
@@ -91,7 +107,7 @@ class Judge:
             values = torch.as_tensor(result).double()
             values = values if member.spec.higher_is_better else -values
         else:
-            values = torch.as_tensor(member(list(images), list(prompts))).detach().cpu().double()
+            values = _of_present(member, images, prompts)
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or len(values) != len(images):
             raise UserError(f"scorers: expected {len(images)} scores for {len(images)} images, got shape {tuple(values.shape)}")

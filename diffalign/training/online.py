@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.config import OnlineConfig
+from ..drawn import check_any, left_out
 from ..exceptions import ConfigError, UserError
 from .batch import Batch
 from .judge import Judge, ScoreAhead
@@ -42,6 +43,11 @@ def sample_and_score(
         return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
     assert judge is not None
     scores = ahead.result().unflatten(0, (len(batch), k))
+    pictures = [image for images in trajectories.images for image in images]
+    sentence = left_out(pictures, len(pictures), "this round")
+    if sentence:
+        trainer.accelerator.print(sentence)
+    check_any(pictures, "of this run")
     check_scores(trainer, judge, batch, scores)
     return trajectories, scores
 
@@ -108,6 +114,7 @@ class Online:
             chosen = torch.stack([best, worst], 1)[:, : 2 if kind == "pair" else 1]
         rows = torch.arange(len(batch))[:, None]
         decided = (high.amax(1) > low.amin(1)).float()
+        scored = torch.isfinite(combined).any(1).float()
         k = chosen.shape[1]
         device = batch.x0.device
         if hasattr(self.trainer, "window"):
@@ -123,7 +130,7 @@ class Online:
             condition={name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()},
             scores=combined.float().to(device) if kind == "ranked" else None,
             # One image has nothing to be equal to.
-            weights=batch.weights if kind == "single" else batch.weights * decided.to(device),
+            weights=batch.weights * (scored if kind == "single" else decided).to(device),
         )
 
     def _noise(self, batch: Batch, k: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
+from ..drawn import NOT_FINITE, Missing
 from ..exceptions import ConfigError
 from ..likelihood.processes import NoisingProcess, VariancePreserving
 from ..likelihood.transitions import MIN_STD, ddim_step, flow_sde_step, gaussian_log_prob
@@ -74,12 +75,14 @@ class Trajectories:
     Attributes:
         states (`Tensor`): (g, k, S + 1, C, h, w) float32, from the initial noise to the sample.
         log_probs (`Tensor`): (g, k, S) of each next state under the policy that drew it; NaN where a step is deterministic.
-        images (`list[list[PIL.Image]]`): (g)(k), where they were decoded.
+        images (`list[list[PIL.Image]]`): (g)(k), where they were decoded; `diffalign.drawn.Missing` where one cannot be used.
+        broken (`Tensor`, *optional*): (g, k) bool, trajectories that were not finite; their states are zero.
     """
 
     states: Tensor
     log_probs: Tensor
     images: list[list[Any]]
+    broken: Tensor | None = None
 
     @property
     def final(self) -> Tensor:
@@ -202,7 +205,7 @@ class Rollout:
         streams = [generator for i in range(k) for generator in batch.generators(f"{purpose}-{i}")]
         streams = [streams[i * g + row] for row in range(g) for i in range(k)]
         flat, size, steps = start.flatten(0, 1), self.config.batch_size, len(self.grid)
-        states, log_probs, images = [], [], []
+        states, log_probs, images, lost = [], [], [], []
         with tqdm(total=len(flat) * steps, desc=self.description, unit="step", disable=not progress, leave=False) as bar:
             for first in range(0, len(flat), size):
                 part = slice(first, min(first + size, len(flat)))
@@ -210,15 +213,24 @@ class Rollout:
                 given = {name: value[rows] for name, value in batch.condition.items()}
                 empty = None if unconditional is None else {name: value[rows] for name, value in unconditional.items()}
                 seen, found = self._chunk(predict, flat[part].to(device), given, empty, streams[part], bar)
+                broken = ~torch.isfinite(seen.flatten(1)).all(1)
+                if broken.any():  # zeros, which no gradient follows: their images are missing, and so are their scores
+                    seen, found = seen.clone(), found.clone()
+                    seen[broken], found[broken] = 0.0, 0.0
+                lost.append(broken)
                 states.append(seen)
                 log_probs.append(found)
                 if decode:
                     pictures = self.backbone.decode_latents(seen[:, -1].to(device))
+                    pictures = [
+                        Missing(NOT_FINITE) if bad else picture for picture, bad in zip(pictures, broken.tolist(), strict=True)
+                    ]
                     images += pictures
                     if on_images is not None:
                         on_images(first, pictures)
         grouped = [images[i * k : (i + 1) * k] for i in range(g)] if decode else []
-        return Trajectories(torch.cat(states).unflatten(0, (g, k)), torch.cat(log_probs).unflatten(0, (g, k)), grouped)
+        parts = [torch.cat(values).unflatten(0, (g, k)) for values in (states, log_probs, lost)]
+        return Trajectories(parts[0], parts[1], grouped, parts[2])
 
     def _initial(self, batch: Batch, k: int, shape: Any, purpose: str) -> Tensor:
         draws = []

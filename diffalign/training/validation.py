@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..drawn import Missing, check_any, left_out, present
 from ..evaluation.diversity import Diversity
 from ..evaluation.grids import comparison_grid
 from ..evaluation.prompt_sets import load_prompts
-from ..evaluation.sampling import generate
+from ..evaluation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..evaluation.statistics import nanmean, win_rate
 from ..exceptions import UserError
-from ..folders import replacing, write_atomically
+from ..folders import write_atomically
 from .tracking import MetricLog
 
 if TYPE_CHECKING:
@@ -130,12 +131,14 @@ class Validation:
                 shutil.rmtree(self.trainer.output_dir / name, ignore_errors=True)
         elif self.main:
             self._recover()
-        if not self.main or len(list(folder.glob("*.png"))) == len(self.prompts):
+        files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
+        if not self.main or all(is_drawn(file) for file in files):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(self._draw("validation (base)")):
-            with replacing(folder / f"{i:04d}.png") as temporary:
-                image.save(temporary, "png")
+        images = self._draw("validation (base)")
+        check_any(images, "before training")
+        for file, image in zip(files, images, strict=True):
+            save_drawn(image, file)
 
     def run(self, step: int, log: MetricLog) -> None:
         """Draws, judges and logs; with `keep_best`, keeps the weights if they are the best so far. All processes must call this."""
@@ -157,6 +160,9 @@ class Validation:
     def validate(self, step: int) -> Validated:
         """The picture and the numbers of the current weights."""
         tuned, base = self._draw("validation"), self.base_images
+        missing = left_out(tuned, len(tuned), f"step {step}")
+        if missing:
+            self.trainer.accelerator.print(missing)
         count = self.config.num_validation_images
         rows = [
             (prompt, base[i * count : (i + 1) * count], tuned[i * count : (i + 1) * count])
@@ -180,7 +186,8 @@ class Validation:
                     f"validation/{name}/win_rate_high": rate.high,
                 }
                 if name == self.config.keep_best:
-                    found.value = mean
+                    # Weights that draw fewer images than the base would be judged by the rest alone; NaN is never better.
+                    found.value = float("nan") if len(present(tuned)) < len(present(base)) else mean
             if count > 1:
                 found.metrics |= {
                     "validation/diversity": self._diversity(tuned),
@@ -189,27 +196,32 @@ class Validation:
         return found
 
     @cached_property
-    def base_images(self) -> list[Image.Image]:
+    def base_images(self) -> list[Any]:
         """Of the starting weights."""
-        return [Image.open(self.folder / "base" / f"{i:04d}.png").convert("RGB") for i in range(len(self.prompts))]
+        files = [drawn_file(self.folder / "base" / f"{i:04d}.png") for i in range(len(self.prompts))]
+        return [file if isinstance(file, Missing) else Image.open(file).convert("RGB") for file in files]
 
     @cached_property
     def base_scores(self) -> dict[str, Any]:
         """scorer -> (prompts, images), higher is better."""
         return self._scores(self.base_images)
 
-    def _scores(self, images: list[Image.Image]) -> dict[str, Any]:
+    def _scores(self, images: list[Any]) -> dict[str, Any]:
         assert self.panel is not None
         columns = self.panel.score(images, self.prompts, on_error="nan").columns
         signs = {name: 1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in columns}
         shape = (-1, self.config.num_validation_images)
         return {name: signs[name] * np.asarray(values, dtype=np.float64).reshape(shape) for name, values in columns.items()}
 
-    def _diversity(self, images: list[Image.Image]) -> float:
+    def _diversity(self, images: list[Any]) -> float:
         count, distance = self.config.num_validation_images, Diversity()
-        return float(np.mean([distance(images[i : i + count]) for i in range(0, len(images), count)]))
+        groups = [
+            [image for image in images[i : i + count] if not isinstance(image, Missing)] for i in range(0, len(images), count)
+        ]
+        distances = [distance(group) for group in groups if len(group) > 1]
+        return float(np.mean(distances)) if distances else float("nan")
 
-    def _draw(self, description: str) -> list[Image.Image]:
+    def _draw(self, description: str) -> list[Any]:
         trainer = self.trainer
         network = trainer.network
         training = network.training
