@@ -20,19 +20,25 @@ def _try_lock(file: int) -> bool:
     """False when another process holds the lock. A file system without locks counts as free."""
     try:
         import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            os.lseek(file, _FAR, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-        return True
+    except ImportError:
+        return _try_lock_on_windows(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def _try_lock_on_windows(file: int) -> bool:
+    try:
+        import msvcrt
+    except ImportError:  # a system with neither
+        return True
+    try:
+        os.lseek(file, _FAR, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        return False
     return True
 
 

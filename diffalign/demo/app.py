@@ -60,8 +60,58 @@ def build_app(
     return app
 
 
+MAX_BODY = 4 << 20
+"""Bytes of the largest request: texts and numbers, and one vote."""
+
+
+class BodyLimit:
+    """ASGI middleware that refuses large requests before anything parses them.
+
+    Args:
+        app: the application behind it.
+        most: bytes of a body.
+    """
+
+    def __init__(self, app: Any, most: int = MAX_BODY) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.most:
+            await self._refuse(send)
+            return
+        seen = 0
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:  # sent in chunks, without a length
+                return {"type": "http.disconnect"}
+            return message
+
+        await self.app(scope, counted, send)
+
+    async def _refuse(self, send: Any) -> None:
+        body = b'{"detail": "the request is too large"}'
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
 def launch(app: gr.Blocks, **options: Any) -> Any:
-    """Serves it: no uploads, no files of the server, no web fonts."""
+    """Serves it: no uploads, no large requests, no files of the server, no web fonts."""
+    from starlette.middleware import Middleware
+
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     given = {"theme": theme, "css": CSS, "head": KEYS, "max_file_size": "1kb", "show_error": True, "footer_links": []}
+    given["app_kwargs"] = {"middleware": [Middleware(BodyLimit)]}
     return app.launch(**{**given, "ssr_mode": False, "mcp_server": False, "enable_monitoring": False, **options})

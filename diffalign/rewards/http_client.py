@@ -6,7 +6,6 @@ import base64
 import http.client
 import io
 import json
-import math
 import random
 import time
 import urllib.error
@@ -16,10 +15,13 @@ from typing import Any
 
 from .. import decoding
 from ..exceptions import ConfigError, UserError
+from ..ranges import count
+from ..yaml_text import shown
 
 _RETRIED = (429, 500, 502, 503, 504)
 _LARGEST_REPLY = 64 << 20
 _LONGEST_PAUSE = 20.0  # seconds
+_LONGEST_TIMEOUT = 1e6  # seconds
 
 
 class ServerFailure(UserError):
@@ -52,17 +54,17 @@ def check_url(url: Any, field: str = "url") -> str:
     except ValueError:  # a port or an IPv6 address that is none
         good = False
     if not good:
-        raise ConfigError(field, f"expected an address such as http://127.0.0.1:8000, got {url!r}")
+        given = without_password(url) if isinstance(url, str) else url
+        raise ConfigError(field, f"expected an address such as http://127.0.0.1:8000, got {shown(given)}")
     return url.rstrip("/")
 
 
 def check_calls(timeout: Any, retries: Any, concurrency: Any, on_error: Any) -> None:
     """Raises ConfigError for values that make no sense."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-        raise ConfigError("timeout", f"expected seconds above 0, got {timeout!r}")
-    for field, value, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(field, f"expected int >= {least}, got {value!r}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= _LONGEST_TIMEOUT:
+        raise ConfigError("timeout", f"expected seconds above 0, got {shown(timeout)}")
+    count(0, 100).check("retries", retries)
+    count(1, 1024).check("concurrency", concurrency)
     if on_error not in ("raise", "nan"):
         raise ConfigError("on_error", f"expected raise or nan, got {on_error!r}")
 
@@ -78,29 +80,60 @@ def request_json(
 ) -> dict[str, Any]:
     """GET, or POST where there is a payload.
 
-    A connection that fails, 429 and 5xx are tried again `retries` times, after a random pause of at most ``backoff * 2^attempt`` seconds, so
+    `timeout` is the time for a whole try. A connection that fails, a reply that is cut short, 429 and 5xx are tried again `retries` times, after a random pause of at most ``backoff * 2^attempt`` seconds, so
     that many clients do not come back at once; other refusals are final.
 
     Raises:
         ServerFailure: with the last reason.
     """
+    shown_url = without_password(url)
     body = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json", **(headers or {})})
     for attempt in range(retries + 1):
         try:
-            with _OPENER.open(request, timeout=timeout) as reply:
-                return _object(url, reply.read(_LARGEST_REPLY + 1))
+            with _OPENER.open(request, timeout=max(0.001, timeout)) as reply:
+                return _object(shown_url, _whole(reply, time.monotonic() + timeout))
         except urllib.error.HTTPError as error:
-            failure = ServerFailure(f"{url} answered {error.code}: {_reason(error)}", error.code)
+            failure = ServerFailure(f"{shown_url} answered {error.code}: {_reason(error)}", error.code)
             if error.code not in _RETRIED:
                 raise failure from None
         except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
             reason = getattr(error, "reason", error)
-            failure = ServerFailure(f"{url} cannot be reached ({reason}); start the server, or check the address")
+            failure = ServerFailure(f"{shown_url} cannot be reached ({reason}); start the server, or check the address")
         if attempt < retries:
             time.sleep(random.uniform(0, min(backoff * 2**attempt, _LONGEST_PAUSE)))
     tries = f" after {retries + 1} tries" if retries else ""
     raise ServerFailure(f"{failure}{tries}", failure.status)
+
+
+_PART = 1 << 16
+
+
+def _whole(reply: Any, deadline: float) -> bytes:
+    """A reply's body, read until a deadline for all of it.
+
+    Raises:
+        OSError, HTTPException: it was cut short, or is not there in time; both are worth another try.
+    """
+    parts, size = [], 0
+    while size <= _LARGEST_REPLY:
+        if time.monotonic() > deadline:
+            raise TimeoutError("the reply was not there in time")
+        part = reply.read1(_PART)
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+    data = b"".join(parts)
+    if reply.length and size <= _LARGEST_REPLY:  # announced and not sent
+        raise http.client.IncompleteRead(data, reply.length)
+    return data
+
+
+def without_password(url: str) -> str:
+    """An address for messages, without the user and password that it may hold."""
+    parts = urllib.parse.urlsplit(url)
+    return url if "@" not in parts.netloc else parts._replace(netloc=f"...@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 def _object(url: str, data: bytes) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..exceptions import ConfigError, UserError
 from .base import Item, Scorer
-from .http_client import ServerFailure, check_calls, check_url, png_base64, request_json
+from .http_client import ServerFailure, check_calls, check_url, png_base64, request_json, without_password
 from .spec import ScorerSpec
 
 
@@ -55,6 +56,7 @@ class RemoteScorer(Scorer):
         backoff: float = 0.5,
         concurrency: int = 4,
         max_items: int = 16,
+        token: str | None = None,
         on_error: str = "raise",
         **options: Any,
     ) -> None:
@@ -65,7 +67,11 @@ class RemoteScorer(Scorer):
             raise ConfigError("max_items", f"expected int >= 1, got {max_items!r}")
         self.url, self.timeout, self.retries, self.backoff = check_url(url), timeout, retries, backoff
         self.concurrency, self.on_error = concurrency, on_error
-        info = request_json(f"{self.url}/info", timeout=min(timeout, 60.0), retries=retries, backoff=backoff)
+        token = token or os.environ.get("DIFFALIGN_SCORER_TOKEN")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        info = request_json(
+            f"{self.url}/info", timeout=min(timeout, 60.0), retries=retries, backoff=backoff, headers=self._headers
+        )
         self.remote_fingerprint = self._check(info, scorer, expect_fingerprint)
         limits = self._limits(info)
         self.max_items, self.max_bytes = min(max_items, limits.get("max_items", max_items)), limits.get("max_bytes", math.inf)
@@ -74,13 +80,15 @@ class RemoteScorer(Scorer):
     def _check(self, info: dict[str, Any], scorer: str | None, expected: str | None) -> str:
         found, card = info.get("fingerprint"), info.get("spec")
         if not isinstance(found, str) or not isinstance(card, dict) or not isinstance(card.get("key"), str):
-            raise ServerFailure(f"{self.url}/info answered without a fingerprint and a card; that is no scorer")
+            raise ServerFailure(f"{without_password(self.url)}/info answered without a fingerprint and a card; that is no scorer")
         if scorer is not None and card["key"] != scorer:
-            raise ConfigError("scorer", f"{self.url} offers {card['key']!r}, not {scorer!r}; start the server for that scorer")
+            raise ConfigError(
+                "scorer", f"{without_password(self.url)} offers {card['key']!r}, not {scorer!r}; start the server for that scorer"
+            )
         if expected is not None and found != expected:
             raise ConfigError(
                 "expect_fingerprint",
-                f"{self.url} has the fingerprint {found}, not {expected}: other weights, settings or version; their scores cannot be mixed",
+                f"{without_password(self.url)} has the fingerprint {found}, not {expected}: other weights, settings or version; their scores cannot be mixed",
             )
         return found
 
@@ -91,18 +99,24 @@ class RemoteScorer(Scorer):
             {name: limits[name] for name in ("max_items", "max_bytes") if name in limits} if isinstance(limits, dict) else None
         )
         if found is None or not all(type(value) is int and value >= 1 for value in found.values()):
-            raise ServerFailure(f"{self.url}/info answered limits that cannot be read ({limits}); update the server or this side")
+            raise ServerFailure(
+                f"{without_password(self.url)}/info answered limits that cannot be read ({limits}); update the server or this side"
+            )
         return found
 
     def _remote_spec(self, info: dict[str, Any]) -> ScorerSpec:
         """The remote card, under the name `remote` and without a gradient."""
         fields = {f.name for f in dataclasses.fields(ScorerSpec)}
+        if not isinstance(info["spec"].get("higher_is_better", True), bool):
+            raise ServerFailure(
+                f"{without_password(self.url)}/info answered a card whose higher_is_better is neither true nor false"
+            )
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in info["spec"].items() if n in fields}
         try:
             spec = ScorerSpec(**values)
         except (TypeError, ValueError) as error:
             raise ServerFailure(
-                f"{self.url}/info answered a card that cannot be read ({error}); update the server or this side"
+                f"{without_password(self.url)}/info answered a card that cannot be read ({error}); update the server or this side"
             ) from error
         return dataclasses.replace(spec, key="remote", summary=f"{spec.key}: {spec.summary}", aliases=(), differentiable=False)
 
@@ -142,9 +156,16 @@ class RemoteScorer(Scorer):
         try:
             if size > self.max_bytes:
                 raise ServerFailure(
-                    f"{self.url} takes {self.max_bytes} bytes at most, one image has {size}; raise its --max_bytes"
+                    f"{without_password(self.url)} takes {self.max_bytes} bytes at most, one image has {size}; raise its --max_bytes"
                 )
-            reply = request_json(f"{self.url}/score", payload, timeout=self.timeout, retries=self.retries, backoff=self.backoff)
+            reply = request_json(
+                f"{self.url}/score",
+                payload,
+                timeout=self.timeout,
+                retries=self.retries,
+                backoff=self.backoff,
+                headers=self._headers,
+            )
             return self._read(reply, count)
         except ServerFailure as error:
             if self.on_error == "raise":
@@ -155,16 +176,16 @@ class RemoteScorer(Scorer):
         scores, errors = reply.get("scores"), reply.get("errors") or [None] * count
         if reply.get("fingerprint") != self.remote_fingerprint:
             raise ServerFailure(
-                f"{self.url} answered with the fingerprint {reply.get('fingerprint')}, not {self.remote_fingerprint}: it was restarted with "
+                f"{without_password(self.url)} answered with the fingerprint {reply.get('fingerprint')}, not {self.remote_fingerprint}: it was restarted with "
                 "another scorer; load this one again"
             )
         good = isinstance(scores, list) and isinstance(errors, list) and len(scores) == len(errors) == count
         if not good or not all(score is None or type(score) in (int, float) for score in scores):  # type: ignore[union-attr]
-            raise ServerFailure(f"{self.url} answered no list of {count} scores; that is no scorer")
+            raise ServerFailure(f"{without_password(self.url)} answered no list of {count} scores; that is no scorer")
         try:
             values = [math.nan if score is None else float(score) for score in scores]  # type: ignore[union-attr]
         except OverflowError:
-            raise ServerFailure(f"{self.url} answered a score that no float holds; that is no scorer") from None
+            raise ServerFailure(f"{without_password(self.url)} answered a score that no float holds; that is no scorer") from None
         return values, dict(self._said(values, errors))
 
     @staticmethod

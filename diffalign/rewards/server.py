@@ -11,11 +11,16 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import contextlib
+import hmac
 import io
+import ipaddress
 import json
 import math
+import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -24,6 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import decoding
 from ..exceptions import ConfigError, UserError
 from ..ranges import count, port
 from ..yaml_text import NotYaml, read_yaml_text, shown
@@ -33,6 +39,11 @@ if TYPE_CHECKING:
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _READ_SECONDS = 30.0
+_REQUEST_SECONDS = 120.0  # for a whole request, however slowly it drips
+_WAITING = 512  # connections that the system holds until a thread takes them
+_VALUES_PER_ITEM = 5_000  # of JSON, counted before it is parsed: a body of `[],` needs thirty times its size as objects
+_FEW_VALUES = 100_000  # which no memory minds
+TOKEN = "DIFFALIGN_SCORER_TOKEN"
 _PIXELS_AT_ONCE = 1 << 25  # decoded before they are scored: 128 MiB of RGBA
 _PLACE = re.compile(r"""(['"])(?:[~/]|[A-Za-z]:\\)[^'"]*\1|(?<![\w:/.])/[^\s'",;)]+""")
 
@@ -86,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="file in which scores are kept")
     for name, value in asdict(Limits()).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"per request (default {value})")
+    parser.add_argument("--token", help=f"secret that clients must send (default: the environment's {TOKEN}, else none)")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow ./file.py:Class, which runs that file")
 
 
@@ -120,13 +132,16 @@ def run(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in ("batch_size", "cache") if getattr(options, name) is not None},
     )
     try:
-        server = make_server(scorer, options.host, options.port, limits)
+        server = make_server(scorer, options.host, options.port, limits, token=options.token or os.environ.get(TOKEN))
     except (OSError, OverflowError) as error:
         raise UserError(f"--port: {options.host}:{options.port} cannot be listened on ({error}); choose another") from error
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     host, port = server.server_address[:2]
     place = f"[{host!s}]" if ":" in str(host) else str(host)
     print(f"{scorer.name} ({scorer.fingerprint()}) at http://{place}:{port}", flush=True)
+    if not _is_loopback(str(host)):
+        who = "who knows the token" if options.token or os.environ.get(TOKEN) else "who reaches it (--token asks for a secret)"
+        print(f"listening beyond this machine, without encryption: everybody {who} can use it", file=sys.stderr, flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -137,13 +152,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def make_server(scorer: Scorer, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None) -> ThreadingHTTPServer:
-    """A server that is not running yet: call `serve_forever`, best in a thread, and `shutdown`. `server_address` has the port."""
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = _WAITING
+    daemon_threads = True
+
+
+def make_server(
+    scorer: Scorer, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None, *, token: str | None = None
+) -> ThreadingHTTPServer:
+    """A server that is not running yet: call `serve_forever`, best in a thread, and `shutdown`. `server_address` has the port.
+
+    Args:
+        token: a secret that every request but /health must carry, as ``Authorization: Bearer TOKEN``.
+    """
     service = _Service(scorer, limits or Limits())
-    handler = type("Handler", (_Handler,), {"service": service})
-    server = ThreadingHTTPServer((host, port), handler)
-    server.daemon_threads = True
-    return server
+    handler = type("Handler", (_Handler,), {"service": service, "token": token})
+    return _Server((host, port), handler)
 
 
 class _Service:
@@ -194,12 +225,42 @@ class _Service:
         """Scores what was decoded and lets go of it."""
         if not ready:
             return
-        places, images, prompts, metadata = zip(*ready, strict=True)
-        result = self.scorer.score(list(images), list(prompts), list(metadata), on_error="nan")
-        for number, (place, value) in enumerate(zip(places, result.values.tolist(), strict=True)):
-            scores[place] = value if math.isfinite(value) else None
-            errors[place] = None if math.isfinite(value) else _public(result.errors.get(number, "no score"))
+        for place, value, error in self._scored(ready):
+            scores[place], errors[place] = value, error
         ready.clear()
+
+    def _scored(self, ready: list[Any]) -> list[tuple[int, float | None, str | None]]:
+        """(place, score, error) of items; where the scorer fails on them together, one by one, so that a bad one costs no other.
+
+        Where it fails on all of them the fault is not an item's, and the request fails: its client tries again.
+        """
+        places, images, prompts, metadata = zip(*ready, strict=True)
+        try:
+            result = self.scorer.score(list(images), list(prompts), list(metadata), on_error="nan")
+        except Exception:
+            if len(ready) == 1:
+                raise
+            return self._one_by_one(ready)
+        rows: list[tuple[int, float | None, str | None]] = []
+        for number, (place, value) in enumerate(zip(places, result.values.tolist(), strict=True)):
+            good = math.isfinite(value)
+            rows.append((place, value if good else None, None if good else _public(result.errors.get(number, "no score"))))
+        return rows
+
+    def _one_by_one(self, ready: list[Any]) -> list[tuple[int, float | None, str | None]]:
+        rows: list[tuple[int, float | None, str | None]] = []
+        failures: list[Exception] = []
+        for item in ready:
+            try:
+                rows += self._scored([item])
+            except Exception as error:
+                failures.append(error)
+                print(f"no score for an item: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                reason = str(error) if isinstance(error, UserError) else "the scorer failed on this item; its own output says why"
+                rows.append((item[0], None, _public(reason)))
+        if len(failures) == len(ready):
+            raise failures[0]
+        return rows
 
     def _read(self, item: Any) -> tuple[Any, str, dict[str, Any]]:
         """(image, prompt, metadata) of one item.
@@ -217,6 +278,8 @@ class _Service:
         prompt, metadata = "" if prompt is None else prompt, {} if metadata is None else metadata
         if not isinstance(prompt, str) or len(prompt) > self.limits.max_prompt:
             raise ValueError(f"prompt: expected text of at most {self.limits.max_prompt} characters")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError("prompt: holds half a character (an unpaired surrogate)")
         if not isinstance(metadata, dict):
             raise ValueError("metadata: expected an object")
         return image, prompt, metadata
@@ -235,19 +298,44 @@ class _Service:
             raise ValueError(f"image: {image.width}x{image.height} is more than {self.limits.max_pixels} pixels")
         try:
             image.load()
-        except Exception:  # PIL's plugins raise whatever the bad bytes lead them to
-            raise ValueError("image: cannot be decoded") from None
-        return image
+            return decoding.to_rgb(image)
+        except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
+            reason = f" ({error})" if isinstance(error, decoding.UnreadableImage) else ""
+            raise ValueError(f"image: cannot be decoded{reason}") from None
 
 
 class _Handler(BaseHTTPRequestHandler):
     service: _Service
+    token: str | None = None
     timeout = _READ_SECONDS  # a client that stops in the middle does not hold a thread for ever
     server_version, sys_version = "diffalign", ""
     protocol_version = "HTTP/1.1"
 
+    def handle_one_request(self) -> None:
+        """One request, for whose reading there is a deadline: a byte now and then would hold a thread for ever."""
+        self._timer = threading.Timer(_REQUEST_SECONDS, self._cut)
+        self._timer.daemon = True
+        self._timer.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self._timer.cancel()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _may_ask(self) -> bool:
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        return self.token is None or hmac.compare_digest(given, f"Bearer {self.token}".encode())
+
     def do_GET(self) -> None:
-        if self.path == "/info":
+        if self.headers.get("Content-Length", "0") != "0" or self.headers.get("Transfer-Encoding"):
+            self.close_connection = True  # a body that nobody reads must not be taken for the next request
+        if self.path != "/health" and not self._may_ask():
+            self.close_connection = True
+            self._answer(401, {"error": "this server asks for a token"})
+        elif self.path == "/info":
             self._answer(200, self.service.info())
         elif self.path == "/health":
             self._answer(200, {"status": "ok"})
@@ -258,7 +346,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.path != "/score":
                 raise _Refused(404, "there are GET /info, GET /health and POST /score")
-            self._answer(200, self.service.score(self._body()))
+            if not self._may_ask():
+                raise _Refused(401, "this server asks for a token")
+            body = self._body()
+            self._timer.cancel()  # scoring takes as long as it takes
+            self._answer(200, self.service.score(body))
         except _Refused as refused:
             self.close_connection = True  # the rest of the body was not read
             self._answer(refused.status, {"error": str(refused)})
@@ -281,6 +373,9 @@ class _Handler(BaseHTTPRequestHandler):
         if length < 0 or length > self.service.limits.max_bytes:
             raise _Refused(413, f"the request is larger than {self.service.limits.max_bytes} bytes")
         data = self.rfile.read(length)
+        values = data.count(b",") + data.count(b"[") + data.count(b"{")
+        if values > max(_FEW_VALUES, _VALUES_PER_ITEM * self.service.limits.max_items):
+            raise _Refused(413, f"the request holds about {values} values, more than {self.service.limits.max_items} items need")
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
