@@ -1,11 +1,11 @@
-"""No network, one thread (runs must repeat bit for bit), and `from tiny import ...` from every folder of tests."""
+"""No network, one thread unless OMP_NUM_THREADS says otherwise (equal calls repeat bit for bit), and `from tiny import ...` from every folder of tests."""
 
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality across processes needs equal thread counts
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that are compared must at least have equal thread counts
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest

@@ -30,7 +30,7 @@ def test_each_image_is_conditioned_on_its_own_caption(tmp_path: Path, family: st
     name = next(key for key in both if "embeds" in key or "hidden" in key)
     for key in both:  # text of every encoder: chosen rows equal, rejected rows their own
         if key.endswith(("embeds", "hidden_states", "projections")):
-            assert torch.equal(both[key][::2], control[key][::2])
+            torch.testing.assert_close(both[key][::2], control[key][::2], rtol=1e-4, atol=1e-5)  # encoded among other prompts
     assert not torch.equal(both[name][1::2], control[name][1::2])
     assert torch.equal(control[name], plain[name])
 

@@ -130,7 +130,9 @@ def test_lists_of_different_lengths_train_and_draw_what_their_row_draws(tmp_path
     single = first_batch(alone)
     place = batch.row_ids.index(single.row_ids[0])
     k = single.k
-    assert torch.equal(batch.x0[place, :k], single.x0[0]) and torch.equal(batch.noise[place, :k], single.noise[0])
+    # The autoencoder encodes other numbers of images at once, whose last bits may differ; the noise is drawn per row.
+    torch.testing.assert_close(batch.x0[place, :k], single.x0[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(batch.noise[place, :k], single.noise[0])
     assert batch.times[place] == single.times[0]
     both, one = trainer.compute_loss(batch)[0], alone.compute_loss(single)[0]
     assert both.isfinite().all() and one.isfinite().all()

@@ -88,9 +88,10 @@ def test_rivals_come_from_one_state_and_are_judged_by_their_clean_estimate(tmp_p
 
 
 def test_a_row_depends_on_itself_alone(tmp_path: Path) -> None:
-    """Not on the batch or the chunks."""
-    one = first_round(small(tmp_path / "a", rollout_batch_size=1, per_device_train_batch_size=4, images_per_prompt=3))
-    two = first_round(small(tmp_path / "b", rollout_batch_size=7, per_device_train_batch_size=2, images_per_prompt=3))
+    """Not on the batch or the chunks. Candidates are judged by their place: no rounding shall decide who wins."""
+    judged = {"images_per_prompt": 3, "options": {"scorers": [lambda images, prompts: torch.arange(len(images)).double() % 3]}}
+    one = first_round(small(tmp_path / "a", rollout_batch_size=1, per_device_train_batch_size=4, **judged))
+    two = first_round(small(tmp_path / "b", rollout_batch_size=7, per_device_train_batch_size=2, **judged))
     assert one.row_ids[:2] == two.row_ids and torch.equal(one.extra["order"][:2], two.extra["order"])
     for name in ("states", "pairs", "log_probs"):
         torch.testing.assert_close(one.extra[name][:2], two.extra[name], rtol=1e-4, atol=1e-5)

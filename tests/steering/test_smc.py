@@ -197,8 +197,9 @@ def test_a_group_does_not_depend_on_its_neighbours() -> None:
 
     straight, _ = weigh([0, 1, 2, 3, 4])
     turned, _ = weigh([3, 0, 4])
-    for name in ("log_weights", "log_z", "roots"):
-        assert torch.equal(getattr(straight, name)[[3, 0, 4]], getattr(turned, name))
+    for name in ("log_weights", "log_z"):
+        torch.testing.assert_close(getattr(straight, name)[[3, 0, 4]], getattr(turned, name), rtol=0, atol=1e-12)
+    assert torch.equal(straight.roots[[3, 0, 4]], turned.roots)
 
 
 def test_lambda_per_group_equals_separate_runs() -> None:
@@ -213,7 +214,7 @@ def test_lambda_per_group_equals_separate_runs() -> None:
         return weights.log_z
 
     both = weigh([0.5, 3.0], [0, 1])
-    assert torch.equal(both, torch.cat([weigh(0.5, [0]), weigh(3.0, [1])]))
+    torch.testing.assert_close(both, torch.cat([weigh(0.5, [0]), weigh(3.0, [1])]), rtol=0, atol=1e-12)
 
 
 def test_lambda_zero_keeps_everybody() -> None:
@@ -221,7 +222,7 @@ def test_lambda_zero_keeps_everybody() -> None:
         result = steered(lmbda=0.0, scheme=scheme, ess_threshold=None)
         assert not result.resampled.any()
         assert torch.equal(result.log_z, torch.zeros(40).double())
-        assert torch.equal(result.weights, torch.full((40, 4), 0.25).double())
+        torch.testing.assert_close(result.weights, torch.full((40, 4), 0.25).double(), rtol=0, atol=1e-15)
     for k in range(2, 20):  # to the last bit for any k
         assert torch.equal(steered(lmbda=0.0, num_particles=k, groups=3).log_z, torch.zeros(3).double())
 

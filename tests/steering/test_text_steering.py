@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.exceptions import ConfigError, UserError
 from diffalign.shapes import parse_prompt, pretrain_text, text_weights_dir
+from diffalign.shapes.pretrain_text import load_text_denoiser
 from diffalign.steering.smc import run
 from diffalign.steering.text import FKTextSteering, MaskedDiffusion, TextReward, UniformDiffusion
 from diffalign.steering.tokens import TokenState, categorical
@@ -67,7 +68,8 @@ def test_predictions_are_permuted_with_their_particles() -> None:
     sampler = model()
     state = sampler.prepare(TokenState(torch.randint(0, MASK + 1, (1, 3, L), generator=gen(1))), 0)
     moved = sampler.index(state, torch.tensor([[2, 2, 0]]))
-    assert torch.equal(moved.prediction, sampler.prepare(TokenState(moved.tokens), 0).prediction)
+    again = sampler.prepare(TokenState(moved.tokens), 0).prediction
+    torch.testing.assert_close(moved.prediction, again, rtol=0, atol=1e-12)
 
 
 def test_templates_are_clamped() -> None:
@@ -95,7 +97,8 @@ def test_scoring_does_not_advance_the_noise() -> None:
 def test_streams_per_group() -> None:
     both = run(model(), total, groups=2, num_particles=3, lmbda=0.5, generator=[gen(1), gen(2)])
     turned = run(model(), total, groups=2, num_particles=3, lmbda=0.5, generator=[gen(2), gen(1)])
-    assert torch.equal(both.particles, turned.particles.flip(0)) and torch.equal(both.log_z, turned.log_z.flip(0))
+    assert torch.equal(both.particles, turned.particles.flip(0))
+    torch.testing.assert_close(both.log_z, turned.log_z.flip(0), rtol=0, atol=1e-12)
 
 
 def test_categorical_in_float64() -> None:
@@ -186,11 +189,13 @@ def test_steering_the_embedded_denoiser() -> None:
 
 
 def test_prompts_stay_as_they_are() -> None:
-    result = FKTextSteering(None, None, black_star, lmbda=2.0, num_steps=12)(["a small red", "a large"], seed=[5, 6])
+    denoiser, tokenizer = load_text_denoiser()
+    denoiser = denoiser.double()  # in float32 the size of the batch may change a token
+    result = FKTextSteering(denoiser, tokenizer, black_star, lmbda=2.0, num_steps=12)(["a small red", "a large"], seed=[5, 6])
     assert all(text.startswith("a small red ") for text in result.texts[0]) and all(
         text.startswith("a large ") for text in result.texts[1]
     )
-    alone = FKTextSteering(None, None, black_star, lmbda=2.0, num_steps=12)("a large", seed=6)
+    alone = FKTextSteering(denoiser, tokenizer, black_star, lmbda=2.0, num_steps=12)("a large", seed=6)
     assert alone.texts[0] == result.texts[1]
 
 

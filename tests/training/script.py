@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tiny import lora_config, make_trainer
+from tiny import by_place, lora_config, make_trainer
 
 from diffalign import TrainerCallback
 from diffalign.methods import METHODS
@@ -57,13 +57,15 @@ def main() -> None:
         for method in METHODS:
             config = lora_config(target_modules=["to_q", "conv_in"])
             steady = {"max_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2}
+            judged = {"options": {"scorers": [by_place]}} if method == "spo" else {}
             make_trainer(
-                f"{folder}/{method}", method=method, peft_config=config, per_device_train_batch_size=size, **steady
+                f"{folder}/{method}", method=method, peft_config=config, per_device_train_batch_size=size, **judged, **steady
             ).train()
         return
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 1, "save_total_limit": None}
     if mode == "kill":
         kill_in_second_save()
+        options["adam_epsilon"] = 1e-3  # keeps Adam from magnifying rounding
     elif mode == "plain":
         # A full fine-tune with an epsilon that keeps Adam from magnifying rounding.
         options = {"max_steps": 3, "adam_epsilon": 1e-3, "use_ema": True, "ema_decay": 0.5, "overwrite_output_dir": True}
