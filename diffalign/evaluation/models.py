@@ -248,7 +248,7 @@ def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None
 
 @contextmanager
 def opened(spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str = "model") -> Iterator[Draw]:
-    """The function that draws with this model, one image per (prompt, seed) that depends on nothing else.
+    """The function that draws with this model, one image per (prompt, seed) whose noise depends on nothing else.
 
     Raises:
         UserError: weights that do not fit together.

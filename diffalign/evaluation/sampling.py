@@ -1,4 +1,4 @@
-"""Batched sampling with one seed per image, reproducible whatever the batch size."""
+"""Batched sampling with one seed per image: the same noise whatever the batch size."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class Scorer:
             images: see `diffalign.rewards.images.read_images`.
             prompts: one per image. One prompt for many images must be asked for: ``[prompt] * n``.
             metadata: one mapping per image, for scorers that require it.
-            batch_size: images per forward pass; the result does not depend on it.
+            batch_size: images per forward pass; it changes no more than the last digits.
             on_error: ``raise``, or ``nan`` to make an unreadable image a missing score.
 
         Raises:

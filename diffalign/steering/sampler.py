@@ -139,7 +139,7 @@ class FKSteering:
         Args:
             prompts: P of them; rows of the pipeline are prompt after prompt, particle after particle.
             generator: as for the pipeline: one, or P * K. The particles are then bit-equal to the plain pipeline's with the same generator
-                wherever nothing was resampled.
+                wherever nothing was resampled and the batches are the pipeline's own (no `model_batch_size`, no `prompts_per_call`).
             seed: instead: one per prompt (or one for all, prompt i taking ``seed + i``). Initial noise, step noise of each slot and resampling are
                 separate streams, so a prompt's noise does not depend on the other prompts of the call. Neither: torch's global generator chooses.
             resample_generator: one, or one per prompt; None derives it without advancing the noise.

@@ -183,7 +183,8 @@ class FKTextSteering:
 
         Args:
             prompts: beginnings of texts, which stay as they are; the empty one leaves everything free.
-            seed: one per prompt, or one for all, prompt i taking ``seed + i``; a prompt's texts do not depend on the others.
+            seed: one per prompt, or one for all, prompt i taking ``seed + i``; a prompt's noise does not
+                depend on the others, but rounding that depends on the batch may change a token.
 
         Raises:
             UserError: a prompt as long as the text, rewards that do not fit.

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, resumed exactly, readable by plain diffusers.
+"""Checkpoints: written whole or not at all, resumed where they stopped, readable by plain diffusers.
 
 ``checkpoint-<step>/`` holds what accelerate saves (optimizer, scaler, random states), inference-ready weights
 (``pytorch_lora_weights.safetensors``, or the network's folder for full fine-tuning), the average of the weights, and

@@ -62,7 +62,7 @@ class TrainingConfig:
     overwrite_output_dir: bool = False
     """Allow `output_dir` to hold another run: that run's files are moved aside, never mixed in."""
     seed: int = 0
-    """Seed of everything; the same seed gives the same weights."""
+    """Seed of everything; the same seed gives the same weights on the same machine with equal threads and processes."""
     data_seed: int | None = None
     """Seed of the data order alone; None takes `seed`."""
     max_steps: int | None = None
@@ -141,7 +141,7 @@ class TrainingConfig:
     save_total_limit: int | None = 2
     """Keep this many newest checkpoints; null keeps all."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or a checkpoint folder: go on exactly where it stopped."""
+    """`latest`, or a checkpoint folder: go on where it stopped."""
     force_resume: bool = False
     """Resume even though method, model or dataset differ from the checkpoint's."""
     divergence_patience: int = 20

@@ -1,7 +1,7 @@
 """Sampling while training: trajectories with their log-probabilities, one random stream per image.
 
 A step of the sampler is Gaussian: DDIM with eta (variance preserving, methods of Yang et al. 2023, arXiv 2311.13231) or one
-Euler-Maruyama step of the flow SDE. Whatever is random belongs to (seed, row, epoch, image), so that a trajectory depends neither
+Euler-Maruyama step of the flow SDE. Whatever is random belongs to (seed, row, epoch, image), so that the noise of a trajectory depends neither
 on the batch nor on the number of processes.
 """
 
