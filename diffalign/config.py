@@ -81,6 +81,8 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
         return [coerce(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {coerce(k, arguments[0], path): coerce(v, arguments[1], f"{path}.{_key(k)}") for k, v in value.items()}
+    if annotation is bool and isinstance(value, str) and value.lower() in _SWITCHES:  # YAML 1.1's words for true and false
+        return _SWITCHES[value.lower()]
     if annotation in (int, float):
         number = None if isinstance(value, bool) else _number(value, annotation)
         if number is not None:
@@ -90,6 +92,8 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     raise _wrong_type(value, annotation, path)
 
 
+_GROUPED = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:_[0-9]{3})+")  # 1_000
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
 
 
@@ -97,6 +101,7 @@ def _number(value: Any, kind: type) -> int | float | None:
     """The number that a value or text is, without loss; None where there is none."""
     if isinstance(value, str):
         text = value.strip()
+        text = text.replace("_", "") if _GROUPED.fullmatch(text) else text
         if kind is int and len(text) <= 20 and _INTEGER.fullmatch(text):
             return int(text)
         try:

@@ -188,7 +188,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if upright.mode == "RGB" and not transparent:
         return image if Image.Image.getexif(image).get(_ORIENTATION, 1) == 1 else upright
     if upright.mode.startswith("I") or upright.mode == "F":
-        return _to_8_bit(upright, bits=_bits(image)).convert("RGB")
+        grey = _to_8_bit(upright, bits=_bits(image))
+        clear = upright.info.get("transparency")
+        if isinstance(clear, int):  # a grey value that is transparent, in the depth of the file
+            grey.putdata(
+                [255 if value == clear else shade for value, shade in zip(upright.getdata(), grey.getdata(), strict=True)]
+            )
+        return grey.convert("RGB")
     if transparent:
         upright = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
@@ -213,10 +219,10 @@ def _to_8_bit(image: Image.Image, bits: int) -> Image.Image:
         raise UnreadableImage("image has values that are not finite")
     low, high = float(values.min()), float(values.max())
     top = 255 if image.mode == "F" else 65535
-    if low < 0 or high > top:
+    if low < (-_OVERSHOOT if image.mode == "F" else 0) or high > top:
         raise UnreadableImage(f"image has values from {low:g} to {high:g}, expected 0 to {top}; save it with 8 bits per channel")
     if image.mode == "F":
-        values = np.round(values * 255) if high <= 1 else values
+        values = np.round(values * 255) if high <= 1 + _OVERSHOOT else values
     elif image.mode != "I" or high > 255:  # 32-bit integers up to 255 are 8-bit values in a wide type
         values = values.astype(np.uint32) >> (bits - 8)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
@@ -235,8 +241,11 @@ def from_array(array: Any) -> Image.Image:
     from PIL import Image
 
     if hasattr(array, "detach"):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
+        try:
+            array = array.detach().cpu()
+            array = (array.float() if array.is_floating_point() else array).numpy()
+        except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, or on the meta device
+            raise UnreadableImage(f"a tensor that cannot be read ({_reason(error)})") from error
     values = np.asarray(array)
     if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
         values = values.transpose(1, 2, 0)

@@ -56,6 +56,7 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
     if processor is None or not hasattr(processor, "postprocess"):
         yield finite
         return
+    own = vars(processor).get("postprocess")  # the user's own, or that of a call around this one
     plain = processor.postprocess
 
     def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,10 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
     try:
         yield finite
     finally:
-        del processor.postprocess
+        if own is None:
+            del processor.postprocess
+        else:
+            processor.postprocess = own
 
 
 def read_output(output: Any, expected: int, finite: Sequence[bool]) -> list[Any]:

@@ -71,7 +71,12 @@ class FolderLock:
         make_folder(self.folder, self.option)
         path = self.folder / LOCK
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise UserError(
+                    f"{self.option}: {str(self.folder)!r} cannot be written to ({error.strerror}); name another folder"
+                ) from error
             if not _try_lock(file):
                 holder = os.read(file, 200).decode("utf-8", "replace").strip()
                 os.close(file)

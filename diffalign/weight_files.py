@@ -138,8 +138,10 @@ def check_component(folder: Path, field: str, variant: str | None = None) -> str
         )
     for path in variants[chosen]:
         check_file(path, field)
-    for index in folder.glob("*.index*.json"):
-        _check_index(index, field)
+    if all("-of-" in path.name for path in variants[chosen]):  # shards, of which the index says how many there must be
+        for index in folder.glob("*.safetensors.index*.json"):
+            if (chosen or "") in index.name and (chosen is not None or index.name.endswith(".index.json")):
+                _check_index(index, field)
     return chosen
 
 

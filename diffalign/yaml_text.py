@@ -63,6 +63,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"])
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
@@ -123,7 +124,7 @@ def _check_nodes(root: Any) -> None:
             total += sum(size(key) + size(value) for key, value in node.value)
         elif len(node.value) > 4000 and node.tag.endswith(":int"):
             raise UserError("a number has more than 4,000 digits")
-        elif node.tag.split(":")[-1] not in ("str", "int", "float", "bool", "null"):
+        elif node.tag.split(":")[-1] not in ("str", "int", "float", "bool", "null", "merge"):
             raise UserError(f"the tag {shown(node.tag)} is not read; write the value without it")
         if total > _MOST_NODES:
             raise UserError(f"has more than {_MOST_NODES:,} values")

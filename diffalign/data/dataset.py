@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.data import images as image_cells
 from diffalign.data.images import NO_FOLDERS, ImagePlaces
-from diffalign.data.schema import KINDS, Layout, Verdict, judge
+from diffalign.data.judgements import Verdict, judge
+from diffalign.data.schema import KINDS, Layout
 from diffalign.exceptions import UserError
 
 if TYPE_CHECKING:

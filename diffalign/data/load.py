@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.config import TIES, VERIFY_IMAGES
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset
+from diffalign.data.judgements import number
 from diffalign.data.schema import Layout, recognise
 from diffalign.data.sources import open_source
 from diffalign.data.verify import usable_rows
-from diffalign.exceptions import ConfigError
+from diffalign.exceptions import ConfigError, UserError
 
 __all__ = ["Group", "LoadReport", "PreferenceDataset", "load_preferences"]
 
@@ -86,7 +90,8 @@ def load_preferences(
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
     if not names or (isinstance(data, datasets.Dataset) and len(data) == 0):
         report.check(max_broken_fraction)
-    layout: Layout = recognise(names or (), columns or {}, list_columns(data))
+    gathers = kind not in ("single", "prompt")  # those take rows of one image as they are
+    layout: Layout = recognise(names or (), columns or {}, list_columns(data), rows_to_lists=gathers)
     report.direction, report.unused = layout.direction, list(layout.unused)
     if layout.name == "image_rows":
         if not isinstance(data, datasets.Dataset):
@@ -120,15 +125,22 @@ def load_preferences(
     return result
 
 
-def list_columns(data: Any) -> set[str] | None:
-    """The columns of a `datasets` object that hold lists; None where neither its features nor its first row say."""
+_LOOKED_AT = 100  # rows of a stream that has no features
+
+
+def list_columns(data: Any) -> dict[str, bool]:
+    """Column -> whether its cells are lists, for the columns of a `datasets` object whose type is known."""
     import datasets
 
     if data.features is not None:
-        kinds = (datasets.List, datasets.LargeList, list, tuple)
-        return {name for name, kind in data.features.items() if isinstance(kind, kinds)}
-    row = next(iter(data.take(1)), None)
-    return None if row is None else {name for name, value in row.items() if isinstance(value, (list, tuple))}
+        known = {name: kind for name, kind in data.features.items() if getattr(kind, "dtype", "") != "null"}
+        return {name: isinstance(kind, (datasets.List, datasets.LargeList, list, tuple)) for name, kind in known.items()}
+    kinds: dict[str, bool] = {}
+    for row in itertools.islice(data, _LOOKED_AT):
+        for name, value in row.items():
+            if value is not None:
+                kinds.setdefault(name, isinstance(value, (list, tuple)))
+    return kinds
 
 
 def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layout]:
@@ -145,41 +157,58 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
         The dataset of lists, with the columns prompt, images and rank or scores, and its layout.
     """
     import datasets
+    import pyarrow
 
     role = "rank" if "rank" in layout.mapping else "scores"
-    table = data.select_columns(list(dict.fromkeys(layout.mapping.values()))).with_format("arrow")
-    keys = table[layout.mapping.get("prompt_id", layout.mapping["prompt"])].to_pylist()
-    groups: dict[Any, list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    several = {key: rows for key, rows in groups.items() if len(rows) > 1 and key is not None}
-    image_feature = data.features[layout.mapping["image"]]
-    image_feature = datasets.Image(decode=False) if isinstance(image_feature, datasets.Image) else image_feature
-    features = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "images": datasets.List(image_feature),
-            role: datasets.List(datasets.Value("float64")),
-        }
-    )
-
-    def lists(fingerprint: str) -> Iterator[dict[str, Any]]:
-        for rows in several.values():
-            part = table[rows]
-            cells = {name: part[column].to_pylist() for name, column in layout.mapping.items()}
-            yield {"prompt": cells["prompt"][0], "images": cells["image"], role: cells[role]}
-
-    # The argument makes `datasets` keep the lists of this table under a name of their own.
-    gathered = datasets.Dataset.from_generator(
-        lists, features=features, gen_kwargs={"fingerprint": f"{data._fingerprint}{layout}"}
-    )
-    alone = len(keys) - sum(len(rows) for rows in several.values())
+    columns = list(dict.fromkeys(layout.mapping.values()))
+    table = data.select_columns(columns).with_format("arrow")
+    light = {name: table[column].to_pylist() for name, column in layout.mapping.items() if name != "image"}
     by = layout.mapping.get("prompt_id", layout.mapping["prompt"])
-    report.notes.append(
-        f"{len(keys)} rows of one image became {len(several)} lists by {by!r}"
-        + (f"; {alone} rows have nothing to be compared with" if alone else "")
+    groups: dict[Any, list[int]] = {}
+    unranked = 0
+    for row, prompt in enumerate(light["prompt"]):
+        if number(light[role][row]) is None:
+            unranked += 1
+            continue
+        key = light["prompt_id"][row] if "prompt_id" in light else None
+        groups.setdefault((json.dumps(key, default=str), json.dumps(prompt, default=str)), []).append(row)
+    several = [rows for rows in groups.values() if len(rows) > 1]
+    if not several:
+        raise UserError(
+            f"dataset {report.source}: its {len(data)} rows have one image each and a {role}, but no two rows of one {by!r} can be compared; "
+            "load it as single images (a method such as sft, or kind='single')"
+        )
+    order = [row for rows in several for row in rows]
+    offsets = pyarrow.array([0, *itertools.accumulate(len(rows) for rows in several)], pyarrow.int32())
+    numbers = pyarrow.array([number(light[role][row]) for row in order], pyarrow.float64())
+    lists = {
+        "prompt": [light["prompt"][rows[0]] for rows in several],
+        "images": pyarrow.ListArray.from_arrays(offsets, _cells(table, layout.mapping["image"], order)),
+        role: pyarrow.ListArray.from_arrays(offsets, numbers),
+    }
+    gathered = datasets.Dataset(
+        datasets.table.InMemoryTable(pyarrow.table(lists)),
+        fingerprint=hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16],
     )
-    return gathered, recognise(["prompt", "images", role], {}, {"images", role})
+    alone = len(data) - unranked - len(order)
+    report.notes.append(
+        f"{len(data)} rows of one image became {len(several)} lists by {by!r}"
+        + (f"; {alone} rows have nothing to be compared with" if alone else "")
+        + (f"; {unranked} rows have no {role}" if unranked else "")
+    )
+    return gathered, recognise(["prompt", "images", role], {})
+
+
+def _cells(table: Any, name: str, order: list[int]) -> Any:
+    """The cells of a column in another order, undecoded."""
+    import pyarrow
+
+    column = table[order][name]
+    return pyarrow.concat_arrays(column.chunks) if isinstance(column, pyarrow.ChunkedArray) else column
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(v is None or isinstance(v, (int, float)) for v in values)
 
 
 WIN_RATES = "win_rates"
@@ -208,12 +237,15 @@ def with_win_rates(data: Any, score_columns: Sequence[str], columns: Mapping[str
             raise ConfigError("data.score_columns", f"the dataset has no column {name!r}; it has {', '.join(data.column_names)}")
     rows = []
     table = data.select_columns(list(score_columns))
-    for number, row in enumerate(table):
+    for place, row in enumerate(table):
         lists = [row[name] or [] for name in score_columns]
+        odd = next((name for name, values in zip(score_columns, lists, strict=True) if not _are_numbers(values)), None)
+        if odd is not None:
+            raise ConfigError("data.score_columns", f"row {place} of {odd!r} is no list of numbers, one per image")
         if len({len(values) for values in lists}) != 1:
             raise ConfigError(
                 "data.score_columns",
-                f"row {number} has {', '.join(str(len(v)) for v in lists)} scores; expected one per image in each",
+                f"row {place} has {', '.join(str(len(v)) for v in lists)} scores; expected one per image in each",
             )
         scores = torch.tensor([[float("nan") if x is None else x for x in values] for values in lists], dtype=torch.float64)
         rows.append(win_rates(scores.T[None])[0].tolist() if scores.numel() else [])

@@ -1,7 +1,6 @@
 """The canonical preference schema and the layouts of the field that are read into it.
 
-Everything here is a pure function of column names and of a row's light cells (prompts, labels, scores, weights): images are never
-touched, so ties, swaps and unlabelled rows are decided without reading one.
+Everything here is a pure function of column names; `diffalign.data.judgements` reads the rows.
 
 Canonical columns, named as TRL names them:
 
@@ -14,11 +13,9 @@ Canonical columns, named as TRL names them:
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 from diffalign.exceptions import ConfigError, UserError
 
@@ -243,36 +240,16 @@ class Layout:
         return {role: column for role, column in self.mapping.items() if role not in _IMAGE_ROLES}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a row's light cells say.
-
-    Attributes:
-        status: `keep`, `tie`, `unlabelled` (no judgement was given) or `broken`.
-        reason: why it is broken.
-        prompts: one per image, in canonical order (chosen first); one for kind `prompt`.
-        image_roles: the roles whose images make the group, in canonical order.
-        scores: one per image of a ranked row.
-        weight: of the group in the loss; 0 for a tie.
-        second_wins: the labels preferred the second image; None where the columns themselves are ordered.
-    """
-
-    status: Literal["keep", "tie", "unlabelled", "broken"]
-    reason: str = ""
-    prompts: tuple[str, ...] = ()
-    image_roles: tuple[str, ...] = ()
-    scores: tuple[float, ...] | None = None
-    weight: float = 1.0
-    second_wins: bool | None = None
-
-
-def recognise(columns: Sequence[str], mapping: Mapping[str, str], lists: Collection[str] | None = None) -> Layout:
+def recognise(
+    columns: Sequence[str], mapping: Mapping[str, str], lists: Mapping[str, bool] | None = None, *, rows_to_lists: bool = True
+) -> Layout:
     """The layout of a dataset with these columns; the first of `LAYOUTS` that fits.
 
     Args:
         columns: the dataset's column names.
         mapping: canonical (or any layout's) column name -> the dataset's column; overrides what the columns are called.
-        lists: the columns that hold a list in every row; None where that is not known.
+        lists: column -> whether its cells are lists, where that is known.
+        rows_to_lists: gather rows of one image with a rank into lists; False reads them as single images.
 
     Raises:
         ConfigError: the mapping names an unknown canonical name or a column that does not exist, or reads ranks as scores.
@@ -280,8 +257,8 @@ def recognise(columns: Sequence[str], mapping: Mapping[str, str], lists: Collect
     """
     names = _renamed(columns, mapping)
     for spec in _SPECS:
-        roles = _fitting(spec, names, lists)
-        if roles is None:
+        roles = _fitting(spec, names, lists or {})
+        if roles is None or (spec.name == "image_rows" and not rows_to_lists):
             continue
         if spec.kind == "prompt" and "prompt" not in mapping and any(_hints_at_images(name) for name in names):
             continue
@@ -302,18 +279,19 @@ def recognise(columns: Sequence[str], mapping: Mapping[str, str], lists: Collect
     )
 
 
-def _fitting(spec: _Spec, names: Mapping[str, str], lists: Collection[str] | None) -> dict[str, str] | None:
+def _fitting(spec: _Spec, names: Mapping[str, str], lists: Mapping[str, bool]) -> dict[str, str] | None:
     """Role -> name for a layout that fits; None for one that does not."""
     roles = {role: next((name for name in aliases if name in names), None) for role, aliases in spec.required.items()}
     if None in roles.values() or not all(marker in names for marker in spec.markers):
         return None
     filled = {role: name for role, name in roles.items() if name is not None}
     for role, name in filled.items():
+        # Where the type is not known the name decides: `image` is one, `images`, `ranking` and `scores` are many.
+        is_list = lists.get(names[name])
         if role in spec.lists:
-            # Unknown types are taken as what the name says: `image` is one, `images`, `ranking` and `scores` are many.
-            if names[name] not in lists if lists is not None else name == "image":
+            if is_list is False or (is_list is None and name == "image"):
                 return None
-        elif lists is not None and role in ("image", "rank", "scores") and names[name] in lists:
+        elif role in ("image", "rank", "scores") and is_list:
             return None
     return filled
 
@@ -332,166 +310,6 @@ def _is_suspect(words: set[str]) -> bool:
     if words & _ABOUT_ANY:
         return False
     return bool(words & _JUDGEMENT_WORDS or (words & _IMAGE_WORDS and not words & _ABOUT_IMAGES))
-
-
-def judge(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
-    """Decides prompts, order, tie and weight of one row from its light cells.
-
-    Args:
-        layout: from `recognise`.
-        cells: role -> value for `layout.light_columns`.
-    """
-    weight = 1.0 if _is_missing(cells.get("weight")) else _number(cells["weight"])
-    if weight is None or weight < 0:
-        return Verdict("broken", f"weight is {cells['weight']!r}, expected a number of at least 0")
-    if layout.name in ("dcpo", "pickapic"):
-        return _judge_labels(cells, weight, ("caption_0", "caption_1") if layout.name == "dcpo" else ("prompt", "prompt"))
-    if layout.name == "genai_bench":
-        return _judge_vote(cells)
-    if layout.name == "rapidata":
-        return _judge_two_scores(cells)
-    if layout.kind == "pair":
-        roles = ("chosen_prompt", "rejected_prompt") if layout.name == "canonical_two_prompts" else ("prompt", "prompt")
-        return _with_prompts(cells, roles, Verdict("keep", image_roles=("chosen", "rejected"), weight=weight))
-    if layout.kind == "ranked":
-        return _judge_scores(cells, weight)
-    image_roles = ("image",) if layout.kind == "single" else ()
-    return _with_prompts(cells, ("prompt",), Verdict("keep", image_roles=image_roles, weight=weight))
-
-
-def _judge_labels(cells: Mapping[str, Any], weight: float, prompt_roles: tuple[str, str]) -> Verdict:
-    """Pick-a-Pic: `label_0` is 1 when the first image won, 0 when the second did, 0.5 for a tie."""
-    judged = cells.get("has_label")
-    if not _is_missing(judged):
-        flag = _flag(judged)
-        if flag is None:
-            return Verdict("broken", f"has_label is {_shown(judged)}, expected true or false (or 1 and 0)")
-        if not flag:
-            return Verdict("unlabelled")
-    if _is_missing(cells["label_0"]):
-        return Verdict("unlabelled")
-    labels = [_number(cells["label_0"]), None if _is_missing(cells.get("label_1")) else _number(cells["label_1"])]
-    for role, label in zip(("label_0", "label_1"), labels, strict=True):
-        absent = role == "label_1" and _is_missing(cells.get(role))
-        if not absent and (label is None or not 0 <= label <= 1):
-            return Verdict("broken", f"{role} is {_shown(cells[role])}, expected a number from 0 to 1")
-    first = labels[0]
-    assert first is not None
-    return _compared(cells, first, 1 - first if labels[1] is None else labels[1], weight, prompt_roles)
-
-
-def _compared(
-    cells: Mapping[str, Any],
-    first: float,
-    second: float,
-    weight: float = 1.0,
-    prompt_roles: tuple[str, str] = ("prompt", "prompt"),
-) -> Verdict:
-    """Two images of which the one with the larger number won."""
-    if first == second:
-        tie = Verdict("tie", image_roles=("jpg_0", "jpg_1"), weight=0.0)
-        return _with_prompts(cells, prompt_roles, tie)
-    swap = first < second
-    roles = ("jpg_1", "jpg_0") if swap else ("jpg_0", "jpg_1")
-    verdict = Verdict("keep", image_roles=roles, weight=weight, second_wins=swap)
-    return _with_prompts(cells, prompt_roles[::-1] if swap else prompt_roles, verdict)
-
-
-_VOTES = {"leftvote": (1.0, 0.0), "rightvote": (0.0, 1.0), "tievote": (0.5, 0.5), "bothbad_vote": (0.5, 0.5)}
-
-
-def _judge_vote(cells: Mapping[str, Any]) -> Verdict:
-    """GenAI-Bench: who won in words."""
-    vote = cells["vote_type"]
-    if _is_missing(vote):
-        return Verdict("unlabelled")
-    if vote not in _VOTES:
-        return Verdict("broken", f"vote_type is {_shown(vote)}, expected one of {', '.join(_VOTES)}")
-    return _compared(cells, *_VOTES[vote])
-
-
-def _judge_two_scores(cells: Mapping[str, Any]) -> Verdict:
-    """A number per image, of votes or of their weights; the larger one wins."""
-    if _is_missing(cells["score_0"]) or _is_missing(cells["score_1"]):
-        return Verdict("unlabelled")
-    first, second = _number(cells["score_0"]), _number(cells["score_1"])
-    if first is None or second is None:
-        return Verdict("broken", f"the votes are {_shown(cells['score_0'])} and {_shown(cells['score_1'])}, expected numbers")
-    return _compared(cells, first, second)
-
-
-def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
-    """Ranked lists: `rank` counts from the best, `scores` and `human_preference` are higher for better."""
-    role = next(role for role in ("scores", "human_preference", "rank") if role in cells)
-    given, sign = cells[role], -1.0 if role == "rank" else 1.0
-    if _is_missing(given):
-        return Verdict("unlabelled")
-    if not isinstance(given, (list, tuple)):
-        return Verdict("broken", f"{role} is {_shown(given)}, expected a list with one number per image")
-    if len(given) >= 2 and all(_is_missing(value) for value in given):
-        return Verdict("unlabelled")
-    values = [_number(value) for value in given]
-    if len(values) < 2:
-        return Verdict("broken", f"has {len(values)} scores, expected at least 2")
-    if any(value is None for value in values):
-        return Verdict("broken", f"has a score that is not a finite number: {_shown(given)}")
-    scores = tuple(sign * value for value in values if value is not None)
-    tie = len(set(scores)) == 1
-    verdict = Verdict("tie" if tie else "keep", image_roles=("images",), scores=scores, weight=0.0 if tie else weight)
-    return _with_prompts(cells, ("prompt",) * len(scores), verdict)
-
-
-def _with_prompts(cells: Mapping[str, Any], roles: tuple[str, ...], verdict: Verdict) -> Verdict:
-    prompts = tuple(cells[role] for role in roles)
-    for role, prompt in zip(roles, prompts, strict=True):
-        if not isinstance(prompt, str):
-            return Verdict("broken", f"{role} is {_shown(prompt)}, expected text")
-    return Verdict(**{**vars(verdict), "prompts": prompts})
-
-
-_NO_VALUE = ("", "none", "null", "nan", "na", "n/a")
-_TRUE, _FALSE = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
-
-
-def _is_missing(value: Any) -> bool:
-    """No value, in any of the ways in which tables write that."""
-    if isinstance(value, str):
-        return value.strip().lower() in _NO_VALUE
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _number(value: Any) -> float | None:
-    """`value`, or the number that a text spells, as a finite float; None for anything else. True is 1 and False is 0."""
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in _TRUE or text in _FALSE:
-            return float(text in _TRUE)
-        try:
-            value = float(text) if "_" not in text else None
-        except ValueError:
-            return None
-    if not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _flag(value: Any) -> bool | None:
-    """Yes or no as tables write it: booleans, 1 and 0, or their words; None for anything else."""
-    number = _number(value)
-    return bool(number) if number in (0.0, 1.0) else None
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, however long it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = f"a number of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _hints_at_images(name: str) -> bool:

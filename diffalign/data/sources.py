@@ -85,7 +85,7 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
         names = list(dict.fromkeys(name for row in source for name in row))
         try:
             source = datasets.Dataset.from_dict({name: [_cell(row.get(name)) for row in source] for name in names})
-        except (ValueError, TypeError) as error:  # pyarrow's errors are of these types
+        except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are of these types
             raise UserError(f"dataset a list: a column mixes types: {error}") from error
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         raise UserError(f"dataset: expected a name, a path, a datasets object or a list of rows, got {type(source).__name__}")
@@ -122,7 +122,7 @@ def _part(dataset: Any, split: str) -> Any:
     from datasets import ReadInstruction
 
     if "[" not in split:
-        if split != "train":
+        if split not in ("train", "all"):
             raise UserError(f"dataset split {split!r} does not exist; a file has the one split train")
         return dataset
     try:

@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset, build_group
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
-from diffalign.data.schema import Layout, judge
+from diffalign.data.judgements import judge
+from diffalign.data.schema import Layout
 from diffalign.data.verify import check_image
 from diffalign.exceptions import UserError
 

@@ -42,7 +42,7 @@ def read_tables(paths: Sequence[Path], name: str) -> Any:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if not columns:
         raise UserError(f"dataset {name!r}: has no rows")
-    arrays = {column: _array([row.get(column) for row in rows]) for column in columns}
+    arrays = {column: _array([row.get(column) for row in rows], str(column)) for column in columns}
     try:
         table = pyarrow.table(arrays)
     except (pyarrow.ArrowInvalid, UnicodeEncodeError) as error:
@@ -56,14 +56,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return [{"text": line.strip()} for line in text_files.read_lines(path, what) if line.strip()]
     if suffix == ".csv":
         return [row.cells for row in text_files.read_table(path, what).rows]
-    if suffix == ".json":
-        text = text_files.read_text(path, what)
+    text = text_files.read_text(path, what)
+    if suffix == ".json" or text.lstrip().startswith("[") or not _is_json(text.lstrip().partition("\n")[0]):
         if not text.lstrip().startswith("{"):
             return [_object(value, f"{what}{path}, row {i}") for i, value in enumerate(_list(path, text))]
         whole = _whole(text)
         if whole is not None:
             return [whole]
     return [_object(value, f"{what}{path}, line {line}") for line, value in text_files.read_json_lines(path, what)]
+
+
+def _is_json(text: str) -> bool:
+    """Whether a first line is a value of its own, as in JSON lines."""
+    try:
+        text_files.parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _list(path: Path, text: str) -> list[Any]:
@@ -96,29 +105,63 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _array(values: list[Any]) -> Any:
+def _array(values: list[Any], column: str) -> Any:
     """A column as Arrow.
 
-    One type for all cells: text, whole numbers, numbers, booleans, lists or structures. In a column of text, a cell of another type is
-    no text: it becomes null, and its row is then counted as broken.
+    One type for all cells: text, whole numbers, numbers, booleans, lists or structures. A number or boolean in a column of text is
+    written out, as a CSV has it; in a column of prompts or images it is no text and becomes null, so that its row counts as broken.
     """
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
     if str in kinds:
-        return pyarrow.array(
-            [value if isinstance(value, str) else None for value in values],
-            pyarrow.large_string() if _is_large(values) else pyarrow.string(),
-        )
-    if kinds == {int, float}:
-        return pyarrow.array([None if value is None else float(value) for value in values], pyarrow.float64())
-    try:
-        return pyarrow.array(values)
-    except OverflowError:
-        return pyarrow.array([None if value is None else float(value) for value in values], pyarrow.float64())
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):  # lists or structures of several types, which no role reads
-        return pyarrow.array([None if value is None else json.dumps(value) for value in values], pyarrow.string())
+        texts = [_as_text(value, column) for value in values]
+        large = sum(len(text) for text in texts if text is not None) > 1 << 30
+        return pyarrow.array(texts, pyarrow.large_string() if large else pyarrow.string())
+    for prepared in (_one_number_type, _with_floats, _as_json):
+        try:
+            return pyarrow.array([None if value is None else prepared(value) for value in values])
+        except (OverflowError, TypeError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+            continue
+    raise UserError(f"column {column!r} holds values that cannot be read")
 
 
-def _is_large(values: list[Any]) -> bool:
-    return sum(len(value) for value in values if isinstance(value, str)) > 1 << 30
+_TEXT_ROLES = (
+    "prompt",
+    "caption",
+    "text",
+    "txt",
+    "image",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "chosen",
+    "rejected",
+    "file_name",
+    "path",
+)
+
+
+def _as_text(value: Any, column: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    is_content = any(word in column.lower() for word in _TEXT_ROLES)
+    return None if is_content or not isinstance(value, (bool, int, float)) else json.dumps(value)
+
+
+def _one_number_type(value: Any) -> Any:
+    return value
+
+
+def _with_floats(value: Any) -> Any:
+    """Numbers as floats, also within lists and structures: they are mixed, or too large for whole numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_floats(item) for key, item in value.items()}
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data import images as image_cells
 from diffalign.data.dataset import LoadReport, build_group, lazy_cell
 from diffalign.data.images import ImagePlaces
-from diffalign.data.schema import Layout, judge
+from diffalign.data.judgements import judge
+from diffalign.data.schema import Layout
 
 if TYPE_CHECKING:
     import numpy as np

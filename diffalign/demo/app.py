@@ -81,7 +81,7 @@ class BodyLimit:
             return
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.most:
+        if not length.isdigit() or len(length) > 18 or int(length) > self.most:
             await self._refuse(send)
             return
         seen = 0

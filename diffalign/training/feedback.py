@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +152,13 @@ def shared_votes(folder: Path, is_main: bool) -> Votes | None:
     return found[0]
 
 
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, dict) or not isinstance(group.get("images"), list):
+        return False
+    images = all(isinstance(i, dict) and isinstance(i.get("id"), str) and isinstance(i.get("file"), str) for i in group["images"])
+    return images and isinstance(group.get("id"), str) and isinstance(group.get("prompt"), str)
+
+
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The groups of a round, each with its prompt and images.
 
@@ -161,9 +167,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / MANIFEST
     groups = read_json(path, dict).get("groups")
-    if not isinstance(groups, list) or not all(
-        isinstance(group, dict) and isinstance(group.get("images"), list) for group in groups
-    ):
+    if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
         raise UserError(f"{path}: is damaged (it has no groups of images); put it back, or draw the round again")
     return groups
 
@@ -257,7 +261,7 @@ def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
 
 def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
     """(image, image, value of the first over the second)."""
-    if "chosen" in row and "rejected" in row:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         return str(row["chosen"]), str(row["rejected"]), 1.0
     if "image_a" not in row or "image_b" not in row or "preference" not in row:
         raise UserError(
@@ -271,7 +275,7 @@ def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
             value = _WORDS[word] if word in _WORDS else float(word)
         except ValueError:
             value = None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not -1 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
         raise UserError(f"{where}: preference is {given!r}; expected a, b, tie or a number from -1 to 1")
     return str(row["image_a"]), str(row["image_b"]), float(value)
 

@@ -70,9 +70,6 @@ def run_identity(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-_LEFTOVERS = ("logs/metrics.jsonl", "samples", "best", ".best.new", ".best.old", "pool")
-
-
 def _is_finished(folder: Path) -> bool:
     """Whether final weights are there."""
     return (folder / LORA_FILE).is_file() or (folder / "model_index.json").is_file()
@@ -97,17 +94,26 @@ def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
     return None
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run wrote, and nothing else that may lie in its folder."""
+    (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
+    for pattern in ("samples/step-*.png", "samples/base/*.png", "samples/base/*.missing", "pool/*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    for path in [folder / ".best.new", folder / ".best.old", *folder.glob("feedback/round-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _claim(lock: FolderLock, overwrite: bool) -> None:
     folder = lock.folder
     found = list_checkpoints(folder) if folder.is_dir() else []
     has_votes = any(folder.glob("feedback/round-*/votes*"))
-    if not (found or _is_finished(folder) or has_votes or (overwrite and (folder / "config.yaml").is_file())):
+    is_run = (folder / "config.yaml").is_file()
+    has_best = is_run and (folder / "best" / "validation.json").is_file()
+    if not (found or _is_finished(folder) or has_votes or has_best or (overwrite and is_run)):
         # An empty folder, or a run that was killed before its first checkpoint: nothing is lost by starting anew.
-        if process_rank() == 0:
-            for name in _LEFTOVERS:
-                path = folder / name
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            shutil.rmtree(folder / "feedback", ignore_errors=True)
+        if is_run and process_rank() == 0:
+            _remove_leftovers(folder)
         return
     if not overwrite:
         state = f"its last checkpoint is {found[-1].name}" if found else "it is finished"
@@ -117,8 +123,8 @@ def _claim(lock: FolderLock, overwrite: bool) -> None:
         )
     if process_rank() > 0:
         return  # one process of several moves it
-    move_aside(folder, "train.output_dir")
     lock.release()
+    move_aside(folder, "train.output_dir")
     lock.take()
 
 
@@ -386,7 +392,9 @@ def push_to_hub(folder: Path, config: HubConfig) -> str:
     try:
         repo = api.create_repo(config.hub_model_id or folder.resolve().name, private=config.hub_private_repo, exist_ok=True)
         api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*", ".*", "logs/*", "reference_errors*"]
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            ignore_patterns=["checkpoint-*", "abandoned-checkpoint-*", ".*", "logs/*", "reference_errors*"],
         )
     except Exception as error:  # every transport and permission error of the client
         reason = " ".join(str(error).split())[:200]

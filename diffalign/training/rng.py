@@ -30,7 +30,8 @@ def row_generator(seed: int, row: int, epoch: int, purpose: str) -> torch.Genera
 def undisturbed() -> Iterator[None]:
     """The global generators afterwards stand where they stood before."""
     python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

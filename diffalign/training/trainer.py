@@ -37,20 +37,17 @@ from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, Traine
 from .checkpoint import CheckpointManager
 from .config import TrainingConfig
 from .diagnostics import DivergenceGuard, check_finite, check_gradient
+from .due_work import do_work, due_work, start_log, undone_work
 from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
 from .reference import Reference, build_reference
-from .rng import undisturbed
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validation, check_validation
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-_PREFIXES = {"evaluate": "eval/", "validate": "validation/"}  # work after a checkpoint -> the names of its metrics
 
 
 class Trainer:
@@ -360,19 +357,15 @@ class Trainer:
     def _loop(self, watch: Validation | None, signals: StopSignals, checkpoint: Path | None) -> dict[str, float]:
         args, state, control = self.args, self.state, self.control
         log = MetricLog(self.accelerator, self.output_dir)
-        undone: list[str] = []
-        if checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve():
-            undone = self.checkpoints.undone(checkpoint, state.due)
-            self.checkpoints.retire_later(state.global_step)
-        entries = log.start(state.global_step, tuple(_PREFIXES[name] for name in undone if name in _PREFIXES))
-        state.log_history = [entry for entry in entries if any(name.startswith("train/") for name in entry)]
+        undone = undone_work(self, checkpoint)
+        state.log_history = start_log(log, state.global_step, undone)
         self.window, metrics = MetricWindow(), {}
         self.window.restore(state.window, self.accelerator)
         guard = DivergenceGuard(args.divergence_patience, self.accelerator.print)
         guard.replay(state.log_history)
         progress = [ProgressCallback()] if self.accelerator.is_main_process else []
         self._call("on_train_begin", progress)
-        self._work(undone, checkpoint, log, watch, progress, signals)
+        do_work(self, undone, checkpoint, log, watch, progress, signals)
         batches = self._batches()
         while state.global_step < state.max_steps and not control.should_training_stop:
             try:
@@ -392,42 +385,16 @@ class Trainer:
             self._call("on_step_end", progress)
             if self._interrupted(signals):
                 control.should_training_stop = control.should_save = True
-            state.due = self._due(watch, last)
+            state.due = due_work(self, watch, last)
             path = None
             if control.should_save or last or (args.save_steps and state.global_step % args.save_steps == 0):
                 control.should_save = False
                 state.window = self.window.dump(self.accelerator)
                 state.due = ["on_save", *state.due]
                 path = self.checkpoints.save(state)
-            self._work(state.due, path, log, watch, progress, signals)
+            do_work(self, state.due, path, log, watch, progress, signals)
         self._call("on_train_end", progress)
         return metrics
-
-    def _due(self, watch: Validation | None, last: bool) -> list[str]:
-        """The work of this step that comes after its checkpoint; the checkpoint holds this list."""
-        args, step = self.args, self.state.global_step
-        asked, self.control.should_evaluate = self.control.should_evaluate, False
-        due = args.eval_steps is not None and step % args.eval_steps == 0 and self.eval_dataset is not None
-        return ["evaluate"] * (asked or due) + ["validate"] * (watch is not None and watch.due(step, last))
-
-    def _work(
-        self, due: list[str], path: Path | None, log: MetricLog, watch: Validation | None, progress: Any, signals: StopSignals
-    ) -> None:
-        """Does what `_due` named, and remembers it beside the checkpoint. A run that was told to stop leaves it to the one that resumes."""
-        for name in due:
-            if name == "on_save":
-                self._call("on_save", progress, checkpoint=path)
-            elif path is not None and signals.received is not None:
-                return
-            elif name == "evaluate" and self.eval_dataset is not None:
-                with undisturbed():
-                    metrics = self.evaluate()
-                log.write(metrics, self.state.global_step)
-            elif name == "validate" and watch is not None:
-                with undisturbed():
-                    watch.run(self.state.global_step, log)
-            if path is not None:
-                self.checkpoints.mark_done(path, name)
 
     def _batches(self) -> Iterator[Any]:
         """This process's micro-batches from the position of the run."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import assert_same_tensors, brightness, lora_config, make_trainer, trained_tensors
+from tiny import assert_same_tensors, brightness, lora_config, make_trainer, method_rows, trained_tensors
 
 from diffalign import TrainerCallback, ValidationConfig
 from diffalign.data.cache import TensorCache
@@ -287,3 +289,30 @@ def test_finished_runs_and_votes_are_never_started_over(tmp_path):
     (tmp_path / "votes/feedback/round-0/votes.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds another run"):
         train(tmp_path / "votes", max_steps=1)
+
+
+def test_a_new_run_removes_nothing_that_is_not_its_own(tmp_path):
+    for name in ("samples", "best", "pool", "feedback"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    train(tmp_path, max_steps=1)
+    assert all((tmp_path / name / "mine.txt").is_file() for name in ("samples", "best", "pool", "feedback"))
+
+
+class Stop(TrainerCallback):
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["trainer"].state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_saving_leaves_the_evaluation_to_the_resumed_run(tmp_path):
+    fields: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "save_total_limit": None}
+    data = {"eval_dataset": method_rows("diffusion_dpo")}
+    train(tmp_path / "whole", options=dict(data), **fields)
+    make_trainer(
+        tmp_path / "cut", peft_config=lora_config(dropout=0.2), options={"callbacks": [Stop()], **data}, **fields
+    ).train()
+    assert list_checkpoints(tmp_path / "cut")[-1].name == "checkpoint-2"
+    train(tmp_path / "cut", options=dict(data), resume_from_checkpoint="latest", **fields)
+    steps = [[row["step"] for row in rows(tmp_path / n) if any(k.startswith("eval/") for k in row)] for n in ("whole", "cut")]
+    assert steps[0] == steps[1] == [2, 4, 6]

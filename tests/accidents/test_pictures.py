@@ -218,6 +218,7 @@ def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
             picture(100 + i, i).save(tmp_path / "pairs" / side / f"{i:02}.jpg")
             (tmp_path / "pairs/chosen" / f"{i:02}.txt").write_text("p")
     file = tmp_path / "pairs/rejected/07.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
     done = run("diffalign", "data", "inspect", "pairs", cwd=tmp_path)
     assert done.returncode == 0 and "1 (rows 7)" in done.stdout and "row 7: image cannot be" in done.stdout

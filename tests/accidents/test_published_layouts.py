@@ -16,7 +16,8 @@ from tiny import picture
 
 from diffalign import load_preferences
 from diffalign.data.inspect import first_group_picture, format_inspection, inspect
-from diffalign.data.schema import judge, recognise
+from diffalign.data.judgements import judge
+from diffalign.data.schema import recognise
 from diffalign.exceptions import ConfigError, UserError
 
 datasets.disable_progress_bars()
@@ -229,4 +230,43 @@ def test_the_direction_is_shown_with_a_picture(tmp_path):
 
 def test_every_layout_says_which_way_it_reads():
     for name, row in LAYOUTS.items():
-        assert recognise(list(row), {}, {k for k, v in row.items() if isinstance(v, list)}).direction, name
+        assert recognise(list(row), {}, {k: isinstance(v, list) for k, v in row.items()}).direction, name
+
+
+def test_single_image_methods_read_rows_with_a_rank_as_they_are():
+    rows = [{"prompt": p, "image": png(100, i), "rank": rank} for i, (p, rank) in enumerate((("x", 1), ("y", 2)))]
+    assert load(rows, kind="single").report.kept == 2
+    assert load([{**row, "rank": "gold"} for row in rows], kind="single").report.kept == 2
+    with pytest.raises(UserError, match="no two rows of one 'prompt' can be compared"):
+        load(rows)
+
+
+def test_rows_of_one_id_with_other_prompts_or_without_a_rank_are_kept_apart():
+    rows = [
+        {"prompt": p, "prompt_id": "a", "image": png(v, i), "rank": r}
+        for i, (p, v, r) in enumerate((("x", GOOD, 1), ("x", BAD, 2), ("other", 90, 1), ("x", 100, None)))
+    ]
+    data = load(rows)
+    assert len(data) == 1 and len(data[0].images) == 2 and "1 rows have no rank" in data.report.notes[0]
+
+
+def test_streams_are_recognised_by_more_than_their_first_row():
+    def rows():
+        yield {"prompt": "p", "images": [png(GOOD), png(BAD)], "scores": None}
+        yield {"prompt": "p", "images": [png(GOOD), png(BAD)], "scores": [1.0, 0.0]}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    data = load(stream)
+    assert len(list(data)) == 1 and data.report.unlabelled == 1
+
+
+def test_numbers_beside_words_in_a_column_stay_judgements(tmp_path):
+    for i, value in enumerate((GOOD, BAD)):
+        picture(value, i).save(tmp_path / f"{i}.png")
+    row = {"caption": "p", "jpg_0": "0.png", "jpg_1": "1.png"}
+    judged = [{"label_0": 1, "has_label": "yes"}, {"label_0": 0, "has_label": False}, {"label_0": "0", "has_label": True}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row | extra) + "\n" for extra in judged))
+    report = load(tmp_path / "a.jsonl").report
+    assert (report.first_wins, report.second_wins, report.unlabelled) == (1, 1, 1)
+    layout = recognise(list(LAYOUTS["genai_bench"]), {})
+    assert judge(layout, {"prompt": "p", "vote_type": ["leftvote"]}).status == "broken"

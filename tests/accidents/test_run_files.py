@@ -369,3 +369,23 @@ def test_not_yaml_is_told_apart_from_bad_values():
             read_yaml_text(text, "x")
         values.append(str(caught.value))
     assert all("is not valid YAML" in value for value in values)
+
+
+def test_older_spellings_still_work():
+    run = load_run(
+        None, ["--method", "sft", "--model", "shapes", "--train.gradient_checkpointing", "yes", "--train.max_steps", "1_000"]
+    )
+    assert run.train.gradient_checkpointing is True and run.train.max_steps == 1000
+    assert read_yaml_text("base: &b {a: 1}\nmore: {<<: *b, c: 2}", "x")["more"] == {"a": 1, "c": 2}
+
+
+def test_schedulers_that_need_more_than_a_number_are_left_to_their_pipeline():
+    import types
+
+    import diffusers
+
+    from diffalign.evaluation.sampling import check_steps
+
+    shifting = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    check_steps(types.SimpleNamespace(scheduler=shifting), 28)
+    check_steps(types.SimpleNamespace(), 28)

@@ -319,3 +319,17 @@ def test_mutated_text_files(tmp_path):
                 refused += 1
                 assert "\n" not in str(error), number  # noqa: PT017
     assert refused > 100
+
+
+def test_json_of_every_shape_under_either_name(tmp_path):
+    rows = [
+        {"prompt": "one", "meta": {"seed": 2**64}, "seeds": [2**70]},
+        {"prompt": "two", "meta": {"seed": 1.5}, "seeds": [0.5]},
+    ]
+    for name in ("a.json", "a.jsonl"):
+        for text in (json.dumps(rows), json.dumps(rows, indent=1), "".join(json.dumps(row) + "\n" for row in rows)):
+            (tmp_path / name).write_text(text)
+            assert [group.prompts[0] for group in load_preferences(tmp_path / name, verbose=False)] == ["one", "two"]
+        (tmp_path / name).write_text(json.dumps(rows[0], indent=2))
+        assert len(load_preferences(tmp_path / name, verbose=False)) == 1
+    assert len(load_preferences(tmp_path / "a.json", split="all", verbose=False)) == 1

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from diffalign.data.schema import LAYOUTS, judge, recognise
+from diffalign.data.judgements import judge
+from diffalign.data.schema import LAYOUTS, recognise
 from diffalign.exceptions import ConfigError, UserError
 
 PICKAPIC = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "are_different", "best_image_uid", "model_0"]

@@ -1,0 +1,188 @@
+"""What a row's light cells (prompts, labels, scores, weights) say: its order, tie, weight, or why it cannot be used.
+
+Images are never touched, so ties, swaps and unlabelled rows are decided without reading one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffalign.data.schema import Layout
+from diffalign.yaml_text import shown
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a row's light cells say.
+
+    Attributes:
+        status: `keep`, `tie`, `unlabelled` (no judgement was given) or `broken`.
+        reason: why it is broken.
+        prompts: one per image, in canonical order (chosen first); one for kind `prompt`.
+        image_roles: the roles whose images make the group, in canonical order.
+        scores: one per image of a ranked row.
+        weight: of the group in the loss; 0 for a tie.
+        second_wins: the labels preferred the second image; None where the columns themselves are ordered.
+    """
+
+    status: Literal["keep", "tie", "unlabelled", "broken"]
+    reason: str = ""
+    prompts: tuple[str, ...] = ()
+    image_roles: tuple[str, ...] = ()
+    scores: tuple[float, ...] | None = None
+    weight: float = 1.0
+    second_wins: bool | None = None
+
+
+def judge(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
+    """Decides prompts, order, tie and weight of one row from its light cells.
+
+    Args:
+        layout: from `recognise`.
+        cells: role -> value for `layout.light_columns`.
+    """
+    weight = 1.0 if _is_missing(cells.get("weight")) else number(cells["weight"])
+    if weight is None or weight < 0:
+        return Verdict("broken", f"weight is {cells['weight']!r}, expected a number of at least 0")
+    if layout.name in ("dcpo", "pickapic"):
+        return _judge_labels(cells, weight, ("caption_0", "caption_1") if layout.name == "dcpo" else ("prompt", "prompt"))
+    if layout.name == "genai_bench":
+        return _judge_vote(cells)
+    if layout.name == "rapidata":
+        return _judge_two_scores(cells)
+    if layout.kind == "pair":
+        roles = ("chosen_prompt", "rejected_prompt") if layout.name == "canonical_two_prompts" else ("prompt", "prompt")
+        return _with_prompts(cells, roles, Verdict("keep", image_roles=("chosen", "rejected"), weight=weight))
+    if layout.kind == "ranked":
+        return _judge_scores(cells, weight)
+    image_roles = ("image",) if layout.kind == "single" else ()
+    return _with_prompts(cells, ("prompt",), Verdict("keep", image_roles=image_roles, weight=weight))
+
+
+def _judge_labels(cells: Mapping[str, Any], weight: float, prompt_roles: tuple[str, str]) -> Verdict:
+    """Pick-a-Pic: `label_0` is 1 when the first image won, 0 when the second did, 0.5 for a tie."""
+    judged = cells.get("has_label")
+    if not _is_missing(judged):
+        flag = _flag(judged)
+        if flag is None:
+            return Verdict("broken", f"has_label is {shown(judged)}, expected true or false (or 1 and 0)")
+        if not flag:
+            return Verdict("unlabelled")
+    if _is_missing(cells["label_0"]):
+        return Verdict("unlabelled")
+    labels = [number(cells["label_0"]), None if _is_missing(cells.get("label_1")) else number(cells["label_1"])]
+    for role, label in zip(("label_0", "label_1"), labels, strict=True):
+        absent = role == "label_1" and _is_missing(cells.get(role))
+        if not absent and (label is None or not 0 <= label <= 1):
+            return Verdict("broken", f"{role} is {shown(cells[role])}, expected a number from 0 to 1")
+    first = labels[0]
+    assert first is not None
+    return _compared(cells, first, 1 - first if labels[1] is None else labels[1], weight, prompt_roles)
+
+
+def _compared(
+    cells: Mapping[str, Any],
+    first: float,
+    second: float,
+    weight: float = 1.0,
+    prompt_roles: tuple[str, str] = ("prompt", "prompt"),
+) -> Verdict:
+    """Two images of which the one with the larger number won."""
+    if first == second:
+        tie = Verdict("tie", image_roles=("jpg_0", "jpg_1"), weight=0.0)
+        return _with_prompts(cells, prompt_roles, tie)
+    swap = first < second
+    roles = ("jpg_1", "jpg_0") if swap else ("jpg_0", "jpg_1")
+    verdict = Verdict("keep", image_roles=roles, weight=weight, second_wins=swap)
+    return _with_prompts(cells, prompt_roles[::-1] if swap else prompt_roles, verdict)
+
+
+_VOTES = {"leftvote": (1.0, 0.0), "rightvote": (0.0, 1.0), "tievote": (0.5, 0.5), "bothbad_vote": (0.5, 0.5)}
+
+
+def _judge_vote(cells: Mapping[str, Any]) -> Verdict:
+    """GenAI-Bench: who won in words."""
+    vote = cells["vote_type"]
+    if _is_missing(vote):
+        return Verdict("unlabelled")
+    if not isinstance(vote, str) or vote not in _VOTES:
+        return Verdict("broken", f"vote_type is {shown(vote)}, expected one of {', '.join(_VOTES)}")
+    return _compared(cells, *_VOTES[vote])
+
+
+def _judge_two_scores(cells: Mapping[str, Any]) -> Verdict:
+    """A number per image, of votes or of their weights; the larger one wins."""
+    if _is_missing(cells["score_0"]) or _is_missing(cells["score_1"]):
+        return Verdict("unlabelled")
+    first, second = number(cells["score_0"]), number(cells["score_1"])
+    if first is None or second is None:
+        return Verdict("broken", f"the votes are {shown(cells['score_0'])} and {shown(cells['score_1'])}, expected numbers")
+    return _compared(cells, first, second)
+
+
+def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
+    """Ranked lists: `rank` counts from the best, `scores` and `human_preference` are higher for better."""
+    role = next(role for role in ("scores", "human_preference", "rank") if role in cells)
+    given, sign = cells[role], -1.0 if role == "rank" else 1.0
+    if _is_missing(given):
+        return Verdict("unlabelled")
+    if not isinstance(given, (list, tuple)):
+        return Verdict("broken", f"{role} is {shown(given)}, expected a list with one number per image")
+    if len(given) >= 2 and all(_is_missing(value) for value in given):
+        return Verdict("unlabelled")
+    values = [number(value) for value in given]
+    if len(values) < 2:
+        return Verdict("broken", f"has {len(values)} scores, expected at least 2")
+    if any(value is None for value in values):
+        return Verdict("broken", f"has a score that is not a finite number: {shown(given)}")
+    scores = tuple(sign * value for value in values if value is not None)
+    tie = len(set(scores)) == 1
+    verdict = Verdict("tie" if tie else "keep", image_roles=("images",), scores=scores, weight=0.0 if tie else weight)
+    return _with_prompts(cells, ("prompt",) * len(scores), verdict)
+
+
+def _with_prompts(cells: Mapping[str, Any], roles: tuple[str, ...], verdict: Verdict) -> Verdict:
+    prompts = tuple(cells[role] for role in roles)
+    for role, prompt in zip(roles, prompts, strict=True):
+        if not isinstance(prompt, str):
+            return Verdict("broken", f"{role} is {shown(prompt)}, expected text")
+    return Verdict(**{**vars(verdict), "prompts": prompts})
+
+
+_NO_VALUE = ("", "none", "null", "nan", "na", "n/a")
+_TRUE, _FALSE = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
+
+
+def _is_missing(value: Any) -> bool:
+    """No value, in any of the ways in which tables write that."""
+    if isinstance(value, str):
+        return value.strip().lower() in _NO_VALUE
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def number(value: Any) -> float | None:
+    """`value`, or the number that a text spells, as a finite float; None for anything else. True is 1 and False is 0."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in _TRUE or text in _FALSE:
+            return float(text in _TRUE)
+        try:
+            value = float(text) if "_" not in text else None
+        except ValueError:
+            return None
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        finite = float(value)
+    except OverflowError:
+        return None
+    return finite if math.isfinite(finite) else None
+
+
+def _flag(value: Any) -> bool | None:
+    """Yes or no as tables write it: booleans, 1 and 0, or their words; None for anything else."""
+    flag = number(value)
+    return bool(flag) if flag in (0.0, 1.0) else None
