@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .exceptions import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOT_FINITE = "not finite"
 BLOCKED = "blocked by the safety checker"
@@ -51,6 +50,8 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
     The pipelines clamp pixels before they return them, so that infinite ones cannot be seen afterwards. The last call of the image
     processor counts; a safety checker calls it before.
     """
+    import torch
+
     finite: list[bool] = []
     processor = getattr(pipe, "image_processor", None)
     if processor is None or not hasattr(processor, "postprocess"):
@@ -60,7 +61,7 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
     plain = processor.postprocess
 
     def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(image, Tensor):
+        if isinstance(image, torch.Tensor):
             finite[:] = torch.isfinite(image.detach().flatten(1)).all(1).tolist()
             if not all(finite):
                 image = image.nan_to_num(0.0, 0.0, 0.0)  # the others' pixels are untouched
@@ -106,9 +107,12 @@ def read_output(output: Any, expected: int, finite: Sequence[bool]) -> list[Any]
 
 
 def _checked(image: Any) -> Any:
+    import numpy as np
+    import torch
+
     if image is None:
         return Missing(ABSENT)
-    if isinstance(image, Tensor):
+    if isinstance(image, torch.Tensor):
         good = not image.is_floating_point() or bool(torch.isfinite(image).all())
     elif isinstance(image, np.ndarray):
         good = image.dtype.kind != "f" or bool(np.isfinite(image).all())
@@ -119,6 +123,8 @@ def _checked(image: Any) -> Any:
 
 def to_images(pixels: Tensor, processor: Any = None) -> list[Any]:
     """Decoded pixels (n, 3, H, W) in [-1, 1] as PIL images, `Missing` where they are not finite."""
+    import torch
+
     if processor is None:
         from diffusers.image_processor import VaeImageProcessor
 

@@ -68,8 +68,8 @@ def drawn_images(prompts: Sequence[str]) -> list[Image.Image]:
 
 
 def sample_images() -> list[Image.Image]:
-    """Nine odd images of several sizes and modes."""
-    return list(models.sample_images().values())
+    """Nine odd images of several sizes, as the published code sees them: in RGB, their transparency dropped."""
+    return [image.convert("RGB") for image in models.sample_images().values()]
 
 
 PROMPTS = models.PROMPTS

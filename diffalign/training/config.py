@@ -192,4 +192,4 @@ class TrainingConfig:
             raise ConfigError(name, f"expected a finite number, got {value!r}")
         most = _MOST.get(name, COUNT if isinstance(value, int) else LARGEST)
         if abs(value) > most:
-            raise ConfigError(name, f"expected a number of at most {most:g}, got {shown(value)}")
+            raise ConfigError(name, f"expected at most {most:g}, got {shown(value)}")
