@@ -111,7 +111,7 @@ def move_aside(folder: Path, option: str) -> Path:
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that is there whole or not at all, readable for whom new files are."""
+    """A safetensors file that is there whole or not at all, with the permissions of new files."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
