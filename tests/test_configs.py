@@ -81,6 +81,8 @@ def test_every_field_is_documented(method: str) -> None:
         (5, float, 5.0),
         ("2.048e-5", float, 2.048e-5),
         (2.0, int, 2),
+        ("yes", bool, True),
+        ("Off", bool, False),
         (None, "int | None", None),
         ([1, 2], list[float], [1.0, 2.0]),
     ],
@@ -92,7 +94,8 @@ def test_lossless_readings(value: object, annotation: object, expected: object) 
 
 
 @pytest.mark.parametrize(
-    ("value", "annotation"), [("five", float), (True, int), (True, float), (1.5, int), ("yes", bool), (3, str), ("a", list[int])]
+    ("value", "annotation"),
+    [("five", float), (True, int), (True, float), (1.5, int), ("maybe", bool), ("1", bool), (3, str), ("a", list[int])],
 )
 def test_lossy_readings_are_refused_with_the_path(value: object, annotation: object) -> None:
     with pytest.raises(ConfigError, match=r"^train\.x: expected"):
