@@ -211,7 +211,11 @@ def outcome(out: Path) -> dict[str, Any]:
         name = path.relative_to(out).as_posix()
         if any(part.startswith((".", "checkpoint-", *_SCRATCH)) for part in Path(name).parts[:-1]):
             continue
-        if path.suffix == ".safetensors":
+        if path.name.startswith("shard-"):  # caches: the entries count, not how they are divided into files
+            entries = result.get(path.parent.name, {})
+            entries.update({key: value.tolist() for key, value in load_file(path).items()})
+            result[path.parent.name] = dict(sorted(entries.items()))
+        elif path.suffix == ".safetensors":
             result[name] = {key: value.tolist() for key, value in load_file(path).items()}
         elif path.suffix == ".parquet":
             result[name] = (
