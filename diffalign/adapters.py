@@ -17,6 +17,7 @@ from .weight_files import (
     UNSUPPORTED,
     LoraContent,
     classify,
+    could_be_hub_id,
     explained,
     find_lora_file,
     loading_errors,
@@ -97,7 +98,7 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: b
     if local:
         file = find_lora_file(place, role)
         content = _checked_lora(file, role, refused)
-    elif place.suffix == ".safetensors" or str(weights).startswith((".", "/", "~")) or str(weights).count("/") != 1:
+    elif place.suffix == ".safetensors" or not could_be_hub_id(str(weights)):
         raise UserError(f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the form 'user/name'")
     before = set(getattr(network, "peft_config", {}))
     try:

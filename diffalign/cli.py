@@ -55,9 +55,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         if error.errno in _PERMISSION:
             return _say(f"cannot write {error.filename!r} ({error.strerror}); name a folder that you may write to", 2)
         if error.errno in _NO_SPACE:

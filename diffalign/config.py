@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .data.config import DataConfig
 from .exceptions import ConfigError, UserError
-from .ranges import Range, count, finite, seed, steps
+from .ranges import Range, as_float, count, finite, seed, steps
 from .yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
 
 if TYPE_CHECKING:
@@ -100,24 +100,16 @@ _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
 def _number(value: Any, kind: type) -> int | float | None:
     """The number that a value or text is, without loss; None where there is none."""
     if isinstance(value, str):
-        text = value.strip()
-        text = text.replace("_", "") if _GROUPED.fullmatch(text) else text
-        if kind is int and len(text) <= 20 and _INTEGER.fullmatch(text):
-            return int(text)
-        try:
-            value = float(text) if "_" not in text else None
-        except ValueError:
-            return None
-    if not isinstance(value, (int, float)):
-        return None
-    if kind is int:
-        if isinstance(value, int):
-            return value
-        return int(value) if math.isfinite(value) and value.is_integer() and abs(value) < 2**53 else None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
+        value = value.strip()
+        value = value.replace("_", "") if _GROUPED.fullmatch(value) else value
+        if kind is int and len(value) <= 20 and _INTEGER.fullmatch(value):
+            return int(value)
+    if kind is int and isinstance(value, int):
+        return value
+    number = as_float(value)
+    if kind is int and number is not None:
+        return int(number) if math.isfinite(number) and number.is_integer() and abs(number) < 2**53 else None
+    return number
 
 
 def _wrong_type(value: Any, annotation: Any, path: str) -> ConfigError:

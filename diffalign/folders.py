@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what a killed process left half-written in a folder that nobody else uses now."""
+def remove_temporaries(folder: Path, older_than: float = 0.0) -> None:
+    """Removes what a killed process left half-written.
+
+    Args:
+        folder: where to look.
+        older_than: seconds. Where other processes write too, only old files are known to belong to a dead one.
+    """
     for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:
-        if path.is_file():
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process removed it
+            if path.is_file() and time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
 
 
 @contextmanager

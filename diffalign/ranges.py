@@ -17,6 +17,18 @@ COUNT = 10**9
 """Largest count."""
 
 
+def as_float(value: Any) -> float | None:
+    """A number, or the number that a text spells, as a float; None for anything else. Python's `1_000` is no number in a text."""
+    if isinstance(value, str) and "_" in value:
+        return None
+    if not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
 @dataclass(frozen=True)
 class Range:
     """Which numbers are allowed.

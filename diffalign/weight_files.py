@@ -163,6 +163,11 @@ def check_filled(module: Any, field: str, name: str) -> None:
         )
 
 
+def could_be_hub_id(name: str) -> bool:
+    """Whether a name that is no local file or folder has the form ``user/name`` of a Hub id."""
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
 def explained(error: BaseException) -> str:
     """A library's error in one short line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -216,7 +221,6 @@ class LoraContent:
         kinds: kinds of weights beside plain LoRA matrices.
         unpaired: a layer with one of its two matrices.
         compiled: names of a compiled network, with `_orig_mod` in them.
-        alphas: kohya's alphas are there for some layers and not for others.
     """
 
     layers: int
@@ -224,14 +228,12 @@ class LoraContent:
     kinds: tuple[str, ...]
     unpaired: str | None
     compiled: bool
-    alphas: bool
 
 
 def classify(names: Iterable[str]) -> LoraContent:
     """What the names of a LoRA file say."""
     downs: set[str] = set()
     ups: set[str] = set()
-    alphas: set[str] = set()
     kinds: list[str] = []
     compiled = False
     for name in names:
@@ -241,14 +243,11 @@ def classify(names: Iterable[str]) -> LoraContent:
             downs.add(_DOWN.sub("", name))
         elif _UP.search(name):
             ups.add(_UP.sub("", name))
-        elif name.endswith(".alpha"):
-            alphas.add(name.removesuffix(".alpha"))
     odd = sorted(downs ^ ups)
     whole = downs & ups
     text = [layer for layer in whole if layer.startswith(TEXT_PREFIXES)]
     network = [layer for layer in whole if layer.startswith(_NETWORK_PREFIXES)]
-    some = bool(alphas) and not whole <= alphas
-    return LoraContent(len(network), len(text), tuple(dict.fromkeys(kinds)), odd[0] if odd else None, compiled, some)
+    return LoraContent(len(network), len(text), tuple(dict.fromkeys(kinds)), odd[0] if odd else None, compiled)
 
 
 def find_lora_file(place: Path, role: str) -> Path:

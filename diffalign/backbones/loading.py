@@ -16,7 +16,7 @@ import torch
 from .. import text_files
 from ..adapters import unwrapped
 from ..exceptions import ConfigError
-from ..weight_files import check_component, check_filled, explained, loading_errors
+from ..weight_files import check_component, check_filled, could_be_hub_id, explained, loading_errors
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Loaded by plain pipelines for inference only; a training run has no use for them.
@@ -91,7 +91,7 @@ class ModelSource:
                 f"{self.name!r} is a single file; convert it to a diffusers folder first "
                 "(DiffusionPipeline.from_single_file(...).save_pretrained(folder))",
             )
-        if self.name.startswith((".", "/", "~")) or self.name.count("/") != 1:
+        if not could_be_hub_id(self.name):
             raise ConfigError("model", f"there is no folder {self.name!r}, and it is no Hub id of the form 'user/name'")
         from huggingface_hub import hf_hub_download
 
@@ -242,7 +242,7 @@ class ModelSource:
         variant = None
         if folder.is_dir():
             variant = check_component(folder, "vae")
-        elif Path(self.vae).is_file() or str(self.vae).startswith((".", "/", "~")) or str(self.vae).count("/") != 1:
+        elif Path(self.vae).is_file() or not could_be_hub_id(str(self.vae)):
             raise ConfigError(
                 "vae", f"there is no folder {str(self.vae)!r} of an autoencoder, and it is no Hub id of the form 'user/name'"
             )

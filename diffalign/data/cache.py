@@ -6,8 +6,6 @@ processes can fill one cache and an interrupted one loses only its last shard. R
 
 from __future__ import annotations
 
-import contextlib
-import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..exceptions import UserError
-from ..folders import save_tensors
+from ..folders import remove_temporaries, save_tensors
 
 _SEPARATOR = "|"
 _DEAD_AFTER = 3600.0  # seconds after which a half-written file belongs to no living process
@@ -79,14 +77,6 @@ class TensorCache:
         # Data-loader workers open the files themselves: a mapping must not cross a process boundary.
         return {**self.__dict__, "_files": {}}
 
-    def _remove_old_temporaries(self) -> None:
-        """What killed processes left half-written. Several processes may share the folder, so only old files are known to be dead."""
-        for pattern in (".*.tmp", ".tmp??????"):
-            for file in self.folder.glob(pattern):
-                with contextlib.suppress(OSError):  # another process removed it
-                    if time.time() - file.stat().st_mtime > _DEAD_AFTER:
-                        file.unlink()
-
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
         self._pending[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if len(self._pending) >= self.shard_entries:
@@ -97,7 +87,7 @@ class TensorCache:
         if not self._pending:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_old_temporaries()
+        remove_temporaries(self.folder, _DEAD_AFTER)
         path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
         save_tensors({f"{k}{_SEPARATOR}{n}": t.clone() for k, entry in self._pending.items() for n, t in entry.items()}, path)
         for key, entry in self._pending.items():

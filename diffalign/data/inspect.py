@@ -13,7 +13,7 @@ from diffalign.data import images as image_cells
 from diffalign.data.dataset import Group, PreferenceDataset
 from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
 from diffalign.exceptions import UserError
-from diffalign.folders import make_folder, replacing, replacing_folder
+from diffalign.folders import make_folder, replacing_folder, save_image
 
 _LISTED = 20  # row ids per finding
 _SHOW_PROGRESS_FROM = 2000  # rows
@@ -219,8 +219,7 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
         draw.text((left, side + 32), label, fill="black")
     target = Path(file).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        picture.save(temporary, format="PNG")
+    save_image(picture, target)
     return target
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffalign.data.schema import Layout
+from diffalign.ranges import as_float
 from diffalign.yaml_text import shown
 
 
@@ -169,17 +170,8 @@ def number(value: Any) -> float | None:
         text = value.strip().lower()
         if text in _TRUE or text in _FALSE:
             return float(text in _TRUE)
-        try:
-            value = float(text) if "_" not in text else None
-        except ValueError:
-            return None
-    if not isinstance(value, (int, float)):
-        return None
-    try:
-        finite = float(value)
-    except OverflowError:
-        return None
-    return finite if math.isfinite(finite) else None
+    finite = as_float(value)
+    return finite if finite is not None and math.isfinite(finite) else None
 
 
 def _flag(value: Any) -> bool | None:

@@ -17,7 +17,7 @@ from ..config import suggestion
 from ..exceptions import ConfigError, UserError
 from ..guidance import NegativeGuidance, load_negative
 from ..ranges import finite
-from ..weight_files import check_filled
+from ..weight_files import check_filled, could_be_hub_id
 from ..yaml_text import read_yaml_text, shown
 from .sampling import generate, image_seed
 
@@ -165,7 +165,7 @@ def _check_files(values: Mapping[str, Any], field: str) -> None:
         if given is None:
             continue
         place = Path(str(given)).expanduser()
-        local = place.is_absolute() or place.exists() or str(given).startswith((".", "~")) or str(given).count("/") != 1
+        local = place.is_absolute() or place.exists() or not could_be_hub_id(str(given))
         if local and not (place.is_file() or (place.is_dir() and any(place.rglob("*.safetensors")))):
             raise ConfigError(field, f"there is no file or folder with safetensors {str(given)!r}")
     steer = values.get("steer")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import text_files
 from ..exceptions import ConfigError, UserError
+from ..weight_files import could_be_hub_id
 from .spec import ScorerSpec
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -45,7 +46,7 @@ def _hub_id(model: str | Path | None, spec: ScorerSpec) -> str:
         raise ConfigError("model", f"{spec.key} has no weights that could be downloaded; pass model=FILE_OR_FOLDER")
     if name.startswith("https://"):
         raise ConfigError("model", f"{spec.filename} of {spec.key} is published at {name}; download it and pass model=FILE")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not could_be_hub_id(name):
         raise ConfigError("model", f"there is no file or folder {name!r}, and it is no Hub id of the form 'user/name'")
     return name
 

@@ -66,6 +66,7 @@ class RemoteScorer(Scorer):
         if isinstance(max_items, bool) or not isinstance(max_items, int) or max_items < 1:
             raise ConfigError("max_items", f"expected int >= 1, got {max_items!r}")
         self.url, self.timeout, self.retries, self.backoff = check_url(url), timeout, retries, backoff
+        self.place = without_password(self.url)  # for messages
         self.concurrency, self.on_error = concurrency, on_error
         token = token or os.environ.get("DIFFALIGN_SCORER_TOKEN")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -80,15 +81,13 @@ class RemoteScorer(Scorer):
     def _check(self, info: dict[str, Any], scorer: str | None, expected: str | None) -> str:
         found, card = info.get("fingerprint"), info.get("spec")
         if not isinstance(found, str) or not isinstance(card, dict) or not isinstance(card.get("key"), str):
-            raise ServerFailure(f"{without_password(self.url)}/info answered without a fingerprint and a card; that is no scorer")
+            raise ServerFailure(f"{self.place}/info answered without a fingerprint and a card; that is no scorer")
         if scorer is not None and card["key"] != scorer:
-            raise ConfigError(
-                "scorer", f"{without_password(self.url)} offers {card['key']!r}, not {scorer!r}; start the server for that scorer"
-            )
+            raise ConfigError("scorer", f"{self.place} offers {card['key']!r}, not {scorer!r}; start the server for that scorer")
         if expected is not None and found != expected:
             raise ConfigError(
                 "expect_fingerprint",
-                f"{without_password(self.url)} has the fingerprint {found}, not {expected}: other weights, settings or version; their scores cannot be mixed",
+                f"{self.place} has the fingerprint {found}, not {expected}: other weights, settings or version; their scores cannot be mixed",
             )
         return found
 
@@ -100,7 +99,7 @@ class RemoteScorer(Scorer):
         )
         if found is None or not all(type(value) is int and value >= 1 for value in found.values()):
             raise ServerFailure(
-                f"{without_password(self.url)}/info answered limits that cannot be read ({limits}); update the server or this side"
+                f"{self.place}/info answered limits that cannot be read ({limits}); update the server or this side"
             )
         return found
 
@@ -108,15 +107,13 @@ class RemoteScorer(Scorer):
         """The remote card, under the name `remote` and without a gradient."""
         fields = {f.name for f in dataclasses.fields(ScorerSpec)}
         if not isinstance(info["spec"].get("higher_is_better", True), bool):
-            raise ServerFailure(
-                f"{without_password(self.url)}/info answered a card whose higher_is_better is neither true nor false"
-            )
+            raise ServerFailure(f"{self.place}/info answered a card whose higher_is_better is neither true nor false")
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in info["spec"].items() if n in fields}
         try:
             spec = ScorerSpec(**values)
         except (TypeError, ValueError) as error:
             raise ServerFailure(
-                f"{without_password(self.url)}/info answered a card that cannot be read ({error}); update the server or this side"
+                f"{self.place}/info answered a card that cannot be read ({error}); update the server or this side"
             ) from error
         return dataclasses.replace(spec, key="remote", summary=f"{spec.key}: {spec.summary}", aliases=(), differentiable=False)
 
@@ -156,7 +153,7 @@ class RemoteScorer(Scorer):
         try:
             if size > self.max_bytes:
                 raise ServerFailure(
-                    f"{without_password(self.url)} takes {self.max_bytes} bytes at most, one image has {size}; raise its --max_bytes"
+                    f"{self.place} takes {self.max_bytes} bytes at most, one image has {size}; raise its --max_bytes"
                 )
             reply = request_json(
                 f"{self.url}/score",
@@ -176,16 +173,16 @@ class RemoteScorer(Scorer):
         scores, errors = reply.get("scores"), reply.get("errors") or [None] * count
         if reply.get("fingerprint") != self.remote_fingerprint:
             raise ServerFailure(
-                f"{without_password(self.url)} answered with the fingerprint {reply.get('fingerprint')}, not {self.remote_fingerprint}: it was restarted with "
+                f"{self.place} answered with the fingerprint {reply.get('fingerprint')}, not {self.remote_fingerprint}: it was restarted with "
                 "another scorer; load this one again"
             )
         good = isinstance(scores, list) and isinstance(errors, list) and len(scores) == len(errors) == count
         if not good or not all(score is None or type(score) in (int, float) for score in scores):  # type: ignore[union-attr]
-            raise ServerFailure(f"{without_password(self.url)} answered no list of {count} scores; that is no scorer")
+            raise ServerFailure(f"{self.place} answered no list of {count} scores; that is no scorer")
         try:
             values = [math.nan if score is None else float(score) for score in scores]  # type: ignore[union-attr]
         except OverflowError:
-            raise ServerFailure(f"{without_password(self.url)} answered a score that no float holds; that is no scorer") from None
+            raise ServerFailure(f"{self.place} answered a score that no float holds; that is no scorer") from None
         return values, dict(self._said(values, errors))
 
     @staticmethod
