@@ -17,11 +17,11 @@ from urllib.parse import urljoin, urlsplit
 
 from diffalign.decoding import UnreadableImage
 from diffalign.folders import write_atomically
+from diffalign.replies import read_reply
 
 MAX_BYTES = 64 << 20
 TOTAL_SECONDS = 60.0
 _REDIRECTS = 3
-_PART = 1 << 16
 
 
 def cache_folder() -> Path:
@@ -63,7 +63,10 @@ def _download(url: str, deadline: float) -> bytes:
                 continue
             if reply.status != 200:
                 raise ValueError(f"the server answered {reply.status}")
-            return _body(reply, deadline)
+            content = read_reply(reply, MAX_BYTES, TOTAL_SECONDS, deadline)
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+            return content
         finally:
             connection.close()
     raise ValueError(f"more than {_REDIRECTS} redirects")
@@ -91,17 +94,3 @@ def public_address(host: str, port: int) -> str:
         if not ipaddress.ip_address(address.split("%")[0]).is_global:
             raise ValueError(f"{host!r} is no public address")
     return addresses[0]
-
-
-def _body(reply: http.client.HTTPResponse, deadline: float) -> bytes:
-    parts, size = [], 0
-    while part := reply.read1(_PART):
-        size += len(part)
-        if size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise ValueError(f"not there after {TOTAL_SECONDS:g} seconds")
-        parts.append(part)
-    if reply.length:  # what the server announced and did not send
-        raise ValueError("the reply was cut short")
-    return b"".join(parts)

@@ -89,20 +89,19 @@ def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps"
     count().check(field, steps)
     if scheduler is None:
         return
-    limit = scheduler.config.get("num_train_timesteps")
-    good = not isinstance(limit, int) or "Flow" in type(scheduler).__name__ or steps <= limit
+    limit = None if "Flow" in type(scheduler).__name__ else scheduler.config.get("num_train_timesteps")
+    limit = limit if isinstance(limit, int) else None
+    good = limit is None or steps <= limit
     if good and not scheduler.config.get("use_dynamic_shifting"):
         scheduler = copy.deepcopy(scheduler)
         try:
             scheduler.set_timesteps(steps)
             times = torch.as_tensor(scheduler.timesteps)
-            good = len(times) > 0 and (
-                not isinstance(limit, int) or "Flow" in type(scheduler).__name__ or float(times.max()) < limit
-            )
+            good = len(times) > 0 and (limit is None or float(times.max()) < limit)
         except Exception:  # one that needs more than a number, which its pipeline gives it
             return
     if not good:
-        most = f", at most {limit}" if isinstance(limit, int) and steps >= limit else ""
+        most = f", at most {limit}" if limit is not None and steps >= limit else ""
         raise ConfigError(field, f"{type(scheduler).__name__} has no {steps} steps{most}; give fewer")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from .. import decoding
 from ..exceptions import ConfigError, UserError
 from ..ranges import count
+from ..replies import read_reply
 from ..yaml_text import shown
 
 _RETRIED = (429, 500, 502, 503, 504)
@@ -92,7 +93,7 @@ def request_json(
     for attempt in range(retries + 1):
         try:
             with _OPENER.open(request, timeout=max(0.001, timeout)) as reply:
-                return _object(shown_url, _whole(reply, time.monotonic() + timeout))
+                return _object(shown_url, read_reply(reply, _LARGEST_REPLY, timeout, time.monotonic() + timeout))
         except urllib.error.HTTPError as error:
             failure = ServerFailure(f"{shown_url} answered {error.code}: {_reason(error)}", error.code)
             if error.code not in _RETRIED:
@@ -104,30 +105,6 @@ def request_json(
             time.sleep(random.uniform(0, min(backoff * 2**attempt, _LONGEST_PAUSE)))
     tries = f" after {retries + 1} tries" if retries else ""
     raise ServerFailure(f"{failure}{tries}", failure.status)
-
-
-_PART = 1 << 16
-
-
-def _whole(reply: Any, deadline: float) -> bytes:
-    """A reply's body, read until a deadline for all of it.
-
-    Raises:
-        OSError, HTTPException: it was cut short, or is not there in time; both are worth another try.
-    """
-    parts, size = [], 0
-    while size <= _LARGEST_REPLY:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the reply was not there in time")
-        part = reply.read1(_PART)
-        if not part:
-            break
-        parts.append(part)
-        size += len(part)
-    data = b"".join(parts)
-    if reply.length and size <= _LARGEST_REPLY:  # announced and not sent
-        raise http.client.IncompleteRead(data, reply.length)
-    return data
 
 
 def without_password(url: str) -> str:

@@ -231,6 +231,7 @@ def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     suffix = path.suffix.lower()
+    content: Any = None
     try:
         if suffix == ".parquet":
             values = [(f"row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)]
@@ -242,14 +243,13 @@ def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
             values = [(f"line {number}", value) for number, value in entries]
         else:
             content = read_json(path)
-            content = content.get("votes") if isinstance(content, dict) else content
-            if not isinstance(content, list):
-                raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
-            values = [(f"vote {i}", value) for i, value in enumerate(content, start=1)]
     except (ValueError, OSError) as error:
-        if isinstance(error, UserError) and "expected a list of votes" in str(error):
-            raise
         raise UserError(f"{path}: cannot be read as votes ({' '.join(str(error).split())[:150]})") from error
+    if suffix == ".json":
+        content = content.get("votes") if isinstance(content, dict) else content
+        if not isinstance(content, list):
+            raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
+        values = [(f"vote {i}", value) for i, value in enumerate(content, start=1)]
     rows = []
     for place, value in values:
         if isinstance(value, dict):

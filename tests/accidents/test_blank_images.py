@@ -160,17 +160,13 @@ def test_files_remember_what_is_missing_and_failures_are_tried_again(tmp_path):
 def test_a_comparison_leaves_pairs_out_and_says_so(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     models = [parse_model(poisoned(rows=()), "base"), parse_model({"model": poisoned(), "name": "tuned"}, "tuned")]
+    options = {"prompts": str(tmp_path / "p.txt"), "scorers": ["jpeg_compressibility"], "num_images": 2, "batch_size": 4}
+    options |= {"verbose": False, "diversity": "pixel", **SMALL}
     result = compare(
         models[0],
         [models[1]],
-        prompts=str(tmp_path / "p.txt"),
-        scorers=["jpeg_compressibility"],
         output_dir=tmp_path / "c",
-        num_images=2,
-        batch_size=4,
-        verbose=False,
-        diversity="pixel",
-        **SMALL,
+        **options,
     )
     values = result.scores["tuned"]["jpeg_compressibility"]
     assert np.isnan(values).sum() == 1 and result.facts["missing"] == {"tuned": "1 of 4 images of tuned left out: not finite (1)"}
@@ -180,14 +176,8 @@ def test_a_comparison_leaves_pairs_out_and_says_so(tmp_path):
         compare(
             models[0],
             [parse_model({"model": poisoned(rows=tuple(range(4))), "name": "blank"}, "x")],
-            prompts=str(tmp_path / "p.txt"),
-            scorers=["jpeg_compressibility"],
             output_dir=tmp_path / "d",
-            num_images=2,
-            batch_size=4,
-            verbose=False,
-            diversity="pixel",
-            **SMALL,
+            **options,
         )
 
 

@@ -133,38 +133,11 @@ def test_kinds_that_diffusers_drops_are_refused_by_name(kind, command, model, tm
     file = peft_file(model, tmp_path / "plain")
     odd = tmp_path / "odd.safetensors"
     save_file({**load_file(file), ADDED[kind]: torch.ones(2)}, odd)
+    drawing = ["sample", "--model", model, "--num_inference_steps", 2, "--num_images", 1, "--prompt", "x"]
     arguments = {
-        "sample": [
-            "sample",
-            "--model",
-            model,
-            "--lora",
-            odd,
-            "--num_inference_steps",
-            2,
-            "--num_images",
-            1,
-            "--prompt",
-            "x",
-            "--output_dir",
-            tmp_path / "o",
-        ],
+        "sample": [*drawing, "--lora", odd, "--output_dir", tmp_path / "o"],
         "merge": ["merge", "--model", model, "--inputs", odd, "--output_dir", tmp_path / "m"],
-        "negative": [
-            "sample",
-            "--model",
-            model,
-            "--negative_lora",
-            odd,
-            "--num_inference_steps",
-            2,
-            "--num_images",
-            1,
-            "--prompt",
-            "x",
-            "--output_dir",
-            tmp_path / "n",
-        ],
+        "negative": [*drawing, "--negative_lora", odd, "--output_dir", tmp_path / "n"],
     }[command]
     assert cli.run([str(a) for a in arguments]) == 2
     assert kind in capsys.readouterr().err and not (tmp_path / "m").exists()

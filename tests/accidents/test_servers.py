@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from mutations import damaged
 from PIL import Image
 
 from diffalign import load_scorer
@@ -296,11 +297,4 @@ def test_mutated_requests():
     body = json.dumps({"items": [{"image": png(), "prompt": "a", "metadata": {"x": 1}}] * 2}).encode()
     with serving() as port:
         for number in range(500):
-            data = bytearray(body)
-            for _ in range(generator.randint(1, 4)):
-                place = generator.randrange(len(data))
-                if generator.random() < 0.5:
-                    data[place] = generator.randrange(256)
-                else:
-                    del data[place : place + generator.randint(1, 30)]
-            assert post(port, None, raw=bytes(data))[0] in (200, 400, 413), number
+            assert post(port, None, raw=damaged(body, generator, 30))[0] in (200, 400, 413), number

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from mutations import damaged
 from PIL import Image
 
 from diffalign.demo.votes import Pair, RoundVotes, VoteStore
@@ -175,14 +176,7 @@ def test_mutated_vote_files(tmp_path):
     data = (tmp_path / "votes.jsonl").read_bytes()
     generator = random.Random(0)
     for number in range(500):
-        changed = bytearray(data)
-        for _ in range(generator.randint(1, 4)):
-            place = generator.randrange(len(changed))
-            if generator.random() < 0.5:
-                changed[place] = generator.randrange(256)
-            else:
-                del changed[place : place + generator.randint(1, 40)]
-        (tmp_path / "votes.jsonl").write_bytes(bytes(changed))
+        (tmp_path / "votes.jsonl").write_bytes(damaged(data, generator, 40))
         store = VoteStore(tmp_path)
         assert len(store.votes) <= 3, number
         assert all(vote["vote"] in ("left", "right", "tie") and vote["prompt"] for vote in store.votes)
