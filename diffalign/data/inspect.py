@@ -209,13 +209,14 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
     names = ["chosen", "rejected"] if dataset.kind == "pair" and group.scores is None else ["image"] * len(images)
     if group.weight == 0:
         names = ["tie"] * len(images)
+    sign = -1.0 if dataset.score_name == "rank" else 1.0  # ranks are kept negated, so that higher is better
     picture = Image.new("RGB", (len(images) * (side + 8) + 8, side + 56), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((8, 6), f"row {group.row_id}: {group.prompts[order[0]][: 40 * len(images)]}", fill="black")
     for place, i in enumerate(order):
         left = 8 + place * (side + 8)
         picture.paste(ImageOps.pad(images[i], (side, side), color="lightgray"), (left, 24))
-        label = f"{place + 1}: {dataset.score_name} {abs(group.scores[i]):g}" if group.scores else names[i]
+        label = f"{place + 1}: {dataset.score_name} {sign * group.scores[i]:g}" if group.scores else names[i]
         draw.text((left, side + 32), label, fill="black")
     target = Path(file).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -228,6 +228,15 @@ def test_the_direction_is_shown_with_a_picture(tmp_path):
     assert done.returncode == 0 and (tmp_path / "p.png").is_file() and "lower is better" in done.stdout
 
 
+def test_the_first_group_is_shown_with_its_own_scores(tmp_path):
+    """Scores of ImageReward's kind are negative as often as not."""
+    shown = []
+    for low in (0.5, -0.5):
+        rows = [{"prompt": "p", "images": [picture(GOOD, 0), picture(BAD, 0)], "scores": [1.0, low]}]
+        shown.append(first_group_picture(load_preferences(rows, verbose=False), tmp_path / f"{low}.png").read_bytes())
+    assert shown[0] != shown[1]
+
+
 def test_every_layout_says_which_way_it_reads():
     for name, row in LAYOUTS.items():
         assert recognise(list(row), {}, {k: isinstance(v, list) for k, v in row.items()}).direction, name
