@@ -21,7 +21,7 @@ from ..evaluation.prompt_sets import load_prompts
 from ..evaluation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..evaluation.statistics import nanmean, win_rate
 from ..exceptions import UserError
-from ..folders import save_image, write_atomically
+from ..folders import write_atomically
 from .tracking import MetricLog
 
 if TYPE_CHECKING:
@@ -169,7 +169,10 @@ class Validation:
             for i, prompt in enumerate(self.distinct[:GRID_PROMPTS])
         ]
         found = Validated(comparison_grid(rows, right=f"step {step}"), self.folder / f"step-{step}.png", {})
-        save_image(found.grid, found.path)
+        # Not `save_image`: who watches the folder for step-N finds the unfinished file too.
+        temporary = found.path.with_name(f"{found.path.name}.tmp")
+        found.grid.save(temporary, "png")
+        os.replace(temporary, found.path)
         if self.panel is not None:
             scores = self._scores(tuned)
             for name, values in scores.items():
