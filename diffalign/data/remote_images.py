@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from diffalign.decoding import UnreadableImage
 from diffalign.folders import write_atomically
-from diffalign.replies import read_reply
+from diffalign.replies import TimedConnection, read_reply
 
 MAX_BYTES = 64 << 20
 TOTAL_SECONDS = 60.0
@@ -63,7 +63,7 @@ def _download(url: str, deadline: float) -> bytes:
                 continue
             if reply.status != 200:
                 raise ValueError(f"the server answered {reply.status}")
-            content = read_reply(reply, MAX_BYTES, TOTAL_SECONDS, deadline)
+            content = read_reply(reply, MAX_BYTES)
             if len(content) > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
             return content
@@ -76,7 +76,7 @@ def _connection(scheme: str, host: str, port: int | None, deadline: float) -> ht
     """A connection to the checked address itself, so that the name cannot lead elsewhere a moment later."""
     port = port or (443 if scheme == "https" else 80)
     address = public_address(host, port)
-    connection = http.client.HTTPConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
+    connection = TimedConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
     connection.sock = socket.create_connection((address, port), timeout=connection.timeout)
     if scheme == "https":
         connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)

@@ -16,7 +16,7 @@ from typing import Any
 from .. import decoding
 from ..exceptions import ConfigError, UserError
 from ..ranges import count
-from ..replies import read_reply
+from ..replies import TimedHandler, TimedTLSHandler, read_reply
 from ..yaml_text import shown
 
 _RETRIED = (429, 500, 502, 503, 504)
@@ -40,7 +40,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+_OPENER = urllib.request.build_opener(_NoRedirect, TimedHandler, TimedTLSHandler)
 
 
 def check_url(url: Any, field: str = "url") -> str:
@@ -81,8 +81,9 @@ def request_json(
 ) -> dict[str, Any]:
     """GET, or POST where there is a payload.
 
-    `timeout` is the time for a whole try. A connection that fails, a reply that is cut short, 429 and 5xx are tried again `retries` times, after a random pause of at most ``backoff * 2^attempt`` seconds, so
-    that many clients do not come back at once; other refusals are final.
+    `timeout` is the time for a whole try, from the connection to the last byte. A connection that fails, a reply that is cut short,
+    429 and 5xx are tried again `retries` times, after a random pause of at most ``backoff * 2^attempt`` seconds, so that many clients
+    do not come back at once; other refusals are final.
 
     Raises:
         ServerFailure: with the last reason.
@@ -93,7 +94,7 @@ def request_json(
     for attempt in range(retries + 1):
         try:
             with _OPENER.open(request, timeout=max(0.001, timeout)) as reply:
-                return _object(shown_url, read_reply(reply, _LARGEST_REPLY, timeout, time.monotonic() + timeout))
+                return _object(shown_url, read_reply(reply, _LARGEST_REPLY))
         except urllib.error.HTTPError as error:
             failure = ServerFailure(f"{shown_url} answered {error.code}: {_reason(error)}", error.code)
             if error.code not in _RETRIED:

@@ -209,18 +209,38 @@ def drip(client) -> None:
         time.sleep(0.1)
 
 
+def drip_headers(client) -> None:
+    client.sendall(b"HTTP/1.1 200 OK\r\n")
+    for number in range(900):
+        client.sendall(f"X-{number}: 1\r\n".encode() if number % 2 else b"")
+        time.sleep(0.1)
+
+
+def drip_status(client) -> None:
+    for _ in range(900):
+        client.sendall(b"H")
+        time.sleep(0.1)
+
+
+def drip_refusal(client) -> None:
+    client.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 900\r\n\r\n")
+    for _ in range(900):
+        client.sendall(b" ")
+        time.sleep(0.1)
+
+
 def closed(client) -> None:
     pass
 
 
-@pytest.mark.parametrize("failures", [[cut], [cut, cut], [closed], [drip]])
+@pytest.mark.parametrize("failures", [[cut], [cut, cut], [closed], [drip], [drip_headers], [drip_status], [drip_refusal]])
 def test_replies_that_are_cut_or_drip_are_tried_again(failures):
     with answering(*failures, whole) as (url, count):
         assert request_json(url, timeout=0.6, retries=3, backoff=0.01) == {"a": 12}
         assert count[0] == len(failures) + 1
 
 
-@pytest.mark.parametrize("reply", [cut, drip, closed])
+@pytest.mark.parametrize("reply", [cut, drip, drip_headers, drip_status, closed])
 def test_what_never_gets_better_ends_in_time(reply):
     with answering(reply) as (url, _):
         started = time.monotonic()
