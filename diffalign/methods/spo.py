@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..drawn import NOT_FINITE, Missing, check_any, left_out
 from ..exceptions import ConfigError
 from ..training.batch import Batch
 from ..training.judge import Judge
@@ -83,6 +84,18 @@ def best_and_worst(scores: Tensor, threshold: float, scale: float = 1.0) -> tupl
     return pair, torch.tanh(scale * (gap[:, 0] - gap[:, 1]) / 2) > threshold
 
 
+def nearest_usable(drawn: Tensor, usable: Tensor) -> Tensor:
+    """The drawn candidate of each group, or the next usable one after it; the drawn one where none is usable.
+
+    Args:
+        drawn (`Tensor`): (g,) numbers below n.
+        usable (`Tensor`): (g, n) bool.
+    """
+    n = usable.shape[1]
+    after = (drawn[:, None] + torch.arange(n, device=drawn.device)) % n
+    return after.gather(1, usable.gather(1, after).int().argmax(1, keepdim=True))[:, 0]
+
+
 class SPOTrainer(D3POTrainer):
     """Samples step by step from several candidates, and trains every step on its best against its worst."""
 
@@ -125,8 +138,13 @@ class SPOTrainer(D3POTrainer):
         with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
             for batch in batches:
                 rows = [range(first, min(first + size, len(batch))) for first in range(0, len(batch), size)]
+                pictures: list[Any] = []
                 with torch.no_grad(), sampling_mode(self.network), self.accelerator.autocast():
-                    parts = [self._branch(judge, batch, part, bar) for part in rows]
+                    parts = [self._branch(judge, batch, part, bar, pictures) for part in rows]
+                sentence = left_out(pictures, len(pictures), "this round")
+                if sentence:
+                    self.accelerator.print(sentence)
+                check_any(pictures, "of this run")
                 extra = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 check_scores(self, judge, batch, extra["scores"].double())
                 done.append(dataclasses.replace(batch, extra={**extra, "order": self._order(batch, extra["decided"])}))
@@ -140,8 +158,13 @@ class SPOTrainer(D3POTrainer):
             orders.append(order[torch.argsort(kept[order].int(), descending=True, stable=True)])
         return torch.stack(orders)[:, : self.trained_steps]
 
-    def _branch(self, judge: Judge, batch: Batch, rows: range, bar: Any) -> dict[str, Tensor]:
+    def _branch(self, judge: Judge, batch: Batch, rows: range, bar: Any, pictures: list[Any]) -> dict[str, Tensor]:
         """Samples some rows of a batch, with candidates from `first_step` on.
+
+        A candidate that is not finite has no score and is not the next state. It is stored as zeros, in pairs that are undecided.
+
+        Args:
+            pictures: takes the images of the last candidates, `Missing` where there is none.
 
         Returns:
             On the CPU, of g rows, u usable steps and n candidates: ``states`` (g, u, C, h, w), ``pairs`` (g, u, 2, C, h, w) and
@@ -158,6 +181,7 @@ class SPOTrainer(D3POTrainer):
         state = torch.stack([torch.randn(shape, generator=generator) for generator in starts]).to(device)
         # Candidates of the state's last step, (g, n, ...), with (state, mean, std) of that step where it is compared.
         candidates: Tensor | None = None
+        finite = torch.ones(g, 1, dtype=torch.bool, device=device)  # of the candidates, or of the state where there are none
         origin: tuple[Tensor, Tensor, Tensor] | None = None
         kept: dict[str, list[Tensor]] = {"states": [], "pairs": [], "log_probs": [], "decided": []}
 
@@ -166,12 +190,17 @@ class SPOTrainer(D3POTrainer):
             scores = judge(images, prompts).unflatten(0, (g, n))
             pair, decided = best_and_worst(judge.combined(scores), args.threshold, args.score_scale)
             places = torch.arange(g)[:, None]
-            both = candidates[places, pair]
+            both, known = candidates[places, pair], finite[places, pair]
             before, mean, std = origin
-            found = [gaussian_log_prob(both[:, i], mean, std, args.reduce) for i in range(2)]
-            for name, value in zip(kept, (before, both, torch.stack(found, 1).float(), decided), strict=True):
+            log_probs = torch.stack([gaussian_log_prob(both[:, i], mean, std, args.reduce) for i in range(2)], 1).float()
+            log_probs = torch.where(known, log_probs, torch.zeros_like(log_probs))
+            for name, value in zip(kept, (before, both, log_probs, decided & known.all(1).cpu()), strict=True):
                 kept[name].append(value.cpu())
             return scores
+
+        def draw(latents: Tensor) -> list[Any]:
+            images = self.backbone.decode_latents(latents)
+            return [image if good else Missing(NOT_FINITE) for image, good in zip(images, finite.flatten().tolist(), strict=True)]
 
         for step, (t, after) in enumerate(zip(grid.times, grid.next_times, strict=True)):
             flat = state if candidates is None else candidates.flatten(0, 1)
@@ -182,19 +211,23 @@ class SPOTrainer(D3POTrainer):
             if candidates is not None:
                 if origin is not None:
                     clean = process.to_x0(output, flat, times)
-                    compare(self.backbone.decode_latents(clean.float()))
+                    compare(draw(clean.float()))
                 chosen = torch.stack([torch.randint(n, (), generator=generator) for generator in draws]).to(device)
-                places = torch.arange(g, device=device)
+                chosen, places = nearest_usable(chosen, finite), torch.arange(g, device=device)
                 state, output = candidates[places, chosen], output.unflatten(0, (g, n))[places, chosen]
+                finite = finite[places, chosen][:, None]
             mean, std = transition(process, output, state, times[:g], after.expand(g), args.eta)
             many = n if step >= args.first_step else 1
             noise = torch.stack([torch.randn((many, *shape), generator=generator) for generator in draws]).to(mean)
             following = (mean[:, None] + std.reshape(-1, *[1] * noise[0].ndim) * noise).float()
+            finite = finite & torch.isfinite(following).flatten(2).all(2)
+            following = torch.where(finite.reshape(g, many, *[1] * len(shape)), following, torch.zeros_like(following))
             origin = (state, mean, std) if step in usable else None
             candidates, state = (following, state) if many > 1 else (None, following[:, 0])
             bar.update(g)
         assert candidates is not None
-        images = self.backbone.decode_latents(candidates.flatten(0, 1))
+        images = draw(candidates.flatten(0, 1))
+        pictures += images
         scores = compare(images) if origin is not None else judge(images, prompts).unflatten(0, (g, n))
         return {**{name: torch.stack(values, 1) for name, values in kept.items()}, "scores": scores.float()}
 

@@ -22,6 +22,7 @@ from diffalign.evaluation.grids import framed_grid, models_grid
 from diffalign.evaluation.models import parse_model
 from diffalign.evaluation.sampling import draw_files, drawn_file
 from diffalign.exceptions import UserError
+from diffalign.methods.spo import nearest_usable
 from diffalign.processes import Processes
 from diffalign.steering.weights import ParticleWeights
 from diffalign.training.judge import Judge
@@ -253,6 +254,42 @@ def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
     trainer.rollout._chunk = broken
     trainer.train()
     assert all(p.isfinite().all() for p in trainer.network.parameters())
+
+
+@pytest.mark.parametrize("call", [0, 4, 5, 9])
+def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypatch, capsys):
+    """SPO: neither as the best or worst, nor as the state that the next candidates start from."""
+    options = {"per_device_train_batch_size": 2, "num_inference_steps": 6, "images_per_prompt": 3, "max_steps": 1}
+    trainer = make_trainer(tmp_path, method="spo", peft_config=lora_config(), **options)
+    trainer._setup()
+    whole, calls = torch.randn, []
+
+    def broken(shape: Any, **kwargs: Any) -> Any:
+        noise = whole(shape, **kwargs)
+        if len(shape) == 4 and shape[0] == 3:  # the candidates of one of two rows at one of five steps
+            if len(calls) == call:
+                noise[1 if call else slice(None)] = torch.nan
+            calls.append(1)
+        return noise
+
+    monkeypatch.setattr(torch, "randn", broken)
+    batch = trainer._next_batch(trainer._batches())
+    monkeypatch.undo()
+    assert len(calls) == 10 and all(batch.extra[name].isfinite().all() for name in ("states", "pairs", "log_probs"))
+    said = capsys.readouterr().out
+    if call == 0:  # without any candidate the row is lost for the whole round
+        assert "3 of 6 images of this round left out: not finite" in said
+        assert batch.extra["decided"].any(1).tolist() == [False, True]
+    else:
+        assert ("left out" in said) == (call == 9)
+    for micro in trainer.micro_batches(batch):
+        loss, _ = trainer.compute_loss(micro)
+        assert loss.isfinite().all()
+
+
+def test_the_next_state_is_a_finite_candidate():
+    usable = torch.tensor([[True, True, True], [False, True, False], [True, False, False], [False, False, False]])
+    assert nearest_usable(torch.tensor([2, 2, 1, 1]), usable).tolist() == [2, 1, 0, 1]
 
 
 def test_validation_counts_and_never_keeps_weights_that_draw_less(tmp_path, capsys):
