@@ -174,10 +174,12 @@ def explained(error: BaseException) -> str:
 
 
 def loading_errors() -> tuple[type[Exception], ...]:
-    """What libraries raise for files that are damaged, missing or of another model."""
+    """What libraries raise for files that are damaged, missing or of another model, and for configurations without sense."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError)
+    plain = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+    return (*plain, SafetensorError, StrictDataclassError)
 
 
 # LoRA files -----------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ antialiasing, which differs from it by up to 2/255. The two are never mixed in o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .. import decoding
 from ..drawn import Missing
-from ..exceptions import UserError
+from ..exceptions import ConfigError, UserError
+from ..yaml_text import shown
 from .cache import file_digest, pixel_digest, stamp_digest
 
 if TYPE_CHECKING:
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LARGEST_SIDE = 8192
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class UnreadableImage(UserError):
@@ -213,6 +220,19 @@ class Preprocess:
     std: tuple[float, ...] = CLIP_STD
     resize_to: int | None = None
     """Target of the shortest side where it differs from the crop."""
+
+    def __post_init__(self) -> None:
+        for name, side in (("size", self.size), ("resize_to", self.resize_to)):
+            if side is not None and not (_is_number(side) and isinstance(side, int) and 1 <= side <= _LARGEST_SIDE):
+                raise ConfigError(
+                    f"preprocessing.{name}", f"expected pixels, an int from 1 to {_LARGEST_SIDE}, got {shown(side)}"
+                )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(map(_is_number, values)) or (name == "std" and min(values) <= 0):
+                positive = " above 0" if name == "std" else ""
+                raise ConfigError(
+                    f"preprocessing.{name}", f"expected 3 numbers{positive}, one per channel, got {shown(list(values))}"
+                )
 
     def exact(self, image: Image.Image) -> Tensor:
         """(3, size, size): uint8 after a PIL resize, float after the letterbox."""

@@ -18,9 +18,11 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..exceptions import ConfigError, UserError
+from ..weight_files import explained, loading_errors
 from .base import Item, Scorer
 from .spec import ScorerSpec
 
@@ -155,7 +157,18 @@ def load_scorer(
     values = {field: value for field, value in {**given, **fixed, **options}.items() if value is not None}
     # Building without memory swaps a method of every torch module for all threads: two at once would find each other's weights missing.
     with _LOADING:
-        return scorer_class(device=device, dtype=dtype, **values)
+        try:
+            return scorer_class(device=device, dtype=dtype, **values)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except loading_errors() as error:
+            if not scorer_class.__module__.startswith(f"{__package__}."):
+                raise  # the user's own code, whose traceback helps
+            field = "config" if config is not None else "model"
+            raise ConfigError(
+                field,
+                f"{scorer_class.spec.key} cannot be built from these files ({explained(error)[:200]}); compare them with the published ones",
+            ) from error
 
 
 def find_class(name: str, *, trust_remote_code: bool = False) -> tuple[type[Scorer], dict[str, Any]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +229,97 @@ def test_half_precision_towers_stay_close_and_heads_stay_wide(tmp_path):
         assert half.isfinite().all() and float((half - exact).abs().max()) < 0.25 * float(exact.std()) + 1.5
         with pytest.raises(UserError, match="dtype: .* was rounded to bfloat16 and cannot be widened"):
             scorer.to(dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", "x"),
+        ("size", {"shortest_edge": -4}),
+        ("image_std", []),
+        ("image_std", [0, 1, 1]),
+        ("image_mean", ["a"] * 3),
+        ("image_mean", 5),
+        ("crop_size", None),
+        ("size", {"shortest_edge": 10**9}),
+    ],
+)
+def test_senseless_preprocessing_is_refused(name, value, tmp_path):
+    folder = MODELS["pickscore"](tmp_path)["model"]
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(UserError, match="pixels|numbers|cannot be built"):
+        load_scorer("pickscore", model=folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("text_config", "hidden_size", "wide"),
+        ("text_config", "num_attention_heads", 0),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "num_hidden_layers", -1),
+        ("vision_config", "hidden_act", "none"),
+        ("text_config", "vocab_size", 1e30),
+    ],
+)
+def test_a_config_without_sense_is_one_sentence(section, field, value, tmp_path, capsys):
+    from diffalign import cli
+
+    folder = MODELS["pickscore"](tmp_path)["model"]
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    values[section][field] = value
+    file.write_text(json.dumps(values))
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "a.png")
+    (images / "a.txt").write_text("a red circle")
+    given = json.dumps({"pickscore": {"model": str(folder)}})
+    assert cli.run(["score", "--images", str(images), "--scorers", "pickscore", "--scorer_args", given]) == 2
+    said = capsys.readouterr().err
+    assert "pickscore" in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
+
+
+def senseless(values, generator):
+    """A JSON object with one or two of its fields, at any depth, set to something odd or left out."""
+    changed = json.loads(json.dumps(values, default=str))
+    odd = [0, -1, 1, 7, 10**9, 1e30, "x", None, [], {}, True, 0.5, "gelu"]
+    for _ in range(generator.randint(1, 2)):
+        place, name = changed, None
+        while isinstance(place, dict) and place and (name is None or generator.random() < 0.7):
+            parent, name = place, generator.choice(sorted(place))
+            place = parent[name]
+        if name is not None and generator.random() < 0.2:
+            del parent[name]
+        elif name is not None:
+            parent[name] = generator.choice(odd)
+    return changed
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_mutated_configurations_are_read_or_refused(name, tmp_path):
+    """60 per scorer, 600 in all: every one scores an image, or is one sentence."""
+    generator = random.Random(name)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    arguments = MODELS[name](whole)
+    refused = 0
+    for number in range(60):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        moved = {key: folder / value.relative_to(whole) if isinstance(value, Path) else value for key, value in arguments.items()}
+        files = [path for path in sorted(folder.rglob("*.json")) if path.stat().st_size < 50_000]
+        mappings = [key for key, value in moved.items() if isinstance(value, dict)]
+        chosen = generator.choice([*files, *mappings])
+        if isinstance(chosen, str):
+            moved[chosen] = senseless(moved[chosen], generator)
+        else:
+            chosen.write_text(json.dumps(senseless(json.loads(chosen.read_text()), generator)))
+        try:
+            load_scorer(name, **moved).score([Image.new("RGB", (40, 50), "red")], ["a red circle"])
+        except UserError:
+            refused += 1
+        shutil.rmtree(folder)
+    assert 5 < refused < 60
