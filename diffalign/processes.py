@@ -12,6 +12,22 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+_ENDED: list[Any] = []
+
+
+def end_training(accelerator: Any) -> None:
+    """`accelerator.end_training()`, safe while a trainer still holds its distributed network.
+
+    The network's reducer would otherwise hold the last reference to the process group. It would end the group's threads while it
+    holds the interpreter's lock, which these threads may need to end: with torch 2.8 a finished run was seen to hang so.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _ENDED.append(torch.distributed.group.WORLD)  # torch's own handle lets go of the lock first
+    accelerator.end_training()
+
+
 @dataclass
 class Processes:
     """This process among those of torchrun or accelerate; alone where there are none."""

@@ -163,6 +163,31 @@ def check_filled(module: Any, field: str, name: str) -> None:
         )
 
 
+def load_transformers(cls: Any, place: str | Path, field: str, what: str, **options: Any) -> Any:
+    """A network of transformers with all of its weights.
+
+    Args:
+        cls: the class, or one of transformers' Auto classes.
+        place: folder or Hub id.
+        field: how messages name the model.
+        what: what lacks weights, for the message.
+        **options: of `from_pretrained`.
+
+    Raises:
+        ConfigError: a file lacks weights. The library would draw them at random, with nothing but a table in its log.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    module, facts = cls.from_pretrained(place, output_loading_info=True, use_safetensors=True, **options)
+    lacking = sorted(facts.get("missing_keys", ()))
+    if lacking:
+        raise ConfigError(
+            field, f"{what} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: download them again"
+        )
+    return module
+
+
 def could_be_hub_id(name: str) -> bool:
     """Whether a name that is no local file or folder has the form ``user/name`` of a Hub id."""
     return not name.startswith((".", "/", "~")) and name.count("/") == 1

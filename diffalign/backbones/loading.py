@@ -16,7 +16,7 @@ import torch
 from .. import text_files
 from ..adapters import unwrapped
 from ..exceptions import ConfigError
-from ..weight_files import check_component, check_filled, could_be_hub_id, explained, loading_errors
+from ..weight_files import check_component, check_filled, could_be_hub_id, explained, load_transformers, loading_errors
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Loaded by plain pipelines for inference only; a training run has no use for them.
@@ -216,24 +216,14 @@ class ModelSource:
         if not issubclass(cls, torch.nn.Module):
             with self.explaining(name):
                 return cls.from_pretrained(self.location, **options)
-        options |= {"dtype": dtype, "variant": self._component_variant(name), "use_safetensors": True}
+        options |= {"dtype": dtype, "variant": self._component_variant(name)}
+        what = f"component {name} of {self.name!r}"
         with self.explaining(name):
             if self.from_transformers(name):
-                from transformers.utils import logging
-
-                logging.disable_progress_bar()
-                # Weights that a file lacks would be drawn at random, with nothing but a table in the log.
-                module, facts = cls.from_pretrained(self.location, output_loading_info=True, **options)
-                lacking = sorted(facts.get("missing_keys", ()))
-                if lacking:
-                    raise ConfigError(
-                        "model",
-                        f"component {name} of {self.name!r} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: download "
-                        "them again",
-                    )
+                module = load_transformers(cls, self.location, "model", what, **options)
             else:
-                module = cls.from_pretrained(self.location, **options)
-        check_filled(module, "model", f"component {name} of {self.name!r}")
+                module = cls.from_pretrained(self.location, use_safetensors=True, **options)
+        check_filled(module, "model", what)
         return module
 
     def _load_vae(self, cls: Any, subfolder: str | None, dtype: torch.dtype) -> Any:

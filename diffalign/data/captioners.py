@@ -7,9 +7,11 @@ each. An empty caption means that it could not say; the pair is then left out an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..exceptions import ConfigError, UserError
+from ..weight_files import check_component, explained, load_transformers, loading_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,9 +82,9 @@ class TransformersCaptioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.name, self.instruction, self.max_new_tokens = model, instruction, max_new_tokens
-        self.processor = _load(AutoProcessor, model, "--captioner")
+        self.processor = load_part(AutoProcessor, model, "--captioner")
         device, dtype = _placement(device, dtype)
-        self.model = _load(AutoModelForImageTextToText, model, "--captioner", dtype=dtype).to(device).eval()
+        self.model = load_part(AutoModelForImageTextToText, model, "--captioner", dtype=dtype).to(device).eval()
         self.asks = bool(getattr(self.processor, "chat_template", None))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
@@ -135,7 +137,6 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
     """
     import importlib
     import importlib.util
-    from pathlib import Path
 
     place, _, attribute = name.rpartition(":")
     try:
@@ -151,8 +152,12 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
         else:
             module = importlib.import_module(place)
         found = getattr(module, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{field}: cannot load {name!r} ({error}); name module:object, ./file.py:object or a model") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code does
+        raise UserError(
+            f"{field}: cannot load {name!r} ({type(error).__name__}: {error}); name module:object, ./file.py:object or a model"
+        ) from error
     found = found() if isinstance(found, type) else found
     if not callable(found):
         raise UserError(f"{field}: {name!r} is not callable")
@@ -166,9 +171,25 @@ def _placement(device: Any, dtype: Any) -> tuple[Any, Any]:
     return place, read_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
 
 
-def _load(cls: Any, model: str, field: str, **options: Any) -> Any:
-    options |= {"use_safetensors": True} if "Model" in cls.__name__ else {}
+def load_part(cls: Any, model: str, field: str, **options: Any) -> Any:
+    """A configuration, processor or tokenizer, or a network with its weights.
+
+    Args:
+        cls: of transformers.
+        model: folder or Hub id.
+        field: the option that names it.
+        **options: of `from_pretrained`.
+
+    Raises:
+        ConfigError: not there, damaged, incomplete, or of another kind.
+    """
     try:
+        if "Model" in cls.__name__:
+            if Path(model).is_dir():
+                check_component(Path(model), field)
+            return load_transformers(cls, model, field, repr(model), **options)
         return cls.from_pretrained(model, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{field}: cannot load {model!r} ({' '.join(str(error).split())[:200]})") from error
+    except UserError:
+        raise
+    except loading_errors() as error:
+        raise ConfigError(field, f"cannot load {model!r} ({explained(error)[:200]})") from error

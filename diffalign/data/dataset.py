@@ -48,7 +48,11 @@ class Group:
         Raises:
             UserError: an image cannot be decoded; names the row.
         """
-        return [self._or_name_row(image_cells.decode, image) for image in self.images]
+        return [self.open_image(place) for place in range(len(self.images))]
+
+    def open_image(self, place: int) -> Image.Image:
+        """One of `open_images`."""
+        return self._or_name_row(image_cells.decode, self.images[place])
 
     def image_hashes(self) -> list[str]:
         """sha256 of every image's encoded bytes, as hexadecimal digits."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..exceptions import ConfigError, UserError
-from .captioners import _load, _placement, load_callable
+from .captioners import _placement, load_callable, load_part
 
 LEVELS = ("weak", "medium", "strong")
 _COUNTS = {"weak": 1, "medium": 2, "strong": 4}
@@ -178,14 +178,14 @@ class TransformersPerturber:
         self.template = template or (DIPPER if "dipper" in model.lower() else "paraphrase: {text}")
         if "{text}" not in self.template:
             raise ConfigError("--perturber_template", "expected a text with {text} in it")
-        config = _load(AutoConfig, model, "--perturber")
+        config = load_part(AutoConfig, model, "--perturber")
         self.seq2seq = bool(config.is_encoder_decoder)
-        self.tokenizer = _load(AutoTokenizer, model, "--perturber", padding_side="right" if self.seq2seq else "left")
+        self.tokenizer = load_part(AutoTokenizer, model, "--perturber", padding_side="right" if self.seq2seq else "left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device, dtype = _placement(device, dtype)
         cls = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
-        self.model = _load(cls, model, "--perturber", dtype=dtype).to(device).eval()
+        self.model = load_part(cls, model, "--perturber", dtype=dtype).to(device).eval()
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """One paraphrase per text, sampled with top_p 0.75 as in the official script."""

@@ -166,20 +166,21 @@ def recaption(
     captioner_name, perturber_name = names or (_name(captioner), _name(perturber))
     places = {"c": (0, 1), "p": (), "h": (1,) if perturb == "rejected" else ()}[strategy]
     captions: dict[tuple[int, int], str] = {}
+    broken: dict[int, str] = {}
     if strategy != "p":
         assert captioner is not None
-        captions = _captions(dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size)
+        captions, broken = _captions(dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size)
     pairs: list[tuple[str, str]] = []
     for i, group in enumerate(dataset.as_kind("prompt")):  # prompts alone: no image is read for them
         base = group.prompts[0]
-        first = base if strategy == "p" else captions[i, 0]
-        second = captions.get((i, 1), first)
+        first = base if strategy == "p" else captions.get((i, 0), "")
+        second = captions.get((i, 1), "" if i in broken else first)
         pairs.append((first, second))
     if strategy != "c":
         assert perturber is not None
         changed = _perturbed([second for _, second in pairs], perturber, perturber_name, texts, batch_size)
         pairs = [(first, changed.get(second, "")) for first, second in pairs]
-    return _write(dataset, pairs, folder, strategy, max_empty_fraction)
+    return _write(dataset, pairs, broken, folder, strategy, max_empty_fraction)
 
 
 def _name(tool: Any) -> str:
@@ -220,10 +221,12 @@ class TextStore:
 
 def _captions(
     dataset: Any, sides: Sequence[int], captioner: Callable[..., Sequence[str]], name: str, texts: TextStore, batch_size: int
-) -> dict[tuple[int, int], str]:
-    """(group, image) -> caption; an image that occurs twice under one prompt is read once."""
+) -> tuple[dict[tuple[int, int], str], dict[int, str]]:
+    """(group, image) -> caption, and group -> why an image of it cannot be read; an image that occurs twice under one prompt is
+    read once."""
     keys: dict[tuple[int, int], str] = {}
     first: dict[str, tuple[int, int]] = {}
+    broken: dict[int, str] = {}
     for i in range(len(dataset)):
         group = dataset[i]
         for side, digest in enumerate(group.image_hashes()):
@@ -231,11 +234,20 @@ def _captions(
                 keys[i, side] = TextStore.key("caption", name, digest, group.prompts[0])
                 first.setdefault(keys[i, side], (i, side))
     for batch in _batches(list(first), texts, batch_size, "captioning"):
-        groups = [dataset[first[key][0]] for key in batch]
-        images = [group.open_images()[first[key][1]] for group, key in zip(groups, batch, strict=True)]
-        found = captioner(images, [group.prompts[0] for group in groups])
-        texts.add(batch, _checked(found, len(batch), "captioner", name))
-    return {place: texts.texts[key] for place, key in keys.items()}
+        good, images, prompts = [], [], []
+        for key in batch:
+            number, side = first[key]
+            group = dataset[number]
+            try:
+                images.append(group.open_image(side))
+            except UserError as error:
+                broken |= {i: str(error) for (i, _), other in keys.items() if other == key}
+                continue
+            good.append(key)
+            prompts.append(group.prompts[0])
+        if good:
+            texts.add(good, _checked(captioner(images, prompts), len(good), "captioner", name))
+    return {place: texts.texts[key] for place, key in keys.items() if key in texts.texts}, broken
 
 
 def _perturbed(
@@ -271,16 +283,24 @@ def _checked(found: Any, count: int, role: str, name: str) -> list[str]:
     return [" ".join((text or "").split()) for text in found]
 
 
-def _write(dataset: Any, pairs: Sequence[tuple[str, str]], folder: Path, strategy: str, max_empty_fraction: float) -> str:
+def _write(
+    dataset: Any,
+    pairs: Sequence[tuple[str, str]],
+    broken: dict[int, str],
+    folder: Path,
+    strategy: str,
+    max_empty_fraction: float,
+) -> str:
     from .inspect import canonical_row, write_canonical
 
     kept = [i for i, captions in enumerate(pairs) if all(captions)]
     empty = len(pairs) - len(kept)
     if empty > max_empty_fraction * len(pairs):
         groups = ", ".join(str(dataset[i].row_id) for i, captions in enumerate(pairs) if not all(captions))[:60]
+        pictures = f"; {len(broken)} have an image that cannot be read, e.g. {next(iter(broken.values()))}" if broken else ""
         raise UserError(
-            f"{empty} of {len(pairs)} pairs got no caption, or no changed one (rows {groups} ...); use another captioner or perturber, "
-            "or raise --max_empty_fraction"
+            f"{empty} of {len(pairs)} pairs got no caption, or no changed one (rows {groups} ...){pictures}; use another captioner or "
+            "perturber, or raise --max_empty_fraction"
         )
     total: Counter[str] = Counter(caption for i in kept for caption in set(pairs[i]))
 
@@ -294,5 +314,7 @@ def _write(dataset: Any, pairs: Sequence[tuple[str, str]], folder: Path, strateg
     same = sum(pairs[i][0] == pairs[i][1] for i in kept)
     lines = [f"{len(kept)} of {len(pairs)} pairs recaptioned (strategy {strategy}), {len(total)} different captions"]
     lines += [f"{empty} left out without a caption"] * (empty > 0)
+    if broken:
+        lines.append(f"{len(broken)} of these have an image that cannot be read, e.g. {next(iter(broken.values()))}")
     lines += [f"{same} have equal captions on both sides (no lesson beyond Diffusion-DPO's)"] * (same > 0)
     return "\n".join([*lines, f"wrote {folder / 'data'}"])

@@ -14,6 +14,7 @@ from ..drawn import Missing
 from ..exceptions import ConfigError, UserError
 from ..folders import claim_output_dir, save_image
 from ..ranges import count, finite, not_negative, seed, side, steps
+from ..weight_files import check_component, check_filled, explained, loading_errors
 from ..yaml_text import NotYaml, read_yaml_text
 
 if TYPE_CHECKING:
@@ -242,15 +243,7 @@ class _Work:
         pipe.set_progress_bar_config(disable=True)
         decoder = None
         if options.tiny_decoder:
-            from diffusers import AutoencoderTiny
-
-            try:
-                decoder = AutoencoderTiny.from_pretrained(options.tiny_decoder, dtype=pipe.vae.dtype, use_safetensors=True).to(
-                    device
-                )
-            except (OSError, ValueError, KeyError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"--tiny_decoder: {options.tiny_decoder!r} holds no AutoencoderTiny ({reason})") from error
+            decoder = _tiny_decoder(options.tiny_decoder, pipe.vae.dtype).to(device)
         own = options.kernel == "scheduler"
         steering = FKSteering(
             pipe,
@@ -304,6 +297,26 @@ class _Work:
             for k, image in enumerate(result.images[row]):
                 _save(image, folder / "images" / f"{name}-particle{k}.png")
             result.plot(row, folder / "lineage" / f"{name}.png")
+
+
+def _tiny_decoder(name: str, dtype: Any) -> Any:
+    """The `AutoencoderTiny` of a folder or Hub id.
+
+    Raises:
+        UserError: it is none, or it is damaged.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        if Path(name).is_dir():
+            check_component(Path(name), "--tiny_decoder")
+        module = AutoencoderTiny.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except UserError:
+        raise
+    except loading_errors() as error:
+        raise UserError(f"--tiny_decoder: {name!r} holds no AutoencoderTiny ({explained(error)[:200]})") from error
+    check_filled(module, "--tiny_decoder", repr(name))
+    return module
 
 
 def _arm_record(result: SteeringResult, judged: Mapping[str, Any]) -> dict[str, Any]:

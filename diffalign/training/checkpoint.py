@@ -84,6 +84,27 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(answer) for answer in answers.values())
 
 
+def check_archives(folder: Path, names: Iterable[str]) -> None:
+    """Compares the checksums in files of `torch.save` (optimizer, scheduler, random states), which torch itself does not.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    import zipfile
+
+    for name in names:
+        with (folder / name).open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                continue
+        try:
+            with zipfile.ZipFile(folder / name) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            damaged = str(error)
+        if damaged is not None:
+            raise UserError(f"{folder} is damaged: {name} has a wrong checksum ({damaged}); resume from an earlier checkpoint")
+
+
 def lora_state(network: Any) -> dict[str, Tensor]:
     """The adapter's weights, every key in peft's form (``...lora_A.weight``).
 
@@ -286,6 +307,7 @@ class CheckpointManager:
         """
         record = self.check(folder, force)
         try:
+            check_archives(folder, record["files"])
             self._check_random_state(folder, record["files"])
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
@@ -302,9 +324,7 @@ class CheckpointManager:
         return record["state"]
 
     def _check_random_state(self, folder: Path, files: dict[str, int]) -> None:
-        """Raises `UserError` for a damaged file: accelerate hides every error while it reads it, and torch compares no checksums."""
-        import zipfile
-
+        """Raises `UserError` for a damaged file: accelerate hides every error while it reads it."""
         from accelerate.utils.other import load
 
         name = f"random_states_{self.accelerator.process_index}.pkl"
@@ -312,9 +332,6 @@ class CheckpointManager:
             self.accelerator.print(f"{folder} has no random states of process {self.accelerator.process_index}; they start anew")
             return
         try:
-            with zipfile.ZipFile(folder / name) as file:
-                if file.testzip() is not None:
-                    raise ValueError("wrong checksum")
             if not {"random_state", "numpy_random_seed", "torch_manual_seed"} <= set(load(folder / name)):
                 raise ValueError("a state is missing")
         except Exception as error:

@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
         print(status(options.output_dir))
         return 0
     from ..config import load_run
+    from ..processes import end_training
     from .checkpoint import list_checkpoints
     from .feedback import find_votes, read_votes
     from .run import build_trainer
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         config.train.resume_from_checkpoint = "latest"
     trainer = build_trainer(config)
     output = trainer.train()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
     if output.waiting_for is None:
         print("done: no votes are wanted any more")
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from .loader import (
 )
 
 REFERENCE_FILE = "reference_errors.safetensors"
+REFERENCE_PARTS = ".reference_errors"
+"""What a run has computed of them so far; removed when the file is whole."""
+_BATCHES_PER_PART = 32
 
 
 def as_preferences(data: Any, config: DataConfig, kind: str, split: str, *, invert: bool = False) -> PreferenceDataset:
@@ -207,6 +211,7 @@ class ReferenceErrors:
 
     def __init__(self, data: DataPipeline, output_dir: Path, key: str) -> None:
         self.data, self.path, self.key = data, output_dir / REFERENCE_FILE, key
+        self.parts = output_dir / REFERENCE_PARTS
         self.table: dict[tuple[int, int], Tensor] = {}
 
     def fill(self, errors: Callable[[Batch], Tensor]) -> bool:
@@ -236,18 +241,26 @@ class ReferenceErrors:
         k = max(len(data.dataset[i].prompts) for i in range(count))
         ids = torch.tensor([data.dataset[i].row_id for i in range(count)])
         table = torch.zeros(count, draws, k, dtype=torch.float64)
-        size = data.args.per_device_train_batch_size
-        todo = [(d, i) for d in range(draws) for i in range(count)][accelerator.process_index :: accelerator.num_processes]
-        for start in tqdm(
-            range(0, len(todo), size), desc="reference errors", unit="batch", disable=not accelerator.is_main_process
-        ):
+        size, rank, world = data.args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
+        todo = [(d, i) for d in range(draws) for i in range(count)][rank::world]
+        # Batches are the same in every run with as many processes, so a killed run goes on with what it has.
+        folder = self.parts / f"{self.key}-{size}-{rank}-of-{world}"
+        try:
+            parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
+        except UserError:  # a damaged file is computed anew
+            shutil.rmtree(folder)
+            parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
+        for start in tqdm(range(0, len(todo), size), desc="reference errors", unit="batch", disable=rank > 0):
             chunk = todo[start : start + size]
-            values = errors(data.builder([data.reader[key] for key in chunk])).double().cpu()
-            for (draw, index), row in zip(chunk, values, strict=True):
+            if str(start) not in parts:
+                parts.add(str(start), {"errors": errors(data.builder([data.reader[key] for key in chunk])).double()})
+            for (draw, index), row in zip(chunk, parts[str(start)]["errors"], strict=True):
                 table[index, draw, : len(row)] = row
+        parts.flush()
         table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
         if accelerator.is_main_process:
             save_tensors({"row_ids": ids, "errors": table}, self.path, metadata={"key": self.key})
+            shutil.rmtree(self.parts, ignore_errors=True)
         return ids, table
 
     def _index(self, ids: Tensor, table: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import RunConfig
 from ..methods import trainer_class
+from ..processes import end_training
 
 
 def build_trainer(run: RunConfig):  # type: ignore[no-untyped-def]  # the class depends on the method
@@ -29,7 +30,7 @@ def train_run(run: RunConfig, dry_run: bool = False) -> int:
         trainer.dry_run()
         return 0
     output = trainer.train()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
     if output.interrupted_by is not None:
         trainer.accelerator.print(
             f"interrupted at step {output.global_step}: saved checkpoint-{output.global_step}; "

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import assert_same_tensors, brightness, lora_config, make_trainer, method_rows, trained_tensors
+from tiny import assert_same_tensors, brightness, lora_config, make_trainer, method_rows, pair_rows, trained_tensors
 
 from diffalign import TrainerCallback, ValidationConfig
 from diffalign.data.cache import TensorCache
@@ -95,15 +96,18 @@ def test_a_damaged_random_state_is_refused(content, tmp_path):
     file = tmp_path / "checkpoint-2/random_states_0.pkl"
     size = file.stat().st_size
     file.write_bytes((content * size)[:size] or b"\0" * size)
-    with pytest.raises(UserError, match="checkpoint-2 is damaged: the random state .* cannot be read"):
+    with pytest.raises(UserError, match="checkpoint-2 is damaged: .*random_state.* (cannot be read|has a wrong checksum)"):
         train(tmp_path, max_steps=3, resume_from_checkpoint="latest")
 
 
-def test_one_flipped_bit_of_the_random_state_is_found(tmp_path):
+@pytest.mark.parametrize("name", ["random_states_0.pkl", "optimizer.bin"])
+def test_one_flipped_bit_is_found(name, tmp_path):
     train(tmp_path, max_steps=1, save_steps=1)
-    file = tmp_path / "checkpoint-1/random_states_0.pkl"
+    file = tmp_path / "checkpoint-1" / name
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    data[largest.header_offset + 30 + len(largest.filename) + largest.file_size // 2] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match="is damaged"):
         train(tmp_path, max_steps=2, resume_from_checkpoint="latest")
@@ -278,6 +282,46 @@ def test_damaged_reference_errors_are_computed_anew(damage, tmp_path):
     cut = train(tmp_path / "cut", resume_from_checkpoint="latest", **fields)
     assert_same_tensors(trained_tensors(whole), trained_tensors(cut))
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_precomputing_goes_on_where_it_was_stopped(damage, tmp_path, monkeypatch):
+    from diffalign.training import prepare
+
+    monkeypatch.setattr(prepare, "_BATCHES_PER_PART", 2)
+    fields: dict[str, Any] = {"max_steps": 2, "precompute_ref_errors": True, "ref_error_draws": 2}
+    fields |= {"per_device_train_batch_size": 1, "rows": pair_rows(4)}
+    counts: list[int] = []
+
+    def run(folder: Path, stop: int | None = None) -> Any:
+        trainer, calls = make_trainer(folder, peft_config=lora_config(), **fields), [0]
+        errors = trainer.reference_errors
+
+        def counted(batch: Any) -> Any:
+            if calls[0] == stop:
+                raise KeyboardInterrupt
+            calls[0] += 1
+            return errors(batch)
+
+        trainer.reference_errors = counted
+        try:
+            trainer.train()
+        finally:
+            counts.append(calls[0])
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop=5)
+    parts = list((tmp_path / "cut").glob(".reference_errors/*/shard-*"))
+    assert len(parts) == 2
+    if damage:
+        parts[0].write_bytes(parts[0].read_bytes()[:20])
+    cut = run(tmp_path / "cut")
+    assert counts == [8, 5, 8 if damage else 4] and not (tmp_path / "cut/.reference_errors").exists()
+    assert_same_tensors(trained_tensors(whole), trained_tensors(cut))
+    name = "reference_errors.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_finished_runs_and_votes_are_never_started_over(tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import pair_rows
 
 from diffalign import cli, load_preferences
@@ -235,6 +238,76 @@ def test_the_command_with_models_and_own_code(models: Path, tmp_path: Path, caps
     assert captions(out)[0][0].startswith("own words on a ")
     arguments = [*common, "--strategy", "p", "--perturber", str(models / "gpt2"), "--max_empty_fraction", "1.0"]
     assert cli.run(arguments) == 0
+
+
+@pytest.mark.parametrize("strategy", ["c", "h"])
+def test_a_broken_image_costs_its_pair(strategy: str, tmp_path: Path) -> None:
+    """Its header is whole, its pixels are not; the row is named, the others are captioned."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rows = []
+    for i, row in enumerate(shapes_rows(12)):
+        for side in ("chosen", "rejected"):
+            row[side].save(folder / f"{i}-{side}.png")
+        rows.append({"prompt": row["prompt"], "chosen": f"{i}-chosen.png", "rejected": f"{i}-rejected.png"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("3-rejected.png", "5-chosen.png"):
+        file = folder / name
+        file.write_bytes(file.read_bytes()[:120])
+    data = load_preferences(folder, verbose=False, verify_images="header")
+    options = {"captioner": Numbered(), "perturber": upper, "batch_size": 4}
+    with pytest.raises(UserError, match="2 of 12 pairs got no caption.*2 have an image that cannot be read, e.g. dataset row"):
+        recaption(data, tmp_path / "out", strategy, **options)  # type: ignore[arg-type]
+    said = recaption(data, tmp_path / "out", strategy, max_empty_fraction=0.2, **options)  # type: ignore[arg-type]
+    assert "10 of 12 pairs recaptioned" in said and "2 of these have an image that cannot be read, e.g. dataset row" in said
+    left = [row["prompt"] for i, row in enumerate(rows) if i not in (3, 5)]
+    found = [row["prompt"] for row in load_dataset(str(tmp_path / "out" / "data"), split="train")]
+    assert found == left
+
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-40]),
+    "empty": lambda file: file.write_bytes(b""),
+    "web page": lambda file: file.write_text("<!DOCTYPE html><html></html>"),
+    "pointer": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+    "gone": lambda file: file.unlink(),
+    "lacking": lambda file: save_file(dict(list(load_file(file).items())[3:]), file, metadata={"format": "pt"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", ["blip", "llava", "dipper-tiny", "gpt2"])
+def test_a_damaged_model_is_one_sentence(damage: str, kind: str, models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(models / kind, folder)
+    DAMAGE[damage](folder / "model.safetensors")
+    make = TransformersCaptioner if kind in ("blip", "llava") else TransformersPerturber
+    with pytest.raises(UserError, match="^--(captioner|perturber): ") as caught:
+        make(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model_type": "none"}', '{"model_type": "gpt2", "n_head": 0}', '{"vocab_size": "x"}']
+)
+def test_a_senseless_model_config_is_one_sentence(text: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = str(convert(load_preferences(shapes_rows(), verbose=False), tmp_path / "pairs"))
+    common = ["data", "recaption", source, "--output_dir", str(tmp_path / "out")]
+    for option, strategy, kind in (("--captioner", "c", "blip"), ("--perturber", "p", "gpt2")):
+        folder = tmp_path / kind
+        shutil.copytree(models / kind, folder)
+        (folder / "config.json").write_text(text)
+        assert cli.run([*common, "--strategy", strategy, option, str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert option in said and "Traceback" not in said
+
+
+def test_own_code_that_fails_is_one_sentence(tmp_path: Path) -> None:
+    for number, code in enumerate(["def caption(:", "1 / 0", "import nothing_of_that_name", "x = 1"]):
+        file = tmp_path / f"mine{number}.py"
+        file.write_text(code)
+        with pytest.raises(UserError, match="--captioner: cannot load"):
+            make_captioner(f"{file}:caption", trust_remote_code=True)
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
