@@ -19,6 +19,7 @@ from .weight_files import (
     classify,
     could_be_hub_id,
     explained,
+    fetch_lora_file,
     find_lora_file,
     loading_errors,
     read_header,
@@ -93,23 +94,20 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: b
     if hasattr(network, "_orig_mod"):
         raise UserError(f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it afterwards")
     place = Path(weights).expanduser()
-    local = place.exists()
-    content = None
-    if local:
+    if place.exists():
         file = find_lora_file(place, role)
-        content = _checked_lora(file, role, refused)
     elif place.suffix == ".safetensors" or not could_be_hub_id(str(weights)):
         raise UserError(f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the form 'user/name'")
+    else:
+        file = fetch_lora_file(str(weights), role)
+    content = _checked_lora(file, role, refused)
     before = set(getattr(network, "peft_config", {}))
     try:
         with ExitStack() as stack:
-            folder, where = str(weights), {}
-            if local:
-                if content is not None and (content.compiled or (denoiser_only and content.text_encoders)):
-                    file = stack.enter_context(_rewritten(file, denoiser_only))
-                folder, where = str(file.parent), {"weight_name": file.name}
+            if content is not None and (content.compiled or (denoiser_only and content.text_encoders)):
+                file = stack.enter_context(_rewritten(file, denoiser_only))
             stack.enter_context(_quiet())
-            pipe.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **where)
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True)
         if name not in getattr(network, "peft_config", {}):
             raise UserError(f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model")
         _check_loaded(network, name, content, role, weights)

@@ -296,3 +296,32 @@ def find_lora_file(place: Path, role: str) -> Path:
     raise UserError(
         f"{role}: the folder {str(place)!r} holds several files ({', '.join(f.name for f in files[:4])}); name one of them"
     )
+
+
+def fetch_lora_file(name: str, role: str) -> Path:
+    """The LoRA's file of a Hub id, fetched once and kept in the Hub's own cache.
+
+    Raises:
+        UserError: no such repository, none or several safetensors files in it, or no connection.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    usual = "pytorch_lora_weights.safetensors"
+    try:
+        try:
+            return Path(hf_hub_download(name, usual))
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled):  # no connection: what the cache has
+            return find_lora_file(Path(snapshot_download(name, local_files_only=True)), role)
+        except EntryNotFoundError:
+            files = [file for file in HfApi().list_repo_files(name) if file.endswith(".safetensors") and "/" not in file]
+            if len(files) == 1:
+                return Path(hf_hub_download(name, files[0]))
+            held = f"several safetensors files ({', '.join(files[:4])})" if files else "no safetensors file"
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
+        raise UserError(
+            f"{role}: neither a local file or folder nor a LoRA on the Hub: {name!r} ({explained(error)[:200]})"
+        ) from error
+    raise UserError(f"{role}: {name!r} holds {held}; download the file of one LoRA and name it")

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -310,3 +319,94 @@ class TestTraining:
         again.unet = torch.compile(again.unet, backend="eager")
         make_trainer(tmp_path, model=again, max_steps=3, resume_from_checkpoint="latest").train()
         assert StableDiffusionPipeline.from_pretrained(tmp_path).unet is not None
+
+
+HUB = {
+    "ann/usual": [FILE, "other.safetensors"],
+    "ann/one": ["style.safetensors", "README.md"],
+    "ann/two": ["a.safetensors", "b.safetensors"],
+    "ann/none": ["README.md"],
+}
+
+
+@contextmanager
+def hub(files: dict[str, list[str]], content: bytes) -> Iterator[str]:
+    """The answers of a Hub that huggingface_hub asks for, on this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = urlsplit(self.path).path.strip("/").split("/")
+            if parts[:2] == ["api", "models"]:
+                names = files.get("/".join(parts[2:4]))
+                listing = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40} for name in names or []]
+                return self.answer(200 if names else 404, json.dumps(listing).encode(), "RepoNotFound")
+            there = files.get("/".join(parts[:2]))
+            if there is None or parts[-1] not in there:
+                return self.answer(404, b"", "RepoNotFound" if there is None else "EntryNotFound")
+            return self.answer(200, content)
+
+        do_HEAD = do_GET
+
+        def answer(self, status: int, body: bytes, error: str = "") -> None:
+            self.send_response(status)
+            headers = {"Content-Length": str(len(body)), "ETag": f'"{"1" * 40}"', "X-Repo-Commit": "2" * 40}
+            for name, value in {**headers, **({"X-Error-Code": error} if status == 404 else {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def sample(model: Path, lora: str, folder: Path, **environment: str) -> tuple[int, str]:
+    few = ["--prompt", "a cat", "--num_images", "1", "--num_inference_steps", "2", "--output_dir", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "diffalign", "sample", "--model", str(model), "--lora", lora, *few],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_DISABLE_XET": "1", **environment},
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_lora_of_the_hub_is_looked_at_like_a_file(model, tmp_path):
+    """Through the command, from a Hub on this machine, then from the cache alone."""
+    home = {"HF_HOME": str(tmp_path / "home")}
+    plain = peft_file(model, tmp_path / "plain").read_bytes()
+    with hub(HUB, plain) as address:
+        online = {**home, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+        for number, name in enumerate(("ann/usual", "ann/one")):
+            code, said = sample(model, name, tmp_path / f"out{number}", **online)
+            assert code == 0, said
+        code, said = sample(model, "ann/two", tmp_path / "two", **online)
+        assert code == 2 and "holds several safetensors files (a.safetensors, b.safetensors)" in said and "Traceback" not in said
+        code, said = sample(model, "ann/none", tmp_path / "none", **online)
+        assert code == 2 and "holds no safetensors file" in said
+        code, said = sample(model, "ann/nobody", tmp_path / "nobody", **online)
+        assert code == 2 and "nor a LoRA on the Hub: 'ann/nobody'" in said and "Traceback" not in said
+    for name in ("ann/usual", "ann/one"):
+        code, said = sample(model, name, tmp_path / f"cached-{name[-3:]}", **home, HF_HUB_OFFLINE="1")
+        assert code == 0, said
+    code, said = sample(model, "ann/two", tmp_path / "away", **home, HF_HUB_OFFLINE="1")
+    assert code == 2 and "nor a LoRA on the Hub" in said and "Traceback" not in said
+
+
+def test_a_lora_of_the_hub_that_cannot_be_used_is_refused_by_name(model, tmp_path):
+    loha = renamed(
+        peft_file(model, tmp_path / "plain"),
+        tmp_path / "loha.safetensors",
+        lambda name, value: (name.replace("lora_A.weight", "hada_w1_a"), value),
+    )
+    with hub(HUB, loha.read_bytes()) as address:
+        code, said = sample(
+            model, "ann/usual", tmp_path / "out", HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address, HF_HUB_OFFLINE="0"
+        )
+    assert code == 2 and "LoHa" in said and "Traceback" not in said
