@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,137 @@ def set_adapter_state(pipe: Any, state: Mapping[str, Mapping[str, float]]) -> No
         pipe.set_adapters(list(state), [dict(weights) for weights in state.values()])
 
 
+def fixed_adapters(network: Any) -> dict[str, str]:
+    """Active adapters whose effect is not proportional to their weight, and what they are: DoRA and other kinds than LoRA."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    kinds: dict[str, str] = {}
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+            for name in layer.active_adapters:
+                if name in layer.lora_variant:
+                    kinds[name] = "a DoRA" if "Dora" in type(layer.lora_variant[name]).__name__ else "a variant of LoRA"
+        elif isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not layer.disable_adapters:
+            trained = isinstance(layer, AuxiliaryTrainingWrapper)
+            for name in layer.active_adapters:
+                kinds[name] = "a whole layer" if trained else f"a {type(layer).__mro__[1].__name__.removesuffix('Layer')}"
+    return kinds
+
+
+def check_not_merged(network: Any, role: str) -> None:
+    """Raises `UserError` when adapters are fused into the weights and still there: peft then ignores every other adapter, in silence."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = sorted({name for layer in network.modules() if isinstance(layer, BaseTunerLayer) for name in layer.merged_adapters})
+    if merged:
+        raise UserError(
+            f"{role}: the adapter {merged[0]!r} is fused into the pipeline's weights, so that no other has an effect; call "
+            "pipe.unload_lora_weights() first, which keeps the fused weights"
+        )
+
+
+def plain_state(network: Any) -> dict[str, torch.Tensor]:
+    """The weights of a network without its adapters, under the names that they have without them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = [path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    state = {}
+    for name, value in network.state_dict().items():
+        path = next((path for path in wrapped if name.startswith(f"{path}.")), None)
+        if path is None:
+            state[name] = value
+        elif name.startswith(f"{path}.base_layer."):
+            state[f"{path}.{name.removeprefix(f'{path}.base_layer.')}"] = value
+    return state
+
+
+def strip_adapters(network: Any) -> Any:
+    """Takes all adapters off a network, in place, so that its weights have their plain names; returns it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            _unwrap(network, path, layer)
+    for name in _PEFT_ATTRIBUTES:
+        if name in vars(network):
+            delattr(network, name)
+    return network
+
+
+def _unwrap(network: Any, path: str, layer: Any) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(network.get_submodule(parent), child, layer.get_base_layer())
+
+
+_PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+
+
+@contextmanager
+def adapters_kept(pipe: Any) -> Iterator[None]:
+    """Adapters that the block adds to a pipeline's networks are gone afterwards, and the others are active and scaled as before.
+
+    Also after an exception. Layers that were wrapped for the block's adapters alone are unwrapped, so that weights have their names back.
+    """
+    snapshots = _snapshots(pipe)
+    try:
+        yield
+    finally:
+        for snapshot in snapshots:
+            snapshot.restore()
+
+
+def _snapshots(pipe: Any) -> list[_AdapterSnapshot]:
+    return [_AdapterSnapshot(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+class _AdapterSnapshot:
+    """Which adapters a network has, which are active, with what scale, and which of their parameters train."""
+
+    def __init__(self, network: Any) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.network = network
+        self.names = set(getattr(network, "peft_config", {}))
+        self.attributes = {name: vars(network).get(name) for name in _PEFT_ATTRIBUTES}
+        self.layers: list[tuple[Any, dict[str, Any]]] = []
+        self.trained: list[tuple[Any, bool]] = []
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                values = {"_active_adapter": layer._active_adapter, "_disable_adapters": layer._disable_adapters}
+                if isinstance(getattr(layer, "scaling", None), dict):
+                    values["scaling"] = dict(layer.scaling)
+                self.layers.append((layer, values))
+                self.trained += [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+
+    def restore(self) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        added = [name for name in getattr(self.network, "peft_config", {}) if name not in self.names]
+        own = {id(layer) for layer, _ in self.layers}
+        for path, layer in list(self.network.named_modules()):
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if id(layer) in own:
+                for name in added:
+                    layer.delete_adapter(name)
+            else:
+                _unwrap(self.network, path, layer)
+        for name in added:
+            self.network.peft_config.pop(name)
+        for name, value in self.attributes.items():
+            if value is not None:
+                setattr(self.network, name, value)
+            elif name in vars(self.network):
+                delattr(self.network, name)
+        for layer, values in self.layers:
+            for name, value in values.items():
+                setattr(layer, name, value)
+        for parameter, trains in self.trained:
+            parameter.requires_grad_(trains)
+
+
 def unwrapped(module: Any) -> Any:
     """The module that `torch.compile` wrapped, or the module itself."""
     return module._orig_mod if hasattr(module, "_orig_mod") else module
@@ -93,6 +224,7 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: b
     network = denoiser(pipe)
     if hasattr(network, "_orig_mod"):
         raise UserError(f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it afterwards")
+    check_not_merged(network, role)
     place = Path(weights).expanduser()
     if place.exists():
         file = find_lora_file(place, role)
@@ -101,22 +233,21 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: b
     else:
         file = fetch_lora_file(str(weights), role)
     content = _checked_lora(file, role, refused)
-    before = set(getattr(network, "peft_config", {}))
+    before = _snapshots(pipe)
     try:
         with ExitStack() as stack:
             if content is not None and (content.compiled or (denoiser_only and content.text_encoders)):
                 file = stack.enter_context(_rewritten(file, denoiser_only))
             stack.enter_context(_quiet())
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True)
-        if name not in getattr(network, "peft_config", {}):
-            raise UserError(f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model")
-        _check_loaded(network, name, content, role, weights)
-    except loading_errors() as error:
-        for component in pipe.components.values():
-            if name in getattr(component, "peft_config", {}) and name not in before:
-                with suppress(Exception):  # an adapter that is half there
-                    pipe.delete_adapters(name)
-                break
+            if name not in getattr(network, "peft_config", {}):
+                raise UserError(f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model")
+            _check_loaded(network, name, content, role, weights)
+    except BaseException as error:
+        for snapshot in before:
+            snapshot.restore()
+        if not isinstance(error, loading_errors()):
+            raise
         if isinstance(error, UserError):
             raise
         raise UserError(f"{role}: {str(weights)!r} holds no LoRA for this model ({explained(error)[:200]})") from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .exceptions import UserError
+from .exceptions import ConfigError, UserError
 
 # Positions, shared by all rows: their first dimension may equal the batch by accident.
 _SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
@@ -43,6 +45,37 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
     return first
 
 
+@dataclass(frozen=True)
+class CallRows:
+    """Which rows of the pipeline's own batch a network is called with.
+
+    Attributes:
+        total: rows of the batch.
+        index: (rows of the call,) int64, ascending.
+    """
+
+    total: int
+    index: Tensor
+
+
+_rows: ContextVar[CallRows | None] = ContextVar("rows of the network's call", default=None)
+
+
+def call_rows(rows: int) -> CallRows:
+    """The rows of the call that is running, of which the network sees `rows`: all, unless `Batches` took it apart."""
+    current = _rows.get()
+    return CallRows(rows, torch.arange(rows)) if current is None else current
+
+
+@contextmanager
+def _calling(total: int, index: Tensor) -> Iterator[None]:
+    token = _rows.set(CallRows(total, index))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
 class Batches:
     """How a network's forward is run: whole, in micro-batches, on distinct rows only; and what was run.
 
@@ -50,14 +83,15 @@ class Batches:
         rows (`int`): particles of the call; a batch holds a multiple of them (guidance doubles it).
         size (`int`, *optional*): largest micro-batch; None runs the batch whole.
         grouped (`int`): particles per group, whose text conditioning must be the same; 0 does not check.
+        whole: whether the network looks at the batch as a whole, as under perturbed-attention guidance; it then cannot be taken apart.
 
     Attributes:
         calls, computed: forward passes and rows of them.
         same_as: (rows,) int64 or None: the first row with an equal state, for `mode="prune"`.
     """
 
-    def __init__(self, rows: int, size: int | None = None, grouped: int = 0) -> None:
-        self.rows, self.size, self.grouped = rows, size, grouped
+    def __init__(self, rows: int, size: int | None = None, grouped: int = 0, whole: Callable[[], bool] = lambda: False) -> None:
+        self.rows, self.size, self.grouped, self.whole = rows, size, grouped, whole
         self.calls = self.computed = 0
         self.same_as: Tensor | None = None
 
@@ -76,20 +110,29 @@ class Batches:
             distinct, back = self._distinct(batch)
             if len(distinct) < batch:
                 args, kwargs = pick_rows(args, batch, distinct), pick_rows(kwargs, batch, distinct)
-                out = self._split(original, args, kwargs, len(distinct))
+                out = self._split(original, args, kwargs, batch, distinct)
                 return pick_rows(out, len(distinct), back)
-        return self._split(original, args, kwargs, batch)
+        return self._split(original, args, kwargs, batch, torch.arange(batch))
 
-    def _split(self, original: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
+    def _split(self, original: Callable[..., Any], args: Any, kwargs: Any, total: int, index: Tensor) -> Any:
+        """Runs the rows `index` of a batch of `total`, which are those in `args` and `kwargs`, in micro-batches."""
+        batch = len(index)
         size = self.size or batch
+        if size < batch and self.whole():
+            raise ConfigError(
+                "model_batch_size",
+                f"perturbed-attention guidance needs all {batch} rows in one forward pass, got {size}; leave it out",
+            )
         self.calls += -(-batch // size)
         self.computed += batch
-        if size >= batch:
-            return original(*args, **kwargs)
-        starts = range(0, batch, size)
-        slices = [slice(start, min(start + size, batch)) for start in starts]
-        parts = [original(*pick_rows(args, batch, part), **pick_rows(kwargs, batch, part)) for part in slices]
-        return join_rows(parts, [part.stop - part.start for part in slices])
+        parts, sizes = [], []
+        for start in range(0, batch, size):
+            part = slice(start, min(start + size, batch))
+            own = (args, kwargs) if size >= batch else (pick_rows(args, batch, part), pick_rows(kwargs, batch, part))
+            with _calling(total, index[part]):
+                parts.append(original(*own[0], **own[1]))
+            sizes.append(part.stop - part.start)
+        return parts[0] if len(parts) == 1 else join_rows(parts, sizes)
 
     def _distinct(self, batch: int) -> tuple[Tensor, Tensor]:
         """(rows to compute, for every row the place of its result among them), over all guidance copies."""

@@ -5,24 +5,41 @@ Diffusion-NPO (Wang et al. 2025, arXiv 2505.11245) and Self-NPO (Wang et al. 202
     eps       = eps_neg(x, c_neg) + g (eps_pos(x, c) - eps_neg(x, c_neg))
     theta_neg = theta + alpha (theta_pos - theta) + beta (theta_npo - theta)
 
-The two branches of classifier-free guidance run under different weights, on the same rows as ordinary guidance. The pipeline is unmodified: its network's forward is wrapped while guidance is on. With LoRAs one
-network serves both branches by switching adapters; with full weights a second network is merged once. alpha keeps both predictions correlated: at alpha 0 and large guidance the difference of two models
-adds noise.
+The two branches of classifier-free guidance run under different weights, on the same rows as ordinary guidance. The pipeline is
+unmodified: its network's forward is wrapped while guidance is on. With LoRAs one network serves both branches by switching adapters;
+with full weights a second network is merged once. alpha keeps both predictions correlated: at alpha 0 and large guidance the
+difference of two models adds noise.
+
+A pipeline puts its branches into one batch: the negative rows first, then the positive ones, then those of perturbed-attention
+guidance. Which row is which is known from its place in that batch, also when steering hands the batch on in parts. Passes of
+skip-layer and perturbed-attention guidance belong to the positive prompt and run under the positive weights.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import NETWORKS, active_adapters, adapter_state, load_lora, set_adapter_state
-from .batching import join_rows, pick_rows
+from .adapters import (
+    NETWORKS,
+    active_adapters,
+    adapters_kept,
+    check_not_merged,
+    fixed_adapters,
+    load_lora,
+    plain_state,
+    strip_adapters,
+)
+from .batching import call_rows, join_rows, pick_rows
 from .exceptions import ConfigError, UserError
 
 
@@ -57,7 +74,8 @@ class NegativeGuidance:
 
     Raises:
         ConfigError: alpha or beta is no number; outside [0, 1] is a warning.
-        UserError: a pipeline without classifier-free guidance, weights that do not fit, a LoRA beside full weights.
+        UserError: a pipeline without classifier-free guidance, weights that do not fit, a LoRA beside full weights, adapters on the
+            pipeline that cannot be scaled (see `_check_adapters`).
     """
 
     def __init__(self, pipe: Any, positive: Any = None, negative: Any = None, *, alpha: float = 1.0, beta: float = 1.0) -> None:
@@ -69,7 +87,12 @@ class NegativeGuidance:
         if negative is None:
             raise ConfigError("negative", "name a negative LoRA or network")
         self.network_name = next((n for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module)), "")
-        if not self.network_name or not hasattr(type(pipe), "do_classifier_free_guidance"):
+        if (
+            not self.network_name
+            or not hasattr(type(pipe), "do_classifier_free_guidance")
+            or not hasattr(pipe, "encode_prompt")
+            or "image_guidance_scale" in inspect.signature(type(pipe).__call__).parameters  # three branches
+        ):
             raise UserError(
                 f"pipe: {type(pipe).__name__} has no classifier-free guidance with two branches in one batch; use an SD, SDXL or SD3 pipeline"
             )
@@ -84,12 +107,14 @@ class NegativeGuidance:
             raise UserError(
                 "positive, negative: one is a LoRA and the other a network; merge the LoRA into a network first (diffalign merge)"
             )
-        if full[1] and active_adapters(self.network):
+        if full[1] and (active_adapters(self.network) or fixed_adapters(self.network)):
             raise UserError(
                 "negative: a network cannot be combined with LoRAs that are active on the pipeline; fuse them first (pipe.fuse_lora())"
             )
         self._branches: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
+        self._images: int | None = None
+        """Images of the call that is running: rows of each branch."""
 
     @property
     def network(self) -> Any:
@@ -102,88 +127,98 @@ class NegativeGuidance:
             return self.pipe(*args, **kwargs)
 
     def __enter__(self) -> NegativeGuidance:
-        if self._branches is not None:
+        if self._branches is not None or hasattr(vars(self.network).get("forward"), _MARK):
             raise UserError("negative guidance is on already; leave the first with-block before the next")
-        try:
-            self._branches = self._network_branches() if isinstance(self.negative, torch.nn.Module) else self._adapter_branches()
-            self._patch()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with ExitStack() as undo:
+            self._check_adapters()
+            if isinstance(self.negative, torch.nn.Module):
+                self._branches = self._network_branches()
+            else:
+                undo.enter_context(adapters_kept(self.pipe))
+                self._branches = self._adapter_branches()
+            undo.enter_context(_replaced(self.network, "forward", self._forward))
+            undo.enter_context(_replaced(self.pipe, "encode_prompt", _counting(self.pipe.encode_prompt, self)))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        while self._undo:
-            self._undo.pop()()
         self._branches = None
+        self._undo.close()
 
-    def _patch(self) -> None:
-        network = self.network
-        there, before = "forward" in vars(network), vars(network).get("forward")
+    def _check_adapters(self) -> None:
+        """Refuses adapters on the pipeline that cannot be taken apart.
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(args, kwargs)
+        Raises:
+            UserError: fused adapters that are still loaded; with alpha other than 1 a DoRA, whose effect is not proportional to its
+                weight; adapters of other kinds than LoRA.
+        """
+        check_not_merged(self.network, "negative")
+        for name, kind in fixed_adapters(self.network).items():
+            if kind != "a DoRA" or self.alpha != 1:
+                why = "is not proportional to its weight" if kind == "a DoRA" else "cannot be switched beside LoRAs"
+                raise UserError(
+                    f"negative: the adapter {name!r} on the pipeline is {kind}, whose effect {why}; fuse it first (pipe.fuse_lora(), "
+                    "pipe.unload_lora_weights())"
+                )
 
-        network.forward = forward
-        self._undo.append(lambda: setattr(network, "forward", before) if there else delattr(network, "forward"))
-
-    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Both halves of a guided batch under their own weights; a batch without guidance (scale at or below 1) is all positive."""
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's call, every row under the weights of its branch."""
         assert self._branches is not None
         negative, positive = self._branches
-        if not self.pipe.do_classifier_free_guidance:
+        if not self.pipe.do_classifier_free_guidance or kwargs.get("skip_layers") is not None:
             return positive(*args, **kwargs)
         first = next(x for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states")) if isinstance(x, Tensor))
-        rows = first.shape[0]
-        if rows % 2:
-            raise UserError(f"pipe: expected the two guidance branches in one batch, got {rows} rows")
-        halves = (slice(0, rows // 2), slice(rows // 2, rows))
-        parts = [
-            branch(*pick_rows(args, rows, half), **pick_rows(dict(kwargs), rows, half))
-            for branch, half in zip((negative, positive), halves, strict=True)
-        ]
-        return join_rows(parts, [rows // 2] * 2)
+        rows, call = first.shape[0], call_rows(first.shape[0])
+        perturbed = bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
+        branches = 3 if perturbed else 2
+        if len(call.index) != rows or call.total % branches or (self._images or 0) * branches not in (0, call.total):
+            raise UserError(
+                f"pipe: expected the {branches} guidance branches of {self._images} images in one batch, got {call.total} rows; "
+                f"{type(self.pipe).__name__} cannot be used with negative guidance"
+            )
+        first_positive = int((call.index < call.total // branches).sum())
+        if first_positive in (0, rows):
+            return (negative if first_positive else positive)(*args, **kwargs)
+        halves = (slice(0, first_positive), slice(first_positive, rows))
+        if perturbed:  # its attention layers divide the whole batch
+            outs = [branch(*args, **kwargs) for branch in (negative, positive)]
+            parts = [pick_rows(out, rows, half) for out, half in zip(outs, halves, strict=True)]
+        else:
+            parts = [
+                branch(*pick_rows(args, rows, half), **pick_rows(dict(kwargs), rows, half))
+                for branch, half in zip((negative, positive), halves, strict=True)
+            ]
+        return join_rows(parts, [half.stop - half.start for half in halves])
 
     def _network_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """A second network with the merged weights, and the pipeline's own or the positive one."""
-        base = self.network
-        positive = base if self.positive is None else self.positive
-        merged = copy.deepcopy(base)
-        state, pos, npo = base.state_dict(), positive.state_dict(), self.negative.state_dict()
+        merged = strip_adapters(copy.deepcopy(self.network))
+        base = merged.state_dict()
+        positive = base if self.positive is None else plain_state(self.positive)
+        npo = plain_state(self.negative)
         merged.load_state_dict(
             {
-                n: negative_weights(w, pos[n], npo[n], self.alpha, self.beta) if w.is_floating_point() else w
-                for n, w in state.items()
+                name: negative_weights(weight, positive[name], npo[name], self.alpha, self.beta)
+                if weight.is_floating_point()
+                else weight
+                for name, weight in base.items()
             }
         )
-        own = positive.forward  # before it is wrapped
+        own = (self.network if self.positive is None else self.positive).forward  # before it is wrapped
         return merged.forward, own
 
     def _adapter_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """One network, its adapters switched before each half."""
         network = self.network
-        mine: list[str] = []
-        before, state = active_adapters(network), adapter_state(self.pipe)
-        pos = dict(before)
-
-        def put_back() -> None:
-            present = [name for name in mine if name in getattr(network, "peft_config", {})]
-            if present:
-                self.pipe.delete_adapters(present)
-            if before:
-                set_adapter_state(self.pipe, state)
-
-        self._undo.append(put_back)
+        pos = active_adapters(network)
         for role, weights in (("positive", self.positive), ("negative", self.negative)):
-            if weights is None:
-                continue
-            name = f"guidance_{role}"
-            mine.append(name)
-            load_lora(self.pipe, weights, name, role, denoiser_only=True, refused=("DoRA",))
-            if role == "positive":
-                pos[name] = 1.0
+            if weights is not None:
+                load_lora(self.pipe, weights, f"guidance_{role}", role, denoiser_only=True, refused=("DoRA",))
         neg = {name: self.alpha * scale for name, scale in pos.items()}
+        if self.positive is not None:
+            pos["guidance_positive"], neg["guidance_positive"] = 1.0, self.alpha
         neg["guidance_negative"] = self.beta
+        network.enable_lora()
         own = network.forward
 
         def branch(adapters: Mapping[str, float]) -> Callable[..., Any]:
@@ -196,6 +231,41 @@ class NegativeGuidance:
             return forward
 
         return branch(neg), branch(pos)
+
+
+_MARK = "_negative_guidance"
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """`function` in place of an object's method, which is as before afterwards."""
+    there, before = name in vars(owner), vars(owner).get(name)
+
+    @functools.wraps(getattr(owner, name))
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    setattr(stand_in, _MARK, True)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        if there:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _counting(encode: Callable[..., Any], guidance: NegativeGuidance) -> Callable[..., Any]:
+    """A pipeline's `encode_prompt` that tells the guidance how many images the call draws."""
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        encoded = encode(*args, **kwargs)
+        embeddings = encoded[0] if isinstance(encoded, tuple) else encoded
+        guidance._images = len(embeddings)
+        return encoded
+
+    return encode_prompt
 
 
 def load_negative(pipe: Any, source: str) -> Any:
@@ -215,7 +285,7 @@ def check_same_network(base: Any, other: Any, role: str) -> None:
     """
     if type(base).__name__ != type(other).__name__:
         raise UserError(f"{role}: a {type(other).__name__} cannot be combined with this pipeline's {type(base).__name__}")
-    check_same_states(base.state_dict(), other.state_dict(), role, "the pipeline's")
+    check_same_states(plain_state(base), plain_state(other), role, "the pipeline's")
 
 
 def check_same_states(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], role: str, whose: str) -> None:

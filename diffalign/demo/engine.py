@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..adapters import denoiser, load_lora
+from ..adapters import adapter_state, denoiser, load_lora
 from ..drawn import Missing
 from ..evaluation.models import ModelSpec, default_settings, load_for_scoring
 from ..evaluation.sampling import generate
@@ -82,6 +82,8 @@ class Engine:
         self.limits = limits or Limits()
         self.models = {model.name: model for model in models}
         self._pipes: dict[Any, Any] = {}
+        self._own: dict[int, dict[str, dict[str, float]]] = {}
+        """Adapters that a pipeline came with, and their weights."""
         self._lock = threading.Lock()
         for i, model in enumerate(models):
             key = model.model if isinstance(model.model, str) else id(model.model)
@@ -89,6 +91,7 @@ class Engine:
                 pipe = load_for_scoring(model.model, device=device, dtype=dtype) if isinstance(model.model, str) else model.model
                 pipe.set_progress_bar_config(disable=True)
                 self._pipes[key] = pipe
+                self._own[id(pipe)] = adapter_state(pipe)
             if model.lora is not None:
                 load_lora(self._pipes[key], model.lora, f"model_{i}", model.name)
         self._adapters = {model.name: f"model_{i}" for i, model in enumerate(models) if model.lora is not None}
@@ -181,11 +184,16 @@ class Engine:
         return image
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
-        mine = [adapter for other, adapter in self._adapters.items() if self.pipe(other) is pipe]
+        """Makes the model's own LoRA active, beside those that the pipeline came with."""
+        if not any(self.pipe(other) is pipe for other in self._adapters):
+            return
+        wanted: dict[str, Any] = {adapter: dict(weights) for adapter, weights in self._own[id(pipe)].items()}
         if name in self._adapters:
+            wanted[self._adapters[name]] = scale
+        if wanted:
             pipe.enable_lora()
-            pipe.set_adapters(self._adapters[name], scale)
-        elif mine:
+            pipe.set_adapters(list(wanted), list(wanted.values()))
+        else:
             pipe.disable_lora()
 
     def score(self, images: Sequence[Image.Image], prompt: str) -> dict[str, list[float | None]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import adapter_state, denoiser, load_lora, set_adapter_state
+from ..adapters import adapter_state, adapters_kept, denoiser, load_lora
 from ..backbones.loading import ModelSource, module_hash
 from ..config import suggestion
 from ..exceptions import ConfigError, UserError
@@ -237,13 +237,11 @@ def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None
     """A LoRA on the pipeline while the block runs, beside those that are active on it."""
     before = adapter_state(pipe)
     name = "diffalign_compared"
-    load_lora(pipe, weights, name, role)
-    try:
+    with adapters_kept(pipe):
+        load_lora(pipe, weights, name, role)
         pipe.set_adapters([*before, name], [*(dict(weights) for weights in before.values()), scale])
+        pipe.enable_lora()
         yield
-    finally:
-        pipe.delete_adapters(name)
-        set_adapter_state(pipe, before)
 
 
 @contextmanager

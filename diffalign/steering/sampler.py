@@ -238,7 +238,8 @@ class FKSteering:
         """One call of the pipeline."""
         started = time.perf_counter()
         groups, k = len(texts), self.num_particles
-        models = Batches(groups * k, self.model_batch_size, grouped=k)
+        perturbed = lambda: bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))  # noqa: E731
+        models = Batches(groups * k, self.model_batch_size, grouped=k, whole=perturbed)
         decodes = Batches(groups * k, self.decode_batch_size)
         decoder = LatentDecoder(
             self.pipe, self.decoder, self.decode_batch_size or 8, pipe_kwargs.get("height"), pipe_kwargs.get("width")
