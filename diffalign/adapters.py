@@ -169,14 +169,13 @@ class _AdapterSnapshot:
         self.names = set(getattr(network, "peft_config", {}))
         self.attributes = {name: vars(network).get(name) for name in _PEFT_ATTRIBUTES}
         self.layers: list[tuple[Any, dict[str, Any]]] = []
-        self.trained: list[tuple[Any, bool]] = []
+        self.trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
         for layer in network.modules():
             if isinstance(layer, BaseTunerLayer):
                 values = {"_active_adapter": layer._active_adapter, "_disable_adapters": layer._disable_adapters}
                 if isinstance(getattr(layer, "scaling", None), dict):
                     values["scaling"] = dict(layer.scaling)
                 self.layers.append((layer, values))
-                self.trained += [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
 
     def restore(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
+from peft import LoHaConfig, LoKrConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tiny import all_tensors, build_pipeline, lora_config, make_trainer, pair_rows
 
-from diffalign import NegativeGuidance, cli
+from diffalign import FKSteering, NegativeGuidance, cli
+from diffalign.adapters import load_lora
 from diffalign.exceptions import ConfigError, UserError
 from diffalign.guidance import guided, load_network, negative_weights
 
@@ -262,3 +266,144 @@ def test_the_sample_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert cli.run([*arguments[:-1], str(tmp_path / "same"), "--output_dir", str(tmp_path / "full")]) == 0
     base, tuned = (Image.open(next((tmp_path / "full").glob(f"*-{side}.png"))) for side in ("base", "tuned"))
     assert np.abs(np.asarray(base, float) - np.asarray(tuned, float)).max() <= 1  # the base against itself: ordinary guidance
+
+
+def shake_adapters(network: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def adapters_of(pipe: Any) -> dict[str, Any]:
+    """Names of weights, adapters, scales, what is active and what trains."""
+    network, facts = getattr(pipe, name_of(pipe)), {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            facts[name] = (layer.active_adapters, layer.disable_adapters, dict(layer.scaling), sorted(layer.lora_A))
+    trains = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    return {"names": list(network.state_dict()), "layers": facts, "trains": trains, "attributes": sorted(vars(network))}
+
+
+@pytest.mark.parametrize("carried", ["nothing", "active", "two", "disabled", "pattern"])
+@pytest.mark.parametrize("ends", ["well", "inside", "before"])
+def test_adapters_names_and_scales_are_as_before(carried: str, ends: str, loras: dict[str, Path], tmp_path: Path) -> None:
+    pipe = build_pipeline("sd")
+    if carried == "pattern":
+        config = lora_config(r=4, alpha=6, alpha_pattern={"to_q": 11}, target_modules=["to_q", "to_v"])
+        pipe.unet.add_adapter(config, "mine")
+        shake_adapters(pipe.unet)
+    elif carried != "nothing":
+        pipe.load_lora_weights(str(loras["pos"]), adapter_name="mine")
+        pipe.set_adapters(["mine"], [0.3])
+    if carried == "two":
+        pipe.load_lora_weights(str(loras["npo"]), adapter_name="other")
+        pipe.set_adapters(["mine", "other"], [0.1, 0.7])
+    if carried == "disabled":
+        pipe.disable_lora()
+    before, plain = adapters_of(pipe), draw(pipe)
+    guidance = NegativeGuidance(pipe, negative=loras["npo"] if ends != "before" else tmp_path / "none")
+    if ends == "well":
+        assert np.abs(draw_with(guidance) - plain).max() > 1e-5
+    elif ends == "inside":
+        with pytest.raises(ValueError), guidance:
+            pipe(PROMPT, num_inference_steps=2, callback_on_step_end=lambda *_: int("no number"))
+    else:
+        with pytest.raises(UserError), guidance:
+            pass
+    assert adapters_of(pipe) == before
+    np.testing.assert_array_equal(draw(pipe), plain)
+    if carried in ("nothing", "disabled"):  # full weights afterwards, on the same pipeline
+        draw_with(NegativeGuidance(pipe, negative=shaken(build_pipeline("sd"), 3)))
+
+
+def test_a_disabled_lora_has_no_part(loras: dict[str, Path]) -> None:
+    pipe = build_pipeline("sd")
+    expected = draw_with(NegativeGuidance(pipe, negative=loras["npo"]))
+    pipe.load_lora_weights(str(loras["pos"]), adapter_name="mine")
+    pipe.disable_lora()
+    np.testing.assert_allclose(draw_with(NegativeGuidance(pipe, negative=loras["npo"])), expected, rtol=0, atol=1e-6)
+
+
+def test_fused_adapters_that_are_still_loaded_are_refused(loras: dict[str, Path]) -> None:
+    """peft would ignore the negative LoRA in silence."""
+    pipe = build_pipeline("sd")
+    pipe.load_lora_weights(str(loras["pos"]), adapter_name="mine")
+    pipe.fuse_lora()
+    guidance = NegativeGuidance(pipe, negative=loras["npo"])
+    with pytest.raises(UserError, match="'mine' is fused into the pipeline's weights.*unload_lora_weights"), guidance:
+        pass
+    with pytest.raises(UserError, match="'mine' is fused"):
+        load_lora(pipe, loras["npo"], "more", "--lora")
+    pipe.unload_lora_weights()
+    assert np.abs(draw_with(guidance) - draw(pipe)).max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_other_kinds_of_adapters_are_refused(kind: str, loras: dict[str, Path]) -> None:
+    pipe = build_pipeline("sd")
+    config = {"LoHa": LoHaConfig, "LoKr": LoKrConfig}[kind](r=2, target_modules=["to_q"], init_weights=False)
+    pipe.unet.add_adapter(config, "mine")
+    with (
+        pytest.raises(UserError, match=f"'mine' on the pipeline is a {kind}.*fuse it first"),
+        NegativeGuidance(pipe, negative=loras["npo"]),
+    ):
+        pass
+    with pytest.raises(UserError, match="cannot be combined with LoRAs that are active"):
+        NegativeGuidance(pipe, negative=shaken(build_pipeline("sd"), 1))
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_perturbed_attention_runs_under_the_positive_weights(size: int | None) -> None:
+    """Three branches in one batch, whose attention layers divide it: against one pass per branch by hand."""
+    parts = build_pipeline("sd")
+    pipe = StableDiffusionPAGPipeline(**parts.components, pag_applied_layers="mid")
+    pipe.set_progress_bar_config(disable=True)
+    npo = shaken(pipe, 2)
+    call = {"num_inference_steps": 2, "guidance_scale": 5.0, "pag_scale": 3.0, "height": 32, "width": 32}
+    if size is not None:
+        steering = FKSteering(
+            pipe,
+            lambda images, prompts: [0.0] * len(images),
+            num_particles=2,
+            resample_steps=(),
+            lmbda=1.0,
+            model_batch_size=size,
+        )
+        with pytest.raises(ConfigError, match="model_batch_size: perturbed-attention guidance needs all 6 rows"):
+            steering(PROMPT, seed=0, **call)
+        return
+    negative, base = copy.deepcopy(npo), pipe.unet
+    expected = []
+    for seed in (0, 1):
+        pipe.scheduler.set_timesteps(2)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        pos, neg = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        plain = base.attn_processors
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                text, empty = base(latents, t, pos)[0], negative(latents, t, neg)[0]
+                pipe._set_pag_attn_processor(pag_applied_layers=["mid"], do_classifier_free_guidance=False)
+                perturbed = base(torch.cat([latents] * 2), t, torch.cat([pos] * 2))[0][1:]
+                base.set_attn_processor(dict(plain))
+                output = empty + 5.0 * (text - empty) + 3.0 * (text - perturbed)
+                latents = pipe.scheduler.step(output, t, latents)[0]
+        expected.append(latents)
+    with NegativeGuidance(pipe, negative=npo):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        found = pipe([PROMPT] * 2, generator=generators, output_type="latent", **call).images
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_that_calls_its_network_once_per_branch_is_refused() -> None:
+    class Separate(StableDiffusionPipeline):
+        def __call__(self, prompt: str) -> Any:  # as Chroma, Z-Image and Wan do
+            self._guidance_scale = 5.0
+            positive, negative = self.encode_prompt([prompt] * 2, "cpu", 1, True)
+            return [self.unet(torch.randn(2, 4, 16, 16), 5, part)[0] for part in (negative, positive)]
+
+    parts = build_pipeline("sd")
+    pipe = Separate(**parts.components, requires_safety_checker=False)
+    with pytest.raises(UserError, match="expected the 2 guidance branches of 2 images in one batch, got 2 rows; Separate cannot"):
+        NegativeGuidance(pipe, negative=shaken(pipe, 1))(PROMPT)
