@@ -187,11 +187,19 @@ class LoraSection:
     """Weight-decomposed LoRA."""
     use_rslora: bool = False
     """Rank-stabilised scaling alpha / sqrt(r)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for layers whose names match, e.g. `{to_q: 8}`."""
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    """Other alphas for layers whose names match."""
 
     def __post_init__(self) -> None:
         count(1, 65_536).check("r", self.r)
         if self.alpha is not None:
             count().check("alpha", self.alpha)
+        for name, rank in self.rank_pattern.items():
+            count(1, 65_536).check(f"rank_pattern.{name}", rank)
+        for name, alpha in self.alpha_pattern.items():
+            count().check(f"alpha_pattern.{name}", alpha)
         _check_targets(self.target_modules)
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"expected float in [0, 1), got {self.dropout}")
@@ -209,6 +217,8 @@ class LoraSection:
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
         )
 
 
@@ -308,6 +318,8 @@ class RunConfig:
     """Weights variant, e.g. `fp16`."""
     vae: str | None = None
     """A different autoencoder (Hub id or folder), e.g. the fp16-safe one of SDXL."""
+    ref_model: str | None = None
+    """Another reference model than the starting weights (Hub id or folder), of the same family, prediction type and schedule."""
     lora: LoraSection | None = None
     validation: ValidationConfig | None = None
     hub: HubConfig | None = None
@@ -315,7 +327,20 @@ class RunConfig:
     """Who judges, for methods that sample while they learn: a panel, `{rewards: ..., combine: ...}`, or its rewards alone."""
 
 
-_TOP_LEVEL = ("method", "model", "revision", "variant", "vae", "lora", "data", "train", "validation", "hub", "rewards")
+_TOP_LEVEL = (
+    "method",
+    "model",
+    "revision",
+    "variant",
+    "vae",
+    "ref_model",
+    "lora",
+    "data",
+    "train",
+    "validation",
+    "hub",
+    "rewards",
+)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -393,7 +418,7 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
         "validation": lambda v: build_section(ValidationConfig, v, "validation"),
         "hub": lambda v: build_section(HubConfig, v, "hub"),
         "rewards": panel_section,
-        **{name: lambda v, name=name: coerce(v, str, name) for name in ("revision", "variant", "vae")},  # type: ignore[misc]
+        **{name: lambda v, name=name: coerce(v, str, name) for name in ("revision", "variant", "vae", "ref_model")},  # type: ignore[misc]
     }
     return RunConfig(
         method=method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -22,12 +23,14 @@ class Backbone:
         network_name: the pipeline component that is trained, ``unet`` or ``transformer``.
         text_encoder_names: components that encode prompts.
         lora_targets: default LoRA target modules.
+        upcast_vae: precisions of a run in which the autoencoder runs in float32, unless its config has `force_upcast: false`.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
     network_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: ClassVar[list[str]] = ATTENTION_TARGETS
+    upcast_vae: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
@@ -48,15 +51,15 @@ class Backbone:
     def component(self, name: str) -> Any:
         """A component, loaded and placed on first use; modules come frozen and in evaluation mode."""
         if name not in self._loaded:
-            component = self.source.load(name, self._component_dtype(name))
+            component = self.source.load(name, self.component_dtype(name))
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval().to(self.device)
             self._loaded[name] = component
         return self._loaded[name]
 
-    def _component_dtype(self, name: str) -> torch.dtype:
-        # SDXL's VAE overflows in float16 and says so in its config.
-        if name == "vae" and self.dtype == torch.float16 and self.source.component_config("vae").get("force_upcast", True):
+    def component_dtype(self, name: str) -> torch.dtype:
+        """The precision in which a component runs."""
+        if name == "vae" and self.dtype in self.upcast_vae and self.source.component_config("vae").get("force_upcast", True):
             return torch.float32
         return self.dtype
 
@@ -89,6 +92,8 @@ class Backbone:
         components[self.network_name] = network if network is not None else self._loaded.get(self.network_name)
         # A pipeline's sampler keeps state while it runs; the process of the run must not see it.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
+        if with_vae and components["vae"].dtype != self.dtype:
+            components["vae"] = _reading_any_precision(components["vae"])
         return self._assemble(components)
 
     def _assemble(self, components: dict[str, Any]) -> Any:
@@ -167,3 +172,14 @@ class Backbone:
             **{f"{self.network_name}_lora_layers": state},
             **_collate_lora_metadata({self.network_name: network}),
         )
+
+
+def _reading_any_precision(vae: Any) -> Any:
+    """The autoencoder for a pipeline of another precision: its `decode` casts, which pipelines leave out."""
+    cast = copy.copy(vae)  # of the same weights
+
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return vae.decode(z.to(vae.dtype), *args, **kwargs)
+
+    cast.decode = decode
+    return cast

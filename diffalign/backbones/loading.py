@@ -262,7 +262,7 @@ class ModelSource:
         digest = hashlib.sha256()
         for name in names:
             if name == "vae" and self.vae is not None:
-                digest.update(str(self.vae).encode() if isinstance(self.vae, (str, Path)) else module_hash(self.vae).encode())
+                digest.update(self._vae_identity().encode())
             elif self.pipe is not None:
                 component = getattr(self.pipe, name)
                 is_module = isinstance(component, torch.nn.Module)
@@ -271,6 +271,8 @@ class ModelSource:
                 folder = Path(self.location) / name
                 for path in sorted(p for p in folder.rglob("*") if p.is_file()):
                     digest.update(f"{name}/{path.name}:{_sampled_hash(path)}".encode())
+                if self.variant is not None:
+                    digest.update(f"variant {self.variant}".encode())
             else:
                 from huggingface_hub import hf_hub_download
 
@@ -278,3 +280,11 @@ class ModelSource:
                 snapshot = Path(hf_hub_download(self.name, "model_index.json", revision=self.revision)).parent.name
                 digest.update(f"{self.name}@{snapshot}/{name}:{self.variant}".encode())
         return digest.hexdigest()[:16]
+
+    def _vae_identity(self) -> str:
+        """What identifies the autoencoder that replaces the pipeline's own: content, or the name of one on the Hub."""
+        if not isinstance(self.vae, (str, Path)):
+            return module_hash(self.vae)
+        folder = Path(self.vae)
+        files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+        return str([f"{path.name}:{_sampled_hash(path)}" for path in files] or str(self.vae))

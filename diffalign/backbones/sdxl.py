@@ -14,6 +14,7 @@ from .base import Backbone
 class StableDiffusionXLBackbone(Backbone):
     pipeline_classes = ("StableDiffusionXLPipeline",)
     text_encoder_names = ("text_encoder", "text_encoder_2")
+    upcast_vae = (torch.float16, torch.bfloat16)  # it overflows in float16, and the official script keeps float32 in bf16
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

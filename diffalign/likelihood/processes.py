@@ -43,6 +43,7 @@ class NoisingProcess(Protocol):
     """What the core asks of a process."""
 
     prediction_type: str
+    num_timesteps: int
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]: ...
     def model_times(self, times: Tensor) -> Tensor: ...

@@ -30,6 +30,7 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 _TEMPORARY = ".tmp-checkpoint-"
 STATE_FILE = "trainer_state.json"
 DONE_FILE = "done.json"
+_LATER_FACTS = ("lora_form", "reference", "autoencoder", "precision")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMA_FILE = "ema.safetensors"
 
@@ -363,7 +364,8 @@ class CheckpointManager:
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise UserError(f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint")
-        different = [k for k in self.identity if self.identity[k] != identity.get(k)]
+        # A checkpoint of an earlier version does not know the later facts.
+        different = [k for k in self.identity if self.identity[k] != identity.get(k) and (k in identity or k not in _LATER_FACTS)]
         if different and not force:
             details = "; ".join(f"{k} is {self.identity[k]!r}, there {identity.get(k)!r}" for k in different)
             raise UserError(f"{folder} belongs to another run ({details}); use the same settings, or --train.force_resume true")

@@ -44,6 +44,25 @@ _DRAW_FIELDS = (
 )
 
 
+_LORA_FORM = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+"""What else of a `LoraConfig` decides what its weights mean."""
+
+
+def _plain(value: Any) -> Any:
+    """A value of a `LoraConfig` as JSON gives it back; None for what is empty or off."""
+    if isinstance(value, (set, tuple, list)):
+        value = sorted(map(str, value))
+    return json.loads(json.dumps(value, default=str)) or None
+
+
 def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -55,15 +74,20 @@ def draw_settings(args: TrainingConfig) -> dict[str, Any]:
 
 def run_identity(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint must share with a run to be resumed by it."""
-    lora, config = None, trainer.peft_config
+    lora, form, config = None, None, trainer.peft_config
     if config is not None:
         targets = str(sorted(config.target_modules or trainer.backbone.lora_targets))
         lora = {"r": config.r, "alpha": config.lora_alpha, "targets": targets}
+        form = {name: _plain(getattr(config, name, None)) for name in _LORA_FORM}
     return {
         "method": trainer._name,
         "model": trainer.model_fingerprint,
         "dataset": trainer.train_dataset.fingerprint,
         "lora": lora,
+        "lora_form": form,
+        "reference": trainer.ref_fingerprint,
+        "autoencoder": trainer.backbone.source.fingerprint("vae"),
+        "precision": trainer.args.mixed_precision,
         "seed": trainer.args.seed,
         # With buckets the order of the data depends on it.
         "bucketed_batch": trainer.args.per_device_train_batch_size if trainer.data_config.aspect_ratio_buckets else None,
@@ -184,6 +208,8 @@ def run_values(trainer: Trainer) -> dict[str, Any]:
     method = next((name for name in METHODS if trainer_class(name) is type(trainer)), type(trainer).__name__)
     values: dict[str, Any] = {"method": method, "model": trainer.backbone.source.name}
     values |= {name: value for name, value in trainer.model_options.items() if value is not None}
+    if trainer.ref_backbone is not None and trainer.ref_backbone.source.pipe is None:
+        values["ref_model"] = trainer.ref_backbone.source.name
     if trainer.peft_config is not None:
         config = trainer.peft_config
         targets = config.target_modules or trainer.backbone.lora_targets
@@ -196,6 +222,8 @@ def run_values(trainer: Trainer) -> dict[str, Any]:
                 init="gaussian" if config.init_lora_weights == "gaussian" else "default",
                 use_dora=config.use_dora,
                 use_rslora=config.use_rslora,
+                rank_pattern=dict(config.rank_pattern),
+                alpha_pattern=dict(config.alpha_pattern),
             )
         )
     values["data"] = dataclasses.asdict(trainer.data_config)
@@ -209,6 +237,35 @@ def run_values(trainer: Trainer) -> dict[str, Any]:
         if section is not None:
             values[name] = dataclasses.asdict(section)
     return values
+
+
+def not_repeated(trainer: Trainer) -> list[str]:
+    """What a run was given in Python that `run_values` cannot hold, in words."""
+    given = []
+    if trainer.backbone.source.pipe is not None:
+        given.append("the model, a pipeline object")
+    if trainer.ref_backbone is not None and trainer.ref_backbone.source.pipe is not None:
+        given.append("ref_model, a pipeline object")
+    if trainer.backbone.source.vae is not None and trainer.model_options["vae"] is None:
+        given.append("vae, an object")
+    if not (trainer.data_config.dataset_name or trainer.data_config.train_data_dir):
+        given.append("the data, passed as train_dataset")
+    if any(part is not None for part in trainer.optimizers):
+        given.append("optimizers")
+    if trainer.callbacks:
+        given.append("callbacks")
+    if trainer.scorers is not None and not isinstance(trainer.scorers, dict):
+        given.append("scorers")
+    config = trainer.peft_config
+    if config is not None:
+        given += [
+            f"peft_config.{name}"
+            for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias", "use_qalora")
+            if getattr(config, name, None)
+        ]
+        if config.init_lora_weights not in (True, "gaussian"):
+            given.append(f"peft_config.init_lora_weights {config.init_lora_weights!r}")
+    return given
 
 
 def versions() -> dict[str, str]:
@@ -226,7 +283,9 @@ def versions() -> dict[str, str]:
 
 def write_config(trainer: Trainer, folder: Path) -> None:
     """``config.yaml``: runnable values, with the run's facts as comments on top."""
-    notes = [*trainer.lines, f"dataset fingerprint {trainer.train_dataset.fingerprint}", json.dumps(versions())]
+    missing = not_repeated(trainer)
+    warning = [f"This file alone does not repeat the run: it was given {', '.join(missing)} in Python."] if missing else []
+    notes = [*warning, *trainer.lines, f"dataset fingerprint {trainer.train_dataset.fingerprint}", json.dumps(versions())]
     text = "".join(f"# {line}\n" for note in notes for line in note.splitlines()) + dump_yaml(run_values(trainer))
     write_atomically(folder / "config.yaml", text.encode())
 

@@ -135,7 +135,8 @@ class DataPipeline:
         if not self.config.cache_latents or self.dataset.kind == "prompt":
             return None
         transform = hashlib.sha256(self.transform.fingerprint.encode()).hexdigest()[:16]
-        key = f"latents-{self.backbone.source.fingerprint('vae')}-{transform}"
+        precision = str(self.backbone.component_dtype("vae")).removeprefix("torch.")
+        key = f"latents-{self.backbone.source.fingerprint('vae')}-{transform}-{precision}"
         return TensorCache(Path(self.config.cache_latents) / key)
 
     def _prompt_cache(self) -> TensorCache | None:

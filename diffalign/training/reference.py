@@ -1,4 +1,4 @@
-"""Who the policy is compared with. A reference is called like the network and never sees a gradient."""
+"""The reference models of a run. A reference is called like the network, without gradient and without dropout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..adapters import unwrapped
 from ..backbones import Backbone
-from ..exceptions import UserError
+from ..exceptions import ConfigError, UserError
+from ..yaml_text import shown
 
 
 class Reference(Protocol):
@@ -36,6 +38,29 @@ def without_dropout(network: Any) -> Any:
     return network
 
 
+class DropoutOff:
+    """Switches the dropout of a network off for a prediction.
+
+    Args:
+        network: complete: layers that are added later are not known.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self.layers = [module for module in network.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """No dropout while the block runs."""
+        active = [layer for layer in self.layers if layer.training]
+        for layer in active:
+            layer.eval()
+        try:
+            yield
+        finally:
+            for layer in active:
+                layer.train()
+
+
 class AdapterOffReference:
     """The same network with its LoRA switched off: no second model in memory."""
 
@@ -44,7 +69,7 @@ class AdapterOffReference:
     def __init__(self, network: Any) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.network = network
+        self.network, self.dropout_off = network, DropoutOff(network)
         self.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
     @contextmanager
@@ -58,7 +83,7 @@ class AdapterOffReference:
                 layer.enable_adapters(True)
 
     def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), self.adapters_off():
+        with torch.no_grad(), self.adapters_off(), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
 
 
@@ -71,7 +96,7 @@ class SnapshotReference:
     description = "the policy at the beginning of the round (iterated)"
 
     def __init__(self, network: Any) -> None:
-        self.network = network
+        self.network, self.dropout_off = network, DropoutOff(network)
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {}
         self.take()
@@ -93,7 +118,7 @@ class SnapshotReference:
                 p.data = own[name]
 
     def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), self.in_place(self.weights):
+        with torch.no_grad(), self.in_place(self.weights), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
 
     def save(self, folder: Path, rank: int) -> None:
@@ -141,6 +166,44 @@ class FrozenCopyReference:
         if self.offload:
             self.network.to("cpu")
         return prediction
+
+
+def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
+    """Refuses a reference whose output means something else than the policy's.
+
+    Raises:
+        ConfigError: the policy's own pipeline, another model family, prediction type, noise schedule or shape of inputs.
+    """
+    mine, theirs = backbone.source, ref_backbone.source
+    name, network = shown(ref_backbone.source.name), backbone.network_name
+    if mine.pipe is not None and theirs.pipe is not None:
+        parts = (getattr(mine.pipe, network), getattr(theirs.pipe, ref_backbone.network_name, None))
+        if unwrapped(parts[0]) is unwrapped(parts[1]):
+            raise ConfigError(
+                "ref_model", "is the policy's own pipeline, which trains; leave it out, or load the pipeline a second time"
+            )
+    if type(ref_backbone) is not type(backbone):
+        raise ConfigError(
+            "ref_model",
+            f"{name} is of another model family than the policy ({theirs.pipeline_class_name}, {mine.pipeline_class_name})",
+        )
+    kinds = ref_backbone.process.prediction_type, backbone.process.prediction_type
+    if kinds[0] != kinds[1]:
+        raise ConfigError("ref_model", f"{name} predicts {kinds[0]}, the policy {kinds[1]}; their errors cannot be compared")
+    schedules = [getattr(part.process, "alphas_cumprod", None) for part in (ref_backbone, backbone)]
+    if schedules[0] is not None and schedules[1] is not None:
+        same = len(schedules[0]) == len(schedules[1]) and torch.allclose(schedules[0], schedules[1], rtol=1e-4, atol=1e-7)
+    else:
+        same = ref_backbone.process.num_timesteps == backbone.process.num_timesteps
+    if not same:
+        raise ConfigError("ref_model", f"{name} has another noise schedule than the policy; give both the same scheduler")
+    configs = [part.source.component_config(part.network_name) for part in (ref_backbone, backbone)]
+    for field in ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"):
+        values = [config.get(field) for config in configs]
+        if values[0] != values[1]:
+            raise ConfigError(
+                "ref_model", f"{name} has {field} {values[0]}, the policy {values[1]}; it must read the same inputs"
+            )
 
 
 def build_reference(

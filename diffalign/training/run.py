@@ -19,6 +19,7 @@ def build_trainer(run: RunConfig):  # type: ignore[no-untyped-def]  # the class 
         revision=run.revision,
         variant=run.variant,
         vae=run.vae,
+        ref_model=run.ref_model,
         scorers=run.rewards,
     )
 

@@ -41,7 +41,7 @@ from .due_work import do_work, due_work, start_log, undone_work
 from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
-from .reference import Reference, build_reference
+from .reference import Reference, build_reference, check_reference
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validation, check_validation
@@ -123,6 +123,10 @@ class Trainer:
             raise ConfigError("train.precompute_ref_errors", "the images of data.online do not exist beforehand; set it to false")
         self.backbone = load_backbone(model, revision=revision, variant=variant, vae=vae)
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
+        self.ref_fingerprint: str | None = None
+        if self.ref_backbone is not None:
+            check_reference(self.backbone, self.ref_backbone)
+            self.ref_fingerprint = self.ref_backbone.source.fingerprint(self.ref_backbone.network_name)
         self.process = self.backbone.process
         # Of the starting weights: taken before anything trains, since a given pipeline is trained in place.
         self.model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)

@@ -38,7 +38,13 @@ def precompute(trainer: Trainer) -> None:
     if not trainer.args.precompute_ref_errors:
         return
     draws = hub.draw_settings(trainer.args)
-    identity = {**trainer.identity(), "lora": None, "args": draws, "transform": trainer.data.transform.fingerprint}
+    identity = {
+        **trainer.identity(),
+        "lora": None,
+        "lora_form": None,
+        "args": draws,
+        "transform": trainer.data.transform.fingerprint,
+    }
     trainer.precomputed = ReferenceErrors(trainer.data, trainer.output_dir, hub.digest(identity))
     fresh = trainer.precomputed.fill(trainer.reference_errors)
     state = "computed" if fresh else "read back"
