@@ -54,8 +54,12 @@ class Backbone:
             component = self.source.load(name, self.component_dtype(name))
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval().to(self.device)
-            self._loaded[name] = component
+            self._loaded[name] = self.pipeline_scheduler(component) if name == "scheduler" else component
         return self._loaded[name]
+
+    def pipeline_scheduler(self, scheduler: Any) -> Any:
+        """A scheduler as the family's pipelines read it; most take it as it is."""
+        return scheduler
 
     def component_dtype(self, name: str) -> torch.dtype:
         """The precision in which a component runs."""

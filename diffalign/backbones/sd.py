@@ -14,6 +14,12 @@ from .base import Backbone
 class StableDiffusionBackbone(Backbone):
     pipeline_classes = ("StableDiffusionPipeline",)
 
+    def pipeline_scheduler(self, scheduler: Any) -> Any:
+        """As `StableDiffusionPipeline` changes configurations of its early days: offset 1, and no clipping."""
+        fixed = {"steps_offset": 1, "clip_sample": False}
+        outdated = {name: value for name, value in fixed.items() if scheduler.config.get(name, value) != value}
+        return type(scheduler).from_config(scheduler.config, **outdated) if outdated else scheduler
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         embeds, _ = self._encoding_pipe().encode_prompt(list(prompts), self.device, 1, False)

@@ -8,6 +8,7 @@ the remaining dimensions of samples of shape (n, ...).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -94,14 +95,15 @@ class VariancePreserving(_Process):
     Args:
         alphas_cumprod (`Tensor`): alpha_bar, shape (T,), decreasing, in (0, 1).
         prediction_type (`str`): ``epsilon``, ``v_prediction`` or ``sample``: what the network outputs.
+        clip_range (`float`, *optional*): to which the model's sampler clamps its clean estimates (`clip_sample`).
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon", clip_range: float | None = None) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}")
         # float64 once: the differences of errors that preference losses live on must not inherit the table's rounding.
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
-        self.prediction_type = prediction_type
+        self.prediction_type, self.clip_range = prediction_type, clip_range
         self.num_timesteps = len(alphas_cumprod)
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,12 +144,16 @@ class RectifiedFlow(_Process):
     Args:
         num_train_timesteps (`int`, *optional*, defaults to `1000`): the network is given ``sigma * num_train_timesteps``.
         shift (`float`, *optional*, defaults to `1.0`): SD3's resolution shift, applied to *sampled* sigmas by `sample_times`.
+
+    Attributes:
+        legacy_first_step: how the flow SDE begins, see `diffalign.likelihood.transitions.flow_sde_step`.
     """
 
     prediction_type = "flow_matching"
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         self.num_timesteps, self.shift = num_train_timesteps, shift
+        self.legacy_first_step = False
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
         sigma = times.to(torch.float64)
@@ -178,7 +184,9 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
     """
     config = scheduler.config
     if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
-        return RectifiedFlow(config.get("num_train_timesteps", 1000), float(config.get("shift", 1.0) or 1.0))
+        # Solvers of the UniPC and DPM kind name their shift so.
+        shift = config.get("shift") if "FlowMatch" in type(scheduler).__name__ else config.get("flow_shift")
+        return RectifiedFlow(config.get("num_train_timesteps", 1000), float(shift or 1.0))
     kind = config.get("prediction_type", "epsilon")
     if not hasattr(scheduler, "alphas_cumprod") or config.get("timestep_type") == "continuous" or kind not in PREDICTION_TYPES:
         name = type(scheduler).__name__
@@ -187,4 +195,12 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
             f"model: the scheduler {name}{what} is of a formulation that is not supported; models of DDPM's kind (epsilon, v_prediction, "
             "sample) and flow-matching models are"
         )
-    return VariancePreserving(scheduler.alphas_cumprod, kind)
+    return VariancePreserving(scheduler.alphas_cumprod, kind, clip_range(scheduler))
+
+
+def clip_range(scheduler: Any) -> float | None:
+    """The range to which a scheduler clamps clean estimates; None where it does not, whatever its config holds."""
+    takes = inspect.signature(type(scheduler).__init__).parameters
+    if "clip_sample" not in takes or not scheduler.config.get("clip_sample"):
+        return None
+    return float(scheduler.config.get("clip_sample_range") or 1.0)

@@ -49,14 +49,17 @@ def ddim_step(
     alpha_bar_prev: Tensor | float,
     eta: float,
     prediction_type: str = "epsilon",
+    clip_range: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of x_prev given x_t (methods.md 4.1).
+    """Mean and standard deviation of x_prev given x_t (Song et al. 2021, eq. 12 and 16).
 
     Args:
         model_output, sample (`Tensor`): (n, ...).
         alpha_bar, alpha_bar_prev (`Tensor` or `float`): scalars or (n,).
         eta (`float`): 0 is deterministic, 1 ancestral.
         prediction_type (`str`): ``epsilon``, ``v_prediction`` or ``sample``.
+        clip_range (`float`, *optional*): the clean estimate is clamped to it, the noise estimate is not, as diffusers' DDIM does
+            under `clip_sample`.
 
     Returns:
         (mean (n, ...), std broadcastable to it).
@@ -65,6 +68,8 @@ def ddim_step(
     output, x_t = model_output.to(bar.dtype), sample.to(bar.dtype)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     x0, eps = implied_x0_eps(output, x_t, alpha, sigma, prediction_type)
+    if clip_range is not None:
+        x0 = x0.clamp(-clip_range, clip_range)
     variance = (1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev)
     std = eta * variance.clamp(min=0).sqrt()
     mean = bar_prev.sqrt() * x0 + (1 - bar_prev - std.square()).clamp(min=0).sqrt() * eps
@@ -99,21 +104,28 @@ def ddim_step_log_prob(
 
 
 def flow_sde_step(
-    *, model_output: Tensor, sample: Tensor, sigma: Tensor | float, sigma_prev: Tensor | float, eta: float
+    *,
+    model_output: Tensor,
+    sample: Tensor,
+    sigma: Tensor | float,
+    sigma_prev: Tensor | float,
+    eta: float,
+    legacy_first_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of one Euler-Maruyama step of the flow SDE from `sigma` down to `sigma_prev` (methods.md 12).
+    """Mean and standard deviation of one Euler-Maruyama step of the flow SDE from `sigma` down to `sigma_prev` (Flow-GRPO's code).
 
     Args:
         model_output (`Tensor`): velocity, (n, ...).
         sample (`Tensor`): (n, ...).
         sigma, sigma_prev (`Tensor` or `float`): scalars or (n,), sigma_prev < sigma <= 1.
-        eta (`float`): noise level; the diffusion is eta sqrt(sigma / (1 - sigma)).
+        eta (`float`): noise level; the diffusion is eta sqrt(sigma / (1 - sigma)), at sigma = 1 eta sqrt(1 / (1 - sigma_prev)).
+        legacy_first_step: at sigma = 1 eta sqrt(sigma_prev / (1 - sigma_prev)), as runs of earlier versions began.
     """
     now, then = _wide(sigma, sample), _wide(sigma_prev, sample)
     velocity, x = model_output.to(now.dtype), sample.to(now.dtype)
-    # At sigma = 1 the diffusion is infinite; the published code takes the next sigma there.
-    ratio = torch.where(now >= 1, then, now)
-    diffusion = eta * (ratio / (1 - ratio)).sqrt()
+    # At sigma = 1 the diffusion is infinite; the published code takes the next sigma there, in the denominator alone.
+    bounded = torch.where(now >= 1, then, now)
+    diffusion = eta * ((bounded if legacy_first_step else now) / (1 - bounded)).sqrt()
     dt = then - now
     drift = diffusion.square() / (2 * now)
     mean = x * (1 + drift * dt) + velocity * (1 + drift * (1 - now)) * dt

@@ -164,7 +164,8 @@ class SePPOTrainer(Trainer):
         super()._setup()
         args = self.args
         sampler = SamplerConfig(args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size)
-        self.rollout = Rollout(self.backbone, self.process, sampler, "sampling from the reference")
+        grid = self.make_grid(sampler.num_inference_steps, sampler.eta)
+        self.rollout = Rollout(self.backbone, self.process, sampler, "sampling from the reference", grid=grid)
         self.checkpoints.parts.append(self.pool)
 
     @property

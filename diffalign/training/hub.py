@@ -22,9 +22,10 @@ from ..folder_lock import FolderLock
 from ..folders import move_aside, write_atomically
 from ..processes import process_rank
 from .build import trainable_parameters
-from .checkpoint import LORA_FILE, find_checkpoint, list_checkpoints, lora_state
+from .checkpoint import LORA_FILE, STATE_FILE, find_checkpoint, list_checkpoints, lora_state
 from .config import TrainingConfig
 from .diagnostics import LOG2_MESSAGE, beta_message
+from .rollout import SAMPLER_RULE
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -54,6 +55,15 @@ _LORA_FORM = (
     "layers_pattern",
 )
 """What else of a `LoraConfig` decides what its weights mean."""
+
+
+def sampler_rule(checkpoint: Path) -> int:
+    """The rule by which a checkpoint's run samples, see `diffalign.training.rollout.SAMPLER_RULE`; a damaged file is found later."""
+    try:
+        record = json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
+        return int(record["identity"].get("sampler_rule", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return SAMPLER_RULE
 
 
 def _plain(value: Any) -> Any:
@@ -88,6 +98,7 @@ def run_identity(trainer: Trainer) -> dict[str, Any]:
         "reference": trainer.ref_fingerprint,
         "autoencoder": trainer.backbone.source.fingerprint("vae"),
         "precision": trainer.args.mixed_precision,
+        "sampler_rule": trainer.sampler_rule,
         "seed": trainer.args.seed,
         # With buckets the order of the data depends on it.
         "bucketed_batch": trainer.args.per_device_train_batch_size if trainer.data_config.aspect_ratio_buckets else None,

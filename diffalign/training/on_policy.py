@@ -16,7 +16,7 @@ from .config import TrainingConfig
 from .judge import Judge, preferences
 from .online import sample_and_score
 from .reference import Reference, SnapshotReference
-from .rollout import Grid, Rollout, SamplerConfig, Trajectories, make_grid
+from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .rounds import Rounds
 from .tracking import MetricWindow
 from .trainer import Trainer
@@ -90,14 +90,14 @@ class OnPolicyTrainer(Trainer):
 
     def sampling_grid(self) -> Grid:
         """The sampler's times, before anything is loaded."""
-        return make_grid(self.process, self.backbone.scheduler, self.args.num_inference_steps, self.args.eta)
+        return self.make_grid(self.args.num_inference_steps, self.args.eta)
 
     def _setup(self) -> None:
         if self._ready:
             return
         self.judge = self._make_judge()
         super()._setup()
-        self.rollout = Rollout(self.backbone, self.process, self.sampler_config())
+        self.rollout = Rollout(self.backbone, self.process, self.sampler_config(), grid=self.sampling_grid())
         # A round is whole optimizer steps.
         self.rounds = Rounds(self._round, self.args.steps_per_round * self.args.gradient_accumulation_steps)
         self.checkpoints.parts.append(self.rounds)

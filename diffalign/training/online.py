@@ -88,7 +88,8 @@ class Online:
         sampler = SamplerConfig(
             config.num_inference_steps, config.guidance_scale, config.eta, config.rollout_batch_size, shared_init=False
         )
-        self.rollout = Rollout(trainer.backbone, trainer.process, sampler, "sampling online data")
+        grid = trainer.make_grid(sampler.num_inference_steps, sampler.eta)
+        self.rollout = Rollout(trainer.backbone, trainer.process, sampler, "sampling online data", grid=grid)
         self.rounds = Rounds(self._round, config.every * trainer.args.gradient_accumulation_steps)
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -58,7 +59,10 @@ class SamplerConfig:
 
 @dataclass
 class Grid:
-    """The times of a sampler from noisy to clean, (S,) each; `trainable` marks steps with a density."""
+    """The times of a sampler from noisy to clean, (S,) each; `trainable` marks steps with a density.
+
+    A next timestep of -1 is the clean sample itself.
+    """
 
     times: Tensor
     next_times: Tensor
@@ -90,22 +94,61 @@ class Trajectories:
         return self.states[:, :, -1]
 
 
-def make_grid(process: NoisingProcess, scheduler: Any, steps: int, eta: float) -> Grid:
-    """The pipeline's own grid: DDIM's leading timesteps with the scheduler's offset, or the flow scheduler's shifted sigmas."""
+SAMPLER_RULE = 2
+"""How trajectories are drawn. 1: runs of earlier versions, which always took leading timesteps; their checkpoints go on with it."""
+
+
+def make_grid(
+    process: NoisingProcess,
+    scheduler: Any,
+    steps: int,
+    eta: float,
+    *,
+    patches: int | None = None,
+    rule: int = SAMPLER_RULE,
+) -> Grid:
+    """The pipeline's own grid: the timesteps of a DDIM scheduler with the model's configuration, or the flow scheduler's shifted sigmas.
+
+    Args:
+        scheduler: of the pipeline; its timestep spacing, offset and last alpha count, as in the official code of D3PO.
+        steps: at most the model's timesteps.
+        eta: stochasticity; at 0 no step can be trained on.
+        patches: of a latent, on which a dynamic shift depends.
+        rule: see `SAMPLER_RULE`.
+
+    Raises:
+        ConfigError: more steps than timesteps.
+    """
     if isinstance(process, VariancePreserving):
         count = process.num_timesteps
         if steps > count:
             raise ConfigError("num_inference_steps", f"expected at most {count}, the model's timesteps, got {steps}")
         ratio = count // steps
-        times = (torch.arange(steps).flip(0) * ratio + int(scheduler.config.get("steps_offset", 0))).clamp(max=count - 1)
-        next_times = (times - ratio).clamp(0, count - 1)
-        # At t = 0 there is nothing before: the step returns the clean estimate and has no density.
-        trainable = (next_times < times) & (eta > 0)
-        return Grid(times, next_times, trainable)
+        if rule == 1:
+            times = (torch.arange(steps).flip(0) * ratio + int(scheduler.config.get("steps_offset", 0))).clamp(max=count - 1)
+            next_times = (times - ratio).clamp(0, count - 1)
+            next_times[next_times == times] = -1
+        else:
+            own = DDIMScheduler.from_config(scheduler.config)
+            own.set_timesteps(steps)
+            times = own.timesteps.clamp(max=count - 1)
+            next_times = times - ratio  # also where the grid is not regular, as DDIM does
+            next_times[next_times < 0] = -1 if own.config.set_alpha_to_one else 0
+        # The clean sample, or a sample that does not move, has no density.
+        return Grid(times, next_times, (next_times >= 0) & (next_times < times) & (eta > 0))
     own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(steps)
+    more = {"mu": dynamic_shift(own, patches)} if own.config.get("use_dynamic_shifting") and patches is not None else {}
+    own.set_timesteps(steps, **more)
     sigmas = own.sigmas.double()
     return Grid(sigmas[:-1], sigmas[1:], torch.full((len(sigmas) - 1,), eta > 0))
+
+
+def dynamic_shift(scheduler: Any, patches: int) -> float:
+    """mu of a flow scheduler with dynamic shifting, linear in the number of patches, as pipelines of diffusers compute it."""
+    config = scheduler.config
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (most - base) * (patches - low) / (high - low)
 
 
 def transition(
@@ -113,19 +156,18 @@ def transition(
 ) -> tuple[Tensor, Tensor]:
     """Mean (n, ...) and standard deviation (broadcastable) of a step from `times` to `next_times`, (n,) each."""
     if isinstance(process, VariancePreserving):
-        now, then = process.alphas_cumprod[times], process.alphas_cumprod[next_times]
-        mean, std = ddim_step(
+        now, then = process.alphas_cumprod[times], process.alphas_cumprod[next_times.clamp(min=0)]
+        return ddim_step(
             model_output=output,
             sample=sample,
             alpha_bar=now,
-            alpha_bar_prev=then,
+            alpha_bar_prev=torch.where(next_times < 0, torch.ones_like(then), then),
             eta=eta,
             prediction_type=process.prediction_type,
+            clip_range=process.clip_range,
         )
-        last = (times == next_times).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
-        clean = process.to_x0(output.to(mean.dtype), sample.to(mean.dtype), times)
-        return torch.where(last, clean, mean), torch.where(last, torch.zeros_like(std), std)
-    return flow_sde_step(model_output=output, sample=sample, sigma=times, sigma_prev=next_times, eta=eta)
+    first = bool(getattr(process, "legacy_first_step", False))
+    return flow_sde_step(model_output=output, sample=sample, sigma=times, sigma_prev=next_times, eta=eta, legacy_first_step=first)
 
 
 def step_log_prob(
@@ -173,11 +215,21 @@ class Rollout:
         backbone, process: of the run.
         config: how.
         description: of the progress bar.
+        grid: times of the steps; None makes them of `config`.
     """
 
-    def __init__(self, backbone: Backbone, process: NoisingProcess, config: SamplerConfig, description: str = "sampling") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        process: NoisingProcess,
+        config: SamplerConfig,
+        description: str = "sampling",
+        *,
+        grid: Grid | None = None,
+    ) -> None:
         self.backbone, self.process, self.config, self.description = backbone, process, config, description
-        self.grid = make_grid(process, backbone.scheduler, config.num_inference_steps, config.eta)
+        steps = config.num_inference_steps
+        self.grid = make_grid(process, backbone.scheduler, steps, config.eta) if grid is None else grid
 
     @torch.no_grad()
     def __call__(

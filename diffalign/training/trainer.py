@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backbones import load_backbone
 from ..config import HubConfig, ValidationConfig
 from ..data import DataConfig, PreferenceDataset
-from ..exceptions import ConfigError
+from ..exceptions import ConfigError, UserError
 from ..folder_lock import FolderLock
 from ..likelihood import denoising_errors, min_snr_weight
 from ..processes import process_rank
@@ -42,6 +42,7 @@ from .feedback import VotesNeeded
 from .online import Online
 from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
 from .reference import Reference, build_reference, check_reference
+from .rollout import SAMPLER_RULE, Grid, make_grid
 from .signals import StopSignals
 from .tracking import MetricLog, MetricWindow
 from .validation import Validation, check_validation
@@ -127,7 +128,8 @@ class Trainer:
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
             self.ref_fingerprint = self.ref_backbone.source.fingerprint(self.ref_backbone.network_name)
-        self.process = self.backbone.process
+        self.process: Any = self.backbone.process
+        self.sampler_rule = SAMPLER_RULE
         # Of the starting weights: taken before anything trains, since a given pipeline is trained in place.
         self.model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)
         self.model_options = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
@@ -269,6 +271,13 @@ class Trainer:
         )  # from here on only dropout draws from the global generators
         self._ready = True
 
+    def make_grid(self, steps: int, eta: float) -> Grid:
+        """The times of this run's sampler."""
+        height, width = self.data.transform.sizes[0] if self._ready else build_transform(self.data_config, self.backbone).sizes[0]
+        factor = self.backbone.size_factor
+        patches = (height // factor) * (width // factor)
+        return make_grid(self.process, self.backbone.scheduler, steps, eta, patches=patches, rule=self.sampler_rule)
+
     def _make_reference(self) -> Reference | None:
         return None if self.reference_free else self._build_reference()
 
@@ -302,7 +311,20 @@ class Trainer:
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         with FolderLock(self.output_dir, "train.output_dir") as lock:
-            return self._train(hub.begin(lock, resume, self.args.overwrite_output_dir))
+            checkpoint = hub.begin(lock, resume, self.args.overwrite_output_dir)
+            if checkpoint is not None:
+                self._take_sampler_rule(hub.sampler_rule(checkpoint))
+            return self._train(checkpoint)
+
+    def _take_sampler_rule(self, rule: int) -> None:
+        """Goes on sampling as the checkpoint's run did."""
+        if rule != self.sampler_rule and self._ready:
+            raise UserError("train.resume_from_checkpoint: it is of an earlier version; resume it before anything else is called")
+        self.sampler_rule = rule
+        if hasattr(self.process, "legacy_first_step"):
+            self.process.legacy_first_step = rule == 1
+        elif rule == 1:
+            self.process.clip_range = None
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
         self._setup()

@@ -129,12 +129,15 @@ def test_g14_flow_sde_log_prob(dtype: torch.dtype) -> None:
 
 
 def test_flow_sde_takes_the_next_sigma_at_one() -> None:
+    """In the denominator alone, as Flow-GRPO's code: 1 -> 0.9 at eta 0.7 has a diffusion of 2.213594. Earlier versions replaced both."""
     sample, velocity = torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
-    mean, std = flow_sde_step(model_output=velocity, sample=sample, sigma=1.0, sigma_prev=0.9, eta=0.7)
-    assert torch.isfinite(mean).all()
-    diffusion = 0.7 * math.sqrt(0.9 / 0.1)
-    assert float(std) == pytest.approx(diffusion * math.sqrt(0.1))
-    torch.testing.assert_close(mean, sample * (1 - diffusion**2 / 2 * 0.1))
+    for legacy, diffusion in ((False, 2.2135943621), (True, 0.7 * math.sqrt(0.9 / 0.1))):
+        mean, std = flow_sde_step(
+            model_output=velocity, sample=sample, sigma=1.0, sigma_prev=0.9, eta=0.7, legacy_first_step=legacy
+        )
+        assert torch.isfinite(mean).all()
+        assert float(std) == pytest.approx(diffusion * math.sqrt(0.1))
+        assert mean[0, 0].item() == pytest.approx(1 - 0.1 * diffusion**2 / 2)
 
 
 def test_flow_sde_without_noise_is_the_euler_step() -> None:
