@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import UserError
+from ..likelihood.processes import clip_range
 
 UNREACHABLE = {
     "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",
@@ -112,7 +113,7 @@ def read_coordinates(scheduler: Any, timestep: Any, position: int) -> tuple[Coor
 
 
 def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: Coordinates) -> Tensor:
-    """x0hat in float32 (or wider) from the tensors of one step (Tweedie's formula in each parametrisation).
+    """x0hat in float32 (or wider) from the tensors of one step (Tweedie's formula in each parametrisation), before any clipping.
 
     Args:
         model_output, sample (`Tensor`): (n, ...); a learned variance in the second half of the channels is dropped.
@@ -138,6 +139,16 @@ def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: C
         norm = (at.alpha**2 + at.sigma**2) ** 0.5
         return (at.alpha * y / norm - at.sigma * out) / norm
     raise UserError(f"scheduler: prediction_type {at.prediction!r} is not known here; give predict_x0=")
+
+
+def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
+    """A clean prediction as the scheduler uses it: thresholded or clamped where its configuration says so and its class does it."""
+    takes = inspect.signature(type(scheduler).__init__).parameters
+    solver = str(scheduler.config.get("algorithm_type", "dpmsolver++"))
+    if "thresholding" in takes and scheduler.config.get("thresholding") and solver.endswith("++"):
+        return scheduler._threshold_sample(x0)
+    limit = clip_range(scheduler)
+    return x0 if limit is None else x0.clamp(-limit, limit)
 
 
 def check_reachable(pipe: Any) -> None:

@@ -45,7 +45,9 @@ def check_kernel(kernel: str | None, eta: float | None) -> float | None:
     return value
 
 
-def ddim_transition(x0: Tensor, sample: Tensor, now: Coordinates, then: Coordinates, eta: float) -> tuple[Tensor, float]:
+def ddim_transition(
+    x0: Tensor, sample: Tensor, now: Coordinates, then: Coordinates, eta: float, raw_x0: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Mean and standard deviation of the generalised DDIM step: any (alpha, sigma) to any other.
 
     ``std = eta (sigma'/sigma) sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)``, ``mean = alpha' x0 + sqrt(sigma'^2 - std^2) eps``.
@@ -54,17 +56,25 @@ def ddim_transition(x0: Tensor, sample: Tensor, now: Coordinates, then: Coordina
         x0, sample (`Tensor`): (n, ...), the clean prediction and y.
         now, then (`Coordinates`): of y and of the result.
         eta (`float`): 0 is deterministic, 1 ancestral.
+        raw_x0 (`Tensor`, *optional*): the clean prediction before clipping, from which the noise estimate follows; None takes `x0`.
     """
     if then.sigma == 0 or now.sigma == 0:
         return then.alpha * x0, 0.0
-    eps = (sample.to(x0.dtype) - now.alpha * x0) / now.sigma
+    eps = (sample.to(x0.dtype) - now.alpha * (x0 if raw_x0 is None else raw_x0)) / now.sigma
     ratio = now.alpha / then.alpha
     std = eta * then.sigma / now.sigma * max(now.sigma**2 - ratio**2 * then.sigma**2, 0.0) ** 0.5
     return then.alpha * x0 + max(then.sigma**2 - std**2, 0.0) ** 0.5 * eps, std
 
 
 def transition(
-    kernel: str, eta: float, model_output: Tensor, sample: Tensor, x0: Tensor, now: Coordinates, then: Coordinates
+    kernel: str,
+    eta: float,
+    model_output: Tensor,
+    sample: Tensor,
+    x0: Tensor,
+    now: Coordinates,
+    then: Coordinates,
+    raw_x0: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Mean (n, ...) and standard deviation of one step of `kernel`; arguments as `ddim_transition`.
 
@@ -72,7 +82,7 @@ def transition(
         UserError: Euler-Maruyama on a scheduler that is not flow matching.
     """
     if kernel != "euler_maruyama":
-        return ddim_transition(x0, sample, now, then, eta)
+        return ddim_transition(x0, sample, now, then, eta, raw_x0)
     if now.kind != "flow" or now.prediction != "flow":
         raise UserError("kernel: euler_maruyama is for flow-matching models; use kernel='ddim' for this scheduler")
     if then.sigma == 0:

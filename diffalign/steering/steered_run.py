@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batching import Batches
 from ..drawn import Missing, check_any, read_output
 from ..exceptions import UserError
-from .coordinates import clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
+from .coordinates import as_clipped, clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
 from .decoding import LatentDecoder
 from .kernels import AUTO, draw, transition
 from .resampling import Generators, ess
@@ -215,11 +215,12 @@ class SteeredRun:
         return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(0, (self.groups, self.k))
 
     def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
+        """The clean predictions as the scheduler uses them."""
         output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
         if self.owner.predict_x0 is not None:
             return self.owner.predict_x0(self.scheduler, output, timestep, sample)
         now, _ = read_coordinates(self.scheduler, timestep, position)
-        return clean_prediction(self.scheduler, output, sample, now)
+        return as_clipped(self.scheduler, clean_prediction(self.scheduler, output, sample, now))
 
     def _permute(self, arguments: dict[str, Any], ancestors: Tensor) -> None:
         """Every tensor per particle follows its ancestor: latents, model output, the scheduler's buffers."""
@@ -253,8 +254,11 @@ class SteeredRun:
         output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
         now, then = read_coordinates(self.scheduler, timestep, position)
         x0 = self._clean(arguments, position)
+        # DDIM keeps the model's noise estimate, whatever is clipped; other schedulers derive it from the clipped prediction.
+        keeps = self.owner.predict_x0 is None and "DDIM" in type(self.scheduler).__name__
+        raw = clean_prediction(self.scheduler, output, sample, now) if keeps else None
         assert self.kernel is not None and self.owner.eta is not None
-        mean, std = transition(self.kernel, self.owner.eta, output, sample, x0, now, then)
+        mean, std = transition(self.kernel, self.owner.eta, output, sample, x0, now, then, raw)
         given = arguments.get("generator")
         moved = draw(mean, std, self.streams.steps if self.streams.replace or given is None else given, sample.dtype)
         if hasattr(self.scheduler, "_step_index"):

@@ -10,8 +10,8 @@ from tiny import build_pipeline
 
 from diffalign import FKSteering
 from diffalign.exceptions import ConfigError, UserError
-from diffalign.steering.coordinates import clean_prediction, read_coordinates
-from diffalign.steering.kernels import ddim_transition
+from diffalign.steering.coordinates import as_clipped, clean_prediction, read_coordinates
+from diffalign.steering.kernels import ddim_transition, transition
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 
@@ -166,6 +166,46 @@ def test_clean_prediction_is_the_schedulers_own(scheduler: str, prediction: str)
         else:
             expected = fresh.step(out, t, sample, generator=gen()).pred_original_sample
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+CLIPPING = [
+    ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 1.2}),
+    ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 1.2}),
+    ("LCMScheduler", {"clip_sample": True, "clip_sample_range": 1.2}),
+    ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0}),
+    ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 2.0}),
+    ("EulerAncestralDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 1.2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CLIPPING)
+def test_clean_prediction_is_clipped_where_the_scheduler_clips(name: str, options: dict) -> None:
+    import diffusers
+
+    base = {key: value for key, value in build_pipeline("sd").scheduler.config.items() if not key.startswith("_")}
+    made = getattr(diffusers, name).from_config({**base, **options})
+    made.set_timesteps(10)
+    t = made.timesteps[1]
+    sample, out = 3 * torch.randn(3, 4, 8, 8, generator=gen(1)), torch.randn(3, 4, 8, 8, generator=gen(2))
+    if hasattr(made, "is_scale_input_called"):
+        made.scale_model_input(sample, t)
+    now, then = read_coordinates(made, t, 1)
+    raw = clean_prediction(made, out, sample, now)
+    found = as_clipped(made, raw)
+    assert torch.equal(found, raw) == ("Euler" in name)
+    if hasattr(made, "convert_model_output"):
+        expected = made.convert_model_output(out, sample=sample)
+    elif name == "LCMScheduler":
+        expected = raw.clamp(-1.2, 1.2)  # what it denoises with, before its boundary condition
+    else:
+        expected = made.step(out, t, sample, generator=gen(3)).pred_original_sample
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    if name in ("DDIMScheduler", "DDPMScheduler"):  # our kernel at eta 1 samples the scheduler's law
+        step = transition("ddim", 1.0, out, sample, found, now, then, raw if name == "DDIMScheduler" else None)
+        noise = torch.randn(sample.shape, generator=gen(3))
+        more = {"eta": 1.0} if name == "DDIMScheduler" else {}
+        theirs = made.step(out, t, sample, generator=gen(3), **more).prev_sample
+        torch.testing.assert_close(step[0] + step[1] * noise, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_clean_prediction_of_flow_matching() -> None:
