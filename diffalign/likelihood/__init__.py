@@ -11,7 +11,13 @@ from .errors import (
     implicit_rewards,
     min_snr_weight,
 )
-from .processes import NoisingProcess, RectifiedFlow, VariancePreserving, process_from_scheduler
+from .processes import (
+    NoisingProcess,
+    RectifiedFlow,
+    VariancePreserving,
+    process_from_scheduler,
+    with_zero_terminal_snr,
+)
 from .timesteps import TIMESTEP_SAMPLERS, refiner_timesteps, sample_times, turbo_timesteps
 from .transitions import ddim_step, ddim_step_log_prob, flow_sde_step, flow_sde_step_log_prob, gaussian_log_prob
 
@@ -35,4 +41,5 @@ __all__ = [
     "refiner_timesteps",
     "sample_times",
     "turbo_timesteps",
+    "with_zero_terminal_snr",
 ]

@@ -86,7 +86,7 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556) of the native error, (n,); the same for policy and reference."""
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        return clipped / snr
+        return gamma / snr.clamp(min=gamma)  # min(snr, gamma) / snr, which is 1 also at an SNR of zero
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
     if prediction_type == "sample":

@@ -176,6 +176,16 @@ class RectifiedFlow(_Process):
         return sample + _over(1 - times.double(), sample) * output
 
 
+def with_zero_terminal_snr(process: VariancePreserving) -> VariancePreserving:
+    """The process with its last signal share at zero: sqrt(alpha_bar) is shifted and scaled so that its first value stays.
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    """
+    root = process.alphas_cumprod.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return VariancePreserving(root.square(), process.prediction_type, process.clip_range)
+
+
 def process_from_scheduler(scheduler: Any) -> NoisingProcess:
     """The process a diffusers scheduler belongs to, with the model's *true* prediction type (never forced to epsilon).
 

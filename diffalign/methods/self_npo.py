@@ -53,6 +53,10 @@ class SelfNPOConfig(TrainingConfig):
     """w of cond + w (cond - uncond) while sampling: 0 conditional, -1 unconditional (official SD1.5), -5 (official SDXL)."""
     sampler: str = "frozen_ref"
     """Who samples: frozen_ref, the starting weights | ema (official code), the average of the student; needs use_ema."""
+    ema_decay: float = 0.999
+    """Decay of the student's average."""
+    ema_warmup: bool = False
+    """false (official code): the average starts at the base weights and moves at one rate; true: diffusers' quick start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +153,8 @@ class SelfNPOTrainer(Trainer):
         "truncation_steps": "official code, 5",
         "guidance_weight": "ours: the model's own conditional prediction; official code -1 (SD1.5) and -5 (SDXL)",
         "sampler": "ours: the model itself; the official code draws with the average of the student, decay 0.999",
+        "ema_decay": "official code, 0.999",
+        "ema_warmup": "official code: none",
     }
     _not_public: ClassVar[str] = (
         "The image folder of the official run; whether the published weights come from the paper's or the code's variant; the paper's own learning rate."

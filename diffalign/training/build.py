@@ -58,12 +58,18 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
 
 
 def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.device) -> Any:
-    """diffusers' `EMAModel` over the trainable parameters, or None."""
+    """diffusers' `EMAModel` over the trainable parameters, with its warm-up or without; None where there is no average."""
     if not args.use_ema:
         return None
     from diffusers.training_utils import EMAModel
 
-    ema = EMAModel(parameters, decay=args.ema_decay)
+    class FixedRate(EMAModel):
+        """One decay from the first step on, as in the official code of Self-NPO."""
+
+        def get_decay(self, optimization_step: int) -> float:
+            return self.decay
+
+    ema = (EMAModel if args.ema_warmup else FixedRate)(parameters, decay=args.ema_decay)
     ema.to("cpu" if args.offload_ema else device)
     return ema
 

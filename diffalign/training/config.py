@@ -101,6 +101,9 @@ class TrainingConfig:
     """Keep an exponential moving average of the trained weights; it is what `save_model` writes."""
     ema_decay: float = 0.9999
     """Decay of that average."""
+    ema_warmup: bool = True
+    """The average follows quickly at first, as in diffusers: step n has a decay of at most (1 + n) / (10 + n), 0.991 at step 1000.
+    false: `ema_decay` from the first step on, starting at the base weights."""
     offload_ema: bool = False
     """Keep the average on the CPU."""
     offload_reference: bool = False
@@ -117,9 +120,10 @@ class TrainingConfig:
     noise_offset: float = 0.0
     """Adds a constant per channel to the noise, before it is shared."""
     timestep_sampling: str = "auto"
-    """auto (uniform; logit_normal for flow models) | uniform | logit_normal | turbo | refiner. One draw per group."""
+    """auto (uniform; logit_normal for flow models) | uniform | logit_normal | turbo | refiner. One draw per group. turbo trains on
+    SDXL-Turbo's four timesteps, whose noise schedule is rescaled to zero terminal SNR."""
     logit_mean: float = 0.0
-    """Mean of the logit-normal."""
+    """Mean of the logit-normal; above 0 means noisier, as in the SD3 paper (diffusers' scripts count from the noisy end)."""
     logit_std: float = 1.0
     """Standard deviation of the logit-normal."""
     snr_gamma: float | None = None

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ from ..config import HubConfig, ValidationConfig
 from ..data import DataConfig, PreferenceDataset
 from ..exceptions import ConfigError, UserError
 from ..folder_lock import FolderLock
-from ..likelihood import denoising_errors, min_snr_weight
+from ..likelihood import VariancePreserving, denoising_errors, min_snr_weight, with_zero_terminal_snr
 from ..processes import process_rank
 from . import hub, verbs
 from .batch import Batch
@@ -56,7 +57,7 @@ class Trainer:
 
     Args:
         model: Hub id, local folder, ``"shapes"`` or a `DiffusionPipeline`. Given a pipeline, its network is trained in place.
-        ref_model (*optional*): same kinds; whom the policy is compared with. None means the starting weights.
+        ref_model (*optional*): same kinds: the reference model. None means the starting weights.
         args (`TrainingConfig`, *optional*): the method's config.
         train_dataset: anything `load_preferences` reads, or its result.
         eval_dataset (*optional*): the same, for `evaluate`.
@@ -202,18 +203,27 @@ class Trainer:
         with torch.no_grad():
             return self._errors(batch, self._predict_reference)
 
+    @cached_property
+    def noising(self) -> Any:
+        """The process that noises training images: the model's, rescaled for SDXL-Turbo's timesteps as in the official code."""
+        rescaled = (
+            self.args.timestep_sampling == "turbo" and isinstance(self.process, VariancePreserving) and self.sampler_rule > 1
+        )
+        return with_zero_terminal_snr(self.process) if rescaled else self.process
+
     def _errors(self, batch: Batch, predict: Any) -> Tensor:
         g, k = len(batch), batch.k
         x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
         times = batch.times.repeat_interleave(k)
-        noisy = self.process.add_noise(x0, noise, times)
+        process = self.noising
+        noisy = process.add_noise(x0, noise, times)
         with self.accelerator.autocast():
-            prediction = predict(noisy, self.process.model_times(times).to(noisy.device), batch.condition)
+            prediction = predict(noisy, process.model_times(times).to(noisy.device), batch.condition)
         weight = None
         if self.args.snr_gamma is not None:
-            weight = min_snr_weight(self.process.snr(times), self.args.snr_gamma, self.process.prediction_type)
+            weight = min_snr_weight(process.snr(times), self.args.snr_gamma, process.prediction_type)
             weight = weight.to(noisy.device)
-        target = self.process.target(x0, noise, times)
+        target = process.target(x0, noise, times)
         return denoising_errors(prediction, target, weight, self.args.reduction).unflatten(0, (g, k))
 
     def _predict_policy(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:

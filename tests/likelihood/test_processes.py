@@ -9,10 +9,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffalign.likelihood import (
     RectifiedFlow,
     VariancePreserving,
+    min_snr_weight,
     process_from_scheduler,
     refiner_timesteps,
     sample_times,
     turbo_timesteps,
+    with_zero_terminal_snr,
 )
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -201,3 +203,20 @@ def test_fraction_says_how_noisy_a_time_is() -> None:
     vp = process_from_scheduler(scheduler())
     torch.testing.assert_close(vp.fraction(torch.tensor([0, 500, 999])), torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64))
     torch.testing.assert_close(RectifiedFlow().fraction(torch.tensor([0.25])), torch.tensor([0.25], dtype=torch.float64))
+
+
+def test_zero_terminal_snr_is_that_of_the_official_turbo_code() -> None:
+    """The audit's signal shares at the four timesteps, and diffusers' own rescaling."""
+    from diffusers import DDIMScheduler
+
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    plain, theirs = DDIMScheduler(**options), DDIMScheduler(**options, rescale_betas_zero_snr=True)
+    process = process_from_scheduler(plain)
+    rescaled = with_zero_terminal_snr(process)
+    places = torch.tensor([249, 499, 749, 999])
+    assert process.alpha_sigma(places)[0].tolist() == pytest.approx([0.8218, 0.5269, 0.2380, 0.0683], abs=1e-4)
+    assert rescaled.alpha_sigma(places)[0].tolist() == pytest.approx([0.8088, 0.4923, 0.1821, 0.0], abs=1e-4)
+    torch.testing.assert_close(rescaled.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    again = with_zero_terminal_snr(rescaled)
+    torch.testing.assert_close(again.alphas_cumprod, rescaled.alphas_cumprod)
+    assert min_snr_weight(rescaled.snr(places), 5.0, "epsilon").isfinite().all()

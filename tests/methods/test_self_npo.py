@@ -196,3 +196,33 @@ def test_mistakes(tmp_path: Path) -> None:
     bucketed = make_trainer(tmp_path, "sd", "self_npo", data={"resolution": None, "aspect_ratio_buckets": "32,32;32,64"})
     with pytest.raises(ConfigError, match="aspect_ratio_buckets: prompts without images"):
         bucketed.train()
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_has_one_rate_or_diffusers_quick_start(tmp_path: Path, warmup: bool) -> None:
+    """After 20 equal steps the published average has gone 1.98 % of the way to the newest weights' mean; diffusers' almost all of it."""
+    from diffalign.training.build import build_ema, trainable_parameters, update_ema
+
+    trainer = make_trainer(
+        tmp_path,
+        method="self_npo",
+        peft_config=lora_config(),
+        sampler="ema",
+        use_ema=True,
+        **({"ema_warmup": True} if warmup else {}),
+    )
+    assert trainer.args.ema_decay == 0.999 and trainer.args.ema_warmup == warmup
+    trainer._setup()
+    (first, *_) = parameters = trainable_parameters(trainer.network)
+    base, ema = first.detach().clone(), build_ema(parameters, trainer.args, torch.device("cpu"))
+    expected = base.double().clone()
+    for step in range(1, 21):
+        with torch.no_grad():
+            first += 1.0
+        update_ema(ema, parameters, torch.device("cpu"), False)
+        decay = min(0.999, step / (9 + step)) if warmup else 0.999
+        decay = 0.0 if warmup and step == 1 else decay
+        expected = decay * expected + (1 - decay) * first.detach().double()
+    torch.testing.assert_close(ema.shadow_params[0].double(), expected, rtol=1e-5, atol=1e-5)
+    share = float((ema.shadow_params[0] - base).mean() / 20)
+    assert (share > 0.5) if warmup else share == pytest.approx(0.0104, abs=2e-3)

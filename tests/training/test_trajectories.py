@@ -229,3 +229,26 @@ def test_kept_ties_do_not_train(tmp_path: Path) -> None:
     (loss[keep].sum() / len(loss)).backward()
     for name, parameter in alone.network.named_parameters():
         torch.testing.assert_close(parameter.grad, with_ties[name])
+
+
+def test_turbo_trains_on_a_schedule_that_ends_in_noise(tmp_path: Path) -> None:
+    """Batches at 249, 499, 749 and 999 are noised with the rescaled schedule; the sampler's own stays as it is."""
+    trainer = make_trainer(
+        tmp_path, "sdxl", peft_config=lora_config(), timestep_sampling="turbo", per_device_train_batch_size=8, snr_gamma=5.0
+    )
+    batch = first_batch(trainer)
+    assert set(batch.times.tolist()) <= {249, 499, 749, 999}
+    assert float(trainer.noising.alphas_cumprod[-1]) == 0 and float(trainer.process.alphas_cumprod[-1]) > 0
+    seen: list[torch.Tensor] = []
+    predict = trainer.backbone.predict
+
+    def watched(network: Any, noisy: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(noisy)
+        return predict(network, noisy, *args)
+
+    trainer.backbone.predict = watched
+    loss, _ = trainer.compute_loss(batch)
+    assert loss.isfinite().all()
+    alpha, sigma = (c.repeat_interleave(2)[:, None, None, None] for c in trainer.noising.alpha_sigma(batch.times))
+    expected = alpha * batch.x0.flatten(0, 1) + sigma * batch.noise.flatten(0, 1)
+    torch.testing.assert_close(seen[0].double(), expected.double(), rtol=1e-5, atol=1e-5)
