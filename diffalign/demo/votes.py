@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .. import decoding
-from ..evaluation.statistics import WinRate, clustered_bootstrap
+from ..evaluation.statistics import WinRate, rate_of
 from ..exceptions import UserError
 from ..folders import check_output_dir, replacing, write_atomically
 from ..text_files import BadLine, journal
@@ -170,19 +170,16 @@ class VoteStore:
         return name
 
     def rate(self, base: str, tuned: str) -> tuple[int, WinRate]:
-        """(votes on this pair of models, win-rate of `tuned`); the interval counts prompts, not votes."""
+        """(votes on this pair of models, win-rate of `tuned`); prompts count, not votes."""
         points: dict[str, list[float]] = {}
         with self._lock:
             votes = [vote for vote in self.votes if {vote.get("left"), vote.get("right")} == {base, tuned}]
         for vote in votes:
             won = vote.get(vote["vote"]) if vote["vote"] != "tie" else None
             points.setdefault(vote["prompt"], []).append(0.5 if won is None else float(won == tuned))
-        every = np.array([p for own in points.values() for p in own])
-        if not len(every):
-            return 0, WinRate(*[math.nan] * 6)
-        low, high = clustered_bootstrap(np.array([[np.mean(own)] for own in points.values()]), samples=2000)
-        shares = [float((every == value).mean()) for value in (1.0, 0.5, 0.0)]
-        return len(every), WinRate(float(every.mean()), low, high, *shares)
+        most = max(map(len, points.values()), default=0)
+        table = np.array([own + [math.nan] * (most - len(own)) for own in points.values()]).reshape(len(points), most)
+        return len(votes), rate_of(table)
 
     def export(self, path: Path) -> int:
         """Writes the decided votes as preference pairs that `diffalign train` reads; returns how many.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..folders import write_atomically
 from .grids import models_grid
-from .statistics import WinRate
+from .statistics import FEW_PROMPTS, WinRate
 
 if TYPE_CHECKING:
     from .compare import Comparison
 
 GRID_ROWS, GRID_IMAGES = 8, 4
-FEW_PROMPTS = 20
+SOME_PROMPTS = 20
 
 
 def percent(value: float) -> str:
@@ -70,8 +70,7 @@ def notes(c: Comparison) -> list[str]:
         "model. A tie is half a win. Intervals and the sign test count prompts, not images."
     ]
     found += c.prompts.notes
-    if len(c.prompts.prompts) < FEW_PROMPTS:
-        found.append(f"{len(c.prompts.prompts)} prompts are few: intervals are rough, and only large differences show.")
+    found += few_prompts(len(c.prompts.prompts))
     found += [f"{sentence}; their pairs are left out." for sentence in c.facts.get("missing", {}).values()]
     for model in c.models:
         for scorer in c.scorers:
@@ -186,12 +185,19 @@ def headline(c: Comparison) -> str:
     """One sentence on every tuned model, by the deciding scorer."""
     said = []
     for model in c.tuned:
-        found = c.win_rate(model)
+        won = c.win_rate(model)
         verdict = (
-            "wins" if found.low > 0.5 else "loses" if found.high < 0.5 else "is not told apart from the base by this many prompts"
+            "wins" if won.low > 0.5 else "loses" if won.high < 0.5 else "is not told apart from the base by this many prompts"
         )
-        said.append(f"{model} {verdict}: {rate(found)} % by {c.scorers[0]}.")
+        said.append(f"{model} {verdict}: {rate(won)} % by {c.scorers[0]}.")
     return " ".join(said)
+
+
+def few_prompts(count: int) -> list[str]:
+    """A warning where there are too few prompts for an interval to mean much."""
+    if count < FEW_PROMPTS:
+        return [f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, and prompts that agree prove little."]
+    return [f"{count} prompts are few: intervals are rough, and only large differences show."] if count < SOME_PROMPTS else []
 
 
 def bars(c: Comparison) -> str:

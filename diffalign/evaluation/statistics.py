@@ -14,11 +14,12 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often the tuned image beats the base image of the same prompt and seed; a tie is half a win.
+    """How often the tuned image beats the base image of the same prompt and seed; a tie is half a win. Every prompt counts the same,
+    however many of its images have scores.
 
     Attributes:
-        rate, low, high: in [0, 1]; low and high bound the 95 % bootstrap interval.
-        wins, ties, losses: shares of the images.
+        rate, low, high: in [0, 1]; low and high bound the 95 % interval, see `rate_interval`.
+        wins, ties, losses: shares; `rate` is wins + ties / 2.
     """
 
     rate: float
@@ -70,6 +71,41 @@ def clustered_bootstrap(values: Array, *, samples: int = 10_000, level: float = 
     return float(low), float(high)
 
 
+FEW_PROMPTS = 8
+"""Below this many prompts an interval says little."""
+
+
+def rate_interval(points: Array, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a rate whose independent units are prompts.
+
+    The number of trials is the effective one, p (1 - p) / (s^2 / n) of the per-prompt rates (variance s^2, n prompts), at most the number
+    of images; where all prompts agree it is the number of prompts. Coverage is 91 to 98 % from 8 prompts on for rates from 5 to 95 %,
+    95 to 97 % on average over rates (`pytest -m nightly tests/evaluation/test_statistics.py`).
+
+    Args:
+        points (`ndarray`): (prompts, images per prompt) in [0, 1]; NaN = missing, left out.
+        level (`float`): coverage.
+
+    Returns:
+        (low, high). A single prompt says nothing of others: NaN. Where every image is a tie: (0.5, 0.5).
+    """
+    per_prompt = nanmean(points)
+    per_prompt = per_prompt[~np.isnan(per_prompt)]
+    given = points[~np.isnan(points)]
+    n = len(per_prompt)
+    if n < 2:
+        return math.nan, math.nan
+    if (given == 0.5).all():
+        return 0.5, 0.5
+    p, variance = float(per_prompt.mean()), float(per_prompt.var(ddof=1))
+    size = float(n) if variance == 0 else min(p * (1 - p) * n / variance, float(len(given)))
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    shrink = 1 + z**2 / size
+    centre = 0.5 + (p - 0.5) / shrink
+    half = z * math.sqrt(p * (1 - p) / size + (z / (2 * size)) ** 2) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def points(base: Array, tuned: Array, tolerance: float = 1e-9) -> Array:
     """1 where the tuned image scores higher, 0 where it scores lower, one half at a tie, NaN where a score is missing.
 
@@ -83,31 +119,27 @@ def points(base: Array, tuned: Array, tolerance: float = 1e-9) -> Array:
     return np.where(np.isnan(base) | np.isnan(tuned), np.nan, found)
 
 
-def win_rate(base: Array, tuned: Array, *, tolerance: float = 1e-9, seed: int = 0, samples: int = 10_000) -> WinRate:
+def rate_of(points: Array) -> WinRate:
+    """The win-rate of points (prompts, images): 1 a win, 0 a loss, one half a tie, NaN missing; all numbers of one weighting."""
+    points = points[~np.isnan(points).all(1)]
+    if not len(points):
+        return WinRate(*[math.nan] * 6)
+    counts = (~np.isnan(points)).sum(1)
+    wins, ties, losses = (float(((points == value).sum(1) / counts).mean()) for value in (1.0, 0.5, 0.0))
+    low, high = rate_interval(points)
+    return WinRate(0.5 + (wins - losses) / 2, low, high, wins, ties, losses)
+
+
+def win_rate(base: Array, tuned: Array, *, tolerance: float = 1e-9) -> WinRate:
     """Compares paired scores (prompts, images per prompt), higher is better; pairs with a missing score are left out.
 
     Args:
         tolerance (`float`): differences up to it are ties.
-        seed, samples (`int`): of the bootstrap.
 
     Raises:
         ValueError: when the shapes differ or are not two-dimensional.
     """
-    won = points(base, tuned, tolerance)
-    given = won[~np.isnan(won)]
-    if not len(given):
-        return WinRate(*[math.nan] * 6)
-    # Counted, not averaged: swapping the sides gives exactly one minus the rate.
-    wins, losses = float((given == 1).mean()), float((given == 0).mean())
-    low, high = clustered_bootstrap(won - 0.5, seed=seed, samples=samples)
-    return WinRate(
-        rate=float(0.5 + ((given == 1).sum() - (given == 0).sum()) / (2 * len(given))),
-        low=0.5 + low,
-        high=0.5 + high,
-        wins=wins,
-        ties=float((given == 0.5).mean()),
-        losses=losses,
-    )
+    return rate_of(points(base, tuned, tolerance))
 
 
 def sign_test(base: Array, tuned: Array, *, tolerance: float = 1e-9) -> float:

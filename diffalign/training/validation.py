@@ -18,6 +18,7 @@ from ..drawn import Missing, check_any, left_out, present
 from ..evaluation.diversity import Diversity
 from ..evaluation.grids import comparison_grid
 from ..evaluation.prompt_sets import load_prompts
+from ..evaluation.report import few_prompts
 from ..evaluation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..evaluation.statistics import nanmean, win_rate
 from ..exceptions import UserError
@@ -50,15 +51,17 @@ def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
     from ..rewards.panel_config import parse_rewards
     from ..rewards.registry import get_spec
 
-    validation_prompts(config)
+    prompts = validation_prompts(config)
+    few = [f"validation: {sentence}" for sentence in few_prompts(len(prompts))] if config.scorers else []
     for entry in parse_rewards(config.scorers) if config.scorers else ():
         if "metadata" in get_spec(entry.scorer).requires:
             raise UserError(f"validation.scorers: {entry.name} needs metadata for every prompt, which prompts alone do not have")
     training = {name for name in config.scorers if name in _judging(judge)}
     if config.keep_best is None or config.keep_best not in training:
-        return []
+        return few
     return [
-        f"validation: {config.keep_best} also judges the training, so it cannot show over-optimisation; keep the best by another scorer"
+        *few,
+        f"validation: {config.keep_best} also judges the training, so it cannot show over-optimisation; keep the best by another scorer",
     ]
 
 

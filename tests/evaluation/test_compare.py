@@ -116,7 +116,7 @@ def test_what_is_written(done: Any) -> None:
     assert len(rows) == 5 * 3 * 2 and all((done.folder / row["image"]).is_file() for row in rows)
     assert Image.open(done.folder / "grid.png").width > 500
     table = (done.folder / "table.md").read_text()
-    assert "| again | shapes | 50.0 (50.0 to 50.0) |" in table and "3 prompts are few" in table
+    assert "| again | shapes | 50.0 (50.0 to 50.0) |" in table and "Only 3 prompts: below 8" in table
 
 
 class _Links(HTMLParser):
