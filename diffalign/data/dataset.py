@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -321,6 +322,23 @@ class PreferenceDataset:
     def score_name(self) -> str:
         """What the numbers of a ranked row are called in the data: `rank` or `score`."""
         return "rank" if "rank" in self.layout.mapping else "score"
+
+    def score_range(self) -> tuple[float, float] | None:
+        """(lowest, highest) score of all groups in use; None where the data have none, or are a stream that is not read beforehand."""
+        if self.row_ids is None or self.kind != "ranked":
+            return None
+        wanted, start, found = set(self.row_ids.tolist()), 0, []
+        light = self.layout.light_columns
+        tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format("arrow")
+        for table in tables.iter(batch_size=1024):
+            columns = {role: table[column].to_pylist() for role, column in light.items()}
+            for offset in range(len(table)):
+                if start + offset in wanted:
+                    verdict = judge(self.layout, {role: values[offset] for role, values in columns.items()})
+                    group = Group(start + offset, verdict.prompts, [None] * len(verdict.prompts), verdict.scores)
+                    found += [score for score in self._viewed(group).scores or () if score is not None and not math.isnan(score)]
+            start += len(table)
+        return (min(found), max(found)) if found else None
 
     def with_first_prompt(self) -> PreferenceDataset:
         """The same groups, all images under the chosen one's prompt."""

@@ -44,7 +44,7 @@ class RankDPOConfig(TrainingConfig):
     """Strength of the pull to the reference, in Diffusion-DPO's convention (1/2, mean errors); not stated in the paper."""
     gains: str = "auto"
     """How scores become phi in [0, 1]: given (they are phi), win_rate (wins within the list), minmax (per list), auto (given where
-    all scores of a list lie in [0, 1], else win_rate)."""
+    all scores of the dataset lie in [0, 1], else win_rate, also for streams and images drawn online; one choice for all lists)."""
     log_base: str = "e"
     """Of the discount: e | 2. The paper's e; 2 only multiplies the loss by ln 2."""
     normalize: str = "sum"
@@ -128,7 +128,8 @@ def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
 
     Args:
         scores (`Tensor`): (g, k), higher is better.
-        gains (`str`): ``given``, ``win_rate`` (share of the other images of the list that it beats, a tie counts one half), ``minmax``, or ``auto``.
+        gains (`str`): ``given``, ``win_rate`` (share of the other images of the list that it beats, a tie counts one half), ``minmax``,
+            or ``auto``: ``given`` where all of these scores lie in [0, 1], else ``win_rate``.
 
     Raises:
         ValueError: an unknown name.
@@ -145,7 +146,8 @@ def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
     high = torch.where(present, scores, torch.full_like(scores, -math.inf)).amax(1, keepdim=True)
     if gains == "minmax":
         return (scores - low) / torch.where(high > low, high - low, torch.ones_like(low))
-    return torch.where((low >= 0) & (high <= 1), scores, win_rate)
+    is_phi = ((low >= 0) & (high <= 1)) | ~present.any(1, keepdim=True)
+    return scores if is_phi.all() else win_rate
 
 
 class RankDPOTrainer(Trainer):
@@ -175,11 +177,26 @@ class RankDPOTrainer(Trainer):
     data_kind = "ranked"
     args: RankDPOConfig
 
+    def _setup(self) -> None:
+        if not self._ready:
+            self.gains = self._chosen_gains()
+        super()._setup()
+
+    def _chosen_gains(self) -> str:
+        """`gains` of the run: one choice for all of its lists."""
+        if self.args.gains != "auto":
+            return self.args.gains
+        limits = None if self.data_config.online is not None else self.train_dataset.score_range()
+        is_phi = limits is not None and limits[0] >= 0 and limits[1] <= 1
+        seen = "scores are not known beforehand" if limits is None else f"scores run from {limits[0]:g} to {limits[1]:g}"
+        self.notes.append(f"gains: {'the scores as they are' if is_phi else 'win rates within each list'} ({seen})")
+        return "given" if is_phi else "win_rate"
+
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy, reference = self.errors(batch)
         assert reference is not None and batch.scores is not None
         args = self.args
-        phi = phi_from_scores(batch.scores, args.gains)
+        phi = phi_from_scores(batch.scores, self.gains)
         loss = rankdpo_loss(policy, reference, phi, beta=args.beta, log_base=args.log_base, normalize=args.normalize)
         filled = torch.where(torch.isnan(phi), torch.full_like(phi, -1.0), phi)
         lowest = torch.where(torch.isnan(phi), torch.full_like(phi, 2.0), phi)

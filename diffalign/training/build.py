@@ -108,7 +108,31 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
             f"named {', '.join(linear[:12])}",
         ) from error
     cast_training_params(network, dtype=torch.float32)
+    _set_magnitudes(network, args.mixed_precision)
     return network.train()
+
+
+@torch.no_grad()
+def _set_magnitudes(network: Any, precision: str) -> None:
+    """DoRA's magnitudes from the norms by which its forward pass divides in a run of this precision.
+
+    peft rounds them to the base weights' precision, so that in bf16 the policy would differ from its reference before the first step.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in network.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name, part in getattr(layer, "lora_magnitude_vector", {}).items():
+            weight = layer.get_base_layer().weight
+            if not weight.is_floating_point():
+                continue  # quantised
+            with torch.autocast(weight.device.type, DTYPES[precision], enabled=precision != "no"):
+                update = part.get_lora_weight(layer.lora_A[name], layer.lora_B[name]).reshape(weight.shape)
+                if weight.ndim == 2:  # linear layers read it in the precision of their input, which is that of the adapter
+                    weight, update = weight.float(), update.float()
+                norm = part.get_weight_norm(weight, update, layer.scaling[name])
+            part.weight.copy_(norm.reshape(part.weight.shape))
 
 
 def _check_adapters(backbone: Backbone) -> None:

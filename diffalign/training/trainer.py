@@ -345,6 +345,8 @@ class Trainer:
         if watch is not None:
             watch.start(fresh=checkpoint is None)
         verbs.precompute(self)
+        if checkpoint is None:
+            verbs.measure_rounding(self)
         if checkpoint is not None:
             steps = self.state.max_steps
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)

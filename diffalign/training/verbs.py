@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ..exceptions import ConfigError
+from ..likelihood import implicit_rewards
 from . import hub
 from .diagnostics import check_finite
 from .prepare import DataPipeline, ReferenceErrors
 from .reference import without_dropout
+from .rollout import sampling_mode
 from .tracking import MetricWindow
 
 if TYPE_CHECKING:
@@ -49,6 +55,43 @@ def precompute(trainer: Trainer) -> None:
     fresh = trainer.precomputed.fill(trainer.reference_errors)
     state = "computed" if fresh else "read back"
     trainer.notes.append(f"reference errors: {trainer.args.ref_error_draws} draws per row, {state}")
+
+
+def measure_rounding(trainer: Trainer) -> None:
+    """Notes what rounding alone does to the logits of a run in half precision: the same weights on one batch, there and in float32.
+
+    One forward pass each. Under LoRA it takes a copy of the network in float32 for that moment.
+    """
+    args, network = trainer.args, trainer.network
+    beta, data = getattr(args, "beta", None), trainer.data
+    paired = trainer.data_kind in ("pair", "ranked") and not (trainer.reference_free or trainer.online or data.streaming)
+    if args.mixed_precision == "no" or not paired or beta is None or not trainer.error_beta:
+        return
+    if not trainer.accelerator.is_main_process:
+        return
+    device = trainer.accelerator.device
+    needed = 4 * sum(parameter.numel() for parameter in network.parameters())
+    if trainer.peft_config is not None and device.type == "cuda" and needed > 0.8 * torch.cuda.mem_get_info(device)[0]:
+        trainer.notes.append(f"rounding: not measured, a copy of the network in float32 needs {needed / 2**30:.1f} GiB")
+        return
+    rows = range(min(len(data.dataset), args.per_device_train_batch_size))
+    batch = data.builder([data.reader[(0, row)] for row in rows])
+    with torch.no_grad(), sampling_mode(network):
+        rounded = trainer._errors(batch, trainer._predict_unprepared)
+        copied = copy.deepcopy(network).float() if trainer.peft_config is not None else copy.copy(network)
+        vars(copied).pop("forward", None)  # accelerate's, which casts again (and belongs to the original)
+
+        def predict(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+            with torch.autocast(device.type, enabled=False):
+                exact = {name: value.float() for name, value in condition.items()}
+                return trainer.backbone.predict(copied, noisy.float(), times, exact)
+
+        rewards = implicit_rewards(rounded, trainer._errors(batch, predict), beta)
+    spread = float((rewards[:, 0] - rewards[:, 1]).square().mean().sqrt())
+    trainer.notes.append(
+        f"rounding: {args.mixed_precision} alone moves the logit of the same weights by {spread:.2g} (root mean square of {len(rows)} pairs "
+        "against float32); until rewards/margins grow beyond it, margins and accuracies are mostly rounding, and the gradient is not"
+    )
 
 
 def evaluate(trainer: Trainer, eval_dataset: Any) -> dict[str, float]:

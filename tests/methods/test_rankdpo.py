@@ -114,7 +114,8 @@ def test_phi_from_scores() -> None:
     assert rates[1].tolist() == pytest.approx([0.0, 1.0, 0.5, 0.5])
     assert phi_from_scores(raw, "minmax")[0, :3].tolist() == [0.5, 0.0, 1.0]
     auto = phi_from_scores(raw)
-    assert auto[0, :3].tolist() == [0.5, 0.0, 1.0] and auto[1].tolist() == raw[1].tolist()
+    assert auto[0, :3].tolist() == [0.5, 0.0, 1.0] and auto[1].tolist() != raw[1].tolist()  # one choice for all lists
+    assert phi_from_scores(raw[1:]).tolist() == raw[1:].tolist()
     assert phi_from_scores(torch.full((1, 3), 7.0), "minmax").tolist() == [[0.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match="gains"):
         phi_from_scores(raw, "rank")
@@ -194,3 +195,21 @@ def test_mistakes(make, words: str) -> None:
         loss(scores=PHI[:, :3])
     with pytest.raises(ValueError, match=r"expected phi in \[0, 1\]"):
         loss(scores=PHI * 20)
+
+
+def test_gains_are_chosen_once_for_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """HPS-like scores that happen to lie in [0, 1] in one list weigh as those of the other lists do."""
+    low, high = {"scores": [0.28, 0.27, 0.25]}, {"scores": [1.4, -0.2, 0.3]}
+    rows = [{**row, **(low if i % 2 else high)} for i, row in enumerate(ranked_rows(4))]
+    trainer = make_trainer(tmp_path / "a", method="rankdpo", rows=rows, max_steps=1)
+    trainer.train()
+    assert (
+        trainer.gains == "win_rate"
+        and "gains: win rates within each list (scores run from -0.2 to 1.4)" in capsys.readouterr().out
+    )
+    same = make_trainer(tmp_path / "b", method="rankdpo", rows=[{**row, **low} for row in rows], max_steps=1)
+    same.train()
+    assert same.gains == "given" and "gains: the scores as they are (scores run from 0.25 to 0.28)" in capsys.readouterr().out
+    inverted = load_preferences(rows, verbose=False).with_inverted_preferences()
+    assert inverted.score_range() == pytest.approx((-1.4, 0.75))
+    assert load_preferences(rows, verbose=False).select([1, 3]).score_range() == (0.25, 0.28)

@@ -217,3 +217,37 @@ def test_what_the_config_cannot_hold_is_named(tmp_path: Path) -> None:
         "# This file alone does not repeat the run: it was given the model, a pipeline object, ref_model, a pipeline object, the data, "
         "passed as train_dataset, optimizers, peft_config.exclude_modules in Python."
     )
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_a_bf16_run_starts_at_log_2(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Policy and reference are equal before the first step, also with DoRA, whose norms peft rounds."""
+    config = lora_config(target_modules=["to_q", "to_k", "conv_in"] if family == "sd" else None, **options)
+    trainer = make_trainer(
+        tmp_path, family, peft_config=config, mixed_precision="bf16", beta=5000.0, per_device_train_batch_size=4
+    )
+    with torch.no_grad():
+        policy, reference = trainer.errors(first_batch(trainer))
+    assert torch.equal(policy, reference)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_bf16_run_says_how_much_is_rounding(lora: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, measured on a batch; without any effect on the run."""
+    options: dict[str, Any] = {"mixed_precision": "bf16", "max_steps": 2, "beta": 5000.0, "per_device_train_batch_size": 4}
+    options["peft_config"] = lora_config(dropout=0.3) if lora else None
+    trainer = make_trainer(tmp_path / "a", **options)
+    trainer.train()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rounding: ")]
+    assert len(said) == 1 and "bf16 alone moves the logit of the same weights by " in said[0]
+    spread = float(said[0].split(" by ")[1].split()[0])
+    assert 0.001 < spread < 50
+    silent = make_trainer(tmp_path / "b", **options)
+    silent.data_kind = "single"  # what makes it leave the measurement out
+    silent.train_dataset = trainer.train_dataset
+    silent.train()
+    assert "rounding: " not in capsys.readouterr().out
+    assert_same_tensors(trained_tensors(trainer), trained_tensors(silent))
+    make_trainer(tmp_path / "c", **{**options, "mixed_precision": "no"}).train()
+    assert "rounding: " not in capsys.readouterr().out
