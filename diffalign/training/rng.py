@@ -16,7 +16,7 @@ import torch
 
 
 def row_seed(seed: int, row: int, epoch: int, purpose: str) -> int:
-    """A 63-bit seed; different purposes never share a stream."""
+    """A 63-bit seed for one purpose. torch's CPU generator reads 32 bits of it, so two streams meet once in 2^32 pairs."""
     digest = hashlib.blake2b(f"{seed}:{row}:{epoch}:{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
