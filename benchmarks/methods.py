@@ -6,7 +6,7 @@
 (`diffalign data recaption`), Self-NPO the prompts alone, SePPO rendered winners, D3PO, SPO and online Diffusion-DPO the prompts and a judge.
 Every method is trained as its `configs/<method>/shapes.yaml` says, from three seeds. Settings were chosen on the first 60 held-out prompts;
 what is reported are the other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of
-pairs that the verifier's graded score gives to the trained model (ties count one half), with a bootstrap interval clustered by prompt.
+pairs that the verifier's graded score gives to the trained model (ties count one half), with an interval clustered by prompt.
 Negative models are used in guidance, and compared with the base at its own best guidance scale; both scales are those that win most often
 against the base at its usual scale on the first 60. Finished parts lie in --work: an interrupted run goes on, and two processes can share
 the work by --methods. About three hours.

@@ -69,7 +69,7 @@ def main() -> None:
         f"# Quickstart, {len(found)} seeds\n\nMade by `python benchmarks/quickstart.py` on {os.cpu_count()} CPU cores "
         f"({platform.machine()}). Each row is `diffalign quickstart --seed N` in a fresh folder: {settings}. Held-out prompts "
         f"({first['prompts']} x {first['images_per_prompt']} images, the same seeds under both models), judged by the verifier; standard "
-        "errors and the 95 % bootstrap interval of the win-rate are clustered by prompt. The time is the whole command. Learning rate and "
+        "errors and the 95 % interval of the win-rate are clustered by prompt. The time is the whole command. Learning rate and "
         "beta were chosen among four settings on these same held-out prompts (training data of seed 0, other sampling seeds), so the "
         "gains are not free of selection.\n\n"
         "| seed | base, all correct | tuned, all correct | points | win-rate | 95 % interval | time |\n|---|---|---|---|---|---|---|\n"
