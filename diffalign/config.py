@@ -175,7 +175,7 @@ class LoraSection:
 
     r: int = 16
     """Rank."""
-    alpha: int | None = None
+    alpha: int | float | None = None
     """Scale numerator; the update is multiplied by alpha / r. None takes r."""
     dropout: float = 0.0
     """Dropout on the input of the adapters while training."""
@@ -189,17 +189,18 @@ class LoraSection:
     """Rank-stabilised scaling alpha / sqrt(r)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Other ranks for layers whose names match, e.g. `{to_q: 8}`."""
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
     """Other alphas for layers whose names match."""
 
     def __post_init__(self) -> None:
         count(1, 65_536).check("r", self.r)
-        if self.alpha is not None:
-            count().check("alpha", self.alpha)
+        if self.alpha is not None and not 0 < self.alpha < 1e9:
+            raise ConfigError("alpha", f"expected a number above 0, got {shown(self.alpha)}")
         for name, rank in self.rank_pattern.items():
             count(1, 65_536).check(f"rank_pattern.{name}", rank)
         for name, alpha in self.alpha_pattern.items():
-            count().check(f"alpha_pattern.{name}", alpha)
+            if not 0 < alpha < 1e9:
+                raise ConfigError(f"alpha_pattern.{name}", f"expected a number above 0, got {shown(alpha)}")
         _check_targets(self.target_modules)
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"expected float in [0, 1), got {self.dropout}")

@@ -36,6 +36,8 @@ class Backbone:
         self.source = source
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._loaded: dict[str, Any] = {}
+        self.given_scheduler: dict[str, Any] = {}
+        """Configuration of the model's scheduler, before `pipeline_scheduler`."""
         self._pipe: Any = None
         self.process: NoisingProcess = process_from_scheduler(self.scheduler)
         vae = source.component_config("vae")
@@ -54,7 +56,10 @@ class Backbone:
             component = self.source.load(name, self.component_dtype(name))
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval().to(self.device)
-            self._loaded[name] = self.pipeline_scheduler(component) if name == "scheduler" else component
+            if name == "scheduler":
+                self.given_scheduler = dict(component.config)
+                component = self.pipeline_scheduler(component)
+            self._loaded[name] = component
         return self._loaded[name]
 
     def pipeline_scheduler(self, scheduler: Any) -> Any:
@@ -183,7 +188,7 @@ def _reading_any_precision(vae: Any) -> Any:
     cast = copy.copy(vae)  # of the same weights
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return vae.decode(z.to(vae.dtype), *args, **kwargs)
+        return type(vae).decode(cast, z.to(vae.dtype), *args, **kwargs)
 
     cast.decode = decode
     return cast

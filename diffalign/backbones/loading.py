@@ -59,6 +59,7 @@ class ModelSource:
 
     def __init__(self, model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None) -> None:
         self.revision, self.variant, self.vae = revision, variant, vae
+        self._vae_config: dict[str, Any] | None = None
         self.pipe = None if isinstance(model, (str, Path)) else model
         if self.pipe is not None:
             if not hasattr(self.pipe, "components"):
@@ -183,7 +184,9 @@ class ModelSource:
         if self.pipe is not None:
             return dict(getattr(self.pipe, name).config)
         if name == "vae" and self.vae is not None:
-            return self.load("vae").config  # rarely used: the replacement's config lies wherever its weights do
+            if self._vae_config is None:  # it lies wherever the replacement's weights do
+                self._vae_config = dict(self.load("vae").config)
+            return self._vae_config
         cls = self._class(name)
         with self.explaining(name):
             return dict(cls.load_config(self.location, subfolder=name, revision=self.revision))

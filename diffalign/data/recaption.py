@@ -234,20 +234,26 @@ def _captions(
                 keys[i, side] = TextStore.key("caption", name, digest, group.prompts[0])
                 first.setdefault(keys[i, side], (i, side))
     for batch in _batches(list(first), texts, batch_size, "captioning"):
-        good, images, prompts = [], [], []
+        good, images = [], []
         for key in batch:
-            number, side = first[key]
-            group = dataset[number]
             try:
-                images.append(group.open_image(side))
+                images.append(dataset[first[key][0]].open_image(first[key][1]))
+                good.append(key)
+            except UserError:
+                pass
+        prompts = [dataset[first[key][0]].prompts[0] for key in good]
+        captions = (
+            dict(zip(good, _checked(captioner(images, prompts), len(good), "captioner", name), strict=True)) if good else {}
+        )
+        texts.add(batch, [captions.get(key, "") for key in batch])
+    found = {place: texts.texts[key] for place, key in keys.items()}
+    for (i, side), caption in found.items():
+        if not caption:  # there may be none because the image cannot be read
+            try:
+                dataset[i].open_image(side)
             except UserError as error:
-                broken |= {i: str(error) for (i, _), other in keys.items() if other == key}
-                continue
-            good.append(key)
-            prompts.append(group.prompts[0])
-        if good:
-            texts.add(good, _checked(captioner(images, prompts), len(good), "captioner", name))
-    return {place: texts.texts[key] for place, key in keys.items() if key in texts.texts}, broken
+                broken[i] = str(error)
+    return found, broken
 
 
 def _perturbed(

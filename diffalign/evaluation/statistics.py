@@ -98,7 +98,7 @@ def rate_interval(points: Array, *, level: float = 0.95) -> tuple[float, float]:
     if (given == 0.5).all():
         return 0.5, 0.5
     p, variance = float(per_prompt.mean()), float(per_prompt.var(ddof=1))
-    size = float(n) if variance == 0 else min(p * (1 - p) * n / variance, float(len(given)))
+    size = float(n) if variance < 1e-12 else min(p * (1 - p) * n / variance, float(len(given)))
     z = NormalDist().inv_cdf((1 + level) / 2)
     shrink = 1 + z**2 / size
     centre = 0.5 + (p - 0.5) / shrink

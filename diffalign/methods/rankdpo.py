@@ -184,7 +184,7 @@ class RankDPOTrainer(Trainer):
 
     def _chosen_gains(self) -> str:
         """`gains` of the run: one choice for all of its lists."""
-        if self.args.gains != "auto":
+        if self.args.gains != "auto" or self.sampler_rule == 1:  # runs of earlier versions choose per list
             return self.args.gains
         limits = None if self.data_config.online is not None else self.train_dataset.score_range()
         is_phi = limits is not None and limits[0] >= 0 and limits[1] <= 1
@@ -196,7 +196,10 @@ class RankDPOTrainer(Trainer):
         policy, reference = self.errors(batch)
         assert reference is not None and batch.scores is not None
         args = self.args
-        phi = phi_from_scores(batch.scores, self.gains)
+        if self.gains == "auto":
+            phi = torch.cat([phi_from_scores(scores[None], self.gains) for scores in batch.scores])
+        else:
+            phi = phi_from_scores(batch.scores, self.gains)
         loss = rankdpo_loss(policy, reference, phi, beta=args.beta, log_base=args.log_base, normalize=args.normalize)
         filled = torch.where(torch.isnan(phi), torch.full_like(phi, -1.0), phi)
         lowest = torch.where(torch.isnan(phi), torch.full_like(phi, 2.0), phi)

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..drawn import NOT_FINITE, Missing, check_any, left_out
+from ..drawn import NOT_FINITE, Missing
 from ..exceptions import ConfigError
 from ..training.batch import Batch
 from ..training.judge import Judge
 from ..training.on_policy import OnPolicyConfig, OnPolicyTrainer
-from ..training.online import check_scores
+from ..training.online import RoundCheck
 from ..training.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
 from .d3po import D3POTrainer
 
@@ -133,7 +133,7 @@ class SPOTrainer(D3POTrainer):
     def _scored(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
         size = max(1, self.args.rollout_batch_size // self.args.images_per_prompt)
         total = sum(map(len, batches)) * len(self.rollout.grid)
-        done = []
+        done, check = [], RoundCheck(self, judge)
         main = self.accelerator.is_main_process
         with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
             for batch in batches:
@@ -141,13 +141,10 @@ class SPOTrainer(D3POTrainer):
                 pictures: list[Any] = []
                 with torch.no_grad(), sampling_mode(self.network), self.accelerator.autocast():
                     parts = [self._branch(judge, batch, part, bar, pictures) for part in rows]
-                sentence = left_out(pictures, len(pictures), "this round")
-                if sentence:
-                    self.accelerator.print(sentence)
-                check_any(pictures, "of this run")
                 extra = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                check_scores(self, judge, batch, extra["scores"].double())
+                check.add(batch, pictures, extra["scores"].double())
                 done.append(dataclasses.replace(batch, extra={**extra, "order": self._order(batch, extra["decided"])}))
+        check.finish()
         return done
 
     def _order(self, batch: Batch, decided: Tensor) -> Tensor:

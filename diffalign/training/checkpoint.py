@@ -308,7 +308,9 @@ class CheckpointManager:
         """
         record = self.check(folder, force)
         try:
-            check_archives(folder, record["files"])
+            own = [f"random_states_{self.accelerator.process_index}.pkl"]
+            names = record["files"] if self.accelerator.is_main_process else [name for name in own if name in record["files"]]
+            check_archives(folder, names)
             self._check_random_state(folder, record["files"])
             self.accelerator.load_state(str(folder))
             if self.ema is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import HubConfig, LoraSection, dump_yaml
+from ..config import HubConfig, dump_yaml
 from ..exceptions import ConfigError, UserError
 from ..folder_lock import FolderLock
 from ..folders import move_aside, write_atomically
@@ -96,7 +96,7 @@ def run_identity(trainer: Trainer) -> dict[str, Any]:
         "lora": lora,
         "lora_form": form,
         "reference": trainer.ref_fingerprint,
-        "autoencoder": trainer.backbone.source.fingerprint("vae"),
+        "autoencoder": trainer.vae_fingerprint,
         "precision": trainer.args.mixed_precision,
         "sampler_rule": trainer.sampler_rule,
         "seed": trainer.args.seed,
@@ -224,19 +224,17 @@ def run_values(trainer: Trainer) -> dict[str, Any]:
     if trainer.peft_config is not None:
         config = trainer.peft_config
         targets = config.target_modules or trainer.backbone.lora_targets
-        values["lora"] = dataclasses.asdict(
-            LoraSection(
-                r=config.r,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                target_modules=targets if isinstance(targets, str) else sorted(targets),
-                init="gaussian" if config.init_lora_weights == "gaussian" else "default",
-                use_dora=config.use_dora,
-                use_rslora=config.use_rslora,
-                rank_pattern=dict(config.rank_pattern),
-                alpha_pattern=dict(config.alpha_pattern),
-            )
-        )
+        values["lora"] = {  # the fields of `LoraSection`
+            "r": config.r,
+            "alpha": config.lora_alpha,
+            "dropout": config.lora_dropout,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            "init": "gaussian" if config.init_lora_weights == "gaussian" else "default",
+            "use_dora": config.use_dora,
+            "use_rslora": config.use_rslora,
+            "rank_pattern": dict(config.rank_pattern),
+            "alpha_pattern": dict(config.alpha_pattern),
+        }
     values["data"] = dataclasses.asdict(trainer.data_config)
     # How this call went on is no part of the run.
     started_by = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "force_resume": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from . import feedback
 from .batch import Batch
 from .config import TrainingConfig
 from .judge import Judge, preferences
-from .online import sample_and_score
+from .online import RoundCheck, sample_and_score
 from .reference import Reference, SnapshotReference
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .rounds import Rounds
@@ -138,9 +139,12 @@ class OnPolicyTrainer(Trainer):
     def _scored(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
         """The round judged by scorers."""
         compare, done = getattr(self.args, "compare", "combined"), []
+        check = RoundCheck(self, judge)
         for batch in batches:
             trajectories, scores = self.sample(batch)
+            check.add(batch, chain.from_iterable(trajectories.images), scores)
             done.append(self.finish(batch, trajectories, preferences(judge, scores, compare), scores))
+        check.finish()
         return done
 
     def _asked(self, number: int, batches: list[Batch]) -> list[Batch]:
@@ -181,11 +185,7 @@ class OnPolicyTrainer(Trainer):
         raise NotImplementedError
 
     def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
-        """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU.
-
-        Raises:
-            UserError: the judge has no score for any image.
-        """
+        """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU."""
         k = self.args.images_per_prompt
         return sample_and_score(self, self.rollout, self.judge, batch, k, purpose)
 
@@ -197,12 +197,15 @@ class OnPolicyTrainer(Trainer):
         pipeline = evaluation_data(self, eval_dataset)
         if self.judge is None:
             raise UserError("train.feedback: people cannot judge an evaluation; draw images with diffalign sample")
-        window = MetricWindow()
+        window, check = MetricWindow(), RoundCheck(self, self.judge)
         for examples in pipeline.passes():
-            _, scores = self.sample(pipeline.builder(examples), purpose="evaluation")
+            batch = pipeline.builder(examples)
+            drawn, scores = self.sample(batch, purpose="evaluation")
+            check.add(batch, chain.from_iterable(drawn.images), scores)
             window.add(
                 {n: c.float().nanmean(1) for n, c in zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)}
             )
+        check.finish()
         result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
         self._call("on_evaluate", metrics=result)
         return result

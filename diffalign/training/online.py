@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..data.config import OnlineConfig
-from ..drawn import check_any, left_out
+from ..drawn import Missing, check_any, left_out
 from ..exceptions import ConfigError, UserError
 from .batch import Batch
 from .judge import Judge, ScoreAhead
@@ -27,11 +29,7 @@ if TYPE_CHECKING:
 def sample_and_score(
     trainer: Trainer, rollout: Rollout, judge: Judge | None, batch: Batch, k: int, purpose: str
 ) -> tuple[Trajectories, Tensor]:
-    """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU.
-
-    Raises:
-        UserError: a scorer has no score for any image.
-    """
+    """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU."""
     prompts = [prompt for prompt in batch.prompts for _ in range(k)]
     ahead = None if judge is None else ScoreAhead(judge, prompts, trainer.accelerator.device.type == "cuda")
 
@@ -42,30 +40,49 @@ def sample_and_score(
     if ahead is None:
         return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
     assert judge is not None
-    scores = ahead.result().unflatten(0, (len(batch), k))
-    pictures = [image for images in trajectories.images for image in images]
-    sentence = left_out(pictures, len(pictures), "this round")
-    if sentence:
-        trainer.accelerator.print(sentence)
-    check_any(pictures, "of this run")
-    check_scores(trainer, judge, batch, scores)
-    return trajectories, scores
+    return trajectories, ahead.result().unflatten(0, (len(batch), k))
 
 
-def check_scores(trainer: Trainer, judge: Judge, batch: Batch, scores: Tensor) -> None:
-    """Announces groups that a deciding scorer has no score (g, k, m) for.
+class RoundCheck:
+    """What a round of own samples lacks: said once for all of its batches, and an error where nothing is left.
 
-    Raises:
-        UserError: it has none for any group.
+    Args:
+        trainer: whose round.
+        judge: of its images; None where people judge.
     """
-    silent = torch.isnan(scores[..., : judge.deciding]).all(1).any(1)
-    if silent.all():
-        raise UserError(
-            f"scorers: a scorer gave no score for any image of {len(batch)} prompts, e.g. {batch.prompts[0][:60]!r}; check it with "
-            "diffalign score"
-        )
-    for row in silent.nonzero()[:, 0].tolist():
-        trainer.accelerator.print(f"no score for any image of {batch.prompts[row][:60]!r}: its images are taken as equal")
+
+    def __init__(self, trainer: Trainer, judge: Judge | None) -> None:
+        self.trainer, self.judge = trainer, judge
+        self.pictures: list[Any] = []
+        self.prompts: list[str] = []
+        self.silent: list[bool] = []
+
+    def add(self, batch: Batch, pictures: Iterable[Any], scores: Tensor) -> None:
+        """A batch's images (of which only the missing ones are kept) and scores (g, k, m)."""
+        self.pictures += [image if isinstance(image, Missing) else None for image in pictures]
+        if self.judge is not None:
+            self.prompts += batch.prompts
+            self.silent += torch.isnan(scores[..., : self.judge.deciding]).all(1).any(1).tolist()
+
+    def finish(self) -> None:
+        """Says what is missing.
+
+        Raises:
+            UserError: there is no image, or no score of a deciding scorer, in the whole round.
+        """
+        say = self.trainer.accelerator.print
+        sentence = left_out(self.pictures, len(self.pictures), "this round")
+        if sentence:
+            say(sentence)
+        check_any(self.pictures, "of this run")
+        if self.silent and all(self.silent):
+            raise UserError(
+                f"scorers: a scorer gave no score for any image of {len(self.prompts)} prompts, e.g. {self.prompts[0][:60]!r}; check it "
+                "with diffalign score"
+            )
+        for prompt, silent in zip(self.prompts, self.silent, strict=True):
+            if silent:
+                say(f"no score for any image of {prompt[:60]!r}: its images are taken as equal")
 
 
 class Online:
@@ -94,10 +111,12 @@ class Online:
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
         trainer = self.trainer
-        done = []
+        check, done = RoundCheck(trainer, self.judge), []
         for batch in batches:
             found, scores = sample_and_score(trainer, self.rollout, self.judge, batch, self.config.k, "online")
+            check.add(batch, chain.from_iterable(found.images), scores)
             done.append(self._judged(batch, found.final, scores))
+        check.finish()
         return done
 
     def _judged(self, batch: Batch, latents: Tensor, scores: Tensor) -> Batch:

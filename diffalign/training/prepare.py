@@ -191,10 +191,16 @@ class DataPipeline:
     def passes(self) -> Iterator[list[Example]]:
         """Every group once, in order, micro-batch by micro-batch: this process's share (for evaluation)."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(range(len(self.dataset)))[rank::world]
+        for chunk in self.chunks([(0, i) for i in range(len(self.dataset))][rank::world]):
+            yield [self.reader[key] for key in chunk]
+
+    def chunks(self, keys: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """(epoch, index) in order, in micro-batches whose images have one size."""
+        by_size: dict[int, list[tuple[int, int]]] = {}
+        for key in keys:
+            by_size.setdefault(self.buckets[key[1]] if self.buckets is not None else 0, []).append(key)
         size = self.args.per_device_train_batch_size
-        for start in range(0, len(mine), size):
-            yield [self.reader[(0, i)] for i in mine[start : start + size]]
+        return [each[start : start + size] for each in by_size.values() for start in range(0, len(each), size)]
 
 
 def _same(examples: list[Example]) -> list[Example]:
@@ -251,11 +257,10 @@ class ReferenceErrors:
         except UserError:  # a damaged file is computed anew
             shutil.rmtree(folder)
             parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
-        for start in tqdm(range(0, len(todo), size), desc="reference errors", unit="batch", disable=rank > 0):
-            chunk = todo[start : start + size]
-            if str(start) not in parts:
-                parts.add(str(start), {"errors": errors(data.builder([data.reader[key] for key in chunk])).double()})
-            for (draw, index), row in zip(chunk, parts[str(start)]["errors"], strict=True):
+        for number, chunk in enumerate(tqdm(data.chunks(todo), desc="reference errors", unit="batch", disable=rank > 0)):
+            if str(number) not in parts:
+                parts.add(str(number), {"errors": errors(data.builder([data.reader[key] for key in chunk])).double()})
+            for (draw, index), row in zip(chunk, parts[str(number)]["errors"], strict=True):
                 table[index, draw, : len(row)] = row
         parts.flush()
         table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()

@@ -106,6 +106,7 @@ def make_grid(
     *,
     patches: int | None = None,
     rule: int = SAMPLER_RULE,
+    offset: int | None = None,
 ) -> Grid:
     """The pipeline's own grid: the timesteps of a DDIM scheduler with the model's configuration, or the flow scheduler's shifted sigmas.
 
@@ -115,6 +116,7 @@ def make_grid(
         eta: stochasticity; at 0 no step can be trained on.
         patches: of a latent, on which a dynamic shift depends.
         rule: see `SAMPLER_RULE`.
+        offset: of timesteps under rule 1; None takes the scheduler's.
 
     Raises:
         ConfigError: more steps than timesteps.
@@ -125,7 +127,8 @@ def make_grid(
             raise ConfigError("num_inference_steps", f"expected at most {count}, the model's timesteps, got {steps}")
         ratio = count // steps
         if rule == 1:
-            times = (torch.arange(steps).flip(0) * ratio + int(scheduler.config.get("steps_offset", 0))).clamp(max=count - 1)
+            offset = int(scheduler.config.get("steps_offset", 0)) if offset is None else offset
+            times = (torch.arange(steps).flip(0) * ratio + offset).clamp(max=count - 1)
             next_times = (times - ratio).clamp(0, count - 1)
             next_times[next_times == times] = -1
         else:

@@ -133,6 +133,7 @@ class Trainer:
         self.sampler_rule = SAMPLER_RULE
         # Of the starting weights: taken before anything trains, since a given pipeline is trained in place.
         self.model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)
+        self.vae_fingerprint = self.backbone.source.fingerprint("vae")
         self.model_options = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
         build_transform(self.data_config, self.backbone)  # sizes are checked now, not after an hour of encoding
         source = train_dataset if train_dataset is not None else self.data_config.dataset_name or self.data_config.train_data_dir
@@ -262,7 +263,9 @@ class Trainer:
         self.state.max_steps = self._max_steps()
         self.schedule = make_schedule(optimizer) if make_schedule else build_schedule(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        self.ema = build_ema(parameters, args, self.accelerator.device)
+        # Runs of earlier versions go on with diffusers' warm-up.
+        averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
+        self.ema = build_ema(parameters, averaging, self.accelerator.device)
         self.checkpoints = CheckpointManager(
             self.accelerator,
             self.backbone,
@@ -286,7 +289,10 @@ class Trainer:
         height, width = self.data.transform.sizes[0] if self._ready else build_transform(self.data_config, self.backbone).sizes[0]
         factor = self.backbone.size_factor
         patches = (height // factor) * (width // factor)
-        return make_grid(self.process, self.backbone.scheduler, steps, eta, patches=patches, rule=self.sampler_rule)
+        offset = int(self.backbone.given_scheduler.get("steps_offset", 0)) if self.sampler_rule == 1 else None
+        return make_grid(
+            self.process, self.backbone.scheduler, steps, eta, patches=patches, rule=self.sampler_rule, offset=offset
+        )
 
     def _make_reference(self) -> Reference | None:
         return None if self.reference_free else self._build_reference()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..exceptions import ConfigError
 from ..likelihood import implicit_rewards
+from ..weight_files import explained
 from . import hub
 from .diagnostics import check_finite
 from .prepare import DataPipeline, ReferenceErrors
@@ -62,21 +63,36 @@ def measure_rounding(trainer: Trainer) -> None:
 
     One forward pass each. Under LoRA it takes a copy of the network in float32 for that moment.
     """
-    args, network = trainer.args, trainer.network
-    beta, data = getattr(args, "beta", None), trainer.data
+    args, data = trainer.args, trainer.data
     paired = trainer.data_kind in ("pair", "ranked") and not (trainer.reference_free or trainer.online or data.streaming)
-    if args.mixed_precision == "no" or not paired or beta is None or not trainer.error_beta:
+    if args.mixed_precision == "no" or not paired or not hasattr(args, "beta") or not trainer.error_beta:
         return
     if not trainer.accelerator.is_main_process:
         return
     device = trainer.accelerator.device
+    try:
+        spread, pairs = _rounding(trainer)
+    except Exception as error:  # no memory, an attention backend without float32, quantised weights: the run does without it
+        trainer.notes.append(f"rounding: not measured ({type(error).__name__}: {explained(error)[:100]})")
+    else:
+        trainer.notes.append(
+            f"rounding: {args.mixed_precision} alone moves the logit of the same weights by {spread:.2g} (root mean square of {pairs} "
+            "pairs against float32); until rewards/margins grow beyond it, margins and accuracies are mostly rounding, and the gradient "
+            "is not"
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _rounding(trainer: Trainer) -> tuple[float, int]:
+    """(root mean square of the logit that rounding makes, number of pairs)."""
+    network, data, device = trainer.network, trainer.data, trainer.accelerator.device
+    batch = data.builder([data.reader[key] for key in data.chunks([(0, row) for row in range(len(data.dataset))])[0]])
     needed = 4 * sum(parameter.numel() for parameter in network.parameters())
-    if trainer.peft_config is not None and device.type == "cuda" and needed > 0.8 * torch.cuda.mem_get_info(device)[0]:
-        trainer.notes.append(f"rounding: not measured, a copy of the network in float32 needs {needed / 2**30:.1f} GiB")
-        return
-    rows = range(min(len(data.dataset), args.per_device_train_batch_size))
-    batch = data.builder([data.reader[(0, row)] for row in rows])
-    with torch.no_grad(), sampling_mode(network):
+    if trainer.peft_config is not None and device.type == "cuda" and needed > 0.5 * torch.cuda.mem_get_info(device)[0]:
+        raise MemoryError(f"a copy of the network in float32 needs {needed / 2**30:.1f} GiB")
+    with sampling_mode(network):
         rounded = trainer._errors(batch, trainer._predict_unprepared)
         copied = copy.deepcopy(network).float() if trainer.peft_config is not None else copy.copy(network)
         vars(copied).pop("forward", None)  # accelerate's, which casts again (and belongs to the original)
@@ -86,12 +102,8 @@ def measure_rounding(trainer: Trainer) -> None:
                 exact = {name: value.float() for name, value in condition.items()}
                 return trainer.backbone.predict(copied, noisy.float(), times, exact)
 
-        rewards = implicit_rewards(rounded, trainer._errors(batch, predict), beta)
-    spread = float((rewards[:, 0] - rewards[:, 1]).square().mean().sqrt())
-    trainer.notes.append(
-        f"rounding: {args.mixed_precision} alone moves the logit of the same weights by {spread:.2g} (root mean square of {len(rows)} pairs "
-        "against float32); until rewards/margins grow beyond it, margins and accuracies are mostly rounding, and the gradient is not"
-    )
+        rewards = implicit_rewards(rounded, trainer._errors(batch, predict), trainer.args.beta)  # type: ignore[attr-defined]
+    return float((rewards[:, 0] - rewards[:, 1]).square().mean().sqrt()), len(batch)
 
 
 def evaluate(trainer: Trainer, eval_dataset: Any) -> dict[str, float]:

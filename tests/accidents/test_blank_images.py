@@ -287,6 +287,27 @@ def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypa
         assert loss.isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["spo", "d3po"])
+def test_one_lost_prompt_does_not_end_a_round(method, tmp_path, capsys):
+    """Of a round of two batches with one prompt each, the images of the first are all missing."""
+    trainer = make_trainer(
+        tmp_path, method=method, peft_config=lora_config(), max_steps=2, per_device_train_batch_size=1, steps_per_round=2
+    )
+    trainer._setup()
+    decode, calls = trainer.backbone.decode_latents, []
+
+    def broken(latents: Any) -> list[Any]:
+        images = decode(latents)
+        calls.append(1)
+        first_row = len(calls) == 1 if method == "d3po" else len(calls) <= 2
+        return [Missing(NOT_FINITE)] * len(images) if first_row else images
+
+    trainer.backbone.decode_latents = broken
+    trainer.train()
+    said = capsys.readouterr().out
+    assert "2 of 4 images of this round left out: not finite" in said and "no score for any image of" in said
+
+
 def test_the_next_state_is_a_finite_candidate():
     usable = torch.tensor([[True, True, True], [False, True, False], [True, False, False], [False, False, False]])
     assert nearest_usable(torch.tensor([2, 2, 1, 1]), usable).tolist() == [2, 1, 0, 1]

@@ -260,6 +260,9 @@ def test_a_broken_image_costs_its_pair(strategy: str, tmp_path: Path) -> None:
         recaption(data, tmp_path / "out", strategy, **options)  # type: ignore[arg-type]
     said = recaption(data, tmp_path / "out", strategy, max_empty_fraction=0.2, **options)  # type: ignore[arg-type]
     assert "10 of 12 pairs recaptioned" in said and "2 of these have an image that cannot be read, e.g. dataset row" in said
+    seen = options["captioner"].seen  # type: ignore[attr-defined]
+    again = recaption(data, tmp_path / "out", strategy, max_empty_fraction=0.2, **options)  # type: ignore[arg-type]
+    assert again == said and options["captioner"].seen == seen  # type: ignore[attr-defined]  # nothing is captioned twice
     left = [row["prompt"] for i, row in enumerate(rows) if i not in (3, 5)]
     found = [row["prompt"] for row in load_dataset(str(tmp_path / "out" / "data"), split="train")]
     assert found == left

@@ -60,6 +60,16 @@ def test_unanimous_prompts_have_an_interval() -> None:
     assert win_rate(np.zeros((8, 2)), split).low < 0.3
 
 
+@pytest.mark.parametrize("images", [3, 5, 6, 7])
+def test_prompts_that_agree_count_once_whatever_the_rounding(images: int) -> None:
+    """Two of `images` won everywhere: as many trials as prompts, though the variance is 1e-33 and not 0."""
+    points = np.tile([1.0, 1.0, *[0.0] * (images - 2)], (20, 1))
+    p, z, n = 2 / images, 1.959964, 20
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    low, high = rate_interval(points)
+    assert high - low == pytest.approx(2 * half, abs=1e-6)
+
+
 def test_one_image_per_prompt_is_wilsons_interval_of_one_trial_less() -> None:
     points = np.array([[1.0]] * 13 + [[0.0]] * 7)
     low, high = rate_interval(points)

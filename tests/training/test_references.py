@@ -251,3 +251,38 @@ def test_a_bf16_run_says_how_much_is_rounding(lora: bool, tmp_path: Path, capsys
     assert_same_tensors(trained_tensors(trainer), trained_tensors(silent))
     make_trainer(tmp_path / "c", **{**options, "mixed_precision": "no"}).train()
     assert "rounding: " not in capsys.readouterr().out
+
+
+def test_the_rounding_is_measured_within_one_bucket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of different sizes cannot be one batch; what cannot be measured never ends a run."""
+    from tiny import picture
+
+    rows = [
+        {"prompt": "a", "chosen": picture(200, i, 32).resize(size), "rejected": picture(40, i, 32).resize(size)}
+        for i, size in enumerate([(32, 64), (64, 32)] * 4)
+    ]
+    options: dict[str, Any] = {"mixed_precision": "bf16", "max_steps": 1, "per_device_train_batch_size": 2, "rows": rows}
+    options |= {"data": {"aspect_ratio_buckets": "32,64;64,32", "resolution": None}, "peft_config": lora_config()}
+    trainer = make_trainer(tmp_path / "a", **options)
+    trainer.train()
+    said = capsys.readouterr().out
+    assert "rounding: bf16 alone moves" in said
+    assert trainer.evaluate(rows)["eval/loss"] > 0
+    other = make_trainer(tmp_path / "b", **options)
+    other._setup()
+    other._errors = lambda *_: 1 / 0
+    verbs.measure_rounding(other)
+    assert other.notes[-1].startswith("rounding: not measured (ZeroDivisionError")
+
+
+def test_the_autoencoders_identity_is_that_of_the_given_one(tmp_path: Path) -> None:
+    """Not of what a bf16 run has cast it to: a resume that casts it later is the same run."""
+    crop = {"center_crop": True, "random_flip": False, "cache_latents": str(tmp_path / "cache")}
+    options: dict[str, Any] = {"peft_config": lora_config(), "mixed_precision": "bf16", "data": crop}
+    make_trainer(tmp_path / "run", max_steps=1, save_steps=1, **options).train()
+    assert make_trainer(tmp_path / "run", max_steps=2, **options).train("latest").global_step == 2
+
+
+def test_patterns_may_hold_fractions(tmp_path: Path) -> None:
+    make_trainer(tmp_path, peft_config=lora_config(alpha_pattern={"to_q": 8.5}), max_steps=1).train()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["alpha_pattern"] == {"to_q": 8.5}
