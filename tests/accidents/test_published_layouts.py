@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 from typing import Any
 
 import datasets
@@ -279,3 +280,79 @@ def test_numbers_beside_words_in_a_column_stay_judgements(tmp_path):
     assert (report.first_wins, report.second_wins, report.unlabelled) == (1, 1, 1)
     layout = recognise(list(LAYOUTS["genai_bench"]), {})
     assert judge(layout, {"prompt": "p", "vote_type": ["leftvote"]}).status == "broken"
+
+
+ODD_CELLS = [
+    None,
+    "",
+    "x",
+    "None",
+    "nan",
+    -1,
+    0,
+    1,
+    7,
+    0.5,
+    float("nan"),
+    1e30,
+    True,
+    False,
+    [],
+    {},
+    [1],
+    [0, 1],
+    ["a", "b"],
+    b"",
+    b"x",
+]
+
+
+def mutated_rows(name: str, generator: random.Random) -> tuple[list[dict[str, Any]], set[int]]:
+    """Eight rows of a layout with faults, and which rows still hold what the layout says."""
+    rows = [dict(LAYOUTS[name]) for _ in range(8)]
+    for i, row in enumerate(rows):
+        row.update({key: f"{row[key]}{i}" for key in ("prompt", "caption", "prompt_id") if key in row})
+    whole = set(range(8))
+    kind = generator.choice(["cells", "cells", "column", "more"])
+    if kind == "cells":
+        for _ in range(generator.randint(1, 3)):
+            place = generator.randrange(8)
+            rows[place][generator.choice(sorted(rows[0]))] = None if generator.random() < 0.5 else generator.choice(ODD_CELLS)
+            whole.discard(place)
+    elif kind == "column":
+        column = generator.choice(sorted(rows[0]))
+        other = generator.choice([None, f"my_{column}", column.upper(), "score", "label", "rank", "images"])
+        for row in rows:
+            value = row.pop(column)
+            if other is not None:
+                row[other] = value
+    else:
+        extra = generator.choice(["label_0", "ranking", "scores", "preference", "winner", "chosen", "image", "rank", "note"])
+        for row in rows:
+            row.setdefault(extra, generator.choice(ODD_CELLS))
+    return rows, whole
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_layouts_are_read_the_right_way_or_refused(name):
+    """80 per layout, 640 in all: a sentence, or pairs of which no untouched one is the wrong way round."""
+    generator, refused, read = random.Random(name), 0, 0
+    for number in range(80):
+        rows, whole = mutated_rows(name, generator)
+        try:
+            data = load(rows, max_broken_fraction=1.0)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), number  # noqa: PT017
+            continue
+        if data.kind not in ("pair", "ranked"):
+            continue
+        pairs = data.as_kind("pair")
+        for index in range(len(pairs)):
+            if pairs[index].row_id in whole:
+                best, worst = brightness(pairs, index)
+                assert best > worst, (number, rows[0].keys())
+                read += 1
+    assert refused >= 5 and read > 50
