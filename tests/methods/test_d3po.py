@@ -136,11 +136,12 @@ def test_recorded_log_probabilities_are_those_of_the_policy(tmp_path: Path, fami
 
 
 def test_the_last_step_of_a_grid_without_offset_has_no_density(tmp_path: Path) -> None:
+    """Of SDXL: the pipeline of SD sets an offset of 1 itself."""
     from diffusers import DDIMScheduler
 
-    pipe = build_pipeline("sd")
+    pipe = build_pipeline("sdxl")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=0)
-    trainer = small(tmp_path, model=pipe, num_inference_steps=4)
+    trainer = small(tmp_path, "sdxl", model=pipe, num_inference_steps=4)
     batch = first_round(trainer)
     grid = trainer.rollout.grid
     assert grid.times[-1] == 0 and grid.trainable.tolist() == [True, True, True, False]
