@@ -154,20 +154,29 @@ class Batches:
 
 
 @contextmanager
-def batched(module: Any, name: str, batches: Batches) -> Iterator[None]:
-    """Puts `batches` in front of ``module.name`` on this instance and restores it whatever happens."""
-    there, before = name in vars(module), vars(module).get(name)
-    original = getattr(module, name)
+def replaced(owner: Any, name: str, function: Callable[..., Any], **marks: Any) -> Iterator[None]:
+    """`function` in place of an object's method, with attributes `marks`; the object is as before afterwards, whatever happens."""
+    there, before = name in vars(owner), vars(owner).get(name)
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return batches.forward(original, args, kwargs)
+    @functools.wraps(getattr(owner, name))
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
-    setattr(module, name, forward)
+    for mark, value in marks.items():
+        setattr(stand_in, mark, value)
+    setattr(owner, name, stand_in)
     try:
         yield
     finally:
         if there:
-            setattr(module, name, before)
+            setattr(owner, name, before)
         else:
-            delattr(module, name)
+            delattr(owner, name)
+
+
+@contextmanager
+def batched(module: Any, name: str, batches: Batches) -> Iterator[None]:
+    """Puts `batches` in front of ``module.name`` on this instance and takes it away afterwards."""
+    original = getattr(module, name)
+    with replaced(module, name, lambda *args, **kwargs: batches.forward(original, args, kwargs)):
+        yield

@@ -18,11 +18,10 @@ skip-layer and perturbed-attention guidance belong to the positive prompt and ru
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from .adapters import (
     plain_state,
     strip_adapters,
 )
-from .batching import call_rows, join_rows, pick_rows
+from .batching import call_rows, join_rows, pick_rows, replaced
 from .exceptions import ConfigError, UserError
 
 
@@ -136,8 +135,8 @@ class NegativeGuidance:
             else:
                 undo.enter_context(adapters_kept(self.pipe))
                 self._branches = self._adapter_branches()
-            undo.enter_context(_replaced(self.network, "forward", self._forward))
-            undo.enter_context(_replaced(self.pipe, "encode_prompt", _counting(self.pipe.encode_prompt, self)))
+            undo.enter_context(replaced(self.network, "forward", self._forward, **{_MARK: True}))
+            undo.enter_context(replaced(self.pipe, "encode_prompt", _counting(self.pipe.encode_prompt, self)))
             self._undo = undo.pop_all()
         return self
 
@@ -234,26 +233,6 @@ class NegativeGuidance:
 
 
 _MARK = "_negative_guidance"
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """`function` in place of an object's method, which is as before afterwards."""
-    there, before = name in vars(owner), vars(owner).get(name)
-
-    @functools.wraps(getattr(owner, name))
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    setattr(stand_in, _MARK, True)
-    setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        if there:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 def _counting(encode: Callable[..., Any], guidance: NegativeGuidance) -> Callable[..., Any]:
