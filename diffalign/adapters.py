@@ -68,12 +68,6 @@ def adapter_state(pipe: Any) -> dict[str, dict[str, float]]:
     return state
 
 
-def set_adapter_state(pipe: Any, state: Mapping[str, Mapping[str, float]]) -> None:
-    """Makes exactly these adapters active, with these weights."""
-    if state:
-        pipe.set_adapters(list(state), [dict(weights) for weights in state.values()])
-
-
 def fixed_adapters(network: Any) -> dict[str, str]:
     """Active adapters whose effect is not proportional to their weight, and what they are: DoRA and other kinds than LoRA."""
     from peft.tuners.lora import LoraLayer
@@ -245,9 +239,7 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: b
     except BaseException as error:
         for snapshot in before:
             snapshot.restore()
-        if not isinstance(error, loading_errors()):
-            raise
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or not isinstance(error, loading_errors()):
             raise
         raise UserError(f"{role}: {str(weights)!r} holds no LoRA for this model ({explained(error)[:200]})") from error
     if denoiser_only and content is not None and content.text_encoders:

@@ -45,6 +45,11 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
     return first
 
 
+def perturbs_attention(pipe: Any) -> bool:
+    """Whether the pipeline's call is under perturbed-attention guidance, whose attention layers divide the whole batch."""
+    return bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+
+
 @dataclass(frozen=True)
 class CallRows:
     """Which rows of the pipeline's own batch a network is called with.

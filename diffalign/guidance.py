@@ -38,7 +38,7 @@ from .adapters import (
     plain_state,
     strip_adapters,
 )
-from .batching import call_rows, join_rows, pick_rows, replaced
+from .batching import call_rows, join_rows, perturbs_attention, pick_rows, replaced
 from .exceptions import ConfigError, UserError
 
 
@@ -168,7 +168,7 @@ class NegativeGuidance:
             return positive(*args, **kwargs)
         first = next(x for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states")) if isinstance(x, Tensor))
         rows, call = first.shape[0], call_rows(first.shape[0])
-        perturbed = bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
+        perturbed = perturbs_attention(self.pipe)
         branches = 3 if perturbed else 2
         if len(call.index) != rows or call.total % branches or (self._images or 0) * branches not in (0, call.total):
             raise UserError(

@@ -277,6 +277,10 @@ def classify(names: Iterable[str]) -> LoraContent:
     return LoraContent(len(network), len(text), tuple(dict.fromkeys(kinds)), odd[0] if odd else None, compiled)
 
 
+USUAL_LORA = "pytorch_lora_weights.safetensors"
+"""What diffusers calls a LoRA's file."""
+
+
 def find_lora_file(place: Path, role: str) -> Path:
     """The LoRA's file: itself, or the one of a folder.
 
@@ -285,7 +289,7 @@ def find_lora_file(place: Path, role: str) -> Path:
     """
     if place.is_file():
         return place
-    usual = place / "pytorch_lora_weights.safetensors"
+    usual = place / USUAL_LORA
     if usual.is_file():
         return usual
     files = sorted(place.glob("*.safetensors"))
@@ -307,10 +311,9 @@ def fetch_lora_file(name: str, role: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    usual = "pytorch_lora_weights.safetensors"
     try:
         try:
-            return Path(hf_hub_download(name, usual))
+            return Path(hf_hub_download(name, USUAL_LORA))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled):  # no connection: what the cache has
             return find_lora_file(Path(snapshot_download(name, local_files_only=True)), role)
         except EntryNotFoundError:

@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batching import Batches, batched
+from ..batching import Batches, batched, perturbs_attention
 from ..drawn import watched
 from ..exceptions import ConfigError, UserError
 from .coordinates import check_reachable, refuse_replaced_noise
@@ -238,8 +239,7 @@ class FKSteering:
         """One call of the pipeline."""
         started = time.perf_counter()
         groups, k = len(texts), self.num_particles
-        perturbed = lambda: bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))  # noqa: E731
-        models = Batches(groups * k, self.model_batch_size, grouped=k, whole=perturbed)
+        models = Batches(groups * k, self.model_batch_size, grouped=k, whole=partial(perturbs_attention, self.pipe))
         decodes = Batches(groups * k, self.decode_batch_size)
         decoder = LatentDecoder(
             self.pipe, self.decoder, self.decode_batch_size or 8, pipe_kwargs.get("height"), pipe_kwargs.get("width")

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from mutations import damaged
@@ -202,31 +203,22 @@ def cut(client) -> None:
     client.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"a"')
 
 
-def drip(client) -> None:
-    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n")
-    for _ in range(900):
-        client.sendall(b" ")
-        time.sleep(0.1)
+def dripping(head: bytes, part: bytes) -> Any:
+    """A reply that begins with `head` and goes on for 90 seconds, a `part` at a time."""
+
+    def reply(client: socket.socket) -> None:
+        client.sendall(head)
+        for _ in range(900):
+            client.sendall(part)
+            time.sleep(0.1)
+
+    return reply
 
 
-def drip_headers(client) -> None:
-    client.sendall(b"HTTP/1.1 200 OK\r\n")
-    for number in range(900):
-        client.sendall(f"X-{number}: 1\r\n".encode() if number % 2 else b"")
-        time.sleep(0.1)
-
-
-def drip_status(client) -> None:
-    for _ in range(900):
-        client.sendall(b"H")
-        time.sleep(0.1)
-
-
-def drip_refusal(client) -> None:
-    client.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 900\r\n\r\n")
-    for _ in range(900):
-        client.sendall(b" ")
-        time.sleep(0.1)
+drip = dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n", b" ")
+drip_headers = dripping(b"HTTP/1.1 200 OK\r\n", b"X-1: 1\r\n")
+drip_status = dripping(b"", b"H")
+drip_refusal = dripping(b"HTTP/1.1 503 Busy\r\nContent-Length: 900\r\n\r\n", b" ")
 
 
 def closed(client) -> None:
