@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from tiny import (
     RESOLUTION,
+    assert_close_tensors,
+    assert_same_tensors,
     build_pipeline,
     captioned_rows,
     make_trainer,
     pair_rows,
     picture,
+    trained_tensors,
 )
 from torch import Tensor
+from transformers.optimization import Adafactor
 
 pytestmark = pytest.mark.nightly
 
@@ -184,6 +188,20 @@ class Loop:
         """What a loop does between steps."""
 
 
+class ScheduledLoop(Loop):
+    """Adafactor as the SDXL script sets it, under one step of warm-up and a cosine."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        schedule = {"optim": "adafactor", "lr_scheduler": "cosine", "warmup_steps": 1}
+        super().__init__(*args, **schedule, max_steps=STEPS, **options)
+        self.optimizer = Adafactor(self.trained, lr=RATE, scale_parameter=False, relative_step=False, warmup_init=False)
+        self.after_step(0)
+
+    def after_step(self, step: int) -> None:
+        rate = step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1)))
+        self.optimizer.param_groups[0]["lr"] = RATE * rate
+
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 lora_or_full = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 
@@ -209,6 +227,12 @@ def test_diffusion_dpo(family: str, lora: bool, tmp_path: Path) -> None:
 def test_diffusion_dpo_with_accumulation(passes: int, tmp_path: Path) -> None:
     loop = Loop(tmp_path, "sd", "diffusion_dpo", True, beta=300.0, gradient_accumulation_steps=passes)
     loop.run(lambda batch: dpo(300.0, *loop.both(batch, pair_captions(batch))), passes)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_diffusion_dpo_with_adafactor_and_a_schedule(family: str, tmp_path: Path) -> None:
+    loop = ScheduledLoop(tmp_path, family, "diffusion_dpo", True, beta=300.0)
+    loop.run(lambda batch: dpo(300.0, *loop.both(batch, pair_captions(batch))))
 
 
 @pytest.mark.parametrize("family", ["sd", "sd_v"])
@@ -547,6 +571,50 @@ def test_dropped_prompts_are_the_pipelines_unconditional_embedding(family: str, 
         times += batch.times.tolist()
     assert 0.4 < np.mean(dropped) < 0.6
     assert abs(np.corrcoef(dropped, times)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_d3po_in_bf16_starts_at_its_reference(family: str, lora: bool, tmp_path: Path) -> None:
+    """And at what sampling recorded: to the bit, though everything is rounded."""
+    config = LoraConfig(**LORA) if lora else None
+    trainer = make_trainer(tmp_path, family, "d3po", peft_config=config, mixed_precision="bf16", max_steps=1)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["policy/log_ratio"] == 0
+    assert first["policy/since_sampling"] < 1e-6
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gradient_checkpointing_in_bf16_gives_equal_weights(lora: bool, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(checkpointing),
+            peft_config=LoraConfig(**LORA) if lora else None,
+            mixed_precision="bf16",
+            gradient_checkpointing=checkpointing,
+        )
+        trainer.train()
+        found.append(trained_tensors(trainer))
+    assert_same_tensors(*found)
+
+
+@pytest.mark.parametrize("method", ["diffusion_dpo", "rankdpo"])
+def test_precomputed_reference_errors_in_bf16(method: str, tmp_path: Path) -> None:
+    found = []
+    for precompute in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(precompute),
+            method=method,
+            peft_config=LoraConfig(**LORA),
+            mixed_precision="bf16",
+            precompute_ref_errors=precompute,
+            data={"center_crop": True, "random_flip": False},
+        )
+        trainer.train()
+        found.append(trained_tensors(trainer))
+    assert_close_tensors(*found, rtol=1e-4, atol=1e-6)
 
 
 SAVED: list[dict[str, Any]] = [
