@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import Any
 
@@ -97,8 +98,10 @@ def test_the_rate_lies_in_its_interval_when_scores_are_missing() -> None:
 @pytest.mark.parametrize("images", [1, 2, 4])
 @pytest.mark.parametrize("clustering", [0.0, 0.3, 0.7])
 def test_coverage_from_eight_prompts_on(prompts: int, images: int, clustering: float) -> None:
-    """Rates from 5 to 95 %, images of a prompt alike to a degree. The mean over rates is near 95 %; single rates swing, as a count of a
-    few prompts has few values."""
+    """Rates from 5 to 95 %, images of a prompt alike to a degree: 93 to 97 % on average over the rates.
+
+    Single rates swing, as a count of a few prompts has few values; the next test shows that no
+    interval can avoid it."""
     rng, trials, covered = np.random.default_rng(7), 2000, []
     rates = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
     for rate in rates:
@@ -111,7 +114,15 @@ def test_coverage_from_eight_prompts_on(prompts: int, images: int, clustering: f
             low, high = rate_interval((rng.random((prompts, images)) < share).astype(float))
             hits += low <= rate <= high
         covered.append(hits / trials)
-    assert 0.93 <= np.mean(covered) <= 0.975 and min(covered) >= 0.90 and max(covered) <= 0.99, covered
+    assert 0.93 <= np.mean(covered) <= 0.97, covered
+    assert min(covered) >= 0.90 and max(covered) <= 0.99, covered
+
+
+def test_no_interval_of_eight_answers_covers_every_rate_with_93_to_97_percent() -> None:
+    """At a rate of 25 % every run of counts holds the truth in less than 93 % or more than 97 %."""
+    chances = [math.comb(8, x) * 0.25**x * 0.75 ** (8 - x) for x in range(9)]
+    runs = [sum(chances[a:b]) for a in range(9) for b in range(a + 1, 10)]
+    assert not [run for run in runs if 0.93 <= run <= 0.97]
 
 
 def test_the_expanded_level_is_students() -> None:
