@@ -35,10 +35,9 @@ from methods import ROOT, Arm, folder_name, kept
 from tqdm import tqdm
 
 from diffalign import compare
-from diffalign.config import load_run
-from diffalign.evaluation.compare import Comparison
+from diffalign.evaluation.comparison import Comparison
+from diffalign.recipe import build_trainer, load_run
 from diffalign.shapes.prompts import held_out_prompts
-from diffalign.training.run import build_trainer
 
 BUDGET = 260_000
 DRAWN = 600 * 6 * 20 * 2  # rows that drew data/ranked: prompts x images x steps x (conditional, unconditional)
@@ -103,7 +102,7 @@ def probe(name: str, work: Path) -> dict[str, float]:
         )
         run.validation = None
         trainer = build_trainer(run)
-        trainer._setup()
+        trainer.setup()
         counted = Rows(trainer.network)
         trainer.train()
     return {"rows_per_step": counted.count / 3, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

@@ -30,15 +30,14 @@ import torch
 from tqdm.auto import tqdm
 
 from diffalign import NegativeGuidance, cli
-from diffalign.config import load_run
-from diffalign.evaluation.sampling import generate
 from diffalign.evaluation.statistics import clustered_bootstrap, win_rate
-from diffalign.folders import write_atomically
-from diffalign.shapes.pretrain import SAMPLING
+from diffalign.generation.pipelines import base_pipeline
+from diffalign.generation.sampling import generate
+from diffalign.recipe import build_trainer, load_run
+from diffalign.runtime.files import write_atomically
 from diffalign.shapes.prompts import held_out_prompts
-from diffalign.shapes.quickstart import base_pipeline
+from diffalign.shapes.sampling_defaults import SAMPLING
 from diffalign.shapes.verifier import attribute_table, score
-from diffalign.training.run import build_trainer
 
 ROOT = Path(__file__).parents[1]
 IMAGES, TUNING_IMAGES = 8, 4

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from diffalign.training.loop import take_step
+
 ROOT = Path(__file__).resolve().parents[1]
 LISTS, IMAGES = 8, 4
 
@@ -72,13 +74,9 @@ class Step:
     def __init__(self, method: str, folder: str, batch: int) -> None:
         self.trainer = make_trainer(method, folder, batch)
         trainer = self.trainer
-        trainer._setup()
-        from diffalign.training import verbs
-        from diffalign.training.tracking import MetricWindow
-
-        verbs.precompute(trainer)
-        trainer.window = MetricWindow()
-        self.batches = trainer.data.batches(0)
+        trainer.setup()
+        trainer.precompute_reference_errors()
+        self.run = trainer.make_run()
         self.calls: list[int] = []
         trainer.network.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -88,20 +86,20 @@ class Step:
     def __call__(self) -> float:
         self.calls.clear()
         started = time.perf_counter()
-        self.trainer._optimizer_step(self.batches)
+        take_step(self.trainer, self.run)
         return time.perf_counter() - started
 
     def bare(self) -> float:
         """The network's work on the same images: the reference without gradient, the policy with its backward."""
         trainer = self.trainer
-        batch = trainer.data.builder(next(self.batches))
+        batch = next(self.run.batches)
         times = batch.times.repeat_interleave(batch.k)
         noisy = trainer.process.add_noise(batch.x0.flatten(0, 1), batch.noise.flatten(0, 1), times)
         at = trainer.process.model_times(times)
         started = time.perf_counter()
         with torch.no_grad():
-            trainer._predict_reference(noisy, at, batch.condition)
-        trainer._predict_policy(noisy, at, batch.condition).square().mean().backward()
+            trainer.reference.predict(noisy, at, batch.condition)
+        trainer.policy.predict(noisy, at, batch.condition).square().mean().backward()
         trainer.optimizer.zero_grad()
         return time.perf_counter() - started
 
@@ -140,15 +138,11 @@ def peak(method: str) -> None:
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(method, folder, 4, model=pipe, lora=False, save_steps=None)
-        trainer._setup()
-        from diffalign.training import verbs
-        from diffalign.training.tracking import MetricWindow
-
-        verbs.precompute(trainer)
-        trainer.window = MetricWindow()
-        batches = trainer.data.batches(0)
+        trainer.setup()
+        trainer.precompute_reference_errors()
+        run = trainer.make_run()
         for _ in range(3):
-            trainer._optimizer_step(batches)
+            take_step(trainer, run)
     mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peak": mebibytes, "parameters": parameters}))
 
@@ -175,9 +169,9 @@ def guidance(rounds: int) -> list[str]:
     import copy
 
     from diffalign import NegativeGuidance
-    from diffalign.shapes.pretrain import SAMPLING
+    from diffalign.generation.pipelines import base_pipeline
     from diffalign.shapes.prompts import held_out_prompts
-    from diffalign.shapes.quickstart import base_pipeline
+    from diffalign.shapes.sampling_defaults import SAMPLING
 
     prompts = held_out_prompts()[:16]
     counted: list[int] = []

@@ -1,7 +1,7 @@
 """What `benchmarks/methods.py` needs for the methods that sample while they learn: winners, learned rewards, curves.
 
 The learned reward is `shapes-clip`, made from noisy labels on purpose. The ensemble has two more of the same recipe with other seeds
-(`python -m diffalign.shapes.pretrain_reward`), so that what one of them is wrong about the others need not be.
+(`python -m tools.shapes.pretrain_reward`), so that what one of them is wrong about the others need not be.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def render_winners(folder: Path) -> None:
 
 def trained_reward(folder: Path, seed: int, **settings: int) -> Path:
     """The folder of a reward of `shapes-clip`'s recipe, with other settings; trains it if it is not there."""
-    from diffalign.shapes import pretrain_reward
+    from tools.shapes import pretrain_reward
 
     if not (folder / "accuracy.json").is_file():
         options = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]

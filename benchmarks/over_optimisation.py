@@ -6,7 +6,7 @@ The purest optimiser of a reward is to draw n images of a prompt and to keep the
 how hard it optimises. The embedded pipeline draws --images images for each of 60 held-out prompts; for n = 1, 2, 4, ... a judge picks the best of
 n, and the verifier, which stands for what people want, says how good the picked image is. The mean over all choices of n images is computed
 exactly from the ranks. The judges: the embedded learned reward `shapes-clip`; --members rewards learned from few and noisy preferences
-(`python -m diffalign.shapes.pretrain_reward --warmup_steps 100 --num_prompts 40`: 240 pairs each, another seed each), one at a time; their mean;
+(`python -m tools.shapes.pretrain_reward --warmup_steps 100 --num_prompts 40`: 240 pairs each, another seed each), one at a time; their mean;
 their mean less one standard deviation (`combine: {method: mean_minus_std}`); and the verifier itself, which is as good as picking can be.
 Rewards are on the scale of the base's images, in standard deviations. Intervals are 95 %, clustered by prompt. Goes on where it stopped.
 """
@@ -25,14 +25,15 @@ import torch
 from methods import ROOT, kept
 from online_methods import trained_reward
 
-from diffalign.evaluation.sampling import draw_files, generate, image_seed
 from diffalign.evaluation.statistics import clustered_bootstrap
-from diffalign.folders import write_atomically
-from diffalign.processes import Processes
+from diffalign.generation.pipelines import base_pipeline
+from diffalign.generation.sampling import draw_files, generate
 from diffalign.rewards import combine, load_scorer
-from diffalign.shapes.pretrain import SAMPLING
+from diffalign.runtime.distributed import Processes
+from diffalign.runtime.files import write_atomically
+from diffalign.runtime.seeds import image_seed
 from diffalign.shapes.prompts import held_out_prompts
-from diffalign.shapes.quickstart import base_pipeline
+from diffalign.shapes.sampling_defaults import SAMPLING
 
 FEW = {"warmup_steps": 100, "num_prompts": 40}
 FIRST_SEED = 11

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffalign.shapes.quickstart import base_pipeline
+from diffalign.generation.pipelines import base_pipeline
 
 
 def large_pipeline() -> Any:

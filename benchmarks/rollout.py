@@ -23,8 +23,8 @@ from diffusers import DDIMScheduler
 from random_unet import large_pipeline
 
 from diffalign import D3POConfig, D3POTrainer, DataConfig
+from diffalign.generation.pipelines import base_pipeline
 from diffalign.shapes.prompts import train_prompts
-from diffalign.shapes.quickstart import base_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDANCE = 5.0
@@ -57,8 +57,8 @@ def measure(large: bool, images: int, steps: int, rounds: int) -> tuple[float, f
             data=DataConfig(resolution=64),
             scorers=lambda pictures, given: torch.zeros(len(pictures)),
         )
-        trainer._setup()
-        examples = next(trainer.data.batches(0))
+        trainer.setup()
+        examples = next(trainer.data_pipeline.batches(0))
         times: dict[str, list[float]] = {"pipeline": [], "rollout": []}
         for number in range(rounds + 1):
             started = time.perf_counter()
@@ -67,7 +67,7 @@ def measure(large: bool, images: int, steps: int, rounds: int) -> tuple[float, f
             with torch.inference_mode():
                 plain(repeated, num_inference_steps=steps, guidance_scale=GUIDANCE, eta=1.0, generator=generators)
             middle = time.perf_counter()
-            trainer.sample(trainer.data.builder(examples))
+            trainer.sample(trainer.data_pipeline.builder(examples))
             if number:
                 times["pipeline"].append(middle - started)
                 times["rollout"].append(time.perf_counter() - middle)

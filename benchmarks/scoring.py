@@ -219,7 +219,7 @@ def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     from diffalign import load_scorer
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     CLIPModel(CLIPConfig(**config)).save_pretrained(folder)
     checkpoints.write_clip_tokenizer(folder)
@@ -230,7 +230,7 @@ def full_clip(name: str, folder: Path, config: dict[str, Any]) -> Any:
 
 def full_imagereward(folder: Path) -> Any:
     from diffalign import load_scorer
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     packed = (ROOT / "tests" / "rewards" / "fixtures" / "imagereward_full_keys.json.gz").read_bytes()
     shapes = json.loads(gzip.decompress(packed))["shapes"]

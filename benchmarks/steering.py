@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from diffalign import FKSteering, load_scorer
 from diffalign.evaluation.statistics import clustered_standard_error
+from diffalign.generation.pipelines import base_pipeline
 from diffalign.shapes.prompts import held_out_prompts
-from diffalign.shapes.quickstart import base_pipeline
 from diffalign.shapes.verifier import attribute_table
 
 K, STEPS = 4, 30

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from diffalign import FKSteering, load_scorer
+from diffalign.generation.pipelines import base_pipeline
 from diffalign.shapes.prompts import held_out_prompts
-from diffalign.shapes.quickstart import base_pipeline
 
 CALL: dict[str, Any] = {"num_inference_steps": 30, "guidance_scale": 2.0, "eta": 1.0}
 

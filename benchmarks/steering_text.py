@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.shapes.pretrain_text import is_caption
 from diffalign.steering.text import FKTextSteering, TextSteeringResult
+from tools.shapes.pretrain_text import is_caption
 
 WORDS = ("small", "blue", "star", "black")
 STEPS = 16

@@ -2,7 +2,7 @@
 
 import sys
 
-from diffalign.cli import main
+from diffalign.cli.entry import main
 
 if __name__ == "__main__":
     main(["demo", *sys.argv[1:]])

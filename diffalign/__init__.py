@@ -8,7 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 __version__ = "0.1.0"
+_moved.install()
 
 _EXPORTS = {
     "D3POConfig": "methods.d3po",
@@ -34,16 +37,16 @@ _EXPORTS = {
     "SFTConfig": "methods.sft",
     "SFTTrainer": "methods.sft",
     "DataConfig": "data.config",
-    "ValidationConfig": "config",
+    "ValidationConfig": "training.sections",
     "TrainerCallback": "training.callbacks",
     "load_preferences": "data.load",
     "list_scorers": "rewards.registry",
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
     "compare": "evaluation.compare",
-    "FKSteering": "steering.sampler",
-    "NegativeGuidance": "guidance",
-    "UserError": "exceptions",
+    "FKSteering": "steering.fk_steering",
+    "NegativeGuidance": "generation.guidance",
+    "UserError": "errors",
 }
 __all__ = [
     "D3POConfig",
@@ -83,12 +86,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import ValidationConfig
     from .data.config import DataConfig
     from .data.load import load_preferences
+    from .errors import UserError
     from .evaluation.compare import compare
-    from .exceptions import UserError
-    from .guidance import NegativeGuidance
+    from .generation.guidance import NegativeGuidance
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -101,8 +103,9 @@ if TYPE_CHECKING:
     from .methods.sft import SFTConfig, SFTTrainer
     from .methods.spo import SPOConfig, SPOTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
-    from .steering.sampler import FKSteering
+    from .steering.fk_steering import FKSteering
     from .training.callbacks import TrainerCallback
+    from .training.sections import ValidationConfig
 
 
 def __getattr__(name: str) -> Any:

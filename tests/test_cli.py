@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tiny import build_pipeline, pair_rows
 
-import diffalign.cli
+import diffalign.cli.entry
 from diffalign.data import convert, load_preferences
 
 
@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fails(world: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Runs `diffalign train` in this process with the run file and options; returns the one sentence."""
     before = {p for p in world.rglob("*")}
-    code = diffalign.cli.run(["train", "--config", str(world / "run.yaml"), *map(str, arguments)])
+    code = diffalign.cli.entry.run(["train", "--config", str(world / "run.yaml"), *map(str, arguments)])
     printed = capsys.readouterr().err.strip()
     assert code == 2, printed
     said = printed.splitlines()[-1]  # before it there may be progress bars
@@ -190,7 +190,7 @@ def test_help_names_every_field_and_needs_no_config() -> None:
 
 def test_import_and_help_load_no_torch() -> None:
     code = (
-        "import sys, diffalign, diffalign.cli; diffalign.cli.build_parser(); "
+        "import sys, diffalign, diffalign.cli.entry; diffalign.cli.entry.build_parser(); "
         "sys.exit(','.join(m for m in ('torch', 'diffusers', 'transformers', 'datasets', 'gradio', 'wandb') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,21 +9,13 @@ import pytest
 import yaml
 from tiny import method_rows
 
-from diffalign.config import (
-    LoraSection,
-    apply_overrides,
-    build_section,
-    coerce,
-    dump_yaml,
-    field_docs,
-    load_run,
-    run_from_dict,
-    run_to_dict,
-)
+from diffalign.cli.train import train_run
+from diffalign.config.section import build_section, coerce, field_docs
 from diffalign.data import DataConfig, convert, load_preferences
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.methods import METHODS, config_class, trainer_class
-from diffalign.training.run import train_run
+from diffalign.recipe import apply_overrides, dump_yaml, load_run, run_from_dict, run_to_dict
+from diffalign.training.sections import LoraSection
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "rewards")

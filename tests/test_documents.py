@@ -14,7 +14,7 @@ import pytest
 import yaml
 from commands import ROOT, run
 
-from diffalign.config import load_run
+from diffalign.recipe import load_run
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 ELSEWHERE = ("pip install", "ruff ", "mypy")  # .ci/run reads the README's and runs them

@@ -53,10 +53,10 @@ def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
         "diffalign/shapes/reward_weights/model.safetensors",
         "diffalign/shapes/reward_weights/tokenizer.json",
         "diffalign/shapes/lora_weights/pytorch_lora_weights.safetensors",
-        "diffalign/rewards/reference.json",
+        "diffalign/rewards/testing/reference.json",
     ):
         assert expected in names
-    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "configs/"))]
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "configs/", "tools/"))]
 
 
 def test_it_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_it_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
         return done.stdout
 
     assert "site-packages" in run("import diffalign; print(diffalign.__file__)")
-    code = "import diffalign.cli, sys; sys.argv = ['diffalign', '--help']; diffalign.cli.main()"
+    code = "import diffalign.cli.entry, sys; sys.argv = ['diffalign', '--help']; diffalign.cli.main()"
     assert "quickstart" in run(code, PYTHONPATH=str(dependencies))
     load = (
         "from diffalign.backbones import load_backbone; import torch; b = load_backbone('shapes'); "

@@ -240,8 +240,8 @@ def all_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def first_batch(trainer: Any) -> Any:
     """The batch that a fresh run would train on first."""
-    trainer._setup()
-    return trainer.data.builder(next(trainer.data.batches(0)))
+    trainer.setup()
+    return trainer.data_pipeline.builder(next(trainer.data_pipeline.batches(0)))
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -258,3 +258,10 @@ def assert_close_tensors(found: dict[str, torch.Tensor], expected: dict[str, tor
         torch.testing.assert_close(
             found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def next_batch(trainer: Any) -> Any:
+    """The batch that a run would train on next, as the method prepares it."""
+    trainer.setup()
+    batches = trainer.source.batches(trainer.data_pipeline, trainer.state.samples_seen)
+    return trainer.prepare(next(batches))

@@ -122,7 +122,7 @@ def base_pipeline() -> Any:
     """The embedded pipeline, wherever this commit keeps its loader."""
     from importlib import import_module
 
-    for module in ("diffalign.generation.pipelines", "diffalign.shapes.quickstart"):
+    for module in ("diffalign.generation.pipelines", "diffalign.cli.quickstart"):
         try:
             return import_module(module).base_pipeline()
         except (ImportError, AttributeError):

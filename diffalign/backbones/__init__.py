@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from .base import Backbone
 from .loading import ModelSource
 from .sd import StableDiffusionBackbone

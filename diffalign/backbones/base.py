@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..drawn import to_images
 from ..likelihood import NoisingProcess, process_from_scheduler
+from ..runtime.missing import to_images
 from .loading import ModelSource
 
 ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]

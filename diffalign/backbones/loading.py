@@ -13,35 +13,15 @@ from typing import Any
 
 import torch
 
-from .. import text_files
-from ..adapters import unwrapped
-from ..exceptions import ConfigError
-from ..weight_files import check_component, check_filled, could_be_hub_id, explained, load_transformers, loading_errors
+from ..errors import ConfigError
+from ..runtime import text_files
+from ..runtime.hashing import _sampled_hash, module_hash
+from ..runtime.weight_files import check_component, check_filled, could_be_hub_id, explained, load_transformers, loading_errors
+from .lora import unwrapped
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Loaded by plain pipelines for inference only; a training run has no use for them.
 _NEVER = ("safety_checker", "feature_extractor", "image_encoder")
-_CHUNK = 1 << 20
-
-
-def _sampled_hash(path: Path) -> str:
-    """Hash of a file's size, beginning, middle and end: content-based, yet quick for a 10 GB encoder."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for offset in {0, max(0, size // 2 - _CHUNK // 2), max(0, size - _CHUNK)}:
-            file.seek(offset)
-            digest.update(file.read(_CHUNK))
-    return digest.hexdigest()
-
-
-def module_hash(module: torch.nn.Module) -> str:
-    """Content hash of a loaded module's weights."""
-    digest = hashlib.sha256(type(module).__name__.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class ModelSource:

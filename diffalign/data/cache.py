@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..exceptions import UserError
-from ..folders import remove_temporaries, save_tensors
+from ..errors import UserError
+from ..runtime.files import remove_temporaries, save_tensors
 
 _SEPARATOR = "|"
 _DEAD_AFTER = 3600.0  # seconds after which a half-written file belongs to no living process

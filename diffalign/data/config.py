@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.ranges import Range, count, finite, side
-from diffalign.yaml_text import read_yaml_text, shown
+from diffalign.config.ranges import Range, count, finite, side
+from diffalign.config.yaml_text import read_yaml_text, shown
+from diffalign.errors import ConfigError, UserError
 
 TIES = ("drop", "keep")
 VERIFY_IMAGES = ("header", "full", "none")
@@ -104,7 +104,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.online, dict):  # a section, written down in Python
-            from ..config import build_section
+            from ..config.section import build_section
 
             self.online = build_section(OnlineConfig, self.online, "online")
         _choice("ties", self.ties, TIES)

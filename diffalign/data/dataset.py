@@ -16,7 +16,7 @@ from diffalign.data import images as image_cells
 from diffalign.data.images import NO_FOLDERS, ImagePlaces
 from diffalign.data.judgements import Verdict, judge
 from diffalign.data.schema import KINDS, Layout
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

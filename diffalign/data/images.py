@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign import decoding
-from diffalign.decoding import UnreadableImage as BrokenImage
+from diffalign.runtime import decoding
+from diffalign.runtime.decoding import UnreadableImage as BrokenImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -170,7 +170,7 @@ def raw_bytes(image: Any) -> bytes:
 
 
 def _source(image: Any) -> Any:
-    """What `diffalign.decoding` opens. A view stays one: no more of a memory-mapped file is read than Pillow asks for."""
+    """What `diffalign.runtime.decoding` opens. A view stays one: no more of a memory-mapped file is read than Pillow asks for."""
     if not isinstance(image, dict):
         return image
     if image["bytes"] is not None:
@@ -188,7 +188,7 @@ def header(image: Any) -> tuple[tuple[int, int], str]:
 
 
 def decode(image: Any) -> Image.Image:
-    """The image as 8-bit RGB, see `diffalign.decoding`.
+    """The image as 8-bit RGB, see `diffalign.runtime.decoding`.
 
     Raises:
         BrokenImage: cannot be decoded.

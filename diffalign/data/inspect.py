@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from diffalign.data import images as image_cells
 from diffalign.data.dataset import Group, PreferenceDataset
 from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
-from diffalign.exceptions import UserError
-from diffalign.folders import make_folder, replacing_folder, save_image
+from diffalign.errors import UserError
+from diffalign.runtime.files import make_folder, replacing_folder, save_image
 
 _LISTED = 20  # row ids per finding
 _SHOW_PROGRESS_FROM = 2000  # rows

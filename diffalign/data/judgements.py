@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diffalign.config.ranges import as_float
+from diffalign.config.yaml_text import shown
 from diffalign.data.schema import Layout
-from diffalign.ranges import as_float
-from diffalign.yaml_text import shown
 
 
 @dataclass(frozen=True)

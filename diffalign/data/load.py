@@ -17,7 +17,7 @@ from diffalign.data.judgements import number
 from diffalign.data.schema import Layout, recognise
 from diffalign.data.sources import open_source
 from diffalign.data.verify import usable_rows
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 __all__ = ["Group", "LoadReport", "PreferenceDataset", "load_preferences"]
 

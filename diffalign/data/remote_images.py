@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from diffalign.decoding import UnreadableImage
-from diffalign.folders import write_atomically
-from diffalign.replies import TimedConnection, read_reply
+from diffalign.runtime.decoding import UnreadableImage
+from diffalign.runtime.files import write_atomically
+from diffalign.runtime.replies import TimedConnection, read_reply
 
 MAX_BYTES = 64 << 20
 TOTAL_SECONDS = 60.0

@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 KINDS = ("pair", "ranked", "single", "prompt")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign import decoding, text_files
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.tables import read_tables
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
+from diffalign.runtime import decoding, text_files
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".tar": "webdataset"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -16,7 +16,7 @@ from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.judgements import judge
 from diffalign.data.schema import Layout
 from diffalign.data.verify import check_image
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 
 _JUDGED_AFTER = 100  # rows before the share of broken ones means anything
 

@@ -1,4 +1,4 @@
-"""Local .jsonl, .json, .csv and .txt files as a `datasets.Dataset`, read by `diffalign.text_files`.
+"""Local .jsonl, .json, .csv and .txt files as a `datasets.Dataset`, read by `diffalign.runtime.text_files`.
 
 The readers of `datasets` would guess types: quotation marks around every prompt when one is a number, `None` in a CSV as no value,
 columns that shift when a row is too long, and a crash of the process at a line that says `null`.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign import text_files
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
+from diffalign.runtime import text_files
 
 _CHUNK = 10_000
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffalign.data.config import MISMATCH
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch

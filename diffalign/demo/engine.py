@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..adapters import adapter_state, denoiser, load_lora
-from ..drawn import Missing
-from ..evaluation.models import ModelSpec, default_settings, load_for_scoring
-from ..evaluation.sampling import generate
-from ..exceptions import ConfigError, UserError
-from ..guidance import NegativeGuidance, load_negative
+from ..backbones.lora import adapter_state, denoiser, load_lora
+from ..errors import ConfigError, UserError
+from ..evaluation.models import ModelSpec
+from ..generation.guidance import NegativeGuidance, load_negative
+from ..generation.pipelines import default_settings, load_for_scoring
+from ..generation.sampling import generate
+from ..runtime.missing import Missing
 from .jobs import Job
 
 
@@ -213,7 +214,7 @@ class Engine:
         Raises:
             UserError: numbers out of the limits, no such scorer, a prompt it has no score for.
         """
-        from ..steering.sampler import FKSteering
+        from ..steering.fk_steering import FKSteering
 
         pipe, particles = self.pipe(name), int(bounded("particles", num_particles, 2, self.limits.particles, whole=True))
         tilt = bounded("lambda", lmbda, 0, self.limits.lmbda)

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..exceptions import UserError
+from ..errors import UserError
 from .engine import Engine
 from .jobs import Cancelled, Job
 

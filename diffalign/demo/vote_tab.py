@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..evaluation.report import rate
-from ..exceptions import UserError
+from ..errors import UserError
+from ..evaluation.formatting import rate
 from .engine import Engine, enlarged
 from .ui import Session, said
 from .votes import ANNOTATOR_CHARS, Pair, RoundVotes, VoteStore

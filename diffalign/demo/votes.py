@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import decoding
+from ..errors import UserError
 from ..evaluation.statistics import WinRate, rate_of
-from ..exceptions import UserError
-from ..folders import check_output_dir, replacing, write_atomically
-from ..text_files import BadLine, journal
+from ..runtime import decoding
+from ..runtime.files import check_output_dir, replacing, write_atomically
+from ..runtime.text_files import BadLine, journal
 
 VOTES = "votes.jsonl"
 CHOICES = ("left", "right", "tie")
@@ -247,7 +247,7 @@ class RoundVotes(VoteStore):
     """
 
     def __init__(self, folder: Path) -> None:
-        from ..training.feedback import MANIFEST, read_manifest
+        from ..training.online.feedback import MANIFEST, read_manifest
 
         if not (folder / MANIFEST).is_file():
             raise UserError(

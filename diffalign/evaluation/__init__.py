@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "Comparison": "compare",
-    "Diversity": "diversity",
-    "PromptSet": "prompt_sets",
-    "WinRate": "statistics",
-    "clustered_bootstrap": "statistics",
-    "clustered_standard_error": "statistics",
-    "comparison_grid": "grids",
-    "generate": "sampling",
-    "load_prompts": "prompt_sets",
-    "models_grid": "grids",
-    "sign_test": "statistics",
-    "win_rate": "statistics",
+    "Comparison": "evaluation.comparison",
+    "Diversity": "evaluation.diversity",
+    "PromptSet": "data.prompt_sets",
+    "WinRate": "evaluation.statistics",
+    "clustered_bootstrap": "evaluation.statistics",
+    "clustered_standard_error": "evaluation.statistics",
+    "comparison_grid": "generation.grids",
+    "generate": "generation.sampling",
+    "load_prompts": "data.prompt_sets",
+    "models_grid": "generation.grids",
+    "sign_test": "evaluation.statistics",
+    "win_rate": "evaluation.statistics",
 }
 __all__ = [
     "Comparison",
@@ -38,4 +38,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return getattr(import_module(f"diffalign.{_EXPORTS[name]}"), name)

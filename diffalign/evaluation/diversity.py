@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 PIXEL = "pixel"

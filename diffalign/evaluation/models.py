@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import adapter_state, adapters_kept, denoiser, load_lora
-from ..backbones.loading import ModelSource, module_hash
-from ..config import suggestion
-from ..exceptions import ConfigError, UserError
-from ..guidance import NegativeGuidance, load_negative
-from ..ranges import finite
-from ..weight_files import check_filled, could_be_hub_id
-from ..yaml_text import read_yaml_text, shown
-from .sampling import generate, image_seed
+from ..backbones.loading import ModelSource
+from ..backbones.lora import adapter_state, denoiser
+from ..config.ranges import finite
+from ..config.section import suggestion
+from ..config.yaml_text import read_yaml_text, shown
+from ..errors import ConfigError, UserError
+from ..generation.guidance import NegativeGuidance, load_negative
+from ..generation.pipelines import default_settings, load_for_scoring, with_lora
+from ..generation.sampling import generate
+from ..runtime.hashing import module_hash
+from ..runtime.seeds import image_seed
+from ..runtime.weight_files import could_be_hub_id
 
 Draw = Callable[..., list[Any]]
 """(prompts, seeds, **arguments of the pipeline's call) -> one image each."""
@@ -66,7 +69,7 @@ class ModelSpec:
         Raises:
             ConfigError: the model or LoRA is not there.
         """
-        from ..rewards.checkpoints import content_hash
+        from ..runtime.hashing import content_hash
 
         if isinstance(self.model, str):
             source = ModelSource(self.model)
@@ -117,7 +120,7 @@ def parse_model(value: Any, field: str, *, base: ModelSpec | None = None, taken:
 
 
 def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
-    from ..steering.sampler import FKSteering
+    from ..steering.fk_steering import FKSteering
 
     if isinstance(value, ModelSpec):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -185,65 +188,6 @@ def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
     return slug + (f"@{values['lora_scale']:g}" if values.get("lora") and values["lora_scale"] != 1 else "")
 
 
-def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, variant: str | None = None, **components: Any) -> Any:
-    """A plain diffusers pipeline from a Hub id, a folder or ``shapes``; safetensors only.
-
-    Args:
-        dtype: of its weights; None is bfloat16 on a GPU, else float32.
-        device: None and ``auto`` take the GPU if there is one.
-        variant: of the weights, such as ``fp16``; None takes the plain ones, or the variant that is there where there are none.
-        components: replace the pipeline's own, e.g. ``safety_checker=None``.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
-    from ..rewards.devices import read_device
-
-    logging.disable_progress_bar()
-    source = ModelSource(model, variant=variant)
-    place = read_device(device)
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    source.check_files()
-    parts = {name: source.load(name, dtype) for name in source.component_names() if source.from_transformers(name)}
-    with source.explaining(None):
-        pipe = DiffusionPipeline.from_pretrained(
-            source.location, dtype=dtype, use_safetensors=True, variant=source.pipeline_variant(), **parts, **components
-        )
-        for name, part in pipe.components.items():
-            if isinstance(part, torch.nn.Module):
-                check_filled(part, "model", f"component {name} of {source.name!r}")
-        return pipe.to(place)
-
-
-def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> Any:
-    """`load_pipeline` without a safety checker: it paints images black, and a black image would be scored like any other."""
-    index = getattr(ModelSource(model), "index", {})
-    components: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
-    return load_pipeline(model, dtype=dtype, device=device, **components)
-
-
-def default_settings(model: Any) -> dict[str, Any]:
-    """Arguments of the pipeline's call that it would not choose by itself: those of the embedded one."""
-    if model == "shapes" and ModelSource(model).local:
-        from ..shapes.pretrain import SAMPLING
-
-        return dict(SAMPLING)
-    return {}
-
-
-@contextmanager
-def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None]:
-    """A LoRA on the pipeline while the block runs, beside those that are active on it."""
-    before = adapter_state(pipe)
-    name = "diffalign_compared"
-    with adapters_kept(pipe):
-        load_lora(pipe, weights, name, role)
-        pipe.set_adapters([*before, name], [*(dict(weights) for weights in before.values()), scale])
-        pipe.enable_lora()
-        yield
-
-
 @contextmanager
 def opened(spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str = "model") -> Iterator[Draw]:
     """The function that draws with this model, one image per (prompt, seed) whose noise depends on nothing else.
@@ -277,7 +221,7 @@ def opened(spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str
 
 def _steering(pipe: Any, steer: Any, field: str) -> Any:
     from ..rewards.registry import load_scorer
-    from ..steering.sampler import FKSteering
+    from ..steering.fk_steering import FKSteering
 
     if not isinstance(steer, Mapping):
         return steer

@@ -8,90 +8,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..folders import write_atomically
-from .grids import models_grid
-from .statistics import FEW_PROMPTS, WinRate
+from ..generation.grids import models_grid
+from ..runtime.files import write_atomically
+from .comparison import all_tables, notes, tables
+from .formatting import rate
 
 if TYPE_CHECKING:
-    from .compare import Comparison
+    from .comparison import Comparison
 
 GRID_ROWS, GRID_IMAGES = 8, 4
-SOME_PROMPTS = 20
-
-
-def percent(value: float) -> str:
-    """``63.2``; a dash for what is not a number."""
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def rate(found: WinRate) -> str:
-    """``63.2 (58.1 to 68.0)``; without the interval where one prompt is all there is."""
-    return percent(found.rate) + ("" if math.isnan(found.low) else f" ({percent(found.low)} to {percent(found.high)})")
-
-
-def number(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """Four digits, with the interval where there is one."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:.4g}" + ("" if math.isnan(low) else f" ({low:.4g} to {high:.4g})")
-
-
-Table = tuple[str, list[str], list[list[str]]]
-"""(title, header, rows)."""
-
-
-def all_tables(c: Comparison) -> list[Table]:
-    """What the markdown and the page show."""
-    header = ["model", "scorer", "win-rate % (95 %)", "wins / ties / losses %", "sign test p"]
-    wins = []
-    for model in c.tuned:
-        for scorer in c.scorers:
-            won = c.win_rate(model, scorer)
-            shares = " / ".join(percent(x) for x in (won.wins, won.ties, won.losses))
-            wins.append([model, scorer, rate(won), shares, f"{c.sign_test(model, scorer):.2g}"])
-    found: list[Table] = [(f"Against {c.base}", header, wins)]
-    means = [[m.name, *(number(*c.mean(m.name, s)) for s in c.scorers), number(*c.mean_diversity(m.name))] for m in c.models]
-    found.append(("Means (95 %)", ["model", *c.scorers, f"diversity ({c.diversity_kind})"], means))
-    by_model = {model: c.categories(model) for model in c.tuned}
-    rows = [
-        [category, str(prompts), *(rate(by_model[model][category][1]) for model in c.tuned)]
-        for category, (prompts, _) in by_model[c.tuned[0]].items()
-    ]
-    if rows:
-        title = f"By category, win-rate % against {c.base} by {c.scorers[0]} (95 %)"
-        found.append((title, ["category", "prompts", *c.tuned], rows))
-    return found
-
-
-def notes(c: Comparison) -> list[str]:
-    """What a reader must know of the numbers."""
-    found = [
-        f"{len(c.prompts.prompts)} prompts ({c.prompts.name}) x {c.num_images} images; image i of a prompt starts from the same noise under every "
-        "model. A tie is half a win. Intervals and the sign test count prompts, not images."
-    ]
-    found += c.prompts.notes
-    found += few_prompts(len(c.prompts.prompts))
-    found += [f"{sentence}; their pairs are left out." for sentence in c.facts.get("missing", {}).values()]
-    for model in c.models:
-        for scorer in c.scorers:
-            missing = sum(1 for value in c.scores[model.name][scorer].flat if math.isnan(value))
-            if missing:
-                found.append(f"{scorer} has no score for {missing} images of {model.name}; their pairs are left out.")
-    for model in c.models:
-        if model.steer is not None:
-            found.append(
-                f"{model.name} draws several particles for every image and keeps the best: it costs that many times the work."
-            )
-    return found
-
-
-def tables(c: Comparison) -> str:
-    """All tables as markdown."""
-    lines = []
-    for title, header, rows in all_tables(c):
-        lines += [f"**{title}**", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    return "\n".join([*lines, *notes(c)])
 
 
 def write(c: Comparison) -> None:
@@ -99,7 +24,7 @@ def write(c: Comparison) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from .compare import save_results
+    from .comparison import save_results
 
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(_records(c)), buffer)
@@ -114,8 +39,8 @@ def write(c: Comparison) -> None:
 
 def _records(c: Comparison) -> list[dict[str, Any]]:
     """One row per image."""
-    from .compare import image_name
-    from .sampling import image_seed
+    from ..runtime.seeds import image_seed
+    from .comparison import image_name
 
     seed = c.facts["settings"]["seed"]
     rows = []
@@ -193,13 +118,6 @@ def headline(c: Comparison) -> str:
     return " ".join(said)
 
 
-def few_prompts(count: int) -> list[str]:
-    """A warning where there are too few prompts for an interval to mean much."""
-    if count < FEW_PROMPTS:
-        return [f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, and prompts that agree prove little."]
-    return [f"{count} prompts are few: intervals are rough, and only large differences show."] if count < SOME_PROMPTS else []
-
-
 def bars(c: Comparison) -> str:
     """Win-rates with their intervals, as an inline picture."""
     rows = [(f"{m}, {s}" if len(c.scorers) > 1 else m, c.win_rate(m, s)) for m in c.tuned for s in c.scorers]
@@ -230,7 +148,7 @@ def _short(text: str, length: int) -> str:
 
 
 def _pairs(c: Comparison, model: str, places: Sequence[tuple[int, int]]) -> str:
-    from .compare import image_name
+    from .comparison import image_name
 
     parts = []
     for p, n in places:

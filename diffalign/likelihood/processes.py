@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..exceptions import UserError
+from ..errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

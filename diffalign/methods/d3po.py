@@ -17,17 +17,19 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from ..training.batch import Batch
-from ..training.judge import COMPARE
-from ..training.on_policy import OnPolicyConfig, OnPolicyTrainer
-from ..training.rollout import Grid, Trajectories, guide, step_log_prob
+from ..training.denoiser import Denoiser
+from ..training.online.judge import COMPARE
+from ..training.online.on_policy import OnPolicyConfig, OnPolicyTrainer
+from ..training.online.rollout import Grid, Trajectories, guide, step_log_prob
 
 REFERENCES = ("fixed", "iterated")
 FEEDBACK = ("scorers", "people")
@@ -67,6 +69,22 @@ class D3POConfig(OnPolicyConfig):
         if self.images_per_prompt < 2:
             raise ConfigError("images_per_prompt", f"expected int >= 2, got {self.images_per_prompt}: one image has no rival")
 
+    @property
+    def feedback_of_people(self) -> bool:
+        return self.feedback == "people"
+
+    @property
+    def iterates_reference(self) -> bool:
+        return self.reference == "iterated"
+
+    @property
+    def compared_by(self) -> str:
+        return self.compare
+
+    @property
+    def reduction_of_log_probs(self) -> str:
+        return self.reduce
+
 
 def d3po_loss(log_ratios: Tensor, preference: Tensor, *, beta: float = 0.1, clip_range: float = 0.1) -> Tensor:
     """Loss per pair and step, (g,).
@@ -86,6 +104,7 @@ def d3po_loss(log_ratios: Tensor, preference: Tensor, *, beta: float = 0.1, clip
 class D3POTrainer(OnPolicyTrainer):
     """Samples, has the images judged, and trains on the steps that led to them."""
 
+    method = "d3po"
     _name = "D3PO"
     _tag_names = ("d3po",)
     _paper: ClassVar[dict[str, str]] = {
@@ -112,14 +131,22 @@ class D3POTrainer(OnPolicyTrainer):
     config_class = D3POConfig
     args: D3POConfig
 
-    def _setup(self) -> None:
-        if not self._ready:
-            usable = self.usable_steps(self.sampling_grid())
-            if not len(usable):
-                raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
-            self.trained_steps = max(1, math.ceil(self.args.timestep_fraction * len(usable)))
-            self.passes_per_batch = self.trained_steps
-        super()._setup()
+    def validate(self) -> None:
+        """Refuse a sampler without a stochastic step."""
+        super().validate()
+        if not len(self.usable_steps(self.sampling_grid())):
+            raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
+
+    @cached_property
+    def trained_steps(self) -> int:
+        """How many steps of a trajectory are trained."""
+        usable = len(self.usable_steps(self.sampling_grid()))
+        return max(1, math.ceil(self.args.timestep_fraction * usable))
+
+    @property
+    def passes_per_batch(self) -> int:
+        """One pass per trained step."""
+        return self.trained_steps
 
     def usable_steps(self, grid: Grid) -> Tensor:
         """Which steps of the sampler, (u,), can be trained on: those with a density."""
@@ -157,7 +184,7 @@ class D3POTrainer(OnPolicyTrainer):
                 },
             )
 
-    def step_log_probs(self, batch: Batch, predict: Any) -> Tensor:
+    def step_log_probs(self, batch: Batch, denoiser: Denoiser) -> Tensor:
         """(g, k) log-probabilities of the stored next states; one state may have several of them."""
         assert batch.noisy is not None
         (g, k), states = batch.x0.shape[:2], batch.noisy.shape[1]
@@ -166,10 +193,12 @@ class D3POTrainer(OnPolicyTrainer):
             return value.repeat_interleave(count, 0)
 
         condition = {name: rows(value, states) for name, value in batch.condition.items()}
-        empty = {name: rows(value, states) for name, value in self.data.builder.unconditional(batch.condition).items()}
+        empty = {name: rows(value, states) for name, value in self.data_pipeline.builder.unconditional(batch.condition).items()}
         sample, times = batch.noisy.flatten(0, 1), batch.times
         with self.accelerator.autocast():
-            output = guide(predict, self.process, sample, rows(times, states), condition, empty, self.args.guidance_scale)
+            output = guide(
+                denoiser.predict, self.process, sample, rows(times, states), condition, empty, self.args.guidance_scale
+            )
         output, sample = rows(output, k // states), rows(sample, k // states)
         found = step_log_prob(
             self.process,
@@ -184,9 +213,10 @@ class D3POTrainer(OnPolicyTrainer):
         return found.unflatten(0, (g, k))
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        policy = self.step_log_probs(batch, self._predict_policy)
+        policy = self.step_log_probs(batch, self.policy)
+        assert self.reference is not None
         with torch.no_grad():
-            reference = self.step_log_probs(batch, self._predict_reference)
+            reference = self.step_log_probs(batch, self.reference)
         log_ratios = policy - reference
         first, second = torch.triu_indices(log_ratios.shape[1], log_ratios.shape[1], 1)
         pairs = torch.stack([log_ratios[:, first], log_ratios[:, second]], dim=-1)  # (g, pairs, 2)

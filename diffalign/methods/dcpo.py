@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..data import PreferenceDataset
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer, diffusion_dpo_loss
 
 CAPTIONS = ("both", "chosen")
@@ -50,6 +50,7 @@ def dcpo_loss(
 class DCPOTrainer(DiffusionDPOTrainer):
     """Trains on pairs with two captions against a frozen reference."""
 
+    method = "dcpo"
     _name = "DCPO"
     _tag_names = ("dcpo",)
     _paper: ClassVar[dict[str, str]] = {

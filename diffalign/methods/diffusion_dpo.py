@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from ..likelihood import implicit_rewards
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
@@ -89,6 +89,7 @@ def diffusion_dpo_loss(
 class DiffusionDPOTrainer(Trainer):
     """Trains on pairs against a frozen reference: the base weights (adapters off for LoRA, a copy for full fine-tuning)."""
 
+    method = "diffusion_dpo"
     _name = "Diffusion-DPO"
     _tag_names = ("diffusion-dpo",)
     _paper: ClassVar[dict[str, str]] = {

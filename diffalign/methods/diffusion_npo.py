@@ -2,7 +2,7 @@
 
     loss = Diffusion-DPO's, with chosen and rejected exchanged
 
-The result is a *negative* model: what people do not like, to be subtracted by `diffalign.guidance` in the unconditional branch. This file is Diffusion-DPO inverted; any other pair or ranked
+The result is a *negative* model: what people do not like, to be subtracted by `diffalign.generation.guidance` in the unconditional branch. This file is Diffusion-DPO inverted; any other pair or ranked
 method is inverted by ``data.invert_preferences: true``. The official SD1.5 script has no 1/2: its beta 500 is 1000 here.
 """
 
@@ -25,6 +25,7 @@ class DiffusionNPOConfig(DiffusionDPOConfig):
 class DiffusionNPOTrainer(DiffusionDPOTrainer):
     """Trains a negative model on pairs, the rejected image preferred."""
 
+    method = "diffusion_npo"
     _name = "Diffusion-NPO"
     _tag_names = ("diffusion-npo",)
     _paper: ClassVar[dict[str, str]] = {

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.trainer import Trainer
@@ -60,6 +60,7 @@ def diffusion_orpo_loss(policy_errors: Tensor, *, beta: float = 0.1, sign: str =
 class DiffusionORPOTrainer(Trainer):
     """Trains on pairs without a reference."""
 
+    method = "diffusion_orpo"
     _name = "Diffusion-ORPO"
     _tag_names = ("diffusion-orpo",)
     _paper: ClassVar[dict[str, str]] = {

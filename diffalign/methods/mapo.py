@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.trainer import Trainer
@@ -98,6 +98,7 @@ def mapo_code_loss(policy_errors: Tensor, *, beta: float = 0.1, inner_scale: flo
 class MaPOTrainer(Trainer):
     """Trains on pairs without a reference."""
 
+    method = "mapo"
     _name = "MaPO"
     _tag_names = ("mapo",)
     _paper: ClassVar[dict[str, str]] = {

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from ..likelihood import implicit_rewards
 from ..rewards.ensemble import win_rates
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
-from ..training.trainer import Trainer
+from ..training.trainer import BatchSource, Trainer
 
 GAINS = ("auto", "given", "win_rate", "minmax")
 LOG_BASES = ("e", "2")
@@ -153,6 +153,7 @@ def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
 class RankDPOTrainer(Trainer):
     """Trains on ranked lists against a frozen reference."""
 
+    method = "rankdpo"
     _name = "RankDPO"
     _tag_names = ("rankdpo",)
     _paper: ClassVar[dict[str, str]] = {
@@ -176,11 +177,13 @@ class RankDPOTrainer(Trainer):
     config_class = RankDPOConfig
     data_kind = "ranked"
     args: RankDPOConfig
+    gains: str
+    """How scores become gains in this run."""
 
-    def _setup(self) -> None:
-        if not self._ready:
-            self.gains = self._chosen_gains()
-        super()._setup()
+    def build_source(self) -> BatchSource:
+        """As usual; the gains are chosen now, since a resumed run may keep an older rule."""
+        self.gains = self._chosen_gains()
+        return super().build_source()
 
     def _chosen_gains(self) -> str:
         """`gains` of the run: one choice for all of its lists."""

@@ -6,7 +6,7 @@
     loss     = |x0_hat_theta(x_s) - target|^2, or Huber's
 
 The result is a *negative* model, learned without images or judgements from the model's own truncated samples, for the
-unconditional branch of guidance (`diffalign.guidance`). The paper starts from noise and takes the square; the official code
+unconditional branch of guidance (`diffalign.generation.guidance`). The paper starts from noise and takes the square; the official code
 starts from real images, takes Huber's loss and lets the average of the student draw, with a negative guidance weight. Both are
 options here, for epsilon-, v- and flow-prediction.
 """
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..data import PreferenceDataset
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from ..likelihood.processes import NoisingProcess
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
-from ..training.prepare import as_preferences
-from ..training.reference import Reference
+from ..training.data_pipeline import as_preferences
+from ..training.reference import Reference, build_reference
 from ..training.trainer import Trainer
 
 STARTS = ("noise", "data")
@@ -133,6 +133,7 @@ def self_npo_loss(predicted_x0: Tensor, target_x0: Tensor, *, kind: str = "huber
 class SelfNPOTrainer(Trainer):
     """Trains a negative model on truncated samples of the model itself."""
 
+    method = "self_npo"
     _name = "Self-NPO"
     _tag_names = ("self-npo",)
     _paper: ClassVar[dict[str, str]] = {
@@ -168,8 +169,12 @@ class SelfNPOTrainer(Trainer):
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
         return as_preferences(source, self.data_config, "prompt" if self.args.start == "noise" else "single", split)
 
-    def _make_reference(self) -> Reference | None:
-        return self._build_reference() if self.args.sampler == "frozen_ref" else None
+    def build_reference(self) -> Reference | None:
+        """The starting weights, where they draw the samples."""
+        if self.args.sampler != "frozen_ref":
+            return None
+        is_lora, device = self.peft_config is not None, self.accelerator.device
+        return build_reference(self.backbone, self.network, self.ref_backbone, is_lora, device, self.args.offload_reference)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
@@ -186,7 +191,7 @@ class SelfNPOTrainer(Trainer):
         sample = batch.noise[:, 0]
         if args.start == "data":
             sample = process.add_noise(batch.x0[:, 0], sample, times)
-        unconditional = self.data.builder.unconditional(batch.condition)
+        unconditional = self.data_pipeline.builder.unconditional(batch.condition)
         with self._sampling_weights():
             for step in range(1, args.truncation_steps + 1):
                 below = index - step
@@ -225,9 +230,9 @@ class SelfNPOTrainer(Trainer):
 
         def predict(given: Mapping[str, Tensor]) -> Tensor:
             with self.accelerator.autocast():
-                if self.args.sampler == "frozen_ref":
-                    return self._predict_reference(sample, model_times, dict(given)).float()
-                return self._predict_unprepared(sample, model_times, dict(given)).float()
+                if self.reference is not None:
+                    return self.reference.predict(sample, model_times, dict(given)).float()
+                return self.sampling_policy.predict(sample, model_times, dict(given)).float()
 
         # One pass where the other has no weight.
         if weight == 0:
@@ -241,7 +246,7 @@ class SelfNPOTrainer(Trainer):
         noisy, target = batch.noisy[:, 0], batch.x0[:, 0]
         times = self.process.model_times(batch.times).to(noisy.device)
         with self.accelerator.autocast():
-            output = self._predict_policy(noisy, times, batch.condition)
+            output = self.policy.predict(noisy, times, batch.condition)
         student = self.process.to_x0(output.float(), noisy, batch.times)
         loss = self_npo_loss(student, target, kind=self.args.loss_type, huber_c=self.args.huber_c)
         with torch.no_grad():

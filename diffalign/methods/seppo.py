@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 from ..likelihood import implicit_rewards, sample_times
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
-from ..training.pool import STRATEGIES, CheckpointPool
+from ..training.online.checkpoint_pool import STRATEGIES, CheckpointPool
+from ..training.online.rollout import Rollout, SamplerConfig, sampling_mode
 from ..training.reference import Reference
-from ..training.rollout import Rollout, SamplerConfig, sampling_mode
 from ..training.trainer import Trainer
 
 ANCHORS = ("sign", "indicator")
@@ -122,6 +123,7 @@ def seppo_loss(
 class SePPOTrainer(Trainer):
     """Trains on winners against images of its own past."""
 
+    method = "seppo"
     _name = "SePPO"
     _tag_names = ("seppo",)
     _paper: ClassVar[dict[str, str]] = {
@@ -155,33 +157,33 @@ class SePPOTrainer(Trainer):
     can_be_online = False
     args: SePPOConfig
 
-    def _build_reference(self) -> Reference:
+    def build_reference(self) -> Reference:
+        """The pool of the policy's past weights."""
         return CheckpointPool(self.network, self.output_dir / "pool", self.args.pool_size, self.args.ref_strategy)
 
-    def _setup(self) -> None:
-        if self._ready:
-            return
-        super()._setup()
+    @cached_property
+    def rollout(self) -> Rollout:
+        """How the reference's images are drawn."""
         args = self.args
         sampler = SamplerConfig(args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size)
         grid = self.make_grid(sampler.num_inference_steps, sampler.eta)
-        self.rollout = Rollout(self.backbone, self.process, sampler, "sampling from the reference", grid=grid)
-        self.checkpoints.parts.append(self.pool)
+        return Rollout(self.backbone, self.process, sampler, "sampling from the reference", grid=grid)
 
     @property
     def pool(self) -> CheckpointPool:
         """The past checkpoints."""
-        assert isinstance(self.reference, CheckpointPool)
-        return self.reference
+        assert isinstance(self.reference_model, CheckpointPool)
+        return self.reference_model
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """Adds the reference's own image to every winner."""
         self.pool.choose(self.args.seed, self.state.global_step)
-        empty = self.data.builder.unconditional(batch.condition)
+        empty = self.data_pipeline.builder.unconditional(batch.condition)
         main = self.accelerator.is_main_process
+        assert self.reference is not None
         with sampling_mode(self.network), self.accelerator.autocast():
-            found = self.rollout(self._predict_reference, batch, 1, empty, purpose="seppo", decode=False, progress=main)
+            found = self.rollout(self.reference.predict, batch, 1, empty, purpose="seppo", decode=False, progress=main)
         noise, weights = batch.noise, batch.weights
         if found.broken is not None and found.broken.any():
             lost = found.broken[:, 0]
@@ -221,14 +223,14 @@ class SePPOTrainer(Trainer):
         """The winner's error change over `anchor_samples` draws, the training draw among them."""
         winners = {name: value.unflatten(0, (len(batch), -1))[:, 0] for name, value in batch.condition.items()}
         generators, total = batch.generators("anchor"), first.clone()
-        sampling = self.data.builder.sampling
+        sampling = self.data_pipeline.builder.sampling
         for _ in range(self.args.anchor_samples - 1):
             uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
             noise = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators])[:, None]
             times = sample_times(self.process, uniforms, sampling, self.args.logit_mean, self.args.logit_std)
             drawn = dataclasses.replace(batch, x0=batch.x0[:, :1], noise=noise.to(first.device), times=times, condition=winners)
             with sampling_mode(self.network):
-                total += (self._errors(drawn, self._predict_unprepared) - self.reference_errors(drawn))[:, 0]
+                total += (self.sampling_policy.errors(drawn) - self.reference_errors(drawn))[:, 0]
         return total / self.args.anchor_samples
 
     def on_optimizer_step(self, step: int) -> None:

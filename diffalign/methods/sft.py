@@ -29,6 +29,7 @@ def sft_loss(policy_errors: Tensor) -> Tensor:
 class SFTTrainer(Trainer):
     """Trains on single images; of a pair or a ranked list it takes the best."""
 
+    method = "sft"
     _name = "SFT"
     _tag_names = ("sft",)
     config_class = SFTConfig

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..drawn import NOT_FINITE, Missing
-from ..exceptions import ConfigError
+from ..errors import ConfigError
+from ..runtime.missing import NOT_FINITE, Missing
 from ..training.batch import Batch
-from ..training.judge import Judge
-from ..training.on_policy import OnPolicyConfig, OnPolicyTrainer
-from ..training.online import RoundCheck
-from ..training.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
+from ..training.online.judge import Judge
+from ..training.online.on_policy import OnPolicyConfig, OnPolicyTrainer
+from ..training.online.policy_sampler import RoundCheck
+from ..training.online.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
 from .d3po import D3POTrainer
 
 
@@ -66,6 +66,10 @@ class SPOConfig(OnPolicyConfig):
         self._check("images_per_prompt", lambda v: v >= 2, ">= 2: one candidate has no rival")
         self._check("first_step", lambda v: 0 <= v < self.num_inference_steps, "in [0, num_inference_steps)")
 
+    @property
+    def reduction_of_log_probs(self) -> str:
+        return self.reduce
+
 
 def best_and_worst(scores: Tensor, threshold: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """The pair of every group: indices (g, 2) of its best and worst candidate, and whether they are far enough apart, (g,).
@@ -99,6 +103,7 @@ def nearest_usable(drawn: Tensor, usable: Tensor) -> Tensor:
 class SPOTrainer(D3POTrainer):
     """Samples step by step from several candidates, and trains every step on its best against its worst."""
 
+    method = "spo"
     _name = "SPO"
     _tag_names = ("spo",)
     _paper: ClassVar[dict[str, str]] = {
@@ -130,10 +135,10 @@ class SPOTrainer(D3POTrainer):
         steps = super().usable_steps(grid)
         return steps[steps >= self.args.first_step]
 
-    def _scored(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+    def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
         size = max(1, self.args.rollout_batch_size // self.args.images_per_prompt)
         total = sum(map(len, batches)) * len(self.rollout.grid)
-        done, check = [], RoundCheck(self, judge)
+        done, check = [], RoundCheck(self.accelerator.print, judge)
         main = self.accelerator.is_main_process
         with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
             for batch in batches:
@@ -171,7 +176,7 @@ class SPOTrainer(D3POTrainer):
         n, g, shape = args.images_per_prompt, len(rows), batch.x0.shape[2:]
         index = torch.tensor(list(rows), device=device)
         given = {name: value[index] for name, value in batch.condition.items()}
-        empty = self.data.builder.unconditional(given)
+        empty = self.data_pipeline.builder.unconditional(given)
         prompts = [batch.prompts[row] for row in rows for _ in range(n)]
         starts, draws = (batch.generators(purpose)[rows.start : rows.stop] for purpose in ("spo-start", "spo"))
         usable = set(self.usable_steps(grid).tolist())
@@ -204,7 +209,7 @@ class SPOTrainer(D3POTrainer):
             k = len(flat) // g
             times = t.expand(len(flat))
             condition, nothing = ({name: v.repeat_interleave(k, 0) for name, v in c.items()} for c in (given, empty))
-            output = guide(self._predict_unprepared, process, flat, times, condition, nothing, args.guidance_scale)
+            output = guide(self.sampling_policy.predict, process, flat, times, condition, nothing, args.guidance_scale)
             if candidates is not None:
                 if origin is not None:
                     clean = process.to_x0(output, flat, times)

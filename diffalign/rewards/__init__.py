@@ -16,7 +16,7 @@ _EXPORTS = {
     "as_ddpo": "adapters",
     "as_flow_factory": "adapters",
     "as_trl": "adapters",
-    "check_scorer": "check",
+    "check_scorer": "testing.check",
     "combine": "ensemble",
     "get_spec": "registry",
     "kendalls_w": "ensemble",
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from .adapters import as_ddpo, as_flow_factory, as_trl
     from .base import Scorer, ScoreResult
     from .cache import ScoreCache
-    from .check import check_scorer
     from .ensemble import combine, kendalls_w, win_rates
     from .model_scorer import ModelScorer
     from .panel import Panel, PanelResult
     from .registry import get_spec, list_scorers, load_scorer, register_scorer
     from .spec import ScorerSpec
+    from .testing.check import check_scorer
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import UserError
+from ..errors import UserError
 from .base import Scorer
 
 

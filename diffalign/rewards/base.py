@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..exceptions import ConfigError, UserError
-from .cache import ScoreCache, content_key
-from .devices import read_device, read_dtype
+from ..errors import ConfigError, UserError
+from ..runtime.devices import read_device, read_dtype
+from .cache import ScoreCache
+from .content_key import content_key
 from .images import ImageInput, UnreadableImage, read_images
 from .spec import ScorerSpec
 

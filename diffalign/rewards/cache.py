@@ -6,125 +6,26 @@ One SQLite file in write-ahead mode, shared by any number of processes of one ma
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import random
 import sqlite3
 import threading
 import time
-import unicodedata
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 _SCHEMA = 1
 _APPLICATION = 0x64616C67  # marks the file as ours
-_DECODING = b"2:"  # changes when the same file would be decoded to other pixels, so that no cache answers from the former ones
 _CHUNK = 900  # parameters per statement, under SQLite's oldest limit
-_SETTLED = 2.0  # seconds after which a file's change time is trusted
 _WAIT = 60.0  # seconds to wait for another process's write
-
-
-def pixel_digest(image: Image.Image) -> bytes:
-    """SHA-256 of a decoded image: mode, size, palette and transparency where it has them, and the pixels."""
-    image.load()  # loading brings palette and transparency into their final form
-    digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
-    if image.mode in ("P", "PA"):
-        palette = image.palette
-        digest.update(palette.tobytes() if palette is not None else b"")
-    transparency = image.info.get("transparency")
-    if transparency is not None:
-        digest.update(repr(transparency).encode())
-    digest.update(image.tobytes())
-    return digest.digest()
-
-
-def file_digest(source: bytes | str | Path) -> bytes:
-    """SHA-256 of an encoded file or of its bytes.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    if isinstance(source, bytes):
-        return hashlib.sha256(_DECODING + source).digest()
-    try:
-        return hashlib.sha256(_DECODING + Path(source).read_bytes()).digest()
-    except OSError as error:
-        raise UserError(f"images: {str(source)!r} cannot be read ({error.strerror}); name an image file") from error
-
-
-def stamp_digest(path: str | Path, now: float) -> bytes | None:
-    """A digest of a file's place, size and change times, by which an untouched file is known without reading it.
-
-    None for a file touched within two seconds of `now`: a second change within the clock's tick would not show.
-    """
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    if now - max(status.st_mtime, status.st_ctime) < _SETTLED:
-        return None
-    place = os.fspath(path)
-    place = place if place.startswith("/") else os.path.abspath(place)
-    stamp = f"{place}\0{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-    return hashlib.sha256(_DECODING + stamp.encode("utf-8", "surrogateescape")).digest()
-
-
-def content_key(image: bytes, prompt: str | None, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """32 bytes that identify what is scored.
-
-    Args:
-        image: the image's digest.
-        prompt: taken in Unicode normal form C; None and ``""`` differ.
-        metadata: in any order of keys; None and ``{}`` are the same. Beside JSON values it may hold bytes, paths, dates, images, arrays
-            and tensors, all of which count in full.
-
-    Raises:
-        UserError: metadata whose content cannot be told, such as an object of another class.
-    """
-    digest = hashlib.sha256(b"%d:" % len(image) + image)
-    text = (
-        b""
-        if prompt is None
-        else (prompt if prompt.isascii() else unicodedata.normalize("NFC", prompt)).encode("utf-8", "surrogatepass")
-    )
-    digest.update(b"%d:%d:" % (prompt is not None, len(text)) + text)
-    if metadata:
-        try:
-            digest.update(json.dumps(metadata, sort_keys=True, ensure_ascii=True, default=_as_json).encode())
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"metadata: cannot be told apart from other metadata ({error}); give text, numbers, lists, mappings"
-            ) from error
-    return digest.digest()
-
-
-def _as_json(value: Any) -> Any:
-    """What stands for a value that JSON has no form for. Never its printed form: large arrays print alike, and addresses change."""
-    from PIL import Image
-
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, (date, PurePath)):
-        return str(value)
-    if isinstance(value, Image.Image):
-        return {"image": pixel_digest(value).hex()}
-    if callable(getattr(value, "tolist", None)):  # numpy and torch
-        return value.tolist()
-    if isinstance(value, (set, frozenset)):
-        return {"set": sorted(json.dumps(member, sort_keys=True, default=_as_json) for member in value)}
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__} has no plain value")
 
 
 class ScoreCache:

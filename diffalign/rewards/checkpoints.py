@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import text_files
-from ..exceptions import ConfigError, UserError
-from ..weight_files import could_be_hub_id
+from ..errors import ConfigError, UserError
+from ..runtime import text_files
+from ..runtime.hashing import WEIGHT_SUFFIXES, content_hash
+from ..runtime.weight_files import could_be_hub_id
 from .spec import ScorerSpec
-
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def find_weights(model: str | Path | None, spec: ScorerSpec, filename: str | None = None, *, revision: str | None = None) -> Path:
@@ -54,7 +52,7 @@ def _hub_id(model: str | Path | None, spec: ScorerSpec) -> str:
 def _in_folder(path: Path, spec: ScorerSpec, filename: str | None) -> Path:
     if filename is not None and (path / filename).is_file():
         return path / filename
-    found = sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS)
+    found = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(found) > 1:  # one set of weights in two formats: the one that cannot hold code
         found = [p for p in found if p.suffix == ".safetensors"] or found
     if len(found) != 1:
@@ -248,17 +246,3 @@ def check_sha256(path: Path, spec: ScorerSpec) -> None:
         raise UserError(
             f"model: {str(path)!r} is not the published file of {spec.key} (its SHA-256 differs from {spec.sha256}); download it again"
         )
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file; of a folder, of its json, txt, merges and weights files, by name."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-        return digest.hexdigest()
-    weights = list(path.glob("*.safetensors")) or [p for p in path.iterdir() if p.suffix in _WEIGHTS]
-    for part in sorted([*path.glob("*.json"), *path.glob("*.txt"), *weights]):
-        digest.update(part.name.encode() + b"\0" + content_hash(part).encode())
-    return digest.hexdigest()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import suggestion
-from ..exceptions import ConfigError, UserError
+from ..config.section import suggestion
+from ..errors import ConfigError, UserError
 
 MISSING = ("renormalise", "drop", "fail")
 KINDS = ("mean", "min", "mean_minus_std")

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import decoding
-from ..drawn import Missing
-from ..exceptions import ConfigError, UserError
-from ..yaml_text import shown
-from .cache import file_digest, pixel_digest, stamp_digest
+from ..config.yaml_text import shown
+from ..errors import ConfigError, UserError
+from ..runtime import decoding
+from ..runtime.missing import Missing
+from .content_key import file_digest, pixel_digest, stamp_digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +55,7 @@ class ImageInput:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image as 8-bit RGB, the pixels that training sees (`diffalign.decoding`).
+        """The decoded image as 8-bit RGB, the pixels that training sees (`diffalign.runtime.decoding`).
 
         Raises:
             UnreadableImage: missing, damaged or of zero size.

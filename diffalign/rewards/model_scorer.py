@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
+from ..runtime.devices import read_dtype
 from .base import Call, Item, Scorer
-from .devices import read_dtype
 from .images import ImageInput, Preprocess, check_pixels, read_images
 
 _TEXTS_KEPT = 512  # prompts whose features stay in memory between calls

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import build_section, suggestion
-from ..exceptions import ConfigError, UserError
+from ..config.section import build_section, suggestion
+from ..errors import ConfigError, UserError
+from ..runtime.devices import read_device
 from . import ensemble
 from .agreement import LARGEST_COMPARED, agreement, group_members, stacks
 from .base import Scorer, ScoreResult
 from .cache import ScoreCache
-from .devices import read_device
 from .images import ImageInput, read_images
 from .panel_config import PLACEMENTS, CombineConfig, RewardEntry, parse_rewards
 from .registry import find_class, load_scorer, options_of

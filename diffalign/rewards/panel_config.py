@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import build_section, coerce, suggestion
-from ..exceptions import ConfigError
+from ..config.section import build_section, coerce, suggestion
+from ..errors import ConfigError
 from .base import Scorer
 from .ensemble import METHODS, MISSING
 from .registry import find_class

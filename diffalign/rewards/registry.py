@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ConfigError, UserError
-from ..weight_files import explained, loading_errors
+from ..errors import ConfigError, UserError
+from ..runtime.weight_files import explained, loading_errors
 from .base import Item, Scorer
 from .spec import ScorerSpec
 
@@ -31,23 +31,23 @@ _LOADING = threading.RLock()  # a scorer may load another
 
 # key -> where it is written. A file is imported when its scorer is first asked for.
 _BUILT_IN = {
-    "imagereward": "imagereward:ImageReward",
-    "pickscore": "pickscore:PickScore",
-    "hpsv2.0": "hps:HPSv20",
-    "hpsv2.1": "hps:HPSv21",
-    "clip-l14": "clip_score:ClipL14",
-    "clip-h14": "clip_score:ClipH14",
-    "open_clip": "clip_score:OpenClipScore",
-    "aesthetic-v1": "aesthetic:AestheticV1",
-    "aesthetic-v2": "aesthetic:AestheticV2",
-    "mps": "mps:MPS",
-    "jpeg_compressibility": "jpeg:JpegCompressibility",
-    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
-    "geneval": "geneval:GenEval",
-    "vlm_judge": "vlm_judge:VLMJudge",
-    "remote": "remote:RemoteScorer",
-    "shapes": "shapes_world:ShapesScorer",
-    "shapes-clip": "pickscore:ShapesClip",
+    "imagereward": "scorers.imagereward:ImageReward",
+    "pickscore": "scorers.pickscore:PickScore",
+    "hpsv2.0": "scorers.hps:HPSv20",
+    "hpsv2.1": "scorers.hps:HPSv21",
+    "clip-l14": "scorers.clip_score:ClipL14",
+    "clip-h14": "scorers.clip_score:ClipH14",
+    "open_clip": "scorers.clip_score:OpenClipScore",
+    "aesthetic-v1": "scorers.aesthetic:AestheticV1",
+    "aesthetic-v2": "scorers.aesthetic:AestheticV2",
+    "mps": "scorers.mps:MPS",
+    "jpeg_compressibility": "scorers.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "scorers.jpeg:JpegIncompressibility",
+    "geneval": "scorers.geneval:GenEval",
+    "vlm_judge": "scorers.vlm_judge:VLMJudge",
+    "remote": "scorers.remote:RemoteScorer",
+    "shapes": "scorers.shapes:ShapesScorer",
+    "shapes-clip": "scorers.pickscore:ShapesClip",
 }
 _AMBIGUOUS = {
     "hpsv2": ("hpsv2.0", "hpsv2.1"),

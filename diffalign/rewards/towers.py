@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from . import checkpoints
 from .images import Preprocess
 from .spec import ScorerSpec

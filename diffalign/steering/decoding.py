@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drawn import to_images
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
+from ..runtime.missing import to_images
 
 
 class LatentDecoder:

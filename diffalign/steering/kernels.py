@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from ..likelihood.transitions import flow_sde_step
-from .coordinates import Coordinates
+from .noise_levels import Coordinates
 
 KERNELS = ("ddim", "ancestral", "euler_maruyama")
 AUTO = "auto"

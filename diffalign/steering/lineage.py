@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from ..evaluation.grids import wrap_text
-
-if TYPE_CHECKING:
-    from .result import SteeringResult, StepTrace
+from ..generation.grids import wrap_text
+from .step_trace import StepTrace
 
 _BACKGROUND, _INK, _PALE, _STRONG, _BEST = (255, 255, 255), (25, 25, 25), (205, 211, 222), (31, 98, 171), (24, 140, 60)
 _MARGIN = 14
+
+
+class Population(Protocol):
+    """What `lineage_picture` reads of a `diffalign.steering.result.SteeringResult`."""
+
+    prompts: list[str]
+    images: list[list[Any]]
+    rewards: Tensor
+    lmbda: Tensor
+    log_z: Tensor
+    roots: Tensor
+    final_ess: Tensor
+    steps: list[StepTrace]
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    @property
+    def best_index(self) -> Tensor: ...
+
+    @property
+    def num_roots(self) -> Tensor: ...
 
 
 def surviving(ancestors: Sequence[Sequence[int]], num_particles: int) -> list[set[int]]:
@@ -31,7 +52,7 @@ def surviving(ancestors: Sequence[Sequence[int]], num_particles: int) -> list[se
     return found[::-1]
 
 
-def lineage_picture(result: SteeringResult, prompt: int = 0, *, cell: int | None = None) -> Image.Image:
+def lineage_picture(result: Population, prompt: int = 0, *, cell: int | None = None) -> Image.Image:
     """Draws one prompt's tree: columns are the scored steps and the returned images, rows the particle slots.
 
     Predicted images are shown before resampling, their reward beneath; lines run to the slots that went on from them. Lineages that reach the end are

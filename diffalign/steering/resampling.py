@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..exceptions import ConfigError
+from ..errors import ConfigError
 
 SCHEMES = ("systematic", "stratified", "residual", "multinomial")
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None

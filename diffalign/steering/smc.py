@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
+from .particle_weights import POTENTIALS, ParticleWeights, check_options, log_potential
 from .resampling import SCHEMES, Generators, ess, resample
-from .streams import state_key, stream
-from .weights import POTENTIALS, ParticleWeights, check_options, log_potential
+from .schedule import check_schedule, check_temperatures, schedule
+from .streams import resampling_stream
 
 __all__ = [
     "AGGREGATES",
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 AGGREGATES = ("soft", "lme", "mean")
-DEFAULT_FRACTIONS = (0.2, 0.35, 0.5, 0.65, 0.8)
 
 
 class ParticleModel(Protocol):
@@ -107,55 +107,6 @@ def count_roots(roots: Tensor) -> Tensor:
     """Distinct entries per row of (groups, k), (groups,) int64."""
     ordered = roots.sort(1).values
     return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
-
-
-def check_schedule(steps: Sequence[int | float] | None) -> None:
-    """Raises `ConfigError` unless `steps` is None, indices >= 0, or fractions in [0, 1)."""
-    if steps is None:
-        return
-    if isinstance(steps, (str, bytes, int, float)):
-        raise ConfigError("resample_steps", f"expected a sequence such as (0.2, 0.5) or (10, 20), got {steps!r}")
-    for step in steps:
-        if isinstance(step, bool) or not isinstance(step, (int, float)):
-            raise ConfigError("resample_steps", f"expected indices or fractions, got {step!r}")
-        if isinstance(step, float) and not 0 <= step < 1:
-            raise ConfigError("resample_steps", f"a fraction of the run lies in [0, 1), got {step!r}; indices are ints")
-        if step < 0:
-            raise ConfigError("resample_steps", f"an index is >= 0, counted from the noise, got {step}")
-
-
-def schedule(steps: Sequence[int | float] | None, num_steps: int) -> list[int]:
-    """The scored step indices, sorted, each once.
-
-    Args:
-        steps: indices (`int`, 0 is the first step, at pure noise), fractions of the run (`float` in [0, 1)), None for five from 20 to 80 %.
-        num_steps (`int`): of the run.
-
-    Raises:
-        ConfigError: an index outside the run, a fraction outside [0, 1).
-    """
-    check_schedule(steps)
-    chosen = DEFAULT_FRACTIONS if steps is None else steps
-    found = [min(int(s * num_steps + 1e-9), num_steps - 1) if isinstance(s, float) else int(s) for s in chosen]
-    outside = [s for s in found if s >= num_steps]
-    if outside:
-        raise ConfigError("resample_steps", f"{outside[0]} lies outside the run of {num_steps} steps (0 to {num_steps - 1})")
-    return sorted(set(found))
-
-
-def check_temperatures(potential: str, temperatures: Sequence[float] | None, scored: int) -> list[float] | None:
-    """One temperature per scored step for ``tempered`` (rising to 1 by default), else None.
-
-    Raises:
-        ConfigError: when their number differs from that of the scored steps.
-    """
-    if potential != "tempered":
-        return None
-    if temperatures is None:
-        return [(j + 1) / scored for j in range(scored)]
-    if len(temperatures) != scored:
-        raise ConfigError("temperatures", f"expected one per scored step ({scored}), got {len(temperatures)}")
-    return list(temperatures)
 
 
 def aggregate(rewards: Tensor, how: str, lmbda: float | Tensor) -> Tensor:
@@ -313,15 +264,6 @@ class _Trace:
             degenerate=weights.degenerate,
             nan_count=weights.nan_count,
         )
-
-
-def resampling_stream(generator: Generators) -> Generators:
-    """A stream for resampling that depends on `generator`'s state and does not advance it: one per group where `generator` is a list."""
-    if generator is None:
-        return stream(int(torch.randint(2**62, ()).item()), "resampling")
-    if isinstance(generator, torch.Generator):
-        return stream(state_key(generator), "resampling")
-    return [stream(state_key(one), "resampling") for one in generator]
 
 
 def _collect(rewards: Any, how: str, weights: ParticleWeights) -> Tensor:

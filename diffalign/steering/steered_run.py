@@ -5,70 +5,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batching import Batches
-from ..drawn import Missing, check_any, read_output
-from ..exceptions import UserError
-from .coordinates import as_clipped, clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
+from ..errors import UserError
+from ..generation.micro_batches import Batches
+from ..runtime.missing import Missing, check_any, read_output
 from .decoding import LatentDecoder
 from .kernels import AUTO, draw, transition
-from .resampling import Generators, ess
-from .result import SteeringResult, StepTrace
-from .rewarding import Rewarder
-from .smc import ParticleWeights, check_temperatures, resampling_stream, schedule
-from .streams import derive_seed, state_key, stream
-from .tap import own_noise, permute_buffers
-
-if TYPE_CHECKING:
-    from .sampler import FKSteering
+from .noise_levels import as_clipped, clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
+from .resampling import ess
+from .result import SteeringResult
+from .reward_fn import Rewarder
+from .schedule import check_temperatures, schedule
+from .scheduler_hook import own_noise, permute_buffers
+from .smc import ParticleWeights
+from .step_trace import StepTrace
+from .streams import Streams, derive_seed, state_key
 
 THUMBNAIL = 96
 
 
-@dataclass
-class Streams:
-    """The random streams of one call.
+@dataclass(frozen=True)
+class SteeringOptions:
+    """What a `SteeredRun` needs to know of the `FKSteering` that started it; see there."""
 
-    Attributes:
-        initial: what the pipeline gets as `generator`.
-        steps: one generator per slot for step noise the pipeline does not draw itself.
-        resampling: one, or one per prompt.
-        replace: whether `steps` also replaces a generator that the pipeline hands to its scheduler.
-    """
-
-    initial: Any
-    steps: list[torch.Generator]
-    resampling: Generators
-    replace: bool
-
-    @classmethod
-    def make(cls, generator: Any, seeds: list[int] | None, resampling: Any, k: int, groups: int) -> Streams:
-        """From the user's generator (or one per row), or from one seed per prompt."""
-        if seeds is not None:
-            slots = [(seed, j) for seed in seeds for j in range(k)]
-            initial = [stream(seed, "initial", j) for seed, j in slots]
-            steps = [stream(seed, "steps", j) for seed, j in slots]
-            return cls(initial, steps, resampling or [stream(seed, "resampling") for seed in seeds], True)
-        if isinstance(generator, (list, tuple)):
-            keys = [state_key(one) for one in generator]
-            steps = [stream(key, "steps") for key in keys]
-            own: Generators = [stream(key, "resampling") for key in keys[::k]]
-        else:
-            key = state_key(generator)
-            steps = [stream(key, "steps", row) for row in range(groups * k)]
-            own = resampling_stream(generator)
-        return cls(generator, steps, resampling or own, False)
+    pipe: Any
+    num_particles: int
+    resample_steps: Sequence[int | float] | None
+    predict_x0: Callable[[Any, Tensor, Any, Tensor], Tensor] | None
+    kernel: str | None
+    eta: float | None
+    mode: str
 
 
 class SteeredRun:
     """Counts the steps, scores and resamples at the scheduled ones, steps with the scheduler or with a kernel of ours.
 
     Args:
-        owner (`FKSteering`): options.
+        options: of the sampler.
         weighting: of `ParticleWeights`.
         rewarder, decoder, streams, models: of this call.
         groups (`int`): prompts.
@@ -77,7 +54,7 @@ class SteeredRun:
 
     def __init__(
         self,
-        owner: FKSteering,
+        options: SteeringOptions,
         weighting: dict[str, Any],
         rewarder: Rewarder,
         decoder: LatentDecoder,
@@ -87,10 +64,10 @@ class SteeredRun:
         on_step: Callable[[StepTrace], None] | None = None,
     ) -> None:
         self.on_step = on_step
-        self.owner, self.weighting, self.rewarder, self.decoder = owner, weighting, rewarder, decoder
-        self.streams, self.models, self.groups, self.k = streams, models, groups, owner.num_particles
-        self.scheduler = owner.pipe.scheduler
-        self.kernel = owner.kernel
+        self.options, self.weighting, self.rewarder, self.decoder = options, weighting, rewarder, decoder
+        self.streams, self.models, self.groups, self.k = streams, models, groups, options.num_particles
+        self.scheduler = options.pipe.scheduler
+        self.kernel = options.kernel
         self.rows = groups * self.k
         self.calls = self.intervals = 0
         self.first_position = 0
@@ -143,10 +120,10 @@ class SteeredRun:
                 f"pipe: it steps at timestep {now:g}, which is not in its scheduler's time grid; it cannot be steered from outside"
             )
         self.first_position = times.index(now)
-        calls = getattr(self.owner.pipe, "num_timesteps", None) or len(times) - self.first_position
+        calls = getattr(self.options.pipe, "num_timesteps", None) or len(times) - self.first_position
         # Second-order schedulers list every inner point twice, except the first.
         self.num_steps = (calls + 1) // 2 if hasattr(self.scheduler, "state_in_first_order") else calls
-        self.steps = schedule(self.owner.resample_steps, self.num_steps)
+        self.steps = schedule(self.options.resample_steps, self.num_steps)
         weighting = dict(self.weighting)
         weighting["temperatures"] = check_temperatures(weighting["potential"], weighting["temperatures"], len(self.steps))
         self.weights = ParticleWeights(self.groups, self.k, generator=self.streams.resampling, **weighting)
@@ -161,7 +138,7 @@ class SteeredRun:
         """Refuses to resample copies that would stay copies, and to prune ones that would not."""
         random = is_stochastic(self.scheduler, arguments, self.first_position)
         name = type(self.scheduler).__name__
-        if self.owner.mode == "prune":
+        if self.options.mode == "prune":
             if random:
                 raise UserError(
                     f"mode: prune is for deterministic samplers, and {name} adds noise as it is called; use mode='resample'"
@@ -217,8 +194,8 @@ class SteeredRun:
     def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
         """The clean predictions as the scheduler uses them."""
         output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
-        if self.owner.predict_x0 is not None:
-            return self.owner.predict_x0(self.scheduler, output, timestep, sample)
+        if self.options.predict_x0 is not None:
+            return self.options.predict_x0(self.scheduler, output, timestep, sample)
         now, _ = read_coordinates(self.scheduler, timestep, position)
         return as_clipped(self.scheduler, clean_prediction(self.scheduler, output, sample, now))
 
@@ -255,10 +232,10 @@ class SteeredRun:
         now, then = read_coordinates(self.scheduler, timestep, position)
         x0 = self._clean(arguments, position)
         # DDIM keeps the model's noise estimate, whatever is clipped; other schedulers derive it from the clipped prediction.
-        keeps = self.owner.predict_x0 is None and "DDIM" in type(self.scheduler).__name__
+        keeps = self.options.predict_x0 is None and "DDIM" in type(self.scheduler).__name__
         raw = clean_prediction(self.scheduler, output, sample, now) if keeps else None
-        assert self.kernel is not None and self.owner.eta is not None
-        mean, std = transition(self.kernel, self.owner.eta, output, sample, x0, now, then, raw)
+        assert self.kernel is not None and self.options.eta is not None
+        mean, std = transition(self.kernel, self.options.eta, output, sample, x0, now, then, raw)
         given = arguments.get("generator")
         moved = draw(mean, std, self.streams.steps if self.streams.replace or given is None else given, sample.dtype)
         if hasattr(self.scheduler, "_step_index"):
@@ -283,7 +260,7 @@ class SteeredRun:
                 f"resample_steps: {missed[0]} was never reached, the pipeline stopped after {self.intervals} steps; give earlier steps"
             )
         images = read_output(output, self.rows, finite)
-        check_any(images, type(self.owner.pipe).__name__)
+        check_any(images, type(self.options.pipe).__name__)
         started = time.perf_counter()
         rewards = self.rewarder.of_images(images)
         self.weights.finish(rewards, self._blank(images))

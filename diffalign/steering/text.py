@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from .resampling import Generators, resample
-from .smc import SMCResult, check_options, check_schedule, run
+from .schedule import check_schedule
+from .smc import SMCResult, check_options, run
 from .streams import stream
 from .tokens import Denoiser, MaskedDiffusion, TokenModel, TokenState, UniformDiffusion
 
@@ -146,7 +147,7 @@ class FKTextSteering:
         if denoiser is None or tokenizer is None:
             if denoiser is not None or tokenizer is not None:
                 raise ConfigError("tokenizer", "give denoiser and tokenizer, or None for both (the embedded ones)")
-            from ..shapes.pretrain_text import load_text_denoiser
+            from ..shapes.text_denoiser import load_text_denoiser
 
             denoiser, tokenizer = load_text_denoiser()
         schedule = steering.get("resample_steps")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from .resampling import Generators
 from .streams import state_key, stream
 

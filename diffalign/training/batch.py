@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .rng import row_generator
+from ..runtime.seeds import row_generator
 
 
 @dataclass

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -22,8 +22,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..exceptions import UserError
-from ..folders import save_tensors, write_atomically
+from ..backbones.lora import lora_state
+from ..errors import UserError
+from ..runtime.files import save_tensors, write_atomically
 from .callbacks import TrainerState
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -106,17 +107,6 @@ def check_archives(folder: Path, names: Iterable[str]) -> None:
             raise UserError(f"{folder} is damaged: {name} has a wrong checksum ({damaged}); resume from an earlier checkpoint")
 
 
-def lora_state(network: Any) -> dict[str, Tensor]:
-    """The adapter's weights, every key in peft's form (``...lora_A.weight``).
-
-    diffusers' `convert_state_dict_to_diffusers` renames attention layers only, and its loader judges a file by one key:
-    of a file in both forms it would silently drop the renamed half.
-    """
-    from peft.utils import get_peft_model_state_dict
-
-    return dict(get_peft_model_state_dict(network))
-
-
 def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
     """Puts saved adapter weights back, bit for bit."""
     from diffusers.utils import convert_unet_state_dict_to_peft
@@ -146,6 +136,15 @@ def read_state(values: Any) -> TrainerState:
     return state
 
 
+@runtime_checkable
+class CheckpointPart(Protocol):
+    """What else belongs to a run: saved in every checkpoint, by every process."""
+
+    def save(self, folder: Path, rank: int) -> None: ...
+
+    def load(self, folder: Path, rank: int, device: Any) -> None: ...
+
+
 class CheckpointManager:
     """Saves and loads one run's checkpoints.
 
@@ -173,8 +172,7 @@ class CheckpointManager:
     ) -> None:
         self.accelerator, self.backbone, self.network, self.is_lora = accelerator, backbone, network, is_lora
         self.output_dir, self.limit, self.identity, self.ema = output_dir, limit, identity, ema
-        self.parts: list[Any] = []
-        """What else belongs to the run, with `save(folder, rank)` and `load(folder, rank, device)`; saved by every process."""
+        self.parts: list[CheckpointPart] = []
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 

@@ -8,9 +8,9 @@ import os
 import typing
 from dataclasses import dataclass
 
-from ..exceptions import ConfigError
-from ..ranges import COUNT, LARGEST
-from ..yaml_text import shown
+from ..config.ranges import COUNT, LARGEST
+from ..config.yaml_text import shown
+from ..errors import ConfigError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -156,7 +156,7 @@ class TrainingConfig:
     """Seconds that processes wait for each other, e.g. while the first one draws the validation images; then the run fails."""
 
     def __post_init__(self) -> None:
-        from ..config import coerce
+        from ..config.section import coerce
 
         self.output_dir = os.fspath(self.output_dir)  # a Path is as good
         hints = typing.get_type_hints(type(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -68,29 +69,65 @@ LOG2_MESSAGE = (
 )
 
 
+_EMPTY = torch.empty(0)
+_WITHOUT_TENSORS = {"x0": _EMPTY, "noise": _EMPTY, "condition": {}, "noisy": None, "extra": {}}
+"""A batch whose images need not be kept until the step is judged."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; the message names rows and timesteps."""
 
 
+_REMEDY = "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
+
+
 def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
-    """Raises `NonFiniteLoss` with the dataset rows and timesteps of the groups whose loss (g,) is not finite."""
-    if torch.isfinite(loss).all():
-        return
+    """Raise `NonFiniteLoss` with the dataset rows and timesteps of the groups whose loss (g,) is not finite."""
     bad = [i for i, value in enumerate(loss.detach().cpu()) if not torch.isfinite(value)]
+    if not bad:
+        return
     rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
-    raise NonFiniteLoss(
-        f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; "
-        "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
-    )
+    raise NonFiniteLoss(f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; {_REMEDY}")
 
 
-def check_gradient(norm: Tensor, batch: Batch, step: int) -> None:
-    """Raises `NonFiniteLoss` before such a gradient reaches the weights."""
-    if not torch.isfinite(norm).all():
-        raise NonFiniteLoss(
-            f"step {step}: the gradient is not finite (last batch: dataset rows {batch.row_ids}), so the step was not taken; "
-            "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
-        )
+class FiniteCheck:
+    """The losses of one optimizer step, judged on the device and asked for once, before the weights change.
+
+    Args:
+        step (`int`): number of the optimizer step, for the message.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.seen: list[tuple[Tensor, Batch]] = []
+        self.finite: Tensor | None = None
+
+    def add(self, loss: Tensor, batch: Batch) -> None:
+        """Note the losses (g,) of a micro-batch; nothing waits for the device."""
+        loss = loss.detach()
+        finite = torch.isfinite(loss).all()
+        self.finite = finite if self.finite is None else self.finite & finite
+        self.seen.append((loss, dataclasses.replace(batch, **_WITHOUT_TENSORS)))
+
+    def finish(self, norm: Tensor | None = None) -> None:
+        """Look at the whole step.
+
+        Args:
+            norm (`Tensor`, *optional*): of its gradient; None is not judged.
+
+        Raises:
+            NonFiniteLoss: a loss or the gradient is not finite; rows and timesteps are named.
+        """
+        assert self.finite is not None
+        finite = self.finite if norm is None else self.finite & torch.isfinite(norm).all().to(self.finite.device)
+        if not finite:
+            for loss, batch in self.seen:
+                check_finite(loss, batch, self.step)
+            raise NonFiniteLoss(
+                f"step {self.step}: the gradient is not finite (last batch: dataset rows {self.seen[-1][1].row_ids}), so the step was not "
+                f"taken; {_REMEDY}"
+            )
+        self.seen, self.finite = [], None
 
 
 class DivergenceGuard:

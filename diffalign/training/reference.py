@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..adapters import unwrapped
 from ..backbones import Backbone
-from ..exceptions import ConfigError, UserError
-from ..yaml_text import shown
+from ..backbones.lora import unwrapped
+from ..config.yaml_text import shown
+from ..errors import ConfigError, UserError
 
 
 class Reference(Protocol):
@@ -134,7 +134,7 @@ class SnapshotReference:
         Raises:
             UserError: the checkpoint has none.
         """
-        from ..folders import read_tensors
+        from ..runtime.files import read_tensors
 
         if not (folder / "reference.safetensors").is_file():
             raise UserError(f"train.reference: {folder} holds no reference; it was saved by a run with another setting")

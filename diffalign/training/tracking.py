@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from ..folders import write_atomically
+from ..runtime.files import write_atomically
+from .config import TrainingConfig
 
 
 def _precision(device: torch.device) -> torch.dtype:
@@ -116,3 +118,12 @@ class MetricLog:
             elif hasattr(tracker, "log_images"):
                 payload = [image] if tracker.name == "wandb" else np.asarray(image)[None]
                 tracker.log_images({name: payload}, step=step)
+
+
+def tracker_config(args: TrainingConfig) -> dict[str, Any]:
+    """Plain values: tensorboard takes nothing else."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(args).items()}
+
+
+def tracker_options(args: TrainingConfig) -> dict[str, Any]:
+    return {args.report_to: {"name": args.run_name}} if args.run_name and args.report_to in ("wandb", "trackio") else {}

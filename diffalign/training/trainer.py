@@ -1,55 +1,105 @@
-"""The one training loop. A method is a subclass that says which data it needs and what its loss is; see `diffalign.methods`."""
+"""The trainer: model, data and settings checked, everything built, and handed to the loop.
+
+A method is a subclass that says which data it needs and what its loss is; see `diffalign.methods`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..backbones import load_backbone
-from ..config import HubConfig, ValidationConfig
+from ..backbones import Backbone, load_backbone
 from ..data import DataConfig, PreferenceDataset
-from ..exceptions import ConfigError, UserError
-from ..folder_lock import FolderLock
-from ..likelihood import VariancePreserving, denoising_errors, min_snr_weight, with_zero_terminal_snr
-from ..processes import process_rank
-from . import hub, verbs
+from ..errors import ConfigError, UserError
+from ..likelihood import RectifiedFlow, VariancePreserving, with_zero_terminal_snr
+from ..runtime.distributed import process_rank
+from ..runtime.folder_lock import FolderLock
 from .batch import Batch
-from .build import (
-    DTYPES,
-    averaged,
-    build_accelerator,
-    build_ema,
-    build_network,
-    build_optimizer,
-    build_schedule,
-    trainable_parameters,
-    update_ema,
+from .build import DTYPES, build_accelerator, build_network, trainable_parameters
+from .callbacks import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainOutput,
 )
-from .callbacks import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainOutput
-from .checkpoint import CheckpointManager
+from .checkpoint import CheckpointManager, CheckpointPart
 from .config import TrainingConfig
-from .diagnostics import DivergenceGuard, check_finite, check_gradient
-from .due_work import do_work, due_work, start_log, undone_work
-from .feedback import VotesNeeded
-from .online import Online
-from .prepare import DataPipeline, ReferenceErrors, as_preferences, build_transform
+from .data_pipeline import (
+    DataPipeline,
+    ReferenceErrors,
+    as_preferences,
+    build_transform,
+    check_data,
+)
+from .denoiser import Denoiser
+from .diagnostics import LOG2_MESSAGE, DivergenceGuard, FiniteCheck
+from .evaluate import evaluate, measure_rounding
+from .export import push_to_hub, save_model
+from .loop import Run, fit
+from .online.online_data import OnlineData, online_judge, online_sampler
+from .online.policy_sampler import PolicySampler
+from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, make_grid
+from .online.source import RolloutSource
+from .optimizer import averaged, build_ema, build_optimizer, build_schedule, update_ema
+from .periodic import in_order
 from .reference import Reference, build_reference, check_reference
-from .rollout import SAMPLER_RULE, Grid, make_grid
+from .run_folder import begin
+from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
+from .sections import HubConfig, ValidationConfig
 from .signals import StopSignals
-from .tracking import MetricLog, MetricWindow
+from .tracking import MetricLog, MetricWindow, tracker_config, tracker_options
 from .validation import Validation, check_validation
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+class BatchSource(Protocol):
+    """Where the batches of a run come from.
+
+    A source whose position is not `samples_seen` alone has `save(folder, rank)` and
+    `load(folder, rank, device)` as well, and is made part of every checkpoint.
+    """
+
+    def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
+        """Endless batches of this process.
+
+        Args:
+            data: reads the dataset.
+            samples_seen (`int`): groups consumed so far, over all processes.
+        """
+        ...
+
+
+class DatasetSource:
+    """Batches of the dataset's own images.
+
+    Args:
+        precomputed (`ReferenceErrors`, *optional*): attached to every batch.
+    """
+
+    def __init__(self, precomputed: ReferenceErrors | None = None) -> None:
+        self.precomputed = precomputed
+
+    def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
+        """See `BatchSource`."""
+        for examples in data.batches(samples_seen):
+            batch = data.builder(examples)
+            if self.precomputed is not None:
+                self.precomputed.attach(batch, examples)
+            yield batch
 
 
 class Trainer:
@@ -68,12 +118,14 @@ class Trainer:
         validation (`ValidationConfig`, *optional*): None means none.
         hub (`HubConfig`, *optional*): uploading.
         revision, variant, vae (*optional*): of the model.
-        scorers (*optional*): who judges, for methods that sample while they learn: see `diffalign.training.judge.Judge`.
+        scorers (*optional*): who judges, for methods that sample while they learn: see `diffalign.training.online.judge.Judge`.
 
     Raises:
         ConfigError, UserError: on anything wrong with model, data or settings, before weights are loaded.
     """
 
+    method: ClassVar[str]
+    """Its name in a run file."""
     _name: ClassVar[str] = "Trainer"
     _tag_names: ClassVar[tuple[str, ...]] = ()
     _paper: ClassVar[dict[str, str]] = {}
@@ -90,8 +142,47 @@ class Trainer:
     """Whether `data.online` can make its groups."""
     error_beta: ClassVar[bool] = True
     """Whether `beta` multiplies denoising errors, so that it can be told per latent size."""
-    passes_per_batch: int = 1
-    """How many micro-batches `micro_batches` yields for one batch."""
+
+    # Configuration
+    args: TrainingConfig
+    data_config: DataConfig
+    validation_config: ValidationConfig | None
+    hub_config: HubConfig | None
+    peft_config: LoraConfig | None
+    scorers: Any
+    output_dir: Path
+    train_dataset: PreferenceDataset
+    eval_dataset: PreferenceDataset | None
+
+    # Swappable parts
+    backbone: Backbone
+    ref_backbone: Backbone | None
+    optimizers: tuple[Any, Any]
+    callbacks: list[TrainerCallback]
+    source: BatchSource
+    reference_model: Reference | None
+
+    # Runtime, there after the first call that needs the weights
+    accelerator: Accelerator
+    network: Any
+    prepared: Any
+    policy: Denoiser
+    sampling_policy: Denoiser
+    reference: Denoiser | None
+    data_pipeline: DataPipeline
+    optimizer: Any
+    schedule: Any
+    ema: Any
+    checkpoints: CheckpointManager
+    record: RunRecord
+
+    # State
+    state: TrainerState
+    control: TrainerControl
+    notes: list[str]
+    window: MetricWindow
+    sampler_rule: int
+    is_dry: bool
 
     def __init__(
         self,
@@ -115,46 +206,51 @@ class Trainer:
         self.args = args if args is not None else self.config_class()
         if not isinstance(self.args, self.config_class):
             raise ConfigError("args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}")
-        self.data_config, self.validation, self.hub = data or DataConfig(), validation, hub
-        self.notes: list[str] = [] if validation is None else check_validation(validation, scorers)
-        self.scorers = scorers
-        self.output_dir, self.peft_config, self.optimizers = Path(self.args.output_dir), peft_config, optimizers
-        if self.reference_free and self.args.precompute_ref_errors:
-            raise ConfigError("train.precompute_ref_errors", f"{self._name} has no reference; set it to false")
-        if self.data_config.online is not None and self.args.precompute_ref_errors:
-            raise ConfigError("train.precompute_ref_errors", "the images of data.online do not exist beforehand; set it to false")
+        self.data_config = data or DataConfig()
+        self.validation_config, self.hub_config = validation, hub
+        self.peft_config, self.scorers, self.optimizers = peft_config, scorers, optimizers
+        self.output_dir = Path(self.args.output_dir)
+        self.notes = [] if validation is None else check_validation(validation, scorers)
+        self.sampler_rule, self.is_dry, self._ready = SAMPLER_RULE, False, False
+        self.window = MetricWindow()
+        self.state, self.control = TrainerState(), TrainerControl()
+        self._check_settings()
         self.backbone = load_backbone(model, revision=revision, variant=variant, vae=vae)
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
-        self.ref_fingerprint: str | None = None
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
-            self.ref_fingerprint = self.ref_backbone.source.fingerprint(self.ref_backbone.network_name)
         self.process: Any = self.backbone.process
-        self.sampler_rule = SAMPLER_RULE
-        # Of the starting weights: taken before anything trains, since a given pipeline is trained in place.
-        self.model_fingerprint = self.backbone.source.fingerprint(self.backbone.network_name)
-        self.vae_fingerprint = self.backbone.source.fingerprint("vae")
-        self.model_options = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
-        build_transform(self.data_config, self.backbone)  # sizes are checked now, not after an hour of encoding
-        source = train_dataset if train_dataset is not None else self.data_config.dataset_name or self.data_config.train_data_dir
+        build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
+        self._read_data(train_dataset, eval_dataset)
+        check_data(self.train_dataset, self.data_config, self.args)
+        names = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
+        self.record = self._make_record(names, bool(callbacks))
+        self.callbacks = list(callbacks)
+        self.validate()
+        self._call("on_init_end")
+
+    def _check_settings(self) -> None:
+        """Settings that exclude each other."""
+        if not self.args.precompute_ref_errors:
+            return
+        if self.reference_free:
+            raise ConfigError("train.precompute_ref_errors", f"{self._name} has no reference; set it to false")
+        if self.data_config.online is not None:
+            raise ConfigError("train.precompute_ref_errors", "the images of data.online do not exist beforehand; set it to false")
+
+    def _read_data(self, train_dataset: Any, eval_dataset: Any) -> None:
+        config = self.data_config
+        source = train_dataset if train_dataset is not None else config.dataset_name or config.train_data_dir
         if source is None:
             raise ConfigError(
                 "data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)"
             )
         self.train_dataset = self._read_training_data(source)
-        if eval_dataset is None and self.data_config.dataset_test_split and train_dataset is None:
+        if eval_dataset is None and config.dataset_test_split and train_dataset is None:
             eval_dataset = source
         # Read once: an evaluation every few steps must not scan the data again.
-        test_split = self.data_config.dataset_test_split or "test"
+        test_split = config.dataset_test_split or "test"
         self.eval_dataset = None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
-        self.state, self.control = TrainerState(), TrainerControl()
-        self.callbacks: list[TrainerCallback] = list(callbacks)
-        self.precomputed: ReferenceErrors | None = None
-        self.online: Online | None = None
-        self.waiting_for: Path | None = None
-        self.is_dry = False
-        self._ready = False
-        self._call("on_init_end")
 
     def _read_training_data(self, source: Any) -> PreferenceDataset:
         if self.data_config.online is None:
@@ -165,7 +261,43 @@ class Trainer:
         config = dataclasses.replace(self.data_config, invert_preferences=False)
         return as_preferences(source, config, "prompt", self.data_config.dataset_train_split)
 
-    # Hooks of a method ------------------------------------------------------------------------------------------------------
+    def _make_record(self, model_options: dict[str, str | None], has_callbacks: bool) -> RunRecord:
+        source, network = self.backbone.source, self.backbone.network_name
+        other = self.ref_backbone
+        passed = ["optimizers"] if any(part is not None for part in self.optimizers) else []
+        return RunRecord(
+            name=self._name,
+            tags=self._tag_names,
+            paper=self._paper,
+            # A subclass of a method is no method of a run file.
+            method=vars(type(self)).get("method", type(self).__name__),
+            error_beta=self.error_beta,
+            args=self.args,
+            data_config=self.data_config,
+            validation=self.validation_config,
+            hub=self.hub_config,
+            peft_config=self.peft_config,
+            scorers=self.scorers,
+            model_options=model_options,
+            backbone=self.backbone,
+            ref_backbone=other,
+            dataset=self.train_dataset,
+            # Of the starting weights: a pipeline that was passed is trained in place.
+            model_fingerprint=source.fingerprint(network),
+            ref_fingerprint=None if other is None else other.source.fingerprint(other.network_name),
+            vae_fingerprint=source.fingerprint("vae"),
+            sampler_rule=self.sampler_rule,
+            passed_in_python=[*passed, *(["callbacks"] if has_callbacks else [])],
+        )
+
+    # Hooks of a method ----------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Refuse what can be refused without weights; called at the end of the constructor.
+
+        Raises:
+            ConfigError, UserError: settings, model or data that the method cannot use.
+        """
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
         """The data as groups of `data_kind`; a method that needs more of them checks it here.
@@ -175,8 +307,32 @@ class Trainer:
         """
         return as_preferences(source, self.data_config, self.data_kind, split, invert=self.inverted)
 
+    def build_reference(self) -> Reference | None:
+        """The reference model; None for a method without one."""
+        if self.reference_free:
+            return None
+        is_lora, device = self.peft_config is not None, self.accelerator.device
+        return build_reference(self.backbone, self.network, self.ref_backbone, is_lora, device, self.args.offload_reference)
+
+    def build_source(self) -> BatchSource:
+        """Where batches come from; called when everything else is built."""
+        config = self.data_config.online
+        if config is None:
+            return DatasetSource()
+        online = OnlineData(
+            config,
+            online_judge(config, self.scorers),
+            self.policy_sampler(online_sampler(config), "sampling online data"),
+            self.data_kind,
+            self.inverted,
+            self.args.shared_noise,
+            self.accelerator.print,
+            lambda metrics: self.window.add(metrics),
+        )
+        return RolloutSource(online.round, config.every * self.args.gradient_accumulation_steps)
+
     def prepare(self, batch: Batch) -> Batch:
-        """Before the micro-batches: self-samples, trajectories, targets. Default: the batch as it is."""
+        """Before the micro-batches: samples of its own, targets. Default: the batch as it is."""
         return batch
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
@@ -190,82 +346,81 @@ class Trainer:
     def on_optimizer_step(self, step: int) -> None:
         """After optimizer step number `step`."""
 
-    # The core, as methods call it -------------------------------------------------------------------------------------------
+    @property
+    def passes_per_batch(self) -> int:
+        """How many micro-batches `micro_batches` yields for one batch."""
+        return 1
+
+    # The core, as methods call it -----------------------------------------------------------------
 
     def errors(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Denoising errors (g, k) of policy and reference at the identical noisy samples; None without a reference."""
+        """Denoising errors (g, k) of policy and reference at the identical noisy samples.
+
+        The second is None without a reference.
+        """
         reference = batch.reference_errors
         if reference is None and not self.reference_free:
             reference = self.reference_errors(batch)
-        return self._errors(batch, self._predict_policy), reference
+        return self.policy.errors(batch), reference
 
     def reference_errors(self, batch: Batch) -> Tensor:
-        """(g, k), without gradient."""
+        """Denoising errors (g, k) of the reference model, without gradient."""
+        assert self.reference is not None
         with torch.no_grad():
-            return self._errors(batch, self._predict_reference)
+            return self.reference.errors(batch)
 
     @cached_property
     def noising(self) -> Any:
-        """The process that noises training images: the model's, rescaled for SDXL-Turbo's timesteps as in the official code."""
-        rescaled = (
-            self.args.timestep_sampling == "turbo" and isinstance(self.process, VariancePreserving) and self.sampler_rule > 1
-        )
-        return with_zero_terminal_snr(self.process) if rescaled else self.process
+        """The process that noises training images.
 
-    def _errors(self, batch: Batch, predict: Any) -> Tensor:
-        g, k = len(batch), batch.k
-        x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
-        times = batch.times.repeat_interleave(k)
-        process = self.noising
-        noisy = process.add_noise(x0, noise, times)
-        with self.accelerator.autocast():
-            prediction = predict(noisy, process.model_times(times).to(noisy.device), batch.condition)
-        weight = None
-        if self.args.snr_gamma is not None:
-            weight = min_snr_weight(process.snr(times), self.args.snr_gamma, process.prediction_type)
-            weight = weight.to(noisy.device)
-        target = process.target(x0, noise, times)
-        return denoising_errors(prediction, target, weight, self.args.reduction).unflatten(0, (g, k))
+        The model's own; rescaled for SDXL-Turbo's timesteps as in the official code.
+        """
+        turbo = self.args.timestep_sampling == "turbo" and isinstance(self.process, VariancePreserving)
+        return with_zero_terminal_snr(self.process) if turbo and self.sampler_rule > 1 else self.process
 
-    def _predict_policy(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return self.backbone.predict(self.prepared, *self._cast(noisy, times, condition))
+    def make_grid(self, steps: int, eta: float) -> Grid:
+        """The times of this run's sampler."""
+        height, width = build_transform(self.data_config, self.backbone).sizes[0]
+        factor = self.backbone.size_factor
+        patches = (height // factor) * (width // factor)
+        rule = self.sampler_rule
+        offset = int(self.backbone.given_scheduler.get("steps_offset", 0)) if rule == 1 else None
+        scheduler = self.backbone.scheduler
+        return make_grid(self.process, scheduler, steps, eta, patches=patches, rule=rule, offset=offset)
 
-    def _predict_unprepared(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The policy outside training: nothing to synchronise."""
-        return self.backbone.predict(self.network, *self._cast(noisy, times, condition))
+    def policy_sampler(self, config: SamplerConfig, description: str = "sampling") -> PolicySampler:
+        """A sampler of the policy's own images, after everything is built.
 
-    def _predict_reference(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        assert self.reference is not None
-        return self.reference.predict(self.backbone, *self._cast(noisy, times, condition))
+        Args:
+            config: how it samples.
+            description (`str`): of the progress bar.
+        """
+        grid = self.make_grid(config.num_inference_steps, config.eta)
+        rollout = Rollout(self.backbone, self.process, config, description, grid=grid)
+        builder = self.data_pipeline.builder
+        return PolicySampler(rollout, self.sampling_policy, self.network, builder, self.accelerator)
 
-    def _cast(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        dtype = self.backbone.dtype
-        return noisy.to(dtype), times, {name: value.to(dtype) for name, value in condition.items()}
+    # Building -------------------------------------------------------------------------------------
 
-    # Building ---------------------------------------------------------------------------------------------------------------
-
-    def _setup(self) -> None:
-        """Everything heavy: processes, weights, reference, caches, optimizer."""
+    def setup(self) -> None:
+        """Build everything heavy: processes, weights, reference, caches, optimizer. Once."""
         if self._ready:
             return
         args = self.args
-        self.accelerator = build_accelerator(args, self.output_dir, args.gradient_accumulation_steps * self.passes_per_batch)
+        passes = args.gradient_accumulation_steps * self.passes_per_batch
+        self.accelerator = build_accelerator(args, self.output_dir, passes)
         set_seed(args.seed)  # the same on every process: LoRA must start equal
         self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
         self.network = build_network(self.backbone, args, self.peft_config)
-        self.reference = self._make_reference()
-        self.data = DataPipeline(self.train_dataset, self.data_config, args, self.backbone, self.accelerator)
-        self.notes += self.data.fill_caches()
-        self.lines: list[str] = []
-        parameters = trainable_parameters(self.network)
-        make_optimizer, make_schedule = self.optimizers
-        optimizer = make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
-        self.state.max_steps = self._max_steps()
-        self.schedule = make_schedule(optimizer) if make_schedule else build_schedule(optimizer, args, self.state.max_steps)
-        self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        # Runs of earlier versions go on with diffusers' warm-up.
-        averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
-        self.ema = build_ema(parameters, averaging, self.accelerator.device)
+        self.sampling_policy = self._denoiser(functools.partial(self.backbone.predict, self.network))
+        self.reference_model = self.build_reference()
+        self.reference = None
+        if self.reference_model is not None:
+            self.reference = self._denoiser(functools.partial(self.reference_model.predict, self.backbone))
+        self.data_pipeline = DataPipeline(self.train_dataset, self.data_config, args, self.backbone, self.accelerator)
+        self.notes += self.data_pipeline.fill_caches()
+        self._build_optimizer()
+        self.record.built = self._built_facts()
         self.checkpoints = CheckpointManager(
             self.accelerator,
             self.backbone,
@@ -273,53 +428,75 @@ class Trainer:
             self.peft_config is not None,
             self.output_dir,
             args.save_total_limit,
-            self.identity(),
+            self.record.identity(),
             self.ema,
         )
-        if self.data_config.online is not None:
-            self.online = Online(self, self.data_config.online)
-            self.checkpoints.parts.append(self.online.rounds)
-        set_seed(
-            (args.seed + self.accelerator.process_index) % 2**32
-        )  # from here on only dropout draws from the global generators
+        self.source = self.build_source()
+        for part in (self.source, self.reference_model):
+            if isinstance(part, CheckpointPart):
+                self.checkpoints.parts.append(part)
+        # From here on only dropout draws from the global generators.
+        set_seed((args.seed + self.accelerator.process_index) % 2**32)
         self._ready = True
 
-    def make_grid(self, steps: int, eta: float) -> Grid:
-        """The times of this run's sampler."""
-        height, width = self.data.transform.sizes[0] if self._ready else build_transform(self.data_config, self.backbone).sizes[0]
-        factor = self.backbone.size_factor
-        patches = (height // factor) * (width // factor)
-        offset = int(self.backbone.given_scheduler.get("steps_offset", 0)) if self.sampler_rule == 1 else None
-        return make_grid(
-            self.process, self.backbone.scheduler, steps, eta, patches=patches, rule=self.sampler_rule, offset=offset
+    def _denoiser(self, forward: Any) -> Denoiser:
+        args = self.args
+        return Denoiser(
+            forward,
+            self.backbone.dtype,
+            self.noising,
+            self.accelerator.autocast,
+            snr_gamma=args.snr_gamma,
+            reduction=args.reduction,
         )
 
-    def _make_reference(self) -> Reference | None:
-        return None if self.reference_free else self._build_reference()
+    def _build_optimizer(self) -> None:
+        args, parameters = self.args, trainable_parameters(self.network)
+        make_optimizer, make_schedule = self.optimizers
+        optimizer = make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
+        self.state.max_steps = self._max_steps()
+        if make_schedule:
+            self.schedule = make_schedule(optimizer)
+        else:
+            self.schedule = build_schedule(optimizer, args, self.state.max_steps)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.policy = self._denoiser(functools.partial(self.backbone.predict, self.prepared))
+        # Runs of earlier versions go on with diffusers' warm-up.
+        averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
+        self.ema = build_ema(parameters, averaging, self.accelerator.device)
 
-    def _build_reference(self) -> Reference:
-        place = (self.accelerator.device, self.args.offload_reference)
-        return build_reference(self.backbone, self.network, self.ref_backbone, self.peft_config is not None, *place)
+    def _built_facts(self) -> BuiltFacts:
+        data, model = self.data_pipeline, self.reference_model
+        reference = None if model is None or self.reference_free else model.description
+        return BuiltFacts(
+            trainable=sum(p.numel() for p in trainable_parameters(self.network)),
+            total=sum(p.numel() for p in self.network.parameters()),
+            size=data.transform.sizes[0],
+            num_processes=self.accelerator.num_processes,
+            global_batch=data.global_batch,
+            max_steps=self.state.max_steps,
+            rows=None if data.streaming else len(data.dataset),
+            dropped_sizes=data.dropped_sizes,
+            reference=reference,
+        )
 
     def _max_steps(self) -> int:
-        args = self.args
+        args, data = self.args, self.data_pipeline
         if args.max_steps is not None:
             return args.max_steps
-        if self.data.streaming:
+        if data.streaming:
             raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
-        return math.ceil(len(self.data.dataset) * (args.num_train_epochs or 1) / self.data.global_batch)
+        groups = len(data.dataset) * (args.num_train_epochs or 1)
+        return -int(-groups // data.global_batch)
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run to be resumed by it."""
-        return hub.run_identity(self)
-
-    # Public verbs -----------------------------------------------------------------------------------------------------------
+    # Public verbs ---------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
-        """Runs to the end (or to the first signal), writing checkpoints, logs and the final model.
+        """Run to the end (or to the first signal), writing checkpoints, logs and the final model.
 
         Args:
-            resume_from_checkpoint (`str`, *optional*): ``latest`` or a checkpoint folder; None takes the config's.
+            resume_from_checkpoint (`str`, *optional*): `latest` or a checkpoint folder; None takes
+                the config's.
 
         Raises:
             UserError: when `output_dir` holds another run, or a checkpoint does not belong to this one.
@@ -327,175 +504,224 @@ class Trainer:
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         with FolderLock(self.output_dir, "train.output_dir") as lock:
-            checkpoint = hub.begin(lock, resume, self.args.overwrite_output_dir)
+            checkpoint = begin(lock, resume, self.args.overwrite_output_dir)
             if checkpoint is not None:
-                self._take_sampler_rule(hub.sampler_rule(checkpoint))
+                self._take_sampler_rule(sampler_rule(checkpoint))
             return self._train(checkpoint)
 
     def _take_sampler_rule(self, rule: int) -> None:
-        """Goes on sampling as the checkpoint's run did."""
+        """Go on sampling as the checkpoint's run did."""
         if rule != self.sampler_rule and self._ready:
             raise UserError("train.resume_from_checkpoint: it is of an earlier version; resume it before anything else is called")
-        self.sampler_rule = rule
-        if hasattr(self.process, "legacy_first_step"):
+        self.sampler_rule = self.record.sampler_rule = rule
+        if isinstance(self.process, RectifiedFlow):
             self.process.legacy_first_step = rule == 1
         elif rule == 1:
             self.process.clip_range = None
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
-        self._setup()
-        self.control.should_training_stop = self.control.should_save = False  # of an earlier, interrupted call
+        self.setup()
+        # Of an earlier, interrupted call.
+        self.control.should_training_stop = self.control.should_save = False
         self.checkpoints.clean()
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        watch = None if self.validation is None else Validation(self)
-        if watch is not None:
-            watch.start(fresh=checkpoint is None)
-        verbs.precompute(self)
+        validation = self._build_validation()
+        if validation is not None:
+            validation.start(fresh=checkpoint is None)
+        self.precompute_reference_errors()
+        undone: list[str] = []
         if checkpoint is None:
-            verbs.measure_rounding(self)
-        if checkpoint is not None:
+            self._measure_rounding()
+        else:
             steps = self.state.max_steps
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
             self.state.max_steps = steps
             self.schedule.last_epoch = self.state.global_step
-        hub.announce(self, checkpoint)
+        self._announce(checkpoint)
         with StopSignals() as signals:
-            metrics = self._loop(watch, signals, checkpoint)
-        if signals.received is None and self.waiting_for is None:
+            if checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve():
+                undone = self.checkpoints.undone(checkpoint, self.state.due)
+                self.checkpoints.retire_later(self.state.global_step)
+            run = self.make_run()
+            call = self._caller([ProgressCallback()] if self.accelerator.is_main_process else [])
+            callbacks = in_order(
+                log=MetricLog(self.accelerator, self.output_dir),
+                guard=DivergenceGuard(self.args.divergence_patience, self.accelerator.print),
+                call=call,
+                signals=signals,
+                checkpoints=self.checkpoints,
+                evaluate=self.evaluate if self.eval_dataset is not None else None,
+                validation=validation,
+                undone=undone,
+                resumed=checkpoint,
+            )
+            fit(self, run, callbacks)
+        if signals.received is None and run.paused_for is None:
             self.save_model(str(self.output_dir))
-            if self.hub is not None and self.hub.push_to_hub:
+            if self.hub_config is not None and self.hub_config.push_to_hub:
                 self.push_to_hub()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
-        return TrainOutput(self.state.global_step, metrics, signals.received, self.waiting_for)
+        return TrainOutput(self.state.global_step, run.metrics, signals.received, run.paused_for)
+
+    def make_run(self) -> Run:
+        data = self.data_pipeline
+        self.window = MetricWindow()
+        return Run(
+            args=self.args,
+            accelerator=self.accelerator,
+            network=self.prepared,
+            parameters=functools.partial(trainable_parameters, self.network),
+            optimizer=self.optimizer,
+            learning_rate=self.schedule,
+            batches=self.source.batches(data, self.state.samples_seen),
+            state=self.state,
+            control=self.control,
+            samples_per_step=data.global_batch,
+            rows=None if data.streaming else len(data.dataset),
+            after_update=self._update_average,
+            window=self.window,
+        )
+
+    def _update_average(self) -> None:
+        if self.ema is not None:
+            parameters = trainable_parameters(self.network)
+            update_ema(self.ema, parameters, self.accelerator.device, self.args.offload_ema)
+
+    def _build_validation(self) -> Validation | None:
+        if self.validation_config is None:
+            return None
+        return Validation(
+            self.validation_config,
+            self.output_dir,
+            self.accelerator,
+            self.backbone,
+            self.network,
+            self.averaged_weights,
+            self.save_model,
+        )
+
+    def precompute_reference_errors(self) -> None:
+        """The reference's errors of the whole dataset, under `precompute_ref_errors`."""
+        if not self.args.precompute_ref_errors:
+            return
+        key = self.record.reference_errors_key(self.data_pipeline.transform.fingerprint)
+        precomputed = ReferenceErrors(self.data_pipeline, self.output_dir, key)
+        state = "computed" if precomputed.fill(self.reference_errors) else "read back"
+        self.source = DatasetSource(precomputed)
+        self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {state}")
+
+    def _measure_rounding(self) -> None:
+        """Note what rounding does to the margins of a run in half precision."""
+        args, data = self.args, self.data_pipeline
+        paired = self.data_kind in ("pair", "ranked") and not self.reference_free
+        fixed = self.data_config.online is None and not data.streaming
+        beta = vars(args).get("beta")  # of methods that have one
+        if args.mixed_precision == "no" or beta is None or not (paired and fixed and self.error_beta):
+            return
+        if self.accelerator.is_main_process:
+            is_lora = self.peft_config is not None
+            policy, network = self.sampling_policy, self.network
+            self.notes.append(measure_rounding(policy, network, self.backbone, data, beta, args.mixed_precision, is_lora))
+
+    def _announce(self, checkpoint: Path | None) -> None:
+        """Print what the run is, write its config, and start the trackers."""
+        say, record = self.accelerator.print, self.record
+        record.lines = record.facts()
+        for line in [*record.lines, *self.notes, *([] if self.reference_free else [LOG2_MESSAGE])]:
+            say(line)
+        if checkpoint is not None:
+            say(f"resuming from {checkpoint} at step {self.state.global_step} of {self.state.max_steps}")
+        if self.accelerator.is_main_process:
+            record.write_config(self.output_dir)
+        if self.args.report_to != "none":
+            options = tracker_options(self.args)
+            config = tracker_config(self.args)
+            self.accelerator.init_trackers(self.args.project, config=config, init_kwargs=options)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Mean loss and metrics on the evaluation data, one fixed draw of noise and timestep per row."""
-        return verbs.evaluate(self, eval_dataset)
+        """Mean loss and metrics on the evaluation data, one fixed draw of noise and timestep per row.
+
+        Args:
+            eval_dataset (*optional*): instead of the trainer's.
+
+        Raises:
+            ConfigError: there are no evaluation data.
+        """
+        data = self.evaluation_data(eval_dataset, precompute_ref_errors=False, proportion_empty_prompts=0.0)
+        metrics = evaluate(self, data, self.network, self.accelerator)
+        self._call("on_evaluate", metrics=metrics)
+        return metrics
+
+    def evaluation_data(self, eval_dataset: Any = None, **options: Any) -> DataPipeline:
+        """The evaluation data, uncached.
+
+        Args:
+            eval_dataset (*optional*): instead of the trainer's.
+            options: replace arguments of the run.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        source = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if source is None:
+            raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
+        self.setup()
+        groups = self.read_dataset(source, self.data_config.dataset_test_split or "test")
+        config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
+        args = dataclasses.replace(self.args, **options)
+        return DataPipeline(groups, config, args, self.backbone, self.accelerator)
 
     def save_model(self, output_dir: str) -> None:
-        """Writes inference-ready weights, ``config.yaml`` and the model card: ``pipe.load_lora_weights(output_dir)`` for LoRA, a
-        whole pipeline for full fine-tuning. With `use_ema` these are the averaged weights. All processes must call this."""
-        self._setup()
+        """Write inference-ready weights, `config.yaml` and the model card. All processes must call this.
+
+        `pipe.load_lora_weights(output_dir)` reads a LoRA; full fine-tuning gives a whole pipeline.
+        With `use_ema` these are the averaged weights.
+        """
+        self.setup()
+        history = self.state.log_history
         with self.averaged_weights():
-            hub.save_model(self, Path(output_dir))
+            metrics = history[-1] if history else {}
+            save_model(self.record, self.accelerator, self.network, self.prepared, metrics, Path(output_dir))
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """The averaged weights in the network while the block runs, under `use_ema`."""
         return averaged(self.ema, self.network)
 
     def push_to_hub(self) -> str | None:
-        """Uploads what `save_model` wrote, from the first process; returns the address there, None on the others."""
-        if process_rank() > 0:
-            return None
-        return hub.push_to_hub(self.output_dir, self.hub or HubConfig())
+        """Upload what `save_model` wrote, from the first process.
+
+        Returns:
+            The address there; None on the other processes.
+        """
+        return None if process_rank() > 0 else push_to_hub(self.output_dir, self.hub_config or HubConfig())
 
     def dry_run(self) -> dict[str, Any]:
-        """One batch forward and backward; nothing is written. Returns and prints what the run would be."""
-        return verbs.dry_run(self)
+        """Run one batch forward and backward; nothing is written. Returns and prints what the run would be."""
+        started = time.perf_counter()
+        self.is_dry = True
+        self.setup()
+        check = FiniteCheck(self.state.global_step + 1)
+        batches = self.source.batches(self.data_pipeline, self.state.samples_seen)
+        for batch in self.micro_batches(self.prepare(next(batches))):
+            loss, _ = self.compute_loss(batch)
+            check.add(loss, batch)
+            self.accelerator.backward(loss.mean())
+        check.finish()
+        self.optimizer.zero_grad()
+        shape, seconds = tuple(batch.x0.shape[2:]), time.perf_counter() - started
+        device, first = self.accelerator.device, float(loss.mean().detach())
+        report = dry_run_report(self.record, self.notes, device, shape, first, seconds)
+        for line in report["lines"]:
+            self.accelerator.print(line)
+        return report
 
-    # The loop ---------------------------------------------------------------------------------------------------------------
+    # Hooks of the user's callbacks ----------------------------------------------------------------
 
-    def _loop(self, watch: Validation | None, signals: StopSignals, checkpoint: Path | None) -> dict[str, float]:
-        args, state, control = self.args, self.state, self.control
-        log = MetricLog(self.accelerator, self.output_dir)
-        undone = undone_work(self, checkpoint)
-        state.log_history = start_log(log, state.global_step, undone)
-        self.window, metrics = MetricWindow(), {}
-        self.window.restore(state.window, self.accelerator)
-        guard = DivergenceGuard(args.divergence_patience, self.accelerator.print)
-        guard.replay(state.log_history)
-        progress = [ProgressCallback()] if self.accelerator.is_main_process else []
-        self._call("on_train_begin", progress)
-        do_work(self, undone, checkpoint, log, watch, progress, signals)
-        batches = self._batches()
-        while state.global_step < state.max_steps and not control.should_training_stop:
-            try:
-                self._optimizer_step(batches)
-            except VotesNeeded as asked:
-                self.waiting_for = asked.folder
-                state.due = []
-                if not (self.output_dir / f"checkpoint-{state.global_step}").is_dir():
-                    self.checkpoints.save(state)
-                break
-            self.on_optimizer_step(state.global_step)
-            last = state.global_step == state.max_steps
-            if state.global_step % args.logging_steps == 0 or last:
-                metrics = self._log(log, progress)
-                if guard.update(metrics, state.global_step) and args.stop_on_divergence:
-                    control.should_training_stop = control.should_save = True
-            self._call("on_step_end", progress)
-            if self._interrupted(signals):
-                control.should_training_stop = control.should_save = True
-            state.due = due_work(self, watch, last)
-            path = None
-            if control.should_save or last or (args.save_steps and state.global_step % args.save_steps == 0):
-                control.should_save = False
-                state.window = self.window.dump(self.accelerator)
-                state.due = ["on_save", *state.due]
-                path = self.checkpoints.save(state)
-            do_work(self, state.due, path, log, watch, progress, signals)
-        self._call("on_train_end", progress)
-        return metrics
-
-    def _batches(self) -> Iterator[Any]:
-        """This process's micro-batches from the position of the run."""
-        return self.data.batches(self.state.samples_seen) if self.online is None else self.online.rounds.batches(self)
-
-    def _next_batch(self, batches: Iterator[Any]) -> Batch:
-        if self.online is not None:
-            return self.prepare(self.online.rounds.next(batches))
-        examples = next(batches)
-        whole = self.data.builder(examples)
-        if self.precomputed is not None:
-            self.precomputed.attach(whole, examples)
-        return self.prepare(whole)
-
-    def _interrupted(self, signals: StopSignals) -> bool:
-        if self.accelerator.num_processes == 1:
-            return signals.received is not None
-        if signals.received is not None:
-            self.accelerator.set_trigger()
-        if not self.accelerator.check_trigger():
-            return False
-        signals.received = signals.received or 15  # another process was told to stop: so are we all
-        return True
-
-    def _optimizer_step(self, batches: Iterator[Any]) -> None:
-        args, state = self.args, self.state
-        for _ in range(args.gradient_accumulation_steps):
-            for batch in self.micro_batches(self._next_batch(batches)):
-                with self.accelerator.accumulate(self.prepared):
-                    loss, metrics = self.compute_loss(batch)
-                    check_finite(loss, batch, self.state.global_step + 1)
-                    self.accelerator.backward((batch.weights * loss).mean())
-                    self.window.add({"train/loss": loss, **metrics})
-                    if self.accelerator.sync_gradients and args.max_grad_norm is not None:
-                        # A list: a generator would be exhausted after one use, and clipping would silently do nothing.
-                        norm = self.accelerator.clip_grad_norm_(trainable_parameters(self.network), args.max_grad_norm)
-                        self.window.add({"train/grad_norm": torch.as_tensor(norm)})
-                        # Under fp16 the scaler leaves such a step out and scales less.
-                        if self.accelerator.scaler is None:
-                            check_gradient(torch.as_tensor(norm), batch, state.global_step + 1)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-        self.schedule.step()
-        state.global_step += 1
-        state.samples_seen += self.data.global_batch
-        if not self.data.streaming:
-            state.epoch = state.samples_seen / len(self.data.dataset)
-        if self.ema is not None:
-            update_ema(self.ema, trainable_parameters(self.network), self.accelerator.device, self.args.offload_ema)
-
-    def _log(self, log: MetricLog, progress: list[ProgressCallback]) -> dict[str, float]:
-        metrics = self.window.reduce(self.accelerator)
-        metrics |= {"train/lr": self.optimizer.param_groups[0]["lr"], "epoch": self.state.epoch}
-        log.write(metrics, self.state.global_step)
-        self.state.log_history.append({"step": self.state.global_step, **metrics})
-        self._call("on_log", progress, logs=metrics)
-        return metrics
+    def _caller(self, more: Sequence[TrainerCallback]) -> Any:
+        return functools.partial(self._call, more=more)
 
     def _call(self, hook: str, more: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         for callback in [*self.callbacks, *more]:

@@ -6,29 +6,32 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import Accelerator
 from PIL import Image
 
-from ..drawn import Missing, check_any, left_out, present
+from ..backbones import Backbone
+from ..data.prompt_sets import load_prompts
+from ..errors import UserError
 from ..evaluation.diversity import Diversity
-from ..evaluation.grids import comparison_grid
-from ..evaluation.prompt_sets import load_prompts
-from ..evaluation.report import few_prompts
-from ..evaluation.sampling import drawn_file, generate, is_drawn, save_drawn
+from ..evaluation.formatting import few_prompts
 from ..evaluation.statistics import nanmean, win_rate
-from ..exceptions import UserError
-from ..folders import write_atomically
+from ..generation.grids import comparison_grid
+from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
+from ..runtime.files import write_atomically
+from ..runtime.missing import Missing, check_any, left_out, present
+from .sections import ValidationConfig
 from .tracking import MetricLog
 
 if TYPE_CHECKING:
-    from ..config import ValidationConfig
     from ..rewards.panel import Panel
-    from .trainer import Trainer
 
 BEST = "best"
 GRID_PROMPTS = 12
@@ -99,14 +102,31 @@ class Validation:
     The base images are drawn once, before the first step, and kept in ``samples/base``; they need no second model later, and a resumed run
     reads them back. The best weights lie in ``best/`` with ``validation.json``, which says at what step and how good.
 
+    Args:
+        config: of the section.
+        output_dir (`Path`): of the run.
+        accelerator, backbone, network: of the run; the network draws in place.
+        averaged_weights: makes the context in which the weights are those that `save_model` writes.
+        save_model: writes them to a folder.
+
     Raises:
         UserError: scorers that cannot be loaded.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        assert trainer.validation is not None
-        self.trainer, self.config = trainer, trainer.validation
-        self.folder, self.main = trainer.output_dir / "samples", trainer.accelerator.is_main_process
+    def __init__(
+        self,
+        config: ValidationConfig,
+        output_dir: Path,
+        accelerator: Accelerator,
+        backbone: Backbone,
+        network: Any,
+        averaged_weights: Callable[[], AbstractContextManager[None]],
+        save_model: Callable[[str], None],
+    ) -> None:
+        self.config, self.output_dir, self.accelerator = config, output_dir, accelerator
+        self.backbone, self.network = backbone, network
+        self.averaged_weights, self.save_model = averaged_weights, save_model
+        self.folder, self.main = output_dir / "samples", accelerator.is_main_process
         self.distinct = validation_prompts(self.config)
         count, seed = self.config.num_validation_images, self.config.validation_seed
         self.prompts = [p for p in self.distinct for _ in range(count)]
@@ -115,7 +135,7 @@ class Validation:
         if self.config.scorers and self.main:
             from ..rewards.panel import Panel
 
-            self.panel = Panel.from_config(self.config.scorers, device=trainer.accelerator.device)
+            self.panel = Panel.from_config(self.config.scorers, device=accelerator.device)
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to validate after this step."""
@@ -131,7 +151,7 @@ class Validation:
         if self.main and fresh:
             shutil.rmtree(folder, ignore_errors=True)
             for name in (BEST, f".{BEST}.new", f".{BEST}.old"):
-                shutil.rmtree(self.trainer.output_dir / name, ignore_errors=True)
+                shutil.rmtree(self.output_dir / name, ignore_errors=True)
         elif self.main:
             self._recover()
         files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
@@ -147,8 +167,7 @@ class Validation:
         """Draws, judges and logs; with `keep_best`, keeps the weights if they are the best so far. All processes must call this."""
         from accelerate.utils import broadcast_object_list
 
-        trainer = self.trainer
-        with trainer.averaged_weights():  # what `save_model` writes is what is judged
+        with self.averaged_weights():  # what `save_model` writes is what is judged
             found = self.validate(step) if self.main else None
         if found is not None:
             log.images("validation", found.grid, step)
@@ -165,7 +184,7 @@ class Validation:
         tuned, base = self._draw("validation"), self.base_images
         missing = left_out(tuned, len(tuned), f"step {step}")
         if missing:
-            self.trainer.accelerator.print(missing)
+            self.accelerator.print(missing)
         count = self.config.num_validation_images
         rows = [
             (prompt, base[i * count : (i + 1) * count], tuned[i * count : (i + 1) * count])
@@ -226,14 +245,13 @@ class Validation:
         return float(np.mean(distances)) if distances else float("nan")
 
     def _draw(self, description: str) -> list[Any]:
-        trainer = self.trainer
-        network = trainer.network
+        network = self.network
         training = network.training
         network.eval()
-        pipe = trainer.backbone.pipeline(network=network)
+        pipe = self.backbone.pipeline(network=network)
         try:
             # Under mixed precision the components differ in dtype; the training forward is autocast too.
-            with trainer.accelerator.autocast():
+            with self.accelerator.autocast():
                 return generate(
                     pipe, self.prompts, self.seeds, batch_size=8, description=description, **self.config.pipe_kwargs()
                 )
@@ -243,12 +261,12 @@ class Validation:
     # The best weights
 
     def _best(self) -> float:
-        file = self.trainer.output_dir / BEST / "validation.json"
+        file = self.output_dir / BEST / "validation.json"
         return json.loads(file.read_text())["value"] if file.is_file() else -math.inf
 
     def _recover(self) -> None:
         """A run killed between the two renames left the best weights under another name."""
-        output = self.trainer.output_dir
+        output = self.output_dir
         folder, fresh, old = output / BEST, output / f".{BEST}.new", output / f".{BEST}.old"
         if not folder.is_dir():
             for kept in (fresh, old):
@@ -260,17 +278,16 @@ class Validation:
 
     def _keep(self, step: int, found: Validated | None) -> None:
         """``best/`` is the old one or the new one, and never half of either."""
-        trainer = self.trainer
-        folder, fresh = trainer.output_dir / BEST, trainer.output_dir / f".{BEST}.new"
+        folder, fresh = self.output_dir / BEST, self.output_dir / f".{BEST}.new"
         if self.main:
             shutil.rmtree(fresh, ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(fresh))
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(fresh))
         if found is None:
             return
         facts = {"scorer": self.config.keep_best, "value": found.value, "step": step, **found.metrics}
         write_atomically(fresh / "validation.json", (json.dumps(facts, indent=2) + "\n").encode())
-        old = trainer.output_dir / f".{BEST}.old"
+        old = self.output_dir / f".{BEST}.old"
         shutil.rmtree(old, ignore_errors=True)
         if folder.is_dir():
             os.rename(folder, old)

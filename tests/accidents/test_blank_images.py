@@ -11,21 +11,22 @@ import pytest
 import torch
 from commands import run
 from PIL import Image
-from tiny import brightness, build_pipeline, lora_config, make_trainer
+from tiny import brightness, build_pipeline, lora_config, make_trainer, next_batch
 
-from diffalign import FKSteering, ValidationConfig, drawn, load_scorer
+from diffalign import FKSteering, ValidationConfig, load_scorer
 from diffalign.demo.engine import Engine
-from diffalign.drawn import ABSENT, BLOCKED, NOT_FINITE, Missing, NoImages
+from diffalign.errors import UserError
 from diffalign.evaluation import generate
 from diffalign.evaluation.compare import compare
-from diffalign.evaluation.grids import framed_grid, models_grid
 from diffalign.evaluation.models import parse_model
-from diffalign.evaluation.sampling import draw_files, drawn_file
-from diffalign.exceptions import UserError
+from diffalign.generation.grids import framed_grid, models_grid
+from diffalign.generation.sampling import draw_files, drawn_file
 from diffalign.methods.spo import nearest_usable
-from diffalign.processes import Processes
-from diffalign.steering.weights import ParticleWeights
-from diffalign.training.judge import Judge
+from diffalign.runtime import missing as drawn
+from diffalign.runtime.distributed import Processes
+from diffalign.runtime.missing import ABSENT, BLOCKED, NOT_FINITE, Missing, NoImages
+from diffalign.steering.particle_weights import ParticleWeights
+from diffalign.training.online.judge import Judge
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2}
 ALONE = Processes(0, 1, "cpu")
@@ -242,7 +243,7 @@ def test_online_training_goes_on_without_a_broken_image(method, tmp_path, capsys
 @pytest.mark.parametrize("method", ["d3po", "seppo"])
 def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
     trainer = make_trainer(tmp_path, method=method, peft_config=lora_config(), max_steps=2, per_device_train_batch_size=2)
-    trainer._setup()
+    trainer.setup()
     chunk = trainer.rollout._chunk
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -261,7 +262,7 @@ def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypa
     """SPO: neither as the best or worst, nor as the state that the next candidates start from."""
     options = {"per_device_train_batch_size": 2, "num_inference_steps": 6, "images_per_prompt": 3, "max_steps": 1}
     trainer = make_trainer(tmp_path, method="spo", peft_config=lora_config(), **options)
-    trainer._setup()
+    trainer.setup()
     whole, calls = torch.randn, []
 
     def broken(shape: Any, **kwargs: Any) -> Any:
@@ -273,7 +274,7 @@ def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypa
         return noise
 
     monkeypatch.setattr(torch, "randn", broken)
-    batch = trainer._next_batch(trainer._batches())
+    batch = next_batch(trainer)
     monkeypatch.undo()
     assert len(calls) == 10 and all(batch.extra[name].isfinite().all() for name in ("states", "pairs", "log_probs"))
     said = capsys.readouterr().out
@@ -293,7 +294,7 @@ def test_one_lost_prompt_does_not_end_a_round(method, tmp_path, capsys):
     trainer = make_trainer(
         tmp_path, method=method, peft_config=lora_config(), max_steps=2, per_device_train_batch_size=1, steps_per_round=2
     )
-    trainer._setup()
+    trainer.setup()
     decode, calls = trainer.backbone.decode_latents, []
 
     def broken(latents: Any) -> list[Any]:

@@ -14,10 +14,10 @@ from tiny import build_pipeline
 
 from diffalign import cli
 from diffalign.backbones.loading import ModelSource
-from diffalign.evaluation.models import load_pipeline
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
+from diffalign.generation.pipelines import load_pipeline
 from diffalign.likelihood.processes import process_from_scheduler
-from diffalign.weight_files import read_header, what_is_wrong
+from diffalign.runtime.weight_files import read_header, what_is_wrong
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -17,8 +17,8 @@ from tiny import assert_same_tensors, brightness, lora_config, make_trainer, met
 
 from diffalign import TrainerCallback, ValidationConfig
 from diffalign.data.cache import TensorCache
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.folders import read_tensors, save_tensors
+from diffalign.errors import ConfigError, UserError
+from diffalign.runtime.files import read_tensors, save_tensors
 from diffalign.training.checkpoint import NonFiniteWeights, list_checkpoints
 from diffalign.training.diagnostics import NonFiniteLoss
 
@@ -286,7 +286,7 @@ def test_damaged_reference_errors_are_computed_anew(damage, tmp_path):
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_precomputing_goes_on_where_it_was_stopped(damage, tmp_path, monkeypatch):
-    from diffalign.training import prepare
+    from diffalign.training import data_pipeline as prepare
 
     monkeypatch.setattr(prepare, "_BATCHES_PER_PART", 2)
     fields: dict[str, Any] = {"max_steps": 2, "precompute_ref_errors": True, "ref_error_draws": 2}

@@ -13,8 +13,8 @@ from tiny import picture
 from diffalign import load_preferences
 from diffalign.data import remote_images
 from diffalign.data.images import ImagePlaces, resolve
-from diffalign.decoding import UnreadableImage
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
+from diffalign.runtime.decoding import UnreadableImage
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign import NegativeGuidance, cli
-from diffalign.adapters import active_adapters, adapter_state, load_lora
-from diffalign.evaluation.models import with_lora
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.weight_files import classify
+from diffalign.backbones.lora import active_adapters, adapter_state, load_lora
+from diffalign.errors import ConfigError, UserError
+from diffalign.generation.pipelines import with_lora
+from diffalign.runtime.weight_files import classify
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -16,14 +16,14 @@ import torch
 from commands import run
 from tiny import lora_config, make_trainer, picture
 
-from diffalign import cli
+from diffalign.cli import entry
 from diffalign.data.cache import TensorCache
-from diffalign.exceptions import UserError
-from diffalign.folder_lock import FolderLock
-from diffalign.folders import LOCK, make_folder, move_aside, replacing_folder, save_tensors
+from diffalign.errors import UserError
 from diffalign.rewards.cache import ScoreCache
+from diffalign.runtime.files import LOCK, make_folder, move_aside, replacing_folder, save_tensors
+from diffalign.runtime.folder_lock import FolderLock
 
-HOLD = "import sys, time\nfrom pathlib import Path\nfrom diffalign.folder_lock import FolderLock\nFolderLock(Path(sys.argv[1])).take()\nprint('held', flush=True)\ntime.sleep(600)"
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom diffalign.runtime.folder_lock import FolderLock\nFolderLock(Path(sys.argv[1])).take()\nprint('held', flush=True)\ntime.sleep(600)"
 
 
 @pytest.fixture
@@ -160,16 +160,16 @@ def small_files():
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, small_files):
     with pytest.raises(Exception) as caught:
         save_tensors({"a": torch.zeros(9000)}, tmp_path / "a.safetensors")
-    assert cli._no_space(caught.value)
+    assert entry._no_space(caught.value)
     cache = TensorCache(tmp_path / "cache")
     cache.add("k", {"a": torch.zeros(9000)})
     with pytest.raises(Exception) as caught:
         cache.flush()
-    assert cli._no_space(caught.value)
+    assert entry._no_space(caught.value)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     with pytest.raises(Exception) as caught:
         torch.save(torch.zeros(9000), tmp_path / "t.pt")
-    assert cli._no_space(caught.value)
+    assert entry._no_space(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, small_files):
     ],
 )
 def test_libraries_words_for_a_full_disk(error):
-    assert cli._no_space(error) and cli._no_space(RuntimeError("x").with_traceback(None)) is False
+    assert entry._no_space(error) and entry._no_space(RuntimeError("x").with_traceback(None)) is False
     wrapped = ValueError("outer")
     wrapped.__cause__ = error
-    assert cli._no_space(wrapped)
-    assert not cli._no_space(UserError("no space left on this page"))
+    assert entry._no_space(wrapped)
+    assert not entry._no_space(UserError("no space left on this page"))
 
 
 def test_a_full_score_cache_is_no_mistake_of_the_user(tmp_path, monkeypatch):

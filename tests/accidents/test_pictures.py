@@ -13,10 +13,11 @@ from commands import run
 from PIL import Image, features
 from tiny import picture
 
-from diffalign import decoding, load_preferences, load_scorer
+from diffalign import load_preferences, load_scorer
 from diffalign.data.transforms import GroupTransform
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 from diffalign.rewards.images import Preprocess, read_images
+from diffalign.runtime import decoding
 
 FORMATS = ["PNG", "JPEG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
 

@@ -53,7 +53,7 @@ def test_every_module_is_imported_without_them(tmp_path):
 
 
 def test_commands_without_them(tmp_path):
-    done = python("from diffalign.cli import run\nassert run(['env']) == 0\nassert run(['scorers']) == 0", tmp_path)
+    done = python("from diffalign.cli.entry import run\nassert run(['env']) == 0\nassert run(['scorers']) == 0", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

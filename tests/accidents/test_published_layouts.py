@@ -19,7 +19,7 @@ from diffalign import load_preferences
 from diffalign.data.inspect import first_group_picture, format_inspection, inspect
 from diffalign.data.judgements import judge
 from diffalign.data.schema import recognise
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 datasets.disable_progress_bars()
 GOOD, BAD = 210, 40

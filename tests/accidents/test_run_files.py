@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from diffalign import cli
-from diffalign.config import load_run, run_from_dict
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.cli import entry
+from diffalign.config.ranges import Range, count, finite, positive, share
+from diffalign.config.yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
+from diffalign.errors import ConfigError, UserError
 from diffalign.methods import METHODS, config_class
-from diffalign.ranges import Range, count, finite, positive, share
-from diffalign.yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
+from diffalign.recipe import load_run, run_from_dict
 
 BASE = "method: diffusion_dpo\nmodel: shapes\n"
 
@@ -327,7 +328,7 @@ def test_values_in_messages_are_short():
 
 
 def test_messages_are_one_printable_line(capsys):
-    assert cli._say("a\nb\x1b[31m" + "x" * 10_000, 2) == 2
+    assert entry._say("a\nb\x1b[31m" + "x" * 10_000, 2) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "\x1b" not in said and len(said) < 2000
 
@@ -384,7 +385,7 @@ def test_schedulers_that_need_more_than_a_number_are_left_to_their_pipeline():
 
     import diffusers
 
-    from diffalign.evaluation.sampling import check_steps
+    from diffalign.generation.sampling import check_steps
 
     shifting = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     check_steps(types.SimpleNamespace(scheduler=shifting), 28)

@@ -20,10 +20,10 @@ from PIL import Image
 
 from diffalign import load_scorer
 from diffalign.demo.app import BodyLimit
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.rewards import server as scorer_server
-from diffalign.rewards.http_client import ServerFailure, check_calls, check_url, request_json, without_password
-from diffalign.rewards.server import Limits, make_server
+from diffalign.errors import ConfigError, UserError
+from diffalign.rewards.serving import server as scorer_server
+from diffalign.rewards.serving.http_client import ServerFailure, check_calls, check_url, request_json, without_password
+from diffalign.rewards.serving.server import Limits, make_server
 
 
 def png(size: tuple[int, int] = (8, 8)) -> str:

@@ -9,11 +9,11 @@ import pytest
 from commands import run
 from tiny import picture
 
-from diffalign import load_preferences, text_files
-from diffalign.data.build import read_prompts
-from diffalign.evaluation.prompt_sets import load_prompts
-from diffalign.exceptions import UserError
-from diffalign.rewards.score_source import open_images
+from diffalign import load_preferences
+from diffalign.annotation.score_source import open_images
+from diffalign.data.prompt_sets import load_prompts, read_prompts
+from diffalign.errors import UserError
+from diffalign.runtime import text_files
 
 TEXT = "a red fox\u2028in the snow\x85, caf\u00e9\x0c end"
 

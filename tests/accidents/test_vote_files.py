@@ -11,8 +11,8 @@ from mutations import damaged
 from PIL import Image
 
 from diffalign.demo.votes import Pair, RoundVotes, VoteStore
-from diffalign.exceptions import UserError
-from diffalign.training.feedback import MANIFEST, read_votes
+from diffalign.errors import UserError
+from diffalign.training.online.feedback import MANIFEST, read_votes
 
 BAD_LINES = [
     b"5",

@@ -18,12 +18,12 @@ from PIL import Image
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign import UserError, load_preferences, register_scorer
-from diffalign.cli import run
-from diffalign.data.build import read_prompts
-from diffalign.data.build_output import label
-from diffalign.evaluation.sampling import image_seed
+from diffalign.annotation.build_output import label
+from diffalign.cli.entry import run
+from diffalign.data.prompt_sets import read_prompts
 from diffalign.rewards import registry
 from diffalign.rewards.panel import Panel
+from diffalign.runtime.seeds import image_seed
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--num_inference_steps", "2", "--guidance_scale", "1.0"]

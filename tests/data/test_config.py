@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from diffalign.data.config import DataConfig, parse_buckets
-from diffalign.exceptions import ConfigError
+from diffalign.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from diffalign.data import convert, format_inspection, load_preferences
 from diffalign.data.inspect import inspect
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 
 
 def load(source, **kwargs):

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from diffalign.data import load_preferences
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 
 def load(source, **kwargs):

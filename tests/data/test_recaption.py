@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import pair_rows
 
 from diffalign import cli, load_preferences
+from diffalign.annotation.captioners import ShapesCaptioner, TransformersCaptioner, make_captioner
+from diffalign.annotation.perturbers import LEVELS, RulePerturber, ShapesPerturber, TransformersPerturber
+from diffalign.annotation.recaption import recaption
 from diffalign.data import convert
-from diffalign.data.captioners import ShapesCaptioner, TransformersCaptioner, make_captioner
-from diffalign.data.perturbers import LEVELS, RulePerturber, ShapesPerturber, TransformersPerturber
-from diffalign.data.recaption import recaption
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.shapes.prompts import ATTRIBUTES, Scene, parse_prompt, train_prompts
 from diffalign.shapes.renderer import render
 

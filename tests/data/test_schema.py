@@ -4,7 +4,7 @@ import pytest
 
 from diffalign.data.judgements import judge
 from diffalign.data.schema import LAYOUTS, recognise
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 PICKAPIC = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "are_different", "best_image_uid", "model_0"]
 

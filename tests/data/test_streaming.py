@@ -2,7 +2,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from diffalign.data import PreferenceDataset, load_preferences
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffalign.data.transforms import Geometry, GroupTransform, check_resolution
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 
 def ramp(height, width):

@@ -411,7 +411,7 @@ def test_a_login_is_asked_for(tmp_path: Path) -> None:
 def test_mistakes_before_it_starts(
     arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffalign.cli import run
+    from diffalign.cli.entry import run
 
     monkeypatch.chdir(tmp_path)
     assert run(["demo", *arguments]) == 2

@@ -14,10 +14,10 @@ from tiny import build_pipeline
 
 from diffalign.demo.engine import Engine, Limits, enlarged
 from diffalign.demo.jobs import Cancelled, Job
+from diffalign.errors import UserError
 from diffalign.evaluation.compare import read_models
-from diffalign.evaluation.sampling import generate
-from diffalign.exceptions import UserError
-from diffalign.shapes.quickstart import base_pipeline
+from diffalign.generation.pipelines import base_pipeline
+from diffalign.generation.sampling import generate
 
 PROMPT = "a small red circle on the left of a gray background"
 

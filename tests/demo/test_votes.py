@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from diffalign import load_preferences
-from diffalign.cli import run
+from diffalign.cli.entry import run
 from diffalign.data.images import decode
 from diffalign.demo.votes import VOTES, Pair, RoundVotes, VoteStore, read_annotator
-from diffalign.exceptions import UserError
-from diffalign.training.feedback import read_votes
+from diffalign.errors import UserError
+from diffalign.training.online.feedback import read_votes
 
 
 def pair(number: int, prompt: str = "a cat", sides: tuple[str, str] = ("base", "tuned")) -> Pair:

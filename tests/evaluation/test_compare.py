@@ -23,12 +23,12 @@ from PIL import Image
 from tiny import build_pipeline
 
 from diffalign import FKSteering, compare, load_scorer
-from diffalign.cli import run
-from diffalign.evaluation.compare import image_name
+from diffalign.cli.entry import run
+from diffalign.errors import UserError
+from diffalign.evaluation.comparison import image_name
 from diffalign.evaluation.models import ModelSpec, parse_model
-from diffalign.exceptions import UserError
+from diffalign.generation.pipelines import base_pipeline
 from diffalign.rewards.registry import register_scorer
-from diffalign.shapes.quickstart import base_pipeline
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 SMALL: dict[str, Any] = {"max_prompts": 3, "num_images": 2, "num_inference_steps": 3}
@@ -179,7 +179,7 @@ def test_a_pipeline_is_left_as_it_was(lora: Path, tmp_path: Path) -> None:
         num_inference_steps=1,
     )
     assert pipe.get_active_adapters() == ["mine"] and list(pipe.unet.peft_config) == ["mine"]
-    from diffalign.adapters import active_adapters
+    from diffalign.backbones.lora import active_adapters
 
     assert active_adapters(pipe.unet) == {"mine": 0.25}
 
@@ -233,7 +233,7 @@ def assert_close_values(one: Any, two: Any) -> None:
 
 KILLED = """
 import os, signal, sys
-from diffalign.cli import main
+from diffalign.cli.entry import main
 
 replace = os.replace
 
@@ -277,7 +277,7 @@ RACE = """
 import os, sys, time
 from pathlib import Path
 import diffalign.evaluation.compare as compare
-from diffalign.cli import main
+from diffalign.cli.entry import main
 
 late, folder, rank = sys.argv.pop(1), Path(sys.argv[-1]), os.environ["RANK"]
 looked = folder.with_name("looked")  # the other process has been at the folder

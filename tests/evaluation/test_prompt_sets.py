@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffalign.data.prompt_sets import NAMED
+from diffalign.errors import UserError
 from diffalign.evaluation import load_prompts
-from diffalign.evaluation.prompt_sets import NAMED
-from diffalign.exceptions import UserError
 from diffalign.shapes import held_out_prompts
 
 

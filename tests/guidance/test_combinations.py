@@ -22,14 +22,14 @@ from peft.utils import get_peft_model_state_dict
 from tiny import build_pipeline, make_trainer
 
 from diffalign import FKSteering, NegativeGuidance
-from diffalign.adapters import load_lora, strip_adapters
+from diffalign.backbones.lora import load_lora, strip_adapters
 from diffalign.demo.engine import Engine
+from diffalign.errors import UserError
 from diffalign.evaluation.models import ModelSpec, opened
-from diffalign.evaluation.sampling import generate
-from diffalign.exceptions import UserError
-from diffalign.merge import merge_loras
+from diffalign.generation.merge import merge_loras
+from diffalign.generation.sampling import generate
 from diffalign.training.build import trainable_parameters
-from diffalign.training.rollout import Rollout, SamplerConfig, sampling_mode
+from diffalign.training.online.rollout import Rollout, SamplerConfig, sampling_mode
 
 FAMILIES = ("sd", "sd_v", "sdxl", "sd3")
 WAYS = ("plain", "steering", "rollout", "validation", "compare", "demo")
@@ -362,7 +362,7 @@ def trained(case: Case, folder: Path) -> tuple[Any, Any]:
         rows=[{"prompt": prompt} for prompt in PROMPTS],
         per_device_train_batch_size=len(PROMPTS),
     )
-    trainer._setup()
+    trainer.setup()
     if case.weights != "base":
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
@@ -388,12 +388,12 @@ def check_run(case: Case, folder: Path) -> None:
         expected = [by_hand(case, network, network, p, start(s)) for p, s in zip(PROMPTS, SEEDS, strict=True)]
         check_images(images, decoded(case.family, torch.cat(expected)))
         return
-    batch = next(trainer.rounds.batches(trainer))
+    batch = next(trainer.source.unsampled(trainer.data_pipeline))
     sampler = SamplerConfig(STEPS, values["guidance_scale"], 0.0, size, shared_init=False)
     with sampling_mode(trainer.network):
-        empty = trainer.data.builder.unconditional(batch.condition)
+        empty = trainer.data_pipeline.builder.unconditional(batch.condition)
         rollout = Rollout(trainer.backbone, trainer.process, sampler)
-        found = rollout(trainer._predict_unprepared, batch, 1, empty, decode=False, progress=False)
+        found = rollout(trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False)
     expected = [
         by_hand(case, network, network, prompt, noise) for prompt, noise in zip(batch.prompts, found.states[:, :, 0], strict=True)
     ]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny import all_tensors, assert_close_tensors, build_pipeline, lora_config, make_trainer
 
 from diffalign import cli
-from diffalign.exceptions import UserError
-from diffalign.merge import merge_states
+from diffalign.errors import UserError
+from diffalign.generation.merge import merge_states
 
 
 def fused(model: Path, *parts: tuple[Path, float]) -> dict[str, torch.Tensor]:

@@ -16,9 +16,9 @@ from PIL import Image
 from tiny import all_tensors, build_pipeline, lora_config, make_trainer, pair_rows
 
 from diffalign import FKSteering, NegativeGuidance, cli
-from diffalign.adapters import load_lora
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.guidance import guided, load_network, negative_weights
+from diffalign.backbones.lora import load_lora
+from diffalign.errors import ConfigError, UserError
+from diffalign.generation.guidance import guided, load_network, negative_weights
 
 PROMPT = "a small red circle on the left of a gray background"
 FAMILIES = ("sd", "sd_v", "sdxl", "sd3")
@@ -260,7 +260,7 @@ def test_the_sample_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     build_pipeline("sd").save_pretrained(tmp_path / "other")
     assert cli.run([*arguments[:-1], str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "negative: " in capsys.readouterr().err
-    from diffalign.shapes.quickstart import base_pipeline
+    from diffalign.generation.pipelines import base_pipeline
 
     base_pipeline().save_pretrained(tmp_path / "same")
     assert cli.run([*arguments[:-1], str(tmp_path / "same"), "--output_dir", str(tmp_path / "full")]) == 0

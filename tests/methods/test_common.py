@@ -30,8 +30,8 @@ from tiny import (
 )
 
 from diffalign.backbones.base import ATTENTION_TARGETS
-from diffalign.config import load_run, run_to_dict
 from diffalign.methods import METHODS, config_class, trainer_class
+from diffalign.recipe import load_run, run_to_dict
 from diffalign.training.callbacks import TrainerCallback
 
 every_method = pytest.mark.parametrize("method", list(METHODS))

@@ -17,16 +17,17 @@ from tiny import (
     build_pipeline,
     lora_config,
     make_trainer,
+    next_batch,
     pair_rows,
     trained_tensors,
 )
 
 from diffalign import D3POConfig
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.likelihood.transitions import ddim_step_log_prob
 from diffalign.methods.d3po import d3po_loss
-from diffalign.training.judge import Judge, pareto_preferences, preferences
-from diffalign.training.rollout import step_log_prob
+from diffalign.training.online.judge import Judge, pareto_preferences, preferences
+from diffalign.training.online.rollout import step_log_prob
 
 F64 = torch.float64
 
@@ -38,11 +39,6 @@ def tensor(*rows: tuple[float, ...]) -> torch.Tensor:
 def small(folder: Path, family: str = "sd", **options: Any) -> Any:
     options.setdefault("per_device_train_batch_size", 2)
     return make_trainer(folder, family, "d3po", peft_config=options.pop("peft_config", lora_config()), **options)
-
-
-def first_round(trainer: Any) -> Any:
-    trainer._setup()
-    return trainer._next_batch(trainer._batches())
 
 
 def test_golden_losses() -> None:
@@ -118,13 +114,13 @@ def test_pareto_preferences() -> None:
 def test_recorded_log_probabilities_are_those_of_the_policy(tmp_path: Path, family: str) -> None:
     """And the policy is exactly its reference before the first step."""
     trainer = small(tmp_path, family, images_per_prompt=3, rollout_batch_size=2, guidance_scale=3.0)
-    batch = first_round(trainer)
+    batch = next_batch(trainer)
     seen = 0
     for micro in trainer.micro_batches(batch):
-        policy = trainer.step_log_probs(micro, trainer._predict_policy)
+        policy = trainer.step_log_probs(micro, trainer.policy)
         torch.testing.assert_close(policy.detach(), micro.extra["recorded"], rtol=1e-5, atol=1e-5)
         with torch.no_grad():
-            reference = trainer.step_log_probs(micro, trainer._predict_reference)
+            reference = trainer.step_log_probs(micro, trainer.reference)
         assert torch.equal(policy.detach(), reference)
         loss, metrics = trainer.compute_loss(micro)
         assert loss.tolist() == pytest.approx([math.log(2)] * 2) and metrics["policy/log_ratio"].abs().max() == 0
@@ -142,7 +138,7 @@ def test_the_last_step_of_a_grid_without_offset_has_no_density(tmp_path: Path) -
     pipe = build_pipeline("sdxl")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=0)
     trainer = small(tmp_path, "sdxl", model=pipe, num_inference_steps=4)
-    batch = first_round(trainer)
+    batch = next_batch(trainer)
     grid = trainer.rollout.grid
     assert grid.times[-1] == 0 and grid.trainable.tolist() == [True, True, True, False]
     assert torch.isnan(batch.extra["log_probs"][..., -1]).all() and not torch.isnan(batch.extra["log_probs"][..., :-1]).any()
@@ -152,15 +148,15 @@ def test_the_last_step_of_a_grid_without_offset_has_no_density(tmp_path: Path) -
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_trajectory_depends_on_its_row_alone(tmp_path: Path, family: str) -> None:
     """Not on the batch, the chunks, or how many images there are beside it."""
-    one = first_round(small(tmp_path / "a", family, images_per_prompt=2, rollout_batch_size=1, per_device_train_batch_size=4))
-    two = first_round(small(tmp_path / "b", family, images_per_prompt=3, rollout_batch_size=5, per_device_train_batch_size=2))
+    one = next_batch(small(tmp_path / "a", family, images_per_prompt=2, rollout_batch_size=1, per_device_train_batch_size=4))
+    two = next_batch(small(tmp_path / "b", family, images_per_prompt=3, rollout_batch_size=5, per_device_train_batch_size=2))
     assert one.row_ids[:2] == two.row_ids
     torch.testing.assert_close(one.extra["states"][:2], two.extra["states"][:, :2], rtol=1e-4, atol=1e-5)
 
 
 def test_steps_are_shuffled_per_row_and_their_share_is_trained(tmp_path: Path) -> None:
     trainer = small(tmp_path, num_inference_steps=10, timestep_fraction=0.5, per_device_train_batch_size=4)
-    order = first_round(trainer).extra["order"]
+    order = next_batch(trainer).extra["order"]
     assert order.shape == (4, 5) and len({tuple(row) for row in order.tolist()}) > 1
     assert all(len(set(row)) == 5 for row in order.tolist()) and trainer.passes_per_batch == 5
 
@@ -174,7 +170,7 @@ def test_resuming_in_the_middle_of_a_round(tmp_path: Path, reference: str, lora:
     options = {**ROUND, "reference": reference, "peft_config": lora_config() if lora else None, "learning_rate": 1e-2}
     whole = small(tmp_path / "a", **options)
     whole.train()
-    assert whole.rounds.number == 2  # four optimizer steps each
+    assert whole.source.number == 2  # four optimizer steps each
     for step in (2, 3, 5):
         folder = tmp_path / f"b{step}"
         shutil.copytree(tmp_path / "a", folder)
@@ -236,8 +232,8 @@ def test_missing_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         return values
 
     with pytest.raises(UserError, match="scorers: a scorer gave no score for any image of 2 prompts"):
-        first_round(small(tmp_path / "a", options={"scorers": silent}))
-    batch = first_round(small(tmp_path / "b", options={"scorers": shy}, rollout_batch_size=4))
+        next_batch(small(tmp_path / "a", options={"scorers": silent}))
+    batch = next_batch(small(tmp_path / "b", options={"scorers": shy}, rollout_batch_size=4))
     assert "taken as equal" in capsys.readouterr().out
     assert batch.extra["preference"][0].abs().sum() == 0 and batch.extra["preference"][1].abs().sum() == 2
 
@@ -265,7 +261,7 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_scoring_beside_sampling() -> None:
     """A thread and turns give the same scores in the same order."""
-    from diffalign.training.judge import ScoreAhead
+    from diffalign.training.online.judge import ScoreAhead
 
     images = [row["chosen"] for row in pair_rows(6)]
     found = []

@@ -9,7 +9,7 @@ import torch
 from tiny import captioned_rows, first_batch, make_trainer, pair_rows, ranked_rows
 
 from diffalign import DCPOConfig, load_preferences
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.methods.dcpo import dcpo_loss
 from diffalign.methods.diffusion_dpo import diffusion_dpo_loss
 

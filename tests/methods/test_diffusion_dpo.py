@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffalign import DiffusionDPOConfig
-from diffalign.exceptions import ConfigError
+from diffalign.errors import ConfigError
 from diffalign.likelihood import RectifiedFlow, VariancePreserving, denoising_errors
 from diffalign.methods.diffusion_dpo import LOSS_TYPES, diffusion_dpo_loss
 from diffalign.training.diagnostics import pair_metrics

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign import DiffusionORPOConfig, MaPOConfig
-from diffalign.exceptions import ConfigError
+from diffalign.errors import ConfigError
 from diffalign.methods.diffusion_orpo import diffusion_orpo_loss
 from diffalign.methods.mapo import mapo_code_loss, mapo_link, mapo_loss
 

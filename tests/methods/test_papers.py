@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.methods import METHODS, trainer_class
-from diffalign.methods.papers import own_fields, page, section
+from tools.papers import own_fields, page, section
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -20,4 +20,4 @@ def test_every_own_option_names_its_source(method: str) -> None:
 
 def test_the_page_is_up_to_date() -> None:
     path = Path(__file__).parents[2] / "docs" / "papers.md"
-    assert path.read_text("utf-8") == page(), "run python -m diffalign.methods.papers"
+    assert path.read_text("utf-8") == page(), "run python -m tools.papers"

@@ -11,7 +11,7 @@ import torch
 from tiny import first_batch, make_trainer, ranked_rows
 
 from diffalign import RankDPOConfig, load_preferences
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.methods.diffusion_dpo import diffusion_dpo_loss
 from diffalign.methods.rankdpo import average_ranks, lambda_weights, phi_from_scores, rankdpo_loss
 from diffalign.rewards import win_rates

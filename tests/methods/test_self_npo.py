@@ -11,7 +11,7 @@ import torch
 from tiny import build_pipeline, first_batch, lora_config, make_trainer, pair_rows, trained_tensors
 
 from diffalign import SelfNPOConfig
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.likelihood.processes import RectifiedFlow, VariancePreserving
 from diffalign.methods.self_npo import ddim_move, guided_output, later_times, sampling_grid, self_npo_loss
 
@@ -115,7 +115,7 @@ def test_targets_are_those_of_the_sampler_by_hand(tmp_path: Path, family: str, s
     u = torch.stack([torch.rand(2, generator=g, dtype=F64) for g in draws])
     grid = sampling_grid(process, 5)
     index = [4] * n if start == "noise" else [int(x * 5) for x in u[:, 0]]
-    empty = {**raw.condition, **trainer.data.builder.encode([""] * n)}
+    empty = {**raw.condition, **trainer.data_pipeline.builder.encode([""] * n)}
     for i in range(n):
         x, t = raw.noise[i : i + 1, 0], grid[index[i]].reshape(1)
         if start == "data":
@@ -124,8 +124,7 @@ def test_targets_are_those_of_the_sampler_by_hand(tmp_path: Path, family: str, s
             model_t = process.model_times(t)
             with torch.no_grad():
                 cond, uncond = (
-                    trainer._predict_reference(x, model_t, {k: v[i : i + 1] for k, v in c.items()})
-                    for c in (raw.condition, empty)
+                    trainer.reference.predict(x, model_t, {k: v[i : i + 1] for k, v in c.items()}) for c in (raw.condition, empty)
                 )
             out = cond + weight * (cond - uncond)
             clean, eps = process.to_x0(out, x, t), process.to_eps(out, x, t)
@@ -193,15 +192,15 @@ def test_mistakes(tmp_path: Path) -> None:
         make_trainer(tmp_path, "sd", "self_npo", rows=[{"prompt": "x"}], start="data")
     with pytest.raises(ConfigError, match="precompute_ref_errors: Self-NPO has no reference"):
         make_trainer(tmp_path, "sd", "self_npo", precompute_ref_errors=True)
-    bucketed = make_trainer(tmp_path, "sd", "self_npo", data={"resolution": None, "aspect_ratio_buckets": "32,32;32,64"})
     with pytest.raises(ConfigError, match="aspect_ratio_buckets: prompts without images"):
-        bucketed.train()
+        make_trainer(tmp_path, "sd", "self_npo", data={"resolution": None, "aspect_ratio_buckets": "32,32;32,64"})
 
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_average_has_one_rate_or_diffusers_quick_start(tmp_path: Path, warmup: bool) -> None:
     """After 20 equal steps the published average has gone 1.98 % of the way to the newest weights' mean; diffusers' almost all of it."""
-    from diffalign.training.build import build_ema, trainable_parameters, update_ema
+    from diffalign.training.build import trainable_parameters
+    from diffalign.training.optimizer import build_ema, update_ema
 
     trainer = make_trainer(
         tmp_path,
@@ -212,7 +211,7 @@ def test_the_average_has_one_rate_or_diffusers_quick_start(tmp_path: Path, warmu
         **({"ema_warmup": True} if warmup else {}),
     )
     assert trainer.args.ema_decay == 0.999 and trainer.args.ema_warmup == warmup
-    trainer._setup()
+    trainer.setup()
     (first, *_) = parameters = trainable_parameters(trainer.network)
     base, ema = first.detach().clone(), build_ema(parameters, trainer.args, torch.device("cpu"))
     expected = base.double().clone()

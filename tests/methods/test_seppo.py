@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, assert_same_tensors, first_batch, lora_config, make_trainer, pair_rows, trained_tensors
 
 from diffalign import SePPOConfig
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.methods.diffusion_dpo import diffusion_dpo_loss
 from diffalign.methods.seppo import anchors, seppo_loss
 
@@ -70,7 +70,7 @@ def test_the_rival_is_the_references_own_image(tmp_path: Path, family: str) -> N
     assert trainer.pool.current == 2 and not torch.equal(latest.x0[:, 1], batch.x0[:, 1])
     # By hand: the network under the pool's weights.
     with trainer.pool.in_place(trainer.pool.kept[0]):
-        errors = trainer._errors(batch, trainer._predict_unprepared)
+        errors = trainer.sampling_policy.errors(batch)
     trainer.pool.strategy = "initial"
     trainer.prepare(raw)
     torch.testing.assert_close(trainer.reference_errors(batch), errors.detach())
@@ -78,7 +78,7 @@ def test_the_rival_is_the_references_own_image(tmp_path: Path, family: str) -> N
 
 def test_policy_and_reference_are_equal_at_the_first_step(tmp_path: Path) -> None:
     trainer = small(tmp_path)
-    trainer._setup()
+    trainer.setup()
     batch = trainer.prepare(first_batch(trainer))
     policy, reference = trainer.errors(batch)
     assert torch.equal(policy.detach(), reference)
@@ -130,9 +130,9 @@ def test_it_learns_the_winners(tmp_path: Path, family: str, lora: bool) -> None:
     winners = first_batch(trainer)  # sets up
 
     def error() -> float:
-        fixed = [trainer.data.builder([trainer.data.reader[(99, i)] for i in range(4)])]
+        fixed = [trainer.data_pipeline.builder([trainer.data_pipeline.reader[(99, i)] for i in range(4)])]
         with torch.no_grad():
-            return sum(float(trainer._errors(batch, trainer._predict_unprepared).mean()) for batch in fixed)
+            return sum(float(trainer.sampling_policy.errors(batch).mean()) for batch in fixed)
 
     before = error()
     trainer.train()

@@ -9,22 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, assert_same_tensors, brightness, lora_config, make_trainer, pair_rows, trained_tensors
+from tiny import FAMILIES, assert_same_tensors, brightness, lora_config, make_trainer, next_batch, pair_rows, trained_tensors
 
 from diffalign import SPOConfig
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.methods.spo import best_and_worst
-from diffalign.training.rollout import guide
+from diffalign.training.online.rollout import guide
 
 
 def small(folder: Path, family: str = "sd", **options: Any) -> Any:
     options.setdefault("per_device_train_batch_size", 2)
     return make_trainer(folder, family, "spo", peft_config=options.pop("peft_config", lora_config()), **options)
-
-
-def first_round(trainer: Any) -> Any:
-    trainer._setup()
-    return trainer._next_batch(trainer._batches())
 
 
 def test_the_pair_of_a_step() -> None:
@@ -45,12 +40,12 @@ def test_the_pair_of_a_step() -> None:
 def test_recorded_log_probabilities_are_those_of_the_policy(tmp_path: Path, family: str) -> None:
     """And the policy is exactly its reference before the first step."""
     trainer = small(tmp_path, family, images_per_prompt=3, num_inference_steps=4, rollout_batch_size=3)
-    batch, seen = first_round(trainer), 0
+    batch, seen = next_batch(trainer), 0
     for micro in trainer.micro_batches(batch):
-        policy = trainer.step_log_probs(micro, trainer._predict_policy)
+        policy = trainer.step_log_probs(micro, trainer.policy)
         torch.testing.assert_close(policy.detach(), micro.extra["recorded"], rtol=1e-5, atol=1e-5)
         with torch.no_grad():
-            assert torch.equal(policy.detach(), trainer.step_log_probs(micro, trainer._predict_reference))
+            assert torch.equal(policy.detach(), trainer.step_log_probs(micro, trainer.reference))
         loss, metrics = trainer.compute_loss(micro)
         assert loss.tolist() == pytest.approx([math.log(2)] * 2) and metrics["policy/log_ratio"].abs().max() == 0
         assert policy.requires_grad
@@ -63,14 +58,14 @@ def test_recorded_log_probabilities_are_those_of_the_policy(tmp_path: Path, fami
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rivals_come_from_one_state_and_are_judged_by_their_clean_estimate(tmp_path: Path, family: str) -> None:
     trainer = small(tmp_path, family, num_inference_steps=4, rollout_batch_size=8)
-    batch = first_round(trainer)
+    batch = next_batch(trainer)
     states, pairs, grid = batch.extra["states"], batch.extra["pairs"], trainer.rollout.grid
     usable = trainer.usable_steps(grid)
     assert pairs.shape[:3] == (2, len(usable), 2) and states.shape == pairs[:, :, 0].shape
     for number in range(len(usable) - 1):
         for row in range(2):  # of two candidates one is the next state
             assert any(torch.equal(states[row, number + 1], pairs[row, number, i]) for i in range(2))
-    empty = trainer.data.builder.unconditional(batch.condition)
+    empty = trainer.data_pipeline.builder.unconditional(batch.condition)
     for number, step in enumerate(usable.tolist()):
         found = []
         for i in range(2):
@@ -78,7 +73,7 @@ def test_rivals_come_from_one_state_and_are_judged_by_their_clean_estimate(tmp_p
             if step + 1 < len(grid):
                 times = grid.times[step + 1].expand(2)
                 with torch.no_grad():
-                    output = guide(trainer._predict_unprepared, trainer.process, latents, times, batch.condition, empty, 2.0)
+                    output = guide(trainer.sampling_policy.predict, trainer.process, latents, times, batch.condition, empty, 2.0)
                 latents = trainer.process.to_x0(output, latents, times)
             found.append(brightness(trainer.backbone.decode_latents(latents.float()), None))
         assert (found[0] >= found[1] - 0.01).all() and (found[0] > found[1]).any()
@@ -90,8 +85,8 @@ def test_rivals_come_from_one_state_and_are_judged_by_their_clean_estimate(tmp_p
 def test_a_row_depends_on_itself_alone(tmp_path: Path) -> None:
     """Not on the batch or the chunks. Candidates are judged by their place: no rounding shall decide who wins."""
     judged = {"images_per_prompt": 3, "options": {"scorers": [lambda images, prompts: torch.arange(len(images)).double() % 3]}}
-    one = first_round(small(tmp_path / "a", rollout_batch_size=1, per_device_train_batch_size=4, **judged))
-    two = first_round(small(tmp_path / "b", rollout_batch_size=7, per_device_train_batch_size=2, **judged))
+    one = next_batch(small(tmp_path / "a", rollout_batch_size=1, per_device_train_batch_size=4, **judged))
+    two = next_batch(small(tmp_path / "b", rollout_batch_size=7, per_device_train_batch_size=2, **judged))
     assert one.row_ids[:2] == two.row_ids and torch.equal(one.extra["order"][:2], two.extra["order"])
     for name in ("states", "pairs", "log_probs"):
         torch.testing.assert_close(one.extra[name][:2], two.extra[name], rtol=1e-4, atol=1e-5)
@@ -99,7 +94,7 @@ def test_a_row_depends_on_itself_alone(tmp_path: Path) -> None:
 
 def test_decided_pairs_are_trained_first(tmp_path: Path) -> None:
     trainer = small(tmp_path, num_inference_steps=9, timestep_fraction=0.5, per_device_train_batch_size=4)
-    batch = first_round(trainer)
+    batch = next_batch(trainer)
     decided = torch.tensor([[False, True, False, True, True, False, False, True]] * 4)
     order = trainer._order(batch, decided)
     assert trainer.trained_steps == order.shape[1] == 4 and len({tuple(row) for row in order.tolist()}) > 1
@@ -108,7 +103,7 @@ def test_decided_pairs_are_trained_first(tmp_path: Path) -> None:
 
 def test_candidates_that_are_too_alike_teach_nothing(tmp_path: Path) -> None:
     trainer = small(tmp_path, threshold=0.9, score_scale=1e-6, max_steps=1, learning_rate=1e-2)
-    batch = first_round(trainer)
+    batch = next_batch(trainer)
     assert not batch.extra["decided"].any()
     losses = []
     for micro in trainer.micro_batches(batch):
@@ -155,4 +150,4 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scorers: SPO needs a judge"):
         small(tmp_path, options={"scorers": []}).train()
     with pytest.raises(UserError, match="gave no score for any image"):
-        first_round(small(tmp_path, options={"scorers": lambda images, prompts: torch.full((len(images),), math.nan)}))
+        next_batch(small(tmp_path, options={"scorers": lambda images, prompts: torch.full((len(images),), math.nan)}))

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffalign import load_scorer
 from diffalign.rewards.model_scorer import ModelScorer
-from diffalign.rewards.reference import MODELS, arguments
+from diffalign.rewards.testing.reference import MODELS, arguments
 
 __all__ = ["MODELS", "load_tiny"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 from diffalign.rewards import as_ddpo, as_flow_factory, as_trl, load_scorer
 from diffalign.rewards.base import Item, Scorer
 from diffalign.rewards.spec import ScorerSpec

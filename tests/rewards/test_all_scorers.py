@@ -6,7 +6,7 @@ import pytest
 from models import MODELS, load_tiny
 
 from diffalign import load_scorer
-from diffalign.rewards.check import check_scorer
+from diffalign.rewards.testing.check import check_scorer
 
 SIMPLE = ["jpeg_compressibility", "jpeg_incompressibility", "shapes"]
 

@@ -303,9 +303,9 @@ def test_a_changed_file_is_never_answered_from_the_cache(tmp_path):
 
 
 def test_an_untouched_file_is_known_without_being_read(tmp_path, monkeypatch):
-    from diffalign.rewards import cache
+    from diffalign.rewards import content_key
 
-    monkeypatch.setattr(cache, "_SETTLED", 0.0)
+    monkeypatch.setattr(content_key, "_SETTLED", 0.0)
     picture(0).save(tmp_path / "a.png")
     scorer = Brightness(cache=tmp_path / "scores.sqlite")
     expected = scorer([tmp_path / "a.png"])
@@ -343,7 +343,7 @@ def test_prompts_of_the_differentiable_mode_are_checked_too():
 def test_more_prompts_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long run asks again for prompts that stand at the edge of being forgotten."""
     from diffalign.rewards import model_scorer
-    from diffalign.rewards.reference import SCENES, drawn_images
+    from diffalign.rewards.testing.reference import SCENES, drawn_images
 
     monkeypatch.setattr(model_scorer, "_TEXTS_KEPT", 3)
     scorer, images = load_scorer("shapes-clip"), drawn_images(SCENES)

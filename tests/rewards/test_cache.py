@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from diffalign import UserError
-from diffalign.rewards.cache import ScoreCache, content_key, file_digest, pixel_digest, stamp_digest
+from diffalign.rewards.cache import ScoreCache
+from diffalign.rewards.content_key import content_key, file_digest, pixel_digest, stamp_digest
 
 IMAGE = b"i" * 32
 

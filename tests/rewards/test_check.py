@@ -11,14 +11,14 @@ from models import load_tiny
 from PIL import Image
 
 from diffalign import load_scorer
-from diffalign.exceptions import UserError
-from diffalign.rewards import mps
+from diffalign.errors import UserError
 from diffalign.rewards.base import Item, Scorer
-from diffalign.rewards.check import CheckReport, check_scorer
 from diffalign.rewards.images import Preprocess
 from diffalign.rewards.model_scorer import ModelScorer
 from diffalign.rewards.registry import register_scorer
+from diffalign.rewards.scorers import mps
 from diffalign.rewards.spec import ScorerSpec
+from diffalign.rewards.testing.check import CheckReport, check_scorer
 
 
 def states(report: CheckReport) -> dict[str, str]:

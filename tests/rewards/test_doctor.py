@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from diffalign.cli import run
-from diffalign.rewards import doctor, reference
+from diffalign.cli.entry import run
+from diffalign.rewards.testing import doctor, reference
 
 
 def test_all_stored_values_are_met(capsys, tmp_path):

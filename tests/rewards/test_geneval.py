@@ -11,8 +11,15 @@ from models import load_tiny
 from PIL import Image
 
 from diffalign import UserError, load_scorer
-from diffalign.rewards.check import check_scorer
-from diffalign.rewards.geneval import COLORS, ClipColorClassifier, Detection, evaluate_clauses, keep_detections, relative_position
+from diffalign.rewards.scorers.geneval import (
+    COLORS,
+    ClipColorClassifier,
+    Detection,
+    evaluate_clauses,
+    keep_detections,
+    relative_position,
+)
+from diffalign.rewards.testing.check import check_scorer
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "geneval.json").read_text())["cases"]
 IMAGE = Image.new("RGB", (100, 100), (120, 120, 120))

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, features
 
 from diffalign import load_scorer
-from diffalign.exceptions import ConfigError
-from diffalign.rewards import jpeg
+from diffalign.errors import ConfigError
 from diffalign.rewards.registry import get_spec
+from diffalign.rewards.scorers import jpeg
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (40, 56)) -> Image.Image:

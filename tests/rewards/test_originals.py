@@ -14,10 +14,10 @@ from models import MODELS, load_tiny
 from PIL import Image
 
 from diffalign import load_scorer
-from diffalign.rewards import imagereward
-from diffalign.rewards import reference_models as checkpoints
 from diffalign.rewards.checkpoints import read_state
 from diffalign.rewards.registry import find_class
+from diffalign.rewards.scorers import imagereward
+from diffalign.rewards.testing import reference_models as checkpoints
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STRIDE = 16

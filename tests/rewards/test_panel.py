@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.rewards.agreement import group_members, stacks
 from diffalign.rewards.base import Item, Scorer
 from diffalign.rewards.panel import CombineConfig, Panel, RewardEntry, parse_rewards

@@ -184,7 +184,7 @@ def test_a_file_runs_only_when_trusted(tmp_path):
 
 
 def test_a_class_of_an_installed_package_by_its_path():
-    scorer = load_scorer("diffalign.rewards.shapes_world:ShapesScorer", graded=False)
+    scorer = load_scorer("diffalign.rewards.scorers.shapes:ShapesScorer", graded=False)
     assert scorer.name == "shapes"
     with pytest.raises(UserError, match="cannot be imported"):
         load_scorer("no_such_package.scorers:Mine")

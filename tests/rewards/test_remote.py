@@ -23,11 +23,11 @@ from models import load_tiny
 from PIL import Image
 
 from diffalign import UserError, load_scorer, register_scorer
-from diffalign.rewards import reference
 from diffalign.rewards.base import Item, Scorer
-from diffalign.rewards.check import check_scorer
-from diffalign.rewards.server import Limits, make_server
+from diffalign.rewards.serving.server import Limits, make_server
 from diffalign.rewards.spec import ScorerSpec
+from diffalign.rewards.testing import reference
+from diffalign.rewards.testing.check import check_scorer
 
 
 class Bright(Scorer):
@@ -317,7 +317,7 @@ def test_many_clients_at_once_get_their_own_scores():
 
 
 def test_the_command_serves_until_it_is_told_to_stop():
-    code = "from diffalign.cli import main; main()"
+    code = "from diffalign.cli.entry import main; main()"
     command = [sys.executable, "-c", code, "serve-scorer", "jpeg_compressibility", "--port", "0", "--args", "{scale: 500000}"]
     server = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -347,7 +347,7 @@ def test_the_command_serves_until_it_is_told_to_stop():
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, capsys):
-    from diffalign.cli import run
+    from diffalign.cli.entry import run
 
     try:
         code = run(["serve-scorer", *arguments])

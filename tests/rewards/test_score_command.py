@@ -19,9 +19,9 @@ from commands import TORCHRUN
 from PIL import Image
 
 from diffalign import load_scorer
-from diffalign.cli import Parser
-from diffalign.exceptions import UserError
-from diffalign.rewards import score_command
+from diffalign.cli import score as score_command
+from diffalign.cli.entry import Parser
+from diffalign.errors import UserError
 from diffalign.rewards.registry import register_scorer
 from diffalign.shapes import render, split_scenes
 

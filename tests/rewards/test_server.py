@@ -61,7 +61,7 @@ def test_other_methods_and_paths_are_answered_in_json():
 
 
 def test_large_images_of_one_request_are_decoded_and_scored_part_by_part(monkeypatch):
-    from diffalign.rewards import server
+    from diffalign.rewards.serving import server
 
     monkeypatch.setattr(server, "_PIXELS_AT_ONCE", 2 * 12 * 8)  # two of the images below
     sizes = []

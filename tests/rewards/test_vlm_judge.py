@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from diffalign import UserError, load_scorer
-from diffalign.rewards.check import check_scorer
-from diffalign.rewards.vlm_judge import parse_score, yes_no_probability
+from diffalign.rewards.scorers.vlm_judge import parse_score, yes_no_probability
+from diffalign.rewards.testing.check import check_scorer
 
 
 @pytest.mark.parametrize(

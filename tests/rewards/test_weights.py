@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffalign import UserError, load_scorer
 from diffalign.rewards import checkpoints as loading
-from diffalign.rewards import reference_models as checkpoints
+from diffalign.rewards.testing import reference_models as checkpoints
 
 PUBLISHED = [name for name in MODELS if name != "shapes-clip"]
 

@@ -47,7 +47,7 @@ def test_the_card_states_an_imperfect_base() -> None:
 def test_the_base_draws_recognisable_shapes(pipe) -> None:  # type: ignore[no-untyped-def]
     from diffalign.evaluation import generate
     from diffalign.shapes import verify
-    from diffalign.shapes.pretrain import SAMPLING
+    from diffalign.shapes.sampling_defaults import SAMPLING
 
     prompts = held_out_prompts()[:32]
     images = generate(pipe, prompts, range(32), batch_size=32, progress=False, **SAMPLING)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.shapes import ATTRIBUTES, held_out_prompts, reward_weights_dir, train_prompts
 
 SETTINGS = {
@@ -75,7 +75,7 @@ def test_the_folder_is_a_clip_with_exact_gelu_and_its_own_end_token(model: Any) 
 
 
 def test_right_images_mostly_beat_images_with_one_wrong_attribute(model: Any) -> None:
-    from diffalign.shapes.reward_card import one_wrong
+    from tools.shapes.reward_card import one_wrong
 
     prompts, hits = held_out_prompts()[:40], []
     for name in ATTRIBUTES:
@@ -89,7 +89,7 @@ def test_right_images_mostly_beat_images_with_one_wrong_attribute(model: Any) ->
 def test_training_and_scoring_see_the_same_pixels(model: Any) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from diffalign.shapes import pretrain_reward as maker
+    from tools.shapes import pretrain_reward as maker
 
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     prompts = held_out_prompts()[:6]
@@ -118,13 +118,13 @@ def test_the_card_states_the_measured_figures() -> None:
 def test_the_committed_settings_are_the_defaults() -> None:
     from dataclasses import asdict
 
-    from diffalign.shapes.pretrain_reward import RewardPretrainConfig
+    from tools.shapes.pretrain_reward import RewardPretrainConfig
 
     assert json.loads((reward_weights_dir() / "accuracy.json").read_text())["settings"] == asdict(RewardPretrainConfig())
 
 
 def test_labels_are_bradley_terry_with_flips() -> None:
-    from diffalign.shapes.pretrain_reward import RewardPretrainConfig, noisy_labels
+    from tools.shapes.pretrain_reward import RewardPretrainConfig, noisy_labels
 
     truth = np.tile([0.95, 0.90, 0.0], (20_000, 1))  # pairs: 0.05, 0.95 and 0.90 apart
     labels = noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))
@@ -134,8 +134,8 @@ def test_labels_are_bradley_terry_with_flips() -> None:
 
 
 def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffalign.evaluation import sampling
-    from diffalign.shapes import pretrain_reward as maker
+    from diffalign.generation import sampling
+    from tools.shapes import pretrain_reward as maker
 
     prompts: list[str] = []
     generate = sampling.generate
@@ -163,7 +163,7 @@ def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(tmp_path: Path, 
 
 
 def test_settings_out_of_range_are_named() -> None:
-    from diffalign.shapes.pretrain_reward import RewardPretrainConfig
+    from tools.shapes.pretrain_reward import RewardPretrainConfig
 
     with pytest.raises(ConfigError, match="--num_prompts"):
         RewardPretrainConfig(num_prompts=601)

@@ -11,8 +11,8 @@ import torch
 from families import call_options, family
 
 from diffalign import FKSteering
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.steering.compare import ArmScores, BestOfNComparison, Difference, compare_best_of_n, population_seed
+from diffalign.errors import ConfigError, UserError
+from diffalign.evaluation.best_of_n import ArmScores, BestOfNComparison, Difference, compare_best_of_n, population_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 PROMPTS = [f"a {size} red circle on the left of a gray background" for size in ("small", "large")]

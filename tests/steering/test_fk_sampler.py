@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import build_pipeline
 
 from diffalign import FKSteering
-from diffalign.exceptions import ConfigError
+from diffalign.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 # Equal to the plain pipeline

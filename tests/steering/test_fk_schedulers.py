@@ -9,9 +9,9 @@ from families import DETERMINISTIC, PROMPTS, STOCHASTIC, brightness, family, gen
 from tiny import build_pipeline
 
 from diffalign import FKSteering
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.steering.coordinates import as_clipped, clean_prediction, read_coordinates
+from diffalign.errors import ConfigError, UserError
 from diffalign.steering.kernels import ddim_transition, transition
+from diffalign.steering.noise_levels import as_clipped, clean_prediction, read_coordinates
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 

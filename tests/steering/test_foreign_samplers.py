@@ -11,8 +11,8 @@ import torch
 from families import PROMPTS, call_options, family, steer, with_scheduler
 from tiny import make_trainer
 
-from diffalign.steering.coordinates import Coordinates
 from diffalign.steering.kernels import draw, transition
+from diffalign.steering.noise_levels import Coordinates
 
 pytestmark = pytest.mark.nightly
 
@@ -115,9 +115,9 @@ def test_noise_of_rows_epochs_and_seeds_is_independent(tmp_path: Any) -> None:
     draws = []
     for seed in (0, 1):
         trainer = make_trainer(tmp_path / str(seed), "sd", "self_npo", rows=rows, seed=seed, per_device_train_batch_size=300)
-        trainer._setup()
-        batches = trainer.data.batches(0)
-        draws += [trainer.data.builder(next(batches)).noise.flatten(1) for _ in range(2)]
+        trainer.setup()
+        batches = trainer.data_pipeline.batches(0)
+        draws += [trainer.data_pipeline.builder(next(batches)).noise.flatten(1) for _ in range(2)]
     noise = torch.cat(draws)  # 1200 streams of 1024 numbers
     correlations = torch.corrcoef(noise).fill_diagonal_(0).abs()
     assert float(correlations.max()) < 0.19  # 5.9 standard deviations; expected maximum 5.1 of 720,000 pairs

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from diffalign.steering.lineage import _BEST, _PALE, _STRONG, lineage_picture, surviving
-from diffalign.steering.result import SteeringResult, StepTrace
+from diffalign.steering.result import SteeringResult
+from diffalign.steering.step_trace import StepTrace
 
 
 def tree(k: int = 3, steps: int = 2, thumbnails: bool = True) -> SteeringResult:

@@ -11,7 +11,7 @@ from diffusers import DiscreteDDIMScheduler
 from torch import Tensor
 from toys import Estimate
 
-from diffalign.steering import weights as weights_module
+from diffalign.steering import particle_weights as weights_module
 from diffalign.steering.smc import run
 from diffalign.steering.text import MaskedDiffusion, UniformDiffusion
 

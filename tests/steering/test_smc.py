@@ -8,19 +8,9 @@ import pytest
 import torch
 from toys import Mixture
 
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.steering.smc import (
-    POTENTIALS,
-    SCHEMES,
-    ParticleWeights,
-    aggregate,
-    check_schedule,
-    ess,
-    log_potential,
-    resample,
-    run,
-    schedule,
-)
+from diffalign.errors import ConfigError, UserError
+from diffalign.steering.schedule import check_schedule, schedule
+from diffalign.steering.smc import POTENTIALS, SCHEMES, ParticleWeights, aggregate, ess, log_potential, resample, run
 
 W = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffalign import cli
-from diffalign.steering import steer_command
+from diffalign.cli import steer as steer_command
 
 PROMPTS = ["a small red circle on the left of a gray background", "a large blue star in the center of a white background", "a small green cross on the right of a black background"]  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from families import call_options, family, with_scheduler
 
 from diffalign import FKSteering
-from diffalign.exceptions import ConfigError, UserError
+from diffalign.errors import ConfigError, UserError
 
 PROMPT = "a small red circle on the left of a gray background"
 CALL = {"num_inference_steps": 4, "eta": 1.0, "seed": 0} | call_options("sd")

@@ -10,12 +10,13 @@ import torch
 from diffusers import DDIMScheduler, DiscreteDDIMScheduler
 from torch import Tensor
 
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.shapes import parse_prompt, pretrain_text, text_weights_dir
-from diffalign.shapes.pretrain_text import load_text_denoiser
+from diffalign.errors import ConfigError, UserError
+from diffalign.shapes import parse_prompt, text_weights_dir
+from diffalign.shapes.text_denoiser import load_text_denoiser
 from diffalign.steering.smc import run
 from diffalign.steering.text import FKTextSteering, MaskedDiffusion, TextReward, UniformDiffusion
 from diffalign.steering.tokens import TokenState, categorical
+from tools.shapes import pretrain_text
 
 V, L, MASK = 5, 6, 5
 
@@ -201,7 +202,7 @@ def test_prompts_stay_as_they_are() -> None:
 
 def test_the_command_that_made_it(tmp_path: Path) -> None:
     pretrain_text.main(["--output_dir", str(tmp_path / "out"), "--steps", "30", "--batch_size", "16", "--eval_samples", "100", "--hidden_size", "16", "--layers", "1"])  # fmt: skip
-    model, tokenizer = pretrain_text.load_text_denoiser(tmp_path / "out")
+    model, tokenizer = load_text_denoiser(tmp_path / "out")
     assert model.config.vocab_size == len(tokenizer) + 1
     assert "captions of the world" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ConfigError, match="--steps: expected int >= 1, got 0"):

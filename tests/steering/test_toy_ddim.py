@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from toys import Estimate, unbiased
 
-from diffalign.steering.sampler import FKSteering
+from diffalign.steering.fk_steering import FKSteering
 from diffalign.steering.smc import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")

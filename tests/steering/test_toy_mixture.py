@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import Estimate, Mixture, mixture_moments, unbiased
 
-from diffalign.steering import weights as weights_module
+from diffalign.steering import particle_weights as weights_module
 from diffalign.steering.smc import run
 
 SIX, THREE = (2, 5, 8, 11, 14, 17), (5, 10, 15)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tiny import brightness, lora_config, make_trainer, pair_rows
 
-from diffalign.exceptions import UserError
-from diffalign.training import feedback, hub
+from diffalign.errors import UserError
+from diffalign.training import trainer as trainer_module
+from diffalign.training.online import feedback
 from diffalign.training.tracking import MetricLog, MetricWindow
 
 
@@ -42,14 +43,14 @@ def history(trainer: Any, folder: Path) -> None:
 
 def upload(trainer: Any, folder: Path) -> None:
     """Of the model, once."""
-    hub.push_to_hub = lambda *arguments: "address"  # type: ignore[assignment]
+    trainer_module.push_to_hub = lambda *arguments: "address"  # type: ignore[assignment]
     assert trainer.push_to_hub() == ("address" if trainer.accelerator.is_main_process else None)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     trainer = make_trainer(folder / "plain", peft_config=lora_config())
-    trainer._setup()
+    trainer.setup()
     for check in (window, history, upload):
         check(trainer, folder / check.__name__)
     # Fewer rows to evaluate on than processes.

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny import assert_close_tensors, assert_same_tensors, build_pipeline, lora_config, make_trainer, pair_rows, trained_tensors
 
-from diffalign.exceptions import UserError
+from diffalign.errors import UserError
 from diffalign.training.callbacks import TrainerCallback
 from diffalign.training.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path) ->
 
 def test_failed_save_without_an_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, peft_config=lora_config())
-    trainer._setup()
+    trainer.setup()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

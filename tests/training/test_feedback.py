@@ -15,8 +15,8 @@ from PIL import Image
 from tiny import assert_same_tensors, brightness, lora_config, make_trainer, pair_rows, trained_tensors
 
 from diffalign import cli
-from diffalign.exceptions import UserError
-from diffalign.training.feedback import read_votes, round_folder
+from diffalign.errors import UserError
+from diffalign.training.online.feedback import read_votes, round_folder
 
 
 def asking(folder: Path, **options: Any) -> Any:

@@ -61,7 +61,7 @@ class Loop:
         self.batches: list[Any] = []
         self.raw: list[Any] = []
         self._record()
-        self.trainer._setup()
+        self.trainer.setup()
         self._record_norms()
         start = {n: p.clone() for n, p in self.trainer.network.state_dict().items()}
         self.trainer.train()
@@ -530,8 +530,8 @@ def test_self_npo(family: str, start: str, weight: float, kind: str, tmp_path: P
 def test_latents_are_draws_of_the_autoencoders_posterior(family: str, tmp_path: Path) -> None:
     rows = pair_rows(64)
     trainer = make_trainer(tmp_path, family, rows=rows, per_device_train_batch_size=64)
-    trainer._setup()
-    batch = trainer.data.builder(next(trainer.data.batches(0)))
+    trainer.setup()
+    batch = trainer.data_pipeline.builder(next(trainer.data_pipeline.batches(0)))
     vae = build_pipeline(family).vae
     draws = []
     for place, row in enumerate(batch.row_ids):
@@ -551,13 +551,13 @@ def test_latents_are_draws_of_the_autoencoders_posterior(family: str, tmp_path: 
 def test_dropped_prompts_are_the_pipelines_unconditional_embedding(family: str, tmp_path: Path) -> None:
     rows = pair_rows(240)
     trainer = make_trainer(tmp_path, family, rows=rows, per_device_train_batch_size=60, proportion_empty_prompts=0.5)
-    trainer._setup()
+    trainer.setup()
     loop = Loop.__new__(Loop)
     loop.family, loop.pipe = family, build_pipeline(family)
     empty, dropped, times = loop.empty(1), [], []
-    batches = trainer.data.batches(0)
+    batches = trainer.data_pipeline.batches(0)
     for _ in range(4):
-        batch = trainer.data.builder(next(batches))
+        batch = trainer.data_pipeline.builder(next(batches))
         embeds = (
             batch.condition["prompt_embeds"].unflatten(0, (-1, 2))
             if len(batch.condition["prompt_embeds"]) == 2 * len(batch)

@@ -24,11 +24,11 @@ from tiny import (
 )
 
 from diffalign import ValidationConfig
-from diffalign.exceptions import ConfigError
+from diffalign.errors import ConfigError
+from diffalign.runtime.seeds import row_seed
 from diffalign.training.callbacks import TrainerCallback
 from diffalign.training.diagnostics import DivergenceGuard, NonFiniteLoss, beta_message, pair_metrics
-from diffalign.training.loader import PositionSampler, RowOrder
-from diffalign.training.rng import row_seed
+from diffalign.training.row_order import PositionSampler, RowOrder
 from diffalign.training.tracking import MetricWindow
 
 
@@ -138,8 +138,8 @@ def test_divergence_stops_a_run_that_asks_for_it(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_names_rows_and_timesteps(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, per_device_train_batch_size=2)
-    trainer._setup()
-    builder, poisoned = trainer.data.builder, {}
+    trainer.setup()
+    builder, poisoned = trainer.data_pipeline.builder, {}
 
     def poison(examples: Any) -> Any:
         batch = builder(examples)
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_names_rows_and_timesteps(tmp_path: Path) -> N
         poisoned.update(row=batch.row_ids[1], time=float(batch.times[1]))
         return batch
 
-    trainer.data.builder = poison
+    trainer.data_pipeline.builder = poison
     with pytest.raises(NonFiniteLoss) as error:
         trainer.train()
     assert f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps [{poisoned['time']}]" in str(
@@ -214,7 +214,7 @@ def test_mixed_sizes_train_in_buckets(tmp_path: Path, method: str, family: str) 
     assert set(shapes) == {(16, 16), (16, 24)}
     assert all(math.isfinite(entry["train/loss"]) for entry in trainer.state.log_history)
     if method == "diffusion_dpo":
-        assert trainer.data.dropped_sizes == 1 and any("1 groups dropped" in line for line in trainer.lines)
+        assert trainer.data_pipeline.dropped_sizes == 1 and any("1 groups dropped" in line for line in trainer.record.lines)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -452,11 +452,11 @@ def test_an_image_that_breaks_while_decoding_is_skipped_and_counted(tmp_path: Pa
     trainer = make_trainer(tmp_path / "out", rows=truncated_rows(1), data=data, max_steps=8, per_device_train_batch_size=2)
     with pytest.warns(UserWarning, match="dataset row 0"):
         trainer.train()
-    assert list(trainer.data.reader.broken) == [0]
+    assert list(trainer.data_pipeline.reader.broken) == [0]
 
 
 def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
-    from diffalign.exceptions import UserError
+    from diffalign.errors import UserError
 
     trainer = make_trainer(tmp_path / "out", rows=truncated_rows(4), data={"max_broken_fraction": 0.3}, max_steps=8)
     with pytest.warns(UserWarning, match="next row"), pytest.raises(UserError, match="more than data.max_broken_fraction"):

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, assert_same_tensors, brightness, lora_config, make_trainer, pair_rows, trained_tensors
+from tiny import FAMILIES, assert_same_tensors, brightness, lora_config, make_trainer, next_batch, pair_rows, trained_tensors
 
 from diffalign import DataConfig
-from diffalign.config import load_run
 from diffalign.data.config import OnlineConfig
-from diffalign.exceptions import ConfigError
+from diffalign.errors import ConfigError
+from diffalign.recipe import load_run
 
 PROMPTS = [{"prompt": row["prompt"]} for row in pair_rows()]
 ONLINE = {"every": 2, "k": 3, "num_inference_steps": 2, "guidance_scale": 2.0, "rollout_batch_size": 4}
@@ -25,11 +25,6 @@ def online(folder: Path, family: str = "sd", method: str = "diffusion_dpo", sect
     options.setdefault("options", {"scorers": brightness})
     data = {"online": {**ONLINE, **(section or {})}}
     return make_trainer(folder, family, method, rows=PROMPTS, data=data, **options)
-
-
-def next_batch(trainer: Any) -> Any:
-    trainer._setup()
-    return trainer._next_batch(trainer._batches())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +45,7 @@ def test_pairs_are_the_best_and_the_worst_image(tmp_path: Path, family: str) -> 
 def test_every_offline_method_trains_online(tmp_path: Path, method: str) -> None:
     trainer = online(tmp_path, method=method, max_steps=3)
     trainer.train()
-    assert trainer.online.rounds.number == 2 and "online/score_0" in trainer.state.log_history[0]
+    assert trainer.source.number == 2 and "online/score_0" in trainer.state.log_history[0]
     batch = next_batch(trainer)
     assert batch.x0.shape[1] == {"rankdpo": 3, "sft": 1}.get(method, 2)
     if method == "rankdpo":
@@ -61,7 +56,7 @@ def test_a_round_lasts_and_is_resumed_in_its_middle(tmp_path: Path) -> None:
     options = {"max_steps": 5, "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2}
     whole = online(tmp_path / "a", **options)
     whole.train()
-    assert whole.online.rounds.number == 3
+    assert whole.source.number == 3
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     resumed = online(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"), **options)
     resumed.train()

@@ -18,7 +18,7 @@ from diffusers import (
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign.likelihood.processes import RectifiedFlow, clip_range, process_from_scheduler
-from diffalign.training.rollout import Rollout, SamplerConfig, make_grid, sampling_mode
+from diffalign.training.online.rollout import Rollout, SamplerConfig, make_grid, sampling_mode
 
 PROMPTS = ("a small red circle", "a large blue star")
 ZERO_SNR = {"rescale_betas_zero_snr": True}
@@ -48,8 +48,8 @@ def rollout_of(folder: Path, family: str, changes: dict[str, Any], steps: int) -
         folder, family, "d3po", model=pipe, num_inference_steps=steps, rows=[{"prompt": p} for p in PROMPTS], eta=0.5,
         per_device_train_batch_size=2, peft_config=lora_config(),
     )  # fmt: skip
-    trainer._setup()
-    batch = next(trainer.rounds.batches(trainer))
+    trainer.setup()
+    batch = next(trainer.source.unsampled(trainer.data_pipeline))
     rollout = Rollout(
         trainer.backbone,
         trainer.process,
@@ -57,8 +57,8 @@ def rollout_of(folder: Path, family: str, changes: dict[str, Any], steps: int) -
         grid=trainer.make_grid(steps, 0.0),
     )
     with sampling_mode(trainer.network):
-        empty = trainer.data.builder.unconditional(batch.condition)
-        found = rollout(trainer._predict_unprepared, batch, 1, empty, decode=False, progress=False)
+        empty = trainer.data_pipeline.builder.unconditional(batch.condition)
+        found = rollout(trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False)
     return trainer.backbone.pipeline(network=trainer.network), batch, found
 
 

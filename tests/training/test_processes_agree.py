@@ -9,7 +9,8 @@ from commands import torchrun
 from tiny import lora_config, make_trainer, pair_rows
 
 from diffalign.data.cache import TensorCache
-from diffalign.training.loader import fill_latent_cache, fill_prompt_cache, group_key, prompt_key
+from diffalign.training.fill_caches import fill_latent_cache, fill_prompt_cache
+from diffalign.training.group_reader import group_key, prompt_key
 
 SCRIPT = Path(__file__).with_name("agreeing_script.py")
 
@@ -23,8 +24,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 def test_a_process_that_looks_late_encodes_its_own_share(tmp_path: Path) -> None:
     """It sees what the first one has written; together they must still encode everything, and nothing twice."""
     trainer = make_trainer(tmp_path / "run", peft_config=lora_config(), rows=pair_rows(8))
-    trainer._setup()
-    reader, backbone = trainer.data.reader, trainer.backbone
+    trainer.setup()
+    reader, backbone = trainer.data_pipeline.reader, trainer.backbone
     prompts = [f"prompt {i}" for i in range(9)]
     for rank in (0, 1):
         latents, texts = TensorCache(tmp_path / "latents"), TensorCache(tmp_path / "texts")

@@ -15,20 +15,20 @@ from tiny import (
     build_pipeline,
     lora_config,
     make_trainer,
+    next_batch,
     pair_rows,
     trained_tensors,
 )
 
 from diffalign import cli
 from diffalign.data import convert, load_preferences
-from diffalign.exceptions import ConfigError, UserError
-from diffalign.training import verbs
+from diffalign.errors import ConfigError, UserError
 from diffalign.training.build import trainable_parameters
 
 
 def first_batch(trainer: Any) -> Any:
-    trainer._setup()
-    return trainer.prepare(next(trainer.micro_batches(trainer._next_batch(trainer._batches()))))
+    trainer.setup()
+    return trainer.prepare(next(trainer.micro_batches(next_batch(trainer))))
 
 
 REFERENCES = [
@@ -53,15 +53,15 @@ def test_a_reference_never_drops_anything(method: str, options: dict[str, Any], 
     with torch.no_grad():
         for parameter in trainable_parameters(trainer.network):
             parameter += 0.05 * torch.randn_like(parameter)
-    if hasattr(trainer.reference, "take"):
-        trainer.reference.take()
+    if hasattr(trainer.reference_model, "take"):
+        trainer.reference_model.take()
     noisy = batch.x0.flatten(0, 1)
     times = torch.full((len(noisy),), 400)
     condition = {name: value.repeat_interleave(batch.k, 0)[: len(noisy)] for name, value in batch.condition.items()}
-    first, second = (trainer._predict_reference(noisy, times, condition) for _ in range(2))
+    first, second = (trainer.reference.predict(noisy, times, condition) for _ in range(2))
     assert torch.equal(first, second)
     with torch.no_grad():
-        policy = [trainer._predict_policy(noisy, times, condition) for _ in range(2)]
+        policy = [trainer.policy.predict(noisy, times, condition) for _ in range(2)]
     assert not torch.equal(*policy)
 
 
@@ -91,8 +91,8 @@ def test_precomputed_errors_belong_to_their_reference_and_autoencoder(tmp_path: 
 
     def notes(**more: Any) -> str:
         trainer = make_trainer(tmp_path, **options, **more)
-        trainer._setup()
-        verbs.precompute(trainer)
+        trainer.setup()
+        trainer.precompute_reference_errors()
         return next(note for note in trainer.notes if note.startswith("reference errors"))
 
     assert notes().endswith("computed") and notes().endswith("read back")
@@ -269,9 +269,9 @@ def test_the_rounding_is_measured_within_one_bucket(tmp_path: Path, capsys: pyte
     assert "rounding: bf16 alone moves" in said
     assert trainer.evaluate(rows)["eval/loss"] > 0
     other = make_trainer(tmp_path / "b", **options)
-    other._setup()
-    other._errors = lambda *_: 1 / 0
-    verbs.measure_rounding(other)
+    other.setup()
+    other.sampling_policy.errors = lambda *_: 1 / 0
+    other._measure_rounding()
     assert other.notes[-1].startswith("rounding: not measured (ZeroDivisionError")
 
 

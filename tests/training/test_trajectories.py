@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from tiny import (
     trained_tensors,
 )
 
-from diffalign.training import verbs
 from diffalign.training.callbacks import TrainerCallback
 from diffalign.training.reference import FrozenCopyReference
 
@@ -123,7 +123,7 @@ def test_caches_change_nothing_and_spare_the_encoders(tmp_path: Path, family: st
 
 
 def test_caches_ask_for_repeatable_pixels(tmp_path: Path) -> None:
-    from diffalign.exceptions import ConfigError
+    from diffalign.errors import ConfigError
 
     with pytest.raises(ConfigError, match="data.cache_latents"):
         make_trainer(tmp_path / "run", data={"cache_latents": str(tmp_path / "cache"), "random_flip": True})
@@ -135,7 +135,7 @@ def test_adapters_off_are_the_frozen_copy(tmp_path: Path) -> None:
     batch = first_batch(trainer)
     adapters_off = trainer.reference_errors(batch)
     policy, _ = trainer.errors(batch)
-    trainer.reference = copy
+    trainer.reference.forward = functools.partial(copy.predict, trainer.backbone)
     torch.testing.assert_close(trainer.reference_errors(batch), adapters_off, rtol=1e-6, atol=1e-7)
     assert float((policy.detach() - adapters_off).abs().max()) > 1e-5
     layers = [layer for layer in trainer.network.modules() if isinstance(layer, BaseTunerLayer)]
@@ -160,12 +160,12 @@ def test_precomputed_reference_errors_change_nothing_and_are_kept(tmp_path: Path
     assert_close_tensors(trained_tensors(ahead), plain, rtol=1e-3, atol=1e-5)
     assert "reference errors: 2 draws per row, computed" in ahead.notes
     again = make_trainer(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, save_steps=4, **options)
-    again._setup()
-    verbs.precompute(again)
+    again.setup()
+    again.precompute_reference_errors()
     assert "reference errors: 2 draws per row, read back" in again.notes
     changed = make_trainer(tmp_path / "b", precompute_ref_errors=True, ref_error_draws=2, noise_offset=0.1, **options)
-    changed._setup()
-    verbs.precompute(changed)
+    changed.setup()
+    changed.precompute_reference_errors()
     assert "reference errors: 2 draws per row, computed" in changed.notes
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tiny import lora_config, make_trainer, trained_tensors
 
 from diffalign import ValidationConfig
-from diffalign.cli import run
+from diffalign.cli.entry import run
+from diffalign.errors import ConfigError, UserError
 from diffalign.evaluation.diversity import Diversity
 from diffalign.evaluation.statistics import win_rate
-from diffalign.exceptions import ConfigError, UserError
 from diffalign.rewards.registry import register_scorer
-from diffalign.training.validation import Validation, check_validation
+from diffalign.training.validation import check_validation
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue star", "a cat"]
@@ -68,7 +68,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_numbers_are_the_evaluations(straight: Any) -> None:
-    again = Validation(straight)
+    again = straight._build_validation()
     with straight.averaged_weights():
         tuned = again._draw("again")
     base = again.base_images
@@ -120,7 +120,7 @@ def test_averaged_weights_are_what_is_judged(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", options={"validation": config()}, use_ema=True, **{**OPTIONS, "max_steps": 2})
     trainer.train()
     last = metrics(tmp_path / "run")[-1]["validation/validation-brightness"]
-    again = Validation(trainer)
+    again = trainer._build_validation()
     current = np.mean(brightness(again._draw("current")))
     with trainer.averaged_weights():
         averaged = np.mean(brightness(again._draw("averaged")))

@@ -45,7 +45,7 @@ OWN = {
 
 def main() -> None:
     from diffalign import __version__
-    from diffalign.rewards import doctor
+    from diffalign.rewards.testing import doctor
 
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}

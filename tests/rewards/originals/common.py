@@ -19,7 +19,7 @@ import PIL.Image
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))  # so that diffalign.rewards.reference_models can be imported without installing
+sys.path.insert(0, str(HERE.parents[2]))  # so that diffalign.rewards.testing.reference_models can be imported without installing
 torch.set_num_threads(1)
 STRIDE = 16  # of the stored pixels
 

@@ -18,7 +18,7 @@ import torch
 
 def main() -> None:
     options = common.arguments(__doc__, first="checkout of LAION-AI/aesthetic-predictor")
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     nn = torch.nn
     space = {"nn": nn, "pl": types.SimpleNamespace(LightningModule=nn.Module)}

@@ -17,7 +17,7 @@ import torch
 
 def main() -> None:
     options = common.arguments(__doc__, name="of the fixture")
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     common.stub("clint", "clint.textui", "turtle")
     common.sys.path.insert(0, str(options.source))
@@ -42,7 +42,7 @@ def main() -> None:
             except RuntimeError as error:  # RGBA reaches the network with four channels
                 scores.append(None)
                 errors[name] = f"{type(error).__name__}: {error}"[:200]
-    note = "tiny random weights of diffalign/rewards/reference_models.py; clint and turtle stubbed; CPU, so its autocast does nothing"
+    note = "tiny random weights of diffalign/rewards/testing/reference_models.py; clint and turtle stubbed; CPU, so its autocast does nothing"
     ids = tokenizer.tokenize(prompts)
     numbers = {
         "source": common.source_of(options.source, "tgxs002/HPSv2", "torchvision", "ftfy", "regex", note=note),

@@ -21,7 +21,7 @@ FULL_MED_CONFIG = {  # sizes of bert-base with BLIP's two extra tokens, as in th
 
 def main() -> None:
     options = common.arguments(__doc__)
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     common.bare_package("ImageReward", options.source / "ImageReward")  # its __init__ wants diffusers
     common.stub("clip")  # only for its CLIP and aesthetic scorers
@@ -56,7 +56,7 @@ def main() -> None:
         blip_pretrain.create_vit = full_vit
         (folder / "full.json").write_text(json.dumps(FULL_MED_CONFIG))
         full = original.ImageReward(med_config=str(folder / "full.json"), device="cpu").state_dict()
-    note = "tiny random weights of diffalign/rewards/reference_models.py; clip stubbed; BertTokenizer from the tiny vocabulary"
+    note = "tiny random weights of diffalign/rewards/testing/reference_models.py; clip stubbed; BertTokenizer from the tiny vocabulary"
     source = common.source_of(options.source, "THUDM/ImageReward", "torchvision", "transformers", "timm", "fairscale", note=note)
     common.write(options.out, "imagereward", {"source": source, **numbers}, arrays)
     keys = {"source": source, "shapes": {name: list(value.shape) for name, value in full.items()}}

@@ -17,7 +17,7 @@ def main() -> None:
     options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     common.stub("fire", "cv2", "matplotlib", "matplotlib.pyplot")
     common.sys.path.insert(0, str(options.source))
@@ -52,7 +52,7 @@ def main() -> None:
     numbers = {
         "source": common.source_of(
             options.source, "Kwai-Kolors/MPS", "transformers", "einops",
-            note="tiny random weights of diffalign/rewards/reference_models.py; batches of one prompt; Tensor.half made the identity",
+            note="tiny random weights of diffalign/rewards/testing/reference_models.py; batches of one prompt; Tensor.half made the identity",
         ),
         "images": list(images), "prompts": prompts, "condition": condition, "condition_ids": ids[-1].tolist(),
         "input_ids": [row.tolist() for row in ids[:-1]],

@@ -14,7 +14,7 @@ def main() -> None:
     options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from diffalign.rewards import reference_models as checkpoints
+    from diffalign.rewards.testing import reference_models as checkpoints
 
     model = CLIPModel(CLIPConfig.from_dict(checkpoints.clip_config()))
     model.load_state_dict(checkpoints.tensors(checkpoints.pickscore_state()), strict=True)
@@ -39,7 +39,7 @@ def main() -> None:
     numbers = {
         "source": common.source_of(
             options.source, "yuvalkirstain/PickScore", "transformers", "tokenizers",
-            note="code of README.md on tiny random weights of diffalign/rewards/reference_models.py; CLIPTokenizerFast, CLIPImageProcessor",
+            note="code of README.md on tiny random weights of diffalign/rewards/testing/reference_models.py; CLIPTokenizerFast, CLIPImageProcessor",
         ),
         "images": list(images), "prompts": prompts, "tokenizer": type(tokenizer).__name__,
         "input_ids": trimmed(tokens), "scores": scores.T.tolist(), "logit_scale": float(model.logit_scale),

@@ -1,0 +1,1 @@
+"""Make preference data: draw images, score them, write pairs and lists, recaption."""

@@ -1,0 +1,73 @@
+"""What `data build` works with: its options, the models that draw, and the images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.seeds import image_seed
+
+SELECTIONS = ("best_worst", "best_vs_rest", "all", "unanimous")
+FORMATS = ("both", "pairs", "ranked")
+
+
+@dataclass
+class BuildOptions:
+    """Options of `diffalign.annotation.build.build`, as those of `diffalign data build`."""
+
+    prompts: str
+    output_dir: Path
+    max_prompts: int | None = None
+    models: Sequence[str] = ("shapes",)
+    lora: Sequence[str] = ()
+    scorers: str | None = None
+    rewards_config: Path | None = None
+    scorer_args: str | None = None
+    num_images: int = 4
+    format: str = "both"
+    pair_selection: str = "best_worst"
+    min_margin: float = 0.0
+    combine: str | None = None
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    resolution: int | None = None
+    batch_size: int = 8
+    device: str | None = None
+    dtype: str | None = None
+    placement: str = "exclusive"
+    cache: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that draws.
+
+    Attributes:
+        name: of its folder and column, made of letters, digits, dot, dash and underscore.
+        model, lora: where it comes from.
+        fingerprint: of its weights.
+    """
+
+    name: str
+    model: str
+    lora: str | None
+    fingerprint: str
+
+    @property
+    def described(self) -> str:
+        return self.model if self.lora is None else f"{self.model} with the LoRA {self.lora}"
+
+
+class Drawn:
+    """One image: which prompt, which model, which seed, which file."""
+
+    def __init__(self, group: int, prompt: str, model: str, number: int, options: BuildOptions) -> None:
+        self.group, self.prompt, self.model, self.number = group, prompt, model, number
+        digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        self.seed = image_seed(options.seed, prompt, number)
+        # Named by the prompt's digest: a prompt can hold anything.
+        self.path: Path = options.output_dir / "images" / model / digest[:2] / f"{digest[:20]}-{number:03d}.png"

@@ -1,0 +1,232 @@
+"""Perturbers: captions that say something else, for DCPO's caption strategies (arXiv 2502.06023, section 3.2).
+
+A perturber is any callable ``(texts) -> texts``. An empty text, or the one that was given, means that it found nothing to
+change; the pair is then left out and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from ..errors import ConfigError, UserError
+from .captioners import _placement, load_callable, load_part
+
+LEVELS = ("weak", "medium", "strong")
+_COUNTS = {"weak": 1, "medium": 2, "strong": 4}
+# DIPPER's lexical diversity as the paper sets it, in the control codes of that model (100 - diversity).
+_DIVERSITY = {"weak": 40, "medium": 60, "strong": 80}
+DIPPER = "lexical = {lexical}, order = 100 <sent> {text} </sent>"
+
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "colour": ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray", "golden"),
+    "size": ("small", "large", "tiny", "huge", "big", "little"),
+    "number": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    "place": ("on the left", "on the right", "in the center", "in the foreground", "in the background"),
+    "relation": ("above", "below", "behind", "beside", "inside", "in front of", "on top of", "next to", "under"),
+    "shape": ("round", "square", "triangular", "rectangular", "oval", "star-shaped"),
+    "material": ("wooden", "metal", "glass", "plastic", "stone", "paper", "leather", "ceramic", "marble"),
+    "time": ("at night", "at dawn", "at noon", "at sunset", "in the morning", "in the evening"),
+    "weather": ("sunny", "rainy", "snowy", "foggy", "stormy", "cloudy"),
+    "season": ("spring", "summer", "autumn", "winter"),
+    "age": ("young", "old", "ancient", "modern"),
+    "person": ("man", "woman", "boy", "girl"),
+    "animal": ("dog", "cat", "horse", "bird", "cow", "sheep", "elephant", "bear", "rabbit", "fox", "lion"),
+    "medium": ("photo", "photograph", "painting", "drawing", "sketch", "watercolor", "illustration", "sculpture"),
+    "mood": ("happy", "sad", "angry", "calm", "dramatic", "serene"),
+}
+"""Words and phrases that exchange for one another; the longest phrase that fits is taken."""
+_STOP = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "for",
+        "with",
+        "and",
+        "or",
+        "to",
+        "from",
+        "is",
+        "are",
+        "as",
+        "its",
+        "it",
+        "this",
+        "that",
+    ]
+)
+
+
+@runtime_checkable
+class Perturber(Protocol):
+    """What a perturber must do; plain functions fit."""
+
+    def __call__(self, texts: Sequence[str]) -> Sequence[str]: ...
+
+
+class RulePerturber:
+    """Exchanges attributes (colours, sizes, numbers, places, ...) for others of their category.
+
+    A caption without a known attribute loses as many of its content words instead. The same text, level and seed give the same
+    result, whatever is around it.
+
+    Args:
+        level (`str`): ``weak`` changes one attribute, ``medium`` two, ``strong`` four, or as many as there are.
+        seed (`int`): of the choices.
+        categories (*optional*): other words.
+    """
+
+    def __init__(self, level: str = "medium", seed: int = 0, categories: Mapping[str, Sequence[str]] = CATEGORIES) -> None:
+        self.level, self.seed, self.name = check_level(level), seed, "rules"
+        self.category = {word: words for words in categories.values() for word in words}
+        phrases = sorted(self.category, key=len, reverse=True)
+        self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """One perturbed text per text; empty where nothing can be changed."""
+        return [self._perturb(text) for text in texts]
+
+    def _perturb(self, text: str) -> str:
+        draw = _drawn(self.seed, self.level, text)
+        found = list(self.pattern.finditer(text))
+        chosen = draw.sample(found, min(_COUNTS[self.level], len(found)))
+        if not chosen:
+            return self._shortened(text, draw)
+        for match in sorted(chosen, key=lambda m: -m.start()):
+            old = match.group()
+            new = draw.choice([word for word in self.category[old.lower()] if word != old.lower()])
+            text = text[: match.start()] + (new.capitalize() if old[0].isupper() else new) + text[match.end() :]
+        return text
+
+    def _shortened(self, text: str, draw: random.Random) -> str:
+        words = text.split()
+        content = [i for i, word in enumerate(words) if word.lower().strip(".,;:!?") not in _STOP]
+        if len(content) < 2:
+            return ""
+        dropped = set(draw.sample(content, min(_COUNTS[self.level], len(content) - 1)))
+        return " ".join(word for i, word in enumerate(words) if i not in dropped)
+
+
+class ShapesPerturber:
+    """The rules within the grammar of the shapes world: other values for 1, 2 or 4 of the five attributes."""
+
+    name = "shapes"
+
+    def __init__(self, level: str = "medium", seed: int = 0) -> None:
+        self.level, self.seed = check_level(level), seed
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """One sentence of the grammar per sentence.
+
+        Raises:
+            UserError: a text that is not of the grammar.
+        """
+        import dataclasses
+
+        from ..shapes.prompts import ATTRIBUTES, parse_prompt
+
+        changed = []
+        for text in texts:
+            try:
+                scene = parse_prompt(text)
+            except ValueError as error:
+                raise UserError(f"--perturber: shapes changes sentences of the shapes world only; {error}") from error
+            draw = _drawn(self.seed, self.level, text)
+            names = draw.sample(list(ATTRIBUTES), _COUNTS[self.level])
+            values = {n: draw.choice([v for v in ATTRIBUTES[n] if v != getattr(scene, n)]) for n in names}
+            changed.append(dataclasses.replace(scene, **values).prompt)
+        return changed
+
+
+class TransformersPerturber:
+    """A paraphrase model of transformers (text to text, or a language model that is asked), sampled.
+
+    Args:
+        model (`str`): Hub id or folder; the paper's is DIPPER (T5-XXL), whose control codes are used where the name contains "dipper".
+        level (`str`): lexical diversity 40, 60 or 80.
+        seed (`int`): a text's sample depends on seed, level and its batch.
+        template (`str`, *optional*): what the model reads; ``{text}`` and ``{lexical}`` are filled in.
+        device, dtype (*optional*): as for captioners.
+
+    Raises:
+        UserError: the model cannot be read, or a template without ``{text}``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        level: str = "medium",
+        seed: int = 0,
+        *,
+        template: str | None = None,
+        max_length: int = 256,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        self.name, self.level, self.seed, self.max_length = model, check_level(level), seed, max_length
+        self.template = template or (DIPPER if "dipper" in model.lower() else "paraphrase: {text}")
+        if "{text}" not in self.template:
+            raise ConfigError("--perturber_template", "expected a text with {text} in it")
+        config = load_part(AutoConfig, model, "--perturber")
+        self.seq2seq = bool(config.is_encoder_decoder)
+        self.tokenizer = load_part(AutoTokenizer, model, "--perturber", padding_side="right" if self.seq2seq else "left")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        device, dtype = _placement(device, dtype)
+        cls = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
+        self.model = load_part(cls, model, "--perturber", dtype=dtype).to(device).eval()
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """One paraphrase per text, sampled with top_p 0.75 as in the official script."""
+        import torch
+
+        lexical = str(100 - _DIVERSITY[self.level])
+        asked = [self.template.replace("{lexical}", lexical).replace("{text}", text) for text in texts]
+        inputs = self.tokenizer(asked, padding=True, return_tensors="pt").to(self.model.device)
+        digest = hashlib.sha256(repr((self.seed, self.level, list(texts))).encode()).digest()
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:6], "big"))
+            tokens = self.model.generate(**inputs, do_sample=True, top_p=0.75, max_new_tokens=self.max_length)
+        if not self.seq2seq:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def check_level(level: str) -> str:
+    """`level` itself.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    if level not in LEVELS:
+        raise ConfigError("--level", f"expected one of {', '.join(LEVELS)}, got {level!r}")
+    return level
+
+
+def make_perturber(
+    name: str, level: str = "medium", seed: int = 0, *, trust_remote_code: bool = False, **options: Any
+) -> Callable[[Sequence[str]], Sequence[str]]:
+    """``rules``, ``shapes``, ``package.module:object`` or ``./file.py:object``, or a paraphrase model of transformers."""
+    if name == "rules":
+        return RulePerturber(level, seed)
+    if name == "shapes":
+        return ShapesPerturber(level, seed)
+    if ":" in name:
+        return load_callable(name, "--perturber", trust_remote_code)
+    return TransformersPerturber(name, level, seed, **options)
+
+
+def _drawn(seed: int, level: str, text: str) -> random.Random:
+    return random.Random(hashlib.sha256(f"{seed}:{level}:{text}".encode("utf-8", "surrogatepass")).digest())

@@ -1,0 +1,352 @@
+"""LoRAs on a diffusers pipeline: loaded with what they hold checked, listed and restored with their weights."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..runtime.weight_files import (
+    TEXT_PREFIXES,
+    UNSUPPORTED,
+    LoraContent,
+    classify,
+    could_be_hub_id,
+    explained,
+    fetch_lora_file,
+    find_lora_file,
+    loading_errors,
+    read_header,
+    what_is_wrong,
+)
+
+NETWORKS = ("unet", "transformer")
+
+
+def denoiser(pipe: Any) -> Any:
+    """The pipeline's UNet or transformer."""
+    return next(getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
+
+
+def active_adapters(network: Any) -> dict[str, float]:
+    """The LoRAs that are active on a network, with the weights that they were set to, relative to their own alpha / r."""
+    from peft.tuners.lora import LoraLayer
+
+    weights: dict[str, float] = {}
+    for layer in network.modules():
+        if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+            continue
+        for name in layer.active_adapters:
+            if name in layer.scaling and name not in weights:
+                rank = layer.r[name]
+                root = _is_rank_stabilised(network, layer, name)
+                weights[name] = layer.scaling[name] / (layer.lora_alpha[name] / (rank**0.5 if root else rank))
+    return weights
+
+
+def _is_rank_stabilised(network: Any, layer: Any, name: str) -> bool:
+    flags = getattr(layer, "use_rslora", None)
+    if isinstance(flags, Mapping) and name in flags:
+        return bool(flags[name])
+    config = getattr(network, "peft_config", {}).get(name)
+    return bool(getattr(config, "use_rslora", False))
+
+
+def adapter_state(pipe: Any) -> dict[str, dict[str, float]]:
+    """Adapter -> component -> weight, of all adapters that are active on a pipeline."""
+    state: dict[str, dict[str, float]] = {}
+    for component, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            for name, weight in active_adapters(module).items():
+                state.setdefault(name, {})[component] = weight
+    return state
+
+
+def fixed_adapters(network: Any) -> dict[str, str]:
+    """Active adapters whose effect is not proportional to their weight, and what they are: DoRA and other kinds than LoRA."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    kinds: dict[str, str] = {}
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+            for name in layer.active_adapters:
+                if name in layer.lora_variant:
+                    kinds[name] = "a DoRA" if "Dora" in type(layer.lora_variant[name]).__name__ else "a variant of LoRA"
+        elif isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not layer.disable_adapters:
+            trained = isinstance(layer, AuxiliaryTrainingWrapper)
+            for name in layer.active_adapters:
+                kinds[name] = "a whole layer" if trained else f"a {type(layer).__mro__[1].__name__.removesuffix('Layer')}"
+    return kinds
+
+
+def check_not_merged(network: Any, role: str) -> None:
+    """Raises `UserError` when adapters are fused into the weights and still there: peft then ignores every other adapter, in silence."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = sorted({name for layer in network.modules() if isinstance(layer, BaseTunerLayer) for name in layer.merged_adapters})
+    if merged:
+        raise UserError(
+            f"{role}: the adapter {merged[0]!r} is fused into the pipeline's weights, so that no other has an effect; call "
+            "pipe.unload_lora_weights() first, which keeps the fused weights"
+        )
+
+
+def plain_state(network: Any) -> dict[str, torch.Tensor]:
+    """The weights of a network without its adapters, under the names that they have without them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = [path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    state = {}
+    for name, value in network.state_dict().items():
+        path = next((path for path in wrapped if name.startswith(f"{path}.")), None)
+        if path is None:
+            state[name] = value
+        elif name.startswith(f"{path}.base_layer."):
+            state[f"{path}.{name.removeprefix(f'{path}.base_layer.')}"] = value
+    return state
+
+
+def strip_adapters(network: Any) -> Any:
+    """Takes all adapters off a network, in place, so that its weights have their plain names; returns it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            _unwrap(network, path, layer)
+    for name in _PEFT_ATTRIBUTES:
+        if name in vars(network):
+            delattr(network, name)
+    return network
+
+
+def _unwrap(network: Any, path: str, layer: Any) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(network.get_submodule(parent), child, layer.get_base_layer())
+
+
+_PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+
+
+@contextmanager
+def adapters_kept(pipe: Any) -> Iterator[None]:
+    """Adapters that the block adds to a pipeline's networks are gone afterwards, and the others are active and scaled as before.
+
+    Also after an exception. Layers that were wrapped for the block's adapters alone are unwrapped, so that weights have their names back.
+    """
+    snapshots = _snapshots(pipe)
+    try:
+        yield
+    finally:
+        for snapshot in snapshots:
+            snapshot.restore()
+
+
+def _snapshots(pipe: Any) -> list[_AdapterSnapshot]:
+    return [_AdapterSnapshot(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+class _AdapterSnapshot:
+    """Which adapters a network has, which are active, with what scale, and which of their parameters train."""
+
+    def __init__(self, network: Any) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.network = network
+        self.names = set(getattr(network, "peft_config", {}))
+        self.attributes = {name: vars(network).get(name) for name in _PEFT_ATTRIBUTES}
+        self.layers: list[tuple[Any, dict[str, Any]]] = []
+        self.trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                values = {"_active_adapter": layer._active_adapter, "_disable_adapters": layer._disable_adapters}
+                if isinstance(getattr(layer, "scaling", None), dict):
+                    values["scaling"] = dict(layer.scaling)
+                self.layers.append((layer, values))
+
+    def restore(self) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        added = [name for name in getattr(self.network, "peft_config", {}) if name not in self.names]
+        own = {id(layer) for layer, _ in self.layers}
+        for path, layer in list(self.network.named_modules()):
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if id(layer) in own:
+                for name in added:
+                    layer.delete_adapter(name)
+            else:
+                _unwrap(self.network, path, layer)
+        for name in added:
+            self.network.peft_config.pop(name)
+        for name, value in self.attributes.items():
+            if value is not None:
+                setattr(self.network, name, value)
+            elif name in vars(self.network):
+                delattr(self.network, name)
+        for layer, values in self.layers:
+            for name, value in values.items():
+                setattr(layer, name, value)
+        for parameter, trains in self.trained:
+            parameter.requires_grad_(trains)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module that `torch.compile` wrapped, or the module itself."""
+    return module._orig_mod if hasattr(module, "_orig_mod") else module
+
+
+def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: bool = False, refused: Sequence[str] = ()) -> None:
+    """Loads a LoRA (folder, file or Hub id) as an adapter of the pipeline.
+
+    Args:
+        role: how messages name it, e.g. ``negative`` or ``--lora``.
+        denoiser_only: leave a part for text encoders out, with a warning.
+        refused: kinds of `weight_files.LoraContent` that the caller cannot use.
+
+    Raises:
+        UserError: it is no LoRA of this model, is damaged, or holds weights of a kind that cannot be used; nothing is then loaded.
+    """
+    network = denoiser(pipe)
+    if hasattr(network, "_orig_mod"):
+        raise UserError(f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it afterwards")
+    check_not_merged(network, role)
+    place = Path(weights).expanduser()
+    if place.exists():
+        file = find_lora_file(place, role)
+    elif place.suffix == ".safetensors" or not could_be_hub_id(str(weights)):
+        raise UserError(f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the form 'user/name'")
+    else:
+        file = fetch_lora_file(str(weights), role)
+    content = _checked_lora(file, role, refused)
+    before = _snapshots(pipe)
+    try:
+        with ExitStack() as stack:
+            if content is not None and (content.compiled or (denoiser_only and content.text_encoders)):
+                file = stack.enter_context(_rewritten(file, denoiser_only))
+            stack.enter_context(_quiet())
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True)
+            if name not in getattr(network, "peft_config", {}):
+                raise UserError(f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model")
+            _check_loaded(network, name, content, role, weights)
+    except BaseException as error:
+        for snapshot in before:
+            snapshot.restore()
+        if isinstance(error, UserError) or not isinstance(error, loading_errors()):
+            raise
+        raise UserError(f"{role}: {str(weights)!r} holds no LoRA for this model ({explained(error)[:200]})") from error
+    if denoiser_only and content is not None and content.text_encoders:
+        warnings.warn(
+            f"{role}: {str(weights)!r} has a part for text encoders, which is left out: the prompt is encoded once for both branches",
+            stacklevel=3,
+        )
+
+
+def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent | None:
+    """What a local LoRA file holds; None for a file of torch.save, which diffusers reads without running code."""
+    reason = what_is_wrong(file)
+    if reason is not None:
+        raise UserError(f"{role}: {str(file)!r} {reason}")
+    if file.suffix != ".safetensors":
+        return None
+    content = classify(read_header(file).shapes)
+    kinds = [kind for kind in content.kinds if kind in (*UNSUPPORTED, *refused)]
+    if kinds:
+        remedy = "fuse it into the model first" if kinds[0] in ("DoRA", "LoRA biases") else "save it as a plain LoRA"
+        raise UserError(f"{role}: {str(file)!r} holds {', '.join(kinds)}, which cannot be used here; {remedy}")
+    if "text encoder" in refused and content.text_encoders:
+        raise UserError(
+            f"{role}: {str(file)!r} has a part for text encoders ({content.text_encoders} layers), which cannot be used here; fuse it first"
+        )
+    if content.unpaired is not None:
+        raise UserError(f"{role}: {str(file)!r} has only one of the two matrices of {content.unpaired}; the file is incomplete")
+    _check_values(file, role)
+    return content
+
+
+def _check_values(file: Path, role: str) -> None:
+    """Raises `UserError` for values that are not finite, and for kohya's alphas where they differ, which diffusers reads wrongly."""
+    from safetensors import safe_open
+
+    alphas: set[float] = set()
+    without = False
+    with safe_open(file, "pt") as opened:
+        names = set(opened.keys())
+        for name in sorted(names):
+            tensor = opened.get_tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{role}: {str(file)!r} holds values that are not finite, in {name}; it was saved by a broken run"
+                )
+            if name.endswith(".alpha") and tensor.numel() == 1:
+                alphas.add(float(tensor))
+            without |= name.endswith(".lora_down.weight") and name.replace(".lora_down.weight", ".alpha") not in names
+    if len(alphas) > 1 or (alphas and without):
+        raise UserError(
+            f"{role}: the layers of {str(file)!r} have different alphas, which diffusers would mix up; save it with one alpha for all layers"
+        )
+
+
+def _check_loaded(network: Any, name: str, content: LoraContent | None, role: str, weights: Any) -> None:
+    """Raises `UserError` when a part of the file did not arrive in the network."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, LoraLayer) and name in layer.lora_A]
+    if any(
+        parameter.is_meta
+        for layer in layers
+        for parameter in (*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters())
+    ):
+        raise UserError(f"{role}: {str(weights)!r} lacks weights of layers that it names; the file is incomplete")
+    if content is not None and content.layers > len(layers):
+        raise UserError(
+            f"{role}: {str(weights)!r} has {content.layers} layers for the denoiser, of which this model has {len(layers)}; it belongs to "
+            "another model"
+        )
+
+
+@contextmanager
+def _rewritten(file: Path, denoiser_only: bool) -> Iterator[Path]:
+    """A copy of a LoRA file without `_orig_mod` in its names and, if asked for, without text encoders."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if not (denoiser_only and name.startswith(TEXT_PREFIXES))]  # noqa: SIM118
+        tensors = {name.replace("_orig_mod.", ""): opened.get_tensor(name) for name in names}
+        metadata = {key: value.replace("_orig_mod.", "") for key, value in (opened.metadata() or {}).items()}
+        target = Path(folder) / "pytorch_lora_weights.safetensors"
+        save_file(tensors, target, metadata=metadata or None)
+        yield target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers' warnings about parts that a LoRA does not have are no news; parts that are lost are errors here."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def lora_state(network: Any) -> dict[str, Tensor]:
+    """The adapter's weights, every key in peft's form (``...lora_A.weight``).
+
+    diffusers' `convert_state_dict_to_diffusers` renames attention layers only, and its loader judges a file by one key:
+    of a file in both forms it would silently drop the renamed half.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(network))

@@ -1,0 +1,5 @@
+"""The `diffalign` command: `entry.py` and one file per subcommand."""
+
+from .entry import main, run
+
+__all__ = ["main", "run"]

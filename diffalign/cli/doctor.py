@@ -1,0 +1,46 @@
+"""`diffalign doctor`: check the scorers on this machine against known numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..runtime.files import write_atomically
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scorers", help="comma-separated names (default: all)")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=PATH", help="published weights to check; may be given several times"
+    )
+    parser.add_argument(
+        "--tokenizer", action="append", default=[], metavar="NAME=PATH", help="tokenizer of one of them, where it lies elsewhere"
+    )
+    parser.add_argument("--assets", type=Path, help="folder with the authors' example images (1.webp ... 4.webp, demo_image.jpg)")
+    parser.add_argument("--device", help="auto, cpu, cuda (default auto)")
+    parser.add_argument("--json", type=Path, help="also write the report there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the report; 0 when nothing is wrong, else 1."""
+    from ..rewards.testing.doctor import examine
+
+    findings = list(
+        examine(
+            options.scorers,
+            models=options.model,
+            tokenizers=options.tokenizer,
+            assets=options.assets,
+            device=options.device,
+        )
+    )
+    width = max(len(finding.scorer) for finding in findings)
+    for finding in findings:
+        mark = {True: "ok     ", False: "WRONG  ", None: "-      "}[finding.ok]
+        print(f"{mark}{finding.scorer:{width}}  {finding.check}: {finding.detail}")
+    wrong = [finding for finding in findings if finding.ok is False]
+    print(f"{len(findings)} checks, {len(wrong)} wrong")
+    if options.json:
+        write_atomically(options.json, (json.dumps([vars(finding) for finding in findings], indent=1) + "\n").encode())
+    return 1 if wrong else 0

@@ -1,0 +1,87 @@
+"""``diffalign feedback``: people as judges of a run with ``train.feedback: people``.
+
+``collect`` runs until images want votes, and waits for them; ``status`` says what is there. ``diffalign train --config ...
+--train.resume_from_checkpoint latest`` goes on from the votes; the next round asks again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ..config.ranges import Range
+from ..errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    collect = actions.add_parser("collect", help="draw the next round's images and wait for votes", allow_abbrev=False)
+    collect.add_argument("--config", type=Path, required=True, help="run file with train.feedback: people")
+    collect.add_argument("--output_dir", help="in place of the run file's train.output_dir")
+    collect.add_argument("--no_wait", action="store_true", help="write the images and return")
+    collect.add_argument(
+        "--poll", type=Range(0.0, 86_400.0, above=True), default=2.0, help="seconds between two looks for votes (default 2)"
+    )
+    status = actions.add_parser("status", help="what a run waits for, and the votes that are there", allow_abbrev=False)
+    status.add_argument("output_dir", type=Path, help="folder of the run")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Collects or reports.
+
+    Raises:
+        UserError: a run that asks nobody, votes that do not fit.
+    """
+    if options.action == "status":
+        print(status(options.output_dir))
+        return 0
+    from ..recipe import build_trainer, load_run
+    from ..runtime.distributed import end_training
+    from ..training.checkpoint import list_checkpoints
+    from ..training.online.feedback import find_votes, read_votes
+
+    overrides = ["--train.output_dir", options.output_dir] if options.output_dir else []
+    config = load_run(options.config, overrides)
+    if getattr(config.train, "feedback", None) != "people":
+        raise UserError(f"--config: {options.config} asks no people; set method: d3po and train.feedback: people")
+    if list_checkpoints(Path(config.train.output_dir)):
+        config.train.resume_from_checkpoint = "latest"
+    trainer = build_trainer(config)
+    output = trainer.train()
+    end_training(trainer.accelerator)
+    if output.waiting_for is None:
+        print("done: no votes are wanted any more")
+        return 0
+    print(f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it)")
+    while not options.no_wait:
+        if find_votes(output.waiting_for):
+            print(f"{read_votes(output.waiting_for).summary()}; go on with")
+            print(f"  diffalign train --config {options.config} --train.resume_from_checkpoint latest")
+            break
+        time.sleep(options.poll)
+    return 0
+
+
+def status(output_dir: Path) -> str:
+    """Rounds, images and votes of a run.
+
+    Raises:
+        UserError: it has no rounds, or votes that do not fit.
+    """
+    from ..training.online.feedback import MANIFEST, find_votes, read_manifest, read_votes
+
+    rounds = sorted((output_dir / "feedback").glob("round-*"))
+    if not rounds:
+        raise UserError(f"{str(output_dir)!r} holds no feedback round")
+    lines = []
+    for folder in rounds:
+        if not (folder / MANIFEST).is_file():
+            lines.append(f"{folder.name}: still being drawn")
+            continue
+        groups = read_manifest(folder)
+        images = sum(len(group["images"]) for group in groups)
+        said = read_votes(folder).summary() if find_votes(folder) else "no votes yet"
+        lines.append(f"{folder.name}: {len(groups)} prompts, {images} images; {said}")
+    return "\n".join(lines)

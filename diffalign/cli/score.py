@@ -1,0 +1,94 @@
+"""``diffalign score``: a table of scores for a folder of images or a dataset, resumable, on any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.ranges import count
+from ..errors import ConfigError, UserError
+from ..rewards.panel_file import _mapping, panel_config
+from ..runtime.distributed import Processes
+
+if TYPE_CHECKING:
+    from ..rewards.panel_config import RewardEntry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--images", required=True, help="folder of images, or a dataset: Hub id, folder or file")
+    parser.add_argument("--scorers", help="names with commas between, e.g. imagereward,pickscore")
+    parser.add_argument("--config", type=Path, help="YAML with rewards: and combine: instead of --scorers")
+    parser.add_argument("--prompts", type=Path, help="of a folder: one line per image in the order of names, or .json, .jsonl")
+    parser.add_argument("--prompt", help="of a folder: one for all images")
+    parser.add_argument("--split", default="train", help="of a dataset (default: train)")
+    parser.add_argument("--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'")
+    parser.add_argument("--output_dir", type=Path, default=Path("diffalign-scores"), help="default: diffalign-scores")
+    parser.add_argument("--cache", type=Path, help="file that keeps scores across output folders")
+    parser.add_argument("--batch_size", type=count(), help="images per forward pass (default: the scorer's)")
+    parser.add_argument("--chunk_size", type=count(), default=256, help="images after which work is safe (default: 256)")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", help="of the towers (default: float32, the reference)")
+    parser.add_argument("--combine", help="how scorers are combined, e.g. winrate, zscore, weighted_sum")
+    parser.add_argument("--placement", help="resident (default), offload, or exclusive: one scorer in memory at a time")
+    parser.add_argument(
+        "--on_error", choices=("raise", "nan"), help="an unreadable image stops (raise, default) or is missing (nan)"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
+    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}, mps: {threshold: 0.01}}'")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Scores, and writes scores.parquet, errors.jsonl and summary.json into the output folder.
+
+    Finished chunks lie in its `parts` folder under names made of the scorer's fingerprint and the content scored, so that an interrupted
+    run goes on, another scorer can be added, and a changed image, prompt, weight or setting is scored anew.
+
+    Raises:
+        UserError: options, images, prompts or scorers that do not fit; an unreadable image under ``on_error=raise``.
+    """
+    for name in ("chunk_size", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}", f"expected int >= 1, got {value}")
+    config = panel_config(
+        scorers=options.scorers,
+        file=options.config,
+        scorer_args=options.scorer_args,
+        combine=options.combine,
+        trust_remote_code=options.trust_remote_code,
+        overrides={name: getattr(options, name) for name in ("batch_size", "dtype", "on_error")},
+    )
+    config |= {name: getattr(options, name) for name in ("placement", "cache") if getattr(options, name) is not None}
+    processes = Processes.start(options.device)
+    from ..annotation.score_parts import ScoreWork, score_all
+    from ..annotation.score_report import write_report
+    from ..annotation.score_source import open_images
+    from ..rewards.panel import Panel
+    from ..rewards.registry import get_spec
+
+    source = open_images(
+        options.images,
+        prompt=options.prompt,
+        prompts=options.prompts,
+        split=options.split,
+        columns=_mapping(options.columns, "--columns", "{prompt: text}"),
+        skip_broken=options.on_error == "nan",
+    )
+    entries: list[RewardEntry] = config["rewards"]
+    specs = [get_spec(entry.scorer, trust_remote_code=options.trust_remote_code) for entry in entries]
+    source.check(*([s.key for s in specs if need in s.requires] for need in ("prompt", "metadata")))
+    if options.output_dir.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
+        raise UserError(f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder elsewhere")
+    (options.output_dir / "parts").mkdir(parents=True, exist_ok=True)
+    panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
+    work = ScoreWork(panel, source, source.chunks(options.chunk_size), options.output_dir / "parts")
+    table = score_all(work, processes)
+    processes.stop()
+    if processes.rank == 0:
+        print(write_report(table, panel, source, options.output_dir, combine_asked="combine" in config))
+    return 0
+
+
+# Options

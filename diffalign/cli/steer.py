@@ -1,0 +1,451 @@
+"""``diffalign steer``: steered images for a list of prompts, beside best-of-n where asked, resumable over prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.ranges import count, finite, not_negative, seed, side, steps
+from ..config.yaml_text import NotYaml, read_yaml_text
+from ..errors import ConfigError, UserError
+from ..runtime.files import claim_output_dir, save_image
+from ..runtime.missing import Missing
+from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
+
+if TYPE_CHECKING:
+    from ..evaluation.best_of_n import BestOfNComparison
+    from ..steering.fk_steering import FKSteering
+    from ..steering.result import SteeringResult
+    from ..steering.reward_fn import Rewarder
+
+# Options that change no number: a run may go on with others.
+_FREE = ("output_dir", "device", "model_batch_size", "decode_batch_size", "command", "handler")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
+    parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
+    parser.add_argument(
+        "--prompts",
+        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
+    )
+    parser.add_argument("--prompt", action="append", help="instead of --prompts; may be given several times")
+    parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
+    parser.add_argument(
+        "--num_particles", type=count(1, 65_536), default=4, help="images per prompt that steering works with (default 4)"
+    )
+    parser.add_argument("--lmbda", type=not_negative, help="strength of the tilt, in units of 1/reward; this or --ess_target")
+    parser.add_argument(
+        "--ess_target", type=float, help="choose lmbda such that this share of the particles stays effective, e.g. 0.5"
+    )
+    parser.add_argument("--potential", default="diff", help="diff (default), max, sum, rt, max_inc or tempered")
+    parser.add_argument(
+        "--resample_steps",
+        help="with commas: fractions of the run (0.2,0.5) or indices (10,20); default five from 20 to 80 percent",
+    )
+    parser.add_argument("--scheme", default="systematic", help="systematic (default), stratified, residual or multinomial")
+    parser.add_argument(
+        "--ess_threshold", type=float, default=0.5, help="resample under this share of the particles; 1 is always (default 0.5)"
+    )
+    parser.add_argument(
+        "--kernel",
+        default="auto",
+        help="auto (default), scheduler (the pipeline's own), ddim, ancestral or euler_maruyama (flow matching)",
+    )
+    parser.add_argument("--eta", type=float, help="of the kernel, or of the pipeline's scheduler with --kernel scheduler")
+    parser.add_argument("--tiny_decoder", help="Hub id or folder of an AutoencoderTiny for intermediate images")
+    parser.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's; 30 for shapes)")
+    parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
+    parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first population of a prompt (default 0)")
+    parser.add_argument("--num_seeds", type=count(), default=1, help="populations per prompt (default 1)")
+    parser.add_argument("--compare", action="store_true", help="also draw best-of-n from the same noise and compare")
+    parser.add_argument("--judges", help="scorers that judge the images but do not steer, with commas between")
+    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
+    parser.add_argument("--prompts_per_call", type=count(), help="prompts that share a pipeline call (default 1; 8 for shapes)")
+    parser.add_argument("--model_batch_size", type=count(), help="rows per forward pass of the model (default: all)")
+    parser.add_argument("--decode_batch_size", type=count(), help="latents per decode (default 8)")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: bfloat16 on a GPU)")
+    parser.add_argument("--output_dir", type=Path, default=Path("diffalign-steered"), help="default: diffalign-steered")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Steers, and writes images, lineage pictures, ``grid.png``, ``results.json`` and, with --compare, ``table.md``.
+
+    Finished calls lie in `records`, so that an interrupted command goes on where it stopped.
+
+    Raises:
+        UserError: options, prompts, model or scorer that do not fit, before anything is drawn; a folder that holds another run.
+    """
+    steps = _check(options)
+    prompts = _prompts(options)
+    arguments = _scorer_arguments(options)
+    settings = {k: v for k, v in sorted(vars(options).items()) if k not in _FREE} | {"prompts": prompts, "prompt": None}
+    if _claim(options.output_dir, settings):
+        print(f"{options.output_dir} holds a finished run; nothing was run again")
+        print((options.output_dir / "table.md").read_text("utf-8"))
+        return 0
+    work = _Work.load(options, steps, arguments)
+    units = [(i, s) for s in range(options.num_seeds) for i in range(len(prompts))]
+    size = options.prompts_per_call or (8 if options.model == "shapes" else 1)
+    chunks = [units[start : start + size] for start in range(0, len(units), size)]
+    from tqdm.auto import tqdm
+
+    for name in ("records", "images", "lineage"):
+        (options.output_dir / name).mkdir(exist_ok=True)
+    records: list[dict[str, Any]] = []
+    with tqdm(total=len(units), desc="steering", unit="prompt") as bar:
+        for number, chunk in enumerate(chunks):
+            path = options.output_dir / "records" / f"{number:05d}.json"
+            if not path.is_file():
+                work.do(chunk, prompts, path)
+            records.append(json.loads(path.read_text("utf-8")))
+            bar.update(len(chunk))
+    print(_report(options, settings, prompts, records))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> tuple[float | int, ...] | None:
+    """Everything that shows without loading anything; returns the schedule."""
+    for name, least in (
+        ("max_prompts", 1), ("num_particles", 1), ("num_inference_steps", 1), ("height", 8), ("width", 8), ("seed", 0), ("num_seeds", 1),
+        ("prompts_per_call", 1), ("model_batch_size", 1), ("decode_batch_size", 1),
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
+    if options.compare and options.num_particles < 2:
+        raise ConfigError("--num_particles", "a comparison with best-of-n needs at least 2 particles, got 1")
+    from ..steering.kernels import check_kernel
+    from ..steering.schedule import check_schedule, schedule
+    from ..steering.smc import check_options
+
+    steps = (
+        None
+        if options.resample_steps is None
+        else tuple(_number(text) for text in options.resample_steps.split(",") if text.strip())
+    )
+    try:
+        check_options(
+            num_particles=options.num_particles,
+            lmbda=options.lmbda,
+            ess_target=options.ess_target,
+            potential=options.potential,
+            scheme=options.scheme,
+            ess_threshold=options.ess_threshold,
+        )
+        check_schedule(steps)
+        if options.num_particles == 1 and steps:
+            raise ConfigError("num_particles", "1 particle cannot be resampled; give at least 2, or leave out --resample_steps")
+        if options.num_inference_steps is not None:
+            schedule(steps, options.num_inference_steps)
+        if options.kernel != "scheduler":
+            check_kernel(options.kernel, options.eta)
+    except ConfigError as error:
+        raise ConfigError(f"--{error.field}", error.problem) from None
+    return steps
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ConfigError(
+            "--resample_steps", f"expected numbers with commas between, e.g. 0.2,0.5 or 10,20, got {text!r}"
+        ) from None
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if (options.prompts is None) == (options.prompt is None):
+        raise UserError("--prompts, --prompt: give one of them, e.g. --prompts prompts.txt")
+    if options.prompt is not None:
+        given = [prompt for prompt in dict.fromkeys(options.prompt) if prompt.strip()]
+        if not given:
+            raise UserError("--prompt: the prompt is empty; write what the image should show")
+        return given[: options.max_prompts]
+    from ..data.prompt_sets import read_prompts
+
+    if Path(options.prompts).suffix == ".txt" and not Path(options.prompts).is_file():
+        raise UserError(f"--prompts: there is no file {options.prompts!r}")
+    prompts, notes = read_prompts(options.prompts, options.max_prompts)
+    for note in notes:
+        print(f"--prompts: {note}")
+    return prompts
+
+
+def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
+    """Name of each scorer, the reward first -> its options."""
+    from ..rewards.registry import get_spec
+
+    names = [options.scorer, *(name.strip() for name in (options.judges or "").split(",") if name.strip())]
+    try:
+        given = read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
+    except NotYaml:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+        raise UserError(
+            f"--scorer_args: expected a mapping such as '{{pickscore: {{model: FOLDER}}}}', got {options.scorer_args!r}"
+        )
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ConfigError(f"--scorer_args.{unknown[0]}", f"no such scorer here; there are {', '.join(names)}")
+    if "reward" in names[1:] or len(set(names[1:])) < len(names[1:]):
+        raise ConfigError("--judges", f"expected different names, none of them 'reward', got {options.judges!r}")
+    for name in names:
+        if "metadata" in get_spec(name, trust_remote_code=options.trust_remote_code).requires:
+            raise UserError(
+                f"--scorer: {name} needs metadata for every prompt, which prompts alone do not have; steer in Python with metadata="
+            )
+    return {name: given.get(name, {}) for name in names}
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> bool:
+    """Takes the folder for these settings; whether the run in it is complete.
+
+    Raises:
+        UserError: it holds something else, or a run with other settings.
+    """
+    claim_output_dir(folder, "settings.json", settings, long=("prompts",))
+    return (folder / "results.json").is_file()
+
+
+@dataclass
+class _Work:
+    """What is loaded, and how one call is made and written."""
+
+    options: argparse.Namespace
+    steering: FKSteering
+    judges: dict[str, Rewarder]
+    call: dict[str, Any]
+
+    @classmethod
+    def load(cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]) -> _Work:
+        from ..evaluation.best_of_n import read_judges
+        from ..generation.pipelines import default_settings, load_for_scoring
+        from ..rewards.registry import load_scorer
+        from ..runtime.devices import read_device, read_dtype
+        from ..steering.fk_steering import FKSteering
+
+        device = read_device(options.device)
+        scorers = [
+            load_scorer(name, device=device, trust_remote_code=options.trust_remote_code, **given)
+            for name, given in arguments.items()
+        ]
+        pipe = load_for_scoring(options.model, device=device, dtype=None if options.dtype is None else read_dtype(options.dtype))
+        pipe.set_progress_bar_config(disable=True)
+        decoder = None
+        if options.tiny_decoder:
+            decoder = _tiny_decoder(options.tiny_decoder, pipe.vae.dtype).to(device)
+        own = options.kernel == "scheduler"
+        steering = FKSteering(
+            pipe,
+            scorers[0],
+            num_particles=options.num_particles,
+            lmbda=options.lmbda,
+            ess_target=options.ess_target,
+            potential=options.potential,
+            resample_steps=steps,
+            scheme=options.scheme,
+            ess_threshold=options.ess_threshold,
+            kernel=None if own else options.kernel,
+            eta=None if own else options.eta,
+            decoder=decoder,
+            model_batch_size=options.model_batch_size,
+            decode_batch_size=options.decode_batch_size,
+        )
+        call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+        call = {name: value for name, value in call.items() if value is not None} | (
+            {"eta": options.eta} if own and options.eta is not None else {}
+        )
+        if options.model == "shapes":
+            call = {**default_settings("shapes"), "num_inference_steps": 30, **call}
+        return cls(options, steering, read_judges(dict(zip(list(arguments)[1:], scorers[1:], strict=True))), call)
+
+    def do(self, units: list[tuple[int, int]], prompts: list[str], path: Path) -> None:
+        """One call of steering (and of best-of-n) for some (prompt, seed) units: files first, the record last."""
+        from ..evaluation.best_of_n import judge, population_seed
+        from ..runtime.files import write_atomically
+
+        seeds = [self.options.seed + population_seed(s, i) for i, s in units]
+        texts = [prompts[i] for i, _ in units]
+        record: dict[str, Any] = {"units": [{"prompt": i, "seed": s} for i, s in units], "arms": {}}
+        sides = {"best_of_n": self.steering.best_of_n()} if self.options.compare else {}
+        for arm, sampler in {**sides, "steering": self.steering}.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # said once, at the end, for all prompts
+                result = sampler(texts, seed=seeds, **self.call)
+            judged = judge(result, self.judges)
+            record["arms"][arm] = _arm_record(result, judged)
+            self._write_images(arm, units, result)
+        write_atomically(path, json.dumps(record).encode())
+
+    def _write_images(self, arm: str, units: list[tuple[int, int]], result: SteeringResult) -> None:
+        folder = self.options.output_dir
+        for row, (i, s) in enumerate(units):
+            name = f"{i:04d}-seed{s}"
+            if arm == "best_of_n":
+                _save(result.best[row], folder / "images" / f"{name}-best_of_n.png")
+                continue
+            for k, image in enumerate(result.images[row]):
+                _save(image, folder / "images" / f"{name}-particle{k}.png")
+            result.plot(row, folder / "lineage" / f"{name}.png")
+
+
+def _tiny_decoder(name: str, dtype: Any) -> Any:
+    """The `AutoencoderTiny` of a folder or Hub id.
+
+    Raises:
+        UserError: it is none, or it is damaged.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        if Path(name).is_dir():
+            check_component(Path(name), "--tiny_decoder")
+        module = AutoencoderTiny.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except UserError:
+        raise
+    except loading_errors() as error:
+        raise UserError(f"--tiny_decoder: {name!r} holds no AutoencoderTiny ({explained(error)[:200]})") from error
+    check_filled(module, "--tiny_decoder", repr(name))
+    return module
+
+
+def _arm_record(result: SteeringResult, judged: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON keeps of one call, lists over its prompts."""
+    return {
+        "rewards": result.rewards.tolist(),
+        "judges": {name: values.tolist() for name, values in judged.items()},
+        "log_weights": result.log_weights.tolist(),
+        "log_z": result.log_z.tolist(),
+        "lmbda": result.lmbda.tolist(),
+        "roots": result.roots.tolist(),
+        "best": result.best_index.tolist(),
+        "ess": result.ess.T.tolist(),
+        "scored_steps": [step.index for step in result.steps],
+        "ancestors": result.ancestors.movedim(0, 1).tolist(),
+        "degenerate": result.degenerate.tolist(),
+        "nan_count": result.nan_count,
+        "kernel": result.kernel,
+        "counts": result.counts,
+        "seconds": result.seconds,
+    }
+
+
+def _report(options: argparse.Namespace, settings: dict[str, Any], prompts: list[str], records: list[dict[str, Any]]) -> str:
+    """Writes the overall files; returns what the command prints."""
+    from ..runtime.files import write_atomically
+    from ..runtime.versions import versions
+
+    folder = options.output_dir
+    comparison = _comparison(options, prompts, records)
+    if options.compare:
+        table = comparison.table()
+        save_image(comparison.grid(), folder / "grid.png")
+    else:
+        table = _plain_table(comparison)
+        save_image(_particle_grid(options, comparison), folder / "grid.png")
+    steered = [record["arms"]["steering"] for record in records]
+    collapsed = int((comparison.arms["steering"].roots == 1).sum()) if options.num_particles > 1 else 0
+    total = comparison.arms["steering"].roots.size
+    said = [f"{collapsed} of {total} populations descend from one initial noise; lower --lmbda to keep more"] if collapsed else []
+    missing = sum(arm["nan_count"] for arm in steered)
+    said += [f"{missing} rewards were NaN and counted as minus infinity"] if missing else []
+    results = {
+        "settings": settings,
+        "versions": versions(),
+        "kernel": steered[0]["kernel"] or "scheduler",
+        "populations": [
+            {**unit, "text": prompts[unit["prompt"]], **{arm: _unit(values, row) for arm, values in record["arms"].items()}}
+            for record in records
+            for row, unit in enumerate(record["units"])
+        ],
+        "totals": comparison.to_dict() if options.compare else {"seconds": comparison.arms["steering"].seconds},
+        "warnings": said,
+    }
+    write_atomically(folder / "table.md", (table + "\n").encode())
+    write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=True).encode())
+    return "\n".join([table, *said, f"wrote {folder}: images/, lineage/, grid.png, table.md, results.json"])
+
+
+def _unit(values: dict[str, Any], row: int) -> dict[str, Any]:
+    """The entries of one population."""
+    kept = ("rewards", "log_weights", "log_z", "lmbda", "roots", "best", "ess", "ancestors", "degenerate")
+    found = {name: values[name][row] for name in kept} | {"scored_steps": values["scored_steps"]}
+    return found | {"judges": {name: scores[row] for name, scores in values["judges"].items()}}
+
+
+def _save(image: Any, path: Path) -> None:
+    if not isinstance(image, Missing):
+        save_image(image, path)
+
+
+def _comparison(options: argparse.Namespace, prompts: list[str], records: list[dict[str, Any]]) -> BestOfNComparison:
+    """The records as arrays over prompts and seeds; without --compare, of steering alone."""
+    import numpy as np
+    from PIL import Image
+
+    from ..evaluation.best_of_n import REWARD, ArmScores, BestOfNComparison
+
+    shape = (len(prompts), options.num_seeds, options.num_particles)
+    arms = {}
+    for arm in records[0]["arms"]:
+        names = [REWARD, *records[0]["arms"][arm]["judges"]]
+        scores = {name: np.full(shape, np.nan) for name in names}
+        weights, roots, low = np.zeros(shape), np.zeros(shape[:2]), np.zeros(shape[:2])
+        files: list[list[Any]] = [[None] * options.num_seeds for _ in prompts]
+        for record in records:
+            values = record["arms"][arm]
+            for row, unit in enumerate(record["units"]):
+                at = (unit["prompt"], unit["seed"])
+                for name in names:
+                    scores[name][at] = values["rewards"][row] if name == REWARD else values["judges"][name][row]
+                weights[at] = np.exp(values["log_weights"][row])
+                roots[at], low[at] = len(set(values["roots"][row])), min(values["ess"][row])
+                end = "best_of_n" if arm == "best_of_n" else f"particle{values['best'][row]}"
+                files[at[0]][at[1]] = options.output_dir / "images" / f"{at[0]:04d}-seed{at[1]}-{end}.png"
+        shown = [[Image.open(file) for file in row[:4]] for row in files[:24]]
+        totals = {
+            key: sum(record["arms"][arm]["counts"][key] for record in records)
+            for key in ("model_rows", "decodes", "scored_images", "reward_calls")
+        }
+        seconds = sum(record["arms"][arm]["seconds"]["total"] for record in records)
+        arms[arm] = ArmScores(scores, weights, roots, low, best_images=shown, **totals, seconds=seconds)
+    return BestOfNComparison(prompts, list(range(options.num_seeds)), options.num_particles, arms)
+
+
+def _plain_table(comparison: BestOfNComparison) -> str:
+    arm = comparison.arms["steering"]
+    lines = ["| prompt | best reward | weighted mean | smallest ESS | roots |", "|---|---|---|---|---|"]
+    values = [arm.best("reward"), arm.weighted("reward"), arm.min_ess, arm.roots]
+    for i, prompt in enumerate(comparison.prompts):
+        best, mean, low, roots = (float(value[i].mean()) for value in values)
+        short = prompt if len(prompt) <= 70 else prompt[:67] + "..."
+        lines.append(f"| {short.replace('|', '/')} | {best:.4g} | {mean:.4g} | {low:.2f} | {roots:.2g} |")
+    return "\n".join(lines)
+
+
+def _particle_grid(options: argparse.Namespace, comparison: BestOfNComparison) -> Any:
+    """All particles of the first prompts, the best framed."""
+    import numpy as np
+    from PIL import Image
+
+    from ..generation.grids import framed_grid
+
+    rewards = comparison.arms["steering"].scores["reward"]
+    rows = []
+    for i, prompt in enumerate(comparison.prompts[:24]):
+        images = [
+            Image.open(options.output_dir / "images" / f"{i:04d}-seed0-particle{k}.png") for k in range(options.num_particles)
+        ]
+        rows.append((prompt, images, int(np.nan_to_num(rewards[i, 0], nan=-np.inf).argmax())))
+    return framed_grid(rows)

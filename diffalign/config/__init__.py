@@ -1,0 +1,1 @@
+"""How a dataclass becomes YAML, options and help. Knows no section of a run file."""

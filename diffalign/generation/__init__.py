@@ -1,0 +1,1 @@
+"""Draw images: pipelines, one seed per image, guidance, merged models, micro-batches, grids."""

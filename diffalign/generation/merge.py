@@ -1,0 +1,133 @@
+"""``diffalign merge``: weighted sums of LoRAs or of full weights, written as plain diffusers weights.
+
+    theta = base + sum_i w_i (theta_i - base)
+
+With weights that sum to 1 this is interpolation, or a reward soup of several runs (Rame et al. 2023, arXiv 2306.04488). LoRAs are merged exactly: the sum of low-rank updates has the sum of their ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..runtime.files import replacing_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def merge_states(
+    base: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """base + sum_i w_i (theta_i - base), name by name, summed in float32 or wider.
+
+    Raises:
+        UserError: names or shapes that differ.
+    """
+    import torch
+
+    from .guidance import check_same_states
+
+    for number, other in enumerate(others):
+        check_same_states(base, other, f"--inputs, number {number + 1}", "the base's")
+    merged = {}
+    for name, value in base.items():
+        if not value.is_floating_point():
+            merged[name] = value
+            continue
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        total = wide.clone()
+        for weight, other in zip(weights, others, strict=True):
+            total += weight * (other[name].to(wide) - wide)
+        merged[name] = total.to(value.dtype)
+    return merged
+
+
+def _is_pipeline(name: str) -> bool:
+    return name == "shapes" or (Path(name) / "model_index.json").is_file()
+
+
+def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+    """Writes ``pytorch_lora_weights.safetensors``: the exact weighted sum of the LoRAs' updates.
+
+    Raises:
+        UserError: one of them is no LoRA of the model.
+    """
+    import torch
+
+    from ..backbones import load_backbone
+    from ..backbones.lora import load_lora, lora_state
+
+    backbone = load_backbone(model)
+    backbone.place(torch.device("cpu"), torch.float32)
+    network = backbone.load_network(torch.float32)
+    pipe = backbone.pipeline(with_vae=False, network=network)
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        load_lora(pipe, lora, "input", "--inputs", refused=("DoRA", "LoRA biases", "text encoder"))
+        for name, (down, up) in _factors(network, "input").items():
+            parts.setdefault(name, []).append((down, weight * up))
+        pipe.delete_adapters(["input"])
+    factors = {name: (torch.cat([d for d, _ in each], 0), torch.cat([u for _, u in each], 1)) for name, each in parts.items()}
+    _put(network, factors)
+    state = lora_state(network)
+    with replacing_folder(output_dir) as temporary:
+        backbone.save_lora(str(temporary), network, state)
+
+
+def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down, up) of an adapter, alpha / r folded into the second."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            scale = layer.scaling[adapter]
+            found[name] = (layer.lora_A[adapter].weight.detach().clone(), scale * layer.lora_B[adapter].weight.detach())
+    return found
+
+
+def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Leaves one adapter `default` on the network, its alpha equal to its rank in every layer."""
+    from peft import LoraConfig
+
+    ranks = {name: len(down) for name, (down, _) in factors.items()}
+    most = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(r=most, lora_alpha=most, target_modules=list(factors), rank_pattern=pattern, alpha_pattern=dict(pattern))
+    network.add_adapter(config, adapter_name="default")
+    for name, (down, up) in factors.items():
+        layer = network.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(down)
+        layer.lora_B["default"].weight.data.copy_(up)
+
+
+def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+    import torch
+
+    from ..backbones import load_backbone
+
+    backbone = load_backbone(model)
+    backbone.place(torch.device("cpu"), torch.float32)
+    network = backbone.load_network(torch.float32)
+    states = []
+    for name in inputs:
+        other = load_backbone(name)
+        if other.network_name != backbone.network_name:
+            raise UserError(
+                f"--inputs: {name!r} has a {other.network_name}, the base a {backbone.network_name}; merge weights of one model family"
+            )
+        kinds = other.process.prediction_type, backbone.process.prediction_type
+        if kinds[0] != kinds[1]:
+            raise UserError(f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of one model family")
+        other.place(torch.device("cpu"), torch.float32)
+        states.append(other.load_network(torch.float32).state_dict())
+    merged = merge_states(network.state_dict(), states, weights)
+    bad = next((name for name, value in merged.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"--inputs: the sum is not finite in {bad}; one of the inputs was saved by a broken run")
+    network.load_state_dict(merged)
+    with replacing_folder(output_dir) as temporary:
+        backbone.pipeline(network=network).save_pretrained(temporary)

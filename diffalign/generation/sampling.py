@@ -1,0 +1,158 @@
+"""Batched sampling with one seed per image: the same noise whatever the batch size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..config.ranges import count
+from ..errors import ConfigError, UserError
+from ..runtime.files import save_image, write_atomically
+from ..runtime.missing import ABSENT, FAILED, Missing, present, read_output, watched
+
+if TYPE_CHECKING:
+    from ..runtime.distributed import Processes
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 8,
+    description: str = "sampling",
+    progress: bool = True,
+    **pipe_kwargs: Any,
+) -> list[Any]:
+    """One image per (prompt, seed) from an unmodified diffusers pipeline.
+
+    Every image has a CPU generator of its own, so initial and step noise depend on its seed alone: not on the batch size, the
+    device or its neighbours. The same (prompt, seed) under two models is therefore a paired sample.
+
+    Args:
+        pipe: a text-to-image `DiffusionPipeline`.
+        prompts (`Sequence[str]`): one per image.
+        seeds (`Sequence[int]`): one per image.
+        batch_size (`int`): images per forward pass.
+        pipe_kwargs: handed to the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
+
+    Returns:
+        `list[PIL.Image.Image]` in the order of `prompts`, with a `diffalign.runtime.missing.Missing` where an image is not finite, was blocked by a
+        safety checker, or could not be drawn.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"seeds: expected one per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
+    check_steps(pipe, pipe_kwargs.get("num_inference_steps"))
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Any] = []
+    with tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar, torch.inference_mode():
+        for start in range(0, len(prompts), batch_size):
+            chunk = list(prompts[start : start + batch_size])
+            generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[start : start + batch_size]]
+            images.extend(_draw_batch(pipe, chunk, generators, pipe_kwargs))
+            bar.update(len(chunk))
+    return images
+
+
+def _draw_batch(pipe: Any, prompts: list[str], generators: list[torch.Generator], settings: Mapping[str, Any]) -> list[Any]:
+    """The images of a batch. Where the pipeline refuses it, its prompts are drawn one by one, so that one prompt costs one image."""
+    seeds = [generator.initial_seed() for generator in generators]
+    try:
+        with watched(pipe) as finite:
+            output = pipe(prompt=prompts, generator=generators, **settings)
+        return read_output(output, len(prompts), finite)
+    except ValueError as error:
+        if isinstance(error, UserError) or len(prompts) == 1:
+            raise
+        images: list[Any] = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            try:
+                images += _draw_batch(pipe, [prompt], [torch.Generator("cpu").manual_seed(seed)], settings)
+            except ValueError as failure:
+                images.append(Missing(f"{FAILED}: {' '.join(str(failure).split())[:150]}"))
+        if not present(images):
+            raise  # a mistake of the call, not of one prompt
+        return images
+
+
+def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps") -> None:
+    """Raises `ConfigError` for a number of steps for which the pipeline's scheduler has no timesteps."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if steps is None:
+        return
+    count().check(field, steps)
+    if scheduler is None:
+        return
+    limit = None if "Flow" in type(scheduler).__name__ else scheduler.config.get("num_train_timesteps")
+    limit = limit if isinstance(limit, int) else None
+    good = limit is None or steps <= limit
+    if good and not scheduler.config.get("use_dynamic_shifting"):
+        scheduler = copy.deepcopy(scheduler)
+        try:
+            scheduler.set_timesteps(steps)
+            times = torch.as_tensor(scheduler.timesteps)
+            good = len(times) > 0 and (limit is None or float(times.max()) < limit)
+        except Exception:  # one that needs more than a number, which its pipeline gives it
+            return
+    if not good:
+        most = f", at most {limit}" if limit is not None and steps >= limit else ""
+        raise ConfigError(field, f"{type(scheduler).__name__} has no {steps} steps{most}; give fewer")
+
+
+def draw_files(
+    draw: Callable[[list[str], list[int]], list[Any]],
+    wanted: Sequence[tuple[str, int, Path]],
+    batch_size: int,
+    processes: Processes,
+    description: str,
+) -> None:
+    """Draws the (prompt, seed, PNG file) that are not there yet, batches shared among processes; no file is ever half-written.
+
+    A batch is always the same images, also when some of them are there already, because the last bit of an image may depend on its batch.
+
+    Args:
+        draw: (prompts, seeds) of a batch -> images; not called when nothing is missing.
+    """
+    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(is_drawn(path) for _, _, path in batch)]
+    total = sum(map(len, mine))
+    with tqdm(total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine) as bar:
+        for batch in mine:
+            pictures = draw([prompt for prompt, _, _ in batch], [seed for _, seed, _ in batch])
+            for (_, _, path), picture in zip(batch, pictures, strict=True):
+                if not is_drawn(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_drawn(picture, path)
+            bar.update(len(batch))
+
+
+def save_drawn(picture: Any, path: Path) -> None:
+    """The image, or a marker that says why it is missing."""
+    if isinstance(picture, Missing):
+        write_atomically(_marker(path), picture.reason.encode())
+    else:
+        save_image(picture, path)
+
+
+def _marker(path: Path) -> Path:
+    """Beside where an image would be: why it is missing."""
+    return path.with_suffix(".missing")
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether an image is there, or known to be missing. One that failed is tried again."""
+    marker = _marker(path)
+    return path.is_file() or (marker.is_file() and not marker.read_text("utf-8").startswith(FAILED))
+
+
+def drawn_file(path: Path) -> Any:
+    """A drawn file's path, or the `Missing` that stands in its place."""
+    if path.is_file():
+        return path
+    marker = _marker(path)
+    return Missing(marker.read_text("utf-8") if marker.is_file() else ABSENT)

@@ -1,0 +1,214 @@
+"""A vision-language model as a judge, behind any server that speaks OpenAI's chat-completions protocol.
+
+Temperature 0, a fixed seed and a lossless image; the same server and model give the same number as far as that server is deterministic,
+which is never to the bit. A reply that cannot be read is a missing score, never a 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ...errors import ConfigError
+from ..base import Item, Scorer
+from ..serving.http_client import ServerFailure, check_calls, check_url, png_base64, request_json
+from ..spec import ScorerSpec
+
+UNIFIED_REWARD = (
+    "You are given a caption and an image that was generated from it. Judge the image by two criteria: how well it follows the caption "
+    "(objects, attributes, counts, relations), and its overall quality (clarity, aesthetics, absence of artifacts).\n"
+    "Say in a few sentences what speaks for and against it, then give one score from 1 (worst) to 5 (best) on a line of its own after "
+    "'Final Score:'.\n\nCaption: {prompt}"
+)
+YES_NO = "Does this image show '{prompt}', without visible faults? Answer with one word, yes or no."
+_KINDS: dict[str, tuple[str, tuple[float, float]]] = {
+    "unifiedreward": (UNIFIED_REWARD, (1.0, 5.0)),
+    "yes_no": (YES_NO, (0.0, 1.0)),
+}
+_NUMBER = r"[-+]?\d+(?:\.\d+)?(?![\d.]*\d)"
+# What may follow: the end of the scale, or something that makes it no plain number (4 %, 4,5, 4-5).
+_TAIL = r"(?:[\s*_`]*(?:/|out\s+of)[\s*_`]*(\d+(?:\.\d+)?)|([ \t]*%|,\d|[ \t]*(?:[-–]|to\b)[ \t]*\d))?"
+_AFTER_LABEL = re.compile(
+    # A bracket that is more than the number, as in "Score (1-5): 4", names the scale.
+    rf"score\b(?:[ \t*_`]*\((?!{_NUMBER}\s*\))[^()\n]*\))?[\s*_`:=\[\]()\"'-]*?(?:is\s+[\s*_`\[(\"']*)?({_NUMBER}){_TAIL}",
+    re.IGNORECASE,
+)
+_ALONE = re.compile(rf"[\s*_`\[(\"']*({_NUMBER}){_TAIL}[\s*_`\])\"'.]*", re.IGNORECASE)
+
+
+def parse_score(text: str, low: float = 1.0, high: float = 5.0) -> float:
+    """The last score in a reply.
+
+    A number after the word "score" counts, in any case and through Markdown (``**Final Score:** 4``, ``Score: [4]``, ``Final Score: 4/5``,
+    ``Score (1-5): 4``); a reply that is nothing but a number counts too.
+
+    Returns:
+        the score, or NaN when there is none, or the last one is outside [low, high] ("Final Score: 10" is no 1), on another scale
+        (4/10) or no plain number (4-5, "4,5").
+    """
+    found = [match.groups() for match in _AFTER_LABEL.finditer(text)]
+    if not found:
+        alone = _ALONE.fullmatch(text)
+        found = [alone.groups()] if alone else []
+    if not found:
+        return math.nan
+    number, scale, unclear = found[-1]
+    value = float(number)
+    good = low <= value <= high and not unclear and (scale is None or float(scale) == high)
+    return value if good else math.nan
+
+
+def yes_no_probability(top_logprobs: Sequence[Mapping[str, Any]]) -> float:
+    """P(yes) / (P(yes) + P(no)) from the first token's alternatives, in any case and spelling with spaces; NaN when neither is there.
+
+    Args:
+        top_logprobs: ``[{"token", "logprob"}, ...]``.
+    """
+    mass = {"yes": 0.0, "no": 0.0}
+    for entry in top_logprobs:
+        word = str(entry.get("token", "")).strip().strip("▁Ġ\"'.").lower()
+        if word in mass and isinstance(entry.get("logprob"), (int, float)):
+            mass[word] += math.exp(entry["logprob"])
+    total = mass["yes"] + mass["no"]
+    return mass["yes"] / total if total > 0 else math.nan
+
+
+class VLMJudge(Scorer):
+    """A score in [0, 1] from a vision-language model.
+
+    Args:
+        url: the server, e.g. ``http://127.0.0.1:8000``; ``/v1/chat/completions`` is added unless the address ends in it.
+        judge_model: name of the model that the server knows.
+        kind: ``unifiedreward``: a written judgement with a score from 1 to 5, divided by 5. ``yes_no``: P(yes) / (P(yes) + P(no)) of
+            the first word.
+        template: another question for an answer of that kind, so on the same scale; ``{prompt}`` stands for the prompt.
+        image_size: the image is resized to this square first (UnifiedReward is asked at 512); None sends it as it is.
+        api_key_env: environment variable that holds the key, if the server wants one.
+        max_tokens: of the reply.
+        timeout, retries, backoff, concurrency: of requests, see `RemoteScorer`.
+        on_error: ``nan`` (a server that fails makes scores missing) or ``raise``.
+    """
+
+    spec = ScorerSpec(
+        key="vlm_judge",
+        summary="what a vision-language model behind an OpenAI-compatible server says, in [0, 1]",
+        licence="of the model behind the server",
+        range=(0.0, 1.0),
+        affine=(0.0, 1.0),
+        preprocess="png",
+        text="template",
+        citation="Wang et al. 2025, arXiv 2503.05236 (UnifiedReward)",
+    )
+
+    def __init__(
+        self,
+        *,
+        url: str = "http://127.0.0.1:8000",
+        judge_model: str = "",
+        kind: str = "unifiedreward",
+        template: str | None = None,
+        image_size: int | None = None,
+        api_key_env: str | None = None,
+        max_tokens: int = 512,
+        seed: int = 0,
+        timeout: float = 120.0,
+        retries: int = 3,
+        backoff: float = 0.5,
+        concurrency: int = 8,
+        on_error: str = "nan",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_calls(timeout, retries, concurrency, on_error)
+        if not judge_model:
+            raise ConfigError("judge_model", "expected the name under which the server knows its model")
+        if kind not in _KINDS:
+            raise ConfigError("kind", f"expected {' or '.join(_KINDS)}, got {kind!r}")
+        self.template, (self.low, self.high) = template or _KINDS[kind][0], _KINDS[kind][1]
+        if "{prompt}" not in self.template:
+            raise ConfigError("template", "expected a text with {prompt} in it, or every prompt would get the same question")
+        if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+            raise ConfigError("image_size", f"expected int >= 1, got {image_size!r}")
+        address = check_url(url)
+        self.url = address if address.endswith("/chat/completions") else f"{address.removesuffix('/v1')}/v1/chat/completions"
+        self.judge_model, self.kind, self.image_size, self.max_tokens, self.seed = judge_model, kind, image_size, max_tokens, seed
+        self.timeout, self.retries, self.backoff, self.concurrency, self.on_error = (
+            timeout,
+            retries,
+            backoff,
+            concurrency,
+            on_error,
+        )
+        self.headers: dict[str, str] = {}
+        if api_key_env is not None:
+            key = os.environ.get(api_key_env, "").strip()
+            if not key:
+                raise ConfigError("api_key_env", f"the environment variable {api_key_env} is not set")
+            if not (key.isascii() and key.isprintable()):  # checked here, for what http.client says of it shows the key
+                raise ConfigError(
+                    "api_key_env", f"{api_key_env} holds characters that no key has, such as a line break; set it again"
+                )
+            self.headers["Authorization"] = f"Bearer {key}"
+
+    def identity(self) -> dict[str, Any]:
+        question = hashlib.sha256(self.template.encode()).hexdigest()
+        return {"model": self.judge_model, "kind": self.kind, "question": question, "size": self.image_size, "seed": self.seed}
+
+    def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            found = list(pool.map(self._judge, items))
+        return [value for value, _ in found], {i: sentence for i, (_, sentence) in enumerate(found) if sentence}
+
+    def _judge(self, item: Item) -> tuple[float, str]:
+        """(score, why it is missing or an empty text)."""
+        try:
+            reply = request_json(
+                self.url,
+                self._question(item),
+                timeout=self.timeout,
+                retries=self.retries,
+                backoff=self.backoff,
+                headers=self.headers,
+            )
+        except ServerFailure as error:
+            if self.on_error == "raise":
+                raise
+            return math.nan, str(error)
+        return self._read(reply)
+
+    def _question(self, item: Item) -> dict[str, Any]:
+        from PIL import Image
+
+        image = item.image
+        if self.image_size is not None:
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"}}
+        # Not str.format: a prompt may hold braces.
+        text = {"type": "text", "text": self.template.replace("{prompt}", item.prompt)}
+        question: dict[str, Any] = {
+            "model": self.judge_model,
+            "messages": [{"role": "user", "content": [picture, text]}],
+            "temperature": 0,
+            "seed": self.seed,
+            "max_tokens": 1 if self.kind == "yes_no" else self.max_tokens,
+        }
+        return {**question, "logprobs": True, "top_logprobs": 20} if self.kind == "yes_no" else question
+
+    def _read(self, reply: Mapping[str, Any]) -> tuple[float, str]:
+        try:
+            choice = reply["choices"][0]
+            if self.kind == "yes_no":
+                value = yes_no_probability(choice["logprobs"]["content"][0]["top_logprobs"])
+                said = str(choice.get("message", {}).get("content", ""))
+            else:
+                said = str(choice["message"]["content"])
+                value = parse_score(said, self.low, self.high) / self.high
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
+            return math.nan, f"{self.url} answered without {'log-probabilities' if self.kind == 'yes_no' else 'a message'}"
+        shown = " ".join(said.split())[-120:]
+        return value, "" if math.isfinite(value) else f"the reply holds no score from {self.low:g} to {self.high:g}: ...{shown!r}"

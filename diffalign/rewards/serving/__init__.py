@@ -1,0 +1,1 @@
+"""Scorers over HTTP: the server and its client."""

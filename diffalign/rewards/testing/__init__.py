@@ -1,0 +1,1 @@
+"""Checks of scorers: their contract, and known numbers."""

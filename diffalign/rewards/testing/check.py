@@ -1,0 +1,352 @@
+"""Does a scorer keep its promises? For authors of plug-ins, and for this package's own tests.
+
+The model behind a scorer is called directly, past everything that would hide a fault: equal items are not merged, nothing comes from a
+cache, and all prompts of a batch are encoded together. A score that depends on what else is in the batch - as MPS's does in its
+published code - is found that way and no other.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ..base import Item, Scorer
+from ..images import quantise, read_images
+from ..model_scorer import ModelScorer
+
+PROMPTS = (
+    "a photo of a red cat on a wooden chair",
+    "an oil painting of two dogs in the snow",
+    "a blue bicycle leaning against a brick wall, morning light, highly detailed",
+    "portrait of an old woman, studio photograph",
+    "a castle on a hill at sunset",
+    "bowl of soup",
+    "three green apples and one yellow banana on a white table",
+)
+"""The default prompts: different in length and content, so that padding and batch statistics would show."""
+_SIZES = ((96, 72), (64, 64), (80, 120), (224, 224), (130, 50), (64, 64), (57, 83))  # width, height of the default images
+
+
+@dataclass
+class Check:
+    """One check: its name, `passed`, `failed` or `skipped`, and a sentence."""
+
+    name: str
+    status: str
+    sentence: str
+
+
+@dataclass
+class CheckReport:
+    """What `check_scorer` found."""
+
+    scorer: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No check failed."""
+        return all(check.status != "failed" for check in self.checks)
+
+    def raise_if_failed(self) -> None:
+        """Raises `UserError` with the sentences of the failed checks."""
+        failed = [f"{check.name}: {check.sentence}" for check in self.checks if check.status == "failed"]
+        if failed:
+            raise UserError(f"{self.scorer} fails {len(failed)} of {len(self.checks)} checks; {'; '.join(failed)}")
+
+    def __str__(self) -> str:
+        width = max((len(check.name) for check in self.checks), default=0)
+        return "\n".join([self.scorer, *(f"  {c.name:{width}}  {c.status:7}  {c.sentence}" for c in self.checks)])
+
+
+class _Skip(Exception):
+    """This check does not apply; the message says why."""
+
+
+class _Fail(Exception):
+    """This check failed; the message says how."""
+
+
+def check_scorer(
+    scorer: Scorer,
+    images: Any = None,
+    prompts: Sequence[str] | None = None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    tolerance: float = 1e-4,
+) -> CheckReport:
+    """Checks a scorer on a handful of images.
+
+    The checks: `length`, one number per image; `finite`, no missing and no infinite one; `repeatable`, twice the same call gives the
+    same; `duplicates`, an image given twice in a batch gets one score; `permutation`, the order of a batch does not matter; `batch
+    size`, batches of 1, 3 and all give the same; `public call`, `score` returns what the model says; `input form`, PIL image, uint8
+    array and PNG bytes give the same; `gradient`, where declared: finite, not zero, none from other images, and uphill raises the
+    score; `modes`, the differentiable score is near the exact one.
+
+    Args:
+        scorer: to be checked; it is left as it is.
+        images: at least four different ones, in any form of `read_images`; None draws smooth random images of several sizes, and
+            pictures of the shapes world for its scorers.
+        prompts: one per image, different from each other; None takes sentences of different lengths.
+        metadata: one mapping per image, for scorers that require it.
+        tolerance: largest difference, relative to the largest score, that counts as rounding. Half-precision towers need about 2e-2.
+
+    Raises:
+        UserError: fewer than four images, a scorer that requires metadata without any given, or input that no scorer would take.
+    """
+    if images is None:
+        if "metadata" in scorer.spec.requires and metadata is None:
+            raise UserError(f"metadata: {scorer.name} needs metadata that fit the images; give images, prompts and metadata")
+        images, drawn = _default_images(scorer)
+        prompts = drawn if prompts is None else prompts
+    pictures = [item.image for item in read_images(images)]
+    if len(pictures) < 4:
+        raise UserError(f"images: expected at least 4, got {len(pictures)}; fewer do not show what depends on the batch")
+    prompts = list((PROMPTS * len(pictures))[: len(pictures)] if prompts is None else prompts)
+    bench = _Bench(scorer, pictures, prompts, metadata, tolerance)
+    report = CheckReport(scorer.name)
+    with _without_cache(scorer):
+        bench.items()  # bad input is the caller's mistake, not the scorer's
+        for name, function in (
+            ("length", bench.length),
+            ("finite", bench.finite),
+            ("repeatable", bench.repeatable),
+            ("duplicates", bench.duplicates),
+            ("permutation", bench.permutation),
+            ("batch size", bench.batch_size),
+            ("public call", bench.public_call),
+            ("input form", bench.input_form),
+            ("gradient", bench.gradient),
+            ("modes", bench.modes),
+        ):
+            report.checks.append(_outcome(name, function))
+    return report
+
+
+def _outcome(name: str, function: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "passed", function())
+    except _Skip as reason:
+        return Check(name, "skipped", str(reason))
+    except _Fail as reason:
+        return Check(name, "failed", str(reason))
+    except Exception as error:  # a scorer under test may raise anything
+        return Check(name, "failed", f"raised {type(error).__name__}: {error}")
+
+
+@contextmanager
+def _without_cache(scorer: Scorer) -> Iterator[None]:
+    cache, scorer.cache = scorer.cache, None
+    try:
+        yield
+    finally:
+        scorer.cache = cache
+
+
+class _Bench:
+    """The checks, each a method that returns a sentence, or raises `_Fail` or `_Skip` with one."""
+
+    def __init__(self, scorer: Scorer, pictures: list[Any], prompts: list[str], metadata: Any, tolerance: float) -> None:
+        self.scorer, self.pictures, self.prompts, self.metadata = scorer, pictures, prompts, metadata
+        self.tolerance = tolerance
+        self._values: Tensor | None = None
+
+    # The model, directly
+
+    def items(self, order: Sequence[int] | None = None) -> list[Item]:
+        order = range(len(self.pictures)) if order is None else order
+        return self.scorer._items(
+            read_images([self.pictures[i] for i in order]), self._picked(self.prompts, order), self._picked(self.metadata, order)
+        )
+
+    def _picked(self, values: Any, order: Sequence[int]) -> Any:
+        """Those of one value per image; a list of another length goes on as it is, for the scorer to refuse."""
+        return values if values is None or len(values) != len(self.pictures) else [values[i] for i in order]
+
+    def raw(self, order: Sequence[int] | None = None) -> Tensor:
+        """Scores (n,) float64 of one batch in one forward pass, nothing remembered and nothing merged."""
+        items = self.items(order)
+        scorer = self.scorer
+        with torch.no_grad(), torch.autocast(scorer.device.type, enabled=False):
+            if not isinstance(scorer, ModelScorer):
+                return torch.tensor(scorer._scored(items)[0], dtype=torch.float64)
+            pixels = torch.stack([scorer.preprocess.exact(item.image) for item in items]).to(scorer.device)
+            text = scorer.text_features([item.prompt for item in items])
+            found = scorer.similarity(scorer.image_features(scorer.preprocess.normalise(pixels).to(scorer.dtype)), text)
+        if found.shape != (len(items),):
+            raise UserError(f"{scorer.name}: returned scores of shape {tuple(found.shape)} for {len(items)} images")
+        return found.double().cpu()
+
+    @property
+    def values(self) -> Tensor:
+        if self._values is None:
+            raise _Skip("there are no scores to compare")
+        return self._values
+
+    def compare(self, found: Tensor, expected: Tensor, what: str) -> float:
+        """Largest difference; NaN equals NaN."""
+        scale = float(expected.nan_to_num(0.0).abs().max()) or 1.0
+        difference = (found.double() - expected.double()).abs()
+        difference = torch.where(found.isnan() & expected.isnan(), torch.zeros_like(difference), difference)
+        worst = float(difference.nan_to_num(float("inf")).max())
+        if not worst <= self.tolerance * scale:
+            i = int(difference.nan_to_num(float("inf")).argmax())
+            raise _Fail(f"{what}: image {i} scores {float(found[i]):.6g} instead of {float(expected[i]):.6g}")
+        return worst
+
+    # The checks
+
+    def length(self) -> str:
+        self._values = self.raw()
+        return f"{len(self._values)} scores for {len(self.pictures)} images"
+
+    def finite(self) -> str:
+        bad = (~self.values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise _Fail(f"images {', '.join(map(str, bad))} of {len(self.values)} have no finite score")
+        return f"from {float(self.values.min()):.4g} to {float(self.values.max()):.4g}"
+
+    def repeatable(self) -> str:
+        self._needs_determinism()
+        return f"the same call twice differs by at most {self.compare(self.raw(), self.values, 'called again'):.2g}"
+
+    def duplicates(self) -> str:
+        self._needs_determinism()
+        order = [*range(len(self.values)), 0, 1, 0]
+        found = self.raw(order)
+        worst = self.compare(found, self.values[order], "with images given twice in a batch")
+        return f"images given twice differ by at most {worst:.2g}"
+
+    def permutation(self) -> str:
+        self._needs_determinism()
+        worst = 0.0
+        for order in (list(range(len(self.values)))[::-1], torch.randperm(len(self.values), generator=_generator()).tolist()):
+            found = torch.empty_like(self.values)
+            found[order] = self.raw(order)
+            worst = max(worst, self.compare(found, self.values, "in another order"))
+        return f"other orders of the batch differ by at most {worst:.2g}"
+
+    def batch_size(self) -> str:
+        self._needs_determinism()
+        worst, count = 0.0, len(self.values)
+        for size in (1, 3):
+            found = torch.cat([self.raw(range(count)[start : start + size]) for start in range(0, count, size)])
+            worst = max(worst, self.compare(found, self.values, f"in batches of {size} instead of {count}"))
+        return f"batches of 1, 3 and {count} differ by at most {worst:.2g}"
+
+    def public_call(self) -> str:
+        self._needs_determinism()
+        worst = self.compare(self._score(self.pictures), self.values, "through score()")
+        return f"score() differs from the model by at most {worst:.2g}"
+
+    def input_form(self) -> str:
+        self._needs_determinism()
+        expected = self._score(self.pictures)
+        rgb = [picture.convert("RGB") for picture in self.pictures]
+        same_mode = [picture.mode == "RGB" for picture in self.pictures]
+        kept = [i for i, same in enumerate(same_mode) if same]
+        if not kept:
+            raise _Skip("no image is RGB, and arrays hold nothing else")
+        worst = 0.0
+        for name, form in (("uint8 arrays", [np.asarray(image) for image in rgb]), ("PNG bytes", [_png(image) for image in rgb])):
+            worst = max(worst, self.compare(self._score(form)[kept], expected[kept], f"as {name} instead of PIL images"))
+        return f"PIL images, uint8 arrays and PNG bytes differ by at most {worst:.2g}"
+
+    def gradient(self) -> str:
+        pixels, prompts = self._tensor_input()
+        pixels.requires_grad_()
+        scores = self.scorer.score_tensor(pixels, prompts)
+        if scores.shape != (len(pixels),):
+            raise _Fail(f"score_tensor returned shape {tuple(scores.shape)} for {len(pixels)} images")
+        if not scores.requires_grad:
+            raise _Fail("score_tensor returns scores without a gradient")
+        (first,) = torch.autograd.grad(scores[0], pixels, retain_graph=True)
+        (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+        if not bool(gradient.isfinite().all()):
+            raise _Fail("the gradient is not finite")
+        norms = gradient.double().flatten(1).norm(dim=1)
+        if not bool((norms > 0).all()):
+            raise _Fail("the gradient of some image is zero everywhere")
+        if float(first[1:].abs().max()) > self.tolerance * float(first[:1].abs().max()):
+            raise _Fail("the score of one image has a gradient with respect to another")
+        self._check_uphill(pixels.detach(), prompts, gradient)
+        return f"finite, norms from {float(norms.min()):.2g} to {float(norms.max()):.2g}, uphill raises the score"
+
+    def _check_uphill(self, pixels: Tensor, prompts: list[str], gradient: Tensor) -> None:
+        """A step along the gradient must raise each score; several lengths, as short ones drown in rounding and long ones leave the slope."""
+        direction = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+        risen = torch.zeros(len(pixels), dtype=torch.bool)
+        with torch.no_grad():
+            for step in (2e-2, 5e-3, 1e-3):
+                up, down = (self.scorer.score_tensor(pixels + sign * step * direction, prompts) for sign in (1, -1))
+                risen |= (up > down).cpu()
+        if not bool(risen.all()):
+            raise _Fail(f"a step along the gradient does not raise the score of image {int((~risen).nonzero()[0])}")
+
+    def modes(self) -> str:
+        """The two modes resize differently, by up to 2/255: near means a tenth of what tells the images apart."""
+        pixels, prompts = self._tensor_input()
+        eight_bit = quantise(pixels)
+        with torch.no_grad():
+            soft = self.scorer.score_tensor(eight_bit.float() / 255, prompts).double().cpu()
+        exact = self.scorer.score(eight_bit, prompts).values.double()
+        spread = float(self.values.max() - self.values.min())
+        allowed = 0.1 * spread + 10 * self.tolerance * float(exact.abs().max())
+        worst = float((soft - exact).abs().max())
+        if not worst <= allowed:
+            raise _Fail(f"score_tensor differs from score by {worst:.3g}, more than {allowed:.3g}")
+        return f"score_tensor differs from score by at most {worst:.2g}"
+
+    # Their tools
+
+    def _needs_determinism(self) -> None:
+        if not self.scorer.deterministic:
+            raise _Skip("the scorer declares that it is not deterministic")
+        _ = self.values
+
+    def _score(self, images: list[Any]) -> Tensor:
+        return self.scorer.score(images, self.prompts, self.metadata, on_error="nan").values.double()
+
+    def _tensor_input(self) -> tuple[Tensor, list[str]]:
+        """Three images as floats of one size, away from 0 and 1 so that a step stays inside."""
+        if not self.scorer.differentiable:
+            raise _Skip("the scorer declares no gradient")
+        _ = self.values
+        arrays = [np.asarray(picture.convert("RGB").resize((96, 80))) for picture in self.pictures[:3]]
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+        return (pixels * 0.9 + 0.05).to(self.scorer.device), list(self.prompts[:3])
+
+
+def _default_images(scorer: Scorer) -> tuple[list[Any], list[str]]:
+    from PIL import Image
+
+    if scorer.spec.key.startswith("shapes"):
+        from ...shapes import render, split_scenes
+
+        scenes = split_scenes()[0][: len(PROMPTS)]
+        shown = [scenes[i - i % 2] for i in range(len(scenes))]  # every other image belongs to another prompt
+        return [render(scene) for scene in shown], [scene.prompt for scene in scenes]
+    rng = np.random.default_rng(0)
+    images = []
+    for number, (width, height) in enumerate(_SIZES):
+        coarse = rng.integers(0, 256, (3 + number % 3, 3 + number % 2, 3), dtype=np.uint8)
+        images.append(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return images, list(PROMPTS)
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,1 @@
+"""What every room stands on: files, processes, devices, seeds, hashes, damaged weights."""

@@ -1,0 +1,198 @@
+"""Output folders of commands that can be run again, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .distributed import process_rank
+
+
+def check_output_dir(folder: Path, marker: str) -> None:
+    """Refuses a folder with another command's files; the file `marker` tells one's own.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
+    except (OSError, ValueError):  # a name that no folder can have
+        make_folder(folder)
+    # A process of several may come here while the first one writes the marker, and a killed one may have left it half-written.
+    unfinished = (_temporary(folder / marker, 0).name, LOCK)
+    if folder.is_dir() and any(p.name not in unfinished for p in folder.iterdir()) and not (folder / marker).is_file():
+        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+
+
+def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()) -> None:
+    """Takes a folder for a run with these settings, written as `marker`; a run with the same ones goes on in it.
+
+    Several processes may call it, of which the first one writes; all must then wait for each other before they write anything else there.
+
+    Args:
+        long: names of settings whose values are too long for a message.
+
+    Raises:
+        UserError: it is a file, holds something else, or a run with other settings.
+    """
+    file = folder / marker
+    check_output_dir(folder, marker)
+    wanted = json.loads(json.dumps(settings, default=str))
+    if file.is_file():
+        there = json.loads(file.read_text("utf-8"))
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                said = f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
+                raise UserError(f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder")
+        return
+    if process_rank() == 0:
+        make_folder(folder)
+        write_atomically(file, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def _temporary(path: Path, rank: int) -> Path:
+    return path.with_name(f".{path.name}.{rank}.tmp" if rank else f".{path.name}.tmp")
+
+
+LOCK = ".lock"
+"""The file by which a command holds its output folder, see `diffalign.runtime.folder_lock`."""
+
+
+def make_folder(folder: Path, option: str = "--output_dir") -> bool:
+    """Makes an output folder.
+
+    Returns:
+        Whether it was made; False if it was there.
+
+    Raises:
+        UserError: it cannot be made: a file, a dangling link, a name too long, a place that takes no folders.
+    """
+    try:
+        if folder.is_symlink() and not folder.exists():
+            target = os.readlink(folder)
+            raise UserError(
+                f"{option}: {str(folder)!r} is a symbolic link to {target!r}, which is not there; make that folder first"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{option}: {str(folder)!r} is a file; name a folder")
+        there = folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        if isinstance(error, UserError):
+            raise
+        name = str(folder) if len(str(folder)) < 200 else f"{str(folder)[:100]}..."
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{option}: the folder {name!r} cannot be made ({reason}); name another one") from error
+    return not there
+
+
+def move_aside(folder: Path, option: str) -> Path:
+    """Renames a folder to ``<folder>.old-<n>`` and makes it anew. A symbolic link stays, and what it leads to is moved.
+
+    Raises:
+        UserError: the command runs in it, or it is a mounted file system.
+    """
+    real, here = folder.resolve(), Path.cwd()
+    if real == here or real in here.parents or os.path.ismount(real):
+        where = "a mounted file system" if os.path.ismount(real) else "where this command runs"
+        raise UserError(f"{option}: {str(folder)!r} is {where}, so it cannot be moved aside; name another folder")
+    number = next(n for n in range(1, 10_000) if not real.with_name(f"{real.name}.old-{n}").exists())
+    old = real.with_name(f"{real.name}.old-{number}")
+    os.rename(real, old)
+    real.mkdir()
+    return old
+
+
+def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that is there whole or not at all, with the permissions of new files."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files for their owner alone
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file, each tensor in memory of its own.
+
+    The tensors of a mapped file lie at any address, where a CPU may round otherwise than in memory that torch allocated. Computing with
+    copies keeps a resumed run bit-equal, and lets the file go.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def save_image(image: Any, path: Path) -> None:
+    """A PNG that is there whole or not at all."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which then takes the place of `path`. If anything fails, what stood there stays."""
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path, older_than: float = 0.0) -> None:
+    """Removes what a killed process left half-written.
+
+    Args:
+        folder: where to look.
+        older_than: seconds. Where other processes write too, only old files are known to belong to a dead one.
+    """
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:
+        with suppress(OSError):  # another process removed it
+            if path.is_file() and time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which then takes the place of `path`: that is there whole or not at all.
+
+    Processes of one run may write the same file at the same time. The temporary name holds their rank, and not the number that the system
+    gave them, so that what a killed run left behind is overwritten by the next one.
+    """
+    temporary = _temporary(path, process_rank())
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

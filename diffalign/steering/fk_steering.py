@@ -1,0 +1,326 @@
+"""Feynman-Kac particle steering of unmodified diffusers pipelines (Singhal et al. 2025, arXiv 2501.06848).
+
+``FKSteering(pipe, scorer, num_particles=4, lmbda=5.0)(["a prompt"], **pipe_kwargs)`` draws K particles per prompt from the pipeline, scores what they will
+become a few times on the way, multiplies the promising ones and returns them with weights under which they are a sample of p(x) exp(lmbda r(x)) / Z.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UserError
+from ..generation.micro_batches import Batches, batched, perturbs_attention
+from ..runtime.missing import watched
+from .decoding import LatentDecoder
+from .kernels import check_kernel
+from .noise_levels import check_reachable, refuse_replaced_noise
+from .result import SteeringResult
+from .reward_fn import Rewarder
+from .schedule import check_schedule
+from .scheduler_hook import steered
+from .smc import check_options
+from .steered_run import SteeredRun, SteeringOptions
+from .step_trace import StepTrace
+from .streams import Streams
+
+MODES = ("resample", "prune")
+MODELS = ("unet", "transformer", "transformer_2")
+
+
+class FKSteering:
+    """Steers a text-to-image pipeline towards a reward without changing it.
+
+    Args:
+        pipe: a diffusers pipeline that calls ``pipe.scheduler.step`` once per iteration.
+        scorer: a `diffalign.rewards.Scorer`, its registry name, or a function (images, prompts) -> (n,) numbers, higher is better.
+        num_particles (`int`): K per prompt. K times the model's work of one image.
+        lmbda (`float` or one per prompt, *optional*): the tilt, in units of 1/reward; no default fits every scorer.
+        ess_target (`float`, *optional*): instead of `lmbda`: chosen per prompt such that the effective sample size is this share of K at the first
+            scored step at which rewards differ.
+        potential (`str`): ``diff`` (exact with the least variance), ``max``, ``sum``, ``rt``, ``max_inc``, ``tempered``; all close to the same target.
+        resample_steps (*optional*): steps at which to score, as indices or fractions of the run; None is five from 20 to 80 %, () only weighs at the end.
+        scheme, ess_threshold, adaptive_tempering, temperatures: see `diffalign.steering.smc.ParticleWeights`.
+        decoder (*optional*): for intermediate images, e.g. an `AutoencoderTiny`; the returned ones always come from the pipeline's own.
+        intermediate_reward (*optional*): function (x0hat latents (n, ...), prompts) -> (n,) in place of decoding and scoring, e.g. a learned value.
+        predict_x0 (*optional*): function (scheduler, model_output, timestep, sample) -> x0hat, for schedulers that are not known here.
+        kernel (`str`, *optional*): a stochastic step over the scheduler's time grid in its place: ``ddim`` (generalised, any scheduler), ``ancestral`` (the
+            same at eta 1), ``euler_maruyama`` (flow matching); ``auto`` is ``ddim`` where the scheduler is deterministic as it is called.
+        eta (`float`, *optional*): of `kernel`; 1, and 0.7 for ``euler_maruyama``.
+        mode (`str`): ``resample``; or ``prune`` for deterministic samplers: copies stay copies, so the model runs on distinct particles only.
+        model_batch_size, decode_batch_size, reward_batch_size (`int`, *optional*): rows per forward pass of the model (guidance counts twice), latents per decode,
+            images per call of the scorer. None: the pipeline's own way, and 8 latents per intermediate decode.
+        prompts_per_call (`int`, *optional*): prompts that share a pipeline call; None is all of them.
+
+    Raises:
+        ConfigError: an option out of range, or options that exclude each other.
+        UserError: a pipeline or scheduler that cannot be steered from outside.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        scorer: Any,
+        *,
+        num_particles: int = 4,
+        lmbda: float | Sequence[float] | Tensor | None = None,
+        ess_target: float | None = None,
+        potential: str = "diff",
+        resample_steps: Sequence[int | float] | None = None,
+        scheme: str = "systematic",
+        ess_threshold: float | None = 0.5,
+        adaptive_tempering: float | None = None,
+        temperatures: Sequence[float] | None = None,
+        decoder: Any = None,
+        intermediate_reward: Callable[[Tensor, list[str]], Any] | None = None,
+        predict_x0: Callable[[Any, Tensor, Any, Tensor], Tensor] | None = None,
+        kernel: str | None = None,
+        eta: float | None = None,
+        mode: str = "resample",
+        model_batch_size: int | None = None,
+        decode_batch_size: int | None = None,
+        reward_batch_size: int | None = None,
+        prompts_per_call: int | None = None,
+    ) -> None:
+        self.weighting: dict[str, Any] = {
+            "lmbda": lmbda,
+            "ess_target": ess_target,
+            "potential": potential,
+            "scheme": scheme,
+            "ess_threshold": ess_threshold,
+            "adaptive_tempering": adaptive_tempering,
+            "temperatures": temperatures,
+        }
+        check_options(num_particles=num_particles, **self.weighting)
+        check_schedule(resample_steps)
+        if num_particles == 1 and resample_steps:
+            raise ConfigError("num_particles", "1 particle cannot be resampled; give at least 2, or leave out resample_steps")
+        if mode not in MODES:
+            raise ConfigError("mode", f"expected one of {', '.join(MODES)}, got {mode!r}")
+        if mode == "prune" and kernel is not None:
+            raise ConfigError("mode", f"prune is for deterministic samplers, kernel={kernel!r} is not one; use mode='resample'")
+        sizes = {
+            "model_batch_size": model_batch_size,
+            "decode_batch_size": decode_batch_size,
+            "reward_batch_size": reward_batch_size,
+            "prompts_per_call": prompts_per_call,
+        }
+        for name, value in sizes.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(name, f"expected int >= 1 or None, got {value!r}")
+        if getattr(pipe, "scheduler", None) is None or not hasattr(pipe.scheduler, "step"):
+            raise UserError(f"pipe: {type(pipe).__name__} has no scheduler with a step; give a diffusers pipeline")
+        self.eta = check_kernel(kernel, eta)
+        self.pipe, self.num_particles, self.kernel, self.mode = pipe, num_particles, kernel, mode
+        self.resample_steps: Sequence[int | float] | None = () if num_particles == 1 else resample_steps
+        self.decoder, self.predict_x0 = decoder, predict_x0
+        self.rewarder = Rewarder(scorer, intermediate_reward, reward_batch_size)
+        self.model_batch_size, self.decode_batch_size = model_batch_size, decode_batch_size
+        self.prompts_per_call = prompts_per_call
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+        resample_generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        on_step: Callable[[StepTrace], None] | None = None,
+        **pipe_kwargs: Any,
+    ) -> SteeringResult:
+        """Draws and steers K particles for every prompt.
+
+        Args:
+            prompts: P of them; rows of the pipeline are prompt after prompt, particle after particle.
+            generator: as for the pipeline: one, or P * K. The particles are then bit-equal to the plain pipeline's with the same generator
+                wherever nothing was resampled and the batches are the pipeline's own (no `model_batch_size`, no `prompts_per_call`).
+            seed: instead: one per prompt (or one for all, prompt i taking ``seed + i``). Initial noise, step noise of each slot and resampling are
+                separate streams, so a prompt's noise does not depend on the other prompts of the call. Neither: torch's global generator chooses.
+            resample_generator: one, or one per prompt; None derives it without advancing the noise.
+            metadata: one mapping per prompt, for scorers that read it.
+            on_step: called with what happened after every scored step, e.g. to show it; an exception of it ends the call.
+            pipe_kwargs: for the pipeline's call (`num_inference_steps`, `guidance_scale`, `eta`, ...).
+
+        Raises:
+            UserError: a deterministic sampler, prompts or rewards that do not fit; the scheduler is as before afterwards.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self._check_call(texts, generator, seed, metadata, pipe_kwargs)
+        seeds = _seeds(seed, generator, len(texts))
+        size = self.prompts_per_call or len(texts)
+        parts = []
+        for start in range(0, len(texts), size):
+            chosen = range(start, min(start + size, len(texts)))
+            parts.append(
+                self._call(
+                    [texts[i] for i in chosen],
+                    Streams.make(
+                        _rows(generator, chosen, self.num_particles),
+                        None if seeds is None else [seeds[i] for i in chosen],
+                        _rows(resample_generator, chosen, 1),
+                        self.num_particles,
+                        len(chosen),
+                    ),
+                    None if metadata is None else [metadata[i] for i in chosen],
+                    {name: _share(name, value, chosen, len(texts), self.num_particles) for name, value in pipe_kwargs.items()},
+                    {**self.weighting, "lmbda": _share("lmbda", self.weighting["lmbda"], chosen, len(texts), 1)},
+                    on_step,
+                )
+            )
+        result = SteeringResult.merged(parts)
+        result.seed = seeds
+        result.warnings = result.find_collapse()
+        for sentence in result.warnings:
+            warnings.warn(sentence, stacklevel=2)
+        return result
+
+    def best_of_n(self) -> FKSteering:
+        """The same sampler without any intermediate scoring: K plain samples with terminal weights, from the same noise for the same seed."""
+        plain = copy.copy(self)
+        plain.resample_steps, plain.mode = (), "resample"
+        plain.weighting = {**self.weighting, "temperatures": None}
+        return plain
+
+    def _check_call(self, texts: list[str], generator: Any, seed: Any, metadata: Any, pipe_kwargs: Mapping[str, Any]) -> None:
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ConfigError("prompts", f"expected at least one text, got {texts!r:.80}")
+        rows = len(texts) * self.num_particles
+        if generator is not None and seed is not None:
+            raise ConfigError("seed", "give generator or seed, not both")
+        if isinstance(generator, (list, tuple)) and len(generator) != rows:
+            raise ConfigError(
+                "generator", f"expected one, or one per particle ({len(texts)} x {self.num_particles}), got {len(generator)}"
+            )
+        if isinstance(seed, (list, tuple)) and len(seed) != len(texts):
+            raise ConfigError("seed", f"expected one, or one per prompt ({len(texts)}), got {len(seed)}")
+        if metadata is not None and len(metadata) != len(texts):
+            raise ConfigError("metadata", f"expected one per prompt ({len(texts)}), got {len(metadata)}")
+        lmbda = self.weighting["lmbda"]
+        if lmbda is not None and torch.as_tensor(lmbda).ndim == 1 and len(lmbda) != len(texts):
+            raise ConfigError("lmbda", f"expected one, or one per prompt ({len(texts)}), got {len(lmbda)}")
+        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+            if pipe_kwargs.get(name) is not None:
+                raise ConfigError(name, f"steering draws num_particles={self.num_particles} images per prompt; leave it out")
+        if pipe_kwargs.get("output_type") == "latent":
+            raise ConfigError(
+                "output_type", "'latent' gives no image to score; use pil, np or pt, and read the latents from result.latents"
+            )
+        if "prompt" in pipe_kwargs or "return_dict" in pipe_kwargs:
+            name = "prompt" if "prompt" in pipe_kwargs else "return_dict"
+            raise ConfigError(
+                name, "steering sets it itself; give the prompts as the first argument" if name == "prompt" else "leave it out"
+            )
+        steps = pipe_kwargs.get("num_inference_steps")
+        if isinstance(steps, int) and self.resample_steps:
+            outside = [s for s in self.resample_steps if isinstance(s, int) and s >= steps]
+            if outside:
+                raise ConfigError("resample_steps", f"{outside[0]} lies outside the run of {steps} steps (0 to {steps - 1})")
+        if "step" not in vars(self.pipe.scheduler) and self.resample_steps != ():
+            check_reachable(self.pipe)
+            if self.kernel is None:
+                refuse_replaced_noise(self.pipe.scheduler)
+
+    def _call(
+        self,
+        texts: list[str],
+        streams: Streams,
+        metadata: Any,
+        pipe_kwargs: dict[str, Any],
+        weighting: dict[str, Any],
+        on_step: Callable[[StepTrace], None] | None,
+    ) -> SteeringResult:
+        """One call of the pipeline."""
+        started = time.perf_counter()
+        groups, k = len(texts), self.num_particles
+        models = Batches(groups * k, self.model_batch_size, grouped=k, whole=partial(perturbs_attention, self.pipe))
+        decodes = Batches(groups * k, self.decode_batch_size)
+        decoder = LatentDecoder(
+            self.pipe, self.decoder, self.decode_batch_size or 8, pipe_kwargs.get("height"), pipe_kwargs.get("width")
+        )
+        rewarder = self.rewarder.start(texts, metadata, k)
+        options = SteeringOptions(self.pipe, k, self.resample_steps, self.predict_x0, self.kernel, self.eta, self.mode)
+        run = SteeredRun(options, weighting, rewarder, decoder, streams, models, groups, on_step)
+        arguments = self._pipeline_arguments(texts, streams, pipe_kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(steered(self.pipe.scheduler, run.step))
+            for name in MODELS:
+                if isinstance(getattr(self.pipe, name, None), torch.nn.Module):
+                    stack.enter_context(batched(getattr(self.pipe, name), "forward", models))
+            if isinstance(getattr(self.pipe, "vae", None), torch.nn.Module):
+                stack.enter_context(batched(self.pipe.vae, "decode", decodes))
+            if hasattr(self.pipe, "_num_timesteps"):
+                self.pipe._num_timesteps = None  # a number left over from another call must not be read
+            finite = stack.enter_context(watched(self.pipe))
+            output = self.pipe(**arguments)
+        return run.result(output, texts, time.perf_counter() - started, finite)
+
+    def _pipeline_arguments(self, texts: list[str], streams: Streams, pipe_kwargs: dict[str, Any]) -> dict[str, Any]:
+        parameters = inspect.signature(self.pipe.__call__).parameters
+        arguments, k = dict(pipe_kwargs), self.num_particles
+        embedded = arguments.get("prompt_embeds") is not None
+        if embedded or "num_images_per_prompt" not in parameters:
+            # Pipelines disagree on whether embeddings are multiplied by num_images_per_prompt, so that is done here.
+            arguments = {name: _repeat(name, value, len(texts), k) for name, value in arguments.items()}
+            texts = [text for text in texts for _ in range(k)]
+        else:
+            arguments["num_images_per_prompt"] = k  # every prompt is encoded once
+        if not embedded:
+            arguments["prompt"] = texts
+        if streams.initial is not None and "generator" in parameters:
+            arguments["generator"] = streams.initial
+        if "return_dict" in parameters:
+            arguments["return_dict"] = True
+        return arguments
+
+
+def _seeds(seed: Any, generator: Any, prompts: int) -> list[int] | None:
+    if generator is not None:
+        return None
+    if seed is None:
+        seed = int(torch.randint(2**31, ()).item())
+    if isinstance(seed, (list, tuple)):
+        return [int(s) for s in seed]
+    return [int(seed) + i for i in range(prompts)]
+
+
+def _rows(values: Any, chosen: range, each: int) -> Any:
+    """The share of the chosen prompts of a sequence with `each` entries per prompt; anything else as it is."""
+    if isinstance(values, (list, tuple)):
+        return list(values)[chosen.start * each : chosen.stop * each]
+    return values
+
+
+def _repeat(name: str, value: Any, prompts: int, k: int) -> Any:
+    """Texts and embeddings with one entry per prompt, once per particle; anything else as it is."""
+    if isinstance(value, list) and "prompt" in name and len(value) == prompts:
+        return [text for text in value for _ in range(k)]
+    if isinstance(value, Tensor) and name.endswith(("_embeds", "_mask")) and len(value) == prompts:
+        return value.repeat_interleave(k, 0)
+    return value
+
+
+def _share(name: str, value: Any, chosen: range, prompts: int, k: int) -> Any:
+    """The share of the chosen prompts of an argument with one entry per prompt or per particle, told by its name and length."""
+    if len(chosen) == prompts or not isinstance(value, (list, tuple, Tensor)):
+        return value
+    per_prompt = ("prompt" in name or "image" in name or name == "lmbda") if not isinstance(value, Tensor) else True
+    if isinstance(value, Tensor) and (value.ndim == 0 or not name.endswith(("_embeds", "_mask", "latents", "image", "lmbda"))):
+        return value
+    if per_prompt and len(value) == prompts:
+        return value[chosen.start : chosen.stop]
+    if isinstance(value, Tensor) and len(value) == prompts * k:
+        return value[chosen.start * k : chosen.stop * k]
+    return value
+
+
+__all__ = ["FKSteering", "SteeringResult"]

@@ -1,0 +1,223 @@
+"""What a diffusers scheduler means by its latents: ``y = alpha x0 + sigma eps``, the clean prediction, and whether its step is random.
+
+Conventions of the installed schedulers (diffusers 0.42): variance-preserving ones index ``alphas_cumprod`` by timestep; DPM-Solver's family turns its sigmas into (alpha, sigma)
+itself; Euler's family keeps ``y = x0 + sigma eps``; flow matching is ``y = (1 - s) x0 + s eps`` with the velocity ``eps - x0``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..likelihood.processes import clip_range
+
+UNREACHABLE = {
+    "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",
+    "CogVideoXDPMPipeline": "the pipeline keeps the previous prediction in a variable of its own",
+}
+"""Classes with state per particle that cannot be permuted from outside."""
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a latent stands: ``y = alpha x0 + sigma eps``.
+
+    Attributes:
+        alpha, sigma: coefficients.
+        prediction: what the model gives: ``epsilon``, ``v_prediction``, ``sample``, ``flow`` or ``edm``.
+        kind: ``vp``, ``ve`` or ``flow``.
+    """
+
+    alpha: float
+    sigma: float
+    prediction: str
+    kind: str
+
+
+def _names(scheduler: Any) -> list[str]:
+    return [cls.__name__ for cls in type(scheduler).__mro__]
+
+
+def _kind(scheduler: Any) -> str | None:
+    """Which convention a scheduler follows; None when it is none of those known."""
+    names = _names(scheduler)
+    if hasattr(scheduler, "precondition_outputs"):
+        return "edm"
+    if any("FlowMatch" in name or "AncestralRF" in name for name in names):
+        return "flow"
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t") and hasattr(scheduler, "sigmas"):
+        return "solver"
+    if scheduler.config.get("prediction_type") == "flow_prediction":
+        return "flow" if hasattr(scheduler, "sigmas") else None
+    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "alphas_cumprod"):
+        return "ve"
+    if hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
+        return "vp"
+    return None
+
+
+def step_index(scheduler: Any, timestep: Any) -> int:
+    """The scheduler's own position in its sigmas, initialised as its step would."""
+    if getattr(scheduler, "step_index", None) is None:
+        scheduler._init_step_index(timestep)
+    return int(scheduler.step_index)
+
+
+def read_coordinates(scheduler: Any, timestep: Any, position: int) -> tuple[Coordinates, Coordinates]:
+    """The coordinates at this step and at the next point of the time grid.
+
+    Args:
+        scheduler: of diffusers, timesteps set.
+        timestep: what the pipeline hands to its step.
+        position (`int`): of this step in ``scheduler.timesteps``.
+
+    Raises:
+        UserError: a scheduler whose convention is not known.
+    """
+    kind = _kind(scheduler)
+    prediction = str(scheduler.config.get("prediction_type", "epsilon") or "epsilon")
+    prediction = {"original_sample": "sample", "flow_prediction": "flow"}.get(prediction, prediction)
+    if kind == "vp":
+        times = scheduler.timesteps
+        after = times[position + 1] if position + 1 < len(times) else None
+        final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+        bars = [
+            float(scheduler.alphas_cumprod[int(timestep)]),
+            final if after is None else float(scheduler.alphas_cumprod[int(after)]),
+        ]
+        now, then = (Coordinates(bar**0.5, (1 - bar) ** 0.5, prediction, "vp") for bar in bars)
+        return now, then
+    if kind is None:
+        raise UserError(
+            f"scheduler: the clean prediction of {type(scheduler).__name__} is not known here; give predict_x0=, or use DDIM, Euler ancestral, "
+            "DPM-Solver SDE or a flow-matching scheduler"
+        )
+    index = step_index(scheduler, timestep)
+    sigmas = [float(scheduler.sigmas[min(index + shift, len(scheduler.sigmas) - 1)]) for shift in (0, 1)]
+    if kind == "flow":
+        now, then = (Coordinates(1 - s, s, "flow", "flow") for s in sigmas)
+    elif kind == "solver":
+        flow = bool(scheduler.config.get("use_flow_sigmas", False))
+        pairs = [tuple(float(x) for x in scheduler._sigma_to_alpha_sigma_t(torch.tensor(s, dtype=torch.float64))) for s in sigmas]
+        now, then = (Coordinates(a, s, prediction, "flow" if flow else "vp") for a, s in pairs)
+    else:
+        now, then = (Coordinates(1.0, s, "edm" if kind == "edm" else prediction, "ve") for s in sigmas)
+    return now, then
+
+
+def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: Coordinates) -> Tensor:
+    """x0hat in float32 (or wider) from the tensors of one step (Tweedie's formula in each parametrisation), before any clipping.
+
+    Args:
+        model_output, sample (`Tensor`): (n, ...); a learned variance in the second half of the channels is dropped.
+        at (`Coordinates`): of this step.
+
+    Raises:
+        UserError: a prediction type that is not known.
+    """
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    y, out = sample.to(dtype), model_output.to(dtype)
+    if out.shape != y.shape and out.ndim > 1 and out.shape[1] == 2 * y.shape[1]:
+        out = out[:, : y.shape[1]]
+    if at.prediction == "edm":
+        return scheduler.precondition_outputs(y, out, torch.tensor(at.sigma, dtype=dtype, device=y.device))
+    if at.prediction == "sample":
+        return out
+    if at.prediction == "flow":
+        return y - at.sigma * out
+    if at.prediction == "epsilon":
+        return (y - at.sigma * out) / at.alpha
+    if at.prediction == "v_prediction":
+        # In variance-exploding coordinates the model still speaks of the variance-preserving ones.
+        norm = (at.alpha**2 + at.sigma**2) ** 0.5
+        return (at.alpha * y / norm - at.sigma * out) / norm
+    raise UserError(f"scheduler: prediction_type {at.prediction!r} is not known here; give predict_x0=")
+
+
+def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
+    """A clean prediction as the scheduler uses it: thresholded or clamped where its configuration says so and its class does it."""
+    takes = inspect.signature(type(scheduler).__init__).parameters
+    solver = str(scheduler.config.get("algorithm_type", "dpmsolver++"))
+    if "thresholding" in takes and scheduler.config.get("thresholding") and solver.endswith("++"):
+        return scheduler._threshold_sample(x0)
+    limit = clip_range(scheduler)
+    return x0 if limit is None else x0.clamp(-limit, limit)
+
+
+def check_reachable(pipe: Any) -> None:
+    """Refuses pipelines and schedulers whose state per particle cannot be permuted from outside.
+
+    Raises:
+        UserError: a scheduler with hidden state, a model cache that is switched on, ``stochastic_sampling=True``.
+    """
+    scheduler = pipe.scheduler
+    for name in _names(scheduler):
+        if name in UNREACHABLE:
+            raise UserError(f"scheduler: {name} cannot be steered, {UNREACHABLE[name]}; use kernel='ddim' on another scheduler")
+    if "old_pred_original_sample" in inspect.signature(type(scheduler).step).parameters:
+        raise UserError(
+            f"scheduler: {type(scheduler).__name__} cannot be steered, the pipeline keeps the previous prediction itself"
+        )
+    for name in ("unet", "transformer", "transformer_2"):
+        model = getattr(pipe, name, None)
+        if getattr(model, "is_cache_enabled", False):
+            raise UserError(
+                f"{name}: its feature cache holds values per particle that resampling would mix up; call pipe.{name}.disable_cache()"
+            )
+
+
+def refuse_replaced_noise(scheduler: Any) -> None:
+    """Refuses flow matching's ``stochastic_sampling=True``, which never converges to the model's law.
+
+    Raises:
+        UserError: with what to use instead.
+    """
+    if scheduler.config.get("stochastic_sampling", False):
+        raise UserError(
+            "scheduler: stochastic_sampling=True replaces all noise at every step and does not sample the model's law at any number of steps; "
+            "use kernel='ddim' or kernel='euler_maruyama' on this scheduler"
+        )
+
+
+def detached(scheduler: Any) -> Any:
+    """An independent copy of the scheduler as its class made it: without any ``step`` set on the instance."""
+    clone = object.__new__(type(scheduler))
+    clone.__dict__.update({name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "step"})
+    return clone
+
+
+def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 0) -> bool:
+    """Whether two steps, taken twice with different seeds on copies of the scheduler, give different samples.
+
+    Two steps, because second-order schedulers add their noise in the second half of an interval.
+
+    Args:
+        arguments: of `scheduler.step` by name, as the pipeline gave them; only the first row is used.
+        position (`int`): of this step in ``scheduler.timesteps``.
+    """
+    outcomes = []
+    for seed in (1, 2):
+        clone, given = detached(scheduler), dict(arguments)
+        for name in ("model_output", "sample"):
+            given[name] = given[name][:1]
+        given |= {"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in step_parameters(scheduler) else {}
+        given["return_dict"] = False
+        device = given["sample"].device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for timestep in clone.timesteps[position : position + 2]:
+                given["sample"] = type(clone).step(clone, **{**given, "timestep": timestep})[0]
+        outcomes.append(given["sample"])
+    return not torch.equal(*outcomes)
+
+
+def step_parameters(scheduler: Any) -> list[str]:
+    """Names of the arguments of the scheduler's step."""
+    return list(inspect.signature(type(scheduler).step).parameters)

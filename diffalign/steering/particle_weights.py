@@ -1,0 +1,350 @@
+"""Weights of a particle population: potentials, tempering, resampling and the normalising constant, vectorised over groups.
+
+The Feynman-Kac identity (Singhal et al. 2025, arXiv 2501.06848; `docs/steering.md`): whatever the intermediate potentials G are, the terminal one is
+``lambda r(x) - A`` with A the sum of log G along the lineage, so that their product is exp(lambda r) of the returned sample. All arithmetic is in
+float64 in the log domain on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UserError
+from .resampling import SCHEMES, Generators, ess, resample
+
+POTENTIALS = ("diff", "max", "sum", "rt", "max_inc", "tempered")
+FLOOR_NATS = 10.0
+"""An intermediate reward of -inf or NaN counts as this many nats under the lowest finite one of its group: an estimate must not remove support."""
+MAX_CHOSEN_NATS = 10.0
+"""`ess_target` chooses lambda so that best and worst differ by at most this."""
+
+
+def log_potential(kind: str, rewards: Tensor, state: Tensor, lmbda: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One intermediate potential.
+
+    Args:
+        kind (`str`): one of `POTENTIALS`.
+        rewards (`Tensor`): (groups, k), finite: r(x0hat) at this step.
+        state (`Tensor`): (groups, k), what the lineage remembers; `initial_state` at the start.
+        lmbda (`Tensor`): broadcastable to (groups, k), >= 0.
+        scale (`float`): the temperature c_i of ``tempered``, in [0, 1].
+
+    Returns:
+        (log G (groups, k), the new state (groups, k)).
+    """
+    if kind == "diff":
+        return lmbda * (rewards - state), rewards
+    if kind == "tempered":
+        return lmbda * (scale * rewards - state), scale * rewards
+    if kind == "max":
+        state = torch.maximum(state, rewards)
+        return lmbda * state, state
+    if kind == "max_inc":
+        new = torch.maximum(state, rewards)
+        return lmbda * (new - torch.where(torch.isneginf(state), torch.zeros_like(state), state)), new
+    if kind == "sum":
+        state = state + rewards
+        return lmbda * state, state
+    if kind == "rt":
+        return lmbda * rewards, state
+    raise ConfigError("potential", f"expected one of {', '.join(POTENTIALS)}, got {kind!r}")
+
+
+def initial_state(kind: str, shape: tuple[int, int]) -> Tensor:
+    """What a lineage remembers before anything was scored: -inf for running maxima (no floor under rewards), else 0."""
+    return torch.full(shape, -math.inf if kind in ("max", "max_inc") else 0.0, dtype=torch.float64)
+
+
+def solve_exponent(log_weights: Tensor, values: Tensor, target: float, highest: Tensor) -> Tensor:
+    """The largest c in [0, highest] with ESS(log_weights + c values) >= target, by bisection; (groups,).
+
+    Args:
+        log_weights, values (`Tensor`): (groups, k), values finite.
+        target (`float`): of the effective sample size, in particles.
+        highest (`Tensor`): (groups,).
+    """
+    low, high = torch.zeros_like(highest), highest.clone()
+    fits = ess(log_weights + high[:, None] * values) >= target
+    for _ in range(60):
+        middle = (low + high) / 2
+        good = ess(log_weights + middle[:, None] * values) >= target
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return torch.where(fits, highest, low)
+
+
+class ParticleWeights:
+    """The weights of `groups` independent populations of `num_particles`, from start to end.
+
+    Per scored step call `update`, then `resample`; per tilted proposal `add_log_ratio`; at the end `finish`.
+
+    Args:
+        groups, num_particles (`int`): sizes, at least 1.
+        lmbda (`float`, sequence or `Tensor`, *optional*): the tilt, >= 0, one or one per group; the target is p(x) exp(lmbda r(x)) / Z.
+        ess_target (`float`, *optional*): instead of `lmbda`: each group takes the lmbda at which ESS is this share of its particles at the first
+            scored step where their rewards differ. From there on lmbda is fixed.
+        potential (`str`): ``diff``, ``max``, ``sum``, ``rt``, ``max_inc`` or ``tempered``.
+        scheme (`str`): of resampling.
+        ess_threshold (`float`, *optional*): resample where ESS is under this share of k; 1 or None is always (unless flat), 0 never.
+        adaptive_tempering (`float`, *optional*): take the largest c <= 1 with ESS at least this share of k and apply G^c. Above `ess_threshold` it
+            keeps the population from ever being resampled; at or under it, every step at which it acts is resampled.
+        temperatures (sequence of `float`, *optional*): c_i of ``tempered``, one per scored step.
+        generator: of resampling, one or one per group.
+
+    Attributes:
+        log_z: (groups,) estimate of log E[exp(lmbda r)].
+        applied: (groups, k), A: the sum of log G along each lineage.
+        roots: (groups, k) int64, the initial particle each one descends from.
+        lmbda: (groups,); NaN where `ess_target` has not chosen yet.
+        degenerate: (groups,) bool: every terminal reward was -inf, weights are flat and log_z is -inf.
+        nan_count: rewards that were NaN.
+        resampled: (groups,) bool, which groups the last call of `resample` resampled.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        num_particles: int,
+        *,
+        lmbda: float | Sequence[float] | Tensor | None = None,
+        ess_target: float | None = None,
+        potential: str = "diff",
+        scheme: str = "systematic",
+        ess_threshold: float | None = 0.5,
+        adaptive_tempering: float | None = None,
+        temperatures: Sequence[float] | None = None,
+        generator: Generators = None,
+    ) -> None:
+        check_options(
+            num_particles=num_particles,
+            lmbda=lmbda,
+            ess_target=ess_target,
+            potential=potential,
+            scheme=scheme,
+            ess_threshold=ess_threshold,
+            adaptive_tempering=adaptive_tempering,
+            temperatures=temperatures,
+        )
+        if groups < 1:
+            raise ConfigError("groups", f"expected int >= 1, got {groups}")
+        shape = (groups, num_particles)
+        self.shape, self.potential, self.scheme, self.generator = shape, potential, scheme, generator
+        self.threshold = math.inf if ess_threshold is None else ess_threshold
+        self.ess_target, self.adaptive = ess_target, adaptive_tempering
+        self.temperatures = None if temperatures is None else list(temperatures)
+        self.lmbda = _per_group(lmbda, groups)
+        self._log = torch.zeros(shape, dtype=torch.float64)  # weights up to a factor: equal weights are exact zeros
+        self.log_z = torch.zeros(groups, dtype=torch.float64)
+        self.applied = torch.zeros(shape, dtype=torch.float64)
+        self.state = initial_state(potential, shape)
+        self.roots = torch.arange(num_particles).repeat(groups, 1)
+        self.degenerate = torch.zeros(groups, dtype=torch.bool)
+        self.nan_count = self.updates = 0
+        self.resampled = torch.zeros(groups, dtype=torch.bool)
+        self._pending = torch.zeros(shape, dtype=torch.float64)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """(groups, k) float64, normalised."""
+        return self._log - self._log.logsumexp(1, keepdim=True)
+
+    @property
+    def weights(self) -> Tensor:
+        """(groups, k), each group summing to 1."""
+        return self.log_weights.exp()
+
+    def update(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
+        """Applies the potential of one scored step; returns log G (groups, k) as applied.
+
+        Args:
+            rewards (`Tensor`): (groups, k) at x0hat; NaN counts as -inf, and -inf as a finite floor.
+            blank (`Tensor`, *optional*): (groups, k) bool, where there is no image; such particles get weight 0.
+
+        Raises:
+            UserError: a reward of +inf, a group of NaN only, a wrong shape.
+        """
+        rewards, alive = self._floored(self._read(rewards, blank))
+        active = torch.where(alive, self._lambda(rewards, alive), torch.zeros(()).double())
+        chosen = ~torch.isnan(active)
+        active = torch.nan_to_num(active)[:, None]
+        scale = self.temperatures[self.updates] if self.temperatures is not None else 1.0
+        log_g, state = log_potential(self.potential, rewards, self.state, active, scale)
+        on = (alive & chosen)[:, None]
+        log_g = torch.where(on, log_g, torch.zeros_like(log_g))
+        if self.potential in ("diff", "tempered"):
+            state = torch.where(on, state, self.state)
+        else:
+            state = torch.where(alive[:, None], state, self.state)
+        if self.adaptive is not None:
+            c = solve_exponent(
+                self.log_weights + self._pending, log_g, self.adaptive * self.shape[1], torch.ones_like(self.log_z)
+            )[:, None]
+            log_g = c * log_g
+            if self.potential in ("diff", "tempered"):
+                state = self.state + c * (state - self.state)  # what was not applied is asked for again at the next step
+        self._reweight(log_g)
+        self.applied = self.applied + log_g
+        self.state = state
+        self.updates += 1
+        return log_g
+
+    def add_log_ratio(self, log_ratio: Tensor) -> None:
+        """log p - log tau (groups, k) of a step drawn from a tilted proposal tau instead of p; to be called at every such step."""
+        self._pending = self._pending + torch.as_tensor(log_ratio).detach().to("cpu", torch.float64)
+
+    def resample(self) -> Tensor | None:
+        """Ancestors (groups, k) int64 where some group is under the threshold (identity for the others), else None; takes its own state along."""
+        size = ess(self.log_weights)
+        k = self.shape[1]
+        # Flat weights are never resampled: it could only lose lineages.
+        self.resampled = needed = (size < self.threshold * k) & (size < k * (1 - 1e-9))
+        if not needed.any():
+            return None
+        generator = self.generator
+        if generator is None or isinstance(generator, torch.Generator):
+            drawn = resample(self.weights, self.scheme, generator=generator)
+        else:
+            # Only the groups concerned draw numbers, so that a group's stream does not depend on the others.
+            drawn = torch.zeros(self.shape, dtype=torch.int64)
+            picked = needed.nonzero().flatten().tolist()
+            drawn[needed] = resample(self.weights[needed], self.scheme, generator=[generator[g] for g in picked])
+        ancestors = torch.where(needed[:, None], drawn, torch.arange(k).expand(self.shape))
+        self.applied, self.state, self.roots = (x.gather(1, ancestors) for x in (self.applied, self.state, self.roots))
+        self._log = torch.where(needed[:, None], torch.zeros_like(self._log), self._log)
+        # A pending ratio was folded into the weights by the update before; it is zero here unless the caller skipped that.
+        self._pending = self._pending.gather(1, ancestors)
+        return ancestors
+
+    def finish(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
+        """Closes the product with the rewards (groups, k) of the returned samples; returns the terminal log G.
+
+        Raises:
+            UserError: as `update`. -inf is legal here: a hard constraint.
+        """
+        rewards = self._read(rewards, blank)
+        alive = torch.isfinite(rewards).any(1)
+        finite = torch.where(torch.isfinite(rewards), rewards, self._lowest(rewards))
+        self._lambda(finite, alive)
+        self.lmbda = torch.nan_to_num(self.lmbda)  # never a difference between rewards: nothing to tilt
+        lmbda = self.lmbda[:, None]
+        tilt = torch.where(lmbda > 0, lmbda * rewards, torch.zeros_like(rewards))
+        if blank is not None:  # also without a tilt: there is no image to return
+            tilt = torch.where(blank, torch.full_like(tilt, -math.inf), tilt)
+        log_g = tilt - self.applied
+        self._reweight(log_g)
+        self.applied = self.applied + log_g
+        return log_g
+
+    def _reweight(self, log_g: Tensor) -> None:
+        total = self._log + self._pending + log_g
+        top = total.amax(1, keepdim=True)
+        dead = torch.isneginf(top)
+        shifted = torch.where(dead, torch.zeros_like(total), total - top)
+        # A difference of two sums: where nothing was weighed it is zero to the last bit.
+        self.log_z = self.log_z + top[:, 0] + shifted.logsumexp(1) - self._log.logsumexp(1)
+        self.degenerate |= dead[:, 0]
+        self._log = shifted
+        self._pending = torch.zeros_like(total)
+
+    def _read(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
+        rewards = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
+        if rewards.shape != self.shape:
+            raise UserError(f"reward: expected {self.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}")
+        if torch.isposinf(rewards).any():
+            raise UserError("reward: the scorer returned +inf, which no finite weight can follow; return a finite number")
+        missing = torch.isnan(rewards)
+        blank = torch.zeros_like(missing) if blank is None else blank
+        silent = missing.all(1) & ~blank.any(
+            1
+        )  # a group without an image is degenerate; one without scores is the scorer's fault
+        if silent.any():
+            group = int(silent.nonzero()[0])
+            raise UserError(
+                f"reward: the scorer returned NaN for every particle of group {group}; check its inputs, or return -inf for 'impossible'"
+            )
+        self.nan_count += int(missing.sum())
+        return torch.where(missing, torch.full_like(rewards, -math.inf), rewards)
+
+    def _lowest(self, rewards: Tensor) -> Tensor:
+        finite = torch.where(torch.isfinite(rewards), rewards, torch.full_like(rewards, math.inf))
+        return torch.nan_to_num(finite.amin(1, keepdim=True), posinf=0.0)
+
+    def _floored(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """(finite rewards, groups with at least one finite reward)."""
+        finite = torch.isfinite(rewards)
+        known = torch.nan_to_num(self.lmbda)[:, None]
+        gap = torch.where(known > 0, FLOOR_NATS / known.clamp(min=1e-300), torch.zeros_like(known))
+        return torch.where(finite, rewards, self._lowest(rewards) - gap), finite.any(1)
+
+    def _lambda(self, rewards: Tensor, alive: Tensor) -> Tensor:
+        """lmbda (groups,), chosen now where it is still open and the rewards differ; NaN where it stays open."""
+        if self.ess_target is None:
+            return self.lmbda
+        spread = rewards.amax(1) - rewards.amin(1)
+        now = torch.isnan(self.lmbda) & alive & (spread > 0)
+        if now.any():
+            highest = torch.where(now, MAX_CHOSEN_NATS / torch.where(spread > 0, spread, torch.ones_like(spread)), spread)
+            centred = rewards - rewards.amax(1, keepdim=True)
+            found = solve_exponent(self.log_weights + self._pending, centred, self.ess_target * self.shape[1], highest)
+            self.lmbda = torch.where(now, found, self.lmbda)
+        return self.lmbda
+
+
+def check_options(
+    *,
+    num_particles: int,
+    lmbda: float | Sequence[float] | Tensor | None = None,
+    ess_target: float | None = None,
+    potential: str = "diff",
+    scheme: str = "systematic",
+    ess_threshold: float | None = 0.5,
+    adaptive_tempering: float | None = None,
+    temperatures: Sequence[float] | None = None,
+) -> None:
+    """Raises `ConfigError` for the first option of `ParticleWeights` that is out of range."""
+    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+        raise ConfigError("num_particles", f"expected int >= 1, got {num_particles!r}")
+    if (lmbda is None) == (ess_target is None):
+        both = "both" if lmbda is not None else "neither"
+        raise ConfigError("lmbda", f"give lmbda or ess_target, not {both}; lmbda is the tilt, ess_target chooses it")
+    if lmbda is not None:
+        try:
+            values = torch.as_tensor(lmbda, dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise ConfigError("lmbda", f"expected a number >= 0, got {lmbda!r}") from None
+        if values.ndim > 1 or not torch.isfinite(values).all() or (values < 0).any():
+            raise ConfigError(
+                "lmbda", f"expected a finite number >= 0 (or one per group), got {lmbda!r}; negate the reward to lower it"
+            )
+    if potential not in POTENTIALS:
+        raise ConfigError("potential", f"expected one of {', '.join(POTENTIALS)}, got {potential!r}")
+    if scheme not in SCHEMES:
+        raise ConfigError("scheme", f"expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if ess_target is not None and not (num_particles > 1 and 1 / num_particles < ess_target < 1):
+        raise ConfigError("ess_target", f"expected a share of the particles in (1/{num_particles}, 1), got {ess_target!r}")
+    if ess_threshold is not None and not ess_threshold >= 0:
+        raise ConfigError(
+            "ess_threshold", f"expected a share of the particles >= 0 (0 never resamples, 1 always), got {ess_threshold!r}"
+        )
+    if adaptive_tempering is not None and not 0 < adaptive_tempering < 1:
+        raise ConfigError("adaptive_tempering", f"expected a share of the particles in (0, 1), got {adaptive_tempering!r}")
+    if temperatures is not None:
+        if potential != "tempered":
+            raise ConfigError("temperatures", f"only potential='tempered' reads them, got potential={potential!r}")
+        if not all(0 <= c <= 1 for c in temperatures):
+            raise ConfigError("temperatures", f"expected numbers in [0, 1], got {list(temperatures)!r}")
+
+
+def _per_group(lmbda: float | Sequence[float] | Tensor | None, groups: int) -> Tensor:
+    if lmbda is None:
+        return torch.full((groups,), math.nan, dtype=torch.float64)
+    values = torch.as_tensor(lmbda, dtype=torch.float64).cpu()
+    if values.ndim and values.shape != (groups,):
+        raise ConfigError("lmbda", f"expected one number or one per group ({groups}), got {values.numel()}")
+    return values.expand(groups).clone()

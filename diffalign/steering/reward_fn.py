@@ -1,0 +1,133 @@
+"""Rewards of particles: any scorer or function on images, in batches, with one clear sentence when it does not fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UserError
+from ..runtime.missing import present
+
+
+class Rewarder:
+    """Scores particle images.
+
+    Args:
+        scorer: a `Scorer`, its name in the registry, or a function (images, prompts) -> (n,). Scores of which lower is better are negated.
+        intermediate: function (x0hat latents, prompts) -> (n,), or None.
+        batch_size: images per call of a plain function, and per forward pass of a `Scorer`; None is all, and the scorer's own.
+
+    Raises:
+        ConfigError: `scorer` is none of these.
+    """
+
+    def __init__(self, scorer: Any, intermediate: Callable[..., Any] | None = None, batch_size: int | None = None) -> None:
+        if isinstance(scorer, str):
+            from ..rewards.registry import load_scorer
+
+            scorer = load_scorer(scorer)
+        if not callable(scorer):
+            raise ConfigError(
+                "scorer", f"expected a scorer, its name or a function (images, prompts) -> numbers, got {type(scorer).__name__}"
+            )
+        if intermediate is not None and not callable(intermediate):
+            raise ConfigError(
+                "intermediate_reward", f"expected a function (latents, prompts) -> numbers, got {type(intermediate).__name__}"
+            )
+        self.scorer, self.intermediate, self.batch_size = scorer, intermediate, batch_size
+        self.prompts: list[str] = []
+        self.metadata: list[Mapping[str, Any]] | None = None
+        self.k = 1
+        self.calls = self.images = 0
+        self.seconds = 0.0
+
+    def start(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None, k: int) -> Rewarder:
+        """A rewarder for one call: P prompts with k particles each."""
+        fresh = Rewarder(self.scorer, self.intermediate, self.batch_size)
+        fresh.prompts = [prompt for prompt in prompts for _ in range(k)]
+        fresh.metadata = None if metadata is None else [row for row in metadata for _ in range(k)]
+        fresh.k = k
+        # Prompts are encoded in batches whose rounding depends on their size: remembered ones would make a call depend on those before it.
+        remembered = getattr(self.scorer, "_texts", None)
+        if remembered is not None:
+            remembered.clear()
+        return fresh
+
+    def of_latents(self, x0: Tensor) -> Tensor:
+        """`intermediate` of x0hat (P * k, ...), (P, k) float64."""
+        assert self.intermediate is not None
+        started = time.perf_counter()
+        values = self._read(self.intermediate(x0, list(self.prompts)), len(self.prompts), "intermediate_reward")
+        self.seconds += time.perf_counter() - started
+        self.calls += 1
+        return values.unflatten(0, (-1, self.k))
+
+    def of_images(self, images: Sequence[Any]) -> Tensor:
+        """Rewards of P * k images, prompt after prompt, (P, k) float64.
+
+        Args:
+            images: PIL images, `diffalign.runtime.missing.Missing` for one that cannot be used (its reward is NaN), or float arrays or tensors as pipelines return them for ``np`` and ``pt``, which the scorer sees as PIL images.
+
+        Raises:
+            UserError: the scorer gave another number of rewards, or none at all.
+        """
+        started = time.perf_counter()
+        places = present(images)
+        values = torch.full((len(images),), float("nan"), dtype=torch.float64)
+        if places:
+            values[places] = self._of_present(_as_pil([images[i] for i in places]), places)
+        self.images += len(places)
+        self.seconds += time.perf_counter() - started
+        return values.unflatten(0, (-1, self.k))
+
+    def _of_present(self, images: Sequence[Any], places: list[int]) -> Tensor:
+        """Rewards (n,) of the images at these places."""
+        from ..rewards.base import Scorer
+
+        texts = [self.prompts[i] for i in places]
+        facts = None if self.metadata is None else [self.metadata[i] for i in places]
+        if isinstance(self.scorer, Scorer):
+            needs = self.scorer.spec.requires
+            size: dict[str, Any] = {} if self.batch_size is None else {"batch_size": self.batch_size}
+            given = (texts if "prompt" in needs else None, facts if "metadata" in needs else None)
+            values = self._read(self.scorer(list(images), *given, **size), len(images), "scorer")
+            self.calls += 1
+            return values if self.scorer.spec.higher_is_better else -values
+        parts = []
+        size_ = self.batch_size or len(images)
+        for start in range(0, len(images), size_):
+            chosen = slice(start, start + size_)
+            extra = () if facts is None else (facts[chosen],)
+            part = list(images[chosen])
+            parts.append(self._read(self.scorer(part, texts[chosen], *extra), len(part), "scorer"))
+            self.calls += 1
+        return torch.cat(parts)
+
+    @staticmethod
+    def _read(values: Any, expected: int, who: str) -> Tensor:
+        try:
+            found = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"{who}: expected {expected} numbers, got {type(values).__name__}") from None
+        if found.ndim == 2 and found.shape[1] == 1:
+            found = found[:, 0]
+        if found.shape != (expected,):
+            raise UserError(f"{who}: expected {expected} numbers for {expected} images, got shape {tuple(found.shape)}")
+        return found
+
+
+def _as_pil(images: Sequence[Any]) -> Sequence[Any]:
+    """Float images of a pipeline's ``np`` (h, w, c) or ``pt`` (c, h, w) output as PIL images; anything else as it is."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    first = images[0]
+    if isinstance(first, Tensor) and first.ndim == 3 and first.is_floating_point():
+        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(list(images)).float()))
+    if isinstance(first, np.ndarray) and first.ndim == 3 and first.dtype.kind == "f":
+        return VaeImageProcessor.numpy_to_pil(np.stack(images))
+    return images

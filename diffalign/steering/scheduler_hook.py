@@ -1,0 +1,104 @@
+"""The hook between a pipeline and its scheduler: ``scheduler.step`` of one instance, for the duration of one call.
+
+Pipelines decide from the signature of ``step`` whether to hand it eta and a generator, so the hook carries the signature of what it
+replaces; a pipeline that deep-copies its scheduler must not drive the original, so a copied hook refuses to step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+Handler = Callable[[dict[str, Any], Callable[..., Any]], Any]
+
+
+class SteeredStep:
+    """Stands for ``scheduler.step``: binds the arguments to their names and gives them to `handler`.
+
+    Args:
+        original: the bound method.
+        handler: called with (arguments by name, `original`).
+    """
+
+    def __init__(self, original: Callable[..., Any], handler: Handler) -> None:
+        self.original, self.handler = original, handler
+        self.__signature__ = inspect.signature(original)
+        self.__name__, self.__doc__ = "step", original.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        for name, parameter in self.__signature__.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+        return self.handler(arguments, self.original)
+
+    def __deepcopy__(self, memo: Any) -> _CopiedStep:
+        return _CopiedStep(self.__signature__)
+
+
+class _CopiedStep:
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.__signature__ = signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(
+            "scheduler: this pipeline steps through a copy of its scheduler, which cannot be steered from outside; use a pipeline with one "
+            "step of pipe.scheduler per iteration"
+        )
+
+
+@contextmanager
+def steered(scheduler: Any, handler: Handler) -> Iterator[None]:
+    """Puts `handler` in front of ``scheduler.step`` and takes it away whatever happens.
+
+    Raises:
+        UserError: when something is wrapped around it already.
+    """
+    if "step" in vars(scheduler):
+        raise UserError(
+            "scheduler: its step is already wrapped, by another steering call or another tool; finish that one first, or give the pipeline "
+            "a scheduler of its own: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+        )
+    scheduler.step = SteeredStep(scheduler.step, handler)
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
+    """Reorders every tensor per particle that the scheduler keeps (solver histories, halves of a second-order step); returns their names.
+
+    Args:
+        index (`Tensor`): (rows,) int64: row r continues row ``index[r]``.
+        like (`Tensor`): a latent batch (rows, ...): what belongs to particles has as many rows and dimensions.
+    """
+
+    def mine(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == like.ndim and value.ndim > 1 and value.shape[0] == len(index)
+
+    found = []
+    for name, value in vars(scheduler).items():
+        if mine(value):
+            setattr(scheduler, name, value[index.to(value.device)])
+            found.append(name)
+        elif isinstance(value, (list, tuple)) and any(mine(x) for x in value):
+            moved = [x[index.to(x.device)] if mine(x) else x for x in value]
+            setattr(scheduler, name, type(value)(moved))
+            found.append(name)
+    return found
+
+
+@contextmanager
+def own_noise(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generator seeded for one step of a scheduler that takes no generator, and put back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

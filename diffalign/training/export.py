@@ -1,0 +1,77 @@
+"""The final weights of a run as files for inference, and their upload."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..backbones.lora import lora_state
+from ..errors import ConfigError
+from .model_card import write_card
+from .run_record import RunRecord
+from .sections import HubConfig
+
+
+def save_model(
+    record: RunRecord, accelerator: Accelerator, network: Any, prepared: Any, metrics: Mapping[str, Any], folder: Path
+) -> None:
+    """Write weights, config and card into `folder`, each file whole or absent. All processes must call this.
+
+    Args:
+        record, accelerator: of the run.
+        network: as it is loaded for inference.
+        prepared: the same, as accelerate prepared it; gathers sharded weights.
+        metrics: of the last log, for the card.
+        folder (`Path`): is made.
+    """
+    backbone, is_lora = record.backbone, record.peft_config is not None
+    state = None if is_lora else accelerator.get_state_dict(prepared)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".tmp-model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if is_lora:
+                backbone.save_lora(str(temporary), network, lora_state(network))
+            else:
+                backbone.pipeline(network=network).save_pretrained(temporary, safe_serialization=True)
+                network.save_pretrained(temporary / backbone.network_name, state_dict=state)
+            for path in sorted(temporary.iterdir()):
+                target = folder / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not record.lines:
+            record.lines = record.facts()
+        record.write_config(folder)
+        write_card(record, metrics, folder)
+    accelerator.wait_for_everyone()
+
+
+def push_to_hub(folder: Path, config: HubConfig) -> str:
+    """Uploads the final model: not checkpoints, logs or caches. The token comes from the environment or the login, never the config.
+
+    Raises:
+        ConfigError: when the Hub refuses, with its reason.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        repo = api.create_repo(config.hub_model_id or folder.resolve().name, private=config.hub_private_repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            ignore_patterns=["checkpoint-*", "abandoned-checkpoint-*", ".*", "logs/*", "reference_errors*"],
+        )
+    except Exception as error:  # every transport and permission error of the client
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError("hub.hub_model_id", f"the upload failed ({reason}); the model is in {str(folder)!r}") from error
+    return str(repo)

@@ -1,0 +1,1 @@
+"""Training on images that the policy draws itself: rollouts, judges, people, rounds."""

@@ -1,0 +1,290 @@
+"""People as judges: a round's images are written out with a manifest, and the run waits until votes are beside them.
+
+``feedback/round-0003/`` holds ``manifest.json`` (groups of images of one prompt, with ids), ``images/``, ``index.html`` to look at, and
+the trajectories that belong to the images, so that training goes on from them whenever the votes come. Votes are any ``votes*.json``,
+``.jsonl``, ``.csv`` or ``.parquet`` in that folder, a row per comparison: ``image_a``, ``image_b`` and ``preference`` (``a``, ``b`` or
+``tie``; or a number from 1 for a to -1 for b), or ``chosen`` and ``rejected``; ``annotator`` is optional. Several votes on a pair are
+averaged; pairs without a vote count as ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...runtime.files import save_image, save_tensors, write_atomically
+from ...runtime.text_files import journal, read_json, read_table
+from ..batch import Batch
+from ..loop import RunPaused
+from .rollout import Trajectories
+from .source import batch_from, flat_tensors, read_tensors
+
+MANIFEST = "manifest.json"
+_WORDS = {"a": 1.0, "b": -1.0, "tie": 0.0, "left": 1.0, "right": -1.0}
+
+
+class VotesNeeded(RunPaused):
+    """Training cannot go on before people have voted."""
+
+
+@dataclasses.dataclass
+class Votes:
+    """What people said.
+
+    Attributes:
+        preference: (image id, image id) -> mean of the votes, 1 for the first, -1 for the second; both orders are in it.
+        count: votes read.
+        annotators: how many people, as far as they are named.
+        conflicts: pairs on which votes differ.
+        left_out: votes that are torn, or not on two images of one prompt of this round.
+        reasons: why, for the first of them.
+    """
+
+    preference: dict[tuple[str, str], float]
+    count: int
+    annotators: int
+    conflicts: int
+    left_out: int = 0
+    reasons: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line."""
+        who = f" of {self.annotators} annotators" if self.annotators else ""
+        conflict = f"; on {self.conflicts} pairs they differ and are averaged" if self.conflicts else ""
+        left_out = f"; {self.left_out} votes left out ({'; '.join(self.reasons)})" if self.left_out else ""
+        return f"{self.count} votes{who} on {len(self.preference) // 2} pairs{conflict}{left_out}"
+
+
+def round_folder(output_dir: Path, number: int) -> Path:
+    """Where a round's images and votes are."""
+    return output_dir / "feedback" / f"round-{number:04d}"
+
+
+def group_ids(batch: Batch, index: int, rank: int) -> list[str]:
+    """An id per group, unique in a round."""
+    return [f"p{rank}-{index}-{i}-row{row}" for i, row in enumerate(batch.row_ids)]
+
+
+def write_round(
+    folder: Path, batches: Sequence[Batch], trajectories: Sequence[Trajectories], rank: int, world: int, wait: Any
+) -> None:
+    """Images, trajectories and manifest; the manifest comes last, so a folder with one is complete. All processes must call this.
+
+    Args:
+        wait: called between the processes' parts, e.g. `accelerator.wait_for_everyone`.
+    """
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    groups: list[dict[str, Any]] = []
+    plain: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for index, (batch, found) in enumerate(zip(batches, trajectories, strict=True)):
+        for name, prompt, images in zip(group_ids(batch, index, rank), batch.prompts, found.images, strict=True):
+            entries = []
+            for i, image in enumerate(images):
+                save_image(image, folder / "images" / f"{name}-{i}.png")
+                entries.append({"id": f"{name}-{i}", "file": f"images/{name}-{i}.png"})
+            groups.append({"id": name, "prompt": prompt, "images": entries})
+        whole = dataclasses.replace(batch, extra={"states": found.states, "log_probs": found.log_probs})
+        tensors |= {f"{index}.{name}": value for name, value in flat_tensors(whole).items()}
+        plain.append({"row_ids": batch.row_ids, "prompts": batch.prompts, "epochs": batch.epochs, "seed": batch.seed})
+    facts = {"rounds": json.dumps({"batches": plain})}
+    save_tensors(tensors, folder / f"rollout-{rank}.safetensors", metadata=facts)
+    write_atomically(folder / f".groups-{rank}.json", json.dumps(groups).encode())
+    wait()
+    if rank == 0:
+        everyone = [g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())]
+        write_atomically(folder / "index.html", _page(everyone).encode())
+        write_atomically(folder / MANIFEST, (json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n").encode())
+        for r in range(world):
+            (folder / f".groups-{r}.json").unlink()
+    wait()
+
+
+def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
+    """The batches of this process, states and recorded log-probabilities in `extra`.
+
+    Raises:
+        UserError: its file is gone.
+    """
+    path = folder / f"rollout-{rank}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder}: {path.name} is missing; resume with as many processes as before, or put it back")
+    tensors, facts = read_tensors(path)
+    return [batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])]
+
+
+def find_votes(folder: Path) -> list[Path]:
+    """Vote files of a round, in the order of their names."""
+    return sorted(
+        p for p in folder.glob("votes*") if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.is_file()
+    )
+
+
+def shared_votes(folder: Path, is_main: bool) -> Votes | None:
+    """The votes as the first process sees them, for all processes, as they may be written at this moment; None: there are none yet.
+
+    Raises:
+        UserError: see `read_votes`; on all processes.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if is_main:
+        try:
+            found[0] = read_votes(folder) if find_votes(folder) else None
+        except UserError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, dict) or not isinstance(group.get("images"), list):
+        return False
+    images = all(isinstance(i, dict) and isinstance(i.get("id"), str) and isinstance(i.get("file"), str) for i in group["images"])
+    return images and isinstance(group.get("id"), str) and isinstance(group.get("prompt"), str)
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The groups of a round, each with its prompt and images.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    path = folder / MANIFEST
+    groups = read_json(path, dict).get("groups")
+    if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
+        raise UserError(f"{path}: is damaged (it has no groups of images); put it back, or draw the round again")
+    return groups
+
+
+def read_votes(folder: Path) -> Votes:
+    """All votes of a round. A vote that is torn, or not on two images of one prompt of this round, is left out and counted.
+
+    Raises:
+        UserError: a file that cannot be read at all, or no vote that can be used.
+    """
+    place = {image["id"]: group["id"] for group in read_manifest(folder) for image in group["images"]}
+    values: dict[tuple[str, str], list[float]] = {}
+    people: set[str] = set()
+    faults: list[str] = []
+    for path in find_votes(folder):
+        for where, row in _rows(path, faults):
+            try:
+                first, second, value = _placed(*_vote(row, where), place, where)
+            except UserError as error:
+                faults.append(str(error))
+                continue
+            values.setdefault((first, second), []).append(value)
+            people |= {str(row["annotator"])} if row.get("annotator") not in (None, "") else set()
+    if not values:
+        reasons = f" that can be used ({'; '.join(faults[:3])})" if faults else ""
+        raise UserError(f"{folder}: its vote files hold no vote{reasons}")
+    means = {pair: sum(each) / len(each) for pair, each in values.items()}
+    both = means | {(b, a): -value for (a, b), value in means.items()}
+    conflicts = sum(len(set(each)) > 1 for each in values.values())
+    return Votes(both, sum(map(len, values.values())), len(people), conflicts, len(faults), tuple(faults[:3]))
+
+
+def _placed(first: str, second: str, value: float, place: Mapping[str, str], where: str) -> tuple[str, str, float]:
+    """A vote with its images in the order of their names."""
+    for image in (first, second):
+        if image not in place:
+            raise UserError(
+                f"{where}: there is no image {image[:60]!r} in this round (its ids are in {MANIFEST}); were the votes given for other images?"
+            )
+    if place[first] != place[second] or first == second:
+        raise UserError(f"{where}: {first!r} and {second!r} are not two images of one prompt")
+    return (second, first, -value) if first > second else (first, second, value)
+
+
+def preference_matrix(votes: Votes, batch: Batch, index: int, rank: int, k: int) -> Tensor:
+    """(g, k, k) of mean votes for the groups of a batch; 0 where nobody voted."""
+    found = torch.zeros(len(batch), k, k)
+    for g, name in enumerate(group_ids(batch, index, rank)):
+        for i in range(k):
+            for j in range(k):
+                found[g, i, j] = votes.preference.get((f"{name}-{i}", f"{name}-{j}"), 0.0)
+    return found
+
+
+def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(place for messages, vote) of a file; lines that are no votes are added to `faults`.
+
+    Raises:
+        UserError: the file cannot be read as a whole.
+    """
+    import pyarrow.parquet
+
+    suffix = path.suffix.lower()
+    content: Any = None
+    try:
+        if suffix == ".parquet":
+            values = [(f"row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)]
+        elif suffix in (".csv", ".tsv"):
+            values = [(f"line {row.line}", row.cells) for row in read_table(path).rows]
+        elif suffix == ".jsonl":
+            entries, left_out = journal(path)
+            faults += [f"{path.name}, {line}" for line in left_out]
+            values = [(f"line {number}", value) for number, value in entries]
+        else:
+            content = read_json(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as votes ({' '.join(str(error).split())[:150]})") from error
+    if suffix == ".json":
+        content = content.get("votes") if isinstance(content, dict) else content
+        if not isinstance(content, list):
+            raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
+        values = [(f"vote {i}", value) for i, value in enumerate(content, start=1)]
+    rows = []
+    for place, value in values:
+        if isinstance(value, dict):
+            rows.append((f"{path.name}, {place}", value))
+        else:
+            faults.append(f"{path.name}, {place}: expected image_a, image_b and preference, got {str(value)[:40]}")
+    return rows
+
+
+def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
+    """(image, image, value of the first over the second)."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return str(row["chosen"]), str(row["rejected"]), 1.0
+    if "image_a" not in row or "image_b" not in row or "preference" not in row:
+        raise UserError(
+            f"{where}: expected image_a, image_b and preference (or chosen and rejected), got {', '.join(map(str, row))}"
+        )
+    given = row["preference"]
+    value = given
+    if isinstance(given, str):
+        word = given.strip().lower()
+        try:
+            value = _WORDS[word] if word in _WORDS else float(word)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
+        raise UserError(f"{where}: preference is {given!r}; expected a, b, tie or a number from -1 to 1")
+    return str(row["image_a"]), str(row["image_b"]), float(value)
+
+
+def _page(groups: Sequence[Mapping[str, Any]]) -> str:
+    """A page to look at: every group's images with their ids."""
+    parts = ["<!doctype html><meta charset='utf-8'><title>Votes wanted</title><style>body{font:15px sans-serif;margin:2em}"]
+    parts.append("figure{display:inline-block;margin:.5em}img{min-width:160px;image-rendering:pixelated}</style>")
+    for group in groups:
+        parts.append(f"<h3>{html.escape(group['prompt'])}</h3>")
+        for image in group["images"]:
+            parts.append(
+                f"<figure><img src='{html.escape(image['file'])}'><figcaption>{html.escape(image['id'])}</figcaption></figure>"
+            )
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,235 @@
+"""What methods share that sample while they learn: rounds of rollouts, judged by scorers or by people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, UserError
+from ..batch import Batch
+from ..config import TrainingConfig
+from ..reference import Reference, SnapshotReference
+from ..tracking import MetricWindow
+from ..trainer import Trainer
+from . import feedback
+from .judge import Judge, preferences
+from .policy_sampler import PolicySampler, RoundCheck
+from .rollout import Grid, Rollout, SamplerConfig, Trajectories
+from .source import RolloutSource
+
+
+@dataclass
+class OnPolicyConfig(TrainingConfig):
+    """Options of methods that sample while they learn."""
+
+    images_per_prompt: int = 2
+    """Images drawn for each prompt; all their pairs are compared."""
+    num_inference_steps: int = 20
+    """Steps of the sampler, all kept."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance, in sampling and in training alike; 1 or below for none."""
+    eta: float = 1.0
+    """Stochasticity of the sampler's steps: DDIM's eta, or the noise level of the flow SDE (0.7 is usual there)."""
+    shared_init: bool = True
+    """One initial noise for all images of a prompt."""
+    rollout_batch_size: int = 8
+    """Images sampled at once."""
+    steps_per_round: int = 1
+    """Optimizer steps whose samples are drawn at once, by the policy at the beginning of the round."""
+    num_inner_epochs: int = 1
+    """Passes over the samples of a round."""
+    scorers: list[str] = field(default_factory=list)
+    """Names of the scorers that judge; a run file's `rewards:` section, or the trainer's `scorers`, says more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("images_per_prompt", "num_inference_steps", "rollout_batch_size", "steps_per_round", "num_inner_epochs"):
+            self._check(name, lambda v: v >= 1, ">= 1")
+        self._check("eta", lambda v: v >= 0, ">= 0")
+        if self.precompute_ref_errors:
+            raise ConfigError("precompute_ref_errors", "there are no fixed images to compute them for; set it to false")
+
+    @property
+    def feedback_of_people(self) -> bool:
+        """Whether people judge, and not scorers."""
+        return False
+
+    @property
+    def iterates_reference(self) -> bool:
+        """Whether the reference is the policy at the beginning of each round."""
+        return False
+
+    @property
+    def compared_by(self) -> str:
+        """How the scores of two images are compared, see `diffalign.training.online.judge.COMPARE`."""
+        return "combined"
+
+    @property
+    def reduction_of_log_probs(self) -> str:
+        """`mean` or `sum` over the elements of a latent."""
+        return "mean"
+
+
+class OnPolicyTrainer(Trainer):
+    """Draws a round of trajectories, has it judged, and trains on it batch by batch."""
+
+    data_kind = "prompt"
+    can_be_online = False  # it samples by itself
+    error_beta = False
+    _sources: ClassVar[dict[str, str]] = {
+        "images_per_prompt": "official reward script, 2; its human-feedback script 7",
+        "num_inference_steps": "official code, 20",
+        "guidance_scale": "official code, 5.0",
+        "eta": "official code, 1.0",
+        "shared_init": "official code",
+        "rollout_batch_size": "ours",
+        "steps_per_round": "ours: 1 samples for every optimizer step",
+        "num_inner_epochs": "official code, 1",
+        "scorers": "ours",
+    }
+    args: OnPolicyConfig
+    judge: Judge | None
+    """Turns scorers into preferences; None where people judge."""
+
+    # Building ---------------------------------------------------------------------------------------------------------------
+
+    def sampler_config(self) -> SamplerConfig:
+        """How the trajectories of this run are drawn."""
+        args = self.args
+        return SamplerConfig(
+            args.num_inference_steps,
+            args.guidance_scale,
+            args.eta,
+            args.rollout_batch_size,
+            args.shared_init,
+            args.reduction_of_log_probs,
+        )
+
+    def sampling_grid(self) -> Grid:
+        """The sampler's times, before anything is loaded."""
+        return self.make_grid(self.args.num_inference_steps, self.args.eta)
+
+    def validate(self) -> None:
+        """Find the judge, so that a run without one, or with an unknown scorer, ends here.
+
+        Raises:
+            ConfigError: no scorer, or one that cannot be used.
+        """
+        self.judge = None
+        if self.args.feedback_of_people:
+            return
+        scorers = self.scorers if self.scorers is not None else self.args.scorers
+        if not scorers:
+            raise ConfigError(
+                "train.scorers",
+                f"{self._name} needs a judge: name scorers, give a rewards section, or set train.feedback: people",
+            )
+        self.judge = Judge(scorers)
+
+    @cached_property
+    def sampler(self) -> PolicySampler:
+        """Draws the trajectories of a round."""
+        return self.policy_sampler(self.sampler_config())
+
+    @property
+    def rollout(self) -> Rollout:
+        """How they are drawn."""
+        return self.sampler.rollout
+
+    def build_source(self) -> RolloutSource:
+        """Rounds of whole optimizer steps."""
+        batches = self.args.steps_per_round * self.args.gradient_accumulation_steps
+        return RolloutSource(self._round, batches)
+
+    def build_reference(self) -> Reference | None:
+        """The starting weights, or under ``reference: iterated`` the policy of each round's beginning."""
+        if self.args.iterates_reference:
+            return SnapshotReference(self.network)
+        return super().build_reference()
+
+    # Rounds -----------------------------------------------------------------------------------------------------------------
+
+    def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
+        """Samples and judges; the policy of this moment is the reference of the round under ``reference: iterated``."""
+        if isinstance(self.reference_model, SnapshotReference):
+            self.reference_model.take()
+        judged = self._asked(number, batches) if self.judge is None else self.score_round(self.judge, batches)
+        return judged * self.args.num_inner_epochs
+
+    def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+        """The round judged by scorers."""
+        check, done = RoundCheck(self.accelerator.print, judge), []
+        for batch in batches:
+            trajectories, scores = self.sample(batch)
+            check.add(batch, chain.from_iterable(trajectories.images), scores)
+            done.append(self.finish(batch, trajectories, preferences(judge, scores, self.args.compared_by), scores))
+        check.finish()
+        return done
+
+    def _asked(self, number: int, batches: list[Batch]) -> list[Batch]:
+        """The round judged by people.
+
+        Raises:
+            VotesNeeded: they have not voted yet.
+            UserError: votes that do not fit.
+        """
+        folder, k = feedback.round_folder(self.output_dir, number), self.args.images_per_prompt
+        if self.is_dry:  # nothing may be written: everybody is undecided
+            drawn_dry = [self.sample(batch) for batch in batches]
+            return [self.finish(b, t, torch.zeros(len(b), k, k), s) for b, (t, s) in zip(batches, drawn_dry, strict=True)]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if not (folder / feedback.MANIFEST).is_file():
+            drawn = [self.sample(batch)[0] for batch in batches]
+            feedback.write_round(folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone)
+        votes = feedback.shared_votes(folder, self.accelerator.is_main_process)
+        if votes is None:
+            raise feedback.VotesNeeded(folder)
+        self.accelerator.print(f"round {number}: {votes.summary()}")
+        done = []
+        for index, batch in enumerate(feedback.read_round(folder, rank, self.accelerator.device)):
+            found = Trajectories(batch.extra["states"], batch.extra["log_probs"], [])
+            preference = feedback.preference_matrix(votes, batch, index, rank, k)
+            nobody = torch.full((len(batch), k, 1), float("nan"))
+            done.append(self.finish(batch, found, preference, nobody))
+        return done
+
+    def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:
+        """The batch that is trained on.
+
+        Args:
+            batch: of prompts, one condition per group.
+            preference: (g, k, k) in [-1, 1].
+            scores: (g, k, m); NaN where there are none.
+        """
+        raise NotImplementedError
+
+    def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
+        """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU."""
+        k = self.args.images_per_prompt
+        return self.sampler(batch, k, self.judge, purpose)
+
+    # Evaluation -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Mean scores of images that the policy draws for held-out prompts, the same noise every time."""
+        pipeline = self.evaluation_data(eval_dataset)
+        if self.judge is None:
+            raise UserError("train.feedback: people cannot judge an evaluation; draw images with diffalign sample")
+        window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.judge)
+        for examples in pipeline.passes():
+            batch = pipeline.builder(examples)
+            drawn, scores = self.sample(batch, purpose="evaluation")
+            check.add(batch, chain.from_iterable(drawn.images), scores)
+            window.add(
+                {n: c.float().nanmean(1) for n, c in zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)}
+            )
+        check.finish()
+        result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
+        self._call("on_evaluate", metrics=result)
+        return result

@@ -1,0 +1,120 @@
+"""Online data for offline methods: pairs or lists that the policy draws, judged and made anew.
+
+Online Diffusion-DPO, RankDPO, MaPO and others: the dataset gives the prompts, a round of rollouts
+gives the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ...data.config import OnlineConfig
+from ...errors import ConfigError
+from ..batch import Batch
+from .judge import Judge
+from .policy_sampler import PolicySampler, RoundCheck
+from .rollout import SamplerConfig
+
+
+def online_sampler(config: OnlineConfig) -> SamplerConfig:
+    """How `data.online` samples."""
+    return SamplerConfig(
+        config.num_inference_steps, config.guidance_scale, config.eta, config.rollout_batch_size, shared_init=False
+    )
+
+
+def online_judge(config: OnlineConfig, scorers: object) -> Judge:
+    """The judge of `data.online`.
+
+    Args:
+        scorers: of the trainer; None takes those of the section.
+
+    Raises:
+        ConfigError: no scorer.
+    """
+    names = scorers if scorers is not None else config.scorers
+    if not names:
+        raise ConfigError("data.online.scorers", "name at least one scorer, or give a rewards section")
+    return Judge(names)
+
+
+class OnlineData:
+    """Makes a round of groups for `data.online`.
+
+    Args:
+        config: of the section.
+        judge: of the images.
+        sampler: draws them.
+        kind (`str`): of the method's groups: `pair`, `ranked` or `single`.
+        inverted (`bool`): whether the method prefers what the judge rejects.
+        shared_noise (`bool`): whether the images of a group are noised alike in training.
+        say: prints a sentence.
+        log: takes metrics of a round, each (g,).
+    """
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        judge: Judge,
+        sampler: PolicySampler,
+        kind: str,
+        inverted: bool,
+        shared_noise: bool,
+        say: Callable[[str], None],
+        log: Callable[[dict[str, Tensor]], None],
+    ) -> None:
+        self.config, self.judge, self.sampler = config, judge, sampler
+        self.kind, self.inverted, self.shared_noise = kind, inverted, shared_noise
+        self.say, self.log = say, log
+
+    def round(self, number: int, batches: list[Batch]) -> list[Batch]:
+        """The groups to train on, from batches of prompts."""
+        check, groups = RoundCheck(self.say, self.judge), []
+        for batch in batches:
+            trajectories, scores = self.sampler(batch, self.config.k, self.judge, "online")
+            check.add(batch, chain.from_iterable(trajectories.images), scores)
+            groups.append(self._judged(batch, trajectories.final, scores))
+        check.finish()
+        return groups
+
+    def _judged(self, batch: Batch, latents: Tensor, scores: Tensor) -> Batch:
+        """Pairs, lists, or the best image."""
+        combined = self.judge.combined(scores)
+        if self.inverted:
+            combined = -combined
+        low = torch.where(torch.isnan(combined), torch.full_like(combined, math.inf), combined)
+        high = torch.where(torch.isnan(combined), torch.full_like(combined, -math.inf), combined)
+        best, worst = high.argmax(1), low.argmin(1)
+        if self.kind == "ranked":
+            chosen = torch.arange(latents.shape[1]).expand(len(batch), -1)
+        else:
+            chosen = torch.stack([best, worst], 1)[:, : 2 if self.kind == "pair" else 1]
+        rows = torch.arange(len(batch))[:, None]
+        decided = (high.amax(1) > low.amin(1)).float()
+        scored = torch.isfinite(combined).any(1).float()
+        k = chosen.shape[1]
+        device = batch.x0.device
+        columns = zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)
+        means = {f"online/{name}": column.float().nanmean(1) for name, column in columns}
+        self.log({**means, "online/ties": 1 - decided})
+        return dataclasses.replace(
+            batch,
+            x0=latents[rows, chosen].to(device),
+            noise=self._noise(batch, k),
+            condition={name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()},
+            scores=combined.float().to(device) if self.kind == "ranked" else None,
+            # One image has nothing to be equal to.
+            weights=batch.weights * (scored if self.kind == "single" else decided).to(device),
+        )
+
+    def _noise(self, batch: Batch, k: int) -> Tensor:
+        if self.shared_noise:
+            return batch.noise.expand(-1, k, *batch.noise.shape[2:])
+        draws = [torch.randn((k, *batch.noise.shape[2:]), generator=g) for g in batch.generators("online-noise")]
+        return torch.stack(draws).to(batch.noise.device)

@@ -1,0 +1,94 @@
+"""The policy as a sampler: trajectories of its own, scored while the next are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...errors import UserError
+from ...runtime.missing import Missing, check_any, left_out
+from ..batch import Batch
+from ..batch_builder import BatchBuilder
+from ..denoiser import Denoiser
+from .judge import Judge, ScoreAhead
+from .rollout import Rollout, Trajectories, sampling_mode
+
+
+class PolicySampler:
+    """Draws trajectories with the policy.
+
+    Args:
+        rollout: how.
+        policy: the network outside of training: nothing is synchronised.
+        network: whose dropout is off meanwhile.
+        builder: encodes the empty prompt for guidance.
+        accelerator: of the run.
+    """
+
+    def __init__(self, rollout: Rollout, policy: Denoiser, network: Any, builder: BatchBuilder, accelerator: Accelerator) -> None:
+        self.rollout, self.policy, self.network = rollout, policy, network
+        self.builder, self.accelerator = builder, accelerator
+
+    def __call__(self, batch: Batch, k: int, judge: Judge | None, purpose: str) -> tuple[Trajectories, Tensor]:
+        """k trajectories for every prompt of a batch, and their scores (g, k, m).
+
+        Scores are NaN, (g, k, 1), without a judge. On a GPU they are computed while the next images
+        are sampled.
+
+        Args:
+            purpose (`str`): name of the random streams.
+        """
+        prompts = [prompt for prompt in batch.prompts for _ in range(k)]
+        ahead = None if judge is None else ScoreAhead(judge, prompts, self.accelerator.device.type == "cuda")
+        with sampling_mode(self.network), self.accelerator.autocast():
+            main = self.accelerator.is_main_process
+            empty = self.builder.unconditional(batch.condition)
+            trajectories = self.rollout(self.policy.predict, batch, k, empty, purpose=purpose, on_images=ahead, progress=main)
+        if ahead is None:
+            return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
+        return trajectories, ahead.result().unflatten(0, (len(batch), k))
+
+
+class RoundCheck:
+    """What a round of the policy's samples lacks: reported once for all of its batches.
+
+    Args:
+        say: prints a sentence.
+        judge: of the images; None where people judge.
+    """
+
+    def __init__(self, say: Callable[[str], None], judge: Judge | None) -> None:
+        self.say, self.judge = say, judge
+        self.pictures: list[Any] = []
+        self.prompts: list[str] = []
+        self.silent: list[bool] = []
+
+    def add(self, batch: Batch, pictures: Iterable[Any], scores: Tensor) -> None:
+        """Note a batch's images, of which only the missing ones are kept, and scores (g, k, m)."""
+        self.pictures += [image if isinstance(image, Missing) else None for image in pictures]
+        if self.judge is not None:
+            self.prompts += batch.prompts
+            self.silent += torch.isnan(scores[..., : self.judge.deciding]).all(1).any(1).tolist()
+
+    def finish(self) -> None:
+        """Report what is missing.
+
+        Raises:
+            UserError: the whole round has no image, or no score of a deciding scorer.
+        """
+        sentence = left_out(self.pictures, len(self.pictures), "this round")
+        if sentence:
+            self.say(sentence)
+        check_any(self.pictures, "of this run")
+        if self.silent and all(self.silent):
+            raise UserError(
+                f"scorers: a scorer gave no score for any image of {len(self.prompts)} prompts, e.g. {self.prompts[0][:60]!r}; check it "
+                "with diffalign score"
+            )
+        for prompt, silent in zip(self.prompts, self.silent, strict=True):
+            if silent:
+                self.say(f"no score for any image of {prompt[:60]!r}: its images are taken as equal")

@@ -1,0 +1,62 @@
+"""The order of rows as a function of the position in the data, so that a run can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..runtime.seeds import row_generator
+
+
+class RowOrder:
+    """Position -> (epoch, index): one shuffle after another without end.
+
+    Args:
+        count: rows.
+        seed: of the shuffles.
+        buckets: (count,) bucket of each row; then every run of `chunk` positions lies in one bucket, and a bucket's last chunk
+            is filled up from its own beginning.
+        chunk: groups per device and forward pass.
+    """
+
+    def __init__(self, count: int, seed: int, buckets: Sequence[int] | None = None, chunk: int = 1) -> None:
+        self.count, self.seed, self.chunk = count, seed, chunk
+        self.buckets = None if buckets is None or len(set(buckets)) < 2 else torch.tensor(buckets)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self.length = len(self._shuffled(0))
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator = row_generator(self.seed, 0, epoch, "order")
+        order = torch.randperm(self.count, generator=generator)
+        if self.buckets is None:
+            return order
+        chunks = []
+        for bucket in self.buckets.unique():
+            rows = order[self.buckets[order] == bucket]
+            short = -len(rows) % self.chunk
+            chunks += list(torch.cat([rows, rows.repeat(short // len(rows) + 1)[:short]]).split(self.chunk))
+        return torch.cat([chunks[i] for i in torch.randperm(len(chunks), generator=generator)])
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return epoch, int(self._order[offset])
+
+
+class PositionSampler:
+    """Batches of (epoch, index) for one process, starting anywhere.
+
+    In optimizer step s, pass a, process r reads positions ``start + ((s A + a) W + r) b + j`` for j < b.
+    """
+
+    def __init__(self, order: RowOrder, start: int, batch_size: int, rank: int, world: int) -> None:
+        self.order, self.start, self.batch_size, self.rank, self.world = order, start, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        base = self.start + self.rank * self.batch_size
+        while True:
+            yield [self.order[base + j] for j in range(self.batch_size)]
+            base += self.world * self.batch_size

@@ -1,0 +1,70 @@
+"""The output folder of a run: which checkpoint to resume, and whether it may be used."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import UserError
+from ..runtime.distributed import process_rank
+from ..runtime.files import move_aside
+from ..runtime.folder_lock import FolderLock
+from .checkpoint import LORA_FILE, find_checkpoint, list_checkpoints
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether final weights are there."""
+    return (folder / LORA_FILE).is_file() or (folder / "model_index.json").is_file()
+
+
+def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint from which a run in a folder goes on; None for a new run, for which the folder is then free.
+
+    Raises:
+        UserError: it holds another run.
+    """
+    folder = lock.folder
+    if resume and (resume != "latest" or list_checkpoints(folder)):
+        found = find_checkpoint(folder, resume)
+        if found.resolve().parent == folder.resolve():
+            return found
+        _claim(lock, overwrite)
+        return found
+    _claim(lock, overwrite)
+    if resume and process_rank() == 0:
+        print(f"{folder} holds no checkpoint yet: the run starts from the beginning")
+    return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run wrote, and nothing else that may lie in its folder."""
+    (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
+    for pattern in ("samples/step-*.png", "samples/base/*.png", "samples/base/*.missing", "pool/*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    for path in [folder / ".best.new", folder / ".best.old", *folder.glob("feedback/round-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _claim(lock: FolderLock, overwrite: bool) -> None:
+    folder = lock.folder
+    found = list_checkpoints(folder) if folder.is_dir() else []
+    has_votes = any(folder.glob("feedback/round-*/votes*"))
+    is_run = (folder / "config.yaml").is_file()
+    has_best = is_run and (folder / "best" / "validation.json").is_file()
+    if not (found or _is_finished(folder) or has_votes or has_best or (overwrite and is_run)):
+        # An empty folder, or a run that was killed before its first checkpoint: nothing is lost by starting anew.
+        if is_run and process_rank() == 0:
+            _remove_leftovers(folder)
+        return
+    if not overwrite:
+        state = f"its last checkpoint is {found[-1].name}" if found else "it is finished"
+        raise UserError(
+            f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it with --train.resume_from_checkpoint latest, "
+            "choose another folder, or move it aside with --train.overwrite_output_dir true"
+        )
+    if process_rank() > 0:
+        return  # one process of several moves it
+    lock.release()
+    move_aside(folder, "train.output_dir")
+    lock.take()

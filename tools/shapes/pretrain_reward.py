@@ -1,0 +1,391 @@
+"""Makes the embedded learned reward: ``python -m tools.shapes.pretrain_reward --output_dir OUT``.
+
+A small real `transformers.CLIPModel`, made as PickScore was (Kirstain et al. 2023, arXiv 2305.01569): contrastive pre-training on
+captioned images (here: rendered ones), then the preference loss, a two-way cross-entropy on the difference of
+``exp(logit_scale) * cos(text, image)`` between two images of one prompt. The preferences are the verifier's, *made noisy on purpose*,
+on images of the embedded pipeline for training prompts: the reward is imperfect and can be hacked, as rewards learned from people can.
+The command draws its data (kept in ``OUT/drawn``, so an interrupted run goes on), trains, measures on held-out prompts and writes
+model, tokenizer, preprocessor settings, ``accuracy.json`` and the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffalign.errors import ConfigError, UserError
+from diffalign.rewards.images import CLIP_MEAN, CLIP_STD
+from diffalign.runtime.files import replacing
+from diffalign.shapes.prompts import held_out_prompts, parse_prompt, train_prompts
+from diffalign.shapes.renderer import RESOLUTION, render
+from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
+"""Image j of a prompt is drawn with entry ``j % 4``: from mostly wrong to mostly right."""
+TRAIN_SEED, HELD_OUT_SEED = 20_000_000, 30_000_000
+"""First image seeds: far from those of the quickstart's training images and of its evaluation."""
+PREPROCESSOR: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": RESOLUTION},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": RESOLUTION, "width": RESOLUTION},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(CLIP_MEAN),
+    "image_std": list(CLIP_STD),
+}
+"""``preprocessor_config.json``: what `CLIPImageProcessor` does to an image (`resample` 3 is bicubic; 64x64 images are not resized)."""
+
+
+@dataclass
+class RewardPretrainConfig:
+    """What `python -m tools.shapes.pretrain_reward` does; the defaults made the committed weights."""
+
+    seed: int = 0
+    """Seed of images, labels, initialisation and batches."""
+    num_prompts: int = 600
+    """Training prompts (of 600)."""
+    images_per_prompt: int = 4
+    """Images drawn for each of them; every pair of them is one preference."""
+    steps: int = 20
+    """Denoising steps of a drawn image."""
+    temperature: float = 0.05
+    """Of the Bradley-Terry labels, in units of the verifier's graded score (one attribute is 0.19)."""
+    label_flips: float = 0.1
+    """Share of labels turned round after that."""
+    warmup_steps: int = 800
+    """Steps of contrastive pre-training."""
+    warmup_batch: int = 64
+    """Rendered images per step, each with another prompt."""
+    warmup_learning_rate: float = 1e-3
+    """Peak of its one-cycle schedule."""
+    train_steps: int = 200
+    """Steps on the preferences."""
+    train_batch: int = 24
+    """Prompts per step; each brings all of its images and pairs."""
+    learning_rate: float = 5e-4
+    """Peak of the one-cycle schedule."""
+    anchor: float = 0.3
+    """Weight of the contrastive loss kept beside the preference loss, as few noisy preferences alone spoil what the warm-up learned."""
+    weight_decay: float = 1e-2
+    """Of AdamW, in both stages."""
+    eval_prompts: int = 120
+    """Held-out prompts to measure on (of 120)."""
+    eval_images_per_prompt: int = 8
+    """Images drawn for each of them."""
+
+    def __post_init__(self) -> None:
+        highest = {"num_prompts": len(train_prompts()), "eval_prompts": len(held_out_prompts())}
+        lowest = {"images_per_prompt": 2, "eval_images_per_prompt": 2, "num_prompts": 2, "eval_prompts": 2, "warmup_batch": 2}
+        for field in fields(self):
+            value, name = getattr(self, field.name), field.name
+            if field.type == "int":
+                low, high = lowest.get(name, 0 if name == "seed" else 1), highest.get(name, 10**9)
+                if not low <= value <= high:
+                    raise ConfigError(f"--{name}", f"expected int in [{low}, {high}], got {value}")
+            elif name == "label_flips":
+                if not 0 <= value < 0.5:
+                    raise ConfigError(f"--{name}", f"expected float in [0, 0.5), got {value}")
+            elif value < 0 or (value == 0 and name not in ("weight_decay", "anchor")):
+                zero = " or 0" if name in ("weight_decay", "anchor") else ""
+                raise ConfigError(f"--{name}", f"expected float above 0{zero}, got {value}")
+
+
+def build_model(tokenizer: Any) -> Any:
+    """A `CLIPModel` of 0.41 M parameters: vision 4 layers of width 96 over 8x8 patches, text 2 layers of width 64."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "hidden_act": "gelu",
+        "projection_dim": 64,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,  # the text tower pools the first token of this id
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": RESOLUTION,
+        "patch_size": 8,
+        "hidden_act": "gelu",
+        "projection_dim": 64,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """(N, 16) token ids, padded with the end token, which does not reach the pooled one."""
+    options: dict[str, Any] = {"padding": "max_length", "max_length": MAX_LENGTH, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(prompts), **options).input_ids
+
+
+def preprocess(pixels: Pixels) -> Tensor:
+    """uint8 (N, 64, 64, 3) to what the vision tower reads, float32 (N, 3, 64, 64): /255, then CLIP's mean and deviation."""
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return (tensor - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def scores(model: Any, ids: Tensor, pixel_values: Tensor) -> Tensor:
+    """PickScore's score, exp(logit_scale) * cos(text, image), (N,): text i against the images i*k to i*k+k-1, N images in all."""
+    out = model(input_ids=ids, pixel_values=pixel_values)  # both embeddings come normalised
+    text = out.text_embeds.repeat_interleave(len(pixel_values) // len(ids), dim=0)
+    return model.logit_scale.exp() * (text * out.image_embeds).sum(-1)
+
+
+@torch.no_grad()
+def score_pixels(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
+    """Scores of uint8 images (prompts, images per prompt, 64, 64, 3), (prompts, images per prompt)."""
+    ids, parts, chunk = token_ids(tokenizer, prompts), [], 30
+    for start in range(0, len(prompts), chunk):
+        batch = preprocess(pixels[start : start + chunk].reshape(-1, RESOLUTION, RESOLUTION, 3))
+        parts.append(scores(model, ids[start : start + chunk], batch).view(-1, pixels.shape[1]))
+    return torch.cat(parts)
+
+
+def guidance_scales(images_per_prompt: int) -> list[float]:
+    return [GUIDANCE_SCALES[j % len(GUIDANCE_SCALES)] for j in range(images_per_prompt)]
+
+
+def draw(folder: Path, name: str, prompts: Sequence[str], images_per_prompt: int, steps: int, first_seed: int) -> Pixels:
+    """Images of the embedded pipeline, uint8 (prompts, images_per_prompt, 64, 64, 3), in files under `folder` that are not drawn again."""
+    from diffalign.generation.pipelines import base_pipeline
+    from diffalign.generation.sampling import generate
+
+    pipe = None
+    chunk, columns = 60, []
+    starts = range(0, len(prompts), chunk)
+    bar = tqdm(total=len(prompts) * images_per_prompt, desc=f"images, {name}", unit="image", mininterval=5)
+    for j, guidance in enumerate(guidance_scales(images_per_prompt)):
+        parts = []
+        for start in starts:
+            path = folder / f"{name}-{j}-{start:03d}.npy"
+            if not path.is_file():
+                pipe = pipe or base_pipeline()
+                part = list(prompts[start : start + chunk])
+                first = first_seed + j * len(prompts) + start
+                seeds = range(first, first + len(part))
+                options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "progress": False}
+                images = generate(pipe, part, seeds, batch_size=chunk, **options)
+                with replacing(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, np.stack([np.asarray(image.convert("RGB")) for image in images]))
+            parts.append(np.load(path, allow_pickle=False))
+            bar.update(len(parts[-1]))
+        columns.append(np.concatenate(parts))
+    bar.close()
+    return np.stack(columns, axis=1)
+
+
+def verifier_scores(pixels: Pixels, prompts: Sequence[str]) -> Floats:
+    """The verifier's graded scores (prompts, images per prompt)."""
+    from diffalign.shapes.verifier import score
+
+    k = pixels.shape[1]
+    images = [Image.fromarray(image) for image in pixels.reshape(-1, *pixels.shape[2:])]
+    return score(images, [prompt for prompt in prompts for _ in range(k)]).reshape(-1, k)
+
+
+def pairs_of(images_per_prompt: int) -> npt.NDArray[np.int64]:
+    """(pairs, 2) image numbers a < b."""
+    return np.array(list(itertools.combinations(range(images_per_prompt), 2)))
+
+
+def noisy_labels(truth: Floats, config: RewardPretrainConfig) -> npt.NDArray[np.bool_]:
+    """Whether the first image of each pair is preferred, (prompts, pairs).
+
+    Bradley-Terry: P(a) = sigmoid((s_a - s_b) / temperature) with the verifier's scores s, then `label_flips` of the labels turned round.
+    A label is drawn once and stays: the noise belongs to the pair, as an annotator's mistake does.
+    """
+    rng = np.random.default_rng(config.seed + 1)
+    pairs = pairs_of(truth.shape[1])
+    difference = truth[:, pairs[:, 0]] - truth[:, pairs[:, 1]]
+    # The hyperbolic tangent is a sigmoid that cannot overflow.
+    prefers_first = rng.random(difference.shape) < 0.5 * (1 + np.tanh(0.5 * difference / config.temperature))
+    return prefers_first ^ (rng.random(difference.shape) < config.label_flips)
+
+
+class _Optimizer:
+    """AdamW under a one-cycle schedule with clipped gradients."""
+
+    def __init__(self, model: Any, learning_rate: float, weight_decay: float, steps: int) -> None:
+        self.parameters = list(model.parameters())
+        self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
+        # The schedule needs two steps at least.
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adamw, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+
+    def step(self, loss: Tensor) -> None:
+        self.adamw.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adamw.step()
+        self.schedule.step()
+
+
+def contrastive_loss(model: Any, tokenizer: Any, prompts: Sequence[str], rng: random.Random, size: int, scale: Tensor) -> Tensor:
+    """CLIP's symmetric contrastive loss on `size` freshly rendered images, each of another prompt.
+
+    Args:
+        scale: what multiplies the cosines, a scalar.
+    """
+    batch = rng.sample(list(prompts), min(size, len(prompts)))
+    pixels = np.stack([np.asarray(render(parse_prompt(prompt), rng)) for prompt in batch])
+    out = model(input_ids=token_ids(tokenizer, batch), pixel_values=preprocess(pixels))
+    logits, right = scale * out.text_embeds @ out.image_embeds.T, torch.arange(len(batch))
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
+
+
+def warm_up(config: RewardPretrainConfig, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Contrastive pre-training on training prompts, with the model's own `logit_scale`."""
+    optimizer = _Optimizer(model, config.warmup_learning_rate, config.weight_decay, config.warmup_steps)
+    rng = random.Random(config.seed + 2)
+    bar = tqdm(range(config.warmup_steps), desc="contrastive warm-up", mininterval=5)
+    for _ in bar:
+        loss = contrastive_loss(model, tokenizer, prompts, rng, config.warmup_batch, model.logit_scale.exp())
+        optimizer.step(loss)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+@torch.no_grad()
+def refit_scale(model: Any, cosines: Tensor, labels: npt.NDArray[np.bool_]) -> None:
+    """Sets `logit_scale` to the best fit of the preferences by the features as they are.
+
+    The warm-up's scale suits a choice among the prompts of a batch. Left there, noisy preferences make its scores overconfident, and
+    training lowers the confidence by spoiling the features before it has moved the one number that does it.
+
+    Args:
+        cosines: cos(text, image), (prompts, images per prompt).
+    """
+    pairs, targets = torch.from_numpy(pairs_of(cosines.shape[1])), torch.from_numpy(labels).float()
+    difference = cosines[:, pairs[:, 0]] - cosines[:, pairs[:, 1]]
+    candidates = torch.logspace(0, 2, 201)
+    losses = [torch.nn.functional.binary_cross_entropy_with_logits(c * difference, targets) for c in candidates]
+    model.logit_scale.fill_(candidates[torch.stack(losses).argmin()].log())
+
+
+def train_preferences(
+    config: RewardPretrainConfig,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pixels: Pixels,
+    labels: npt.NDArray[np.bool_],
+) -> None:
+    """PickScore's loss: the cross-entropy of the softmax over the two images' scores against the label, over all pairs of a batch;
+    plus `anchor` times the contrastive loss at the warm-up's temperature."""
+    optimizer = _Optimizer(model, config.learning_rate, config.weight_decay, config.train_steps)
+    generator = torch.Generator().manual_seed(config.seed + 3)
+    ids, k = token_ids(tokenizer, prompts), pixels.shape[1]
+    pairs, targets = torch.from_numpy(pairs_of(k)), torch.from_numpy(labels).float()
+    rng, warm_scale = random.Random(config.seed + 4), model.logit_scale.detach().exp()
+    refit_scale(model, score_pixels(model, tokenizer, pixels, prompts) / warm_scale, labels)
+    bar = tqdm(range(config.train_steps), desc="preferences", mininterval=5)
+    for _ in bar:
+        index = torch.randperm(len(prompts), generator=generator)[: config.train_batch]
+        batch = preprocess(pixels[index.numpy()].reshape(-1, RESOLUTION, RESOLUTION, 3))
+        s = scores(model, ids[index], batch).view(-1, k)
+        # A softmax over two scores is a sigmoid of their difference.
+        logits = s[:, pairs[:, 0]] - s[:, pairs[:, 1]]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[index])
+        anchor = contrastive_loss(model, tokenizer, prompts, rng, config.warmup_batch, warm_scale)
+        optimizer.step(loss + config.anchor * anchor)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def claim(folder: Path, config: RewardPretrainConfig) -> Path:
+    """Takes ``folder/drawn`` for these images; returns it.
+
+    Raises:
+        UserError: when it holds images drawn under other settings.
+    """
+    names = ("seed", "num_prompts", "images_per_prompt", "steps", "eval_prompts", "eval_images_per_prompt")
+    settings = {name: getattr(config, name) for name in names}
+    drawn = folder / "drawn"
+    drawn.mkdir(parents=True, exist_ok=True)
+    file = drawn / "settings.json"
+    if file.is_file():
+        there = json.loads(file.read_text())
+        if there != settings:
+            said = ", ".join(f"--{name} {value}" for name, value in there.items() if settings.get(name) != value)
+            raise UserError(f"--output_dir: {str(folder)!r} holds images drawn with {said}; use those settings or another folder")
+    else:
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    return drawn
+
+
+def save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Writes float32 safetensors, ``config.json``, the tokenizer and ``preprocessor_config.json``."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+
+
+def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
+    """Draws, trains, writes and measures; returns what is in ``accuracy.json``."""
+    from tools.shapes.reward_card import measure, write_card
+
+    drawn = claim(folder, config)
+    prompts, held_out = train_prompts()[: config.num_prompts], held_out_prompts()[: config.eval_prompts]
+    offset = config.seed * 100_000
+    pixels = draw(drawn, "train", prompts, config.images_per_prompt, config.steps, TRAIN_SEED + offset)
+    held_out_pixels = draw(drawn, "held-out", held_out, config.eval_images_per_prompt, config.steps, HELD_OUT_SEED + offset)
+    truth = verifier_scores(pixels, prompts)
+    labels = noisy_labels(truth, config)
+
+    torch.manual_seed(config.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    started = time.perf_counter()
+    warm_up(config, model, tokenizer, prompts)
+    warm = score_pixels(model, tokenizer, held_out_pixels, held_out).double().numpy()
+    train_preferences(config, model, tokenizer, prompts, pixels, labels)
+    print(f"trained in {time.perf_counter() - started:.0f} s")
+    save(folder, model.eval(), tokenizer)
+
+    results = measure(folder, config, held_out, held_out_pixels, warm, truth, labels)
+    (folder / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_card(folder, config, results)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    for name, value in asdict(RewardPretrainConfig()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    options = vars(parser.parse_args(arguments))
+    folder = options.pop("output_dir")
+    run(folder, RewardPretrainConfig(**options))
+    print((folder / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
