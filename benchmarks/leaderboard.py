@@ -40,7 +40,9 @@ from diffalign.recipe import build_trainer, load_run
 from diffalign.shapes.prompts import held_out_prompts
 
 BUDGET = 260_000
-DRAWN = 600 * 6 * 20 * 2  # rows that drew data/ranked: prompts x images x steps x (conditional, unconditional)
+DRAWN = (
+    600 * 6 * 20 * 2
+)  # rows that drew data/ranked: prompts x images x steps x (conditional, unconditional)
 NEGATIVE_SCALE = 4.0
 BATCH = 60
 LEADERS: dict[str, Arm] = {
@@ -55,9 +57,18 @@ LEADERS: dict[str, Arm] = {
 }
 SAME = {"D3PO": "D3PO, verifier", "SPO": "SPO, verifier"}  # as methods.py calls it
 STEERED: dict[str, dict[str, Any]] = {
-    "best of 4 (verifier)": {"scorer": "shapes", "num_particles": 4, "lmbda": 1.0, "resample_steps": ()},
+    "best of 4 (verifier)": {
+        "scorer": "shapes",
+        "num_particles": 4,
+        "lmbda": 1.0,
+        "resample_steps": (),
+    },
     "FK steering, 4 particles (verifier)": {"scorer": "shapes", "num_particles": 4, "lmbda": 20.0},
-    "FK steering, 4 particles (shapes-clip)": {"scorer": "shapes-clip", "num_particles": 4, "lmbda": 5.0},
+    "FK steering, 4 particles (shapes-clip)": {
+        "scorer": "shapes-clip",
+        "num_particles": 4,
+        "lmbda": 5.0,
+    },
 }
 SCORERS = [
     {"name": "verifier", "scorer": "shapes"},
@@ -87,7 +98,11 @@ def probe(name: str, work: Path) -> dict[str, float]:
     arm = LEADERS[name]
     with tempfile.TemporaryDirectory() as folder:
         overrides = online_methods.filled(arm.overrides, work)
-        options = {"data.dataset_name": work / arm.dataset, "train.output_dir": f"{folder}/run", "train.max_steps": 3}
+        options = {
+            "data.dataset_name": work / arm.dataset,
+            "train.output_dir": f"{folder}/run",
+            "train.max_steps": 3,
+        }
         options |= {
             "train.save_steps": 1000,
             "data.cache_latents": f"{folder}/cache",
@@ -98,14 +113,18 @@ def probe(name: str, work: Path) -> dict[str, float]:
         if "online" in arm.config:
             options["data.online.every"] = 3
         run = load_run(
-            ROOT / "configs" / f"{arm.config}.yaml", [str(x) for k, v in options.items() for x in (f"--{k}", v)] + overrides
+            ROOT / "configs" / f"{arm.config}.yaml",
+            [str(x) for k, v in options.items() for x in (f"--{k}", v)] + overrides,
         )
         run.validation = None
         trainer = build_trainer(run)
         trainer.setup()
         counted = Rows(trainer.network)
         trainer.train()
-    return {"rows_per_step": counted.count / 3, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "rows_per_step": counted.count / 3,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def measured(name: str, work: Path) -> dict[str, float]:
@@ -123,9 +142,19 @@ def measured(name: str, work: Path) -> dict[str, float]:
 
 def train_apart(options: argparse.Namespace) -> None:
     """Trains every method in a process of its own, `--jobs` at a time; dear ones first, so that no core waits at the end."""
-    expected = {"Online Diffusion-DPO": 6, "D3PO": 5, "SPO": 4, "SePPO": 4, "MaPO": 3, "Diffusion-ORPO": 2, "RankDPO": 2}
+    expected = {
+        "Online Diffusion-DPO": 6,
+        "D3PO": 5,
+        "SPO": 4,
+        "SePPO": 4,
+        "MaPO": 3,
+        "Diffusion-ORPO": 2,
+        "RankDPO": 2,
+    }
     names = sorted(options.methods, key=lambda name: -expected.get(name, 0))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))
+    }
 
     def one(name: str) -> None:
         command = [sys.executable, __file__, "--train_only", "--jobs", "1", "--methods", name]
@@ -147,19 +176,33 @@ def drawn_rows(arm: Arm) -> int:
 def trained(name: str, seed: int, work: Path) -> dict[str, Any]:
     """Trains one model within the budget; returns folder, rows, seconds, steps."""
     arm, facts = LEADERS[name], measured(name, work)
-    recipe = load_run(ROOT / "configs" / f"{arm.config}.yaml", ["--data.dataset_name", "x"]).train.max_steps
+    recipe = load_run(
+        ROOT / "configs" / f"{arm.config}.yaml", ["--data.dataset_name", "x"]
+    ).train.max_steps
     steps = min(recipe, int((BUDGET - drawn_rows(arm)) / facts["rows_per_step"]))
     shown = SAME.get(name, name)
     methods.ARMS[shown] = Arm(arm.config, arm.dataset, arm.overrides, arm.kind)
     if steps < recipe:
         shown = f"{name} within the budget"
-        methods.ARMS[shown] = Arm(arm.config, arm.dataset, (*arm.overrides, "--train.max_steps", str(steps)), arm.kind)
-    found = kept(work / "results" / f"{folder_name(shown)}-{seed}-train.json", lambda: methods.train(shown, seed, work))
+        methods.ARMS[shown] = Arm(
+            arm.config, arm.dataset, (*arm.overrides, "--train.max_steps", str(steps)), arm.kind
+        )
+    found = kept(
+        work / "results" / f"{folder_name(shown)}-{seed}-train.json",
+        lambda: methods.train(shown, seed, work),
+    )
     rows = drawn_rows(arm) + facts["rows_per_step"] * found["steps"]
-    return {**found, "rows": rows, "folder": str(work / "runs" / f"{folder_name(shown)}-{seed}"), "peak_mib": facts["peak_mib"]}
+    return {
+        **found,
+        "rows": rows,
+        "folder": str(work / "runs" / f"{folder_name(shown)}-{seed}"),
+        "peak_mib": facts["peak_mib"],
+    }
 
 
-def judged(work: Path, results: dict[str, list[dict[str, Any]]]) -> tuple[Comparison, Comparison | None]:
+def judged(
+    work: Path, results: dict[str, list[dict[str, Any]]]
+) -> tuple[Comparison, Comparison | None]:
     """All models on the test prompts: at the usual guidance, and the negative ones at the base's best."""
     prompts = held_out_prompts()[60:]
     options: dict[str, Any] = {"num_images": 4, "batch_size": BATCH, "seed": 77}
@@ -167,14 +210,33 @@ def judged(work: Path, results: dict[str, list[dict[str, Any]]]) -> tuple[Compar
     for name, runs in results.items():
         for seed, run in enumerate(runs):
             kind = "negative" if LEADERS[name].kind == "negative" else "lora"
-            (negative if kind == "negative" else positive).append({"name": f"{folder_name(name)}-{seed}", kind: run["folder"]})
+            (negative if kind == "negative" else positive).append(
+                {"name": f"{folder_name(name)}-{seed}", kind: run["folder"]}
+            )
     steered = [{"name": folder_name(name), "steer": options} for name, options in STEERED.items()]
-    label = "-".join(sorted(folder_name(n) for n in results)) if set(results) != set(LEADERS) else "all"
-    first = compare("shapes", [*positive, *steered], prompts, SCORERS, output_dir=work / f"leaderboard-{label}", **options)
+    label = (
+        "-".join(sorted(folder_name(n) for n in results)) if set(results) != set(LEADERS) else "all"
+    )
+    first = compare(
+        "shapes",
+        [*positive, *steered],
+        prompts,
+        SCORERS,
+        output_dir=work / f"leaderboard-{label}",
+        **options,
+    )
     second = None
     if negative:
         folder = work / f"leaderboard-{label}-negative"
-        second = compare("shapes", negative, prompts, SCORERS, output_dir=folder, guidance_scale=NEGATIVE_SCALE, **options)
+        second = compare(
+            "shapes",
+            negative,
+            prompts,
+            SCORERS,
+            output_dir=folder,
+            guidance_scale=NEGATIVE_SCALE,
+            **options,
+        )
     return first, second
 
 
@@ -204,12 +266,26 @@ def report(work: Path, results: dict[str, list[dict[str, Any]]]) -> list[dict[st
     for name, runs in results.items():
         c = second if LEADERS[name].kind == "negative" else first
         assert c is not None
-        facts = {"rows": np.mean([r["rows"] for r in runs]), "seconds": np.mean([r["seconds"] for r in runs])}
-        facts |= {"steps": runs[0]["steps"], "peak_mib": runs[0]["peak_mib"], "kind": LEADERS[name].kind}
-        rows.append(row(name, [f"{folder_name(name)}-{seed}" for seed in range(len(runs))], c, facts))
+        facts = {
+            "rows": np.mean([r["rows"] for r in runs]),
+            "seconds": np.mean([r["seconds"] for r in runs]),
+        }
+        facts |= {
+            "steps": runs[0]["steps"],
+            "peak_mib": runs[0]["peak_mib"],
+            "kind": LEADERS[name].kind,
+        }
+        rows.append(
+            row(name, [f"{folder_name(name)}-{seed}" for seed in range(len(runs))], c, facts)
+        )
     for name in STEERED:
         rows.append(
-            row(name, [folder_name(name)], first, {"rows": 0, "seconds": 0, "steps": 0, "peak_mib": None, "kind": "sampling"})
+            row(
+                name,
+                [folder_name(name)],
+                first,
+                {"rows": 0, "seconds": 0, "steps": 0, "peak_mib": None, "kind": "sampling"},
+            )
         )
     for c, name in ((first, "base, guidance 2"), (second, f"base, guidance {NEGATIVE_SCALE:g}")):
         if c is not None:
@@ -224,9 +300,20 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        win, learned = (f"{100 * w.rate:.1f} ({100 * w.low:.1f}-{100 * w.high:.1f})" for w in (r["win"], r["learned"]))
-        each = " / ".join(f"{x:.1f}" for x in r["each"]) if r["kind"] not in ("base", "sampling") else ""
-        cost = [f"{r['rows'] / 1000:.0f}", f"{r['seconds']:.0f} ({r['steps']})"] if r["steps"] else ["", ""]
+        win, learned = (
+            f"{100 * w.rate:.1f} ({100 * w.low:.1f}-{100 * w.high:.1f})"
+            for w in (r["win"], r["learned"])
+        )
+        each = (
+            " / ".join(f"{x:.1f}" for x in r["each"])
+            if r["kind"] not in ("base", "sampling")
+            else ""
+        )
+        cost = (
+            [f"{r['rows'] / 1000:.0f}", f"{r['seconds']:.0f} ({r['steps']})"]
+            if r["steps"]
+            else ["", ""]
+        )
         cost.append("" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}")
         mark = " (negative model)" if r["kind"] == "negative" else ""
         lines.append(
@@ -246,12 +333,25 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     trained_rows = [r for r in rows if r["steps"]]
     for r in trained_rows:
         colour = (
-            "#8250df" if r["kind"] == "negative" else "#1a7f37" if r["kind"] == "online" or r["name"] == "SePPO" else "#1f6feb"
+            "#8250df"
+            if r["kind"] == "negative"
+            else "#1a7f37"
+            if r["kind"] == "online" or r["name"] == "SePPO"
+            else "#1f6feb"
         )
         y, x = 100 * r["win"].rate, r["rows"] / 1000
-        axes.errorbar(x, y, yerr=[[y - 100 * r["win"].low], [100 * r["win"].high - y]], fmt="o", color=colour, capsize=3)
+        axes.errorbar(
+            x,
+            y,
+            yerr=[[y - 100 * r["win"].low], [100 * r["win"].high - y]],
+            fmt="o",
+            color=colour,
+            capsize=3,
+        )
         axes.annotate(r["name"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
-    for r, style in zip([r for r in rows if r["kind"] == "sampling"], (":", "--", "-."), strict=False):
+    for r, style in zip(
+        [r for r in rows if r["kind"] == "sampling"], (":", "--", "-."), strict=False
+    ):
         axes.axhline(100 * r["win"].rate, color="#6e7781", ls=style, lw=1.2, label=r["name"])
     axes.axhline(50, color="black", lw=0.8)
     axes.set(
@@ -265,10 +365,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(LEADERS), choices=list(LEADERS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="methods that train at the same time")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="methods that train at the same time"
+    )
     parser.add_argument("--train_only", action="store_true", help="train and stop")
     parser.add_argument("--probe", choices=list(LEADERS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=Path("runs/methods-benchmark"))
@@ -282,7 +386,10 @@ def main() -> None:
     methods.make_data(options.work)
     if options.jobs > 1:
         train_apart(options)
-    results = {name: [trained(name, seed, options.work) for seed in range(options.seeds)] for name in options.methods}
+    results = {
+        name: [trained(name, seed, options.work) for seed in range(options.seeds)]
+        for name in options.methods
+    }
     if options.train_only:
         return
     rows = report(options.work, results)
@@ -290,7 +397,9 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     # A run that found some of its work done says nothing about the time of a whole one.
     whole = f", {minutes:.0f} minutes from nothing to this table" if fresh else ""
-    facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]}"
+    facts = (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]}"
+    )
     assert __doc__ is not None
     body = [
         "# Leaderboard of the shapes world",

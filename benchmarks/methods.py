@@ -59,7 +59,9 @@ class Arm:
     @property
     def from_images(self) -> bool:
         """Whether the images of the dataset are read, so that their latents are worth keeping."""
-        return self.kind != "online" and not (self.config.startswith("self_npo") and not self.overrides)
+        return self.kind != "online" and not (
+            self.config.startswith("self_npo") and not self.overrides
+        )
 
 
 ARMS: dict[str, Arm] = {
@@ -68,31 +70,75 @@ ARMS: dict[str, Arm] = {
     "RankDPO": Arm("rankdpo/shapes"),
     "MaPO": Arm("mapo/shapes"),
     "DCPO": Arm("dcpo/shapes", "recaptioned/data"),
-    "DCPO, captions: chosen (control)": Arm("dcpo/shapes", "recaptioned/data", ("--train.captions", "chosen")),
+    "DCPO, captions: chosen (control)": Arm(
+        "dcpo/shapes", "recaptioned/data", ("--train.captions", "chosen")
+    ),
     "Self-NPO": Arm("self_npo/shapes", kind="negative"),
-    "Self-NPO, official code (from images)": Arm("self_npo/shapes", overrides=OFFICIAL, kind="negative"),
+    "Self-NPO, official code (from images)": Arm(
+        "self_npo/shapes", overrides=OFFICIAL, kind="negative"
+    ),
     "Diffusion-NPO": Arm("diffusion_npo/shapes", kind="negative"),
     "D3PO, verifier": Arm("d3po/shapes", kind="online"),
-    "D3PO, shapes-clip": Arm("d3po/shapes", overrides=("--rewards", online_methods.WATCHED), kind="online"),
+    "D3PO, shapes-clip": Arm(
+        "d3po/shapes", overrides=("--rewards", online_methods.WATCHED), kind="online"
+    ),
     "D3PO, conservative ensemble": Arm(
-        "d3po/shapes", overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"), kind="online"
+        "d3po/shapes",
+        overrides=("--rewards", online_methods.ENSEMBLE, "--train.compare", "combined"),
+        kind="online",
     ),
     "SPO, verifier": Arm("spo/shapes", kind="online"),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
     "SePPO": Arm("seppo/shapes", "rendered"),
     "SFT on the same rendered winners (control)": Arm("sft/shapes", "rendered"),
 }
-MUST_WIN = ("DCPO", "RankDPO", "MaPO", "D3PO, verifier", "D3PO, shapes-clip", "SPO, verifier", "Online Diffusion-DPO", "SePPO")
-DIRECT = (("RankDPO", "Diffusion-DPO"), ("DCPO", "DCPO, captions: chosen (control)"), ("DCPO", "Diffusion-DPO"))
+MUST_WIN = (
+    "DCPO",
+    "RankDPO",
+    "MaPO",
+    "D3PO, verifier",
+    "D3PO, shapes-clip",
+    "SPO, verifier",
+    "Online Diffusion-DPO",
+    "SePPO",
+)
+DIRECT = (
+    ("RankDPO", "Diffusion-DPO"),
+    ("DCPO", "DCPO, captions: chosen (control)"),
+    ("DCPO", "Diffusion-DPO"),
+)
 
 
 def make_data(work: Path) -> None:
     """The ranked dataset, its recaptioned copy, and the rendered winners."""
-    build = ["data", "build", "--prompts", "shapes", "--models", "shapes", "--num_images", "6", "--scorers", "shapes"]
-    recaption = ["data", "recaption", str(work / "data" / "ranked"), "--strategy", "h", "--captioner", "shapes"]
+    build = [
+        "data",
+        "build",
+        "--prompts",
+        "shapes",
+        "--models",
+        "shapes",
+        "--num_images",
+        "6",
+        "--scorers",
+        "shapes",
+    ]
+    recaption = [
+        "data",
+        "recaption",
+        str(work / "data" / "ranked"),
+        "--strategy",
+        "h",
+        "--captioner",
+        "shapes",
+    ]
     for command, result, folder in (
         ([*build, "--batch_size", "64"], work / "data" / "ranked", work / "data"),
-        ([*recaption, "--perturber", "shapes"], work / "recaptioned" / "data", work / "recaptioned"),
+        (
+            [*recaption, "--perturber", "shapes"],
+            work / "recaptioned" / "data",
+            work / "recaptioned",
+        ),
     ):
         if not result.is_dir():
             code = cli.run([*command, "--output_dir", str(folder)])
@@ -101,11 +147,20 @@ def make_data(work: Path) -> None:
     online_methods.render_winners(work / "rendered")
 
 
-def judge(pipe: Any, prompts: list[str], images: int, first: int, guidance: float | None = None) -> dict[str, list[list[float]]]:
+def judge(
+    pipe: Any, prompts: list[str], images: int, first: int, guidance: float | None = None
+) -> dict[str, list[list[float]]]:
     """Graded scores and whether all is right, (prompts, images) each."""
     repeated = [prompt for prompt in prompts for _ in range(images)]
     settings = SAMPLING if guidance is None else {**SAMPLING, "guidance_scale": guidance}
-    drawn = generate(pipe, repeated, range(first, first + len(repeated)), batch_size=60, progress=False, **settings)
+    drawn = generate(
+        pipe,
+        repeated,
+        range(first, first + len(repeated)),
+        batch_size=60,
+        progress=False,
+        **settings,
+    )
     right = [row["all"] for row in attribute_table(drawn, repeated)]
     shape = (len(prompts), images)
     return {
@@ -134,13 +189,20 @@ def final(pipe: Any, scale: float | None = None) -> dict[str, Any]:
 
 def base_results(work: Path) -> dict[str, Any]:
     """The base at the sampler's own guidance scale and at the best one, which the first 60 prompts choose."""
-    sweep = {scale: kept(work / "base" / f"tuning-{scale}.json", lambda s=scale: tuning(base_pipeline(), s)) for scale in SCALES}
+    sweep = {
+        scale: kept(
+            work / "base" / f"tuning-{scale}.json", lambda s=scale: tuning(base_pipeline(), s)
+        )
+        for scale in SCALES
+    }
     best = best_scale(sweep, sweep[SAMPLING["guidance_scale"]])
     return {
         "default": kept(work / "base" / "test.json", lambda: final(base_pipeline())),
         "best_scale": best,
         "best": kept(work / "base" / f"test-{best}.json", lambda: final(base_pipeline(), best)),
-        "sweep": {s: [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()},
+        "sweep": {
+            s: [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()
+        },
     }
 
 
@@ -179,7 +241,9 @@ def train(name: str, seed: int, work: Path) -> dict[str, Any]:
 
 def measure(name: str, seed: int, work: Path) -> dict[str, Any]:
     """One arm and seed: trained, and judged on the test prompts."""
-    facts = kept(work / "results" / f"{folder_name(name)}-{seed}-train.json", lambda: train(name, seed, work))
+    facts = kept(
+        work / "results" / f"{folder_name(name)}-{seed}-train.json", lambda: train(name, seed, work)
+    )
     folder = work / "runs" / f"{folder_name(name)}-{seed}"
 
     def judged() -> dict[str, Any]:
@@ -190,9 +254,14 @@ def measure(name: str, seed: int, work: Path) -> dict[str, Any]:
         guidance = NegativeGuidance(pipe, negative=str(folder))
         with guidance:
             sweep = {scale: tuning(pipe, scale) for scale in NEGATIVE_SCALES}
-            usual = json.loads((work / "base" / f"tuning-{SAMPLING['guidance_scale']}.json").read_text())
+            usual = json.loads(
+                (work / "base" / f"tuning-{SAMPLING['guidance_scale']}.json").read_text()
+            )
             best = best_scale(sweep, usual)
-            means = {str(s): [float(np.mean(v["right"])), float(np.mean(v["scores"]))] for s, v in sweep.items()}
+            means = {
+                str(s): [float(np.mean(v["right"])), float(np.mean(v["scores"]))]
+                for s, v in sweep.items()
+            }
             return {**final(pipe, best), "best_scale": best, "sweep": means}
 
     return {**facts, **kept(work / "results" / f"{folder_name(name)}-{seed}-test.json", judged)}
@@ -226,7 +295,9 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
             continue
         for seed, result in enumerate(seeds):
             shown, _ = rate(base["default"], result)
-            lines.append(f"| {name} | {seed} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |")
+            lines.append(
+                f"| {name} | {seed} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |"
+            )
     lines += [
         "",
         "Negative models in the unconditional branch (`NegativeGuidance`, alpha irrelevant without a positive model, beta 1), against "
@@ -243,10 +314,18 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
             lines.append(
                 f"| {name} | {seed} | {result['best_scale']:g} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |"
             )
-    lines += ["", "Accuracy % over guidance scales on the 60 tuning prompts (seed 0 of negative models):", ""]
+    lines += [
+        "",
+        "Accuracy % over guidance scales on the 60 tuning prompts (seed 0 of negative models):",
+        "",
+    ]
     lines += [f"| | {' | '.join(f'{s:g}' for s in SCALES)} |", f"|---|{'---|' * len(SCALES)}"]
     sweeps = {"base": {str(s): v for s, v in base["sweep"].items()}}
-    sweeps |= {name: seeds[0]["sweep"] for name, seeds in results.items() if ARMS[name].kind == "negative" and seeds}
+    sweeps |= {
+        name: seeds[0]["sweep"]
+        for name, seeds in results.items()
+        if ARMS[name].kind == "negative" and seeds
+    }
     for name, sweep in sweeps.items():
         shown = (f"{100 * sweep[str(s)][0]:.1f}" if str(s) in sweep else "" for s in SCALES)
         lines.append(f"| {name} | {' | '.join(shown)} |")
@@ -262,7 +341,9 @@ def comparisons(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         "|---|---|---|",
     ]
     for first, second in DIRECT:
-        for seed, (a, b) in enumerate(zip(results.get(first, []), results.get(second, []), strict=False)):
+        for seed, (a, b) in enumerate(
+            zip(results.get(first, []), results.get(second, []), strict=False)
+        ):
             lines.append(f"| {first} against {second} | {seed} | {rate(b, a)[0]} |")
     return lines
 
@@ -271,7 +352,9 @@ def verdicts(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> 
     lines = [""]
     for name in MUST_WIN:
         good = [rate(base["default"], result)[1] for result in results.get(name, [])]
-        lines.append(f"- {name}: the interval lies above 50 % for {sum(good)} of {len(good)} seeds.")
+        lines.append(
+            f"- {name}: the interval lies above 50 % for {sum(good)} of {len(good)} seeds."
+        )
     for name, seeds in results.items():
         if ARMS[name].kind == "negative":
             good = [rate(base["best"], result)[1] for result in seeds]
@@ -319,7 +402,11 @@ def test_images(work: Path, folder: Path | None) -> tuple[list[Any], list[str], 
         pipe.load_lora_weights(str(folder))
     prompts = [prompt for prompt in held_out_prompts()[60:] for _ in range(IMAGES)]
     seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
-    return generate(pipe, prompts, seeds, batch_size=60, progress=False, **SAMPLING), prompts, IMAGES
+    return (
+        generate(pipe, prompts, seeds, batch_size=60, progress=False, **SAMPLING),
+        prompts,
+        IMAGES,
+    )
 
 
 def online_report(work: Path, names: list[str], seeds: int, picture: Path) -> list[str]:
@@ -327,11 +414,21 @@ def online_report(work: Path, names: list[str], seeds: int, picture: Path) -> li
 
     def scored(name: str, seed: int) -> dict[str, Any]:
         folder = work / "runs" / f"{folder_name(name)}-{seed}" if name else None
-        file = work / "results" / (f"{folder_name(name)}-{seed}-judges.json" if name else "base-judges.json")
-        return kept(file, lambda: online_methods.held_out(name, seed, work, lambda: test_images(work, folder)))
+        file = (
+            work
+            / "results"
+            / (f"{folder_name(name)}-{seed}-judges.json" if name else "base-judges.json")
+        )
+        return kept(
+            file,
+            lambda: online_methods.held_out(name, seed, work, lambda: test_images(work, folder)),
+        )
 
     arms = {name: [scored(name, seed) for seed in range(seeds)] for name in names}
-    folders = {name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in range(seeds)] for name in names}
+    folders = {
+        name: [work / "runs" / f"{folder_name(name)}-{seed}" for seed in range(seeds)]
+        for name in names
+    }
     online_methods.plot(online_methods.curves(work, folders), picture)
     return [
         "",
@@ -344,7 +441,9 @@ def online_report(work: Path, names: list[str], seeds: int, picture: Path) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs/methods-benchmark"))
@@ -378,7 +477,9 @@ def main() -> None:
         *comparisons(results),
         *verdicts(base, results),
         *reading(base, results),
-        *online_report(work, judged_arms, options.seeds, options.output.with_name("methods_online.png")),
+        *online_report(
+            work, judged_arms, options.seeds, options.output.with_name("methods_online.png")
+        ),
     ]
     options.output.write_text("\n".join(body) + "\n")
     print("\n".join(body))

@@ -44,19 +44,28 @@ def rows(count: int, kind: str) -> list[dict[str, Any]]:
     prompts = train_prompts()[: count * IMAGES]
     images = [render(parse_prompt(prompt)) for prompt in prompts]
     if kind == "pair":
-        return [{"prompt": prompts[i], "chosen": images[i], "rejected": images[i + 1]} for i in range(0, count, 2)]
+        return [
+            {"prompt": prompts[i], "chosen": images[i], "rejected": images[i + 1]}
+            for i in range(0, count, 2)
+        ]
     lists = range(0, count, IMAGES)
     scores = [i / IMAGES for i in range(IMAGES)]
-    return [{"prompt": prompts[i], "images": images[i : i + IMAGES], "scores": scores} for i in lists]
+    return [
+        {"prompt": prompts[i], "images": images[i : i + IMAGES], "scores": scores} for i in lists
+    ]
 
 
-def make_trainer(method: str, folder: str, batch: int, model: Any = "shapes", lora: bool = True, **options: Any) -> Any:
+def make_trainer(
+    method: str, folder: str, batch: int, model: Any = "shapes", lora: bool = True, **options: Any
+) -> Any:
     from peft import LoraConfig
 
     from diffalign import DataConfig
     from diffalign.methods import config_class, trainer_class
 
-    args = config_class(method)(output_dir=f"{folder}/{method}", per_device_train_batch_size=batch, max_steps=1, **options)
+    args = config_class(method)(
+        output_dir=f"{folder}/{method}", per_device_train_batch_size=batch, max_steps=1, **options
+    )
     kind = "ranked" if method == "rankdpo" else "pair"
     cache = f"{folder}/cache"
     return trainer_class(method)(
@@ -106,7 +115,10 @@ class Step:
 
 def rankdpo(rounds: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        ranked, pairs = Step("rankdpo", folder, LISTS), Step("diffusion_dpo", folder, LISTS * IMAGES // 2)
+        ranked, pairs = (
+            Step("rankdpo", folder, LISTS),
+            Step("diffusion_dpo", folder, LISTS * IMAGES // 2),
+        )
         # LoRA starts at zero: both networks are ready after a first step.
         times: dict[str, list[float]] = {"ranked": [], "pairs": [], "bare": []}
         for number in range(rounds + 2):
@@ -150,7 +162,9 @@ def peak(method: str) -> None:
 def mapo() -> list[str]:
     found = {}
     for method in ("diffusion_dpo", "mapo"):
-        output = subprocess.run([sys.executable, __file__, "--peak", method], capture_output=True, text=True, check=True)
+        output = subprocess.run(
+            [sys.executable, __file__, "--peak", method], capture_output=True, text=True, check=True
+        )
         found[method] = json.loads(output.stdout.strip().split("\n")[-1])
     count = found["mapo"]["parameters"] / 1e6
     ratio = found["mapo"]["peak"] / found["diffusion_dpo"]["peak"]
@@ -190,7 +204,10 @@ def guidance(rounds: int) -> list[str]:
         network = copy.deepcopy(with_network.unet)
         variants = {
             "ordinary guidance": (plain, None),
-            "negative LoRA on the same network": (with_lora, NegativeGuidance(with_lora, negative=f"{folder}/diffusion_npo")),
+            "negative LoRA on the same network": (
+                with_lora,
+                NegativeGuidance(with_lora, negative=f"{folder}/diffusion_npo"),
+            ),
             "negative network": (with_network, NegativeGuidance(with_network, negative=network)),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
@@ -199,10 +216,21 @@ def guidance(rounds: int) -> list[str]:
             for name, (pipe, negative) in variants.items():
                 if negative is not None:
                     negative.__enter__()
-                modules = {id(m): m for m in (pipe.unet, network if negative is not None else pipe.unet)}
-                inner = [m.conv_in.register_forward_pre_hook(counts, with_kwargs=True) for m in modules.values()]
-                if negative is not None and name == "negative network":  # the merged copy is made on entering
-                    inner.append(negative._branches[0].__self__.conv_in.register_forward_pre_hook(counts, with_kwargs=True))
+                modules = {
+                    id(m): m for m in (pipe.unet, network if negative is not None else pipe.unet)
+                }
+                inner = [
+                    m.conv_in.register_forward_pre_hook(counts, with_kwargs=True)
+                    for m in modules.values()
+                ]
+                if (
+                    negative is not None and name == "negative network"
+                ):  # the merged copy is made on entering
+                    inner.append(
+                        negative._branches[0].__self__.conv_in.register_forward_pre_hook(
+                            counts, with_kwargs=True
+                        )
+                    )
                 counted.clear()
                 started = time.perf_counter()
                 pipe(prompts, generator=torch.Generator().manual_seed(0), **SAMPLING)
@@ -227,7 +255,9 @@ def guidance(rounds: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "methods_cost.md")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peak", help=argparse.SUPPRESS)

@@ -53,7 +53,9 @@ def learned_rewards(work: Path) -> list[tuple[str, str | None]]:
     """(name, folder) of the members; trains those that are not there."""
     members: list[tuple[str, str | None]] = [("learned", None)]
     for seed in ENSEMBLE_SEEDS:
-        members.append((f"learned-{seed}", str(trained_reward(work / "rewards" / f"shapes-clip-{seed}", seed))))
+        members.append(
+            (f"learned-{seed}", str(trained_reward(work / "rewards" / f"shapes-clip-{seed}", seed)))
+        )
     return members
 
 
@@ -64,9 +66,18 @@ def ensemble(work: Path) -> str:
     images = [str(work / "data" / row["image"]) for row in rows]
     entries: list[dict[str, Any]] = []
     for name, folder in learned_rewards(work):
-        scores = load_scorer("shapes-clip", **({"model": folder} if folder else {}))(images, prompts).numpy()
+        scores = load_scorer("shapes-clip", **({"model": folder} if folder else {}))(
+            images, prompts
+        ).numpy()
         scale = {"kind": "affine", "mean": float(scores.mean()), "std": float(scores.std())}
-        entries.append({"name": name, "scorer": "shapes-clip", "normalize": scale, **({"model": folder} if folder else {})})
+        entries.append(
+            {
+                "name": name,
+                "scorer": "shapes-clip",
+                "normalize": scale,
+                **({"model": folder} if folder else {}),
+            }
+        )
     entries.append({"name": "verifier", "scorer": "shapes", "role": "eval"})
     return json.dumps({"rewards": entries, "combine": {"method": "mean_minus_std", "k": 1.0}})
 
@@ -89,7 +100,9 @@ def held_out(name: str, seed: int, work: Path, draw: Any) -> dict[str, list[list
     images, prompts, count = draw()
     found = {"verifier": load_scorer("shapes")(images, prompts)}
     for member, folder in learned_rewards(work):
-        found[member] = load_scorer("shapes-clip", **({"model": folder} if folder else {}))(images, prompts)
+        found[member] = load_scorer("shapes-clip", **({"model": folder} if folder else {}))(
+            images, prompts
+        )
     return {key: values.reshape(-1, count).tolist() for key, values in found.items()}
 
 
@@ -98,8 +111,15 @@ def curves(work: Path, arms: dict[str, list[Path]]) -> dict[str, list[dict[str, 
     found: dict[str, list[dict[str, list[float]]]] = {}
     for name, folders in arms.items():
         for folder in folders:
-            lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-            keys = [key for key in lines[0] if key.startswith(("judge/", "online/")) and not key.endswith("/ties")]
+            lines = [
+                json.loads(line)
+                for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+            ]
+            keys = [
+                key
+                for key in lines[0]
+                if key.startswith(("judge/", "online/")) and not key.endswith("/ties")
+            ]
             lines = [line for line in lines if keys[0] in line]  # online rounds come every few logs
             series = {key.split("/", 1)[1]: [line[key] for line in lines] for key in keys}
             found.setdefault(name, []).append({"step": [line["step"] for line in lines], **series})
@@ -113,14 +133,22 @@ def plot(found: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = dict(zip(found, ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#9a6700"), strict=False))
+    colours = dict(
+        zip(found, ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#9a6700"), strict=False)
+    )
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, runs in found.items():
         for i, run in enumerate(runs):
             label = name if i == 0 else None
             learned = [key for key in run if key.startswith(("learned", "shapes-clip"))]
             if learned:
-                left.plot(run["step"], np.mean([run[key] for key in learned], axis=0), color=colours[name], lw=1.2, label=label)
+                left.plot(
+                    run["step"],
+                    np.mean([run[key] for key in learned], axis=0),
+                    color=colours[name],
+                    lw=1.2,
+                    label=label,
+                )
             truth = run.get("verifier", run.get("shapes"))
             right.plot(run["step"], truth, color=colours[name], lw=1.2, label=label)
     left.set(title="learned reward of the samples (mean of the members)", xlabel="optimizer step")
@@ -136,7 +164,12 @@ def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]
     from diffalign.evaluation.statistics import win_rate
 
     judges = list(base)
-    names = {"verifier": "verifier", "learned": "shapes-clip", "learned-1": "seed 1", "learned-2": "seed 2"}
+    names = {
+        "verifier": "verifier",
+        "learned": "shapes-clip",
+        "learned-1": "seed 1",
+        "learned-2": "seed 2",
+    }
     lines = [
         "",
         "Over-optimisation: the same test images, win-rate % against the base by the verifier, by the embedded `shapes-clip`, and by two rewards "
@@ -148,7 +181,9 @@ def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]
     for name, runs in arms.items():
         for seed, run in enumerate(runs):
             rates = {j: win_rate(np.array(base[j]), np.array(run[j])) for j in judges}
-            shown = [f"{100 * r.rate:.1f} ({100 * r.low:.1f}-{100 * r.high:.1f})" for r in rates.values()]
+            shown = [
+                f"{100 * r.rate:.1f} ({100 * r.low:.1f}-{100 * r.high:.1f})" for r in rates.values()
+            ]
             gap = 100 * (rates["learned"].rate - rates["verifier"].rate)
             lines.append(f"| {name} | {seed} | {' | '.join(shown)} | {gap:+.1f} |")
     return lines

@@ -44,7 +44,10 @@ Array = npt.NDArray[np.float64]
 def learned_from_few(work: Path, members: int) -> dict[str, Path]:
     """Name -> folder; trains those that are not there."""
     seeds = range(FIRST_SEED, FIRST_SEED + members)
-    return {f"few-{seed}": trained_reward(work / "rewards" / f"few-{seed}", seed, **FEW) for seed in seeds}
+    return {
+        f"few-{seed}": trained_reward(work / "rewards" / f"few-{seed}", seed, **FEW)
+        for seed in seeds
+    }
 
 
 def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array]:
@@ -52,7 +55,9 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
     work = work / "over-optimisation"
     prompts = held_out_prompts()[60:]
     wanted = [
-        (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png") for i, p in enumerate(prompts) for n in range(images)
+        (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png")
+        for i, p in enumerate(prompts)
+        for n in range(images)
     ]
     pipes: list[Any] = []
 
@@ -65,13 +70,20 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
 
     def scores(name: str, key: str, **options: str) -> Array:
         def judge() -> list[list[float]]:
-            values = load_scorer(key, **options)([file for _, _, file in wanted], [prompt for prompt, _, _ in wanted])
+            values = load_scorer(key, **options)(
+                [file for _, _, file in wanted], [prompt for prompt, _, _ in wanted]
+            )
             return values.reshape(-1, images).tolist()
 
         return np.asarray(kept(work / f"{name}-{images}.json", judge), dtype=np.float64)
 
-    found = {"verifier": scores("verifier", "shapes"), "shapes-clip": scores("shapes-clip", "shapes-clip")}
-    return found | {name: scores(name, "shapes-clip", model=str(folder)) for name, folder in members.items()}
+    found = {
+        "verifier": scores("verifier", "shapes"),
+        "shapes-clip": scores("shapes-clip", "shapes-clip"),
+    }
+    return found | {
+        name: scores(name, "shapes-clip", model=str(folder)) for name, folder in members.items()
+    }
 
 
 def best_of(judge: Array, value: Array, n: int) -> Array:
@@ -85,13 +97,18 @@ def best_of(judge: Array, value: Array, n: int) -> Array:
     return ordered @ weights
 
 
-def curves(scores: dict[str, Array], members: list[str], powers: list[int]) -> dict[str, dict[str, Array]]:
+def curves(
+    scores: dict[str, Array], members: list[str], powers: list[int]
+) -> dict[str, dict[str, Array]]:
     """Judge -> its own reward and the verifier, (len(powers), prompts) each; of single rewards the mean over all of them."""
     scale = {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
     units = {name: (values - scale[name][0]) / scale[name][1] for name, values in scores.items()}
     stacked = torch.from_numpy(np.stack([scores[name] for name in members], axis=-1))
     scales = [scale[name] for name in members]
-    judges: dict[str, list[Array]] = {"shapes-clip": [units["shapes-clip"]], ONE: [units[name] for name in members]}
+    judges: dict[str, list[Array]] = {
+        "shapes-clip": [units["shapes-clip"]],
+        ONE: [units[name] for name in members],
+    }
     for name, method in (
         (f"mean of {len(members)}", "mean"),
         (f"mean of {len(members)} less one standard deviation", "mean_minus_std"),
@@ -101,7 +118,12 @@ def curves(scores: dict[str, Array], members: list[str], powers: list[int]) -> d
     return {
         name: {
             "own": np.array([np.mean([best_of(j, j, n) for j in found], axis=0) for n in powers]),
-            "verifier": np.array([np.mean([best_of(j, scores["verifier"], n) for j in found], axis=0) for n in powers]),
+            "verifier": np.array(
+                [
+                    np.mean([best_of(j, scores["verifier"], n) for j in found], axis=0)
+                    for n in powers
+                ]
+            ),
         }
         for name, found in judges.items()
     }
@@ -113,13 +135,24 @@ def said(difference: Array) -> str:
 
 
 def tables(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
-    lines = ["Verifier of the picked image:", "", f"| picked by | {' | '.join(f'n = {n}' for n in powers)} |"]
+    lines = [
+        "Verifier of the picked image:",
+        "",
+        f"| picked by | {' | '.join(f'n = {n}' for n in powers)} |",
+    ]
     lines.append("|---" * (len(powers) + 1) + "|")
-    lines += [f"| {name} | {' | '.join(f'{v.mean():.3f}' for v in curve['verifier'])} |" for name, curve in found.items()]
-    lines += ["", "The judge's own reward of it, standard deviations of the base's images:", ""]
-    lines += [f"| picked by | {' | '.join(f'n = {n}' for n in powers)} |", "|---" * (len(powers) + 1) + "|"]
     lines += [
-        f"| {name} | {' | '.join(f'{v.mean().round(2) + 0.0:.2f}' for v in curve['own'])} |" for name, curve in found.items()
+        f"| {name} | {' | '.join(f'{v.mean():.3f}' for v in curve['verifier'])} |"
+        for name, curve in found.items()
+    ]
+    lines += ["", "The judge's own reward of it, standard deviations of the base's images:", ""]
+    lines += [
+        f"| picked by | {' | '.join(f'n = {n}' for n in powers)} |",
+        "|---" * (len(powers) + 1) + "|",
+    ]
+    lines += [
+        f"| {name} | {' | '.join(f'{v.mean().round(2) + 0.0:.2f}' for v in curve['own'])} |"
+        for name, curve in found.items()
     ]
     four, last = powers.index(4), len(powers) - 1
     lines += [
@@ -127,10 +160,15 @@ def tables(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
         "What harder optimisation changes in the verifier, and what it leaves of the gain over an image that nobody picked:",
         "",
     ]
-    lines += [f"| picked by | n = 1 to 4 | n = 4 to {powers[last]} | n = 1 to {powers[last]} |", "|---|---|---|---|"]
+    lines += [
+        f"| picked by | n = 1 to 4 | n = 4 to {powers[last]} | n = 1 to {powers[last]} |",
+        "|---|---|---|---|",
+    ]
     for name, curve in found.items():
         v = curve["verifier"]
-        lines.append(f"| {name} | {said(v[four] - v[0])} | {said(v[last] - v[four])} | {said(v[last] - v[0])} |")
+        lines.append(
+            f"| {name} | {said(v[four] - v[0])} | {said(v[last] - v[four])} | {said(v[last] - v[0])} |"
+        )
     lines += ["", f"Against {ONE}, verifier of the picked image, same images:", ""]
     lines += [f"| picked by | n = 4 | n = {powers[last]} |", "|---|---|---|"]
     for name in [name for name in found if name.startswith("mean of")]:
@@ -153,22 +191,34 @@ def plot(found: dict[str, dict[str, Array]], powers: list[int], path: Path) -> N
             if what == "own" and name == "verifier":
                 continue
             axes.plot(
-                powers, curve[what].mean(1), color=colour, marker="o", ms=4, ls="--" if name == "verifier" else "-", label=name
+                powers,
+                curve[what].mean(1),
+                color=colour,
+                marker="o",
+                ms=4,
+                ls="--" if name == "verifier" else "-",
+                label=name,
             )
             bounds = np.array([clustered_bootstrap(values[:, None]) for values in curve[what]])
             axes.fill_between(powers, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.12, lw=0)
-    panels[0].set(title="the judge's own reward (standard deviations)", xlabel="n, images to pick the best of")
+    panels[0].set(
+        title="the judge's own reward (standard deviations)", xlabel="n, images to pick the best of"
+    )
     panels[1].set(title="verifier of the same image", xlabel="n, images to pick the best of")
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.set_xticks(powers, [str(n) for n in powers])
         axes.grid(alpha=0.3)
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(
+        *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9
+    )
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--work", type=Path, default=Path("runs/methods-benchmark"))
@@ -182,12 +232,21 @@ def main() -> None:
     picture = options.output.with_suffix(".png")
     plot(found, powers, picture)
     accuracy = [
-        json.loads((folder / "accuracy.json").read_text())["pairwise_accuracy"]["attributes"]["rate"]
+        json.loads((folder / "accuracy.json").read_text())["pairwise_accuracy"]["attributes"][
+            "rate"
+        ]
         for folder in members.values()
     ]
-    full = json.loads((ROOT / "diffalign" / "shapes" / "reward_weights" / "accuracy.json").read_text())
+    full = json.loads(
+        (ROOT / "diffalign" / "shapes" / "reward_weights" / "accuracy.json").read_text()
+    )
     assert __doc__ is not None
-    body = ["# Over-optimisation of a learned reward", "", *__doc__.split("\n\n", 1)[1].rstrip().split("\n"), ""]
+    body = [
+        "# Over-optimisation of a learned reward",
+        "",
+        *__doc__.split("\n\n", 1)[1].rstrip().split("\n"),
+        "",
+    ]
     body += [
         "Of held-out pairs that differ in an attribute, `shapes-clip` orders "
         f"{100 * full['pairwise_accuracy']['attributes']['rate']:.1f} % as the verifier does, the rewards from few preferences "

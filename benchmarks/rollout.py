@@ -65,7 +65,13 @@ def measure(large: bool, images: int, steps: int, rounds: int) -> tuple[float, f
             repeated = [p for p in prompts for _ in range(2)]
             generators = [torch.Generator().manual_seed(i) for i in range(images)]
             with torch.inference_mode():
-                plain(repeated, num_inference_steps=steps, guidance_scale=GUIDANCE, eta=1.0, generator=generators)
+                plain(
+                    repeated,
+                    num_inference_steps=steps,
+                    guidance_scale=GUIDANCE,
+                    eta=1.0,
+                    generator=generators,
+                )
             middle = time.perf_counter()
             trainer.sample(trainer.data_pipeline.builder(examples))
             if number:
@@ -75,7 +81,9 @@ def measure(large: bool, images: int, steps: int, rounds: int) -> tuple[float, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "rollout.md")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -83,11 +91,23 @@ def main() -> None:
     assert __doc__ is not None
     threads = torch.get_num_threads()
     facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]} with {threads} threads"
-    lines = ["# Throughput of a rollout", "", *__doc__.split("\n\n", 1)[1].rstrip().split("\n"), "", f"Measured on {facts}.", ""]
-    lines += ["| pipeline | images | steps | pipeline, images/s | rollout, images/s | slower by |", "|---|---|---|---|---|---|"]
+    lines = [
+        "# Throughput of a rollout",
+        "",
+        *__doc__.split("\n\n", 1)[1].rstrip().split("\n"),
+        "",
+        f"Measured on {facts}.",
+        "",
+    ]
+    lines += [
+        "| pipeline | images | steps | pipeline, images/s | rollout, images/s | slower by |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, large, images, steps in (("embedded", False, 16, 20), ("random UNet", True, 8, 10)):
         plain, rollout = measure(large, images, steps, options.rounds)
-        lines.append(f"| {name} | {images} | {steps} | {images / plain:.2f} | {images / rollout:.2f} | {rollout / plain:.2f}x |")
+        lines.append(
+            f"| {name} | {images} | {steps} | {images / plain:.2f} | {images / rollout:.2f} | {rollout / plain:.2f}x |"
+        )
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -41,7 +41,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "rewards"), str(ROOT)]
 
-PROMPTS = [f"a photograph of a {color} {thing}" for color in ("red", "blue") for thing in ("car", "house", "bird", "tree")]
+PROMPTS = [
+    f"a photograph of a {color} {thing}"
+    for color in ("red", "blue")
+    for thing in ("car", "house", "bird", "tree")
+]
 
 
 def encoded_images(count: int, size: int) -> list[bytes]:
@@ -65,7 +69,12 @@ def timed(function: Callable[[], Any]) -> float:
 def staged(scorer: Any, call: Callable[[], Any]) -> tuple[dict[str, float], float]:
     """(seconds spent in each stage of one call, its length)."""
     spent = dict.fromkeys(("read and resize", "text", "vision", "head"), 0.0)
-    stages = {"_pixels": "read and resize", "text_features": "text", "image_features": "vision", "similarity": "head"}
+    stages = {
+        "_pixels": "read and resize",
+        "text_features": "text",
+        "image_features": "vision",
+        "similarity": "head",
+    }
 
     def watch(name: str, stage: str) -> None:
         inner = getattr(scorer, name)
@@ -95,13 +104,21 @@ def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] |
     from transformers import CLIPImageProcessorPil
 
     size = scorer.preprocess.size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
 
     def run(images: list[Image.Image], prompts: list[str]) -> None:
         with torch.no_grad():
             for image, prompt in zip(images, prompts, strict=True):
                 pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
-                text = clip.tokenizer([prompt], padding=True, truncation=True, max_length=clip.max_length, return_tensors="pt")
+                text = clip.tokenizer(
+                    [prompt],
+                    padding=True,
+                    truncation=True,
+                    max_length=clip.max_length,
+                    return_tensors="pt",
+                )
                 image_features = clip.module.get_image_features(pixel_values=pixels).pooler_output
                 text_features = clip.module.get_text_features(**text).pooler_output
                 image_features = image_features / image_features.norm(dim=-1, keepdim=True)
@@ -111,7 +128,9 @@ def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] |
     return run
 
 
-def measure(label: str, scorer: Any, files: list[bytes], rounds: int, block: int | None = None) -> dict[str, Any]:
+def measure(
+    label: str, scorer: Any, files: list[bytes], rounds: int, block: int | None = None
+) -> dict[str, Any]:
     """Medians over rounds of each way's images per second. The ways take turns after every `block` images, or after all of them."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(files))]
     if scorer.name.startswith("shapes"):
@@ -129,7 +148,9 @@ def measure(label: str, scorer: Any, files: list[bytes], rounds: int, block: int
     ways: dict[str, Callable[[slice], Any]] = {"batched": batched, "one by one": one_by_one}
     loop = readme_loop(scorer)
     if loop is not None:
-        ways["README loop"] = lambda part: loop([Image.open(io.BytesIO(file)) for file in files[part]], prompts[part])
+        ways["README loop"] = lambda part: loop(
+            [Image.open(io.BytesIO(file)) for file in files[part]], prompts[part]
+        )
     scorer(files[:2], prompts[:2])  # first calls allocate
     times: dict[str, list[float]] = {name: [] for name in ways}
     spent: dict[str, float] = {}
@@ -142,7 +163,9 @@ def measure(label: str, scorer: Any, files: list[bytes], rounds: int, block: int
                     scorer._texts.clear()
                 if name == "batched":
                     stages, seconds = staged(scorer, lambda way=way, part=part: way(part))
-                    spent = {stage: spent.get(stage, 0.0) + value for stage, value in stages.items()}
+                    spent = {
+                        stage: spent.get(stage, 0.0) + value for stage, value in stages.items()
+                    }
                 else:
                     seconds = timed(lambda way=way, part=part: way(part))
                 sums[name] += seconds
@@ -150,11 +173,18 @@ def measure(label: str, scorer: Any, files: list[bytes], rounds: int, block: int
             times[name].append(seconds)
     speed = {name: len(files) / statistics.median(values) for name, values in times.items()}
     shares = {stage: seconds / sum(times["batched"]) for stage, seconds in spent.items()}
-    print(label, {k: round(v, 2) for k, v in speed.items()}, {k: round(v, 2) for k, v in shares.items()}, flush=True)
+    print(
+        label,
+        {k: round(v, 2) for k, v in speed.items()},
+        {k: round(v, 2) for k, v in shares.items()},
+        flush=True,
+    )
     return {"label": label, "speed": speed, "shares": shares}
 
 
-def measure_cache(load: Callable[..., Any], folder: Path, size: int, rounds: int) -> tuple[float, float]:
+def measure_cache(
+    load: Callable[..., Any], folder: Path, size: int, rounds: int
+) -> tuple[float, float]:
     """Seconds for 1,000 images: scored, and answered from the cache."""
     files = encoded_images(1000, size)
     paths = []
@@ -169,7 +199,10 @@ def measure_cache(load: Callable[..., Any], folder: Path, size: int, rounds: int
     scorer(paths, prompts)
     scored = statistics.median(timed(lambda: plain(paths, prompts)) for _ in range(rounds))
     known = statistics.median(timed(lambda: scorer(paths, prompts)) for _ in range(rounds))
-    print(f"1,000 images: scored in {scored:.3f} s, known in {known:.4f} s, {scored / known:.0f} times faster", flush=True)
+    print(
+        f"1,000 images: scored in {scored:.3f} s, known in {known:.4f} s, {scored / known:.0f} times faster",
+        flush=True,
+    )
     return scored, known
 
 
@@ -178,7 +211,9 @@ def tiny_scorers(folder: Path) -> list[tuple[str, Any]]:
     from models import MODELS, load_tiny
 
     return [
-        (f"{name}, tiny", load_tiny(name, folder)) for name in MODELS if name not in ("shapes-clip", "hpsv2.0", "aesthetic-v1")
+        (f"{name}, tiny", load_tiny(name, folder))
+        for name in MODELS
+        if name not in ("shapes-clip", "hpsv2.0", "aesthetic-v1")
     ]
 
 
@@ -200,7 +235,12 @@ VIT_L14: dict[str, Any] = {
         "num_attention_heads": 16,
         "patch_size": 14,
     },
-    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
 }
 VIT_H14: dict[str, Any] = {
     "projection_dim": 1024,
@@ -211,7 +251,12 @@ VIT_H14: dict[str, Any] = {
         "num_attention_heads": 16,
         "patch_size": 14,
     },
-    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
 }
 
 
@@ -232,10 +277,14 @@ def full_imagereward(folder: Path) -> Any:
     from diffalign import load_scorer
     from diffalign.rewards.testing import reference_models as checkpoints
 
-    packed = (ROOT / "tests" / "rewards" / "fixtures" / "imagereward_full_keys.json.gz").read_bytes()
+    packed = (
+        ROOT / "tests" / "rewards" / "fixtures" / "imagereward_full_keys.json.gz"
+    ).read_bytes()
     shapes = json.loads(gzip.decompress(packed))["shapes"]
     state = {
-        name: torch.randn(shape) * 0.02 if "position_ids" not in name else torch.arange(shape[-1])[None]
+        name: torch.randn(shape) * 0.02
+        if "position_ids" not in name
+        else torch.arange(shape[-1])[None]
         for name, shape in shapes.items()
     }
     for name in state:
@@ -244,7 +293,9 @@ def full_imagereward(folder: Path) -> Any:
     folder.mkdir()
     torch.save(state, folder / "ImageReward.pt")
     words = checkpoints.bert_vocabulary()
-    (folder / "vocab.txt").write_text("\n".join([*words, *(f"filler{i}" for i in range(30522 - len(words)))]) + "\n")
+    (folder / "vocab.txt").write_text(
+        "\n".join([*words, *(f"filler{i}" for i in range(30522 - len(words)))]) + "\n"
+    )
     scorer = load_scorer("imagereward", model=folder)
     shutil.rmtree(folder)
     return scorer
@@ -265,14 +316,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{speed['batched'] / speed['one by one']:.2f}",
             f"{loop:.3g}" if loop else "–",
             f"{speed['batched'] / loop:.2f}" if loop else "–",
-            *(f"{100 * part[name]:.0f} %" for name in ("read and resize", "text", "vision", "head")),
+            *(
+                f"{100 * part[name]:.0f} %"
+                for name in ("read and resize", "text", "vision", "head")
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="also towers of full size")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--full_rounds", type=int, default=1)
@@ -284,11 +340,17 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows.append(measure("shapes-clip", load_scorer("shapes-clip"), encoded_images(64, 64), options.rounds))
+        rows.append(
+            measure(
+                "shapes-clip", load_scorer("shapes-clip"), encoded_images(64, 64), options.rounds
+            )
+        )
         files = encoded_images(64, 64)
         for label, scorer in tiny_scorers(folder):
             rows.append(measure(label, scorer, files, options.rounds))
-        scored, known = measure_cache(lambda **extra: load_scorer("shapes-clip", **extra), folder, 64, options.rounds)
+        scored, known = measure_cache(
+            lambda **extra: load_scorer("shapes-clip", **extra), folder, 64, options.rounds
+        )
         files = encoded_images(options.full_images, 512)
         for label, load in full_scorers(folder) if options.full else []:
             rows.append(measure(label, load(), files, options.full_rounds, block=8))

@@ -58,20 +58,31 @@ def describe(options: dict[str, Any]) -> str:
         "best-of-n"
         if options == PLAIN
         else ", ".join(
-            f"{name} {value:g}" if not isinstance(value, str) else f"{name} {value}" for name, value in options.items()
+            f"{name} {value:g}" if not isinstance(value, str) else f"{name} {value}"
+            for name, value in options.items()
         )
     )
 
 
 def run_arm(
-    pipe: Any, prompts: list[str], seeds: int, guidance: float, reward: str, options: dict[str, Any], scorers: dict[str, Any]
+    pipe: Any,
+    prompts: list[str],
+    seeds: int,
+    guidance: float,
+    reward: str,
+    options: dict[str, Any],
+    scorers: dict[str, Any],
 ) -> dict[str, Any]:
     """Accuracy of every particle and every reward, (prompts, seeds, K) as lists, and what the arm cost."""
-    rows: dict[str, list[Any]] = {name: [] for name in ("accuracy", "shapes", "shapes-clip", "roots", "min_ess", "lmbda")}
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("accuracy", "shapes", "shapes-clip", "roots", "min_ess", "lmbda")
+    }
     seconds = {"total": 0.0, "decode": 0.0, "reward": 0.0}
     model_rows = 0
     repeated = [prompt for prompt in prompts for _ in range(K)]
-    for seed in tqdm(range(seeds), desc=f"{reward or 'plain'} {describe(options)} at guidance {guidance:g}"):
+    for seed in tqdm(
+        range(seeds), desc=f"{reward or 'plain'} {describe(options)} at guidance {guidance:g}"
+    ):
         steering = FKSteering(pipe, scorers[reward or "shapes"], num_particles=K, **options)
         result = steering(
             prompts,
@@ -109,7 +120,9 @@ def with_error(difference: np.ndarray) -> str:
     return f"{100 * difference.mean():+.1f} ± {100 * clustered_standard_error(difference):.1f}"
 
 
-def table(guidance: float, reward: str, found: dict[str, dict[str, Any]], prompts: int) -> list[str]:
+def table(
+    guidance: float, reward: str, found: dict[str, dict[str, Any]], prompts: int
+) -> list[str]:
     """One table: best-of-n and the arms of one reward at one guidance."""
     lines = [
         "| | best: accuracy % | against best-of-n | mean of K: accuracy % | against best-of-n | best reward, difference | roots of 4 | smallest ESS | seconds |",
@@ -123,7 +136,10 @@ def table(guidance: float, reward: str, found: dict[str, dict[str, Any]], prompt
         arm = found[key(guidance, arm_reward, options)]
         values = arrays(arm, prompts)
         top, mean = best(values["accuracy"], values[reward]), values["accuracy"].mean(-1)
-        d_top, d_mean = top - best(plain["accuracy"], plain[reward]), mean - plain["accuracy"].mean(-1)
+        d_top, d_mean = (
+            top - best(plain["accuracy"], plain[reward]),
+            mean - plain["accuracy"].mean(-1),
+        )
         d_reward = best(values[reward], values[reward]) - best(plain[reward], plain[reward])
         same = options == PLAIN
         text = describe(options)
@@ -139,7 +155,9 @@ def table(guidance: float, reward: str, found: dict[str, dict[str, Any]], prompt
 
 
 def key(guidance: float, reward: str, options: dict[str, Any]) -> str:
-    return f"g{guidance:g}-{reward or 'plain'}-{describe(options)}".replace(" ", "_").replace(",", "")
+    return f"g{guidance:g}-{reward or 'plain'}-{describe(options)}".replace(" ", "_").replace(
+        ",", ""
+    )
 
 
 def report(found: dict[str, dict[str, Any]], prompts: int, seeds: int) -> str:
@@ -152,8 +170,16 @@ def report(found: dict[str, dict[str, Any]], prompts: int, seeds: int) -> str:
         "the verifier), paired by prompt and seed, ± one standard error clustered by prompt.",
     ]
     for guidance in (2.0, 1.0):
-        for reward, what in (("shapes", "the verifier's graded score"), ("shapes-clip", "the learned reward `shapes-clip`")):
-            lines += ["", f"## Reward: {what}, guidance {guidance:g}", "", *table(guidance, reward, found, prompts)]
+        for reward, what in (
+            ("shapes", "the verifier's graded score"),
+            ("shapes-clip", "the learned reward `shapes-clip`"),
+        ):
+            lines += [
+                "",
+                f"## Reward: {what}, guidance {guidance:g}",
+                "",
+                *table(guidance, reward, found, prompts),
+            ]
     lines += [
         "",
         "Lambda was not tuned on other prompts: the tables show every value that was run. *best* is the particle of highest reward, *mean of K* the average over all four particles",
@@ -163,10 +189,14 @@ def report(found: dict[str, dict[str, Any]], prompts: int, seeds: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "diffalign-steering-benchmark")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "diffalign-steering-benchmark"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", ".*prompts:")

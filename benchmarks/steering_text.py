@@ -40,7 +40,9 @@ def reward(texts: list[str]) -> list[float]:
 
 
 def sample(groups: int, **options: Any) -> TextSteeringResult:
-    return FKTextSteering(None, None, reward, num_particles=4, num_steps=STEPS, **options)([""] * groups, seed=0)
+    return FKTextSteering(None, None, reward, num_particles=4, num_steps=STEPS, **options)(
+        [""] * groups, seed=0
+    )
 
 
 def mean_with_error(values: Tensor) -> str:
@@ -53,7 +55,9 @@ def captions(result: TextSteeringResult) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", type=int, default=500)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
@@ -73,12 +77,18 @@ def main() -> None:
     for arm in ARMS:
         found = sample(options.groups, **arm)
         top, middle = found.rewards.amax(1), found.rewards.mean(1)
-        name = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in arm.items())
+        name = ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in arm.items()
+        )
         lines.append(
             f"| {name} | {top.mean():.3f} | {mean_with_error(top - best)} | {middle.mean():.3f} | {mean_with_error(middle - mean)} "
             f"| {100 * captions(found):.1f} % | {float(found.smc.num_roots.double().mean()):.2f} |"
         )
-    z = [float(sample(options.groups, lmbda=1.0, resample_steps=steps).log_z.exp().mean()) for steps in ((), None)]
+    z = [
+        float(sample(options.groups, lmbda=1.0, resample_steps=steps).log_z.exp().mean())
+        for steps in ((), None)
+    ]
     lines += [
         "",
         f"Two estimates of Z = E[exp(r)] that must agree: {z[0]:.2f} from plain samples with terminal weights, {z[1]:.2f} from steering (lmbda 1).",

@@ -55,7 +55,9 @@ def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
     try:
         import wandb  # noqa: F401
     except ImportError:
-        sys.modules["wandb"] = types.ModuleType("wandb")  # the peer imports it even when it is not used
+        sys.modules["wandb"] = types.ModuleType(
+            "wandb"
+        )  # the peer imports it even when it is not used
         sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
@@ -116,7 +118,9 @@ def make_midsize(folder: Path) -> int:
     return sum(p.numel() for p in pipe.unet.parameters())
 
 
-def our_arguments(model: str, data: Path, work: Path, batch: int, size: int, steps: int, features: list[str]) -> list[str]:
+def our_arguments(
+    model: str, data: Path, work: Path, batch: int, size: int, steps: int, features: list[str]
+) -> list[str]:
     values = {
         "method": "diffusion_dpo",
         "model": model,
@@ -131,13 +135,18 @@ def our_arguments(model: str, data: Path, work: Path, batch: int, size: int, ste
         "train.report_to": "tensorboard",
     }
     if "cache" in features:
-        values |= {"data.cache_latents": work / "cache", "data.cache_text_embeddings": work / "cache"}
+        values |= {
+            "data.cache_latents": work / "cache",
+            "data.cache_text_embeddings": work / "cache",
+        }
     if "precompute" in features:
         values |= {"train.precompute_ref_errors": "true", "train.ref_error_draws": 1}
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
-def peer_arguments(model: str, data: Path, work: Path, batch: int, size: int, steps: int) -> list[str]:
+def peer_arguments(
+    model: str, data: Path, work: Path, batch: int, size: int, steps: int
+) -> list[str]:
     values = {
         "pretrained_model_name_or_path": model,
         "dataset_name": data,
@@ -162,8 +171,18 @@ def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tup
     """(median seconds per step, peak MiB) of one process."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--worker", str(result), str(steps), str(script), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            str(result),
+            str(steps),
+            str(script),
+            *arguments,
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
         if not result.is_file():
             sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         values = json.loads(result.read_text())
@@ -185,23 +204,39 @@ def compare(
         for name, features in VARIANTS.items():
             place = work / f"{'-'.join(features) or 'plain'}{number}"
             arguments = our_arguments(model, data, place, batch, size, steps, features)
-            found.setdefault(name, []).append(measure(ROOT / "scripts" / "train.py", arguments, steps, 5))
-            print(f"{name}: {batch / found[name][-1][0]:.1f} pairs/s, {found[name][-1][1]:.0f} MiB", flush=True)
+            found.setdefault(name, []).append(
+                measure(ROOT / "scripts" / "train.py", arguments, steps, 5)
+            )
+            print(
+                f"{name}: {batch / found[name][-1][0]:.1f} pairs/s, {found[name][-1][1]:.0f} MiB",
+                flush=True,
+            )
     middle = statistics.median
-    return [(name, batch / middle(s for s, _ in runs), middle(m for _, m in runs)) for name, runs in found.items()]
+    return [
+        (name, batch / middle(s for s, _ in runs), middle(m for _, m in runs))
+        for name, runs in found.items()
+    ]
 
 
 def table(rows: list[tuple[str, float, float]]) -> str:
     base_speed, base_memory = rows[0][1], rows[0][2]
-    lines = [f"| variant | pairs per second | ratio to {rows[0][0]} | peak memory, MiB | ratio |", "|---|---|---|---|---|"]
-    lines += [f"| {n} | {s:.1f} | {s / base_speed:.2f} | {m:.0f} | {m / base_memory:.2f} |" for n, s, m in rows]
+    lines = [
+        f"| variant | pairs per second | ratio to {rows[0][0]} | peak memory, MiB | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {n} | {s:.1f} | {s / base_speed:.2f} | {m:.0f} | {m / base_memory:.2f} |"
+        for n, s, m in rows
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         return worker(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -213,14 +248,24 @@ def main() -> None:
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        rows = compare(str(weights_dir()), 64, 16, options.steps, options.rounds, options.peer, work / "shapes")
+        rows = compare(
+            str(weights_dir()), 64, 16, options.steps, options.rounds, options.peer, work / "shapes"
+        )
         parts.append(f"## The shapes pipeline, 16 pairs of 64x64 per step\n\n{table(rows)}")
         parameters = make_midsize(work / "midsize-model")
-        rows = compare(str(work / "midsize-model"), 128, 4, options.midsize_steps, options.rounds, options.peer, work / "midsize")
-        parts.append(f"## A random UNet of {parameters / 1e6:.0f} M parameters, 4 pairs of 128x128 per step\n\n{table(rows)}")
-    command = (
-        f"python benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} --rounds {options.rounds}"
-    )
+        rows = compare(
+            str(work / "midsize-model"),
+            128,
+            4,
+            options.midsize_steps,
+            options.rounds,
+            options.peer,
+            work / "midsize",
+        )
+        parts.append(
+            f"## A random UNet of {parameters / 1e6:.0f} M parameters, 4 pairs of 128x128 per step\n\n{table(rows)}"
+        )
+    command = f"python benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} --rounds {options.rounds}"
     text = (
         f"# One optimizer step of LoRA Diffusion-DPO\n\nMade by `{command}` on {os.cpu_count()} CPU cores ({platform.machine()}), float32. "
         "Medians over steps and rounds; variants took turns. The step is measured from the end of one optimizer step to the end of the "

@@ -84,7 +84,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     values = read_yaml_file(path, "--config")
     if not isinstance(values, dict):
-        raise UserError(f"--config: {path} must hold keys such as method, model, data and train, not {type(values).__name__}")
+        raise UserError(
+            f"--config: {path} must hold keys such as method, model, data and train, not {type(values).__name__}"
+        )
     return values
 
 
@@ -106,14 +108,18 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 raise UserError(f"{option}: expected a value after it")
             text = pending.pop(0)
         if name.split(".")[0] not in _TOP_LEVEL:
-            raise UserError(f"{option}: unknown option{suggestion(name, _TOP_LEVEL)}; sections are {', '.join(_TOP_LEVEL)}")
+            raise UserError(
+                f"{option}: unknown option{suggestion(name, _TOP_LEVEL)}; sections are {', '.join(_TOP_LEVEL)}"
+            )
         try:
             value = read_yaml_text(text, option.partition("=")[0])
         except NotYaml:  # a path or a sentence that YAML would have to be told about
             value = text
         *sections, last = name.split(".")
         if not all((*sections, last)):
-            raise UserError(f"{option.partition('=')[0]}: expected a name between the dots, such as --train.beta")
+            raise UserError(
+                f"{option.partition('=')[0]}: expected a name between the dots, such as --train.beta"
+            )
         target = values
         for section in sections:
             inner = target.get(section)
@@ -136,7 +142,8 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     for key in values:
         if key not in _TOP_LEVEL:
             raise ConfigError(
-                _key(key), f"unknown key{suggestion(_key(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}"
+                _key(key),
+                f"unknown key{suggestion(_key(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}",
             )
     for key in ("method", "model"):
         if not isinstance(values.get(key), str):
@@ -144,21 +151,29 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     method = values["method"]
     if method not in METHODS:
         raise ConfigError(
-            "method", f"unknown method {shown(method)}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}"
+            "method",
+            f"unknown method {shown(method)}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}",
         )
     optional: dict[str, Callable[[Any], Any]] = {
         "lora": lambda v: build_section(LoraSection, v, "lora"),
         "validation": lambda v: build_section(ValidationConfig, v, "validation"),
         "hub": lambda v: build_section(HubConfig, v, "hub"),
         "rewards": panel_section,
-        **{name: lambda v, name=name: coerce(v, str, name) for name in ("revision", "variant", "vae", "ref_model")},  # type: ignore[misc]
+        **{
+            name: lambda v, name=name: coerce(v, str, name)
+            for name in ("revision", "variant", "vae", "ref_model")
+        },  # type: ignore[misc]
     }
     return RunConfig(
         method=method,
         model=values["model"],
         train=build_section(config_class(method), _section(values, "train"), "train"),
         data=build_section(DataConfig, _section(values, "data"), "data"),
-        **{name: build(values[name]) for name, build in optional.items() if values.get(name) is not None},
+        **{
+            name: build(values[name])
+            for name, build in optional.items()
+            if values.get(name) is not None
+        },
     )
 
 
@@ -178,7 +193,8 @@ def panel_section(value: Any) -> dict[str, Any]:
     config = dict(value) if isinstance(value, dict) and "rewards" in value else {"rewards": value}
     if "trust_remote_code" in config:
         raise ConfigError(
-            "rewards.trust_remote_code", "a run file cannot allow foreign code; import the scorer in Python instead"
+            "rewards.trust_remote_code",
+            "a run file cannot allow foreign code; import the scorer in Python instead",
         )
     parse_rewards(config["rewards"])
     return config

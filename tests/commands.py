@@ -9,7 +9,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # A free port each: tests run beside each other.
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "--rdzv_endpoint",
+    "localhost:0",
+    "--rdzv_backend",
+    "c10d",
+]
 SMALL = [
     "--num_prompts",
     "16",
@@ -27,13 +36,29 @@ SMALL = [
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        [str(a) for a in arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def torchrun(script: Path, *arguments: object, timeout: int) -> subprocess.CompletedProcess[str]:
     """A script by two processes on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     launch = [sys.executable, *TORCHRUN, str(script), *map(str, arguments)]
     return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=timeout)
 

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that are compared must at least have equal thread counts
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # processes that are compared must at least have equal thread counts
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tools`
 sys.path.insert(0, str(Path(__file__).parent))  # `tiny`
 

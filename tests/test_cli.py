@@ -22,7 +22,9 @@ def command(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     program = Path(sys.executable).with_name("diffalign")
     start = [str(program)] if program.exists() else [sys.executable, "-m", "diffalign"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": str(folder / "model"),
         "lora": {"r": 2},
         "data": {"dataset_name": str(folder / "pairs")},
-        "train": {"output_dir": str(folder / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": "1e-5"},
+        "train": {
+            "output_dir": str(folder / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": "1e-5",
+        },
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder
@@ -45,22 +52,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fails(world: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Runs `diffalign train` in this process with the run file and options; returns the one sentence."""
     before = {p for p in world.rglob("*")}
-    code = diffalign.cli.entry.run(["train", "--config", str(world / "run.yaml"), *map(str, arguments)])
+    code = diffalign.cli.entry.run(
+        ["train", "--config", str(world / "run.yaml"), *map(str, arguments)]
+    )
     printed = capsys.readouterr().err.strip()
     assert code == 2, printed
     said = printed.splitlines()[-1]  # before it there may be progress bars
-    assert said.startswith("diffalign: ") and printed.count("diffalign: ") == 1 and "Traceback" not in printed
+    assert (
+        said.startswith("diffalign: ")
+        and printed.count("diffalign: ") == 1
+        and "Traceback" not in printed
+    )
     assert {p for p in world.rglob("*")} == before, "something was left behind"
     return said
 
 
 def test_mistakes_through_the_installed_command(world: Path) -> None:
-    (world / "bad.yaml").write_text((world / "run.yaml").read_text().replace("max_steps", "max_stepz"))
+    (world / "bad.yaml").write_text(
+        (world / "run.yaml").read_text().replace("max_steps", "max_stepz")
+    )
     for arguments, expected in [
-        (["train", "--config", world / "bad.yaml"], "train.max_stepz: unknown key (did you mean 'max_steps'?)"),
+        (
+            ["train", "--config", world / "bad.yaml"],
+            "train.max_stepz: unknown key (did you mean 'max_steps'?)",
+        ),
         (["train", "--config", world / "nowhere.yaml"], "there is no file"),
-        (["train", "--config", world / "run.yaml", "--train.beta", "five"], "train.beta: expected float, got 'five'"),
-        (["train", "--config", world / "run.yaml", "--model", world / "pairs"], "has no model_index.json"),
+        (
+            ["train", "--config", world / "run.yaml", "--train.beta", "five"],
+            "train.beta: expected float, got 'five'",
+        ),
+        (
+            ["train", "--config", world / "run.yaml", "--model", world / "pairs"],
+            "has no model_index.json",
+        ),
         (["quickstart", "--output_dir", world], "is no quickstart"),
         (["data", "inspect", world / "nothing"], "nothing"),
         (["frobnicate"], "invalid choice"),
@@ -79,7 +103,10 @@ def test_mistakes_through_the_installed_command(world: Path) -> None:
         (["--train.beta", "nan"], "train.beta: expected a finite number, got nan"),
         (["--train.max_steps", "1.5"], "train.max_steps: expected int or null, got 1.5"),
         (["--train.optim", "sgd"], "train.optim: expected one of adamw"),
-        (["--train.max_steps", "1", "--train.num_train_epochs", "2"], "set either max_steps or num_train_epochs"),
+        (
+            ["--train.max_steps", "1", "--train.num_train_epochs", "2"],
+            "set either max_steps or num_train_epochs",
+        ),
         (["--data.ties", "win"], "data.ties: expected one of drop, keep"),
         (["--method", "diffusion_dpoo"], "did you mean 'diffusion_dpo'?"),
         (["--lora.rank", "4"], "lora.rank: unknown key"),
@@ -93,10 +120,15 @@ def test_mistakes_through_the_installed_command(world: Path) -> None:
         (["--train.optim", "prodigy"], "pip install 'diffalign[optim]'"),
         (["--train.resume_from_checkpoint", "nowhere"], "is no checkpoint"),
         (["--data.columns", "{prompt: nope}"], "nope"),
-        (["--data.cache_latents", "c", "--data.random_flip", "true"], "cached latents cannot be cropped or flipped anew"),
+        (
+            ["--data.cache_latents", "c", "--data.random_flip", "true"],
+            "cached latents cannot be cropped or flipped anew",
+        ),
     ],
 )
-def test_wrong_settings(world: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: str) -> None:
+def test_wrong_settings(
+    world: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
     assert expected in fails(world, capsys, *options)
 
 
@@ -114,14 +146,27 @@ def test_wrong_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = fails(world, capsys, "--data.dataset_name", strange)
     assert "foo" in said and "data.columns" in said and "chosen" in said
     tied = {"caption": "a", "jpg_0": png, "jpg_1": png, "label_0": 0.5, "label_1": 0.5}
-    said = fails(world, capsys, "--data.dataset_name", dataset(tmp_path / "tied", [tied] * 3), "--data.verify_images", "none")
+    said = fails(
+        world,
+        capsys,
+        "--data.dataset_name",
+        dataset(tmp_path / "tied", [tied] * 3),
+        "--data.verify_images",
+        "none",
+    )
     assert "ties" in said
     broken = {**tied, "label_0": 1.0, "label_1": 0.0}
-    assert "row" in fails(world, capsys, "--data.dataset_name", dataset(tmp_path / "broken", [broken] * 3))
-    assert "prompt" in fails(world, capsys, "--data.dataset_name", dataset(tmp_path / "prompts", [{"prompt": "a"}]))
+    assert "row" in fails(
+        world, capsys, "--data.dataset_name", dataset(tmp_path / "broken", [broken] * 3)
+    )
+    assert "prompt" in fails(
+        world, capsys, "--data.dataset_name", dataset(tmp_path / "prompts", [{"prompt": "a"}])
+    )
 
 
-def test_pickled_weights_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickled_weights_are_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     class Payload:
@@ -131,7 +176,9 @@ def test_pickled_weights_are_refused(world: Path, tmp_path: Path, capsys: pytest
     shutil.copytree(world / "model", tmp_path / "model")
     for file in (tmp_path / "model" / "unet").glob("*.safetensors"):
         file.unlink()
-    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps(Payload())
+    )
     assert "is a pickle" in fails(world, capsys, "--model", tmp_path / "model")
     assert not (tmp_path / "executed").exists()
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Payload()))
@@ -139,7 +186,9 @@ def test_pickled_weights_are_refused(world: Path, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "executed").exists()
 
 
-def test_an_unsupported_pipeline_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsupported_pipeline_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     said = fails(world, capsys, "--model", tmp_path)
     assert "FluxPipeline" in said and "StableDiffusionXLPipeline" in said
@@ -149,23 +198,51 @@ def test_a_run_trains_is_not_overwritten_and_resumes(world: Path) -> None:
     output = world / "out"
     script = Path(__file__).parents[1] / "scripts" / "train.py"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", str(script)]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--cpu",
+        str(script),
+    ]
     done = subprocess.run(
-        [*launch, "--config", str(world / "run.yaml"), "--train.save_steps", "1"], capture_output=True, text=True, env=environment
+        [*launch, "--config", str(world / "run.yaml"), "--train.save_steps", "1"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert "beta 5000" in done.stdout and "0.693" in done.stdout
-    assert (output / "pytorch_lora_weights.safetensors").is_file() and (output / "checkpoint-2").is_dir()
+    assert (output / "pytorch_lora_weights.safetensors").is_file() and (
+        output / "checkpoint-2"
+    ).is_dir()
     again = command("train", "--config", world / "run.yaml")
     assert again.returncode == 2 and "holds another run" in again.stderr
-    more = command("train", "--config", world / "run.yaml", "--train.resume_from_checkpoint", "latest", "--train.max_steps", 3)
+    more = command(
+        "train",
+        "--config",
+        world / "run.yaml",
+        "--train.resume_from_checkpoint",
+        "latest",
+        "--train.max_steps",
+        3,
+    )
     assert more.returncode == 0 and "at step 2 of 3" in more.stdout, more.stderr
-    from_config = command("train", "--config", output / "config.yaml", "--train.output_dir", world / "repeat")
-    assert from_config.returncode == 0 and (world / "repeat" / "pytorch_lora_weights.safetensors").is_file(), from_config.stderr
+    from_config = command(
+        "train", "--config", output / "config.yaml", "--train.output_dir", world / "repeat"
+    )
+    assert (
+        from_config.returncode == 0
+        and (world / "repeat" / "pytorch_lora_weights.safetensors").is_file()
+    ), from_config.stderr
 
 
 def test_dry_run_writes_nothing(world: Path, tmp_path: Path) -> None:
-    done = command("train", "--config", world / "run.yaml", "--dry_run", "--train.output_dir", tmp_path / "dry")
+    done = command(
+        "train", "--config", world / "run.yaml", "--dry_run", "--train.output_dir", tmp_path / "dry"
+    )
     assert done.returncode == 0, done.stderr
     for said in (
         "parameters train",
@@ -200,10 +277,15 @@ def test_import_and_help_load_no_torch() -> None:
 def test_data_commands(world: Path, tmp_path: Path) -> None:
     seen = command("data", "inspect", world / "pairs")
     assert seen.returncode == 0 and "6" in seen.stdout and "pair" in seen.stdout, seen.stderr
-    done = command("data", "convert", world / "pairs", "--output_dir", tmp_path / "single", "--kind", "single")
+    done = command(
+        "data", "convert", world / "pairs", "--output_dir", tmp_path / "single", "--kind", "single"
+    )
     assert done.returncode == 0, done.stderr
     assert len(load_preferences(str(tmp_path / "single"), verbose=False)) == 6
-    assert command("data", "convert", world / "pairs", "--output_dir", tmp_path / "single").returncode == 2
+    assert (
+        command("data", "convert", world / "pairs", "--output_dir", tmp_path / "single").returncode
+        == 2
+    )
 
 
 def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
@@ -216,6 +298,14 @@ def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in (tmp_path / "s").iterdir())
-    assert names == ["000-seed0-base.png", "000-seed0-tuned.png", "000-seed1-base.png", "000-seed1-tuned.png", "comparison.png"]
-    base, tuned = ((tmp_path / "s" / f"000-seed1-{side}.png").read_bytes() for side in ("base", "tuned"))
+    assert names == [
+        "000-seed0-base.png",
+        "000-seed0-tuned.png",
+        "000-seed1-base.png",
+        "000-seed1-tuned.png",
+        "comparison.png",
+    ]
+    base, tuned = (
+        (tmp_path / "s" / f"000-seed1-{side}.png").read_bytes() for side in ("base", "tuned")
+    )
     assert base == tuned, "a LoRA at scale 0 must be the base, bit for bit"

@@ -34,7 +34,9 @@ def test_every_run_file_parses_and_round_trips(path: Path) -> None:
 def test_every_reward_file_parses_without_loading_weights(path: Path) -> None:
     from diffalign.rewards.panel import Panel
 
-    panel = Panel.from_config({**yaml.safe_load(path.read_text()), "placement": "exclusive", "cache": None})
+    panel = Panel.from_config(
+        {**yaml.safe_load(path.read_text()), "placement": "exclusive", "cache": None}
+    )
     assert panel.train_names and set(panel.names) > set(panel.train_names)
     assert path.read_text().startswith("#"), "recipes are commented"
 
@@ -50,7 +52,10 @@ def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) ->
         "train.max_steps": 2,
         "train.per_device_train_batch_size": 2,
     }
-    run = load_run(ROOT / "configs" / method / "shapes.yaml", [str(x) for k, v in options.items() for x in (f"--{k}", v)])
+    run = load_run(
+        ROOT / "configs" / method / "shapes.yaml",
+        [str(x) for k, v in options.items() for x in (f"--{k}", v)],
+    )
     run.validation = None
     assert train_run(run) == 0
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
@@ -87,7 +92,16 @@ def test_lossless_readings(value: object, annotation: object, expected: object) 
 
 @pytest.mark.parametrize(
     ("value", "annotation"),
-    [("five", float), (True, int), (True, float), (1.5, int), ("maybe", bool), ("1", bool), (3, str), ("a", list[int])],
+    [
+        ("five", float),
+        (True, int),
+        (True, float),
+        (1.5, int),
+        ("maybe", bool),
+        ("1", bool),
+        (3, str),
+        ("a", list[int]),
+    ],
 )
 def test_lossy_readings_are_refused_with_the_path(value: object, annotation: object) -> None:
     with pytest.raises(ConfigError, match=r"^train\.x: expected"):
@@ -96,18 +110,25 @@ def test_lossy_readings_are_refused_with_the_path(value: object, annotation: obj
 
 def test_yaml_numbers_of_either_spelling_are_equal() -> None:
     text = "{method: sft, model: shapes, train: {learning_rate: %s}}"
-    assert run_from_dict(yaml.safe_load(text % "1e-5")) == run_from_dict(yaml.safe_load(text % "1.0e-5"))
+    assert run_from_dict(yaml.safe_load(text % "1e-5")) == run_from_dict(
+        yaml.safe_load(text % "1.0e-5")
+    )
 
 
 def test_overrides_reach_and_create_sections() -> None:
-    values = apply_overrides({"train": {"seed": 1}}, ["--train.seed=2", "--lora.r", "8", "--lora.target_modules", "[to_k, to_q]"])
+    values = apply_overrides(
+        {"train": {"seed": 1}},
+        ["--train.seed=2", "--lora.r", "8", "--lora.target_modules", "[to_k, to_q]"],
+    )
     assert values == {"train": {"seed": 2}, "lora": {"r": 8, "target_modules": ["to_k", "to_q"]}}
     with pytest.raises(UserError, match="not a section"):
         apply_overrides({"model": "x"}, ["--model.name", "y"])
 
 
 def test_unknown_keys_suggest_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"lora\.dropuot: unknown key \(did you mean 'dropout'\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.dropuot: unknown key \(did you mean 'dropout'\?\)"
+    ):
         build_section(LoraSection, {"dropuot": 0.1}, "lora")
     with pytest.raises(ConfigError, match="modell: unknown key"):
         run_from_dict({"method": "sft", "modell": "x"})

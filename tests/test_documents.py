@@ -16,7 +16,11 @@ from commands import ROOT, run
 
 from diffalign.recipe import load_run
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 ELSEWHERE = ("pip install", "ruff ", "mypy")  # .ci/run reads the README's and runs them
 
 
@@ -29,7 +33,11 @@ def having(language: str) -> list[str]:
 
 
 def test_only_languages_that_are_run() -> None:
-    found = {language for document in DOCUMENTS for language in re.findall(r"^```(\w+)$", (ROOT / document).read_text(), re.M)}
+    found = {
+        language
+        for document in DOCUMENTS
+        for language in re.findall(r"^```(\w+)$", (ROOT / document).read_text(), re.M)
+    }
     assert found <= {"bash", "python", "yaml", "text"}
 
 
@@ -81,7 +89,13 @@ def test_yaml_is_part_of_a_run_file(document: str, tmp_path: Path) -> None:
         given: dict[str, Any] = yaml.safe_load(block)
         if "combine" in given:  # a panel stands alone in a file of its own
             given = {"rewards": given}
-        file = {"method": "d3po", "model": "shapes", "data": {"dataset_name": "x"}, "train": {"output_dir": "x"}, **given}
+        file = {
+            "method": "d3po",
+            "model": "shapes",
+            "data": {"dataset_name": "x"},
+            "train": {"output_dir": "x"},
+            **given,
+        }
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
         load_run(tmp_path / "run.yaml", [])
 

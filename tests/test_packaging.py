@@ -67,19 +67,29 @@ def test_it_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     here = next(p for p in map(Path, sys.path) if (p / "torch").is_dir())
     dependencies = tmp_path / "dependencies"
     dependencies.mkdir()
-    for entry in here.iterdir():  # everything that is installed, except the package itself and editable hooks
+    for entry in (
+        here.iterdir()
+    ):  # everything that is installed, except the package itself and editable hooks
         if "diffalign" not in entry.name and entry.suffix != ".pth":
             (dependencies / entry.name).symlink_to(entry)
     environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     python = [str(tmp_path / "venv" / "bin" / "python"), "-c"]
 
     def run(code: str, **extra: str) -> str:
-        done = subprocess.run([*python, code], capture_output=True, text=True, cwd=tmp_path, env={**environment, **extra})
+        done = subprocess.run(
+            [*python, code],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**environment, **extra},
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "site-packages" in run("import diffalign; print(diffalign.__file__)")
-    code = "import diffalign.cli.entry, sys; sys.argv = ['diffalign', '--help']; diffalign.cli.main()"
+    code = (
+        "import diffalign.cli.entry, sys; sys.argv = ['diffalign', '--help']; diffalign.cli.main()"
+    )
     assert "quickstart" in run(code, PYTHONPATH=str(dependencies))
     load = (
         "from diffalign.backbones import load_backbone; import torch; b = load_backbone('shapes'); "

@@ -16,7 +16,13 @@ def test_it_leaves_what_it_says(home: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     for side in ("base", "tuned"):
         assert 0 <= results[side]["accuracy"] <= 1 and results[side]["accuracy_standard_error"] >= 0
-        assert set(results[side]["attributes"]) == {"size", "color", "shape", "position", "background"}
+        assert set(results[side]["attributes"]) == {
+            "size",
+            "color",
+            "shape",
+            "position",
+            "background",
+        }
     wins = results["win_rate"]
     assert 0 <= wins["low"] <= wins["rate"] <= wins["high"] <= 1
     assert Image.open(folder / "comparison.png").size[0] > 400
@@ -29,7 +35,9 @@ def test_its_dataset_is_plain_parquet_of_training_prompts(home: Path) -> None:
 
     from diffalign.shapes import held_out_prompts
 
-    rows = load_dataset("parquet", data_dir=str(home / "diffalign-quickstart" / "dataset"), split="train")
+    rows = load_dataset(
+        "parquet", data_dir=str(home / "diffalign-quickstart" / "dataset"), split="train"
+    )
     assert len(rows) == 16 and len(rows[0]["images"]) == len(rows[0]["scores"]) == 3
     assert not set(rows["prompt"]) & set(held_out_prompts())
 
@@ -37,7 +45,11 @@ def test_its_dataset_is_plain_parquet_of_training_prompts(home: Path) -> None:
 def test_a_second_run_says_what_is_there(home: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (home / "diffalign-quickstart").rglob("*")}
     again = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=home)
-    assert again.returncode == 0 and "finished quickstart" in again.stdout and "win-rate" in again.stdout
+    assert (
+        again.returncode == 0
+        and "finished quickstart" in again.stdout
+        and "win-rate" in again.stdout
+    )
     other = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, "--seed", 1, cwd=home)
     assert other.returncode == 2 and "--seed 0" in other.stderr and "Traceback" not in other.stderr
     assert {p: p.stat().st_mtime_ns for p in (home / "diffalign-quickstart").rglob("*")} == before
@@ -51,16 +63,34 @@ def test_an_interrupted_run_continues_from_what_is_there(home: Path) -> None:
     (folder / "results.json").unlink()
     (folder / "lora" / "pytorch_lora_weights.safetensors").unlink()
     before = json.loads((home / "diffalign-quickstart" / "results.json").read_text())
-    done = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, "--output_dir", folder, cwd=home)
+    done = run(
+        sys.executable, "-m", "diffalign", "quickstart", *SMALL, "--output_dir", folder, cwd=home
+    )
     assert done.returncode == 0 and "continuing the quickstart" in done.stdout, done.stderr
     after = json.loads((folder / "results.json").read_text())
-    for name in ("tuned", "base"):  # drawn by another process, whose rounding may flip one verdict of eight
+    for name in (
+        "tuned",
+        "base",
+    ):  # drawn by another process, whose rounding may flip one verdict of eight
         assert after[name]["accuracy"] == pytest.approx(before[name]["accuracy"], abs=0.13)
         assert after[name]["score"] == pytest.approx(before[name]["score"], abs=0.1)
 
 
-@pytest.mark.parametrize("flag", ["--seed -1", "--num_prompts 601", "--images_per_prompt 1", "--beta 0", "--max_steps x"])
+@pytest.mark.parametrize(
+    "flag", ["--seed -1", "--num_prompts 601", "--images_per_prompt 1", "--beta 0", "--max_steps x"]
+)
 def test_settings_out_of_range(home: Path, flag: str) -> None:
-    done = run(sys.executable, "-m", "diffalign", "quickstart", *flag.split(), "--output_dir", home / "never", cwd=home)
-    assert done.returncode == 2 and flag.split()[0] in done.stderr and "Traceback" not in done.stderr
+    done = run(
+        sys.executable,
+        "-m",
+        "diffalign",
+        "quickstart",
+        *flag.split(),
+        "--output_dir",
+        home / "never",
+        cwd=home,
+    )
+    assert (
+        done.returncode == 2 and flag.split()[0] in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (home / "never").exists()

@@ -142,19 +142,35 @@ def picture(value: int, seed: int, size: int = RESOLUTION) -> Image.Image:
 
 def pair_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """Separable pairs: the chosen image is bright, the rejected one dark."""
-    prompts = ["a small red circle on the left of a gray background", "a large blue star in the center of a white background"]
+    prompts = [
+        "a small red circle on the left of a gray background",
+        "a large blue star in the center of a white background",
+    ]
     return [
-        {"prompt": prompts[i % 2], "chosen": picture(210, i, size), "rejected": picture(40, 1000 + i, size)} for i in range(count)
+        {
+            "prompt": prompts[i % 2],
+            "chosen": picture(210, i, size),
+            "rejected": picture(40, 1000 + i, size),
+        }
+        for i in range(count)
     ]
 
 
-def ranked_rows(count: int = 8, size: int = RESOLUTION, lengths: tuple[int, ...] = (3,)) -> list[dict[str, Any]]:
+def ranked_rows(
+    count: int = 8, size: int = RESOLUTION, lengths: tuple[int, ...] = (3,)
+) -> list[dict[str, Any]]:
     """Separable lists: the brighter, the better; row i has ``lengths[i % len(lengths)]`` images."""
     rows = []
     for i, row in enumerate(pair_rows(count, size)):
         k = lengths[i % len(lengths)]
         images = [picture(210 - 170 * j // (k - 1), 100 * j + i, size) for j in range(k)]
-        rows.append({"prompt": row["prompt"], "images": images, "scores": [1 - j / (k - 1) for j in range(k)]})
+        rows.append(
+            {
+                "prompt": row["prompt"],
+                "images": images,
+                "scores": [1 - j / (k - 1) for j in range(k)],
+            }
+        )
     return rows
 
 
@@ -170,7 +186,9 @@ def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dic
 
 def brightness(images: Any, prompts: Any) -> Any:
     """A judge of random images: the mean of their pixels."""
-    return torch.tensor([float(np.asarray(image, dtype=np.float64).mean()) for image in images], dtype=torch.float64)
+    return torch.tensor(
+        [float(np.asarray(image, dtype=np.float64).mean()) for image in images], dtype=torch.float64
+    )
 
 
 def by_place(images: Any, prompts: Any) -> Any:
@@ -182,7 +200,9 @@ def lora_config(r: int = 4, alpha: int = 8, dropout: float = 0.0, **options: Any
     """A LoRA whose alpha is not its rank, so that a lost alpha shows."""
     from peft import LoraConfig
 
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", **options)
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", **options
+    )
 
 
 def make_trainer(
@@ -201,7 +221,12 @@ def make_trainer(
     from diffalign import DataConfig
     from diffalign.methods import config_class, trainer_class
 
-    values: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0} | args
+    values: dict[str, Any] = {
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+    } | args
     if method == "seppo":
         values = {"num_inference_steps": 2, "guidance_scale": 2.0, "beta": 100.0} | values
     if method == "d3po":
@@ -248,15 +273,23 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
     """Bit-equal, name by name."""
     assert found.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert not different, f"{len(different)} of {len(expected)} tensors differ, e.g. {different[:3]}"
+    assert not different, (
+        f"{len(different)} of {len(expected)} tensors differ, e.g. {different[:3]}"
+    )
 
 
-def assert_close_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+def assert_close_tensors(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float
+) -> None:
     """Equal within tolerances, name by name."""
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(
-            found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            found[name],
+            expected[name],
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 

@@ -81,9 +81,21 @@ def train(folder: Path) -> None:
 
 def compare(folder: Path) -> None:
     """Two trained models against the base."""
-    tuned = [part for name in ("diffusion_dpo-shapes", "rankdpo-shapes") for part in ("--tuned", str(folder / "train" / name))]
+    tuned = [
+        part
+        for name in ("diffusion_dpo-shapes", "rankdpo-shapes")
+        for part in ("--tuned", str(folder / "train" / name))
+    ]
     size = ["--max_prompts", "8", "--num_images", "2", "--num_inference_steps", "10"]
-    run("compare", *tuned, *size, "--scorers", "shapes,shapes-clip", "--output_dir", folder / "compare")
+    run(
+        "compare",
+        *tuned,
+        *size,
+        "--scorers",
+        "shapes,shapes-clip",
+        "--output_dir",
+        folder / "compare",
+    )
 
 
 def steer(folder: Path) -> None:
@@ -170,7 +182,11 @@ def probe(folder: Path, parts: list[str]) -> None:
 def plain(value: Any) -> Any:
     """A value without what may differ: clocks, versions and places."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if not any(word in str(key) for word in UNEQUAL_BY_NATURE)}
+        return {
+            key: plain(item)
+            for key, item in value.items()
+            if not any(word in str(key) for word in UNEQUAL_BY_NATURE)
+        }
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
@@ -221,7 +237,9 @@ def worktree(commit: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("commits", nargs="*", help="two commits")
     parser.add_argument("--work", type=Path, default=Path("runs/compare-commits"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -252,7 +270,14 @@ def main() -> None:
         }
         print(f"{commit} ({name})", flush=True)
         subprocess.run(
-            [sys.executable, str(Path(__file__).absolute()), "--probe", str(work / "results"), "--parts", *options.parts],
+            [
+                sys.executable,
+                str(Path(__file__).absolute()),
+                "--probe",
+                str(work / "results"),
+                "--parts",
+                *options.parts,
+            ],
             cwd=tree,
             env=environment,
             check=True,

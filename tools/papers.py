@@ -24,7 +24,9 @@ def own_fields(method: str) -> list[tuple[str, Any]]:
     """(name, default) of what the method adds to, or sets otherwise than, the common options."""
     common = {field.name: _default(field) for field in dataclasses.fields(TrainingConfig)}
     found = [(field.name, _default(field)) for field in dataclasses.fields(config_class(method))]
-    return [(name, default) for name, default in found if name not in common or common[name] != default]
+    return [
+        (name, default) for name, default in found if name not in common or common[name] != default
+    ]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -59,7 +61,9 @@ def section(method: str) -> str:
 
 def page() -> str:
     """The whole page; methods with a paper first, by name."""
-    order = sorted(METHODS, key=lambda m: (not trainer_class(m)._paper, trainer_class(m)._name.lower()))
+    order = sorted(
+        METHODS, key=lambda m: (not trainer_class(m)._paper, trainer_class(m)._name.lower())
+    )
     sections = "\n\n".join(section(method) for method in order)
     return f"{HEAD}\n{sections}\n"
 

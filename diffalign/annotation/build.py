@@ -51,10 +51,13 @@ def build(options: BuildOptions) -> None:
     generators = find_generators(options)
     if len(generators) * options.num_images < 2:
         raise ConfigError(
-            "--num_images", "one image per prompt leaves nothing to compare; draw at least 2, or name a second model"
+            "--num_images",
+            "one image per prompt leaves nothing to compare; draw at least 2, or name a second model",
         )
     processes = Processes.start(options.device)
-    panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
+    panel = Panel.from_config(
+        config, device=processes.device, trust_remote_code=options.trust_remote_code
+    )
     _check_panel(panel, processes)
     claim(options, generators)
     processes.wait()
@@ -65,7 +68,12 @@ def build(options: BuildOptions) -> None:
         for i in range(options.num_images)
     ]
     for generator in generators:
-        draw(generator, [image for image in images if image.model == generator.name], options, processes)
+        draw(
+            generator,
+            [image for image in images if image.model == generator.name],
+            options,
+            processes,
+        )
     processes.wait()
     notes = notes + missing_notes(images)
     columns = score(panel, images, processes)
@@ -89,13 +97,17 @@ def _check_numbers(options: BuildOptions) -> None:
         if value is not None and value < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
     if not 0 <= options.min_margin < float("inf"):
-        raise ConfigError("--min_margin", f"expected a number of at least 0, got {options.min_margin}")
+        raise ConfigError(
+            "--min_margin", f"expected a number of at least 0, got {options.min_margin}"
+        )
 
 
 def _check_panel(panel: Panel, processes: Processes) -> None:
     """Everything that can be wrong with the scorers shows before hours of drawing: each is loaded once."""
     if not panel.train_names:
-        raise UserError("rewards: all scorers have the role eval, so nothing would be labelled; give one the role train")
+        raise UserError(
+            "rewards: all scorers have the role eval, so nothing would be labelled; give one the role train"
+        )
     for name in panel.names:
         if "metadata" in panel.specs[name].requires:
             raise UserError(
@@ -118,7 +130,10 @@ def find_generators(options: BuildOptions) -> list[Generator]:
     from ..runtime.hashing import content_hash
 
     found: list[Generator] = []
-    for model, lora in [*((model, None) for model in options.models), *((options.models[0], lora) for lora in options.lora)]:
+    for model, lora in [
+        *((model, None) for model in options.models),
+        *((options.models[0], lora) for lora in options.lora),
+    ]:
         source = ModelSource(model)
         fingerprint = source.fingerprint(*source.component_names())
         if lora is not None:
@@ -163,10 +178,14 @@ def claim(options: BuildOptions, generators: Sequence[Generator]) -> None:
         from ..runtime.files import write_atomically
 
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps({"settings": settings, "models": models}, indent=1) + "\n").encode())
+        write_atomically(
+            file, (json.dumps({"settings": settings, "models": models}, indent=1) + "\n").encode()
+        )
 
 
-def draw(generator: Generator, images: Sequence[Drawn], options: BuildOptions, processes: Processes) -> None:
+def draw(
+    generator: Generator, images: Sequence[Drawn], options: BuildOptions, processes: Processes
+) -> None:
     """Draws what is not there yet."""
     from ..generation.sampling import draw_files, generate
 
@@ -175,7 +194,9 @@ def draw(generator: Generator, images: Sequence[Drawn], options: BuildOptions, p
     def pictures(prompts: list[str], seeds: list[int]) -> list[Any]:
         if not loaded:
             loaded.extend(_pipeline(generator, options, processes.device))
-        return generate(loaded[0], prompts, seeds, batch_size=len(prompts), progress=False, **loaded[1])
+        return generate(
+            loaded[0], prompts, seeds, batch_size=len(prompts), progress=False, **loaded[1]
+        )
 
     wanted = [(image.prompt, image.seed, image.path) for image in images]
     draw_files(pictures, wanted, options.batch_size, processes, f"drawing, {generator.name}")
@@ -198,7 +219,9 @@ def missing_notes(images: Sequence[Drawn]) -> list[str]:
     return [note for note in notes if note]
 
 
-def _pipeline(generator: Generator, options: BuildOptions, device: Any) -> tuple[Any, dict[str, Any]]:
+def _pipeline(
+    generator: Generator, options: BuildOptions, device: Any
+) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments of its call)."""
     import torch
 
@@ -231,13 +254,19 @@ def score(panel: Panel, images: Sequence[Drawn], processes: Processes) -> dict[s
         total = sum(map(len, mine))
         with (
             panel.using(name) as scorer,
-            tqdm(total=total, desc=f"scoring, {name}", unit="image", disable=processes.rank > 0) as bar,
+            tqdm(
+                total=total, desc=f"scoring, {name}", unit="image", disable=processes.rank > 0
+            ) as bar,
         ):
             for part in mine:
                 if isinstance(scorer, ModelScorer):
                     scorer._texts.clear()  # rounding shall not depend on the parts before
                 chosen = [images[i] for i in part]
-                result = scorer.score([image.path for image in chosen], [image.prompt for image in chosen], on_error="nan")
+                result = scorer.score(
+                    [image.path for image in chosen],
+                    [image.prompt for image in chosen],
+                    on_error="nan",
+                )
                 found.append((name, part, result.values.tolist()))
                 bar.update(len(part))
     columns = {name: [float("nan")] * len(images) for name in panel.names}

@@ -39,7 +39,13 @@ class Labels:
     agreement: dict[str, Any] = field(default_factory=dict)
 
 
-def label(panel: Panel, images: Sequence[Drawn], columns: dict[str, list[float]], selection: str, min_margin: float) -> Labels:
+def label(
+    panel: Panel,
+    images: Sequence[Drawn],
+    columns: dict[str, list[float]],
+    selection: str,
+    min_margin: float,
+) -> Labels:
     """Combines the scores and picks pairs and lists. An image without a score is in neither; ties are dropped and counted."""
     groups = [image.group for image in images]
     combined = panel.combine(columns, groups)
@@ -64,14 +70,22 @@ def label(panel: Panel, images: Sequence[Drawn], columns: dict[str, list[float]]
         labels.lists.append(ranked)
         chosen = _pick(ranked, labels.combined, selection, min_margin, agreed.get(group, []))
         if not chosen:
-            why = "no pair that all scorers agree on" if selection == "unanimous" else f"margin below {min_margin:g}"
+            why = (
+                "no pair that all scorers agree on"
+                if selection == "unanimous"
+                else f"margin below {min_margin:g}"
+            )
             labels.dropped[f"{why} (kept as a list)"] += 1
         labels.pairs += chosen
     return labels
 
 
 def _pick(
-    ranked: list[int], combined: list[float], selection: str, min_margin: float, agreed: Sequence[tuple[int, int]]
+    ranked: list[int],
+    combined: list[float],
+    selection: str,
+    min_margin: float,
+    agreed: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
     def wide(pair: tuple[int, int]) -> bool:
         margin = combined[pair[0]] - combined[pair[1]]
@@ -103,10 +117,18 @@ def write(
     folder: Path = options.output_dir
     _write_scores(folder, images, columns, labels)
     if options.format != "ranked":
-        _write_dataset(folder / "pairs", lambda: _pair_rows(images, labels), len(labels.pairs), _pair_features())
+        _write_dataset(
+            folder / "pairs",
+            lambda: _pair_rows(images, labels),
+            len(labels.pairs),
+            _pair_features(),
+        )
     if options.format != "pairs":
         _write_dataset(
-            folder / "ranked", lambda: _list_rows(images, columns, labels), len(labels.lists), _list_features(list(columns))
+            folder / "ranked",
+            lambda: _list_rows(images, columns, labels),
+            len(labels.lists),
+            _list_features(list(columns)),
         )
     summary = summarise(options, prompts, notes, generators, images, columns, labels, panel)
     write_atomically(folder / "README.md", card(options, generators, summary).encode())
@@ -115,7 +137,9 @@ def write(
     return summary
 
 
-def _write_scores(folder: Path, images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels) -> None:
+def _write_scores(
+    folder: Path, images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -179,7 +203,9 @@ def _list_features(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _list_rows(images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels) -> Iterator[dict[str, Any]]:
+def _list_rows(
+    images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels
+) -> Iterator[dict[str, Any]]:
     for ranked in labels.lists:
         each = {
             f"scores_{name}": [values[i] if math.isfinite(values[i]) else None for i in ranked]
@@ -198,7 +224,9 @@ def _embedded(image: Drawn) -> dict[str, Any]:
     return {"bytes": image.path.read_bytes(), "path": None}
 
 
-def _write_dataset(target: Path, rows: Callable[[], Iterator[dict[str, Any]]], count: int, features: dict[str, Any]) -> None:
+def _write_dataset(
+    target: Path, rows: Callable[[], Iterator[dict[str, Any]]], count: int, features: dict[str, Any]
+) -> None:
     """Parquet shards, whole or not at all; what stood there before is replaced. Without a row there is no folder."""
     from datasets import Dataset, Features
 
@@ -209,7 +237,12 @@ def _write_dataset(target: Path, rows: Callable[[], Iterator[dict[str, Any]]], c
     with replacing_folder(target) as temporary:
         source = rows()
         for number in range(shards):
-            part = [row for _, row in zip(range(min(_SHARD_ROWS, count - number * _SHARD_ROWS)), source, strict=False)]
+            part = [
+                row
+                for _, row in zip(
+                    range(min(_SHARD_ROWS, count - number * _SHARD_ROWS)), source, strict=False
+                )
+            ]
             name = f"train-{number:05d}-of-{shards:05d}.parquet"
             Dataset.from_list(part, features=Features(features)).to_parquet(temporary / name)
 
@@ -225,24 +258,39 @@ def summarise(
     panel: Panel,
 ) -> str:
     """The numbers of a build, a line each."""
-    lines = [f"{len(prompts)} prompts{''.join(f', {note}' for note in notes)}; {len(images)} images of {len(generators)} models"]
+    lines = [
+        f"{len(prompts)} prompts{''.join(f', {note}' for note in notes)}; {len(images)} images of {len(generators)} models"
+    ]
     for name, values in columns.items():
         good = [value for value in values if math.isfinite(value)]
         role = "" if name in panel.train_names else ", eval only"
-        spread = f"mean {sum(good) / len(good):.4g}, from {min(good):.4g} to {max(good):.4g}" if good else "no score at all"
+        spread = (
+            f"mean {sum(good) / len(good):.4g}, from {min(good):.4g} to {max(good):.4g}"
+            if good
+            else "no score at all"
+        )
         lines.append(f"{name}: {spread}, {len(values) - len(good)} missing{role}")
     margins = [labels.combined[better] - labels.combined[worse] for better, worse in labels.pairs]
     mean = f", mean margin {sum(margins) / len(margins):.3f}" if margins else ""
-    lines.append(f"{len(labels.pairs)} pairs ({options.pair_selection}){mean}; {len(labels.lists)} ranked lists")
-    lines += [f"{count} prompts without a pair: {reason}" for reason, count in labels.dropped.items()]
+    lines.append(
+        f"{len(labels.pairs)} pairs ({options.pair_selection}){mean}; {len(labels.lists)} ranked lists"
+    )
+    lines += [
+        f"{count} prompts without a pair: {reason}" for reason, count in labels.dropped.items()
+    ]
     agreement = labels.agreement.get("kendalls_w")
     if agreement is not None:
         lines.append(
             f"agreement of the scorers, Kendall's W: {agreement:.2f} (1 is perfect, {1 / len(panel.train_names):.2f} is chance for many)"
         )
     if len(generators) > 1 and labels.pairs:
-        wins, losses = (Counter(images[pair[side]].model for pair in labels.pairs) for side in (0, 1))
-        lines.append("chosen, rejected: " + "; ".join(f"{g.name} {wins[g.name]}, {losses[g.name]}" for g in generators))
+        wins, losses = (
+            Counter(images[pair[side]].model for pair in labels.pairs) for side in (0, 1)
+        )
+        lines.append(
+            "chosen, rejected: "
+            + "; ".join(f"{g.name} {wins[g.name]}, {losses[g.name]}" for g in generators)
+        )
     for name, kind in (("pairs", "pairs"), ("ranked", "ranked")):
         if (options.output_dir / kind).is_dir() and options.format in ("both", name):
             lines.append(f"wrote {options.output_dir / kind}")
@@ -252,9 +300,12 @@ def summarise(
 def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -> str:
     """README.md of the folder, as a dataset card."""
     kinds = [kind for kind in ("pairs", "ranked") if (options.output_dir / kind).is_dir()]
-    configs = "".join(f"  - config_name: {kind}\n    data_files: {kind}/*.parquet\n" for kind in kinds)
+    configs = "".join(
+        f"  - config_name: {kind}\n    data_files: {kind}/*.parquet\n" for kind in kinds
+    )
     settings = {
-        name: getattr(options, name) for name in ("seed", "num_inference_steps", "guidance_scale", "resolution", "num_images")
+        name: getattr(options, name)
+        for name in ("seed", "num_inference_steps", "guidance_scale", "resolution", "num_images")
     }
     models = "\n".join(f"- `{g.name}`: {g.described} (weights {g.fingerprint})" for g in generators)
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
@@ -277,7 +328,9 @@ def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
     width = min(_SHEET_IMAGES, max(map(len, rows)))
     line, gap = 20, 6
     height = _SHEET_SIDE + 2 * line + gap
-    canvas = Image.new("RGB", (width * (_SHEET_SIDE + gap) + gap, len(rows) * height + gap), "white")
+    canvas = Image.new(
+        "RGB", (width * (_SHEET_SIDE + gap) + gap, len(rows) * height + gap), "white"
+    )
     pen = ImageDraw.Draw(canvas)
     for row, ranked in enumerate(rows):
         top = gap + row * height
@@ -286,7 +339,11 @@ def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
             prompt = prompt[:-4].rstrip(".") + "..." if len(prompt) > 4 else ""
         pen.text((gap, top), prompt, fill="black", font=font)
         # Of a long list the two ends are shown: they are what a pair is made of.
-        shown = ranked if len(ranked) <= width else [*ranked[: width - width // 2], *ranked[-(width // 2) :]]
+        shown = (
+            ranked
+            if len(ranked) <= width
+            else [*ranked[: width - width // 2], *ranked[-(width // 2) :]]
+        )
         for column, i in enumerate(shown):
             left = gap + column * (_SHEET_SIDE + gap)
             with Image.open(images[i].path) as picture:
@@ -294,9 +351,15 @@ def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
             small.thumbnail((_SHEET_SIDE, _SHEET_SIDE)) if max(small.size) > _SHEET_SIDE else None
             if max(small.size) < _SHEET_SIDE:
                 factor = _SHEET_SIDE / max(small.size)
-                small = small.resize((round(small.width * factor), round(small.height * factor)), Image.Resampling.NEAREST)
+                small = small.resize(
+                    (round(small.width * factor), round(small.height * factor)),
+                    Image.Resampling.NEAREST,
+                )
             canvas.paste(small, (left, top + line))
             pen.text(
-                (left, top + line + _SHEET_SIDE + 2), f"{labels.combined[i]:.2f}  {images[i].model}"[:20], fill="black", font=font
+                (left, top + line + _SHEET_SIDE + 2),
+                f"{labels.combined[i]:.2f}  {images[i].model}"[:20],
+                fill="black",
+                font=font,
             )
     return canvas

@@ -55,7 +55,9 @@ class ShapesCaptioner:
             try:
                 asked = parse_prompt(prompt)
             except ValueError as error:
-                raise UserError(f"--captioner: shapes reads images of the shapes world only; {error}") from error
+                raise UserError(
+                    f"--captioner: shapes reads images of the shapes world only; {error}"
+                ) from error
             seen = verify(image)
             read = {field.name: getattr(seen, field.name) for field in fields(Scene)}
             known = {name: value or getattr(asked, name) for name, value in read.items()}
@@ -77,42 +79,68 @@ class TransformersCaptioner:
     """
 
     def __init__(
-        self, model: str, *, instruction: str = INSTRUCTION, max_new_tokens: int = 77, device: Any = None, dtype: Any = None
+        self,
+        model: str,
+        *,
+        instruction: str = INSTRUCTION,
+        max_new_tokens: int = 77,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.name, self.instruction, self.max_new_tokens = model, instruction, max_new_tokens
         self.processor = load_part(AutoProcessor, model, "--captioner")
         device, dtype = _placement(device, dtype)
-        self.model = load_part(AutoModelForImageTextToText, model, "--captioner", dtype=dtype).to(device).eval()
+        self.model = (
+            load_part(AutoModelForImageTextToText, model, "--captioner", dtype=dtype)
+            .to(device)
+            .eval()
+        )
         self.asks = bool(getattr(self.processor, "chat_template", None))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         """One caption per image, greedy, in one batch."""
         import torch
 
-        inputs = self._questions(images, prompts) if self.asks else self.processor(images=list(images), return_tensors="pt")
+        inputs = (
+            self._questions(images, prompts)
+            if self.asks
+            else self.processor(images=list(images), return_tensors="pt")
+        )
         inputs = inputs.to(self.model.device)
         for name, value in inputs.items():
             if torch.is_tensor(value) and value.is_floating_point():
                 inputs[name] = value.to(self.model.dtype)
         with torch.no_grad():
-            tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False
+            )
         if self.asks:  # a chat model returns the question too
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)
+        ]
 
     def _questions(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
         texts = []
         for prompt in prompts:
             # Not str.format: a prompt may hold braces.
             asked = self.instruction.replace("{prompt}", prompt)
-            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
-            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            messages = [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}
+            ]
+            texts.append(
+                self.processor.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            )
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.padding_side = "left"  # all answers start where the questions end
-        return self.processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt")
+        return self.processor(
+            images=[[image] for image in images], text=texts, padding=True, return_tensors="pt"
+        )
 
 
 def make_captioner(name: str, *, trust_remote_code: bool = False, **options: Any) -> Captioner:
@@ -142,7 +170,10 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
     try:
         if place.endswith(".py"):
             if not trust:
-                raise ConfigError(field, f"{name!r} would run the code in {place}; read it, then pass --trust_remote_code")
+                raise ConfigError(
+                    field,
+                    f"{name!r} would run the code in {place}; read it, then pass --trust_remote_code",
+                )
             if not Path(place).is_file():
                 raise UserError(f"{field}: there is no file {place!r}")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)

@@ -65,9 +65,13 @@ class Generator:
 class Drawn:
     """One image: which prompt, which model, which seed, which file."""
 
-    def __init__(self, group: int, prompt: str, model: str, number: int, options: BuildOptions) -> None:
+    def __init__(
+        self, group: int, prompt: str, model: str, number: int, options: BuildOptions
+    ) -> None:
         self.group, self.prompt, self.model, self.number = group, prompt, model, number
         digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
         self.seed = image_seed(options.seed, prompt, number)
         # Named by the prompt's digest: a prompt can hold anything.
-        self.path: Path = options.output_dir / "images" / model / digest[:2] / f"{digest[:20]}-{number:03d}.png"
+        self.path: Path = (
+            options.output_dir / "images" / model / digest[:2] / f"{digest[:20]}-{number:03d}.png"
+        )

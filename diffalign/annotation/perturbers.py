@@ -22,20 +22,80 @@ _DIVERSITY = {"weak": 40, "medium": 60, "strong": 80}
 DIPPER = "lexical = {lexical}, order = 100 <sent> {text} </sent>"
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "colour": ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray", "golden"),
+    "colour": (
+        "red",
+        "green",
+        "blue",
+        "yellow",
+        "orange",
+        "purple",
+        "pink",
+        "brown",
+        "black",
+        "white",
+        "gray",
+        "golden",
+    ),
     "size": ("small", "large", "tiny", "huge", "big", "little"),
     "number": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    "place": ("on the left", "on the right", "in the center", "in the foreground", "in the background"),
-    "relation": ("above", "below", "behind", "beside", "inside", "in front of", "on top of", "next to", "under"),
+    "place": (
+        "on the left",
+        "on the right",
+        "in the center",
+        "in the foreground",
+        "in the background",
+    ),
+    "relation": (
+        "above",
+        "below",
+        "behind",
+        "beside",
+        "inside",
+        "in front of",
+        "on top of",
+        "next to",
+        "under",
+    ),
     "shape": ("round", "square", "triangular", "rectangular", "oval", "star-shaped"),
-    "material": ("wooden", "metal", "glass", "plastic", "stone", "paper", "leather", "ceramic", "marble"),
+    "material": (
+        "wooden",
+        "metal",
+        "glass",
+        "plastic",
+        "stone",
+        "paper",
+        "leather",
+        "ceramic",
+        "marble",
+    ),
     "time": ("at night", "at dawn", "at noon", "at sunset", "in the morning", "in the evening"),
     "weather": ("sunny", "rainy", "snowy", "foggy", "stormy", "cloudy"),
     "season": ("spring", "summer", "autumn", "winter"),
     "age": ("young", "old", "ancient", "modern"),
     "person": ("man", "woman", "boy", "girl"),
-    "animal": ("dog", "cat", "horse", "bird", "cow", "sheep", "elephant", "bear", "rabbit", "fox", "lion"),
-    "medium": ("photo", "photograph", "painting", "drawing", "sketch", "watercolor", "illustration", "sculpture"),
+    "animal": (
+        "dog",
+        "cat",
+        "horse",
+        "bird",
+        "cow",
+        "sheep",
+        "elephant",
+        "bear",
+        "rabbit",
+        "fox",
+        "lion",
+    ),
+    "medium": (
+        "photo",
+        "photograph",
+        "painting",
+        "drawing",
+        "sketch",
+        "watercolor",
+        "illustration",
+        "sculpture",
+    ),
     "mood": ("happy", "sad", "angry", "calm", "dramatic", "serene"),
 }
 """Words and phrases that exchange for one another; the longest phrase that fits is taken."""
@@ -85,7 +145,12 @@ class RulePerturber:
         categories (*optional*): other words.
     """
 
-    def __init__(self, level: str = "medium", seed: int = 0, categories: Mapping[str, Sequence[str]] = CATEGORIES) -> None:
+    def __init__(
+        self,
+        level: str = "medium",
+        seed: int = 0,
+        categories: Mapping[str, Sequence[str]] = CATEGORIES,
+    ) -> None:
         self.level, self.seed, self.name = check_level(level), seed, "rules"
         self.category = {word: words for words in categories.values() for word in words}
         phrases = sorted(self.category, key=len, reverse=True)
@@ -104,7 +169,11 @@ class RulePerturber:
         for match in sorted(chosen, key=lambda m: -m.start()):
             old = match.group()
             new = draw.choice([word for word in self.category[old.lower()] if word != old.lower()])
-            text = text[: match.start()] + (new.capitalize() if old[0].isupper() else new) + text[match.end() :]
+            text = (
+                text[: match.start()]
+                + (new.capitalize() if old[0].isupper() else new)
+                + text[match.end() :]
+            )
         return text
 
     def _shortened(self, text: str, draw: random.Random) -> str:
@@ -139,10 +208,14 @@ class ShapesPerturber:
             try:
                 scene = parse_prompt(text)
             except ValueError as error:
-                raise UserError(f"--perturber: shapes changes sentences of the shapes world only; {error}") from error
+                raise UserError(
+                    f"--perturber: shapes changes sentences of the shapes world only; {error}"
+                ) from error
             draw = _drawn(self.seed, self.level, text)
             names = draw.sample(list(ATTRIBUTES), _COUNTS[self.level])
-            values = {n: draw.choice([v for v in ATTRIBUTES[n] if v != getattr(scene, n)]) for n in names}
+            values = {
+                n: draw.choice([v for v in ATTRIBUTES[n] if v != getattr(scene, n)]) for n in names
+            }
             changed.append(dataclasses.replace(scene, **values).prompt)
         return changed
 
@@ -172,15 +245,27 @@ class TransformersPerturber:
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            AutoTokenizer,
+        )
 
-        self.name, self.level, self.seed, self.max_length = model, check_level(level), seed, max_length
+        self.name, self.level, self.seed, self.max_length = (
+            model,
+            check_level(level),
+            seed,
+            max_length,
+        )
         self.template = template or (DIPPER if "dipper" in model.lower() else "paraphrase: {text}")
         if "{text}" not in self.template:
             raise ConfigError("--perturber_template", "expected a text with {text} in it")
         config = load_part(AutoConfig, model, "--perturber")
         self.seq2seq = bool(config.is_encoder_decoder)
-        self.tokenizer = load_part(AutoTokenizer, model, "--perturber", padding_side="right" if self.seq2seq else "left")
+        self.tokenizer = load_part(
+            AutoTokenizer, model, "--perturber", padding_side="right" if self.seq2seq else "left"
+        )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device, dtype = _placement(device, dtype)
@@ -192,16 +277,22 @@ class TransformersPerturber:
         import torch
 
         lexical = str(100 - _DIVERSITY[self.level])
-        asked = [self.template.replace("{lexical}", lexical).replace("{text}", text) for text in texts]
+        asked = [
+            self.template.replace("{lexical}", lexical).replace("{text}", text) for text in texts
+        ]
         inputs = self.tokenizer(asked, padding=True, return_tensors="pt").to(self.model.device)
         digest = hashlib.sha256(repr((self.seed, self.level, list(texts))).encode()).digest()
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:6], "big"))
-            tokens = self.model.generate(**inputs, do_sample=True, top_p=0.75, max_new_tokens=self.max_length)
+            tokens = self.model.generate(
+                **inputs, do_sample=True, top_p=0.75, max_new_tokens=self.max_length
+            )
         if not self.seq2seq:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ]
 
 
 def check_level(level: str) -> str:
@@ -216,7 +307,12 @@ def check_level(level: str) -> str:
 
 
 def make_perturber(
-    name: str, level: str = "medium", seed: int = 0, *, trust_remote_code: bool = False, **options: Any
+    name: str,
+    level: str = "medium",
+    seed: int = 0,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Callable[[Sequence[str]], Sequence[str]]:
     """``rules``, ``shapes``, ``package.module:object`` or ``./file.py:object``, or a paraphrase model of transformers."""
     if name == "rules":
@@ -229,4 +325,6 @@ def make_perturber(
 
 
 def _drawn(seed: int, level: str, text: str) -> random.Random:
-    return random.Random(hashlib.sha256(f"{seed}:{level}:{text}".encode("utf-8", "surrogatepass")).digest())
+    return random.Random(
+        hashlib.sha256(f"{seed}:{level}:{text}".encode("utf-8", "surrogatepass")).digest()
+    )

@@ -29,7 +29,9 @@ STRATEGIES = ("c", "p", "h")
 TEXTS = "texts.jsonl"
 
 
-def read_pairs(source: Any, *, split: str = "train", columns: dict[str, str] | None = None) -> PreferenceDataset:
+def read_pairs(
+    source: Any, *, split: str = "train", columns: dict[str, str] | None = None
+) -> PreferenceDataset:
     """The source as pairs; of a ranked list the best against the worst.
 
     Raises:
@@ -42,9 +44,13 @@ def read_pairs(source: Any, *, split: str = "train", columns: dict[str, str] | N
     if not isinstance(source, PreferenceDataset):
         dataset = load_preferences(source, split=split, columns=columns, verbose=False)
     if dataset.kind not in ("pair", "ranked"):
-        raise UserError(f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs pairs or ranked lists")
+        raise UserError(
+            f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs pairs or ranked lists"
+        )
     if dataset.has_two_prompts:
-        raise UserError(f"source: {dataset.report.source} has two captions per pair already; recaption the data it was made from")
+        raise UserError(
+            f"source: {dataset.report.source} has two captions per pair already; recaption the data it was made from"
+        )
     return dataset.as_kind("pair")
 
 
@@ -93,22 +99,34 @@ def recaption(
     broken: dict[int, str] = {}
     if strategy != "p":
         assert captioner is not None
-        captions, broken = _captions(dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size)
+        captions, broken = _captions(
+            dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size
+        )
     pairs: list[tuple[str, str]] = []
-    for i, group in enumerate(dataset.as_kind("prompt")):  # prompts alone: no image is read for them
+    for i, group in enumerate(
+        dataset.as_kind("prompt")
+    ):  # prompts alone: no image is read for them
         base = group.prompts[0]
         first = base if strategy == "p" else captions.get((i, 0), "")
         second = captions.get((i, 1), "" if i in broken else first)
         pairs.append((first, second))
     if strategy != "c":
         assert perturber is not None
-        changed = _perturbed([second for _, second in pairs], perturber, perturber_name, texts, batch_size)
+        changed = _perturbed(
+            [second for _, second in pairs], perturber, perturber_name, texts, batch_size
+        )
         pairs = [(first, changed.get(second, "")) for first, second in pairs]
     return _write(dataset, pairs, broken, folder, strategy, max_empty_fraction)
 
 
 def _name(tool: Any) -> str:
-    return "" if tool is None else str(getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__))
+    return (
+        ""
+        if tool is None
+        else str(
+            getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__)
+        )
+    )
 
 
 class TextStore:
@@ -119,10 +137,16 @@ class TextStore:
         self.texts: dict[str, str] = {}
         entries = text_files.journal(path)[0] if path.is_file() else []
         for _, entry in entries:
-            if isinstance(entry, dict) and isinstance(entry.get("key"), str) and isinstance(entry.get("text"), str):
+            if (
+                isinstance(entry, dict)
+                and isinstance(entry.get("key"), str)
+                and isinstance(entry.get("text"), str)
+            ):
                 self.texts[entry["key"]] = entry["text"]
         path.touch()
-        with path.open("rb") as file:  # a line that a killed run left torn must not swallow the next
+        with path.open(
+            "rb"
+        ) as file:  # a line that a killed run left torn must not swallow the next
             file.seek(-min(1, path.stat().st_size), os.SEEK_END)
             self._torn = file.read() not in (b"", b"\n")
 
@@ -144,7 +168,12 @@ class TextStore:
 
 
 def _captions(
-    dataset: Any, sides: Sequence[int], captioner: Callable[..., Sequence[str]], name: str, texts: TextStore, batch_size: int
+    dataset: Any,
+    sides: Sequence[int],
+    captioner: Callable[..., Sequence[str]],
+    name: str,
+    texts: TextStore,
+    batch_size: int,
 ) -> tuple[dict[tuple[int, int], str], dict[int, str]]:
     """(group, image) -> caption, and group -> why an image of it cannot be read; an image that occurs twice under one prompt is
     read once."""
@@ -167,7 +196,15 @@ def _captions(
                 pass
         prompts = [dataset[first[key][0]].prompts[0] for key in good]
         captions = (
-            dict(zip(good, _checked(captioner(images, prompts), len(good), "captioner", name), strict=True)) if good else {}
+            dict(
+                zip(
+                    good,
+                    _checked(captioner(images, prompts), len(good), "captioner", name),
+                    strict=True,
+                )
+            )
+            if good
+            else {}
         )
         texts.add(batch, [captions.get(key, "") for key in batch])
     found = {place: texts.texts[key] for place, key in keys.items()}
@@ -181,14 +218,20 @@ def _captions(
 
 
 def _perturbed(
-    given: Sequence[str], perturber: Callable[[Sequence[str]], Sequence[str]], name: str, texts: TextStore, batch_size: int
+    given: Sequence[str],
+    perturber: Callable[[Sequence[str]], Sequence[str]],
+    name: str,
+    texts: TextStore,
+    batch_size: int,
 ) -> dict[str, str]:
     """Text -> its perturbation, empty where nothing was changed."""
     keys = {TextStore.key("perturb", name, text): text for text in given if text}
     for batch in _batches(list(keys), texts, batch_size, "perturbing"):
         found = perturber([keys[key] for key in batch])
         texts.add(batch, _checked(found, len(batch), "perturber", name))
-    return {text: "" if texts.texts[key] == text else texts.texts[key] for key, text in keys.items()}
+    return {
+        text: "" if texts.texts[key] == text else texts.texts[key] for key, text in keys.items()
+    }
 
 
 def _batches(keys: Sequence[str], texts: TextStore, size: int, label: str) -> Iterator[list[str]]:
@@ -205,8 +248,16 @@ def _batches(keys: Sequence[str], texts: TextStore, size: int, label: str) -> It
 
 def _checked(found: Any, count: int, role: str, name: str) -> list[str]:
     if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != count:
-        number = "nothing" if found is None else f"{len(found)} texts" if hasattr(found, "__len__") else repr(found)
-        raise UserError(f"--{role}: {name} returned {number} for {count} inputs; expected a list of one text each")
+        number = (
+            "nothing"
+            if found is None
+            else f"{len(found)} texts"
+            if hasattr(found, "__len__")
+            else repr(found)
+        )
+        raise UserError(
+            f"--{role}: {name} returned {number} for {count} inputs; expected a list of one text each"
+        )
     for text in found:
         if text is not None and not isinstance(text, str):
             raise UserError(f"--{role}: {name} returned {text!r}; expected texts")
@@ -226,8 +277,14 @@ def _write(
     kept = [i for i, captions in enumerate(pairs) if all(captions)]
     empty = len(pairs) - len(kept)
     if empty > max_empty_fraction * len(pairs):
-        groups = ", ".join(str(dataset[i].row_id) for i, captions in enumerate(pairs) if not all(captions))[:60]
-        pictures = f"; {len(broken)} have an image that cannot be read, e.g. {next(iter(broken.values()))}" if broken else ""
+        groups = ", ".join(
+            str(dataset[i].row_id) for i, captions in enumerate(pairs) if not all(captions)
+        )[:60]
+        pictures = (
+            f"; {len(broken)} have an image that cannot be read, e.g. {next(iter(broken.values()))}"
+            if broken
+            else ""
+        )
         raise UserError(
             f"{empty} of {len(pairs)} pairs got no caption, or no changed one (rows {groups} ...){pictures}; use another captioner or "
             "perturber, or raise --max_empty_fraction"
@@ -242,9 +299,15 @@ def _write(
 
     write_canonical(rows(), folder / "data", replace=True)
     same = sum(pairs[i][0] == pairs[i][1] for i in kept)
-    lines = [f"{len(kept)} of {len(pairs)} pairs recaptioned (strategy {strategy}), {len(total)} different captions"]
+    lines = [
+        f"{len(kept)} of {len(pairs)} pairs recaptioned (strategy {strategy}), {len(total)} different captions"
+    ]
     lines += [f"{empty} left out without a caption"] * (empty > 0)
     if broken:
-        lines.append(f"{len(broken)} of these have an image that cannot be read, e.g. {next(iter(broken.values()))}")
-    lines += [f"{same} have equal captions on both sides (no lesson beyond Diffusion-DPO's)"] * (same > 0)
+        lines.append(
+            f"{len(broken)} of these have an image that cannot be read, e.g. {next(iter(broken.values()))}"
+        )
+    lines += [f"{same} have equal captions on both sides (no lesson beyond Diffusion-DPO's)"] * (
+        same > 0
+    )
     return "\n".join([*lines, f"wrote {folder / 'data'}"])

@@ -61,7 +61,9 @@ class ScoreWork:
                 part = json.loads((self.parts / self.files[name, number]).read_text("utf-8"))
                 start = len(columns[name])
                 errors[name] |= {start + int(i): sentence for i, sentence in part["errors"].items()}
-                columns[name] += [float("nan") if value is None else value for value in part["values"]]
+                columns[name] += [
+                    float("nan") if value is None else value for value in part["values"]
+                ]
         return Table(records, columns, errors, self.fingerprints)
 
 
@@ -130,7 +132,11 @@ def score_chunk(scorer: Scorer, chunk: Chunk, on_error: str, path: Path) -> None
     metadata = chunk.metadata if "metadata" in scorer.spec.requires else None
     result = scorer.score(chunk.inputs, texts, metadata, on_error=on_error)  # type: ignore[arg-type]
     values = [None if value != value else value for value in result.values.tolist()]
-    errors = {str(i): result.errors.get(i, "the scorer gave no number") for i, value in enumerate(values) if value is None}
+    errors = {
+        str(i): result.errors.get(i, "the scorer gave no number")
+        for i, value in enumerate(values)
+        if value is None
+    }
     for given in chunk.inputs:
         given.release()
     write_atomically(path, json.dumps({"values": values, "errors": errors}).encode())

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .score_source import Record
 
 
-def write_report(table: Table, panel: Panel, source: Any, folder: Path, *, combine_asked: bool) -> str:
+def write_report(
+    table: Table, panel: Panel, source: Any, folder: Path, *, combine_asked: bool
+) -> str:
     """Writes ``scores.parquet``, ``errors.jsonl`` and ``summary.json``; returns what to print.
 
     The column `combined` is there when it was asked for, or when some prompt has several images. Compared are the images of one row of
@@ -45,19 +47,36 @@ def write_report(table: Table, panel: Panel, source: Any, folder: Path, *, combi
     for entry in panel.entries:
         spec = panel.specs[entry.name]
         values = np.asarray(table.columns[entry.name], dtype=np.float64)
-        facts: dict[str, Any] = {"scorer": spec.key, "version": spec.version, "fingerprint": table.fingerprints[entry.name]}
-        facts |= {"role": entry.role, "weight": entry.weight, "higher_is_better": spec.higher_is_better}
+        facts: dict[str, Any] = {
+            "scorer": spec.key,
+            "version": spec.version,
+            "fingerprint": table.fingerprints[entry.name],
+        }
+        facts |= {
+            "role": entry.role,
+            "weight": entry.weight,
+            "higher_is_better": spec.higher_is_better,
+        }
         sign = 1 if spec.higher_is_better else -1
-        summary["scorers"][entry.name] = facts | _statistics(values) | _against_labels(sign * values, better, worse)
+        summary["scorers"][entry.name] = (
+            facts | _statistics(values) | _against_labels(sign * values, better, worse)
+        )
     if combined is not None:
         values = combined.values.double().numpy()
-        rule = {"method": panel.combine_config.method, "missing_policy": panel.combine_config.missing}
+        rule = {
+            "method": panel.combine_config.method,
+            "missing_policy": panel.combine_config.missing,
+        }
         summary["combined"] = rule | _statistics(values) | _against_labels(values, better, worse)
         if len(panel.names) > 1:
-            summary["agreement"] = {k: v for k, v in combined.agreement.items() if k != "kendalls_w_per_group"}
+            summary["agreement"] = {
+                k: v for k, v in combined.agreement.items() if k != "kendalls_w_per_group"
+            }
     _write_errors(table, source, folder / "errors.jsonl")
     _write_scores(table, combined, folder / "scores.parquet")
-    write_atomically(folder / "summary.json", (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(
+        folder / "summary.json", (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode()
+    )
     return _text(summary, folder)
 
 
@@ -82,7 +101,13 @@ def _labelled_pairs(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
 def _statistics(values: np.ndarray) -> dict[str, Any]:
     known = values[~np.isnan(values)]
     facts: dict[str, Any] = {"n": len(known), "missing": len(values) - len(known)}
-    for name, function in (("mean", np.mean), ("std", np.std), ("min", np.min), ("median", np.median), ("max", np.max)):
+    for name, function in (
+        ("mean", np.mean),
+        ("std", np.std),
+        ("min", np.min),
+        ("median", np.median),
+        ("max", np.max),
+    ):
         facts[name] = float(function(known)) if len(known) else None
     return facts
 
@@ -94,7 +119,11 @@ def _against_labels(values: np.ndarray, better: np.ndarray, worse: np.ndarray) -
     margins = values[better] - values[worse]
     margins = margins[~np.isnan(margins)]
     share = float(((margins > 0) + 0.5 * (margins == 0)).mean()) if len(margins) else None
-    return {"agrees_with_labels": share, "labelled_pairs": len(margins), "equal_scores": int((margins == 0).sum())}
+    return {
+        "agrees_with_labels": share,
+        "labelled_pairs": len(margins),
+        "equal_scores": int((margins == 0).sum()),
+    }
 
 
 def _write_errors(table: Table, source: Any, path: Path) -> None:
@@ -103,21 +132,38 @@ def _write_errors(table: Table, source: Any, path: Path) -> None:
         for i, sentence in sorted(errors.items()):
             record = table.records[i]
             lines.append(
-                {"scorer": name, "image": record.image, "row": record.row, "position": record.position, "error": sentence}
+                {
+                    "scorer": name,
+                    "image": record.image,
+                    "row": record.row,
+                    "position": record.position,
+                    "error": sentence,
+                }
             )
-    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    write_atomically(
+        path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    )
 
 
 def _write_scores(table: Table, combined: Combined | None, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {name: [getattr(record, name) for record in table.records] for name in TABLE_COLUMNS[:-1]}
+    columns: dict[str, Any] = {
+        name: [getattr(record, name) for record in table.records] for name in TABLE_COLUMNS[:-1]
+    }
     types = {"row": pa.int64(), "position": pa.int32()}
-    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
-    scores = {**table.columns, **({} if combined is None else {"combined": combined.values.tolist()})}
+    arrays = {
+        name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()
+    }
+    scores = {
+        **table.columns,
+        **({} if combined is None else {"combined": combined.values.tolist()}),
+    }
     for name, values in scores.items():
-        arrays[name] = pa.array([None if math.isnan(value) else value for value in values], pa.float32())
+        arrays[name] = pa.array(
+            [None if math.isnan(value) else value for value in values], pa.float32()
+        )
     buffer = io.BytesIO()
     pq.write_table(pa.table(arrays), buffer)
     write_atomically(path, buffer.getvalue())
@@ -125,14 +171,21 @@ def _write_scores(table: Table, combined: Combined | None, path: Path) -> None:
 
 def _text(summary: dict[str, Any], folder: Path) -> str:
     statistics = ("n", "missing", "mean", "std", "min", "median", "max")
-    facts = {**summary["scorers"], **({"combined": summary["combined"]} if "combined" in summary else {})}
+    facts = {
+        **summary["scorers"],
+        **({"combined": summary["combined"]} if "combined" in summary else {}),
+    }
     labelled = any("agrees_with_labels" in row for row in facts.values())
     label = "chosen>rejected" if summary["kind"] == "pair" else "with labels"
     rows = [["scorer", *statistics, *([label] if labelled else [])]]
     for name, row in facts.items():
         share = row.get("agrees_with_labels")
         rows.append(
-            [name, *(_number(row[key]) for key in statistics), *(["-" if share is None else f"{share:.1%}"] if labelled else [])]
+            [
+                name,
+                *(_number(row[key]) for key in statistics),
+                *(["-" if share is None else f"{share:.1%}"] if labelled else []),
+            ]
         )
     text = [
         f"{summary['images']} images in {summary['groups']} groups of {summary['source']} ({summary['kind']})",
@@ -143,11 +196,18 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
         names = agreement["names"]
         text.append(f"Kendall's W of the combined scorers: {_number(agreement['kendalls_w'])}")
         matrix = [["agreement", *names]]
-        matrix += [[name, *map(_number, row)] for name, row in zip(names, agreement["pairwise"], strict=True)]
+        matrix += [
+            [name, *map(_number, row)]
+            for name, row in zip(names, agreement["pairwise"], strict=True)
+        ]
         text.append(_aligned(matrix))
-    missing = sum(row["missing"] for row in summary["scorers"].values()) + len(summary["skipped_rows"])
+    missing = sum(row["missing"] for row in summary["scorers"].values()) + len(
+        summary["skipped_rows"]
+    )
     if missing:
-        text.append(f"{missing} scores or rows are missing; see {folder / 'errors.jsonl'}, and run again to try them again")
+        text.append(
+            f"{missing} scores or rows are missing; see {folder / 'errors.jsonl'}, and run again to try them again"
+        )
     text.append(f"wrote {folder / 'scores.parquet'}, errors.jsonl and summary.json")
     return "\n".join(text)
 
@@ -160,7 +220,8 @@ def _aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )

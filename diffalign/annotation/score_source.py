@@ -54,14 +54,20 @@ class Chunk:
         digest = hashlib.sha256()
         for i, (record, given) in enumerate(zip(self.records, self.inputs, strict=True)):
             extra = self.metadata[i] if self.metadata else None
-            digest.update(json.dumps([record.prompt, extra, _content(given.source)], sort_keys=True, default=str).encode())
+            digest.update(
+                json.dumps(
+                    [record.prompt, extra, _content(given.source)], sort_keys=True, default=str
+                ).encode()
+            )
         return digest.hexdigest()
 
 
 def _content(source: Any) -> str:
     cell = {"bytes": None, "path": str(source)} if isinstance(source, (str, Path)) else source
     try:
-        return content_hash({"bytes": cell, "path": None} if isinstance(cell, (bytes, memoryview)) else cell)
+        return content_hash(
+            {"bytes": cell, "path": None} if isinstance(cell, (bytes, memoryview)) else cell
+        )
     except BrokenImage:
         return "missing"
 
@@ -79,9 +85,20 @@ class FolderSource:
     skipped: tuple[tuple[int, str], ...] = ()
 
     def __init__(
-        self, name: str, root: Path, files: Sequence[Path], prompts: list[str | None], extra: list[dict[str, Any]]
+        self,
+        name: str,
+        root: Path,
+        files: Sequence[Path],
+        prompts: list[str | None],
+        extra: list[dict[str, Any]],
     ) -> None:
-        self.name, self._root, self._files, self._prompts, self._extra = name, root, files, prompts, extra
+        self.name, self._root, self._files, self._prompts, self._extra = (
+            name,
+            root,
+            files,
+            prompts,
+            extra,
+        )
         self.rows = len(files)
 
     def chunks(self, size: int) -> list[range]:
@@ -91,13 +108,22 @@ class FolderSource:
     def read(self, rows: range) -> Chunk:
         """The images of these rows, undecoded."""
         names = [self._files[row].relative_to(self._root).as_posix() for row in rows]
-        records = [Record(name, row, 0, "", self._prompts[row]) for name, row in zip(names, rows, strict=True)]
+        records = [
+            Record(name, row, 0, "", self._prompts[row])
+            for name, row in zip(names, rows, strict=True)
+        ]
         inputs = [ImageInput(name, self._files[row]) for name, row in zip(names, rows, strict=True)]
-        return Chunk(records, inputs, [self._extra[row] for row in rows] if any(self._extra) else None)
+        return Chunk(
+            records, inputs, [self._extra[row] for row in rows] if any(self._extra) else None
+        )
 
     def check(self, needs_prompt: Sequence[str], needs_metadata: Sequence[str]) -> None:
         """Raises `UserError` when scorers need what is not there."""
-        without = [file.name for file, prompt in zip(self._files, self._prompts, strict=True) if prompt is None]
+        without = [
+            file.name
+            for file, prompt in zip(self._files, self._prompts, strict=True)
+            if prompt is None
+        ]
         if needs_prompt and without:
             raise UserError(
                 f"--images: {len(without)} of {self.rows} images have no prompt ({', '.join(without[:3])}), and {needs_prompt[0]} needs "
@@ -120,10 +146,17 @@ class DatasetSource:
     """
 
     def __init__(self, dataset: Any) -> None:
-        self._dataset, self.name, self.kind, self.rows = dataset, dataset.report.source, dataset.kind, len(dataset)
+        self._dataset, self.name, self.kind, self.rows = (
+            dataset,
+            dataset.report.source,
+            dataset.kind,
+            len(dataset),
+        )
         self.skipped = tuple(dataset.report.broken)
         if self.kind == "prompt":
-            raise UserError(f"--images: {self.name} holds prompts and no images; draw some with diffalign sample first")
+            raise UserError(
+                f"--images: {self.name} holds prompts and no images; draw some with diffalign sample first"
+            )
 
     def chunks(self, size: int) -> list[range]:
         """Ranges of rows with about `size` images each."""
@@ -135,13 +168,17 @@ class DatasetSource:
         records, inputs = [], []
         for group in (self._dataset[row] for row in rows):
             roles = _ROLES.get(self.kind, ("",) * len(group.images))
-            labels = group.scores or {"pair": (1.0, 0.0)}.get(self.kind, (None,) * len(group.images))
+            labels = group.scores or {"pair": (1.0, 0.0)}.get(
+                self.kind, (None,) * len(group.images)
+            )
             if group.weight == 0:  # a tie says nothing
                 labels = (None,) * len(group.images)
             for position, image in enumerate(group.images):
                 name = self._name(image) or f"row {group.row_id}, image {position}"
                 prompt = group.prompts[position]
-                records.append(Record(name, group.row_id, position, roles[position], prompt, labels[position]))
+                records.append(
+                    Record(name, group.row_id, position, roles[position], prompt, labels[position])
+                )
                 inputs.append(ImageInput(f"row {group.row_id}, image {position}", _plain(image)))
         return Chunk(records, inputs)
 
@@ -195,12 +232,18 @@ def open_images(
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts: give one of them")
     single = path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
-    if single or (path.is_dir() and _is_image_folder(path, prompt is not None or prompts is not None)):
+    if single or (
+        path.is_dir() and _is_image_folder(path, prompt is not None or prompts is not None)
+    ):
         return _open_folder(source, path, single, prompt, prompts)
     if prompt is not None or prompts is not None:
-        raise UserError(f"--prompt, --prompts: {source!r} is no folder of images; a dataset brings its own prompts")
+        raise UserError(
+            f"--prompt, --prompts: {source!r} is no folder of images; a dataset brings its own prompts"
+        )
     share = 1.0 if skip_broken else 0.05
-    dataset = load_preferences(source, split=split, columns=columns, ties="keep", max_broken_fraction=share, verbose=False)
+    dataset = load_preferences(
+        source, split=split, columns=columns, ties="keep", max_broken_fraction=share, verbose=False
+    )
     return DatasetSource(dataset)
 
 
@@ -208,10 +251,16 @@ def _is_image_folder(path: Path, prompts_given: bool) -> bool:
     """Whether a folder is plain images, and not one of the layouts of a dataset."""
     if prompts_given:
         return True
-    if any((path / chosen).is_dir() and (path / rejected).is_dir() for chosen, rejected in PAIR_FOLDERS):
+    if any(
+        (path / chosen).is_dir() and (path / rejected).is_dir() for chosen, rejected in PAIR_FOLDERS
+    ):
         return False
     files = [file for file in path.rglob("*") if file.is_file()]
-    tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow", ".tar", ".csv", ".json", ".jsonl")]
+    tables = [
+        file
+        for file in files
+        if file.suffix.lower() in (".parquet", ".arrow", ".tar", ".csv", ".json", ".jsonl")
+    ]
     if any(file.parent != path or file.name not in SIDECARS for file in tables):
         return False
     return not (path / "metadata.jsonl").is_file() or "file_name" in next(
@@ -219,28 +268,48 @@ def _is_image_folder(path: Path, prompts_given: bool) -> bool:
     )
 
 
-def _open_folder(source: str, path: Path, single: bool, prompt: str | None, prompts: str | Path | None) -> FolderSource:
+def _open_folder(
+    source: str, path: Path, single: bool, prompt: str | None, prompts: str | Path | None
+) -> FolderSource:
     root = path.parent if single else path
-    files = [path] if single else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    files = (
+        [path]
+        if single
+        else sorted(
+            f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
+        )
+    )
     if not files:
-        raise UserError(f"--images: the folder {source!r} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(
+            f"--images: the folder {source!r} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+        )
     suffix = "" if prompts is None else Path(prompts).suffix.lower()
     if suffix in (".parquet", ".arrow", ".tar", ".xlsx"):
-        raise UserError(f"--prompts: {str(prompts)!r} is no text; give a .txt, .csv, .tsv, .json or .jsonl file")
+        raise UserError(
+            f"--prompts: {str(prompts)!r} is no text; give a .txt, .csv, .tsv, .json or .jsonl file"
+        )
     by_name = suffix in (".json", ".jsonl", ".csv", ".tsv")
     tables = [_table(root / name) for name in SIDECARS if (root / name).is_file()]
     if by_name:
         tables.insert(0, _table(Path(str(prompts))))
-    rows = [[row for table in tables if (row := _row_of(file, root, table)) is not None] for file in files]
+    rows = [
+        [row for table in tables if (row := _row_of(file, root, table)) is not None]
+        for file in files
+    ]
     given: Sequence[str | None]
     if prompt is not None:
         given = [prompt] * len(files)
     elif prompts is not None and not by_name:
         given = _lines(Path(prompts), len(files))
     else:
-        given = [_prompt_of(file, found, beside=not by_name) for file, found in zip(files, rows, strict=True)]
+        given = [
+            _prompt_of(file, found, beside=not by_name)
+            for file, found in zip(files, rows, strict=True)
+        ]
     # The first table that has a key wins.
-    extra = [{key: value for row in reversed(found) for key, value in row.items()} for found in rows]
+    extra = [
+        {key: value for row in reversed(found) for key, value in row.items()} for found in rows
+    ]
     return FolderSource(source, root, files, list(given), extra)
 
 
@@ -261,9 +330,13 @@ def _prompt_of(file: Path, rows: list[dict[str, Any]], beside: bool) -> str | No
     text = file.with_suffix(".txt")
     if beside and text.is_file():
         return text_files.read_text(text).strip()
-    prompt = next((row[key] for row in rows for key in _PROMPT_KEYS if row.get(key) is not None), None)
+    prompt = next(
+        (row[key] for row in rows for key in _PROMPT_KEYS if row.get(key) is not None), None
+    )
     if prompt is not None and not isinstance(prompt, str):
-        raise UserError(f"--images: the prompt of {file.name} is {str(prompt)[:80]!r}, expected text")
+        raise UserError(
+            f"--images: the prompt of {file.name} is {str(prompt)[:80]!r}, expected text"
+        )
     return prompt
 
 
@@ -278,11 +351,16 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
             if not row:
                 continue
             if not isinstance(row.get("file_name"), str):
-                raise UserError(f'{path}, line {number}: names no image; write {{"file_name": ..., "prompt": ...}}')
+                raise UserError(
+                    f'{path}, line {number}: names no image; write {{"file_name": ..., "prompt": ...}}'
+                )
             named[row["file_name"]] = row
         return named
     captions = text_files.read_json(path, dict)
-    return {name: text if isinstance(text, dict) else {"prompt": text} for name, text in captions.items()}
+    return {
+        name: text if isinstance(text, dict) else {"prompt": text}
+        for name, text in captions.items()
+    }
 
 
 _NAME_KEYS = ("file_name", "filename", "file", "image", "image_path", "path")
@@ -302,7 +380,9 @@ def _named_rows(path: Path) -> dict[str, dict[str, Any]]:
     for row in table.rows:
         file = (row.cells.get(name) or "").replace("\\", "/")
         if file in rows:
-            raise UserError(f"--prompts: {path}, line {row.line}: {file!r} stands twice; keep one row per image")
+            raise UserError(
+                f"--prompts: {path}, line {row.line}: {file!r} stands twice; keep one row per image"
+            )
         rows[file] = {**row.cells, "file_name": file, "prompt": row.cells.get(prompt)}
     return rows
 

@@ -11,10 +11,16 @@ from .sd import StableDiffusionBackbone
 from .sd3 import StableDiffusion3Backbone
 from .sdxl import StableDiffusionXLBackbone
 
-BACKBONES: tuple[type[Backbone], ...] = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone)
+BACKBONES: tuple[type[Backbone], ...] = (
+    StableDiffusionBackbone,
+    StableDiffusionXLBackbone,
+    StableDiffusion3Backbone,
+)
 
 
-def load_backbone(model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None) -> Backbone:
+def load_backbone(
+    model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None
+) -> Backbone:
     """The backbone of a Hub id, a local folder or a loaded `DiffusionPipeline`; loads nothing heavy yet.
 
     Raises:
@@ -26,7 +32,8 @@ def load_backbone(model: Any, *, revision: str | None = None, variant: str | Non
             return backbone(source)
     supported = ", ".join(name for backbone in BACKBONES for name in backbone.pipeline_classes)
     raise ConfigError(
-        "model", f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; supported are {supported}"
+        "model",
+        f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; supported are {supported}",
     )
 
 

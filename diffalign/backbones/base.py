@@ -68,7 +68,11 @@ class Backbone:
 
     def component_dtype(self, name: str) -> torch.dtype:
         """The precision in which a component runs."""
-        if name == "vae" and self.dtype in self.upcast_vae and self.source.component_config("vae").get("force_upcast", True):
+        if (
+            name == "vae"
+            and self.dtype in self.upcast_vae
+            and self.source.component_config("vae").get("force_upcast", True)
+        ):
             return torch.float32
         return self.dtype
 
@@ -91,14 +95,22 @@ class Backbone:
     def load_network(self, dtype: torch.dtype) -> Any:
         """The trainable network, float32 for full fine-tuning, the run's precision under LoRA."""
         if self.network_name not in self._loaded:
-            self._loaded[self.network_name] = self.source.load(self.network_name, dtype).requires_grad_(False).to(self.device)
+            self._loaded[self.network_name] = (
+                self.source.load(self.network_name, dtype).requires_grad_(False).to(self.device)
+            )
         return self._loaded[self.network_name]
 
     def pipeline(self, *, with_vae: bool = True, network: Any = None) -> Any:
         """A plain diffusers pipeline around the components; loads the text encoders (and the VAE)."""
-        names = [n for n in self.source.component_names() if n != self.network_name and (with_vae or n != "vae")]
+        names = [
+            n
+            for n in self.source.component_names()
+            if n != self.network_name and (with_vae or n != "vae")
+        ]
         components: dict[str, Any] = {name: self.component(name) for name in names}
-        components[self.network_name] = network if network is not None else self._loaded.get(self.network_name)
+        components[self.network_name] = (
+            network if network is not None else self._loaded.get(self.network_name)
+        )
         # A pipeline's sampler keeps state while it runs; the process of the run must not see it.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
         if with_vae and components["vae"].dtype != self.dtype:
@@ -110,7 +122,11 @@ class Backbone:
 
         cls = self.source.pipeline_class()
         parameters = inspect.signature(cls.__init__).parameters
-        missing = {n: None for n, p in parameters.items() if n != "self" and p.default is inspect.Parameter.empty}
+        missing = {
+            n: None
+            for n, p in parameters.items()
+            if n != "self" and p.default is inspect.Parameter.empty
+        }
         pipe = cls(**{**missing, **self.source.pipeline_options(), **components})
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -118,9 +134,17 @@ class Backbone:
     def _encoding_pipe(self) -> Any:
         """A pipeline with text encoders only: diffusers' own `encode_prompt` decides how prompts are encoded."""
         if self._pipe is None:
-            names = [n for n in self.source.component_names() if n.startswith(("text_encoder", "tokenizer"))]
+            names = [
+                n
+                for n in self.source.component_names()
+                if n.startswith(("text_encoder", "tokenizer"))
+            ]
             network = {self.network_name: self._loaded.get(self.network_name)}
-            self._pipe = self._assemble({name: self.component(name) for name in names} | network | {"scheduler": self.scheduler})
+            self._pipe = self._assemble(
+                {name: self.component(name) for name in names}
+                | network
+                | {"scheduler": self.scheduler}
+            )
         return self._pipe
 
     # Sizes ------------------------------------------------------------------------------------------------------------------
@@ -154,7 +178,9 @@ class Backbone:
         """Scaled latents (n, C, h, w) -> n PIL images, as the family's pipelines decode them; `Missing` where pixels are not finite."""
         vae = self.component("vae")
         shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-        pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[0]
+        pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[
+            0
+        ]
         return to_images(pixels.float())
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -165,7 +191,9 @@ class Backbone:
         """Size conditioning of n images, leading dimension n; most families have none."""
         return {}
 
-    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
         """The network's output (n, C, h, w) at noisy latents; `times` (n,) as the network wants them."""
         raise NotImplementedError
 

@@ -16,7 +16,14 @@ import torch
 from ..errors import ConfigError
 from ..runtime import text_files
 from ..runtime.hashing import _sampled_hash, module_hash
-from ..runtime.weight_files import check_component, check_filled, could_be_hub_id, explained, load_transformers, loading_errors
+from ..runtime.weight_files import (
+    check_component,
+    check_filled,
+    could_be_hub_id,
+    explained,
+    load_transformers,
+    loading_errors,
+)
 from .lora import unwrapped
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -37,13 +44,23 @@ class ModelSource:
         ConfigError: with the field `model`, when there is no such pipeline or its weights are pickles.
     """
 
-    def __init__(self, model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        vae: Any = None,
+    ) -> None:
         self.revision, self.variant, self.vae = revision, variant, vae
         self._vae_config: dict[str, Any] | None = None
         self.pipe = None if isinstance(model, (str, Path)) else model
         if self.pipe is not None:
             if not hasattr(self.pipe, "components"):
-                raise ConfigError("model", f"expected a Hub id, a folder or a DiffusionPipeline, got {type(model).__name__}")
+                raise ConfigError(
+                    "model",
+                    f"expected a Hub id, a folder or a DiffusionPipeline, got {type(model).__name__}",
+                )
             self.name = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
             self.pipeline_class_name = type(self.pipe).__name__
             return
@@ -64,7 +81,10 @@ class ModelSource:
         path = Path(self.location)
         if self.local:
             if not (path / "model_index.json").is_file():
-                raise ConfigError("model", f"the folder {self.name!r} is no diffusers pipeline: it has no model_index.json")
+                raise ConfigError(
+                    "model",
+                    f"the folder {self.name!r} is no diffusers pipeline: it has no model_index.json",
+                )
             return self._parsed_index(path / "model_index.json")
         if path.is_file():
             raise ConfigError(
@@ -73,20 +93,29 @@ class ModelSource:
                 "(DiffusionPipeline.from_single_file(...).save_pretrained(folder))",
             )
         if not could_be_hub_id(self.name):
-            raise ConfigError("model", f"there is no folder {self.name!r}, and it is no Hub id of the form 'user/name'")
+            raise ConfigError(
+                "model",
+                f"there is no folder {self.name!r}, and it is no Hub id of the form 'user/name'",
+            )
         from huggingface_hub import hf_hub_download
 
         try:
             file = hf_hub_download(self.name, "model_index.json", revision=self.revision)
         except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError("model", f"neither a local folder nor a pipeline on the Hub: {self.name!r} ({reason})") from error
+            raise ConfigError(
+                "model",
+                f"neither a local folder nor a pipeline on the Hub: {self.name!r} ({reason})",
+            ) from error
         return self._parsed_index(Path(file))
 
     def _parsed_index(self, file: Path) -> dict[str, Any]:
         index = text_files.read_json(file, dict, "model: ")
         if not isinstance(index.get("_class_name"), str):
-            raise ConfigError("model", f"{self.name!r} is no diffusers pipeline: its model_index.json names no _class_name")
+            raise ConfigError(
+                "model",
+                f"{self.name!r} is no diffusers pipeline: its model_index.json names no _class_name",
+            )
         return index
 
     @contextmanager
@@ -135,7 +164,8 @@ class ModelSource:
         variants = {self._component_variant(name) for name in self.component_names()} - {None}
         if len(variants) > 1:
             raise ConfigError(
-                "model", f"the components of {self.name!r} have the variants {', '.join(map(str, variants))}; choose one"
+                "model",
+                f"the components of {self.name!r} have the variants {', '.join(map(str, variants))}; choose one",
             )
         return next(iter(variants), None)
 
@@ -153,8 +183,16 @@ class ModelSource:
     def component_names(self) -> list[str]:
         """The pipeline's components that a run may need."""
         if self.pipe is not None:
-            return [name for name, value in self.pipe.components.items() if value is not None and name not in _NEVER]
-        return [n for n, v in self.index.items() if isinstance(v, list) and v[0] is not None and n not in _NEVER]
+            return [
+                name
+                for name, value in self.pipe.components.items()
+                if value is not None and name not in _NEVER
+            ]
+        return [
+            n
+            for n, v in self.index.items()
+            if isinstance(v, list) and v[0] is not None and n not in _NEVER
+        ]
 
     def has(self, name: str) -> bool:
         return name in self.component_names()
@@ -174,11 +212,15 @@ class ModelSource:
     def _class(self, name: str) -> Any:
         library, cls = self.index[name]
         if library not in ("diffusers", "transformers"):
-            raise ConfigError("model", f"component {name} of {self.name!r} comes from {library!r}, which would run foreign code")
+            raise ConfigError(
+                "model",
+                f"component {name} of {self.name!r} comes from {library!r}, which would run foreign code",
+            )
         found = getattr(importlib.import_module(library), str(cls), None)
         if found is None:
             raise ConfigError(
-                "model", f"component {name} of {self.name!r} is a {cls}, which this version of {library} does not have"
+                "model",
+                f"component {name} of {self.name!r} is a {cls}, which this version of {library} does not have",
             )
         return found
 
@@ -193,7 +235,11 @@ class ModelSource:
             return self._load_vae(AutoencoderKL, subfolder, dtype)
         if self.pipe is not None:
             component = unwrapped(getattr(self.pipe, name))
-            return component.to(dtype) if isinstance(component, torch.nn.Module) and component.dtype != dtype else component
+            return (
+                component.to(dtype)
+                if isinstance(component, torch.nn.Module) and component.dtype != dtype
+                else component
+            )
         cls = self._class(name)
         options: dict[str, Any] = {"subfolder": name, "revision": self.revision}
         if not issubclass(cls, torch.nn.Module):
@@ -217,25 +263,34 @@ class ModelSource:
             variant = check_component(folder, "vae")
         elif Path(self.vae).is_file() or not could_be_hub_id(str(self.vae)):
             raise ConfigError(
-                "vae", f"there is no folder {str(self.vae)!r} of an autoencoder, and it is no Hub id of the form 'user/name'"
+                "vae",
+                f"there is no folder {str(self.vae)!r} of an autoencoder, and it is no Hub id of the form 'user/name'",
             )
         try:
-            module = cls.from_pretrained(self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True, variant=variant)
+            module = cls.from_pretrained(
+                self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True, variant=variant
+            )
         except loading_errors() as error:
-            raise ConfigError("vae", f"{str(self.vae)!r} cannot be loaded: {explained(error)}") from error
+            raise ConfigError(
+                "vae", f"{str(self.vae)!r} cannot be loaded: {explained(error)}"
+            ) from error
         check_filled(module, "vae", repr(str(self.vae)))
         return module
 
     def pipeline_class(self) -> Any:
         return (
-            type(self.pipe) if self.pipe is not None else getattr(importlib.import_module("diffusers"), self.pipeline_class_name)
+            type(self.pipe)
+            if self.pipe is not None
+            else getattr(importlib.import_module("diffusers"), self.pipeline_class_name)
         )
 
     def pipeline_options(self) -> dict[str, Any]:
         """Plain values that the pipeline's constructor takes, e.g. SDXL's `force_zeros_for_empty_prompt`."""
         values = dict(self.pipe.config) if self.pipe is not None else self.index
         names = inspect.signature(self.pipeline_class().__init__).parameters
-        options = {k: v for k, v in values.items() if k in names and isinstance(v, (bool, int, float, str))}
+        options = {
+            k: v for k, v in values.items() if k in names and isinstance(v, (bool, int, float, str))
+        }
         if "requires_safety_checker" in names:
             options["requires_safety_checker"] = False
         return options
@@ -249,7 +304,13 @@ class ModelSource:
             elif self.pipe is not None:
                 component = getattr(self.pipe, name)
                 is_module = isinstance(component, torch.nn.Module)
-                digest.update((module_hash(component) if is_module else json.dumps(dict(component.config), default=str)).encode())
+                digest.update(
+                    (
+                        module_hash(component)
+                        if is_module
+                        else json.dumps(dict(component.config), default=str)
+                    ).encode()
+                )
             elif self.local:
                 folder = Path(self.location) / name
                 for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -260,7 +321,9 @@ class ModelSource:
                 from huggingface_hub import hf_hub_download
 
                 # The path of a cached file holds the commit, which identifies the content.
-                snapshot = Path(hf_hub_download(self.name, "model_index.json", revision=self.revision)).parent.name
+                snapshot = Path(
+                    hf_hub_download(self.name, "model_index.json", revision=self.revision)
+                ).parent.name
                 digest.update(f"{self.name}@{snapshot}/{name}:{self.variant}".encode())
         return digest.hexdigest()[:16]
 

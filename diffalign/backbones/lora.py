@@ -32,7 +32,9 @@ NETWORKS = ("unet", "transformer")
 
 def denoiser(pipe: Any) -> Any:
     """The pipeline's UNet or transformer."""
-    return next(getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
+    return next(
+        getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module)
+    )
 
 
 def active_adapters(network: Any) -> dict[str, float]:
@@ -47,7 +49,9 @@ def active_adapters(network: Any) -> dict[str, float]:
             if name in layer.scaling and name not in weights:
                 rank = layer.r[name]
                 root = _is_rank_stabilised(network, layer, name)
-                weights[name] = layer.scaling[name] / (layer.lora_alpha[name] / (rank**0.5 if root else rank))
+                weights[name] = layer.scaling[name] / (
+                    layer.lora_alpha[name] / (rank**0.5 if root else rank)
+                )
     return weights
 
 
@@ -80,11 +84,22 @@ def fixed_adapters(network: Any) -> dict[str, str]:
         if isinstance(layer, LoraLayer) and not layer.disable_adapters:
             for name in layer.active_adapters:
                 if name in layer.lora_variant:
-                    kinds[name] = "a DoRA" if "Dora" in type(layer.lora_variant[name]).__name__ else "a variant of LoRA"
-        elif isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not layer.disable_adapters:
+                    kinds[name] = (
+                        "a DoRA"
+                        if "Dora" in type(layer.lora_variant[name]).__name__
+                        else "a variant of LoRA"
+                    )
+        elif (
+            isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            and not layer.disable_adapters
+        ):
             trained = isinstance(layer, AuxiliaryTrainingWrapper)
             for name in layer.active_adapters:
-                kinds[name] = "a whole layer" if trained else f"a {type(layer).__mro__[1].__name__.removesuffix('Layer')}"
+                kinds[name] = (
+                    "a whole layer"
+                    if trained
+                    else f"a {type(layer).__mro__[1].__name__.removesuffix('Layer')}"
+                )
     return kinds
 
 
@@ -92,7 +107,14 @@ def check_not_merged(network: Any, role: str) -> None:
     """Raises `UserError` when adapters are fused into the weights and still there: peft then ignores every other adapter, in silence."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    merged = sorted({name for layer in network.modules() if isinstance(layer, BaseTunerLayer) for name in layer.merged_adapters})
+    merged = sorted(
+        {
+            name
+            for layer in network.modules()
+            if isinstance(layer, BaseTunerLayer)
+            for name in layer.merged_adapters
+        }
+    )
     if merged:
         raise UserError(
             f"{role}: the adapter {merged[0]!r} is fused into the pipeline's weights, so that no other has an effect; call "
@@ -151,7 +173,11 @@ def adapters_kept(pipe: Any) -> Iterator[None]:
 
 
 def _snapshots(pipe: Any) -> list[_AdapterSnapshot]:
-    return [_AdapterSnapshot(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return [
+        _AdapterSnapshot(part)
+        for part in pipe.components.values()
+        if isinstance(part, torch.nn.Module)
+    ]
 
 
 class _AdapterSnapshot:
@@ -167,7 +193,10 @@ class _AdapterSnapshot:
         self.trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
         for layer in network.modules():
             if isinstance(layer, BaseTunerLayer):
-                values = {"_active_adapter": layer._active_adapter, "_disable_adapters": layer._disable_adapters}
+                values = {
+                    "_active_adapter": layer._active_adapter,
+                    "_disable_adapters": layer._disable_adapters,
+                }
                 if isinstance(getattr(layer, "scaling", None), dict):
                     values["scaling"] = dict(layer.scaling)
                 self.layers.append((layer, values))
@@ -175,7 +204,9 @@ class _AdapterSnapshot:
     def restore(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        added = [name for name in getattr(self.network, "peft_config", {}) if name not in self.names]
+        added = [
+            name for name in getattr(self.network, "peft_config", {}) if name not in self.names
+        ]
         own = {id(layer) for layer, _ in self.layers}
         for path, layer in list(self.network.named_modules()):
             if not isinstance(layer, BaseTunerLayer):
@@ -204,7 +235,15 @@ def unwrapped(module: Any) -> Any:
     return module._orig_mod if hasattr(module, "_orig_mod") else module
 
 
-def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: bool = False, refused: Sequence[str] = ()) -> None:
+def load_lora(
+    pipe: Any,
+    weights: Any,
+    name: str,
+    role: str,
+    *,
+    denoiser_only: bool = False,
+    refused: Sequence[str] = (),
+) -> None:
     """Loads a LoRA (folder, file or Hub id) as an adapter of the pipeline.
 
     Args:
@@ -217,32 +256,44 @@ def load_lora(pipe: Any, weights: Any, name: str, role: str, *, denoiser_only: b
     """
     network = denoiser(pipe)
     if hasattr(network, "_orig_mod"):
-        raise UserError(f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it afterwards")
+        raise UserError(
+            f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it afterwards"
+        )
     check_not_merged(network, role)
     place = Path(weights).expanduser()
     if place.exists():
         file = find_lora_file(place, role)
     elif place.suffix == ".safetensors" or not could_be_hub_id(str(weights)):
-        raise UserError(f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the form 'user/name'")
+        raise UserError(
+            f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the form 'user/name'"
+        )
     else:
         file = fetch_lora_file(str(weights), role)
     content = _checked_lora(file, role, refused)
     before = _snapshots(pipe)
     try:
         with ExitStack() as stack:
-            if content is not None and (content.compiled or (denoiser_only and content.text_encoders)):
+            if content is not None and (
+                content.compiled or (denoiser_only and content.text_encoders)
+            ):
                 file = stack.enter_context(_rewritten(file, denoiser_only))
             stack.enter_context(_quiet())
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True)
+            pipe.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True
+            )
             if name not in getattr(network, "peft_config", {}):
-                raise UserError(f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model")
+                raise UserError(
+                    f"{role}: {str(weights)!r} holds no LoRA for the denoiser of this model"
+                )
             _check_loaded(network, name, content, role, weights)
     except BaseException as error:
         for snapshot in before:
             snapshot.restore()
         if isinstance(error, UserError) or not isinstance(error, loading_errors()):
             raise
-        raise UserError(f"{role}: {str(weights)!r} holds no LoRA for this model ({explained(error)[:200]})") from error
+        raise UserError(
+            f"{role}: {str(weights)!r} holds no LoRA for this model ({explained(error)[:200]})"
+        ) from error
     if denoiser_only and content is not None and content.text_encoders:
         warnings.warn(
             f"{role}: {str(weights)!r} has a part for text encoders, which is left out: the prompt is encoded once for both branches",
@@ -260,14 +311,22 @@ def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent 
     content = classify(read_header(file).shapes)
     kinds = [kind for kind in content.kinds if kind in (*UNSUPPORTED, *refused)]
     if kinds:
-        remedy = "fuse it into the model first" if kinds[0] in ("DoRA", "LoRA biases") else "save it as a plain LoRA"
-        raise UserError(f"{role}: {str(file)!r} holds {', '.join(kinds)}, which cannot be used here; {remedy}")
+        remedy = (
+            "fuse it into the model first"
+            if kinds[0] in ("DoRA", "LoRA biases")
+            else "save it as a plain LoRA"
+        )
+        raise UserError(
+            f"{role}: {str(file)!r} holds {', '.join(kinds)}, which cannot be used here; {remedy}"
+        )
     if "text encoder" in refused and content.text_encoders:
         raise UserError(
             f"{role}: {str(file)!r} has a part for text encoders ({content.text_encoders} layers), which cannot be used here; fuse it first"
         )
     if content.unpaired is not None:
-        raise UserError(f"{role}: {str(file)!r} has only one of the two matrices of {content.unpaired}; the file is incomplete")
+        raise UserError(
+            f"{role}: {str(file)!r} has only one of the two matrices of {content.unpaired}; the file is incomplete"
+        )
     _check_values(file, role)
     return content
 
@@ -288,24 +347,35 @@ def _check_values(file: Path, role: str) -> None:
                 )
             if name.endswith(".alpha") and tensor.numel() == 1:
                 alphas.add(float(tensor))
-            without |= name.endswith(".lora_down.weight") and name.replace(".lora_down.weight", ".alpha") not in names
+            without |= (
+                name.endswith(".lora_down.weight")
+                and name.replace(".lora_down.weight", ".alpha") not in names
+            )
     if len(alphas) > 1 or (alphas and without):
         raise UserError(
             f"{role}: the layers of {str(file)!r} have different alphas, which diffusers would mix up; save it with one alpha for all layers"
         )
 
 
-def _check_loaded(network: Any, name: str, content: LoraContent | None, role: str, weights: Any) -> None:
+def _check_loaded(
+    network: Any, name: str, content: LoraContent | None, role: str, weights: Any
+) -> None:
     """Raises `UserError` when a part of the file did not arrive in the network."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [layer for layer in network.modules() if isinstance(layer, LoraLayer) and name in layer.lora_A]
+    layers = [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, LoraLayer) and name in layer.lora_A
+    ]
     if any(
         parameter.is_meta
         for layer in layers
         for parameter in (*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters())
     ):
-        raise UserError(f"{role}: {str(weights)!r} lacks weights of layers that it names; the file is incomplete")
+        raise UserError(
+            f"{role}: {str(weights)!r} lacks weights of layers that it names; the file is incomplete"
+        )
     if content is not None and content.layers > len(layers):
         raise UserError(
             f"{role}: {str(weights)!r} has {content.layers} layers for the denoiser, of which this model has {len(layers)}; it belongs to "
@@ -320,9 +390,13 @@ def _rewritten(file: Path, denoiser_only: bool) -> Iterator[Path]:
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as opened:
-        names = [name for name in opened.keys() if not (denoiser_only and name.startswith(TEXT_PREFIXES))]  # noqa: SIM118
+        names = [
+            name for name in opened.keys() if not (denoiser_only and name.startswith(TEXT_PREFIXES))
+        ]  # noqa: SIM118
         tensors = {name.replace("_orig_mod.", ""): opened.get_tensor(name) for name in names}
-        metadata = {key: value.replace("_orig_mod.", "") for key, value in (opened.metadata() or {}).items()}
+        metadata = {
+            key: value.replace("_orig_mod.", "") for key, value in (opened.metadata() or {}).items()
+        }
         target = Path(folder) / "pytorch_lora_weights.safetensors"
         save_file(tensors, target, metadata=metadata or None)
         yield target

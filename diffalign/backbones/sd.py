@@ -17,7 +17,11 @@ class StableDiffusionBackbone(Backbone):
     def pipeline_scheduler(self, scheduler: Any) -> Any:
         """As `StableDiffusionPipeline` changes configurations of its early days: offset 1, and no clipping."""
         fixed = {"steps_offset": 1, "clip_sample": False}
-        outdated = {name: value for name, value in fixed.items() if scheduler.config.get(name, value) != value}
+        outdated = {
+            name: value
+            for name, value in fixed.items()
+            if scheduler.config.get(name, value) != value
+        }
         return type(scheduler).from_config(scheduler.config, **outdated) if outdated else scheduler
 
     @torch.no_grad()
@@ -25,5 +29,9 @@ class StableDiffusionBackbone(Backbone):
         embeds, _ = self._encoding_pipe().encode_prompt(list(prompts), self.device, 1, False)
         return {"prompt_embeds": embeds}
 
-    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return network(noisy, times, encoder_hidden_states=condition["prompt_embeds"], return_dict=False)[0]
+    def predict(
+        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
+        return network(
+            noisy, times, encoder_hidden_states=condition["prompt_embeds"], return_dict=False
+        )[0]

@@ -27,7 +27,9 @@ class StableDiffusion3Backbone(Backbone):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
         return network(
             hidden_states=noisy,
             timestep=times,

@@ -14,15 +14,22 @@ from .base import Backbone
 class StableDiffusionXLBackbone(Backbone):
     pipeline_classes = ("StableDiffusionXLPipeline",)
     text_encoder_names = ("text_encoder", "text_encoder_2")
-    upcast_vae = (torch.float16, torch.bfloat16)  # it overflows in float16, and the official script keeps float32 in bf16
+    upcast_vae = (
+        torch.float16,
+        torch.bfloat16,
+    )  # it overflows in float16, and the official script keeps float32 in bf16
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         pipe = self._encoding_pipe()
-        embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
         if pipe.config.force_zeros_for_empty_prompt:
             # At inference this model's "no prompt" is zeros, not the encoding of an empty string.
-            keep = torch.tensor([bool(prompt) for prompt in prompts], device=embeds.device, dtype=embeds.dtype)
+            keep = torch.tensor(
+                [bool(prompt) for prompt in prompts], device=embeds.device, dtype=embeds.dtype
+            )
             embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -30,8 +37,17 @@ class StableDiffusionXLBackbone(Backbone):
         rows = [[*g.original_size, *g.crop_top_left, *g.target_size] for g in geometries]
         return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
 
-    def predict(self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]}
+    def predict(
+        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
+        added = {
+            "text_embeds": condition["pooled_prompt_embeds"],
+            "time_ids": condition["time_ids"],
+        }
         return network(
-            noisy, times, encoder_hidden_states=condition["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            noisy,
+            times,
+            encoder_hidden_states=condition["prompt_embeds"],
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]

@@ -15,36 +15,81 @@ from ..runtime.distributed import process_rank
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     what = "[NAME=]Hub id, folder, LoRA[@SCALE], or a YAML mapping such as '{lora: runs/a, lora_scale: 0.5}'"
-    parser.add_argument("--base", default="shapes", help="the model to compare with: Hub id, folder or shapes (default)")
-    parser.add_argument("--tuned", action="append", default=[], help=f"{what}; may be given several times")
-    parser.add_argument("--lora_scales", help="of every LoRA of --tuned, e.g. 0,0.5,1: one model per scale")
-    parser.add_argument("--steer", help="also compare the base steered by this scorer (best particle) with the base as it is")
+    parser.add_argument(
+        "--base",
+        default="shapes",
+        help="the model to compare with: Hub id, folder or shapes (default)",
+    )
+    parser.add_argument(
+        "--tuned", action="append", default=[], help=f"{what}; may be given several times"
+    )
+    parser.add_argument(
+        "--lora_scales", help="of every LoRA of --tuned, e.g. 0,0.5,1: one model per scale"
+    )
+    parser.add_argument(
+        "--steer",
+        help="also compare the base steered by this scorer (best particle) with the base as it is",
+    )
     parser.add_argument("--num_particles", type=count(), default=4, help="of --steer (default 4)")
     parser.add_argument("--lmbda", type=not_negative, help="of --steer, in units of 1/reward")
     parser.add_argument(
-        "--prompts", default="shapes", help="shapes (default), partiprompts, drawbench, hpdv2, geneval, pickapic-test, or a file"
+        "--prompts",
+        default="shapes",
+        help="shapes (default), partiprompts, drawbench, hpdv2, geneval, pickapic-test, or a file",
     )
     parser.add_argument(
-        "--prompts_path", type=Path, help="file or folder of a named set (default: the folder in DIFFALIGN_PROMPTS)"
+        "--prompts_path",
+        type=Path,
+        help="file or folder of a named set (default: the folder in DIFFALIGN_PROMPTS)",
     )
-    parser.add_argument("--max_prompts", type=count(), help="use so many prompts, evenly over the set")
-    parser.add_argument("--scorers", help="names with commas between; the first decides (default for shapes: shapes)")
-    parser.add_argument("--rewards_config", type=Path, help="YAML with rewards: instead of --scorers")
-    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
     parser.add_argument(
-        "--diversity", default="pixel", help="pixel (default), or a scorer with an image embedding, e.g. clip-b32"
+        "--max_prompts", type=count(), help="use so many prompts, evenly over the set"
     )
-    parser.add_argument("--num_images", type=count(), default=4, help="images per prompt (default 4)")
+    parser.add_argument(
+        "--scorers",
+        help="names with commas between; the first decides (default for shapes: shapes)",
+    )
+    parser.add_argument(
+        "--rewards_config", type=Path, help="YAML with rewards: instead of --scorers"
+    )
+    parser.add_argument(
+        "--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'"
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow scorers of ./file.py:Class, which runs that file",
+    )
+    parser.add_argument(
+        "--diversity",
+        default="pixel",
+        help="pixel (default), or a scorer with an image embedding, e.g. clip-b32",
+    )
+    parser.add_argument(
+        "--num_images", type=count(), default=4, help="images per prompt (default 4)"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default 0")
-    parser.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)")
+    parser.add_argument(
+        "--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)"
+    )
     parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
     parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
     parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
-    parser.add_argument("--batch_size", type=count(), default=8, help="images per forward pass (default 8)")
+    parser.add_argument(
+        "--batch_size", type=count(), default=8, help="images per forward pass (default 8)"
+    )
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
-    parser.add_argument("--output_dir", type=Path, default=Path("diffalign-comparison"), help="default: diffalign-comparison")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the models (default: bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-comparison"),
+        help="default: diffalign-comparison",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,15 +98,33 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: options that do not fit, before anything is drawn.
     """
-    for name, least in (("max_prompts", 1), ("num_inference_steps", 1), ("height", 8), ("width", 8), ("num_particles", 1)):
+    for name, least in (
+        ("max_prompts", 1),
+        ("num_inference_steps", 1),
+        ("height", 8),
+        ("width", 8),
+        ("num_particles", 1),
+    ):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
     tuned = _tuned(options)
     from ..evaluation.compare import compare
 
-    call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
-    names = ("output_dir", "num_images", "seed", "max_prompts", "prompts_path", "batch_size", "diversity", "device")
+    call = {
+        name: getattr(options, name)
+        for name in ("num_inference_steps", "guidance_scale", "height", "width")
+    }
+    names = (
+        "output_dir",
+        "num_images",
+        "seed",
+        "max_prompts",
+        "prompts_path",
+        "batch_size",
+        "diversity",
+        "device",
+    )
     dtype = None
     if options.dtype is not None:
         from ..runtime.devices import read_dtype
@@ -78,8 +141,12 @@ def run(options: argparse.Namespace) -> int:
     )
     if process_rank() == 0:
         print(found.table())
-        print(f"\npage       {found.folder / 'report.html'}\npicture    {found.folder / 'grid.png'}")
-        print(f"numbers    {found.folder / 'results.json'}\nper image  {found.folder / 'scores.parquet'}")
+        print(
+            f"\npage       {found.folder / 'report.html'}\npicture    {found.folder / 'grid.png'}"
+        )
+        print(
+            f"numbers    {found.folder / 'results.json'}\nper image  {found.folder / 'scores.parquet'}"
+        )
     return 0
 
 
@@ -94,7 +161,10 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
         spec = parse_model(value, "--tuned", base=base)
         if scales and spec.lora is not None:
             plain = spec.name.split("@")[0]
-            found += [{**vars(spec), "name": f"{plain}@{scale:g}", "lora_scale": scale} for scale in scales]
+            found += [
+                {**vars(spec), "name": f"{plain}@{scale:g}", "lora_scale": scale}
+                for scale in scales
+            ]
         else:
             found.append(value)
     if scales and not any(isinstance(value, dict) for value in found):
@@ -102,14 +172,27 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
     if options.steer is not None:
         steer: dict[str, Any] = {"scorer": options.steer, "num_particles": options.num_particles}
         if options.lmbda is None:
-            raise ConfigError("--lmbda", "--steer needs one: the tilt in units of 1/reward, e.g. 10")
+            raise ConfigError(
+                "--lmbda", "--steer needs one: the tilt in units of 1/reward, e.g. 10"
+            )
         if options.num_particles < 2:
-            raise ConfigError("--num_particles", f"steering needs at least 2, got {options.num_particles}")
-        arguments = read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
+            raise ConfigError(
+                "--num_particles", f"steering needs at least 2, got {options.num_particles}"
+            )
+        arguments = (
+            read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
+        )
         own = arguments.get(options.steer) if isinstance(arguments, dict) else None
-        found.append({"name": "steered", "steer": {**steer, "lmbda": options.lmbda, **({"scorer_args": own} if own else {})}})
+        found.append(
+            {
+                "name": "steered",
+                "steer": {**steer, "lmbda": options.lmbda, **({"scorer_args": own} if own else {})},
+            }
+        )
     if not found:
-        raise UserError("--tuned: name at least one model to compare with the base (or --steer SCORER)")
+        raise UserError(
+            "--tuned: name at least one model to compare with the base (or --steer SCORER)"
+        )
     return found
 
 
@@ -117,7 +200,9 @@ def _numbers(text: str | None) -> list[float]:
     try:
         return [float(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:
-        raise ConfigError("--lora_scales", f"expected numbers with commas between, e.g. 0,0.5,1, got {text!r}") from None
+        raise ConfigError(
+            "--lora_scales", f"expected numbers with commas between, e.g. 0,0.5,1, got {text!r}"
+        ) from None
 
 
 def _scorers(options: argparse.Namespace) -> Any:

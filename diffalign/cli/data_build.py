@@ -18,14 +18,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
     )
     parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
-    parser.add_argument("--models", nargs="+", default=["shapes"], help="Hub ids or folders of pipelines (default: shapes)")
-    parser.add_argument("--lora", action="append", default=[], help="LoRA on the first model, as a further model; several times")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["shapes"],
+        help="Hub ids or folders of pipelines (default: shapes)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        help="LoRA on the first model, as a further model; several times",
+    )
     parser.add_argument("--scorers", help="names with commas between, e.g. imagereward,pickscore")
-    parser.add_argument("--rewards_config", type=Path, help="YAML with rewards: and combine: instead of --scorers")
-    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
-    parser.add_argument("--num_images", type=count(), default=4, help="images per prompt and model (default 4)")
+    parser.add_argument(
+        "--rewards_config", type=Path, help="YAML with rewards: and combine: instead of --scorers"
+    )
+    parser.add_argument(
+        "--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'"
+    )
+    parser.add_argument(
+        "--num_images", type=count(), default=4, help="images per prompt and model (default 4)"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--format", default="both", choices=FORMATS, help="what to write (default both)")
+    parser.add_argument(
+        "--format", default="both", choices=FORMATS, help="what to write (default both)"
+    )
     parser.add_argument(
         "--pair_selection",
         default="best_worst",
@@ -33,24 +51,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="best_worst (default): one pair per prompt; best_vs_rest; all; unanimous: the widest on which all scorers agree",
     )
     parser.add_argument(
-        "--min_margin", type=not_negative, default=0.0, help="least difference of the combined scores in a pair (default 0: any)"
+        "--min_margin",
+        type=not_negative,
+        default=0.0,
+        help="least difference of the combined scores in a pair (default 0: any)",
     )
     parser.add_argument("--combine", help="how scorers are combined (default winrate)")
     parser.add_argument("--seed", type=seed, default=0, help="of the images (default 0)")
-    parser.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)")
+    parser.add_argument(
+        "--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)"
+    )
     parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
-    parser.add_argument("--resolution", type=side, help="side of the images (default: the pipeline's)")
-    parser.add_argument("--batch_size", type=count(), default=8, help="images per forward pass of a model (default 8)")
+    parser.add_argument(
+        "--resolution", type=side, help="side of the images (default: the pipeline's)"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=count(),
+        default=8,
+        help="images per forward pass of a model (default 8)",
+    )
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
-    parser.add_argument("--placement", default="exclusive", help="of the scorers: exclusive (default), offload or resident")
-    parser.add_argument("--cache", type=Path, help="file that keeps scores (default: scores.sqlite in the output folder)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the models (default: bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--placement",
+        default="exclusive",
+        help="of the scorers: exclusive (default), offload or resident",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="file that keeps scores (default: scores.sqlite in the output folder)",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow scorers of ./file.py:Class, which runs that file",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Build the data. Errors as `diffalign.annotation.build.build`."""
     from ..annotation.build import build
 
-    build(BuildOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildOptions)}))
+    build(
+        BuildOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildOptions)})
+    )
     return 0

@@ -16,24 +16,70 @@ from ..runtime.files import check_output_dir
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("source", help="pairs or ranked lists: Hub id, folder or file")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the recaptioned pairs go; run again to go on")
-    parser.add_argument("--strategy", choices=STRATEGIES, required=True, help="c: captions, p: perturbed prompt, h: both")
-    parser.add_argument("--captioner", help="shapes, an image-to-text model of transformers, module:object, ./file.py:object")
-    parser.add_argument("--perturber", default="rules", help="rules (default), shapes, a paraphrase model, module:object")
-    parser.add_argument("--level", default="medium", choices=("weak", "medium", "strong"), help="of perturbation (medium)")
     parser.add_argument(
-        "--perturb", default="rejected", choices=("rejected", "chosen"), help="h: whose caption is perturbed (rejected)"
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="where the recaptioned pairs go; run again to go on",
     )
-    parser.add_argument("--instruction", help="what a chat model is asked; {prompt} stands for the prompt")
-    parser.add_argument("--perturber_template", help="what a paraphrase model reads; {text} stands for the caption")
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        required=True,
+        help="c: captions, p: perturbed prompt, h: both",
+    )
+    parser.add_argument(
+        "--captioner",
+        help="shapes, an image-to-text model of transformers, module:object, ./file.py:object",
+    )
+    parser.add_argument(
+        "--perturber",
+        default="rules",
+        help="rules (default), shapes, a paraphrase model, module:object",
+    )
+    parser.add_argument(
+        "--level",
+        default="medium",
+        choices=("weak", "medium", "strong"),
+        help="of perturbation (medium)",
+    )
+    parser.add_argument(
+        "--perturb",
+        default="rejected",
+        choices=("rejected", "chosen"),
+        help="h: whose caption is perturbed (rejected)",
+    )
+    parser.add_argument(
+        "--instruction", help="what a chat model is asked; {prompt} stands for the prompt"
+    )
+    parser.add_argument(
+        "--perturber_template", help="what a paraphrase model reads; {text} stands for the caption"
+    )
     parser.add_argument("--split", default="train", help="default: train")
-    parser.add_argument("--columns", help="canonical names to your columns, as in diffalign data inspect")
+    parser.add_argument(
+        "--columns", help="canonical names to your columns, as in diffalign data inspect"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the perturbations (default 0)")
-    parser.add_argument("--batch_size", type=count(), default=8, help="texts or images at once (default 8)")
+    parser.add_argument(
+        "--batch_size", type=count(), default=8, help="texts or images at once (default 8)"
+    )
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
-    parser.add_argument("--max_empty_fraction", type=share, default=0.05, help="share of pairs without caption that is left out")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow ./file.py:object, which runs that file")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the models (default: bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--max_empty_fraction",
+        type=share,
+        default=0.05,
+        help="share of pairs without caption that is left out",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow ./file.py:object, which runs that file",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
     columns = read_columns(options.columns)
     if options.strategy != "p" and not options.captioner:
         raise ConfigError(
-            "--captioner", f"strategy {options.strategy} needs one: shapes, a model of transformers, or module:object"
+            "--captioner",
+            f"strategy {options.strategy} needs one: shapes, a model of transformers, or module:object",
         )
     if options.batch_size < 1:
         raise ConfigError("--batch_size", f"expected int >= 1, got {options.batch_size}")
@@ -77,10 +124,18 @@ def _tools(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..annotation.captioners import make_captioner
     from ..annotation.perturbers import make_perturber
 
-    placed = {"device": options.device, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    placed = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "trust_remote_code": options.trust_remote_code,
+    }
     asked = {"instruction": options.instruction} if options.instruction else {}
     template = {"template": options.perturber_template} if options.perturber_template else {}
-    captioner = None if options.strategy == "p" else make_captioner(options.captioner, **placed, **asked)
+    captioner = (
+        None if options.strategy == "p" else make_captioner(options.captioner, **placed, **asked)
+    )
     if options.strategy == "c":
         return captioner, None
-    return captioner, make_perturber(options.perturber, options.level, options.seed, **placed, **template)
+    return captioner, make_perturber(
+        options.perturber, options.level, options.seed, **placed, **template
+    )

@@ -23,34 +23,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="LoRA[@SCALE], folder, Hub id, or a YAML mapping as for diffalign compare; may be given several times",
     )
-    parser.add_argument("--scorers", help="names with commas between (default for shapes: shapes,shapes-clip; else none)")
     parser.add_argument(
-        "--prompts", help="for blind votes: a set or file as for diffalign compare (default for shapes: its training prompts)"
+        "--scorers",
+        help="names with commas between (default for shapes: shapes,shapes-clip; else none)",
+    )
+    parser.add_argument(
+        "--prompts",
+        help="for blind votes: a set or file as for diffalign compare (default for shapes: its training prompts)",
     )
     parser.add_argument("--prompts_path", type=Path, help="file or folder of a named set")
     parser.add_argument(
-        "--votes_dir", type=Path, default=Path("diffalign-votes"), help="where votes are kept (default: diffalign-votes)"
+        "--votes_dir",
+        type=Path,
+        default=Path("diffalign-votes"),
+        help="where votes are kept (default: diffalign-votes)",
     )
     parser.add_argument(
-        "--feedback", type=Path, help="vote on the round that this run of train.feedback: people waits for (its output folder)"
+        "--feedback",
+        type=Path,
+        help="vote on the round that this run of train.feedback: people waits for (its output folder)",
     )
-    parser.add_argument("--no_export", action="store_true", help="visitors cannot download the votes")
     parser.add_argument(
-        "--export", type=Path, help="write the votes of --votes_dir as a preference parquet to this file, and do nothing else"
+        "--no_export", action="store_true", help="visitors cannot download the votes"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        help="write the votes of --votes_dir as a preference parquet to this file, and do nothing else",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1: this machine alone)",
+    )
     parser.add_argument("--port", type=port, default=7860, help="default 7860; 0 takes a free one")
     parser.add_argument("--root_path", help="path under which a proxy shows the page")
-    parser.add_argument("--share", action="store_true", help="a public link through gradio's servers")
-    parser.add_argument("--auth_file", type=Path, help=f"lines of user:password; or the same in the environment as {AUTH}")
-    parser.add_argument("--max_steps", type=steps, default=100, help="sampler steps a visitor may ask for (default 100)")
-    parser.add_argument("--max_particles", type=count(2, 65_536), default=8, help="particles a visitor may ask for (default 8)")
     parser.add_argument(
-        "--max_size", type=count(64, 16_384), default=1024, help="height and width a visitor may ask for (default 1024)"
+        "--share", action="store_true", help="a public link through gradio's servers"
     )
-    parser.add_argument("--queue_size", type=count(), default=64, help="requests that may wait (default 64)")
+    parser.add_argument(
+        "--auth_file",
+        type=Path,
+        help=f"lines of user:password; or the same in the environment as {AUTH}",
+    )
+    parser.add_argument(
+        "--max_steps",
+        type=steps,
+        default=100,
+        help="sampler steps a visitor may ask for (default 100)",
+    )
+    parser.add_argument(
+        "--max_particles",
+        type=count(2, 65_536),
+        default=8,
+        help="particles a visitor may ask for (default 8)",
+    )
+    parser.add_argument(
+        "--max_size",
+        type=count(64, 16_384),
+        default=1024,
+        help="height and width a visitor may ask for (default 1024)",
+    )
+    parser.add_argument(
+        "--queue_size", type=count(), default=64, help="requests that may wait (default 64)"
+    )
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default: bfloat16 on a GPU)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the models (default: bfloat16 on a GPU)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +101,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: options, models or scorers that do not fit; gradio is missing.
     """
-    for name, least in (("port", 0), ("max_steps", 1), ("max_particles", 2), ("max_size", 64), ("queue_size", 1)):
+    for name, least in (
+        ("port", 0),
+        ("max_steps", 1),
+        ("max_particles", 2),
+        ("max_size", 64),
+        ("queue_size", 1),
+    ):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {getattr(options, name)}")
     if options.export is not None:
@@ -67,7 +115,11 @@ def run(options: argparse.Namespace) -> int:
 
         store = VoteStore(options.votes_dir)
         count = store.export(options.export)
-        lost = f"; {len(store.lost)} votes left out, whose pictures are lost or damaged" if store.lost else ""
+        lost = (
+            f"; {len(store.lost)} votes left out, whose pictures are lost or damaged"
+            if store.lost
+            else ""
+        )
         print(f"wrote {count} preferences to {options.export}{lost}")
         return 0
     auth = _auth(options)
@@ -86,7 +138,9 @@ def run(options: argparse.Namespace) -> int:
             quiet=True,
         )
     except OSError as error:
-        raise UserError(f"--port: {options.port} on {options.host} cannot be had ({error}); name another port") from None
+        raise UserError(
+            f"--port: {options.port} on {options.host} cannot be had ({error}); name another port"
+        ) from None
     print(f"the demo runs at {url} (ctrl-c ends it)", flush=True)
     app.block_thread()
     return 0
@@ -108,14 +162,37 @@ def _app(options: argparse.Namespace) -> Any:
     if not tuned:
         raise UserError("--tuned: name at least one model to show beside the base")
     models = read_models(options.base, tuned)
-    votes = RoundVotes(_last_round(options.feedback)) if options.feedback else VoteStore(options.votes_dir)
+    votes = (
+        RoundVotes(_last_round(options.feedback))
+        if options.feedback
+        else VoteStore(options.votes_dir)
+    )
     prompts = _prompts(options, embedded)
-    names = options.scorers.split(",") if options.scorers else ["shapes", "shapes-clip"] if embedded else []
-    limits = Limits(steps=options.max_steps, particles=options.max_particles, side=options.max_size, queue=options.queue_size)
+    names = (
+        options.scorers.split(",")
+        if options.scorers
+        else ["shapes", "shapes-clip"]
+        if embedded
+        else []
+    )
+    limits = Limits(
+        steps=options.max_steps,
+        particles=options.max_particles,
+        side=options.max_size,
+        queue=options.queue_size,
+    )
     dtype = None if options.dtype is None else read_dtype(options.dtype)
-    engine = Engine(models, [n.strip() for n in names if n.strip()], limits=limits, device=options.device, dtype=dtype)
+    engine = Engine(
+        models,
+        [n.strip() for n in names if n.strip()],
+        limits=limits,
+        device=options.device,
+        dtype=dtype,
+    )
     example = EXAMPLE if embedded or not prompts else prompts[0]
-    return build_app(engine, prompts=prompts, votes=votes, export=not options.no_export, example=example)
+    return build_app(
+        engine, prompts=prompts, votes=votes, export=not options.no_export, example=example
+    )
 
 
 def _embedded_lora() -> dict[str, Any]:
@@ -134,7 +211,9 @@ def _prompts(options: argparse.Namespace, embedded: bool) -> list[str]:
         return []
     if options.prompts is None:
         if not embedded:
-            raise UserError("--prompts: name the prompts to vote on: a set such as partiprompts, or a file")
+            raise UserError(
+                "--prompts: name the prompts to vote on: a set such as partiprompts, or a file"
+            )
         from ..shapes.prompts import train_prompts
 
         return train_prompts()  # votes may become training data: the held-out prompts stay held out

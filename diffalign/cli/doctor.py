@@ -12,12 +12,24 @@ from ..runtime.files import write_atomically
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scorers", help="comma-separated names (default: all)")
     parser.add_argument(
-        "--model", action="append", default=[], metavar="NAME=PATH", help="published weights to check; may be given several times"
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="published weights to check; may be given several times",
     )
     parser.add_argument(
-        "--tokenizer", action="append", default=[], metavar="NAME=PATH", help="tokenizer of one of them, where it lies elsewhere"
+        "--tokenizer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="tokenizer of one of them, where it lies elsewhere",
     )
-    parser.add_argument("--assets", type=Path, help="folder with the authors' example images (1.webp ... 4.webp, demo_image.jpg)")
+    parser.add_argument(
+        "--assets",
+        type=Path,
+        help="folder with the authors' example images (1.webp ... 4.webp, demo_image.jpg)",
+    )
     parser.add_argument("--device", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--json", type=Path, help="also write the report there")
 
@@ -42,5 +54,8 @@ def run(options: argparse.Namespace) -> int:
     wrong = [finding for finding in findings if finding.ok is False]
     print(f"{len(findings)} checks, {len(wrong)} wrong")
     if options.json:
-        write_atomically(options.json, (json.dumps([vars(finding) for finding in findings], indent=1) + "\n").encode())
+        write_atomically(
+            options.json,
+            (json.dumps([vars(finding) for finding in findings], indent=1) + "\n").encode(),
+        )
     return 1 if wrong else 0

@@ -18,7 +18,14 @@ from ..config.ranges import count, finite, seed, steps
 from ..errors import UserError
 from ..runtime.distributed import process_rank
 
-_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_PERMISSION = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATIENCE = 5  # seconds
 
@@ -59,18 +66,28 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise
     except OSError as error:
         if error.errno in _PERMISSION:
-            return _say(f"cannot write {error.filename!r} ({error.strerror}); name a folder that you may write to", 2)
+            return _say(
+                f"cannot write {error.filename!r} ({error.strerror}); name a folder that you may write to",
+                2,
+            )
         if error.errno in _NO_SPACE:
             return _say(
-                f"cannot write {error.filename or 'a file'} ({error.strerror}); free some space and run the command again", 1
+                f"cannot write {error.filename or 'a file'} ({error.strerror}); free some space and run the command again",
+                1,
             )
         if _no_space(error):
-            return _say("cannot write a file (no space left on device); free some space and run the command again", 1)
+            return _say(
+                "cannot write a file (no space left on device); free some space and run the command again",
+                1,
+            )
         raise
     except Exception as error:
         expected = {"CheckpointError", "NonFiniteLoss", "NonFiniteWeights"}
         if type(error).__name__ not in expected and _no_space(error):
-            return _say("cannot write a file (no space left on device); free some space and run the command again", 1)
+            return _say(
+                "cannot write a file (no space left on device); free some space and run the command again",
+                1,
+            )
         if type(error).__name__ == "Interrupted":
             return _say(str(error), 128 + error.signal)  # type: ignore[attr-defined]
         if type(error).__name__ in expected:
@@ -83,7 +100,11 @@ _FULL = re.compile(
     r"|inline_container.cc.*unexpected pos",
     re.IGNORECASE,
 )
-_WRITERS = ("safetensors", "sqlite3", "pyarrow")  # libraries whose errors are no OSError when the disk is full
+_WRITERS = (
+    "safetensors",
+    "sqlite3",
+    "pyarrow",
+)  # libraries whose errors are no OSError when the disk is full
 
 
 def _no_space(error: BaseException | None) -> bool:
@@ -92,7 +113,9 @@ def _no_space(error: BaseException | None) -> bool:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         library = type(error).__module__.split(".")[0]
-        if _FULL.search(str(error)) and (isinstance(error, (OSError, RuntimeError)) or library in _WRITERS):
+        if _FULL.search(str(error)) and (
+            isinstance(error, (OSError, RuntimeError)) or library in _WRITERS
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -132,15 +155,26 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands; nothing heavy is imported here."""
     parser = Parser(
-        prog="diffalign", description="Align text-to-image diffusion models with human preferences.", allow_abbrev=False
+        prog="diffalign",
+        description="Align text-to-image diffusion models with human preferences.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
 
     quick = commands.add_parser(
-        "quickstart", help="align the embedded model on a CPU in minutes and measure it", allow_abbrev=False
+        "quickstart",
+        help="align the embedded model on a CPU in minutes and measure it",
+        allow_abbrev=False,
     )
-    quick.add_argument("--output_dir", type=Path, default=Path("diffalign-quickstart"), help="default: diffalign-quickstart")
+    quick.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-quickstart"),
+        help="default: diffalign-quickstart",
+    )
     _add_quickstart_options(quick)
     quick.set_defaults(handler=_quickstart)
 
@@ -157,27 +191,59 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--num_processes", type=count())
     train.set_defaults(handler=_train)
 
-    sample = commands.add_parser("sample", help="draw images, with a LoRA beside the base", allow_abbrev=False)
-    sample.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
-    sample.add_argument("--lora", help="folder or Hub id of LoRA weights; base images are drawn beside")
-    sample.add_argument("--lora_scale", type=finite, default=1.0, help="strength of the LoRA (default 1.0)")
+    sample = commands.add_parser(
+        "sample", help="draw images, with a LoRA beside the base", allow_abbrev=False
+    )
+    sample.add_argument(
+        "--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)"
+    )
+    sample.add_argument(
+        "--lora", help="folder or Hub id of LoRA weights; base images are drawn beside"
+    )
+    sample.add_argument(
+        "--lora_scale", type=finite, default=1.0, help="strength of the LoRA (default 1.0)"
+    )
     sample.add_argument(
         "--negative_lora",
         help="negative model (Diffusion-NPO, Self-NPO) for the unconditional branch: LoRA, or pipeline folder of full weights",
     )
-    sample.add_argument("--alpha", type=finite, default=1.0, help="share of --lora in the negative branch (default 1.0)")
-    sample.add_argument("--beta", type=finite, default=1.0, help="share of --negative_lora in it (default 1.0)")
-    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sample.add_argument("--num_images", type=count(), default=4, help="images per prompt (default 4)")
+    sample.add_argument(
+        "--alpha",
+        type=finite,
+        default=1.0,
+        help="share of --lora in the negative branch (default 1.0)",
+    )
+    sample.add_argument(
+        "--beta", type=finite, default=1.0, help="share of --negative_lora in it (default 1.0)"
+    )
+    sample.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    sample.add_argument(
+        "--num_images", type=count(), default=4, help="images per prompt (default 4)"
+    )
     sample.add_argument("--seed", type=seed, default=0, help="seed of the first image (default 0)")
-    sample.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)")
+    sample.add_argument(
+        "--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)"
+    )
     sample.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
-    sample.add_argument("--batch_size", type=count(), default=4, help="images per forward pass (default 4)")
-    sample.add_argument("--output_dir", type=Path, default=Path("diffalign-samples"), help="default: diffalign-samples")
+    sample.add_argument(
+        "--batch_size", type=count(), default=4, help="images per forward pass (default 4)"
+    )
+    sample.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-samples"),
+        help="default: diffalign-samples",
+    )
     sample.set_defaults(handler=_sample)
 
-    data = commands.add_parser("data", help="inspect or convert preference data", allow_abbrev=False)
-    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    data = commands.add_parser(
+        "data", help="inspect or convert preference data", allow_abbrev=False
+    )
+    actions = data.add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=Parser
+    )
     for name, text in (
         ("inspect", "what is in a dataset, and what is wrong with it"),
         ("convert", "write any layout as canonical parquet"),
@@ -186,19 +252,41 @@ def build_parser() -> argparse.ArgumentParser:
         action.add_argument("source", help="Hub id, folder or file")
         action.add_argument("--split", default="train", help="default: train")
         action.add_argument(
-            "--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'"
+            "--columns",
+            help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'",
         )
-        action.add_argument("--ties", default="drop", choices=("drop", "keep"), help="default: drop")
-        action.add_argument("--allow_remote_images", action="store_true", help="fetch web addresses in image columns")
-        action.add_argument("--allow_outside_paths", action="store_true", help="open image files outside the dataset's folder")
+        action.add_argument(
+            "--ties", default="drop", choices=("drop", "keep"), help="default: drop"
+        )
+        action.add_argument(
+            "--allow_remote_images",
+            action="store_true",
+            help="fetch web addresses in image columns",
+        )
+        action.add_argument(
+            "--allow_outside_paths",
+            action="store_true",
+            help="open image files outside the dataset's folder",
+        )
         if name == "inspect":
             action.add_argument(
-                "--verify_images", default="full", choices=("full", "header"), help="default: full, which decodes"
+                "--verify_images",
+                default="full",
+                choices=("full", "header"),
+                help="default: full, which decodes",
             )
-            action.add_argument("--picture", type=Path, help="write the first group as a PNG, the preferred image on the left")
+            action.add_argument(
+                "--picture",
+                type=Path,
+                help="write the first group as a PNG, the preferred image on the left",
+            )
         if name == "convert":
             action.add_argument("--output_dir", type=Path, required=True)
-            action.add_argument("--kind", choices=("pair", "ranked", "single", "prompt"), help="default: the source's own")
+            action.add_argument(
+                "--kind",
+                choices=("pair", "ranked", "single", "prompt"),
+                help="default: the source's own",
+            )
         action.set_defaults(handler=_data)
 
     _add_module_commands(commands, actions)
@@ -210,12 +298,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 # Commands whose options stand beside what they run: name, module, one line of help.
 _MODULE_COMMANDS = (
-    ("compare", "compare", "compare models on the same prompts and noise: win-rates, tables, a page"),
+    (
+        "compare",
+        "compare",
+        "compare models on the same prompts and noise: win-rates, tables, a page",
+    ),
     ("score", "score", "score images with reward models"),
-    ("serve-scorer", "serve_scorer", "offer a scorer to other processes and environments over HTTP"),
+    (
+        "serve-scorer",
+        "serve_scorer",
+        "offer a scorer to other processes and environments over HTTP",
+    ),
     ("doctor", "doctor", "check the scorers on this machine against known numbers"),
     ("scorers", "scorers", "list the scorers, or show the card of one"),
-    ("feedback", "feedback", "ask people which images are better, for runs that train on their votes"),
+    (
+        "feedback",
+        "feedback",
+        "ask people which images are better, for runs that train on their votes",
+    ),
     ("merge", "merge", "add up LoRAs or full weights of several runs"),
     ("demo", "demo", "a page with models side by side, blind votes and steering"),
     ("steer", "steer", "steer a model towards a reward while it samples (Feynman-Kac particles)"),
@@ -225,8 +325,16 @@ _MODULE_COMMANDS = (
 def _add_module_commands(commands: Any, data_actions: Any) -> None:
     from importlib import import_module
 
-    build = ("build", "data_build", "make preference data: draw images, score them, write pairs or ranked lists")
-    recaption = ("recaption", "data_recaption", "write pairs with two captions for DCPO: captioned, perturbed or both")
+    build = (
+        "build",
+        "data_build",
+        "make preference data: draw images, score them, write pairs or ranked lists",
+    )
+    recaption = (
+        "recaption",
+        "data_recaption",
+        "write pairs with two captions for DCPO: captioned, perturbed or both",
+    )
     for parent, entries in ((commands, _MODULE_COMMANDS), (data_actions, (build, recaption))):
         for name, module_name, text in entries:
             module = import_module(f".{module_name}", __package__)
@@ -240,11 +348,15 @@ def _add_module_commands(commands: Any, data_actions: Any) -> None:
 _LOCKED = ("compare", "score", "steer", "build", "recaption")
 
 
-def _plain(run: Callable[[argparse.Namespace], int], options: argparse.Namespace, rest: list[str]) -> int:
+def _plain(
+    run: Callable[[argparse.Namespace], int], options: argparse.Namespace, rest: list[str]
+) -> int:
     return run(options)
 
 
-def _locked(run: Callable[[argparse.Namespace], int], options: argparse.Namespace, rest: list[str]) -> int:
+def _locked(
+    run: Callable[[argparse.Namespace], int], options: argparse.Namespace, rest: list[str]
+) -> int:
     from ..runtime.folder_lock import FolderLock
 
     with FolderLock(options.output_dir):
@@ -273,7 +385,9 @@ def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
     from .quickstart_config import QuickstartConfig
 
     values = vars(options)
-    config = QuickstartConfig(**{name: values[name] for name in QuickstartConfig.__dataclass_fields__})
+    config = QuickstartConfig(
+        **{name: values[name] for name in QuickstartConfig.__dataclass_fields__}
+    )
     quickstart.run(options.output_dir, config)
     return 0
 
@@ -285,7 +399,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(_train_help(overrides))
         return 0
     if options.config is None and not overrides:
-        raise UserError("--config: name a run file, e.g. diffalign train --config configs/diffusion_dpo/shapes.yaml")
+        raise UserError(
+            "--config: name a run file, e.g. diffalign train --config configs/diffusion_dpo/shapes.yaml"
+        )
     run_config = load_run(options.config, overrides)
     if options.accelerate_config or (options.num_processes or 1) > 1:
         return _launch(options, overrides)
@@ -328,7 +444,12 @@ def _train_help(overrides: list[str]) -> str:
         "--dry_run does one batch forward and backward and says what the run would be.",
         f"methods: {', '.join(METHODS)}",
     ]
-    for cls, name in ((LoraSection, "lora"), (DataConfig, "data"), (ValidationConfig, "validation"), (HubConfig, "hub")):
+    for cls, name in (
+        (LoraSection, "lora"),
+        (DataConfig, "data"),
+        (ValidationConfig, "validation"),
+        (HubConfig, "hub"),
+    ):
         text += ["", f"{name}:", section_help(cls, name)]
     for method in METHODS:
         text += ["", f"train (method: {method}):", section_help(config_class(method), "train")]

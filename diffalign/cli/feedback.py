@@ -17,14 +17,23 @@ from ..errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    collect = actions.add_parser("collect", help="draw the next round's images and wait for votes", allow_abbrev=False)
-    collect.add_argument("--config", type=Path, required=True, help="run file with train.feedback: people")
+    collect = actions.add_parser(
+        "collect", help="draw the next round's images and wait for votes", allow_abbrev=False
+    )
+    collect.add_argument(
+        "--config", type=Path, required=True, help="run file with train.feedback: people"
+    )
     collect.add_argument("--output_dir", help="in place of the run file's train.output_dir")
     collect.add_argument("--no_wait", action="store_true", help="write the images and return")
     collect.add_argument(
-        "--poll", type=Range(0.0, 86_400.0, above=True), default=2.0, help="seconds between two looks for votes (default 2)"
+        "--poll",
+        type=Range(0.0, 86_400.0, above=True),
+        default=2.0,
+        help="seconds between two looks for votes (default 2)",
     )
-    status = actions.add_parser("status", help="what a run waits for, and the votes that are there", allow_abbrev=False)
+    status = actions.add_parser(
+        "status", help="what a run waits for, and the votes that are there", allow_abbrev=False
+    )
     status.add_argument("output_dir", type=Path, help="folder of the run")
 
 
@@ -45,7 +54,9 @@ def run(options: argparse.Namespace) -> int:
     overrides = ["--train.output_dir", options.output_dir] if options.output_dir else []
     config = load_run(options.config, overrides)
     if getattr(config.train, "feedback", None) != "people":
-        raise UserError(f"--config: {options.config} asks no people; set method: d3po and train.feedback: people")
+        raise UserError(
+            f"--config: {options.config} asks no people; set method: d3po and train.feedback: people"
+        )
     if list_checkpoints(Path(config.train.output_dir)):
         config.train.resume_from_checkpoint = "latest"
     trainer = build_trainer(config)
@@ -58,7 +69,9 @@ def run(options: argparse.Namespace) -> int:
     while not options.no_wait:
         if find_votes(output.waiting_for):
             print(f"{read_votes(output.waiting_for).summary()}; go on with")
-            print(f"  diffalign train --config {options.config} --train.resume_from_checkpoint latest")
+            print(
+                f"  diffalign train --config {options.config} --train.resume_from_checkpoint latest"
+            )
             break
         time.sleep(options.poll)
     return 0

@@ -11,10 +11,21 @@ from ..generation.merge import _is_pipeline, _merge_pipelines, merge_loras
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--inputs", nargs="+", required=True, help="LoRAs, or pipelines of full weights (folders or Hub ids)")
-    parser.add_argument("--weights", type=float, nargs="+", help="one per input (default: equal shares)")
-    parser.add_argument("--model", required=True, help="the base: Hub id or folder of a pipeline, or shapes")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the merged weights go")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        required=True,
+        help="LoRAs, or pipelines of full weights (folders or Hub ids)",
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs="+", help="one per input (default: equal shares)"
+    )
+    parser.add_argument(
+        "--model", required=True, help="the base: Hub id or folder of a pipeline, or shapes"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="where the merged weights go"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,7 +36,9 @@ def run(options: argparse.Namespace) -> int:
     """
     weights = options.weights or [1 / len(options.inputs)] * len(options.inputs)
     if len(weights) != len(options.inputs):
-        raise ConfigError("--weights", f"expected one per input ({len(options.inputs)}), got {len(weights)}")
+        raise ConfigError(
+            "--weights", f"expected one per input ({len(options.inputs)}), got {len(weights)}"
+        )
     if not all(-1e6 < weight < 1e6 for weight in weights):
         raise ConfigError("--weights", f"expected numbers, got {weights}")
     out: Path = options.output_dir
@@ -34,10 +47,14 @@ def run(options: argparse.Namespace) -> int:
     full = [_is_pipeline(name) for name in options.inputs]
     if any(full) and not all(full):
         lora = options.inputs[full.index(False)]
-        raise UserError(f"--inputs: {lora!r} is a LoRA and others are pipelines; merge one kind at a time")
+        raise UserError(
+            f"--inputs: {lora!r} is a LoRA and others are pipelines; merge one kind at a time"
+        )
     if all(full):
         _merge_pipelines(options.model, options.inputs, weights, out)
     else:
         merge_loras(options.model, options.inputs, weights, out)
-    print(f"wrote {out}: {', '.join(f'{w:g} x {name}' for w, name in zip(weights, options.inputs, strict=True))}")
+    print(
+        f"wrote {out}: {', '.join(f'{w:g} x {name}' for w, name in zip(weights, options.inputs, strict=True))}"
+    )
     return 0

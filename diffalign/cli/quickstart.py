@@ -71,14 +71,21 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
         different = {k: v for k, v in there.items() if dataclasses.asdict(config).get(k) != v}
         if different:
             said = ", ".join(f"--{k} {v}" for k, v in different.items())
-            raise UserError(f"--output_dir: {str(folder)!r} holds a quickstart with {said}; use those settings or another folder")
+            raise UserError(
+                f"--output_dir: {str(folder)!r} holds a quickstart with {said}; use those settings or another folder"
+            )
         results = folder / "results.json"
         if results.is_file():
             return json.loads(results.read_text())
         print(f"continuing the quickstart in {folder}")
         return None
-    if folder.exists() and (not folder.is_dir() or any(p.name not in (LOCK, ".quickstart.json.tmp") for p in folder.iterdir())):
-        raise UserError(f"--output_dir: {str(folder)!r} exists and is no quickstart; name another folder")
+    if folder.exists() and (
+        not folder.is_dir()
+        or any(p.name not in (LOCK, ".quickstart.json.tmp") for p in folder.iterdir())
+    ):
+        raise UserError(
+            f"--output_dir: {str(folder)!r} exists and is no quickstart; name another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, dataclasses.asdict(config))
     return None
@@ -123,11 +130,19 @@ def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
         "images": [images[i * k : (i + 1) * k] for i in range(len(prompts))],
         "scores": scores.reshape(-1, k).tolist(),
     }
-    features = Features({"prompt": Value("string"), "images": List(ImageFeature()), "scores": List(Value("float64"))})
+    features = Features(
+        {
+            "prompt": Value("string"),
+            "images": List(ImageFeature()),
+            "scores": List(Value("float64")),
+        }
+    )
     temporary = folder / ".dataset.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    Dataset.from_dict(rows, features=features).to_parquet(temporary / "train-00000-of-00001.parquet")
+    Dataset.from_dict(rows, features=features).to_parquet(
+        temporary / "train-00000-of-00001.parquet"
+    )
     os.replace(temporary, target)
     return target
 
@@ -163,12 +178,19 @@ def train(folder: Path, config: QuickstartConfig, dataset: Path) -> None:
         args=args,
         train_dataset=load_preferences(str(dataset), verbose=False),
         peft_config=LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian"),
-        data=DataConfig(dataset_name=str(dataset), cache_latents=cache, cache_text_embeddings=cache),
+        data=DataConfig(
+            dataset_name=str(dataset), cache_latents=cache, cache_text_embeddings=cache
+        ),
     )
     print("2/3 training")
-    output = trainer.train(resume_from_checkpoint="latest" if list_checkpoints(output_dir) else None)
+    output = trainer.train(
+        resume_from_checkpoint="latest" if list_checkpoints(output_dir) else None
+    )
     if output.interrupted_by is not None:
-        raise Interrupted(output.interrupted_by, f"run the same command again to go on from step {output.global_step}")
+        raise Interrupted(
+            output.interrupted_by,
+            f"run the same command again to go on from step {output.global_step}",
+        )
 
 
 class Interrupted(RuntimeError):
@@ -195,14 +217,23 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
     prompts = held_out_prompts()[: config.eval_prompts]
     count = config.eval_images
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    seeds = range(BASE_SEED + config.seed * len(repeated), BASE_SEED + (config.seed + 1) * len(repeated))
+    seeds = range(
+        BASE_SEED + config.seed * len(repeated), BASE_SEED + (config.seed + 1) * len(repeated)
+    )
     pipe = base_pipeline()
     images: dict[str, list[Image.Image]] = {}
     results: dict[str, Any] = {}
     for name in ("base", "tuned"):
         if name == "tuned":
             pipe.load_lora_weights(str(folder / "lora"))
-        images[name] = generate(pipe, repeated, seeds, batch_size=64, description=f"3/3 held-out prompts, {name}", **SAMPLING)
+        images[name] = generate(
+            pipe,
+            repeated,
+            seeds,
+            batch_size=64,
+            description=f"3/3 held-out prompts, {name}",
+            **SAMPLING,
+        )
         _require(images[name], name)
         table = attribute_table(images[name], repeated)
         correct = np.array([row["all"] for row in table], dtype=float).reshape(-1, count)
@@ -216,7 +247,11 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
     results["win_rate"] = dataclasses.asdict(win_rate(scores["base"], scores["tuned"]))
     results["prompts"], results["images_per_prompt"] = len(prompts), count
     shown = [
-        (prompts[i], images["base"][i * count : (i + 1) * count], images["tuned"][i * count : (i + 1) * count])
+        (
+            prompts[i],
+            images["base"][i * count : (i + 1) * count],
+            images["tuned"][i * count : (i + 1) * count],
+        )
         for i in range(0, len(prompts), max(1, len(prompts) // 8))
     ][:8]
     grid: Image.Image = comparison_grid(shown, cell=96, columns=2)
@@ -231,8 +266,14 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         "",
         f"held-out prompts: {results['prompts']} x {results['images_per_prompt']} images, same seeds under both models",
         f"{'':<14}{'base':>16}{'tuned':>16}",
-        f"{'all correct':<14}" + "".join(f"{m['accuracy']:>9.1%} ± {m['accuracy_standard_error']:.1%}" for m in (base, tuned)),
-        *(f"{a:<14}{base['attributes'][a]:>16.1%}{tuned['attributes'][a]:>16.1%}" for a in base["attributes"]),
+        f"{'all correct':<14}"
+        + "".join(
+            f"{m['accuracy']:>9.1%} ± {m['accuracy_standard_error']:.1%}" for m in (base, tuned)
+        ),
+        *(
+            f"{a:<14}{base['attributes'][a]:>16.1%}{tuned['attributes'][a]:>16.1%}"
+            for a in base["attributes"]
+        ),
         f"win-rate of tuned over base {wins['rate']:.1%}, 95 % interval {wins['low']:.1%} to {wins['high']:.1%} "
         f"(wins {wins['wins']:.1%}, ties {wins['ties']:.1%}, losses {wins['losses']:.1%})",
         "",

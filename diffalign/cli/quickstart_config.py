@@ -41,6 +41,9 @@ class QuickstartConfig:
             value = getattr(self, field.name)
             lowest = {"seed": 0, "images_per_prompt": 2, "eval_prompts": 2}.get(field.name, 1)
             if field.type == "int" and not lowest <= value <= limits.get(field.name, 10**9):
-                raise ConfigError(f"--{field.name}", f"expected int in [{lowest}, {limits.get(field.name, 10**9)}], got {value}")
+                raise ConfigError(
+                    f"--{field.name}",
+                    f"expected int in [{lowest}, {limits.get(field.name, 10**9)}], got {value}",
+                )
             if field.type == "float":
                 positive.check(f"--{field.name}", value)

@@ -21,42 +21,63 @@ def sample(options: argparse.Namespace) -> None:
     """
     for name, lowest in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < lowest:
-            raise ConfigError(f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}")
+            raise ConfigError(
+                f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}"
+            )
     pipe = load_pipeline(options.model)
     settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale") if getattr(options, name) is not None
+        name: getattr(options, name)
+        for name in ("num_inference_steps", "guidance_scale")
+        if getattr(options, name) is not None
     }
     settings = {**default_settings(options.model), **settings}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompt for i in range(options.num_images)]
-    sides = {"base": generate(pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings)}
+    sides = {
+        "base": generate(
+            pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings
+        )
+    }
     if options.lora:
         from ..backbones.lora import load_lora
 
         load_lora(pipe, options.lora, "tuned", "--lora")
         pipe.set_adapters("tuned", options.lora_scale)
-        sides["tuned"] = generate(pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings)
+        sides["tuned"] = generate(
+            pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings
+        )
     if options.negative_lora:
         from ..generation.guidance import NegativeGuidance, load_negative
 
         negative = load_negative(pipe, options.negative_lora)
         with NegativeGuidance(pipe, negative=negative, alpha=options.alpha, beta=options.beta):
             sides["tuned"] = generate(
-                pipe, prompts, seeds, batch_size=options.batch_size, description="negative guidance", **settings
+                pipe,
+                prompts,
+                seeds,
+                batch_size=options.batch_size,
+                description="negative guidance",
+                **settings,
             )
     make_folder(options.output_dir)
     for name, images in sides.items():
         check_any(images, name)
         for i in present(images):
             image = images[i]
-            save_image(image, options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png")
+            save_image(
+                image,
+                options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png",
+            )
     if "tuned" in sides:
         n = options.num_images
         rows = [
-            (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n]) for i, p in enumerate(options.prompt)
+            (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n])
+            for i, p in enumerate(options.prompt)
         ]
         save_image(comparison_grid(rows), options.output_dir / "comparison.png")
     for name, images in sides.items():
         if len(present(images)) < len(images):
             print(left_out(images, len(images), name))
-    print(f"wrote {sum(len(present(images)) for images in sides.values())} images to {options.output_dir}")
+    print(
+        f"wrote {sum(len(present(images)) for images in sides.values())} images to {options.output_dir}"
+    )

@@ -17,26 +17,63 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--images", required=True, help="folder of images, or a dataset: Hub id, folder or file")
+    parser.add_argument(
+        "--images", required=True, help="folder of images, or a dataset: Hub id, folder or file"
+    )
     parser.add_argument("--scorers", help="names with commas between, e.g. imagereward,pickscore")
-    parser.add_argument("--config", type=Path, help="YAML with rewards: and combine: instead of --scorers")
-    parser.add_argument("--prompts", type=Path, help="of a folder: one line per image in the order of names, or .json, .jsonl")
+    parser.add_argument(
+        "--config", type=Path, help="YAML with rewards: and combine: instead of --scorers"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="of a folder: one line per image in the order of names, or .json, .jsonl",
+    )
     parser.add_argument("--prompt", help="of a folder: one for all images")
     parser.add_argument("--split", default="train", help="of a dataset (default: train)")
-    parser.add_argument("--columns", help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'")
-    parser.add_argument("--output_dir", type=Path, default=Path("diffalign-scores"), help="default: diffalign-scores")
+    parser.add_argument(
+        "--columns",
+        help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-scores"),
+        help="default: diffalign-scores",
+    )
     parser.add_argument("--cache", type=Path, help="file that keeps scores across output folders")
-    parser.add_argument("--batch_size", type=count(), help="images per forward pass (default: the scorer's)")
-    parser.add_argument("--chunk_size", type=count(), default=256, help="images after which work is safe (default: 256)")
+    parser.add_argument(
+        "--batch_size", type=count(), help="images per forward pass (default: the scorer's)"
+    )
+    parser.add_argument(
+        "--chunk_size",
+        type=count(),
+        default=256,
+        help="images after which work is safe (default: 256)",
+    )
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", help="of the towers (default: float32, the reference)")
-    parser.add_argument("--combine", help="how scorers are combined, e.g. winrate, zscore, weighted_sum")
-    parser.add_argument("--placement", help="resident (default), offload, or exclusive: one scorer in memory at a time")
     parser.add_argument(
-        "--on_error", choices=("raise", "nan"), help="an unreadable image stops (raise, default) or is missing (nan)"
+        "--combine", help="how scorers are combined, e.g. winrate, zscore, weighted_sum"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
-    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}, mps: {threshold: 0.01}}'")
+    parser.add_argument(
+        "--placement",
+        help="resident (default), offload, or exclusive: one scorer in memory at a time",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "nan"),
+        help="an unreadable image stops (raise, default) or is missing (nan)",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow scorers of ./file.py:Class, which runs that file",
+    )
+    parser.add_argument(
+        "--scorer_args",
+        help="options by scorer, e.g. '{pickscore: {model: FOLDER}, mps: {threshold: 0.01}}'",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,7 +97,11 @@ def run(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         overrides={name: getattr(options, name) for name in ("batch_size", "dtype", "on_error")},
     )
-    config |= {name: getattr(options, name) for name in ("placement", "cache") if getattr(options, name) is not None}
+    config |= {
+        name: getattr(options, name)
+        for name in ("placement", "cache")
+        if getattr(options, name) is not None
+    }
     processes = Processes.start(options.device)
     from ..annotation.score_parts import ScoreWork, score_all
     from ..annotation.score_report import write_report
@@ -77,17 +118,27 @@ def run(options: argparse.Namespace) -> int:
         skip_broken=options.on_error == "nan",
     )
     entries: list[RewardEntry] = config["rewards"]
-    specs = [get_spec(entry.scorer, trust_remote_code=options.trust_remote_code) for entry in entries]
+    specs = [
+        get_spec(entry.scorer, trust_remote_code=options.trust_remote_code) for entry in entries
+    ]
     source.check(*([s.key for s in specs if need in s.requires] for need in ("prompt", "metadata")))
     if options.output_dir.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
-        raise UserError(f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder elsewhere")
+        raise UserError(
+            f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder elsewhere"
+        )
     (options.output_dir / "parts").mkdir(parents=True, exist_ok=True)
-    panel = Panel.from_config(config, device=processes.device, trust_remote_code=options.trust_remote_code)
+    panel = Panel.from_config(
+        config, device=processes.device, trust_remote_code=options.trust_remote_code
+    )
     work = ScoreWork(panel, source, source.chunks(options.chunk_size), options.output_dir / "parts")
     table = score_all(work, processes)
     processes.stop()
     if processes.rank == 0:
-        print(write_report(table, panel, source, options.output_dir, combine_asked="combine" in config))
+        print(
+            write_report(
+                table, panel, source, options.output_dir, combine_asked="combine" in config
+            )
+        )
     return 0
 
 

@@ -33,10 +33,15 @@ def table(names: list[str]) -> str:
         except UserError as error:
             rows.append((name, "", "", str(error)))
             continue
-        rows.append((name, "+".join(spec.requires), "yes" if spec.differentiable else "no", spec.summary))
+        rows.append(
+            (name, "+".join(spec.requires), "yes" if spec.differentiable else "no", spec.summary)
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
-        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+        "  ".join(
+            [*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]
+        ).rstrip()
+        for row in rows
     )
 
 
@@ -45,7 +50,9 @@ def card(values: dict[str, Any]) -> str:
     from ..runtime.decoding import RULE
 
     lines = [f"{field}: {_shown(value)}" for field, value in values.items()]
-    place = 1 + next((i for i, line in enumerate(lines) if line.startswith("preprocess:")), len(lines) - 1)
+    place = 1 + next(
+        (i for i, line in enumerate(lines) if line.startswith("preprocess:")), len(lines) - 1
+    )
     # Published scorers' code neither turns an image nor lays it on white.
     lines.insert(place, f"pixels: {RULE}; the same as in training")
     return "\n".join(lines)

@@ -29,53 +29,114 @@ _FREE = ("output_dir", "device", "model_batch_size", "decode_batch_size", "comma
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)")
+    parser.add_argument(
+        "--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)"
+    )
     parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
     parser.add_argument(
         "--prompts",
         help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
     )
-    parser.add_argument("--prompt", action="append", help="instead of --prompts; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", help="instead of --prompts; may be given several times"
+    )
     parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
     parser.add_argument(
-        "--num_particles", type=count(1, 65_536), default=4, help="images per prompt that steering works with (default 4)"
+        "--num_particles",
+        type=count(1, 65_536),
+        default=4,
+        help="images per prompt that steering works with (default 4)",
     )
-    parser.add_argument("--lmbda", type=not_negative, help="strength of the tilt, in units of 1/reward; this or --ess_target")
     parser.add_argument(
-        "--ess_target", type=float, help="choose lmbda such that this share of the particles stays effective, e.g. 0.5"
+        "--lmbda",
+        type=not_negative,
+        help="strength of the tilt, in units of 1/reward; this or --ess_target",
     )
-    parser.add_argument("--potential", default="diff", help="diff (default), max, sum, rt, max_inc or tempered")
+    parser.add_argument(
+        "--ess_target",
+        type=float,
+        help="choose lmbda such that this share of the particles stays effective, e.g. 0.5",
+    )
+    parser.add_argument(
+        "--potential", default="diff", help="diff (default), max, sum, rt, max_inc or tempered"
+    )
     parser.add_argument(
         "--resample_steps",
         help="with commas: fractions of the run (0.2,0.5) or indices (10,20); default five from 20 to 80 percent",
     )
-    parser.add_argument("--scheme", default="systematic", help="systematic (default), stratified, residual or multinomial")
     parser.add_argument(
-        "--ess_threshold", type=float, default=0.5, help="resample under this share of the particles; 1 is always (default 0.5)"
+        "--scheme",
+        default="systematic",
+        help="systematic (default), stratified, residual or multinomial",
+    )
+    parser.add_argument(
+        "--ess_threshold",
+        type=float,
+        default=0.5,
+        help="resample under this share of the particles; 1 is always (default 0.5)",
     )
     parser.add_argument(
         "--kernel",
         default="auto",
         help="auto (default), scheduler (the pipeline's own), ddim, ancestral or euler_maruyama (flow matching)",
     )
-    parser.add_argument("--eta", type=float, help="of the kernel, or of the pipeline's scheduler with --kernel scheduler")
-    parser.add_argument("--tiny_decoder", help="Hub id or folder of an AutoencoderTiny for intermediate images")
-    parser.add_argument("--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's; 30 for shapes)")
+    parser.add_argument(
+        "--eta",
+        type=float,
+        help="of the kernel, or of the pipeline's scheduler with --kernel scheduler",
+    )
+    parser.add_argument(
+        "--tiny_decoder", help="Hub id or folder of an AutoencoderTiny for intermediate images"
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=steps,
+        help="sampler steps (default: the pipeline's; 30 for shapes)",
+    )
     parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
     parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
     parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the first population of a prompt (default 0)")
-    parser.add_argument("--num_seeds", type=count(), default=1, help="populations per prompt (default 1)")
-    parser.add_argument("--compare", action="store_true", help="also draw best-of-n from the same noise and compare")
-    parser.add_argument("--judges", help="scorers that judge the images but do not steer, with commas between")
-    parser.add_argument("--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow scorers of ./file.py:Class, which runs that file")
-    parser.add_argument("--prompts_per_call", type=count(), help="prompts that share a pipeline call (default 1; 8 for shapes)")
-    parser.add_argument("--model_batch_size", type=count(), help="rows per forward pass of the model (default: all)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of the first population of a prompt (default 0)"
+    )
+    parser.add_argument(
+        "--num_seeds", type=count(), default=1, help="populations per prompt (default 1)"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also draw best-of-n from the same noise and compare"
+    )
+    parser.add_argument(
+        "--judges", help="scorers that judge the images but do not steer, with commas between"
+    )
+    parser.add_argument(
+        "--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'"
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow scorers of ./file.py:Class, which runs that file",
+    )
+    parser.add_argument(
+        "--prompts_per_call",
+        type=count(),
+        help="prompts that share a pipeline call (default 1; 8 for shapes)",
+    )
+    parser.add_argument(
+        "--model_batch_size", type=count(), help="rows per forward pass of the model (default: all)"
+    )
     parser.add_argument("--decode_batch_size", type=count(), help="latents per decode (default 8)")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: bfloat16 on a GPU)")
-    parser.add_argument("--output_dir", type=Path, default=Path("diffalign-steered"), help="default: diffalign-steered")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the model (default: bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-steered"),
+        help="default: diffalign-steered",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,7 +150,10 @@ def run(options: argparse.Namespace) -> int:
     steps = _check(options)
     prompts = _prompts(options)
     arguments = _scorer_arguments(options)
-    settings = {k: v for k, v in sorted(vars(options).items()) if k not in _FREE} | {"prompts": prompts, "prompt": None}
+    settings = {k: v for k, v in sorted(vars(options).items()) if k not in _FREE} | {
+        "prompts": prompts,
+        "prompt": None,
+    }
     if _claim(options.output_dir, settings):
         print(f"{options.output_dir} holds a finished run; nothing was run again")
         print((options.output_dir / "table.md").read_text("utf-8"))
@@ -124,7 +188,9 @@ def _check(options: argparse.Namespace) -> tuple[float | int, ...] | None:
         if value is not None and value < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
     if options.compare and options.num_particles < 2:
-        raise ConfigError("--num_particles", "a comparison with best-of-n needs at least 2 particles, got 1")
+        raise ConfigError(
+            "--num_particles", "a comparison with best-of-n needs at least 2 particles, got 1"
+        )
     from ..steering.kernels import check_kernel
     from ..steering.schedule import check_schedule, schedule
     from ..steering.smc import check_options
@@ -145,7 +211,10 @@ def _check(options: argparse.Namespace) -> tuple[float | int, ...] | None:
         )
         check_schedule(steps)
         if options.num_particles == 1 and steps:
-            raise ConfigError("num_particles", "1 particle cannot be resampled; give at least 2, or leave out --resample_steps")
+            raise ConfigError(
+                "num_particles",
+                "1 particle cannot be resampled; give at least 2, or leave out --resample_steps",
+            )
         if options.num_inference_steps is not None:
             schedule(steps, options.num_inference_steps)
         if options.kernel != "scheduler":
@@ -160,7 +229,8 @@ def _number(text: str) -> int | float:
         return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(
-            "--resample_steps", f"expected numbers with commas between, e.g. 0.2,0.5 or 10,20, got {text!r}"
+            "--resample_steps",
+            f"expected numbers with commas between, e.g. 0.2,0.5 or 10,20, got {text!r}",
         ) from None
 
 
@@ -186,7 +256,10 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
     """Name of each scorer, the reward first -> its options."""
     from ..rewards.registry import get_spec
 
-    names = [options.scorer, *(name.strip() for name in (options.judges or "").split(",") if name.strip())]
+    names = [
+        options.scorer,
+        *(name.strip() for name in (options.judges or "").split(",") if name.strip()),
+    ]
     try:
         given = read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
     except NotYaml:
@@ -197,9 +270,13 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
         )
     unknown = [name for name in given if name not in names]
     if unknown:
-        raise ConfigError(f"--scorer_args.{unknown[0]}", f"no such scorer here; there are {', '.join(names)}")
+        raise ConfigError(
+            f"--scorer_args.{unknown[0]}", f"no such scorer here; there are {', '.join(names)}"
+        )
     if "reward" in names[1:] or len(set(names[1:])) < len(names[1:]):
-        raise ConfigError("--judges", f"expected different names, none of them 'reward', got {options.judges!r}")
+        raise ConfigError(
+            "--judges", f"expected different names, none of them 'reward', got {options.judges!r}"
+        )
     for name in names:
         if "metadata" in get_spec(name, trust_remote_code=options.trust_remote_code).requires:
             raise UserError(
@@ -228,7 +305,9 @@ class _Work:
     call: dict[str, Any]
 
     @classmethod
-    def load(cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]) -> _Work:
+    def load(
+        cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]
+    ) -> _Work:
         from ..evaluation.best_of_n import read_judges
         from ..generation.pipelines import default_settings, load_for_scoring
         from ..rewards.registry import load_scorer
@@ -240,7 +319,11 @@ class _Work:
             load_scorer(name, device=device, trust_remote_code=options.trust_remote_code, **given)
             for name, given in arguments.items()
         ]
-        pipe = load_for_scoring(options.model, device=device, dtype=None if options.dtype is None else read_dtype(options.dtype))
+        pipe = load_for_scoring(
+            options.model,
+            device=device,
+            dtype=None if options.dtype is None else read_dtype(options.dtype),
+        )
         pipe.set_progress_bar_config(disable=True)
         decoder = None
         if options.tiny_decoder:
@@ -262,13 +345,21 @@ class _Work:
             model_batch_size=options.model_batch_size,
             decode_batch_size=options.decode_batch_size,
         )
-        call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+        call = {
+            name: getattr(options, name)
+            for name in ("num_inference_steps", "guidance_scale", "height", "width")
+        }
         call = {name: value for name, value in call.items() if value is not None} | (
             {"eta": options.eta} if own and options.eta is not None else {}
         )
         if options.model == "shapes":
             call = {**default_settings("shapes"), "num_inference_steps": 30, **call}
-        return cls(options, steering, read_judges(dict(zip(list(arguments)[1:], scorers[1:], strict=True))), call)
+        return cls(
+            options,
+            steering,
+            read_judges(dict(zip(list(arguments)[1:], scorers[1:], strict=True))),
+            call,
+        )
 
     def do(self, units: list[tuple[int, int]], prompts: list[str], path: Path) -> None:
         """One call of steering (and of best-of-n) for some (prompt, seed) units: files first, the record last."""
@@ -281,7 +372,9 @@ class _Work:
         sides = {"best_of_n": self.steering.best_of_n()} if self.options.compare else {}
         for arm, sampler in {**sides, "steering": self.steering}.items():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # said once, at the end, for all prompts
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # said once, at the end, for all prompts
                 result = sampler(texts, seed=seeds, **self.call)
             judged = judge(result, self.judges)
             record["arms"][arm] = _arm_record(result, judged)
@@ -315,7 +408,9 @@ def _tiny_decoder(name: str, dtype: Any) -> Any:
     except UserError:
         raise
     except loading_errors() as error:
-        raise UserError(f"--tiny_decoder: {name!r} holds no AutoencoderTiny ({explained(error)[:200]})") from error
+        raise UserError(
+            f"--tiny_decoder: {name!r} holds no AutoencoderTiny ({explained(error)[:200]})"
+        ) from error
     check_filled(module, "--tiny_decoder", repr(name))
     return module
 
@@ -341,7 +436,12 @@ def _arm_record(result: SteeringResult, judged: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _report(options: argparse.Namespace, settings: dict[str, Any], prompts: list[str], records: list[dict[str, Any]]) -> str:
+def _report(
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    prompts: list[str],
+    records: list[dict[str, Any]],
+) -> str:
     """Writes the overall files; returns what the command prints."""
     from ..runtime.files import write_atomically
     from ..runtime.versions import versions
@@ -355,9 +455,17 @@ def _report(options: argparse.Namespace, settings: dict[str, Any], prompts: list
         table = _plain_table(comparison)
         save_image(_particle_grid(options, comparison), folder / "grid.png")
     steered = [record["arms"]["steering"] for record in records]
-    collapsed = int((comparison.arms["steering"].roots == 1).sum()) if options.num_particles > 1 else 0
+    collapsed = (
+        int((comparison.arms["steering"].roots == 1).sum()) if options.num_particles > 1 else 0
+    )
     total = comparison.arms["steering"].roots.size
-    said = [f"{collapsed} of {total} populations descend from one initial noise; lower --lmbda to keep more"] if collapsed else []
+    said = (
+        [
+            f"{collapsed} of {total} populations descend from one initial noise; lower --lmbda to keep more"
+        ]
+        if collapsed
+        else []
+    )
     missing = sum(arm["nan_count"] for arm in steered)
     said += [f"{missing} rewards were NaN and counted as minus infinity"] if missing else []
     results = {
@@ -365,21 +473,41 @@ def _report(options: argparse.Namespace, settings: dict[str, Any], prompts: list
         "versions": versions(),
         "kernel": steered[0]["kernel"] or "scheduler",
         "populations": [
-            {**unit, "text": prompts[unit["prompt"]], **{arm: _unit(values, row) for arm, values in record["arms"].items()}}
+            {
+                **unit,
+                "text": prompts[unit["prompt"]],
+                **{arm: _unit(values, row) for arm, values in record["arms"].items()},
+            }
             for record in records
             for row, unit in enumerate(record["units"])
         ],
-        "totals": comparison.to_dict() if options.compare else {"seconds": comparison.arms["steering"].seconds},
+        "totals": comparison.to_dict()
+        if options.compare
+        else {"seconds": comparison.arms["steering"].seconds},
         "warnings": said,
     }
     write_atomically(folder / "table.md", (table + "\n").encode())
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=True).encode())
-    return "\n".join([table, *said, f"wrote {folder}: images/, lineage/, grid.png, table.md, results.json"])
+    write_atomically(
+        folder / "results.json", json.dumps(results, indent=1, allow_nan=True).encode()
+    )
+    return "\n".join(
+        [table, *said, f"wrote {folder}: images/, lineage/, grid.png, table.md, results.json"]
+    )
 
 
 def _unit(values: dict[str, Any], row: int) -> dict[str, Any]:
     """The entries of one population."""
-    kept = ("rewards", "log_weights", "log_z", "lmbda", "roots", "best", "ess", "ancestors", "degenerate")
+    kept = (
+        "rewards",
+        "log_weights",
+        "log_z",
+        "lmbda",
+        "roots",
+        "best",
+        "ess",
+        "ancestors",
+        "degenerate",
+    )
     found = {name: values[name][row] for name in kept} | {"scored_steps": values["scored_steps"]}
     return found | {"judges": {name: scores[row] for name, scores in values["judges"].items()}}
 
@@ -389,7 +517,9 @@ def _save(image: Any, path: Path) -> None:
         save_image(image, path)
 
 
-def _comparison(options: argparse.Namespace, prompts: list[str], records: list[dict[str, Any]]) -> BestOfNComparison:
+def _comparison(
+    options: argparse.Namespace, prompts: list[str], records: list[dict[str, Any]]
+) -> BestOfNComparison:
     """The records as arrays over prompts and seeds; without --compare, of steering alone."""
     import numpy as np
     from PIL import Image
@@ -408,29 +538,40 @@ def _comparison(options: argparse.Namespace, prompts: list[str], records: list[d
             for row, unit in enumerate(record["units"]):
                 at = (unit["prompt"], unit["seed"])
                 for name in names:
-                    scores[name][at] = values["rewards"][row] if name == REWARD else values["judges"][name][row]
+                    scores[name][at] = (
+                        values["rewards"][row] if name == REWARD else values["judges"][name][row]
+                    )
                 weights[at] = np.exp(values["log_weights"][row])
                 roots[at], low[at] = len(set(values["roots"][row])), min(values["ess"][row])
                 end = "best_of_n" if arm == "best_of_n" else f"particle{values['best'][row]}"
-                files[at[0]][at[1]] = options.output_dir / "images" / f"{at[0]:04d}-seed{at[1]}-{end}.png"
+                files[at[0]][at[1]] = (
+                    options.output_dir / "images" / f"{at[0]:04d}-seed{at[1]}-{end}.png"
+                )
         shown = [[Image.open(file) for file in row[:4]] for row in files[:24]]
         totals = {
             key: sum(record["arms"][arm]["counts"][key] for record in records)
             for key in ("model_rows", "decodes", "scored_images", "reward_calls")
         }
         seconds = sum(record["arms"][arm]["seconds"]["total"] for record in records)
-        arms[arm] = ArmScores(scores, weights, roots, low, best_images=shown, **totals, seconds=seconds)
+        arms[arm] = ArmScores(
+            scores, weights, roots, low, best_images=shown, **totals, seconds=seconds
+        )
     return BestOfNComparison(prompts, list(range(options.num_seeds)), options.num_particles, arms)
 
 
 def _plain_table(comparison: BestOfNComparison) -> str:
     arm = comparison.arms["steering"]
-    lines = ["| prompt | best reward | weighted mean | smallest ESS | roots |", "|---|---|---|---|---|"]
+    lines = [
+        "| prompt | best reward | weighted mean | smallest ESS | roots |",
+        "|---|---|---|---|---|",
+    ]
     values = [arm.best("reward"), arm.weighted("reward"), arm.min_ess, arm.roots]
     for i, prompt in enumerate(comparison.prompts):
         best, mean, low, roots = (float(value[i].mean()) for value in values)
         short = prompt if len(prompt) <= 70 else prompt[:67] + "..."
-        lines.append(f"| {short.replace('|', '/')} | {best:.4g} | {mean:.4g} | {low:.2f} | {roots:.2g} |")
+        lines.append(
+            f"| {short.replace('|', '/')} | {best:.4g} | {mean:.4g} | {low:.2f} | {roots:.2g} |"
+        )
     return "\n".join(lines)
 
 
@@ -445,7 +586,8 @@ def _particle_grid(options: argparse.Namespace, comparison: BestOfNComparison) -
     rows = []
     for i, prompt in enumerate(comparison.prompts[:24]):
         images = [
-            Image.open(options.output_dir / "images" / f"{i:04d}-seed0-particle{k}.png") for k in range(options.num_particles)
+            Image.open(options.output_dir / "images" / f"{i:04d}-seed0-particle{k}.png")
+            for k in range(options.num_particles)
         ]
         rows.append((prompt, images, int(np.nan_to_num(rewards[i, 0], nan=-np.inf).argmax())))
     return framed_grid(rows)

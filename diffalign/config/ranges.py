@@ -53,8 +53,16 @@ class Range:
         name = self.kind.__name__
         high = f"{self.high:.0f}" if self.kind is int else f"{self.high:g}"
         if self.capped:
-            words = f"finite {name}" if self.low == -self.high else f"{name} {'>' if self.above else '>='} {self.low:g}"
-            too_large = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) > self.high
+            words = (
+                f"finite {name}"
+                if self.low == -self.high
+                else f"{name} {'>' if self.above else '>='} {self.low:g}"
+            )
+            too_large = (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and abs(value) > self.high
+            )
             return f"{words} and <= {high}" if too_large else words
         return f"{name} in {'(' if self.above else '['}{self.low:g}, {high}{')' if self.below else ']'}"
 
@@ -78,7 +86,9 @@ class Range:
         try:
             value = int(text) if self.kind is int else float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {self.expected()}, got {shown(text)}") from None
+            raise argparse.ArgumentTypeError(
+                f"expected {self.expected()}, got {shown(text)}"
+            ) from None
         if not self.holds(value):
             raise argparse.ArgumentTypeError(f"expected {self.expected(value)}, got {shown(value)}")
         return value

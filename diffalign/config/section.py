@@ -57,8 +57,13 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     if origin is list and isinstance(value, (list, tuple)):
         return [coerce(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {coerce(k, arguments[0], path): coerce(v, arguments[1], f"{path}.{_key(k)}") for k, v in value.items()}
-    if annotation is bool and isinstance(value, str) and value.lower() in _SWITCHES:  # YAML 1.1's words for true and false
+        return {
+            coerce(k, arguments[0], path): coerce(v, arguments[1], f"{path}.{_key(k)}")
+            for k, v in value.items()
+        }
+    if (
+        annotation is bool and isinstance(value, str) and value.lower() in _SWITCHES
+    ):  # YAML 1.1's words for true and false
         return _SWITCHES[value.lower()]
     if annotation in (int, float):
         number = None if isinstance(value, bool) else _number(value, annotation)
@@ -89,13 +94,21 @@ def _number(value: Any, kind: type) -> int | float | None:
         return value
     number = as_float(value)
     if kind is int and number is not None:
-        return int(number) if math.isfinite(number) and number.is_integer() and abs(number) < 2**53 else None
+        return (
+            int(number)
+            if math.isfinite(number) and number.is_integer() and abs(number) < 2**53
+            else None
+        )
     return number
 
 
 def _wrong_type(value: Any, annotation: Any, path: str) -> ConfigError:
     # A name such as 2026 or true is a number or a boolean to YAML.
-    quotes = "; write it in quotes" if annotation is str and isinstance(value, (bool, int, float)) else ""
+    quotes = (
+        "; write it in quotes"
+        if annotation is str and isinstance(value, (bool, int, float))
+        else ""
+    )
     return ConfigError(path, f"expected {_type_name(annotation)}, got {shown(value)}{quotes}")
 
 
@@ -117,7 +130,8 @@ def build_section(cls: type[S], values: Any, path: str) -> S:
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"{path}.{_key(key)}", f"unknown key{suggestion(_key(key), known)}; {path} takes {', '.join(known)}"
+                f"{path}.{_key(key)}",
+                f"unknown key{suggestion(_key(key), known)}; {path} takes {', '.join(known)}",
             )
     converted = {key: coerce(value, hints[key], f"{path}.{key}") for key, value in values.items()}
     try:
@@ -135,8 +149,14 @@ def field_docs(cls: type) -> dict[str, str]:
         body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
-            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            if documented and isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            documented = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
+            if (
+                documented
+                and isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+            ):
                 docs[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[union-attr]
     return docs
 

@@ -58,13 +58,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"])
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -99,7 +107,9 @@ def read_yaml_text(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise NotYaml(f"{where}: is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
-        raise UserError(f"{where}: a value cannot be read ({' '.join(str(error).split())[:100]}); write it in quotes") from None
+        raise UserError(
+            f"{where}: a value cannot be read ({' '.join(str(error).split())[:100]}); write it in quotes"
+        ) from None
 
 
 def _check_nodes(root: Any) -> None:
@@ -144,14 +154,18 @@ def read_yaml_file(path: str | Path, option: str) -> Any:
         if not Path(path).is_file():
             raise UserError(f"{option}: there is no file {name}")
         if os.path.getsize(path) > _LARGEST_FILE:
-            raise UserError(f"{option}: {name} is larger than {_LARGEST_FILE >> 20} MiB; that is no run file")
+            raise UserError(
+                f"{option}: {name} is larger than {_LARGEST_FILE >> 20} MiB; that is no run file"
+            )
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{option}: {name} is not UTF-8 text; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{option}: {name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"{option}: {name} cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     return read_yaml_text(text, f"{option}: {path}")
 
 

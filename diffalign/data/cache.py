@@ -47,7 +47,9 @@ class TensorCache:
                 with safe_open(path, "pt") as file:
                     names = list(file.keys())
             except Exception as error:  # safetensors raises its own type for damage
-                raise UserError(f"cache file {path} is damaged ({error}); delete it and run again") from error
+                raise UserError(
+                    f"cache file {path} is damaged ({error}); delete it and run again"
+                ) from error
             for name in names:
                 key, _, field = name.rpartition(_SEPARATOR)
                 self._index.setdefault(key, (path, []))[1].append(field)
@@ -71,14 +73,19 @@ class TensorCache:
         if path not in self._files:
             self._files[path] = safe_open(path, "pt").__enter__()
         # Copies: tensors of a mapped file may lie where a CPU rounds otherwise.
-        return {field: self._files[path].get_tensor(f"{key}{_SEPARATOR}{field}").clone() for field in fields}
+        return {
+            field: self._files[path].get_tensor(f"{key}{_SEPARATOR}{field}").clone()
+            for field in fields
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # Data-loader workers open the files themselves: a mapping must not cross a process boundary.
         return {**self.__dict__, "_files": {}}
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
-        self._pending[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._pending[key] = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+        }
         if len(self._pending) >= self.shard_entries:
             self.flush()
 
@@ -89,7 +96,14 @@ class TensorCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.folder, _DEAD_AFTER)
         path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
-        save_tensors({f"{k}{_SEPARATOR}{n}": t.clone() for k, entry in self._pending.items() for n, t in entry.items()}, path)
+        save_tensors(
+            {
+                f"{k}{_SEPARATOR}{n}": t.clone()
+                for k, entry in self._pending.items()
+                for n, t in entry.items()
+            },
+            path,
+        )
         for key, entry in self._pending.items():
             self._index[key] = (path, list(entry))
         self._pending = {}

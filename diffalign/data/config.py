@@ -111,10 +111,16 @@ class DataConfig:
         _choice("verify_images", self.verify_images, VERIFY_IMAGES)
         _choice("mismatch", self.mismatch, MISMATCH)
         if not 0 <= self.max_broken_fraction <= 1:
-            raise ConfigError("max_broken_fraction", f"expected a share from 0 to 1, got {shown(self.max_broken_fraction)}")
+            raise ConfigError(
+                "max_broken_fraction",
+                f"expected a share from 0 to 1, got {shown(self.max_broken_fraction)}",
+            )
         if self.resolution is not None and not 0 < self.resolution <= side.high:
             limit = f" and at most {side.high:g}" if self.resolution > 0 else ""
-            raise ConfigError("resolution", f"expected a number of pixels above 0{limit}, got {shown(self.resolution)}")
+            raise ConfigError(
+                "resolution",
+                f"expected a number of pixels above 0{limit}, got {shown(self.resolution)}",
+            )
         if not 0 <= self.num_workers <= 512:
             raise ConfigError(
                 "num_workers",
@@ -123,7 +129,10 @@ class DataConfig:
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
             if self.resolution is not None:
-                raise ConfigError("aspect_ratio_buckets", "give either resolution or aspect_ratio_buckets, not both")
+                raise ConfigError(
+                    "aspect_ratio_buckets",
+                    "give either resolution or aspect_ratio_buckets, not both",
+                )
 
 
 def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[int, int]]:
@@ -136,7 +145,10 @@ def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[
     for pair in text.strip().strip(";").split(";"):
         match = re.fullmatch(r"\s*([1-9][0-9]{0,4})\s*,\s*([1-9][0-9]{0,4})\s*", pair)
         if match is None:
-            raise ConfigError(field, f'expected height,width pairs such as "512,512;640,384", got {shown(pair)} in {shown(text)}')
+            raise ConfigError(
+                field,
+                f'expected height,width pairs such as "512,512;640,384", got {shown(pair)} in {shown(text)}',
+            )
         bucket = (int(match[1]), int(match[2]))
         if bucket in buckets:
             raise ConfigError(field, f"the size {bucket[0]},{bucket[1]} stands twice in {text!r}")
@@ -153,8 +165,12 @@ def read_columns(text: str | None) -> dict[str, str] | None:
     columns = read_yaml_text(text, "--columns") if text else None
     if columns is None:
         return None
-    if not isinstance(columns, dict) or not all(isinstance(part, str) for pair in columns.items() for part in pair):
-        raise UserError(f"--columns: expected a mapping such as '{{prompt: text}}', got {shown(text)}")
+    if not isinstance(columns, dict) or not all(
+        isinstance(part, str) for pair in columns.items() for part in pair
+    ):
+        raise UserError(
+            f"--columns: expected a mapping such as '{{prompt: text}}', got {shown(text)}"
+        )
     return columns
 
 

@@ -107,7 +107,10 @@ class LoadReport:
 
     def summary(self) -> str:
         """One paragraph for the terminal and the model card."""
-        columns = ", ".join(role if role == column else f"{role} = {column}" for role, column in self.mapping.items())
+        columns = ", ".join(
+            role if role == column else f"{role} = {column}"
+            for role, column in self.mapping.items()
+        )
         text = f"dataset {self.source}: layout {self.layout} ({columns}), kind {self.kind}; {self.kept} of {self.rows} rows used"
         if self.ties:
             text += f"; {self.ties} ties {'kept with weight 0' if self.ties_kept else 'dropped'}"
@@ -161,7 +164,9 @@ class LoadReport:
         if self.rows == 0:
             raise UserError(f"dataset {self.source}: has no rows")
         if self.kept == 0 and self.ties == self.rows:
-            raise UserError(f"dataset {self.source}: all {self.rows} rows are ties; nothing is left to learn from")
+            raise UserError(
+                f"dataset {self.source}: all {self.rows} rows are ties; nothing is left to learn from"
+            )
         if self.kept == 0:
             raise UserError(
                 f"dataset {self.source}: none of its {self.rows} rows can be used ({self.ties} ties, {self.unlabelled} without "
@@ -169,7 +174,9 @@ class LoadReport:
             )
 
 
-def build_group(layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, Any], places: ImagePlaces) -> Group:
+def build_group(
+    layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, Any], places: ImagePlaces
+) -> Group:
     """The group of a judged row.
 
     Args:
@@ -182,7 +189,9 @@ def build_group(layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, 
     if "images" in cells:
         found = cells["images"] or []
         if len(found) != len(verdict.prompts):
-            raise image_cells.BrokenImage(f"has {len(found)} images and {len(verdict.prompts)} scores")
+            raise image_cells.BrokenImage(
+                f"has {len(found)} images and {len(verdict.prompts)} scores"
+            )
     images = [image_cells.resolve(cell, places) for cell in found]
     return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight)
 
@@ -215,7 +224,12 @@ class PreferenceDataset:
     """
 
     def __init__(
-        self, dataset: Any, layout: Layout, report: LoadReport, row_ids: np.ndarray | None, places: ImagePlaces = NO_FOLDERS
+        self,
+        dataset: Any,
+        layout: Layout,
+        report: LoadReport,
+        row_ids: np.ndarray | None,
+        places: ImagePlaces = NO_FOLDERS,
     ) -> None:
         self.dataset, self.layout, self.report, self.places = dataset, layout, report, places
         self.row_ids = row_ids
@@ -231,7 +245,9 @@ class PreferenceDataset:
     def _tables(self) -> Any:
         """The needed columns as Arrow: undecoded, whatever their feature types say."""
         if "_arrow" not in self.__dict__:
-            self._arrow = self.dataset.select_columns(list(dict.fromkeys(self._columns.values()))).with_format("arrow")
+            self._arrow = self.dataset.select_columns(
+                list(dict.fromkeys(self._columns.values()))
+            ).with_format("arrow")
         return self._arrow
 
     def _derived(self) -> PreferenceDataset:
@@ -329,14 +345,27 @@ class PreferenceDataset:
             return None
         wanted, start, found = set(self.row_ids.tolist()), 0, []
         light = self.layout.light_columns
-        tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format("arrow")
+        tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format(
+            "arrow"
+        )
         for table in tables.iter(batch_size=1024):
             columns = {role: table[column].to_pylist() for role, column in light.items()}
             for offset in range(len(table)):
                 if start + offset in wanted:
-                    verdict = judge(self.layout, {role: values[offset] for role, values in columns.items()})
-                    group = Group(start + offset, verdict.prompts, [None] * len(verdict.prompts), verdict.scores)
-                    found += [score for score in self._viewed(group).scores or () if score is not None and not math.isnan(score)]
+                    verdict = judge(
+                        self.layout, {role: values[offset] for role, values in columns.items()}
+                    )
+                    group = Group(
+                        start + offset,
+                        verdict.prompts,
+                        [None] * len(verdict.prompts),
+                        verdict.scores,
+                    )
+                    found += [
+                        score
+                        for score in self._viewed(group).scores or ()
+                        if score is not None and not math.isnan(score)
+                    ]
             start += len(table)
         return (min(found), max(found)) if found else None
 
@@ -371,14 +400,23 @@ class PreferenceDataset:
 
     def _compute_fingerprint(self) -> str:
         assert self.row_ids is not None
-        digest = hashlib.sha256(repr([self.layout.name, sorted(self.layout.mapping.items()), self.kind]).encode())
+        digest = hashlib.sha256(
+            repr([self.layout.name, sorted(self.layout.mapping.items()), self.kind]).encode()
+        )
         wanted = set(self.row_ids.tolist())
         start = 0
         for table in self._tables().iter(batch_size=256):
             for offset in range(len(table)):
                 if start + offset in wanted:
-                    group = self._group(start + offset, {r: lazy_cell(table[c][offset]) for r, c in self._columns.items()})
-                    digest.update(json.dumps([group.row_id, group.prompts, group.scores, group.weight]).encode())
+                    group = self._group(
+                        start + offset,
+                        {r: lazy_cell(table[c][offset]) for r, c in self._columns.items()},
+                    )
+                    digest.update(
+                        json.dumps(
+                            [group.row_id, group.prompts, group.scores, group.weight]
+                        ).encode()
+                    )
                     for image in group.images:
                         digest.update(image_cells.sampled_digest(image))
             start += len(table)
@@ -386,7 +424,9 @@ class PreferenceDataset:
 
 
 def _best(group: Group) -> int:
-    return 0 if group.scores is None else max(range(len(group.scores)), key=group.scores.__getitem__)
+    return (
+        0 if group.scores is None else max(range(len(group.scores)), key=group.scores.__getitem__)
+    )
 
 
 def _pick(group: Group, picked: list[int]) -> Group:

@@ -75,7 +75,9 @@ def resolve(cell: Any, places: ImagePlaces) -> Any:
     if decoding.is_array(path):
         return decoding.from_array(path)
     if not isinstance(path, (str, Path)):
-        raise BrokenImage(f"its image is {_described(path)}; expected a path, encoded bytes, a PIL image or an array")
+        raise BrokenImage(
+            f"its image is {_described(path)}; expected a path, encoded bytes, a PIL image or an array"
+        )
     return _resolved_path(str(path), places)
 
 
@@ -109,7 +111,11 @@ def _candidates(path: str, places: ImagePlaces) -> list[Path]:
     candidates = []
     for spelling in spellings:
         written = Path(spelling)
-        candidates += [written] if written.is_absolute() else [*(folder / written for folder in places.folders), written]
+        candidates += (
+            [written]
+            if written.is_absolute()
+            else [*(folder / written for folder in places.folders), written]
+        )
     return candidates
 
 
@@ -128,7 +134,11 @@ def _download_folders() -> list[Path]:
     from huggingface_hub import constants
 
     config = datasets.config
-    return [Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH), Path(constants.HF_HUB_CACHE)]
+    return [
+        Path(config.HF_DATASETS_CACHE),
+        Path(config.DOWNLOADED_DATASETS_PATH),
+        Path(constants.HF_HUB_CACHE),
+    ]
 
 
 def _resolved_address(path: str, places: ImagePlaces) -> str:
@@ -145,7 +155,9 @@ def _resolved_address(path: str, places: ImagePlaces) -> str:
             f"its image is the web address {path[:100]!r}, which is not fetched; download the images first, or set "
             "data.allow_remote_images: true"
         )
-    raise BrokenImage(f"its image is the address {path[:100]!r}, which is not opened; download the images and give their paths")
+    raise BrokenImage(
+        f"its image is the address {path[:100]!r}, which is not opened; download the images and give their paths"
+    )
 
 
 def raw_bytes(image: Any) -> bytes:

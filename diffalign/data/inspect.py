@@ -18,7 +18,9 @@ from diffalign.runtime.files import make_folder, replacing_folder, save_image
 _LISTED = 20  # row ids per finding
 _SHOW_PROGRESS_FROM = 2000  # rows
 _ASPECTS = {"1:2": 0.5, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 0.75, "4:5": 0.8, "1:1": 1.0}
-_ASPECTS |= {":".join(reversed(name.split(":"))): 1 / value for name, value in _ASPECTS.items() if value < 1}
+_ASPECTS |= {
+    ":".join(reversed(name.split(":"))): 1 / value for name, value in _ASPECTS.items() if value < 1
+}
 
 
 class _Findings:
@@ -52,7 +54,14 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
     sizes, aspects, formats = Counter[str](), Counter[str](), Counter[str]()
     prompts = Counter[str]()
     seen_groups, seen_images = set[tuple[Any, ...]](), set[bytes]()
-    names = ("duplicate_groups", "duplicate_images", "identical_images", "size_mismatches", "aspect_mismatches", "unreadable")
+    names = (
+        "duplicate_groups",
+        "duplicate_images",
+        "identical_images",
+        "size_mismatches",
+        "aspect_mismatches",
+        "unreadable",
+    )
     findings = {name: _Findings() for name in names}
     images = 0
     reasons: list[str] = []
@@ -106,13 +115,17 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
     }
 
 
-def _readable(dataset: PreferenceDataset, unreadable: _Findings, reasons: list[str]) -> Iterator[Group]:
+def _readable(
+    dataset: PreferenceDataset, unreadable: _Findings, reasons: list[str]
+) -> Iterator[Group]:
     """The dataset's groups; one whose image files are gone is a finding, not the end."""
     if dataset.row_ids is None:
         yield from dataset
         return
     row_ids = dataset.row_ids.tolist()
-    for index, row_id in enumerate(tqdm(row_ids, desc="reading", unit="row", disable=len(row_ids) < _SHOW_PROGRESS_FROM)):
+    for index, row_id in enumerate(
+        tqdm(row_ids, desc="reading", unit="row", disable=len(row_ids) < _SHOW_PROGRESS_FROM)
+    ):
         try:
             group = dataset[index]
         except UserError as error:
@@ -145,7 +158,9 @@ def format_inspection(result: dict[str, Any]) -> str:
 
     def finding(name: str) -> str:
         found = result[name]
-        rows = ", ".join(map(str, found["rows"])) + (", ..." if found["count"] > len(found["rows"]) else "")
+        rows = ", ".join(map(str, found["rows"])) + (
+            ", ..." if found["count"] > len(found["rows"]) else ""
+        )
         return f"{found['count']} (rows {rows})" if found["count"] else "0"
 
     def spread(name: str) -> str:
@@ -174,7 +189,8 @@ def format_inspection(result: dict[str, Any]) -> str:
         "equal images in a group": finding("identical_images"),
         "unequal sizes in a group": finding("size_mismatches"),
         f"aspects over {ASPECT_TOLERANCE:.0%} apart": finding("aspect_mismatches"),
-        "unreadable": finding("unreadable") + ("" if result["decoded"] else " (headers only; --verify_images full decodes)"),
+        "unreadable": finding("unreadable")
+        + ("" if result["decoded"] else " (headers only; --verify_images full decodes)"),
         "fingerprint": result["fingerprint"] or "none while images are unreadable",
     }
     text = [f"{name:<24} {value}" for name, value in lines.items()]
@@ -206,17 +222,29 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
         raise UserError(f"--picture: dataset {dataset.report.source} has no images to show")
     images = group.open_images()
     order = sorted(range(len(images)), key=lambda i: -group.scores[i] if group.scores else 0.0)
-    names = ["chosen", "rejected"] if dataset.kind == "pair" and group.scores is None else ["image"] * len(images)
+    names = (
+        ["chosen", "rejected"]
+        if dataset.kind == "pair" and group.scores is None
+        else ["image"] * len(images)
+    )
     if group.weight == 0:
         names = ["tie"] * len(images)
-    sign = -1.0 if dataset.score_name == "rank" else 1.0  # ranks are kept negated, so that higher is better
+    sign = (
+        -1.0 if dataset.score_name == "rank" else 1.0
+    )  # ranks are kept negated, so that higher is better
     picture = Image.new("RGB", (len(images) * (side + 8) + 8, side + 56), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((8, 6), f"row {group.row_id}: {group.prompts[order[0]][: 40 * len(images)]}", fill="black")
+    draw.text(
+        (8, 6), f"row {group.row_id}: {group.prompts[order[0]][: 40 * len(images)]}", fill="black"
+    )
     for place, i in enumerate(order):
         left = 8 + place * (side + 8)
         picture.paste(ImageOps.pad(images[i], (side, side), color="lightgray"), (left, 24))
-        label = f"{place + 1}: {dataset.score_name} {sign * group.scores[i]:g}" if group.scores else names[i]
+        label = (
+            f"{place + 1}: {dataset.score_name} {sign * group.scores[i]:g}"
+            if group.scores
+            else names[i]
+        )
         draw.text((left, side + 32), label, fill="black")
     target = Path(file).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +252,13 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
     return target
 
 
-def convert(dataset: PreferenceDataset, output_dir: str | Path, *, kind: str | None = None, shard_rows: int = 1000) -> Path:
+def convert(
+    dataset: PreferenceDataset,
+    output_dir: str | Path,
+    *,
+    kind: str | None = None,
+    shard_rows: int = 1000,
+) -> Path:
     """Writes the groups as canonical parquet, images embedded as they are: `train-00000-of-0000N.parquet`.
 
     Read back by `datasets.load_dataset(output_dir)` and `load_preferences(output_dir)`. The folder appears only when it is
@@ -241,13 +275,19 @@ def convert(dataset: PreferenceDataset, output_dir: str | Path, *, kind: str | N
     """
     output = Path(output_dir).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one")
+        raise UserError(
+            f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one"
+        )
     if kind is not None:
         dataset = dataset.as_kind(kind)
-    return write_canonical((canonical_row(group, dataset) for group in dataset), output, shard_rows=shard_rows)
+    return write_canonical(
+        (canonical_row(group, dataset) for group in dataset), output, shard_rows=shard_rows
+    )
 
 
-def write_canonical(rows: Iterable[dict[str, Any]], output: Path, *, shard_rows: int = 1000, replace: bool = False) -> Path:
+def write_canonical(
+    rows: Iterable[dict[str, Any]], output: Path, *, shard_rows: int = 1000, replace: bool = False
+) -> Path:
     """Rows of canonical columns as parquet shards in a folder that appears only when it is complete.
 
     Args:
@@ -257,7 +297,9 @@ def write_canonical(rows: Iterable[dict[str, Any]], output: Path, *, shard_rows:
     """
     make_folder(output.parent)
     if output.exists() and not replace and any(output.iterdir()):
-        raise UserError(f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one")
+        raise UserError(
+            f"output_dir: {str(output)!r} exists and is not an empty folder; choose another one"
+        )
     with replacing_folder(output) as partial:
         shards: list[Path] = []
         for number, chunk in enumerate(_chunks(rows, shard_rows)):
@@ -309,9 +351,16 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     import datasets
     import pyarrow.parquet
 
-    types: dict[str, Any] = {name: datasets.Value("string") for name in ("prompt", "chosen_prompt", "rejected_prompt")}
-    types |= {name: datasets.Image() for name in ("chosen", "rejected", "image")} | {"images": datasets.List(datasets.Image())}
-    types |= {"scores": datasets.List(datasets.Value("float64")), "weight": datasets.Value("float64")}
+    types: dict[str, Any] = {
+        name: datasets.Value("string") for name in ("prompt", "chosen_prompt", "rejected_prompt")
+    }
+    types |= {name: datasets.Image() for name in ("chosen", "rejected", "image")} | {
+        "images": datasets.List(datasets.Image())
+    }
+    types |= {
+        "scores": datasets.List(datasets.Value("float64")),
+        "weight": datasets.Value("float64"),
+    }
     features = datasets.Features({name: types[name] for name in rows[0]})
     table = datasets.Dataset.from_list(rows, features=features)
     # small row groups: one row can then be read from a large file without its neighbours' images

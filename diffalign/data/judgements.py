@@ -49,39 +49,62 @@ def judge(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
     if weight is None or weight < 0:
         return Verdict("broken", f"weight is {cells['weight']!r}, expected a number of at least 0")
     if layout.name in ("dcpo", "pickapic"):
-        return _judge_labels(cells, weight, ("caption_0", "caption_1") if layout.name == "dcpo" else ("prompt", "prompt"))
+        return _judge_labels(
+            cells,
+            weight,
+            ("caption_0", "caption_1") if layout.name == "dcpo" else ("prompt", "prompt"),
+        )
     if layout.name == "genai_bench":
         return _judge_vote(cells)
     if layout.name == "rapidata":
         return _judge_two_scores(cells)
     if layout.kind == "pair":
-        roles = ("chosen_prompt", "rejected_prompt") if layout.name == "canonical_two_prompts" else ("prompt", "prompt")
-        return _with_prompts(cells, roles, Verdict("keep", image_roles=("chosen", "rejected"), weight=weight))
+        roles = (
+            ("chosen_prompt", "rejected_prompt")
+            if layout.name == "canonical_two_prompts"
+            else ("prompt", "prompt")
+        )
+        return _with_prompts(
+            cells, roles, Verdict("keep", image_roles=("chosen", "rejected"), weight=weight)
+        )
     if layout.kind == "ranked":
         return _judge_scores(cells, weight)
     image_roles = ("image",) if layout.kind == "single" else ()
-    return _with_prompts(cells, ("prompt",), Verdict("keep", image_roles=image_roles, weight=weight))
+    return _with_prompts(
+        cells, ("prompt",), Verdict("keep", image_roles=image_roles, weight=weight)
+    )
 
 
-def _judge_labels(cells: Mapping[str, Any], weight: float, prompt_roles: tuple[str, str]) -> Verdict:
+def _judge_labels(
+    cells: Mapping[str, Any], weight: float, prompt_roles: tuple[str, str]
+) -> Verdict:
     """Pick-a-Pic: `label_0` is 1 when the first image won, 0 when the second did, 0.5 for a tie."""
     judged = cells.get("has_label")
     if not _is_missing(judged):
         flag = _flag(judged)
         if flag is None:
-            return Verdict("broken", f"has_label is {shown(judged)}, expected true or false (or 1 and 0)")
+            return Verdict(
+                "broken", f"has_label is {shown(judged)}, expected true or false (or 1 and 0)"
+            )
         if not flag:
             return Verdict("unlabelled")
     if _is_missing(cells["label_0"]):
         return Verdict("unlabelled")
-    labels = [number(cells["label_0"]), None if _is_missing(cells.get("label_1")) else number(cells["label_1"])]
+    labels = [
+        number(cells["label_0"]),
+        None if _is_missing(cells.get("label_1")) else number(cells["label_1"]),
+    ]
     for role, label in zip(("label_0", "label_1"), labels, strict=True):
         absent = role == "label_1" and _is_missing(cells.get(role))
         if not absent and (label is None or not 0 <= label <= 1):
-            return Verdict("broken", f"{role} is {shown(cells[role])}, expected a number from 0 to 1")
+            return Verdict(
+                "broken", f"{role} is {shown(cells[role])}, expected a number from 0 to 1"
+            )
     first = labels[0]
     assert first is not None
-    return _compared(cells, first, 1 - first if labels[1] is None else labels[1], weight, prompt_roles)
+    return _compared(
+        cells, first, 1 - first if labels[1] is None else labels[1], weight, prompt_roles
+    )
 
 
 def _compared(
@@ -101,7 +124,12 @@ def _compared(
     return _with_prompts(cells, prompt_roles[::-1] if swap else prompt_roles, verdict)
 
 
-_VOTES = {"leftvote": (1.0, 0.0), "rightvote": (0.0, 1.0), "tievote": (0.5, 0.5), "bothbad_vote": (0.5, 0.5)}
+_VOTES = {
+    "leftvote": (1.0, 0.0),
+    "rightvote": (0.0, 1.0),
+    "tievote": (0.5, 0.5),
+    "bothbad_vote": (0.5, 0.5),
+}
 
 
 def _judge_vote(cells: Mapping[str, Any]) -> Verdict:
@@ -120,7 +148,10 @@ def _judge_two_scores(cells: Mapping[str, Any]) -> Verdict:
         return Verdict("unlabelled")
     first, second = number(cells["score_0"]), number(cells["score_1"])
     if first is None or second is None:
-        return Verdict("broken", f"the votes are {shown(cells['score_0'])} and {shown(cells['score_1'])}, expected numbers")
+        return Verdict(
+            "broken",
+            f"the votes are {shown(cells['score_0'])} and {shown(cells['score_1'])}, expected numbers",
+        )
     return _compared(cells, first, second)
 
 
@@ -131,7 +162,9 @@ def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
     if _is_missing(given):
         return Verdict("unlabelled")
     if not isinstance(given, (list, tuple)):
-        return Verdict("broken", f"{role} is {shown(given)}, expected a list with one number per image")
+        return Verdict(
+            "broken", f"{role} is {shown(given)}, expected a list with one number per image"
+        )
     if len(given) >= 2 and all(_is_missing(value) for value in given):
         return Verdict("unlabelled")
     values = [number(value) for value in given]
@@ -141,7 +174,12 @@ def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
         return Verdict("broken", f"has a score that is not a finite number: {shown(given)}")
     scores = tuple(sign * value for value in values if value is not None)
     tie = len(set(scores)) == 1
-    verdict = Verdict("tie" if tie else "keep", image_roles=("images",), scores=scores, weight=0.0 if tie else weight)
+    verdict = Verdict(
+        "tie" if tie else "keep",
+        image_roles=("images",),
+        scores=scores,
+        weight=0.0 if tie else weight,
+    )
     return _with_prompts(cells, ("prompt",) * len(scores), verdict)
 
 

@@ -74,16 +74,30 @@ def load_preferences(
     Raises:
         UserError: the source is missing, unreadable, of an unknown layout, empty, all ties, too broken, or not of `kind`.
     """
-    for name, value, choices in (("ties", ties, TIES), ("verify_images", verify_images, VERIFY_IMAGES)):
+    for name, value, choices in (
+        ("ties", ties, TIES),
+        ("verify_images", verify_images, VERIFY_IMAGES),
+    ):
         if value not in choices:
-            raise ConfigError(f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}")
+            raise ConfigError(
+                f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}"
+            )
     import datasets
 
     from diffalign.data.streaming import StreamingPreferenceDataset, guarded
 
-    opened = open_source(source, split=split, config=config, revision=revision, streaming=streaming, data_dir=data_dir)
+    opened = open_source(
+        source,
+        split=split,
+        config=config,
+        revision=revision,
+        streaming=streaming,
+        data_dir=data_dir,
+    )
     data = opened.dataset
-    names = data.column_names or next((list(row) for row in guarded(data.take(1), opened.name)), None)
+    names = data.column_names or next(
+        (list(row) for row in guarded(data.take(1), opened.name)), None
+    )
     if score_columns:
         data, columns = with_win_rates(data, score_columns, columns or {})
         names = data.column_names
@@ -91,7 +105,9 @@ def load_preferences(
     if not names or (isinstance(data, datasets.Dataset) and len(data) == 0):
         report.check(max_broken_fraction)
     gathers = kind not in ("single", "prompt")  # those take rows of one image as they are
-    layout: Layout = recognise(names or (), columns or {}, list_columns(data), rows_to_lists=gathers)
+    layout: Layout = recognise(
+        names or (), columns or {}, list_columns(data), rows_to_lists=gathers
+    )
     report.direction, report.unused = layout.direction, list(layout.unused)
     if layout.name == "image_rows":
         if not isinstance(data, datasets.Dataset):
@@ -102,23 +118,40 @@ def load_preferences(
         data, layout = with_lists(data, layout, report)
     report.layout, report.kind, report.mapping = layout.name, layout.kind, layout.mapping
     places = dataclasses.replace(
-        opened.places, anywhere=opened.places.anywhere or allow_outside_paths, remote=allow_remote_images
+        opened.places,
+        anywhere=opened.places.anywhere or allow_outside_paths,
+        remote=allow_remote_images,
     )
     if isinstance(data, datasets.Dataset):
-        verify = "none" if kind == "prompt" else verify_images  # prompts alone: their images are never looked at
+        verify = (
+            "none" if kind == "prompt" else verify_images
+        )  # prompts alone: their images are never looked at
         row_ids = usable_rows(data, layout, report, places, verify)
         report.check(max_broken_fraction)
         result = PreferenceDataset(data, layout, report, row_ids, places)
     else:
         result = StreamingPreferenceDataset(
-            data, layout, report, places, verify_images=verify_images, max_broken_fraction=max_broken_fraction
+            data,
+            layout,
+            report,
+            places,
+            verify_images=verify_images,
+            max_broken_fraction=max_broken_fraction,
         )
     result = result if kind is None else result.as_kind(kind)
     if verbose:
         print(
             report.summary()
             if len(report.mapping) and report.rows
-            else "; ".join(filter(None, (f"dataset {opened.name}: streaming, layout {layout.name}", report.unused_columns())))
+            else "; ".join(
+                filter(
+                    None,
+                    (
+                        f"dataset {opened.name}: streaming, layout {layout.name}",
+                        report.unused_columns(),
+                    ),
+                )
+            )
         )
     elif report.unused:
         warnings.warn(f"dataset {opened.name}: {report.unused_columns()}", stacklevel=2)
@@ -133,8 +166,15 @@ def list_columns(data: Any) -> dict[str, bool]:
     import datasets
 
     if data.features is not None:
-        known = {name: kind for name, kind in data.features.items() if getattr(kind, "dtype", "") != "null"}
-        return {name: isinstance(kind, (datasets.List, datasets.LargeList, list, tuple)) for name, kind in known.items()}
+        known = {
+            name: kind
+            for name, kind in data.features.items()
+            if getattr(kind, "dtype", "") != "null"
+        }
+        return {
+            name: isinstance(kind, (datasets.List, datasets.LargeList, list, tuple))
+            for name, kind in known.items()
+        }
     kinds: dict[str, bool] = {}
     for row in itertools.islice(data, _LOOKED_AT):
         for name, value in row.items():
@@ -162,7 +202,11 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
     role = "rank" if "rank" in layout.mapping else "scores"
     columns = list(dict.fromkeys(layout.mapping.values()))
     table = data.select_columns(columns).with_format("arrow")
-    light = {name: table[column].to_pylist() for name, column in layout.mapping.items() if name != "image"}
+    light = {
+        name: table[column].to_pylist()
+        for name, column in layout.mapping.items()
+        if name != "image"
+    }
     by = layout.mapping.get("prompt_id", layout.mapping["prompt"])
     groups: dict[Any, list[int]] = {}
     unranked = 0
@@ -171,7 +215,9 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
             unranked += 1
             continue
         key = light["prompt_id"][row] if "prompt_id" in light else None
-        groups.setdefault((json.dumps(key, default=str), json.dumps(prompt, default=str)), []).append(row)
+        groups.setdefault(
+            (json.dumps(key, default=str), json.dumps(prompt, default=str)), []
+        ).append(row)
     several = [rows for rows in groups.values() if len(rows) > 1]
     if not several:
         raise UserError(
@@ -179,11 +225,15 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
             "load it as single images (a method such as sft, or kind='single')"
         )
     order = [row for rows in several for row in rows]
-    offsets = pyarrow.array([0, *itertools.accumulate(len(rows) for rows in several)], pyarrow.int32())
+    offsets = pyarrow.array(
+        [0, *itertools.accumulate(len(rows) for rows in several)], pyarrow.int32()
+    )
     numbers = pyarrow.array([number(light[role][row]) for row in order], pyarrow.float64())
     lists = {
         "prompt": [light["prompt"][rows[0]] for rows in several],
-        "images": pyarrow.ListArray.from_arrays(offsets, _cells(table, layout.mapping["image"], order)),
+        "images": pyarrow.ListArray.from_arrays(
+            offsets, _cells(table, layout.mapping["image"], order)
+        ),
         role: pyarrow.ListArray.from_arrays(offsets, numbers),
     }
     gathered = datasets.Dataset(
@@ -204,17 +254,23 @@ def _cells(table: Any, name: str, order: list[int]) -> Any:
     import pyarrow
 
     column = table[order][name]
-    return pyarrow.concat_arrays(column.chunks) if isinstance(column, pyarrow.ChunkedArray) else column
+    return (
+        pyarrow.concat_arrays(column.chunks) if isinstance(column, pyarrow.ChunkedArray) else column
+    )
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(v is None or isinstance(v, (int, float)) for v in values)
+    return isinstance(values, (list, tuple)) and all(
+        v is None or isinstance(v, (int, float)) for v in values
+    )
 
 
 WIN_RATES = "win_rates"
 
 
-def with_win_rates(data: Any, score_columns: Sequence[str], columns: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+def with_win_rates(
+    data: Any, score_columns: Sequence[str], columns: Mapping[str, str]
+) -> tuple[Any, dict[str, str]]:
     """The dataset with a column of win rates over several columns of scores, and the column mapping that reads it.
 
     Args:
@@ -231,22 +287,39 @@ def with_win_rates(data: Any, score_columns: Sequence[str], columns: Mapping[str
     from diffalign.rewards.ensemble import win_rates
 
     if not isinstance(data, datasets.Dataset):
-        raise ConfigError("data.score_columns", "a stream has no column to add; set data.dataset_streaming: false")
+        raise ConfigError(
+            "data.score_columns", "a stream has no column to add; set data.dataset_streaming: false"
+        )
     for name in score_columns:
         if name not in data.column_names:
-            raise ConfigError("data.score_columns", f"the dataset has no column {name!r}; it has {', '.join(data.column_names)}")
+            raise ConfigError(
+                "data.score_columns",
+                f"the dataset has no column {name!r}; it has {', '.join(data.column_names)}",
+            )
     rows = []
     table = data.select_columns(list(score_columns))
     for place, row in enumerate(table):
         lists = [row[name] or [] for name in score_columns]
-        odd = next((name for name, values in zip(score_columns, lists, strict=True) if not _are_numbers(values)), None)
+        odd = next(
+            (
+                name
+                for name, values in zip(score_columns, lists, strict=True)
+                if not _are_numbers(values)
+            ),
+            None,
+        )
         if odd is not None:
-            raise ConfigError("data.score_columns", f"row {place} of {odd!r} is no list of numbers, one per image")
+            raise ConfigError(
+                "data.score_columns", f"row {place} of {odd!r} is no list of numbers, one per image"
+            )
         if len({len(values) for values in lists}) != 1:
             raise ConfigError(
                 "data.score_columns",
                 f"row {place} has {', '.join(str(len(v)) for v in lists)} scores; expected one per image in each",
             )
-        scores = torch.tensor([[float("nan") if x is None else x for x in values] for values in lists], dtype=torch.float64)
+        scores = torch.tensor(
+            [[float("nan") if x is None else x for x in values] for values in lists],
+            dtype=torch.float64,
+        )
         rows.append(win_rates(scores.T[None])[0].tolist() if scores.numel() else [])
     return data.add_column(WIN_RATES, rows), {**columns, "scores": WIN_RATES}

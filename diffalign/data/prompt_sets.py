@@ -48,7 +48,11 @@ NAMED: dict[str, NamedSet] = {
         "https://github.com/google-research/parti",
         "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
     ),
-    "drawbench": NamedSet(("drawbench.csv",), "not stated by its authors", "https://arxiv.org/abs/2205.11487 (supplement)"),
+    "drawbench": NamedSet(
+        ("drawbench.csv",),
+        "not stated by its authors",
+        "https://arxiv.org/abs/2205.11487 (supplement)",
+    ),
     "hpdv2": NamedSet(
         ("anime.json", "concept-art.json", "paintings.json", "photo.json"),
         "Apache-2.0",
@@ -100,7 +104,9 @@ class PromptSet:
         return {**{name: getattr(self, name) for name in names}, "prompts": len(self.prompts)}
 
 
-def load_prompts(source: str | Iterable[str], *, path: str | Path | None = None, limit: int | None = None) -> PromptSet:
+def load_prompts(
+    source: str | Iterable[str], *, path: str | Path | None = None, limit: int | None = None
+) -> PromptSet:
     """A named set, a file (.txt, .csv, .tsv, .json, .jsonl, .parquet), or prompts as they are.
 
     Args:
@@ -142,12 +148,25 @@ def _embedded() -> PromptSet:
     prompts = held_out_prompts()
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     categories: list[str | None] = [parse_prompt(prompt).shape for prompt in prompts]
-    return PromptSet(EMBEDDED, prompts, categories, [{} for _ in prompts], "Apache-2.0", "embedded, held-out", digest, True)
+    return PromptSet(
+        EMBEDDED,
+        prompts,
+        categories,
+        [{} for _ in prompts],
+        "Apache-2.0",
+        "embedded, held-out",
+        digest,
+        True,
+    )
 
 
 def _named(name: str, path: str | Path | None) -> PromptSet:
     known = NAMED[name]
-    place = Path(path or os.environ.get(ENVIRONMENT, "")).expanduser() if (path or os.environ.get(ENVIRONMENT)) else None
+    place = (
+        Path(path or os.environ.get(ENVIRONMENT, "")).expanduser()
+        if (path or os.environ.get(ENVIRONMENT))
+        else None
+    )
     if place is None:
         raise UserError(
             f"--prompts: {name} is not part of this package ({known.licence}); get {', '.join(known.files)} from {known.source} and "
@@ -167,17 +186,26 @@ def _named(name: str, path: str | Path | None) -> PromptSet:
     found.licence, found.source = known.licence, known.source
     found.published = None if known.sha256 is None else found.sha256 == known.sha256
     if found.published is False:
-        found.notes.append(f"not the published file: sha256 {found.sha256[:12]}, published {str(known.sha256)[:12]}")
+        found.notes.append(
+            f"not the published file: sha256 {found.sha256[:12]}, published {str(known.sha256)[:12]}"
+        )
     return found
 
 
 def _below(folder: Path, name: str, file: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"--prompts_path: there is no file or folder {str(folder)!r}")
-    for candidate in (folder / file, folder / name / file, folder / "benchmark" / file, folder / "prompts" / file):
+    for candidate in (
+        folder / file,
+        folder / name / file,
+        folder / "benchmark" / file,
+        folder / "prompts" / file,
+    ):
         if candidate.is_file():
             return candidate
-    raise UserError(f"--prompts_path: {str(folder)!r} holds no {file}, which {name} is made of; get it from {NAMED[name].source}")
+    raise UserError(
+        f"--prompts_path: {str(folder)!r} holds no {file}, which {name} is made of; get it from {NAMED[name].source}"
+    )
 
 
 def _file(path: Path, given: str) -> PromptSet:
@@ -198,12 +226,20 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
     """
     suffix, what = path.suffix.lower(), "--prompts: "
     if suffix not in SUFFIXES:
-        raise UserError(f"--prompts: {str(path)!r} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"--prompts: {str(path)!r} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}"
+        )
     try:
         return [_row(row, path, place) for place, row in _values(path, suffix, what)]
     except UserError as error:
-        if str(error).startswith(what) and "cannot be read" not in str(error) and "no column" not in str(error):
-            raise UserError(f"--prompts: {str(path)!r} cannot be read ({str(error).removeprefix(what)})") from None
+        if (
+            str(error).startswith(what)
+            and "cannot be read" not in str(error)
+            and "no column" not in str(error)
+        ):
+            raise UserError(
+                f"--prompts: {str(path)!r} cannot be read ({str(error).removeprefix(what)})"
+            ) from None
         raise
 
 
@@ -214,17 +250,29 @@ def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
 
         try:
             names = pq.read_schema(path).names
-            rows: Any = pq.read_table(path, columns=[n for n in names if not n.startswith("jpg_")]).to_pylist()
+            rows: Any = pq.read_table(
+                path, columns=[n for n in names if not n.startswith("jpg_")]
+            ).to_pylist()
         except (OSError, ValueError) as error:
-            raise UserError(f"--prompts: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(
+                f"--prompts: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})"
+            ) from None
         yield from ((f"row {i}", row) for i, row in enumerate(rows, start=1))
     elif suffix == ".txt":
-        yield from ((f"line {i}", line.strip()) for i, line in enumerate(text_files.read_lines(path, what), start=1))
+        yield from (
+            (f"line {i}", line.strip())
+            for i, line in enumerate(text_files.read_lines(path, what), start=1)
+        )
     elif suffix in (".csv", ".tsv"):
         # No quoting in tab-separated files: a quotation mark in a prompt is one.
-        yield from ((f"row {row.number} (line {row.line})", row.cells) for row in text_files.read_table(path, what).rows)
+        yield from (
+            (f"row {row.number} (line {row.line})", row.cells)
+            for row in text_files.read_table(path, what).rows
+        )
     elif suffix == ".jsonl":
-        yield from ((f"line {number}", value) for number, value in text_files.read_json_lines(path, what))
+        yield from (
+            (f"line {number}", value) for number, value in text_files.read_json_lines(path, what)
+        )
     else:
         rows = text_files.read_json(path, what=what)
         if not isinstance(rows, list):
@@ -250,7 +298,9 @@ def _row(row: Any, path: Path, place: str) -> Mapping[str, Any]:
                 )
             return {**{k: v for k, v in row.items() if k != key}, "prompt": row[key]}
     columns = ", ".join(map(str, row)) or "nothing"
-    raise UserError(f"--prompts: {str(path)!r} has no column {' or '.join(PROMPT_KEYS)} in {place}; it has {columns}")
+    raise UserError(
+        f"--prompts: {str(path)!r} has no column {' or '.join(PROMPT_KEYS)} in {place}; it has {columns}"
+    )
 
 
 def _finish(name: str, rows: Iterable[Mapping[str, Any]], digest: str) -> PromptSet:
@@ -264,10 +314,14 @@ def _finish(name: str, rows: Iterable[Mapping[str, Any]], digest: str) -> Prompt
             kept.setdefault(prompt, row)
     if not kept:
         raise UserError(f"--prompts: {name} holds no prompt")
-    notes = [f"{empty} empty prompts left out"] * (empty > 0) + [f"{repeated} repeated prompts taken once"] * (repeated > 0)
+    notes = [f"{empty} empty prompts left out"] * (empty > 0) + [
+        f"{repeated} repeated prompts taken once"
+    ] * (repeated > 0)
     categories: list[str | None] = []
     for row in kept.values():
-        key = next((k for want in CATEGORY_KEYS for k in row if str(k).lower() == want and row[k]), None)
+        key = next(
+            (k for want in CATEGORY_KEYS for k in row if str(k).lower() == want and row[k]), None
+        )
         categories.append(None if key is None else str(row[key]))
     metadata = [{str(k): v for k, v in row.items() if k != "prompt"} for row in kept.values()]
     digest = digest or hashlib.sha256("\n".join(kept).encode()).hexdigest()
@@ -295,7 +349,11 @@ def read_prompts(source: str, limit: int | None = None) -> tuple[list[str], list
     else:
         from .load import load_preferences
 
-        given = [prompt for group in load_preferences(source, ties="keep", verbose=False) for prompt in group.prompts]
+        given = [
+            prompt
+            for group in load_preferences(source, ties="keep", verbose=False)
+            for prompt in group.prompts
+        ]
     kept = list(dict.fromkeys(prompt for prompt in given if prompt.strip()))
     empty = sum(not prompt.strip() for prompt in given)
     notes = [f"{empty} empty prompts left out"] * (empty > 0)

@@ -26,7 +26,9 @@ _REDIRECTS = 3
 
 def cache_folder() -> Path:
     """Where fetched images are kept: `DIFFALIGN_CACHE`, or `~/.cache/diffalign`, and `images` in it."""
-    return Path(os.environ.get("DIFFALIGN_CACHE") or Path.home() / ".cache" / "diffalign") / "images"
+    return (
+        Path(os.environ.get("DIFFALIGN_CACHE") or Path.home() / ".cache" / "diffalign") / "images"
+    )
 
 
 def fetch(url: str) -> Path:
@@ -38,7 +40,9 @@ def fetch(url: str) -> Path:
     file = cache_folder() / hashlib.sha256(url.encode()).hexdigest()
     if not file.is_file():
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-            raise UnreadableImage(f"its image {url[:100]!r} is not fetched in offline mode (HF_HUB_OFFLINE)")
+            raise UnreadableImage(
+                f"its image {url[:100]!r} is not fetched in offline mode (HF_HUB_OFFLINE)"
+            )
         try:
             content = _download(url, time.monotonic() + TOTAL_SECONDS)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -72,14 +76,18 @@ def _download(url: str, deadline: float) -> bytes:
     raise ValueError(f"more than {_REDIRECTS} redirects")
 
 
-def _connection(scheme: str, host: str, port: int | None, deadline: float) -> http.client.HTTPConnection:
+def _connection(
+    scheme: str, host: str, port: int | None, deadline: float
+) -> http.client.HTTPConnection:
     """A connection to the checked address itself, so that the name cannot lead elsewhere a moment later."""
     port = port or (443 if scheme == "https" else 80)
     address = public_address(host, port)
     connection = TimedConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
     connection.sock = socket.create_connection((address, port), timeout=connection.timeout)
     if scheme == "https":
-        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+        connection.sock = ssl.create_default_context().wrap_socket(
+            connection.sock, server_hostname=host
+        )
     return connection
 
 
@@ -89,7 +97,9 @@ def public_address(host: str, port: int) -> str:
     Raises:
         ValueError: one of them belongs to this machine or to a private network.
     """
-    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    addresses = [
+        str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ]
     for address in addresses:
         if not ipaddress.ip_address(address.split("%")[0]).is_global:
             raise ValueError(f"{host!r} is no public address")

@@ -22,7 +22,11 @@ from diffalign.errors import ConfigError, UserError
 KINDS = ("pair", "ranked", "single", "prompt")
 
 _PROMPT: tuple[str, ...] = ("prompt", "caption", "text", "txt")
-_LABELS: dict[str, tuple[str, ...]] = {"label_0": ("label_0",), "label_1": ("label_1",), "has_label": ("has_label",)}
+_LABELS: dict[str, tuple[str, ...]] = {
+    "label_0": ("label_0",),
+    "label_1": ("label_1",),
+    "has_label": ("has_label",),
+}
 _WEIGHT: dict[str, tuple[str, ...]] = {"weight": ("weight",)}
 
 
@@ -51,14 +55,21 @@ def _two_images(
     images: tuple[str, str] = ("jpg_0", "jpg_1"),
     ignored: tuple[str, ...] = (),
 ) -> _Spec:
-    required: dict[str, tuple[str, ...]] = {"jpg_0": (images[0],), "jpg_1": (images[1],), "label_0": ("label_0",)}
+    required: dict[str, tuple[str, ...]] = {
+        "jpg_0": (images[0],),
+        "jpg_1": (images[1],),
+        "label_0": ("label_0",),
+    }
     optional = {k: v for k, v in _LABELS.items() if k != "label_0"} | _WEIGHT
     return _Spec(name, "pair", prompts | required, optional, ignored=ignored)
 
 
 _PATHS: tuple[str, ...] = ("image_path", "file_path", "images")
 _PAIR: dict[str, tuple[str, ...]] = {"chosen": ("chosen",), "rejected": ("rejected",)}
-_TWO_PROMPTS: dict[str, tuple[str, ...]] = {"chosen_prompt": ("chosen_prompt",), "rejected_prompt": ("rejected_prompt",)}
+_TWO_PROMPTS: dict[str, tuple[str, ...]] = {
+    "chosen_prompt": ("chosen_prompt",),
+    "rejected_prompt": ("rejected_prompt",),
+}
 _IMAGE: tuple[str, ...] = ("image", "jpg", "jpeg", "png", "webp", "file_name")
 _ROW_IMAGE = (*_IMAGE, "image_path", "file_path")
 _PICKAPIC = (
@@ -82,12 +93,18 @@ _VOTED: dict[str, tuple[str, ...]] = {"prompt": _PROMPT, "jpg_0": ("image1",), "
 
 # The order decides when the columns fit several layouts: the first that fits wins, from the most to the least specific.
 _SPECS = (
-    _two_images("dcpo", {"caption_0": ("caption_0",), "caption_1": ("caption_1",)}, ignored=_PICKAPIC),
+    _two_images(
+        "dcpo", {"caption_0": ("caption_0",), "caption_1": ("caption_1",)}, ignored=_PICKAPIC
+    ),
     _two_images("pickapic", _PICKAPIC_PROMPT, ignored=_PICKAPIC),
     _two_images("pickapic", _PICKAPIC_PROMPT, ("image_0_url", "image_1_url"), _PICKAPIC),
     _Spec("canonical_two_prompts", "pair", _PAIR | _TWO_PROMPTS, _WEIGHT),
     _Spec("trl", "pair", {"prompt": _PROMPT} | _PAIR, _WEIGHT),
-    _Spec("imagerewarddb_pair", "pair", {"prompt": _PROMPT, "chosen": ("img_better",), "rejected": ("img_worse",)}),
+    _Spec(
+        "imagerewarddb_pair",
+        "pair",
+        {"prompt": _PROMPT, "chosen": ("img_better",), "rejected": ("img_worse",)},
+    ),
     _Spec(
         "hpdv3",
         "pair",
@@ -98,7 +115,12 @@ _SPECS = (
     _Spec(
         "genai_bench",
         "pair",
-        {"prompt": _PROMPT, "jpg_0": ("left_image",), "jpg_1": ("right_image",), "vote_type": ("vote_type",)},
+        {
+            "prompt": _PROMPT,
+            "jpg_0": ("left_image",),
+            "jpg_1": ("right_image",),
+            "vote_type": ("vote_type",),
+        },
     ),
     *(
         _Spec(
@@ -110,7 +132,10 @@ _SPECS = (
         for first, second in (_RAPIDATA[:2], ("votes_image1", "votes_image2"))
     ),
     _Spec(
-        "imagereward", "ranked", {"prompt": _PROMPT, "images": ("generations",), "rank": ("ranking",)}, lists=("images", "rank")
+        "imagereward",
+        "ranked",
+        {"prompt": _PROMPT, "images": ("generations",), "rank": ("ranking",)},
+        lists=("images", "rank"),
     ),
     _Spec(
         "imagerewarddb_group",
@@ -125,22 +150,62 @@ _SPECS = (
         ignored=("raw_annotations", "user_hash"),
     ),
     _Spec(
-        "hpdv2", "ranked", {"prompt": _PROMPT, "images": _PATHS, "rank": ("rank",)}, lists=("rank",), ignored=("raw_annotations",)
+        "hpdv2",
+        "ranked",
+        {"prompt": _PROMPT, "images": _PATHS, "rank": ("rank",)},
+        lists=("rank",),
+        ignored=("raw_annotations",),
     ),
-    _Spec("ranked", "ranked", {"prompt": _PROMPT, "images": ("images",), "scores": ("scores",)}, _WEIGHT, lists=("scores",)),
-    _Spec("image_rows", "ranked", {"prompt": _PROMPT, "image": _ROW_IMAGE, "rank": ("rank",)}, {"prompt_id": ("prompt_id",)}),
-    _Spec("image_rows", "ranked", {"prompt": _PROMPT, "image": _ROW_IMAGE, "scores": ("scores",)}, {"prompt_id": ("prompt_id",)}),
+    _Spec(
+        "ranked",
+        "ranked",
+        {"prompt": _PROMPT, "images": ("images",), "scores": ("scores",)},
+        _WEIGHT,
+        lists=("scores",),
+    ),
+    _Spec(
+        "image_rows",
+        "ranked",
+        {"prompt": _PROMPT, "image": _ROW_IMAGE, "rank": ("rank",)},
+        {"prompt_id": ("prompt_id",)},
+    ),
+    _Spec(
+        "image_rows",
+        "ranked",
+        {"prompt": _PROMPT, "image": _ROW_IMAGE, "scores": ("scores",)},
+        {"prompt_id": ("prompt_id",)},
+    ),
     _Spec("single", "single", {"prompt": _PROMPT, "image": _IMAGE}, _WEIGHT),
     _Spec("prompt", "prompt", {"prompt": _PROMPT}),
 )
 LAYOUTS = tuple(dict.fromkeys(spec.name for spec in _SPECS))
 """Recognised layouts in the order in which they are tried."""
 
-_NAMES = sorted({name for spec in _SPECS for names in (*spec.required.values(), *spec.optional.values()) for name in names})
+_NAMES = sorted(
+    {
+        name
+        for spec in _SPECS
+        for names in (*spec.required.values(), *spec.optional.values())
+        for name in names
+    }
+)
 _IMAGE_ROLES = {"jpg_0", "jpg_1", "chosen", "rejected", "images", "image"}
 # A column so named beside a lone prompt holds data that prompt-only reading would throw away silently.
 _NOT_PROMPT_ONLY = (
-    *("image", "img", "jpg", "jpeg", "png", "webp", "chosen", "rejected", "completion", "file_name", "winner", "loser"),
+    *(
+        "image",
+        "img",
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "chosen",
+        "rejected",
+        "completion",
+        "file_name",
+        "winner",
+        "loser",
+    ),
     *("generations", "ranking", "preference"),
 )
 _JUDGEMENT_WORDS = frozenset(
@@ -187,10 +252,25 @@ _JUDGEMENT_WORDS = frozenset(
     ]
 )
 _IMAGE_WORDS = frozenset(
-    ["image", "images", "img", "imgs", "jpg", "jpeg", "png", "webp", "picture", "pictures", "photo", "generations"]
+    [
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "picture",
+        "pictures",
+        "photo",
+        "generations",
+    ]
 )
 # Columns that hold numbers or names about an image or its judges.
-_ABOUT_IMAGES = frozenset(["width", "height", "size", "count", "amount", "number", "total", "index", "seed"])
+_ABOUT_IMAGES = frozenset(
+    ["width", "height", "size", "count", "amount", "number", "total", "index", "seed"]
+)
 _ABOUT_ANY = frozenset(["id", "uid", "model", "models", "prompt", "hash", "name"])
 
 
@@ -220,7 +300,9 @@ class Layout:
             if role in column:
                 return f"{column[role]}: higher is better"
         if "label_0" in column:
-            return f"{column['label_0']}: 1 when {column['jpg_0']} won, 0 when {column['jpg_1']} won"
+            return (
+                f"{column['label_0']}: 1 when {column['jpg_0']} won, 0 when {column['jpg_1']} won"
+            )
         if "score_0" in column:
             return f"the larger of {column['score_0']} ({column['jpg_0']}) and {column['score_1']} ({column['jpg_1']}) wins"
         if "vote_type" in column:
@@ -241,7 +323,11 @@ class Layout:
 
 
 def recognise(
-    columns: Sequence[str], mapping: Mapping[str, str], lists: Mapping[str, bool] | None = None, *, rows_to_lists: bool = True
+    columns: Sequence[str],
+    mapping: Mapping[str, str],
+    lists: Mapping[str, bool] | None = None,
+    *,
+    rows_to_lists: bool = True,
 ) -> Layout:
     """The layout of a dataset with these columns; the first of `LAYOUTS` that fits.
 
@@ -260,14 +346,23 @@ def recognise(
         roles = _fitting(spec, names, lists or {})
         if roles is None or (spec.name == "image_rows" and not rows_to_lists):
             continue
-        if spec.kind == "prompt" and "prompt" not in mapping and any(_hints_at_images(name) for name in names):
+        if (
+            spec.kind == "prompt"
+            and "prompt" not in mapping
+            and any(_hints_at_images(name) for name in names)
+        ):
             continue
         for role, aliases in spec.optional.items():
             name = next((name for name in aliases if name in names), None)
             if name is not None:
                 roles[role] = name
         used = {role: names[name] for role, name in roles.items()}
-        return Layout(spec.name, spec.kind, used, _unused(columns, {*used.values(), *mapping.values(), *spec.ignored}))
+        return Layout(
+            spec.name,
+            spec.kind,
+            used,
+            _unused(columns, {*used.values(), *mapping.values(), *spec.ignored}),
+        )
     suspects = _unused(columns, set())
     looks = f" ({', '.join(suspects)} look like images or judgements)" if suspects else ""
     raise UserError(
@@ -279,9 +374,14 @@ def recognise(
     )
 
 
-def _fitting(spec: _Spec, names: Mapping[str, str], lists: Mapping[str, bool]) -> dict[str, str] | None:
+def _fitting(
+    spec: _Spec, names: Mapping[str, str], lists: Mapping[str, bool]
+) -> dict[str, str] | None:
     """Role -> name for a layout that fits; None for one that does not."""
-    roles = {role: next((name for name in aliases if name in names), None) for role, aliases in spec.required.items()}
+    roles = {
+        role: next((name for name in aliases if name in names), None)
+        for role, aliases in spec.required.items()
+    }
     if None in roles.values() or not all(marker in names for marker in spec.markers):
         return None
     filled = {role: name for role, name in roles.items() if name is not None}
@@ -322,14 +422,25 @@ def _renamed(columns: Sequence[str], mapping: Mapping[str, str]) -> dict[str, st
         if name not in _NAMES:
             close = difflib.get_close_matches(str(name), _NAMES, n=1)
             hint = f", did you mean {close[0]!r}" if close else ""
-            raise ConfigError("data.columns", f"{name!r} is not a canonical column{hint}; known are {', '.join(_NAMES)}")
-        if name in ("scores", "human_preference") and _words(column) & {"rank", "ranks", "ranking", "rankings"}:
+            raise ConfigError(
+                "data.columns",
+                f"{name!r} is not a canonical column{hint}; known are {', '.join(_NAMES)}",
+            )
+        if name in ("scores", "human_preference") and _words(column) & {
+            "rank",
+            "ranks",
+            "ranking",
+            "rankings",
+        }:
             raise ConfigError(
                 "data.columns",
                 f"{name}: {column} would read the largest number as the best, but ranks count from the best; write rank: {column}, "
                 "or rename the column if higher is better in it",
             )
         if column not in columns:
-            raise ConfigError("data.columns", f"the dataset has no column {column!r}; it has {', '.join(map(str, columns))}")
+            raise ConfigError(
+                "data.columns",
+                f"the dataset has no column {column!r}; it has {', '.join(map(str, columns))}",
+            )
     used = set(mapping.values())
     return {column: column for column in columns if column not in used} | dict(mapping)

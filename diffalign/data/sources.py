@@ -13,7 +13,14 @@ from diffalign.data.tables import read_tables
 from diffalign.errors import UserError
 from diffalign.runtime import decoding, text_files
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".tar": "webdataset"}
+BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".tar": "webdataset",
+}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's scripts write the second
 PAIR_FOLDERS = (("chosen", "rejected"), ("w", "l"))
@@ -52,19 +59,35 @@ def open_source(
         source, data_dir = data_dir, None
     extra = () if data_dir is None else (_existing(Path(data_dir).expanduser(), "train_data_dir"),)
     if source is None:
-        raise UserError("data.dataset_name: give a Hub id, a folder or a file (or data.train_data_dir)")
+        raise UserError(
+            "data.dataset_name: give a Hub id, a folder or a file (or data.train_data_dir)"
+        )
     if not isinstance(source, (str, Path)):
-        return Source(_in_memory(source, split, streaming), f"a {type(source).__name__}", ImagePlaces(extra, anywhere=True))
+        return Source(
+            _in_memory(source, split, streaming),
+            f"a {type(source).__name__}",
+            ImagePlaces(extra, anywhere=True),
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         opened = _folder(path, split, config, streaming)
     elif path.is_file():
         opened = _file(path, split, streaming)
     elif _looks_local(str(source)):
-        raise UserError(f"dataset {str(source)!r}: there is no such file or folder (working directory {Path.cwd()})")
+        raise UserError(
+            f"dataset {str(source)!r}: there is no such file or folder (working directory {Path.cwd()})"
+        )
     else:
-        opened = Source(_hub(str(source), split, config, revision, streaming), str(source), ImagePlaces(hub=True))
-    return Source(opened.dataset, opened.name, dataclasses.replace(opened.places, folders=extra + opened.places.folders))
+        opened = Source(
+            _hub(str(source), split, config, revision, streaming),
+            str(source),
+            ImagePlaces(hub=True),
+        )
+    return Source(
+        opened.dataset,
+        opened.name,
+        dataclasses.replace(opened.places, folders=extra + opened.places.folders),
+    )
 
 
 def _in_memory(source: Any, split: str, streaming: bool) -> Any:
@@ -72,7 +95,9 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
 
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in source:
-            raise UserError(f"dataset split {split!r} does not exist; there are {', '.join(map(str, source))}")
+            raise UserError(
+                f"dataset split {split!r} does not exist; there are {', '.join(map(str, source))}"
+            )
         source = source[split]
     elif isinstance(source, Sequence):
         if not source:
@@ -84,12 +109,24 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
                 )
         names = list(dict.fromkeys(name for row in source for name in row))
         try:
-            source = datasets.Dataset.from_dict({name: [_cell(row.get(name)) for row in source] for name in names})
-        except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are of these types
+            source = datasets.Dataset.from_dict(
+                {name: [_cell(row.get(name)) for row in source] for name in names}
+            )
+        except (
+            ValueError,
+            TypeError,
+            OverflowError,
+        ) as error:  # pyarrow's errors are of these types
             raise UserError(f"dataset a list: a column mixes types: {error}") from error
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        raise UserError(f"dataset: expected a name, a path, a datasets object or a list of rows, got {type(source).__name__}")
-    return source.to_iterable_dataset() if streaming and isinstance(source, datasets.Dataset) else source
+        raise UserError(
+            f"dataset: expected a name, a path, a datasets object or a list of rows, got {type(source).__name__}"
+        )
+    return (
+        source.to_iterable_dataset()
+        if streaming and isinstance(source, datasets.Dataset)
+        else source
+    )
 
 
 def _cell(value: Any) -> Any:
@@ -107,14 +144,20 @@ def _cell(value: Any) -> Any:
 def _file(path: Path, split: str, streaming: bool) -> Source:
     builder = BUILDERS.get(path.suffix.lower())
     if builder is None:
-        raise UserError(f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are {', '.join(BUILDERS)}")
+        raise UserError(
+            f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are {', '.join(BUILDERS)}"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"dataset {str(path)!r}: the file is empty")
     if builder in ("json", "csv", "text"):
         dataset = _in_memory(_part(read_tables([path], str(path)), split), split, streaming)
     else:
         dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
-    return Source(_plain_tar(dataset) if builder == "webdataset" else dataset, str(path), ImagePlaces(_image_folders([path])))
+    return Source(
+        _plain_tar(dataset) if builder == "webdataset" else dataset,
+        str(path),
+        ImagePlaces(_image_folders([path])),
+    )
 
 
 def _part(dataset: Any, split: str) -> Any:
@@ -123,13 +166,19 @@ def _part(dataset: Any, split: str) -> Any:
 
     if "[" not in split:
         if split not in ("train", "all"):
-            raise UserError(f"dataset split {split!r} does not exist; a file has the one split train")
+            raise UserError(
+                f"dataset split {split!r} does not exist; a file has the one split train"
+            )
         return dataset
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
     except (ValueError, AssertionError, KeyError) as error:
         raise UserError(f"dataset split {split!r}: {' '.join(str(error).split())[:200]}") from None
-    indices = [i for part in parts for i in range(part.from_ or 0, part.to if part.to is not None else len(dataset))]
+    indices = [
+        i
+        for part in parts
+        for i in range(part.from_ or 0, part.to if part.to is not None else len(dataset))
+    ]
     return dataset.select(indices)
 
 
@@ -143,16 +192,29 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
         return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, places)
     for table in [*path.rglob("metadata.jsonl"), *path.rglob("metadata.csv")]:
         _check_metadata(table)
-    described = (path / "README.md").is_file() and "\nconfigs:" in (path / "README.md").read_text("utf-8", "replace")
-    if described or any(path.rglob("metadata.jsonl")) or any(path.rglob("metadata.csv")) or any(path.rglob("metadata.parquet")):
+    described = (path / "README.md").is_file() and "\nconfigs:" in (path / "README.md").read_text(
+        "utf-8", "replace"
+    )
+    if (
+        described
+        or any(path.rglob("metadata.jsonl"))
+        or any(path.rglob("metadata.csv"))
+        or any(path.rglob("metadata.parquet"))
+    ):
         return Source(_load(name, name, split, config=config, streaming=streaming), name, places)
     for chosen, rejected in PAIR_FOLDERS:
         if (path / chosen).is_dir() and (path / rejected).is_dir():
-            return Source(_in_memory(_pair_folders(path / chosen, path / rejected), split, streaming), name, places)
+            return Source(
+                _in_memory(_pair_folders(path / chosen, path / rejected), split, streaming),
+                name,
+                places,
+            )
     if any(path.rglob("*.parquet")):
         return Source(_load(name, name, split, config=config, streaming=streaming), name, places)
     if any(path.rglob("*.tar")):
-        return Source(_plain_tar(_load(name, name, split, config=config, streaming=streaming)), name, places)
+        return Source(
+            _plain_tar(_load(name, name, split, config=config, streaming=streaming)), name, places
+        )
     for suffix in (".jsonl", ".json", ".csv"):
         files = sorted(path.rglob(f"*{suffix}"))
         if files:
@@ -190,16 +252,24 @@ def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     without: list[str] = []
     for stem in sorted(set(images[0]) | set(images[1])):
-        beside = [(chosen / stem).parent / f"{Path(stem).name}{ending}" for ending in CAPTION_SUFFIXES]
+        beside = [
+            (chosen / stem).parent / f"{Path(stem).name}{ending}" for ending in CAPTION_SUFFIXES
+        ]
         file = next((file for file in beside if file.is_file()), None)
-        caption = text_files.read_text(file).strip() if file is not None else captions.get(stem, captions.get(Path(stem).name))
+        caption = (
+            text_files.read_text(file).strip()
+            if file is not None
+            else captions.get(stem, captions.get(Path(stem).name))
+        )
         if not isinstance(caption, str):
             without.append(stem)
             caption = None
         paths = [str(side[stem]) if stem in side else None for side in images]
         rows.append({"prompt": caption, "chosen": paths[0], "rejected": paths[1], "id": stem})
     if not rows:
-        raise UserError(f"dataset {str(chosen.parent)!r}: {chosen.name}/ and {rejected.name}/ hold no images")
+        raise UserError(
+            f"dataset {str(chosen.parent)!r}: {chosen.name}/ and {rejected.name}/ hold no images"
+        )
     if len(without) == len(rows):
         raise UserError(
             f"dataset {str(chosen.parent)!r}: no image has a caption; write {Path(without[0]).name}.txt (or {', '.join(CAPTION_SUFFIXES[1:])}) "
@@ -224,20 +294,35 @@ def _stem(path: Path, folder: Path) -> str:
 def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     """The files whose name starts with the split (`train-0001.jsonl`) or that lie in its folder; `train` means all when no
     file names any usual split."""
-    names = {file: [part.lower() for part in (*file.relative_to(folder).parent.parts, file.stem)] for file in files}
+    names = {
+        file: [part.lower() for part in (*file.relative_to(folder).parent.parts, file.stem)]
+        for file in files
+    }
     mine = [file for file in files if any(part.startswith(split.lower()) for part in names[file])]
     usual = ("train", "test", "val", "dev", "eval")
-    if mine or split != "train" or any(part.startswith(usual) for parts in names.values() for part in parts):
+    if (
+        mine
+        or split != "train"
+        or any(part.startswith(usual) for parts in names.values() for part in parts)
+    ):
         if not mine:
             got = ", ".join(file.name for file in files[:5])
-            raise UserError(f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are {got}")
+            raise UserError(
+                f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are {got}"
+            )
         return mine
     return files
 
 
 def _image_folders(files: Sequence[Path]) -> tuple[Path, ...]:
     """Beside a table, in images/ beside it, and in a folder named like it (HPDv2: train.json and train/)."""
-    return tuple(dict.fromkeys(base for file in files for base in (file.parent, file.parent / "images", file.with_suffix(""))))
+    return tuple(
+        dict.fromkeys(
+            base
+            for file in files
+            for base in (file.parent, file.parent / "images", file.with_suffix(""))
+        )
+    )
 
 
 def _plain_tar(dataset: Any) -> Any:
@@ -291,14 +376,19 @@ def _hub(name: str, split: str, config: str | None, revision: str | None, stream
             f"dataset {name!r}: not found on the Hub{at} (nor as a local path), or private. {alternatives}"
         ) from error
     except ConnectionError as error:
-        raise UserError(f"dataset {name!r}: the Hub cannot be reached ({error}). {alternatives}") from error
+        raise UserError(
+            f"dataset {name!r}: the Hub cannot be reached ({error}). {alternatives}"
+        ) from error
 
 
 def _looks_local(source: str) -> bool:
     """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
     suffixes = (*BUILDERS, ".arrow", ".zip", ".pkl", ".pickle")
     return (
-        source.startswith((".", "/", "~")) or source.endswith("/") or source.lower().endswith(suffixes) or source.count("/") > 1
+        source.startswith((".", "/", "~"))
+        or source.endswith("/")
+        or source.lower().endswith(suffixes)
+        or source.count("/") > 1
     )
 
 

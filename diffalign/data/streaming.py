@@ -31,7 +31,9 @@ def guarded(rows: Iterable[Any], name: str) -> Iterator[Any]:
         raise
     except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise UserError(f"dataset {name}: a row cannot be read ({' '.join(str(cause).split())[:300]})") from error
+        raise UserError(
+            f"dataset {name}: a row cannot be read ({' '.join(str(cause).split())[:300]})"
+        ) from error
 
 
 class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
@@ -49,26 +51,40 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         verify_images: str = "header",
         max_broken_fraction: float = 0.05,
     ) -> None:
-        super().__init__(dataset.decode(False) if dataset.features is not None else dataset, layout, report, None, places)
+        super().__init__(
+            dataset.decode(False) if dataset.features is not None else dataset,
+            layout,
+            report,
+            None,
+            places,
+        )
         self._verify, self._max_broken_fraction = verify_images, max_broken_fraction
 
     def __len__(self) -> int:
         raise TypeError("a streamed dataset has no length; set train.max_steps")
 
     def __getitem__(self, index: int) -> NoReturn:
-        raise TypeError("a streamed dataset has no index; iterate over it, or load it without streaming")
+        raise TypeError(
+            "a streamed dataset has no index; iterate over it, or load it without streaming"
+        )
 
     def select(self, indices: Sequence[int]) -> NoReturn:
-        raise TypeError("a streamed dataset has no index; load it without streaming to select groups")
+        raise TypeError(
+            "a streamed dataset has no index; load it without streaming to select groups"
+        )
 
     def __iter__(self) -> Iterator[Group]:
-        fresh = LoadReport(self.report.source, self.report.layout, self.report.kind, self.report.mapping)
+        fresh = LoadReport(
+            self.report.source, self.report.layout, self.report.kind, self.report.mapping
+        )
         for counter in dataclasses.fields(fresh):
             if counter.name != "ties_kept":
                 setattr(self.report, counter.name, getattr(fresh, counter.name))
         worker = get_worker_info()
         # datasets deals its shards to the workers; each counts in steps of their number, so that row ids stay unique
-        row_ids = itertools.count() if worker is None else itertools.count(worker.id, worker.num_workers)
+        row_ids = (
+            itertools.count() if worker is None else itertools.count(worker.id, worker.num_workers)
+        )
         for row_id, row in zip(row_ids, guarded(self.dataset, self.report.source), strict=False):
             self.report.rows += 1
             group = self._admitted(row_id, row)
@@ -81,11 +97,18 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
 
     def _admitted(self, row_id: int, row: dict[str, Any]) -> Group | None:
         """The group of a row, or None for one that is left out."""
-        verdict = judge(self.layout, {role: row.get(column) for role, column in self.layout.light_columns.items()})
+        verdict = judge(
+            self.layout,
+            {role: row.get(column) for role, column in self.layout.light_columns.items()},
+        )
         if not self.report.admit(row_id, verdict):
             return None
         try:
-            cells = {role: row.get(column) for role, column in self._columns.items() if role in self.layout.image_columns}
+            cells = {
+                role: row.get(column)
+                for role, column in self._columns.items()
+                if role in self.layout.image_columns
+            }
             group = build_group(self.layout, verdict, row_id, cells, self.places)
             for image in group.images:
                 check_image(image, self._verify)
@@ -98,7 +121,13 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
     @property
     def fingerprint(self) -> str:
         """sha256 of the source's name, layout, mapping and kind: a stream's content is not known before it has been read."""
-        parts = ["stream", self.report.source, self.layout.name, sorted(self.layout.mapping.items()), self.kind]
+        parts = [
+            "stream",
+            self.report.source,
+            self.layout.name,
+            sorted(self.layout.mapping.items()),
+            self.kind,
+        ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __copy__(self) -> StreamingPreferenceDataset:

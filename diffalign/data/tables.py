@@ -47,23 +47,37 @@ def read_tables(paths: Sequence[Path], name: str) -> Any:
         table = pyarrow.table(arrays)
     except (pyarrow.ArrowInvalid, UnicodeEncodeError) as error:
         raise UserError(f"dataset {name!r}: {' '.join(str(error).split())[:300]}") from error
-    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=digest.hexdigest()[:16])
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table), fingerprint=digest.hexdigest()[:16]
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     what, suffix = "dataset ", path.suffix.lower()
     if suffix == ".txt":
-        return [{"text": line.strip()} for line in text_files.read_lines(path, what) if line.strip()]
+        return [
+            {"text": line.strip()} for line in text_files.read_lines(path, what) if line.strip()
+        ]
     if suffix == ".csv":
         return [row.cells for row in text_files.read_table(path, what).rows]
     text = text_files.read_text(path, what)
-    if suffix == ".json" or text.lstrip().startswith("[") or not _is_json(text.lstrip().partition("\n")[0]):
+    if (
+        suffix == ".json"
+        or text.lstrip().startswith("[")
+        or not _is_json(text.lstrip().partition("\n")[0])
+    ):
         if not text.lstrip().startswith("{"):
-            return [_object(value, f"{what}{path}, row {i}") for i, value in enumerate(_list(path, text))]
+            return [
+                _object(value, f"{what}{path}, row {i}")
+                for i, value in enumerate(_list(path, text))
+            ]
         whole = _whole(text)
         if whole is not None:
             return [whole]
-    return [_object(value, f"{what}{path}, line {line}") for line, value in text_files.read_json_lines(path, what)]
+    return [
+        _object(value, f"{what}{path}, line {line}")
+        for line, value in text_files.read_json_lines(path, what)
+    ]
 
 
 def _is_json(text: str) -> bool:
@@ -101,7 +115,9 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise UserError(f'{where}: expected an object such as {{"prompt": ...}}, got {str(value)[:40]}')
+        raise UserError(
+            f'{where}: expected an object such as {{"prompt": ...}}, got {str(value)[:40]}'
+        )
     return value
 
 
@@ -160,7 +176,9 @@ def _with_floats(value: Any) -> Any:
         return [_with_floats(item) for item in value]
     if isinstance(value, dict):
         return {key: _with_floats(item) for key, item in value.items()}
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    return (
+        float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    )
 
 
 def _as_json(value: Any) -> str:

@@ -53,7 +53,10 @@ def check_resolution(size: int | Size, factor: int, field: str = "data.resolutio
         if side % factor:
             below, above = side // factor * factor, -(-side // factor) * factor
             use = f"{below} or {above}" if below else f"{above}"
-            raise ConfigError(field, f"{side} is not divisible by {factor}, as this model's images must be; use {use}")
+            raise ConfigError(
+                field,
+                f"{side} is not divisible by {factor}, as this model's images must be; use {use}",
+            )
 
 
 class GroupTransform:
@@ -71,10 +74,16 @@ class GroupTransform:
     """
 
     def __init__(
-        self, size: Size | Sequence[Size], center_crop: bool = True, random_flip: bool = False, mismatch: str = "drop"
+        self,
+        size: Size | Sequence[Size],
+        center_crop: bool = True,
+        random_flip: bool = False,
+        mismatch: str = "drop",
     ) -> None:
         if mismatch not in MISMATCH:
-            raise ConfigError("data.mismatch", f"expected one of {', '.join(MISMATCH)}, got {mismatch!r}")
+            raise ConfigError(
+                "data.mismatch", f"expected one of {', '.join(MISMATCH)}, got {mismatch!r}"
+            )
         self.bucketed = not isinstance(size[0], int)
         self.sizes: list[Size] = [(h, w) for h, w in ([size] if not self.bucketed else size)]  # type: ignore[list-item,misc]
         self.center_crop, self.random_flip, self.mismatch = center_crop, random_flip, mismatch
@@ -103,7 +112,9 @@ class GroupTransform:
 
         return find_nearest_bucket(*sizes[0], self.sizes)
 
-    def __call__(self, images: Sequence[Image.Image], generator: torch.Generator | None = None) -> tuple[torch.Tensor, Geometry]:
+    def __call__(
+        self, images: Sequence[Image.Image], generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, Geometry]:
         """Pixels `(k, 3, H, W)`, float32 in [-1, 1], and the geometry of the first image.
 
         Args:
@@ -118,16 +129,24 @@ class GroupTransform:
         sizes = [(image.height, image.width) for image in images]
         bucket = self.bucket_of(sizes)
         if bucket is None:
-            raise UserError(f"data.mismatch: images of (height, width) {sizes} fit no common bucket; drop the group or letterbox")
+            raise UserError(
+                f"data.mismatch: images of (height, width) {sizes} fit no common bucket; drop the group or letterbox"
+            )
         if generator is None and not self.deterministic:
             raise ValueError("generator: random crops and flips need one")
         target = self.sizes[bucket]
-        down, right = (0.5, 0.5) if self.center_crop else torch.rand(2, generator=generator).tolist()
+        down, right = (
+            (0.5, 0.5) if self.center_crop else torch.rand(2, generator=generator).tolist()
+        )
         flip = self.random_flip and torch.rand((), generator=generator).item() < 0.5
         pixels, corners = [], []
         for image, size in zip(images, sizes, strict=True):
             fitted = self.bucketed and not _same_aspect(size, sizes[0])
-            cropped, corner = _letterboxed(image, target) if fitted else _covered(image, target, down, right, flip)
+            cropped, corner = (
+                _letterboxed(image, target)
+                if fitted
+                else _covered(image, target, down, right, flip)
+            )
             pixels.append(_to_tensor(cropped, flip))
             corners.append(corner)
         return torch.stack(pixels), Geometry(sizes[0], corners[0], target)
@@ -137,26 +156,40 @@ def _same_aspect(size: Size, other: Size) -> bool:
     return abs(math.log(size[1] * other[0] / (size[0] * other[1]))) <= math.log1p(ASPECT_TOLERANCE)
 
 
-def _covered(image: Image.Image, target: Size, down: float, right: float, flip: bool) -> tuple[Image.Image, Size]:
+def _covered(
+    image: Image.Image, target: Size, down: float, right: float, flip: bool
+) -> tuple[Image.Image, Size]:
     """The crop that leaves the share `down` of the overhang above it and `right` left of it, and its (top, left)."""
     height, width = target
     factor = max(height / image.height, width / image.width)
-    resized_height, resized_width = max(height, round(image.height * factor)), max(width, round(image.width * factor))
+    resized_height, resized_width = (
+        max(height, round(image.height * factor)),
+        max(width, round(image.width * factor)),
+    )
     top, left = round(down * (resized_height - height)), round(right * (resized_width - width))
     if resized_height * resized_width > _MOST_RESIZED * height * width:
         cropped = _crop_of_thin(image, target, (top / factor, left / factor), factor)
     else:
-        cropped = _resized(image, resized_height, resized_width).crop((left, top, left + width, top + height))
+        cropped = _resized(image, resized_height, resized_width).crop(
+            (left, top, left + width, top + height)
+        )
     # cropping and mirroring is mirroring and cropping at the mirrored place, which is how diffusers' SDXL scripts count
     return cropped, (top, resized_width - width - left if flip else left)
 
 
-def _crop_of_thin(image: Image.Image, target: Size, corner: tuple[float, float], factor: float) -> Image.Image:
+def _crop_of_thin(
+    image: Image.Image, target: Size, corner: tuple[float, float], factor: float
+) -> Image.Image:
     """The crop of a very thin image, cut out before it is resized: the whole of it resized could fill any memory."""
     from PIL import Image as Pillow
 
     (top, left), (height, width) = corner, target
-    box = (left, top, min(image.width, left + width / factor), min(image.height, top + height / factor))
+    box = (
+        left,
+        top,
+        min(image.width, left + width / factor),
+        min(image.height, top + height / factor),
+    )
     return image.resize((width, height), Pillow.Resampling.LANCZOS, box=box)
 
 
@@ -168,14 +201,21 @@ def _letterboxed(image: Image.Image, target: Size) -> tuple[Image.Image, Size]:
     inner_height = min(height, max(1, round(image.height * factor)))
     inner_width = min(width, max(1, round(image.width * factor)))
     box = Pillow.new("RGB", (width, height))
-    box.paste(_resized(image, inner_height, inner_width), ((width - inner_width) // 2, (height - inner_height) // 2))
+    box.paste(
+        _resized(image, inner_height, inner_width),
+        ((width - inner_width) // 2, (height - inner_height) // 2),
+    )
     return box, (0, 0)
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     from PIL import Image as Pillow
 
-    return image if image.size == (width, height) else image.resize((width, height), Pillow.Resampling.LANCZOS)
+    return (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Pillow.Resampling.LANCZOS)
+    )
 
 
 def _to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:

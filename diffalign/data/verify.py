@@ -29,7 +29,9 @@ def check_image(image: Any, verify: str) -> None:
         image_cells.header(image)
 
 
-def usable_rows(dataset: Any, layout: Layout, report: LoadReport, places: ImagePlaces, verify: str) -> np.ndarray:
+def usable_rows(
+    dataset: Any, layout: Layout, report: LoadReport, places: ImagePlaces, verify: str
+) -> np.ndarray:
     """Ids of the rows to use, ascending, as int64; counts all others in `report`.
 
     Prompts, labels and scores of every row are read. Images are read only to be verified, as views of the Arrow table: a header
@@ -41,9 +43,16 @@ def usable_rows(dataset: Any, layout: Layout, report: LoadReport, places: ImageP
     columns = layout.mapping if verify != "none" else layout.light_columns | _lists(layout)
     tables = dataset.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
     kept: list[int] = []
-    with tqdm(total=len(dataset), desc="checking rows", unit="row", disable=len(dataset) < _SHOW_PROGRESS_FROM) as bar:
+    with tqdm(
+        total=len(dataset),
+        desc="checking rows",
+        unit="row",
+        disable=len(dataset) < _SHOW_PROGRESS_FROM,
+    ) as bar:
         for table in tables.iter(batch_size=_BATCH):
-            light = {role: table[column].to_pylist() for role, column in layout.light_columns.items()}
+            light = {
+                role: table[column].to_pylist() for role, column in layout.light_columns.items()
+            }
             for offset in range(len(table)):
                 row_id = report.rows
                 report.rows += 1
@@ -54,7 +63,10 @@ def usable_rows(dataset: Any, layout: Layout, report: LoadReport, places: ImageP
                     if verify == "none":
                         _check_length(table, layout, offset, len(verdict.prompts))
                     else:
-                        cells = {role: lazy_cell(table[column][offset]) for role, column in layout.image_columns.items()}
+                        cells = {
+                            role: lazy_cell(table[column][offset])
+                            for role, column in layout.image_columns.items()
+                        }
                         for image in build_group(layout, verdict, row_id, cells, places).images:
                             check_image(image, verify)
                 except image_cells.BrokenImage as error:

@@ -44,9 +44,14 @@ def build_app(
     """
     session = Session()
     voting = Voting(
-        engine, votes or VoteStore(Path("diffalign-votes")), prompts, vote_pair or (engine.names[0], engine.names[-1])
+        engine,
+        votes or VoteStore(Path("diffalign-votes")),
+        prompts,
+        vote_pair or (engine.names[0], engine.names[-1]),
     )
-    with gr.Blocks(title="diffalign demo", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as app:
+    with gr.Blocks(
+        title="diffalign demo", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)
+    ) as app:
         gr.Markdown("# diffalign\nModels side by side from the same noise.")
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
@@ -111,7 +116,18 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
     """Serves it: no uploads, no large requests, no files of the server, no web fonts."""
     from starlette.middleware import Middleware
 
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    given = {"theme": theme, "css": CSS, "head": KEYS, "max_file_size": "1kb", "show_error": True, "footer_links": []}
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    given = {
+        "theme": theme,
+        "css": CSS,
+        "head": KEYS,
+        "max_file_size": "1kb",
+        "show_error": True,
+        "footer_links": [],
+    }
     given["app_kwargs"] = {"middleware": [Middleware(BodyLimit)]}
-    return app.launch(**{**given, "ssr_mode": False, "mcp_server": False, "enable_monitoring": False, **options})
+    return app.launch(
+        **{**given, "ssr_mode": False, "mcp_server": False, "enable_monitoring": False, **options}
+    )

@@ -16,21 +16,49 @@ def build(engine: Engine, session: Session, example: str) -> None:
     names = engine.names
     prompt, seed, steps, guidance, side = inputs(engine, names[0], example, "compare")
     with gr.Row():
-        left = gr.Dropdown(names, value=names[0], label="Left", elem_id="compare-left", min_width=140)
-        right = gr.Dropdown(names, value=names[-1], label="Right", elem_id="compare-right", min_width=140)
+        left = gr.Dropdown(
+            names, value=names[0], label="Left", elem_id="compare-left", min_width=140
+        )
+        right = gr.Dropdown(
+            names, value=names[-1], label="Right", elem_id="compare-right", min_width=140
+        )
         high = engine.limits.lora_scale
-        scale = gr.Slider(0, high, value=1.0, step=0.05, label="LoRA scale (of LoRAs)", elem_id="compare-scale", min_width=200)
+        scale = gr.Slider(
+            0,
+            high,
+            value=1.0,
+            step=0.05,
+            label="LoRA scale (of LoRAs)",
+            elem_id="compare-scale",
+            min_width=200,
+        )
     with gr.Row():
         go = gr.Button("Draw both", variant="primary", elem_id="compare-go")
         another = gr.Button("Seed + 1", elem_id="compare-next")
         stop = gr.Button("Stop", variant="stop", elem_id="compare-stop")
     status = gr.Markdown("Both images start from the same noise.", elem_id="compare-status")
     slider = gr.ImageSlider(
-        show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=["fullscreen"], max_height=420
+        show_label=False,
+        format="png",
+        interactive=False,
+        elem_id="compare-slider",
+        buttons=["fullscreen"],
+        max_height=420,
     )
     scores = gr.Markdown(elem_id="compare-scores")
 
-    def draw(prompt, seed, steps, guidance, side, left, right, scale, request: gr.Request, progress=gr.Progress()):  # type: ignore[no-untyped-def]  # noqa: B008
+    def draw(
+        prompt,
+        seed,
+        steps,
+        guidance,
+        side,
+        left,
+        right,
+        scale,
+        request: gr.Request,
+        progress=gr.Progress(),
+    ):  # type: ignore[no-untyped-def]  # noqa: B008
         with said():
             wanted = engine.read(prompt, seed, steps, guidance, side)
             bounded("LoRA scale", scale, 0, engine.limits.lora_scale)
@@ -38,13 +66,17 @@ def build(engine: Engine, session: Session, example: str) -> None:
                 engine.pipe(name)
             images = []
             for i, name in enumerate((left, right)):
-                for kind, value in session.run(request, partial(engine.draw, name, wanted, lora_scale=scale)):
+                for kind, value in session.run(
+                    request, partial(engine.draw, name, wanted, lora_scale=scale)
+                ):
                     if kind == "step":
                         progress((i * value[1] + value[0], 2 * value[1]), desc=f"drawing {name}")
                     else:
                         images.append(value)
             yield gr.skip(), gr.skip(), "scoring"
-            table = score_table(engine.score(images, wanted.prompt), [f"left: {left}", f"right: {right}"])
+            table = score_table(
+                engine.score(images, wanted.prompt), [f"left: {left}", f"right: {right}"]
+            )
             yield tuple(enlarged(image) for image in images), table, _caption(wanted)
 
     given = [prompt, seed, steps, guidance, side, left, right, scale]
@@ -54,12 +86,20 @@ def build(engine: Engine, session: Session, example: str) -> None:
         prompt.submit(draw, given, [slider, scores, status], api_visibility="private", **options),
     ]
     more = another.click(
-        lambda seed: min(int(seed or 0) + 1, engine.limits.seed), seed, seed, queue=False, api_visibility="private"
+        lambda seed: min(int(seed or 0) + 1, engine.limits.seed),
+        seed,
+        seed,
+        queue=False,
+        api_visibility="private",
     )
-    events.append(more.then(draw, given, [slider, scores, status], api_visibility="private", **options))
+    events.append(
+        more.then(draw, given, [slider, scores, status], api_visibility="private", **options)
+    )
     stop.click(session.cancel, None, status, cancels=events, queue=False, api_visibility="private")
 
 
 def _caption(request: Request) -> str:
-    settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in request.settings.items())
+    settings = ", ".join(
+        f"{key.replace('_', ' ')} {value:g}" for key, value in request.settings.items()
+    )
     return f"Seed {request.seed}, {settings}: the same initial noise on both sides."

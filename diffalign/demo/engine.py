@@ -89,19 +89,32 @@ class Engine:
         for i, model in enumerate(models):
             key = model.model if isinstance(model.model, str) else id(model.model)
             if key not in self._pipes:
-                pipe = load_for_scoring(model.model, device=device, dtype=dtype) if isinstance(model.model, str) else model.model
+                pipe = (
+                    load_for_scoring(model.model, device=device, dtype=dtype)
+                    if isinstance(model.model, str)
+                    else model.model
+                )
                 pipe.set_progress_bar_config(disable=True)
                 self._pipes[key] = pipe
                 self._own[id(pipe)] = adapter_state(pipe)
             if model.lora is not None:
                 load_lora(self._pipes[key], model.lora, f"model_{i}", model.name)
-        self._adapters = {model.name: f"model_{i}" for i, model in enumerate(models) if model.lora is not None}
-        self._negative = {m.name: load_negative(self.pipe(m.name), m.negative) for m in models if m.negative is not None}
+        self._adapters = {
+            model.name: f"model_{i}" for i, model in enumerate(models) if model.lora is not None
+        }
+        self._negative = {
+            m.name: load_negative(self.pipe(m.name), m.negative)
+            for m in models
+            if m.negative is not None
+        }
         loaded = [load_scorer(s, device=device) if isinstance(s, str) else s for s in scorers]
         self.scorers = {scorer.name: scorer for scorer in loaded}
         for scorer in loaded:
             if "metadata" in scorer.spec.requires:
-                raise ConfigError("--scorers", f"{scorer.name} needs metadata for every prompt, which a visitor does not type")
+                raise ConfigError(
+                    "--scorers",
+                    f"{scorer.name} needs metadata for every prompt, which a visitor does not type",
+                )
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +128,9 @@ class Engine:
             UserError: no such model.
         """
         if name not in self.models:
-            raise UserError(f"model: there is no {str(name)[:60]!r}; there are {', '.join(self.models)}")
+            raise UserError(
+                f"model: there is no {str(name)[:60]!r}; there are {', '.join(self.models)}"
+            )
         model = self.models[name].model
         return self._pipes[model if isinstance(model, str) else id(model)]
 
@@ -127,7 +142,9 @@ class Engine:
             key: known.get(key, getattr(parameters.get(key), "default", None))
             for key in ("num_inference_steps", "guidance_scale")
         }
-        side = int(getattr(denoiser(pipe).config, "sample_size", 64)) * int(getattr(pipe, "vae_scale_factor", 8))
+        side = int(getattr(denoiser(pipe).config, "sample_size", 64)) * int(
+            getattr(pipe, "vae_scale_factor", 8)
+        )
         return {
             "num_inference_steps": found["num_inference_steps"] or 30,
             "guidance_scale": found["guidance_scale"] or 1.0,
@@ -146,7 +163,9 @@ class Engine:
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError("prompt: write what the image should show")
         if len(prompt) > limits.prompt_chars:
-            raise UserError(f"prompt: {len(prompt)} characters are too many; at most {limits.prompt_chars}")
+            raise UserError(
+                f"prompt: {len(prompt)} characters are too many; at most {limits.prompt_chars}"
+            )
         settings: dict[str, Any] = {
             "num_inference_steps": int(bounded("steps", steps, 1, limits.steps, whole=True)),
             "guidance_scale": bounded("guidance", guidance, 0, limits.guidance),
@@ -156,11 +175,22 @@ class Engine:
             if wanted % 64:
                 raise UserError(f"size: expected a multiple of 64, got {wanted}")
             settings |= {"height": wanted, "width": wanted}
-        return Request(" ".join(prompt.split()), int(bounded("seed", seed, 0, limits.seed, whole=True)), settings)
+        return Request(
+            " ".join(prompt.split()),
+            int(bounded("seed", seed, 0, limits.seed, whole=True)),
+            settings,
+        )
 
     # Drawing
 
-    def draw(self, name: str, request: Request, job: Job | None = None, *, lora_scale: float | None = None) -> Image.Image:
+    def draw(
+        self,
+        name: str,
+        request: Request,
+        job: Job | None = None,
+        *,
+        lora_scale: float | None = None,
+    ) -> Image.Image:
         """One image: the same initial and step noise under every model for the same seed.
 
         Args:
@@ -174,21 +204,33 @@ class Engine:
             self._switch(
                 pipe,
                 name,
-                model.lora_scale if lora_scale is None else bounded("LoRA scale", lora_scale, 0, self.limits.lora_scale),
+                model.lora_scale
+                if lora_scale is None
+                else bounded("LoRA scale", lora_scale, 0, self.limits.lora_scale),
             )
             if name in self._negative:
-                stack.enter_context(NegativeGuidance(pipe, negative=self._negative[name], alpha=model.alpha, beta=model.beta))
+                stack.enter_context(
+                    NegativeGuidance(
+                        pipe, negative=self._negative[name], alpha=model.alpha, beta=model.beta
+                    )
+                )
             more = _step_callback(pipe, job, request.settings["num_inference_steps"])
-            image = generate(pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more)[0]
+            image = generate(
+                pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more
+            )[0]
         if isinstance(image, Missing):
-            raise UserError(f"model {name}: no image for seed {request.seed}: {image.reason}; try another seed")
+            raise UserError(
+                f"model {name}: no image for seed {request.seed}: {image.reason}; try another seed"
+            )
         return image
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
         """Makes the model's own LoRA active, beside those that the pipeline came with."""
         if not any(self.pipe(other) is pipe for other in self._adapters):
             return
-        wanted: dict[str, Any] = {adapter: dict(weights) for adapter, weights in self._own[id(pipe)].items()}
+        wanted: dict[str, Any] = {
+            adapter: dict(weights) for adapter, weights in self._own[id(pipe)].items()
+        }
         if name in self._adapters:
             wanted[self._adapters[name]] = scale
         if wanted:
@@ -204,7 +246,10 @@ class Engine:
                 name: s.score(list(images), [prompt] * len(images), on_error="nan").values.tolist()
                 for name, s in self.scorers.items()
             }
-        return {name: [None if math.isnan(value) else value for value in values] for name, values in found.items()}
+        return {
+            name: [None if math.isnan(value) else value for value in values]
+            for name, values in found.items()
+        }
 
     def steer(
         self, name: str, request: Request, *, scorer: str, num_particles: Any, lmbda: Any, job: Job
@@ -216,21 +261,35 @@ class Engine:
         """
         from ..steering.fk_steering import FKSteering
 
-        pipe, particles = self.pipe(name), int(bounded("particles", num_particles, 2, self.limits.particles, whole=True))
+        pipe, particles = (
+            self.pipe(name),
+            int(bounded("particles", num_particles, 2, self.limits.particles, whole=True)),
+        )
         tilt = bounded("lambda", lmbda, 0, self.limits.lmbda)
         if scorer not in self.scorers:
-            raise UserError(f"scorer: there is no {str(scorer)[:60]!r}; there are {', '.join(self.scorers)}")
+            raise UserError(
+                f"scorer: there is no {str(scorer)[:60]!r}; there are {', '.join(self.scorers)}"
+            )
         plain = self.draw(name, request, job=job)
         if self.score([plain], request.prompt)[scorer][0] is None:
-            raise UserError(f"prompt: {scorer} has no score for it; choose another scorer, or a prompt that it knows")
+            raise UserError(
+                f"prompt: {scorer} has no score for it; choose another scorer, or a prompt that it knows"
+            )
         with self._lock, torch.inference_mode():
             self._switch(pipe, name, self.models[name].lora_scale)
-            steering = FKSteering(pipe, self.scorers[scorer], num_particles=particles, lmbda=tilt, kernel="auto")
+            steering = FKSteering(
+                pipe, self.scorers[scorer], num_particles=particles, lmbda=tilt, kernel="auto"
+            )
             result = steering(
-                request.prompt, seed=request.seed, on_step=lambda step: job.report("scored", step), **request.settings
+                request.prompt,
+                seed=request.seed,
+                on_step=lambda step: job.report("scored", step),
+                **request.settings,
             )
         if isinstance(result.best[0], Missing):
-            raise UserError(f"model {name}: no image for seed {request.seed}: {result.best[0].reason}; try another seed")
+            raise UserError(
+                f"model {name}: no image for seed {request.seed}: {result.best[0].reason}; try another seed"
+            )
         return result, plain
 
 
@@ -240,7 +299,12 @@ def bounded(name: str, value: Any, low: float, high: float, whole: bool = False)
     Raises:
         UserError: it is none.
     """
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    )
     if not good or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
         raise UserError(f"{name}: expected {kind} from {low:g} to {high:g}, got {str(value)[:40]}")
@@ -248,7 +312,10 @@ def bounded(name: str, value: Any, low: float, high: float, whole: bool = False)
 
 
 def _step_callback(pipe: Any, job: Job | None, steps: int) -> Mapping[str, Any]:
-    if job is None or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+    if (
+        job is None
+        or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters
+    ):
         return {}
 
     def callback(_: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -261,4 +328,8 @@ def _step_callback(pipe: Any, job: Job | None, steps: int) -> Mapping[str, Any]:
 def enlarged(image: Image.Image, side: int = 320) -> Image.Image:
     """Small images by a whole factor, so that their pixels can be seen."""
     factor = max(1, side // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) if factor > 1 else image
+    return (
+        image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        if factor > 1
+        else image
+    )

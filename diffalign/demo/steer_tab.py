@@ -17,12 +17,30 @@ def build(engine: Engine, session: Session, example: str) -> None:
     limits = engine.limits
     prompt, seed, steps, guidance, side = inputs(engine, names[0], example, "steer")
     with gr.Row():
-        model = gr.Dropdown(names, value=names[0], label="Model", elem_id="steer-model", min_width=140)
+        model = gr.Dropdown(
+            names, value=names[0], label="Model", elem_id="steer-model", min_width=140
+        )
         scorers = list(engine.scorers)
-        scorer = gr.Dropdown(scorers, value=scorers[-1], label="Reward", elem_id="steer-scorer", min_width=140)
-        particles = gr.Slider(2, limits.particles, value=4, step=1, label="Particles", elem_id="steer-particles", min_width=140)
+        scorer = gr.Dropdown(
+            scorers, value=scorers[-1], label="Reward", elem_id="steer-scorer", min_width=140
+        )
+        particles = gr.Slider(
+            2,
+            limits.particles,
+            value=4,
+            step=1,
+            label="Particles",
+            elem_id="steer-particles",
+            min_width=140,
+        )
         lmbda = gr.Slider(
-            0, limits.lmbda, value=min(20.0, limits.lmbda), step=0.5, label="Lambda", elem_id="steer-lambda", min_width=140
+            0,
+            limits.lmbda,
+            value=min(20.0, limits.lmbda),
+            step=0.5,
+            label="Lambda",
+            elem_id="steer-lambda",
+            min_width=140,
         )
     with gr.Row():
         go = gr.Button("Steer", variant="primary", elem_id="steer-go")
@@ -39,18 +57,37 @@ def build(engine: Engine, session: Session, example: str) -> None:
         elem_id="steer-trace",
     )
     slider = gr.ImageSlider(
-        show_label=False, buttons=["fullscreen"], format="png", interactive=False, elem_id="steer-slider", max_height=420
+        show_label=False,
+        buttons=["fullscreen"],
+        format="png",
+        interactive=False,
+        elem_id="steer-slider",
+        max_height=420,
     )
     scores = gr.Markdown(elem_id="steer-scores")
 
-    def steer(prompt, seed, steps, guidance, side, model, scorer, particles, lmbda, request: gr.Request, progress=gr.Progress()):  # type: ignore[no-untyped-def]  # noqa: B008
+    def steer(
+        prompt,
+        seed,
+        steps,
+        guidance,
+        side,
+        model,
+        scorer,
+        particles,
+        lmbda,
+        request: gr.Request,
+        progress=gr.Progress(),
+    ):  # type: ignore[no-untyped-def]  # noqa: B008
         with said():
             wanted = engine.read(prompt, seed, steps, guidance, side)
             engine.pipe(model)
             seen: list[Any] = []
 
             def work(job: Any) -> Any:
-                return engine.steer(model, wanted, scorer=scorer, num_particles=particles, lmbda=lmbda, job=job)
+                return engine.steer(
+                    model, wanted, scorer=scorer, num_particles=particles, lmbda=lmbda, job=job
+                )
 
             for kind, value in session.run(request, work):
                 if kind == "step":
@@ -63,7 +100,9 @@ def build(engine: Engine, session: Session, example: str) -> None:
                 else:
                     result, plain = value
                     best = result.best[0]
-                    table = score_table(engine.score([plain, best], wanted.prompt), ["plain", "best particle"])
+                    table = score_table(
+                        engine.score([plain, best], wanted.prompt), ["plain", "best particle"]
+                    )
                     line = f"Seed {wanted.seed}: {int(result.num_roots[0])} of {particles} initial noises survive, log Z {float(result.log_z[0]):.2f}."
                     yield result.plot(0), (enlarged(plain), enlarged(best)), table, line
 

@@ -63,19 +63,50 @@ def said() -> Iterator[None]:
 def inputs(engine: Engine, name: str, example: str, tab: str) -> tuple[Any, ...]:
     """Prompt, seed, steps, guidance, side, within the engine's limits."""
     limits, own = engine.limits, engine.defaults(name)
-    sides = sorted({own["side"], *(s for s in (256, 512, 768, 1024) if s <= min(limits.side, own["side"]))})
+    sides = sorted(
+        {own["side"], *(s for s in (256, 512, 768, 1024) if s <= min(limits.side, own["side"]))}
+    )
     start = min(own["num_inference_steps"], limits.steps)
     with gr.Row():
         prompt = gr.Textbox(
-            example, label="Prompt", max_length=limits.prompt_chars, max_lines=4, elem_id=f"{tab}-prompt", scale=4, min_width=260
+            example,
+            label="Prompt",
+            max_length=limits.prompt_chars,
+            max_lines=4,
+            elem_id=f"{tab}-prompt",
+            scale=4,
+            min_width=260,
         )
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=limits.seed, elem_id=f"{tab}-seed", min_width=110)
+        seed = gr.Number(
+            0,
+            label="Seed",
+            precision=0,
+            minimum=0,
+            maximum=limits.seed,
+            elem_id=f"{tab}-seed",
+            min_width=110,
+        )
     with gr.Row():
-        steps = gr.Slider(1, limits.steps, start, step=1, label="Steps", elem_id=f"{tab}-steps", min_width=200)
-        guidance = gr.Slider(
-            0, limits.guidance, own["guidance_scale"], step=0.1, label="Guidance", elem_id=f"{tab}-guidance", min_width=200
+        steps = gr.Slider(
+            1, limits.steps, start, step=1, label="Steps", elem_id=f"{tab}-steps", min_width=200
         )
-        side = gr.Dropdown(sides, value=own["side"], label="Size", elem_id=f"{tab}-size", visible=len(sides) > 1, min_width=100)
+        guidance = gr.Slider(
+            0,
+            limits.guidance,
+            own["guidance_scale"],
+            step=0.1,
+            label="Guidance",
+            elem_id=f"{tab}-guidance",
+            min_width=200,
+        )
+        side = gr.Dropdown(
+            sides,
+            value=own["side"],
+            label="Size",
+            elem_id=f"{tab}-size",
+            visible=len(sides) > 1,
+            min_width=100,
+        )
     return prompt, seed, steps, guidance, side
 
 
@@ -83,8 +114,13 @@ def score_table(scores: Mapping[str, Sequence[float | None]], columns: Sequence[
     """Markdown: a row per scorer, a column per image."""
     if not scores:
         return ""
-    lines = [f"| | {' | '.join(html.escape(c) for c in columns)} |", f"|{'---|' * (len(columns) + 1)}"]
+    lines = [
+        f"| | {' | '.join(html.escape(c) for c in columns)} |",
+        f"|{'---|' * (len(columns) + 1)}",
+    ]
     for name, values in scores.items():
-        shown = ("no score for this prompt" if value is None else f"{value:.4g}" for value in values)
+        shown = (
+            "no score for this prompt" if value is None else f"{value:.4g}" for value in values
+        )
         lines.append(f"| {html.escape(name)} | {' | '.join(shown)} |")
     return "\n".join(lines)

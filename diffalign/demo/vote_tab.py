@@ -45,7 +45,9 @@ class Voting:
         UserError: nothing to vote on.
     """
 
-    def __init__(self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]) -> None:
+    def __init__(
+        self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]
+    ) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
         self._shown: dict[str, Pair] = {}  # by session; the browser never learns the sides
         self._lock = threading.Lock()
@@ -58,7 +60,11 @@ class Voting:
 
     def new_pair(self, visitor: str, annotator: Any) -> Pair | None:
         """The next pair of a visitor, remembered until its vote."""
-        pair = self.store.next(annotator, random.Random()) if isinstance(self.store, RoundVotes) else self._drawn()
+        pair = (
+            self.store.next(annotator, random.Random())
+            if isinstance(self.store, RoundVotes)
+            else self._drawn()
+        )
         with self._lock:
             if pair is None:
                 self._shown.pop(visitor, None)
@@ -73,13 +79,18 @@ class Voting:
         prompt, seed = rng.choice(self.prompts), rng.randrange(self.engine.limits.seed)
         base = self.engine.defaults(self.models[0])
         wanted = self.engine.read(
-            prompt[: self.engine.limits.prompt_chars], seed, base["num_inference_steps"], base["guidance_scale"]
+            prompt[: self.engine.limits.prompt_chars],
+            seed,
+            base["num_inference_steps"],
+            base["guidance_scale"],
         )
         sides = list(self.models)
         rng.shuffle(sides)
         images = [self.engine.draw(name, wanted) for name in sides]
         facts = {"seed": seed, **wanted.settings}
-        return Pair(uuid.uuid4().hex, wanted.prompt, (images[0], images[1]), (sides[0], sides[1]), facts)
+        return Pair(
+            uuid.uuid4().hex, wanted.prompt, (images[0], images[1]), (sides[0], sides[1]), facts
+        )
 
     def vote(self, visitor: str, shown: Any, choice: str, annotator: Any) -> bool:
         """Takes a vote on the pair that the visitor sees; False if it was for another one (a key pressed twice)."""
@@ -108,10 +119,15 @@ class Voting:
 
 def build(voting: Voting, session: Session, export: bool) -> None:
     """The tab's components and events."""
-    gr.Markdown("Which image follows the prompt better? Keys: **1** or ← left, **2** or → right, **0** or ↓ tie.")
+    gr.Markdown(
+        "Which image follows the prompt better? Keys: **1** or ← left, **2** or → right, **0** or ↓ tie."
+    )
     with gr.Row():
         annotator = gr.Textbox(
-            label="Your name or a pseudonym (optional)", max_length=ANNOTATOR_CHARS, elem_id="vote-annotator", min_width=200
+            label="Your name or a pseudonym (optional)",
+            max_length=ANNOTATOR_CHARS,
+            elem_id="vote-annotator",
+            min_width=200,
         )
         start = gr.Button("Show a pair", variant="primary", elem_id="vote-start")
     prompt = gr.Textbox(label="Prompt", interactive=False, elem_id="vote-prompt")
@@ -149,10 +165,18 @@ def build(voting: Voting, session: Session, export: bool) -> None:
                 *[gr.update(interactive=False)] * 3,
                 "You have judged every pair of this round. " + voting.state(),
             ]
-        return [pair.prompt, pair.id, *(enlarged(i) for i in pair.images), *[gr.update(interactive=True)] * 3, voting.state()]
+        return [
+            pair.prompt,
+            pair.id,
+            *(enlarged(i) for i in pair.images),
+            *[gr.update(interactive=True)] * 3,
+            voting.state(),
+        ]
 
     def show_next(annotator: Any, request: gr.Request) -> list[Any]:
-        if voting.is_open(session.visitor(request)):  # the vote was for another pair: this one still waits for its own
+        if voting.is_open(
+            session.visitor(request)
+        ):  # the vote was for another pair: this one still waits for its own
             return [*[gr.skip()] * 4, *[gr.update(interactive=True)] * 3, gr.skip()]
         return show(annotator, request)
 
@@ -162,19 +186,23 @@ def build(voting: Voting, session: Session, export: bool) -> None:
     start.click(show, annotator, outputs, api_name="pair", **options)
     for button, choice in zip(buttons, ("left", "tie", "right"), strict=True):
 
-        def take(shown: Any, annotator: Any, request: gr.Request, choice: str = choice) -> list[Any]:
+        def take(
+            shown: Any, annotator: Any, request: gr.Request, choice: str = choice
+        ) -> list[Any]:
             with said():
                 voting.vote(session.visitor(request), shown, choice, annotator)
             return [*lock(), voting.state()]
 
         # The vote waits for nobody's drawing, which the next pair does.
-        button.click(take, [shown, annotator], [*buttons, status], queue=False, api_name=f"vote_{choice}").then(
-            show_next, annotator, outputs, api_visibility="private", **options
-        )
+        button.click(
+            take, [shown, annotator], [*buttons, status], queue=False, api_name=f"vote_{choice}"
+        ).then(show_next, annotator, outputs, api_visibility="private", **options)
     if export and not voting.from_round:
         with gr.Row():
             make = gr.Button("Make a preference dataset of all votes", elem_id="vote-export")
-            file = gr.DownloadButton("Download votes.parquet", visible=False, elem_id="vote-download")
+            file = gr.DownloadButton(
+                "Download votes.parquet", visible=False, elem_id="vote-download"
+            )
 
         def write() -> Any:
             with said():

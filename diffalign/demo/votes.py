@@ -87,7 +87,10 @@ class VoteStore:
                 self._known.add(entry["id"])
         if self.left_out:
             first = "; ".join(map(str, sorted(self.left_out, key=lambda line: line.number)[:3]))
-            print(f"{self.file}: {len(self.votes)} votes; {len(self.left_out)} lines left out ({first})", flush=True)
+            print(
+                f"{self.file}: {len(self.votes)} votes; {len(self.left_out)} lines left out ({first})",
+                flush=True,
+            )
 
     def _fault(self, entry: Any) -> str | None:
         """Why an entry of the file is no vote of this store; None for one that is."""
@@ -98,7 +101,9 @@ class VoteStore:
             return f"vote is {str(entry.get('vote'))[:40]!r}, expected {', '.join(CHOICES)}"
         for name in ("left_image", "right_image"):
             if not isinstance(entry.get(name), str) or not _PICTURE.fullmatch(entry[name]):
-                return f"{name} is {str(entry.get(name))[:60]!r}, which is no picture of this folder"
+                return (
+                    f"{name} is {str(entry.get(name))[:60]!r}, which is no picture of this folder"
+                )
         return None
 
     def _common_fault(self, entry: Any, texts: tuple[str, ...]) -> str | None:
@@ -173,12 +178,20 @@ class VoteStore:
         """(votes on this pair of models, win-rate of `tuned`); prompts count, not votes."""
         points: dict[str, list[float]] = {}
         with self._lock:
-            votes = [vote for vote in self.votes if {vote.get("left"), vote.get("right")} == {base, tuned}]
+            votes = [
+                vote
+                for vote in self.votes
+                if {vote.get("left"), vote.get("right")} == {base, tuned}
+            ]
         for vote in votes:
             won = vote.get(vote["vote"]) if vote["vote"] != "tie" else None
-            points.setdefault(vote["prompt"], []).append(0.5 if won is None else float(won == tuned))
+            points.setdefault(vote["prompt"], []).append(
+                0.5 if won is None else float(won == tuned)
+            )
         most = max(map(len, points.values()), default=0)
-        table = np.array([own + [math.nan] * (most - len(own)) for own in points.values()]).reshape(len(points), most)
+        table = np.array([own + [math.nan] * (most - len(own)) for own in points.values()]).reshape(
+            len(points), most
+        )
         return len(votes), rate_of(table)
 
     def export(self, path: Path) -> int:
@@ -212,7 +225,10 @@ class VoteStore:
                 self.lost.append(vote["id"])
                 continue
             rows["prompt"].append(vote["prompt"])
-            for column, side, content in (("chosen", won, pictures[0]), ("rejected", lost, pictures[1])):
+            for column, side, content in (
+                ("chosen", won, pictures[0]),
+                ("rejected", lost, pictures[1]),
+            ):
                 rows[column].append({"bytes": content, "path": None})
                 rows[f"{column}_model"].append(vote[side])
             rows["annotator"].append(vote["annotator"])
@@ -220,7 +236,10 @@ class VoteStore:
             raise UserError(
                 f"votes: the pictures of all {len(decided)} votes are lost or damaged; put {self.folder / 'images'} back"
             )
-        texts = {name: Value("string") for name in ("prompt", "annotator", "chosen_model", "rejected_model")}
+        texts = {
+            name: Value("string")
+            for name in ("prompt", "annotator", "chosen_model", "rejected_model")
+        }
         features = Features({**texts, "chosen": ImageFeature(), "rejected": ImageFeature()})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -261,7 +280,13 @@ class RoundVotes(VoteStore):
         """As `training.feedback.read_votes` reads it."""
         said = {"left": "a", "right": "b", "tie": "tie"}[choice]
         facts = {"id": pair.id, "time": round(time.time(), 3), "annotator": annotator}
-        return {**facts, "image_a": pair.sides[0], "image_b": pair.sides[1], "preference": said, "prompt": pair.prompt}
+        return {
+            **facts,
+            "image_a": pair.sides[0],
+            "image_b": pair.sides[1],
+            "preference": said,
+            "prompt": pair.prompt,
+        }
 
     def _fault(self, entry: Any) -> str | None:
         reason = self._common_fault(entry, ("image_a", "image_b"))
@@ -270,7 +295,11 @@ class RoundVotes(VoteStore):
         return reason
 
     def remarks(self) -> str:
-        lost = f" {len(self._unreadable)} images cannot be opened; their pairs are not shown." if self._unreadable else ""
+        lost = (
+            f" {len(self._unreadable)} images cannot be opened; their pairs are not shown."
+            if self._unreadable
+            else ""
+        )
         return super().remarks() + lost
 
     def next(self, annotator: Any, rng: random.Random) -> Pair | None:
@@ -289,14 +318,30 @@ class RoundVotes(VoteStore):
             for b in group["images"][i + 1 :]
             if frozenset((a["id"], b["id"])) not in mine
         ]
-        while open_pairs := [p for p in open_pairs if p[1]["id"] not in self._unreadable and p[2]["id"] not in self._unreadable]:
+        while open_pairs := [
+            p
+            for p in open_pairs
+            if p[1]["id"] not in self._unreadable and p[2]["id"] not in self._unreadable
+        ]:
             fewest = min(count.get(frozenset((a["id"], b["id"])), 0) for _, a, b in open_pairs)
-            group, *sides = rng.choice([p for p in open_pairs if count.get(frozenset((p[1]["id"], p[2]["id"])), 0) == fewest])
+            group, *sides = rng.choice(
+                [
+                    p
+                    for p in open_pairs
+                    if count.get(frozenset((p[1]["id"], p[2]["id"])), 0) == fewest
+                ]
+            )
             rng.shuffle(sides)
             images = [self._image(side) for side in sides]
             if images[0] is not None and images[1] is not None:
                 names = (sides[0]["id"], sides[1]["id"])
-                return Pair(f"{rng.getrandbits(64):016x}", group["prompt"], (images[0], images[1]), names, {})
+                return Pair(
+                    f"{rng.getrandbits(64):016x}",
+                    group["prompt"],
+                    (images[0], images[1]),
+                    names,
+                    {},
+                )
         return None
 
     def _image(self, side: Mapping[str, Any]) -> Image.Image | None:

@@ -86,7 +86,9 @@ class Difference:
         return cls(float(units.mean()) if len(units) else math.nan, error)
 
     def __str__(self) -> str:
-        return f"{self.value:+.4g}" + ("" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2g}")
+        return f"{self.value:+.4g}" + (
+            "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2g}"
+        )
 
 
 @dataclass
@@ -121,7 +123,9 @@ class BestOfNComparison:
             ConfigError: no such metric or quantity.
         """
         if metric not in self.metrics:
-            raise ConfigError("metric", f"expected one of {', '.join(self.metrics)}, got {metric!r}")
+            raise ConfigError(
+                "metric", f"expected one of {', '.join(self.metrics)}, got {metric!r}"
+            )
         if of not in ("best", "mean"):
             raise ConfigError("of", f"expected best or mean, got {of!r}")
         plain, steered = (getattr(self.arms[name], of)(metric) for name in ARMS)
@@ -136,29 +140,45 @@ class BestOfNComparison:
             for of in ("best", "mean"):
                 a, b = (float(np.nanmean(getattr(arm, of)(metric))) for arm in (plain, steered))
                 what = "best particle" if of == "best" else f"mean of {k}"
-                lines.append(f"| {metric}, {what} | {a:.4g} | {b:.4g} | {self.difference(metric, of)} |")
+                lines.append(
+                    f"| {metric}, {what} | {a:.4g} | {b:.4g} | {self.difference(metric, of)} |"
+                )
             lines.append(
                 f"| {metric}, weighted mean | {np.nanmean(plain.weighted(metric)):.4g} | {np.nanmean(steered.weighted(metric)):.4g} | |"
             )
-        lines.append(f"| initial noises that survive, of {k} | {plain.roots.mean():.2f} | {steered.roots.mean():.2f} | |")
+        lines.append(
+            f"| initial noises that survive, of {k} | {plain.roots.mean():.2f} | {steered.roots.mean():.2f} | |"
+        )
         lines.append(f"| smallest effective sample size | | {steered.min_ess.mean():.2f} | |")
         for name in ("model_rows", "decodes", "scored_images"):
-            lines.append(f"| {name.replace('_', ' ')} | {getattr(plain, name)} | {getattr(steered, name)} | |")
+            lines.append(
+                f"| {name.replace('_', ' ')} | {getattr(plain, name)} | {getattr(steered, name)} | |"
+            )
         lines.append(f"| seconds | {plain.seconds:.1f} | {steered.seconds:.1f} | |")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, for JSON; NaN is None."""
-        found: dict[str, Any] = {"num_prompts": len(self.prompts), "seeds": self.seeds, "num_particles": self.num_particles}
+        found: dict[str, Any] = {
+            "num_prompts": len(self.prompts),
+            "seeds": self.seeds,
+            "num_particles": self.num_particles,
+        }
         for name, arm in self.arms.items():
             found[name] = {
                 **{
-                    metric: {of: _number(float(np.nanmean(getattr(arm, of)(metric)))) for of in ("best", "mean", "weighted")}
+                    metric: {
+                        of: _number(float(np.nanmean(getattr(arm, of)(metric))))
+                        for of in ("best", "mean", "weighted")
+                    }
                     for metric in self.metrics
                 },
                 "roots": float(arm.roots.mean()),
                 "min_ess": float(arm.min_ess.mean()),
-                **{key: getattr(arm, key) for key in ("model_rows", "decodes", "scored_images", "reward_calls", "seconds")},
+                **{
+                    key: getattr(arm, key)
+                    for key in ("model_rows", "decodes", "scored_images", "reward_calls", "seconds")
+                },
             }
         found["difference"] = {
             metric: {
@@ -176,8 +196,16 @@ class BestOfNComparison:
 
         plain, steered = (self.arms[name].best_images for name in ARMS)
         count = min(4, len(self.seeds))
-        chosen = [(prompt, plain[i][:count], steered[i][:count]) for i, prompt in enumerate(self.prompts[:rows])]
-        return comparison_grid(chosen, left=f"best of {self.num_particles}", right="steering", columns=3 if count == 1 else 1)
+        chosen = [
+            (prompt, plain[i][:count], steered[i][:count])
+            for i, prompt in enumerate(self.prompts[:rows])
+        ]
+        return comparison_grid(
+            chosen,
+            left=f"best of {self.num_particles}",
+            right="steering",
+            columns=3 if count == 1 else 1,
+        )
 
 
 def compare_best_of_n(
@@ -206,7 +234,9 @@ def compare_best_of_n(
         UserError: as `FKSteering.__call__`.
     """
     if steering.num_particles < 2:
-        raise ConfigError("num_particles", "a comparison with best-of-n needs at least 2 particles, got 1")
+        raise ConfigError(
+            "num_particles", "a comparison with best-of-n needs at least 2 particles, got 1"
+        )
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
     if not numbers:
@@ -217,14 +247,19 @@ def compare_best_of_n(
     named = read_judges(judges)
     parts: dict[str, list[tuple[SteeringResult, dict[str, Array]]]] = {arm: [] for arm in ARMS}
     sides = {"best_of_n": steering.best_of_n(), "steering": steering}
-    with quiet_bars(steering.pipe), tqdm(total=2 * len(numbers), desc="comparing", unit="round", disable=not progress) as bar:
+    with (
+        quiet_bars(steering.pipe),
+        tqdm(total=2 * len(numbers), desc="comparing", unit="round", disable=not progress) as bar,
+    ):
         for number in numbers:
             for arm, sampler in sides.items():
                 own = [population_seed(number, i) for i in range(len(texts))]
                 result = sampler(texts, seed=own, metadata=metadata, **pipe_kwargs)
                 parts[arm].append((result, judge(result, named, metadata)))
                 bar.update()
-    return BestOfNComparison(texts, numbers, steering.num_particles, {arm: _arm(rounds) for arm, rounds in parts.items()})
+    return BestOfNComparison(
+        texts, numbers, steering.num_particles, {arm: _arm(rounds) for arm, rounds in parts.items()}
+    )
 
 
 @contextmanager
@@ -258,11 +293,16 @@ def read_judges(judges: Mapping[str, Any] | Sequence[str] | None) -> dict[str, R
     return {name: Rewarder(scorer) for name, scorer in table.items()}
 
 
-def judge(result: SteeringResult, judges: Mapping[str, Rewarder], metadata: Any = None) -> dict[str, Array]:
+def judge(
+    result: SteeringResult, judges: Mapping[str, Rewarder], metadata: Any = None
+) -> dict[str, Array]:
     """Scores of all returned images by every judge, (prompts, K) each."""
     k = result.rewards.shape[1]
     images = [image for row in result.images for image in row]
-    return {name: one.start(result.prompts, metadata, k).of_images(images).numpy() for name, one in judges.items()}
+    return {
+        name: one.start(result.prompts, metadata, k).of_images(images).numpy()
+        for name, one in judges.items()
+    }
 
 
 def _arm(rounds: list[tuple[SteeringResult, dict[str, Array]]]) -> ArmScores:
@@ -278,7 +318,9 @@ def _arm(rounds: list[tuple[SteeringResult, dict[str, Array]]]) -> ArmScores:
         weights=stacked([result.weights for result in results]),
         roots=stacked([result.num_roots for result in results]),
         min_ess=stacked([result.ess.min(0).values for result in results]),
-        best_images=[list(images) for images in zip(*(result.best for result in results), strict=True)],
+        best_images=[
+            list(images) for images in zip(*(result.best for result in results), strict=True)
+        ],
         **{
             key: sum(result.counts[key] for result in results)
             for key in ("model_rows", "decodes", "scored_images", "reward_calls")

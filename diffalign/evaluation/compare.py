@@ -76,12 +76,18 @@ def compare(
     Raises:
         UserError: models, prompts, scorers or numbers that do not fit, before anything is drawn.
     """
-    for name, least, value in (("num_images", 1, num_images), ("seed", 0, seed), ("batch_size", 1, batch_size)):
+    for name, least, value in (
+        ("num_images", 1, num_images),
+        ("seed", 0, seed),
+        ("batch_size", 1, batch_size),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(name, f"expected int >= {least}, got {value!r}")
     for name in ("generator", "prompt"):
         if name in pipe_kwargs:
-            raise ConfigError(name, "both sides need the same noise and prompts; give seed= and prompts= instead")
+            raise ConfigError(
+                name, "both sides need the same noise and prompts; give seed= and prompts= instead"
+            )
     found = load_prompts(prompts, path=prompts_path, limit=max_prompts)
     models = read_models(base, tuned)
     processes = Processes.start(device)
@@ -100,11 +106,29 @@ def compare(
     processes.wait()
     started = time.perf_counter()
     for model in models:
-        _draw(model, found.prompts, folder, num_images, seed, batch_size, pipe_kwargs, dtype, processes)
+        _draw(
+            model,
+            found.prompts,
+            folder,
+            num_images,
+            seed,
+            batch_size,
+            pipe_kwargs,
+            dtype,
+            processes,
+        )
     processes.wait()
-    missing = {model.name: _missing(model.name, len(found.prompts), num_images, folder) for model in models}
-    scores = {model.name: _scores(model.name, found, folder, num_images, panel, processes) for model in models}
-    spread = {model.name: _diversity(kind, model.name, found, folder, num_images, processes) for model in models}
+    missing = {
+        model.name: _missing(model.name, len(found.prompts), num_images, folder) for model in models
+    }
+    scores = {
+        model.name: _scores(model.name, found, folder, num_images, panel, processes)
+        for model in models
+    }
+    spread = {
+        model.name: _diversity(kind, model.name, found, folder, num_images, processes)
+        for model in models
+    }
     processes.stop()
     from ..runtime.versions import versions
 
@@ -155,14 +179,18 @@ def _panel(scorers: Any, prompts: PromptSet, processes: Processes) -> Panel:
 
     if scorers is None:
         if prompts.name != "shapes":
-            raise ConfigError("scorers", "name at least one, e.g. pickscore; diffalign scorers lists them")
+            raise ConfigError(
+                "scorers", "name at least one, e.g. pickscore; diffalign scorers lists them"
+            )
         scorers = ["shapes"]
     panel = Panel.from_config(scorers, device=processes.device)
     for entry in panel.entries:
         entry.on_error = "nan"  # one image without a score shall not cost the comparison; its pair is left out and counted
     for name in panel.names:
         if "metadata" in panel.specs[name].requires and not all(prompts.metadata):
-            raise UserError(f"scorers: {name} needs metadata of every prompt; take a set that has it, e.g. geneval")
+            raise UserError(
+                f"scorers: {name} needs metadata of every prompt; take a set that has it, e.g. geneval"
+            )
     return panel
 
 
@@ -189,7 +217,11 @@ def _draw(
 
         def draw(texts: list[str], seeds: list[int]) -> list[Any]:
             if not drawing:  # a model whose images are all there is not loaded
-                drawing.append(stack.enter_context(opened(model, device=processes.device, dtype=dtype, field=model.name)))
+                drawing.append(
+                    stack.enter_context(
+                        opened(model, device=processes.device, dtype=dtype, field=model.name)
+                    )
+                )
             return drawing[0](texts, seeds, **settings)
 
         draw_files(draw, wanted, batch_size, processes, f"drawing, {model.name}")
@@ -201,17 +233,23 @@ def _missing(model: str, prompts: int, count: int, folder: Path) -> str:
     Raises:
         NoImages: all of them.
     """
-    files = [drawn_file(folder / image_name(model, p, n)) for p in range(prompts) for n in range(count)]
+    files = [
+        drawn_file(folder / image_name(model, p, n)) for p in range(prompts) for n in range(count)
+    ]
     check_any(files, model)
     return left_out(files, len(files), model)
 
 
-def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes) -> dict[str, Array]:
+def _scores(
+    model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes
+) -> dict[str, Array]:
     """Scorer -> (P, N), in chunks that are kept."""
     from ..annotation.score_parts import ScoreWork, score_all
     from ..annotation.score_source import FolderSource
 
-    files = [folder / image_name(model, p, n) for p in range(len(prompts.prompts)) for n in range(count)]
+    files = [
+        folder / image_name(model, p, n) for p in range(len(prompts.prompts)) for n in range(count)
+    ]
     texts: list[str | None] = [prompt for prompt in prompts.prompts for _ in range(count)]
     extra = [dict(metadata) for metadata in prompts.metadata for _ in range(count)]
     source = FolderSource(model, folder, files, texts, extra)
@@ -220,18 +258,27 @@ def _scores(model: str, prompts: PromptSet, folder: Path, count: int, panel: Pan
     table = score_all(ScoreWork(panel, source, source.chunks(64), parts), processes)
     for name, values in table.columns.items():
         if values and all(math.isnan(value) for value in values):
-            raise UserError(f"scorers: {name} has no score for any image of {model} ({next(iter(table.errors[name].values()))})")
-    return {name: np.array(values, dtype=np.float64).reshape(-1, count) for name, values in table.columns.items()}
+            raise UserError(
+                f"scorers: {name} has no score for any image of {model} ({next(iter(table.errors[name].values()))})"
+            )
+    return {
+        name: np.array(values, dtype=np.float64).reshape(-1, count)
+        for name, values in table.columns.items()
+    }
 
 
-def _diversity(kind: Diversity, model: str, prompts: PromptSet, folder: Path, count: int, processes: Processes) -> Array:
+def _diversity(
+    kind: Diversity, model: str, prompts: PromptSet, folder: Path, count: int, processes: Processes
+) -> Array:
     total = len(prompts.prompts)
     if count < 2:
         return np.full(total, np.nan)
     mine = []
     for p in range(processes.rank, total, processes.world):
         files = [drawn_file(folder / image_name(model, p, n)) for n in range(count)]
-        images = [Image.open(file).convert("RGB") for file in files if not isinstance(file, Missing)]
+        images = [
+            Image.open(file).convert("RGB") for file in files if not isinstance(file, Missing)
+        ]
         mine.append((p, kind(images) if len(images) > 1 else float("nan")))
     found = dict(processes.gather(mine))
     return np.array([found[p] for p in range(total)])

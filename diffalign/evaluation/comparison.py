@@ -74,13 +74,18 @@ class Comparison:
             ConfigError: no such model or scorer.
         """
         scorer = self.scorers[0] if scorer is None else scorer
-        for name, value, known in (("model", model, list(self.scores)), ("scorer", scorer, self.scorers)):
+        for name, value, known in (
+            ("model", model, list(self.scores)),
+            ("scorer", scorer, self.scorers),
+        ):
             if value not in known:
                 raise ConfigError(name, f"expected one of {', '.join(known)}, got {value!r}")
         values = self.scores[model][scorer]
         return values if self.higher_is_better[scorer] else -values
 
-    def win_rate(self, model: str, scorer: str | None = None, *, against: str | None = None) -> WinRate:
+    def win_rate(
+        self, model: str, scorer: str | None = None, *, against: str | None = None
+    ) -> WinRate:
         """How often `model` beats the base (or `against`), by one scorer (None: the first)."""
         return win_rate(self.signed(against or self.base, scorer), self.signed(model, scorer))
 
@@ -139,9 +144,14 @@ class Comparison:
             **self.facts,
         }
         for model in self.models:
-            scores = {s: dict(zip(("mean", "low", "high"), self.mean(model.name, s), strict=True)) for s in self.scorers}
+            scores = {
+                s: dict(zip(("mean", "low", "high"), self.mean(model.name, s), strict=True))
+                for s in self.scorers
+            }
             missing = {s: int(np.isnan(self.scores[model.name][s]).sum()) for s in self.scorers}
-            diversity = dict(zip(("mean", "low", "high"), self.mean_diversity(model.name), strict=True))
+            diversity = dict(
+                zip(("mean", "low", "high"), self.mean_diversity(model.name), strict=True)
+            )
             found["models"][model.name] = {
                 "described": model.described,
                 "scores": scores,
@@ -154,7 +164,8 @@ class Comparison:
                     **dataclasses.asdict(self.win_rate(name, s)),
                     "sign_test": self.sign_test(name, s),
                     "categories": {
-                        c: {"prompts": n, **dataclasses.asdict(rate)} for c, (n, rate) in self.categories(name, s).items()
+                        c: {"prompts": n, **dataclasses.asdict(rate)}
+                        for c, (n, rate) in self.categories(name, s).items()
                     },
                 }
                 for s in self.scorers
@@ -204,7 +215,14 @@ def all_tables(c: Comparison) -> list[Table]:
             shares = " / ".join(percent(x) for x in (won.wins, won.ties, won.losses))
             wins.append([model, scorer, rate(won), shares, f"{c.sign_test(model, scorer):.2g}"])
     found: list[Table] = [(f"Against {c.base}", header, wins)]
-    means = [[m.name, *(number(*c.mean(m.name, s)) for s in c.scorers), number(*c.mean_diversity(m.name))] for m in c.models]
+    means = [
+        [
+            m.name,
+            *(number(*c.mean(m.name, s)) for s in c.scorers),
+            number(*c.mean_diversity(m.name)),
+        ]
+        for m in c.models
+    ]
     found.append(("Means (95 %)", ["model", *c.scorers, f"diversity ({c.diversity_kind})"], means))
     by_model = {model: c.categories(model) for model in c.tuned}
     rows = [
@@ -225,12 +243,16 @@ def notes(c: Comparison) -> list[str]:
     ]
     found += c.prompts.notes
     found += few_prompts(len(c.prompts.prompts))
-    found += [f"{sentence}; their pairs are left out." for sentence in c.facts.get("missing", {}).values()]
+    found += [
+        f"{sentence}; their pairs are left out." for sentence in c.facts.get("missing", {}).values()
+    ]
     for model in c.models:
         for scorer in c.scorers:
             missing = sum(1 for value in c.scores[model.name][scorer].flat if math.isnan(value))
             if missing:
-                found.append(f"{scorer} has no score for {missing} images of {model.name}; their pairs are left out.")
+                found.append(
+                    f"{scorer} has no score for {missing} images of {model.name}; their pairs are left out."
+                )
     for model in c.models:
         if model.steer is not None:
             found.append(

@@ -61,10 +61,16 @@ class Diversity:
 
         scorer = load_scorer(kind, device=device) if isinstance(kind, str) else kind
         if not isinstance(scorer, ModelScorer):
-            raise ConfigError("diversity", f"{self.name} has no image embedding; take {PIXEL} or a CLIP scorer")
+            raise ConfigError(
+                "diversity", f"{self.name} has no image embedding; take {PIXEL} or a CLIP scorer"
+            )
         self._features = lambda images: scorer.embed(images).double().numpy()
         self._distances = cosine_distances
 
     def __call__(self, images: Sequence[Image.Image]) -> float:
         """Of the images of one prompt; NaN for fewer than two."""
-        return mean_distance(self._distances(self._features(images))) if len(images) > 1 else float("nan")
+        return (
+            mean_distance(self._distances(self._features(images)))
+            if len(images) > 1
+            else float("nan")
+        )

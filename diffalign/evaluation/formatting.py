@@ -16,7 +16,9 @@ def percent(value: float) -> str:
 
 def rate(found: WinRate) -> str:
     """``63.2 (58.1 to 68.0)``; without the interval where one prompt is all there is."""
-    return percent(found.rate) + ("" if math.isnan(found.low) else f" ({percent(found.low)} to {percent(found.high)})")
+    return percent(found.rate) + (
+        "" if math.isnan(found.low) else f" ({percent(found.low)} to {percent(found.high)})"
+    )
 
 
 def number(value: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -29,5 +31,11 @@ def number(value: float, low: float = math.nan, high: float = math.nan) -> str:
 def few_prompts(count: int) -> list[str]:
     """A warning where there are too few prompts for an interval to mean much."""
     if count < FEW_PROMPTS:
-        return [f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, and prompts that agree prove little."]
-    return [f"{count} prompts are few: intervals are rough, and only large differences show."] if count < SOME_PROMPTS else []
+        return [
+            f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, and prompts that agree prove little."
+        ]
+    return (
+        [f"{count} prompts are few: intervals are rough, and only large differences show."]
+        if count < SOME_PROMPTS
+        else []
+    )

@@ -55,12 +55,23 @@ class ModelSpec:
         """One line for people."""
         parts = [self.model if isinstance(self.model, str) else type(self.model).__name__]
         if self.lora is not None:
-            parts.append(f"LoRA {self.lora}" + (f" at scale {self.lora_scale:g}" if self.lora_scale != 1 else ""))
+            parts.append(
+                f"LoRA {self.lora}"
+                + (f" at scale {self.lora_scale:g}" if self.lora_scale != 1 else "")
+            )
         if self.negative is not None:
-            parts.append(f"negative model {self.negative} (alpha {self.alpha:g}, beta {self.beta:g})")
+            parts.append(
+                f"negative model {self.negative} (alpha {self.alpha:g}, beta {self.beta:g})"
+            )
         if self.steer is not None:
-            options = self.steer if isinstance(self.steer, Mapping) else {"num_particles": self.steer.num_particles}
-            parts.append("steered (" + ", ".join(f"{k} {v}" for k, v in options.items()) + "), best particle")
+            options = (
+                self.steer
+                if isinstance(self.steer, Mapping)
+                else {"num_particles": self.steer.num_particles}
+            )
+            parts.append(
+                "steered (" + ", ".join(f"{k} {v}" for k, v in options.items()) + "), best particle"
+            )
         return ", ".join(parts)
 
     def fingerprint(self) -> str:
@@ -77,13 +88,21 @@ class ModelSpec:
         else:
             found = f"{module_hash(denoiser(self.model))}{adapter_state(self.model) or ''}"
         for part in (self.lora, self.negative):
-            found += "-" + (content_hash(Path(part)) if part is not None and Path(part).exists() else str(part))
-        steer = self.steer if isinstance(self.steer, Mapping) or self.steer is None else vars(self.steer).get("weighting")
+            found += "-" + (
+                content_hash(Path(part)) if part is not None and Path(part).exists() else str(part)
+            )
+        steer = (
+            self.steer
+            if isinstance(self.steer, Mapping) or self.steer is None
+            else vars(self.steer).get("weighting")
+        )
         found += repr((self.lora_scale, self.alpha, self.beta, steer))
         return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
-def parse_model(value: Any, field: str, *, base: ModelSpec | None = None, taken: Sequence[str] = ()) -> ModelSpec:
+def parse_model(
+    value: Any, field: str, *, base: ModelSpec | None = None, taken: Sequence[str] = ()
+) -> ModelSpec:
     """Reads ``[NAME=]SOURCE[@SCALE]``, where SOURCE is a pipeline or a LoRA on the base's, a mapping of `ModelSpec`'s fields (also as
     YAML text), a pipeline, or an `FKSteering`.
 
@@ -99,7 +118,10 @@ def parse_model(value: Any, field: str, *, base: ModelSpec | None = None, taken:
     known = [f.name for f in dataclasses.fields(ModelSpec)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{field}.{key}", f"unknown key{suggestion(str(key), known)}; a model takes {', '.join(known)}")
+            raise ConfigError(
+                f"{field}.{key}",
+                f"unknown key{suggestion(str(key), known)}; a model takes {', '.join(known)}",
+            )
     values.setdefault("model", base.model if base is not None else None)
     if values["model"] is None:
         raise ConfigError(field, f"names no model: {value!r}")
@@ -111,10 +133,15 @@ def parse_model(value: Any, field: str, *, base: ModelSpec | None = None, taken:
     _check_files(values, field)
     name = str(values.get("name") or _name(values, base))
     if not re.fullmatch(r"[A-Za-z0-9._@-]+", name) or name.startswith("."):
-        raise ConfigError(f"{field}.name", f"expected letters, digits, '.', '-', '_' and '@', got {name!r}")
+        raise ConfigError(
+            f"{field}.name", f"expected letters, digits, '.', '-', '_' and '@', got {name!r}"
+        )
     if name in taken:
         if values.get("name"):
-            raise ConfigError(f"{field}.name", f"there are two models called {name!r}; give one another name, NAME=...")
+            raise ConfigError(
+                f"{field}.name",
+                f"there are two models called {name!r}; give one another name, NAME=...",
+            )
         name = next(n for i in range(2, 1000) if (n := f"{name}-{i}") not in taken)
     return ModelSpec(**{**values, "name": name})
 
@@ -132,7 +159,10 @@ def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
         return dict(value)
     if not isinstance(value, (str, Path)):
         if not hasattr(value, "components"):
-            raise ConfigError(field, f"expected a model, a LoRA, a mapping or a pipeline, got {type(value).__name__}")
+            raise ConfigError(
+                field,
+                f"expected a model, a LoRA, a mapping or a pipeline, got {type(value).__name__}",
+            )
         return {"model": value}
     return _read_text(str(value), base)
 
@@ -147,10 +177,14 @@ def _read_text(text: str, base: ModelSpec | None) -> dict[str, Any]:
         try:
             text, found["lora_scale"] = scaled.group(1), float(scaled.group(2))
         except ValueError:
-            raise ConfigError("tuned", f"expected a number behind '@', got {shown(scaled.group(2))}") from None
+            raise ConfigError(
+                "tuned", f"expected a number behind '@', got {shown(scaled.group(2))}"
+            ) from None
     place = Path(text).expanduser()
     is_lora = place.suffix == ".safetensors" or (
-        place.is_dir() and not (place / "model_index.json").is_file() and any(place.glob("*.safetensors"))
+        place.is_dir()
+        and not (place / "model_index.json").is_file()
+        and any(place.glob("*.safetensors"))
     )
     if base is not None and (is_lora or "lora_scale" in found):
         return {**found, "lora": str(place) if place.exists() else text}
@@ -169,11 +203,16 @@ def _check_files(values: Mapping[str, Any], field: str) -> None:
             continue
         place = Path(str(given)).expanduser()
         local = place.is_absolute() or place.exists() or not could_be_hub_id(str(given))
-        if local and not (place.is_file() or (place.is_dir() and any(place.rglob("*.safetensors")))):
+        if local and not (
+            place.is_file() or (place.is_dir() and any(place.rglob("*.safetensors")))
+        ):
             raise ConfigError(field, f"there is no file or folder with safetensors {str(given)!r}")
     steer = values.get("steer")
     if isinstance(steer, Mapping) and not steer.get("scorer"):
-        raise ConfigError(f"{field}.steer", "names no scorer; write for example steer: {scorer: pickscore, lmbda: 10}")
+        raise ConfigError(
+            f"{field}.steer",
+            "names no scorer; write for example steer: {scorer: pickscore, lmbda: 10}",
+        )
 
 
 def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
@@ -185,11 +224,15 @@ def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
     if not isinstance(source, (str, Path)):
         return "tuned"
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") or "tuned"
-    return slug + (f"@{values['lora_scale']:g}" if values.get("lora") and values["lora_scale"] != 1 else "")
+    return slug + (
+        f"@{values['lora_scale']:g}" if values.get("lora") and values["lora_scale"] != 1 else ""
+    )
 
 
 @contextmanager
-def opened(spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str = "model") -> Iterator[Draw]:
+def opened(
+    spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str = "model"
+) -> Iterator[Draw]:
     """The function that draws with this model, one image per (prompt, seed) whose noise depends on nothing else.
 
     Raises:
@@ -203,11 +246,20 @@ def opened(spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str
             stack.enter_context(with_lora(pipe, spec.lora, spec.lora_scale, field))
         if spec.negative is not None:
             negative = load_negative(pipe, spec.negative)
-            stack.enter_context(NegativeGuidance(pipe, negative=negative, alpha=spec.alpha, beta=spec.beta))
+            stack.enter_context(
+                NegativeGuidance(pipe, negative=negative, alpha=spec.alpha, beta=spec.beta)
+            )
         if spec.steer is None:
 
             def draw(prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[Any]:
-                return generate(pipe, prompts, seeds, batch_size=len(prompts), progress=False, **{**defaults, **settings})
+                return generate(
+                    pipe,
+                    prompts,
+                    seeds,
+                    batch_size=len(prompts),
+                    progress=False,
+                    **{**defaults, **settings},
+                )
 
             yield draw
             return
@@ -225,7 +277,10 @@ def _steering(pipe: Any, steer: Any, field: str) -> Any:
 
     if not isinstance(steer, Mapping):
         return steer
-    options = {"kernel": "auto", **steer}  # a deterministic sampler cannot tell copies of a particle apart
+    options = {
+        "kernel": "auto",
+        **steer,
+    }  # a deterministic sampler cannot tell copies of a particle apart
     scorer = options.pop("scorer")
     if isinstance(scorer, str):
         scorer = load_scorer(scorer, **(options.pop("scorer_args", None) or {}))
@@ -235,7 +290,9 @@ def _steering(pipe: Any, steer: Any, field: str) -> Any:
         raise UserError(f"{field}.steer: {str(error).split('() ')[-1]}") from None
 
 
-def draw_steered(steering: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[Any]:
+def draw_steered(
+    steering: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+) -> list[Any]:
     """The best particle of a population for every (prompt, seed). Particle 0 starts from the noise of the plain image of that seed."""
     import warnings
 
@@ -245,8 +302,14 @@ def draw_steered(steering: Any, prompts: Sequence[str], seeds: Sequence[int], **
     k = steering.num_particles
     own = [seed if j == 0 else image_seed(seed, "particle", j) for seed in seeds for j in range(k)]
     generators = [torch.Generator("cpu").manual_seed(number) for number in own]
-    choosing = [torch.Generator("cpu").manual_seed(image_seed(seed, "resampling", 0)) for seed in seeds]
+    choosing = [
+        torch.Generator("cpu").manual_seed(image_seed(seed, "resampling", 0)) for seed in seeds
+    ]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of collapsed populations; a comparison judges the outcome
-        result = steering(list(prompts), generator=generators, resample_generator=choosing, **settings)
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of collapsed populations; a comparison judges the outcome
+        result = steering(
+            list(prompts), generator=generators, resample_generator=choosing, **settings
+        )
     return list(result.best)

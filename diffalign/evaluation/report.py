@@ -47,12 +47,19 @@ def _records(c: Comparison) -> list[dict[str, Any]]:
     for model in c.scores:
         for p, prompt in enumerate(c.prompts.prompts):
             for n in range(c.num_images):
-                row = {"model": model, "prompt": prompt, "category": c.prompts.categories[p], "number": n}
+                row = {
+                    "model": model,
+                    "prompt": prompt,
+                    "category": c.prompts.categories[p],
+                    "number": n,
+                }
                 row |= {
                     "seed": image_seed(seed, prompt, n),
                     "image": image_name(model, p, n) if c.file(model, p, n).is_file() else None,
                 }
-                rows.append({**row, **{f"score_{s}": float(c.scores[model][s][p, n]) for s in c.scorers}})
+                rows.append(
+                    {**row, **{f"score_{s}": float(c.scores[model][s][p, n]) for s in c.scorers}}
+                )
     return rows
 
 
@@ -61,7 +68,9 @@ def _grid(c: Comparison) -> Any:
     picks = list(range(0, len(c.prompts.prompts), step))[:GRID_ROWS]
     count = min(c.num_images, GRID_IMAGES if len(c.models) < 4 else 1)
     rows = [(c.prompts.prompts[p], [c.images(m.name, p)[:count] for m in c.models]) for p in picks]
-    return models_grid(rows, [m.name for m in c.models], columns=2 if len(c.models) * count <= 4 else 1)
+    return models_grid(
+        rows, [m.name for m in c.models], columns=2 if len(c.models) * count <= 4 else 1
+    )
 
 
 # The page
@@ -89,17 +98,32 @@ def page(c: Comparison) -> str:
     ]
     for title, header, rows in all_tables(c):
         head = "".join(f"<th>{e(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        parts.append(f"<h2>{e(title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        body = "".join(
+            "<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        parts.append(
+            f"<h2>{e(title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
     parts += [f"<p class=note>{e(note)}</p>" for note in notes(c)]
-    parts.append("<h2>Some prompts</h2><p><img src=grid.png alt='images of all models side by side' style='max-width:100%'></p>")
+    parts.append(
+        "<h2>Some prompts</h2><p><img src=grid.png alt='images of all models side by side' style='max-width:100%'></p>"
+    )
     for model in c.tuned:
-        for places, title in zip(c.extremes(model), ("largest wins", "largest losses"), strict=True):
+        for places, title in zip(
+            c.extremes(model), ("largest wins", "largest losses"), strict=True
+        ):
             if places:
-                parts.append(f"<h2>{e(model)}: {title} ({e(c.scorers[0])})</h2>{_pairs(c, model, places)}")
+                parts.append(
+                    f"<h2>{e(model)}: {title} ({e(c.scorers[0])})</h2>{_pairs(c, model, places)}"
+                )
     models = "".join(f"<li>{e(m.name)}: {e(m.described)}</li>" for m in c.models)
-    settings = ", ".join(f"{k} {v}" for k, v in c.facts["settings"]["arguments"].items()) or "the pipelines' defaults"
-    source = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}" + (f", {c.prompts.licence}" if c.prompts.licence else "")
+    settings = (
+        ", ".join(f"{k} {v}" for k, v in c.facts["settings"]["arguments"].items())
+        or "the pipelines' defaults"
+    )
+    source = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}" + (
+        f", {c.prompts.licence}" if c.prompts.licence else ""
+    )
     parts.append(
         f"<h2>How it was made</h2><ul>{models}<li>prompts: {e(source)}</li><li>seed {c.facts['settings']['seed']}; {e(settings)}</li></ul>"
     )
@@ -112,7 +136,11 @@ def headline(c: Comparison) -> str:
     for model in c.tuned:
         won = c.win_rate(model)
         verdict = (
-            "wins" if won.low > 0.5 else "loses" if won.high < 0.5 else "is not told apart from the base by this many prompts"
+            "wins"
+            if won.low > 0.5
+            else "loses"
+            if won.high < 0.5
+            else "is not told apart from the base by this many prompts"
         )
         said.append(f"{model} {verdict}: {rate(won)} % by {c.scorers[0]}.")
     return " ".join(said)
@@ -120,7 +148,11 @@ def headline(c: Comparison) -> str:
 
 def bars(c: Comparison) -> str:
     """Win-rates with their intervals, as an inline picture."""
-    rows = [(f"{m}, {s}" if len(c.scorers) > 1 else m, c.win_rate(m, s)) for m in c.tuned for s in c.scorers]
+    rows = [
+        (f"{m}, {s}" if len(c.scorers) > 1 else m, c.win_rate(m, s))
+        for m in c.tuned
+        for s in c.scorers
+    ]
     rows = [(label, found) for label, found in rows if not math.isnan(found.rate)]
     left, width, step = 260, 400, 26
     height = step * len(rows) + 30
@@ -136,9 +168,15 @@ def bars(c: Comparison) -> str:
     for i, (label, found) in enumerate(rows):
         y = step * i + step / 2
         colour = "#1a7f37" if found.low > 0.5 else "#cf222e" if found.high < 0.5 else "#6e7781"
-        low, at, high = (left + width * min(1.0, max(0.0, v)) for v in (found.low, found.rate, found.high))
-        parts.append(f"<text x={left - 10} y={y + 4} text-anchor=end>{html.escape(_short(label, 36))}</text>")
-        parts.append(f"<line x1={low:.1f} x2={high:.1f} y1={y} y2={y} stroke='{colour}' stroke-width=3></line>")
+        low, at, high = (
+            left + width * min(1.0, max(0.0, v)) for v in (found.low, found.rate, found.high)
+        )
+        parts.append(
+            f"<text x={left - 10} y={y + 4} text-anchor=end>{html.escape(_short(label, 36))}</text>"
+        )
+        parts.append(
+            f"<line x1={low:.1f} x2={high:.1f} y1={y} y2={y} stroke='{colour}' stroke-width=3></line>"
+        )
         parts.append(f"<circle cx={at:.1f} cy={y} r=5 fill='{colour}'></circle>")
     return "".join(parts) + "</svg>"
 
@@ -152,7 +190,9 @@ def _pairs(c: Comparison, model: str, places: Sequence[tuple[int, int]]) -> str:
 
     parts = []
     for p, n in places:
-        scores = " to ".join(f"{c.scores[name][c.scorers[0]][p, n]:.3g}" for name in (c.base, model))
+        scores = " to ".join(
+            f"{c.scores[name][c.scorers[0]][p, n]:.3g}" for name in (c.base, model)
+        )
         images = "".join(
             f"<img loading=lazy src='{html.escape(image_name(name, p, n))}' alt='{html.escape(name)}'>"
             for name in (c.base, model)

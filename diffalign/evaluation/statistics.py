@@ -50,7 +50,9 @@ def expanded_level(level: float, prompts: int) -> float:
     return 2 * NormalDist().cdf(t * math.sqrt(prompts / n)) - 1
 
 
-def clustered_bootstrap(values: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def clustered_bootstrap(
+    values: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Bootstrap interval of the mean, drawing whole prompts with replacement: percentiles at the `expanded_level`.
 
     Args:
@@ -114,7 +116,9 @@ def points(base: Array, tuned: Array, tolerance: float = 1e-9) -> Array:
         ValueError: when the shapes differ or are not two-dimensional.
     """
     if base.shape != tuned.shape or base.ndim != 2:
-        raise ValueError(f"scores: expected two equal (prompts, images) arrays, got {base.shape} and {tuned.shape}")
+        raise ValueError(
+            f"scores: expected two equal (prompts, images) arrays, got {base.shape} and {tuned.shape}"
+        )
     difference = tuned - base
     found = np.where(difference > tolerance, 1.0, np.where(difference < -tolerance, 0.0, 0.5))
     return np.where(np.isnan(base) | np.isnan(tuned), np.nan, found)
@@ -126,7 +130,9 @@ def rate_of(points: Array) -> WinRate:
     if not len(points):
         return WinRate(*[math.nan] * 6)
     counts = (~np.isnan(points)).sum(1)
-    wins, ties, losses = (float(((points == value).sum(1) / counts).mean()) for value in (1.0, 0.5, 0.0))
+    wins, ties, losses = (
+        float(((points == value).sum(1) / counts).mean()) for value in (1.0, 0.5, 0.0)
+    )
     low, high = rate_interval(points)
     return WinRate(0.5 + (wins - losses) / 2, low, high, wins, ties, losses)
 
@@ -151,7 +157,11 @@ def sign_test(base: Array, tuned: Array, *, tolerance: float = 1e-9) -> float:
     signs = np.sign(np.nansum(points(base, tuned, tolerance) - 0.5, axis=1))
     plus, minus = int((signs > 0).sum()), int((signs < 0).sum())
     n = plus + minus
-    tail = sum(math.comb(n, i) for i in range(min(plus, minus) + 1)) / 2**n if n < 1000 else _normal_tail(min(plus, minus), n)
+    tail = (
+        sum(math.comb(n, i) for i in range(min(plus, minus) + 1)) / 2**n
+        if n < 1000
+        else _normal_tail(min(plus, minus), n)
+    )
     return min(1.0, 2 * tail)
 
 

@@ -15,7 +15,9 @@ _BACKGROUND = (255, 255, 255)
 _INK = (25, 25, 25)
 
 
-def wrap_text(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def wrap_text(
+    text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
     """The text in lines of at most about `width` pixels."""
     per_line = max(8, int(width / font.getlength("n")))
     return textwrap.wrap(text, per_line) or [""]
@@ -37,7 +39,9 @@ def comparison_grid(
         cell (`int`, *optional*): side of one image in the picture; at least 96, so that tiny images can be seen.
         columns (`int`, *optional*, defaults to `1`): blocks beside each other.
     """
-    return models_grid([(prompt, sides) for prompt, *sides in rows], [left, right], cell=cell, columns=columns)
+    return models_grid(
+        [(prompt, sides) for prompt, *sides in rows], [left, right], cell=cell, columns=columns
+    )
 
 
 def _first_height(images: Iterable[Any]) -> int:
@@ -57,7 +61,9 @@ def models_grid(
         rows: (prompt, the images of every model), equally many of each.
         headings: one per model.
     """
-    side = cell or max(96, _first_height(image for _, sides in rows for images in sides for image in images))
+    side = cell or max(
+        96, _first_height(image for _, sides in rows for images in sides for image in images)
+    )
     font = ImageFont.load_default(max(11, side // 9))
     line = int(font.size * 1.3) if isinstance(font, ImageFont.FreeTypeFont) else 14
     count = len(rows[0][1][0])
@@ -83,7 +89,9 @@ def models_grid(
                 image = placeholder(image, side)
                 scaled = image.convert("RGB").resize(
                     (side, side * image.height // image.width),
-                    Image.Resampling.NEAREST if side >= 2 * image.width else Image.Resampling.LANCZOS,
+                    Image.Resampling.NEAREST
+                    if side >= 2 * image.width
+                    else Image.Resampling.LANCZOS,
                 )
                 canvas.paste(scaled.crop((0, 0, side, side)), (offset + i * (side + 2), y))
         for i, content in enumerate(text):
@@ -91,7 +99,9 @@ def models_grid(
     return canvas
 
 
-def framed_grid(rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell: int | None = None) -> Image.Image:
+def framed_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell: int | None = None
+) -> Image.Image:
     """One row of images per prompt with one of them framed, the prompt beneath.
 
     Args:
@@ -117,7 +127,9 @@ def framed_grid(rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell:
             x = _MARGIN + i * (side + _MARGIN)
             canvas.paste(image.convert("RGB").resize(size, kind), (x, y))
             if i == best:
-                draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline=(24, 140, 60), width=3)
+                draw.rectangle(
+                    (x - 3, y - 3, x + side + 2, y + side + 2), outline=(24, 140, 60), width=3
+                )
         for j, content in enumerate(text):
             draw.text((_MARGIN, y + side + 4 + j * line), content, fill=_INK, font=font)
         y += side + len(text) * line + 3 * _MARGIN

@@ -42,7 +42,9 @@ from ..errors import ConfigError, UserError
 from .micro_batches import call_rows, join_rows, perturbs_attention, pick_rows, replaced
 
 
-def negative_weights(base: Tensor, positive: Tensor, npo: Tensor, alpha: float, beta: float) -> Tensor:
+def negative_weights(
+    base: Tensor, positive: Tensor, npo: Tensor, alpha: float, beta: float
+) -> Tensor:
     """theta + alpha (theta_pos - theta) + beta (theta_npo - theta), in the base's dtype.
 
     Args:
@@ -77,20 +79,34 @@ class NegativeGuidance:
             pipeline that cannot be scaled (see `_check_adapters`).
     """
 
-    def __init__(self, pipe: Any, positive: Any = None, negative: Any = None, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        positive: Any = None,
+        negative: Any = None,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+    ) -> None:
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not isinstance(value, (int, float)) or not -1e9 < value < 1e9:
                 raise ConfigError(name, f"expected a number, usually in [0, 1], got {value!r}")
             if not 0 <= value <= 1:
-                warnings.warn(f"{name}: {value} lies outside [0, 1], which the papers do not use", stacklevel=2)
+                warnings.warn(
+                    f"{name}: {value} lies outside [0, 1], which the papers do not use",
+                    stacklevel=2,
+                )
         if negative is None:
             raise ConfigError("negative", "name a negative LoRA or network")
-        self.network_name = next((n for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module)), "")
+        self.network_name = next(
+            (n for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module)), ""
+        )
         if (
             not self.network_name
             or not hasattr(type(pipe), "do_classifier_free_guidance")
             or not hasattr(pipe, "encode_prompt")
-            or "image_guidance_scale" in inspect.signature(type(pipe).__call__).parameters  # three branches
+            or "image_guidance_scale"
+            in inspect.signature(type(pipe).__call__).parameters  # three branches
         ):
             raise UserError(
                 f"pipe: {type(pipe).__name__} has no classifier-free guidance with two branches in one batch; use an SD, SDXL or SD3 pipeline"
@@ -127,7 +143,9 @@ class NegativeGuidance:
 
     def __enter__(self) -> NegativeGuidance:
         if self._branches is not None or hasattr(vars(self.network).get("forward"), _MARK):
-            raise UserError("negative guidance is on already; leave the first with-block before the next")
+            raise UserError(
+                "negative guidance is on already; leave the first with-block before the next"
+            )
         with ExitStack() as undo:
             self._check_adapters()
             if isinstance(self.negative, torch.nn.Module):
@@ -136,7 +154,9 @@ class NegativeGuidance:
                 undo.enter_context(adapters_kept(self.pipe))
                 self._branches = self._adapter_branches()
             undo.enter_context(replaced(self.network, "forward", self._forward, **{_MARK: True}))
-            undo.enter_context(replaced(self.pipe, "encode_prompt", _counting(self.pipe.encode_prompt, self)))
+            undo.enter_context(
+                replaced(self.pipe, "encode_prompt", _counting(self.pipe.encode_prompt, self))
+            )
             self._undo = undo.pop_all()
         return self
 
@@ -154,7 +174,11 @@ class NegativeGuidance:
         check_not_merged(self.network, "negative")
         for name, kind in fixed_adapters(self.network).items():
             if kind != "a DoRA" or self.alpha != 1:
-                why = "is not proportional to its weight" if kind == "a DoRA" else "cannot be switched beside LoRAs"
+                why = (
+                    "is not proportional to its weight"
+                    if kind == "a DoRA"
+                    else "cannot be switched beside LoRAs"
+                )
                 raise UserError(
                     f"negative: the adapter {name!r} on the pipeline is {kind}, whose effect {why}; fuse it first (pipe.fuse_lora(), "
                     "pipe.unload_lora_weights())"
@@ -166,11 +190,19 @@ class NegativeGuidance:
         negative, positive = self._branches
         if not self.pipe.do_classifier_free_guidance or kwargs.get("skip_layers") is not None:
             return positive(*args, **kwargs)
-        first = next(x for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states")) if isinstance(x, Tensor))
+        first = next(
+            x
+            for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states"))
+            if isinstance(x, Tensor)
+        )
         rows, call = first.shape[0], call_rows(first.shape[0])
         perturbed = perturbs_attention(self.pipe)
         branches = 3 if perturbed else 2
-        if len(call.index) != rows or call.total % branches or (self._images or 0) * branches not in (0, call.total):
+        if (
+            len(call.index) != rows
+            or call.total % branches
+            or (self._images or 0) * branches not in (0, call.total)
+        ):
             raise UserError(
                 f"pipe: expected the {branches} guidance branches of {self._images} images in one batch, got {call.total} rows; "
                 f"{type(self.pipe).__name__} cannot be used with negative guidance"
@@ -203,7 +235,9 @@ class NegativeGuidance:
                 for name, weight in base.items()
             }
         )
-        own = (self.network if self.positive is None else self.positive).forward  # before it is wrapped
+        own = (
+            self.network if self.positive is None else self.positive
+        ).forward  # before it is wrapped
         return merged.forward, own
 
     def _adapter_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -212,7 +246,14 @@ class NegativeGuidance:
         pos = active_adapters(network)
         for role, weights in (("positive", self.positive), ("negative", self.negative)):
             if weights is not None:
-                load_lora(self.pipe, weights, f"guidance_{role}", role, denoiser_only=True, refused=("DoRA",))
+                load_lora(
+                    self.pipe,
+                    weights,
+                    f"guidance_{role}",
+                    role,
+                    denoiser_only=True,
+                    refused=("DoRA",),
+                )
         neg = {name: self.alpha * scale for name, scale in pos.items()}
         if self.positive is not None:
             pos["guidance_positive"], neg["guidance_positive"] = 1.0, self.alpha
@@ -263,11 +304,15 @@ def check_same_network(base: Any, other: Any, role: str) -> None:
         UserError: names the first difference.
     """
     if type(base).__name__ != type(other).__name__:
-        raise UserError(f"{role}: a {type(other).__name__} cannot be combined with this pipeline's {type(base).__name__}")
+        raise UserError(
+            f"{role}: a {type(other).__name__} cannot be combined with this pipeline's {type(base).__name__}"
+        )
     check_same_states(plain_state(base), plain_state(other), role, "the pipeline's")
 
 
-def check_same_states(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], role: str, whose: str) -> None:
+def check_same_states(
+    mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], role: str, whose: str
+) -> None:
     """Refuses weights of other names or shapes.
 
     Raises:
@@ -281,7 +326,9 @@ def check_same_states(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     for name, weight in mine.items():
         if weight.shape != theirs[name].shape:
             shapes = f"{tuple(theirs[name].shape)}, {whose} {tuple(weight.shape)}"
-            raise UserError(f"{role}: {name} has shape {shapes}; use weights of the same model family")
+            raise UserError(
+                f"{role}: {name} has shape {shapes}; use weights of the same model family"
+            )
 
 
 def load_network(pipe: Any, folder: str | Path) -> Any:
@@ -295,12 +342,17 @@ def load_network(pipe: Any, folder: str | Path) -> Any:
     source = ModelSource(str(folder))
     name = next(n for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
     if not source.has(name):
-        raise UserError(f"negative: {str(folder)!r} has no {name}, this pipeline has one; use weights of the same model family")
+        raise UserError(
+            f"negative: {str(folder)!r} has no {name}, this pipeline has one; use weights of the same model family"
+        )
     kinds = [
-        str(config.get("prediction_type", "epsilon")) for config in (pipe.scheduler.config, source.component_config("scheduler"))
+        str(config.get("prediction_type", "epsilon"))
+        for config in (pipe.scheduler.config, source.component_config("scheduler"))
     ]
     if kinds[0] != kinds[1]:
-        raise UserError(f"negative: it predicts {kinds[1]}, the pipeline's model {kinds[0]}; their outputs cannot be combined")
+        raise UserError(
+            f"negative: it predicts {kinds[1]}, the pipeline's model {kinds[0]}; their outputs cannot be combined"
+        )
     network = getattr(pipe, name)
     other = source.load(name, network.dtype).to(network.device).eval()
     check_same_network(network, other, "negative")

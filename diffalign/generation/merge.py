@@ -49,7 +49,9 @@ def _is_pipeline(name: str) -> bool:
     return name == "shapes" or (Path(name) / "model_index.json").is_file()
 
 
-def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+def merge_loras(
+    model: str, loras: Sequence[str], weights: Sequence[float], output_dir: Path
+) -> None:
     """Writes ``pytorch_lora_weights.safetensors``: the exact weighted sum of the LoRAs' updates.
 
     Raises:
@@ -70,7 +72,10 @@ def merge_loras(model: str, loras: Sequence[str], weights: Sequence[float], outp
         for name, (down, up) in _factors(network, "input").items():
             parts.setdefault(name, []).append((down, weight * up))
         pipe.delete_adapters(["input"])
-    factors = {name: (torch.cat([d for d, _ in each], 0), torch.cat([u for _, u in each], 1)) for name, each in parts.items()}
+    factors = {
+        name: (torch.cat([d for d, _ in each], 0), torch.cat([u for _, u in each], 1))
+        for name, each in parts.items()
+    }
     _put(network, factors)
     state = lora_state(network)
     with replacing_folder(output_dir) as temporary:
@@ -85,7 +90,10 @@ def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             scale = layer.scaling[adapter]
-            found[name] = (layer.lora_A[adapter].weight.detach().clone(), scale * layer.lora_B[adapter].weight.detach())
+            found[name] = (
+                layer.lora_A[adapter].weight.detach().clone(),
+                scale * layer.lora_B[adapter].weight.detach(),
+            )
     return found
 
 
@@ -96,7 +104,13 @@ def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     ranks = {name: len(down) for name, (down, _) in factors.items()}
     most = max(ranks.values())
     pattern = {name: rank for name, rank in ranks.items() if rank != most}
-    config = LoraConfig(r=most, lora_alpha=most, target_modules=list(factors), rank_pattern=pattern, alpha_pattern=dict(pattern))
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        target_modules=list(factors),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+    )
     network.add_adapter(config, adapter_name="default")
     for name, (down, up) in factors.items():
         layer = network.get_submodule(name)
@@ -104,7 +118,9 @@ def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         layer.lora_B["default"].weight.data.copy_(up)
 
 
-def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float], output_dir: Path) -> None:
+def _merge_pipelines(
+    model: str, inputs: Sequence[str], weights: Sequence[float], output_dir: Path
+) -> None:
     import torch
 
     from ..backbones import load_backbone
@@ -121,13 +137,24 @@ def _merge_pipelines(model: str, inputs: Sequence[str], weights: Sequence[float]
             )
         kinds = other.process.prediction_type, backbone.process.prediction_type
         if kinds[0] != kinds[1]:
-            raise UserError(f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of one model family")
+            raise UserError(
+                f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of one model family"
+            )
         other.place(torch.device("cpu"), torch.float32)
         states.append(other.load_network(torch.float32).state_dict())
     merged = merge_states(network.state_dict(), states, weights)
-    bad = next((name for name, value in merged.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    bad = next(
+        (
+            name
+            for name, value in merged.items()
+            if value.is_floating_point() and not value.isfinite().all()
+        ),
+        None,
+    )
     if bad is not None:
-        raise UserError(f"--inputs: the sum is not finite in {bad}; one of the inputs was saved by a broken run")
+        raise UserError(
+            f"--inputs: the sum is not finite in {bad}; one of the inputs was saved by a broken run"
+        )
     network.load_state_dict(merged)
     with replacing_folder(output_dir) as temporary:
         backbone.pipeline(network=network).save_pretrained(temporary)

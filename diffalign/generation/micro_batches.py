@@ -95,14 +95,26 @@ class Batches:
         same_as: (rows,) int64 or None: the first row with an equal state, for `mode="prune"`.
     """
 
-    def __init__(self, rows: int, size: int | None = None, grouped: int = 0, whole: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        rows: int,
+        size: int | None = None,
+        grouped: int = 0,
+        whole: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.rows, self.size, self.grouped, self.whole = rows, size, grouped, whole
         self.calls = self.computed = 0
         self.same_as: Tensor | None = None
 
-    def forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         first = next(
-            (x for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states"), kwargs.get("z")) if isinstance(x, Tensor)),
+            (
+                x
+                for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states"), kwargs.get("z"))
+                if isinstance(x, Tensor)
+            ),
             None,
         )
         if first is None or first.ndim == 0 or first.shape[0] % self.rows:
@@ -119,7 +131,9 @@ class Batches:
                 return pick_rows(out, len(distinct), back)
         return self._split(original, args, kwargs, batch, torch.arange(batch))
 
-    def _split(self, original: Callable[..., Any], args: Any, kwargs: Any, total: int, index: Tensor) -> Any:
+    def _split(
+        self, original: Callable[..., Any], args: Any, kwargs: Any, total: int, index: Tensor
+    ) -> Any:
         """Runs the rows `index` of a batch of `total`, which are those in `args` and `kwargs`, in micro-batches."""
         batch = len(index)
         size = self.size or batch
@@ -133,7 +147,11 @@ class Batches:
         parts, sizes = [], []
         for start in range(0, batch, size):
             part = slice(start, min(start + size, batch))
-            own = (args, kwargs) if size >= batch else (pick_rows(args, batch, part), pick_rows(kwargs, batch, part))
+            own = (
+                (args, kwargs)
+                if size >= batch
+                else (pick_rows(args, batch, part), pick_rows(kwargs, batch, part))
+            )
             with _calling(total, index[part]):
                 parts.append(original(*own[0], **own[1]))
             sizes.append(part.stop - part.start)

@@ -11,7 +11,14 @@ from ..backbones.lora import adapter_state, adapters_kept, load_lora
 from ..runtime.weight_files import check_filled
 
 
-def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, variant: str | None = None, **components: Any) -> Any:
+def load_pipeline(
+    model: str,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    variant: str | None = None,
+    **components: Any,
+) -> Any:
     """A plain diffusers pipeline from a Hub id, a folder or ``shapes``; safetensors only.
 
     Args:
@@ -31,10 +38,19 @@ def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, variant:
     place = read_device(device)
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     source.check_files()
-    parts = {name: source.load(name, dtype) for name in source.component_names() if source.from_transformers(name)}
+    parts = {
+        name: source.load(name, dtype)
+        for name in source.component_names()
+        if source.from_transformers(name)
+    }
     with source.explaining(None):
         pipe = DiffusionPipeline.from_pretrained(
-            source.location, dtype=dtype, use_safetensors=True, variant=source.pipeline_variant(), **parts, **components
+            source.location,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=source.pipeline_variant(),
+            **parts,
+            **components,
         )
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
@@ -45,7 +61,11 @@ def load_pipeline(model: str, *, dtype: Any = None, device: Any = None, variant:
 def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> Any:
     """`load_pipeline` without a safety checker: it paints images black, and a black image would be scored like any other."""
     index = getattr(ModelSource(model), "index", {})
-    components: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    components: dict[str, Any] = (
+        {"safety_checker": None, "requires_safety_checker": False}
+        if "safety_checker" in index
+        else {}
+    )
     return load_pipeline(model, dtype=dtype, device=device, **components)
 
 

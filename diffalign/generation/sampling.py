@@ -46,20 +46,30 @@ def generate(
         safety checker, or could not be drawn.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"seeds: expected one per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
+        raise ValueError(
+            f"seeds: expected one per prompt, got {len(seeds)} seeds for {len(prompts)} prompts"
+        )
     check_steps(pipe, pipe_kwargs.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)
     images: list[Any] = []
-    with tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar, torch.inference_mode():
+    with (
+        tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar,
+        torch.inference_mode(),
+    ):
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
-            generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[start : start + batch_size]]
+            generators = [
+                torch.Generator("cpu").manual_seed(int(seed))
+                for seed in seeds[start : start + batch_size]
+            ]
             images.extend(_draw_batch(pipe, chunk, generators, pipe_kwargs))
             bar.update(len(chunk))
     return images
 
 
-def _draw_batch(pipe: Any, prompts: list[str], generators: list[torch.Generator], settings: Mapping[str, Any]) -> list[Any]:
+def _draw_batch(
+    pipe: Any, prompts: list[str], generators: list[torch.Generator], settings: Mapping[str, Any]
+) -> list[Any]:
     """The images of a batch. Where the pipeline refuses it, its prompts are drawn one by one, so that one prompt costs one image."""
     seeds = [generator.initial_seed() for generator in generators]
     try:
@@ -72,7 +82,9 @@ def _draw_batch(pipe: Any, prompts: list[str], generators: list[torch.Generator]
         images: list[Any] = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             try:
-                images += _draw_batch(pipe, [prompt], [torch.Generator("cpu").manual_seed(seed)], settings)
+                images += _draw_batch(
+                    pipe, [prompt], [torch.Generator("cpu").manual_seed(seed)], settings
+                )
             except ValueError as failure:
                 images.append(Missing(f"{FAILED}: {' '.join(str(failure).split())[:150]}"))
         if not present(images):
@@ -88,7 +100,9 @@ def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps"
     count().check(field, steps)
     if scheduler is None:
         return
-    limit = None if "Flow" in type(scheduler).__name__ else scheduler.config.get("num_train_timesteps")
+    limit = (
+        None if "Flow" in type(scheduler).__name__ else scheduler.config.get("num_train_timesteps")
+    )
     limit = limit if isinstance(limit, int) else None
     good = limit is None or steps <= limit
     if good and not scheduler.config.get("use_dynamic_shifting"):
@@ -101,7 +115,9 @@ def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps"
             return
     if not good:
         most = f", at most {limit}" if limit is not None and steps >= limit else ""
-        raise ConfigError(field, f"{type(scheduler).__name__} has no {steps} steps{most}; give fewer")
+        raise ConfigError(
+            field, f"{type(scheduler).__name__} has no {steps} steps{most}; give fewer"
+        )
 
 
 def draw_files(
@@ -119,9 +135,15 @@ def draw_files(
         draw: (prompts, seeds) of a batch -> images; not called when nothing is missing.
     """
     batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
-    mine = [batch for batch in batches[processes.rank :: processes.world] if not all(is_drawn(path) for _, _, path in batch)]
+    mine = [
+        batch
+        for batch in batches[processes.rank :: processes.world]
+        if not all(is_drawn(path) for _, _, path in batch)
+    ]
     total = sum(map(len, mine))
-    with tqdm(total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine) as bar:
+    with tqdm(
+        total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine
+    ) as bar:
         for batch in mine:
             pictures = draw([prompt for prompt, _, _ in batch], [seed for _, seed, _ in batch])
             for (_, _, path), picture in zip(batch, pictures, strict=True):

@@ -13,7 +13,11 @@ from torch import Tensor
 
 
 def denoising_errors(
-    prediction: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean", mask: Tensor | None = None
+    prediction: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Squared errors of each sample, in float32 or wider whatever the network's precision.
 
@@ -33,7 +37,9 @@ def denoising_errors(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected mean or sum, got {reduction!r}")
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}")
+        raise ValueError(
+            f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}"
+        )
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     squares = (prediction.to(dtype) - target.to(dtype)).square()
     count: Tensor | int = squares[0].numel()
@@ -86,16 +92,25 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556) of the native error, (n,); the same for policy and reference."""
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        return gamma / snr.clamp(min=gamma)  # min(snr, gamma) / snr, which is 1 also at an SNR of zero
+        return gamma / snr.clamp(
+            min=gamma
+        )  # min(snr, gamma) / snr, which is 1 also at an SNR of zero
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
     if prediction_type == "sample":
         return clipped
-    raise ValueError(f"snr_gamma: min-SNR weights are not defined for {prediction_type!r} models; leave snr_gamma unset")
+    raise ValueError(
+        f"snr_gamma: min-SNR weights are not defined for {prediction_type!r} models; leave snr_gamma unset"
+    )
 
 
 def group_noise(
-    shape: Sequence[int], k: int, generators: Sequence[torch.Generator], *, shared: bool = True, offset: float = 0.0
+    shape: Sequence[int],
+    k: int,
+    generators: Sequence[torch.Generator],
+    *,
+    shared: bool = True,
+    offset: float = 0.0,
 ) -> Tensor:
     """Gaussian noise for groups of k images, (g, k, *shape) float32 on the CPU, one generator per group.
 
@@ -112,6 +127,8 @@ def group_noise(
     for generator in generators:
         noise = torch.randn((1 if shared else k, *shape), generator=generator)
         if offset:
-            noise = noise + offset * torch.randn((len(noise), shape[0], *[1] * (len(shape) - 1)), generator=generator)
+            noise = noise + offset * torch.randn(
+                (len(noise), shape[0], *[1] * (len(shape) - 1)), generator=generator
+            )
         draws.append(noise.expand(k, *shape))
     return torch.stack(draws)

@@ -25,7 +25,9 @@ def _over(coefficient: Tensor, sample: Tensor) -> Tensor:
     return coefficient.reshape(-1, *[1] * (sample.ndim - 1))
 
 
-def implied_x0_eps(output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+def implied_x0_eps(
+    output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
     """(x0, eps) that a variance-preserving network's output implies; `alpha` and `sigma` broadcast over the sample.
 
     Raises:
@@ -37,7 +39,9 @@ def implied_x0_eps(output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor,
         return alpha * sample - sigma * output, sigma * sample + alpha * output
     if prediction_type == "sample":
         return output, (sample - alpha * output) / sigma
-    raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}")
+    raise ValueError(
+        f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}"
+    )
 
 
 class NoisingProcess(Protocol):
@@ -54,7 +58,9 @@ class NoisingProcess(Protocol):
     def to_eps(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor: ...
     def snr(self, times: Tensor) -> Tensor: ...
     def fraction(self, times: Tensor) -> Tensor: ...
-    def renoise(self, sample: Tensor, times: Tensor, new_times: Tensor, noise: Tensor) -> Tensor: ...
+    def renoise(
+        self, sample: Tensor, times: Tensor, new_times: Tensor, noise: Tensor
+    ) -> Tensor: ...
 
 
 class _Process:
@@ -81,7 +87,10 @@ class _Process:
         Raises:
             ValueError: when a new time is less noisy than the old one.
         """
-        (alpha, sigma), (new_alpha, new_sigma) = self.alpha_sigma(times), self.alpha_sigma(new_times)
+        (alpha, sigma), (new_alpha, new_sigma) = (
+            self.alpha_sigma(times),
+            self.alpha_sigma(new_times),
+        )
         ratio = new_alpha / alpha
         variance = new_sigma.square() - (ratio * sigma).square()
         if (variance < -1e-12).any():
@@ -98,9 +107,16 @@ class VariancePreserving(_Process):
         clip_range (`float`, *optional*): to which the model's sampler clamps its clean estimates (`clip_sample`).
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon", clip_range: float | None = None) -> None:
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        prediction_type: str = "epsilon",
+        clip_range: float | None = None,
+    ) -> None:
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}")
+            raise ValueError(
+                f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}"
+            )
         # float64 once: the differences of errors that preference losses live on must not inherit the table's rounding.
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
         self.prediction_type, self.clip_range = prediction_type, clip_range
@@ -193,12 +209,23 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
         UserError: a scheduler of another formulation (EDM, consistency, ...), or a prediction type of neither family.
     """
     config = scheduler.config
-    if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
+    if (
+        "FlowMatch" in type(scheduler).__name__
+        or config.get("prediction_type") == "flow_prediction"
+    ):
         # Solvers of the UniPC and DPM kind name their shift so.
-        shift = config.get("shift") if "FlowMatch" in type(scheduler).__name__ else config.get("flow_shift")
+        shift = (
+            config.get("shift")
+            if "FlowMatch" in type(scheduler).__name__
+            else config.get("flow_shift")
+        )
         return RectifiedFlow(config.get("num_train_timesteps", 1000), float(shift or 1.0))
     kind = config.get("prediction_type", "epsilon")
-    if not hasattr(scheduler, "alphas_cumprod") or config.get("timestep_type") == "continuous" or kind not in PREDICTION_TYPES:
+    if (
+        not hasattr(scheduler, "alphas_cumprod")
+        or config.get("timestep_type") == "continuous"
+        or kind not in PREDICTION_TYPES
+    ):
         name = type(scheduler).__name__
         what = f" with prediction_type {kind!r}" if kind not in PREDICTION_TYPES else ""
         raise UserError(

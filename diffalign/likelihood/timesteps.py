@@ -21,7 +21,11 @@ def refiner_timesteps(timesteps: Tensor) -> Tensor:
 
 
 def sample_times(
-    process: NoisingProcess, uniforms: Tensor, sampler: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
+    process: NoisingProcess,
+    uniforms: Tensor,
+    sampler: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
 ) -> Tensor:
     """Maps uniform numbers to times of `process`.
 
@@ -35,7 +39,9 @@ def sample_times(
         ValueError: on an unknown sampler, or one that the process does not have.
     """
     if sampler not in TIMESTEP_SAMPLERS:
-        raise ValueError(f"timestep_sampling: expected one of {', '.join(TIMESTEP_SAMPLERS)}, got {sampler!r}")
+        raise ValueError(
+            f"timestep_sampling: expected one of {', '.join(TIMESTEP_SAMPLERS)}, got {sampler!r}"
+        )
     uniforms = uniforms.double()
     if sampler == "logit_normal":
         # The inverse normal distribution is infinite at 0.

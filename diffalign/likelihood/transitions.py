@@ -37,7 +37,11 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor, reduce: str = "
             f"std: a step with standard deviation {float(std.min()):.2g} is deterministic and has no log-probability; "
             "use eta > 0 and leave out the last step (t = 0)"
         )
-    elements = -(sample.detach().to(mean) - mean).square() / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
+    elements = (
+        -(sample.detach().to(mean) - mean).square() / (2 * std.square())
+        - std.log()
+        - 0.5 * math.log(2 * math.pi)
+    )
     return elements.flatten(1).mean(1) if reduce == "mean" else elements.flatten(1).sum(1)
 
 
@@ -147,5 +151,7 @@ def flow_sde_step_log_prob(
     Returns:
         (log_prob (n,), mean (n, ...), std of the step, broadcastable to mean).
     """
-    mean, std = flow_sde_step(model_output=model_output, sample=sample, sigma=sigma, sigma_prev=sigma_prev, eta=eta)
+    mean, std = flow_sde_step(
+        model_output=model_output, sample=sample, sigma=sigma, sigma_prev=sigma_prev, eta=eta
+    )
     return gaussian_log_prob(prev_sample, mean, std, reduce), mean, std

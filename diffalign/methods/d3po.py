@@ -56,18 +56,29 @@ class D3POConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("reduce", ("mean", "sum")), ("compare", COMPARE), ("reference", REFERENCES), ("feedback", FEEDBACK)):
+        for name, known in (
+            ("reduce", ("mean", "sum")),
+            ("compare", COMPARE),
+            ("reference", REFERENCES),
+            ("feedback", FEEDBACK),
+        ):
             if getattr(self, name) not in known:
-                raise ConfigError(name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         self._check("beta", lambda v: v > 0, "> 0")
         self._check("clip_range", lambda v: 0 < v < 1, "in (0, 1)")
         self._check("timestep_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
         if self.eta == 0:
             raise ConfigError(
-                "eta", "0 makes the sampler deterministic, whose steps have no probability; give eta > 0 (official 1)"
+                "eta",
+                "0 makes the sampler deterministic, whose steps have no probability; give eta > 0 (official 1)",
             )
         if self.images_per_prompt < 2:
-            raise ConfigError("images_per_prompt", f"expected int >= 2, got {self.images_per_prompt}: one image has no rival")
+            raise ConfigError(
+                "images_per_prompt",
+                f"expected int >= 2, got {self.images_per_prompt}: one image has no rival",
+            )
 
     @property
     def feedback_of_people(self) -> bool:
@@ -86,7 +97,9 @@ class D3POConfig(OnPolicyConfig):
         return self.reduce
 
 
-def d3po_loss(log_ratios: Tensor, preference: Tensor, *, beta: float = 0.1, clip_range: float = 0.1) -> Tensor:
+def d3po_loss(
+    log_ratios: Tensor, preference: Tensor, *, beta: float = 0.1, clip_range: float = 0.1
+) -> Tensor:
     """Loss per pair and step, (g,).
 
     Args:
@@ -127,7 +140,9 @@ class D3POTrainer(OnPolicyTrainer):
         "reference": "official reward script; the human-feedback script iterates",
         "feedback": "ours",
     }
-    _not_public: ClassVar[str] = "How many annotators judged each pair, and the images of the paper's human studies."
+    _not_public: ClassVar[str] = (
+        "How many annotators judged each pair, and the images of the paper's human studies."
+    )
     config_class = D3POConfig
     args: D3POConfig
 
@@ -152,10 +167,14 @@ class D3POTrainer(OnPolicyTrainer):
         """Which steps of the sampler, (u,), can be trained on: those with a density."""
         return grid.trainable.nonzero()[:, 0]
 
-    def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:
+    def finish(
+        self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor
+    ) -> Batch:
         """Keeps what the steps are trained on: states, recorded log-probabilities, preferences, the order of the steps."""
         usable = self.usable_steps(self.rollout.grid)
-        orders = [usable[torch.randperm(len(usable), generator=g)] for g in batch.generators("step-order")]
+        orders = [
+            usable[torch.randperm(len(usable), generator=g)] for g in batch.generators("step-order")
+        ]
         extra = {
             "states": trajectories.states,
             "log_probs": trajectories.log_probs,
@@ -193,11 +212,20 @@ class D3POTrainer(OnPolicyTrainer):
             return value.repeat_interleave(count, 0)
 
         condition = {name: rows(value, states) for name, value in batch.condition.items()}
-        empty = {name: rows(value, states) for name, value in self.data_pipeline.builder.unconditional(batch.condition).items()}
+        empty = {
+            name: rows(value, states)
+            for name, value in self.data_pipeline.builder.unconditional(batch.condition).items()
+        }
         sample, times = batch.noisy.flatten(0, 1), batch.times
         with self.accelerator.autocast():
             output = guide(
-                denoiser.predict, self.process, sample, rows(times, states), condition, empty, self.args.guidance_scale
+                denoiser.predict,
+                self.process,
+                sample,
+                rows(times, states),
+                condition,
+                empty,
+                self.args.guidance_scale,
             )
         output, sample = rows(output, k // states), rows(sample, k // states)
         found = step_log_prob(
@@ -222,16 +250,26 @@ class D3POTrainer(OnPolicyTrainer):
         pairs = torch.stack([log_ratios[:, first], log_ratios[:, second]], dim=-1)  # (g, pairs, 2)
         preference = batch.extra["preference"].to(pairs.device)[:, first, second]
         args = self.args
-        loss = d3po_loss(pairs.flatten(0, 1), preference.flatten(), beta=args.beta, clip_range=args.clip_range)
-        return loss.unflatten(0, pairs.shape[:2]).mean(1), self._metrics(batch, policy, pairs, preference)
+        loss = d3po_loss(
+            pairs.flatten(0, 1), preference.flatten(), beta=args.beta, clip_range=args.clip_range
+        )
+        return loss.unflatten(0, pairs.shape[:2]).mean(1), self._metrics(
+            batch, policy, pairs, preference
+        )
 
     def judged(self, batch: Batch) -> list[tuple[str, Tensor]]:
         """(scorer, its scores (g, k)) of the batch's images; none under people's votes."""
         columns = batch.extra["scores"].unbind(-1)
-        return [] if self.judge is None else list(zip(self.judge.names(len(columns)), columns, strict=True))
+        return (
+            []
+            if self.judge is None
+            else list(zip(self.judge.names(len(columns)), columns, strict=True))
+        )
 
     @torch.no_grad()
-    def _metrics(self, batch: Batch, policy: Tensor, pairs: Tensor, preference: Tensor) -> dict[str, Tensor]:
+    def _metrics(
+        self, batch: Batch, policy: Tensor, pairs: Tensor, preference: Tensor
+    ) -> dict[str, Tensor]:
         margin = preference * (pairs[..., 0] - pairs[..., 1])
         decided = preference != 0
         missing = torch.full_like(margin[:, 0], math.nan)

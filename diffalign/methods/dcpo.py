@@ -32,11 +32,18 @@ class DCPOConfig(DiffusionDPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.captions not in CAPTIONS:
-            raise ConfigError("captions", f"expected one of {', '.join(CAPTIONS)}, got {self.captions!r}")
+            raise ConfigError(
+                "captions", f"expected one of {', '.join(CAPTIONS)}, got {self.captions!r}"
+            )
 
 
 def dcpo_loss(
-    policy_errors: Tensor, reference_errors: Tensor, *, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+    policy_errors: Tensor,
+    reference_errors: Tensor,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Loss per pair, (g,): `diffusion_dpo_loss` of errors that were computed under each image's own caption.
 
@@ -44,7 +51,13 @@ def dcpo_loss(
         policy_errors, reference_errors (`Tensor`): (g, 2), chosen first, each under the caption of its image.
         beta, loss_type, label_smoothing: see `diffusion_dpo_loss`.
     """
-    return diffusion_dpo_loss(policy_errors, reference_errors, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing)
+    return diffusion_dpo_loss(
+        policy_errors,
+        reference_errors,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+    )
 
 
 class DCPOTrainer(DiffusionDPOTrainer):

@@ -51,14 +51,21 @@ class DiffusionDPOConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_type not in LOSS_TYPES:
-            raise ConfigError("loss_type", f"expected one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+            raise ConfigError(
+                "loss_type", f"expected one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
+            )
         self._check("beta", lambda v: v > 0, "> 0")
         self._check("label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
         self._check("sft_weight", lambda v: v >= 0, ">= 0")
 
 
 def diffusion_dpo_loss(
-    policy_errors: Tensor, reference_errors: Tensor, *, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+    policy_errors: Tensor,
+    reference_errors: Tensor,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Loss per pair, (g,).
 
@@ -83,7 +90,11 @@ def diffusion_dpo_loss(
             return ((2 / beta) * logit - 1 / beta).square()
         raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
 
-    return loss(z) if not label_smoothing else (1 - label_smoothing) * loss(z) + label_smoothing * loss(-z)
+    return (
+        loss(z)
+        if not label_smoothing
+        else (1 - label_smoothing) * loss(z) + label_smoothing * loss(-z)
+    )
 
 
 class DiffusionDPOTrainer(Trainer):
@@ -122,7 +133,11 @@ class DiffusionDPOTrainer(Trainer):
         assert reference is not None
         args = self.args
         loss = diffusion_dpo_loss(
-            policy, reference, beta=args.beta, loss_type=args.loss_type, label_smoothing=args.label_smoothing
+            policy,
+            reference,
+            beta=args.beta,
+            loss_type=args.loss_type,
+            label_smoothing=args.label_smoothing,
         )
         if args.sft_weight:
             loss = loss + args.sft_weight * policy[:, 0]

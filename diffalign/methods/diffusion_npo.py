@@ -42,7 +42,9 @@ class DiffusionNPOTrainer(DiffusionDPOTrainer):
         **DiffusionDPOTrainer._sources,
         "beta": "official scripts: SDXL 2000; SD1.5 500 without the 1/2, which is 1000 here",
     }
-    _not_public: ClassVar[str] = "The training file that the official README names; the inversion of the SPO variant."
+    _not_public: ClassVar[str] = (
+        "The training file that the official README names; the inversion of the SPO variant."
+    )
     config_class = DiffusionNPOConfig
     inverted = True
     args: DiffusionNPOConfig

@@ -40,7 +40,9 @@ class DiffusionORPOConfig(TrainingConfig):
         self._check("beta", lambda v: v > 0, "> 0")
 
 
-def diffusion_orpo_loss(policy_errors: Tensor, *, beta: float = 0.1, sign: str = "correct") -> Tensor:
+def diffusion_orpo_loss(
+    policy_errors: Tensor, *, beta: float = 0.1, sign: str = "correct"
+) -> Tensor:
     """Loss per pair, (g,).
 
     Args:
@@ -77,7 +79,9 @@ class DiffusionORPOTrainer(Trainer):
         "beta": "published script, 0.1",
         "sign": "ours: the published script's sign rewards a larger error of the chosen image",
     }
-    _not_public: ClassVar[str] = "No paper derives the diffusion form; its authors replaced it by MaPO."
+    _not_public: ClassVar[str] = (
+        "No paper derives the diffusion form; its authors replaced it by MaPO."
+    )
     config_class = DiffusionORPOConfig
     data_kind = "pair"
     reference_free = True
@@ -85,4 +89,6 @@ class DiffusionORPOTrainer(Trainer):
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy, _ = self.errors(batch)
-        return diffusion_orpo_loss(policy, beta=self.args.beta, sign=self.args.sign), margin_metrics(policy)
+        return diffusion_orpo_loss(
+            policy, beta=self.args.beta, sign=self.args.sign
+        ), margin_metrics(policy)

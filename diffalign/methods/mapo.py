@@ -46,7 +46,9 @@ class MaPOConfig(TrainingConfig):
         super().__post_init__()
         for name, known in (("form", FORMS), ("link_form", LINK_FORMS)):
             if getattr(self, name) not in known:
-                raise ConfigError(name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         for name in ("beta", "inner_scale", "margin_scale"):
             self._check(name, lambda v: v > 0, "> 0")
 
@@ -83,7 +85,13 @@ def mapo_loss(policy_errors: Tensor, *, beta: float, link_form: str = "scale") -
     return policy_errors[:, 0] + softplus(-(phi[:, 0] - phi[:, 1])) / beta
 
 
-def mapo_code_loss(policy_errors: Tensor, *, beta: float = 0.1, inner_scale: float = 0.5, margin_scale: float = 1000.0) -> Tensor:
+def mapo_code_loss(
+    policy_errors: Tensor,
+    *,
+    beta: float = 0.1,
+    inner_scale: float = 0.5,
+    margin_scale: float = 1000.0,
+) -> Tensor:
     """The official implementation's loss per pair, (g,).
 
     Args:
@@ -133,7 +141,9 @@ class MaPOTrainer(Trainer):
         if args.form == "paper":
             loss = mapo_loss(policy, beta=args.beta, link_form=args.link_form)
         else:
-            loss = mapo_code_loss(policy, beta=args.beta, inner_scale=args.inner_scale, margin_scale=args.margin_scale)
+            loss = mapo_code_loss(
+                policy, beta=args.beta, inner_scale=args.inner_scale, margin_scale=args.margin_scale
+            )
         return loss, margin_metrics(policy)
 
 

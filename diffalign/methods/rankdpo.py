@@ -54,7 +54,9 @@ class RankDPOConfig(TrainingConfig):
         super().__post_init__()
         for name, known in (("gains", GAINS), ("log_base", LOG_BASES), ("normalize", NORMALIZE)):
             if getattr(self, name) not in known:
-                raise ConfigError(name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         self._check("beta", lambda v: v > 0, "> 0")
 
 
@@ -79,13 +81,21 @@ def lambda_weights(scores: Tensor, log_base: str = "e") -> Tensor:
     discount = torch.log1p(torch.where(present, average_ranks(scores), torch.ones_like(scores)))
     if log_base == "2":
         discount = discount / math.log(2)
-    weights = (gain[:, :, None] - gain[:, None, :]).abs() * (1 / discount[:, :, None] - 1 / discount[:, None, :]).abs()
+    weights = (gain[:, :, None] - gain[:, None, :]).abs() * (
+        1 / discount[:, :, None] - 1 / discount[:, None, :]
+    ).abs()
     preferred = (phi[:, :, None] > phi[:, None, :]) & present[:, :, None] & present[:, None, :]
     return torch.where(preferred, weights, torch.zeros_like(weights)).detach()
 
 
 def rankdpo_loss(
-    policy_errors: Tensor, reference_errors: Tensor, scores: Tensor, *, beta: float, log_base: str = "e", normalize: str = "sum"
+    policy_errors: Tensor,
+    reference_errors: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    log_base: str = "e",
+    normalize: str = "sum",
 ) -> Tensor:
     """Loss per list, (g,).
 
@@ -100,17 +110,25 @@ def rankdpo_loss(
         ValueError: shapes that differ, a score outside [0, 1], an unknown option.
     """
     if policy_errors.shape != scores.shape or reference_errors.shape != scores.shape:
-        raise ValueError(f"scores: expected one per image {tuple(policy_errors.shape)}, got {tuple(scores.shape)}")
+        raise ValueError(
+            f"scores: expected one per image {tuple(policy_errors.shape)}, got {tuple(scores.shape)}"
+        )
     if log_base not in LOG_BASES or normalize not in NORMALIZE:
         raise ValueError(
             f"log_base, normalize: expected one of {LOG_BASES} and of {NORMALIZE}, got {log_base!r} and {normalize!r}"
         )
     scores = scores.to(policy_errors)
     if ((scores < 0) | (scores > 1)).any():
-        raise ValueError("scores: expected phi in [0, 1]; turn raw scores into win rates or min-max values first")
+        raise ValueError(
+            "scores: expected phi in [0, 1]; turn raw scores into win rates or min-max values first"
+        )
     present = ~torch.isnan(scores)
     zero = torch.zeros_like(policy_errors)
-    rewards = implicit_rewards(torch.where(present, policy_errors, zero), torch.where(present, reference_errors, zero), beta)
+    rewards = implicit_rewards(
+        torch.where(present, policy_errors, zero),
+        torch.where(present, reference_errors, zero),
+        beta,
+    )
     weights = lambda_weights(scores, log_base)
     total = (weights * softplus(-(rewards[:, :, None] - rewards[:, None, :]))).sum((1, 2))
     if normalize == "mean":
@@ -173,7 +191,9 @@ class RankDPOTrainer(Trainer):
         "normalize": "paper: the sum over pairs",
         "shared_noise": "paper: the images share the timestep alone",
     }
-    _not_public: ClassVar[str] = "Code, learning rate, beta, and the two constants of the loss (1/2, mean or sum over elements)."
+    _not_public: ClassVar[str] = (
+        "Code, learning rate, beta, and the two constants of the loss (1/2, mean or sum over elements)."
+    )
     config_class = RankDPOConfig
     data_kind = "ranked"
     args: RankDPOConfig
@@ -187,12 +207,20 @@ class RankDPOTrainer(Trainer):
 
     def _chosen_gains(self) -> str:
         """`gains` of the run: one choice for all of its lists."""
-        if self.args.gains != "auto" or self.sampler_rule == 1:  # runs of earlier versions choose per list
+        if (
+            self.args.gains != "auto" or self.sampler_rule == 1
+        ):  # runs of earlier versions choose per list
             return self.args.gains
         limits = None if self.data_config.online is not None else self.train_dataset.score_range()
         is_phi = limits is not None and limits[0] >= 0 and limits[1] <= 1
-        seen = "scores are not known beforehand" if limits is None else f"scores run from {limits[0]:g} to {limits[1]:g}"
-        self.notes.append(f"gains: {'the scores as they are' if is_phi else 'win rates within each list'} ({seen})")
+        seen = (
+            "scores are not known beforehand"
+            if limits is None
+            else f"scores run from {limits[0]:g} to {limits[1]:g}"
+        )
+        self.notes.append(
+            f"gains: {'the scores as they are' if is_phi else 'win rates within each list'} ({seen})"
+        )
         return "given" if is_phi else "win_rate"
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,9 +231,16 @@ class RankDPOTrainer(Trainer):
             phi = torch.cat([phi_from_scores(scores[None], self.gains) for scores in batch.scores])
         else:
             phi = phi_from_scores(batch.scores, self.gains)
-        loss = rankdpo_loss(policy, reference, phi, beta=args.beta, log_base=args.log_base, normalize=args.normalize)
+        loss = rankdpo_loss(
+            policy, reference, phi, beta=args.beta, log_base=args.log_base, normalize=args.normalize
+        )
         filled = torch.where(torch.isnan(phi), torch.full_like(phi, -1.0), phi)
         lowest = torch.where(torch.isnan(phi), torch.full_like(phi, 2.0), phi)
         ends = torch.stack([filled.argmax(1), lowest.argmin(1)], dim=1)
-        metrics = pair_metrics(policy.gather(1, ends), reference.gather(1, ends), args.beta, self.process.fraction(batch.times))
+        metrics = pair_metrics(
+            policy.gather(1, ends),
+            reference.gather(1, ends),
+            args.beta,
+            self.process.fraction(batch.times),
+        )
         return loss, metrics

@@ -62,7 +62,9 @@ class SelfNPOConfig(TrainingConfig):
         super().__post_init__()
         for name, known in (("start", STARTS), ("loss_type", LOSS_TYPES), ("sampler", SAMPLERS)):
             if getattr(self, name) not in known:
-                raise ConfigError(name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         self._check("huber_c", lambda v: v > 0, "> 0")
         self._check("num_inference_steps", lambda v: isinstance(v, int) and v >= 2, "an int >= 2")
         self._check("truncation_steps", lambda v: isinstance(v, int) and v >= 1, "an int >= 1")
@@ -72,7 +74,10 @@ class SelfNPOConfig(TrainingConfig):
                 f"{self.truncation_steps} of {self.num_inference_steps} steps truncate nothing; give fewer than num_inference_steps",
             )
         if self.sampler == "ema" and not self.use_ema:
-            raise ConfigError("sampler", "ema draws with the average of the weights; set use_ema: true (official decay 0.999)")
+            raise ConfigError(
+                "sampler",
+                "ema draws with the average of the weights; set use_ema: true (official decay 0.999)",
+            )
 
 
 def sampling_grid(process: NoisingProcess, steps: int) -> Tensor:
@@ -90,14 +95,18 @@ def guided_output(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
     return cond + weight * (cond - uncond)
 
 
-def ddim_move(process: NoisingProcess, output: Tensor, sample: Tensor, times: Tensor, new_times: Tensor) -> Tensor:
+def ddim_move(
+    process: NoisingProcess, output: Tensor, sample: Tensor, times: Tensor, new_times: Tensor
+) -> Tensor:
     """One deterministic DDIM step (an Euler step for flows), per row; a row whose time does not change stays as it is.
 
     Args:
         output, sample: (n, ...).
         times, new_times: (n,).
     """
-    moved = process.add_noise(process.to_x0(output, sample, times), process.to_eps(output, sample, times), new_times)
+    moved = process.add_noise(
+        process.to_x0(output, sample, times), process.to_eps(output, sample, times), new_times
+    )
     still = (times == new_times).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
     return torch.where(still, sample, moved.to(sample.dtype))
 
@@ -110,7 +119,9 @@ def later_times(process: NoisingProcess, times: Tensor, uniforms: Tensor) -> Ten
     return times + 1 + (uniforms * (last - times)).long().clamp(max=last - 1 - times)
 
 
-def self_npo_loss(predicted_x0: Tensor, target_x0: Tensor, *, kind: str = "huber", huber_c: float = 1e-3) -> Tensor:
+def self_npo_loss(
+    predicted_x0: Tensor, target_x0: Tensor, *, kind: str = "huber", huber_c: float = 1e-3
+) -> Tensor:
     """Loss per sample, (n,): the mean over elements of d^2, or of sqrt(d^2 + c^2) - c.
 
     Args:
@@ -163,26 +174,41 @@ class SelfNPOTrainer(Trainer):
     config_class = SelfNPOConfig
     data_kind = "prompt"
     can_be_online = False
-    reference_free = True  # the loss has none; `sampler: frozen_ref` needs the starting weights all the same
+    reference_free = (
+        True  # the loss has none; `sampler: frozen_ref` needs the starting weights all the same
+    )
     args: SelfNPOConfig
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
-        return as_preferences(source, self.data_config, "prompt" if self.args.start == "noise" else "single", split)
+        return as_preferences(
+            source, self.data_config, "prompt" if self.args.start == "noise" else "single", split
+        )
 
     def build_reference(self) -> Reference | None:
         """The starting weights, where they draw the samples."""
         if self.args.sampler != "frozen_ref":
             return None
         is_lora, device = self.peft_config is not None, self.accelerator.device
-        return build_reference(self.backbone, self.network, self.ref_backbone, is_lora, device, self.args.offload_reference)
+        return build_reference(
+            self.backbone,
+            self.network,
+            self.ref_backbone,
+            is_lora,
+            device,
+            self.args.offload_reference,
+        )
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """Runs the truncated sampler: `x0` becomes the target, `noisy` and `times` what the student sees."""
         args, process = self.args, self.process
         generators = batch.generators("self_npo")
-        uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in generators])
-        again = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators]).to(batch.x0.device)
+        uniforms = torch.stack(
+            [torch.rand(2, generator=g, dtype=torch.float64) for g in generators]
+        )
+        again = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators]).to(
+            batch.x0.device
+        )
         grid = sampling_grid(process, args.num_inference_steps)
         index = torch.full((len(batch),), len(grid) - 1)
         if args.start == "data":
@@ -202,7 +228,13 @@ class SelfNPOTrainer(Trainer):
         target = process.to_x0(output, sample, times)
         later = later_times(process, times, uniforms[:, 1])
         noisy = process.renoise(sample, times, later, again)
-        return replace(batch, x0=target[:, None].float(), noise=again[:, None], noisy=noisy[:, None].float(), times=later)
+        return replace(
+            batch,
+            x0=target[:, None].float(),
+            noise=again[:, None],
+            noisy=noisy[:, None].float(),
+            times=later,
+        )
 
     def _floor(self, grid: Tensor) -> Tensor:
         """Where samples rest that have come to the end of the grid: timestep 0, or a twentieth of the first sigma."""
@@ -223,7 +255,11 @@ class SelfNPOTrainer(Trainer):
                 self.network.train(training)
 
     def _sampler_output(
-        self, sample: Tensor, times: Tensor, condition: Mapping[str, Tensor], unconditional: Mapping[str, Tensor]
+        self,
+        sample: Tensor,
+        times: Tensor,
+        condition: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor],
     ) -> Tensor:
         weight = self.args.guidance_weight
         model_times = self.process.model_times(times).to(sample.device)

@@ -64,9 +64,16 @@ class SePPOConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("ref_strategy", STRATEGIES), ("anchor", ANCHORS), ("zero_anchor", (0.0, 1.0))):
+        for name, known in (
+            ("ref_strategy", STRATEGIES),
+            ("anchor", ANCHORS),
+            ("zero_anchor", (0.0, 1.0)),
+        ):
             if getattr(self, name) not in known:
-                raise ConfigError(name, f"expected one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    name,
+                    f"expected one of {', '.join(map(str, known))}, got {getattr(self, name)!r}",
+                )
         self._check("beta", lambda v: v > 0, "> 0")
         for name in ("pool_save_steps", "anchor_samples", "rollout_batch_size"):
             self._check(name, lambda v: v >= 1, ">= 1")
@@ -74,7 +81,9 @@ class SePPOConfig(TrainingConfig):
             self._check(name, lambda v: v >= 2, ">= 2")
         self._check("eta", lambda v: v >= 0, ">= 0")
         if self.precompute_ref_errors:
-            raise ConfigError("precompute_ref_errors", "the reference changes while training; set it to false")
+            raise ConfigError(
+                "precompute_ref_errors", "the reference changes while training; set it to false"
+            )
 
 
 def anchors(winner_changes: Tensor, kind: str = "sign", zero: float = 1.0) -> Tensor:
@@ -159,15 +168,21 @@ class SePPOTrainer(Trainer):
 
     def build_reference(self) -> Reference:
         """The pool of the policy's past weights."""
-        return CheckpointPool(self.network, self.output_dir / "pool", self.args.pool_size, self.args.ref_strategy)
+        return CheckpointPool(
+            self.network, self.output_dir / "pool", self.args.pool_size, self.args.ref_strategy
+        )
 
     @cached_property
     def rollout(self) -> Rollout:
         """How the reference's images are drawn."""
         args = self.args
-        sampler = SamplerConfig(args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size)
+        sampler = SamplerConfig(
+            args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size
+        )
         grid = self.make_grid(sampler.num_inference_steps, sampler.eta)
-        return Rollout(self.backbone, self.process, sampler, "sampling from the reference", grid=grid)
+        return Rollout(
+            self.backbone, self.process, sampler, "sampling from the reference", grid=grid
+        )
 
     @property
     def pool(self) -> CheckpointPool:
@@ -183,23 +198,37 @@ class SePPOTrainer(Trainer):
         main = self.accelerator.is_main_process
         assert self.reference is not None
         with sampling_mode(self.network), self.accelerator.autocast():
-            found = self.rollout(self.reference.predict, batch, 1, empty, purpose="seppo", decode=False, progress=main)
+            found = self.rollout(
+                self.reference.predict,
+                batch,
+                1,
+                empty,
+                purpose="seppo",
+                decode=False,
+                progress=main,
+            )
         noise, weights = batch.noise, batch.weights
         if found.broken is not None and found.broken.any():
             lost = found.broken[:, 0]
-            self.accelerator.print(f"{int(lost.sum())} of {len(lost)} images of the reference left out: not finite")
+            self.accelerator.print(
+                f"{int(lost.sum())} of {len(lost)} images of the reference left out: not finite"
+            )
             weights = weights * (~lost).to(weights)
         if self.args.shared_noise:
             rival = noise
         else:
-            draws = [torch.randn(noise.shape[2:], generator=g) for g in batch.generators("rival-noise")]
+            draws = [
+                torch.randn(noise.shape[2:], generator=g) for g in batch.generators("rival-noise")
+            ]
             rival = torch.stack(draws)[:, None].to(noise.device)
         return dataclasses.replace(
             batch,
             x0=torch.cat([batch.x0, found.final.to(batch.x0.device)], 1),
             noise=torch.cat([noise, rival], 1),
             weights=weights,
-            condition={name: value.repeat_interleave(2, 0) for name, value in batch.condition.items()},
+            condition={
+                name: value.repeat_interleave(2, 0) for name, value in batch.condition.items()
+            },
         )
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,14 +250,29 @@ class SePPOTrainer(Trainer):
     @torch.no_grad()
     def _averaged_change(self, batch: Batch, first: Tensor) -> Tensor:
         """The winner's error change over `anchor_samples` draws, the training draw among them."""
-        winners = {name: value.unflatten(0, (len(batch), -1))[:, 0] for name, value in batch.condition.items()}
+        winners = {
+            name: value.unflatten(0, (len(batch), -1))[:, 0]
+            for name, value in batch.condition.items()
+        }
         generators, total = batch.generators("anchor"), first.clone()
         sampling = self.data_pipeline.builder.sampling
         for _ in range(self.args.anchor_samples - 1):
-            uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-            noise = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators])[:, None]
-            times = sample_times(self.process, uniforms, sampling, self.args.logit_mean, self.args.logit_std)
-            drawn = dataclasses.replace(batch, x0=batch.x0[:, :1], noise=noise.to(first.device), times=times, condition=winners)
+            uniforms = torch.cat(
+                [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
+            )
+            noise = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators])[
+                :, None
+            ]
+            times = sample_times(
+                self.process, uniforms, sampling, self.args.logit_mean, self.args.logit_std
+            )
+            drawn = dataclasses.replace(
+                batch,
+                x0=batch.x0[:, :1],
+                noise=noise.to(first.device),
+                times=times,
+                condition=winners,
+            )
             with sampling_mode(self.network):
                 total += (self.sampling_policy.errors(drawn) - self.reference_errors(drawn))[:, 0]
         return total / self.args.anchor_samples

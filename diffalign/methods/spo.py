@@ -62,9 +62,13 @@ class SPOConfig(OnPolicyConfig):
         self._check("threshold", lambda v: 0 <= v < 1, "in [0, 1)")
         self._check("score_scale", lambda v: v > 0, "> 0")
         self._check("timestep_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
-        self._check("eta", lambda v: v > 0, "> 0: candidates of a deterministic sampler are all the same")
+        self._check(
+            "eta", lambda v: v > 0, "> 0: candidates of a deterministic sampler are all the same"
+        )
         self._check("images_per_prompt", lambda v: v >= 2, ">= 2: one candidate has no rival")
-        self._check("first_step", lambda v: 0 <= v < self.num_inference_steps, "in [0, num_inference_steps)")
+        self._check(
+            "first_step", lambda v: 0 <= v < self.num_inference_steps, "in [0, num_inference_steps)"
+        )
 
     @property
     def reduction_of_log_probs(self) -> str:
@@ -142,13 +146,20 @@ class SPOTrainer(D3POTrainer):
         main = self.accelerator.is_main_process
         with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
             for batch in batches:
-                rows = [range(first, min(first + size, len(batch))) for first in range(0, len(batch), size)]
+                rows = [
+                    range(first, min(first + size, len(batch)))
+                    for first in range(0, len(batch), size)
+                ]
                 pictures: list[Any] = []
                 with torch.no_grad(), sampling_mode(self.network), self.accelerator.autocast():
                     parts = [self._branch(judge, batch, part, bar, pictures) for part in rows]
                 extra = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 check.add(batch, pictures, extra["scores"].double())
-                done.append(dataclasses.replace(batch, extra={**extra, "order": self._order(batch, extra["decided"])}))
+                done.append(
+                    dataclasses.replace(
+                        batch, extra={**extra, "order": self._order(batch, extra["decided"])}
+                    )
+                )
         check.finish()
         return done
 
@@ -160,7 +171,9 @@ class SPOTrainer(D3POTrainer):
             orders.append(order[torch.argsort(kept[order].int(), descending=True, stable=True)])
         return torch.stack(orders)[:, : self.trained_steps]
 
-    def _branch(self, judge: Judge, batch: Batch, rows: range, bar: Any, pictures: list[Any]) -> dict[str, Tensor]:
+    def _branch(
+        self, judge: Judge, batch: Batch, rows: range, bar: Any, pictures: list[Any]
+    ) -> dict[str, Tensor]:
         """Samples some rows of a batch, with candidates from `first_step` on.
 
         A candidate that is not finite has no score and is not the next state. It is stored as zeros, in pairs that are undecided.
@@ -178,12 +191,18 @@ class SPOTrainer(D3POTrainer):
         given = {name: value[index] for name, value in batch.condition.items()}
         empty = self.data_pipeline.builder.unconditional(given)
         prompts = [batch.prompts[row] for row in rows for _ in range(n)]
-        starts, draws = (batch.generators(purpose)[rows.start : rows.stop] for purpose in ("spo-start", "spo"))
+        starts, draws = (
+            batch.generators(purpose)[rows.start : rows.stop] for purpose in ("spo-start", "spo")
+        )
         usable = set(self.usable_steps(grid).tolist())
-        state = torch.stack([torch.randn(shape, generator=generator) for generator in starts]).to(device)
+        state = torch.stack([torch.randn(shape, generator=generator) for generator in starts]).to(
+            device
+        )
         # Candidates of the state's last step, (g, n, ...), with (state, mean, std) of that step where it is compared.
         candidates: Tensor | None = None
-        finite = torch.ones(g, 1, dtype=torch.bool, device=device)  # of the candidates, or of the state where there are none
+        finite = torch.ones(
+            g, 1, dtype=torch.bool, device=device
+        )  # of the candidates, or of the state where there are none
         origin: tuple[Tensor, Tensor, Tensor] | None = None
         kept: dict[str, list[Tensor]] = {"states": [], "pairs": [], "log_probs": [], "decided": []}
 
@@ -194,44 +213,75 @@ class SPOTrainer(D3POTrainer):
             places = torch.arange(g)[:, None]
             both, known = candidates[places, pair], finite[places, pair]
             before, mean, std = origin
-            log_probs = torch.stack([gaussian_log_prob(both[:, i], mean, std, args.reduce) for i in range(2)], 1).float()
+            log_probs = torch.stack(
+                [gaussian_log_prob(both[:, i], mean, std, args.reduce) for i in range(2)], 1
+            ).float()
             log_probs = torch.where(known, log_probs, torch.zeros_like(log_probs))
-            for name, value in zip(kept, (before, both, log_probs, decided & known.all(1).cpu()), strict=True):
+            for name, value in zip(
+                kept, (before, both, log_probs, decided & known.all(1).cpu()), strict=True
+            ):
                 kept[name].append(value.cpu())
             return scores
 
         def draw(latents: Tensor) -> list[Any]:
             images = self.backbone.decode_latents(latents)
-            return [image if good else Missing(NOT_FINITE) for image, good in zip(images, finite.flatten().tolist(), strict=True)]
+            return [
+                image if good else Missing(NOT_FINITE)
+                for image, good in zip(images, finite.flatten().tolist(), strict=True)
+            ]
 
         for step, (t, after) in enumerate(zip(grid.times, grid.next_times, strict=True)):
             flat = state if candidates is None else candidates.flatten(0, 1)
             k = len(flat) // g
             times = t.expand(len(flat))
-            condition, nothing = ({name: v.repeat_interleave(k, 0) for name, v in c.items()} for c in (given, empty))
-            output = guide(self.sampling_policy.predict, process, flat, times, condition, nothing, args.guidance_scale)
+            condition, nothing = (
+                {name: v.repeat_interleave(k, 0) for name, v in c.items()} for c in (given, empty)
+            )
+            output = guide(
+                self.sampling_policy.predict,
+                process,
+                flat,
+                times,
+                condition,
+                nothing,
+                args.guidance_scale,
+            )
             if candidates is not None:
                 if origin is not None:
                     clean = process.to_x0(output, flat, times)
                     compare(draw(clean.float()))
-                chosen = torch.stack([torch.randint(n, (), generator=generator) for generator in draws]).to(device)
+                chosen = torch.stack(
+                    [torch.randint(n, (), generator=generator) for generator in draws]
+                ).to(device)
                 chosen, places = nearest_usable(chosen, finite), torch.arange(g, device=device)
-                state, output = candidates[places, chosen], output.unflatten(0, (g, n))[places, chosen]
+                state, output = (
+                    candidates[places, chosen],
+                    output.unflatten(0, (g, n))[places, chosen],
+                )
                 finite = finite[places, chosen][:, None]
             mean, std = transition(process, output, state, times[:g], after.expand(g), args.eta)
             many = n if step >= args.first_step else 1
-            noise = torch.stack([torch.randn((many, *shape), generator=generator) for generator in draws]).to(mean)
+            noise = torch.stack(
+                [torch.randn((many, *shape), generator=generator) for generator in draws]
+            ).to(mean)
             following = (mean[:, None] + std.reshape(-1, *[1] * noise[0].ndim) * noise).float()
             finite = finite & torch.isfinite(following).flatten(2).all(2)
-            following = torch.where(finite.reshape(g, many, *[1] * len(shape)), following, torch.zeros_like(following))
+            following = torch.where(
+                finite.reshape(g, many, *[1] * len(shape)), following, torch.zeros_like(following)
+            )
             origin = (state, mean, std) if step in usable else None
             candidates, state = (following, state) if many > 1 else (None, following[:, 0])
             bar.update(g)
         assert candidates is not None
         images = draw(candidates.flatten(0, 1))
         pictures += images
-        scores = compare(images) if origin is not None else judge(images, prompts).unflatten(0, (g, n))
-        return {**{name: torch.stack(values, 1) for name, values in kept.items()}, "scores": scores.float()}
+        scores = (
+            compare(images) if origin is not None else judge(images, prompts).unflatten(0, (g, n))
+        )
+        return {
+            **{name: torch.stack(values, 1) for name, values in kept.items()},
+            "scores": scores.float(),
+        }
 
     def micro_batches(self, batch: Batch) -> Any:
         """One step of every row at a time: its state, its best and worst candidate."""

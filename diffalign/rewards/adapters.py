@@ -23,15 +23,21 @@ def as_ddpo(scorer: Scorer) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     `info` is ``{"errors": {index: sentence}}``. Errors as `Scorer.score`.
     """
 
-    def reward(images: Any, prompts: Any = None, metadata: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    def reward(
+        images: Any, prompts: Any = None, metadata: Any = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         given = metadata is not None and len(metadata) > 0
-        result = scorer.score(_channels_first(images), _texts(prompts), list(metadata) if given else None)
+        result = scorer.score(
+            _channels_first(images), _texts(prompts), list(metadata) if given else None
+        )
         return result.values, {"errors": result.errors}
 
     return _named(reward, scorer)
 
 
-def as_trl(scorer: Scorer, image_column: str = "image", prompt_column: str = "prompt") -> Callable[..., list[float | None]]:
+def as_trl(
+    scorer: Scorer, image_column: str = "image", prompt_column: str = "prompt"
+) -> Callable[..., list[float | None]]:
     """A reward function of TRL's GRPO: called with keywords, returns one float per completion, None where a score is missing.
 
     Args:
@@ -48,14 +54,24 @@ def as_trl(scorer: Scorer, image_column: str = "image", prompt_column: str = "pr
         given = {"prompt": prompts, "prompts": prompts, "completions": completions, **columns}
         images = given.get(image_column)
         if images is None:
-            raise UserError(f"image_column: the batch has no column {image_column!r}; it has {', '.join(_filled(given))}")
+            raise UserError(
+                f"image_column: the batch has no column {image_column!r}; it has {', '.join(_filled(given))}"
+            )
         texts = given.get(prompt_column)
         if texts is None and "prompt" in scorer.spec.requires:
-            raise UserError(f"prompt_column: the batch has no column {prompt_column!r}; it has {', '.join(_filled(given))}")
+            raise UserError(
+                f"prompt_column: the batch has no column {prompt_column!r}; it has {', '.join(_filled(given))}"
+            )
         metadata = None
         if "metadata" in scorer.spec.requires:
-            metadata = columns["metadata"] if "metadata" in columns else _rows(columns, image_column, len(images))
-        values = scorer.score(_channels_first(images), _texts(texts), metadata, on_error="nan").values
+            metadata = (
+                columns["metadata"]
+                if "metadata" in columns
+                else _rows(columns, image_column, len(images))
+            )
+        values = scorer.score(
+            _channels_first(images), _texts(texts), metadata, on_error="nan"
+        ).values
         return [None if value != value else value for value in values.tolist()]
 
     return _named(reward, scorer)
@@ -86,13 +102,21 @@ class FlowFactoryReward:
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.required_fields = tuple(name for name in ("prompt", "image", "metadata") if name in scorer.spec.requires)
+        self.required_fields = tuple(
+            name for name in ("prompt", "image", "metadata") if name in scorer.spec.requires
+        )
 
-    def __call__(self, *, prompt: Any = None, image: Any = None, metadata: Any = None, **_: Any) -> FlowFactoryOutput:
+    def __call__(
+        self, *, prompt: Any = None, image: Any = None, metadata: Any = None, **_: Any
+    ) -> FlowFactoryOutput:
         """Scores; what other rewards need (`video`, `condition_images`, ...) is ignored. Errors as `Scorer.score`."""
         if image is None:
             raise UserError(f"image: {self.scorer.name} scores images; give one per prompt")
-        rows = None if metadata is None else [json.loads(row) if isinstance(row, str) else row for row in metadata]
+        rows = (
+            None
+            if metadata is None
+            else [json.loads(row) if isinstance(row, str) else row for row in metadata]
+        )
         result = self.scorer.score(_channels_first(image), _texts(prompt), rows)
         return FlowFactoryOutput(result.values, {"errors": result.errors})
 
@@ -126,7 +150,10 @@ def _texts(prompts: Any) -> Any:
     """One text per row: a conversation becomes the text of its last user message."""
     if prompts is None or isinstance(prompts, str):
         return prompts
-    return [_last_user_text(prompt) if isinstance(prompt, (list, tuple)) else prompt for prompt in prompts]
+    return [
+        _last_user_text(prompt) if isinstance(prompt, (list, tuple)) else prompt
+        for prompt in prompts
+    ]
 
 
 def _last_user_text(messages: Sequence[Mapping[str, Any]]) -> Any:
@@ -139,7 +166,11 @@ def _last_user_text(messages: Sequence[Mapping[str, Any]]) -> Any:
 
 def _rows(columns: Mapping[str, Any], image_column: str, count: int) -> list[dict[str, Any]]:
     """Per row what the dataset's columns say; what TRL adds for the whole batch is no column."""
-    names = [n for n, v in columns.items() if n != image_column and isinstance(v, (list, tuple)) and len(v) == count]
+    names = [
+        n
+        for n, v in columns.items()
+        if n != image_column and isinstance(v, (list, tuple)) and len(v) == count
+    ]
     return [{name: columns[name][i] for name in names} for i in range(count)]
 
 

@@ -36,7 +36,9 @@ def stacks(members: list[list[int]], scorers: int) -> Iterator[tuple[Tensor, Ten
             yield torch.tensor(part), torch.tensor([members[number] for number in part])
 
 
-def agreement(scores: Tensor, names: list[str], train: Tensor, members: list[list[int]]) -> dict[str, Any]:
+def agreement(
+    scores: Tensor, names: list[str], train: Tensor, members: list[list[int]]
+) -> dict[str, Any]:
     """The statistics of `Combined.agreement` (see `panel.py`) from signed scores (N, n) of all columns and of those that are combined."""
     compared = [indices for indices in members if len(indices) <= LARGEST_COMPARED]
     places = [number for number, indices in enumerate(members) if len(indices) <= LARGEST_COMPARED]
@@ -44,7 +46,9 @@ def agreement(scores: Tensor, names: list[str], train: Tensor, members: list[lis
     alike = torch.zeros(len(names), len(names), dtype=torch.float64)
     told = torch.zeros_like(alike)
     for numbers, index in stacks(compared, len(names)):
-        for number, w in zip(numbers.tolist(), ensemble.kendalls_w(train[index]).tolist(), strict=True):
+        for number, w in zip(
+            numbers.tolist(), ensemble.kendalls_w(train[index]).tolist(), strict=True
+        ):
             per_group[places[number]] = w if math.isfinite(w) else None
         count = _told_apart(scores[index])
         alike += ensemble.pairwise_agreement(scores[index]).nan_to_num(0.0) * count
@@ -54,7 +58,10 @@ def agreement(scores: Tensor, names: list[str], train: Tensor, members: list[lis
         "names": list(names),
         "kendalls_w": sum(known) / len(known) if known else None,
         "kendalls_w_per_group": per_group,
-        "pairwise": [[float(a / t) if t else None for a, t in zip(*rows, strict=True)] for rows in zip(alike, told, strict=True)],
+        "pairwise": [
+            [float(a / t) if t else None for a, t in zip(*rows, strict=True)]
+            for rows in zip(alike, told, strict=True)
+        ],
         "left_out": len(members) - len(compared),
     }
 

@@ -126,7 +126,9 @@ class Scorer:
 
     # What a scorer writes
 
-    def score_batch(self, items: list[Item]) -> Sequence[float] | Tensor | tuple[Sequence[float] | Tensor, Mapping[int, str]]:
+    def score_batch(
+        self, items: list[Item]
+    ) -> Sequence[float] | Tensor | tuple[Sequence[float] | Tensor, Mapping[int, str]]:
         """Scores of one micro-batch, NaN = missing; with a second value, index -> why it is missing."""
         raise NotImplementedError(f"{type(self).__name__} must write score_batch")
 
@@ -196,7 +198,10 @@ class Scorer:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             found = self._run(fresh, min(size, self._fits or size), call)
         if self.cache is not None and self.deterministic and found:
-            self.cache.put_many(self.fingerprint(), {key: value for key, value in found.items() if math.isfinite(value)})
+            self.cache.put_many(
+                self.fingerprint(),
+                {key: value for key, value in found.items() if math.isfinite(value)},
+            )
         row = [math.nan] * len(items)
         for key, value in (values | found).items():
             if abs(value) > _LARGEST:
@@ -213,7 +218,9 @@ class Scorer:
         Raises:
             UserError: this scorer has no gradient, or the pixels are out of range or not finite.
         """
-        raise UserError(f"{self.name}: has no gradient; call scorer(images, prompts), or take a differentiable scorer")
+        raise UserError(
+            f"{self.name}: has no gradient; call scorer(images, prompts), or take a differentiable scorer"
+        )
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change whenever a number could: definition, weights, preprocessing, precision, options."""
@@ -226,7 +233,9 @@ class Scorer:
                 "dtype": str(self.dtype),
                 **self.identity(),
             }
-            digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+            digest = hashlib.sha256(
+                json.dumps(facts, sort_keys=True, default=str).encode()
+            ).hexdigest()[:16]
             self._fingerprint = (self.dtype, digest)
         return self._fingerprint[1]
 
@@ -259,22 +268,34 @@ class Scorer:
     def _items(self, inputs: list[ImageInput], prompts: Any, metadata: Any) -> list[Item]:
         count = len(inputs)
         if isinstance(prompts, str):
-            raise UserError(f"prompts: expected a list with one prompt per image, got one text; write [prompt] * {count}")
+            raise UserError(
+                f"prompts: expected a list with one prompt per image, got one text; write [prompt] * {count}"
+            )
         if prompts is None:
             if "prompt" in self.spec.requires:
-                raise UserError(f"prompts: {self.name} scores an image against its prompt; give one prompt per image")
+                raise UserError(
+                    f"prompts: {self.name} scores an image against its prompt; give one prompt per image"
+                )
             prompts = [""] * count
         if len(prompts) != count:
-            raise UserError(f"prompts: expected one per image, got {len(prompts)} prompts for {count} images")
+            raise UserError(
+                f"prompts: expected one per image, got {len(prompts)} prompts for {count} images"
+            )
         if metadata is None:
             if "metadata" in self.spec.requires:
                 raise UserError(f"metadata: {self.name} needs one mapping per image, see its card")
             metadata = [{}] * count
         if len(metadata) != count:
-            raise UserError(f"metadata: expected one per image, got {len(metadata)} for {count} images")
+            raise UserError(
+                f"metadata: expected one per image, got {len(metadata)} for {count} images"
+            )
         for i, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True)):
-            if not isinstance(prompt, str) and not (prompt is None and "prompt" not in self.spec.requires):
-                raise UserError(f"prompts[{i}]: expected text, got {prompt!r}; an empty prompt is ''")
+            if not isinstance(prompt, str) and not (
+                prompt is None and "prompt" not in self.spec.requires
+            ):
+                raise UserError(
+                    f"prompts[{i}]: expected text, got {prompt!r}; an empty prompt is ''"
+                )
             if not isinstance(extra, Mapping):
                 raise UserError(f"metadata[{i}]: expected a mapping, got {type(extra).__name__}")
         uses_text = "prompt" in self.spec.requires
@@ -287,7 +308,9 @@ class Scorer:
         """Content key -> the first of the items with that image, prompt and metadata: equal ones are scored once."""
         uses_metadata = "metadata" in self.spec.requires
         distinct: dict[bytes, Item] = {}
-        for i, (item, image_key) in enumerate(zip(items, self._image_keys(items, call), strict=True)):
+        for i, (item, image_key) in enumerate(
+            zip(items, self._image_keys(items, call), strict=True)
+        ):
             if image_key is None:
                 continue
             key = content_key(image_key, item.prompt, item.metadata if uses_metadata else None)
@@ -303,17 +326,29 @@ class Scorer:
         that has not been touched since, by its change times.
         """
         if self.cache is None:
-            return [call.guard(i, item.input.file_key) or call.guard(i, item.input.pixel_key) for i, item in enumerate(items)]
+            return [
+                call.guard(i, item.input.file_key) or call.guard(i, item.input.pixel_key)
+                for i, item in enumerate(items)
+            ]
         now = time.time()
         stamps = [item.input.stamp_key(now) for item in items]
         keys: list[bytes | None] = self._remembered(stamps)
-        files = [call.guard(i, item.input.file_key) if keys[i] is None else None for i, item in enumerate(items)]
+        files = [
+            call.guard(i, item.input.file_key) if keys[i] is None else None
+            for i, item in enumerate(items)
+        ]
         by_content = self._remembered(files)
         fresh: dict[bytes, bytes] = {}
         for i, item in enumerate(items):
             if keys[i] is None:
                 key = keys[i] = by_content[i] or call.guard(i, item.input.pixel_key)
-                fresh.update({digest: key for digest in (stamps[i], files[i]) if digest is not None and key is not None})
+                fresh.update(
+                    {
+                        digest: key
+                        for digest in (stamps[i], files[i])
+                        if digest is not None and key is not None
+                    }
+                )
         if fresh:
             self.cache.remember_files(fresh)
         return keys
@@ -354,10 +389,14 @@ class Scorer:
             for value in (scores.tolist() if isinstance(scores, Tensor) else scores)
         ]
         if len(values) != len(batch):
-            raise UserError(f"{self.name}: returned {len(values)} scores for {len(batch)} images; a scorer returns one per image")
+            raise UserError(
+                f"{self.name}: returned {len(values)} scores for {len(batch)} images; a scorer returns one per image"
+            )
         return values, dict(notes)
 
-    def _with_halving(self, function: Callable[[Any], tuple[list[float], dict[int, str]]], batch: Any) -> Any:
+    def _with_halving(
+        self, function: Callable[[Any], tuple[list[float], dict[int, str]]], batch: Any
+    ) -> Any:
         """`function(batch)`; when the device's memory does not hold it, two halves, and smaller batches from then on."""
         try:
             return function(batch)

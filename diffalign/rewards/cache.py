@@ -83,9 +83,13 @@ class ScoreCache:
     def _try_to_connect(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(
+                self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False
+            )
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"cache: {str(self.path)!r} cannot be opened ({error}); name a file that you may write to") from error
+            raise UserError(
+                f"cache: {str(self.path)!r} cannot be opened ({error}); name a file that you may write to"
+            ) from error
         try:
             self._check(connection)  # first, for another program's file must stay as it is
             connection.execute("PRAGMA journal_mode=WAL")
@@ -95,7 +99,9 @@ class ScoreCache:
                     _make_tables(connection)
         except sqlite3.OperationalError as error:
             connection.close()
-            raise UserError(f"cache: {str(self.path)!r} cannot be used ({error}); name a file that you may write to") from error
+            raise UserError(
+                f"cache: {str(self.path)!r} cannot be used ({error}); name a file that you may write to"
+            ) from error
         except sqlite3.DatabaseError as error:
             connection.close()
             raise UserError(
@@ -109,13 +115,19 @@ class ScoreCache:
     def _check(self, connection: sqlite3.Connection) -> bool:
         """Whether the file is new; `UserError` when it is not a cache that this version can use."""
         query = "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"  # one look, not three
-        mark, version, tables = connection.execute(f"{query} FROM pragma_application_id, pragma_user_version").fetchone()
+        mark, version, tables = connection.execute(
+            f"{query} FROM pragma_application_id, pragma_user_version"
+        ).fetchone()
         if not (mark or version or tables):
             return True
         if mark != _APPLICATION:
-            raise UserError(f"cache: {str(self.path)!r} is another program's database; name another file")
+            raise UserError(
+                f"cache: {str(self.path)!r} is another program's database; name another file"
+            )
         if version > _SCHEMA:
-            raise UserError(f"cache: {str(self.path)!r} was written by a newer diffalign; update, or name another file")
+            raise UserError(
+                f"cache: {str(self.path)!r} was written by a newer diffalign; update, or name another file"
+            )
         return False
 
     @contextmanager
@@ -133,19 +145,27 @@ class ScoreCache:
         except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
             raise  # values of a wrong type: no reason to delete the file
         except sqlite3.OperationalError as error:
-            if "full" in str(error) or "disk I/O" in str(error):  # the disk's fault: another exit code than a user's mistake
+            if "full" in str(error) or "disk I/O" in str(
+                error
+            ):  # the disk's fault: another exit code than a user's mistake
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from error
             raise UserError(
                 f"cache: {str(self.path)!r} cannot be used ({error}); check the disk, or run without a cache"
             ) from error
         except sqlite3.DatabaseError as error:
-            raise UserError(f"cache: {str(self.path)!r} is damaged ({error}); delete it and run again") from error
+            raise UserError(
+                f"cache: {str(self.path)!r} is damaged ({error}); delete it and run again"
+            ) from error
 
     def _id(self, connection: sqlite3.Connection, fingerprint: str, create: bool) -> int | None:
         if fingerprint not in self._ids:
             if create:
-                connection.execute("INSERT OR IGNORE INTO fingerprints (fingerprint) VALUES (?)", (fingerprint,))
-            row = connection.execute("SELECT id FROM fingerprints WHERE fingerprint = ?", (fingerprint,)).fetchone()
+                connection.execute(
+                    "INSERT OR IGNORE INTO fingerprints (fingerprint) VALUES (?)", (fingerprint,)
+                )
+            row = connection.execute(
+                "SELECT id FROM fingerprints WHERE fingerprint = ?", (fingerprint,)
+            ).fetchone()
             if row is None:
                 return None
             self._ids[fingerprint] = row[0]
@@ -162,7 +182,10 @@ class ScoreCache:
                 part = keys[start : start + _CHUNK]
                 marks = ",".join("?" * len(part))
                 found.update(
-                    connection.execute(f"SELECT key, value FROM scores WHERE scorer = {number} AND key IN ({marks})", part)
+                    connection.execute(
+                        f"SELECT key, value FROM scores WHERE scorer = {number} AND key IN ({marks})",
+                        part,
+                    )
                 )
         return found
 
@@ -172,7 +195,11 @@ class ScoreCache:
             try:
                 with _transaction(connection):
                     number = self._id(connection, fingerprint, create=True)
-                    rows = [(number, key, float(value)) for key, value in values.items() if value == value]
+                    rows = [
+                        (number, key, float(value))
+                        for key, value in values.items()
+                        if value == value
+                    ]
                     connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
             except BaseException:
                 self._ids.pop(fingerprint, None)
@@ -185,7 +212,10 @@ class ScoreCache:
             for start in range(0, len(file_digests), _CHUNK):
                 part = file_digests[start : start + _CHUNK]
                 found.update(
-                    connection.execute(f"SELECT file, pixels FROM files WHERE file IN ({','.join('?' * len(part))})", part)
+                    connection.execute(
+                        f"SELECT file, pixels FROM files WHERE file IN ({','.join('?' * len(part))})",
+                        part,
+                    )
                 )
         return found
 
@@ -220,11 +250,15 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 def _make_tables(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA application_id={_APPLICATION}")
     connection.execute(f"PRAGMA user_version={_SCHEMA}")
-    connection.execute("CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL)")
+    connection.execute(
+        "CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL)"
+    )
     connection.execute(
         "CREATE TABLE scores (scorer INTEGER, key BLOB, value REAL NOT NULL, PRIMARY KEY (scorer, key)) WITHOUT ROWID"
     )
-    connection.execute("CREATE TABLE files (file BLOB PRIMARY KEY, pixels BLOB NOT NULL) WITHOUT ROWID")
+    connection.execute(
+        "CREATE TABLE files (file BLOB PRIMARY KEY, pixels BLOB NOT NULL) WITHOUT ROWID"
+    )
 
 
 # SQLite keeps its locks on a file per process and believes that a fork still holds them. A fork that inherits an open connection would
@@ -248,4 +282,6 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )

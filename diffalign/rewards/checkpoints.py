@@ -17,7 +17,13 @@ from ..runtime.weight_files import could_be_hub_id
 from .spec import ScorerSpec
 
 
-def find_weights(model: str | Path | None, spec: ScorerSpec, filename: str | None = None, *, revision: str | None = None) -> Path:
+def find_weights(
+    model: str | Path | None,
+    spec: ScorerSpec,
+    filename: str | None = None,
+    *,
+    revision: str | None = None,
+) -> Path:
     """The checkpoint file of a scorer.
 
     Args:
@@ -41,11 +47,20 @@ def find_weights(model: str | Path | None, spec: ScorerSpec, filename: str | Non
 def _hub_id(model: str | Path | None, spec: ScorerSpec) -> str:
     name = str(model) if model is not None else spec.weights
     if name is None:
-        raise ConfigError("model", f"{spec.key} has no weights that could be downloaded; pass model=FILE_OR_FOLDER")
+        raise ConfigError(
+            "model",
+            f"{spec.key} has no weights that could be downloaded; pass model=FILE_OR_FOLDER",
+        )
     if name.startswith("https://"):
-        raise ConfigError("model", f"{spec.filename} of {spec.key} is published at {name}; download it and pass model=FILE")
+        raise ConfigError(
+            "model",
+            f"{spec.filename} of {spec.key} is published at {name}; download it and pass model=FILE",
+        )
     if not could_be_hub_id(name):
-        raise ConfigError("model", f"there is no file or folder {name!r}, and it is no Hub id of the form 'user/name'")
+        raise ConfigError(
+            "model",
+            f"there is no file or folder {name!r}, and it is no Hub id of the form 'user/name'",
+        )
     return name
 
 
@@ -57,7 +72,9 @@ def _in_folder(path: Path, spec: ScorerSpec, filename: str | None) -> Path:
         found = [p for p in found if p.suffix == ".safetensors"] or found
     if len(found) != 1:
         held = ", ".join(p.name for p in found) or "no weights file"
-        raise ConfigError("model", f"the folder {str(path)!r} holds {held}; pass the file of {spec.key} itself")
+        raise ConfigError(
+            "model", f"the folder {str(path)!r} holds {held}; pass the file of {spec.key} itself"
+        )
     return found[0]
 
 
@@ -77,7 +94,13 @@ def _not_here(name: str, spec: ScorerSpec, filename: str | None, error: Exceptio
     return f"the weights of {spec.key}, {what}, are not on this machine and the Hub did not give them ({reason}); pass model=FILE_OR_FOLDER"
 
 
-def find_folder(model: str | Path | None, spec: ScorerSpec, *, needs: str = "config.json", revision: str | None = None) -> Path:
+def find_folder(
+    model: str | Path | None,
+    spec: ScorerSpec,
+    *,
+    needs: str = "config.json",
+    revision: str | None = None,
+) -> Path:
     """The folder of a transformers model: local, or a snapshot of a Hub repository.
 
     Raises:
@@ -86,7 +109,8 @@ def find_folder(model: str | Path | None, spec: ScorerSpec, *, needs: str = "con
     if model is not None and Path(model).is_dir():
         if not (Path(model) / needs).is_file():
             raise ConfigError(
-                "model", f"the folder {str(model)!r} has no {needs}; {spec.key} reads a folder in transformers' format"
+                "model",
+                f"the folder {str(model)!r} has no {needs}; {spec.key} reads a folder in transformers' format",
             )
         return Path(model)
     if model is not None and Path(model).is_file():
@@ -99,11 +123,16 @@ def find_folder(model: str | Path | None, spec: ScorerSpec, *, needs: str = "con
 
     pinned = revision or (spec.revision if name == spec.weights else None)
     try:
-        folder = snapshot_download(name, revision=pinned, allow_patterns=["*.json", "*.txt", "model*.safetensors"])
+        folder = snapshot_download(
+            name, revision=pinned, allow_patterns=["*.json", "*.txt", "model*.safetensors"]
+        )
     except Exception as error:
         raise ConfigError("model", _not_here(name, spec, None, error)) from error
     if not (Path(folder) / needs).is_file():
-        raise ConfigError("model", f"{name!r} is on this machine without {needs}; download it whole or pass model=FOLDER")
+        raise ConfigError(
+            "model",
+            f"{name!r} is on this machine without {needs}; download it whole or pass model=FOLDER",
+        )
     return Path(folder)
 
 
@@ -122,7 +151,9 @@ def read_config(value: Any, field: str = "config") -> dict[str, Any] | None:
             raise ConfigError(field, f"{str(value)!r} is not valid JSON ({error})") from error
         if isinstance(content, dict):
             return content
-        raise ConfigError(field, f"{str(value)!r} must hold a JSON object, not {type(content).__name__}")
+        raise ConfigError(
+            field, f"{str(value)!r} must hold a JSON object, not {type(content).__name__}"
+        )
     raise ConfigError(field, f"expected a mapping or a JSON file, got {value!r}")
 
 
@@ -141,7 +172,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except Exception as error:  # safetensors raises its own type
-            raise UserError(f"model: {str(path)!r} is no safetensors file ({error}); download it again") from error
+            raise UserError(
+                f"model: {str(path)!r} is no safetensors file ({error}); download it again"
+            ) from error
     try:
         content = _torch_load(path)
     except pickle.UnpicklingError as error:
@@ -155,7 +188,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    state = (
+        {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
     if not state:
         raise UserError(f"model: {str(path)!r} holds no tensors; expected a state dict")
     return state
@@ -167,12 +204,16 @@ def _torch_load(path: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6 cannot be mapped
+        return torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # the format before torch 1.6 cannot be mapped
 
 
 def rename(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
@@ -187,7 +228,9 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Loads every tensor by name and shape, nothing missing and nothing left over; in `eval()`, without gradients.
 
     Args:
@@ -218,7 +261,9 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str, *, dt
             f"model: the checkpoint does not fit {what}: it {'; it '.join(found)}; pass the matching checkpoint, or its architecture as config"
         )
     # Copied one by one: what stays mapped to the file would crash the process when somebody overwrites that file.
-    module.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, strict=True, assign=True)
+    module.load_state_dict(
+        {name: tensor.clone() for name, tensor in state.items()}, strict=True, assign=True
+    )
     module.to(dtype or torch.float32)
     return freeze(module, what)
 
@@ -230,7 +275,11 @@ def freeze(module: nn.Module, what: str) -> nn.Module:
         RuntimeError: a parameter or buffer has no memory; scores would be garbage.
     """
     module.eval().requires_grad_(False)
-    meta = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    meta = [
+        name
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.is_meta
+    ]
     if meta:
         raise RuntimeError(f"{what}: {', '.join(meta[:4])} were not loaded")
     return module

@@ -48,7 +48,9 @@ def file_digest(source: bytes | str | Path) -> bytes:
     try:
         return hashlib.sha256(_DECODING + Path(source).read_bytes()).digest()
     except OSError as error:
-        raise UserError(f"images: {str(source)!r} cannot be read ({error.strerror}); name an image file") from error
+        raise UserError(
+            f"images: {str(source)!r} cannot be read ({error.strerror}); name an image file"
+        ) from error
 
 
 def stamp_digest(path: str | Path, now: float) -> bytes | None:
@@ -68,7 +70,9 @@ def stamp_digest(path: str | Path, now: float) -> bytes | None:
     return hashlib.sha256(_DECODING + stamp.encode("utf-8", "surrogateescape")).digest()
 
 
-def content_key(image: bytes, prompt: str | None, metadata: Mapping[str, Any] | None = None) -> bytes:
+def content_key(
+    image: bytes, prompt: str | None, metadata: Mapping[str, Any] | None = None
+) -> bytes:
     """32 bytes that identify what is scored.
 
     Args:
@@ -84,12 +88,16 @@ def content_key(image: bytes, prompt: str | None, metadata: Mapping[str, Any] | 
     text = (
         b""
         if prompt is None
-        else (prompt if prompt.isascii() else unicodedata.normalize("NFC", prompt)).encode("utf-8", "surrogatepass")
+        else (prompt if prompt.isascii() else unicodedata.normalize("NFC", prompt)).encode(
+            "utf-8", "surrogatepass"
+        )
     )
     digest.update(b"%d:%d:" % (prompt is not None, len(text)) + text)
     if metadata:
         try:
-            digest.update(json.dumps(metadata, sort_keys=True, ensure_ascii=True, default=_as_json).encode())
+            digest.update(
+                json.dumps(metadata, sort_keys=True, ensure_ascii=True, default=_as_json).encode()
+            )
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"metadata: cannot be told apart from other metadata ({error}); give text, numbers, lists, mappings"
@@ -110,7 +118,9 @@ def _as_json(value: Any) -> Any:
     if callable(getattr(value, "tolist", None)):  # numpy and torch
         return value.tolist()
     if isinstance(value, (set, frozenset)):
-        return {"set": sorted(json.dumps(member, sort_keys=True, default=_as_json) for member in value)}
+        return {
+            "set": sorted(json.dumps(member, sort_keys=True, default=_as_json) for member in value)
+        }
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a {type(value).__name__} has no plain value")

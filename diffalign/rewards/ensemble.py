@@ -19,7 +19,9 @@ MISSING = ("renormalise", "drop", "fail")
 KINDS = ("mean", "min", "mean_minus_std")
 
 
-def apply_missing(scores: Tensor, policy: str = "renormalise", names: Sequence[str] | None = None) -> Tensor:
+def apply_missing(
+    scores: Tensor, policy: str = "renormalise", names: Sequence[str] | None = None
+) -> Tensor:
     """What becomes of images that some scorers could not score.
 
     Args:
@@ -32,7 +34,10 @@ def apply_missing(scores: Tensor, policy: str = "renormalise", names: Sequence[s
         UserError: under ``fail``, how many and of which scorers.
     """
     if policy not in MISSING:
-        raise ConfigError("combine.missing", f"expected {', '.join(MISSING)}, got {policy!r}{suggestion(str(policy), MISSING)}")
+        raise ConfigError(
+            "combine.missing",
+            f"expected {', '.join(MISSING)}, got {policy!r}{suggestion(str(policy), MISSING)}",
+        )
     gone = scores.isnan()
     partly = gone & ~gone.all(-1, keepdim=True)
     if policy == "renormalise" or not bool(partly.any()):
@@ -40,8 +45,14 @@ def apply_missing(scores: Tensor, policy: str = "renormalise", names: Sequence[s
     if policy == "drop":
         return scores.masked_fill(partly.any(-1, keepdim=True), float("nan"))
     counts = partly.flatten(0, -2).sum(0).tolist()
-    what = ", ".join(f"{count} of {names[i] if names else f'scorer {i}'}" for i, count in enumerate(counts) if count)
-    raise UserError(f"combine.missing: scores are missing ({what}); score again, or set missing to renormalise or drop")
+    what = ", ".join(
+        f"{count} of {names[i] if names else f'scorer {i}'}"
+        for i, count in enumerate(counts)
+        if count
+    )
+    raise UserError(
+        f"combine.missing: scores are missing ({what}); score again, or set missing to renormalise or drop"
+    )
 
 
 def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
@@ -62,11 +73,19 @@ def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -
     wins = (values[:, :, None] > values[:, None]).sum(2).double()
     ties = (values[:, :, None] == values[:, None]).sum(2) - 1  # an image ties with itself
     others = given.sum(1, keepdim=True) - 1
-    rate = torch.where(others > 0, (wins + 0.5 * ties) / others.clamp(min=1), torch.full_like(wins, 0.5))
+    rate = torch.where(
+        others > 0, (wins + 0.5 * ties) / others.clamp(min=1), torch.full_like(wins, 0.5)
+    )
     return _like(_average(rate, given, weight), scores)
 
 
-def zscore(scores: Tensor, weights: Sequence[float] | Tensor | None = None, *, ddof: int = 0, eps: float = 1e-8) -> Tensor:
+def zscore(
+    scores: Tensor,
+    weights: Sequence[float] | Tensor | None = None,
+    *,
+    ddof: int = 0,
+    eps: float = 1e-8,
+) -> Tensor:
     """Weighted mean of (s - mean) / (std + eps) within each group; a constant group gives 0.
 
     Args:
@@ -83,7 +102,9 @@ def zscore(scores: Tensor, weights: Sequence[float] | Tensor | None = None, *, d
     filled = values.masked_fill(~given, 0.0)
     mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
     low, high = _extremes(values, given)
-    centred = (filled - mean).masked_fill(~given | (low == high), 0.0)  # a mean of equals may be off by its rounding
+    centred = (filled - mean).masked_fill(
+        ~given | (low == high), 0.0
+    )  # a mean of equals may be off by its rounding
     std = (centred.square().sum(1, keepdim=True) / (count - ddof).clamp(min=1)).sqrt()
     return _like(_average(centred / (std + eps), given, weight), scores)
 
@@ -149,7 +170,9 @@ def majority_score(scores: Tensor, weights: Sequence[float] | Tensor | None = No
     return _like(score.masked_fill(~present, float("nan")), scores)
 
 
-def unanimous(scores: Tensor, margins: Sequence[float] | Tensor | None = None, min_agree: int | None = None) -> Tensor:
+def unanimous(
+    scores: Tensor, margins: Sequence[float] | Tensor | None = None, min_agree: int | None = None
+) -> Tensor:
     """Pairs on which enough scorers agree by a margin.
 
     Args:
@@ -167,16 +190,32 @@ def unanimous(scores: Tensor, margins: Sequence[float] | Tensor | None = None, m
     n = scores.shape[-1]
     needed = n if min_agree is None else min_agree
     if not n / 2 < needed <= n:
-        raise ConfigError("combine.min_agree", f"expected more than half of the {n} scorers and at most all, got {needed}")
-    margin = values.new_zeros(n) if margins is None else torch.as_tensor(margins, dtype=values.dtype).to(values.device)
+        raise ConfigError(
+            "combine.min_agree",
+            f"expected more than half of the {n} scorers and at most all, got {needed}",
+        )
+    margin = (
+        values.new_zeros(n)
+        if margins is None
+        else torch.as_tensor(margins, dtype=values.dtype).to(values.device)
+    )
     if margin.shape != (n,) or not bool((margin >= 0).all()):
-        raise ConfigError("combine.margins", f"expected {n} numbers of at least 0, got {margin.tolist()}")
-    difference = values[:, :, None] - values[:, None]  # NaN where a score is missing, and then neither comparison holds
+        raise ConfigError(
+            "combine.margins", f"expected {n} numbers of at least 0, got {margin.tolist()}"
+        )
+    difference = (
+        values[:, :, None] - values[:, None]
+    )  # NaN where a score is missing, and then neither comparison holds
     return ((difference >= margin) & (difference > 0)).sum(-1) >= needed
 
 
 def conservative(
-    scores: Tensor, kind: str = "mean", *, k: float = 1.0, ddof: int = 0, weights: Sequence[float] | Tensor | None = None
+    scores: Tensor,
+    kind: str = "mean",
+    *,
+    k: float = 1.0,
+    ddof: int = 0,
+    weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """An ensemble that over-optimisation cannot exploit through one member (Coste et al. 2023, arXiv 2310.02743).
 
@@ -191,7 +230,10 @@ def conservative(
         (...); NaN where every member is missing. One present member has a standard deviation of 0.
     """
     if kind not in KINDS:
-        raise ConfigError("combine.method", f"expected {', '.join(KINDS)}, got {kind!r}{suggestion(str(kind), KINDS)}")
+        raise ConfigError(
+            "combine.method",
+            f"expected {', '.join(KINDS)}, got {kind!r}{suggestion(str(kind), KINDS)}",
+        )
     if not k >= 0:
         raise ConfigError("combine.k", f"expected a number of at least 0, got {k!r}")
     values, given, weight = _prepared(scores, weights)
@@ -268,7 +310,16 @@ def best_worst_pairs(combined: Tensor) -> tuple[Tensor, Tensor]:
     return indices.masked_fill(few[:, None], -1), margins.masked_fill(few, float("nan"))
 
 
-METHODS = ("winrate", "weighted_sum", "zscore", "majority", "mean", "min", "mean_minus_std", "minmax")
+METHODS = (
+    "winrate",
+    "weighted_sum",
+    "zscore",
+    "majority",
+    "mean",
+    "min",
+    "mean_minus_std",
+    "minmax",
+)
 
 
 def combine(
@@ -292,7 +343,8 @@ def combine(
     """
     if method not in METHODS:
         raise ConfigError(
-            "combine.method", f"unknown method {method!r}{suggestion(str(method), METHODS)}; there are {', '.join(METHODS)}"
+            "combine.method",
+            f"unknown method {method!r}{suggestion(str(method), METHODS)}; there are {', '.join(METHODS)}",
         )
     scores = apply_missing(scores, missing, names)
     simple: dict[str, Any] = {"winrate": win_rates, "majority": majority_score, "minmax": minmax}
@@ -300,22 +352,31 @@ def combine(
         return simple[method](scores, weights)
     if method == "zscore":
         return zscore(scores, weights, ddof=ddof)
-    scales: Sequence[tuple[float, float] | None] | str = [None] * scores.shape[-1] if affine is None else affine
+    scales: Sequence[tuple[float, float] | None] | str = (
+        [None] * scores.shape[-1] if affine is None else affine
+    )
     if method == "weighted_sum":
         return weighted_sum(scores, weights, affine=scales, names=names)
     members = _scaled(_grouped(scores), scales, names)
     return _like(conservative(members, method, k=k, ddof=ddof, weights=weights), scores)
 
 
-def _scaled(scores: Tensor, affine: Sequence[tuple[float, float] | None] | str, names: Sequence[str] | None) -> Tensor:
+def _scaled(
+    scores: Tensor, affine: Sequence[tuple[float, float] | None] | str, names: Sequence[str] | None
+) -> Tensor:
     """float64 (s - mean) / std; `UserError` where a scale is not declared, see `weighted_sum`."""
     values, n = scores.double(), scores.shape[-1]
     if isinstance(affine, str):
         if affine != "none":
-            raise ConfigError("normalize", f"expected (mean, std) per scorer, or none to add raw scores, got {affine!r}")
+            raise ConfigError(
+                "normalize",
+                f"expected (mean, std) per scorer, or none to add raw scores, got {affine!r}",
+            )
         return values
     if len(affine) != n:
-        raise ConfigError("normalize", f"expected a (mean, std) for each of {n} scorers, got {len(affine)}")
+        raise ConfigError(
+            "normalize", f"expected a (mean, std) for each of {n} scorers, got {len(affine)}"
+        )
     called = list(names) if names else [f"scorer {i}" for i in range(n)]
     undeclared = [name for name, scale in zip(called, affine, strict=True) if scale is None]
     if undeclared:
@@ -324,7 +385,11 @@ def _scaled(scores: Tensor, affine: Sequence[tuple[float, float] | None] | str, 
             f"{', '.join(undeclared)} declares none; give each a normalize: {{kind: affine, mean: ..., std: ...}}, or "
             "normalize: none to take raw scores, or use winrate"
         )
-    constants = torch.tensor([tuple(scale) for scale in affine if scale is not None], dtype=torch.float64, device=values.device)
+    constants = torch.tensor(
+        [tuple(scale) for scale in affine if scale is not None],
+        dtype=torch.float64,
+        device=values.device,
+    )
     for name, (_, std) in zip(called, constants.tolist(), strict=True):
         if not std > 0:
             raise ConfigError("normalize.std", f"expected a number above 0 for {name}, got {std}")
@@ -333,16 +398,30 @@ def _scaled(scores: Tensor, affine: Sequence[tuple[float, float] | None] | str, 
 
 def _grouped(scores: Tensor) -> Tensor:
     if scores.dim() != 3:
-        raise UserError(f"scores: expected (groups, images of a group, scorers), got shape {tuple(scores.shape)}")
+        raise UserError(
+            f"scores: expected (groups, images of a group, scorers), got shape {tuple(scores.shape)}"
+        )
     return scores
 
 
-def _prepared(scores: Tensor, weights: Sequence[float] | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(
+    scores: Tensor, weights: Sequence[float] | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(float64 scores, which are given, float64 weights); what weighs nothing counts as missing."""
     n = scores.shape[-1]
-    weight = torch.ones(n, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    if weight.shape != (n,) or not bool((weight >= 0).all() & weight.isfinite().all()) or not float(weight.sum()) > 0:
-        raise ConfigError("weights", f"expected {n} numbers of at least 0, not all 0, got {weight.tolist()}")
+    weight = (
+        torch.ones(n, dtype=torch.float64)
+        if weights is None
+        else torch.as_tensor(weights, dtype=torch.float64)
+    )
+    if (
+        weight.shape != (n,)
+        or not bool((weight >= 0).all() & weight.isfinite().all())
+        or not float(weight.sum()) > 0
+    ):
+        raise ConfigError(
+            "weights", f"expected {n} numbers of at least 0, not all 0, got {weight.tolist()}"
+        )
     weight = weight.to(scores.device)
     values = scores.double().masked_fill(weight == 0, float("nan"))
     return values, ~values.isnan(), weight

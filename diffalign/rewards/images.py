@@ -67,7 +67,9 @@ class ImageInput:
             try:
                 self._image = decoding.decode(source)
             except decoding.UnreadableImage as error:
-                raise UnreadableImage(f"{self.place}: {self._name()} cannot be used: {error}; remove or repair it") from error
+                raise UnreadableImage(
+                    f"{self.place}: {self._name()} cannot be used: {error}; remove or repair it"
+                ) from error
         return self._image
 
     def _name(self) -> str:
@@ -75,14 +77,18 @@ class ImageInput:
 
     def _open(self) -> Any:
         if isinstance(self.source, (str, Path)) and not Path(self.source).is_file():
-            raise UnreadableImage(f"{self.place}: there is no image file {str(self.source)[:200]!r}")
+            raise UnreadableImage(
+                f"{self.place}: there is no image file {str(self.source)[:200]!r}"
+            )
         return self.source
 
     def encoded(self) -> bytes:
         """The encoded file's bytes, read once."""
         if self._encoded is None:
             self._encoded = (
-                bytes(self.source) if isinstance(self.source, (bytes, memoryview)) else Path(self._open()).read_bytes()
+                bytes(self.source)
+                if isinstance(self.source, (bytes, memoryview))
+                else Path(self._open()).read_bytes()
             )
         return self._encoded
 
@@ -147,7 +153,9 @@ def _read_one(image: Any, place: str) -> ImageInput:
             return ImageInput(place, decoding.from_array(image))
         except decoding.UnreadableImage as error:
             raise UnreadableImage(f"{place}: {error}") from error
-    raise UserError(f"{place}: expected a PIL image, a path, bytes or an array, got {type(image).__name__}")
+    raise UserError(
+        f"{place}: expected a PIL image, a path, bytes or an array, got {type(image).__name__}"
+    )
 
 
 def _from_batch(batch: Any, place: str = "images") -> list[Any]:
@@ -155,13 +163,17 @@ def _from_batch(batch: Any, place: str = "images") -> list[Any]:
     from PIL import Image
 
     if isinstance(batch, np.ndarray):
-        if batch.ndim == 4 and batch.dtype == np.uint8 and batch.shape[-1] in (3, 4):  # (N, H, W, C), as pipelines return arrays
+        if (
+            batch.ndim == 4 and batch.dtype == np.uint8 and batch.shape[-1] in (3, 4)
+        ):  # (N, H, W, C), as pipelines return arrays
             return list(batch)
         batch = torch.from_numpy(batch)
     check_pixels(batch, place)
     if batch.dtype != torch.uint8:
         batch = quantise(batch)
-    return [Image.fromarray(array) for array in batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    return [
+        Image.fromarray(array) for array in batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    ]
 
 
 def quantise(pixels: Tensor) -> Tensor:
@@ -176,22 +188,32 @@ def check_pixels(pixels: Tensor, place: str = "pixels") -> None:
         UserError: wrong shape or type, nothing in it, values not finite or outside [0, 1].
     """
     if not isinstance(pixels, Tensor):
-        raise UserError(f"{place}: expected a float tensor (N, 3, H, W) in [0, 1], got {type(pixels).__name__}")
+        raise UserError(
+            f"{place}: expected a float tensor (N, 3, H, W) in [0, 1], got {type(pixels).__name__}"
+        )
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise UserError(f"{place}: expected shape (N, 3, H, W), got {tuple(pixels.shape)}")
     if 0 in pixels.shape:
-        raise UserError(f"{place}: the tensor is empty, shape {tuple(pixels.shape)}; give at least one image")
+        raise UserError(
+            f"{place}: the tensor is empty, shape {tuple(pixels.shape)}; give at least one image"
+        )
     if pixels.dtype == torch.uint8:
         return
     if not pixels.is_floating_point():
         raise UserError(f"{place}: expected uint8 or float values, got {pixels.dtype}")
     low, high = (float(value) for value in pixels.detach().aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise UserError(f"{place}: some values are not finite; a generator that returns NaN is to be mended, not scored")
+        raise UserError(
+            f"{place}: some values are not finite; a generator that returns NaN is to be mended, not scored"
+        )
     if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(
             f"{place}: values run from {low:.3g} to {high:.3g}, expected [0, 1]; "
-            + ("images in [-1, 1] become (x / 2 + 0.5)" if high <= 1.5 else "images in [0, 255] go in as uint8")
+            + (
+                "images in [-1, 1] become (x / 2 + 0.5)"
+                if high <= 1.5
+                else "images in [0, 255] go in as uint8"
+            )
             + ", overshoot is removed by clamp(0, 1)"
         )
 
@@ -223,15 +245,23 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         for name, side in (("size", self.size), ("resize_to", self.resize_to)):
-            if side is not None and not (_is_number(side) and isinstance(side, int) and 1 <= side <= _LARGEST_SIDE):
+            if side is not None and not (
+                _is_number(side) and isinstance(side, int) and 1 <= side <= _LARGEST_SIDE
+            ):
                 raise ConfigError(
-                    f"preprocessing.{name}", f"expected pixels, an int from 1 to {_LARGEST_SIDE}, got {shown(side)}"
+                    f"preprocessing.{name}",
+                    f"expected pixels, an int from 1 to {_LARGEST_SIDE}, got {shown(side)}",
                 )
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not all(map(_is_number, values)) or (name == "std" and min(values) <= 0):
+            if (
+                len(values) != 3
+                or not all(map(_is_number, values))
+                or (name == "std" and min(values) <= 0)
+            ):
                 positive = " above 0" if name == "std" else ""
                 raise ConfigError(
-                    f"preprocessing.{name}", f"expected 3 numbers{positive}, one per channel, got {shown(list(values))}"
+                    f"preprocessing.{name}",
+                    f"expected 3 numbers{positive}, one per channel, got {shown(list(values))}",
                 )
 
     def exact(self, image: Image.Image) -> Tensor:
@@ -258,7 +288,9 @@ class Preprocess:
         """(N, 3, size, size) floats from (N, 3, H, W) floats in [0, 1], differentiable."""
         if self.mode == "letterbox":
             return self.letterbox(pixels)
-        height, width = (self.size, self.size) if self.mode == "squash" else self._shortest(*pixels.shape[-2:])
+        height, width = (
+            (self.size, self.size) if self.mode == "squash" else self._shortest(*pixels.shape[-2:])
+        )
         if (height, width) != tuple(pixels.shape[-2:]):
             # A bicubic kernel overshoots; 8-bit images cannot, so the clamp keeps the two modes close.
             pixels = _resize(pixels, (height, width), antialias=True).clamp(0, 1)
@@ -267,12 +299,17 @@ class Preprocess:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, size, size) uint8 or floats in [0, 1] -> float32 (or wider), normalised per channel."""
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
         if pixels.dtype == torch.uint8:
             # In place, and along whole rows of interleaved colours: the plain formula costs as much as a small tower.
             last = pixels.movedim(-3, -1)
             rows = last.reshape(*last.shape[:-2], last.shape[-2] * 3).float().div_(255)
-            rows.sub_(mean.flatten().repeat(last.shape[-2])).div_(std.flatten().repeat(last.shape[-2]))
+            rows.sub_(mean.flatten().repeat(last.shape[-2])).div_(
+                std.flatten().repeat(last.shape[-2])
+            )
             return rows.view(last.shape).movedim(-1, -3)
         return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
 
@@ -310,7 +347,12 @@ class Preprocess:
 
     def describe(self) -> str:
         """A stable name of this preprocessing, part of fingerprints."""
-        parts = [self.mode, str(self.size), self.rounding, "rgb-first" if self.rgb_first else "rgb-last"]
+        parts = [
+            self.mode,
+            str(self.size),
+            self.rounding,
+            "rgb-first" if self.rgb_first else "rgb-last",
+        ]
         parts += [f"resize{self.resize_to}"] * (self.resize_to is not None)
         parts += [f"antialias={self.antialias}"] * (self.mode == "letterbox")
         return "-".join([*parts, ",".join(f"{v:g}" for v in (*self.mean, *self.std))])
@@ -326,13 +368,17 @@ def middle_of_thin(image: Image.Image) -> Image.Image:
         return image
     start = (longest - _THIN * short) // 2
     end = start + _THIN * short
-    return image.crop((start, 0, end, short) if image.width > image.height else (0, start, short, end))
+    return image.crop(
+        (start, 0, end, short) if image.width > image.height else (0, start, short, end)
+    )
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
     """(3, H, W) or (N, 3, H, W) resized as torchvision resizes tensors, which is this call behind its checks."""
     batch = pixels if pixels.ndim == 4 else pixels[None]
-    resized = F.interpolate(batch, size=list(size), mode="bicubic", align_corners=False, antialias=antialias)
+    resized = F.interpolate(
+        batch, size=list(size), mode="bicubic", align_corners=False, antialias=antialias
+    )
     return resized if pixels.ndim == 4 else resized[0]
 
 

@@ -64,7 +64,10 @@ class ModelScorer(Scorer):
             raise UserError(
                 "pixels: expected floats in [0, 1], got uint8, which carries no gradient; call scorer(images, prompts)"
             )
-        texts = [item.prompt for item in self._items([ImageInput("pixels", b"")] * len(pixels), prompts, None)]
+        texts = [
+            item.prompt
+            for item in self._items([ImageInput("pixels", b"")] * len(pixels), prompts, None)
+        ]
         with torch.autocast(self.device.type, enabled=False):
             pixels = pixels.to(self.device)
             if self.dtype != torch.float64:
@@ -83,11 +86,15 @@ class ModelScorer(Scorer):
         """
         rows = []
         for given in read_images(images):
-            pixels = self.preprocess.normalise(self.preprocess.exact(given.image)[None].to(self.device))
+            pixels = self.preprocess.normalise(
+                self.preprocess.exact(given.image)[None].to(self.device)
+            )
             rows.append(self.image_features(pixels.to(self.dtype)).float().cpu())
         found = torch.cat(rows)
         if found.ndim != 2:
-            raise UserError(f"{self.name} has no single embedding per image; take a CLIP scorer such as clip-b32 or pickscore")
+            raise UserError(
+                f"{self.name} has no single embedding per image; take a CLIP scorer such as clip-b32 or pickscore"
+            )
         return found
 
     def modules(self) -> Iterable[nn.Module]:
@@ -97,7 +104,10 @@ class ModelScorer(Scorer):
         """Moves the networks. Precision that was given up cannot be had back: errors as loading, and `ConfigError` on widening."""
         if dtype is not None and self.dtype.itemsize < 4 and read_dtype(dtype) != self.dtype:
             held = str(self.dtype).removeprefix("torch.")
-            raise ConfigError("dtype", f"{self.name} was rounded to {held} and cannot be widened; load it again with that dtype")
+            raise ConfigError(
+                "dtype",
+                f"{self.name} was rounded to {held} and cannot be widened; load it again with that dtype",
+            )
         super().to(device, dtype)
         if dtype is not None:
             for tower in self.towers():
@@ -117,17 +127,28 @@ class ModelScorer(Scorer):
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
             def prepare(start: int) -> dict[bytes, Any]:
-                return {key: pool.submit(self._pixels, items[key]) for key in keys[start : start + size]}
+                return {
+                    key: pool.submit(self._pixels, items[key]) for key in keys[start : start + size]
+                }
 
             ready = prepare(0) if ahead else {}
             self._encode([items[key].prompt for key in keys], size)
             for start in range(0, len(keys), size):
                 current = ready if ahead else prepare(start)
                 ready = prepare(start + ahead) if ahead else {}
-                pixels = {key: value for key, future in current.items() if (value := call.result_of(key, future)) is not None}
+                pixels = {
+                    key: value
+                    for key, future in current.items()
+                    if (value := call.result_of(key, future)) is not None
+                }
                 if pixels:
-                    rows = _Rows(self.preprocess.stack(list(pixels.values())), [items[key].prompt for key in pixels])
-                    values.update(zip(pixels, self._with_halving(self._score_rows, rows)[0], strict=True))
+                    rows = _Rows(
+                        self.preprocess.stack(list(pixels.values())),
+                        [items[key].prompt for key in pixels],
+                    )
+                    values.update(
+                        zip(pixels, self._with_halving(self._score_rows, rows)[0], strict=True)
+                    )
         return values
 
     def _pixels(self, item: Item) -> Tensor:
@@ -149,7 +170,9 @@ class ModelScorer(Scorer):
             features = self.text_features(part)
             for i, prompt in enumerate(part):
                 self._texts[prompt] = tuple(feature[i] for feature in features)
-        for prompt in dict.fromkeys(prompts):  # those that are wanted now are the last to be forgotten
+        for prompt in dict.fromkeys(
+            prompts
+        ):  # those that are wanted now are the last to be forgotten
             self._texts.move_to_end(prompt)
         while len(self._texts) > max(_TEXTS_KEPT, len(set(prompts))):
             self._texts.popitem(last=False)

@@ -116,7 +116,9 @@ class Panel:
                 slot.scorer = slot.scorer or self._load(slot)
 
     @classmethod
-    def from_config(cls, value: Any, *, device: Any = None, trust_remote_code: bool = False) -> Panel:
+    def from_config(
+        cls, value: Any, *, device: Any = None, trust_remote_code: bool = False
+    ) -> Panel:
         """A panel from ``{"rewards": ..., "combine": ..., "placement": ..., "cache": ..., "device": ...}`` or from a bare rewards value.
 
         Raises:
@@ -127,9 +129,13 @@ class Panel:
         for key in value:
             if key not in _CONFIG_KEYS:
                 hint = suggestion(str(key), _CONFIG_KEYS)
-                raise ConfigError(str(key), f"unknown key{hint}; a panel takes {', '.join(_CONFIG_KEYS)}")
+                raise ConfigError(
+                    str(key), f"unknown key{hint}; a panel takes {', '.join(_CONFIG_KEYS)}"
+                )
         if value.get("rewards") is None:
-            raise ConfigError("rewards", "names no scorer; write for example rewards: [imagereward, pickscore]")
+            raise ConfigError(
+                "rewards", "names no scorer; write for example rewards: [imagereward, pickscore]"
+            )
         return cls(
             value["rewards"],
             value.get("combine"),
@@ -153,7 +159,9 @@ class Panel:
 
     # Scoring
 
-    def score(self, images: Any, prompts: Any = None, metadata: Any = None, *, on_error: str | None = None) -> PanelResult:
+    def score(
+        self, images: Any, prompts: Any = None, metadata: Any = None, *, on_error: str | None = None
+    ) -> PanelResult:
         """Scores images with every scorer. Arguments and errors as `Scorer.score`; `on_error` None takes each entry's own."""
         sources = [(image.place, image.source) for image in read_images(images)]
         found: dict[str, ScoreResult] = {}
@@ -161,8 +169,17 @@ class Panel:
             with self._held(slot) as scorer:
                 for policy in dict.fromkeys(on_error or entry.on_error for entry in slot.entries):
                     # Fresh inputs: what one scorer decoded shall not wait in memory for the others.
-                    result = scorer.score([ImageInput(*source) for source in sources], prompts, metadata, on_error=policy)
-                    users = [entry.name for entry in slot.entries if (on_error or entry.on_error) == policy]
+                    result = scorer.score(
+                        [ImageInput(*source) for source in sources],
+                        prompts,
+                        metadata,
+                        on_error=policy,
+                    )
+                    users = [
+                        entry.name
+                        for entry in slot.entries
+                        if (on_error or entry.on_error) == policy
+                    ]
                     found.update(dict.fromkeys(users, result))
         return PanelResult(
             {name: found[name].values for name in self.names},
@@ -181,7 +198,9 @@ class Panel:
                     columns[name] = [scorer(images, prompts) for images, prompts in chunks]
             ```
         """
-        slot = next((slot for slot in self._slots if name in [entry.name for entry in slot.entries]), None)
+        slot = next(
+            (slot for slot in self._slots if name in [entry.name for entry in slot.entries]), None
+        )
         if slot is None:
             raise UserError(
                 f"{name!r}: the panel has no such scorer{suggestion(name, self.names)}; it has {', '.join(self.names)}"
@@ -218,7 +237,9 @@ class Panel:
             options["batch_size"] = entry.batch_size
         if slot.cache is not None:
             options["cache"] = self._cache(slot.cache)
-        if "on_error" in options_of(self._class_of(entry)):  # a scorer that can fail by itself, as a remote one
+        if "on_error" in options_of(
+            self._class_of(entry)
+        ):  # a scorer that can fail by itself, as a remote one
             options["on_error"] = entry.on_error
         device = "cpu" if self.placement == "offload" else slot.device
         try:
@@ -233,7 +254,9 @@ class Panel:
                 **options,
             )
         except ConfigError as error:
-            raise error.within(f"{slot.path}.args" if error.field in entry.args else slot.path) from error
+            raise error.within(
+                f"{slot.path}.args" if error.field in entry.args else slot.path
+            ) from error
 
     # Combining
 
@@ -274,7 +297,9 @@ class Panel:
             )
         return Combined(values.float(), agreement(scores, present, train, members))
 
-    def agreed_pairs(self, columns: Mapping[str, Any], groups: Sequence[Hashable]) -> list[tuple[int, int]]:
+    def agreed_pairs(
+        self, columns: Mapping[str, Any], groups: Sequence[Hashable]
+    ) -> list[tuple[int, int]]:
         """Pairs (better, worse) of image indices within groups on which `combine.min_agree` scorers of role `train` agree by
         `combine.margins`; by default all of them, by any difference."""
         names, _ = self._combined_entries()
@@ -290,7 +315,9 @@ class Panel:
     def _combined_entries(self) -> tuple[list[str], list[float]]:
         train = [entry for entry in self.entries if entry.role == "train"]
         if not train:
-            raise UserError("rewards: all scorers have the role eval, so nothing can be combined; give one the role train")
+            raise UserError(
+                "rewards: all scorers have the role eval, so nothing can be combined; give one the role train"
+            )
         return [entry.name for entry in train], [entry.weight for entry in train]
 
     def signed(self, columns: Mapping[str, Any], names: Sequence[str], count: int) -> Tensor:
@@ -300,7 +327,9 @@ class Panel:
         table = []
         for name in names:
             if name not in columns:
-                raise UserError(f"columns: {name} is missing; there are {', '.join(map(str, columns))}")
+                raise UserError(
+                    f"columns: {name} is missing; there are {', '.join(map(str, columns))}"
+                )
             column = torch.as_tensor(columns[name], dtype=torch.float64).cpu()
             if column.shape != (count,):
                 raise UserError(
@@ -319,14 +348,24 @@ class Panel:
         for i, entry in enumerate(self.entries):
             path = f"rewards[{i}]"
             if isinstance(entry.scorer, Scorer):
-                slot = _Slot(path, [], entry.scorer.spec, entry.scorer.device, scorer=entry.scorer, given=True)
+                slot = _Slot(
+                    path,
+                    [],
+                    entry.scorer.spec,
+                    entry.scorer.device,
+                    scorer=entry.scorer,
+                    given=True,
+                )
                 slots.setdefault(f"given {id(entry.scorer)}", slot).entries.append(entry)
                 continue
             scorer_class, fixed = find_class(entry.scorer, trust_remote_code=self.trust_remote_code)
             accepted = options_of(scorer_class)
             for name in entry.args:
                 if name not in accepted:
-                    raise ConfigError(f"{path}.args.{name}", f"{entry.scorer} has no such option{suggestion(name, accepted)}")
+                    raise ConfigError(
+                        f"{path}.args.{name}",
+                        f"{entry.scorer} has no such option{suggestion(name, accepted)}",
+                    )
             own = entry.on_error if "on_error" in accepted else None
             kept_in = entry.cache if entry.cache is not None else cache
             try:
@@ -346,8 +385,12 @@ class Panel:
                 entry.batch_size,
                 own,
             ]
-            key = json.dumps([*facts, getattr(kept_in, "path", kept_in)], sort_keys=True, default=str)
-            slots.setdefault(key, _Slot(path, [], scorer_class.spec, where, kept_in)).entries.append(entry)
+            key = json.dumps(
+                [*facts, getattr(kept_in, "path", kept_in)], sort_keys=True, default=str
+            )
+            slots.setdefault(
+                key, _Slot(path, [], scorer_class.spec, where, kept_in)
+            ).entries.append(entry)
         return list(slots.values())
 
     def _cache(self, cache: Any) -> ScoreCache:
@@ -365,7 +408,9 @@ class Panel:
                 affine = entry.affine(spec)
             except ConfigError as error:
                 raise error.within(f"rewards[{i}]") from None
-            scales[entry.name] = affine if affine is None or spec.higher_is_better else (-affine[0], affine[1])
+            scales[entry.name] = (
+                affine if affine is None or spec.higher_is_better else (-affine[0], affine[1])
+            )
         return scales
 
     def _check_combination(self) -> None:
@@ -373,7 +418,9 @@ class Panel:
         names = self.train_names
         if names:
             self.combine(dict.fromkeys(names, torch.zeros(2)), [0, 0])
-        if names and (self.combine_config.margins is not None or self.combine_config.min_agree is not None):
+        if names and (
+            self.combine_config.margins is not None or self.combine_config.min_agree is not None
+        ):
             self.agreed_pairs(dict.fromkeys(names, torch.zeros(2)), [0, 0])
 
     def _warn_of_shared_backbones(self) -> None:
@@ -394,5 +441,11 @@ class Panel:
 def _combine_config(combine: CombineConfig | Mapping[str, Any] | str | None) -> CombineConfig:
     if isinstance(combine, CombineConfig):
         return combine
-    values = {"method": combine} if isinstance(combine, str) else combine if combine is None else dict(combine)
+    values = (
+        {"method": combine}
+        if isinstance(combine, str)
+        else combine
+        if combine is None
+        else dict(combine)
+    )
     return build_section(CombineConfig, values or {}, "combine")

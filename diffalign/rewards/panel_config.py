@@ -55,24 +55,38 @@ class RewardEntry:
     def __post_init__(self) -> None:
         self.scorer = self.name if self.scorer is None else self.scorer
         if isinstance(self.scorer, Scorer):
-            loading = [f for f in ("model", "config", "tokenizer", "args", "device", "dtype", "cache") if getattr(self, f)]
+            loading = [
+                f
+                for f in ("model", "config", "tokenizer", "args", "device", "dtype", "cache")
+                if getattr(self, f)
+            ]
             if loading:
-                raise ConfigError(loading[0], "has no effect on a scorer that is loaded; give it to load_scorer")
+                raise ConfigError(
+                    loading[0], "has no effect on a scorer that is loaded; give it to load_scorer"
+                )
             self.name = self.name or self.scorer.name
         elif not isinstance(self.scorer, str) or not self.scorer.strip():
             raise ConfigError("scorer", f"expected a name such as pickscore, got {self.scorer!r}")
         self.name = self.name or str(self.scorer)
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ConfigError("weight", f"expected a finite number of at least 0, got {self.weight!r}")
+            raise ConfigError(
+                "weight", f"expected a finite number of at least 0, got {self.weight!r}"
+            )
         for name, choices in (("on_error", ("raise", "nan")), ("role", ROLES)):
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(name, f"expected {' or '.join(choices)}, got {value!r}{suggestion(str(value), choices)}")
+                raise ConfigError(
+                    name,
+                    f"expected {' or '.join(choices)}, got {value!r}{suggestion(str(value), choices)}",
+                )
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError("batch_size", f"expected int >= 1, got {self.batch_size}")
         misplaced = sorted(_LOADING & self.args.keys())
         if misplaced:
-            raise ConfigError(f"args.{misplaced[0]}", f"is not an option of the scorer's own; write {misplaced[0]}: beside args:")
+            raise ConfigError(
+                f"args.{misplaced[0]}",
+                f"is not an option of the scorer's own; write {misplaced[0]}: beside args:",
+            )
         _affine_of(self.normalize)
 
     def affine(self, spec: ScorerSpec) -> tuple[float, float] | None:
@@ -100,10 +114,16 @@ def _affine_of(normalize: Any) -> tuple[float, float] | None:
         return (0.0, 1.0)
     known = ("kind", "mean", "std")
     if not isinstance(normalize, Mapping):
-        raise ConfigError("normalize", f"expected none, declared or {{kind: affine, mean: ..., std: ...}}, got {normalize!r}")
+        raise ConfigError(
+            "normalize",
+            f"expected none, declared or {{kind: affine, mean: ..., std: ...}}, got {normalize!r}",
+        )
     for key in normalize:
         if key not in known:
-            raise ConfigError(f"normalize.{key}", f"unknown key{suggestion(str(key), known)}; normalize takes {', '.join(known)}")
+            raise ConfigError(
+                f"normalize.{key}",
+                f"unknown key{suggestion(str(key), known)}; normalize takes {', '.join(known)}",
+            )
     if normalize.get("kind") != "affine":
         raise ConfigError("normalize.kind", f"expected affine, got {normalize.get('kind')!r}")
     values = [coerce(normalize.get(key), float, f"normalize.{key}") for key in ("mean", "std")]
@@ -138,7 +158,10 @@ class CombineConfig:
         for name, choices in (("method", METHODS), ("missing", MISSING), ("scope", ("prompt",))):
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(name, f"expected {', '.join(choices)}, got {value!r}{suggestion(str(value), choices)}")
+                raise ConfigError(
+                    name,
+                    f"expected {', '.join(choices)}, got {value!r}{suggestion(str(value), choices)}",
+                )
         if not (math.isfinite(self.k) and self.k >= 0):
             raise ConfigError("k", f"expected a finite number of at least 0, got {self.k!r}")
         if self.ddof not in (0, 1):
@@ -159,18 +182,24 @@ class CombineConfig:
             for name in margins:
                 if name not in names:
                     raise ConfigError(
-                        f"combine.margins.{name}", f"no such scorer{suggestion(str(name), names)}; there are {', '.join(names)}"
+                        f"combine.margins.{name}",
+                        f"no such scorer{suggestion(str(name), names)}; there are {', '.join(names)}",
                     )
             margins = [margins.get(name, 0.0) for name in names]
         values = coerce(margins, list[float], "combine.margins")
-        if len(values) != len(names) or not all(math.isfinite(value) and value >= 0 for value in values):
+        if len(values) != len(names) or not all(
+            math.isfinite(value) and value >= 0 for value in values
+        ):
             raise ConfigError(
-                "combine.margins", f"expected {len(names)} numbers of at least 0 ({', '.join(names)}), got {self.margins!r}"
+                "combine.margins",
+                f"expected {len(names)} numbers of at least 0 ({', '.join(names)}), got {self.margins!r}",
             )
         return values
 
 
-def parse_rewards(value: Any, *, path: str = "rewards", trust_remote_code: bool = False) -> list[RewardEntry]:
+def parse_rewards(
+    value: Any, *, path: str = "rewards", trust_remote_code: bool = False
+) -> list[RewardEntry]:
     """Every accepted form of `rewards:` as entries.
 
     Args:
@@ -186,7 +215,9 @@ def parse_rewards(value: Any, *, path: str = "rewards", trust_remote_code: bool 
     for where, entry in _entries(value, path):
         entries.append(entry)
         if [e.name for e in entries].count(entry.name) > 1:
-            raise ConfigError(f"{where}.name", f"two entries are called {entry.name!r}; give each its own name")
+            raise ConfigError(
+                f"{where}.name", f"two entries are called {entry.name!r}; give each its own name"
+            )
         if isinstance(entry.scorer, str):
             try:
                 find_class(entry.scorer, trust_remote_code=trust_remote_code)
@@ -194,8 +225,13 @@ def parse_rewards(value: Any, *, path: str = "rewards", trust_remote_code: bool 
                 raise error.within(where) from None
     if not entries:
         raise ConfigError(path, "names no scorer; write for example [imagereward, pickscore]")
-    if all(entry.weight == 0 for entry in entries if entry.role == "train") and any(e.role == "train" for e in entries):
-        raise ConfigError(path, "the weights of all scorers of role train are 0; give at least one a weight above 0")
+    if all(entry.weight == 0 for entry in entries if entry.role == "train") and any(
+        e.role == "train" for e in entries
+    ):
+        raise ConfigError(
+            path,
+            "the weights of all scorers of role train are 0; give at least one a weight above 0",
+        )
     return entries
 
 
@@ -208,9 +244,15 @@ def _entries(value: Any, path: str) -> list[tuple[str, RewardEntry]]:
     if isinstance(value, Mapping):
         if "scorer" in value:
             raise ConfigError(path, "is one entry; write it as a list, with - in front")
-        return [(f"{path}.{name}", _entry(name, {"weight": weight}, f"{path}.{name}")) for name, weight in value.items()]
+        return [
+            (f"{path}.{name}", _entry(name, {"weight": weight}, f"{path}.{name}"))
+            for name, weight in value.items()
+        ]
     if not isinstance(value, Sequence):
-        raise ConfigError(path, f"expected names, a mapping of names to weights or a list of entries, got {value!r}")
+        raise ConfigError(
+            path,
+            f"expected names, a mapping of names to weights or a list of entries, got {value!r}",
+        )
     return [(f"{path}[{i}]", _entry(item, {}, f"{path}[{i}]")) for i, item in enumerate(value)]
 
 
@@ -218,10 +260,19 @@ def _entry(item: Any, more: dict[str, Any], path: str) -> RewardEntry:
     if isinstance(item, RewardEntry):
         return item
     if isinstance(item, (str, Scorer)):
-        if "weight" in more and isinstance(more["weight"], (Mapping, Sequence)) and not isinstance(more["weight"], str):
-            raise ConfigError(path, f"expected a weight, got {more['weight']!r}; for more than weights write a list of entries")
+        if (
+            "weight" in more
+            and isinstance(more["weight"], (Mapping, Sequence))
+            and not isinstance(more["weight"], str)
+        ):
+            raise ConfigError(
+                path,
+                f"expected a weight, got {more['weight']!r}; for more than weights write a list of entries",
+            )
         item = {"scorer": item, **more}
     if not isinstance(item, Mapping):
         raise ConfigError(path, f"expected a scorer's name or an entry with keys, got {item!r}")
     # A key without a value, as `args:` alone, is a default.
-    return build_section(RewardEntry, {key: value for key, value in item.items() if value is not None}, path)
+    return build_section(
+        RewardEntry, {key: value for key, value in item.items() if value is not None}, path
+    )

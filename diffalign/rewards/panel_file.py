@@ -43,22 +43,34 @@ def panel_config(
     from .panel_config import RewardEntry, parse_rewards
 
     if (scorers is None) == (file is None):
-        raise UserError(f"--scorers, {file_option}: give one of them, e.g. --scorers imagereward,pickscore")
+        raise UserError(
+            f"--scorers, {file_option}: give one of them, e.g. --scorers imagereward,pickscore"
+        )
     given = scorers if file is None else _read(file, file_option)
     overrides = overrides or {}
-    config: dict[str, Any] = dict(given) if isinstance(given, Mapping) and "rewards" in given else {"rewards": given}
+    config: dict[str, Any] = (
+        dict(given) if isinstance(given, Mapping) and "rewards" in given else {"rewards": given}
+    )
     entries = parse_rewards(config["rewards"], trust_remote_code=trust_remote_code)
     extra = _mapping(scorer_args, "--scorer_args", "{pickscore: {model: FOLDER}}") or {}
     for name in extra:
         if name not in [entry.name for entry in entries]:
-            raise ConfigError(f"--scorer_args.{name}", f"no such scorer; there are {', '.join(entry.name for entry in entries)}")
+            raise ConfigError(
+                f"--scorer_args.{name}",
+                f"no such scorer; there are {', '.join(entry.name for entry in entries)}",
+            )
     fields = {f.name for f in dataclasses.fields(RewardEntry)} - {"name", "scorer"}
     for i, entry in enumerate(entries):
         if entry.name in TABLE_COLUMNS:
-            raise ConfigError(f"rewards[{i}].name", f"{entry.name!r} is a column of the output; choose another name")
+            raise ConfigError(
+                f"rewards[{i}].name",
+                f"{entry.name!r} is a column of the output; choose another name",
+            )
         own = extra.get(entry.name) or {}
         if not isinstance(own, Mapping):
-            raise ConfigError(f"--scorer_args.{entry.name}", f"expected a mapping of options, got {own!r}")
+            raise ConfigError(
+                f"--scorer_args.{entry.name}", f"expected a mapping of options, got {own!r}"
+            )
         values = {f: getattr(entry, f) for f in ("name", "scorer", *fields)}
         values |= {key: value for key, value in own.items() if key in fields}
         values["args"] = {
@@ -73,14 +85,19 @@ def panel_config(
     config["rewards"] = entries
     if combine is not None:
         rule = config.get("combine") or {}
-        config["combine"] = {**({"method": rule} if isinstance(rule, str) else rule), "method": combine}
+        config["combine"] = {
+            **({"method": rule} if isinstance(rule, str) else rule),
+            "method": combine,
+        }
     return config
 
 
 def _read(path: Path, option: str) -> Any:
     values = read_yaml_file(path, option)
     if not values:
-        raise UserError(f"{option}: {path} is empty; write for example rewards: [imagereward, pickscore]")
+        raise UserError(
+            f"{option}: {path} is empty; write for example rewards: [imagereward, pickscore]"
+        )
     return values
 
 

@@ -98,7 +98,10 @@ def register_scorer(
     names = [name, *aliases]
     for each in names:
         if not override and (_fold(each) in _table() or _fold(each) in _AMBIGUOUS):
-            raise ConfigError("name", f"a scorer called {each!r} exists; choose another name or pass override=True")
+            raise ConfigError(
+                "name",
+                f"a scorer called {each!r} exists; choose another name or pass override=True",
+            )
 
     def register(target: Any) -> Any:
         scorer_class = _as_scorer_class(target, name, tuple(aliases), spec_fields)
@@ -153,8 +156,12 @@ def load_scorer(
     for field, value in {**given, **options}.items():
         if value is not None and field not in accepted:
             kinds = ", ".join(sorted(accepted - {"device", "dtype"}))
-            raise ConfigError(field, f"{scorer_class.spec.key} has no option of that name; it takes {kinds}")
-    values = {field: value for field, value in {**given, **fixed, **options}.items() if value is not None}
+            raise ConfigError(
+                field, f"{scorer_class.spec.key} has no option of that name; it takes {kinds}"
+            )
+    values = {
+        field: value for field, value in {**given, **fixed, **options}.items() if value is not None
+    }
     # Building without memory swaps a method of every torch module for all threads: two at once would find each other's weights missing.
     with _LOADING:
         try:
@@ -171,7 +178,9 @@ def load_scorer(
             ) from error
 
 
-def find_class(name: str, *, trust_remote_code: bool = False) -> tuple[type[Scorer], dict[str, Any]]:
+def find_class(
+    name: str, *, trust_remote_code: bool = False
+) -> tuple[type[Scorer], dict[str, Any]]:
     """The class behind a name, and the options that the name itself holds (``open_clip:ViT-B-32``). Errors as `load_scorer`."""
     if not isinstance(name, str) or not name.strip():
         raise ConfigError("scorer", f"expected a name, got {name!r}")
@@ -180,7 +189,8 @@ def find_class(name: str, *, trust_remote_code: bool = False) -> tuple[type[Scor
     if folded in _AMBIGUOUS and folded not in _registered:
         versions = ", ".join(_AMBIGUOUS[folded])
         raise ConfigError(
-            "scorer", f"{name!r} stands for several scorers whose numbers cannot be compared; name one of {versions}"
+            "scorer",
+            f"{name!r} stands for several scorers whose numbers cannot be compared; name one of {versions}",
         )
     if folded in table:
         return _resolve(table[folded]), {}
@@ -219,7 +229,8 @@ def _load_plug_in(point: EntryPoint) -> type[Scorer]:
         target = point.load()
     except Exception as error:  # whatever the plug-in does
         raise ConfigError(
-            "scorer", f"the plug-in {point.name!r} ({point.value}) cannot be imported: {error}; update or remove it"
+            "scorer",
+            f"the plug-in {point.name!r} ({point.value}) cannot be imported: {error}; update or remove it",
         ) from error
     return _as_scorer_class(target, point.name, (), {})
 
@@ -230,7 +241,10 @@ def _from_path(name: str, trust: bool) -> type[Scorer]:
         if not Path(place).is_file():
             raise ConfigError("scorer", f"there is no file {place!r}")
         if not trust:
-            raise ConfigError("scorer", f"{name!r} would run the code in {place}; read it, then pass trust_remote_code=True")
+            raise ConfigError(
+                "scorer",
+                f"{name!r} would run the code in {place}; read it, then pass trust_remote_code=True",
+            )
         # A file is run once: it may register scorers, and its classes are to stay the same objects.
         content = str(Path(place).resolve()).encode() + b"\0" + Path(place).read_bytes()
         module_name = f"diffalign_scorer_{hashlib.sha256(content).hexdigest()[:16]}"
@@ -259,7 +273,9 @@ def _import(action: Callable[[], Any], name: str) -> Any:
     try:
         return action()
     except Exception as error:  # whatever the user's file does
-        raise ConfigError("scorer", f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            "scorer", f"{name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
 
 
 def options_of(scorer_class: type[Scorer]) -> set[str]:
@@ -274,14 +290,19 @@ def options_of(scorer_class: type[Scorer]) -> set[str]:
     return names
 
 
-def _as_scorer_class(target: Any, name: str, aliases: tuple[str, ...], spec_fields: Mapping[str, Any]) -> type[Scorer]:
+def _as_scorer_class(
+    target: Any, name: str, aliases: tuple[str, ...], spec_fields: Mapping[str, Any]
+) -> type[Scorer]:
     if isinstance(target, type) and issubclass(target, Scorer):
         if "spec" not in vars(target) or spec_fields:
             fields = {"summary": _first_line(target), **spec_fields}
             target.spec = ScorerSpec(key=name, aliases=aliases, **fields)
         return target
     if not callable(target):
-        raise ConfigError("scorer", f"{name!r} is {type(target).__name__}, expected a Scorer, a class or a function")
+        raise ConfigError(
+            "scorer",
+            f"{name!r} is {type(target).__name__}, expected a Scorer, a class or a function",
+        )
     fields = {"summary": _first_line(target), **spec_fields}
     return _wrap(target, ScorerSpec(key=name, aliases=aliases, **fields))
 
@@ -313,15 +334,22 @@ class CallableScorer(Scorer):
         try:
             self.function = self.target(**self.arguments) if is_class else self.target
         except TypeError as error:
-            raise ConfigError("arguments", f"{self.name} cannot be made from {self.arguments!r}: {error}") from error
+            raise ConfigError(
+                "arguments", f"{self.name} cannot be made from {self.arguments!r}: {error}"
+            ) from error
         if not is_class and self.arguments:
-            raise ConfigError("arguments", f"{self.name} is a function and takes none, got {self.arguments!r}")
+            raise ConfigError(
+                "arguments", f"{self.name} is a function and takes none, got {self.arguments!r}"
+            )
         if not callable(self.function):
             raise ConfigError(
-                "scorer", f"{self.name}: instances of the class cannot be called; write __call__(images, prompts, metadata)"
+                "scorer",
+                f"{self.name}: instances of the class cannot be called; write __call__(images, prompts, metadata)",
             )
         parameters = inspect.signature(self.function).parameters.values()
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        positional = [
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         self.keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.count = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
 
@@ -331,18 +359,32 @@ class CallableScorer(Scorer):
         except (OSError, TypeError):  # written in an interactive session
             source = getattr(self.target, "__qualname__", repr(self.target))
         # Two functions from one factory have one source; what they closed over tells them apart (by address where there is no better).
-        cells = [repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()]
-        return {"source": hashlib.sha256(source.encode()).hexdigest(), "closure": cells, "arguments": self.arguments}
+        cells = [
+            repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()
+        ]
+        return {
+            "source": hashlib.sha256(source.encode()).hexdigest(),
+            "closure": cells,
+            "arguments": self.arguments,
+        }
 
     def score_batch(self, items: list[Item]) -> Any:
-        given: tuple[Any, ...] = ([i.image for i in items], [i.prompt for i in items], [i.metadata for i in items])
+        given: tuple[Any, ...] = (
+            [i.image for i in items],
+            [i.prompt for i in items],
+            [i.metadata for i in items],
+        )
         named = dict(zip(("images", "prompts", "metadata"), given, strict=True))
-        found = self.function(*given[: self.count], **{name: named[name] for name in self.keyword_only & named.keys()})
+        found = self.function(
+            *given[: self.count], **{name: named[name] for name in self.keyword_only & named.keys()}
+        )
         if isinstance(found, Tensor):
             found = found.detach().float().cpu().reshape(-1)
         elif not isinstance(found, Sequence):
             try:
                 found = list(found)
             except TypeError:
-                raise UserError(f"{self.name}: returned {type(found).__name__}, expected one number per image") from None
+                raise UserError(
+                    f"{self.name}: returned {type(found).__name__}, expected one number per image"
+                ) from None
         return found

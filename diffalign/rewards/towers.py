@@ -39,15 +39,29 @@ def warn_truncated(prompt: str, limit: int, name: str) -> None:
 
 
 def tokenize(
-    tokenizer: Any, prompts: Sequence[str], *, max_length: int, name: str, padding: str | bool = True, **options: Any
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_length: int,
+    name: str,
+    padding: str | bool = True,
+    **options: Any,
 ) -> Any:
     """Token ids and mask of a transformers tokenizer, truncated with a warning."""
-    found = tokenizer(list(prompts), padding=padding, truncation=True, max_length=max_length, return_tensors="pt", **options)
+    found = tokenizer(
+        list(prompts),
+        padding=padding,
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+        **options,
+    )
     for prompt, mask in zip(prompts, found["attention_mask"], strict=True):
         # Only a full row can have been cut, and only a long text is worth counting again.
         if (
             int(mask.sum()) == max_length
-            and len(tokenizer(prompt, truncation=False, verbose=False, **options)["input_ids"]) > max_length
+            and len(tokenizer(prompt, truncation=False, verbose=False, **options)["input_ids"])
+            > max_length
         ):
             warn_truncated(prompt, max_length, name)
     return found
@@ -68,34 +82,54 @@ class HFClip:
     """
 
     def __init__(
-        self, model: Any, spec: ScorerSpec, *, config: Any = None, tokenizer: Any = None, dtype: torch.dtype = torch.float32
+        self,
+        model: Any,
+        spec: ScorerSpec,
+        *,
+        config: Any = None,
+        tokenizer: Any = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name = spec.key
         self.source = checkpoints.find_folder(model, spec)
         values = merged(
-            checkpoints.read_config(self.source / "config.json", "model") or {}, checkpoints.read_config(config) or {}
+            checkpoints.read_config(self.source / "config.json", "model") or {},
+            checkpoints.read_config(config) or {},
         )
         self.module = build_clip(values, folder_state(self.source), spec.key, dtype)
-        self.tokenizer, self.max_length = clip_tokenizer(tokenizer or self.source, self.module, spec.key)
-        self.preprocess = preprocess_of_folder(self.source, int(self.module.config.vision_config.image_size))
+        self.tokenizer, self.max_length = clip_tokenizer(
+            tokenizer or self.source, self.module, spec.key
+        )
+        self.preprocess = preprocess_of_folder(
+            self.source, int(self.module.config.vision_config.image_size)
+        )
 
     def text_inputs(self, prompts: Sequence[str], padding: str | bool = True) -> Any:
         """Token ids and mask on the module's device."""
         # A literal '<|endoftext|>' in a prompt is text, not the end of it.
         found = tokenize(
-            self.tokenizer, prompts, max_length=self.max_length, name=self.name, padding=padding, split_special_tokens=True
+            self.tokenizer,
+            prompts,
+            max_length=self.max_length,
+            name=self.name,
+            padding=padding,
+            split_special_tokens=True,
         )
         return found.to(self.module.device)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Projected text features (n, d), not normalised."""
         inputs = self.text_inputs(prompts)
-        pooled = self.module.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
+        pooled = self.module.text_model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).pooler_output
         return self.module.text_projection(pooled)
 
     def image(self, pixels: Tensor) -> Tensor:
         """Projected image features (n, d), not normalised."""
-        return self.module.visual_projection(self.module.vision_model(pixel_values=pixels).pooler_output)
+        return self.module.visual_projection(
+            self.module.vision_model(pixel_values=pixels).pooler_output
+        )
 
 
 def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,13 +140,17 @@ def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def build_clip(config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Any:
+def build_clip(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, dtype: torch.dtype
+) -> Any:
     """A `CLIPModel` of this configuration with these weights."""
     from transformers import CLIPConfig, CLIPModel
 
     module = checkpoints.build_empty(lambda: CLIPModel(CLIPConfig.from_dict(dict(config))))
     # Position ids were stored by transformers before version 4.31; they are counted, not learned.
-    state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
+    state = {
+        key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")
+    }
     return checkpoints.load_strict(module, state, f"{name}'s CLIPModel", dtype=dtype)
 
 
@@ -125,7 +163,9 @@ def clip_tokenizer(source: Any, module: Any, name: str) -> tuple[Any, int]:
     highest = max(tokenizer.get_vocab().values())
     check_vocabulary(highest, text_config.vocab_size, name)
     # Its id in a config is often the legacy 2, which stands for 'the highest id', or a default that this vocabulary does not have.
-    module.text_model.eos_token_id = 2 if tokenizer.eos_token_id == highest else tokenizer.eos_token_id
+    module.text_model.eos_token_id = (
+        2 if tokenizer.eos_token_id == highest else tokenizer.eos_token_id
+    )
     return tokenizer, min(int(tokenizer.model_max_length), int(text_config.max_position_embeddings))
 
 
@@ -137,9 +177,14 @@ def folder_state(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{stem}.index.json"
         if index.is_file():
             files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            return {name: value for file in files for name, value in checkpoints.read_state(folder / Path(file).name).items()}
+            return {
+                name: value
+                for file in files
+                for name, value in checkpoints.read_state(folder / Path(file).name).items()
+            }
     raise ConfigError(
-        "model", f"the folder {str(folder)!r} has neither model.safetensors nor pytorch_model.bin; download it whole"
+        "model",
+        f"the folder {str(folder)!r} has neither model.safetensors nor pytorch_model.bin; download it whole",
     )
 
 
@@ -150,11 +195,14 @@ def load_tokenizer(cls: Any, source: Any, name: str) -> Any:
         ConfigError: with the field `tokenizer`: not there, or degenerate, which transformers returns without an error.
     """
     try:
-        tokenizer = cls(vocab=str(source)) if Path(source).is_file() else cls.from_pretrained(str(source))
+        tokenizer = (
+            cls(vocab=str(source)) if Path(source).is_file() else cls.from_pretrained(str(source))
+        )
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, KeyError, ...
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
-            "tokenizer", f"{str(source)!r} cannot be loaded for {name} ({reason}); pass tokenizer=FOLDER"
+            "tokenizer",
+            f"{str(source)!r} cannot be loaded for {name} ({reason}); pass tokenizer=FOLDER",
         ) from error
     if len(tokenizer) <= 8:  # the special tokens alone
         raise ConfigError(
@@ -187,7 +235,8 @@ def preprocess_of_folder(folder: Path, image_size: int) -> Preprocess:
         side = shortest
     if side != image_size:
         raise ConfigError(
-            "model", f"{str(path)!r} crops to {side} pixels, but the network reads {image_size}; use the file of this checkpoint"
+            "model",
+            f"{str(path)!r} crops to {side} pixels, but the network reads {image_size}; use the file of this checkpoint",
         )
     return replace(
         base,
@@ -226,7 +275,11 @@ class OpenClip:
 
         self.name = spec.key
         values = checkpoints.read_config(config)
-        if values is None and model is not None and (Path(model) / "open_clip_config.json").is_file():
+        if (
+            values is None
+            and model is not None
+            and (Path(model) / "open_clip_config.json").is_file()
+        ):
             values = checkpoints.read_config(Path(model) / "open_clip_config.json", "model")
         values = values or {}
         self.preprocess_config: dict[str, Any] = dict(values.get("preprocess_cfg", {}))
@@ -271,7 +324,9 @@ def architecture_config(architecture: str | None) -> dict[str, Any]:
     import open_clip
 
     if not architecture:
-        raise ConfigError("scorer", "open_clip needs an architecture: write open_clip:ViT-B-32, or pass config=")
+        raise ConfigError(
+            "scorer", "open_clip needs an architecture: write open_clip:ViT-B-32, or pass config="
+        )
     found = open_clip.get_model_config(architecture)
     if found is None:
         close = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.5)
@@ -297,7 +352,8 @@ def build_open_clip(config: Mapping[str, Any]) -> nn.Module:
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**values)
     except (TypeError, AssertionError, KeyError) as error:
         raise ConfigError(
-            "config", f"open_clip cannot build a network from it ({error}); expected embed_dim, vision_cfg and text_cfg"
+            "config",
+            f"open_clip cannot build a network from it ({error}); expected embed_dim, vision_cfg and text_cfg",
         ) from error
 
 
@@ -309,12 +365,19 @@ def _plain_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _published(architecture: str | None, tag: str) -> tuple[Path, dict[str, Any]]:
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import (
+        download_pretrained,
+        get_pretrained_cfg,
+        list_pretrained_tags_by_model,
+    )
 
     found = get_pretrained_cfg(architecture, tag)
     if not found:
         tags = ", ".join(list_pretrained_tags_by_model(architecture))
-        raise ConfigError("scorer", f"open_clip has no weights {tag!r} of {architecture}; there are {tags or 'none'}")
+        raise ConfigError(
+            "scorer",
+            f"open_clip has no weights {tag!r} of {architecture}; there are {tags or 'none'}",
+        )
     try:
         path = download_pretrained(found)
     except Exception as error:
@@ -323,7 +386,9 @@ def _published(architecture: str | None, tag: str) -> tuple[Path, dict[str, Any]
             "model",
             f"the weights {tag!r} of {architecture} are not on this machine and cannot be downloaded ({reason}); pass model=FILE",
         ) from error
-    return Path(path), {k: found[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in found}
+    return Path(path), {
+        k: found[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in found
+    }
 
 
 def _open_clip_tokenizer(open_clip: Any, source: Any, config: Mapping[str, Any], name: str) -> Any:
@@ -332,7 +397,9 @@ def _open_clip_tokenizer(open_clip: Any, source: Any, config: Mapping[str, Any],
     options = text.get("tokenizer_kwargs", {})
     try:
         if source is not None and Path(source).is_file():
-            tokenizer = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(source), context_length=length, **options)
+            tokenizer = open_clip.tokenizer.SimpleTokenizer(
+                bpe_path=str(source), context_length=length, **options
+            )
         elif source is not None or text.get("hf_tokenizer_name"):
             where = str(source or text["hf_tokenizer_name"])
             tokenizer = open_clip.tokenizer.HFTokenizer(where, context_length=length, **options)
@@ -340,7 +407,9 @@ def _open_clip_tokenizer(open_clip: Any, source: Any, config: Mapping[str, Any],
             tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError("tokenizer", f"{str(source)!r} cannot be loaded for {name} ({reason})") from error
+        raise ConfigError(
+            "tokenizer", f"{str(source)!r} cannot be loaded for {name} ({reason})"
+        ) from error
     size = getattr(tokenizer, "vocab_size", None) or len(tokenizer.tokenizer)
     check_vocabulary(int(size) - 1, int(text.get("vocab_size", 49408)), name)
     return tokenizer
@@ -349,6 +418,8 @@ def _open_clip_tokenizer(open_clip: Any, source: Any, config: Mapping[str, Any],
 def _square(size: Any) -> int:
     if isinstance(size, (list, tuple)):
         if len(set(size)) != 1:
-            raise UserError(f"config: only square images are supported, got image_size {tuple(size)}")
+            raise UserError(
+                f"config: only square images are supported, got image_size {tuple(size)}"
+            )
         size = size[0]
     return int(size)

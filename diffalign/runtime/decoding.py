@@ -16,7 +16,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "ICNS", "PCX", "PSD"),
+    *(
+        "PNG",
+        "JPEG",
+        "MPO",
+        "WEBP",
+        "AVIF",
+        "GIF",
+        "BMP",
+        "DIB",
+        "TIFF",
+        "PPM",
+        "JPEG2000",
+        "TGA",
+        "ICO",
+        "ICNS",
+        "PCX",
+        "PSD",
+    ),
     *("SGI", "QOI", "DDS", "HEIF", "JXL"),
 )
 """Formats that are read, where Pillow has them. Those that start other programs (EPS) or read no pixels (HDF5, GRIB) are not."""
@@ -108,7 +125,11 @@ def open_image(source: Any) -> Image.Image:
 def _readable(source: Any) -> Any:
     if isinstance(source, (str, Path)):
         return source
-    return io.BytesIO(source) if isinstance(source, bytes) else io.BufferedReader(_View(memoryview(source)))
+    return (
+        io.BytesIO(source)
+        if isinstance(source, bytes)
+        else io.BufferedReader(_View(memoryview(source)))
+    )
 
 
 def _not_an_image(source: Any) -> str:
@@ -146,7 +167,12 @@ def header(source: Any) -> tuple[tuple[int, int], str]:
     try:
         width, height = opened.size
         # TIFF reports its size upright already. PngImageFile's own getexif decodes the whole image in search of EXIF behind its pixels.
-        turned = opened.format != "TIFF" and Image.Image.getexif(opened).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = opened.format != "TIFF" and Image.Image.getexif(opened).get(_ORIENTATION, 1) in (
+            5,
+            6,
+            7,
+            8,
+        )
         kind = opened.format or "in memory"
     except Exception as error:
         raise UnreadableImage(f"image cannot be opened: {_reason(error)}") from error
@@ -192,7 +218,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         clear = upright.info.get("transparency")
         if isinstance(clear, int):  # a grey value that is transparent, in the depth of the file
             grey.putdata(
-                [255 if value == clear else shade for value, shade in zip(upright.getdata(), grey.getdata(), strict=True)]
+                [
+                    255 if value == clear else shade
+                    for value, shade in zip(upright.getdata(), grey.getdata(), strict=True)
+                ]
             )
         return grey.convert("RGB")
     if transparent:
@@ -220,10 +249,14 @@ def _to_8_bit(image: Image.Image, bits: int) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     top = 255 if image.mode == "F" else 65535
     if low < (-_OVERSHOOT if image.mode == "F" else 0) or high > top:
-        raise UnreadableImage(f"image has values from {low:g} to {high:g}, expected 0 to {top}; save it with 8 bits per channel")
+        raise UnreadableImage(
+            f"image has values from {low:g} to {high:g}, expected 0 to {top}; save it with 8 bits per channel"
+        )
     if image.mode == "F":
         values = np.round(values * 255) if high <= 1 + _OVERSHOOT else values
-    elif image.mode != "I" or high > 255:  # 32-bit integers up to 255 are 8-bit values in a wide type
+    elif (
+        image.mode != "I" or high > 255
+    ):  # 32-bit integers up to 255 are 8-bit values in a wide type
         values = values.astype(np.uint32) >> (bits - 8)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
@@ -244,7 +277,11 @@ def from_array(array: Any) -> Image.Image:
         try:
             array = array.detach().cpu()
             array = (array.float() if array.is_floating_point() else array).numpy()
-        except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, or on the meta device
+        except (
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # sparse, or on the meta device
             raise UnreadableImage(f"a tensor that cannot be read ({_reason(error)})") from error
     values = np.asarray(array)
     if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
@@ -258,7 +295,11 @@ def from_array(array: Any) -> Image.Image:
         values = _from_unit(values, described)
     if values.dtype != np.uint8:
         raise UnreadableImage(f"{described} is no image; expected uint8, or float in [0, 1]")
-    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values))
+    return Image.fromarray(
+        np.ascontiguousarray(
+            values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+        )
+    )
 
 
 def _from_unit(values: np.ndarray, described: str) -> np.ndarray:
@@ -268,7 +309,9 @@ def _from_unit(values: np.ndarray, described: str) -> np.ndarray:
         raise UnreadableImage(f"{described} has values that are not finite")
     low, high = float(values.min()), float(values.max())
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
-        raise UnreadableImage(f"{described} runs from {low:.3g} to {high:.3g}, expected [0, 1]; give [0, 255] as uint8")
+        raise UnreadableImage(
+            f"{described} runs from {low:.3g} to {high:.3g}, expected [0, 1]; give [0, 255] as uint8"
+        )
     return np.round(values.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
 
 

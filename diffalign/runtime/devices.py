@@ -16,9 +16,13 @@ def read_device(device: Any) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}") from error
+        raise ConfigError(
+            "device", f"expected auto, cpu, cuda or cuda:N, got {device!r}"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", f"{str(device)!r} was asked for, but torch sees no GPU; use device=cpu")
+        raise ConfigError(
+            "device", f"{str(device)!r} was asked for, but torch sees no GPU; use device=cpu"
+        )
     return device
 
 
@@ -36,5 +40,7 @@ def read_dtype(dtype: Any) -> torch.dtype:
         return torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError("dtype", f"expected one of float32, bfloat16, float16, float64, got {dtype!r}")
+        raise ConfigError(
+            "dtype", f"expected one of float32, bfloat16, float16, float64, got {dtype!r}"
+        )
     return found

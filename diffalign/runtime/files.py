@@ -28,11 +28,17 @@ def check_output_dir(folder: Path, marker: str) -> None:
         make_folder(folder)
     # A process of several may come here while the first one writes the marker, and a killed one may have left it half-written.
     unfinished = (_temporary(folder / marker, 0).name, LOCK)
-    if folder.is_dir() and any(p.name not in unfinished for p in folder.iterdir()) and not (folder / marker).is_file():
+    if (
+        folder.is_dir()
+        and any(p.name not in unfinished for p in folder.iterdir())
+        and not (folder / marker).is_file()
+    ):
         raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
 
 
-def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()) -> None:
+def claim_output_dir(
+    folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()
+) -> None:
     """Takes a folder for a run with these settings, written as `marker`; a run with the same ones goes on in it.
 
     Several processes may call it, of which the first one writes; all must then wait for each other before they write anything else there.
@@ -50,8 +56,12 @@ def claim_output_dir(folder: Path, marker: str, settings: Mapping[str, Any], lon
         there = json.loads(file.read_text("utf-8"))
         for name, value in wanted.items():
             if there.get(name) != value:
-                said = f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
-                raise UserError(f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder")
+                said = (
+                    f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
+                )
+                raise UserError(
+                    f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder"
+                )
         return
     if process_rank() == 0:
         make_folder(folder)
@@ -90,7 +100,9 @@ def make_folder(folder: Path, option: str = "--output_dir") -> bool:
             raise
         name = str(folder) if len(str(folder)) < 200 else f"{str(folder)[:100]}..."
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{option}: the folder {name!r} cannot be made ({reason}); name another one") from error
+        raise UserError(
+            f"{option}: the folder {name!r} cannot be made ({reason}); name another one"
+        ) from error
     return not there
 
 
@@ -103,15 +115,21 @@ def move_aside(folder: Path, option: str) -> Path:
     real, here = folder.resolve(), Path.cwd()
     if real == here or real in here.parents or os.path.ismount(real):
         where = "a mounted file system" if os.path.ismount(real) else "where this command runs"
-        raise UserError(f"{option}: {str(folder)!r} is {where}, so it cannot be moved aside; name another folder")
-    number = next(n for n in range(1, 10_000) if not real.with_name(f"{real.name}.old-{n}").exists())
+        raise UserError(
+            f"{option}: {str(folder)!r} is {where}, so it cannot be moved aside; name another folder"
+        )
+    number = next(
+        n for n in range(1, 10_000) if not real.with_name(f"{real.name}.old-{n}").exists()
+    )
     old = real.with_name(f"{real.name}.old-{number}")
     os.rename(real, old)
     real.mkdir()
     return old
 
 
-def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file that is there whole or not at all, with the permissions of new files."""
     from safetensors.torch import save_file
 

@@ -66,7 +66,13 @@ class FolderLock:
         if process_rank() > 0:
             return
         self._made = (
-            [folder for folder in (self.folder, *self.folder.parents) if not os.path.lexists(folder)] if self._is_short() else []
+            [
+                folder
+                for folder in (self.folder, *self.folder.parents)
+                if not os.path.lexists(folder)
+            ]
+            if self._is_short()
+            else []
         )
         make_folder(self.folder, self.option)
         path = self.folder / LOCK

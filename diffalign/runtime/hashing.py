@@ -18,7 +18,9 @@ def content_hash(path: Path) -> str:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
         return digest.hexdigest()
-    weights = list(path.glob("*.safetensors")) or [p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES]
+    weights = list(path.glob("*.safetensors")) or [
+        p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES
+    ]
     for part in sorted([*path.glob("*.json"), *path.glob("*.txt"), *weights]):
         digest.update(part.name.encode() + b"\0" + content_hash(part).encode())
     return digest.hexdigest()

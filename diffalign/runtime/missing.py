@@ -131,8 +131,13 @@ def to_images(pixels: Tensor, processor: Any = None) -> list[Any]:
         processor = VaeImageProcessor()
     finite = torch.isfinite(pixels.flatten(1)).all(1)
     rows = finite.view(-1, *[1] * (pixels.ndim - 1))
-    images = processor.postprocess(torch.where(rows, pixels, torch.zeros_like(pixels)), output_type="pil")
-    return [image if good else Missing(NOT_FINITE) for image, good in zip(images, finite.tolist(), strict=True)]
+    images = processor.postprocess(
+        torch.where(rows, pixels, torch.zeros_like(pixels)), output_type="pil"
+    )
+    return [
+        image if good else Missing(NOT_FINITE)
+        for image, good in zip(images, finite.tolist(), strict=True)
+    ]
 
 
 def present(images: Sequence[Any]) -> list[int]:

@@ -37,7 +37,9 @@ class _TimedReader(io.RawIOBase):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    def __init__(self, sock: Any, *args: Any, deadline: float, seconds: float, **options: Any) -> None:
+    def __init__(
+        self, sock: Any, *args: Any, deadline: float, seconds: float, **options: Any
+    ) -> None:
         super().__init__(sock, *args, **options)
         self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline, seconds))
 
@@ -45,7 +47,9 @@ class _TimedResponse(http.client.HTTPResponse):
 class TimedConnection(http.client.HTTPConnection):
     """An HTTP connection whose `timeout` is the time from its beginning to the last byte of the reply."""
 
-    def __init__(self, host: str, port: int | None = None, *, timeout: float = 60.0, **options: Any) -> None:
+    def __init__(
+        self, host: str, port: int | None = None, *, timeout: float = 60.0, **options: Any
+    ) -> None:
         super().__init__(host, port, timeout=timeout, **options)
         deadline = time.monotonic() + timeout
         self.response_class = functools.partial(_TimedResponse, deadline=deadline, seconds=timeout)  # type: ignore[assignment]

@@ -74,9 +74,13 @@ def decode(data: bytes, name: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         if encoding.startswith(("utf-16", "utf-32")):
-            raise UserError(f"{name}: is cut off or damaged {encoding.upper()}; save it as UTF-8") from None
+            raise UserError(
+                f"{name}: is cut off or damaged {encoding.upper()}; save it as UTF-8"
+            ) from None
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}: byte 0x{data[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(
+            f"{name}: byte 0x{data[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8"
+        ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(
@@ -100,7 +104,9 @@ def read_text(path: str | Path, what: str = "") -> str:
     except FileNotFoundError:
         raise UserError(f"{what}there is no file {str(path)[:200]!r}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{what}{str(path)[:200]} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"{what}{str(path)[:200]} cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     return decode(data, f"{what}{path}")
 
 
@@ -182,7 +188,9 @@ def read_json(path: str | Path, kind: type | None = None, what: str = "") -> Any
         raise UserError(f"{what}{path}: {error}") from None
     if kind is not None and not isinstance(value, kind):
         names: dict[type, str] = {dict: "a JSON object", list: "a JSON list"}
-        raise UserError(f"{what}{path}: expected {names.get(kind, kind.__name__)}, got {_json_name(value)}")
+        raise UserError(
+            f"{what}{path}: expected {names.get(kind, kind.__name__)}, got {_json_name(value)}"
+        )
     return value
 
 
@@ -278,7 +286,17 @@ def read_table(path: str | Path, what: str = "") -> Table:
                 "separator in quotation marks"
             )
         padded = [*cells, *[""] * (len(columns) - len(cells))]
-        rows.append(Row(number, line, {column: cell or None for column, cell in zip(columns, padded, strict=False) if column}))
+        rows.append(
+            Row(
+                number,
+                line,
+                {
+                    column: cell or None
+                    for column, cell in zip(columns, padded, strict=False)
+                    if column
+                },
+            )
+        )
     return Table([column for column in columns if column], rows)
 
 
@@ -291,10 +309,14 @@ def _tab_records(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
 _SENTINEL = "\ue000end of file\ue000"
 
 
-def _quoted_records(text: str, delimiter: str, skipped: int, name: str) -> Iterator[tuple[int, list[str]]]:
+def _quoted_records(
+    text: str, delimiter: str, skipped: int, name: str
+) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of the records of a .csv; a last line of our own ends up inside a cell when a quotation mark is never closed."""
     newline = "" if text.endswith("\n") or text.endswith("\r") or not text else "\n"
-    reader = csv.reader(io.StringIO(f"{text}{newline}{_SENTINEL}\n", newline=""), delimiter=delimiter)
+    reader = csv.reader(
+        io.StringIO(f"{text}{newline}{_SENTINEL}\n", newline=""), delimiter=delimiter
+    )
     line = skipped + 1
     try:
         for cells in reader:
@@ -302,7 +324,9 @@ def _quoted_records(text: str, delimiter: str, skipped: int, name: str) -> Itera
             if cells == [_SENTINEL]:
                 return
             if any(_SENTINEL in cell for cell in cells):
-                raise UserError(f"{name}: the quotation mark in the row that begins in line {start} is never closed")
+                raise UserError(
+                    f"{name}: the quotation mark in the row that begins in line {start} is never closed"
+                )
             if any(cell.strip() for cell in cells):
                 yield start, cells
     except csv.Error as error:

@@ -10,7 +10,15 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"):
+    for package in (
+        "diffalign",
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

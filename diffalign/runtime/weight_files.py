@@ -71,11 +71,15 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError("is no safetensors file, or its beginning is cut off; download it again")
+            raise ValueError(
+                "is no safetensors file, or its beginning is cut off; download it again"
+            )
         try:
             values = json.loads(file.read(length))
         except ValueError:
-            raise ValueError("is no safetensors file (its header is no JSON); download it again") from None
+            raise ValueError(
+                "is no safetensors file (its header is no JSON); download it again"
+            ) from None
     if not isinstance(values, dict):
         raise ValueError("is no safetensors file (its header is no JSON object); download it again")
     metadata = values.pop("__metadata__", None) or {}
@@ -83,9 +87,13 @@ def read_header(path: Path) -> Header:
         end = max((entry["data_offsets"][1] for entry in values.values()), default=0)
         shapes = {name: tuple(entry["shape"]) for name, entry in values.items()}
     except (KeyError, TypeError, IndexError):
-        raise ValueError("is no safetensors file (its header names no tensors); download it again") from None
+        raise ValueError(
+            "is no safetensors file (its header names no tensors); download it again"
+        ) from None
     if 8 + length + end != size:
-        raise ValueError(f"is cut short or damaged ({size} of {8 + length + end} bytes); download it again")
+        raise ValueError(
+            f"is cut short or damaged ({size} of {8 + length + end} bytes); download it again"
+        )
     return Header(shapes, {str(k): str(v) for k, v in metadata.items()})
 
 
@@ -114,7 +122,9 @@ def check_component(folder: Path, field: str, variant: str | None = None) -> str
     try:
         values = json.loads(config.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(field, f"{str(folder)!r} has no config.json; download the folder again") from None
+        raise ConfigError(
+            field, f"{str(folder)!r} has no config.json; download the folder again"
+        ) from None
     except ValueError:
         raise ConfigError(field, f"{str(config)!r} is no JSON; download it again") from None
     if not isinstance(values, dict):
@@ -134,13 +144,18 @@ def check_component(folder: Path, field: str, variant: str | None = None) -> str
         chosen = next(iter(variants))
     else:
         raise ConfigError(
-            field, f"{str(folder)!r} has the variants {', '.join(map(str, variants))} alone; choose one with variant"
+            field,
+            f"{str(folder)!r} has the variants {', '.join(map(str, variants))} alone; choose one with variant",
         )
     for path in variants[chosen]:
         check_file(path, field)
-    if all("-of-" in path.name for path in variants[chosen]):  # shards, of which the index says how many there must be
+    if all(
+        "-of-" in path.name for path in variants[chosen]
+    ):  # shards, of which the index says how many there must be
         for index in folder.glob("*.safetensors.index*.json"):
-            if (chosen or "") in index.name and (chosen is not None or index.name.endswith(".index.json")):
+            if (chosen or "") in index.name and (
+                chosen is not None or index.name.endswith(".index.json")
+            ):
                 _check_index(index, field)
     return chosen
 
@@ -156,10 +171,13 @@ def _check_index(index: Path, field: str) -> None:
 
 def check_filled(module: Any, field: str, name: str) -> None:
     """Raises `ConfigError` when weights were missing in the file, so that they have no values or random ones."""
-    empty = [key for key, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
+    empty = [
+        key for key, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta
+    ]
     if empty:
         raise ConfigError(
-            field, f"{name} lacks the weights {', '.join(empty[:2])}; the files are incomplete: download them again"
+            field,
+            f"{name} lacks the weights {', '.join(empty[:2])}; the files are incomplete: download them again",
         )
 
 
@@ -179,11 +197,14 @@ def load_transformers(cls: Any, place: str | Path, field: str, what: str, **opti
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    module, facts = cls.from_pretrained(place, output_loading_info=True, use_safetensors=True, **options)
+    module, facts = cls.from_pretrained(
+        place, output_loading_info=True, use_safetensors=True, **options
+    )
     lacking = sorted(facts.get("missing_keys", ()))
     if lacking:
         raise ConfigError(
-            field, f"{what} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: download them again"
+            field,
+            f"{what} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: download them again",
         )
     return module
 
@@ -203,14 +224,31 @@ def loading_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    plain = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+    plain = (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+    )
     return (*plain, SafetensorError, StrictDataclassError)
 
 
 # LoRA files -----------------------------------------------------------------------------------------------------------------
 
 _NETWORK_PREFIXES = ("unet.", "transformer.", "lora_unet_", "lora_transformer_")
-TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+TEXT_PREFIXES = (
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+)
 _KINDS = (
     (re.compile(r"\.hada_[wt]\d"), "LoHa"),
     (re.compile(r"\.lokr_"), "LoKr"),
@@ -225,7 +263,9 @@ _KINDS = (
 _DOWN = re.compile(
     r"(\.lora_A\.(?:default\.)?weight|\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight)$"
 )
-_UP = re.compile(r"(\.lora_B\.(?:default\.)?weight|\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight)$")
+_UP = re.compile(
+    r"(\.lora_B\.(?:default\.)?weight|\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight)$"
+)
 UNSUPPORTED = (
     "LoHa",
     "LoKr",
@@ -274,7 +314,9 @@ def classify(names: Iterable[str]) -> LoraContent:
     whole = downs & ups
     text = [layer for layer in whole if layer.startswith(TEXT_PREFIXES)]
     network = [layer for layer in whole if layer.startswith(_NETWORK_PREFIXES)]
-    return LoraContent(len(network), len(text), tuple(dict.fromkeys(kinds)), odd[0] if odd else None, compiled)
+    return LoraContent(
+        len(network), len(text), tuple(dict.fromkeys(kinds)), odd[0] if odd else None, compiled
+    )
 
 
 USUAL_LORA = "pytorch_lora_weights.safetensors"
@@ -296,7 +338,9 @@ def find_lora_file(place: Path, role: str) -> Path:
     if len(files) == 1:
         return files[0]
     if not files:
-        raise UserError(f"{role}: the folder {str(place)!r} holds no LoRA for this model: there is no safetensors file in it")
+        raise UserError(
+            f"{role}: the folder {str(place)!r} holds no LoRA for this model: there is no safetensors file in it"
+        )
     raise UserError(
         f"{role}: the folder {str(place)!r} holds several files ({', '.join(f.name for f in files[:4])}); name one of them"
     )
@@ -309,7 +353,11 @@ def fetch_lora_file(name: str, role: str) -> Path:
         UserError: no such repository, none or several safetensors files in it, or no connection.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         try:
@@ -317,10 +365,18 @@ def fetch_lora_file(name: str, role: str) -> Path:
         except (LocalEntryNotFoundError, OfflineModeIsEnabled):  # no connection: what the cache has
             return find_lora_file(Path(snapshot_download(name, local_files_only=True)), role)
         except EntryNotFoundError:
-            files = [file for file in HfApi().list_repo_files(name) if file.endswith(".safetensors") and "/" not in file]
+            files = [
+                file
+                for file in HfApi().list_repo_files(name)
+                if file.endswith(".safetensors") and "/" not in file
+            ]
             if len(files) == 1:
                 return Path(hf_hub_download(name, files[0]))
-            held = f"several safetensors files ({', '.join(files[:4])})" if files else "no safetensors file"
+            held = (
+                f"several safetensors files ({', '.join(files[:4])})"
+                if files
+                else "no safetensors file"
+            )
     except UserError:
         raise
     except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...

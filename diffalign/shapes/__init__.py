@@ -5,7 +5,15 @@ It is the embedded default on which every method of the package can be trained a
 
 from pathlib import Path
 
-from .prompts import ATTRIBUTES, Scene, all_scenes, held_out_prompts, parse_prompt, split_scenes, train_prompts
+from .prompts import (
+    ATTRIBUTES,
+    Scene,
+    all_scenes,
+    held_out_prompts,
+    parse_prompt,
+    split_scenes,
+    train_prompts,
+)
 from .renderer import render
 from .verifier import Verdict, attribute_table, score, verify
 

@@ -46,7 +46,9 @@ class Scene:
         for field in fields(self):
             value = getattr(self, field.name)
             if value not in ATTRIBUTES[field.name]:
-                raise ValueError(f"{field.name}: {value!r} is not one of {', '.join(ATTRIBUTES[field.name])}")
+                raise ValueError(
+                    f"{field.name}: {value!r} is not one of {', '.join(ATTRIBUTES[field.name])}"
+                )
 
     @property
     def prompt(self) -> str:

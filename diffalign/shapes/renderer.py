@@ -36,7 +36,9 @@ def shape_polygon(shape: str, half_side: float) -> list[tuple[float, float]]:
     """The outline of `shape` around the origin (y downwards), filling the box [-half_side, half_side] squared."""
     r = half_side
     if shape == "circle":
-        return [(r * math.cos(a), r * math.sin(a)) for a in (2 * math.pi * i / 96 for i in range(96))]
+        return [
+            (r * math.cos(a), r * math.sin(a)) for a in (2 * math.pi * i / 96 for i in range(96))
+        ]
     if shape == "square":
         return [(-r, -r), (r, -r), (r, r), (-r, r)]
     if shape == "triangle":
@@ -74,7 +76,9 @@ def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
 
     half_side, x, y = draw(*HALF_SIDE[scene.size]), draw(*CENTER_X[scene.position]), draw(*CENTER_Y)
     s = _SUPERSAMPLING
-    canvas = Image.new("RGB", (RESOLUTION * s, RESOLUTION * s), BACKGROUND_PALETTE[scene.background])
+    canvas = Image.new(
+        "RGB", (RESOLUTION * s, RESOLUTION * s), BACKGROUND_PALETTE[scene.background]
+    )
     outline = [((px + x) * s, (py + y) * s) for px, py in shape_polygon(scene.shape, half_side)]
     ImageDraw.Draw(canvas).polygon(outline, fill=PALETTE[scene.color])
     return canvas.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX)

@@ -40,7 +40,10 @@ class Verdict:
 
 
 def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
-    distances = {name: float(np.linalg.norm(color - np.array(value, dtype=np.float64))) for name, value in palette.items()}
+    distances = {
+        name: float(np.linalg.norm(color - np.array(value, dtype=np.float64)))
+        for name, value in palette.items()
+    }
     best = min(distances, key=distances.__getitem__)
     return best if distances[best] <= _MAX_COLOR_DISTANCE else None
 
@@ -49,7 +52,10 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
 def _template(shape: str, width: int, height: int) -> np.ndarray:
     scale = 4
     canvas = Image.new("L", (width * scale, height * scale), 0)
-    points = [((x + 1) / 2 * width * scale, (y + 1) / 2 * height * scale) for x, y in shape_polygon(shape, 1.0)]
+    points = [
+        ((x + 1) / 2 * width * scale, (y + 1) / 2 * height * scale)
+        for x, y in shape_polygon(shape, 1.0)
+    ]
     ImageDraw.Draw(canvas).polygon(points, fill=255)
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) > 127
 
@@ -98,7 +104,14 @@ def verify(image: Image.Image) -> Verdict:
         ious[shape] = float((crop & template).sum() / (crop | template).sum())
     shape = max(ious, key=ious.__getitem__)
     color = _nearest(np.median(pixels[mask], axis=0), PALETTE)
-    return Verdict(size, color, shape if ious[shape] >= _MIN_SHAPE_IOU else None, position, background, ious[shape])
+    return Verdict(
+        size,
+        color,
+        shape if ious[shape] >= _MIN_SHAPE_IOU else None,
+        position,
+        background,
+        ious[shape],
+    )
 
 
 def attribute_table(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, bool]]:
@@ -108,7 +121,9 @@ def attribute_table(images: Sequence[Image.Image], prompts: Sequence[str]) -> li
         ValueError: when the lengths differ or a prompt is not of the grammar.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"prompts: expected one per image, got {len(prompts)} prompts for {len(images)} images")
+        raise ValueError(
+            f"prompts: expected one per image, got {len(prompts)} prompts for {len(images)} images"
+        )
     table = []
     for image, prompt in zip(images, prompts, strict=True):
         row = verify(image).matches(parse_prompt(prompt))

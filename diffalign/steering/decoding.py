@@ -26,14 +26,30 @@ class LatentDecoder:
         UserError: the pipeline has no image autoencoder that is understood.
     """
 
-    def __init__(self, pipe: Any, decoder: Any, batch_size: int, height: int | None = None, width: int | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        decoder: Any,
+        batch_size: int,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
         from diffusers.image_processor import VaeImageProcessor
 
         self.pipe, self.batch_size, self.height, self.width = pipe, batch_size, height, width
-        self.module: Any = getattr(pipe, "vae", None) if decoder is None else decoder if hasattr(decoder, "decode") else None
+        self.module: Any = (
+            getattr(pipe, "vae", None)
+            if decoder is None
+            else decoder
+            if hasattr(decoder, "decode")
+            else None
+        )
         self.function = None if decoder is None or self.module is not None else decoder
         if self.function is not None and not callable(self.function):
-            raise ConfigError("decoder", f"expected an autoencoder, a function of latents or None, got {type(decoder).__name__}")
+            raise ConfigError(
+                "decoder",
+                f"expected an autoencoder, a function of latents or None, got {type(decoder).__name__}",
+            )
         self.processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()
         self.decoded = 0
 
@@ -67,12 +83,16 @@ class LatentDecoder:
         if self.function is not None:
             pixels = self.function(latents)
             if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != len(latents):
-                raise UserError("decoder: expected a function that returns pixels (n, 3, height, width) in [-1, 1] for n latents")
+                raise UserError(
+                    "decoder: expected a function that returns pixels (n, 3, height, width) in [-1, 1] for n latents"
+                )
             return pixels
         if self.module is None:
             if latents.ndim == 4 and latents.shape[1] in (1, 3):
                 return latents  # a pipeline in pixel space
-            raise UserError("decoder: this pipeline has no autoencoder named vae; give decoder= a function of latents")
+            raise UserError(
+                "decoder: this pipeline has no autoencoder named vae; give decoder= a function of latents"
+            )
         if latents.ndim != 4:
             raise UserError(
                 f"decoder: expected image latents of 4 dimensions, got {latents.ndim}; give decoder= a function of latents"
@@ -82,7 +102,10 @@ class LatentDecoder:
         scaling = config.get("scaling_factor") or 1.0
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            mean, std = (torch.tensor(x, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1) for x in (mean, std))
+            mean, std = (
+                torch.tensor(x, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
+                for x in (mean, std)
+            )
             latents = latents * std / scaling + mean
         else:
             latents = latents / scaling + (config.get("shift_factor") or 0.0)

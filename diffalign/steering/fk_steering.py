@@ -103,11 +103,17 @@ class FKSteering:
         check_options(num_particles=num_particles, **self.weighting)
         check_schedule(resample_steps)
         if num_particles == 1 and resample_steps:
-            raise ConfigError("num_particles", "1 particle cannot be resampled; give at least 2, or leave out resample_steps")
+            raise ConfigError(
+                "num_particles",
+                "1 particle cannot be resampled; give at least 2, or leave out resample_steps",
+            )
         if mode not in MODES:
             raise ConfigError("mode", f"expected one of {', '.join(MODES)}, got {mode!r}")
         if mode == "prune" and kernel is not None:
-            raise ConfigError("mode", f"prune is for deterministic samplers, kernel={kernel!r} is not one; use mode='resample'")
+            raise ConfigError(
+                "mode",
+                f"prune is for deterministic samplers, kernel={kernel!r} is not one; use mode='resample'",
+            )
         sizes = {
             "model_batch_size": model_batch_size,
             "decode_batch_size": decode_batch_size,
@@ -115,13 +121,19 @@ class FKSteering:
             "prompts_per_call": prompts_per_call,
         }
         for name, value in sizes.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 raise ConfigError(name, f"expected int >= 1 or None, got {value!r}")
         if getattr(pipe, "scheduler", None) is None or not hasattr(pipe.scheduler, "step"):
-            raise UserError(f"pipe: {type(pipe).__name__} has no scheduler with a step; give a diffusers pipeline")
+            raise UserError(
+                f"pipe: {type(pipe).__name__} has no scheduler with a step; give a diffusers pipeline"
+            )
         self.eta = check_kernel(kernel, eta)
         self.pipe, self.num_particles, self.kernel, self.mode = pipe, num_particles, kernel, mode
-        self.resample_steps: Sequence[int | float] | None = () if num_particles == 1 else resample_steps
+        self.resample_steps: Sequence[int | float] | None = (
+            () if num_particles == 1 else resample_steps
+        )
         self.decoder, self.predict_x0 = decoder, predict_x0
         self.rewarder = Rewarder(scorer, intermediate_reward, reward_batch_size)
         self.model_batch_size, self.decode_batch_size = model_batch_size, decode_batch_size
@@ -172,8 +184,14 @@ class FKSteering:
                         len(chosen),
                     ),
                     None if metadata is None else [metadata[i] for i in chosen],
-                    {name: _share(name, value, chosen, len(texts), self.num_particles) for name, value in pipe_kwargs.items()},
-                    {**self.weighting, "lmbda": _share("lmbda", self.weighting["lmbda"], chosen, len(texts), 1)},
+                    {
+                        name: _share(name, value, chosen, len(texts), self.num_particles)
+                        for name, value in pipe_kwargs.items()
+                    },
+                    {
+                        **self.weighting,
+                        "lmbda": _share("lmbda", self.weighting["lmbda"], chosen, len(texts), 1),
+                    },
                     on_step,
                 )
             )
@@ -191,7 +209,14 @@ class FKSteering:
         plain.weighting = {**self.weighting, "temperatures": None}
         return plain
 
-    def _check_call(self, texts: list[str], generator: Any, seed: Any, metadata: Any, pipe_kwargs: Mapping[str, Any]) -> None:
+    def _check_call(
+        self,
+        texts: list[str],
+        generator: Any,
+        seed: Any,
+        metadata: Any,
+        pipe_kwargs: Mapping[str, Any],
+    ) -> None:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ConfigError("prompts", f"expected at least one text, got {texts!r:.80}")
         rows = len(texts) * self.num_particles
@@ -199,32 +224,49 @@ class FKSteering:
             raise ConfigError("seed", "give generator or seed, not both")
         if isinstance(generator, (list, tuple)) and len(generator) != rows:
             raise ConfigError(
-                "generator", f"expected one, or one per particle ({len(texts)} x {self.num_particles}), got {len(generator)}"
+                "generator",
+                f"expected one, or one per particle ({len(texts)} x {self.num_particles}), got {len(generator)}",
             )
         if isinstance(seed, (list, tuple)) and len(seed) != len(texts):
-            raise ConfigError("seed", f"expected one, or one per prompt ({len(texts)}), got {len(seed)}")
+            raise ConfigError(
+                "seed", f"expected one, or one per prompt ({len(texts)}), got {len(seed)}"
+            )
         if metadata is not None and len(metadata) != len(texts):
-            raise ConfigError("metadata", f"expected one per prompt ({len(texts)}), got {len(metadata)}")
+            raise ConfigError(
+                "metadata", f"expected one per prompt ({len(texts)}), got {len(metadata)}"
+            )
         lmbda = self.weighting["lmbda"]
         if lmbda is not None and torch.as_tensor(lmbda).ndim == 1 and len(lmbda) != len(texts):
-            raise ConfigError("lmbda", f"expected one, or one per prompt ({len(texts)}), got {len(lmbda)}")
+            raise ConfigError(
+                "lmbda", f"expected one, or one per prompt ({len(texts)}), got {len(lmbda)}"
+            )
         for name in ("num_images_per_prompt", "num_videos_per_prompt"):
             if pipe_kwargs.get(name) is not None:
-                raise ConfigError(name, f"steering draws num_particles={self.num_particles} images per prompt; leave it out")
+                raise ConfigError(
+                    name,
+                    f"steering draws num_particles={self.num_particles} images per prompt; leave it out",
+                )
         if pipe_kwargs.get("output_type") == "latent":
             raise ConfigError(
-                "output_type", "'latent' gives no image to score; use pil, np or pt, and read the latents from result.latents"
+                "output_type",
+                "'latent' gives no image to score; use pil, np or pt, and read the latents from result.latents",
             )
         if "prompt" in pipe_kwargs or "return_dict" in pipe_kwargs:
             name = "prompt" if "prompt" in pipe_kwargs else "return_dict"
             raise ConfigError(
-                name, "steering sets it itself; give the prompts as the first argument" if name == "prompt" else "leave it out"
+                name,
+                "steering sets it itself; give the prompts as the first argument"
+                if name == "prompt"
+                else "leave it out",
             )
         steps = pipe_kwargs.get("num_inference_steps")
         if isinstance(steps, int) and self.resample_steps:
             outside = [s for s in self.resample_steps if isinstance(s, int) and s >= steps]
             if outside:
-                raise ConfigError("resample_steps", f"{outside[0]} lies outside the run of {steps} steps (0 to {steps - 1})")
+                raise ConfigError(
+                    "resample_steps",
+                    f"{outside[0]} lies outside the run of {steps} steps (0 to {steps - 1})",
+                )
         if "step" not in vars(self.pipe.scheduler) and self.resample_steps != ():
             check_reachable(self.pipe)
             if self.kernel is None:
@@ -242,13 +284,24 @@ class FKSteering:
         """One call of the pipeline."""
         started = time.perf_counter()
         groups, k = len(texts), self.num_particles
-        models = Batches(groups * k, self.model_batch_size, grouped=k, whole=partial(perturbs_attention, self.pipe))
+        models = Batches(
+            groups * k,
+            self.model_batch_size,
+            grouped=k,
+            whole=partial(perturbs_attention, self.pipe),
+        )
         decodes = Batches(groups * k, self.decode_batch_size)
         decoder = LatentDecoder(
-            self.pipe, self.decoder, self.decode_batch_size or 8, pipe_kwargs.get("height"), pipe_kwargs.get("width")
+            self.pipe,
+            self.decoder,
+            self.decode_batch_size or 8,
+            pipe_kwargs.get("height"),
+            pipe_kwargs.get("width"),
         )
         rewarder = self.rewarder.start(texts, metadata, k)
-        options = SteeringOptions(self.pipe, k, self.resample_steps, self.predict_x0, self.kernel, self.eta, self.mode)
+        options = SteeringOptions(
+            self.pipe, k, self.resample_steps, self.predict_x0, self.kernel, self.eta, self.mode
+        )
         run = SteeredRun(options, weighting, rewarder, decoder, streams, models, groups, on_step)
         arguments = self._pipeline_arguments(texts, streams, pipe_kwargs)
         with ExitStack() as stack:
@@ -259,18 +312,24 @@ class FKSteering:
             if isinstance(getattr(self.pipe, "vae", None), torch.nn.Module):
                 stack.enter_context(batched(self.pipe.vae, "decode", decodes))
             if hasattr(self.pipe, "_num_timesteps"):
-                self.pipe._num_timesteps = None  # a number left over from another call must not be read
+                self.pipe._num_timesteps = (
+                    None  # a number left over from another call must not be read
+                )
             finite = stack.enter_context(watched(self.pipe))
             output = self.pipe(**arguments)
         return run.result(output, texts, time.perf_counter() - started, finite)
 
-    def _pipeline_arguments(self, texts: list[str], streams: Streams, pipe_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _pipeline_arguments(
+        self, texts: list[str], streams: Streams, pipe_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         parameters = inspect.signature(self.pipe.__call__).parameters
         arguments, k = dict(pipe_kwargs), self.num_particles
         embedded = arguments.get("prompt_embeds") is not None
         if embedded or "num_images_per_prompt" not in parameters:
             # Pipelines disagree on whether embeddings are multiplied by num_images_per_prompt, so that is done here.
-            arguments = {name: _repeat(name, value, len(texts), k) for name, value in arguments.items()}
+            arguments = {
+                name: _repeat(name, value, len(texts), k) for name, value in arguments.items()
+            }
             texts = [text for text in texts for _ in range(k)]
         else:
             arguments["num_images_per_prompt"] = k  # every prompt is encoded once
@@ -313,8 +372,14 @@ def _share(name: str, value: Any, chosen: range, prompts: int, k: int) -> Any:
     """The share of the chosen prompts of an argument with one entry per prompt or per particle, told by its name and length."""
     if len(chosen) == prompts or not isinstance(value, (list, tuple, Tensor)):
         return value
-    per_prompt = ("prompt" in name or "image" in name or name == "lmbda") if not isinstance(value, Tensor) else True
-    if isinstance(value, Tensor) and (value.ndim == 0 or not name.endswith(("_embeds", "_mask", "latents", "image", "lmbda"))):
+    per_prompt = (
+        ("prompt" in name or "image" in name or name == "lmbda")
+        if not isinstance(value, Tensor)
+        else True
+    )
+    if isinstance(value, Tensor) and (
+        value.ndim == 0 or not name.endswith(("_embeds", "_mask", "latents", "image", "lmbda"))
+    ):
         return value
     if per_prompt and len(value) == prompts:
         return value[chosen.start : chosen.stop]

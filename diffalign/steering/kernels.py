@@ -33,20 +33,31 @@ def check_kernel(kernel: str | None, eta: float | None) -> float | None:
         return None
     if kernel not in (*KERNELS, AUTO):
         raise ConfigError(
-            "kernel", f"expected one of {', '.join(KERNELS)}, {AUTO} or None (the pipeline's scheduler), got {kernel!r}"
+            "kernel",
+            f"expected one of {', '.join(KERNELS)}, {AUTO} or None (the pipeline's scheduler), got {kernel!r}",
         )
     kernel = "ddim" if kernel == AUTO else kernel
     value = DEFAULT_ETA[kernel] if eta is None else eta
-    if not 0 < value < float("inf") or (kernel == "ddim" and value > 1) or (kernel == "ancestral" and value != 1):
+    if (
+        not 0 < value < float("inf")
+        or (kernel == "ddim" and value > 1)
+        or (kernel == "ancestral" and value != 1)
+    ):
         limits = {"ddim": "in (0, 1]", "ancestral": "of 1", "euler_maruyama": "above 0"}[kernel]
         raise ConfigError(
-            "eta", f"expected a number {limits} for kernel={kernel!r}, got {eta!r}; at 0 particles would never separate"
+            "eta",
+            f"expected a number {limits} for kernel={kernel!r}, got {eta!r}; at 0 particles would never separate",
         )
     return value
 
 
 def ddim_transition(
-    x0: Tensor, sample: Tensor, now: Coordinates, then: Coordinates, eta: float, raw_x0: Tensor | None = None
+    x0: Tensor,
+    sample: Tensor,
+    now: Coordinates,
+    then: Coordinates,
+    eta: float,
+    raw_x0: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Mean and standard deviation of the generalised DDIM step: any (alpha, sigma) to any other.
 
@@ -84,14 +95,23 @@ def transition(
     if kernel != "euler_maruyama":
         return ddim_transition(x0, sample, now, then, eta, raw_x0)
     if now.kind != "flow" or now.prediction != "flow":
-        raise UserError("kernel: euler_maruyama is for flow-matching models; use kernel='ddim' for this scheduler")
+        raise UserError(
+            "kernel: euler_maruyama is for flow-matching models; use kernel='ddim' for this scheduler"
+        )
     if then.sigma == 0:
         return x0, 0.0  # noise on the returned sample would only blur it
-    mean, std = flow_sde_step(model_output=model_output, sample=sample, sigma=now.sigma, sigma_prev=then.sigma, eta=eta)
+    mean, std = flow_sde_step(
+        model_output=model_output, sample=sample, sigma=now.sigma, sigma_prev=then.sigma, eta=eta
+    )
     return mean, float(std)
 
 
-def draw(mean: Tensor, std: float, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype) -> Tensor:
+def draw(
+    mean: Tensor,
+    std: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """A sample of N(mean, std^2) in `dtype`; no number is drawn where std is 0."""
     if std == 0:
         return mean.to(dtype)

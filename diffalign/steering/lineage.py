@@ -11,7 +11,13 @@ from torch import Tensor
 from ..generation.grids import wrap_text
 from .step_trace import StepTrace
 
-_BACKGROUND, _INK, _PALE, _STRONG, _BEST = (255, 255, 255), (25, 25, 25), (205, 211, 222), (31, 98, 171), (24, 140, 60)
+_BACKGROUND, _INK, _PALE, _STRONG, _BEST = (
+    (255, 255, 255),
+    (25, 25, 25),
+    (205, 211, 222),
+    (31, 98, 171),
+    (24, 140, 60),
+)
 _MARGIN = 14
 
 
@@ -70,24 +76,51 @@ def lineage_picture(result: Population, prompt: int = 0, *, cell: int | None = N
         raise IndexError(f"prompt: {prompt} of {len(result.prompts)}")
     k, steps = result.rewards.shape[1], result.steps
     side = cell or (96 if k <= 8 else 64)
-    caption = wrap_text(result.prompts[prompt], _Tree.width_of(len(steps), side) - 2 * _MARGIN, _Tree.fonts(side)[0])[:3]
+    caption = wrap_text(
+        result.prompts[prompt], _Tree.width_of(len(steps), side) - 2 * _MARGIN, _Tree.fonts(side)[0]
+    )[:3]
     tree = _Tree(steps, prompt, k, side, len(caption) + 1)
-    canvas, draw, font, small, line, corner = tree.canvas, tree.draw, tree.font, tree.small, tree.line, tree.corner
+    canvas, draw, font, small, line, corner = (
+        tree.canvas,
+        tree.draw,
+        tree.font,
+        tree.small,
+        tree.line,
+        tree.corner,
+    )
     x = corner(len(steps), 0)[0]
     draw.text((x, _MARGIN), "returned", fill=_INK, font=font)
-    draw.text((x, _MARGIN + line + 2), f"ESS {float(result.final_ess[prompt]):.2f}", fill=_INK, font=small)
+    draw.text(
+        (x, _MARGIN + line + 2), f"ESS {float(result.final_ess[prompt]):.2f}", fill=_INK, font=small
+    )
     best = int(result.best_index[prompt])
     for slot in range(k):
         at = corner(len(steps), slot)
         image = result.images[prompt][slot]
         _paste(canvas, draw, image if isinstance(image, Image.Image) else None, at, side)
         if slot == best:
-            draw.rectangle((at[0] - 3, at[1] - 3, at[0] + side + 2, at[1] + side + 2), outline=_BEST, width=3)
+            draw.rectangle(
+                (at[0] - 3, at[1] - 3, at[0] + side + 2, at[1] + side + 2), outline=_BEST, width=3
+            )
         reward, weight = float(result.rewards[prompt, slot]), float(result.weights[prompt, slot])
-        draw.text((at[0], at[1] + side + 3), _number(reward), fill=_BEST if slot == best else _INK, font=small)
-        beside = [f"weight {weight:.2f}", f"root {int(result.roots[prompt, slot])}", *(["best"] if slot == best else [])]
+        draw.text(
+            (at[0], at[1] + side + 3),
+            _number(reward),
+            fill=_BEST if slot == best else _INK,
+            font=small,
+        )
+        beside = [
+            f"weight {weight:.2f}",
+            f"root {int(result.roots[prompt, slot])}",
+            *(["best"] if slot == best else []),
+        ]
         for i, words in enumerate(beside):
-            draw.text((at[0] + side + 8, at[1] + i * (line + 1)), words, fill=_BEST if words == "best" else _INK, font=small)
+            draw.text(
+                (at[0] + side + 8, at[1] + i * (line + 1)),
+                words,
+                fill=_BEST if words == "best" else _INK,
+                font=small,
+            )
     y = tree.bottom + 2
     for words in caption:
         draw.text((_MARGIN, y), words, fill=_INK, font=font)
@@ -111,7 +144,9 @@ def trace_picture(steps: Sequence[StepTrace], prompt: int = 0, *, cell: int = 96
 class _Tree:
     """The canvas with the columns of the scored steps and the lines between them."""
 
-    def __init__(self, steps: Sequence[StepTrace], prompt: int, k: int, side: int, caption_lines: int) -> None:
+    def __init__(
+        self, steps: Sequence[StepTrace], prompt: int, k: int, side: int, caption_lines: int
+    ) -> None:
         self.side, self.line = side, max(14, side // 6)
         self.font, self.small = self.fonts(side)
         self.pitch = side + self.line + 8
@@ -128,7 +163,9 @@ class _Tree:
                     if (child in alive[j + 1]) == strong:
                         (x0, y0), (x1, y1) = self.corner(j, parent), self.corner(j + 1, child)
                         ends = (x0 + side, y0 + side // 2, x1, y1 + side // 2)
-                        self.draw.line(ends, fill=_STRONG if strong else _PALE, width=3 if strong else 2)
+                        self.draw.line(
+                            ends, fill=_STRONG if strong else _PALE, width=3 if strong else 2
+                        )
         for j, step in enumerate(steps):
             x = self.corner(j, 0)[0]
             self.draw.text((x, _MARGIN), f"step {step.index}", fill=_INK, font=self.font)
@@ -139,7 +176,12 @@ class _Tree:
                 picture = None if step.thumbnails is None else step.thumbnails[prompt][slot]
                 at = self.corner(j, slot)
                 _paste(self.canvas, self.draw, picture, at, side, dim=slot not in alive[j])
-                self.draw.text((at[0], at[1] + side + 1), _number(float(step.rewards[prompt, slot])), fill=_INK, font=self.small)
+                self.draw.text(
+                    (at[0], at[1] + side + 1),
+                    _number(float(step.rewards[prompt, slot])),
+                    fill=_INK,
+                    font=self.small,
+                )
 
     @staticmethod
     def fonts(side: int) -> tuple[Any, Any]:
@@ -159,15 +201,24 @@ def _number(value: float) -> str:
 
 
 def _paste(
-    canvas: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image | None, at: tuple[int, int], side: int, dim: bool = False
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    picture: Image.Image | None,
+    at: tuple[int, int],
+    side: int,
+    dim: bool = False,
 ) -> None:
     if picture is None:
-        draw.rectangle((*at, at[0] + side - 1, at[1] + side - 1), fill=(235, 235, 235), outline=_PALE)
+        draw.rectangle(
+            (*at, at[0] + side - 1, at[1] + side - 1), fill=(235, 235, 235), outline=_PALE
+        )
         return
     scale = side / max(picture.size)
     size = tuple(max(1, round(x * scale)) for x in picture.size)
     nearest = side >= 1.5 * max(picture.size)
-    shown = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS)  # type: ignore[arg-type]
+    shown = picture.convert("RGB").resize(
+        size, Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+    )  # type: ignore[arg-type]
     if dim:
         shown = Image.blend(shown, Image.new("RGB", shown.size, _BACKGROUND), 0.65)
     canvas.paste(shown, (at[0] + (side - shown.width) // 2, at[1] + (side - shown.height) // 2))

@@ -70,7 +70,9 @@ def step_index(scheduler: Any, timestep: Any) -> int:
     return int(scheduler.step_index)
 
 
-def read_coordinates(scheduler: Any, timestep: Any, position: int) -> tuple[Coordinates, Coordinates]:
+def read_coordinates(
+    scheduler: Any, timestep: Any, position: int
+) -> tuple[Coordinates, Coordinates]:
     """The coordinates at this step and at the next point of the time grid.
 
     Args:
@@ -83,7 +85,9 @@ def read_coordinates(scheduler: Any, timestep: Any, position: int) -> tuple[Coor
     """
     kind = _kind(scheduler)
     prediction = str(scheduler.config.get("prediction_type", "epsilon") or "epsilon")
-    prediction = {"original_sample": "sample", "flow_prediction": "flow"}.get(prediction, prediction)
+    prediction = {"original_sample": "sample", "flow_prediction": "flow"}.get(
+        prediction, prediction
+    )
     if kind == "vp":
         times = scheduler.timesteps
         after = times[position + 1] if position + 1 < len(times) else None
@@ -100,19 +104,31 @@ def read_coordinates(scheduler: Any, timestep: Any, position: int) -> tuple[Coor
             "DPM-Solver SDE or a flow-matching scheduler"
         )
     index = step_index(scheduler, timestep)
-    sigmas = [float(scheduler.sigmas[min(index + shift, len(scheduler.sigmas) - 1)]) for shift in (0, 1)]
+    sigmas = [
+        float(scheduler.sigmas[min(index + shift, len(scheduler.sigmas) - 1)]) for shift in (0, 1)
+    ]
     if kind == "flow":
         now, then = (Coordinates(1 - s, s, "flow", "flow") for s in sigmas)
     elif kind == "solver":
         flow = bool(scheduler.config.get("use_flow_sigmas", False))
-        pairs = [tuple(float(x) for x in scheduler._sigma_to_alpha_sigma_t(torch.tensor(s, dtype=torch.float64))) for s in sigmas]
+        pairs = [
+            tuple(
+                float(x)
+                for x in scheduler._sigma_to_alpha_sigma_t(torch.tensor(s, dtype=torch.float64))
+            )
+            for s in sigmas
+        ]
         now, then = (Coordinates(a, s, prediction, "flow" if flow else "vp") for a, s in pairs)
     else:
-        now, then = (Coordinates(1.0, s, "edm" if kind == "edm" else prediction, "ve") for s in sigmas)
+        now, then = (
+            Coordinates(1.0, s, "edm" if kind == "edm" else prediction, "ve") for s in sigmas
+        )
     return now, then
 
 
-def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: Coordinates) -> Tensor:
+def clean_prediction(
+    scheduler: Any, model_output: Tensor, sample: Tensor, at: Coordinates
+) -> Tensor:
     """x0hat in float32 (or wider) from the tensors of one step (Tweedie's formula in each parametrisation), before any clipping.
 
     Args:
@@ -127,7 +143,9 @@ def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: C
     if out.shape != y.shape and out.ndim > 1 and out.shape[1] == 2 * y.shape[1]:
         out = out[:, : y.shape[1]]
     if at.prediction == "edm":
-        return scheduler.precondition_outputs(y, out, torch.tensor(at.sigma, dtype=dtype, device=y.device))
+        return scheduler.precondition_outputs(
+            y, out, torch.tensor(at.sigma, dtype=dtype, device=y.device)
+        )
     if at.prediction == "sample":
         return out
     if at.prediction == "flow":
@@ -138,7 +156,9 @@ def clean_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, at: C
         # In variance-exploding coordinates the model still speaks of the variance-preserving ones.
         norm = (at.alpha**2 + at.sigma**2) ** 0.5
         return (at.alpha * y / norm - at.sigma * out) / norm
-    raise UserError(f"scheduler: prediction_type {at.prediction!r} is not known here; give predict_x0=")
+    raise UserError(
+        f"scheduler: prediction_type {at.prediction!r} is not known here; give predict_x0="
+    )
 
 
 def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
@@ -160,7 +180,9 @@ def check_reachable(pipe: Any) -> None:
     scheduler = pipe.scheduler
     for name in _names(scheduler):
         if name in UNREACHABLE:
-            raise UserError(f"scheduler: {name} cannot be steered, {UNREACHABLE[name]}; use kernel='ddim' on another scheduler")
+            raise UserError(
+                f"scheduler: {name} cannot be steered, {UNREACHABLE[name]}; use kernel='ddim' on another scheduler"
+            )
     if "old_pred_original_sample" in inspect.signature(type(scheduler).step).parameters:
         raise UserError(
             f"scheduler: {type(scheduler).__name__} cannot be steered, the pipeline keeps the previous prediction itself"
@@ -189,7 +211,9 @@ def refuse_replaced_noise(scheduler: Any) -> None:
 def detached(scheduler: Any) -> Any:
     """An independent copy of the scheduler as its class made it: without any ``step`` set on the instance."""
     clone = object.__new__(type(scheduler))
-    clone.__dict__.update({name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "step"})
+    clone.__dict__.update(
+        {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "step"}
+    )
     return clone
 
 
@@ -207,7 +231,11 @@ def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 
         clone, given = detached(scheduler), dict(arguments)
         for name in ("model_output", "sample"):
             given[name] = given[name][:1]
-        given |= {"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in step_parameters(scheduler) else {}
+        given |= (
+            {"generator": torch.Generator("cpu").manual_seed(seed)}
+            if "generator" in step_parameters(scheduler)
+            else {}
+        )
         given["return_dict"] = False
         device = given["sample"].device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -23,7 +23,9 @@ MAX_CHOSEN_NATS = 10.0
 """`ess_target` chooses lambda so that best and worst differ by at most this."""
 
 
-def log_potential(kind: str, rewards: Tensor, state: Tensor, lmbda: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def log_potential(
+    kind: str, rewards: Tensor, state: Tensor, lmbda: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """One intermediate potential.
 
     Args:
@@ -45,7 +47,9 @@ def log_potential(kind: str, rewards: Tensor, state: Tensor, lmbda: Tensor, scal
         return lmbda * state, state
     if kind == "max_inc":
         new = torch.maximum(state, rewards)
-        return lmbda * (new - torch.where(torch.isneginf(state), torch.zeros_like(state), state)), new
+        return lmbda * (
+            new - torch.where(torch.isneginf(state), torch.zeros_like(state), state)
+        ), new
     if kind == "sum":
         state = state + rewards
         return lmbda * state, state
@@ -134,12 +138,19 @@ class ParticleWeights:
         if groups < 1:
             raise ConfigError("groups", f"expected int >= 1, got {groups}")
         shape = (groups, num_particles)
-        self.shape, self.potential, self.scheme, self.generator = shape, potential, scheme, generator
+        self.shape, self.potential, self.scheme, self.generator = (
+            shape,
+            potential,
+            scheme,
+            generator,
+        )
         self.threshold = math.inf if ess_threshold is None else ess_threshold
         self.ess_target, self.adaptive = ess_target, adaptive_tempering
         self.temperatures = None if temperatures is None else list(temperatures)
         self.lmbda = _per_group(lmbda, groups)
-        self._log = torch.zeros(shape, dtype=torch.float64)  # weights up to a factor: equal weights are exact zeros
+        self._log = torch.zeros(
+            shape, dtype=torch.float64
+        )  # weights up to a factor: equal weights are exact zeros
         self.log_z = torch.zeros(groups, dtype=torch.float64)
         self.applied = torch.zeros(shape, dtype=torch.float64)
         self.state = initial_state(potential, shape)
@@ -183,11 +194,16 @@ class ParticleWeights:
             state = torch.where(alive[:, None], state, self.state)
         if self.adaptive is not None:
             c = solve_exponent(
-                self.log_weights + self._pending, log_g, self.adaptive * self.shape[1], torch.ones_like(self.log_z)
+                self.log_weights + self._pending,
+                log_g,
+                self.adaptive * self.shape[1],
+                torch.ones_like(self.log_z),
             )[:, None]
             log_g = c * log_g
             if self.potential in ("diff", "tempered"):
-                state = self.state + c * (state - self.state)  # what was not applied is asked for again at the next step
+                state = self.state + c * (
+                    state - self.state
+                )  # what was not applied is asked for again at the next step
         self._reweight(log_g)
         self.applied = self.applied + log_g
         self.state = state
@@ -213,9 +229,13 @@ class ParticleWeights:
             # Only the groups concerned draw numbers, so that a group's stream does not depend on the others.
             drawn = torch.zeros(self.shape, dtype=torch.int64)
             picked = needed.nonzero().flatten().tolist()
-            drawn[needed] = resample(self.weights[needed], self.scheme, generator=[generator[g] for g in picked])
+            drawn[needed] = resample(
+                self.weights[needed], self.scheme, generator=[generator[g] for g in picked]
+            )
         ancestors = torch.where(needed[:, None], drawn, torch.arange(k).expand(self.shape))
-        self.applied, self.state, self.roots = (x.gather(1, ancestors) for x in (self.applied, self.state, self.roots))
+        self.applied, self.state, self.roots = (
+            x.gather(1, ancestors) for x in (self.applied, self.state, self.roots)
+        )
         self._log = torch.where(needed[:, None], torch.zeros_like(self._log), self._log)
         # A pending ratio was folded into the weights by the update before; it is zero here unless the caller skipped that.
         self._pending = self._pending.gather(1, ancestors)
@@ -231,7 +251,9 @@ class ParticleWeights:
         alive = torch.isfinite(rewards).any(1)
         finite = torch.where(torch.isfinite(rewards), rewards, self._lowest(rewards))
         self._lambda(finite, alive)
-        self.lmbda = torch.nan_to_num(self.lmbda)  # never a difference between rewards: nothing to tilt
+        self.lmbda = torch.nan_to_num(
+            self.lmbda
+        )  # never a difference between rewards: nothing to tilt
         lmbda = self.lmbda[:, None]
         tilt = torch.where(lmbda > 0, lmbda * rewards, torch.zeros_like(rewards))
         if blank is not None:  # also without a tilt: there is no image to return
@@ -255,9 +277,13 @@ class ParticleWeights:
     def _read(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
         rewards = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
         if rewards.shape != self.shape:
-            raise UserError(f"reward: expected {self.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}")
+            raise UserError(
+                f"reward: expected {self.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}"
+            )
         if torch.isposinf(rewards).any():
-            raise UserError("reward: the scorer returned +inf, which no finite weight can follow; return a finite number")
+            raise UserError(
+                "reward: the scorer returned +inf, which no finite weight can follow; return a finite number"
+            )
         missing = torch.isnan(rewards)
         blank = torch.zeros_like(missing) if blank is None else blank
         silent = missing.all(1) & ~blank.any(
@@ -289,9 +315,15 @@ class ParticleWeights:
         spread = rewards.amax(1) - rewards.amin(1)
         now = torch.isnan(self.lmbda) & alive & (spread > 0)
         if now.any():
-            highest = torch.where(now, MAX_CHOSEN_NATS / torch.where(spread > 0, spread, torch.ones_like(spread)), spread)
+            highest = torch.where(
+                now,
+                MAX_CHOSEN_NATS / torch.where(spread > 0, spread, torch.ones_like(spread)),
+                spread,
+            )
             centred = rewards - rewards.amax(1, keepdim=True)
-            found = solve_exponent(self.log_weights + self._pending, centred, self.ess_target * self.shape[1], highest)
+            found = solve_exponent(
+                self.log_weights + self._pending, centred, self.ess_target * self.shape[1], highest
+            )
             self.lmbda = torch.where(now, found, self.lmbda)
         return self.lmbda
 
@@ -312,7 +344,10 @@ def check_options(
         raise ConfigError("num_particles", f"expected int >= 1, got {num_particles!r}")
     if (lmbda is None) == (ess_target is None):
         both = "both" if lmbda is not None else "neither"
-        raise ConfigError("lmbda", f"give lmbda or ess_target, not {both}; lmbda is the tilt, ess_target chooses it")
+        raise ConfigError(
+            "lmbda",
+            f"give lmbda or ess_target, not {both}; lmbda is the tilt, ess_target chooses it",
+        )
     if lmbda is not None:
         try:
             values = torch.as_tensor(lmbda, dtype=torch.float64)
@@ -320,25 +355,39 @@ def check_options(
             raise ConfigError("lmbda", f"expected a number >= 0, got {lmbda!r}") from None
         if values.ndim > 1 or not torch.isfinite(values).all() or (values < 0).any():
             raise ConfigError(
-                "lmbda", f"expected a finite number >= 0 (or one per group), got {lmbda!r}; negate the reward to lower it"
+                "lmbda",
+                f"expected a finite number >= 0 (or one per group), got {lmbda!r}; negate the reward to lower it",
             )
     if potential not in POTENTIALS:
-        raise ConfigError("potential", f"expected one of {', '.join(POTENTIALS)}, got {potential!r}")
+        raise ConfigError(
+            "potential", f"expected one of {', '.join(POTENTIALS)}, got {potential!r}"
+        )
     if scheme not in SCHEMES:
         raise ConfigError("scheme", f"expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     if ess_target is not None and not (num_particles > 1 and 1 / num_particles < ess_target < 1):
-        raise ConfigError("ess_target", f"expected a share of the particles in (1/{num_particles}, 1), got {ess_target!r}")
+        raise ConfigError(
+            "ess_target",
+            f"expected a share of the particles in (1/{num_particles}, 1), got {ess_target!r}",
+        )
     if ess_threshold is not None and not ess_threshold >= 0:
         raise ConfigError(
-            "ess_threshold", f"expected a share of the particles >= 0 (0 never resamples, 1 always), got {ess_threshold!r}"
+            "ess_threshold",
+            f"expected a share of the particles >= 0 (0 never resamples, 1 always), got {ess_threshold!r}",
         )
     if adaptive_tempering is not None and not 0 < adaptive_tempering < 1:
-        raise ConfigError("adaptive_tempering", f"expected a share of the particles in (0, 1), got {adaptive_tempering!r}")
+        raise ConfigError(
+            "adaptive_tempering",
+            f"expected a share of the particles in (0, 1), got {adaptive_tempering!r}",
+        )
     if temperatures is not None:
         if potential != "tempered":
-            raise ConfigError("temperatures", f"only potential='tempered' reads them, got potential={potential!r}")
+            raise ConfigError(
+                "temperatures", f"only potential='tempered' reads them, got potential={potential!r}"
+            )
         if not all(0 <= c <= 1 for c in temperatures):
-            raise ConfigError("temperatures", f"expected numbers in [0, 1], got {list(temperatures)!r}")
+            raise ConfigError(
+                "temperatures", f"expected numbers in [0, 1], got {list(temperatures)!r}"
+            )
 
 
 def _per_group(lmbda: float | Sequence[float] | Tensor | None, groups: int) -> Tensor:
@@ -346,5 +395,7 @@ def _per_group(lmbda: float | Sequence[float] | Tensor | None, groups: int) -> T
         return torch.full((groups,), math.nan, dtype=torch.float64)
     values = torch.as_tensor(lmbda, dtype=torch.float64).cpu()
     if values.ndim and values.shape != (groups,):
-        raise ConfigError("lmbda", f"expected one number or one per group ({groups}), got {values.numel()}")
+        raise ConfigError(
+            "lmbda", f"expected one number or one per group ({groups}), got {values.numel()}"
+        )
     return values.expand(groups).clone()

@@ -30,7 +30,11 @@ def ess(log_weights: Tensor) -> Tensor:
 
 
 def resample(
-    weights: Tensor, scheme: str = "systematic", *, generator: Generators = None, uniforms: Tensor | None = None
+    weights: Tensor,
+    scheme: str = "systematic",
+    *,
+    generator: Generators = None,
+    uniforms: Tensor | None = None,
 ) -> Tensor:
     """Draws ancestors.
 
@@ -55,7 +59,9 @@ def resample(
     if weights.ndim != 2:
         raise ConfigError("weights", f"expected (groups, k), got shape {tuple(weights.shape)}")
     if not torch.isfinite(weights).all() or (weights < 0).any() or (weights.sum(1) <= 0).any():
-        raise ConfigError("weights", "expected finite numbers >= 0 with a positive sum in every group")
+        raise ConfigError(
+            "weights", "expected finite numbers >= 0 with a positive sum in every group"
+        )
     groups, k = weights.shape
     count = 1 if scheme == "systematic" else k
     if uniforms is None:
@@ -65,7 +71,8 @@ def resample(
         uniforms = uniforms[:, None] if uniforms.ndim == 1 else uniforms
         if uniforms.shape != (groups, count) or (uniforms < 0).any() or (uniforms >= 1).any():
             raise ConfigError(
-                "uniforms", f"expected {(groups, count)} numbers in [0, 1) for {scheme}, got shape {tuple(uniforms.shape)}"
+                "uniforms",
+                f"expected {(groups, count)} numbers in [0, 1) for {scheme}, got shape {tuple(uniforms.shape)}",
             )
     if scheme == "multinomial":
         return _invert(weights, uniforms)
@@ -77,10 +84,17 @@ def resample(
 def _uniforms(groups: int, count: int, generator: Generators) -> Tensor:
     if generator is None or isinstance(generator, torch.Generator):
         device = generator.device if generator is not None else "cpu"
-        return torch.rand(groups, count, dtype=torch.float64, generator=generator, device=device).cpu()
+        return torch.rand(
+            groups, count, dtype=torch.float64, generator=generator, device=device
+        ).cpu()
     if len(generator) != groups:
         raise ConfigError("generator", f"expected one per group ({groups}), got {len(generator)}")
-    return torch.cat([torch.rand(1, count, dtype=torch.float64, generator=g, device=g.device).cpu() for g in generator])
+    return torch.cat(
+        [
+            torch.rand(1, count, dtype=torch.float64, generator=g, device=g.device).cpu()
+            for g in generator
+        ]
+    )
 
 
 def _invert(weights: Tensor, points: Tensor) -> Tensor:
@@ -103,5 +117,7 @@ def _residual(weights: Tensor, uniforms: Tensor, rounding: float) -> Tensor:
     total = copies.sum(1, keepdim=True)
     slots = torch.arange(k, dtype=torch.float64).expand_as(weights).contiguous()
     kept = torch.searchsorted(copies.cumsum(1), slots, right=True).clamp(max=k - 1)
-    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, weights)  # nothing left over: no slot reads it
+    rest = torch.where(
+        rest.sum(1, keepdim=True) > 0, rest, weights
+    )  # nothing left over: no slot reads it
     return torch.where(slots < total, kept, _invert(rest, uniforms))

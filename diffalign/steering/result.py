@@ -106,7 +106,9 @@ class SteeringResult:
     def resample(self, generator: Generators = None, scheme: str = "systematic") -> list[list[Any]]:
         """K equally weighted images per prompt, with repetitions, [prompt][slot]."""
         picks = resample(self.weights, scheme, generator=generator)
-        return [[row[int(k)] for k in chosen] for row, chosen in zip(self.images, picks, strict=True)]
+        return [
+            [row[int(k)] for k in chosen] for row, chosen in zip(self.images, picks, strict=True)
+        ]
 
     def plot(self, prompt: int = 0, path: str | Path | None = None) -> Image.Image:
         """The lineage tree of one prompt: predicted images at the scored steps, who descends from whom, rewards and weights.
@@ -128,7 +130,11 @@ class SteeringResult:
             return []
         said = []
         total = len(self.prompts)
-        single = int((self.num_roots == 1).sum()) if any(bool(step.resampled.any()) for step in self.steps) else 0
+        single = (
+            int((self.num_roots == 1).sum())
+            if any(bool(step.resampled.any()) for step in self.steps)
+            else 0
+        )
         if single:
             said.append(
                 f"{single} of {total} prompts: all particles descend from one initial noise; they differ little, "
@@ -154,8 +160,16 @@ class SteeringResult:
         steps = []
         for rows in zip(*(part.steps for part in parts), strict=True):
             values = {n: torch.cat([getattr(row, n) for row in rows]) for n in _STEP_TENSORS}
-            pictures = None if rows[0].thumbnails is None else [line for row in rows for line in row.thumbnails or []]
-            steps.append(StepTrace(index=rows[0].index, timestep=rows[0].timestep, thumbnails=pictures, **values))
+            pictures = (
+                None
+                if rows[0].thumbnails is None
+                else [line for row in rows for line in row.thumbnails or []]
+            )
+            steps.append(
+                StepTrace(
+                    index=rows[0].index, timestep=rows[0].timestep, thumbnails=pictures, **values
+                )
+            )
         return cls(
             prompts=[prompt for part in parts for prompt in part.prompts],
             images=[row for part in parts for row in part.images],
@@ -170,4 +184,14 @@ class SteeringResult:
 
 
 _STEP_TENSORS = ("rewards", "log_potentials", "log_weights", "ess", "ancestors", "resampled")
-_TENSORS = ("rewards", "log_weights", "log_z", "lmbda", "roots", "applied", "degenerate", "final_ess", "latents")
+_TENSORS = (
+    "rewards",
+    "log_weights",
+    "log_z",
+    "lmbda",
+    "roots",
+    "applied",
+    "degenerate",
+    "final_ess",
+    "latents",
+)

@@ -26,18 +26,25 @@ class Rewarder:
         ConfigError: `scorer` is none of these.
     """
 
-    def __init__(self, scorer: Any, intermediate: Callable[..., Any] | None = None, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        scorer: Any,
+        intermediate: Callable[..., Any] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         if isinstance(scorer, str):
             from ..rewards.registry import load_scorer
 
             scorer = load_scorer(scorer)
         if not callable(scorer):
             raise ConfigError(
-                "scorer", f"expected a scorer, its name or a function (images, prompts) -> numbers, got {type(scorer).__name__}"
+                "scorer",
+                f"expected a scorer, its name or a function (images, prompts) -> numbers, got {type(scorer).__name__}",
             )
         if intermediate is not None and not callable(intermediate):
             raise ConfigError(
-                "intermediate_reward", f"expected a function (latents, prompts) -> numbers, got {type(intermediate).__name__}"
+                "intermediate_reward",
+                f"expected a function (latents, prompts) -> numbers, got {type(intermediate).__name__}",
             )
         self.scorer, self.intermediate, self.batch_size = scorer, intermediate, batch_size
         self.prompts: list[str] = []
@@ -46,7 +53,9 @@ class Rewarder:
         self.calls = self.images = 0
         self.seconds = 0.0
 
-    def start(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None, k: int) -> Rewarder:
+    def start(
+        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None, k: int
+    ) -> Rewarder:
         """A rewarder for one call: P prompts with k particles each."""
         fresh = Rewarder(self.scorer, self.intermediate, self.batch_size)
         fresh.prompts = [prompt for prompt in prompts for _ in range(k)]
@@ -62,7 +71,9 @@ class Rewarder:
         """`intermediate` of x0hat (P * k, ...), (P, k) float64."""
         assert self.intermediate is not None
         started = time.perf_counter()
-        values = self._read(self.intermediate(x0, list(self.prompts)), len(self.prompts), "intermediate_reward")
+        values = self._read(
+            self.intermediate(x0, list(self.prompts)), len(self.prompts), "intermediate_reward"
+        )
         self.seconds += time.perf_counter() - started
         self.calls += 1
         return values.unflatten(0, (-1, self.k))
@@ -93,7 +104,9 @@ class Rewarder:
         facts = None if self.metadata is None else [self.metadata[i] for i in places]
         if isinstance(self.scorer, Scorer):
             needs = self.scorer.spec.requires
-            size: dict[str, Any] = {} if self.batch_size is None else {"batch_size": self.batch_size}
+            size: dict[str, Any] = (
+                {} if self.batch_size is None else {"batch_size": self.batch_size}
+            )
             given = (texts if "prompt" in needs else None, facts if "metadata" in needs else None)
             values = self._read(self.scorer(list(images), *given, **size), len(images), "scorer")
             self.calls += 1
@@ -113,11 +126,15 @@ class Rewarder:
         try:
             found = torch.as_tensor(values).detach().to("cpu", torch.float64)
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"{who}: expected {expected} numbers, got {type(values).__name__}") from None
+            raise UserError(
+                f"{who}: expected {expected} numbers, got {type(values).__name__}"
+            ) from None
         if found.ndim == 2 and found.shape[1] == 1:
             found = found[:, 0]
         if found.shape != (expected,):
-            raise UserError(f"{who}: expected {expected} numbers for {expected} images, got shape {tuple(found.shape)}")
+            raise UserError(
+                f"{who}: expected {expected} numbers for {expected} images, got shape {tuple(found.shape)}"
+            )
         return found
 
 
@@ -127,7 +144,9 @@ def _as_pil(images: Sequence[Any]) -> Sequence[Any]:
 
     first = images[0]
     if isinstance(first, Tensor) and first.ndim == 3 and first.is_floating_point():
-        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(list(images)).float()))
+        return VaeImageProcessor.numpy_to_pil(
+            VaeImageProcessor.pt_to_numpy(torch.stack(list(images)).float())
+        )
     if isinstance(first, np.ndarray) and first.ndim == 3 and first.dtype.kind == "f":
         return VaeImageProcessor.numpy_to_pil(np.stack(images))
     return images

@@ -14,14 +14,21 @@ def check_schedule(steps: Sequence[int | float] | None) -> None:
     if steps is None:
         return
     if isinstance(steps, (str, bytes, int, float)):
-        raise ConfigError("resample_steps", f"expected a sequence such as (0.2, 0.5) or (10, 20), got {steps!r}")
+        raise ConfigError(
+            "resample_steps", f"expected a sequence such as (0.2, 0.5) or (10, 20), got {steps!r}"
+        )
     for step in steps:
         if isinstance(step, bool) or not isinstance(step, (int, float)):
             raise ConfigError("resample_steps", f"expected indices or fractions, got {step!r}")
         if isinstance(step, float) and not 0 <= step < 1:
-            raise ConfigError("resample_steps", f"a fraction of the run lies in [0, 1), got {step!r}; indices are ints")
+            raise ConfigError(
+                "resample_steps",
+                f"a fraction of the run lies in [0, 1), got {step!r}; indices are ints",
+            )
         if step < 0:
-            raise ConfigError("resample_steps", f"an index is >= 0, counted from the noise, got {step}")
+            raise ConfigError(
+                "resample_steps", f"an index is >= 0, counted from the noise, got {step}"
+            )
 
 
 def schedule(steps: Sequence[int | float] | None, num_steps: int) -> list[int]:
@@ -36,14 +43,22 @@ def schedule(steps: Sequence[int | float] | None, num_steps: int) -> list[int]:
     """
     check_schedule(steps)
     chosen = DEFAULT_FRACTIONS if steps is None else steps
-    found = [min(int(s * num_steps + 1e-9), num_steps - 1) if isinstance(s, float) else int(s) for s in chosen]
+    found = [
+        min(int(s * num_steps + 1e-9), num_steps - 1) if isinstance(s, float) else int(s)
+        for s in chosen
+    ]
     outside = [s for s in found if s >= num_steps]
     if outside:
-        raise ConfigError("resample_steps", f"{outside[0]} lies outside the run of {num_steps} steps (0 to {num_steps - 1})")
+        raise ConfigError(
+            "resample_steps",
+            f"{outside[0]} lies outside the run of {num_steps} steps (0 to {num_steps - 1})",
+        )
     return sorted(set(found))
 
 
-def check_temperatures(potential: str, temperatures: Sequence[float] | None, scored: int) -> list[float] | None:
+def check_temperatures(
+    potential: str, temperatures: Sequence[float] | None, scored: int
+) -> list[float] | None:
     """One temperature per scored step for ``tempered`` (rising to 1 by default), else None.
 
     Raises:
@@ -54,5 +69,7 @@ def check_temperatures(potential: str, temperatures: Sequence[float] | None, sco
     if temperatures is None:
         return [(j + 1) / scored for j in range(scored)]
     if len(temperatures) != scored:
-        raise ConfigError("temperatures", f"expected one per scored step ({scored}), got {len(temperatures)}")
+        raise ConfigError(
+            "temperatures", f"expected one per scored step ({scored}), got {len(temperatures)}"
+        )
     return list(temperatures)

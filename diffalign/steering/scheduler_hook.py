@@ -82,7 +82,12 @@ def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
     """
 
     def mine(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim == like.ndim and value.ndim > 1 and value.shape[0] == len(index)
+        return (
+            isinstance(value, Tensor)
+            and value.ndim == like.ndim
+            and value.ndim > 1
+            and value.shape[0] == len(index)
+        )
 
     found = []
     for name, value in vars(scheduler).items():

@@ -131,7 +131,9 @@ def aggregate(rewards: Tensor, how: str, lmbda: float | Tensor) -> Tensor:
         return mean
     kept = torch.where(missing, torch.full_like(rewards, -math.inf), rewards)
     if how == "lme":
-        return torch.where(count > 0, kept.logsumexp(-1) - count.log(), torch.full_like(mean, math.nan))
+        return torch.where(
+            count > 0, kept.logsumexp(-1) - count.log(), torch.full_like(mean, math.nan)
+        )
     tilt = torch.as_tensor(lmbda, dtype=torch.float64).reshape(-1, 1)
     usable = (tilt > 0).expand_as(mean)
     tilt = torch.where(tilt > 0, tilt, torch.ones_like(tilt))
@@ -174,7 +176,9 @@ def run(
         UserError: rewards of the wrong shape, +inf, or a group of NaN only.
     """
     if aggregate not in AGGREGATES:
-        raise ConfigError("aggregate", f"expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+        raise ConfigError(
+            "aggregate", f"expected one of {', '.join(AGGREGATES)}, got {aggregate!r}"
+        )
     check_options(
         num_particles=num_particles,
         lmbda=lmbda,
@@ -196,7 +200,9 @@ def run(
         ess_threshold=ess_threshold,
         adaptive_tempering=adaptive_tempering,
         temperatures=check_temperatures(potential, temperatures, len(steps)),
-        generator=resample_generator if resample_generator is not None else resampling_stream(generator),
+        generator=resample_generator
+        if resample_generator is not None
+        else resampling_stream(generator),
     )
     state = model.init(groups, num_particles, generator)
     prepare = getattr(model, "prepare", None)
@@ -204,7 +210,9 @@ def run(
     for i in range(model.num_steps):
         state = prepare(state, i) if prepare is not None else state
         if i in steps:
-            ancestors = trace.score(weights, _collect(reward(model.predict_x0(state, i)), aggregate, weights))
+            ancestors = trace.score(
+                weights, _collect(reward(model.predict_x0(state, i)), aggregate, weights)
+            )
             state = state if ancestors is None else model.index(state, ancestors)
         before, state = state, model.propose(state, i, generator)
         if _is_tilted(before, state):
@@ -240,11 +248,15 @@ class _Trace:
         self.ess.append(ess(weights.log_weights))
         ancestors = weights.resample()
         groups, k = weights.shape
-        self.ancestors.append(torch.arange(k).expand(groups, -1) if ancestors is None else ancestors)
+        self.ancestors.append(
+            torch.arange(k).expand(groups, -1) if ancestors is None else ancestors
+        )
         self.resampled.append(weights.resampled)
         return ancestors
 
-    def result(self, particles: Any, rewards: Tensor, weights: ParticleWeights, steps: list[int]) -> SMCResult:
+    def result(
+        self, particles: Any, rewards: Tensor, weights: ParticleWeights, steps: list[int]
+    ) -> SMCResult:
         groups, k = weights.shape
         empty = torch.zeros(0, groups, k, dtype=torch.float64)
         return SMCResult(
@@ -257,7 +269,9 @@ class _Trace:
             step_rewards=torch.stack(self.rewards) if steps else empty,
             log_potentials=torch.stack(self.log_g) if steps else empty,
             ancestors=torch.stack(self.ancestors) if steps else empty.long(),
-            resampled=torch.stack(self.resampled) if steps else torch.zeros(0, groups, dtype=torch.bool),
+            resampled=torch.stack(self.resampled)
+            if steps
+            else torch.zeros(0, groups, dtype=torch.bool),
             ess=torch.stack([*self.ess, ess(weights.log_weights)]),
             roots=weights.roots,
             applied=weights.applied,
@@ -270,8 +284,12 @@ def _collect(rewards: Any, how: str, weights: ParticleWeights) -> Tensor:
     rewards = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
     if rewards.ndim == 3:
         if torch.isposinf(rewards).any():
-            raise UserError("reward: the scorer returned +inf, which no finite weight can follow; return a finite number")
+            raise UserError(
+                "reward: the scorer returned +inf, which no finite weight can follow; return a finite number"
+            )
         rewards = aggregate(rewards, how, weights.lmbda)
     if rewards.shape != weights.shape:
-        raise UserError(f"reward: expected {weights.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}")
+        raise UserError(
+            f"reward: expected {weights.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}"
+        )
     return rewards

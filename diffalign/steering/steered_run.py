@@ -15,7 +15,14 @@ from ..generation.micro_batches import Batches
 from ..runtime.missing import Missing, check_any, read_output
 from .decoding import LatentDecoder
 from .kernels import AUTO, draw, transition
-from .noise_levels import as_clipped, clean_prediction, is_stochastic, read_coordinates, step_index, step_parameters
+from .noise_levels import (
+    as_clipped,
+    clean_prediction,
+    is_stochastic,
+    read_coordinates,
+    step_index,
+    step_parameters,
+)
 from .resampling import ess
 from .result import SteeringResult
 from .reward_fn import Rewarder
@@ -64,8 +71,18 @@ class SteeredRun:
         on_step: Callable[[StepTrace], None] | None = None,
     ) -> None:
         self.on_step = on_step
-        self.options, self.weighting, self.rewarder, self.decoder = options, weighting, rewarder, decoder
-        self.streams, self.models, self.groups, self.k = streams, models, groups, options.num_particles
+        self.options, self.weighting, self.rewarder, self.decoder = (
+            options,
+            weighting,
+            rewarder,
+            decoder,
+        )
+        self.streams, self.models, self.groups, self.k = (
+            streams,
+            models,
+            groups,
+            options.num_particles,
+        )
         self.scheduler = options.pipe.scheduler
         self.kernel = options.kernel
         self.rows = groups * self.k
@@ -120,17 +137,29 @@ class SteeredRun:
                 f"pipe: it steps at timestep {now:g}, which is not in its scheduler's time grid; it cannot be steered from outside"
             )
         self.first_position = times.index(now)
-        calls = getattr(self.options.pipe, "num_timesteps", None) or len(times) - self.first_position
+        calls = (
+            getattr(self.options.pipe, "num_timesteps", None) or len(times) - self.first_position
+        )
         # Second-order schedulers list every inner point twice, except the first.
-        self.num_steps = (calls + 1) // 2 if hasattr(self.scheduler, "state_in_first_order") else calls
+        self.num_steps = (
+            (calls + 1) // 2 if hasattr(self.scheduler, "state_in_first_order") else calls
+        )
         self.steps = schedule(self.options.resample_steps, self.num_steps)
         weighting = dict(self.weighting)
-        weighting["temperatures"] = check_temperatures(weighting["potential"], weighting["temperatures"], len(self.steps))
-        self.weights = ParticleWeights(self.groups, self.k, generator=self.streams.resampling, **weighting)
+        weighting["temperatures"] = check_temperatures(
+            weighting["potential"], weighting["temperatures"], len(self.steps)
+        )
+        self.weights = ParticleWeights(
+            self.groups, self.k, generator=self.streams.resampling, **weighting
+        )
         resampling = self.k > 1 and bool(self.steps) and self.weighting["ess_threshold"] != 0
         if self.kernel == AUTO:
             replaced = self.scheduler.config.get("stochastic_sampling", False)
-            self.kernel = None if is_stochastic(self.scheduler, arguments, self.first_position) and not replaced else "ddim"
+            self.kernel = (
+                None
+                if is_stochastic(self.scheduler, arguments, self.first_position) and not replaced
+                else "ddim"
+            )
         elif resampling and self.kernel is None:
             self._check_noise(arguments)
 
@@ -146,7 +175,11 @@ class SteeredRun:
             self.models.same_as = torch.arange(self.rows)
         elif not random:
             takes_eta = "eta" in step_parameters(self.scheduler) and "CogVideo" not in name
-            remedy = "pass eta=1.0 to the call, or use kernel='ddim'" if takes_eta else "use kernel='ddim'"
+            remedy = (
+                "pass eta=1.0 to the call, or use kernel='ddim'"
+                if takes_eta
+                else "use kernel='ddim'"
+            )
             raise UserError(
                 f"scheduler: {name} is deterministic as it is called, so copies of a particle would stay equal; {remedy} "
                 "(or mode='prune' to only drop the worst)"
@@ -164,7 +197,10 @@ class SteeredRun:
             self.decode_seconds += time.perf_counter() - started
             rewards = self.rewarder.of_images(images)
             blank = self._blank(images)
-            thumbnails = [[_thumbnail(image) for image in images[p * self.k : (p + 1) * self.k]] for p in range(self.groups)]
+            thumbnails = [
+                [_thumbnail(image) for image in images[p * self.k : (p + 1) * self.k]]
+                for p in range(self.groups)
+            ]
         log_g = self.weights.update(rewards, blank)
         log_weights = self.weights.log_weights
         ancestors = self.weights.resample()
@@ -189,11 +225,15 @@ class SteeredRun:
 
     def _blank(self, images: Sequence[Any]) -> Tensor:
         """(groups, k): where there is no image."""
-        return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(0, (self.groups, self.k))
+        return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(
+            0, (self.groups, self.k)
+        )
 
     def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
         """The clean predictions as the scheduler uses them."""
-        output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
+        output, sample, timestep = (
+            arguments[name] for name in ("model_output", "sample", "timestep")
+        )
         if self.options.predict_x0 is not None:
             return self.options.predict_x0(self.scheduler, output, timestep, sample)
         now, _ = read_coordinates(self.scheduler, timestep, position)
@@ -210,7 +250,9 @@ class SteeredRun:
             first = {int(value): row for row, value in reversed(list(enumerate(lineage.tolist())))}
             self.models.same_as = torch.tensor([first[int(value)] for value in lineage])
 
-    def _propose(self, arguments: dict[str, Any], original: Callable[..., Any], position: int) -> Any:
+    def _propose(
+        self, arguments: dict[str, Any], original: Callable[..., Any], position: int
+    ) -> Any:
         if self.kernel is not None:
             return self._own_step(arguments, position)
         device = arguments["sample"].device
@@ -228,7 +270,9 @@ class SteeredRun:
             raise UserError(
                 f"kernel: {type(self.scheduler).__name__} calls the model twice per step; use a first-order scheduler, e.g. DDIM or Euler"
             )
-        output, sample, timestep = (arguments[name] for name in ("model_output", "sample", "timestep"))
+        output, sample, timestep = (
+            arguments[name] for name in ("model_output", "sample", "timestep")
+        )
         now, then = read_coordinates(self.scheduler, timestep, position)
         x0 = self._clean(arguments, position)
         # DDIM keeps the model's noise estimate, whatever is clipped; other schedulers derive it from the clipped prediction.
@@ -237,7 +281,12 @@ class SteeredRun:
         assert self.kernel is not None and self.options.eta is not None
         mean, std = transition(self.kernel, self.options.eta, output, sample, x0, now, then, raw)
         given = arguments.get("generator")
-        moved = draw(mean, std, self.streams.steps if self.streams.replace or given is None else given, sample.dtype)
+        moved = draw(
+            mean,
+            std,
+            self.streams.steps if self.streams.replace or given is None else given,
+            sample.dtype,
+        )
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = step_index(self.scheduler, timestep) + 1
         if not arguments.get("return_dict", True):
@@ -246,14 +295,18 @@ class SteeredRun:
 
         return SchedulerOutput(prev_sample=moved)
 
-    def result(self, output: Any, prompts: list[str], seconds: float, finite: Sequence[bool] = ()) -> SteeringResult:
+    def result(
+        self, output: Any, prompts: list[str], seconds: float, finite: Sequence[bool] = ()
+    ) -> SteeringResult:
         """Closes the weights with the rewards of the returned images.
 
         Raises:
             UserError: the pipeline made no step, stopped before a scored one, or returned something else than its images.
         """
         if self.weights is None or self.latents is None:
-            raise UserError("pipe: it never called the step of pipe.scheduler, so it cannot be steered from outside")
+            raise UserError(
+                "pipe: it never called the step of pipe.scheduler, so it cannot be steered from outside"
+            )
         missed = [i for i in self.steps if i >= self.intervals]
         if missed:
             raise UserError(
@@ -286,7 +339,11 @@ class SteeredRun:
                 "reward_calls": self.rewarder.calls,
                 "scored_images": self.rewarder.images,
             },
-            seconds={"total": seconds, "decode": self.decode_seconds, "reward": self.rewarder.seconds},
+            seconds={
+                "total": seconds,
+                "decode": self.decode_seconds,
+                "reward": self.rewarder.seconds,
+            },
             nan_count=weights.nan_count,
             kernel=self.kernel,
         )

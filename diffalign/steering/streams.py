@@ -53,13 +53,17 @@ class Streams:
     replace: bool
 
     @classmethod
-    def make(cls, generator: Any, seeds: list[int] | None, resampling: Any, k: int, groups: int) -> Streams:
+    def make(
+        cls, generator: Any, seeds: list[int] | None, resampling: Any, k: int, groups: int
+    ) -> Streams:
         """From the user's generator (or one per row), or from one seed per prompt."""
         if seeds is not None:
             slots = [(seed, j) for seed in seeds for j in range(k)]
             initial = [stream(seed, "initial", j) for seed, j in slots]
             steps = [stream(seed, "steps", j) for seed, j in slots]
-            return cls(initial, steps, resampling or [stream(seed, "resampling") for seed in seeds], True)
+            return cls(
+                initial, steps, resampling or [stream(seed, "resampling") for seed in seeds], True
+            )
         if isinstance(generator, (list, tuple)):
             keys = [state_key(one) for one in generator]
             steps = [stream(key, "steps") for key in keys]

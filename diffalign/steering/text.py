@@ -43,7 +43,9 @@ class TextReward:
         calls, scored: calls of the scorer, and texts it saw.
     """
 
-    def __init__(self, decode: Callable[[list[list[int]]], Sequence[str]], scorer: Callable[[list[str]], Any]) -> None:
+    def __init__(
+        self, decode: Callable[[list[list[int]]], Sequence[str]], scorer: Callable[[list[str]], Any]
+    ) -> None:
         self.decode, self.scorer = decode, scorer
         self.calls = self.scored = 0
 
@@ -61,11 +63,15 @@ class TextReward:
         distinct = list(dict.fromkeys(texts))
         values = torch.as_tensor(self.scorer(distinct)).detach().to("cpu", torch.float64).flatten()
         if len(values) != len(distinct):
-            raise UserError(f"scorer: expected {len(distinct)} numbers for {len(distinct)} texts, got {len(values)}")
+            raise UserError(
+                f"scorer: expected {len(distinct)} numbers for {len(distinct)} texts, got {len(values)}"
+            )
         self.calls += 1
         self.scored += len(distinct)
         table = dict(zip(distinct, values.tolist(), strict=True))
-        return torch.tensor([table[text] for text in texts], dtype=torch.float64).reshape(tokens.shape[:-1])
+        return torch.tensor([table[text] for text in texts], dtype=torch.float64).reshape(
+            tokens.shape[:-1]
+        )
 
 
 @dataclass
@@ -146,20 +152,31 @@ class FKTextSteering:
     ) -> None:
         if denoiser is None or tokenizer is None:
             if denoiser is not None or tokenizer is not None:
-                raise ConfigError("tokenizer", "give denoiser and tokenizer, or None for both (the embedded ones)")
+                raise ConfigError(
+                    "tokenizer", "give denoiser and tokenizer, or None for both (the embedded ones)"
+                )
             from ..shapes.text_denoiser import load_text_denoiser
 
             denoiser, tokenizer = load_text_denoiser()
         schedule = steering.get("resample_steps")
         check_options(
             num_particles=num_particles,
-            **{k: v for k, v in steering.items() if k not in ("resample_steps", "aggregate", "resample_generator")},
+            **{
+                k: v
+                for k, v in steering.items()
+                if k not in ("resample_steps", "aggregate", "resample_generator")
+            },
         )
         check_schedule(schedule)
         if num_particles == 1 and schedule:
-            raise ConfigError("num_particles", "1 particle cannot be resampled; give at least 2, or leave out resample_steps")
+            raise ConfigError(
+                "num_particles",
+                "1 particle cannot be resampled; give at least 2, or leave out resample_steps",
+            )
         if not callable(scorer):
-            raise ConfigError("scorer", f"expected a function of a list of texts, got {type(scorer).__name__}")
+            raise ConfigError(
+                "scorer", f"expected a function of a list of texts, got {type(scorer).__name__}"
+            )
         known = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
         self.mask_token_id = len(tokenizer) if known is None else int(known)
         self.length = length or int(tokenizer.model_max_length)
@@ -176,10 +193,16 @@ class FKTextSteering:
 
     def _model(self, template: Tensor | None) -> MaskedDiffusion:
         return MaskedDiffusion(
-            self.denoiser, mask_token_id=self.mask_token_id, length=self.length, template=template, **self.options
+            self.denoiser,
+            mask_token_id=self.mask_token_id,
+            length=self.length,
+            template=template,
+            **self.options,
         )
 
-    def __call__(self, prompts: str | Sequence[str] = "", *, seed: int | Sequence[int] = 0) -> TextSteeringResult:
+    def __call__(
+        self, prompts: str | Sequence[str] = "", *, seed: int | Sequence[int] = 0
+    ) -> TextSteeringResult:
         """Draws and steers K texts for every prompt.
 
         Args:
@@ -191,16 +214,28 @@ class FKTextSteering:
             UserError: a prompt as long as the text, rewards that do not fit.
         """
         given = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed + i for i in range(len(given))] if isinstance(seed, int) else [int(s) for s in seed]
+        seeds = (
+            [seed + i for i in range(len(given))]
+            if isinstance(seed, int)
+            else [int(s) for s in seed]
+        )
         if not given or len(seeds) != len(given):
-            raise ConfigError("prompts", f"expected at least one, and as many seeds ({len(seeds)}), got {len(given)}")
+            raise ConfigError(
+                "prompts",
+                f"expected at least one, and as many seeds ({len(seeds)}), got {len(given)}",
+            )
         template = torch.full((len(given), self.length), self.mask_token_id)
         for row, text in zip(template, given, strict=True):
             ids = self._prefix(text)
             if len(ids) >= self.length:
-                raise UserError(f"prompts: {text!r:.60} has {len(ids)} tokens, the whole text only {self.length}; shorten it")
+                raise UserError(
+                    f"prompts: {text!r:.60} has {len(ids)} tokens, the whole text only {self.length}; shorten it"
+                )
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        reward = TextReward(lambda tokens: self.tokenizer.batch_decode(tokens, skip_special_tokens=True), self.scorer)
+        reward = TextReward(
+            lambda tokens: self.tokenizer.batch_decode(tokens, skip_special_tokens=True),
+            self.scorer,
+        )
         result = run(
             self._model(template),
             reward,
@@ -211,12 +246,18 @@ class FKTextSteering:
         )
         texts = reward.texts(result.particles.flatten(0, 1))
         k = self.num_particles
-        return TextSteeringResult(given, [texts[p * k : (p + 1) * k] for p in range(len(given))], result)
+        return TextSteeringResult(
+            given, [texts[p * k : (p + 1) * k] for p in range(len(given))], result
+        )
 
     def _prefix(self, text: str) -> list[int]:
         """Token ids of the clamped beginning: the start token where the tokenizer has one, and the text's, without an end."""
         if not text.strip():
             return []
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.cls_token_id
+        start = (
+            self.tokenizer.bos_token_id
+            if self.tokenizer.bos_token_id is not None
+            else self.tokenizer.cls_token_id
+        )
         return ids if start is None else [start, *ids]

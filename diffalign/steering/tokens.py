@@ -38,7 +38,10 @@ class TokenState:
     def index(self, ancestors: Tensor) -> TokenState:
         """The particles ``ancestors`` (groups, k)."""
         rows = torch.arange(len(ancestors))[:, None]
-        return TokenState(self.tokens[rows, ancestors], None if self.prediction is None else self.prediction[rows, ancestors])
+        return TokenState(
+            self.tokens[rows, ancestors],
+            None if self.prediction is None else self.prediction[rows, ancestors],
+        )
 
 
 class TokenModel:
@@ -79,10 +82,15 @@ class TokenModel:
                 raise ConfigError(name, f"expected int >= 1, got {value!r}")
         if not 0 < temperature < math.inf:
             raise ConfigError(
-                "temperature", f"expected a number above 0, got {temperature!r}; at 0 all particles would be the same text"
+                "temperature",
+                f"expected a number above 0, got {temperature!r}; at 0 all particles would be the same text",
             )
         self.denoiser, self.length, self.num_steps = denoiser, length, num_steps
-        self.temperature, self.num_x0_samples, self.batch_size = float(temperature), num_x0_samples, batch_size
+        self.temperature, self.num_x0_samples, self.batch_size = (
+            float(temperature),
+            num_x0_samples,
+            batch_size,
+        )
         self.network_rows = 0
         self._x0_stream: Generators = None
 
@@ -106,7 +114,9 @@ class TokenModel:
         self.network_rows += len(flat)
         found = torch.cat(parts)
         if found.ndim != 3 or found.shape[:2] != flat.shape:
-            raise UserError(f"denoiser: expected logits {(*flat.shape, 'vocabulary')}, got shape {tuple(found.shape)}")
+            raise UserError(
+                f"denoiser: expected logits {(*flat.shape, 'vocabulary')}, got shape {tuple(found.shape)}"
+            )
         return found.unflatten(0, tokens.shape[:2])
 
     def start_x0_stream(self, generator: Generators) -> None:
@@ -122,7 +132,9 @@ class TokenModel:
         """Independent draws per position, (groups, k, length, vocabulary) -> (groups, k, num_x0_samples, length)."""
         groups, k, length, _ = probabilities.shape
         noise = uniforms((groups, k, self.num_x0_samples, length), self._x0_stream)
-        return categorical(probabilities[:, :, None].expand(-1, -1, self.num_x0_samples, -1, -1), noise)
+        return categorical(
+            probabilities[:, :, None].expand(-1, -1, self.num_x0_samples, -1, -1), noise
+        )
 
     def index(self, state: TokenState, ancestors: Tensor) -> TokenState:
         return state.index(ancestors)
@@ -173,9 +185,15 @@ class MaskedDiffusion(TokenModel):
 
     def init(self, groups: int, num_particles: int, generator: Generators) -> TokenState:
         self.start_x0_stream(generator)
-        template = torch.full((self.length,), self.mask_token_id) if self.template is None else self.template.long().cpu()
+        template = (
+            torch.full((self.length,), self.mask_token_id)
+            if self.template is None
+            else self.template.long().cpu()
+        )
         if template.ndim == 2 and len(template) != groups:
-            raise ConfigError("template", f"expected one, or one per group ({groups}), got {len(template)}")
+            raise ConfigError(
+                "template", f"expected one, or one per group ({groups}), got {len(template)}"
+            )
         template = template if template.ndim == 2 else template.expand(groups, -1)
         return TokenState(template[:, None].repeat(1, num_particles, 1))
 
@@ -199,11 +217,15 @@ class MaskedDiffusion(TokenModel):
         noise = uniforms((shape[0], shape[1], 2, shape[2]), generator)
         # (t - s) / t with t = 1 - i / N: the last step reveals everything, whatever the rounding.
         hidden = state.tokens == self.mask_token_id
-        revealed = hidden & ((noise[:, :, 0] < 1 / (self.num_steps - i)) | (i == self.num_steps - 1))
+        revealed = hidden & (
+            (noise[:, :, 0] < 1 / (self.num_steps - i)) | (i == self.num_steps - 1)
+        )
         log_tau = state.prediction
         if self.guidance is not None:
             extra = self.guidance(state.tokens.flatten(0, 1), state.prediction.flatten(0, 1), i)
-            log_tau = (state.prediction + extra.to("cpu", torch.float64).unflatten(0, shape[:2])).log_softmax(-1)
+            log_tau = (
+                state.prediction + extra.to("cpu", torch.float64).unflatten(0, shape[:2])
+            ).log_softmax(-1)
         drawn = categorical(log_tau.exp(), noise[:, :, 1])
         tokens = torch.where(revealed, drawn, state.tokens)
         if self.guidance is None:
@@ -245,7 +267,9 @@ class UniformDiffusion(TokenModel):
             batch_size=batch_size,
         )
         if type(scheduler).__name__ != "DiscreteDDIMScheduler":
-            raise ConfigError("scheduler", f"expected a DiscreteDDIMScheduler, got {type(scheduler).__name__}")
+            raise ConfigError(
+                "scheduler", f"expected a DiscreteDDIMScheduler, got {type(scheduler).__name__}"
+            )
         if vocab_size < 2:
             raise ConfigError("vocab_size", f"expected int >= 2, got {vocab_size}")
         self.scheduler, self.vocab_size = scheduler, vocab_size
@@ -271,23 +295,35 @@ class UniformDiffusion(TokenModel):
         return TokenState(tokens)
 
     def _step(self, logits: Tensor, i: int, tokens: Tensor, generator: Any) -> Tensor:
-        return self.scheduler.step(logits, i, tokens, temperature=self.temperature, generator=generator).prev_sample
+        return self.scheduler.step(
+            logits, i, tokens, temperature=self.temperature, generator=generator
+        ).prev_sample
 
     def _correct(self, logits: Tensor, i: int, tokens: Tensor, generator: Any) -> Tensor:
-        return self.scheduler.step_correct(logits / self.temperature, i, tokens, generator=generator).prev_sample
+        return self.scheduler.step_correct(
+            logits / self.temperature, i, tokens, generator=generator
+        ).prev_sample
 
     @staticmethod
-    def _per_group(action: Callable[..., Tensor], generator: Generators, logits: Tensor, tokens: Tensor, i: int) -> Tensor:
+    def _per_group(
+        action: Callable[..., Tensor], generator: Generators, logits: Tensor, tokens: Tensor, i: int
+    ) -> Tensor:
         if generator is None or isinstance(generator, torch.Generator):
-            return action(logits.flatten(0, 1), i, tokens.flatten(0, 1), generator).unflatten(0, tokens.shape[:2])
-        return torch.stack([action(logits[g], i, tokens[g], one) for g, one in enumerate(generator)])
+            return action(logits.flatten(0, 1), i, tokens.flatten(0, 1), generator).unflatten(
+                0, tokens.shape[:2]
+            )
+        return torch.stack(
+            [action(logits[g], i, tokens[g], one) for g, one in enumerate(generator)]
+        )
 
 
 def categorical(probabilities: Tensor, noise: Tensor) -> Tensor:
     """Tokens by inversion in float64, (..., vocabulary) and uniform numbers (...) -> (...) int64; zero probabilities are never drawn."""
     cumulated = probabilities.cumsum(-1)
     cumulated = cumulated / cumulated[..., -1:]
-    found = torch.searchsorted(cumulated.contiguous(), noise[..., None].contiguous(), right=True)[..., 0]
+    found = torch.searchsorted(cumulated.contiguous(), noise[..., None].contiguous(), right=True)[
+        ..., 0
+    ]
     alive = probabilities > 0
     last = probabilities.shape[-1] - 1 - alive.flip(-1).to(torch.int8).argmax(-1)
     return torch.minimum(found, last)
@@ -297,4 +333,6 @@ def uniforms(shape: tuple[int, ...], generator: Generators) -> Tensor:
     """Uniform numbers in float64; with one generator per group, the first dimension's."""
     if generator is None or isinstance(generator, torch.Generator):
         return torch.rand(shape, dtype=torch.float64, generator=generator)
-    return torch.stack([torch.rand(shape[1:], dtype=torch.float64, generator=one) for one in generator])
+    return torch.stack(
+        [torch.rand(shape[1:], dtype=torch.float64, generator=one) for one in generator]
+    )

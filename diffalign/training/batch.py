@@ -45,7 +45,10 @@ class Batch:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One CPU generator per row for a method's own draws, the same in any batch, process and resumed run."""
-        return [row_generator(self.seed, row, epoch, purpose) for row, epoch in zip(self.row_ids, self.epochs, strict=True)]
+        return [
+            row_generator(self.seed, row, epoch, purpose)
+            for row, epoch in zip(self.row_ids, self.epochs, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.x0)

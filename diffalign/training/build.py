@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from torch.nn import Parameter
 
 from ..backbones import Backbone
@@ -35,24 +39,35 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
     """
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.mixed_precision", "fp16 needs a GPU; use bf16 or no")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != args.mixed_precision:
+    if (
+        AcceleratorState._shared_state
+        and AcceleratorState().mixed_precision != args.mixed_precision
+    ):
         # accelerate keeps one precision for ever; a second trainer in a notebook may want another.
         AcceleratorState._reset_state(reset_partial_state=False)
     # Started by torchrun on a machine without accelerators, accelerate would let every process train for itself.
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    several_on_cpu = (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    )
     try:
         return Accelerator(
             cpu=several_on_cpu,
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=passes, sync_with_dataloader=False
+            ),
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+            project_config=ProjectConfiguration(
+                project_dir=str(output_dir), logging_dir=str(output_dir / "logs")
+            ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
     except (ValueError, ImportError) as error:
         if args.report_to == "none":
             raise
-        raise ConfigError("train.report_to", f"{args.report_to!r} cannot be used ({' '.join(str(error).split())})") from error
+        raise ConfigError(
+            "train.report_to", f"{args.report_to!r} cannot be used ({' '.join(str(error).split())})"
+        ) from error
 
 
 def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraConfig | None) -> Any:
@@ -64,10 +79,13 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     _check_adapters(backbone)
     if peft_config is not None:
         check_peft_config(peft_config)
-    network = backbone.load_network(DTYPES[args.mixed_precision] if peft_config is not None else torch.float32)
+    network = backbone.load_network(
+        DTYPES[args.mixed_precision] if peft_config is not None else torch.float32
+    )
     if any("_orig_mod" in name for name, _ in network.named_parameters()):
         raise ConfigError(
-            "model", "parts of the network are compiled (_orig_mod in the names of its weights); pass the plain network"
+            "model",
+            "parts of the network are compiled (_orig_mod in the names of its weights); pass the plain network",
         )
     set_attention(network, args.attention)
     if args.gradient_checkpointing:
@@ -82,7 +100,13 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     try:
         network.add_adapter(config)
     except (ValueError, re.error, NotImplementedError) as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)})
+        linear = sorted(
+            {
+                n.rsplit(".", 1)[-1]
+                for n, m in network.named_modules()
+                if isinstance(m, torch.nn.Linear)
+            }
+        )
         raise ConfigError(
             "lora.target_modules",
             f"{shown(config.target_modules)} matches no module of the {backbone.network_name} that can have a LoRA; its linear layers are "
@@ -109,8 +133,12 @@ def _set_magnitudes(network: Any, precision: str) -> None:
             if not weight.is_floating_point():
                 continue  # quantised
             with torch.autocast(weight.device.type, DTYPES[precision], enabled=precision != "no"):
-                update = part.get_lora_weight(layer.lora_A[name], layer.lora_B[name]).reshape(weight.shape)
-                if weight.ndim == 2:  # linear layers read it in the precision of their input, which is that of the adapter
+                update = part.get_lora_weight(layer.lora_A[name], layer.lora_B[name]).reshape(
+                    weight.shape
+                )
+                if (
+                    weight.ndim == 2
+                ):  # linear layers read it in the precision of their input, which is that of the adapter
                     weight, update = weight.float(), update.float()
                 norm = part.get_weight_norm(weight, update, layer.scaling[name])
             part.weight.copy_(norm.reshape(part.weight.shape))
@@ -140,14 +168,21 @@ def check_peft_config(config: Any) -> None:
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
-        raise ConfigError("peft_config", f"expected a LoraConfig, got {type(config).__name__}; LoRA and DoRA are trained here")
+        raise ConfigError(
+            "peft_config",
+            f"expected a LoraConfig, got {type(config).__name__}; LoRA and DoRA are trained here",
+        )
     for name, plain in (("bias", "none"), ("modules_to_save", None), ("target_parameters", None)):
         value = getattr(config, name, plain)
         if value not in (plain, [], ()):
-            raise ConfigError(f"peft_config.{name}", f"expected {plain!r}, got {shown(value)}: a LoRA file has no place for it")
+            raise ConfigError(
+                f"peft_config.{name}",
+                f"expected {plain!r}, got {shown(value)}: a LoRA file has no place for it",
+            )
     if str(config.init_lora_weights).startswith(_CHANGING_INITS):
         raise ConfigError(
-            "peft_config.init_lora_weights", f"{config.init_lora_weights!r} changes the base weights; use gaussian or the default"
+            "peft_config.init_lora_weights",
+            f"{config.init_lora_weights!r} changes the base weights; use gaussian or the default",
         )
 
 
@@ -160,7 +195,8 @@ def set_attention(network: Any, backend: str) -> None:
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            "train.attention", f"the backend {backend!r} cannot be used here ({reason}); native always can"
+            "train.attention",
+            f"the backend {backend!r} cannot be used here ({reason}); native always can",
         ) from error
 
 

@@ -62,13 +62,27 @@ class TrainOutput:
 class TrainerCallback:
     """Does nothing; every hook takes (args, state, control) and keyword arguments such as `trainer`, `logs`, `metrics`."""
 
-    def on_init_end(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
-    def on_train_begin(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
-    def on_step_end(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
-    def on_log(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
-    def on_evaluate(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
-    def on_save(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
-    def on_train_end(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
+    def on_init_end(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
+    def on_train_begin(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
+    def on_step_end(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
+    def on_log(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
+    def on_evaluate(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
+    def on_save(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
+    def on_train_end(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None: ...
 
 
 class ProgressCallback(TrainerCallback):
@@ -77,18 +91,32 @@ class ProgressCallback(TrainerCallback):
     def __init__(self) -> None:
         self.bar: Any = None
 
-    def on_train_begin(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+    def on_train_begin(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step"
+        )
 
-    def on_step_end(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.update(1)
 
-    def on_log(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         logs, shown = kwargs["logs"], {}
-        for key, name in (("train/loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
+        for key, name in (
+            ("train/loss", "loss"),
+            ("rewards/accuracies", "accuracy"),
+            ("rewards/margins", "margin"),
+        ):
             if key in logs:
                 shown[name] = f"{logs[key]:.4f}" if name == "loss" else f"{logs[key]:.3g}"
         self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.close()

@@ -51,7 +51,11 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first: the rename that gives a folder its name is the last act of saving."""
-    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.match(p.name) and (p / STATE_FILE).is_file()]
+    found = [
+        p
+        for p in output_dir.glob("checkpoint-*")
+        if _NAME.match(p.name) and (p / STATE_FILE).is_file()
+    ]
     return sorted(found, key=checkpoint_step)
 
 
@@ -73,7 +77,9 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
         inside = output_dir / request
         if (inside / STATE_FILE).is_file():
             return inside
-        raise UserError(f"train.resume_from_checkpoint: {request!r} is no checkpoint of diffalign (it has no {STATE_FILE})")
+        raise UserError(
+            f"train.resume_from_checkpoint: {request!r} is no checkpoint of diffalign (it has no {STATE_FILE})"
+        )
     return path
 
 
@@ -82,7 +88,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     answers: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         finite = torch.isfinite(tensor.detach()).all()
-        answers[tensor.device] = finite if tensor.device not in answers else answers[tensor.device] & finite
+        answers[tensor.device] = (
+            finite if tensor.device not in answers else answers[tensor.device] & finite
+        )
     return all(bool(answer) for answer in answers.values())
 
 
@@ -104,7 +112,9 @@ def check_archives(folder: Path, names: Iterable[str]) -> None:
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             damaged = str(error)
         if damaged is not None:
-            raise UserError(f"{folder} is damaged: {name} has a wrong checksum ({damaged}); resume from an earlier checkpoint")
+            raise UserError(
+                f"{folder} is damaged: {name} has a wrong checksum ({damaged}); resume from an earlier checkpoint"
+            )
 
 
 def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
@@ -114,10 +124,18 @@ def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
     from safetensors.torch import load_file
 
     prefix = f"{backbone.network_name}."
-    state = {n.removeprefix(prefix): t for n, t in load_file(folder / LORA_FILE).items() if n.startswith(prefix)}
-    result = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name="default")
+    state = {
+        n.removeprefix(prefix): t
+        for n, t in load_file(folder / LORA_FILE).items()
+        if n.startswith(prefix)
+    }
+    result = set_peft_model_state_dict(
+        network, convert_unet_state_dict_to_peft(state), adapter_name="default"
+    )
     if result is not None and result.unexpected_keys:
-        raise UserError(f"{folder}: the LoRA does not fit this network; unexpected keys {result.unexpected_keys[:3]}")
+        raise UserError(
+            f"{folder}: the LoRA does not fit this network; unexpected keys {result.unexpected_keys[:3]}"
+        )
 
 
 def read_state(values: Any) -> TrainerState:
@@ -170,26 +188,37 @@ class CheckpointManager:
         identity: dict[str, Any],
         ema: Any = None,
     ) -> None:
-        self.accelerator, self.backbone, self.network, self.is_lora = accelerator, backbone, network, is_lora
+        self.accelerator, self.backbone, self.network, self.is_lora = (
+            accelerator,
+            backbone,
+            network,
+            is_lora,
+        )
         self.output_dir, self.limit, self.identity, self.ema = output_dir, limit, identity, ema
         self.parts: list[CheckpointPart] = []
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
-    def _save_weights(self, models: list[Any], weights: list[dict[str, Tensor]], output_dir: str) -> None:
+    def _save_weights(
+        self, models: list[Any], weights: list[dict[str, Tensor]], output_dir: str
+    ) -> None:
         state = weights[0] if weights else None
         if self.accelerator.is_main_process:
             if self.is_lora:
                 self.backbone.save_lora(output_dir, self.network, lora_state(self.network))
             else:
-                self.network.save_pretrained(Path(output_dir) / self.backbone.network_name, state_dict=state)
+                self.network.save_pretrained(
+                    Path(output_dir) / self.backbone.network_name, state_dict=state
+                )
         weights.clear()
 
     def _load_weights(self, models: list[Any], input_dir: str) -> None:
         if self.is_lora:
             load_lora_state(self.network, self.backbone, Path(input_dir))
         else:
-            loaded = type(self.network).from_pretrained(input_dir, subfolder=self.backbone.network_name, use_safetensors=True)
+            loaded = type(self.network).from_pretrained(
+                input_dir, subfolder=self.backbone.network_name, use_safetensors=True
+            )
             self.network.load_state_dict(loaded.state_dict())
         models.clear()
 
@@ -233,7 +262,9 @@ class CheckpointManager:
                     retired = path.with_name(f"abandoned-{path.name}")
                     shutil.rmtree(retired, ignore_errors=True)
                     os.replace(path, retired)
-                    self.accelerator.print(f"{path.name} is of a later step than this run goes on from; it is now {retired.name}")
+                    self.accelerator.print(
+                        f"{path.name} is of a later step than this run goes on from; it is now {retired.name}"
+                    )
         self.accelerator.wait_for_everyone()
 
     def clean(self) -> None:
@@ -270,9 +301,15 @@ class CheckpointManager:
         except Exception as error:  # OSError, and safetensors' and torch's own wrappers of it
             shutil.rmtree(temporary, ignore_errors=True)
             kept = list_checkpoints(self.output_dir)
-            survives = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+            survives = (
+                f"the last complete checkpoint is {kept[-1]}"
+                if kept
+                else "there is no earlier checkpoint"
+            )
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"checkpoint-{state.global_step} could not be written ({reason}); {survives}") from error
+            raise CheckpointError(
+                f"checkpoint-{state.global_step} could not be written ({reason}); {survives}"
+            ) from error
         if main and self.limit is not None:
             for old in list_checkpoints(self.output_dir)[: -self.limit]:
                 shutil.rmtree(old)
@@ -282,11 +319,21 @@ class CheckpointManager:
     def _save_ema(self, folder: Path) -> None:
         if self.ema is None:
             return
-        save_tensors({f"{i:05d}": p.detach().cpu().contiguous() for i, p in enumerate(self.ema.shadow_params)}, folder / EMA_FILE)
+        save_tensors(
+            {
+                f"{i:05d}": p.detach().cpu().contiguous()
+                for i, p in enumerate(self.ema.shadow_params)
+            },
+            folder / EMA_FILE,
+        )
 
     def _seal(self, folder: Path, state: TrainerState) -> None:
         """The state file, then everything to the disk: a power cut must not leave a complete-looking folder of empty files."""
-        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(folder)): p.stat().st_size
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
         values = dataclasses.asdict(state)
         values.pop("log_history")
         record = {"state": values, "identity": self.identity, "files": files}
@@ -307,7 +354,11 @@ class CheckpointManager:
         record = self.check(folder, force)
         try:
             own = [f"random_states_{self.accelerator.process_index}.pkl"]
-            names = record["files"] if self.accelerator.is_main_process else [name for name in own if name in record["files"]]
+            names = (
+                record["files"]
+                if self.accelerator.is_main_process
+                else [name for name in own if name in record["files"]]
+            )
             check_archives(folder, names)
             self._check_random_state(folder, record["files"])
             self.accelerator.load_state(str(folder))
@@ -319,9 +370,13 @@ class CheckpointManager:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder} cannot be read ({reason}); resume from an earlier checkpoint") from error
+            raise UserError(
+                f"{folder} cannot be read ({reason}); resume from an earlier checkpoint"
+            ) from error
         if not all_finite(p for p in self.network.parameters() if p.requires_grad):
-            raise UserError(f"{folder} holds weights that are not finite; resume from an earlier checkpoint")
+            raise UserError(
+                f"{folder} holds weights that are not finite; resume from an earlier checkpoint"
+            )
         return record["state"]
 
     def _check_random_state(self, folder: Path, files: dict[str, int]) -> None:
@@ -330,10 +385,14 @@ class CheckpointManager:
 
         name = f"random_states_{self.accelerator.process_index}.pkl"
         if name not in files:
-            self.accelerator.print(f"{folder} has no random states of process {self.accelerator.process_index}; they start anew")
+            self.accelerator.print(
+                f"{folder} has no random states of process {self.accelerator.process_index}; they start anew"
+            )
             return
         try:
-            if not {"random_state", "numpy_random_seed", "torch_manual_seed"} <= set(load(folder / name)):
+            if not {"random_state", "numpy_random_seed", "torch_manual_seed"} <= set(
+                load(folder / name)
+            ):
                 raise ValueError("a state is missing")
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
@@ -345,7 +404,9 @@ class CheckpointManager:
         from safetensors.torch import load_file
 
         if not (folder / EMA_FILE).is_file():
-            raise UserError(f"train.use_ema: {folder} holds no average of the weights; resume without use_ema")
+            raise UserError(
+                f"train.use_ema: {folder} holds no average of the weights; resume without use_ema"
+            )
         saved = load_file(folder / EMA_FILE)
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.data.copy_(saved[f"{i:05d}"])
@@ -358,15 +419,27 @@ class CheckpointManager:
             files, identity = dict(record["files"]), dict(record["identity"])
             record["state"] = read_state(record["state"])
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise UserError(f"{folder / STATE_FILE} is damaged ({error}); resume from an earlier checkpoint") from error
+            raise UserError(
+                f"{folder / STATE_FILE} is damaged ({error}); resume from an earlier checkpoint"
+            ) from error
         for name, size in files.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise UserError(f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint")
+                raise UserError(
+                    f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint"
+                )
         # A checkpoint of an earlier version does not know the later facts.
-        different = [k for k in self.identity if self.identity[k] != identity.get(k) and (k in identity or k not in _LATER_FACTS)]
+        different = [
+            k
+            for k in self.identity
+            if self.identity[k] != identity.get(k) and (k in identity or k not in _LATER_FACTS)
+        ]
         if different and not force:
-            details = "; ".join(f"{k} is {self.identity[k]!r}, there {identity.get(k)!r}" for k in different)
-            raise UserError(f"{folder} belongs to another run ({details}); use the same settings, or --train.force_resume true")
+            details = "; ".join(
+                f"{k} is {self.identity[k]!r}, there {identity.get(k)!r}" for k in different
+            )
+            raise UserError(
+                f"{folder} belongs to another run ({details}); use the same settings, or --train.force_resume true"
+            )
         return record

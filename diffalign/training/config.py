@@ -13,7 +13,14 @@ from ..config.yaml_text import shown
 from ..errors import ConfigError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    "lr_scheduler": (
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+    ),
     "optim": ("adamw", "adamw_8bit", "adafactor", "prodigy"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "timestep_sampling": ("auto", "uniform", "logit_normal", "turbo", "refiner"),
@@ -164,7 +171,9 @@ class TrainingConfig:
             setattr(self, f.name, coerce(getattr(self, f.name), hints[f.name], f.name))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ConfigError(name, f"expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    name, f"expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         for name in _POSITIVE:
             self._check(name, lambda v: v > 0, "> 0")
         for name in _NOT_NEGATIVE:

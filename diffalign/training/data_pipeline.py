@@ -14,7 +14,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
-from ..data import DataConfig, GroupTransform, PreferenceDataset, check_resolution, load_preferences, parse_buckets
+from ..data import (
+    DataConfig,
+    GroupTransform,
+    PreferenceDataset,
+    check_resolution,
+    load_preferences,
+    parse_buckets,
+)
 from ..data.cache import TensorCache
 from ..errors import ConfigError, UserError
 from ..runtime.files import read_tensors, save_tensors
@@ -31,7 +38,9 @@ REFERENCE_PARTS = ".reference_errors"
 _BATCHES_PER_PART = 32
 
 
-def as_preferences(data: Any, config: DataConfig, kind: str, split: str, *, invert: bool = False) -> PreferenceDataset:
+def as_preferences(
+    data: Any, config: DataConfig, kind: str, split: str, *, invert: bool = False
+) -> PreferenceDataset:
     """Whatever the user gave - a name, a `datasets.Dataset`, rows, a `PreferenceDataset` - as groups of the method's kind.
 
     Args:
@@ -72,7 +81,12 @@ def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
         side = config.resolution or backbone.default_resolution
         check_resolution(side, backbone.size_factor)
         sizes = (side, side)
-    transform = GroupTransform(sizes, center_crop=config.center_crop, random_flip=config.random_flip, mismatch=config.mismatch)
+    transform = GroupTransform(
+        sizes,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        mismatch=config.mismatch,
+    )
     if config.cache_latents and not (config.center_crop and not config.random_flip):
         raise ConfigError(
             "data.cache_latents",
@@ -90,7 +104,8 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
     cached = config.cache_latents or config.cache_text_embeddings or args.precompute_ref_errors
     if config.dataset_streaming and cached:
         raise ConfigError(
-            "data.dataset_streaming", "caches and precompute_ref_errors need a dataset of known size; set it to false"
+            "data.dataset_streaming",
+            "caches and precompute_ref_errors need a dataset of known size; set it to false",
         )
     if args.precompute_ref_errors and not (config.center_crop and not config.random_flip):
         raise ConfigError(
@@ -98,7 +113,10 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
             "needs the same pixels in every epoch; set data.center_crop: true and data.random_flip: false",
         )
     if config.aspect_ratio_buckets and dataset.kind == "prompt":
-        raise ConfigError("data.aspect_ratio_buckets", "prompts without images have no size; set data.resolution instead")
+        raise ConfigError(
+            "data.aspect_ratio_buckets",
+            "prompts without images have no size; set data.resolution instead",
+        )
 
 
 class DataPipeline:
@@ -110,9 +128,19 @@ class DataPipeline:
     """
 
     def __init__(
-        self, dataset: PreferenceDataset, config: DataConfig, args: TrainingConfig, backbone: Backbone, accelerator: Accelerator
+        self,
+        dataset: PreferenceDataset,
+        config: DataConfig,
+        args: TrainingConfig,
+        backbone: Backbone,
+        accelerator: Accelerator,
     ) -> None:
-        self.config, self.args, self.backbone, self.accelerator = config, args, backbone, accelerator
+        self.config, self.args, self.backbone, self.accelerator = (
+            config,
+            args,
+            backbone,
+            accelerator,
+        )
         self.transform = build_transform(config, backbone)
         self.streaming = config.dataset_streaming
         self.dropped_sizes = 0
@@ -130,7 +158,9 @@ class DataPipeline:
         keep = [i for i, bucket in enumerate(assigned) if bucket is not None]
         self.dropped_sizes = len(assigned) - len(keep)
         if not keep:
-            raise UserError("data.mismatch: the images of every group differ in aspect; set data.mismatch: letterbox")
+            raise UserError(
+                "data.mismatch: the images of every group differ in aspect; set data.mismatch: letterbox"
+            )
         self.buckets = [bucket for bucket in assigned if bucket is not None]
         return dataset if not self.dropped_sizes else dataset.select(keep)
 
@@ -145,7 +175,11 @@ class DataPipeline:
     def _prompt_cache(self) -> TensorCache | None:
         if not self.config.cache_text_embeddings:
             return None
-        names = [n for n in self.backbone.source.component_names() if n.startswith(("text_encoder", "tokenizer"))]
+        names = [
+            n
+            for n in self.backbone.source.component_names()
+            if n.startswith(("text_encoder", "tokenizer"))
+        ]
         encoders = [n for n in names if n.startswith("text_encoder")]
         key = f"prompts-{self.backbone.source.fingerprint(*encoders)}-{str(self.backbone.dtype).removeprefix('torch.')}"
         return TensorCache(Path(self.config.cache_text_embeddings) / key)
@@ -159,14 +193,20 @@ class DataPipeline:
             self.accelerator.wait_for_everyone()
             self.latents.reload()
             self.reader.latents = self.latents
-            said.append(f"latent cache {self.latents.folder}: {len(self.dataset)} groups, {added} encoded now")
+            said.append(
+                f"latent cache {self.latents.folder}: {len(self.dataset)} groups, {added} encoded now"
+            )
             self.backbone.release("vae")
         if self.prompts is not None:
-            texts = sorted({p for i in range(len(self.dataset)) for p in self.dataset[i].prompts} | {""})
+            texts = sorted(
+                {p for i in range(len(self.dataset)) for p in self.dataset[i].prompts} | {""}
+            )
             added = fill_prompt_cache(self.prompts, texts, self.backbone, rank, world)
             self.accelerator.wait_for_everyone()
             self.prompts.reload()
-            said.append(f"prompt cache {self.prompts.folder}: {len(texts)} prompts, {added} encoded now")
+            said.append(
+                f"prompt cache {self.prompts.folder}: {len(texts)} prompts, {added} encoded now"
+            )
             self.backbone.release(*self.backbone.text_encoder_names)
         return said
 
@@ -174,13 +214,25 @@ class DataPipeline:
     def global_batch(self) -> int:
         """Groups per optimizer step over all processes."""
         args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return (
+            args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
 
     def batches(self, start: int) -> Iterator[list[Example]]:
         """Endless micro-batches of this process from position `start` (groups over all processes)."""
         args, accelerator = self.args, self.accelerator
-        place = (start, args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes)
-        workers: dict[str, Any] = {"num_workers": self.config.num_workers, "persistent_workers": self.config.num_workers > 0}
+        place = (
+            start,
+            args.per_device_train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        workers: dict[str, Any] = {
+            "num_workers": self.config.num_workers,
+            "persistent_workers": self.config.num_workers > 0,
+        }
         # Of its own: a loader draws its workers' seeds when it starts, and a resumed run would have one draw more than the first.
         loading: dict[str, Any] = {"collate_fn": _same, "generator": torch.Generator()}
         if self.streaming:
@@ -189,7 +241,9 @@ class DataPipeline:
         seed = args.seed if args.data_seed is None else args.data_seed
         order = RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
         sampler = PositionSampler(order, *place)
-        return iter(torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, **loading, **workers))  # type: ignore[arg-type]
+        return iter(
+            torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, **loading, **workers)
+        )  # type: ignore[arg-type]
 
     def passes(self) -> Iterator[list[Example]]:
         """Every group once, in order, micro-batch by micro-batch: this process's share (for evaluation)."""
@@ -201,9 +255,15 @@ class DataPipeline:
         """(epoch, index) in order, in micro-batches whose images have one size."""
         by_size: dict[int, list[tuple[int, int]]] = {}
         for key in keys:
-            by_size.setdefault(self.buckets[key[1]] if self.buckets is not None else 0, []).append(key)
+            by_size.setdefault(self.buckets[key[1]] if self.buckets is not None else 0, []).append(
+                key
+            )
         size = self.args.per_device_train_batch_size
-        return [each[start : start + size] for each in by_size.values() for start in range(0, len(each), size)]
+        return [
+            each[start : start + size]
+            for each in by_size.values()
+            for start in range(0, len(each), size)
+        ]
 
 
 def _same(examples: list[Example]) -> list[Example]:
@@ -251,7 +311,11 @@ class ReferenceErrors:
         k = max(len(data.dataset[i].prompts) for i in range(count))
         ids = torch.tensor([data.dataset[i].row_id for i in range(count)])
         table = torch.zeros(count, draws, k, dtype=torch.float64)
-        size, rank, world = data.args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
+        size, rank, world = (
+            data.args.per_device_train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
         todo = [(d, i) for d in range(draws) for i in range(count)][rank::world]
         # Batches are the same in every run with as many processes, so a killed run goes on with what it has.
         folder = self.parts / f"{self.key}-{size}-{rank}-of-{world}"
@@ -260,9 +324,14 @@ class ReferenceErrors:
         except UserError:  # a damaged file is computed anew
             shutil.rmtree(folder)
             parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
-        for number, chunk in enumerate(tqdm(data.chunks(todo), desc="reference errors", unit="batch", disable=rank > 0)):
+        for number, chunk in enumerate(
+            tqdm(data.chunks(todo), desc="reference errors", unit="batch", disable=rank > 0)
+        ):
             if str(number) not in parts:
-                parts.add(str(number), {"errors": errors(data.builder([data.reader[key] for key in chunk])).double()})
+                parts.add(
+                    str(number),
+                    {"errors": errors(data.builder([data.reader[key] for key in chunk])).double()},
+                )
             for (draw, index), row in zip(chunk, parts[str(number)]["errors"], strict=True):
                 table[index, draw, : len(row)] = row
         parts.flush()
@@ -273,8 +342,15 @@ class ReferenceErrors:
         return ids, table
 
     def _index(self, ids: Tensor, table: Tensor) -> None:
-        self.table = {(int(row), draw): table[i, draw] for i, row in enumerate(ids) for draw in range(table.shape[1])}
+        self.table = {
+            (int(row), draw): table[i, draw]
+            for i, row in enumerate(ids)
+            for draw in range(table.shape[1])
+        }
 
     def attach(self, batch: Batch, examples: list[Example]) -> None:
-        rows = [self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))][: batch.k] for e in examples]
+        rows = [
+            self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))][: batch.k]
+            for e in examples
+        ]
         batch.reference_errors = torch.stack(rows).to(batch.x0.device, torch.float32)

@@ -58,7 +58,9 @@ class Denoiser:
         process = self.process
         noisy = process.add_noise(x0, noise, times)
         with self.autocast():
-            prediction = self.predict(noisy, process.model_times(times).to(noisy.device), batch.condition)
+            prediction = self.predict(
+                noisy, process.model_times(times).to(noisy.device), batch.condition
+            )
         weight = None
         if self.snr_gamma is not None:
             weight = min_snr_weight(process.snr(times), self.snr_gamma, process.prediction_type)

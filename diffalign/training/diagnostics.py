@@ -15,7 +15,9 @@ from .batch import Batch
 THIRDS = ("low_noise", "mid_noise", "high_noise")
 
 
-def pair_metrics(policy_errors: Tensor, reference_errors: Tensor, beta: float, fraction: Tensor) -> dict[str, Tensor]:
+def pair_metrics(
+    policy_errors: Tensor, reference_errors: Tensor, beta: float, fraction: Tensor
+) -> dict[str, Tensor]:
     """Diagnostics of pairs, each (g,) and detached; NaN where a metric does not apply to a pair.
 
     Args:
@@ -87,7 +89,9 @@ def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
     if not bad:
         return
     rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
-    raise NonFiniteLoss(f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; {_REMEDY}")
+    raise NonFiniteLoss(
+        f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; {_REMEDY}"
+    )
 
 
 class FiniteCheck:
@@ -119,7 +123,11 @@ class FiniteCheck:
             NonFiniteLoss: a loss or the gradient is not finite; rows and timesteps are named.
         """
         assert self.finite is not None
-        finite = self.finite if norm is None else self.finite & torch.isfinite(norm).all().to(self.finite.device)
+        finite = (
+            self.finite
+            if norm is None
+            else self.finite & torch.isfinite(norm).all().to(self.finite.device)
+        )
         if not finite:
             for loss, batch in self.seen:
                 check_finite(loss, batch, self.step)

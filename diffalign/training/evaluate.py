@@ -20,7 +20,9 @@ from .reference import without_dropout
 from .tracking import MetricWindow
 
 
-def evaluate(task: Task, data: DataPipeline, network: Any, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(
+    task: Task, data: DataPipeline, network: Any, accelerator: Accelerator
+) -> dict[str, float]:
     """Means of the loss and metrics over all groups, named `eval/...`; call without gradients.
 
     Args:
@@ -39,7 +41,13 @@ def evaluate(task: Task, data: DataPipeline, network: Any, accelerator: Accelera
 
 
 def measure_rounding(
-    policy: Denoiser, network: Any, backbone: Backbone, data: DataPipeline, beta: float, precision: str, is_lora: bool
+    policy: Denoiser,
+    network: Any,
+    backbone: Backbone,
+    data: DataPipeline,
+    beta: float,
+    precision: str,
+    is_lora: bool,
 ) -> str:
     """A sentence about what rounding alone does to the logits of a run in half precision.
 
@@ -71,7 +79,12 @@ def measure_rounding(
 
 @torch.no_grad()
 def _rounding(
-    policy: Denoiser, network: Any, backbone: Backbone, data: DataPipeline, beta: float, is_lora: bool
+    policy: Denoiser,
+    network: Any,
+    backbone: Backbone,
+    data: DataPipeline,
+    beta: float,
+    is_lora: bool,
 ) -> tuple[float, int]:
     """(root mean square of the logit that rounding makes, number of pairs)."""
     device = data.accelerator.device
@@ -83,7 +96,9 @@ def _rounding(
     with sampling_mode(network):
         rounded = policy.errors(batch)
         copied = copy.deepcopy(network).float() if is_lora else copy.copy(network)
-        vars(copied).pop("forward", None)  # accelerate's, which casts again (and belongs to the original)
+        vars(copied).pop(
+            "forward", None
+        )  # accelerate's, which casts again (and belongs to the original)
 
         def forward(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
             with torch.autocast(device.type, enabled=False):

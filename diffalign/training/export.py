@@ -18,7 +18,12 @@ from .sections import HubConfig
 
 
 def save_model(
-    record: RunRecord, accelerator: Accelerator, network: Any, prepared: Any, metrics: Mapping[str, Any], folder: Path
+    record: RunRecord,
+    accelerator: Accelerator,
+    network: Any,
+    prepared: Any,
+    metrics: Mapping[str, Any],
+    folder: Path,
 ) -> None:
     """Write weights, config and card into `folder`, each file whole or absent. All processes must call this.
 
@@ -39,7 +44,9 @@ def save_model(
             if is_lora:
                 backbone.save_lora(str(temporary), network, lora_state(network))
             else:
-                backbone.pipeline(network=network).save_pretrained(temporary, safe_serialization=True)
+                backbone.pipeline(network=network).save_pretrained(
+                    temporary, safe_serialization=True
+                )
                 network.save_pretrained(temporary / backbone.network_name, state_dict=state)
             for path in sorted(temporary.iterdir()):
                 target = folder / path.name
@@ -65,13 +72,25 @@ def push_to_hub(folder: Path, config: HubConfig) -> str:
 
     api = HfApi()
     try:
-        repo = api.create_repo(config.hub_model_id or folder.resolve().name, private=config.hub_private_repo, exist_ok=True)
+        repo = api.create_repo(
+            config.hub_model_id or folder.resolve().name,
+            private=config.hub_private_repo,
+            exist_ok=True,
+        )
         api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=folder,
-            ignore_patterns=["checkpoint-*", "abandoned-checkpoint-*", ".*", "logs/*", "reference_errors*"],
+            ignore_patterns=[
+                "checkpoint-*",
+                "abandoned-checkpoint-*",
+                ".*",
+                "logs/*",
+                "reference_errors*",
+            ],
         )
     except Exception as error:  # every transport and permission error of the client
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError("hub.hub_model_id", f"the upload failed ({reason}); the model is in {str(folder)!r}") from error
+        raise ConfigError(
+            "hub.hub_model_id", f"the upload failed ({reason}); the model is in {str(folder)!r}"
+        ) from error
     return str(repo)

@@ -14,7 +14,12 @@ from .group_reader import Example, GroupReader, group_key, prompt_key
 
 
 def fill_latent_cache(
-    cache: TensorCache, reader: GroupReader, backbone: Backbone, rank: int, world: int, batch_groups: int = 8
+    cache: TensorCache,
+    reader: GroupReader,
+    backbone: Backbone,
+    rank: int,
+    world: int,
+    batch_groups: int = 8,
 ) -> int:
     """Encodes the groups that the cache lacks, a share per process; returns how many this process found missing over all shares."""
     keys = [group_key(reader.dataset[i].image_hashes()) for i in range(len(reader.dataset))]
@@ -24,18 +29,33 @@ def fill_latent_cache(
         first.setdefault(key, i)
     # Shares of all groups: a late process may see what another one has encoded already, and shares of what is missing would shift.
     mine = [i for i in list(first.values())[rank::world] if keys[i] in missing]
-    for start in tqdm(range(0, len(mine), batch_groups), desc="encoding images", unit="batch", disable=not mine or rank > 0):
+    for start in tqdm(
+        range(0, len(mine), batch_groups),
+        desc="encoding images",
+        unit="batch",
+        disable=not mine or rank > 0,
+    ):
         indices = mine[start : start + batch_groups]
         indices, examples = _readable(reader, indices)
-        for shape in {e.pixels.shape for e in examples if e.pixels is not None}:  # one, except under buckets
-            alike = [(i, e) for i, e in zip(indices, examples, strict=True) if e.pixels is not None and e.pixels.shape == shape]
-            mean, std = backbone.encode_images(torch.cat([e.pixels for _, e in alike if e.pixels is not None]))
+        for shape in {
+            e.pixels.shape for e in examples if e.pixels is not None
+        }:  # one, except under buckets
+            alike = [
+                (i, e)
+                for i, e in zip(indices, examples, strict=True)
+                if e.pixels is not None and e.pixels.shape == shape
+            ]
+            mean, std = backbone.encode_images(
+                torch.cat([e.pixels for _, e in alike if e.pixels is not None])
+            )
             k = shape[0]
             for n, (index, example) in enumerate(alike):
                 g = example.geometry
                 geometry = torch.tensor([*g.original_size, *g.crop_top_left, *g.target_size])
                 place = slice(n * k, (n + 1) * k)
-                cache.add(keys[index], {"mean": mean[place], "std": std[place], "geometry": geometry})
+                cache.add(
+                    keys[index], {"mean": mean[place], "std": std[place], "geometry": geometry}
+                )
     cache.flush()
     return len(missing)
 
@@ -52,12 +72,18 @@ def _readable(reader: GroupReader, indices: list[int]) -> tuple[list[int], list[
     return kept, examples
 
 
-def fill_prompt_cache(cache: TensorCache, prompts: Sequence[str], backbone: Backbone, rank: int, world: int) -> int:
+def fill_prompt_cache(
+    cache: TensorCache, prompts: Sequence[str], backbone: Backbone, rank: int, world: int
+) -> int:
     """Encodes the prompts that the cache lacks, a share per process; returns how many this process found missing over all shares."""
     by_key = {prompt_key(p): p for p in prompts}
     missing = set(cache.missing(by_key))
-    mine = [key for key in list(by_key)[rank::world] if key in missing]  # shares of all prompts, as in `fill_latent_cache`
-    for start in tqdm(range(0, len(mine), 32), desc="encoding prompts", unit="batch", disable=not mine or rank > 0):
+    mine = [
+        key for key in list(by_key)[rank::world] if key in missing
+    ]  # shares of all prompts, as in `fill_latent_cache`
+    for start in tqdm(
+        range(0, len(mine), 32), desc="encoding prompts", unit="batch", disable=not mine or rank > 0
+    ):
         chunk = mine[start : start + 32]
         encoded = backbone.encode_prompts([by_key[key] for key in chunk])
         for i, key in enumerate(chunk):

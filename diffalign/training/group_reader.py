@@ -39,8 +39,15 @@ class GroupReader(torch.utils.data.Dataset):
     named in a warning and counted; above `max_broken_fraction` of all rows it is an error.
     """
 
-    def __init__(self, dataset: Any, transform: GroupTransform, seed: int, max_broken_fraction: float = 0.05) -> None:
-        self.dataset, self.transform, self.seed, self.max_broken_fraction = dataset, transform, seed, max_broken_fraction
+    def __init__(
+        self, dataset: Any, transform: GroupTransform, seed: int, max_broken_fraction: float = 0.05
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.max_broken_fraction = (
+            dataset,
+            transform,
+            seed,
+            max_broken_fraction,
+        )
         self.latents: TensorCache | None = None
         self.broken: dict[int, str] = {}
 
@@ -67,7 +74,14 @@ class GroupReader(torch.utils.data.Dataset):
             )
 
     def read(self, group: Any, epoch: int) -> Example:
-        example = Example(group.row_id, epoch, tuple(group.prompts), Geometry((0, 0), (0, 0), (0, 0)), group.weight, group.scores)
+        example = Example(
+            group.row_id,
+            epoch,
+            tuple(group.prompts),
+            Geometry((0, 0), (0, 0), (0, 0)),
+            group.weight,
+            group.scores,
+        )
         if not group.images:
             example.geometry = Geometry(self.transform.sizes[0], (0, 0), self.transform.sizes[0])
         elif self.latents is not None:
@@ -77,7 +91,9 @@ class GroupReader(torch.utils.data.Dataset):
             entry = self.latents[cached]
             example.mean, example.std = entry["mean"], entry["std"]
             values = entry["geometry"].tolist()
-            example.geometry = Geometry((values[0], values[1]), (values[2], values[3]), (values[4], values[5]))
+            example.geometry = Geometry(
+                (values[0], values[1]), (values[2], values[3]), (values[4], values[5])
+            )
         else:
             generator = row_generator(self.seed, group.row_id, epoch, "transform")
             example.pixels, example.geometry = self.transform(group.open_images(), generator)
@@ -92,7 +108,9 @@ def group_key(hashes: Sequence[str]) -> str:
 class StreamReader(torch.utils.data.IterableDataset):
     """Streaming rows: every process walks the stream and keeps its own positions. The order is the stream's."""
 
-    def __init__(self, dataset: Any, reader: GroupReader, start: int, batch_size: int, rank: int, world: int) -> None:
+    def __init__(
+        self, dataset: Any, reader: GroupReader, start: int, batch_size: int, rank: int, world: int
+    ) -> None:
         self.dataset, self.reader = dataset, reader
         self.start, self.batch_size, self.rank, self.world = start, batch_size, rank, world
 

@@ -166,7 +166,9 @@ def _clip(run: Run) -> Tensor | None:
     if run.args.max_grad_norm is None:
         return None
     # A list: a generator would be exhausted after one use, and clipping would silently do nothing.
-    norm = torch.as_tensor(run.accelerator.clip_grad_norm_(run.parameters(), run.args.max_grad_norm))
+    norm = torch.as_tensor(
+        run.accelerator.clip_grad_norm_(run.parameters(), run.args.max_grad_norm)
+    )
     run.window.add({"train/grad_norm": norm})
     # Under fp16 the scaler leaves such a step out and scales less.
     return norm if run.accelerator.scaler is None else None

@@ -61,7 +61,9 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
     else:
         # diffusers wants to be told of components that the pipeline never had, e.g. SD3 without its third encoder.
         absent = "".join(
-            f", {n}=None" for n in ("text_encoder_3", "tokenizer_3") if n in _parameters(cls_object) and not source.has(n)
+            f", {n}=None"
+            for n in ("text_encoder_3", "tokenizer_3")
+            if n in _parameters(cls_object) and not source.has(n)
         )
         use += f'pipe = {cls}.from_pretrained("path/to/this/folder"{absent})'
     paper = record.paper
@@ -72,14 +74,18 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
         use=use,
         facts="\n".join(f"- {line}" for line in record.lines),
         metrics="\n".join(
-            f"| {k} | {v:.5g} |" for k, v in sorted(metrics.items()) if isinstance(v, (int, float)) and not math.isnan(v)
+            f"| {k} | {v:.5g} |"
+            for k, v in sorted(metrics.items())
+            if isinstance(v, (int, float)) and not math.isnan(v)
         ),
         versions=", ".join(f"{k} {v}" for k, v in versions().items()),
         dataset=record.dataset.fingerprint,
         citation=f"\n## Citation\n\n```bibtex\n{paper['citation']}\n```\n" if paper else "",
     )
     if (folder / "samples").is_dir():
-        pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
+        pictures = sorted(
+            (folder / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1])
+        )
         if pictures:
             body += f"\n![base and tuned, same seeds](samples/{pictures[-1].name})\n"
     prompts = record.validation.validation_prompts if record.validation is not None else []
@@ -91,5 +97,12 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
         widget=[{"text": prompt} for prompt in prompts] or None,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-    tags = ["text-to-image", "diffusers", "diffusers-training", "diffalign", *(["lora"] if is_lora else []), *record.tags]
+    tags = [
+        "text-to-image",
+        "diffusers",
+        "diffusers-training",
+        "diffalign",
+        *(["lora"] if is_lora else []),
+        *record.tags,
+    ]
     write_atomically(folder / "README.md", str(populate_model_card(card, tags=tags)).encode())

@@ -47,7 +47,9 @@ def averaged(ema: Any, network: Any) -> Iterator[None]:
 
 
 def _extra(name: str, package: str, error: ImportError) -> ConfigError:
-    return ConfigError("train.optim", f"{name} needs {package}: pip install 'diffalign[optim]' ({error})")
+    return ConfigError(
+        "train.optim", f"{name} needs {package}: pip install 'diffalign[optim]' ({error})"
+    )
 
 
 def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> torch.optim.Optimizer:
@@ -71,19 +73,36 @@ def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> to
             from prodigyopt import Prodigy
         except ImportError as error:
             raise _extra("prodigy", "prodigyopt", error) from error
-        return Prodigy(parameters, betas=betas, eps=args.adam_epsilon, use_bias_correction=True, safeguard_warmup=True, **common)
+        return Prodigy(
+            parameters,
+            betas=betas,
+            eps=args.adam_epsilon,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+            **common,
+        )
     from transformers.optimization import Adafactor
 
     # As the official SDXL code: no parameter scaling, no relative step; the loop clips, so the optimizer need not.
-    return Adafactor(parameters, scale_parameter=False, relative_step=False, clip_threshold=1.0, **common)
+    return Adafactor(
+        parameters, scale_parameter=False, relative_step=False, clip_threshold=1.0, **common
+    )
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def build_schedule(
+    optimizer: torch.optim.Optimizer, args: TrainingConfig, max_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """diffusers' schedule, in optimizer steps: it is not handed to accelerate, which would step it once per process."""
     from diffusers.optimization import get_scheduler
 
-    name = "constant_with_warmup" if args.lr_scheduler == "constant" and args.warmup_steps else args.lr_scheduler
-    return get_scheduler(name, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=max_steps)
+    name = (
+        "constant_with_warmup"
+        if args.lr_scheduler == "constant" and args.warmup_steps
+        else args.lr_scheduler
+    )
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=max_steps
+    )
 
 
 def update_ema(ema: Any, parameters: list[Any], device: Any, offload: bool) -> None:

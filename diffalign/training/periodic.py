@@ -32,7 +32,10 @@ class LogMetrics(LoopCallback):
         undone: work of the first step that is done again; its rows of the log are dropped.
     """
 
-    _PREFIXES: ClassVar[dict[str, str]] = {"evaluate": "eval/", "validate": "validation/"}  # work -> the names of its metrics
+    _PREFIXES: ClassVar[dict[str, str]] = {
+        "evaluate": "eval/",
+        "validate": "validation/",
+    }  # work -> the names of its metrics
 
     def __init__(self, log: MetricLog, call: Call, undone: Sequence[str] = ()) -> None:
         self.log, self.call, self.undone = log, call, undone
@@ -40,7 +43,9 @@ class LogMetrics(LoopCallback):
     def on_train_begin(self, run: Run) -> None:
         prefixes = tuple(self._PREFIXES[name] for name in self.undone if name in self._PREFIXES)
         rows = self.log.start(run.state.global_step, prefixes)
-        run.state.log_history = [row for row in rows if any(name.startswith("train/") for name in row)]
+        run.state.log_history = [
+            row for row in rows if any(name.startswith("train/") for name in row)
+        ]
         run.window.restore(run.state.window, run.accelerator)
 
     def on_step_end(self, run: Run) -> None:
@@ -66,7 +71,11 @@ class StopOnDivergence(LoopCallback):
         self.guard.replay(run.state.log_history)
 
     def on_step_end(self, run: Run) -> None:
-        if run.logged and self.guard.update(run.metrics, run.state.global_step) and run.args.stop_on_divergence:
+        if (
+            run.logged
+            and self.guard.update(run.metrics, run.state.global_step)
+            and run.args.stop_on_divergence
+        ):
             run.control.should_training_stop = run.control.should_save = True
 
 
@@ -105,7 +114,9 @@ class StopOnSignal(LoopCallback):
             accelerator.set_trigger()
         if not accelerator.check_trigger():
             return False
-        self.signals.received = self.signals.received or 15  # another process was told to stop: so are we all
+        self.signals.received = (
+            self.signals.received or 15
+        )  # another process was told to stop: so are we all
         return True
 
 
@@ -135,7 +146,9 @@ class Evaluate:
     def is_due(self, run: Run) -> bool:
         asked, run.control.should_evaluate = run.control.should_evaluate, False
         every = run.args.eval_steps
-        return asked or (every is not None and run.state.global_step % every == 0 and self.evaluate is not None)
+        return asked or (
+            every is not None and run.state.global_step % every == 0 and self.evaluate is not None
+        )
 
     def do(self, run: Run, checkpoint: Path | None) -> None:
         if self.evaluate is not None:
@@ -153,7 +166,9 @@ class Validate:
         self.validation, self.log = validation, log
 
     def is_due(self, run: Run) -> bool:
-        return self.validation is not None and self.validation.due(run.state.global_step, run.is_last)
+        return self.validation is not None and self.validation.due(
+            run.state.global_step, run.is_last
+        )
 
     def do(self, run: Run, checkpoint: Path | None) -> None:
         if self.validation is not None:
@@ -234,7 +249,11 @@ class DoWork(LoopCallback):
     def _do(self, run: Run, due: Sequence[str], checkpoint: Path | None) -> None:
         works = {work.name: work for work in self.works}
         for name in due:
-            if name != AnnounceSave.name and checkpoint is not None and self.signals.interrupted(run):
+            if (
+                name != AnnounceSave.name
+                and checkpoint is not None
+                and self.signals.interrupted(run)
+            ):
                 # So that this checkpoint, which knows what is owed, stays the newest.
                 run.control.should_training_stop = True
                 return

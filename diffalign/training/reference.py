@@ -22,7 +22,9 @@ class Reference(Protocol):
 
     description: str
 
-    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor: ...
+    def predict(
+        self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor: ...
 
 
 def without_dropout(network: Any) -> Any:
@@ -46,7 +48,11 @@ class DropoutOff:
     """
 
     def __init__(self, network: Any) -> None:
-        self.layers = [module for module in network.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
+        self.layers = [
+            module
+            for module in network.modules()
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        ]
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -82,7 +88,9 @@ class AdapterOffReference:
             for layer in self.layers:
                 layer.enable_adapters(True)
 
-    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
         with torch.no_grad(), self.adapters_off(), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
 
@@ -117,7 +125,9 @@ class SnapshotReference:
             for name, p in self.parameters.items():
                 p.data = own[name]
 
-    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
         with torch.no_grad(), self.in_place(self.weights), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
 
@@ -126,7 +136,10 @@ class SnapshotReference:
         from safetensors.torch import save_file
 
         if rank == 0:
-            save_file({name: w.cpu().contiguous() for name, w in self.weights.items()}, folder / "reference.safetensors")
+            save_file(
+                {name: w.cpu().contiguous() for name, w in self.weights.items()},
+                folder / "reference.safetensors",
+            )
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
         """Reads it back.
@@ -137,8 +150,13 @@ class SnapshotReference:
         from ..runtime.files import read_tensors
 
         if not (folder / "reference.safetensors").is_file():
-            raise UserError(f"train.reference: {folder} holds no reference; it was saved by a run with another setting")
-        self.weights = {name: w.to(device) for name, w in read_tensors(folder / "reference.safetensors")[0].items()}
+            raise UserError(
+                f"train.reference: {folder} holds no reference; it was saved by a run with another setting"
+            )
+        self.weights = {
+            name: w.to(device)
+            for name, w in read_tensors(folder / "reference.safetensors")[0].items()
+        }
 
 
 class FrozenCopyReference:
@@ -150,15 +168,21 @@ class FrozenCopyReference:
         offload: keep it on the CPU meanwhile.
     """
 
-    def __init__(self, network: Any, device: torch.device, offload: bool = False, copy_weights: bool = True) -> None:
-        self.network = without_dropout((copy.deepcopy(network) if copy_weights else network).requires_grad_(False))
+    def __init__(
+        self, network: Any, device: torch.device, offload: bool = False, copy_weights: bool = True
+    ) -> None:
+        self.network = without_dropout(
+            (copy.deepcopy(network) if copy_weights else network).requires_grad_(False)
+        )
         self.device, self.offload = device, offload and device.type != "cpu"
         self.network.to("cpu" if self.offload else device)
-        self.description = ("frozen copy of the starting weights" if copy_weights else "frozen network") + (
-            " (offloaded)" if self.offload else ""
-        )
+        self.description = (
+            "frozen copy of the starting weights" if copy_weights else "frozen network"
+        ) + (" (offloaded)" if self.offload else "")
 
-    def predict(self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
         if self.offload:
             self.network.to(self.device)
         with torch.no_grad():
@@ -180,7 +204,8 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
         parts = (getattr(mine.pipe, network), getattr(theirs.pipe, ref_backbone.network_name, None))
         if unwrapped(parts[0]) is unwrapped(parts[1]):
             raise ConfigError(
-                "ref_model", "is the policy's own pipeline, which trains; leave it out, or load the pipeline a second time"
+                "ref_model",
+                "is the policy's own pipeline, which trains; leave it out, or load the pipeline a second time",
             )
     if type(ref_backbone) is not type(backbone):
         raise ConfigError(
@@ -189,28 +214,52 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
         )
     kinds = ref_backbone.process.prediction_type, backbone.process.prediction_type
     if kinds[0] != kinds[1]:
-        raise ConfigError("ref_model", f"{name} predicts {kinds[0]}, the policy {kinds[1]}; their errors cannot be compared")
+        raise ConfigError(
+            "ref_model",
+            f"{name} predicts {kinds[0]}, the policy {kinds[1]}; their errors cannot be compared",
+        )
     schedules = [getattr(part.process, "alphas_cumprod", None) for part in (ref_backbone, backbone)]
     if schedules[0] is not None and schedules[1] is not None:
-        same = len(schedules[0]) == len(schedules[1]) and torch.allclose(schedules[0], schedules[1], rtol=1e-4, atol=1e-7)
+        same = len(schedules[0]) == len(schedules[1]) and torch.allclose(
+            schedules[0], schedules[1], rtol=1e-4, atol=1e-7
+        )
     else:
         same = ref_backbone.process.num_timesteps == backbone.process.num_timesteps
     if not same:
-        raise ConfigError("ref_model", f"{name} has another noise schedule than the policy; give both the same scheduler")
+        raise ConfigError(
+            "ref_model",
+            f"{name} has another noise schedule than the policy; give both the same scheduler",
+        )
     configs = [part.source.component_config(part.network_name) for part in (ref_backbone, backbone)]
-    for field in ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"):
+    for field in (
+        "in_channels",
+        "out_channels",
+        "cross_attention_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    ):
         values = [config.get(field) for config in configs]
         if values[0] != values[1]:
             raise ConfigError(
-                "ref_model", f"{name} has {field} {values[0]}, the policy {values[1]}; it must read the same inputs"
+                "ref_model",
+                f"{name} has {field} {values[0]}, the policy {values[1]}; it must read the same inputs",
             )
 
 
 def build_reference(
-    backbone: Backbone, network: Any, ref_backbone: Backbone | None, is_lora: bool, device: torch.device, offload: bool
+    backbone: Backbone,
+    network: Any,
+    ref_backbone: Backbone | None,
+    is_lora: bool,
+    device: torch.device,
+    offload: bool,
 ) -> Reference:
     """The fixed reference of a run: another model, the network without its adapter, or a frozen copy."""
     if ref_backbone is not None:
         ref_backbone.place(device, backbone.dtype)
-        return FrozenCopyReference(ref_backbone.load_network(backbone.dtype), device, offload, copy_weights=False)
-    return AdapterOffReference(network) if is_lora else FrozenCopyReference(network, device, offload)
+        return FrozenCopyReference(
+            ref_backbone.load_network(backbone.dtype), device, offload, copy_weights=False
+        )
+    return (
+        AdapterOffReference(network) if is_lora else FrozenCopyReference(network, device, offload)
+    )

@@ -21,7 +21,9 @@ class RowOrder:
         chunk: groups per device and forward pass.
     """
 
-    def __init__(self, count: int, seed: int, buckets: Sequence[int] | None = None, chunk: int = 1) -> None:
+    def __init__(
+        self, count: int, seed: int, buckets: Sequence[int] | None = None, chunk: int = 1
+    ) -> None:
         self.count, self.seed, self.chunk = count, seed, chunk
         self.buckets = None if buckets is None or len(set(buckets)) < 2 else torch.tensor(buckets)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
@@ -36,7 +38,9 @@ class RowOrder:
         for bucket in self.buckets.unique():
             rows = order[self.buckets[order] == bucket]
             short = -len(rows) % self.chunk
-            chunks += list(torch.cat([rows, rows.repeat(short // len(rows) + 1)[:short]]).split(self.chunk))
+            chunks += list(
+                torch.cat([rows, rows.repeat(short // len(rows) + 1)[:short]]).split(self.chunk)
+            )
         return torch.cat([chunks[i] for i in torch.randperm(len(chunks), generator=generator)])
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -53,7 +57,13 @@ class PositionSampler:
     """
 
     def __init__(self, order: RowOrder, start: int, batch_size: int, rank: int, world: int) -> None:
-        self.order, self.start, self.batch_size, self.rank, self.world = order, start, batch_size, rank, world
+        self.order, self.start, self.batch_size, self.rank, self.world = (
+            order,
+            start,
+            batch_size,
+            rank,
+            world,
+        )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         base = self.start + self.rank * self.batch_size

@@ -39,7 +39,12 @@ def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
 def _remove_leftovers(folder: Path) -> None:
     """Removes what a killed run wrote, and nothing else that may lie in its folder."""
     (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
-    for pattern in ("samples/step-*.png", "samples/base/*.png", "samples/base/*.missing", "pool/*.safetensors"):
+    for pattern in (
+        "samples/step-*.png",
+        "samples/base/*.png",
+        "samples/base/*.missing",
+        "pool/*.safetensors",
+    ):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     for path in [folder / ".best.new", folder / ".best.old", *folder.glob("feedback/round-*")]:

@@ -197,13 +197,19 @@ class RunRecord:
             f"{args.warmup_steps} steps; precision {args.mixed_precision}; images {height}x{width}",
         ]
         if built.dropped_sizes:
-            lines.append(f"data: {built.dropped_sizes} groups dropped because their images differ in aspect")
+            lines.append(
+                f"data: {built.dropped_sizes} groups dropped because their images differ in aspect"
+            )
         if built.reference is not None:
-            other = f" from {self.ref_backbone.source.name}" if self.ref_backbone is not None else ""
+            other = (
+                f" from {self.ref_backbone.source.name}" if self.ref_backbone is not None else ""
+            )
             lines.append(f"reference: {built.reference}{other}")
         beta = vars(args).get("beta")  # of methods that have one
         if beta is not None and self.error_beta:
-            lines.append(beta_message(beta, self.backbone.latent_shape(height, width), args.reduction))
+            lines.append(
+                beta_message(beta, self.backbone.latent_shape(height, width), args.reduction)
+            )
         return lines
 
     def values(self) -> dict[str, Any]:
@@ -228,7 +234,11 @@ class RunRecord:
             }
         values["data"] = dataclasses.asdict(self.data_config)
         # How this call went on is no part of the run.
-        started_by = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "force_resume": False}
+        started_by = {
+            "resume_from_checkpoint": None,
+            "overwrite_output_dir": False,
+            "force_resume": False,
+        }
         values["train"] = dataclasses.asdict(self.args) | started_by
         if isinstance(self.scorers, dict):
             values["rewards"] = self.scorers
@@ -255,7 +265,13 @@ class RunRecord:
         if config is not None:
             names += [
                 f"peft_config.{name}"
-                for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias", "use_qalora")
+                for name in (
+                    "exclude_modules",
+                    "layers_to_transform",
+                    "layers_pattern",
+                    "lora_bias",
+                    "use_qalora",
+                )
                 if getattr(config, name, None)
             ]
             if config.init_lora_weights not in (True, "gaussian"):
@@ -265,8 +281,18 @@ class RunRecord:
     def write_config(self, folder: Path) -> None:
         """Write ``config.yaml``: runnable values, with the run's facts as comments on top."""
         missing = self.not_repeated()
-        notes = [f"This file alone does not repeat the run: it was given {', '.join(missing)} in Python."] if missing else []
-        notes += [*self.lines, f"dataset fingerprint {self.dataset.fingerprint}", json.dumps(versions())]
+        notes = (
+            [
+                f"This file alone does not repeat the run: it was given {', '.join(missing)} in Python."
+            ]
+            if missing
+            else []
+        )
+        notes += [
+            *self.lines,
+            f"dataset fingerprint {self.dataset.fingerprint}",
+            json.dumps(versions()),
+        ]
         comments = "".join(f"# {line}\n" for note in notes for line in note.splitlines())
         write_atomically(folder / "config.yaml", (comments + dump_yaml(self.values())).encode())
 
@@ -280,11 +306,18 @@ def peak_memory(device: torch.device) -> tuple[float, str]:
     except ImportError:  # Windows
         return float("nan"), "peak memory, which this system does not tell"
     scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30, "peak resident memory of the process"
+    return resource.getrusage(
+        resource.RUSAGE_SELF
+    ).ru_maxrss * scale / 2**30, "peak resident memory of the process"
 
 
 def dry_run_report(
-    record: RunRecord, notes: list[str], device: torch.device, latent_shape: tuple[int, ...], loss: float, seconds: float
+    record: RunRecord,
+    notes: list[str],
+    device: torch.device,
+    latent_shape: tuple[int, ...],
+    loss: float,
+    seconds: float,
 ) -> dict[str, Any]:
     """What `Trainer.dry_run` prints and returns."""
     assert record.built is not None

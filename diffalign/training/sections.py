@@ -45,7 +45,9 @@ class LoraSection:
             count(1, 65_536).check(f"rank_pattern.{name}", rank)
         for name, alpha in self.alpha_pattern.items():
             if not 0 < alpha < 1e9:
-                raise ConfigError(f"alpha_pattern.{name}", f"expected a number above 0, got {shown(alpha)}")
+                raise ConfigError(
+                    f"alpha_pattern.{name}", f"expected a number above 0, got {shown(alpha)}"
+                )
         _check_targets(self.target_modules)
         if not 0 <= self.dropout < 1:
             raise ConfigError("dropout", f"expected float in [0, 1), got {self.dropout}")
@@ -74,10 +76,13 @@ def _check_targets(targets: Any) -> None:
         try:
             re.compile(targets)
         except re.error as error:
-            raise ConfigError("target_modules", f"{shown(targets)} is no regular expression ({error})") from None
+            raise ConfigError(
+                "target_modules", f"{shown(targets)} is no regular expression ({error})"
+            ) from None
     if targets is not None and (not targets or not all(targets)):
         raise ConfigError(
-            "target_modules", f"expected names of layers, got {shown(targets)}; leave it out for the attention layers"
+            "target_modules",
+            f"expected names of layers, got {shown(targets)}; leave it out for the attention layers",
         )
 
 
@@ -121,18 +126,25 @@ class ValidationConfig:
         if self.prompts is not None and self.validation_prompts:
             raise ConfigError("prompts", "give validation_prompts or prompts, not both")
         if not self.validation_prompts and self.prompts is None:
-            raise ConfigError("validation_prompts", "expected at least one prompt; leave the whole section out for no validation")
+            raise ConfigError(
+                "validation_prompts",
+                "expected at least one prompt; leave the whole section out for no validation",
+            )
         for name, allowed in _VALIDATION_RANGES.items():
             value = getattr(self, name)
             if value is not None:
                 allowed.check(name, value)
         if self.keep_best is not None and self.keep_best not in self.scorers:
             raise ConfigError(
-                "keep_best", f"expected one of scorers ({', '.join(self.scorers) or 'none'}), got {self.keep_best!r}"
+                "keep_best",
+                f"expected one of scorers ({', '.join(self.scorers) or 'none'}), got {self.keep_best!r}",
             )
 
     def pipe_kwargs(self) -> dict[str, Any]:
-        named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        named = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
         return {name: value for name, value in named.items() if value is not None}
 
 

@@ -33,7 +33,10 @@ class MetricWindow:
         for name, values in metrics.items():
             values = values.detach().flatten().to(_precision(values.device))
             finite = ~values.isnan()
-            total, count = values.nan_to_num(0.0, math.inf, -math.inf).sum(), finite.sum().to(values.dtype)
+            total, count = (
+                values.nan_to_num(0.0, math.inf, -math.inf).sum(),
+                finite.sum().to(values.dtype),
+            )
             self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.counts[name] = self.counts[name] + count if name in self.counts else count
 
@@ -53,12 +56,17 @@ class MetricWindow:
     def _total(self, accelerator: Accelerator) -> tuple[list[str], Tensor]:
         names = sorted(self.sums)
         if accelerator.num_processes > 1:
-            names = sorted(set(gather_object(names)))  # a process may have had no row, or no round of samples, in this window
+            names = sorted(
+                set(gather_object(names))
+            )  # a process may have had no row, or no round of samples, in this window
         if not names:
             return [], torch.empty(0, 2)
         device = accelerator.device
         none = torch.zeros((), dtype=_precision(device), device=device)
-        columns = [torch.stack([sums.get(n, none).to(device) for n in names]) for sums in (self.sums, self.counts)]
+        columns = [
+            torch.stack([sums.get(n, none).to(device) for n in names])
+            for sums in (self.sums, self.counts)
+        ]
         stacked = torch.stack(columns, dim=1)
         return names, accelerator.reduce(stacked, reduction="sum").cpu()
 
@@ -66,7 +74,9 @@ class MetricWindow:
         """Means over the window and over processes; empties the window. All processes must call this."""
         names, total = self._total(accelerator)
         self.sums, self.counts = {}, {}
-        return {n: (float(s / c) if c else math.nan) for n, (s, c) in zip(names, total, strict=True)}
+        return {
+            n: (float(s / c) if c else math.nan) for n, (s, c) in zip(names, total, strict=True)
+        }
 
 
 class MetricLog:
@@ -93,7 +103,11 @@ class MetricLog:
                 at = entry.get("step") if isinstance(entry, dict) else None
                 if not isinstance(at, int) or at > step:
                     continue
-                if at == step and undone and all(name == "step" or name.startswith(undone) for name in entry):
+                if (
+                    at == step
+                    and undone
+                    and all(name == "step" or name.startswith(undone) for name in entry)
+                ):
                     continue  # made up for
                 kept.append(entry)
         write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
@@ -122,8 +136,15 @@ class MetricLog:
 
 def tracker_config(args: TrainingConfig) -> dict[str, Any]:
     """Plain values: tensorboard takes nothing else."""
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(args).items()}
+    return {
+        k: v if isinstance(v, (int, float, str, bool)) else str(v)
+        for k, v in dataclasses.asdict(args).items()
+    }
 
 
 def tracker_options(args: TrainingConfig) -> dict[str, Any]:
-    return {args.report_to: {"name": args.run_name}} if args.run_name and args.report_to in ("wandb", "trackio") else {}
+    return (
+        {args.report_to: {"name": args.run_name}}
+        if args.run_name and args.report_to in ("wandb", "trackio")
+        else {}
+    )

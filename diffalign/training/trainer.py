@@ -205,7 +205,9 @@ class Trainer:
     ) -> None:
         self.args = args if args is not None else self.config_class()
         if not isinstance(self.args, self.config_class):
-            raise ConfigError("args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}")
+            raise ConfigError(
+                "args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}"
+            )
         self.data_config = data or DataConfig()
         self.validation_config, self.hub_config = validation, hub
         self.peft_config, self.scorers, self.optimizers = peft_config, scorers, optimizers
@@ -223,7 +225,11 @@ class Trainer:
         build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
         self._read_data(train_dataset, eval_dataset)
         check_data(self.train_dataset, self.data_config, self.args)
-        names = {"revision": revision, "variant": variant, "vae": vae if isinstance(vae, str) else None}
+        names = {
+            "revision": revision,
+            "variant": variant,
+            "vae": vae if isinstance(vae, str) else None,
+        }
         self.record = self._make_record(names, bool(callbacks))
         self.callbacks = list(callbacks)
         self.validate()
@@ -234,29 +240,44 @@ class Trainer:
         if not self.args.precompute_ref_errors:
             return
         if self.reference_free:
-            raise ConfigError("train.precompute_ref_errors", f"{self._name} has no reference; set it to false")
+            raise ConfigError(
+                "train.precompute_ref_errors", f"{self._name} has no reference; set it to false"
+            )
         if self.data_config.online is not None:
-            raise ConfigError("train.precompute_ref_errors", "the images of data.online do not exist beforehand; set it to false")
+            raise ConfigError(
+                "train.precompute_ref_errors",
+                "the images of data.online do not exist beforehand; set it to false",
+            )
 
     def _read_data(self, train_dataset: Any, eval_dataset: Any) -> None:
         config = self.data_config
-        source = train_dataset if train_dataset is not None else config.dataset_name or config.train_data_dir
+        source = (
+            train_dataset
+            if train_dataset is not None
+            else config.dataset_name or config.train_data_dir
+        )
         if source is None:
             raise ConfigError(
-                "data.dataset_name", "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)"
+                "data.dataset_name",
+                "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)",
             )
         self.train_dataset = self._read_training_data(source)
         if eval_dataset is None and config.dataset_test_split and train_dataset is None:
             eval_dataset = source
         # Read once: an evaluation every few steps must not scan the data again.
         test_split = config.dataset_test_split or "test"
-        self.eval_dataset = None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
+        self.eval_dataset = (
+            None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
+        )
 
     def _read_training_data(self, source: Any) -> PreferenceDataset:
         if self.data_config.online is None:
             return self.read_dataset(source, self.data_config.dataset_train_split)
         if not self.can_be_online:
-            raise ConfigError("data.online", f"{self._name} cannot train on pairs that the policy draws; leave the section out")
+            raise ConfigError(
+                "data.online",
+                f"{self._name} cannot train on pairs that the policy draws; leave the section out",
+            )
         # Only the prompts are read, so there is no preference to invert: that happens to the policy's own images.
         config = dataclasses.replace(self.data_config, invert_preferences=False)
         return as_preferences(source, config, "prompt", self.data_config.dataset_train_split)
@@ -312,7 +333,14 @@ class Trainer:
         if self.reference_free:
             return None
         is_lora, device = self.peft_config is not None, self.accelerator.device
-        return build_reference(self.backbone, self.network, self.ref_backbone, is_lora, device, self.args.offload_reference)
+        return build_reference(
+            self.backbone,
+            self.network,
+            self.ref_backbone,
+            is_lora,
+            device,
+            self.args.offload_reference,
+        )
 
     def build_source(self) -> BatchSource:
         """Where batches come from; called when everything else is built."""
@@ -375,8 +403,14 @@ class Trainer:
 
         The model's own; rescaled for SDXL-Turbo's timesteps as in the official code.
         """
-        turbo = self.args.timestep_sampling == "turbo" and isinstance(self.process, VariancePreserving)
-        return with_zero_terminal_snr(self.process) if turbo and self.sampler_rule > 1 else self.process
+        turbo = self.args.timestep_sampling == "turbo" and isinstance(
+            self.process, VariancePreserving
+        )
+        return (
+            with_zero_terminal_snr(self.process)
+            if turbo and self.sampler_rule > 1
+            else self.process
+        )
 
     def make_grid(self, steps: int, eta: float) -> Grid:
         """The times of this run's sampler."""
@@ -386,7 +420,9 @@ class Trainer:
         rule = self.sampler_rule
         offset = int(self.backbone.given_scheduler.get("steps_offset", 0)) if rule == 1 else None
         scheduler = self.backbone.scheduler
-        return make_grid(self.process, scheduler, steps, eta, patches=patches, rule=rule, offset=offset)
+        return make_grid(
+            self.process, scheduler, steps, eta, patches=patches, rule=rule, offset=offset
+        )
 
     def policy_sampler(self, config: SamplerConfig, description: str = "sampling") -> PolicySampler:
         """A sampler of the policy's own images, after everything is built.
@@ -412,12 +448,18 @@ class Trainer:
         set_seed(args.seed)  # the same on every process: LoRA must start equal
         self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
         self.network = build_network(self.backbone, args, self.peft_config)
-        self.sampling_policy = self._denoiser(functools.partial(self.backbone.predict, self.network))
+        self.sampling_policy = self._denoiser(
+            functools.partial(self.backbone.predict, self.network)
+        )
         self.reference_model = self.build_reference()
         self.reference = None
         if self.reference_model is not None:
-            self.reference = self._denoiser(functools.partial(self.reference_model.predict, self.backbone))
-        self.data_pipeline = DataPipeline(self.train_dataset, self.data_config, args, self.backbone, self.accelerator)
+            self.reference = self._denoiser(
+                functools.partial(self.reference_model.predict, self.backbone)
+            )
+        self.data_pipeline = DataPipeline(
+            self.train_dataset, self.data_config, args, self.backbone, self.accelerator
+        )
         self.notes += self.data_pipeline.fill_caches()
         self._build_optimizer()
         self.record.built = self._built_facts()
@@ -453,7 +495,9 @@ class Trainer:
     def _build_optimizer(self) -> None:
         args, parameters = self.args, trainable_parameters(self.network)
         make_optimizer, make_schedule = self.optimizers
-        optimizer = make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
+        optimizer = (
+            make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
+        )
         self.state.max_steps = self._max_steps()
         if make_schedule:
             self.schedule = make_schedule(optimizer)
@@ -512,7 +556,9 @@ class Trainer:
     def _take_sampler_rule(self, rule: int) -> None:
         """Go on sampling as the checkpoint's run did."""
         if rule != self.sampler_rule and self._ready:
-            raise UserError("train.resume_from_checkpoint: it is of an earlier version; resume it before anything else is called")
+            raise UserError(
+                "train.resume_from_checkpoint: it is of an earlier version; resume it before anything else is called"
+            )
         self.sampler_rule = self.record.sampler_rule = rule
         if isinstance(self.process, RectifiedFlow):
             self.process.legacy_first_step = rule == 1
@@ -618,12 +664,20 @@ class Trainer:
         paired = self.data_kind in ("pair", "ranked") and not self.reference_free
         fixed = self.data_config.online is None and not data.streaming
         beta = vars(args).get("beta")  # of methods that have one
-        if args.mixed_precision == "no" or beta is None or not (paired and fixed and self.error_beta):
+        if (
+            args.mixed_precision == "no"
+            or beta is None
+            or not (paired and fixed and self.error_beta)
+        ):
             return
         if self.accelerator.is_main_process:
             is_lora = self.peft_config is not None
             policy, network = self.sampling_policy, self.network
-            self.notes.append(measure_rounding(policy, network, self.backbone, data, beta, args.mixed_precision, is_lora))
+            self.notes.append(
+                measure_rounding(
+                    policy, network, self.backbone, data, beta, args.mixed_precision, is_lora
+                )
+            )
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Print what the run is, write its config, and start the trackers."""
@@ -632,7 +686,9 @@ class Trainer:
         for line in [*record.lines, *self.notes, *([] if self.reference_free else [LOG2_MESSAGE])]:
             say(line)
         if checkpoint is not None:
-            say(f"resuming from {checkpoint} at step {self.state.global_step} of {self.state.max_steps}")
+            say(
+                f"resuming from {checkpoint} at step {self.state.global_step} of {self.state.max_steps}"
+            )
         if self.accelerator.is_main_process:
             record.write_config(self.output_dir)
         if self.args.report_to != "none":
@@ -650,7 +706,9 @@ class Trainer:
         Raises:
             ConfigError: there are no evaluation data.
         """
-        data = self.evaluation_data(eval_dataset, precompute_ref_errors=False, proportion_empty_prompts=0.0)
+        data = self.evaluation_data(
+            eval_dataset, precompute_ref_errors=False, proportion_empty_prompts=0.0
+        )
         metrics = evaluate(self, data, self.network, self.accelerator)
         self._call("on_evaluate", metrics=metrics)
         return metrics
@@ -667,10 +725,14 @@ class Trainer:
         """
         source = eval_dataset if eval_dataset is not None else self.eval_dataset
         if source is None:
-            raise ConfigError("data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset")
+            raise ConfigError(
+                "data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset"
+            )
         self.setup()
         groups = self.read_dataset(source, self.data_config.dataset_test_split or "test")
-        config = dataclasses.replace(self.data_config, cache_latents=None, cache_text_embeddings=None)
+        config = dataclasses.replace(
+            self.data_config, cache_latents=None, cache_text_embeddings=None
+        )
         args = dataclasses.replace(self.args, **options)
         return DataPipeline(groups, config, args, self.backbone, self.accelerator)
 
@@ -684,7 +746,14 @@ class Trainer:
         history = self.state.log_history
         with self.averaged_weights():
             metrics = history[-1] if history else {}
-            save_model(self.record, self.accelerator, self.network, self.prepared, metrics, Path(output_dir))
+            save_model(
+                self.record,
+                self.accelerator,
+                self.network,
+                self.prepared,
+                metrics,
+                Path(output_dir),
+            )
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """The averaged weights in the network while the block runs, under `use_ema`."""
@@ -696,7 +765,11 @@ class Trainer:
         Returns:
             The address there; None on the other processes.
         """
-        return None if process_rank() > 0 else push_to_hub(self.output_dir, self.hub_config or HubConfig())
+        return (
+            None
+            if process_rank() > 0
+            else push_to_hub(self.output_dir, self.hub_config or HubConfig())
+        )
 
     def dry_run(self) -> dict[str, Any]:
         """Run one batch forward and backward; nothing is written. Returns and prints what the run would be."""

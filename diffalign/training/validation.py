@@ -39,7 +39,10 @@ GRID_PROMPTS = 12
 
 def validation_prompts(config: ValidationConfig) -> list[str]:
     """Those written out, as they stand; or those of the set."""
-    return config.validation_prompts or load_prompts(config.prompts or "", limit=config.max_prompts).prompts
+    return (
+        config.validation_prompts
+        or load_prompts(config.prompts or "", limit=config.max_prompts).prompts
+    )
 
 
 def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
@@ -55,10 +58,16 @@ def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
     from ..rewards.registry import get_spec
 
     prompts = validation_prompts(config)
-    few = [f"validation: {sentence}" for sentence in few_prompts(len(prompts))] if config.scorers else []
+    few = (
+        [f"validation: {sentence}" for sentence in few_prompts(len(prompts))]
+        if config.scorers
+        else []
+    )
     for entry in parse_rewards(config.scorers) if config.scorers else ():
         if "metadata" in get_spec(entry.scorer).requires:
-            raise UserError(f"validation.scorers: {entry.name} needs metadata for every prompt, which prompts alone do not have")
+            raise UserError(
+                f"validation.scorers: {entry.name} needs metadata for every prompt, which prompts alone do not have"
+            )
     training = {name for name in config.scorers if name in _judging(judge)}
     if config.keep_best is None or config.keep_best not in training:
         return few
@@ -171,7 +180,9 @@ class Validation:
             found = self.validate(step) if self.main else None
         if found is not None:
             log.images("validation", found.grid, step)
-        better = found is not None and self.config.keep_best is not None and found.value > self._best()
+        better = (
+            found is not None and self.config.keep_best is not None and found.value > self._best()
+        )
         shared: list[Any] = [found.metrics if found is not None else {}, better]
         broadcast_object_list(shared)
         if shared[1]:
@@ -190,7 +201,9 @@ class Validation:
             (prompt, base[i * count : (i + 1) * count], tuned[i * count : (i + 1) * count])
             for i, prompt in enumerate(self.distinct[:GRID_PROMPTS])
         ]
-        found = Validated(comparison_grid(rows, right=f"step {step}"), self.folder / f"step-{step}.png", {})
+        found = Validated(
+            comparison_grid(rows, right=f"step {step}"), self.folder / f"step-{step}.png", {}
+        )
         # Not `save_image`: who watches the folder for step-N finds the unfinished file too.
         temporary = found.path.with_name(f"{found.path.name}.tmp")
         found.grid.save(temporary, "png")
@@ -203,7 +216,8 @@ class Validation:
                 mean = float(nanmean(values.reshape(1, -1))[0])
                 found.metrics |= {
                     f"validation/{name}": sign * mean,
-                    f"validation/{name}/base": sign * float(nanmean(self.base_scores[name].reshape(1, -1))[0]),
+                    f"validation/{name}/base": sign
+                    * float(nanmean(self.base_scores[name].reshape(1, -1))[0]),
                     f"validation/{name}/win_rate": rate.rate,
                     f"validation/{name}/win_rate_low": rate.low,
                     f"validation/{name}/win_rate_high": rate.high,
@@ -221,8 +235,12 @@ class Validation:
     @cached_property
     def base_images(self) -> list[Any]:
         """Of the starting weights."""
-        files = [drawn_file(self.folder / "base" / f"{i:04d}.png") for i in range(len(self.prompts))]
-        return [file if isinstance(file, Missing) else Image.open(file).convert("RGB") for file in files]
+        files = [
+            drawn_file(self.folder / "base" / f"{i:04d}.png") for i in range(len(self.prompts))
+        ]
+        return [
+            file if isinstance(file, Missing) else Image.open(file).convert("RGB") for file in files
+        ]
 
     @cached_property
     def base_scores(self) -> dict[str, Any]:
@@ -234,12 +252,16 @@ class Validation:
         columns = self.panel.score(images, self.prompts, on_error="nan").columns
         signs = {name: 1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in columns}
         shape = (-1, self.config.num_validation_images)
-        return {name: signs[name] * np.asarray(values, dtype=np.float64).reshape(shape) for name, values in columns.items()}
+        return {
+            name: signs[name] * np.asarray(values, dtype=np.float64).reshape(shape)
+            for name, values in columns.items()
+        }
 
     def _diversity(self, images: list[Any]) -> float:
         count, distance = self.config.num_validation_images, Diversity()
         groups = [
-            [image for image in images[i : i + count] if not isinstance(image, Missing)] for i in range(0, len(images), count)
+            [image for image in images[i : i + count] if not isinstance(image, Missing)]
+            for i in range(0, len(images), count)
         ]
         distances = [distance(group) for group in groups if len(group) > 1]
         return float(np.mean(distances)) if distances else float("nan")
@@ -253,7 +275,12 @@ class Validation:
             # Under mixed precision the components differ in dtype; the training forward is autocast too.
             with self.accelerator.autocast():
                 return generate(
-                    pipe, self.prompts, self.seeds, batch_size=8, description=description, **self.config.pipe_kwargs()
+                    pipe,
+                    self.prompts,
+                    self.seeds,
+                    batch_size=8,
+                    description=description,
+                    **self.config.pipe_kwargs(),
                 )
         finally:
             network.train(training)
@@ -285,7 +312,12 @@ class Validation:
         self.save_model(str(fresh))
         if found is None:
             return
-        facts = {"scorer": self.config.keep_best, "value": found.value, "step": step, **found.metrics}
+        facts = {
+            "scorer": self.config.keep_best,
+            "value": found.value,
+            "step": step,
+            **found.metrics,
+        }
         write_atomically(fresh / "validation.json", (json.dumps(facts, indent=2) + "\n").encode())
         old = self.output_dir / f".{BEST}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -28,7 +28,12 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 torch.set_num_threads(1)
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 _COLORS, _SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "star")
-_SCRATCH = ("latents", "texts", "parts", "cache")  # folders of caches and of finished parts, whose division into files may differ
+_SCRATCH = (
+    "latents",
+    "texts",
+    "parts",
+    "cache",
+)  # folders of caches and of finished parts, whose division into files may differ
 _TIMES = ("seconds", "time", "wall", "created")
 
 
@@ -45,7 +50,14 @@ def table(folder: Path, images: int = 2, rows: int = 12, ragged: bool = False) -
             "prompt": f"a {('small', 'large')[i % 2]} {_COLORS[i % 4]} {_SHAPES[i % 3]} on the left of a gray background"
         }
         pair = {"chosen": files[0], "rejected": files[1]}
-        lines.append(row | (pair if count == 2 and not ragged else {"images": files, "scores": [float(j) for j in range(count)]}))
+        lines.append(
+            row
+            | (
+                pair
+                if count == 2 and not ragged
+                else {"images": files, "scores": [float(j) for j in range(count)]}
+            )
+        )
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -70,12 +82,38 @@ def train(method: str, data: Path, out: Path, steps: int, *more: Any) -> list[st
 
 
 _EMA = ("--train.use_ema", "true", "--train.ema_decay", "0.5")
-_ROUNDS = ("--train.num_inference_steps", "3", "--train.guidance_scale", "2.0", "--rewards", "[jpeg_compressibility]")
+_ROUNDS = (
+    "--train.num_inference_steps",
+    "3",
+    "--train.guidance_scale",
+    "2.0",
+    "--rewards",
+    "[jpeg_compressibility]",
+)
 _PROMPT = "[a small red circle]"
 _BEST = [
-    *("--train.eval_steps", "2", "--data.dataset_test_split", "train", "--validation.validation_prompts", _PROMPT),
-    *("--validation.validation_steps", "2", "--validation.num_inference_steps", "2", "--validation.num_validation_images", "1"),
-    *("--validation.scorers", "[jpeg_incompressibility]", "--validation.keep_best", "jpeg_incompressibility"),
+    *(
+        "--train.eval_steps",
+        "2",
+        "--data.dataset_test_split",
+        "train",
+        "--validation.validation_prompts",
+        _PROMPT,
+    ),
+    *(
+        "--validation.validation_steps",
+        "2",
+        "--validation.num_inference_steps",
+        "2",
+        "--validation.num_validation_images",
+        "1",
+    ),
+    *(
+        "--validation.scorers",
+        "[jpeg_incompressibility]",
+        "--validation.keep_best",
+        "jpeg_incompressibility",
+    ),
 ]
 
 
@@ -96,7 +134,17 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
     few = ("--num_inference_steps", "2", "--scorers", "jpeg_compressibility")
     return {
         "dpo": lambda out: train(
-            *("diffusion_dpo", pairs, out, 6, "--train.save_steps", 2, "--train.save_total_limit", 1, *_EMA),
+            *(
+                "diffusion_dpo",
+                pairs,
+                out,
+                6,
+                "--train.save_steps",
+                2,
+                "--train.save_total_limit",
+                1,
+                *_EMA,
+            ),
             *(
                 "--train.precompute_ref_errors",
                 "true",
@@ -106,15 +154,54 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
                 f"{out}/t",
             ),
         ),
-        "best": lambda out: train("diffusion_dpo", pairs, out, 5, "--train.save_steps", 2, *_EMA, *_BEST),
-        "d3po": lambda out: train("d3po", pairs, out, 5, "--train.save_steps", 2, "--train.reference", "iterated", *_ROUNDS),
-        "seppo": lambda out: train("seppo", pairs, out, 5, "--train.save_steps", 2, "--train.pool_save_steps", 1, *_ROUNDS[:4]),
-        "online": lambda out: train("diffusion_dpo", pairs, out, 5, "--train.save_steps", 2, *online, *_ROUNDS[4:]),
+        "best": lambda out: train(
+            "diffusion_dpo", pairs, out, 5, "--train.save_steps", 2, *_EMA, *_BEST
+        ),
+        "d3po": lambda out: train(
+            "d3po",
+            pairs,
+            out,
+            5,
+            "--train.save_steps",
+            2,
+            "--train.reference",
+            "iterated",
+            *_ROUNDS,
+        ),
+        "seppo": lambda out: train(
+            "seppo",
+            pairs,
+            out,
+            5,
+            "--train.save_steps",
+            2,
+            "--train.pool_save_steps",
+            1,
+            *_ROUNDS[:4],
+        ),
+        "online": lambda out: train(
+            "diffusion_dpo", pairs, out, 5, "--train.save_steps", 2, *online, *_ROUNDS[4:]
+        ),
         "ragged": lambda out: train(
-            "rankdpo", lists, out, 5, "--train.save_steps", 2, *_EMA, "--train.precompute_ref_errors", "true"
+            "rankdpo",
+            lists,
+            out,
+            5,
+            "--train.save_steps",
+            2,
+            *_EMA,
+            "--train.precompute_ref_errors",
+            "true",
         ),
         "streaming": lambda out: train(
-            "diffusion_dpo", pairs, out, 5, "--train.save_steps", 2, "--data.dataset_streaming", "true"
+            "diffusion_dpo",
+            pairs,
+            out,
+            5,
+            "--train.save_steps",
+            2,
+            "--data.dataset_streaming",
+            "true",
         ),
         "score": lambda out: [
             "score",
@@ -127,9 +214,30 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
             "--output_dir",
             str(out),
         ],
-        "build": lambda out: ["data", "build", "--prompts", prompts, "--num_images", "2", *few, "--output_dir", str(out)],
+        "build": lambda out: [
+            "data",
+            "build",
+            "--prompts",
+            prompts,
+            "--num_images",
+            "2",
+            *few,
+            "--output_dir",
+            str(out),
+        ],
         "compare": lambda out: [
-            *("compare", "--base", "shapes", "--tuned", "twin=shapes", "--prompts", prompts, "--num_images", "1", *few),
+            *(
+                "compare",
+                "--base",
+                "shapes",
+                "--tuned",
+                "twin=shapes",
+                "--prompts",
+                prompts,
+                "--num_images",
+                "1",
+                *few,
+            ),
             *("--diversity", "pixel", "--output_dir", str(out)),
         ],
         "recaption": lambda out: [
@@ -144,7 +252,17 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
             str(out),
         ],
         "quickstart": lambda out: [
-            *("quickstart", "--output_dir", str(out), "--num_prompts", "8", "--images_per_prompt", "2", "--max_steps", "4"),
+            *(
+                "quickstart",
+                "--output_dir",
+                str(out),
+                "--num_prompts",
+                "8",
+                "--images_per_prompt",
+                "2",
+                "--max_steps",
+                "4",
+            ),
             *("--batch_size", "4", "--eval_prompts", "4", "--eval_images", "1"),
         ],
     }
@@ -171,7 +289,8 @@ def child(arguments: list[str], out: Path, moment: int, log: Path) -> tuple[int,
             return True
         mode, flags = values[1], values[2]
         return bool(
-            (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR))
+            (isinstance(mode, str) and set(mode) & set("wax+"))
+            or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR))
         )
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
@@ -211,7 +330,9 @@ def outcome(out: Path) -> dict[str, Any]:
         name = path.relative_to(out).as_posix()
         if any(part.startswith((".", "checkpoint-", *_SCRATCH)) for part in Path(name).parts[:-1]):
             continue
-        if path.name.startswith("shard-"):  # caches: the entries count, not how they are divided into files
+        if path.name.startswith(
+            "shard-"
+        ):  # caches: the entries count, not how they are divided into files
             entries = result.get(path.parent.name, {})
             entries.update({key: value.tolist() for key, value in load_file(path).items()})
             result[path.parent.name] = dict(sorted(entries.items()))
@@ -219,7 +340,9 @@ def outcome(out: Path) -> dict[str, Any]:
             result[name] = {key: value.tolist() for key, value in load_file(path).items()}
         elif path.suffix == ".parquet":
             result[name] = (
-                datasets.Dataset.from_parquet(str(path), cache_dir=str(out.parent / "hf")).with_format("arrow")[:].to_pylist()
+                datasets.Dataset.from_parquet(str(path), cache_dir=str(out.parent / "hf"))
+                .with_format("arrow")[:]
+                .to_pylist()
             )
         elif path.suffix == ".png":
             result[name] = path.read_bytes()
@@ -242,7 +365,9 @@ def differences(name: str, moments: int, work: Path) -> list[str]:
     """What went otherwise in a scenario, killed at so many moments evenly over its events; empty if nothing did."""
     table(work / "pairs")
     table(work / "lists", 3, ragged=True)
-    sentences = [f"a small {color} circle on the left of a gray background" for color in _COLORS[:3]]
+    sentences = [
+        f"a small {color} circle on the left of a gray background" for color in _COLORS[:3]
+    ]
     (work / "prompts.txt").write_text("\n".join(sentences) + "\n")
     command = scenarios(work)[name]
     whole, cut = work / "whole", work / "cut"
@@ -251,11 +376,21 @@ def differences(name: str, moments: int, work: Path) -> list[str]:
         return [f"uninterrupted: exit code {code}: {(work / 'whole.log').read_text()[-600:]}"]
     expected = str(outcome(whole)).replace(str(whole), "OUT")
     problems = []
-    for moment in sorted({1 + round(i * (events - 1) / max(1, moments - 1)) for i in range(moments)}):
+    for moment in sorted(
+        {1 + round(i * (events - 1) / max(1, moments - 1)) for i in range(moments)}
+    ):
         shutil.rmtree(cut, ignore_errors=True)
         killed, _ = child(command(cut), cut, moment, work / "killed.log")
-        where = (work / "killed.log").read_text(errors="replace").strip().splitlines()[-1].replace(str(cut), "")[:100]
-        again = command(cut) + (["--train.resume_from_checkpoint", "latest"] if command(cut)[0] == "train" else [])
+        where = (
+            (work / "killed.log")
+            .read_text(errors="replace")
+            .strip()
+            .splitlines()[-1]
+            .replace(str(cut), "")[:100]
+        )
+        again = command(cut) + (
+            ["--train.resume_from_checkpoint", "latest"] if command(cut)[0] == "train" else []
+        )
         code, _ = child(again, cut, 0, work / "again.log")
         if killed != -signal.SIGKILL:
             problems.append(f"moment {moment} of {events}: not killed, exit code {killed}")
@@ -263,7 +398,11 @@ def differences(name: str, moments: int, work: Path) -> list[str]:
             said = (work / "again.log").read_text(errors="replace").strip().splitlines()[-1][:300]
             problems.append(f"moment {moment}, {where}: exit code {code}: {said}")
         elif str(outcome(cut)).replace(str(cut), "OUT") != expected:
-            parts = [key for key in {**outcome(whole), **outcome(cut)} if outcome(whole).get(key) != outcome(cut).get(key)]
+            parts = [
+                key
+                for key in {**outcome(whole), **outcome(cut)}
+                if outcome(whole).get(key) != outcome(cut).get(key)
+            ]
             problems.append(f"moment {moment}, {where}: another {', '.join(parts)[:300]}")
     return problems
 

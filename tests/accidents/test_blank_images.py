@@ -82,7 +82,9 @@ def checked(pipe: Any, flags: list[bool]) -> Any:
 
 
 def test_blocked_images_are_missing():
-    images = generate(checked(poisoned(rows=()), [False, True]), ["a", "b"], [0, 1], progress=False, **SMALL)
+    images = generate(
+        checked(poisoned(rows=()), [False, True]), ["a", "b"], [0, 1], progress=False, **SMALL
+    )
     assert images[1] == Missing(BLOCKED) and isinstance(images[0], Image.Image)
 
 
@@ -103,7 +105,9 @@ def test_one_prompt_that_fails_costs_one_image():
         generate(pipe, ["bad", "bad"], [0, 1], progress=False, **SMALL)
 
 
-@pytest.mark.parametrize("output", [None, SimpleNamespace(images=None), SimpleNamespace(images=[1])])
+@pytest.mark.parametrize(
+    "output", [None, SimpleNamespace(images=None), SimpleNamespace(images=[1])]
+)
 def test_pipelines_that_return_something_else_are_a_sentence(output):
     with pytest.raises(UserError, match="expected 2 images for 2 prompts"):
         drawn.read_output(output, 2, [])
@@ -123,7 +127,10 @@ def test_words():
         == "5 of 6 images of m left out: not finite (2), failed (2), blocked by the safety checker (1)"
     )
     assert drawn.left_out(images[:1], 1) == ""
-    with pytest.raises(NoImages, match="none of its 2 images can be used: not finite .2.; draw in another precision"):
+    with pytest.raises(
+        NoImages,
+        match="none of its 2 images can be used: not finite .2.; draw in another precision",
+    ):
         drawn.check_any(images[1:3], "m")
     with pytest.raises(NoImages, match="without a safety checker"):
         drawn.check_any(images[3:4], "m")
@@ -153,7 +160,9 @@ def test_files_remember_what_is_missing_and_failures_are_tried_again(tmp_path):
         return [Image.new("RGB", (4, 4)), Missing(NOT_FINITE), Missing("failed: x")]
 
     draw_files(draw, wanted, 3, ALONE, "x")
-    assert drawn_file(wanted[1][2]) == Missing(NOT_FINITE) and drawn_file(tmp_path / "no.png") == Missing(ABSENT)
+    assert drawn_file(wanted[1][2]) == Missing(NOT_FINITE) and drawn_file(
+        tmp_path / "no.png"
+    ) == Missing(ABSENT)
     draw_files(draw, wanted, 3, ALONE, "x")
     draw_files(draw, wanted[:2], 2, ALONE, "x")
     assert calls == [3, 3]
@@ -161,8 +170,16 @@ def test_files_remember_what_is_missing_and_failures_are_tried_again(tmp_path):
 
 def test_a_comparison_leaves_pairs_out_and_says_so(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
-    models = [parse_model(poisoned(rows=()), "base"), parse_model({"model": poisoned(), "name": "tuned"}, "tuned")]
-    options = {"prompts": str(tmp_path / "p.txt"), "scorers": ["jpeg_compressibility"], "num_images": 2, "batch_size": 4}
+    models = [
+        parse_model(poisoned(rows=()), "base"),
+        parse_model({"model": poisoned(), "name": "tuned"}, "tuned"),
+    ]
+    options = {
+        "prompts": str(tmp_path / "p.txt"),
+        "scorers": ["jpeg_compressibility"],
+        "num_images": 2,
+        "batch_size": 4,
+    }
     options |= {"verbose": False, "diversity": "pixel", **SMALL}
     result = compare(
         models[0],
@@ -171,8 +188,13 @@ def test_a_comparison_leaves_pairs_out_and_says_so(tmp_path):
         **options,
     )
     values = result.scores["tuned"]["jpeg_compressibility"]
-    assert np.isnan(values).sum() == 1 and result.facts["missing"] == {"tuned": "1 of 4 images of tuned left out: not finite (1)"}
-    assert "left out: not finite" in (tmp_path / "c/report.html").read_text() and (tmp_path / "c/grid.png").is_file()
+    assert np.isnan(values).sum() == 1 and result.facts["missing"] == {
+        "tuned": "1 of 4 images of tuned left out: not finite (1)"
+    }
+    assert (
+        "left out: not finite" in (tmp_path / "c/report.html").read_text()
+        and (tmp_path / "c/grid.png").is_file()
+    )
     assert json.loads((tmp_path / "c/results.json").read_text())
     with pytest.raises(NoImages, match="model blank: none of its 4 images"):
         compare(
@@ -184,7 +206,10 @@ def test_a_comparison_leaves_pairs_out_and_says_so(tmp_path):
 
 
 def test_grids_show_a_pale_tile():
-    row = ("p", [[Image.new("RGB", (64, 64)), Missing(NOT_FINITE)], [Missing(BLOCKED), Missing(BLOCKED)]])
+    row = (
+        "p",
+        [[Image.new("RGB", (64, 64)), Missing(NOT_FINITE)], [Missing(BLOCKED), Missing(BLOCKED)]],
+    )
     assert models_grid([row], ["a", "b"]).size[0] > 200
     assert framed_grid([("p", [Missing(NOT_FINITE), Image.new("RGB", (64, 64))], 1)]).size[0] > 100
 
@@ -192,22 +217,40 @@ def test_grids_show_a_pale_tile():
 def test_steering_gives_a_blank_particle_no_weight():
     scorer = load_scorer("jpeg_compressibility")  # which prefers black to everything
     for lmbda in (0.0, 5.0):
-        steering = FKSteering(poisoned(rows=(0,)), scorer, num_particles=3, lmbda=lmbda, kernel="ddim", eta=1.0)
+        steering = FKSteering(
+            poisoned(rows=(0,)), scorer, num_particles=3, lmbda=lmbda, kernel="ddim", eta=1.0
+        )
         result = steering("a cat", seed=0, num_inference_steps=3)
         assert isinstance(result.best[0], Image.Image) and float(result.weights[0, 0]) == 0.0
         assert isinstance(result.images[0][0], Missing)
-        assert all(isinstance(image, Image.Image) for image in result.draw(torch.Generator().manual_seed(0)))
+        assert all(
+            isinstance(image, Image.Image)
+            for image in result.draw(torch.Generator().manual_seed(0))
+        )
 
 
 def test_a_prompt_without_an_image_spares_the_others():
     scorer = load_scorer("jpeg_compressibility")
-    steering = FKSteering(poisoned(rows=(0, 1)), scorer, num_particles=2, lmbda=1.0, kernel="ddim", eta=1.0, prompts_per_call=2)
+    steering = FKSteering(
+        poisoned(rows=(0, 1)),
+        scorer,
+        num_particles=2,
+        lmbda=1.0,
+        kernel="ddim",
+        eta=1.0,
+        prompts_per_call=2,
+    )
     result = steering(["a cat", "a dog"], seed=0, num_inference_steps=3)
     assert isinstance(result.best[1], Image.Image) and bool(result.degenerate[0])
     with pytest.raises(NoImages):
-        FKSteering(poisoned(rows=tuple(range(4))), scorer, num_particles=2, lmbda=1.0, kernel="ddim", eta=1.0)(
-            "a cat", seed=0, num_inference_steps=3
-        )
+        FKSteering(
+            poisoned(rows=tuple(range(4))),
+            scorer,
+            num_particles=2,
+            lmbda=1.0,
+            kernel="ddim",
+            eta=1.0,
+        )("a cat", seed=0, num_inference_steps=3)
 
 
 def test_a_scorer_that_is_silent_is_still_named():
@@ -242,7 +285,13 @@ def test_online_training_goes_on_without_a_broken_image(method, tmp_path, capsys
 
 @pytest.mark.parametrize("method", ["d3po", "seppo"])
 def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
-    trainer = make_trainer(tmp_path, method=method, peft_config=lora_config(), max_steps=2, per_device_train_batch_size=2)
+    trainer = make_trainer(
+        tmp_path,
+        method=method,
+        peft_config=lora_config(),
+        max_steps=2,
+        per_device_train_batch_size=2,
+    )
     trainer.setup()
     chunk = trainer.rollout._chunk
 
@@ -260,14 +309,21 @@ def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
 @pytest.mark.parametrize("call", [0, 4, 5, 9])
 def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypatch, capsys):
     """SPO: neither as the best or worst, nor as the state that the next candidates start from."""
-    options = {"per_device_train_batch_size": 2, "num_inference_steps": 6, "images_per_prompt": 3, "max_steps": 1}
+    options = {
+        "per_device_train_batch_size": 2,
+        "num_inference_steps": 6,
+        "images_per_prompt": 3,
+        "max_steps": 1,
+    }
     trainer = make_trainer(tmp_path, method="spo", peft_config=lora_config(), **options)
     trainer.setup()
     whole, calls = torch.randn, []
 
     def broken(shape: Any, **kwargs: Any) -> Any:
         noise = whole(shape, **kwargs)
-        if len(shape) == 4 and shape[0] == 3:  # the candidates of one of two rows at one of five steps
+        if (
+            len(shape) == 4 and shape[0] == 3
+        ):  # the candidates of one of two rows at one of five steps
             if len(calls) == call:
                 noise[1 if call else slice(None)] = torch.nan
             calls.append(1)
@@ -276,7 +332,9 @@ def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypa
     monkeypatch.setattr(torch, "randn", broken)
     batch = next_batch(trainer)
     monkeypatch.undo()
-    assert len(calls) == 10 and all(batch.extra[name].isfinite().all() for name in ("states", "pairs", "log_probs"))
+    assert len(calls) == 10 and all(
+        batch.extra[name].isfinite().all() for name in ("states", "pairs", "log_probs")
+    )
     said = capsys.readouterr().out
     if call == 0:  # without any candidate the row is lost for the whole round
         assert "3 of 6 images of this round left out: not finite" in said
@@ -292,7 +350,12 @@ def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypa
 def test_one_lost_prompt_does_not_end_a_round(method, tmp_path, capsys):
     """Of a round of two batches with one prompt each, the images of the first are all missing."""
     trainer = make_trainer(
-        tmp_path, method=method, peft_config=lora_config(), max_steps=2, per_device_train_batch_size=1, steps_per_round=2
+        tmp_path,
+        method=method,
+        peft_config=lora_config(),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        steps_per_round=2,
     )
     trainer.setup()
     decode, calls = trainer.backbone.decode_latents, []
@@ -306,11 +369,16 @@ def test_one_lost_prompt_does_not_end_a_round(method, tmp_path, capsys):
     trainer.backbone.decode_latents = broken
     trainer.train()
     said = capsys.readouterr().out
-    assert "2 of 4 images of this round left out: not finite" in said and "no score for any image of" in said
+    assert (
+        "2 of 4 images of this round left out: not finite" in said
+        and "no score for any image of" in said
+    )
 
 
 def test_the_next_state_is_a_finite_candidate():
-    usable = torch.tensor([[True, True, True], [False, True, False], [True, False, False], [False, False, False]])
+    usable = torch.tensor(
+        [[True, True, True], [False, True, False], [True, False, False], [False, False, False]]
+    )
     assert nearest_usable(torch.tensor([2, 2, 1, 1]), usable).tolist() == [2, 1, 0, 1]
 
 
@@ -323,7 +391,9 @@ def test_validation_counts_and_never_keeps_weights_that_draw_less(tmp_path, caps
         scorers=["jpeg_compressibility"],
         keep_best="jpeg_compressibility",
     )
-    trainer = make_trainer(tmp_path, peft_config=lora_config(), max_steps=1, options={"validation": validation})
+    trainer = make_trainer(
+        tmp_path, peft_config=lora_config(), max_steps=1, options={"validation": validation}
+    )
     pipeline, calls = trainer.backbone.pipeline, []
 
     def second_is_broken(**kwargs: Any) -> Any:
@@ -333,7 +403,10 @@ def test_validation_counts_and_never_keeps_weights_that_draw_less(tmp_path, caps
 
     trainer.backbone.pipeline = second_is_broken
     trainer.train()
-    assert "1 of 2 images of step 1 left out" in capsys.readouterr().out and not (tmp_path / "best").exists()
+    assert (
+        "1 of 2 images of step 1 left out" in capsys.readouterr().out
+        and not (tmp_path / "best").exists()
+    )
 
 
 def poisoned_copy(pipe: Any) -> Any:
@@ -374,4 +447,6 @@ def test_the_sample_command_stops_when_nothing_can_be_used(tmp_path):
         tmp_path / "o",
         cwd=tmp_path,
     )
-    assert done.returncode == 2 and "none of its 2 images can be used: not finite (2)" in done.stderr
+    assert (
+        done.returncode == 2 and "none of its 2 images can be used: not finite (2)" in done.stderr
+    )

@@ -55,7 +55,10 @@ def test_what_is_wrong_with_a_file(damage, whole, tmp_path):
     file.write_bytes(CONTENTS[damage]((whole / UNET).read_bytes()))
     assert what_is_wrong(file) and "\n" not in what_is_wrong(file)
     assert what_is_wrong(whole / UNET) is None and len(read_header(whole / UNET).shapes) > 10
-    assert what_is_wrong(tmp_path) == "is a folder, not a file" and what_is_wrong(tmp_path / "no") == "is not there"
+    assert (
+        what_is_wrong(tmp_path) == "is a folder, not a file"
+        and what_is_wrong(tmp_path / "no") == "is not there"
+    )
 
 
 def commands(model: Path, out: Path) -> dict[str, list[Any]]:
@@ -174,7 +177,11 @@ def test_the_variant_that_is_there_is_read(model):
     as_variant(model, UNET, VAE, TEXT)
     assert load_pipeline(str(model)).unet is not None
     source = ModelSource(str(model))
-    assert source.load("unet") is not None and source.load("text_encoder") is not None and source.pipeline_variant() == "fp16"
+    assert (
+        source.load("unet") is not None
+        and source.load("text_encoder") is not None
+        and source.pipeline_variant() == "fp16"
+    )
 
 
 def test_mixed_folders_are_read_per_component(model):
@@ -240,7 +247,12 @@ def test_continuous_times_and_unknown_predictions():
 
 def test_names_that_are_no_place(tmp_path, capsys):
     for name in ("x" * 300, "a/b/c", str(tmp_path / "none"), "a\0b", ""):
-        assert cli.run(["sample", "--model", name, "--prompt", "x", "--output_dir", str(tmp_path / "o")]) == 2
+        assert (
+            cli.run(
+                ["sample", "--model", name, "--prompt", "x", "--output_dir", str(tmp_path / "o")]
+            )
+            == 2
+        )
         assert "Traceback" not in capsys.readouterr().err
 
 

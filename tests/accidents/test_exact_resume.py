@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import assert_same_tensors, brightness, lora_config, make_trainer, method_rows, pair_rows, trained_tensors
+from tiny import (
+    assert_same_tensors,
+    brightness,
+    lora_config,
+    make_trainer,
+    method_rows,
+    pair_rows,
+    trained_tensors,
+)
 
 from diffalign import TrainerCallback, ValidationConfig
 from diffalign.data.cache import TensorCache
@@ -37,9 +45,13 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def train(folder: Path, method: str = "diffusion_dpo", stop: TrainerCallback | None = None, **options: Any) -> Any:
+def train(
+    folder: Path, method: str = "diffusion_dpo", stop: TrainerCallback | None = None, **options: Any
+) -> Any:
     parts = {"callbacks": [stop] if stop else [], **options.pop("options", {})}
-    trainer = make_trainer(folder, method=method, peft_config=lora_config(dropout=0.2), options=parts, **options)
+    trainer = make_trainer(
+        folder, method=method, peft_config=lora_config(dropout=0.2), options=parts, **options
+    )
     if stop:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
@@ -50,13 +62,34 @@ def train(folder: Path, method: str = "diffusion_dpo", stop: TrainerCallback | N
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "logs/metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k and "per_" not in k} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if "second" not in k and "per_" not in k}
+        for line in lines
+    ]
 
 
 ROUNDS = [
-    ("diffusion_dpo", {"data": {"online": {"every": 3, "k": 2, "num_inference_steps": 3}}, "options": {"scorers": [brightness]}}),
-    ("sft", {"data": {"online": {"every": 3, "k": 2, "num_inference_steps": 3}}, "options": {"scorers": [brightness]}}),
-    ("rankdpo", {"data": {"online": {"every": 3, "k": 3, "num_inference_steps": 3}}, "options": {"scorers": [brightness]}}),
+    (
+        "diffusion_dpo",
+        {
+            "data": {"online": {"every": 3, "k": 2, "num_inference_steps": 3}},
+            "options": {"scorers": [brightness]},
+        },
+    ),
+    (
+        "sft",
+        {
+            "data": {"online": {"every": 3, "k": 2, "num_inference_steps": 3}},
+            "options": {"scorers": [brightness]},
+        },
+    ),
+    (
+        "rankdpo",
+        {
+            "data": {"online": {"every": 3, "k": 3, "num_inference_steps": 3}},
+            "options": {"scorers": [brightness]},
+        },
+    ),
     ("d3po", {"reference": "iterated", "steps_per_round": 3}),
     ("seppo", {"pool_save_steps": 1, "pool_size": 2}),
     ("spo", {}),
@@ -79,15 +112,24 @@ def test_a_run_stopped_inside_a_round_ends_bit_equal(method, options, stop, tmp_
 
 
 def test_tensors_of_files_are_copies(tmp_path):
-    tensors = {"a": torch.arange(5.0), "bb": torch.arange(7, dtype=torch.float16), "c": torch.ones(3, 3)}
+    tensors = {
+        "a": torch.arange(5.0),
+        "bb": torch.arange(7, dtype=torch.float16),
+        "c": torch.ones(3, 3),
+    }
     save_tensors(tensors, tmp_path / "t.safetensors", {"key": "x"})
     found, facts = read_tensors(tmp_path / "t.safetensors")
     assert facts == {"key": "x"}
-    assert all(torch.equal(found[name], value) and found[name].data_ptr() % 64 == 0 for name, value in tensors.items())
+    assert all(
+        torch.equal(found[name], value) and found[name].data_ptr() % 64 == 0
+        for name, value in tensors.items()
+    )
     cache = TensorCache(tmp_path / "cache")
     cache.add("k", {"one": torch.ones(1), "odd": torch.randn(33)})
     cache.flush()
-    assert all(value.data_ptr() % 64 == 0 for value in TensorCache(tmp_path / "cache")["k"].values())
+    assert all(
+        value.data_ptr() % 64 == 0 for value in TensorCache(tmp_path / "cache")["k"].values()
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 200, b"PK\x03\x04 not a zip", b"<html>"])
@@ -96,7 +138,10 @@ def test_a_damaged_random_state_is_refused(content, tmp_path):
     file = tmp_path / "checkpoint-2/random_states_0.pkl"
     size = file.stat().st_size
     file.write_bytes((content * size)[:size] or b"\0" * size)
-    with pytest.raises(UserError, match="checkpoint-2 is damaged: .*random_state.* (cannot be read|has a wrong checksum)"):
+    with pytest.raises(
+        UserError,
+        match="checkpoint-2 is damaged: .*random_state.* (cannot be read|has a wrong checksum)",
+    ):
         train(tmp_path, max_steps=3, resume_from_checkpoint="latest")
 
 
@@ -123,14 +168,20 @@ STATES = [
     "{",
     "\udce4",
 ]
-STATES += ['{"state": {"global_step": -1, "samples_seen": 0, "epoch": 0}, "files": {}, "identity": {}}']
-STATES += ['{"state": {"global_step": "1", "samples_seen": 0, "epoch": 0}, "files": {}, "identity": {}}']
+STATES += [
+    '{"state": {"global_step": -1, "samples_seen": 0, "epoch": 0}, "files": {}, "identity": {}}'
+]
+STATES += [
+    '{"state": {"global_step": "1", "samples_seen": 0, "epoch": 0}, "files": {}, "identity": {}}'
+]
 
 
 @pytest.mark.parametrize("text", STATES)
 def test_a_state_that_no_trainer_wrote_is_refused(text, tmp_path):
     train(tmp_path, max_steps=1, save_steps=1)
-    (tmp_path / "checkpoint-1/trainer_state.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "checkpoint-1/trainer_state.json").write_bytes(
+        text.encode("utf-8", "surrogateescape")
+    )
     with pytest.raises(UserError) as caught:
         train(tmp_path, max_steps=2, resume_from_checkpoint="latest")
     assert "\n" not in str(caught.value)
@@ -150,9 +201,17 @@ class Poison(TrainerCallback):
 @pytest.mark.parametrize("last", [2, 3])
 def test_bad_weights_never_replace_a_good_checkpoint(value, last, tmp_path):
     with pytest.raises((NonFiniteWeights, NonFiniteLoss)) as caught:
-        train(tmp_path, max_steps=last, save_steps=1, save_total_limit=1, options={"callbacks": [Poison(value)]})
+        train(
+            tmp_path,
+            max_steps=last,
+            save_steps=1,
+            save_total_limit=1,
+            options={"callbacks": [Poison(value)]},
+        )
     assert "step 2" in str(caught.value) and "checkpoint-1" in str(caught.value)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"] and not (tmp_path / LORA).exists()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"] and not (
+        tmp_path / LORA
+    ).exists()
     train(tmp_path, max_steps=2, resume_from_checkpoint="latest")
 
 
@@ -163,7 +222,9 @@ def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path, monkeypatch):
     def poisoned(batch: Any) -> Any:
         loss, metrics = compute(batch)
         if trainer.state.global_step == 1:
-            loss = loss + 0 * torch.sqrt(sum(p.sum() for p in trainer.network.parameters() if p.requires_grad) * 0)  # 0 * inf
+            loss = loss + 0 * torch.sqrt(
+                sum(p.sum() for p in trainer.network.parameters() if p.requires_grad) * 0
+            )  # 0 * inf
         return loss, metrics
 
     monkeypatch.setattr(trainer, "compute_loss", poisoned)
@@ -179,7 +240,10 @@ def test_a_poisoned_checkpoint_of_an_older_version_is_refused(tmp_path):
     next(iter(tensors.values()))[:] = float("nan")
     save_file(tensors, file, metadata=_metadata(file))
     _forget_sizes(tmp_path / "checkpoint-2")
-    with pytest.raises(UserError, match="checkpoint-2 holds weights that are not finite; resume from an earlier checkpoint"):
+    with pytest.raises(
+        UserError,
+        match="checkpoint-2 holds weights that are not finite; resume from an earlier checkpoint",
+    ):
         train(tmp_path, max_steps=3, resume_from_checkpoint="latest")
 
 
@@ -214,7 +278,10 @@ def test_work_after_a_checkpoint_is_made_up_for(event, stop, tmp_path):
     assert list_checkpoints(tmp_path / "cut")[-1].name == f"checkpoint-{stop}"
     train(tmp_path / "cut", options=watched(), resume_from_checkpoint="latest", **fields)
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
-    best = [json.loads((tmp_path / name / "best/validation.json").read_text()) for name in ("whole", "cut")]
+    best = [
+        json.loads((tmp_path / name / "best/validation.json").read_text())
+        for name in ("whole", "cut")
+    ]
     assert best[0]["step"] == best[1]["step"] and best[0]["value"] == best[1]["value"]
     assert_same_tensors(*(load_file(tmp_path / name / "best" / LORA) for name in ("whole", "cut")))
 
@@ -231,7 +298,17 @@ def test_the_best_weights_survive_a_kill_between_two_renames(left, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"{\n", b"5\n", b"null\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\xfe\n", b'{"step": 1, "tra']
+    "line",
+    [
+        b"",
+        b"{\n",
+        b"5\n",
+        b"null\n",
+        b'{"a": 1}\n',
+        b'{"step": "x"}\n',
+        b"\xff\xfe\n",
+        b'{"step": 1, "tra',
+    ],
 )
 def test_a_log_with_foreign_or_torn_lines_keeps_the_others(line, tmp_path):
     train(tmp_path, max_steps=2, save_steps=2)
@@ -245,9 +322,14 @@ def test_a_log_with_foreign_or_torn_lines_keeps_the_others(line, tmp_path):
 def test_resuming_from_an_earlier_checkpoint_keeps_its_own_line(tmp_path, capsys):
     fields: dict[str, Any] = {"save_steps": 1}
     train(tmp_path, max_steps=4, save_total_limit=None, **fields)
-    train(tmp_path, max_steps=2, save_total_limit=1, resume_from_checkpoint="checkpoint-1", **fields)
+    train(
+        tmp_path, max_steps=2, save_total_limit=1, resume_from_checkpoint="checkpoint-1", **fields
+    )
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert "checkpoint-4 is of a later step" in capsys.readouterr().out and (tmp_path / "abandoned-checkpoint-4").is_dir()
+    assert (
+        "checkpoint-4 is of a later step" in capsys.readouterr().out
+        and (tmp_path / "abandoned-checkpoint-4").is_dir()
+    )
 
 
 STARTS = [
@@ -273,12 +355,19 @@ def test_a_run_without_a_checkpoint_starts_again_by_the_same_command(left, again
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "text"])
 def test_damaged_reference_errors_are_computed_anew(damage, tmp_path):
-    fields: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "precompute_ref_errors": True, "ref_error_draws": 2}
+    fields: dict[str, Any] = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "precompute_ref_errors": True,
+        "ref_error_draws": 2,
+    }
     whole = train(tmp_path / "whole", **fields)
     train(tmp_path / "cut", max_steps=1, **{k: v for k, v in fields.items() if k != "max_steps"})
     file = tmp_path / "cut/reference_errors.safetensors"
     content = file.read_bytes()
-    file.write_bytes({"torn": content[: len(content) * 2 // 3], "empty": b"", "text": b"<html>"}[damage])
+    file.write_bytes(
+        {"torn": content[: len(content) * 2 // 3], "empty": b"", "text": b"<html>"}[damage]
+    )
     cut = train(tmp_path / "cut", resume_from_checkpoint="latest", **fields)
     assert_same_tensors(trained_tensors(whole), trained_tensors(cut))
     assert file.read_bytes() == content
@@ -318,7 +407,9 @@ def test_precomputing_goes_on_where_it_was_stopped(damage, tmp_path, monkeypatch
     if damage:
         parts[0].write_bytes(parts[0].read_bytes()[:20])
     cut = run(tmp_path / "cut")
-    assert counts == [8, 5, 8 if damage else 4] and not (tmp_path / "cut/.reference_errors").exists()
+    assert (
+        counts == [8, 5, 8 if damage else 4] and not (tmp_path / "cut/.reference_errors").exists()
+    )
     assert_same_tensors(trained_tensors(whole), trained_tensors(cut))
     name = "reference_errors.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -340,7 +431,9 @@ def test_a_new_run_removes_nothing_that_is_not_its_own(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
     train(tmp_path, max_steps=1)
-    assert all((tmp_path / name / "mine.txt").is_file() for name in ("samples", "best", "pool", "feedback"))
+    assert all(
+        (tmp_path / name / "mine.txt").is_file() for name in ("samples", "best", "pool", "feedback")
+    )
 
 
 class Stop(TrainerCallback):
@@ -350,13 +443,24 @@ class Stop(TrainerCallback):
 
 
 def test_a_signal_while_saving_leaves_the_evaluation_to_the_resumed_run(tmp_path):
-    fields: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "save_total_limit": None}
+    fields: dict[str, Any] = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "save_total_limit": None,
+    }
     data = {"eval_dataset": method_rows("diffusion_dpo")}
     train(tmp_path / "whole", options=dict(data), **fields)
     make_trainer(
-        tmp_path / "cut", peft_config=lora_config(dropout=0.2), options={"callbacks": [Stop()], **data}, **fields
+        tmp_path / "cut",
+        peft_config=lora_config(dropout=0.2),
+        options={"callbacks": [Stop()], **data},
+        **fields,
     ).train()
     assert list_checkpoints(tmp_path / "cut")[-1].name == "checkpoint-2"
     train(tmp_path / "cut", options=dict(data), resume_from_checkpoint="latest", **fields)
-    steps = [[row["step"] for row in rows(tmp_path / n) if any(k.startswith("eval/") for k in row)] for n in ("whole", "cut")]
+    steps = [
+        [row["step"] for row in rows(tmp_path / n) if any(k.startswith("eval/") for k in row)]
+        for n in ("whole", "cut")
+    ]
     assert steps[0] == steps[1] == [2, 4, 6]

@@ -52,7 +52,11 @@ def online(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
     real = remote_images.public_address
-    monkeypatch.setattr(remote_images, "public_address", lambda host, port: host if host == "127.0.0.1" else real(host, port))
+    monkeypatch.setattr(
+        remote_images,
+        "public_address",
+        lambda host, port: host if host == "127.0.0.1" else real(host, port),
+    )
 
 
 def table(folder: Path, *paths: str) -> Path:
@@ -81,7 +85,13 @@ def test_addresses_are_refused_by_default(tmp_path, address):
 
 
 @pytest.mark.parametrize(
-    "address", ["ftp://a/b.png", "s3://b/k.png", "file:///etc/hosts", "zip://a.png::https://example.invalid/a.zip"]
+    "address",
+    [
+        "ftp://a/b.png",
+        "s3://b/k.png",
+        "file:///etc/hosts",
+        "zip://a.png::https://example.invalid/a.zip",
+    ],
 )
 def test_only_http_is_ever_fetched(tmp_path, address):
     with pytest.raises(UserError, match="is not opened"):
@@ -98,7 +108,13 @@ def test_nothing_is_asked_for_unless_it_is_allowed(tmp_path, served):
 def test_private_addresses_are_refused_even_then(tmp_path, served, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     url, asked = served
-    for host in (url, "http://localhost:1/a.png", "http://10.0.0.1/a.png", "http://169.254.169.254/latest", "http://[::1]/a.png"):
+    for host in (
+        url,
+        "http://localhost:1/a.png",
+        "http://10.0.0.1/a.png",
+        "http://169.254.169.254/latest",
+        "http://[::1]/a.png",
+    ):
         with pytest.raises(UserError, match="is no public address"):
             load_preferences(table(tmp_path, f"{host}"), verbose=False, allow_remote_images=True)
     assert asked == []
@@ -108,7 +124,9 @@ def test_offline_mode_is_honoured(tmp_path, served, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="offline mode"):
-        load_preferences(table(tmp_path, f"{served[0]}/a.png"), verbose=False, allow_remote_images=True)
+        load_preferences(
+            table(tmp_path, f"{served[0]}/a.png"), verbose=False, allow_remote_images=True
+        )
 
 
 def test_a_picture_is_fetched_once(tmp_path, served, online):
@@ -122,7 +140,12 @@ def test_a_picture_is_fetched_once(tmp_path, served, online):
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("/none", "answered 404"), ("/cut", "cut short|more expected"), ("/large", "larger than"), ("/away", "no public address")],
+    [
+        ("/none", "answered 404"),
+        ("/cut", "cut short|more expected"),
+        ("/large", "larger than"),
+        ("/away", "no public address"),
+    ],
 )
 def test_replies_that_are_no_picture(tmp_path, served, online, path, reason, monkeypatch):
     monkeypatch.setattr(remote_images, "MAX_BYTES", 4000)
@@ -165,7 +188,9 @@ def test_paths_out_of_the_folder_need_permission(tmp_path):
     for path in (str(tmp_path / "other/a.png"), "../other/a.png", "x/../../other/a.png"):
         (tmp_path / "set/x").mkdir(exist_ok=True)
         file = table(tmp_path / "set", path)
-        with pytest.raises(UserError, match="lies outside the dataset's folder.*data.allow_outside_paths"):
+        with pytest.raises(
+            UserError, match="lies outside the dataset's folder.*data.allow_outside_paths"
+        ):
             load_preferences(file, verbose=False)
         assert len(load_preferences(file, verbose=False, allow_outside_paths=True)) == 1
         assert len(load_preferences(file, verbose=False, data_dir=tmp_path / "other")) == 1
@@ -177,7 +202,10 @@ def test_rows_made_in_code_and_links_within_a_folder_are_free(tmp_path):
     (tmp_path / "set").mkdir()
     picture(200, 1).save(tmp_path / "blob", "PNG")
     (tmp_path / "set/a.png").symlink_to(tmp_path / "blob")  # as in the Hub's cache
-    assert len(load_preferences([{"prompt": "p", "image": str(tmp_path / "blob")}], verbose=False)) == 1
+    assert (
+        len(load_preferences([{"prompt": "p", "image": str(tmp_path / "blob")}], verbose=False))
+        == 1
+    )
     assert len(load_preferences(table(tmp_path / "set", "a.png"), verbose=False)) == 1
 
 

@@ -29,6 +29,9 @@ SCENARIOS = [
 def test_killed_runs_end_as_the_uninterrupted_one(scenario, tmp_path):
     script = Path(__file__).with_name("crash_moments.py")
     done = subprocess.run(
-        [sys.executable, str(script), scenario, "10", str(tmp_path)], capture_output=True, text=True, timeout=3000
+        [sys.executable, str(script), scenario, "10", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -48,7 +48,11 @@ def load(model: Path) -> Any:
 
 def draw(pipe: Any) -> torch.Tensor:
     return pipe(
-        "a cat", num_inference_steps=2, guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="latent"
+        "a cat",
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
     ).images
 
 
@@ -61,26 +65,46 @@ def peft_file(model: Path, folder: Path, **options: Any) -> Path:
     torch.manual_seed(1)
     pipe = load(model)
     pipe.unet.add_adapter(
-        LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["to_q", "to_k"], **options})
+        LoraConfig(
+            **{
+                "r": 4,
+                "lora_alpha": 8,
+                "init_lora_weights": False,
+                "target_modules": ["to_q", "to_k"],
+                **options,
+            }
+        )
     )
     for name, parameter in pipe.unet.named_parameters():
         if "lora_magnitude" in name:
             parameter.data.mul_(1 + 0.5 * torch.rand_like(parameter))
     layers = get_peft_model_state_dict(pipe.unet)
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, **_collate_lora_metadata({"unet": pipe.unet}))
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, **_collate_lora_metadata({"unet": pipe.unet})
+    )
     return folder / FILE
 
 
-def kohya_file(model: Path, path: Path, text_encoder: bool = False, alphas: Any = (4.0,), denoiser: bool = True) -> Path:
+def kohya_file(
+    model: Path, path: Path, text_encoder: bool = False, alphas: Any = (4.0,), denoiser: bool = True
+) -> Path:
     """A LoRA with the names of kohya-ss/sd-scripts."""
     torch.manual_seed(2)
     pipe, state = load(model), {}
     parts = [("lora_unet_", pipe.unet, ("to_q", "to_k"))] if denoiser else []
-    parts += [("lora_te_", pipe.text_encoder, ("q_proj", "k_proj", "v_proj", "out_proj"))] if text_encoder else []
+    parts += (
+        [("lora_te_", pipe.text_encoder, ("q_proj", "k_proj", "v_proj", "out_proj"))]
+        if text_encoder
+        else []
+    )
     for prefix, network, targets in parts:
         for i, (name, module) in enumerate(network.named_modules()):
             if name.split(".")[-1] in targets:
-                name = name if prefix == "lora_unet_" or name.startswith("text_model") else f"text_model.{name}"
+                name = (
+                    name
+                    if prefix == "lora_unet_" or name.startswith("text_model")
+                    else f"text_model.{name}"
+                )
                 key = prefix + name.replace(".", "_")
                 state[f"{key}.lora_down.weight"] = torch.randn(4, module.in_features) / 4
                 state[f"{key}.lora_up.weight"] = torch.randn(module.out_features, 4) / 4
@@ -93,7 +117,11 @@ def renamed(file: Path, target: Path, change: Any) -> Path:
     """The file with its names and tensors changed, its metadata kept."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(dict(change(name, value) for name, value in load_file(file).items()), target, metadata=metadata)
+    save_file(
+        dict(change(name, value) for name, value in load_file(file).items()),
+        target,
+        metadata=metadata,
+    )
     return target
 
 
@@ -121,7 +149,12 @@ def test_plain_files_of_three_layouts():
         ("unet.a.processor.to_q_lora.down.weight", "unet.a.processor.to_q_lora.up.weight"),
     ):
         content = classify([down, up])
-        assert (content.layers, content.text_encoders, content.kinds, content.unpaired) == (1, 0, (), None)
+        assert (content.layers, content.text_encoders, content.kinds, content.unpaired) == (
+            1,
+            0,
+            (),
+            None,
+        )
     assert (
         classify(
             [
@@ -142,7 +175,17 @@ def test_kinds_that_diffusers_drops_are_refused_by_name(kind, command, model, tm
     file = peft_file(model, tmp_path / "plain")
     odd = tmp_path / "odd.safetensors"
     save_file({**load_file(file), ADDED[kind]: torch.ones(2)}, odd)
-    drawing = ["sample", "--model", model, "--num_inference_steps", 2, "--num_images", 1, "--prompt", "x"]
+    drawing = [
+        "sample",
+        "--model",
+        model,
+        "--num_inference_steps",
+        2,
+        "--num_images",
+        1,
+        "--prompt",
+        "x",
+    ]
     arguments = {
         "sample": [*drawing, "--lora", odd, "--output_dir", tmp_path / "o"],
         "merge": ["merge", "--model", model, "--inputs", odd, "--output_dir", tmp_path / "m"],
@@ -170,7 +213,17 @@ def test_plain_loras_are_applied_and_merged_exactly(options, model, tmp_path):
     assert distance(draw(mine), draw(direct)) == 0
     assert (
         cli.run(
-            ["merge", "--model", str(model), "--inputs", str(file), "--weights", "1", "--output_dir", str(tmp_path / "merged")]
+            [
+                "merge",
+                "--model",
+                str(model),
+                "--inputs",
+                str(file),
+                "--weights",
+                "1",
+                "--output_dir",
+                str(tmp_path / "merged"),
+            ]
         )
         == 0
     )
@@ -182,7 +235,20 @@ def test_plain_loras_are_applied_and_merged_exactly(options, model, tmp_path):
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_cannot_be_summed_is_not_merged(options, model, tmp_path, capsys):
     file = peft_file(model, tmp_path / "lora", **options)
-    assert cli.run(["merge", "--model", str(model), "--inputs", str(file), "--output_dir", str(tmp_path / "m")]) == 2
+    assert (
+        cli.run(
+            [
+                "merge",
+                "--model",
+                str(model),
+                "--inputs",
+                str(file),
+                "--output_dir",
+                str(tmp_path / "m"),
+            ]
+        )
+        == 2
+    )
     assert "fuse it into the model first" in capsys.readouterr().err
 
 
@@ -209,7 +275,20 @@ def test_a_text_encoder_part_is_used_for_drawing_and_left_out_of_guidance(model,
     assert distance(draw(mine), base) < 1e-5
     guided.__exit__(None, None, None)
     assert distance(draw(mine), base) < 1e-6
-    assert cli.run(["merge", "--model", str(model), "--inputs", str(file), "--output_dir", str(tmp_path / "m")]) == 2
+    assert (
+        cli.run(
+            [
+                "merge",
+                "--model",
+                str(model),
+                "--inputs",
+                str(file),
+                "--output_dir",
+                str(tmp_path / "m"),
+            ]
+        )
+        == 2
+    )
     assert "text encoders" in capsys.readouterr().err
 
 
@@ -224,7 +303,9 @@ def test_a_refused_lora_leaves_nothing_behind(model, tmp_path):
 @pytest.mark.parametrize("alphas", [(4.0, 2.0), (1.0, 2.0, 4.0)])
 def test_alphas_that_diffusers_would_mix_up_are_refused(alphas, model, tmp_path):
     with pytest.raises(UserError, match="different alphas"):
-        load_lora(load(model), kohya_file(model, tmp_path / "a.safetensors", alphas=alphas), "x", "--lora")
+        load_lora(
+            load(model), kohya_file(model, tmp_path / "a.safetensors", alphas=alphas), "x", "--lora"
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -239,7 +320,10 @@ def test_half_a_pair_and_layers_of_another_model_are_refused(model, tmp_path):
     file = peft_file(model, tmp_path / "lora")
     tensors = load_file(file)
     first = next(name for name in tensors if "lora_B" in name)
-    save_file({name: value for name, value in tensors.items() if name != first}, tmp_path / "half.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if name != first},
+        tmp_path / "half.safetensors",
+    )
     with pytest.raises(UserError, match="only one of the two matrices"):
         load_lora(load(model), tmp_path / "half.safetensors", "x", "--lora")
     extra = {f"unet.foreign.{i}.lora_{k}.weight": torch.ones(4, 4) for i in range(2) for k in "AB"}
@@ -253,7 +337,9 @@ def test_half_a_pair_and_layers_of_another_model_are_refused(model, tmp_path):
 def test_names_of_a_compiled_network_are_understood(model, tmp_path):
     file = peft_file(model, tmp_path / "lora")
     compiled = renamed(
-        file, tmp_path / "c.safetensors", lambda name, tensor: (name.replace("unet.", "unet._orig_mod.", 1), tensor)
+        file,
+        tmp_path / "c.safetensors",
+        lambda name, tensor: (name.replace("unet.", "unet._orig_mod.", 1), tensor),
     )
     one, two = load(model), load(model)
     load_lora(one, file, "x", "--lora")
@@ -287,17 +373,27 @@ def test_weights_of_adapters_are_those_of_their_own_alpha(model, tmp_path):
 
 
 class TestTraining:
-    @pytest.mark.parametrize("config", [LoHaConfig(target_modules=["to_q"]), LoKrConfig(target_modules=["to_q"])])
+    @pytest.mark.parametrize(
+        "config", [LoHaConfig(target_modules=["to_q"]), LoKrConfig(target_modules=["to_q"])]
+    )
     def test_other_adapters_are_refused(self, config, tmp_path):
         with pytest.raises(ConfigError, match="expected a LoraConfig"):
             make_trainer(tmp_path, peft_config=config).train()
 
     @pytest.mark.parametrize(
-        "options", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["conv_out"]}, {"init_lora_weights": "pissa"}]
+        "options",
+        [
+            {"bias": "all"},
+            {"bias": "lora_only"},
+            {"modules_to_save": ["conv_out"]},
+            {"init_lora_weights": "pissa"},
+        ],
     )
     def test_what_a_lora_file_cannot_hold_is_refused(self, options, tmp_path):
         with pytest.raises(ConfigError, match=next(iter(options))):
-            make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["to_q"], **options)).train()
+            make_trainer(
+                tmp_path, peft_config=LoraConfig(target_modules=["to_q"], **options)
+            ).train()
 
     @pytest.mark.parametrize("peft_config", [None, lora_config()])
     def test_a_pipeline_that_carries_adapters_is_refused(self, peft_config, model, tmp_path):
@@ -338,8 +434,13 @@ def hub(files: dict[str, list[str]], content: bytes) -> Iterator[str]:
             parts = urlsplit(self.path).path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 names = files.get("/".join(parts[2:4]))
-                listing = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40} for name in names or []]
-                return self.answer(200 if names else 404, json.dumps(listing).encode(), "RepoNotFound")
+                listing = [
+                    {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                    for name in names or []
+                ]
+                return self.answer(
+                    200 if names else 404, json.dumps(listing).encode(), "RepoNotFound"
+                )
             there = files.get("/".join(parts[:2]))
             if there is None or parts[-1] not in there:
                 return self.answer(404, b"", "RepoNotFound" if there is None else "EntryNotFound")
@@ -349,8 +450,15 @@ def hub(files: dict[str, list[str]], content: bytes) -> Iterator[str]:
 
         def answer(self, status: int, body: bytes, error: str = "") -> None:
             self.send_response(status)
-            headers = {"Content-Length": str(len(body)), "ETag": f'"{"1" * 40}"', "X-Repo-Commit": "2" * 40}
-            for name, value in {**headers, **({"X-Error-Code": error} if status == 404 else {})}.items():
+            headers = {
+                "Content-Length": str(len(body)),
+                "ETag": f'"{"1" * 40}"',
+                "X-Repo-Commit": "2" * 40,
+            }
+            for name, value in {
+                **headers,
+                **({"X-Error-Code": error} if status == 404 else {}),
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
@@ -366,7 +474,16 @@ def hub(files: dict[str, list[str]], content: bytes) -> Iterator[str]:
 
 
 def sample(model: Path, lora: str, folder: Path, **environment: str) -> tuple[int, str]:
-    few = ["--prompt", "a cat", "--num_images", "1", "--num_inference_steps", "2", "--output_dir", str(folder)]
+    few = [
+        "--prompt",
+        "a cat",
+        "--num_images",
+        "1",
+        "--num_inference_steps",
+        "2",
+        "--output_dir",
+        str(folder),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "diffalign", "sample", "--model", str(model), "--lora", lora, *few],
         capture_output=True,
@@ -387,13 +504,21 @@ def test_a_lora_of_the_hub_is_looked_at_like_a_file(model, tmp_path):
             code, said = sample(model, name, tmp_path / f"out{number}", **online)
             assert code == 0, said
         code, said = sample(model, "ann/two", tmp_path / "two", **online)
-        assert code == 2 and "holds several safetensors files (a.safetensors, b.safetensors)" in said and "Traceback" not in said
+        assert (
+            code == 2
+            and "holds several safetensors files (a.safetensors, b.safetensors)" in said
+            and "Traceback" not in said
+        )
         code, said = sample(model, "ann/none", tmp_path / "none", **online)
         assert code == 2 and "holds no safetensors file" in said
         code, said = sample(model, "ann/nobody", tmp_path / "nobody", **online)
-        assert code == 2 and "nor a LoRA on the Hub: 'ann/nobody'" in said and "Traceback" not in said
+        assert (
+            code == 2 and "nor a LoRA on the Hub: 'ann/nobody'" in said and "Traceback" not in said
+        )
     for name in ("ann/usual", "ann/one"):
-        code, said = sample(model, name, tmp_path / f"cached-{name[-3:]}", **home, HF_HUB_OFFLINE="1")
+        code, said = sample(
+            model, name, tmp_path / f"cached-{name[-3:]}", **home, HF_HUB_OFFLINE="1"
+        )
         assert code == 0, said
     code, said = sample(model, "ann/two", tmp_path / "away", **home, HF_HUB_OFFLINE="1")
     assert code == 2 and "nor a LoRA on the Hub" in said and "Traceback" not in said
@@ -407,6 +532,11 @@ def test_a_lora_of_the_hub_that_cannot_be_used_is_refused_by_name(model, tmp_pat
     )
     with hub(HUB, loha.read_bytes()) as address:
         code, said = sample(
-            model, "ann/usual", tmp_path / "out", HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address, HF_HUB_OFFLINE="0"
+            model,
+            "ann/usual",
+            tmp_path / "out",
+            HF_HOME=str(tmp_path / "home"),
+            HF_ENDPOINT=address,
+            HF_HUB_OFFLINE="0",
         )
     assert code == 2 and "LoHa" in said and "Traceback" not in said

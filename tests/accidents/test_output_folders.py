@@ -29,7 +29,9 @@ HOLD = "import sys, time\nfrom pathlib import Path\nfrom diffalign.runtime.folde
 @pytest.fixture
 def holder(tmp_path):
     """Another process that uses the folder `out`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -37,7 +39,9 @@ def holder(tmp_path):
 
 
 def test_a_folder_in_use_is_refused_and_free_after_a_kill(tmp_path, holder):
-    with pytest.raises(UserError, match=rf"'{tmp_path}/out' is in use by another run \(process {holder.pid} on "):
+    with pytest.raises(
+        UserError, match=rf"'{tmp_path}/out' is in use by another run \(process {holder.pid} on "
+    ):
         FolderLock(tmp_path / "out").take()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -57,7 +61,11 @@ def test_every_command_with_an_output_folder_respects_the_lock(tmp_path, holder)
         ["quickstart", "--output_dir", "out"],
     ):
         done = run("diffalign", *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and "is in use by another run" in done.stderr and "Traceback" not in done.stderr, arguments
+        assert (
+            done.returncode == 2
+            and "is in use by another run" in done.stderr
+            and "Traceback" not in done.stderr
+        ), arguments
     with pytest.raises(UserError, match="train.output_dir: .* is in use"):
         make_trainer(tmp_path / "out", peft_config=lora_config()).train()
 
@@ -181,7 +189,9 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, small_files):
     ],
 )
 def test_libraries_words_for_a_full_disk(error):
-    assert entry._no_space(error) and entry._no_space(RuntimeError("x").with_traceback(None)) is False
+    assert (
+        entry._no_space(error) and entry._no_space(RuntimeError("x").with_traceback(None)) is False
+    )
     wrapped = ValueError("outer")
     wrapped.__cause__ = error
     assert entry._no_space(wrapped)
@@ -213,8 +223,12 @@ def test_files_of_a_cache_can_be_read_by_others(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("arguments", [["scorers"], ["train", "--help"], ["env"], ["compare", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["scorers"], ["train", "--help"], ["env"], ["compare", "--help"]]
+)
 def test_a_reader_that_has_seen_enough_is_no_failure(arguments, tmp_path):
     command = f"{sys.executable} -m diffalign {' '.join(arguments)} | head -c 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

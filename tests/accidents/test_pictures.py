@@ -38,7 +38,9 @@ def quadrants(width: int = 48, height: int = 32) -> Image.Image:
 
 def seen(source: Any) -> list[np.ndarray]:
     """The pixels that training, scoring and the scorer server's client see."""
-    trained = load_preferences([{"prompt": "p", "image": source}], verbose=False)[0].open_images()[0]
+    trained = load_preferences([{"prompt": "p", "image": source}], verbose=False)[0].open_images()[
+        0
+    ]
     scored = read_images([source])[0].image
     return [np.asarray(trained), np.asarray(scored), np.asarray(decoding.to_rgb(scored))]
 
@@ -54,7 +56,16 @@ def test_orientation_is_honoured_by_everyone(kind, orientation):
     first, *others = seen(data)
     assert first.shape == (height, width, 3) and (height > width) == (orientation > 4)
     assert all(np.array_equal(first, other) for other in others)
-    turns = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    turns = {
+        1: (0, 0),
+        2: (0, -1),
+        3: (-1, -1),
+        4: (-1, 0),
+        5: (0, 0),
+        6: (0, -1),
+        7: (-1, -1),
+        8: (-1, 0),
+    }
     row, column = turns[orientation]
     assert first[row, column, 0] > 150  # the red corner, which was stored at the top left
 
@@ -71,7 +82,25 @@ def _exif(orientation: int) -> Image.Exif:
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"]
+    "mode",
+    [
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "HSV",
+        "I",
+        "I;16",
+        "F",
+    ],
 )
 def test_every_mode_becomes_8_bit_rgb_without_a_warning(mode, recwarn):
     image = decoding.decode(Image.new(mode, (5, 4)))
@@ -97,11 +126,21 @@ def test_transparency_is_laid_on_white():
 
 def test_deep_grey_keeps_its_contrast():
     ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
-    for source in (encoded(Image.fromarray(ramp)), encoded(Image.fromarray(ramp), "TIFF"), Image.fromarray(ramp)):
+    for source in (
+        encoded(Image.fromarray(ramp)),
+        encoded(Image.fromarray(ramp), "TIFF"),
+        Image.fromarray(ramp),
+    ):
         assert all(np.array_equal(pixels[..., 0], ramp >> 8) for pixels in seen(source))
     unit = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    assert all(np.array_equal(pixels[..., 1], np.round(unit * 255)) for pixels in seen(encoded(Image.fromarray(unit), "TIFF")))
-    assert all(np.array_equal(pixels[..., 2], np.floor(unit * 200)) for pixels in seen(Image.fromarray(unit * 200)))
+    assert all(
+        np.array_equal(pixels[..., 1], np.round(unit * 255))
+        for pixels in seen(encoded(Image.fromarray(unit), "TIFF"))
+    )
+    assert all(
+        np.array_equal(pixels[..., 2], np.floor(unit * 200))
+        for pixels in seen(Image.fromarray(unit * 200))
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +196,9 @@ def test_embedded_pictures_read_alike_before_and_after_other_plugins_are_loaded(
     for kind in FORMATS:
         data = encoded(quadrants(), kind)
         assert decoding.header(memoryview(data)) == decoding.header(data)
-        assert np.array_equal(np.asarray(decoding.decode(memoryview(data))), np.asarray(decoding.decode(data)))
+        assert np.array_equal(
+            np.asarray(decoding.decode(memoryview(data))), np.asarray(decoding.decode(data))
+        )
 
 
 def test_huge_pictures_are_refused_before_they_are_decoded():
@@ -171,18 +212,30 @@ def test_thin_pictures_take_bounded_memory(size):
     image = Image.new("RGB", size, (9, 200, 3))
     pixels, geometry = GroupTransform((64, 64))([image])
     assert pixels.shape == (1, 3, 64, 64) and geometry.target_size == (64, 64)
-    assert torch.allclose(pixels[0, :, 0, 0], torch.tensor([9.0, 200.0, 3.0]) / 127.5 - 1, atol=0.02)
+    assert torch.allclose(
+        pixels[0, :, 0, 0], torch.tensor([9.0, 200.0, 3.0]) / 127.5 - 1, atol=0.02
+    )
     for preprocess in (Preprocess(), Preprocess(mode="letterbox"), Preprocess(mode="squash")):
         assert preprocess.exact(image).shape == (3, 224, 224)
 
 
 def test_the_cut_of_a_thin_picture_is_where_the_whole_one_would_be_cropped():
-    stripes = Image.fromarray((np.arange(6400) // 100 * 4 % 256).astype(np.uint8)[None].repeat(50, 0)).convert("RGB")
-    pixels, geometry = GroupTransform((64, 64), center_crop=False)([stripes], torch.Generator().manual_seed(3))
+    stripes = Image.fromarray(
+        (np.arange(6400) // 100 * 4 % 256).astype(np.uint8)[None].repeat(50, 0)
+    ).convert("RGB")
+    pixels, geometry = GroupTransform((64, 64), center_crop=False)(
+        [stripes], torch.Generator().manual_seed(3)
+    )
     whole = stripes.resize((8192, 64), Image.Resampling.LANCZOS).crop(
         (geometry.crop_top_left[1], 0, geometry.crop_top_left[1] + 64, 64)
     )
-    assert np.abs(np.asarray(whole, dtype=float)[32, 4:60, 0] - (pixels[0, 0, 32, 4:60].numpy() + 1) * 127.5).max() < 12
+    assert (
+        np.abs(
+            np.asarray(whole, dtype=float)[32, 4:60, 0]
+            - (pixels[0, 0, 32, 4:60].numpy() + 1) * 127.5
+        ).max()
+        < 12
+    )
 
 
 ARRAYS = {
@@ -204,12 +257,23 @@ def test_arrays_and_tensors_are_pictures(form):
 
 
 @pytest.mark.parametrize(
-    "cell", [[picture(1, 1)], 3, 2.5, {"a": 1}, np.zeros((5, 5, 7)), np.full((4, 4, 3), 900.0), "no/such/file.png"]
+    "cell",
+    [
+        [picture(1, 1)],
+        3,
+        2.5,
+        {"a": 1},
+        np.zeros((5, 5, 7)),
+        np.full((4, 4, 3), 900.0),
+        "no/such/file.png",
+    ],
 )
 def test_cells_that_are_no_picture_are_described(cell):
     with pytest.raises(UserError) as caught:
         load_preferences([{"prompt": "p", "image": cell}], verbose=False)
-    assert "indices must be" not in str(caught.value) and "object has no attribute" not in str(caught.value)
+    assert "indices must be" not in str(caught.value) and "object has no attribute" not in str(
+        caught.value
+    )
 
 
 def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
@@ -219,10 +283,16 @@ def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
             picture(100 + i, i).save(tmp_path / "pairs" / side / f"{i:02}.jpg")
             (tmp_path / "pairs/chosen" / f"{i:02}.txt").write_text("p")
     file = tmp_path / "pairs/rejected/07.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        file
+    )
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
     done = run("diffalign", "data", "inspect", "pairs", cwd=tmp_path)
-    assert done.returncode == 0 and "1 (rows 7)" in done.stdout and "row 7: image cannot be" in done.stdout
+    assert (
+        done.returncode == 0
+        and "1 (rows 7)" in done.stdout
+        and "row 7: image cannot be" in done.stdout
+    )
     quick = run("diffalign", "data", "inspect", "pairs", "--verify_images", "header", cwd=tmp_path)
     assert "headers only" in quick.stdout
     done = run("diffalign", "data", "convert", "pairs", "--output_dir", "out", cwd=tmp_path)

@@ -36,7 +36,9 @@ print("fine")
 
 def python(then: str, folder: Path) -> subprocess.CompletedProcess[str]:
     code = SCRIPT.format(blocked=BLOCKED, tests=str(Path(__file__).parents[1]), then=then)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=300
+    )
 
 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "mapo"])
@@ -53,7 +55,10 @@ def test_every_module_is_imported_without_them(tmp_path):
 
 
 def test_commands_without_them(tmp_path):
-    done = python("from diffalign.cli.entry import run\nassert run(['env']) == 0\nassert run(['scorers']) == 0", tmp_path)
+    done = python(
+        "from diffalign.cli.entry import run\nassert run(['env']) == 0\nassert run(['scorers']) == 0",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

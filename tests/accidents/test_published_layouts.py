@@ -71,9 +71,24 @@ LAYOUTS = {
         "weighted_results_image1_preference": 0.37,
         "weighted_results_image2_preference": 0.63,
     },
-    "imagereward": {"id": "1", "prompt": "p", "generations": [png(BAD), png(GOOD), png(120)], "ranking": [5, 1, 3]},
-    "imagerewarddb_group": {"prompt_id": "a", "prompt": "p", "image": [png(120), png(GOOD), png(BAD)], "rank": [2, 1, 3]},
-    "hpdv2": {"prompt": "p", "file_path": [png(BAD), png(GOOD)], "human_preference": [0, 1], "user_hash": "x"},
+    "imagereward": {
+        "id": "1",
+        "prompt": "p",
+        "generations": [png(BAD), png(GOOD), png(120)],
+        "ranking": [5, 1, 3],
+    },
+    "imagerewarddb_group": {
+        "prompt_id": "a",
+        "prompt": "p",
+        "image": [png(120), png(GOOD), png(BAD)],
+        "rank": [2, 1, 3],
+    },
+    "hpdv2": {
+        "prompt": "p",
+        "file_path": [png(BAD), png(GOOD)],
+        "human_preference": [0, 1],
+        "user_hash": "x",
+    },
     "pickapic": {
         "caption": "p",
         "jpg_0": png(BAD),
@@ -97,7 +112,13 @@ def test_published_layouts_train_on_the_better_image(name):
 
 def test_votes_of_people_as_counts():
     rows = [
-        {"prompt": "p", "image1": png(GOOD), "image2": png(BAD), "votes_image1": first, "votes_image2": second}
+        {
+            "prompt": "p",
+            "image1": png(GOOD),
+            "image2": png(BAD),
+            "votes_image1": first,
+            "votes_image2": second,
+        }
         for first, second in ((9, 2), (3, 3))
     ]
     data = load(rows)
@@ -119,20 +140,33 @@ def test_imagereward_ranks_may_tie_and_skip_values():
 
 def test_rows_of_one_image_become_lists_by_their_prompt_id():
     rows = [
-        {"image": png(value, 10 * i + j), "prompt_id": f"p{i}", "prompt": "same text", "rank": j + 1, "overall_rating": 7 - j}
+        {
+            "image": png(value, 10 * i + j),
+            "prompt_id": f"p{i}",
+            "prompt": "same text",
+            "rank": j + 1,
+            "overall_rating": 7 - j,
+        }
         for j, value in enumerate((GOOD, 120, BAD))
         for i in range(2)
     ]
-    with pytest.warns(UserWarning, match="not read, although they look like judgements or images: overall_rating"):
+    with pytest.warns(
+        UserWarning, match="not read, although they look like judgements or images: overall_rating"
+    ):
         data = load([*rows, {**rows[0], "prompt_id": "alone"}])
     assert (data.kind, len(data)) == ("ranked", 2)
-    assert data.report.notes == ["7 rows of one image became 2 lists by 'prompt_id'; 1 rows have nothing to be compared with"]
+    assert data.report.notes == [
+        "7 rows of one image became 2 lists by 'prompt_id'; 1 rows have nothing to be compared with"
+    ]
     assert [brightness(data.as_kind("pair"), i) for i in range(2)] == [[GOOD, BAD]] * 2
     assert brightness(data.as_kind("single")) == [GOOD]
 
 
 def test_ratings_become_lists_when_they_are_mapped():
-    rows = [{"image": png(value, j), "prompt": "p", "stars": j} for j, value in enumerate((BAD, 120, GOOD))]
+    rows = [
+        {"image": png(value, j), "prompt": "p", "stars": j}
+        for j, value in enumerate((BAD, 120, GOOD))
+    ]
     with pytest.warns(UserWarning, match="look like judgements or images: stars"):
         assert load(rows).kind == "single"
     data = load(rows, columns={"scores": "stars"})
@@ -143,7 +177,10 @@ def test_ratings_become_lists_when_they_are_mapped():
 def test_ranks_are_never_read_as_scores(column):
     with pytest.raises(ConfigError, match=f"write rank: {column}"):
         recognise(["prompt", "images", column], {"scores": column})
-    assert recognise(["prompt", "images", column], {"rank": column}).direction == f"{column!r}: lower is better (1 is the best)"
+    assert (
+        recognise(["prompt", "images", column], {"rank": column}).direction
+        == f"{column!r}: lower is better (1 is the best)"
+    )
 
 
 @pytest.mark.parametrize("value", [0, 0.0, "0", "False", "false", "no", False])
@@ -154,7 +191,15 @@ def test_rows_that_nobody_judged_are_left_out_however_a_table_writes_it(value):
 
 @pytest.mark.parametrize(
     ("label", "first_wins"),
-    [("1", True), ("1.0", True), ("True", True), (True, True), ("0", False), ("False", False), (0, False)],
+    [
+        ("1", True),
+        ("1.0", True),
+        ("True", True),
+        (True, True),
+        ("0", False),
+        ("False", False),
+        (0, False),
+    ],
 )
 def test_labels_as_tables_write_them(label, first_wins):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "has_label"], {})
@@ -174,11 +219,23 @@ def test_labels_that_are_none_are_broken_and_short(value):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "has_label"], {})
     verdict = judge(layout, {"prompt": "p", "label_0": value})
     assert verdict.status == "broken" and len(verdict.reason) < 200
-    assert judge(layout, {"prompt": "p", "label_0": 1, "has_label": value}).status in ("broken", "unlabelled")
+    assert judge(layout, {"prompt": "p", "label_0": 1, "has_label": value}).status in (
+        "broken",
+        "unlabelled",
+    )
 
 
 def test_a_votes_table_with_every_spelling(tmp_path):
-    spellings = [("1", "True"), ("0", "1"), ("0.5", "yes"), ("", "True"), ("None", "1"), ("0", "False"), ("1", "0"), ("1.0", "")]
+    spellings = [
+        ("1", "True"),
+        ("0", "1"),
+        ("0.5", "yes"),
+        ("", "True"),
+        ("None", "1"),
+        ("0", "False"),
+        ("1", "0"),
+        ("1.0", ""),
+    ]
     picture(GOOD, 0).save(tmp_path / "a.png")
     picture(BAD, 1).save(tmp_path / "b.png")
     with open(tmp_path / "votes.csv", "w", newline="") as file:
@@ -186,7 +243,13 @@ def test_a_votes_table_with_every_spelling(tmp_path):
         writer.writerow(["caption", "jpg_0", "jpg_1", "label_0", "has_label"])
         writer.writerows(["p", "a.png", "b.png", label, judged] for label, judged in spellings)
     report = load(tmp_path / "votes.csv", max_broken_fraction=0.0).report
-    assert (report.kept, report.first_wins, report.second_wins, report.ties, report.unlabelled) == (3, 2, 1, 1, 4)
+    assert (report.kept, report.first_wins, report.second_wins, report.ties, report.unlabelled) == (
+        3,
+        2,
+        1,
+        1,
+        4,
+    )
 
 
 UNREADABLE = {
@@ -194,10 +257,19 @@ UNREADABLE = {
         ["quality_prompt", "image_quality_dev", "image_quality_sd", "prompt"],
         ["image_quality_dev", "data.columns"],
     ),
-    "open-image-preferences-results": (["images", "preference.responses", "prompt"], ["preference.responses", "images"]),
-    "PickaPic-rankings": (["image_1_uid", "image_2_uid", "best_image_uid", "prompt"], ["best_image_uid", "rank:"]),
+    "open-image-preferences-results": (
+        ["images", "preference.responses", "prompt"],
+        ["preference.responses", "images"],
+    ),
+    "PickaPic-rankings": (
+        ["image_1_uid", "image_2_uid", "best_image_uid", "prompt"],
+        ["best_image_uid", "rank:"],
+    ),
     "imgsys": (["model_a", "model_b", "preference", "prompt"], ["preference"]),
-    "own": (["question", "winner_picture", "loser_picture"], ["winner_picture", "loser_picture", "jpg_0"]),
+    "own": (
+        ["question", "winner_picture", "loser_picture"],
+        ["winner_picture", "loser_picture", "jpg_0"],
+    ),
 }
 
 
@@ -210,7 +282,9 @@ def test_other_layouts_are_refused_with_the_columns_and_the_mapping(name):
 
 
 def test_rich_human_feedback_says_that_its_ratings_are_not_read():
-    rows = [{"image": png(GOOD), "prompt": "p", "artifact_score": 0.4, "overall_score": 0.6, "seed": 1}]
+    rows = [
+        {"image": png(GOOD), "prompt": "p", "artifact_score": 0.4, "overall_score": 0.6, "seed": 1}
+    ]
     with pytest.warns(UserWarning, match="artifact_score, overall_score"):
         assert load(rows).kind == "single"
 
@@ -219,32 +293,54 @@ def test_the_direction_is_shown_with_a_picture(tmp_path):
     (tmp_path / "images").mkdir()
     for j, value in enumerate((BAD, GOOD)):
         picture(value, j).save(tmp_path / f"images/{j}.png")
-    row = {"id": "1", "prompt": "a cat", "generations": ["images/0.png", "images/1.png"], "ranking": [4, 1]}
+    row = {
+        "id": "1",
+        "prompt": "a cat",
+        "generations": ["images/0.png", "images/1.png"],
+        "ranking": [4, 1],
+    }
     (tmp_path / "test.json").write_text(json.dumps([row]))
     data = load(tmp_path / "test.json")
     assert "'ranking': lower is better (1 is the best)" in format_inspection(inspect(data))
-    shown = np.asarray(Image.open(first_group_picture(data, tmp_path / "out" / "first.png")).convert("L"))
+    shown = np.asarray(
+        Image.open(first_group_picture(data, tmp_path / "out" / "first.png")).convert("L")
+    )
     assert shown[100, 20:240].mean() > 180 > 80 > shown[100, 290:500].mean()
-    done = run("diffalign", "data", "inspect", tmp_path / "test.json", "--picture", "p.png", cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "p.png").is_file() and "lower is better" in done.stdout
+    done = run(
+        "diffalign", "data", "inspect", tmp_path / "test.json", "--picture", "p.png", cwd=tmp_path
+    )
+    assert (
+        done.returncode == 0 and (tmp_path / "p.png").is_file() and "lower is better" in done.stdout
+    )
 
 
 def test_the_first_group_is_shown_with_its_own_scores(tmp_path):
     """Scores of ImageReward's kind are negative as often as not."""
     shown = []
     for low in (0.5, -0.5):
-        rows = [{"prompt": "p", "images": [picture(GOOD, 0), picture(BAD, 0)], "scores": [1.0, low]}]
-        shown.append(first_group_picture(load_preferences(rows, verbose=False), tmp_path / f"{low}.png").read_bytes())
+        rows = [
+            {"prompt": "p", "images": [picture(GOOD, 0), picture(BAD, 0)], "scores": [1.0, low]}
+        ]
+        shown.append(
+            first_group_picture(
+                load_preferences(rows, verbose=False), tmp_path / f"{low}.png"
+            ).read_bytes()
+        )
     assert shown[0] != shown[1]
 
 
 def test_every_layout_says_which_way_it_reads():
     for name, row in LAYOUTS.items():
-        assert recognise(list(row), {}, {k: isinstance(v, list) for k, v in row.items()}).direction, name
+        assert recognise(
+            list(row), {}, {k: isinstance(v, list) for k, v in row.items()}
+        ).direction, name
 
 
 def test_single_image_methods_read_rows_with_a_rank_as_they_are():
-    rows = [{"prompt": p, "image": png(100, i), "rank": rank} for i, (p, rank) in enumerate((("x", 1), ("y", 2)))]
+    rows = [
+        {"prompt": p, "image": png(100, i), "rank": rank}
+        for i, (p, rank) in enumerate((("x", 1), ("y", 2)))
+    ]
     assert load(rows, kind="single").report.kept == 2
     assert load([{**row, "rank": "gold"} for row in rows], kind="single").report.kept == 2
     with pytest.raises(UserError, match="no two rows of one 'prompt' can be compared"):
@@ -254,10 +350,16 @@ def test_single_image_methods_read_rows_with_a_rank_as_they_are():
 def test_rows_of_one_id_with_other_prompts_or_without_a_rank_are_kept_apart():
     rows = [
         {"prompt": p, "prompt_id": "a", "image": png(v, i), "rank": r}
-        for i, (p, v, r) in enumerate((("x", GOOD, 1), ("x", BAD, 2), ("other", 90, 1), ("x", 100, None)))
+        for i, (p, v, r) in enumerate(
+            (("x", GOOD, 1), ("x", BAD, 2), ("other", 90, 1), ("x", 100, None))
+        )
     ]
     data = load(rows)
-    assert len(data) == 1 and len(data[0].images) == 2 and "1 rows have no rank" in data.report.notes[0]
+    assert (
+        len(data) == 1
+        and len(data[0].images) == 2
+        and "1 rows have no rank" in data.report.notes[0]
+    )
 
 
 def test_streams_are_recognised_by_more_than_their_first_row():
@@ -274,7 +376,11 @@ def test_numbers_beside_words_in_a_column_stay_judgements(tmp_path):
     for i, value in enumerate((GOOD, BAD)):
         picture(value, i).save(tmp_path / f"{i}.png")
     row = {"caption": "p", "jpg_0": "0.png", "jpg_1": "1.png"}
-    judged = [{"label_0": 1, "has_label": "yes"}, {"label_0": 0, "has_label": False}, {"label_0": "0", "has_label": True}]
+    judged = [
+        {"label_0": 1, "has_label": "yes"},
+        {"label_0": 0, "has_label": False},
+        {"label_0": "0", "has_label": True},
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row | extra) + "\n" for extra in judged))
     report = load(tmp_path / "a.jsonl").report
     assert (report.first_wins, report.second_wins, report.unlabelled) == (1, 1, 1)
@@ -311,23 +417,41 @@ def mutated_rows(name: str, generator: random.Random) -> tuple[list[dict[str, An
     """Eight rows of a layout with faults, and which rows still hold what the layout says."""
     rows = [dict(LAYOUTS[name]) for _ in range(8)]
     for i, row in enumerate(rows):
-        row.update({key: f"{row[key]}{i}" for key in ("prompt", "caption", "prompt_id") if key in row})
+        row.update(
+            {key: f"{row[key]}{i}" for key in ("prompt", "caption", "prompt_id") if key in row}
+        )
     whole = set(range(8))
     kind = generator.choice(["cells", "cells", "column", "more"])
     if kind == "cells":
         for _ in range(generator.randint(1, 3)):
             place = generator.randrange(8)
-            rows[place][generator.choice(sorted(rows[0]))] = None if generator.random() < 0.5 else generator.choice(ODD_CELLS)
+            rows[place][generator.choice(sorted(rows[0]))] = (
+                None if generator.random() < 0.5 else generator.choice(ODD_CELLS)
+            )
             whole.discard(place)
     elif kind == "column":
         column = generator.choice(sorted(rows[0]))
-        other = generator.choice([None, f"my_{column}", column.upper(), "score", "label", "rank", "images"])
+        other = generator.choice(
+            [None, f"my_{column}", column.upper(), "score", "label", "rank", "images"]
+        )
         for row in rows:
             value = row.pop(column)
             if other is not None:
                 row[other] = value
     else:
-        extra = generator.choice(["label_0", "ranking", "scores", "preference", "winner", "chosen", "image", "rank", "note"])
+        extra = generator.choice(
+            [
+                "label_0",
+                "ranking",
+                "scores",
+                "preference",
+                "winner",
+                "chosen",
+                "image",
+                "rank",
+                "note",
+            ]
+        )
         for row in rows:
             row.setdefault(extra, generator.choice(ODD_CELLS))
     return rows, whole

@@ -99,13 +99,29 @@ def test_huge_values_are_answered_at_once(tmp_path):
             load_run(tmp_path / "run.yaml")
         assert one_sentence(caught.value)
     with pytest.raises(ConfigError) as caught:
-        run_from_dict({"method": "diffusion_dpo", "model": "shapes", "train": {"seed": list(range(300_000))}})
+        run_from_dict(
+            {"method": "diffusion_dpo", "model": "shapes", "train": {"seed": list(range(300_000))}}
+        )
     assert one_sentence(caught.value)
     assert time.monotonic() - started < 120  # minutes and gigabytes before
 
 
 @pytest.mark.parametrize(
-    "text", ["1:30", "190:20:30", "010", "0x1F", "0b11", "1_000", "2026-11-25", "no", "yes", "off", "=", "08"]
+    "text",
+    [
+        "1:30",
+        "190:20:30",
+        "010",
+        "0x1F",
+        "0b11",
+        "1_000",
+        "2026-11-25",
+        "no",
+        "yes",
+        "off",
+        "=",
+        "08",
+    ],
 )
 def test_values_that_yaml_1_1_reads_as_something_else_are_text(text):
     assert read_yaml_text(text, "x") == text
@@ -130,7 +146,11 @@ def test_numbers_and_words_are_what_they_look_like(text, value):
 
 
 def test_large_integers_are_never_rounded():
-    values = {"method": "diffusion_dpo", "model": "shapes", "train": {"data_seed": 9007199254740993}}
+    values = {
+        "method": "diffusion_dpo",
+        "model": "shapes",
+        "train": {"data_seed": 9007199254740993},
+    }
     assert run_from_dict(values).train.data_seed == 9007199254740993
     values["train"]["data_seed"] = "9007199254740993"
     assert run_from_dict(values).train.data_seed == 9007199254740993
@@ -139,7 +159,12 @@ def test_large_integers_are_never_rounded():
 
 
 def test_the_documented_default_of_mixed_precision_can_be_written_down():
-    assert load_run(None, ["--method", "sft", "--model", "shapes", "--train.mixed_precision", "no"]).train.mixed_precision == "no"
+    assert (
+        load_run(
+            None, ["--method", "sft", "--model", "shapes", "--train.mixed_precision", "no"]
+        ).train.mixed_precision
+        == "no"
+    )
 
 
 @pytest.mark.parametrize("value", [[], False, 0, "", "text", [1]])
@@ -156,7 +181,11 @@ def test_a_run_file_runs_no_code(tmp_path, monkeypatch):
     for allowed in (True, "no"):
         with pytest.raises(UserError):
             run_from_dict(
-                {"method": "sft", "model": "shapes", "rewards": {"rewards": ["./evil.py:X"], "trust_remote_code": allowed}}
+                {
+                    "method": "sft",
+                    "model": "shapes",
+                    "rewards": {"rewards": ["./evil.py:X"], "trust_remote_code": allowed},
+                }
             )
     assert not (tmp_path / "ran").exists()
 
@@ -187,7 +216,11 @@ WORDS = [
 
 
 def test_what_is_written_is_read_back():
-    values = {"a": WORDS, "b": {word: word for word in WORDS}, "c": [1, 1.5, 1e-30, True, None, 2**60]}
+    values = {
+        "a": WORDS,
+        "b": {word: word for word in WORDS},
+        "c": [1, 1.5, 1e-30, True, None, 2**60],
+    }
     values["d"] = values["a"]
     assert read_yaml_text(dump_yaml(values), "x") == values
     assert "&" not in dump_yaml({"a": [1], "b": [1]})
@@ -250,19 +283,32 @@ def test_every_number_of_the_other_sections():
             "guidance_scale",
         ],
         "data": ["max_broken_fraction", "resolution", "num_workers"],
-        "online": ["every", "k", "num_inference_steps", "guidance_scale", "eta", "rollout_batch_size"],
+        "online": [
+            "every",
+            "k",
+            "num_inference_steps",
+            "guidance_scale",
+            "eta",
+            "rollout_batch_size",
+        ],
     }
     for section, names in sections.items():
         for name in names:
             for value in NUMBERS:
                 extra = {"prompts": "shapes"} if section == "validation" else {}
-                place = {"data": {"online": {name: value}}} if section == "online" else {section: {name: value, **extra}}
+                place = (
+                    {"data": {"online": {name: value}}}
+                    if section == "online"
+                    else {section: {name: value, **extra}}
+                )
                 try:
                     run_from_dict({"method": "diffusion_dpo", "model": "shapes", **place})
                 except ConfigError as error:
                     assert name in str(error) and one_sentence(error), (section, name, value)  # noqa: PT017
                 else:
-                    assert value is None or (not isinstance(value, (str, list, dict, bool)) and abs(value) <= 1e30), (
+                    assert value is None or (
+                        not isinstance(value, (str, list, dict, bool)) and abs(value) <= 1e30
+                    ), (
                         section,
                         name,
                         value,
@@ -312,8 +358,20 @@ def test_steps_that_a_scheduler_does_not_have():
 
 
 def test_ranges():
-    assert [positive.holds(x) for x in (1e-9, 0.0, float("nan"), 1e31, True, "1")] == [True, False, False, False, False, False]
-    assert finite.holds(-5) and not finite.holds(float("inf")) and share.holds(1) and not share.holds(1.01)
+    assert [positive.holds(x) for x in (1e-9, 0.0, float("nan"), 1e31, True, "1")] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert (
+        finite.holds(-5)
+        and not finite.holds(float("inf"))
+        and share.holds(1)
+        and not share.holds(1.01)
+    )
     with pytest.raises(ConfigError, match=r"x: expected int >= 2, got 1"):
         count(2).check("x", 1)
     with pytest.raises(ConfigError, match=r"x: expected int >= 1 and <= 1000, got 5000"):
@@ -323,7 +381,15 @@ def test_ranges():
 
 
 def test_values_in_messages_are_short():
-    values = ["a" * 10_000, list(range(10_000)), {str(i): i for i in range(10_000)}, 10**5000, [[[[[1]]]]], "a\nb", b"\0" * 9000]
+    values = [
+        "a" * 10_000,
+        list(range(10_000)),
+        {str(i): i for i in range(10_000)},
+        10**5000,
+        [[[[[1]]]]],
+        "a\nb",
+        b"\0" * 9000,
+    ]
     assert all(len(shown(value)) <= 200 and "\n" not in shown(value) for value in values)
 
 
@@ -350,7 +416,19 @@ def test_mutated_run_files(tmp_path):
                 del data[place : place + generator.randint(1, 20)]
             elif kind < 0.8:
                 data[place:place] = generator.choice(
-                    [b"[", b"{", b": ", b"!!int ", b"&a ", b"*a", b"\t", b"9" * 400, b"\n", b"'", b"- "]
+                    [
+                        b"[",
+                        b"{",
+                        b": ",
+                        b"!!int ",
+                        b"&a ",
+                        b"*a",
+                        b"\t",
+                        b"9" * 400,
+                        b"\n",
+                        b"'",
+                        b"- ",
+                    ]
                 )
             else:
                 data[place:place] = data[:40]
@@ -374,7 +452,17 @@ def test_not_yaml_is_told_apart_from_bad_values():
 
 def test_older_spellings_still_work():
     run = load_run(
-        None, ["--method", "sft", "--model", "shapes", "--train.gradient_checkpointing", "yes", "--train.max_steps", "1_000"]
+        None,
+        [
+            "--method",
+            "sft",
+            "--model",
+            "shapes",
+            "--train.gradient_checkpointing",
+            "yes",
+            "--train.max_steps",
+            "1_000",
+        ],
     )
     assert run.train.gradient_checkpointing is True and run.train.max_steps == 1000
     assert read_yaml_text("base: &b {a: 1}\nmore: {<<: *b, c: 2}", "x")["more"] == {"a": 1, "c": 2}

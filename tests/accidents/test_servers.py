@@ -22,7 +22,13 @@ from diffalign import load_scorer
 from diffalign.demo.app import BodyLimit
 from diffalign.errors import ConfigError, UserError
 from diffalign.rewards.serving import server as scorer_server
-from diffalign.rewards.serving.http_client import ServerFailure, check_calls, check_url, request_json, without_password
+from diffalign.rewards.serving.http_client import (
+    ServerFailure,
+    check_calls,
+    check_url,
+    request_json,
+    without_password,
+)
 from diffalign.rewards.serving.server import Limits, make_server
 
 
@@ -46,7 +52,9 @@ def serving(name: str = "jpeg_compressibility", scorer=None, **options):
 
 def post(port: int, items, headers=None, raw: bytes | None = None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/score", json.dumps({"items": items}) if raw is None else raw, headers or {})
+    connection.request(
+        "POST", "/score", json.dumps({"items": items}) if raw is None else raw, headers or {}
+    )
     reply = connection.getresponse()
     return reply.status, json.loads(reply.read())
 
@@ -97,13 +105,24 @@ ITEMS = [
 def test_a_bad_item_is_one_missing_score(bad):
     with serving() as port:
         status, reply = post(port, [{"image": png()}, bad, {"image": png()}])
-    assert status == 200 and [score is None for score in reply["scores"]] == [False, True, False] and reply["errors"][1]
+    assert (
+        status == 200
+        and [score is None for score in reply["scores"]] == [False, True, False]
+        and reply["errors"][1]
+    )
 
 
 def test_an_item_on_which_the_scorer_fails_costs_no_other():
     with serving(scorer=Fragile()) as port:
-        status, reply = post(port, [{"image": png(), "prompt": p} for p in ("a", "bad", "c", "bad")])
-    assert status == 200 and [score is None for score in reply["scores"]] == [False, True, False, True]
+        status, reply = post(
+            port, [{"image": png(), "prompt": p} for p in ("a", "bad", "c", "bad")]
+        )
+    assert status == 200 and [score is None for score in reply["scores"]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
     assert "its own output says why" in reply["errors"][1]
 
 
@@ -113,11 +132,18 @@ def test_thin_pictures_are_scored():
 
 
 @pytest.mark.parametrize(
-    "raw", [b'{"items": [' + b"[]," * 400_000 + b"[]]}", b"[" * 500_000, b'{"items": [' + b"0," * 400_000 + b"0]}"]
+    "raw",
+    [
+        b'{"items": [' + b"[]," * 400_000 + b"[]]}",
+        b"[" * 500_000,
+        b'{"items": [' + b"0," * 400_000 + b"0]}",
+    ],
 )
 def test_bodies_of_many_values_are_refused_before_they_are_parsed(raw, monkeypatch):
     with serving() as port:
-        monkeypatch.setattr(scorer_server.json, "loads", lambda data: pytest.fail("the body was parsed"))
+        monkeypatch.setattr(
+            scorer_server.json, "loads", lambda data: pytest.fail("the body was parsed")
+        )
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/score", raw)
         assert connection.getresponse().status == 413
@@ -126,13 +152,22 @@ def test_bodies_of_many_values_are_refused_before_they_are_parsed(raw, monkeypat
 def test_a_request_as_large_as_the_limits_allow_is_served():
     prompt = ", ".join(["a red circle"] * 1500)[:20_000]
     with serving() as port:
-        assert post(port, [{"image": png(), "prompt": prompt, "metadata": {"a": [1, 2]}}] * Limits().max_items)[0] == 200
+        assert (
+            post(
+                port,
+                [{"image": png(), "prompt": prompt, "metadata": {"a": [1, 2]}}]
+                * Limits().max_items,
+            )[0]
+            == 200
+        )
 
 
 def test_the_body_of_a_get_is_no_request():
     with serving() as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", "/health", "GET /info HTTP/1.1\r\nHost: x\r\n\r\n", {"Content-Length": "30"})
+        connection.request(
+            "GET", "/health", "GET /info HTTP/1.1\r\nHost: x\r\n\r\n", {"Content-Length": "30"}
+        )
         assert connection.getresponse().read() == b'{"status": "ok"}'
         assert connection.sock is None or connection.sock.recv(100) == b""
 
@@ -159,7 +194,13 @@ def test_a_token_is_asked_for(monkeypatch):
         assert post(port, [{"image": png()}], {"Authorization": "Bearer s3cret"})[0] == 200
         with pytest.raises(ServerFailure, match="asks for a token"):
             load_scorer("remote", url=f"http://127.0.0.1:{port}", retries=0)
-        assert load_scorer("remote", url=f"http://127.0.0.1:{port}", token="s3cret")([Image.new("RGB", (8, 8))]).isfinite().all()
+        assert (
+            load_scorer("remote", url=f"http://127.0.0.1:{port}", token="s3cret")(
+                [Image.new("RGB", (8, 8))]
+            )
+            .isfinite()
+            .all()
+        )
         monkeypatch.setenv("DIFFALIGN_SCORER_TOKEN", "s3cret")
         assert load_scorer("remote", url=f"http://127.0.0.1:{port}").remote_fingerprint
 
@@ -225,7 +266,9 @@ def closed(client) -> None:
     pass
 
 
-@pytest.mark.parametrize("failures", [[cut], [cut, cut], [closed], [drip], [drip_headers], [drip_status], [drip_refusal]])
+@pytest.mark.parametrize(
+    "failures", [[cut], [cut, cut], [closed], [drip], [drip_headers], [drip_status], [drip_refusal]]
+)
 def test_replies_that_are_cut_or_drip_are_tried_again(failures):
     with answering(*failures, whole) as (url, count):
         assert request_json(url, timeout=0.6, retries=3, backoff=0.01) == {"a": 12}
@@ -264,7 +307,15 @@ def test_a_direction_that_is_no_boolean_is_refused(direction):
 
 
 @pytest.mark.parametrize(
-    "values", [(1e10, 3, 4), (float("nan"), 3, 4), (10**400, 3, 4), (1, 2**70, 4), (1, 3, 10**6), (True, 3, 4)]
+    "values",
+    [
+        (1e10, 3, 4),
+        (float("nan"), 3, 4),
+        (10**400, 3, 4),
+        (1, 2**70, 4),
+        (1, 3, 10**6),
+        (True, 3, 4),
+    ],
 )
 def test_numbers_that_would_wait_for_ever(values):
     with pytest.raises(ConfigError):
@@ -283,7 +334,12 @@ def asked(headers, chunks):
                 break
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    messages = iter([{"type": "http.request", "body": c, "more_body": i + 1 < len(chunks)} for i, c in enumerate(chunks)])
+    messages = iter(
+        [
+            {"type": "http.request", "body": c, "more_body": i + 1 < len(chunks)}
+            for i, c in enumerate(chunks)
+        ]
+    )
 
     async def receive():
         return next(messages)
@@ -306,7 +362,9 @@ def test_the_demo_refuses_large_bodies():
 def test_mutated_requests():
     """500 mutated requests: an answer in JSON, never a failure of the server."""
     generator = random.Random(0)
-    body = json.dumps({"items": [{"image": png(), "prompt": "a", "metadata": {"x": 1}}] * 2}).encode()
+    body = json.dumps(
+        {"items": [{"image": png(), "prompt": "a", "metadata": {"x": 1}}] * 2}
+    ).encode()
     with serving() as port:
         for number in range(500):
             assert post(port, None, raw=damaged(body, generator, 30))[0] in (200, 400, 413), number

@@ -25,7 +25,10 @@ def test_encodings_and_line_ends(encoding, end, tmp_path):
     path.write_bytes(f"{TEXT}{end}two{end}".encode(encoding))
     assert text_files.read_lines(path) == [TEXT, "two"]
     assert load_prompts(str(path)).prompts == [TEXT.strip(), "two"]
-    assert [group.prompts[0] for group in load_preferences(path, verbose=False)] == [TEXT.strip(), "two"]
+    assert [group.prompts[0] for group in load_preferences(path, verbose=False)] == [
+        TEXT.strip(),
+        "two",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,18 @@ def test_brackets_within_texts_are_no_nesting():
 
 
 @pytest.mark.parametrize(
-    "line", ["5", "null", "[1]", '"x"', "{", '{"prompt": null}', '{"prompt": 7}', '{"prompt": ["a"]}', '{"other": "a"}']
+    "line",
+    [
+        "5",
+        "null",
+        "[1]",
+        '"x"',
+        "{",
+        '{"prompt": null}',
+        '{"prompt": 7}',
+        '{"prompt": ["a"]}',
+        '{"other": "a"}',
+    ],
 )
 def test_a_bad_line_of_prompts_is_named(line, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n' + line + "\n")
@@ -92,8 +106,16 @@ def table(tmp_path, text, name="t.csv"):
 
 
 def test_tables_keep_line_breaks_quotes_and_words(tmp_path):
-    found = table(tmp_path, 'prompt,category\n"a red fox\nin the snow",x\n"5"" cake",y\n a "red" fox ,\n1984,None\n')
-    assert [row.cells["prompt"] for row in found.rows] == ["a red fox\nin the snow", '5" cake', ' a "red" fox ', "1984"]
+    found = table(
+        tmp_path,
+        'prompt,category\n"a red fox\nin the snow",x\n"5"" cake",y\n a "red" fox ,\n1984,None\n',
+    )
+    assert [row.cells["prompt"] for row in found.rows] == [
+        "a red fox\nin the snow",
+        '5" cake',
+        ' a "red" fox ',
+        "1984",
+    ]
     assert [row.cells["category"] for row in found.rows] == ["x", "y", None, "None"]
     assert [(row.number, row.line) for row in found.rows] == [(1, 2), (2, 4), (3, 5), (4, 6)]
 
@@ -129,14 +151,28 @@ def test_tables_that_would_be_read_wrongly_are_refused(text, reason, tmp_path):
 
 
 def test_a_long_cell_is_read(tmp_path):
-    assert len(table(tmp_path, "prompt\n" + "x" * 300_000 + "\n").rows[0].cells["prompt"]) == 300_000
-    assert len(table(tmp_path, "prompt\tb\n" + "x" * 300_000 + "\ty\n", "t.tsv").rows[0].cells["prompt"]) == 300_000
+    assert (
+        len(table(tmp_path, "prompt\n" + "x" * 300_000 + "\n").rows[0].cells["prompt"]) == 300_000
+    )
+    assert (
+        len(
+            table(tmp_path, "prompt\tb\n" + "x" * 300_000 + "\ty\n", "t.tsv")
+            .rows[0]
+            .cells["prompt"]
+        )
+        == 300_000
+    )
 
 
 def test_tab_separated_prompts_have_no_quoting(tmp_path):
-    (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"a quoted" start\tArts\nplain\u2028still plain\tFood\n')
+    (tmp_path / "p.tsv").write_text(
+        'Prompt\tCategory\n"a quoted" start\tArts\nplain\u2028still plain\tFood\n'
+    )
     found = load_prompts(str(tmp_path / "p.tsv"))
-    assert found.prompts == ['"a quoted" start', "plain\u2028still plain"] and found.categories == ["Arts", "Food"]
+    assert found.prompts == ['"a quoted" start', "plain\u2028still plain"] and found.categories == [
+        "Arts",
+        "Food",
+    ]
 
 
 def dataset(tmp_path, content, name):
@@ -145,9 +181,19 @@ def dataset(tmp_path, content, name):
 
 
 def test_one_odd_prompt_changes_no_other(tmp_path):
-    for name, odd in (("a.jsonl", "5"), ("b.jsonl", "true"), ("c.jsonl", '["x"]'), ("d.jsonl", '{"y": 1}')):
-        data = dataset(tmp_path, '{"prompt": "one"}\n{"prompt": ' + odd + '}\n{"prompt": "two"}\n', name)
-        assert [group.prompts[0] for group in data] == ["one", "two"] and data.report.broken_count == 1
+    for name, odd in (
+        ("a.jsonl", "5"),
+        ("b.jsonl", "true"),
+        ("c.jsonl", '["x"]'),
+        ("d.jsonl", '{"y": 1}'),
+    ):
+        data = dataset(
+            tmp_path, '{"prompt": "one"}\n{"prompt": ' + odd + '}\n{"prompt": "two"}\n', name
+        )
+        assert [group.prompts[0] for group in data] == [
+            "one",
+            "two",
+        ] and data.report.broken_count == 1
 
 
 def test_words_numbers_and_dates_of_a_table_are_prompts(tmp_path):
@@ -157,7 +203,9 @@ def test_words_numbers_and_dates_of_a_table_are_prompts(tmp_path):
     assert dates[0].prompts[0] == "2026-11-25"
 
 
-@pytest.mark.parametrize("content", ["null\n", 'null\n{"prompt": "a"}\n', "[null]", "{}\n", '[{"prompt": "a"}, null]'])
+@pytest.mark.parametrize(
+    "content", ["null\n", 'null\n{"prompt": "a"}\n', "[null]", "{}\n", '[{"prompt": "a"}, null]']
+)
 def test_rows_that_are_null_do_not_end_the_process(content, tmp_path):
     for name in ("a.json", "a.jsonl"):
         if name == "a.jsonl" and content.startswith("["):
@@ -168,7 +216,15 @@ def test_rows_that_are_null_do_not_end_the_process(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[" * 30_000, '{"a": ' * 3000, '{"prompt": "a"}\n{"prompt": "b', '{"prompt": "a"} x', "x", "7"]
+    "content",
+    [
+        "[" * 30_000,
+        '{"a": ' * 3000,
+        '{"prompt": "a"}\n{"prompt": "b',
+        '{"prompt": "a"} x',
+        "x",
+        "7",
+    ],
 )
 def test_json_datasets_that_are_none(content, tmp_path):
     for name in ("a.json", "a.jsonl"):
@@ -184,7 +240,10 @@ def test_slices_and_splits_of_files_work_as_before(tmp_path):
     assert len(load_preferences(tmp_path / "a.jsonl", split="train[50%:]", verbose=False)) == 5
     with pytest.raises(UserError, match="does not exist"):
         load_preferences(tmp_path / "a.jsonl", split="test", verbose=False)
-    assert [group.prompts[0] for group in load_preferences(tmp_path / "a.jsonl", streaming=True, verbose=False)][:2] == [
+    assert [
+        group.prompts[0]
+        for group in load_preferences(tmp_path / "a.jsonl", streaming=True, verbose=False)
+    ][:2] == [
         "p0",
         "p1",
     ]
@@ -204,7 +263,10 @@ def test_captions_by_every_way(pairs):
     assert [group.prompts[0] for group in load_preferences(pairs, verbose=False)] == ["two", "one"]
     (pairs / "chosen/b.caption").write_text("kohya's")
     (pairs / "prompts.jsonl").write_text('{"file_name": "v1.2.png", "text": "three"}\n')
-    assert [group.prompts[0] for group in load_preferences(pairs, verbose=False)] == ["kohya's", "three"]
+    assert [group.prompts[0] for group in load_preferences(pairs, verbose=False)] == [
+        "kohya's",
+        "three",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +305,10 @@ def test_prompts_of_images_from_a_table(images, tmp_path):
     ):
         (tmp_path / name).write_text(text)
         source = open_images(str(images), prompts=tmp_path / name)
-        assert [record.prompt for record in source.read(range(2)).records] == ["one", "two, with a comma"]
+        assert [record.prompt for record in source.read(range(2)).records] == [
+            "one",
+            "two, with a comma",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +328,10 @@ def test_tables_that_name_no_images_are_refused(name, text, images, tmp_path):
 
 def test_blank_lines_at_the_end_of_a_list_are_no_prompts(images, tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n\n\n")
-    assert [record.prompt for record in open_images(str(images), prompts=tmp_path / "p.txt").read(range(2)).records] == [
+    assert [
+        record.prompt
+        for record in open_images(str(images), prompts=tmp_path / "p.txt").read(range(2)).records
+    ] == [
         "one",
         "two",
     ]
@@ -311,7 +379,9 @@ def test_mutated_text_files(tmp_path):
                 del data[place : place + generator.randint(1, 6)]
         path = tmp_path / f"{number}{suffix}"
         path.write_bytes(bytes(data))
-        readers = [load_prompts] + ([lambda p: load_preferences(p, verbose=False)] if suffix != ".tsv" else [])
+        readers = [load_prompts] + (
+            [lambda p: load_preferences(p, verbose=False)] if suffix != ".tsv" else []
+        )
         for read in readers:
             try:
                 read(str(path))
@@ -327,9 +397,15 @@ def test_json_of_every_shape_under_either_name(tmp_path):
         {"prompt": "two", "meta": {"seed": 1.5}, "seeds": [0.5]},
     ]
     for name in ("a.json", "a.jsonl"):
-        for text in (json.dumps(rows), json.dumps(rows, indent=1), "".join(json.dumps(row) + "\n" for row in rows)):
+        for text in (
+            json.dumps(rows),
+            json.dumps(rows, indent=1),
+            "".join(json.dumps(row) + "\n" for row in rows),
+        ):
             (tmp_path / name).write_text(text)
-            assert [group.prompts[0] for group in load_preferences(tmp_path / name, verbose=False)] == ["one", "two"]
+            assert [
+                group.prompts[0] for group in load_preferences(tmp_path / name, verbose=False)
+            ] == ["one", "two"]
         (tmp_path / name).write_text(json.dumps(rows[0], indent=2))
         assert len(load_preferences(tmp_path / name, verbose=False)) == 1
     assert len(load_preferences(tmp_path / "a.json", split="all", verbose=False)) == 1

@@ -37,7 +37,17 @@ def image(value: int) -> Image.Image:
 def voted(folder, count=3):
     store = VoteStore(folder)
     for i in range(count):
-        store.add(Pair(f"id{i}", f"p{i}\u2028q", (image(10 + i), image(200 + i)), ("base", "tuned"), {"seed": i}), "right", "ann")
+        store.add(
+            Pair(
+                f"id{i}",
+                f"p{i}\u2028q",
+                (image(10 + i), image(200 + i)),
+                ("base", "tuned"),
+                {"seed": i},
+            ),
+            "right",
+            "ann",
+        )
     return store
 
 
@@ -47,8 +57,15 @@ def test_a_bad_line_costs_that_line(line, tmp_path, capsys):
     with open(tmp_path / "votes.jsonl", "ab") as file:
         file.write(line + b"\n")
     store = VoteStore(tmp_path)
-    assert len(store.votes) == 3 and len(store.left_out) == 1 and "1 lines left out (line 4" in capsys.readouterr().out
-    assert store.rate("base", "tuned")[0] == 3 and "1 lines of the file are left out" in store.remarks()
+    assert (
+        len(store.votes) == 3
+        and len(store.left_out) == 1
+        and "1 lines left out (line 4" in capsys.readouterr().out
+    )
+    assert (
+        store.rate("base", "tuned")[0] == 3
+        and "1 lines of the file are left out" in store.remarks()
+    )
     assert store.export(tmp_path / "out.parquet") == 3
     assert (
         store.add(Pair("new", "p", (image(1), image(2)), ("base", "tuned"), {}), "left", "")
@@ -122,7 +139,9 @@ FOREIGN = [
 @pytest.mark.parametrize("form", ["jsonl", "json"])
 def test_a_foreign_vote_costs_that_vote(bad, form, round_folder):
     votes = [GOOD, bad, {**GOOD, "image_a": "g1-0", "image_b": "g1-1"}]
-    text = json.dumps(votes) if form == "json" else "".join(json.dumps(vote) + "\n" for vote in votes)
+    text = (
+        json.dumps(votes) if form == "json" else "".join(json.dumps(vote) + "\n" for vote in votes)
+    )
     (round_folder / f"votes.{form}").write_text(text)
     found = read_votes(round_folder)
     assert (found.count, found.left_out) == (2, 1) and "1 votes left out (votes." in found.summary()
@@ -133,12 +152,17 @@ def test_votes_of_tables_are_text(round_folder):
         "image_a,image_b,preference,annotator\ng0-0,g0-1,a,007\ng1-0,g1-1,-1,007\ng1-0,g1-1,true,x\n"
     )
     found = read_votes(round_folder)
-    assert found.preference[("g1-0", "g1-1")] == -1.0 and (found.count, found.annotators, found.left_out) == (2, 1, 1)
+    assert found.preference[("g1-0", "g1-1")] == -1.0 and (
+        found.count,
+        found.annotators,
+        found.left_out,
+    ) == (2, 1, 1)
 
 
 def test_a_torn_line_costs_that_line_for_the_run_as_for_the_demo(round_folder):
     (round_folder / "votes-demo.jsonl").write_bytes(
-        json.dumps({**GOOD, "id": "1", "annotator": "ann"}).encode() + b'\n{"id": "2", "image_a": "g\xc3'
+        json.dumps({**GOOD, "id": "1", "annotator": "ann"}).encode()
+        + b'\n{"id": "2", "image_a": "g\xc3'
     )
     assert read_votes(round_folder).left_out == 1
     assert len(RoundVotes(round_folder).votes) == 1
@@ -150,7 +174,9 @@ def test_no_vote_that_can_be_used_is_a_sentence(round_folder):
         read_votes(round_folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "5", "null", "{}", '{"groups": 3}', '{"groups": [1]}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "5", "null", "{}", '{"groups": 3}', '{"groups": [1]}']
+)
 def test_a_damaged_manifest_is_a_sentence(content, round_folder):
     (round_folder / MANIFEST).write_text(content)
     (round_folder / "votes.jsonl").write_text(json.dumps(GOOD) + "\n")
@@ -179,7 +205,9 @@ def test_mutated_vote_files(tmp_path):
         (tmp_path / "votes.jsonl").write_bytes(damaged(data, generator, 40))
         store = VoteStore(tmp_path)
         assert len(store.votes) <= 3, number
-        assert all(vote["vote"] in ("left", "right", "tie") and vote["prompt"] for vote in store.votes)
+        assert all(
+            vote["vote"] in ("left", "right", "tie") and vote["prompt"] for vote in store.votes
+        )
         store.rate("base", "tuned")
 
 

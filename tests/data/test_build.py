@@ -53,13 +53,28 @@ def _scorers(monkeypatch):
 def prompts(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text(
-        "a large red circle in the center of a gray background\n\n../../etc/passwd\n<b>" + "x" * 10_000 + "\n../../etc/passwd\n"
+        "a large red circle in the center of a gray background\n\n../../etc/passwd\n<b>"
+        + "x" * 10_000
+        + "\n../../etc/passwd\n"
     )
     return file
 
 
 def build(prompts, output, *more, scorers="bright"):
-    return run(["data", "build", "--prompts", str(prompts), "--scorers", scorers, "--output_dir", str(output), *FAST, *more])
+    return run(
+        [
+            "data",
+            "build",
+            "--prompts",
+            str(prompts),
+            "--scorers",
+            scorers,
+            "--output_dir",
+            str(output),
+            *FAST,
+            *more,
+        ]
+    )
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -75,13 +90,18 @@ def test_from_prompts_to_a_trained_step(prompts, tmp_path, capsys):
     out = tmp_path / "out"
     assert build(prompts, out, "--num_images", "3", "--seed", "5") == 0
     said = capsys.readouterr().out
-    assert "3 prompts, 1 empty prompts left out, 1 repeated prompts taken once; 9 images of 1 models" in said
+    assert (
+        "3 prompts, 1 empty prompts left out, 1 repeated prompts taken once; 9 images of 1 models"
+        in said
+    )
     table = pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
     assert len(table) == 9 and len({row["image"] for row in table}) == 9
     for row in table:
         assert row["seed"] == image_seed(5, row["prompt"], row["number"])
         with Image.open(out / row["image"]) as image:
-            assert row["score_bright"] == pytest.approx(np.asarray(image.convert("RGB")).mean(), abs=1e-3)
+            assert row["score_bright"] == pytest.approx(
+                np.asarray(image.convert("RGB")).mean(), abs=1e-3
+            )
     pairs = load_preferences(str(out / "pairs"), verbose=False)
     ranked = load_preferences(str(out / "ranked"), verbose=False)
     assert (pairs.kind, len(pairs), ranked.kind, len(ranked)) == ("pair", 3, "ranked", 3)
@@ -94,7 +114,13 @@ def test_from_prompts_to_a_trained_step(prompts, tmp_path, capsys):
     assert max(Image.open(out / "sheet.png").size) > 300
     card = (out / "README.md").read_text()
     assert "judged by scorers, not by people" in card and str(tmp_path) not in card
-    trainer = make_trainer(tmp_path / "run", rows=pairs, peft_config=lora_config(), max_steps=1, per_device_train_batch_size=2)
+    trainer = make_trainer(
+        tmp_path / "run",
+        rows=pairs,
+        peft_config=lora_config(),
+        max_steps=1,
+        per_device_train_batch_size=2,
+    )
     trainer.train()
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -103,25 +129,58 @@ def test_two_models_share_seeds_and_a_lora_is_a_model_of_its_own(prompts, tmp_pa
     folder = tmp_path / "models" / "mine"
     build_pipeline("sd").save_pretrained(folder)
     out = tmp_path / "out"
-    assert build(prompts, out, "--models", str(folder), str(folder), "--num_images", "2", "--resolution", "64") == 0
+    assert (
+        build(
+            prompts,
+            out,
+            "--models",
+            str(folder),
+            str(folder),
+            "--num_images",
+            "2",
+            "--resolution",
+            "64",
+        )
+        == 0
+    )
     rows = pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
     assert {row["model"] for row in rows} == {"mine", "mine-2"}
-    drawn = {(row["model"], row["prompt"], row["number"]): (out / row["image"]).read_bytes() for row in rows}
+    drawn = {
+        (row["model"], row["prompt"], row["number"]): (out / row["image"]).read_bytes()
+        for row in rows
+    }
     for (model, prompt, number), data in drawn.items():
         assert data == drawn["mine", prompt, number], model
     assert "all images equal" not in capsys.readouterr().out  # the two images of one model differ
 
-    trainer = make_trainer(tmp_path / "lora", model=str(folder), peft_config=lora_config(), max_steps=1, learning_rate=0.3)
+    trainer = make_trainer(
+        tmp_path / "lora",
+        model=str(folder),
+        peft_config=lora_config(),
+        max_steps=1,
+        learning_rate=0.3,
+    )
     trainer.train()
     tuned = tmp_path / "tuned"
     assert (
         build(
-            prompts, tuned, "--models", str(folder), "--lora", str(tmp_path / "lora"), "--num_images", "1", "--resolution", "64"
+            prompts,
+            tuned,
+            "--models",
+            str(folder),
+            "--lora",
+            str(tmp_path / "lora"),
+            "--num_images",
+            "1",
+            "--resolution",
+            "64",
         )
         == 0
     )
     rows = pyarrow.parquet.read_table(tuned / "scores.parquet").to_pylist()
-    by_model = {row["model"]: (tuned / row["image"]).read_bytes() for row in rows if row["number"] == 0}
+    by_model = {
+        row["model"]: (tuned / row["image"]).read_bytes() for row in rows if row["number"] == 0
+    }
     assert set(by_model) == {"mine", "lora"} and by_model["mine"] != by_model["lora"]
     assert "chosen, rejected: mine" in capsys.readouterr().out
 
@@ -134,7 +193,12 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts, tmp_path):
     images = sorted(broken.rglob("*.png"))
     for path in images[1::2]:
         path.unlink()
-    for name in ("scores.parquet", "README.md", "pairs/train-00000-of-00001.parquet", "scores.sqlite"):
+    for name in (
+        "scores.parquet",
+        "README.md",
+        "pairs/train-00000-of-00001.parquet",
+        "scores.sqlite",
+    ):
         (broken / name).unlink()
     (images[0].parent / "half.tmp").write_bytes(b"cut short")
     assert build(prompts, broken, *arguments) == 0
@@ -145,7 +209,9 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts, tmp_path):
 def test_more_prompts_images_and_scorers_are_added_to_what_is_there(prompts, tmp_path, capsys):
     out = tmp_path / "out"
     assert build(prompts, out, "--num_images", "2", "--max_prompts", "2") == 0
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if path.name != "sheet.png"}
+    before = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*.png") if path.name != "sheet.png"
+    }
     assert build(prompts, out, "--num_images", "3", scorers="bright,dark") == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len([path for path in out.rglob("*.png") if path.name != "sheet.png"]) == 9
@@ -156,12 +222,26 @@ def test_more_prompts_images_and_scorers_are_added_to_what_is_there(prompts, tmp
 
 
 def test_two_processes_build_what_one_builds(tmp_path):
-    arguments = ["--prompts", "shapes", "--max_prompts", "40", "--num_images", "2", "--scorers", "shapes-clip,shapes", *FAST]
+    arguments = [
+        "--prompts",
+        "shapes",
+        "--max_prompts",
+        "40",
+        "--num_images",
+        "2",
+        "--scorers",
+        "shapes-clip,shapes",
+        *FAST,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, command in (("one", []), ("two", TORCHRUN)):
         script = [sys.executable, *command, str(ROOT / "scripts" / "build_dataset.py"), *arguments]
         done = subprocess.run(
-            [*script, "--output_dir", str(tmp_path / name)], capture_output=True, text=True, env=environment, timeout=600
+            [*script, "--output_dir", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("40 prompts") == 1
@@ -169,15 +249,28 @@ def test_two_processes_build_what_one_builds(tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         if name.startswith("images/"):  # other processes may round otherwise
-            pixels = [np.asarray(Image.open(tmp_path / n / name)).astype(int) for n in ("one", "two")]
+            pixels = [
+                np.asarray(Image.open(tmp_path / n / name)).astype(int) for n in ("one", "two")
+            ]
             assert np.abs(pixels[0] - pixels[1]).max() <= 1
-    tables = [pyarrow.parquet.read_table(tmp_path / n / "scores.parquet").to_pydict() for n in ("one", "two")]
+    tables = [
+        pyarrow.parquet.read_table(tmp_path / n / "scores.parquet").to_pydict()
+        for n in ("one", "two")
+    ]
     for column in ("prompt", "model", "number", "seed", "image"):
         assert tables[0][column] == tables[1][column]
-    np.testing.assert_allclose(tables[0]["score_shapes-clip"], tables[1]["score_shapes-clip"], atol=1e-3)
+    np.testing.assert_allclose(
+        tables[0]["score_shapes-clip"], tables[1]["score_shapes-clip"], atol=1e-3
+    )
 
 
-def fake(columns: dict[str, list[float]], groups: list[int], selection="best_worst", min_margin=0.0, **combine):
+def fake(
+    columns: dict[str, list[float]],
+    groups: list[int],
+    selection="best_worst",
+    min_margin=0.0,
+    **combine,
+):
     """Labels of made-up scores."""
     names = ["bright", "dark", "often_missing"][: len(columns)]
     panel = Panel(names, combine or None, placement="exclusive")
@@ -217,14 +310,19 @@ def test_unanimous_pairs_need_every_scorer():
 
 def test_prompts_from_files_and_datasets(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "one"}\n')
-    assert read_prompts(str(tmp_path / "p.jsonl")) == (["one", "two"], ["1 repeated prompts taken once"])
+    assert read_prompts(str(tmp_path / "p.jsonl")) == (
+        ["one", "two"],
+        ["1 repeated prompts taken once"],
+    )
     assert len(read_prompts("shapes")[0]) == 600 and len(read_prompts("shapes-held-out", 7)[0]) == 7
     (tmp_path / "p.txt").write_text("one\n\ntwo\none\n")
     assert read_prompts(str(tmp_path / "p.txt")) == (
         ["one", "two"],
         ["1 empty prompts left out", "1 repeated prompts taken once"],
     )
-    (tmp_path / "PartiPrompts.tsv").write_text('Prompt\tCategory\na "cat"\tAnimals\na dog\tAnimals\n')
+    (tmp_path / "PartiPrompts.tsv").write_text(
+        'Prompt\tCategory\na "cat"\tAnimals\na dog\tAnimals\n'
+    )
     monkeypatch.setenv("DIFFALIGN_PROMPTS", str(tmp_path))
     assert read_prompts("partiprompts", 1)[0] == ['a "cat"']
     (tmp_path / "empty.txt").write_text("\n  \n")
@@ -249,7 +347,11 @@ def test_prompts_from_files_and_datasets(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_come_before_anything_is_drawn(arguments, message, prompts, tmp_path, capsys):
-    options = {"--prompts": str(prompts), "--scorers": "bright", "--output_dir": str(tmp_path / "out")}
+    options = {
+        "--prompts": str(prompts),
+        "--scorers": "bright",
+        "--output_dir": str(tmp_path / "out"),
+    }
     options |= dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert run(["data", "build", *(part for item in options.items() for part in item)]) == 2
     said = capsys.readouterr().err

@@ -29,7 +29,9 @@ def fingerprint(path, **kwargs):
 def test_equal_in_another_process(rows):
     path = rows()
     code = f"from diffalign.data import load_preferences as l; print(l({str(path)!r}, verbose=False).fingerprint)"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert other == fingerprint(path)
     assert len(other) == 64
 
@@ -43,7 +45,12 @@ def test_equal_in_another_place(rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{1: {"prompt": "other"}}, {2: {"rejected": "c.png"}}, {0: {"chosen": "b.png", "rejected": "a.png"}}]
+    "change",
+    [
+        {1: {"prompt": "other"}},
+        {2: {"rejected": "c.png"}},
+        {0: {"chosen": "b.png", "rejected": "a.png"}},
+    ],
 )
 def test_changed_rows_change_it(rows, change):
     before = fingerprint(rows())

@@ -19,7 +19,12 @@ def rows(png):
         {"caption": "a red cat", "jpg_0": red, "jpg_1": blue, "label_0": 1.0},
         {"caption": "a red cat", "jpg_0": red, "jpg_1": blue, "label_0": 1.0},  # the same again
         {"caption": "a dog", "jpg_0": red, "jpg_1": red, "label_0": 0.0},  # equal images
-        {"caption": "a longer prompt, of six words", "jpg_0": wide, "jpg_1": blue, "label_0": 1.0},  # unequal sizes
+        {
+            "caption": "a longer prompt, of six words",
+            "jpg_0": wide,
+            "jpg_1": blue,
+            "label_0": 1.0,
+        },  # unequal sizes
         {"caption": "tie", "jpg_0": wide, "jpg_1": blue, "label_0": 0.5},
         {"caption": "none", "jpg_0": wide, "jpg_1": blue, "label_0": None},
         {"caption": "broken", "jpg_0": b"?", "jpg_1": blue, "label_0": 1.0},
@@ -28,7 +33,13 @@ def rows(png):
 
 def test_findings(rows):
     result = inspect(load(rows, max_broken_fraction=0.5))
-    assert (result["rows"], result["kept"], result["ties"], result["unlabelled"], result["broken_count"]) == (7, 4, 1, 1, 1)
+    assert (
+        result["rows"],
+        result["kept"],
+        result["ties"],
+        result["unlabelled"],
+        result["broken_count"],
+    ) == (7, 4, 1, 1, 1)
     assert result["broken"][0][0] == 6
     assert result["duplicate_groups"] == {"count": 1, "rows": [1]}
     assert result["duplicate_images"] == {"count": 3, "rows": [1, 2, 3]}
@@ -40,7 +51,9 @@ def test_findings(rows):
     assert (result["images"], result["distinct_images"], result["distinct_prompts"]) == (8, 3, 3)
     assert result["prompt_words"] == {"min": 2, "median": 3, "max": 6}
     assert result["prompt_characters"] == {"min": 5, "median": 9, "max": 29}
-    assert result["first_image_preferred"] == pytest.approx(0.8)  # four of five labels; the broken row has one too
+    assert result["first_image_preferred"] == pytest.approx(
+        0.8
+    )  # four of five labels; the broken row has one too
     json.dumps(result)
 
 
@@ -81,7 +94,9 @@ def _content(data):
 def test_convert_round_trip(rows, tmp_path):
     data = load(rows, max_broken_fraction=0.5, ties="keep")
     folder = convert(data, tmp_path / "out", shard_rows=2)
-    assert [path.name for path in sorted(folder.iterdir())] == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        f"train-0000{i}-of-00003.parquet" for i in range(3)
+    ]
     again = load(folder, ties="keep")
     assert (again.layout.name, again.kind) == ("trl", "pair")
     assert _content(again) == _content(data)
@@ -92,7 +107,13 @@ def test_convert_round_trip(rows, tmp_path):
 
 
 def test_convert_keeps_two_prompts(png, tmp_path):
-    row = {"caption_0": "zero", "caption_1": "one", "jpg_0": png("red"), "jpg_1": png("blue"), "label_0": 0.0}
+    row = {
+        "caption_0": "zero",
+        "caption_1": "one",
+        "jpg_0": png("red"),
+        "jpg_1": png("blue"),
+        "label_0": 0.0,
+    }
     data = load([row])
     again = load(convert(data, tmp_path / "out"))
     assert again[0].prompts == ("one", "zero") and _content(again) == _content(data)
@@ -101,10 +122,20 @@ def test_convert_keeps_two_prompts(png, tmp_path):
 def test_convert_other_kinds(png, save, tmp_path):
     save("a.png", "red")
     save("b.png", "blue")
-    rows = [{"prompt": "p", "images": [str(tmp_path / "a.png"), str(tmp_path / "b.png")], "scores": [0.1, 0.9]}]
+    rows = [
+        {
+            "prompt": "p",
+            "images": [str(tmp_path / "a.png"), str(tmp_path / "b.png")],
+            "scores": [0.1, 0.9],
+        }
+    ]
     data = load(rows)
     ranked = load(convert(data, tmp_path / "ranked"))
-    assert (ranked.kind, ranked[0].scores, _content(ranked)) == ("ranked", (0.1, 0.9), _content(data))
+    assert (ranked.kind, ranked[0].scores, _content(ranked)) == (
+        "ranked",
+        (0.1, 0.9),
+        _content(data),
+    )
     for kind in ("pair", "single", "prompt"):
         again = load(convert(data, tmp_path / kind, kind=kind))
         assert again.kind == kind and _content(again) == _content(data.as_kind(kind))

@@ -20,7 +20,14 @@ def pickapic(png):
     """Rows of which 0 prefers the first (red) image, 1 the second (blue), 2 is a tie, 3 has no label."""
     labels = [(1.0, 0.0, True), (0.0, 1.0, True), (0.5, 0.5, True), (1.0, 0.0, False)]
     return [
-        {"caption": f"p{i}", "jpg_0": png("red"), "jpg_1": png("blue"), "label_0": a, "label_1": b, "has_label": has}
+        {
+            "caption": f"p{i}",
+            "jpg_0": png("red"),
+            "jpg_1": png("blue"),
+            "label_0": a,
+            "label_1": b,
+            "has_label": has,
+        }
         for i, (a, b, has) in enumerate(labels)
     ]
 
@@ -28,14 +35,22 @@ def pickapic(png):
 @pytest.fixture
 def pairs(png):
     return [
-        {"prompt": f"p{i}", "chosen": {"bytes": png("red"), "path": None}, "rejected": {"bytes": png("blue"), "path": None}}
+        {
+            "prompt": f"p{i}",
+            "chosen": {"bytes": png("red"), "path": None},
+            "rejected": {"bytes": png("blue"), "path": None},
+        }
         for i in range(3)
     ]
 
 
 @pytest.fixture
 def image_pairs(pairs):
-    return datasets.Dataset.from_list(pairs).cast_column("chosen", datasets.Image()).cast_column("rejected", datasets.Image())
+    return (
+        datasets.Dataset.from_list(pairs)
+        .cast_column("chosen", datasets.Image())
+        .cast_column("rejected", datasets.Image())
+    )
 
 
 def test_pickapic_drops_ties_and_unlabelled_and_swaps(pickapic, colors):
@@ -45,7 +60,13 @@ def test_pickapic_drops_ties_and_unlabelled_and_swaps(pickapic, colors):
     assert [colors(group) for group in data] == [["red", "blue"], ["blue", "red"]]
     assert data[1].prompts == ("p1", "p1")
     report = data.report
-    assert (report.rows, report.kept, report.ties, report.unlabelled, report.broken_count) == (4, 2, 1, 1, 0)
+    assert (report.rows, report.kept, report.ties, report.unlabelled, report.broken_count) == (
+        4,
+        2,
+        1,
+        1,
+        0,
+    )
     assert (report.first_wins, report.second_wins) == (1, 1)
 
 
@@ -58,13 +79,20 @@ def test_kept_ties_weigh_nothing(pickapic):
 def test_the_report_is_printed_once(pickapic, capsys):
     load_preferences(pickapic)
     printed = capsys.readouterr().out
-    assert "layout pickapic (prompt = caption, jpg_0, jpg_1, label_0, label_1, has_label), kind pair; 2 of 4 rows used" in printed
+    assert (
+        "layout pickapic (prompt = caption, jpg_0, jpg_1, label_0, label_1, has_label), kind pair; 2 of 4 rows used"
+        in printed
+    )
     assert "1 ties dropped" in printed and "1 rows without a label dropped" in printed
     assert json.dumps(load(pickapic).report.as_dict())
 
 
 def test_parquet_file_and_folders(image_pairs, tmp_path, colors):
-    for name in ("file.parquet", "flat/train-00000-of-00001.parquet", "hub/data/train-00000-of-00001.parquet"):
+    for name in (
+        "file.parquet",
+        "flat/train-00000-of-00001.parquet",
+        "hub/data/train-00000-of-00001.parquet",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         image_pairs.to_parquet(path)
@@ -98,7 +126,10 @@ def test_jsonl_paths_are_relative_to_the_file(save, tmp_path, colors):
     (tmp_path / "set/rows.jsonl").write_text(json.dumps(row) + "\n")
     assert colors(load(tmp_path / "set/rows.jsonl", allow_outside_paths=True)[0]) == ["red", "blue"]
     assert colors(load(tmp_path / "set", allow_outside_paths=True)[0]) == ["red", "blue"]
-    assert colors(load(tmp_path / "set", data_dir=tmp_path / "elsewhere/../elsewhere/..")[0]) == ["red", "blue"]
+    assert colors(load(tmp_path / "set", data_dir=tmp_path / "elsewhere/../elsewhere/..")[0]) == [
+        "red",
+        "blue",
+    ]
 
 
 def test_csv_and_data_dir(save, tmp_path, colors):
@@ -129,11 +160,21 @@ def test_hpdv2(save, tmp_path, colors):
     assert data[0].prompts == ("p", "p", "p")
     assert colors(data.as_kind("pair")[0]) == ["green", "blue"]
     assert data.as_kind("pair")[0].scores == (-1, -3)
-    assert colors(data.as_kind("single")[0]) == colors(data.as_kind("pair").as_kind("single")[0]) == ["green"]
+    assert (
+        colors(data.as_kind("single")[0])
+        == colors(data.as_kind("pair").as_kind("single")[0])
+        == ["green"]
+    )
 
 
 def test_dcpo(png, colors):
-    row = {"caption_0": "zero", "caption_1": "one", "jpg_0": png("red"), "jpg_1": png("blue"), "label_0": 0.0}
+    row = {
+        "caption_0": "zero",
+        "caption_1": "one",
+        "jpg_0": png("red"),
+        "jpg_1": png("blue"),
+        "label_0": 0.0,
+    }
     group = load([row])[0]
     assert (group.prompts, colors(group)) == (("one", "zero"), ["blue", "red"])
 
@@ -155,10 +196,16 @@ def test_ranked(png, colors):
     assert colors(data[0]) == ["red", "blue", "green"]
     assert colors(data.as_kind("pair")[0]) == ["blue", "red"]
     assert (data.report.ties, data.report.broken) == (1, [(2, "has 2 images and 3 scores")])
-    assert load(rows, max_broken_fraction=0.5, verify_images="none").report.broken == data.report.broken
+    assert (
+        load(rows, max_broken_fraction=0.5, verify_images="none").report.broken
+        == data.report.broken
+    )
     kept = load(rows, max_broken_fraction=0.5, ties="keep", kind="pair")
     assert [group.weight for group in kept] == [1.0, 0.0]
-    assert colors(kept[1]) == ["red", "green"]  # two different images, though their scores are equal
+    assert colors(kept[1]) == [
+        "red",
+        "green",
+    ]  # two different images, though their scores are equal
 
 
 def test_imagefolder_with_metadata(save, tmp_path, colors):
@@ -174,7 +221,11 @@ def test_imagefolder_with_metadata(save, tmp_path, colors):
 def test_pairs_in_an_imagefolder(save, tmp_path, colors):
     save("train/chosen/a.png", "red")
     save("train/rejected/a.png", "blue")
-    row = {"chosen_file_name": "chosen/a.png", "rejected_file_name": "rejected/a.png", "prompt": "p"}
+    row = {
+        "chosen_file_name": "chosen/a.png",
+        "rejected_file_name": "rejected/a.png",
+        "prompt": "p",
+    }
     (tmp_path / "train/metadata.jsonl").write_text(json.dumps(row) + "\n")
     assert colors(load(tmp_path)[0]) == ["red", "blue"]
 
@@ -187,7 +238,9 @@ def test_pair_folders(save, tmp_path, colors, chosen, rejected):
     save(f"{chosen}/lonely.png", "red")
     (tmp_path / chosen / "a.txt").write_text("from text\n")
     (tmp_path / "captions.json").write_text(json.dumps({"a": "unused", "b": "from json"}))
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"file_name": "c.png", "prompt": "from jsonl"}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"file_name": "c.png", "prompt": "from jsonl"}) + "\n"
+    )
     data = load(tmp_path, max_broken_fraction=0.5)
     assert [group.prompts[0] for group in data] == ["from text", "from json", "from jsonl"]
     assert colors(data[0]) == ["red", "blue"]
@@ -206,7 +259,11 @@ def _tar(path, members):
 def test_webdataset(png, tmp_path, colors, streaming):
     members = {}
     for i in range(2):
-        members |= {f"{i:03}.chosen.png": png("red"), f"{i:03}.rejected.png": png("blue"), f"{i:03}.prompt.txt": b"p%d" % i}
+        members |= {
+            f"{i:03}.chosen.png": png("red"),
+            f"{i:03}.rejected.png": png("blue"),
+            f"{i:03}.prompt.txt": b"p%d" % i,
+        }
     _tar(tmp_path / "pairs.tar", members)
     groups = list(load(tmp_path / "pairs.tar", streaming=streaming))
     assert [group.prompts[0] for group in groups] == ["p0", "p1"]
@@ -217,7 +274,10 @@ def test_webdataset(png, tmp_path, colors, streaming):
 def test_webdataset_with_json(png, tmp_path, colors, streaming):
     label = json.dumps({"caption": "p", "label_0": 0.0}).encode()
     (tmp_path / "shards").mkdir()
-    _tar(tmp_path / "shards/train-000.tar", {"0.jpg_0.png": png("red"), "0.jpg_1.png": png("blue"), "0.json": label})
+    _tar(
+        tmp_path / "shards/train-000.tar",
+        {"0.jpg_0.png": png("red"), "0.jpg_1.png": png("blue"), "0.json": label},
+    )
     groups = list(load(tmp_path / "shards", streaming=streaming))
     assert [colors(group) for group in groups] == [["blue", "red"]]
 
@@ -225,23 +285,33 @@ def test_webdataset_with_json(png, tmp_path, colors, streaming):
 def test_prompts_alone(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
     data = load(tmp_path / "prompts.jsonl")
-    assert (data.kind, [group.prompts for group in data], data[0].images) == ("prompt", [("a cat",), ("a dog",)], [])
+    assert (data.kind, [group.prompts for group in data], data[0].images) == (
+        "prompt",
+        [("a cat",), ("a dog",)],
+        [],
+    )
 
 
 def test_a_kind_that_the_data_do_not_hold(pairs):
     data = load(pairs)
     assert [group.prompts for group in data.as_kind("prompt")] == [("p0",), ("p1",), ("p2",)]
     assert data.as_kind("prompt")[0].images == []
-    with pytest.raises(UserError, match="the method needs ranked data, but this dataset is of kind pair"):
+    with pytest.raises(
+        UserError, match="the method needs ranked data, but this dataset is of kind pair"
+    ):
         load(pairs, kind="ranked")
-    with pytest.raises(UserError, match="expected one of pair, ranked, single, prompt, got 'triple'"):
+    with pytest.raises(
+        UserError, match="expected one of pair, ranked, single, prompt, got 'triple'"
+    ):
         data.as_kind("triple")
 
 
 def test_pil_images_and_column_mapping(colors):
     from PIL import Image
 
-    rows = [{"t": "p", "good": Image.new("RGB", (8, 8), "red"), "bad": Image.new("RGB", (8, 8), "blue")}]
+    rows = [
+        {"t": "p", "good": Image.new("RGB", (8, 8), "red"), "bad": Image.new("RGB", (8, 8), "blue")}
+    ]
     columns = {"prompt": "t", "chosen": "good", "rejected": "bad"}
     assert colors(load(rows, columns=columns)[0]) == ["red", "blue"]
 
@@ -249,16 +319,31 @@ def test_pil_images_and_column_mapping(colors):
 def test_broken_rows_are_skipped_and_named(pairs, png):
     pairs += [
         {"prompt": None, "chosen": pairs[0]["chosen"], "rejected": pairs[0]["rejected"]},
-        {"prompt": "p", "chosen": {"bytes": b"not an image", "path": None}, "rejected": pairs[0]["rejected"]},
-        {"prompt": "p", "chosen": {"bytes": None, "path": "gone.png"}, "rejected": pairs[0]["rejected"]},
+        {
+            "prompt": "p",
+            "chosen": {"bytes": b"not an image", "path": None},
+            "rejected": pairs[0]["rejected"],
+        },
+        {
+            "prompt": "p",
+            "chosen": {"bytes": None, "path": "gone.png"},
+            "rejected": pairs[0]["rejected"],
+        },
         {"prompt": "p", "chosen": pairs[0]["chosen"], "rejected": None},
     ]
     data = load(pairs, max_broken_fraction=0.6)
     assert [row_id for row_id, _ in data.report.broken] == [3, 4, 5, 6]
     reasons = [reason for _, reason in data.report.broken]
-    assert "cannot be opened" in reasons[1] and "'gone.png' does not exist" in reasons[2] and reasons[3] == "has no image"
+    assert (
+        "cannot be opened" in reasons[1]
+        and "'gone.png' does not exist" in reasons[2]
+        and reasons[3] == "has no image"
+    )
     assert len(data) == 3
-    with pytest.raises(UserError, match=r"4 of 7 rows are broken, more than data.max_broken_fraction = 0.05 .*row 3: prompt"):
+    with pytest.raises(
+        UserError,
+        match=r"4 of 7 rows are broken, more than data.max_broken_fraction = 0.05 .*row 3: prompt",
+    ):
         load(pairs)
 
 
@@ -327,7 +412,12 @@ def test_a_missing_hub_dataset_names_alternatives(monkeypatch):
     with pytest.raises(UserError) as error:
         load("yuvalkirstain/pickapic_v2", revision="abc")
     assert asked["revision"] == "abc"
-    for part in ("not found on the Hub at revision 'abc'", "taken down", "open-image-preferences-v1-binarized", "data convert"):
+    for part in (
+        "not found on the Hub at revision 'abc'",
+        "taken down",
+        "open-image-preferences-v1-binarized",
+        "data convert",
+    ):
         assert part in str(error.value)
 
 

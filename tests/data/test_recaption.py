@@ -16,7 +16,12 @@ from tiny import pair_rows
 
 from diffalign import cli, load_preferences
 from diffalign.annotation.captioners import ShapesCaptioner, TransformersCaptioner, make_captioner
-from diffalign.annotation.perturbers import LEVELS, RulePerturber, ShapesPerturber, TransformersPerturber
+from diffalign.annotation.perturbers import (
+    LEVELS,
+    RulePerturber,
+    ShapesPerturber,
+    TransformersPerturber,
+)
 from diffalign.annotation.recaption import recaption
 from diffalign.data import convert
 from diffalign.errors import ConfigError, UserError
@@ -30,7 +35,9 @@ def shapes_rows(count: int = 6) -> list[dict]:
     """Pairs: the prompt's own image against one of another scene."""
     prompts = train_prompts()
     images = [render(parse_prompt(prompt)) for prompt in prompts[: count + 1]]
-    return [{"prompt": prompts[i], "chosen": images[i], "rejected": images[i + 1]} for i in range(count)]
+    return [
+        {"prompt": prompts[i], "chosen": images[i], "rejected": images[i + 1]} for i in range(count)
+    ]
 
 
 def captions(folder: Path) -> list[tuple[str, str]]:
@@ -52,21 +59,34 @@ class Numbered:
             raise KeyboardInterrupt
         assert all(image.mode == "RGB" for image in images)
         self.seen += len(images)
-        return [f"seen {image.getpixel((2, 2))} for {prompt}" for image, prompt in zip(images, prompts, strict=True)]
+        return [
+            f"seen {image.getpixel((2, 2))} for {prompt}"
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("strategy", ["c", "p", "h"])
 @pytest.mark.parametrize("perturb", ["rejected", "chosen"])
 def test_strategies(tmp_path: Path, strategy: str, perturb: str) -> None:
     rows = shapes_rows()
-    said = recaption(rows, tmp_path / "out", strategy, captioner=ShapesCaptioner(), perturber=upper, perturb=perturb)
+    said = recaption(
+        rows,
+        tmp_path / "out",
+        strategy,
+        captioner=ShapesCaptioner(),
+        perturber=upper,
+        perturb=perturb,
+    )
     assert f"6 of 6 pairs recaptioned (strategy {strategy})" in said
     prompts = [row["prompt"] for row in rows]
     others = [train_prompts()[i + 1] for i in range(len(rows))]
     expected = {
         "c": list(zip(prompts, others, strict=True)),
         "p": [(p, p.upper()) for p in prompts],
-        "h": [(p, (o if perturb == "rejected" else p).upper()) for p, o in zip(prompts, others, strict=True)],
+        "h": [
+            (p, (o if perturb == "rejected" else p).upper())
+            for p, o in zip(prompts, others, strict=True)
+        ],
     }[strategy]
     assert captions(tmp_path / "out") == expected
     data = load_preferences(tmp_path / "out" / "data", verbose=False)
@@ -79,7 +99,13 @@ def test_strategies(tmp_path: Path, strategy: str, perturb: str) -> None:
 
 def test_ranked_lists_become_pairs_of_their_ends(tmp_path: Path) -> None:
     scenes = [parse_prompt(prompt) for prompt in train_prompts()[:3]]
-    rows = [{"prompt": scenes[0].prompt, "images": [render(s) for s in scenes], "scores": [0.5, 0.1, 0.9]}]
+    rows = [
+        {
+            "prompt": scenes[0].prompt,
+            "images": [render(s) for s in scenes],
+            "scores": [0.5, 0.1, 0.9],
+        }
+    ]
     recaption(rows, tmp_path / "out", "c", captioner=ShapesCaptioner())
     assert captions(tmp_path / "out") == [(scenes[2].prompt, scenes[1].prompt)]
 
@@ -87,7 +113,14 @@ def test_ranked_lists_become_pairs_of_their_ends(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     rows = shapes_rows(5)
     with pytest.raises(KeyboardInterrupt):
-        recaption(rows, tmp_path / "out", "c", captioner=Numbered(stop_after=4), names=("n", ""), batch_size=2)
+        recaption(
+            rows,
+            tmp_path / "out",
+            "c",
+            captioner=Numbered(stop_after=4),
+            names=("n", ""),
+            batch_size=2,
+        )
     assert not (tmp_path / "out" / "data").exists()
     with (tmp_path / "out" / "texts.jsonl").open("a") as file:
         file.write('{"key": "torn')
@@ -118,11 +151,23 @@ def test_rules_change_as_many_attributes_as_asked(level: str) -> None:
         assert sum(getattr(before, name) != getattr(after, name) for name in ATTRIBUTES) == many
     text = "A large red wooden house behind two white dogs at night"
     words = RulePerturber(level)([text])[0]
-    assert sum(a != b for a, b in zip(text.replace("at night", "night").split(), words.split(), strict=False)) >= min(many, 2)
-    assert RulePerturber(level)([text]) == [words] == RulePerturber(level)(["something else", text])[1:]  # whatever is around
+    assert sum(
+        a != b
+        for a, b in zip(text.replace("at night", "night").split(), words.split(), strict=False)
+    ) >= min(many, 2)
+    assert (
+        RulePerturber(level)([text])
+        == [words]
+        == RulePerturber(level)(["something else", text])[1:]
+    )  # whatever is around
     assert len({RulePerturber(level, seed)([text])[0] for seed in range(8)}) > 2
-    assert RulePerturber("weak")(["Red"]) != ["Red"] and RulePerturber("weak")(["Red"])[0][0].isupper()
-    assert RulePerturber("weak")(["portrait of a redhead"])[0] in ("portrait of a", "of a redhead")  # whole words only
+    assert (
+        RulePerturber("weak")(["Red"]) != ["Red"] and RulePerturber("weak")(["Red"])[0][0].isupper()
+    )
+    assert RulePerturber("weak")(["portrait of a redhead"])[0] in (
+        "portrait of a",
+        "of a redhead",
+    )  # whole words only
     assert RulePerturber(level)(["", "hello"]) == ["", ""]
 
 
@@ -144,22 +189,60 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("models")
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *sorted({w for p in train_prompts() for w in p.split()})]
-    words += ["USER", "ASSISTANT", ":", "paraphrase", "lexical", "order", "40", "60", "20", "100", "=", ","]
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<image>",
+        *sorted({w for p in train_prompts() for w in p.split()}),
+    ]
+    words += [
+        "USER",
+        "ASSISTANT",
+        ":",
+        "paraphrase",
+        "lexical",
+        "order",
+        "40",
+        "60",
+        "20",
+        "100",
+        "=",
+        ",",
+    ]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=["<image>"], **special)
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=core, additional_special_tokens=["<image>"], **special
+    )
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 16, "patch_size": 8}
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     size = {"height": 16, "width": 16}
 
     blip = t.BlipConfig(
         vision_config=vision,
-        text_config={**small, **ids, "sep_token_id": 2, "vocab_size": len(words), "encoder_hidden_size": 16},
+        text_config={
+            **small,
+            **ids,
+            "sep_token_id": 2,
+            "vocab_size": len(words),
+            "encoder_hidden_size": 16,
+        },
         projection_dim=16,
     )
     t.BlipForConditionalGeneration(blip).save_pretrained(folder / "blip")
@@ -167,7 +250,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     llava = t.LlavaConfig(
         vision_config=t.CLIPVisionConfig(**vision),
-        text_config=t.LlamaConfig(**small, **ids, vocab_size=len(words), num_key_value_heads=2, max_position_embeddings=128),
+        text_config=t.LlamaConfig(
+            **small,
+            **ids,
+            vocab_size=len(words),
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        ),
         image_token_index=words.index("<image>"),
         vision_feature_layer=-1,
     )
@@ -186,7 +275,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat_template=chat,
     ).save_pretrained(folder / "llava")
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": len(words)}
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": len(words),
+    }
     t5 = t.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
     t.T5ForConditionalGeneration(t5).save_pretrained(folder / "dipper-tiny")
     tokenizer.save_pretrained(folder / "dipper-tiny")
@@ -214,29 +310,66 @@ def test_paraphrase_models(models: Path, kind: str) -> None:
     assert ("lexical" in perturber.template) == (kind == "dipper-tiny")
     before = torch.get_rng_state()
     first = perturber([PROMPT, "a large star"])
-    assert first == perturber([PROMPT, "a large star"]) and len(first) == 2  # sampled from a seed of its own
+    assert (
+        first == perturber([PROMPT, "a large star"]) and len(first) == 2
+    )  # sampled from a seed of its own
     assert torch.equal(before, torch.get_rng_state())
-    seeds = {tuple(TransformersPerturber(str(models / kind), "strong", s, max_length=8)([PROMPT])) for s in range(4)}
+    seeds = {
+        tuple(TransformersPerturber(str(models / kind), "strong", s, max_length=8)([PROMPT]))
+        for s in range(4)
+    }
     assert len(seeds) > 1
 
 
-def test_the_command_with_models_and_own_code(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_with_models_and_own_code(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = str(convert(load_preferences(shapes_rows(), verbose=False), tmp_path / "pairs"))
     out = tmp_path / "out"
     common = ["data", "recaption", source, "--output_dir", str(out)]
     assert cli.run([*common, "--strategy", "c", "--captioner", "shapes"]) == 0
-    assert cli.run([*common, "--strategy", "h", "--captioner", "shapes", "--perturber", "shapes", "--level", "weak"]) == 0
+    assert (
+        cli.run(
+            [
+                *common,
+                "--strategy",
+                "h",
+                "--captioner",
+                "shapes",
+                "--perturber",
+                "shapes",
+                "--level",
+                "weak",
+            ]
+        )
+        == 0
+    )
     assert "6 of 6 pairs" in capsys.readouterr().out
     for chosen, rejected in captions(out):
         pair = parse_prompt(chosen), parse_prompt(rejected)
         assert pair[0] != pair[1]
     code = tmp_path / "mine.py"
-    code.write_text("def caption(images, prompts):\n    return [f'own words on {p}' for p in prompts]\n")
+    code.write_text(
+        "def caption(images, prompts):\n    return [f'own words on {p}' for p in prompts]\n"
+    )
     assert cli.run([*common, "--strategy", "c", "--captioner", f"{code}:caption"]) == 2
     assert "--trust_remote_code" in capsys.readouterr().err
-    assert cli.run([*common, "--strategy", "c", "--captioner", f"{code}:caption", "--trust_remote_code"]) == 0
+    assert (
+        cli.run(
+            [*common, "--strategy", "c", "--captioner", f"{code}:caption", "--trust_remote_code"]
+        )
+        == 0
+    )
     assert captions(out)[0][0].startswith("own words on a ")
-    arguments = [*common, "--strategy", "p", "--perturber", str(models / "gpt2"), "--max_empty_fraction", "1.0"]
+    arguments = [
+        *common,
+        "--strategy",
+        "p",
+        "--perturber",
+        str(models / "gpt2"),
+        "--max_empty_fraction",
+        "1.0",
+    ]
     assert cli.run(arguments) == 0
 
 
@@ -249,17 +382,25 @@ def test_a_broken_image_costs_its_pair(strategy: str, tmp_path: Path) -> None:
     for i, row in enumerate(shapes_rows(12)):
         for side in ("chosen", "rejected"):
             row[side].save(folder / f"{i}-{side}.png")
-        rows.append({"prompt": row["prompt"], "chosen": f"{i}-chosen.png", "rejected": f"{i}-rejected.png"})
+        rows.append(
+            {"prompt": row["prompt"], "chosen": f"{i}-chosen.png", "rejected": f"{i}-rejected.png"}
+        )
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("3-rejected.png", "5-chosen.png"):
         file = folder / name
         file.write_bytes(file.read_bytes()[:120])
     data = load_preferences(folder, verbose=False, verify_images="header")
     options = {"captioner": Numbered(), "perturber": upper, "batch_size": 4}
-    with pytest.raises(UserError, match="2 of 12 pairs got no caption.*2 have an image that cannot be read, e.g. dataset row"):
+    with pytest.raises(
+        UserError,
+        match="2 of 12 pairs got no caption.*2 have an image that cannot be read, e.g. dataset row",
+    ):
         recaption(data, tmp_path / "out", strategy, **options)  # type: ignore[arg-type]
     said = recaption(data, tmp_path / "out", strategy, max_empty_fraction=0.2, **options)  # type: ignore[arg-type]
-    assert "10 of 12 pairs recaptioned" in said and "2 of these have an image that cannot be read, e.g. dataset row" in said
+    assert (
+        "10 of 12 pairs recaptioned" in said
+        and "2 of these have an image that cannot be read, e.g. dataset row" in said
+    )
     seen = options["captioner"].seen  # type: ignore[attr-defined]
     again = recaption(data, tmp_path / "out", strategy, max_empty_fraction=0.2, **options)  # type: ignore[arg-type]
     assert again == said and options["captioner"].seen == seen  # type: ignore[attr-defined]  # nothing is captioned twice
@@ -272,15 +413,21 @@ DAMAGE = {
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-40]),
     "empty": lambda file: file.write_bytes(b""),
     "web page": lambda file: file.write_text("<!DOCTYPE html><html></html>"),
-    "pointer": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+    "pointer": lambda file: file.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    ),
     "gone": lambda file: file.unlink(),
-    "lacking": lambda file: save_file(dict(list(load_file(file).items())[3:]), file, metadata={"format": "pt"}),
+    "lacking": lambda file: save_file(
+        dict(list(load_file(file).items())[3:]), file, metadata={"format": "pt"}
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["blip", "llava", "dipper-tiny", "gpt2"])
-def test_a_damaged_model_is_one_sentence(damage: str, kind: str, models: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_is_one_sentence(
+    damage: str, kind: str, models: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / kind
     shutil.copytree(models / kind, folder)
     DAMAGE[damage](folder / "model.safetensors")
@@ -291,9 +438,18 @@ def test_a_damaged_model_is_one_sentence(damage: str, kind: str, models: Path, t
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"model_type": "none"}', '{"model_type": "gpt2", "n_head": 0}', '{"vocab_size": "x"}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"model_type": "none"}',
+        '{"model_type": "gpt2", "n_head": 0}',
+        '{"vocab_size": "x"}',
+    ],
 )
-def test_a_senseless_model_config_is_one_sentence(text: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_senseless_model_config_is_one_sentence(
+    text: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = str(convert(load_preferences(shapes_rows(), verbose=False), tmp_path / "pairs"))
     common = ["data", "recaption", source, "--output_dir", str(tmp_path / "out")]
     for option, strategy, kind in (("--captioner", "c", "blip"), ("--perturber", "p", "gpt2")):
@@ -306,7 +462,9 @@ def test_a_senseless_model_config_is_one_sentence(text: str, models: Path, tmp_p
 
 
 def test_own_code_that_fails_is_one_sentence(tmp_path: Path) -> None:
-    for number, code in enumerate(["def caption(:", "1 / 0", "import nothing_of_that_name", "x = 1"]):
+    for number, code in enumerate(
+        ["def caption(:", "1 / 0", "import nothing_of_that_name", "x = 1"]
+    ):
         file = tmp_path / f"mine{number}.py"
         file.write_text(code)
         with pytest.raises(UserError, match="--captioner: cannot load"):
@@ -316,7 +474,13 @@ def test_own_code_that_fails_is_one_sentence(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = shapes_rows(3)
 
-    def fails(words: str, captioner: object = None, strategy: str = "c", source: object = rows, **options: object) -> None:
+    def fails(
+        words: str,
+        captioner: object = None,
+        strategy: str = "c",
+        source: object = rows,
+        **options: object,
+    ) -> None:
         with pytest.raises(UserError, match=words):
             recaption(source, tmp_path / "out", strategy, captioner=captioner, **options)  # type: ignore[arg-type]
         assert not (tmp_path / "out" / "data").exists()
@@ -324,7 +488,11 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     fails("returned nothing for 6 inputs", lambda images, prompts: None)
     fails("returned 1 texts for 6 inputs", lambda images, prompts: ["x"])
     fails("expected texts", lambda images, prompts: [3] * len(images))
-    fails(r"3 of 3 pairs got no caption.*another captioner", lambda images, prompts: [""] * len(images), names=("empty", ""))
+    fails(
+        r"3 of 3 pairs got no caption.*another captioner",
+        lambda images, prompts: [""] * len(images),
+        names=("empty", ""),
+    )
     fails("captioner: strategy c needs one")
     fails("perturber: strategy p needs one", strategy="p")
     fails("strategy: expected one of c, p, h", strategy="x")
@@ -343,12 +511,25 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         max_empty_fraction=0.5,
     )
     assert "2 of 3 pairs" in some and "1 left out without a caption" in some
-    assert cli.run(["data", "recaption", "x", "--output_dir", str(tmp_path / "o"), "--strategy", "c"]) == 2
+    assert (
+        cli.run(["data", "recaption", "x", "--output_dir", str(tmp_path / "o"), "--strategy", "c"])
+        == 2
+    )
     assert "--captioner: strategy c needs one" in capsys.readouterr().err
     with pytest.raises(UserError, match="has two captions per pair already"):
-        recaption(str(tmp_path / "some" / "data"), tmp_path / "twice", "c", captioner=ShapesCaptioner())
+        recaption(
+            str(tmp_path / "some" / "data"), tmp_path / "twice", "c", captioner=ShapesCaptioner()
+        )
     convert(load_preferences(rows, verbose=False), tmp_path / "plain")
-    arguments = ["data", "recaption", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "o"), "--strategy", "c"]
+    arguments = [
+        "data",
+        "recaption",
+        str(tmp_path / "plain"),
+        "--output_dir",
+        str(tmp_path / "o"),
+        "--strategy",
+        "c",
+    ]
     assert cli.run([*arguments, "--captioner", str(tmp_path / "nothing")]) == 2
     assert "--captioner: cannot load" in capsys.readouterr().err
     assert cli.run([*arguments, "--captioner", "no.such:thing"]) == 2
@@ -358,6 +539,8 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_texts_are_one_json_object_per_line(tmp_path: Path) -> None:
-    recaption(shapes_rows(2), tmp_path, "p", perturber=lambda texts: [f"ünï\n{text}" for text in texts])
+    recaption(
+        shapes_rows(2), tmp_path, "p", perturber=lambda texts: [f"ünï\n{text}" for text in texts]
+    )
     lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["text"].startswith("ünï a ") for line in lines)

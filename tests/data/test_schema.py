@@ -6,7 +6,17 @@ from diffalign.data.judgements import judge
 from diffalign.data.schema import LAYOUTS, recognise
 from diffalign.errors import ConfigError, UserError
 
-PICKAPIC = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "are_different", "best_image_uid", "model_0"]
+PICKAPIC = [
+    "caption",
+    "jpg_0",
+    "jpg_1",
+    "label_0",
+    "label_1",
+    "has_label",
+    "are_different",
+    "best_image_uid",
+    "model_0",
+]
 
 
 @pytest.mark.parametrize(
@@ -15,7 +25,11 @@ PICKAPIC = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "are
         (PICKAPIC, "pickapic", "pair"),
         (["caption", "jpg_0", "jpg_1", "label_0"], "pickapic", "pair"),
         (["id", "prompt", "chosen", "rejected"], "trl", "pair"),
-        (["prompt", "chosen", "rejected", "chosen_prompt", "rejected_prompt", "weight"], "canonical_two_prompts", "pair"),
+        (
+            ["prompt", "chosen", "rejected", "chosen_prompt", "rejected_prompt", "weight"],
+            "canonical_two_prompts",
+            "pair",
+        ),
         (["prompt", "image_path", "human_preference"], "hpdv2", "ranked"),
         (["prompt", "file_path", "rank"], "hpdv2", "ranked"),
         (["caption_0", "caption_1", "jpg_0", "jpg_1", "label_0"], "dcpo", "pair"),
@@ -35,9 +49,13 @@ def test_layouts(columns, name, kind):
 
 
 def test_mapping_renames_and_wins_over_names():
-    layout = recognise(["prompt", "text", "good", "bad"], {"prompt": "text", "chosen": "good", "rejected": "bad"})
+    layout = recognise(
+        ["prompt", "text", "good", "bad"], {"prompt": "text", "chosen": "good", "rejected": "bad"}
+    )
     assert layout.mapping == {"prompt": "text", "chosen": "good", "rejected": "bad"}
-    layout = recognise(["t", "a", "b", "l"], {"caption": "t", "jpg_0": "a", "jpg_1": "b", "label_0": "l"})
+    layout = recognise(
+        ["t", "a", "b", "l"], {"caption": "t", "jpg_0": "a", "jpg_1": "b", "label_0": "l"}
+    )
     assert layout.name == "pickapic"
     ranked = recognise(["t", "files", "place"], {"prompt": "t", "images": "files", "rank": "place"})
     assert judge(ranked, {"prompt": "p", "rank": [1, 2]}).scores == (-1, -2)
@@ -59,7 +77,9 @@ def test_images_beside_a_prompt_are_not_thrown_away_silently():
 
 
 def test_a_wrong_mapping_is_named():
-    with pytest.raises(ConfigError, match="'chosn' is not a canonical column, did you mean 'chosen'"):
+    with pytest.raises(
+        ConfigError, match="'chosn' is not a canonical column, did you mean 'chosen'"
+    ):
         recognise(["a"], {"chosn": "a"})
     with pytest.raises(ConfigError, match="has no column 'z'; it has a, b"):
         recognise(["a", "b"], {"prompt": "z"})
@@ -67,7 +87,9 @@ def test_a_wrong_mapping_is_named():
 
 def _label(**cells):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"], {})
-    return judge(layout, {"prompt": "p", "label_0": None, "label_1": None, "has_label": None} | cells)
+    return judge(
+        layout, {"prompt": "p", "label_0": None, "label_1": None, "has_label": None} | cells
+    )
 
 
 def test_labels_decide_the_order():
@@ -77,7 +99,9 @@ def test_labels_decide_the_order():
     assert _label(label_0=0).image_roles == ("jpg_1", "jpg_0")
 
 
-@pytest.mark.parametrize("cells", [{"label_0": 0.5}, {"label_0": 0.5, "label_1": 0.5}, {"label_0": 1, "label_1": 1}])
+@pytest.mark.parametrize(
+    "cells", [{"label_0": 0.5}, {"label_0": 0.5, "label_1": 0.5}, {"label_0": 1, "label_1": 1}]
+)
 def test_a_tie_is_never_a_loser(cells):
     verdict = _label(**cells)
     assert (verdict.status, verdict.weight, verdict.image_roles) == ("tie", 0.0, ("jpg_0", "jpg_1"))
@@ -106,7 +130,10 @@ def test_scores_and_ranks():
     assert judge(layout, {"prompt": "p", "human_preference": [0, 1]}).scores == (0, 1)
     layout = recognise(["prompt", "images", "scores"], {})
     assert judge(layout, {"prompt": "p", "scores": [2.0, 2.0]}).status == "tie"
-    assert judge(layout, {"prompt": "p", "scores": [2.0]}).reason == "has 1 scores, expected at least 2"
+    assert (
+        judge(layout, {"prompt": "p", "scores": [2.0]}).reason
+        == "has 1 scores, expected at least 2"
+    )
     assert "not a finite number" in judge(layout, {"prompt": "p", "scores": [1.0, math.nan]}).reason
     assert judge(layout, {"prompt": "p", "scores": None}).status == "unlabelled"
 

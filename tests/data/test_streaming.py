@@ -8,7 +8,10 @@ from diffalign.errors import UserError
 @pytest.fixture
 def rows(png):
     labels = [1.0, 0.5, 0.0, 1.0, None]
-    rows = [{"caption": f"p{i}", "jpg_0": png("red"), "jpg_1": png("blue"), "label_0": label} for i, label in enumerate(labels)]
+    rows = [
+        {"caption": f"p{i}", "jpg_0": png("red"), "jpg_1": png("blue"), "label_0": label}
+        for i, label in enumerate(labels)
+    ]
     return rows
 
 
@@ -24,8 +27,17 @@ def test_yields_the_groups_of_the_map_style_dataset(rows, colors):
         assert [(g.row_id, g.prompts, g.image_hashes()) for g in groups] == [
             (g.row_id, g.prompts, g.image_hashes()) for g in loaded
         ]
-        assert (streamed.report.rows, streamed.report.kept, streamed.report.ties, streamed.report.unlabelled) == (5, 3, 1, 1)
-    assert [colors(group) for group in groups] == [["red", "blue"], ["blue", "red"], ["red", "blue"]]
+        assert (
+            streamed.report.rows,
+            streamed.report.kept,
+            streamed.report.ties,
+            streamed.report.unlabelled,
+        ) == (5, 3, 1, 1)
+    assert [colors(group) for group in groups] == [
+        ["red", "blue"],
+        ["blue", "red"],
+        ["red", "blue"],
+    ]
     assert [g.prompts for g in streamed.as_kind("prompt")] == [("p0",), ("p2",), ("p3",)]
 
 

@@ -25,7 +25,9 @@ def test_an_image_of_the_size_is_bit_exact():
     array = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     pixels, geometry = GroupTransform((16, 24))([Image.fromarray(array)])
     assert pixels.shape == (1, 3, 16, 24) and pixels.dtype == torch.float32
-    assert torch.equal(((pixels[0] + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(array).permute(2, 0, 1))
+    assert torch.equal(
+        ((pixels[0] + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(array).permute(2, 0, 1)
+    )
     assert (pixels.min() >= -1, pixels.max() <= 1) == (True, True)
     assert geometry == Geometry((16, 24), (0, 0), (16, 24))
 
@@ -35,7 +37,14 @@ def test_a_flipped_image_of_the_size_is_its_mirror():
     transform = GroupTransform((16, 24), random_flip=True)
     results = [transform([Image.fromarray(array)], generator(seed))[0] for seed in range(20)]
     plain = GroupTransform((16, 24))([Image.fromarray(array)])[0]
-    kinds = {"plain" if torch.equal(r, plain) else "mirror" if torch.equal(r, plain.flip(-1)) else "wrong" for r in results}
+    kinds = {
+        "plain"
+        if torch.equal(r, plain)
+        else "mirror"
+        if torch.equal(r, plain.flip(-1))
+        else "wrong"
+        for r in results
+    }
     assert kinds == {"plain", "mirror"}
 
 
@@ -44,7 +53,9 @@ def test_nothing_is_stretched():
     for height, width in ((40, 80), (80, 40), (128, 128), (20, 30)):
         y, x = np.mgrid[:height, :width] + 0.5
         disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(height, width) * 0.4) ** 2
-        pixels, _ = GroupTransform((64, 64))([Image.fromarray(np.repeat((disc * 255).astype(np.uint8)[..., None], 3, 2))])
+        pixels, _ = GroupTransform((64, 64))(
+            [Image.fromarray(np.repeat((disc * 255).astype(np.uint8)[..., None], 3, 2))]
+        )
         seen = pixels[0, 0] > 0
         across, down = seen.any(0).sum().item(), seen.any(1).sum().item()
         assert abs(across - down) <= 2
@@ -73,7 +84,8 @@ def test_crop_coordinates_point_at_the_crop():
         top, left = geometry.crop_top_left
         got = ((pixels[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
         matches = [
-            np.array_equal(got, np.asarray(source.crop((left, top, left + 32, top + 32)))) for source in (resized, mirrored)
+            np.array_equal(got, np.asarray(source.crop((left, top, left + 32, top + 32))))
+            for source in (resized, mirrored)
         ]
         assert sum(matches) == 1
         lefts.add(left)
@@ -112,7 +124,14 @@ def test_deterministic_and_fingerprint():
     ]
     assert len({transform.fingerprint for transform in transforms}) == 6
     assert GroupTransform((16, 16)).fingerprint == transforms[0].fingerprint
-    assert [transform.deterministic for transform in transforms] == [True, True, True, False, False, True]
+    assert [transform.deterministic for transform in transforms] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 BUCKETS = [(64, 64), (48, 80), (80, 48)]
@@ -120,7 +139,11 @@ BUCKETS = [(64, 64), (48, 80), (80, 48)]
 
 def test_buckets_are_chosen_by_aspect():
     transform = GroupTransform(BUCKETS)
-    assert [transform.bucket_of([size, size]) for size in ((500, 500), (300, 500), (900, 540))] == [0, 1, 2]
+    assert [transform.bucket_of([size, size]) for size in ((500, 500), (300, 500), (900, 540))] == [
+        0,
+        1,
+        2,
+    ]
     pixels, geometry = transform([ramp(300, 500), ramp(60, 100)])
     assert pixels.shape == (2, 3, 48, 80) and geometry.target_size == (48, 80)
 
@@ -136,7 +159,9 @@ def test_groups_of_unequal_aspect_are_dropped_or_letterboxed():
     assert boxed.bucket_of([(64, 64), (48, 96)]) == 0
     pixels, _ = boxed(images)
     white = pixels[1, 0] == 1
-    assert white.any(1).sum() == 32 and white.any(0).sum() == 64  # 2:1 as before, black above and below
+    assert (
+        white.any(1).sum() == 32 and white.any(0).sum() == 64
+    )  # 2:1 as before, black above and below
     assert white[16:48].all() and (pixels[1, 0, :16] == -1).all()
 
 
@@ -147,7 +172,9 @@ def test_a_fixed_size_takes_every_group():
 def test_check_resolution():
     check_resolution(512, 8)
     check_resolution((512, 640), 64)
-    with pytest.raises(ConfigError, match="data.resolution: 500 is not divisible by 8, .*; use 496 or 504"):
+    with pytest.raises(
+        ConfigError, match="data.resolution: 500 is not divisible by 8, .*; use 496 or 504"
+    ):
         check_resolution(500, 8)
     with pytest.raises(ConfigError, match="data.x: 5 is not divisible by 8, .*; use 8$"):
         check_resolution((8, 5), 8, field="data.x")

@@ -25,9 +25,16 @@ webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-ARTIFACTS = Path(os.environ.get("DIFFALIGN_TEST_ARTIFACTS", Path(__file__).parents[2] / ".artifacts" / "demo"))
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine")
+CHROMIUM, DRIVER = (
+    shutil.which("chromium") or shutil.which("chromium-browser"),
+    shutil.which("chromedriver"),
+)
+ARTIFACTS = Path(
+    os.environ.get("DIFFALIGN_TEST_ARTIFACTS", Path(__file__).parents[2] / ".artifacts" / "demo")
+)
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine"
+)
 pytestmark = pytest.mark.filterwarnings("ignore")
 PATIENT = {"timeout": 60}  # the client's own 5 seconds are few while others draw
 
@@ -44,9 +51,21 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "diffalign", "demo", "--port", str(self.port), "--votes_dir", "votes", *self.arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "diffalign",
+            "demo",
+            "--port",
+            str(self.port),
+            "--votes_dir",
+            "votes",
+            *self.arguments,
+        ]
         self.log = (self.folder / "log.txt").open("a")
-        self.process = subprocess.Popen(command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT
+        )
         for _ in range(1800):
             try:
                 urllib.request.urlopen(self.url, timeout=2).read()
@@ -79,7 +98,9 @@ class Visitor:
         ):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+        self.driver = webdriver.Chrome(
+            options=options, service=webdriver.ChromeService(executable_path=DRIVER)
+        )
         self.open(url)
 
     def open(self, url: str) -> None:
@@ -98,16 +119,23 @@ class Visitor:
         next(tab for tab in tabs if tab.text == text).click()
         self.until(
             lambda: (
-                self.driver.execute_script("return document.querySelector('button[role=tab][aria-selected=true]').innerText")
+                self.driver.execute_script(
+                    "return document.querySelector('button[role=tab][aria-selected=true]').innerText"
+                )
                 == text
             )
         )
 
     def sources(self, name: str) -> list[str]:
-        return [e.get_attribute("src") for e in self.driver.find_elements(By.CSS_SELECTOR, f"#{name} img")]
+        return [
+            e.get_attribute("src")
+            for e in self.driver.find_elements(By.CSS_SELECTOR, f"#{name} img")
+        ]
 
     def value(self, name: str) -> str:
-        return self.driver.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input").get_attribute("value")
+        return self.driver.find_element(
+            By.CSS_SELECTOR, f"#{name} textarea, #{name} input"
+        ).get_attribute("value")
 
     def write(self, name: str, text: str) -> None:
         box = self.driver.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input")
@@ -145,7 +173,11 @@ def visitor(server: Server) -> Iterator[Visitor]:
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in server.votes.read_text().splitlines()] if server.votes.is_file() else []
+    return (
+        [json.loads(line) for line in server.votes.read_text().splitlines()]
+        if server.votes.is_file()
+        else []
+    )
 
 
 @needs_browser
@@ -166,7 +198,9 @@ def test_compare(visitor: Visitor) -> None:
 def test_compare_by_keyboard_alone(visitor: Visitor) -> None:
     visitor.tab("Compare")
     visitor.write("compare-seed", "7")
-    visitor.write("compare-prompt", "a small blue circle on the left of a white background\n")  # return draws
+    visitor.write(
+        "compare-prompt", "a small blue circle on the left of a white background\n"
+    )  # return draws
     visitor.until(lambda: "Seed 7," in visitor.at("compare-status").text)
 
 
@@ -192,7 +226,11 @@ def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visito
     visitor.until(lambda: len(lines(server)) == before + 1)
     last = lines(server)[-1]
     assert (last["vote"], last["annotator"], last["id"]) == ("right", "ann", first)
-    visitor.until(lambda: visitor.value("vote-pair") not in ("", first) and visitor.at("vote-tie").is_enabled())
+    visitor.until(
+        lambda: (
+            visitor.value("vote-pair") not in ("", first) and visitor.at("vote-tie").is_enabled()
+        )
+    )
     visitor.at("vote-tie").click()
     visitor.until(lambda: len(lines(server)) == before + 2)
     server.kill()  # at once, while the next pair is being drawn
@@ -244,7 +282,9 @@ def test_a_narrow_screen(server: Server) -> None:
         one.driver.set_window_size(400, 900)
         for name in ("Compare", "Blind vote", "Steer"):
             one.tab(name)
-            width, window = one.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+            width, window = one.driver.execute_script(
+                "return [document.documentElement.scrollWidth, window.innerWidth]"
+            )
             assert width <= window
             one.picture(f"narrow-{name.split()[0].lower()}")
     finally:
@@ -322,7 +362,9 @@ def test_the_page_still_works_after_all_that(client: Any) -> None:
 
 def test_base_and_lora_at_scale_0_are_the_same_picture(client: Any) -> None:
     images, _, _ = client.predict(*{**CALL, "scale": 0}.values(), api_name="/compare")
-    first, second = (Path(image["path"] if isinstance(image, dict) else image).read_bytes() for image in images)
+    first, second = (
+        Path(image["path"] if isinstance(image, dict) else image).read_bytes() for image in images
+    )
     assert first == second
 
 
@@ -359,8 +401,14 @@ def test_no_file_of_the_server_is_reachable(server: Server, path: str) -> None:
 
 
 def test_uploads_of_any_size_are_refused(server: Server) -> None:
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"0" * 5000 + b"\r\n--x--\r\n"
-    sent = urllib.request.Request(f"{server.url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        + b"0" * 5000
+        + b"\r\n--x--\r\n"
+    )
+    sent = urllib.request.Request(
+        f"{server.url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(sent)
     assert error.value.code == 413
@@ -377,7 +425,9 @@ def test_many_at_once_are_all_answered(server: Server) -> None:
         )[2]
 
     with ThreadPoolExecutor(6) as pool:
-        assert [f"Seed {seed}," in status for seed, status in enumerate(pool.map(ask, range(6)))] == [True] * 6
+        assert [
+            f"Seed {seed}," in status for seed, status in enumerate(pool.map(ask, range(6)))
+        ] == [True] * 6
 
 
 def test_a_login_is_asked_for(tmp_path: Path) -> None:
@@ -389,9 +439,9 @@ def test_a_login_is_asked_for(tmp_path: Path) -> None:
         assert error.value.code == 401
         from gradio_client import Client
 
-        assert Client(running.url, auth=("ann", "secret"), verbose=False, httpx_kwargs=PATIENT).predict(
-            *CALL.values(), api_name="/compare"
-        )[2]
+        assert Client(
+            running.url, auth=("ann", "secret"), verbose=False, httpx_kwargs=PATIENT
+        ).predict(*CALL.values(), api_name="/compare")[2]
     finally:
         running.kill()
 
@@ -409,7 +459,11 @@ def test_a_login_is_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_before_it_starts(
-    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from diffalign.cli.entry import run
 

@@ -28,7 +28,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = base_pipeline()
     torch.manual_seed(0)
     pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet)
+    )
     return folder
 
 
@@ -40,7 +42,9 @@ def engine(lora: Path) -> Engine:
 
 def request(engine: Engine, **changes: Any) -> Any:
     given = {"prompt": PROMPT, "seed": 3, "steps": 4, "guidance": 2.0, **changes}
-    return engine.read(*(given[name] for name in ("prompt", "seed", "steps", "guidance")), given.get("side"))
+    return engine.read(
+        *(given[name] for name in ("prompt", "seed", "steps", "guidance")), given.get("side")
+    )
 
 
 def pixels(image: Any) -> Any:
@@ -52,8 +56,12 @@ def test_a_lora_at_scale_0_is_the_base_bit_for_bit(engine: Engine) -> None:
     base = engine.draw("base", wanted)
     assert np.array_equal(pixels(engine.draw("one", wanted, lora_scale=0.0)), pixels(base))
     assert not np.array_equal(pixels(engine.draw("one", wanted)), pixels(base))
-    assert np.array_equal(pixels(engine.draw("base", wanted)), pixels(base))  # and switching back leaves no trace
-    [plain] = generate(base_pipeline(), [PROMPT], [3], num_inference_steps=4, guidance_scale=2.0, progress=False)
+    assert np.array_equal(
+        pixels(engine.draw("base", wanted)), pixels(base)
+    )  # and switching back leaves no trace
+    [plain] = generate(
+        base_pipeline(), [PROMPT], [3], num_inference_steps=4, guidance_scale=2.0, progress=False
+    )
     assert np.array_equal(pixels(plain), pixels(base))
 
 
@@ -102,19 +110,36 @@ def test_models_and_scales_that_are_not_there(engine: Engine) -> None:
 
 def test_steering_shows_its_steps(engine: Engine) -> None:
     wanted = request(engine, steps=8)
-    job = Job(lambda job: engine.steer("base", wanted, scorer="shapes-clip", num_particles=3, lmbda=5.0, job=job))
+    job = Job(
+        lambda job: engine.steer(
+            "base", wanted, scorer="shapes-clip", num_particles=3, lmbda=5.0, job=job
+        )
+    )
     seen = list(job)
     kinds = [kind for kind, _ in seen]
     assert kinds.count("step") == 8 and kinds.count("scored") >= 3 and kinds[-1] == "result"
     result, plain = seen[-1][1]
-    assert len(result.images[0]) == 3 and np.array_equal(pixels(plain), pixels(engine.draw("base", wanted)))
+    assert len(result.images[0]) == 3 and np.array_equal(
+        pixels(plain), pixels(engine.draw("base", wanted))
+    )
     with pytest.raises(UserError, match="particles: expected a whole number from 2 to 4, got 5"):
-        list(Job(lambda job: engine.steer("base", wanted, scorer="shapes", num_particles=5, lmbda=1, job=job)))
+        list(
+            Job(
+                lambda job: engine.steer(
+                    "base", wanted, scorer="shapes", num_particles=5, lmbda=1, job=job
+                )
+            )
+        )
     with pytest.raises(UserError, match="prompt: shapes has no score for it"):
         list(
             Job(
                 lambda job: engine.steer(
-                    "base", request(engine, prompt="a cat"), scorer="shapes", num_particles=2, lmbda=1, job=job
+                    "base",
+                    request(engine, prompt="a cat"),
+                    scorer="shapes",
+                    num_particles=2,
+                    lmbda=1,
+                    job=job,
                 )
             )
         )
@@ -139,7 +164,9 @@ def test_a_stopped_job_stops_and_frees_the_engine(engine: Engine) -> None:
 
 
 def test_other_families_without_a_lora() -> None:
-    models = read_models(build_pipeline("sd3"), [{"model": build_pipeline("sd3", seed=1), "name": "other"}])
+    models = read_models(
+        build_pipeline("sd3"), [{"model": build_pipeline("sd3", seed=1), "name": "other"}]
+    )
     engine = Engine(models)
     assert engine.defaults("base")["side"] == 32
     wanted = engine.read("a cat", 0, 2, 3.0)

@@ -24,10 +24,14 @@ def pair(number: int, prompt: str = "a cat", sides: tuple[str, str] = ("base", "
 
 def test_votes_are_there_after_a_restart(tmp_path: Path) -> None:
     store = VoteStore(tmp_path / "votes")
-    assert store.add(pair(1), "left", "ann") and store.add(pair(2, sides=("tuned", "base")), "tie", "")
+    assert store.add(pair(1), "left", "ann") and store.add(
+        pair(2, sides=("tuned", "base")), "tie", ""
+    )
     assert not store.add(pair(1), "right", "ann")  # one vote per pair
     again = VoteStore(tmp_path / "votes")
-    assert [vote["vote"] for vote in again.votes] == ["left", "tie"] and again.votes[0]["annotator"] == "ann"
+    assert [vote["vote"] for vote in again.votes] == ["left", "tie"] and again.votes[0][
+        "annotator"
+    ] == "ann"
     assert not again.add(pair(2), "left", "")
     assert all((tmp_path / "votes" / vote["left_image"]).is_file() for vote in again.votes)
 
@@ -51,12 +55,16 @@ def test_the_rate_counts_the_tuned_model_whatever_its_side(tmp_path: Path) -> No
     store.add(pair(5, "c", ("base", "other")), "right", "")  # another pair of models
     count, found = store.rate("base", "tuned")
     assert count == 4  # of three prompts, which count the same: a win, a win and a loss, a tie
-    assert (found.rate, found.wins, found.ties, found.losses) == pytest.approx((2 / 3, 0.5, 1 / 3, 1 / 6))
+    assert (found.rate, found.wins, found.ties, found.losses) == pytest.approx(
+        (2 / 3, 0.5, 1 / 3, 1 / 6)
+    )
     assert found.low <= found.rate <= found.high
     assert store.rate("base", "nobody")[0] == 0
 
 
-def test_the_export_is_a_preference_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_export_is_a_preference_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = VoteStore(tmp_path / "votes")
     store.add(pair(1, "a cat"), "right", "ann")
     store.add(pair(2, "a dog"), "tie", "ann")
@@ -72,7 +80,10 @@ def test_the_export_is_a_preference_dataset(tmp_path: Path, capsys: pytest.Captu
 
 def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     VoteStore(tmp_path / "v").add(pair(1), "tie", "")
-    assert run(["demo", "--votes_dir", str(tmp_path / "v"), "--export", str(tmp_path / "o.parquet")]) == 2
+    assert (
+        run(["demo", "--votes_dir", str(tmp_path / "v"), "--export", str(tmp_path / "o.parquet")])
+        == 2
+    )
     assert "nobody has preferred an image yet" in capsys.readouterr().err
     assert not (tmp_path / "o.parquet").exists()
 

@@ -33,7 +33,16 @@ from diffalign.rewards.registry import register_scorer
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 SMALL: dict[str, Any] = {"max_prompts": 3, "num_images": 2, "num_inference_steps": 3}
 TINY: dict[str, Any] = {"num_images": 2, "num_inference_steps": 2, "height": 32, "width": 32}
-ARGUMENTS = ["--max_prompts", "3", "--num_images", "2", "--num_inference_steps", "3", "--batch_size", "4"]
+ARGUMENTS = [
+    "--max_prompts",
+    "3",
+    "--num_images",
+    "2",
+    "--num_inference_steps",
+    "3",
+    "--batch_size",
+    "4",
+]
 
 
 @register_scorer("compare-dark", requires=("image",), higher_is_better=False)
@@ -48,10 +57,14 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     pipe = base_pipeline()
     torch.manual_seed(0)
-    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    pipe.unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    )
     from peft import get_peft_model_state_dict
 
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet)
+    )
     return folder
 
 
@@ -75,8 +88,12 @@ def test_the_same_model_on_both_sides_is_exactly_one_half(done: Any) -> None:
 
 def test_a_lora_changes_images_and_nothing_else(done: Any, lora: Path) -> None:
     assert done.tuned == ["again", "off", "half", lora.name]
-    assert not np.array_equal(np.asarray(done.images(lora.name, 0)[0]), np.asarray(done.images("base", 0)[0]))
-    assert not np.array_equal(np.asarray(done.images(lora.name, 0)[0]), np.asarray(done.images("half", 0)[0]))
+    assert not np.array_equal(
+        np.asarray(done.images(lora.name, 0)[0]), np.asarray(done.images("base", 0)[0])
+    )
+    assert not np.array_equal(
+        np.asarray(done.images(lora.name, 0)[0]), np.asarray(done.images("half", 0)[0])
+    )
 
 
 def test_images_are_those_of_the_plain_pipeline(done: Any) -> None:
@@ -99,7 +116,12 @@ def test_scores_are_the_scorers(done: Any) -> None:
 
 
 def test_swapping_the_sides_mirrors_everything(done: Any, lora: Path, tmp_path: Path) -> None:
-    swapped = compare({"lora": str(lora), "model": "shapes", "name": "lora"}, "plain=shapes", output_dir=tmp_path / "b", **SMALL)
+    swapped = compare(
+        {"lora": str(lora), "model": "shapes", "name": "lora"},
+        "plain=shapes",
+        output_dir=tmp_path / "b",
+        **SMALL,
+    )
     forward, backward = done.win_rate(lora.name), swapped.win_rate("plain")
     assert forward.rate == 1 - backward.rate
     assert forward.low == pytest.approx(1 - backward.high, abs=1e-12)
@@ -108,15 +130,21 @@ def test_swapping_the_sides_mirrors_everything(done: Any, lora: Path, tmp_path: 
 
 def test_what_is_written(done: Any) -> None:
     results = json.loads((done.folder / "results.json").read_text())
-    assert results["prompts"]["name"] == "shapes" and results["prompts"]["notes"] == ["3 of 120 prompts, evenly spaced"]
+    assert results["prompts"]["name"] == "shapes" and results["prompts"]["notes"] == [
+        "3 of 120 prompts, evenly spaced"
+    ]
     assert results["comparisons"]["again"]["shapes"]["rate"] == 0.5
-    assert results["models"]["base"]["diversity"]["mean"] == pytest.approx(done.mean_diversity("base")[0])
+    assert results["models"]["base"]["diversity"]["mean"] == pytest.approx(
+        done.mean_diversity("base")[0]
+    )
     assert {"torch", "diffusers"} <= set(results["versions"])
     rows = pq.read_table(done.folder / "scores.parquet").to_pylist()
     assert len(rows) == 5 * 3 * 2 and all((done.folder / row["image"]).is_file() for row in rows)
     assert Image.open(done.folder / "grid.png").width > 500
     table = (done.folder / "table.md").read_text()
-    assert "| again | shapes | 50.0 (50.0 to 50.0) |" in table and "Only 3 prompts: below 8" in table
+    assert (
+        "| again | shapes | 50.0 (50.0 to 50.0) |" in table and "Only 3 prompts: below 8" in table
+    )
 
 
 class _Links(HTMLParser):
@@ -154,15 +182,27 @@ def test_html_in_a_prompt_is_text(tmp_path: Path) -> None:
 def test_other_families_and_steering(family: str, tmp_path: Path) -> None:
     pipe = build_pipeline(family)
     steering = FKSteering(
-        pipe, lambda images, prompts: [float(np.asarray(i).mean()) for i in images], num_particles=2, lmbda=1.0, kernel="auto"
+        pipe,
+        lambda images, prompts: [float(np.asarray(i).mean()) for i in images],
+        num_particles=2,
+        lmbda=1.0,
+        kernel="auto",
     )
     found = compare(
-        pipe, [steering, {"model": pipe, "name": "same"}], ["a cat", "a dog"], ["compare-dark"], output_dir=tmp_path / "o", **TINY
+        pipe,
+        [steering, {"model": pipe, "name": "same"}],
+        ["a cat", "a dog"],
+        ["compare-dark"],
+        output_dir=tmp_path / "o",
+        **TINY,
     )
     assert found.tuned == ["tuned", "same"] or found.tuned == ["steered", "same"]
     assert found.win_rate("same").rate == 0.5
     # Lower is better here, so the brighter steered images lose.
-    assert found.mean(found.tuned[0])[0] >= found.mean("base")[0] and found.win_rate(found.tuned[0]).rate <= 0.5
+    assert (
+        found.mean(found.tuned[0])[0] >= found.mean("base")[0]
+        and found.win_rate(found.tuned[0]).rate <= 0.5
+    )
 
 
 def test_a_pipeline_is_left_as_it_was(lora: Path, tmp_path: Path) -> None:
@@ -190,11 +230,29 @@ def test_images_without_a_score_are_left_out_and_counted(tmp_path: Path) -> None
         "a cat",
         "a large blue star in the center of a white background",
     ]
-    found = compare("shapes", "again=shapes", prompts, ["shapes"], output_dir=tmp_path / "o", num_images=1, num_inference_steps=1)
+    found = compare(
+        "shapes",
+        "again=shapes",
+        prompts,
+        ["shapes"],
+        output_dir=tmp_path / "o",
+        num_images=1,
+        num_inference_steps=1,
+    )
     assert np.isnan(found.scores["base"]["shapes"][1, 0]) and found.win_rate("again").rate == 0.5
     assert "shapes has no score for 1 images of base" in found.table()
-    with pytest.raises(UserError, match="shapes has no score for any image of base .*not of the shapes world"):
-        compare("shapes", "again=shapes", ["a cat"], ["shapes"], output_dir=tmp_path / "p", num_images=1, num_inference_steps=1)
+    with pytest.raises(
+        UserError, match="shapes has no score for any image of base .*not of the shapes world"
+    ):
+        compare(
+            "shapes",
+            "again=shapes",
+            ["a cat"],
+            ["shapes"],
+            output_dir=tmp_path / "p",
+            num_images=1,
+            num_inference_steps=1,
+        )
 
 
 # Resuming and processes
@@ -208,7 +266,10 @@ def results(folder: Path) -> dict[str, Any]:
 
 def assert_close_comparisons(one: Path, two: Path) -> None:
     """Equal files, settings and counts; pixels within one level, and scores close: other processes may round otherwise."""
-    files = [sorted(p.relative_to(folder) for p in (folder / "images").rglob("*.png")) for folder in (one, two)]
+    files = [
+        sorted(p.relative_to(folder) for p in (folder / "images").rglob("*.png"))
+        for folder in (one, two)
+    ]
     assert files[0] == files[1]
     for file in files[0]:
         pixels = [np.asarray(Image.open(folder / file)).astype(int) for folder in (one, two)]
@@ -267,7 +328,9 @@ def test_two_processes_equal_one(lora: Path, tmp_path: Path) -> None:
     arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
     assert run(["compare", *arguments, "--output_dir", str(one)]) == 0
     launch = [sys.executable, *TORCHRUN, str(SCRIPT)]
-    done = subprocess.run([*launch, *arguments, "--output_dir", str(two)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*launch, *arguments, "--output_dir", str(two)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert_close_comparisons(one, two)
     assert done.stdout.count("report.html") == 1
@@ -317,16 +380,25 @@ main(["compare", *sys.argv[1:]])
 
 
 @pytest.mark.parametrize("late", ["0", "1"])
-def test_processes_may_come_to_the_folder_in_any_order(lora: Path, tmp_path: Path, late: str) -> None:
+def test_processes_may_come_to_the_folder_in_any_order(
+    lora: Path, tmp_path: Path, late: str
+) -> None:
     """The first one late: the other must not draw before the folder is claimed. The other one late: it finds a half-written claim."""
     script = tmp_path / "race.py"
     script.write_text(RACE)
     more = ["--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(tmp_path / "o")]
-    done = subprocess.run([sys.executable, *TORCHRUN, str(script), late, *more], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script), late, *more],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
 
 
-def test_a_folder_with_nothing_but_a_half_written_claim_is_taken(lora: Path, tmp_path: Path) -> None:
+def test_a_folder_with_nothing_but_a_half_written_claim_is_taken(
+    lora: Path, tmp_path: Path
+) -> None:
     (tmp_path / ".compare.json.tmp").write_text('{"models"')
     assert run(["compare", "--tuned", str(lora), *ARGUMENTS, "--output_dir", str(tmp_path)]) == 0
     assert not list(tmp_path.rglob("*.tmp"))
@@ -335,14 +407,46 @@ def test_a_folder_with_nothing_but_a_half_written_claim_is_taken(lora: Path, tmp
 # The command
 
 
-def test_the_command_with_scales_and_steering(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--lora_scales", "0,1", "--steer", "shapes-clip", "--num_particles", "2", "--lmbda", "5", "--scorers", "shapes-clip"]
-    code = run(["compare", "--tuned", str(lora), *more, *ARGUMENTS, "--output_dir", str(tmp_path / "o")])
+def test_the_command_with_scales_and_steering(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "--lora_scales",
+        "0,1",
+        "--steer",
+        "shapes-clip",
+        "--num_particles",
+        "2",
+        "--lmbda",
+        "5",
+        "--scorers",
+        "shapes-clip",
+    ]
+    code = run(
+        ["compare", "--tuned", str(lora), *more, *ARGUMENTS, "--output_dir", str(tmp_path / "o")]
+    )
     said = capsys.readouterr().out
-    assert code == 0 and f"| {lora.name}@0 | shapes-clip | 50.0 (50.0 to 50.0) |" in said and "| steered |" in said
+    assert (
+        code == 0
+        and f"| {lora.name}@0 | shapes-clip | 50.0 (50.0 to 50.0) |" in said
+        and "| steered |" in said
+    )
     # A second run has nothing to draw, and says the same.
     shutil.rmtree(tmp_path / "o" / "parts")
-    assert run(["compare", "--tuned", str(lora), *more, *ARGUMENTS, "--output_dir", str(tmp_path / "o")]) == 0
+    assert (
+        run(
+            [
+                "compare",
+                "--tuned",
+                str(lora),
+                *more,
+                *ARGUMENTS,
+                "--output_dir",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == said
 
 
@@ -358,7 +462,10 @@ def test_the_command_with_scales_and_steering(lora: Path, tmp_path: Path, capsys
         (["--tuned", "shapes", "--lora_scales", "0,1"], "no LoRA among --tuned"),
         (["--tuned", "shapes", "--lora_scales", "a"], "--lora_scales: expected numbers"),
         (["--steer", "shapes-clip"], "--lmbda: --steer needs one"),
-        (["--tuned", "{lora: x.safetensors}"], "no file or folder with safetensors 'x.safetensors'"),
+        (
+            ["--tuned", "{lora: x.safetensors}"],
+            "no file or folder with safetensors 'x.safetensors'",
+        ),
         (["--tuned", "{modle: shapes}"], "unknown key.*did you mean.*model"),
         (["--tuned", "{steer: {lmbda: 1}}"], "names no scorer"),
         (["--tuned", "a=shapes", "--tuned", "a=shapes"], "two models called 'a'"),
@@ -368,11 +475,20 @@ def test_the_command_with_scales_and_steering(lora: Path, tmp_path: Path, capsys
     ],
 )
 def test_mistakes(
-    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "OTHER.txt").write_text("a cat\n")
-    small = [a for pair in zip(ARGUMENTS[::2], ARGUMENTS[1::2], strict=True) if pair[0] not in arguments for a in pair]
+    small = [
+        a
+        for pair in zip(ARGUMENTS[::2], ARGUMENTS[1::2], strict=True)
+        if pair[0] not in arguments
+        for a in pair
+    ]
     assert run(["compare", *arguments, *small]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Traceback" not in said
@@ -382,7 +498,14 @@ def test_mistakes(
 
 def test_a_folder_of_another_comparison_is_refused(done: Any) -> None:
     with pytest.raises(UserError, match="holds a run with --seed 0, not 1"):
-        compare(done.models[0], done.models[1:], output_dir=done.folder, seed=1, scorers=["shapes"], **SMALL)
+        compare(
+            done.models[0],
+            done.models[1:],
+            output_dir=done.folder,
+            seed=1,
+            scorers=["shapes"],
+            **SMALL,
+        )
     with pytest.raises(UserError, match="other models"):
         compare("shapes", ["again=shapes"], output_dir=done.folder, scorers=["shapes"], **SMALL)
 
@@ -391,8 +514,17 @@ def test_names_of_models(lora: Path) -> None:
     base = parse_model("shapes", "base")
     assert base.name == "base"
     found = parse_model(f"mine={lora}@0.5", "tuned", base=base)
-    assert (found.name, found.lora, found.lora_scale, found.model) == ("mine", str(lora), 0.5, "shapes")
+    assert (found.name, found.lora, found.lora_scale, found.model) == (
+        "mine",
+        str(lora),
+        0.5,
+        "shapes",
+    )
     assert parse_model(str(lora), "tuned", base=base, taken=[lora.name]).name == f"{lora.name}-2"
     assert parse_model(found, "tuned", base=base) == found
-    assert isinstance(parse_model({"steer": {"scorer": "shapes", "lmbda": 1}}, "tuned", base=base), ModelSpec)
-    assert os.path.basename(parse_model({"negative": str(lora)}, "tuned", base=base).name) == lora.name
+    assert isinstance(
+        parse_model({"steer": {"scorer": "shapes", "lmbda": 1}}, "tuned", base=base), ModelSpec
+    )
+    assert (
+        os.path.basename(parse_model({"negative": str(lora)}, "tuned", base=base).name) == lora.name
+    )

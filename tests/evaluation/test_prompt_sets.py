@@ -28,7 +28,10 @@ def test_a_limit_thins_evenly() -> None:
     assert load_prompts("shapes", limit=1000).prompts == held_out_prompts()
 
 
-TABLE = [{"Prompts": "a cat", "Category": "animals"}, {"Prompts": 'a "quoted" dog, twice', "Category": "animals"}]
+TABLE = [
+    {"Prompts": "a cat", "Category": "animals"},
+    {"Prompts": 'a "quoted" dog, twice', "Category": "animals"},
+]
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet"])
@@ -48,7 +51,9 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     found = load_prompts(path)
     assert found.prompts == ["a cat", 'a "quoted" dog, twice'] and len(found.sha256) == 64
     assert found.categories == ([None, None] if suffix == ".txt" else ["animals", "animals"])
-    assert found.notes == (["1 empty prompts left out", "1 repeated prompts taken once"] if suffix == ".txt" else [])
+    assert found.notes == (
+        ["1 empty prompts left out", "1 repeated prompts taken once"] if suffix == ".txt" else []
+    )
 
 
 def test_a_json_list_of_texts(tmp_path: Path) -> None:
@@ -61,14 +66,20 @@ def test_a_named_set_in_several_files(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / "benchmark").mkdir(exist_ok=True)
         (tmp_path / "benchmark" / name).write_text(json.dumps([f"{name} one", f"{name} two"]))
     found = load_prompts("hpdv2", path=tmp_path)
-    assert len(found.prompts) == 8 and found.categories[2] == "concept-art" and found.licence == "Apache-2.0"
+    assert (
+        len(found.prompts) == 8
+        and found.categories[2] == "concept-art"
+        and found.licence == "Apache-2.0"
+    )
     assert found.published is None  # nobody gave us the published checksum
     monkeypatch.setenv("DIFFALIGN_PROMPTS", str(tmp_path))
     assert load_prompts("hpdv2").sha256 == found.sha256
 
 
 def test_another_file_under_a_published_name_is_called_so(tmp_path: Path) -> None:
-    (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\tChallenge\tNote\na cat\tAnimals\tBasic\t\n")
+    (tmp_path / "PartiPrompts.tsv").write_text(
+        "Prompt\tCategory\tChallenge\tNote\na cat\tAnimals\tBasic\t\n"
+    )
     found = load_prompts("partiprompts", path=tmp_path / "PartiPrompts.tsv")
     assert found.published is False and "not the published file" in found.notes[-1]
     assert found.categories == ["Animals"]
@@ -78,7 +89,9 @@ def test_metadata_stays_for_scorers_that_read_it(tmp_path: Path) -> None:
     row = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}
     (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(row) + "\n")
     found = load_prompts("geneval", path=tmp_path)
-    assert found.categories == ["counting"] and found.metadata == [{k: v for k, v in row.items() if k != "prompt"}]
+    assert found.categories == ["counting"] and found.metadata == [
+        {k: v for k, v in row.items() if k != "prompt"}
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.evaluation import clustered_bootstrap, clustered_standard_error, comparison_grid, models_grid, sign_test, win_rate
+from diffalign.evaluation import (
+    clustered_bootstrap,
+    clustered_standard_error,
+    comparison_grid,
+    models_grid,
+    sign_test,
+    win_rate,
+)
 from diffalign.evaluation.statistics import expanded_level, rate_interval, rate_of
 
 
@@ -35,7 +42,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(prompts: int) -> None
     rng, hits, trials = np.random.default_rng(2), 0, 2000
     for trial in range(trials):
         difficulty = rng.normal(0.3, 0.5, (prompts, 1))
-        low, high = clustered_bootstrap(difficulty + rng.normal(0, 0.2, (prompts, 4)), samples=400, seed=trial)
+        low, high = clustered_bootstrap(
+            difficulty + rng.normal(0, 0.2, (prompts, 4)), samples=400, seed=trial
+        )
         hits += low <= 0.3 <= high
     assert 0.93 <= hits / trials <= 0.97
 
@@ -76,13 +85,17 @@ def test_one_image_per_prompt_is_wilsons_interval_of_one_trial_less() -> None:
     low, high = rate_interval(points)
     z, n, p = 1.959964, 19, 0.65  # the variance is estimated, with n - 1
     centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    assert (low, high) == pytest.approx(((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), abs=1e-6)
+    assert (low, high) == pytest.approx(
+        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), abs=1e-6
+    )
 
 
 def test_the_rate_lies_in_its_interval_when_scores_are_missing() -> None:
     """One weighting: a prompt with four images counts as much as one with a single image."""
     base = np.zeros((4, 4))
-    tuned = np.array([[-1.0] * 4, [1, np.nan, np.nan, np.nan], [-1.0] * 4, [1, np.nan, np.nan, np.nan]])
+    tuned = np.array(
+        [[-1.0] * 4, [1, np.nan, np.nan, np.nan], [-1.0] * 4, [1, np.nan, np.nan, np.nan]]
+    )
     found = win_rate(base, tuned)
     assert found.rate == 0.5 and found.low < 0.5 < found.high and found.wins == found.losses == 0.5
     rng = np.random.default_rng(5)
@@ -136,7 +149,11 @@ def test_missing_scores_leave_their_pairs_out() -> None:
     base = np.array([[0.0, 0.0], [0.0, np.nan], [np.nan, np.nan]])
     tuned = np.array([[1.0, -1.0], [1.0, 5.0], [5.0, 5.0]])
     found = win_rate(base, tuned)
-    assert (found.rate, found.wins, found.losses) == (3 / 4, 3 / 4, 1 / 4)  # two prompts, one half won and one whole
+    assert (found.rate, found.wins, found.losses) == (
+        3 / 4,
+        3 / 4,
+        1 / 4,
+    )  # two prompts, one half won and one whole
     assert np.isnan(win_rate(np.full((2, 2), np.nan), tuned[:2]).rate)
 
 
@@ -156,7 +173,9 @@ def test_one_prompt_has_no_interval() -> None:
 
 def test_the_standard_error_counts_prompts_not_images() -> None:
     values = np.repeat(np.arange(10.0)[:, None], 8, axis=1)
-    assert clustered_standard_error(values) == pytest.approx(np.arange(10.0).std(ddof=1) / np.sqrt(10))
+    assert clustered_standard_error(values) == pytest.approx(
+        np.arange(10.0).std(ddof=1) / np.sqrt(10)
+    )
 
 
 def test_unequal_shapes_are_refused() -> None:
@@ -166,15 +185,28 @@ def test_unequal_shapes_are_refused() -> None:
 
 def test_the_grid_holds_every_image_in_its_place() -> None:
     red, blue = Image.new("RGB", (64, 64), (255, 0, 0)), Image.new("RGB", (64, 64), (0, 0, 255))
-    grid = comparison_grid([("a prompt", [red, red], [blue, blue]), ("another", [blue, blue], [red, red])], cell=64, columns=2)
+    grid = comparison_grid(
+        [("a prompt", [red, red], [blue, blue]), ("another", [blue, blue], [red, red])],
+        cell=64,
+        columns=2,
+    )
     pixels = np.asarray(grid).astype(int)
-    assert (np.abs(pixels - [255, 0, 0]).sum(-1) == 0).sum() == (np.abs(pixels - [0, 0, 255]).sum(-1) == 0).sum() == 4 * 64 * 64
+    assert (
+        (np.abs(pixels - [255, 0, 0]).sum(-1) == 0).sum()
+        == (np.abs(pixels - [0, 0, 255]).sum(-1) == 0).sum()
+        == 4 * 64 * 64
+    )
 
 
 def test_a_grid_of_three_models_has_three_columns() -> None:
     sides = [[Image.new("RGB", (96, 96), colour)] for colour in ("red", "lime", "blue")]
-    pixels = np.asarray(models_grid([("a prompt", sides)], ["base", "a model with a long name", "c"]))
-    places = [np.argwhere((pixels == colour).all(-1)) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    pixels = np.asarray(
+        models_grid([("a prompt", sides)], ["base", "a model with a long name", "c"])
+    )
+    places = [
+        np.argwhere((pixels == colour).all(-1))
+        for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+    ]
     assert [len(place) for place in places] == [96 * 96] * 3
     lefts = [place[:, 1].min() for place in places]
     assert lefts == sorted(lefts) and len({place[:, 0].min() for place in places}) == 1

@@ -34,7 +34,16 @@ from diffalign.training.online.rollout import Rollout, SamplerConfig, sampling_m
 FAMILIES = ("sd", "sd_v", "sdxl", "sd3")
 WAYS = ("plain", "steering", "rollout", "validation", "compare", "demo")
 WEIGHTS = ("base", "lora", "two", "dora", "merged", "full")
-GUIDANCE = ("none", "plain", "negative", "half negative", "rescale", "negative rescale", "skip", "negative skip")
+GUIDANCE = (
+    "none",
+    "plain",
+    "negative",
+    "half negative",
+    "rescale",
+    "negative rescale",
+    "skip",
+    "negative skip",
+)
 SIZES = (None, 1, 2, 3, 4)
 PROMPTS = ("a small red circle", "a large blue star on the left", "three squares")
 SEEDS = (3, 11, 5)
@@ -50,7 +59,10 @@ class Case:
     size: int | None
 
     def __str__(self) -> str:
-        return "-".join(str(part).replace(" ", "_") for part in (self.family, self.way, self.weights, self.guidance, self.size))
+        return "-".join(
+            str(part).replace(" ", "_")
+            for part in (self.family, self.way, self.weights, self.guidance, self.size)
+        )
 
 
 def offered(case: Case) -> bool:
@@ -61,14 +73,20 @@ def offered(case: Case) -> bool:
         return False  # not of SD3's; a visitor of the demo cannot ask for it
     if "skip" in case.guidance and case.way == "demo":
         return False
-    if case.way in ("validation", "rollout") and ("negative" in case.guidance or case.weights in ("two", "merged")):
+    if case.way in ("validation", "rollout") and (
+        "negative" in case.guidance or case.weights in ("two", "merged")
+    ):
         return False  # a run draws with its own weights
     if case.way == "rollout" and case.guidance not in ("none", "plain"):
         return False
     return case.way != "demo" or case.size is None
 
 
-CASES = [case for case in itertools.starmap(Case, itertools.product(FAMILIES, WAYS, WEIGHTS, GUIDANCE, SIZES)) if offered(case)]
+CASES = [
+    case
+    for case in itertools.starmap(Case, itertools.product(FAMILIES, WAYS, WEIGHTS, GUIDANCE, SIZES))
+    if offered(case)
+]
 SAMPLE = random.Random(0).sample(CASES, 48)
 
 
@@ -96,14 +114,22 @@ def write_lora(family: str, folder: Path, seed: int, **options: Any) -> Path:
     pipe = build_pipeline(family)
     network = network_of(pipe)
     torch.manual_seed(seed)
-    config = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "target_modules": ["to_q", "to_v"], **options}
+    config = {
+        "r": 4,
+        "lora_alpha": 6,
+        "init_lora_weights": False,
+        "target_modules": ["to_q", "to_v"],
+        **options,
+    }
     network.add_adapter(LoraConfig(**config))
     for name, parameter in network.named_parameters():
         if "lora_magnitude" in name:
             parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
     layers = get_peft_model_state_dict(network)
     name = network_name(pipe)
-    type(pipe).save_lora_weights(folder, **{f"{name}_lora_layers": layers}, **_collate_lora_metadata({name: network}))
+    type(pipe).save_lora_weights(
+        folder, **{f"{name}_lora_layers": layers}, **_collate_lora_metadata({name: network})
+    )
     return folder
 
 
@@ -119,11 +145,21 @@ class Files:
             if kind == "merged":
                 base = self.root / family / "base"
                 build_pipeline(family).save_pretrained(base)
-                merge_loras(str(base), [str(self(family, "one")), str(self(family, "other"))], [0.7, 0.4], folder)
+                merge_loras(
+                    str(base),
+                    [str(self(family, "one")), str(self(family, "other"))],
+                    [0.7, 0.4],
+                    folder,
+                )
             else:
                 options = {
                     "one": {},
-                    "other": {"r": 2, "lora_alpha": 8, "use_rslora": True, "target_modules": ["to_k", "to_q"]},
+                    "other": {
+                        "r": 2,
+                        "lora_alpha": 8,
+                        "use_rslora": True,
+                        "target_modules": ["to_k", "to_q"],
+                    },
                     "dora": {"use_dora": True},
                     "negative": {"r": 3, "alpha_pattern": {"to_q": 9}},
                 }[kind]
@@ -139,7 +175,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def loras(case: Case, files: Files) -> list[tuple[Path, float]]:
     """The LoRAs of a case's weights, and their scales."""
-    kinds = {"lora": [("one", 0.8)], "two": [("one", 0.7), ("other", 0.4)], "dora": [("dora", 1.0)], "merged": [("merged", 1.0)]}
+    kinds = {
+        "lora": [("one", 0.8)],
+        "two": [("one", 0.7), ("other", 0.4)],
+        "dora": [("dora", 1.0)],
+        "merged": [("merged", 1.0)],
+    }
     return [(files(case.family, kind), scale) for kind, scale in kinds.get(case.weights, [])]
 
 
@@ -149,7 +190,9 @@ def fused(family: str, parts: list[tuple[Path, float]]) -> Any:
     for number, (folder, _) in enumerate(parts):
         pipe.load_lora_weights(str(folder), adapter_name=f"a{number}")
     if parts:
-        pipe.set_adapters([f"a{number}" for number in range(len(parts))], [scale for _, scale in parts])
+        pipe.set_adapters(
+            [f"a{number}" for number in range(len(parts))], [scale for _, scale in parts]
+        )
         pipe.fuse_lora()
     return strip_adapters(network_of(pipe)).eval()
 
@@ -171,7 +214,12 @@ def networks(case: Case, files: Files) -> tuple[Any, Any]:
     alpha, beta = shares(case)
     negative = network_of(build_pipeline(case.family))
     states = [network.state_dict() for network in (base, positive, npo)]
-    negative.load_state_dict({n: w + alpha * (states[1][n] - w) + beta * (states[2][n] - w) for n, w in states[0].items()})
+    negative.load_state_dict(
+        {
+            n: w + alpha * (states[1][n] - w) + beta * (states[2][n] - w)
+            for n, w in states[0].items()
+        }
+    )
     return positive, negative.eval()
 
 
@@ -184,12 +232,19 @@ def shares(case: Case) -> tuple[float, float]:
 
 def settings(case: Case) -> dict[str, Any]:
     """Of the pipeline's call."""
-    values: dict[str, Any] = {"guidance_scale": 1.0 if case.guidance == "none" else 5.0, "num_inference_steps": STEPS}
+    values: dict[str, Any] = {
+        "guidance_scale": 1.0 if case.guidance == "none" else 5.0,
+        "num_inference_steps": STEPS,
+    }
     values |= {"height": 32, "width": 32}
     if "rescale" in case.guidance:
         values["guidance_rescale"] = 0.7
     if "skip" in case.guidance:
-        values |= {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+        values |= {
+            "skip_guidance_layers": [1],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 1.0,
+        }
     return values
 
 
@@ -199,11 +254,18 @@ def encoded(family: str, pipe: Any, prompt: str) -> tuple[dict[str, Any], dict[s
         positive, negative = pipe.encode_prompt(prompt, "cpu", 1, True)
         return {"encoder_hidden_states": positive}, {"encoder_hidden_states": negative}
     if family == "sdxl":
-        positive, negative, pooled, negative_pooled = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=True)
+        positive, negative, pooled, negative_pooled = pipe.encode_prompt(
+            prompt, device="cpu", do_classifier_free_guidance=True
+        )
         ids = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.float32, pooled.shape[-1])
         both = ((positive, pooled), (negative, negative_pooled))
-        return tuple({"encoder_hidden_states": e, "added_cond_kwargs": {"text_embeds": p, "time_ids": ids}} for e, p in both)  # type: ignore[return-value]
-    positive, negative, pooled, negative_pooled = pipe.encode_prompt(prompt, prompt, prompt, device="cpu")
+        return tuple(
+            {"encoder_hidden_states": e, "added_cond_kwargs": {"text_embeds": p, "time_ids": ids}}
+            for e, p in both
+        )  # type: ignore[return-value]
+    positive, negative, pooled, negative_pooled = pipe.encode_prompt(
+        prompt, prompt, prompt, device="cpu"
+    )
     return (
         {"encoder_hidden_states": positive, "pooled_projections": pooled},
         {"encoder_hidden_states": negative, "pooled_projections": negative_pooled},
@@ -216,16 +278,24 @@ def start(seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_hand(case: Case, positive: Any, negative: Any, prompt: str, latents: torch.Tensor) -> torch.Tensor:
+def by_hand(
+    case: Case, positive: Any, negative: Any, prompt: str, latents: torch.Tensor
+) -> torch.Tensor:
     """The latents (1, C, h, w) of one image from its initial noise."""
     pipe, values = build_pipeline(case.family), settings(case)
     cond, uncond = encoded(case.family, pipe, prompt)
     pipe.scheduler.set_timesteps(STEPS)
 
-    def run(network: Any, t: torch.Tensor, condition: Mapping[str, Any], **more: Any) -> torch.Tensor:
+    def run(
+        network: Any, t: torch.Tensor, condition: Mapping[str, Any], **more: Any
+    ) -> torch.Tensor:
         if case.family == "sd3":
-            return network(hidden_states=latents, timestep=t.expand(1), return_dict=False, **condition, **more)[0]
-        return network(pipe.scheduler.scale_model_input(latents, t), t, return_dict=False, **condition)[0]
+            return network(
+                hidden_states=latents, timestep=t.expand(1), return_dict=False, **condition, **more
+            )[0]
+        return network(
+            pipe.scheduler.scale_model_input(latents, t), t, return_dict=False, **condition
+        )[0]
 
     scale = values["guidance_scale"]
     for number, t in enumerate(pipe.scheduler.timesteps):
@@ -248,7 +318,9 @@ def decoded(family: str, latents: torch.Tensor) -> list[Any]:
     pipe = build_pipeline(family)
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
     with torch.no_grad():
-        pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + shift, return_dict=False)[0]
+        pixels = pipe.vae.decode(
+            latents / pipe.vae.config.scaling_factor + shift, return_dict=False
+        )[0]
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
@@ -264,7 +336,10 @@ def guided_pipe(case: Case, files: Files) -> tuple[Any, NegativeGuidance | None]
     for number, (folder, _) in enumerate(loras(case, files)):
         load_lora(pipe, folder, f"own{number}", "test")
     if loras(case, files):
-        pipe.set_adapters([f"own{n}" for n in range(len(loras(case, files)))], [scale for _, scale in loras(case, files)])
+        pipe.set_adapters(
+            [f"own{n}" for n in range(len(loras(case, files)))],
+            [scale for _, scale in loras(case, files)],
+        )
     if "negative" not in case.guidance:
         return pipe, None
     alpha, beta = shares(case)
@@ -275,7 +350,9 @@ def guided_pipe(case: Case, files: Files) -> tuple[Any, NegativeGuidance | None]
         pipe.set_progress_bar_config(disable=True)
         positive, npo = shaken(network_of(build_pipeline(case.family)), 1), shaken(base, 2)
         return pipe, NegativeGuidance(pipe, positive=positive, negative=npo, alpha=alpha, beta=beta)
-    return pipe, NegativeGuidance(pipe, negative=files(case.family, "negative"), alpha=alpha, beta=beta)
+    return pipe, NegativeGuidance(
+        pipe, negative=files(case.family, "negative"), alpha=alpha, beta=beta
+    )
 
 
 def through_the_package(case: Case, files: Files) -> Any:
@@ -285,29 +362,48 @@ def through_the_package(case: Case, files: Files) -> Any:
         size = case.size or len(SEEDS)
         parts = []
         for start in range(0, len(SEEDS), size):
-            generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[start : start + size]]
+            generators = [
+                torch.Generator().manual_seed(seed) for seed in SEEDS[start : start + size]
+            ]
             call = guidance or pipe
             parts.append(
-                call(list(PROMPTS[start : start + size]), generator=generators, output_type="latent", **settings(case)).images
+                call(
+                    list(PROMPTS[start : start + size]),
+                    generator=generators,
+                    output_type="latent",
+                    **settings(case),
+                ).images
             )
         return torch.cat(parts)
     if case.way == "steering":
         pipe, guidance = guided_pipe(case, files)
         steering = FKSteering(
-            pipe, brightness, num_particles=3, resample_steps=(), lmbda=1.0, model_batch_size=case.size, kernel=None
+            pipe,
+            brightness,
+            num_particles=3,
+            resample_steps=(),
+            lmbda=1.0,
+            model_batch_size=case.size,
+            kernel=None,
         )
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         if guidance is None:
-            return steering(PROMPTS[0], generator=generators, **settings(case)).latents.flatten(0, 1)
+            return steering(PROMPTS[0], generator=generators, **settings(case)).latents.flatten(
+                0, 1
+            )
         with guidance:
-            return steering(PROMPTS[0], generator=generators, **settings(case)).latents.flatten(0, 1)
+            return steering(PROMPTS[0], generator=generators, **settings(case)).latents.flatten(
+                0, 1
+            )
     spec = model_spec(case, files)
     if case.way == "compare":
         with opened(spec) as draw:
             size = case.size or len(SEEDS)
             images = []
             for start in range(0, len(SEEDS), size):
-                images += draw(PROMPTS[start : start + size], SEEDS[start : start + size], **settings(case))
+                images += draw(
+                    PROMPTS[start : start + size], SEEDS[start : start + size], **settings(case)
+                )
             return images
     engine = Engine([spec])
     values = settings(case)
@@ -330,7 +426,9 @@ def model_spec(case: Case, files: Files) -> ModelSpec:
     alpha, beta = shares(case)
     given: dict[str, Any] = {"name": "m", "model": pipe}
     parts = loras(case, files)
-    for number, (folder, _) in enumerate(parts[:-1]):  # a pipeline that carries LoRAs already, and one more
+    for number, (folder, _) in enumerate(
+        parts[:-1]
+    ):  # a pipeline that carries LoRAs already, and one more
         load_lora(pipe, folder, f"own{number}", "test")
         pipe.set_adapters([f"own{number}"], [parts[number][1]])
     if parts:
@@ -352,7 +450,11 @@ def model_spec(case: Case, files: Files) -> ModelSpec:
 def trained(case: Case, folder: Path) -> tuple[Any, Any]:
     """A run whose weights have moved, and its network with the adapter in its weights, read back from the saved run."""
     options = {"lora": {}, "dora": {"use_dora": True}}.get(case.weights)
-    config = None if options is None else LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"], **options)
+    config = (
+        None
+        if options is None
+        else LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"], **options)
+    )
     trainer = make_trainer(
         folder,
         case.family,
@@ -385,7 +487,10 @@ def check_run(case: Case, folder: Path) -> None:
         pipe = trainer.backbone.pipeline(network=trainer.network)
         with sampling_mode(trainer.network):
             images = generate(pipe, PROMPTS, SEEDS, batch_size=size, progress=False, **values)
-        expected = [by_hand(case, network, network, p, start(s)) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+        expected = [
+            by_hand(case, network, network, p, start(s))
+            for p, s in zip(PROMPTS, SEEDS, strict=True)
+        ]
         check_images(images, decoded(case.family, torch.cat(expected)))
         return
     batch = next(trainer.source.unsampled(trainer.data_pipeline))
@@ -393,15 +498,20 @@ def check_run(case: Case, folder: Path) -> None:
     with sampling_mode(trainer.network):
         empty = trainer.data_pipeline.builder.unconditional(batch.condition)
         rollout = Rollout(trainer.backbone, trainer.process, sampler)
-        found = rollout(trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False)
+        found = rollout(
+            trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False
+        )
     expected = [
-        by_hand(case, network, network, prompt, noise) for prompt, noise in zip(batch.prompts, found.states[:, :, 0], strict=True)
+        by_hand(case, network, network, prompt, noise)
+        for prompt, noise in zip(batch.prompts, found.states[:, :, 0], strict=True)
     ]
     check_latents(found.final[:, 0], torch.cat(expected))
 
 
 def check_latents(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found.float(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 def check_images(images: list[Any], expected: list[Any]) -> None:
@@ -429,7 +539,12 @@ def check(case: Case, files: Files, folder: Path) -> None:
         own = positive.state_dict()
         negative.load_state_dict({n: w + beta * (npo[n] - w) for n, w in own.items()})
     prompts = PROMPTS[:1] * 3 if case.way == "steering" else PROMPTS
-    expected = torch.cat([by_hand(case, positive, negative, p, start(s)) for p, s in zip(prompts, SEEDS, strict=True)])
+    expected = torch.cat(
+        [
+            by_hand(case, positive, negative, p, start(s))
+            for p, s in zip(prompts, SEEDS, strict=True)
+        ]
+    )
     with torch.inference_mode():
         found = through_the_package(case, files)
     if isinstance(found, torch.Tensor):

@@ -40,18 +40,35 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     targets = ["to_q", "to_k", "conv_in"]
     for name, rank, alpha, modules in (("a", 4, 8, None), ("b", 2, 6, targets)):
-        config = lora_config(r=rank, alpha=alpha, **({"target_modules": modules} if modules else {}))
-        make_trainer(folder / name, peft_config=config, max_steps=3, learning_rate=5e-2, seed=rank).train()
+        config = lora_config(
+            r=rank, alpha=alpha, **({"target_modules": modules} if modules else {})
+        )
+        make_trainer(
+            folder / name, peft_config=config, max_steps=3, learning_rate=5e-2, seed=rank
+        ).train()
     return [folder / "a", folder / "b"]
 
 
 def merge(model: Path, out: Path, inputs: list[Path], *weights: float) -> int:
     chosen = ["--weights", *map(str, weights)] if weights else []
-    return cli.run(["merge", "--model", str(model), "--inputs", *map(str, inputs), *chosen, "--output_dir", str(out)])
+    return cli.run(
+        [
+            "merge",
+            "--model",
+            str(model),
+            "--inputs",
+            *map(str, inputs),
+            *chosen,
+            "--output_dir",
+            str(out),
+        ]
+    )
 
 
 @pytest.mark.parametrize("weights", [(), (0.3, 0.7), (1.0, -0.5)])
-def test_loras_are_summed_exactly(model: Path, loras: list[Path], tmp_path: Path, weights: tuple[float, ...]) -> None:
+def test_loras_are_summed_exactly(
+    model: Path, loras: list[Path], tmp_path: Path, weights: tuple[float, ...]
+) -> None:
     """Different ranks, alphas and targets; plain diffusers reads the result."""
     assert merge(model, tmp_path / "out", loras, *weights) == 0
     shares = weights or (0.5, 0.5)
@@ -69,13 +86,19 @@ def test_full_weights_are_interpolated(model: Path, tmp_path: Path) -> None:
         runs.append(tmp_path / f"run{i}")
     assert merge(model, tmp_path / "out", runs, 0.25, 0.5) == 0
     states = [all_tensors(build_pipeline("sd", seed=s).unet) for s in (0, 10, 11)]
-    expected = {n: 0.25 * states[0][n] + 0.25 * states[1][n] + 0.5 * states[2][n] for n in states[0]}
+    expected = {
+        n: 0.25 * states[0][n] + 0.25 * states[1][n] + 0.5 * states[2][n] for n in states[0]
+    }
     merged = type(build_pipeline("sd")).from_pretrained(tmp_path / "out")
     assert_close_tensors(all_tensors(merged.unet), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_mistakes(model: Path, loras: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def fails(words: str, inputs: list[Path], *weights: float, out: str = "new", base: Path = model) -> None:
+def test_mistakes(
+    model: Path, loras: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def fails(
+        words: str, inputs: list[Path], *weights: float, out: str = "new", base: Path = model
+    ) -> None:
         assert merge(base, tmp_path / out, inputs, *weights) == 2
         said = capsys.readouterr().err
         assert words in said and "Traceback" not in said

@@ -26,7 +26,13 @@ FAMILIES = ("sd", "sd_v", "sdxl", "sd3")
 
 def draw(pipe: Any, scale: float = 3.0, steps: int = 3) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": steps, "guidance_scale": scale, "height": 32, "width": 32, "output_type": "np"}
+    call = {
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "height": 32,
+        "width": 32,
+        "output_type": "np",
+    }
     return pipe(PROMPT, generator=torch.Generator().manual_seed(0), **call).images
 
 
@@ -48,19 +54,35 @@ def shaken(pipe: Any, seed: int, amount: float = 0.05) -> Any:
 def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two trained LoRAs of the tiny SD pipeline with different ranks and alphas."""
     folder = tmp_path_factory.mktemp("loras")
-    for name, rank, alpha, method in (("pos", 4, 8, "diffusion_dpo"), ("npo", 2, 6, "diffusion_npo")):
+    for name, rank, alpha, method in (
+        ("pos", 4, 8, "diffusion_dpo"),
+        ("npo", 2, 6, "diffusion_npo"),
+    ):
         make_trainer(
-            folder / name, method=method, peft_config=lora_config(r=rank, alpha=alpha), max_steps=3, learning_rate=5e-2
+            folder / name,
+            method=method,
+            peft_config=lora_config(r=rank, alpha=alpha),
+            max_steps=3,
+            learning_rate=5e-2,
         ).train()
     return {name: folder / name for name in ("pos", "npo")}
 
 
 def test_golden_values() -> None:
-    base, pos, npo = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 2.0], [1.5, 1.0], [0.5, 2.5]))
-    expected = {(0, 1): [0.5, 2.5], (1, 1): [1.0, 1.5], (0.6, 1): [0.8, 1.9], (0.5, 0.5): [1.0, 1.75]}
+    base, pos, npo = (
+        torch.tensor(x, dtype=torch.float64) for x in ([1.0, 2.0], [1.5, 1.0], [0.5, 2.5])
+    )
+    expected = {
+        (0, 1): [0.5, 2.5],
+        (1, 1): [1.0, 1.5],
+        (0.6, 1): [0.8, 1.9],
+        (0.5, 0.5): [1.0, 1.75],
+    }
     for (alpha, beta), value in expected.items():
         assert negative_weights(base, pos, npo, alpha, beta).tolist() == pytest.approx(value)
-    assert guided(torch.tensor([0.4, -0.2]), torch.tensor([0.1, 0.1]), 7.5).tolist() == pytest.approx([2.35, -2.15])
+    assert guided(
+        torch.tensor([0.4, -0.2]), torch.tensor([0.1, 0.1]), 7.5
+    ).tolist() == pytest.approx([2.35, -2.15])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,12 +94,16 @@ def test_the_branches_run_under_their_own_weights(family: str) -> None:
     base = getattr(pipe, name)
     negative = copy.deepcopy(base)
     negative.load_state_dict(
-        {n: w + 0.5 * (positive.state_dict()[n] - w) + 0.8 * (npo.state_dict()[n] - w) for n, w in base.state_dict().items()}
+        {
+            n: w + 0.5 * (positive.state_dict()[n] - w) + 0.8 * (npo.state_dict()[n] - w)
+            for n, w in base.state_dict().items()
+        }
     )
     rows: list[int] = []
     for network in (positive, negative):
         network.register_forward_pre_hook(
-            lambda m, a, k: rows.append((a[0] if a else k["hidden_states"]).shape[0]), with_kwargs=True
+            lambda m, a, k: rows.append((a[0] if a else k["hidden_states"]).shape[0]),
+            with_kwargs=True,
         )
 
     class Both(torch.nn.Module):
@@ -122,7 +148,9 @@ def test_a_negative_model_equal_to_the_base_is_ordinary_guidance(family: str) ->
     pipe = build_pipeline(family)
     plain = draw(pipe)
     same = copy.deepcopy(getattr(pipe, name_of(pipe)))
-    np.testing.assert_allclose(draw_with(NegativeGuidance(pipe, negative=same)), plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        draw_with(NegativeGuidance(pipe, negative=same)), plain, rtol=0, atol=1e-5
+    )
     assert "forward" not in vars(getattr(pipe, name_of(pipe)))
 
 
@@ -147,11 +175,18 @@ def test_loras_share_one_network_and_equal_merged_weights(loras: dict[str, Path]
 
     pipe = build_pipeline("sd")
     before = all_tensors(pipe.unet)
-    found = draw_with(NegativeGuidance(pipe, positive=loras["pos"], negative=loras["npo"], alpha=0.6, beta=0.9))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), all_tensors(pipe.unet).values(), strict=True))
+    found = draw_with(
+        NegativeGuidance(pipe, positive=loras["pos"], negative=loras["npo"], alpha=0.6, beta=0.9)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.values(), all_tensors(pipe.unet).values(), strict=True)
+    )
     reference = build_pipeline("sd")
     positive, npo = fused(("pos", 1.0)), fused(("npo", 1.0))
-    expected = draw_with(NegativeGuidance(reference, positive=positive, negative=npo, alpha=0.6, beta=0.9))
+    expected = draw_with(
+        NegativeGuidance(reference, positive=positive, negative=npo, alpha=0.6, beta=0.9)
+    )
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
     assert np.abs(found - draw(pipe)).max() > 1e-3
 
@@ -167,7 +202,9 @@ def test_a_lora_that_is_already_active_is_the_positive_branch(loras: dict[str, P
     np.testing.assert_array_equal(draw(pipe), plain)
     assert np.abs(found - plain).max() > 1e-4
     # beta 0 and alpha 1: both branches are the positive model
-    np.testing.assert_allclose(draw_with(NegativeGuidance(pipe, negative=loras["npo"], beta=0.0)), plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        draw_with(NegativeGuidance(pipe, negative=loras["npo"], beta=0.0)), plain, rtol=0, atol=1e-5
+    )
 
 
 def test_everything_is_put_back_after_an_error(loras: dict[str, Path]) -> None:
@@ -208,7 +245,13 @@ def test_mistakes(loras: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it predicts v_prediction, the pipeline's model epsilon"):
         load_network(pipe, tmp_path / "v")
     pipe.save_pretrained(tmp_path / "same")
-    assert np.abs(draw_with(NegativeGuidance(pipe, negative=load_network(pipe, tmp_path / "same"))) - draw(pipe)).max() < 1e-5
+    assert (
+        np.abs(
+            draw_with(NegativeGuidance(pipe, negative=load_network(pipe, tmp_path / "same")))
+            - draw(pipe)
+        ).max()
+        < 1e-5
+    )
 
 
 def test_loras_with_other_targets_keep_every_layer(loras: dict[str, Path], tmp_path: Path) -> None:
@@ -225,10 +268,18 @@ def test_loras_with_other_targets_keep_every_layer(loras: dict[str, Path], tmp_p
 
     pipe = build_pipeline("sd")
     with NegativeGuidance(pipe, positive=tmp_path / "other", negative=loras["npo"]):
-        held = [n for n, m in pipe.unet.named_modules() if "guidance_positive" in getattr(m, "lora_A", {})]
+        held = [
+            n
+            for n, m in pipe.unet.named_modules()
+            if "guidance_positive" in getattr(m, "lora_A", {})
+        ]
         assert "conv_in" in held and any("to_q" in name for name in held)
         found = draw(pipe)
-    expected = draw_with(NegativeGuidance(build_pipeline("sd"), positive=fused(tmp_path / "other"), negative=fused(loras["npo"])))
+    expected = draw_with(
+        NegativeGuidance(
+            build_pipeline("sd"), positive=fused(tmp_path / "other"), negative=fused(loras["npo"])
+        )
+    )
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
@@ -254,18 +305,33 @@ def test_the_sample_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         str(tmp_path / "npo"),
     ]
     assert cli.run([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "comparison.png").is_file() and len(list((tmp_path / "out").glob("*-tuned.png"))) == 1
-    assert cli.run([*arguments[:-1], str(tmp_path / "missing"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert (tmp_path / "out" / "comparison.png").is_file() and len(
+        list((tmp_path / "out").glob("*-tuned.png"))
+    ) == 1
+    assert (
+        cli.run([*arguments[:-1], str(tmp_path / "missing"), "--output_dir", str(tmp_path / "out")])
+        == 2
+    )
     assert "there is no file or folder" in capsys.readouterr().err
     build_pipeline("sd").save_pretrained(tmp_path / "other")
-    assert cli.run([*arguments[:-1], str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert (
+        cli.run([*arguments[:-1], str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
+        == 2
+    )
     assert "negative: " in capsys.readouterr().err
     from diffalign.generation.pipelines import base_pipeline
 
     base_pipeline().save_pretrained(tmp_path / "same")
-    assert cli.run([*arguments[:-1], str(tmp_path / "same"), "--output_dir", str(tmp_path / "full")]) == 0
-    base, tuned = (Image.open(next((tmp_path / "full").glob(f"*-{side}.png"))) for side in ("base", "tuned"))
-    assert np.abs(np.asarray(base, float) - np.asarray(tuned, float)).max() <= 1  # the base against itself: ordinary guidance
+    assert (
+        cli.run([*arguments[:-1], str(tmp_path / "same"), "--output_dir", str(tmp_path / "full")])
+        == 0
+    )
+    base, tuned = (
+        Image.open(next((tmp_path / "full").glob(f"*-{side}.png"))) for side in ("base", "tuned")
+    )
+    assert (
+        np.abs(np.asarray(base, float) - np.asarray(tuned, float)).max() <= 1
+    )  # the base against itself: ordinary guidance
 
 
 def shake_adapters(network: Any) -> None:
@@ -281,17 +347,31 @@ def adapters_of(pipe: Any) -> dict[str, Any]:
     network, facts = getattr(pipe, name_of(pipe)), {}
     for name, layer in network.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            facts[name] = (layer.active_adapters, layer.disable_adapters, dict(layer.scaling), sorted(layer.lora_A))
+            facts[name] = (
+                layer.active_adapters,
+                layer.disable_adapters,
+                dict(layer.scaling),
+                sorted(layer.lora_A),
+            )
     trains = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    return {"names": list(network.state_dict()), "layers": facts, "trains": trains, "attributes": sorted(vars(network))}
+    return {
+        "names": list(network.state_dict()),
+        "layers": facts,
+        "trains": trains,
+        "attributes": sorted(vars(network)),
+    }
 
 
 @pytest.mark.parametrize("carried", ["nothing", "active", "two", "disabled", "pattern"])
 @pytest.mark.parametrize("ends", ["well", "inside", "before"])
-def test_adapters_names_and_scales_are_as_before(carried: str, ends: str, loras: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_names_and_scales_are_as_before(
+    carried: str, ends: str, loras: dict[str, Path], tmp_path: Path
+) -> None:
     pipe = build_pipeline("sd")
     if carried == "pattern":
-        config = lora_config(r=4, alpha=6, alpha_pattern={"to_q": 11}, target_modules=["to_q", "to_v"])
+        config = lora_config(
+            r=4, alpha=6, alpha_pattern={"to_q": 11}, target_modules=["to_q", "to_v"]
+        )
         pipe.unet.add_adapter(config, "mine")
         shake_adapters(pipe.unet)
     elif carried != "nothing":
@@ -303,7 +383,9 @@ def test_adapters_names_and_scales_are_as_before(carried: str, ends: str, loras:
     if carried == "disabled":
         pipe.disable_lora()
     before, plain = adapters_of(pipe), draw(pipe)
-    guidance = NegativeGuidance(pipe, negative=loras["npo"] if ends != "before" else tmp_path / "none")
+    guidance = NegativeGuidance(
+        pipe, negative=loras["npo"] if ends != "before" else tmp_path / "none"
+    )
     if ends == "well":
         assert np.abs(draw_with(guidance) - plain).max() > 1e-5
     elif ends == "inside":
@@ -323,7 +405,9 @@ def test_a_disabled_lora_has_no_part(loras: dict[str, Path]) -> None:
     expected = draw_with(NegativeGuidance(pipe, negative=loras["npo"]))
     pipe.load_lora_weights(str(loras["pos"]), adapter_name="mine")
     pipe.disable_lora()
-    np.testing.assert_allclose(draw_with(NegativeGuidance(pipe, negative=loras["npo"])), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        draw_with(NegativeGuidance(pipe, negative=loras["npo"])), expected, rtol=0, atol=1e-6
+    )
 
 
 def test_fused_adapters_that_are_still_loaded_are_refused(loras: dict[str, Path]) -> None:
@@ -332,7 +416,12 @@ def test_fused_adapters_that_are_still_loaded_are_refused(loras: dict[str, Path]
     pipe.load_lora_weights(str(loras["pos"]), adapter_name="mine")
     pipe.fuse_lora()
     guidance = NegativeGuidance(pipe, negative=loras["npo"])
-    with pytest.raises(UserError, match="'mine' is fused into the pipeline's weights.*unload_lora_weights"), guidance:
+    with (
+        pytest.raises(
+            UserError, match="'mine' is fused into the pipeline's weights.*unload_lora_weights"
+        ),
+        guidance,
+    ):
         pass
     with pytest.raises(UserError, match="'mine' is fused"):
         load_lora(pipe, loras["npo"], "more", "--lora")
@@ -343,7 +432,9 @@ def test_fused_adapters_that_are_still_loaded_are_refused(loras: dict[str, Path]
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
 def test_other_kinds_of_adapters_are_refused(kind: str, loras: dict[str, Path]) -> None:
     pipe = build_pipeline("sd")
-    config = {"LoHa": LoHaConfig, "LoKr": LoKrConfig}[kind](r=2, target_modules=["to_q"], init_weights=False)
+    config = {"LoHa": LoHaConfig, "LoKr": LoKrConfig}[kind](
+        r=2, target_modules=["to_q"], init_weights=False
+    )
     pipe.unet.add_adapter(config, "mine")
     with (
         pytest.raises(UserError, match=f"'mine' on the pipeline is a {kind}.*fuse it first"),
@@ -361,7 +452,13 @@ def test_perturbed_attention_runs_under_the_positive_weights(size: int | None) -
     pipe = StableDiffusionPAGPipeline(**parts.components, pag_applied_layers="mid")
     pipe.set_progress_bar_config(disable=True)
     npo = shaken(pipe, 2)
-    call = {"num_inference_steps": 2, "guidance_scale": 5.0, "pag_scale": 3.0, "height": 32, "width": 32}
+    call = {
+        "num_inference_steps": 2,
+        "guidance_scale": 5.0,
+        "pag_scale": 3.0,
+        "height": 32,
+        "width": 32,
+    }
     if size is not None:
         steering = FKSteering(
             pipe,
@@ -371,7 +468,9 @@ def test_perturbed_attention_runs_under_the_positive_weights(size: int | None) -
             lmbda=1.0,
             model_batch_size=size,
         )
-        with pytest.raises(ConfigError, match="model_batch_size: perturbed-attention guidance needs all 6 rows"):
+        with pytest.raises(
+            ConfigError, match="model_batch_size: perturbed-attention guidance needs all 6 rows"
+        ):
             steering(PROMPT, seed=0, **call)
         return
     negative, base = copy.deepcopy(npo), pipe.unet
@@ -384,7 +483,9 @@ def test_perturbed_attention_runs_under_the_positive_weights(size: int | None) -
         with torch.no_grad():
             for t in pipe.scheduler.timesteps:
                 text, empty = base(latents, t, pos)[0], negative(latents, t, neg)[0]
-                pipe._set_pag_attn_processor(pag_applied_layers=["mid"], do_classifier_free_guidance=False)
+                pipe._set_pag_attn_processor(
+                    pag_applied_layers=["mid"], do_classifier_free_guidance=False
+                )
                 perturbed = base(torch.cat([latents] * 2), t, torch.cat([pos] * 2))[0][1:]
                 base.set_attn_processor(dict(plain))
                 output = empty + 5.0 * (text - empty) + 3.0 * (text - perturbed)
@@ -401,9 +502,14 @@ def test_a_pipeline_that_calls_its_network_once_per_branch_is_refused() -> None:
         def __call__(self, prompt: str) -> Any:  # as Chroma, Z-Image and Wan do
             self._guidance_scale = 5.0
             positive, negative = self.encode_prompt([prompt] * 2, "cpu", 1, True)
-            return [self.unet(torch.randn(2, 4, 16, 16), 5, part)[0] for part in (negative, positive)]
+            return [
+                self.unet(torch.randn(2, 4, 16, 16), 5, part)[0] for part in (negative, positive)
+            ]
 
     parts = build_pipeline("sd")
     pipe = Separate(**parts.components, requires_safety_checker=False)
-    with pytest.raises(UserError, match="expected the 2 guidance branches of 2 images in one batch, got 2 rows; Separate cannot"):
+    with pytest.raises(
+        UserError,
+        match="expected the 2 guidance branches of 2 images in one batch, got 2 rows; Separate cannot",
+    ):
         NegativeGuidance(pipe, negative=shaken(pipe, 1))(PROMPT)

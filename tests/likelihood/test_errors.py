@@ -26,7 +26,9 @@ both_precisions = pytest.mark.parametrize("dtype", list(TOLERANCE))
 
 def close(found: torch.Tensor, expected: object, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype), rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=dtype), rtol=0, atol=TOLERANCE[dtype]
+    )
 
 
 def process(prediction_type: str = "epsilon") -> VariancePreserving:
@@ -56,11 +58,17 @@ def test_g1b_noisy_samples_and_errors(dtype: torch.dtype) -> None:
 
 
 @both_precisions
-@pytest.mark.parametrize(("reduction", "logit", "loss"), [("mean", -0.1, 0.744396660074), ("sum", -0.4, 0.913015252400)])
-def test_g1b_implicit_rewards(dtype: torch.dtype, reduction: str, logit: float, loss: float) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "logit", "loss"), [("mean", -0.1, 0.744396660074), ("sum", -0.4, 0.913015252400)]
+)
+def test_g1b_implicit_rewards(
+    dtype: torch.dtype, reduction: str, logit: float, loss: float
+) -> None:
     x0, noise, times = g1b(dtype)
     noisy = process().add_noise(x0, noise, times)
-    policy, reference = (denoising_errors(k * noisy, noise, reduction=reduction) for k in (0.5, 0.4))
+    policy, reference = (
+        denoising_errors(k * noisy, noise, reduction=reduction) for k in (0.5, 0.4)
+    )
     rewards = implicit_rewards(policy, reference, beta=10)
     z = rewards[0] - rewards[1]
     close(z, logit, dtype)
@@ -71,7 +79,11 @@ def test_g1b_implicit_rewards(dtype: torch.dtype, reduction: str, logit: float, 
 def test_g1b_targets(dtype: torch.dtype) -> None:
     x0, noise, times = g1b(dtype)
     close(process("v_prediction").target(x0, noise, times)[0], [-0.2, -0.4, 1.4, -0.3], dtype)
-    close(RectifiedFlow().target(x0, noise, torch.tensor([0.25, 0.25]))[0], [-0.5, -0.5, 2, -0.5], dtype)
+    close(
+        RectifiedFlow().target(x0, noise, torch.tensor([0.25, 0.25]))[0],
+        [-0.5, -0.5, 2, -0.5],
+        dtype,
+    )
     assert process("sample").target(x0, noise, times) is x0
 
 
@@ -94,30 +106,55 @@ def test_g13_flow_errors(dtype: torch.dtype) -> None:
 
 @both_precisions
 def test_g15_conversions(dtype: torch.dtype) -> None:
-    alpha, sigma = torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)
-    epsilon = denoising_errors(torch.tensor([[0.4, 0.35]], dtype=dtype), torch.tensor([[0.5, 0.25]], dtype=dtype))
+    alpha, sigma = (
+        torch.tensor([0.8], dtype=torch.float64),
+        torch.tensor([0.6], dtype=torch.float64),
+    )
+    epsilon = denoising_errors(
+        torch.tensor([[0.4, 0.35]], dtype=dtype), torch.tensor([[0.5, 0.25]], dtype=dtype)
+    )
     close(epsilon, [0.01], dtype)
     close(convert_errors(epsilon, alpha, sigma, "epsilon", "sample"), [0.005625], dtype)
     close(convert_errors(epsilon, alpha, sigma, "epsilon", "v_prediction"), [0.015625], dtype)
-    flow = denoising_errors(torch.tensor([[0.1, -0.2]], dtype=dtype), torch.zeros(1, 2, dtype=dtype))
+    flow = denoising_errors(
+        torch.tensor([[0.1, -0.2]], dtype=dtype), torch.zeros(1, 2, dtype=dtype)
+    )
     close(flow, [0.025], dtype)
-    close(convert_errors(flow, 1 - 0.25 * torch.ones(1), 0.25 * torch.ones(1), "flow_matching", "sample"), [0.0015625], dtype)
-    close(convert_errors(flow, 1 - 0.25 * torch.ones(1), 0.25 * torch.ones(1), "flow_matching", "epsilon"), [0.0140625], dtype)
+    close(
+        convert_errors(
+            flow, 1 - 0.25 * torch.ones(1), 0.25 * torch.ones(1), "flow_matching", "sample"
+        ),
+        [0.0015625],
+        dtype,
+    )
+    close(
+        convert_errors(
+            flow, 1 - 0.25 * torch.ones(1), 0.25 * torch.ones(1), "flow_matching", "epsilon"
+        ),
+        [0.0140625],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_conversions_agree_with_predictions_of_every_kind(prediction_type: str) -> None:
     """One imperfect network, read in its own space and through the x0 and the noise it implies."""
     generator = torch.Generator().manual_seed(0)
-    x0, noise, output = (torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    x0, noise, output = (
+        torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(3)
+    )
     vp, times = process(prediction_type), torch.tensor([0, 1])
     noisy = vp.add_noise(x0, noise, times)
     native = denoising_errors(output, vp.target(x0, noise, times))
     alpha, sigma = vp.alpha_sigma(times)
     through_x0 = denoising_errors(vp.to_x0(output, noisy, times), x0)
     through_eps = denoising_errors(vp.to_eps(output, noisy, times), noise)
-    torch.testing.assert_close(convert_errors(native, alpha, sigma, prediction_type, "sample"), through_x0)
-    torch.testing.assert_close(convert_errors(native, alpha, sigma, prediction_type, "epsilon"), through_eps)
+    torch.testing.assert_close(
+        convert_errors(native, alpha, sigma, prediction_type, "sample"), through_x0
+    )
+    torch.testing.assert_close(
+        convert_errors(native, alpha, sigma, prediction_type, "epsilon"), through_eps
+    )
 
 
 def test_conversion_refuses_an_unknown_space() -> None:
@@ -138,8 +175,12 @@ def test_half_precision_predictions_give_float32_errors() -> None:
 def test_mask_weight_and_reduction() -> None:
     prediction, target = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]), torch.zeros(2, 3)
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    torch.testing.assert_close(denoising_errors(prediction, target, mask=mask), torch.tensor([5.0, 1.0]))
-    torch.testing.assert_close(denoising_errors(prediction, target, reduction="sum", mask=mask), torch.tensor([10.0, 1.0]))
+    torch.testing.assert_close(
+        denoising_errors(prediction, target, mask=mask), torch.tensor([5.0, 1.0])
+    )
+    torch.testing.assert_close(
+        denoising_errors(prediction, target, reduction="sum", mask=mask), torch.tensor([10.0, 1.0])
+    )
     weight = torch.tensor([2.0, 0.5], dtype=torch.float64)
     weighted = denoising_errors(prediction, target, weight)
     assert weighted.dtype == torch.float32
@@ -159,13 +200,19 @@ def test_errors_refuse_unequal_shapes_and_unknown_reductions() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradient_of_the_errors(reduction: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    prediction, target = (torch.randn(2, 3, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    prediction, target = (
+        torch.randn(2, 3, 2, dtype=torch.float64, generator=generator) for _ in range(2)
+    )
     prediction.requires_grad_(True)
     weight = torch.tensor([0.3, 2.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda p: denoising_errors(p, target, weight, reduction), prediction)
+    assert torch.autograd.gradcheck(
+        lambda p: denoising_errors(p, target, weight, reduction), prediction
+    )
     denoising_errors(prediction, target, weight, reduction).sum().backward()
     count = 6 if reduction == "mean" else 1
-    torch.testing.assert_close(prediction.grad, 2 / count * weight[:, None, None] * (prediction.detach() - target))
+    torch.testing.assert_close(
+        prediction.grad, 2 / count * weight[:, None, None] * (prediction.detach() - target)
+    )
 
 
 def test_effective_beta_is_the_table_of_the_conventions() -> None:
@@ -183,21 +230,31 @@ def test_effective_beta_is_the_table_of_the_conventions() -> None:
 @pytest.mark.parametrize("beta", [10.0, 5000.0])
 def test_effective_beta_relates_mean_and_sum(beta: float) -> None:
     """Mean errors with beta and summed errors with beta / N are one loss."""
-    policy, reference = torch.tensor([3.0, 5.0], dtype=torch.float64), torch.tensor([4.0, 4.5], dtype=torch.float64)
+    policy, reference = (
+        torch.tensor([3.0, 5.0], dtype=torch.float64),
+        torch.tensor([4.0, 4.5], dtype=torch.float64),
+    )
     mean = implicit_rewards(policy / 64, reference / 64, beta)
     torch.testing.assert_close(mean, -effective_beta(beta, 64) * (policy - reference))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_is_that_of_the_diffusers_scripts(prediction_type: str) -> None:
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+    )
     times = torch.tensor([0, 10, 200, 500, 999])
     snr = compute_snr(scheduler, times)
     expected = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
     expected = expected / snr if prediction_type == "epsilon" else expected / (snr + 1)
     ours = VariancePreserving(scheduler.alphas_cumprod, prediction_type).snr(times)
     torch.testing.assert_close(ours.float(), snr, rtol=1e-4, atol=0)
-    torch.testing.assert_close(min_snr_weight(ours, 5.0, prediction_type).float(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        min_snr_weight(ours, 5.0, prediction_type).float(), expected, rtol=1e-4, atol=0
+    )
 
 
 def test_min_snr_of_the_three_spaces_is_one_loss() -> None:
@@ -226,7 +283,9 @@ def test_group_noise_is_shared_or_independent() -> None:
 
 def test_group_noise_does_not_depend_on_the_batch() -> None:
     together = group_noise((2, 4, 4), 3, seeded(5, 6, 7), shared=False, offset=0.1)
-    alone = torch.cat([group_noise((2, 4, 4), 3, seeded(seed), shared=False, offset=0.1) for seed in (5, 6, 7)])
+    alone = torch.cat(
+        [group_noise((2, 4, 4), 3, seeded(seed), shared=False, offset=0.1) for seed in (5, 6, 7)]
+    )
     assert torch.equal(together, alone)
 
 
@@ -235,7 +294,9 @@ def test_noise_offset_is_one_constant_per_channel(shared: bool) -> None:
     plain = group_noise((3, 8, 8), 2, seeded(0), shared=shared)
     offset = group_noise((3, 8, 8), 2, seeded(0), shared=shared, offset=0.5)
     difference = (offset - plain).double()
-    torch.testing.assert_close(difference, difference.mean((3, 4), keepdim=True).expand_as(difference), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        difference, difference.mean((3, 4), keepdim=True).expand_as(difference), rtol=0, atol=1e-6
+    )
     assert (difference.mean((3, 4)).abs() > 1e-4).all()
     assert torch.equal(offset[:, 0], offset[:, 1]) is shared
 

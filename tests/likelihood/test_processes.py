@@ -23,12 +23,19 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type)
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+    )
 
 
 def samples(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, 3, 5, 5, generator=generator, dtype=dtype), torch.randn(4, 3, 5, 5, generator=generator, dtype=dtype)
+    return torch.randn(4, 3, 5, 5, generator=generator, dtype=dtype), torch.randn(
+        4, 3, 5, 5, generator=generator, dtype=dtype
+    )
 
 
 @both_precisions
@@ -43,15 +50,24 @@ def test_g10_renoise(dtype: torch.dtype) -> None:
     added = vp.renoise(zero, torch.tensor([0]), torch.tensor([1]), one)
     torch.testing.assert_close(kept, 0.75 * one, rtol=0, atol=TOLERANCE[dtype])
     torch.testing.assert_close(added, 0.661437827766 * one, rtol=0, atol=TOLERANCE[dtype])
-    torch.testing.assert_close(1 / vp.snr(torch.tensor([0, 1])).sqrt(), torch.tensor([0.75, 4 / 3], dtype=torch.float64))
+    torch.testing.assert_close(
+        1 / vp.snr(torch.tensor([0, 1])).sqrt(), torch.tensor([0.75, 4 / 3], dtype=torch.float64)
+    )
 
 
 @both_precisions
 def test_renoise_of_the_flow(dtype: torch.dtype) -> None:
     zero, one = torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
     t, s = torch.tensor([0.4], dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
-    torch.testing.assert_close(RectifiedFlow().renoise(one, t, s, zero), 0.5 * one, rtol=0, atol=TOLERANCE[dtype])
-    torch.testing.assert_close(RectifiedFlow().renoise(zero, t, s, one), 0.670820393250 * one, rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        RectifiedFlow().renoise(one, t, s, zero), 0.5 * one, rtol=0, atol=TOLERANCE[dtype]
+    )
+    torch.testing.assert_close(
+        RectifiedFlow().renoise(zero, t, s, one),
+        0.670820393250 * one,
+        rtol=0,
+        atol=TOLERANCE[dtype],
+    )
 
 
 def test_renoise_keeps_the_marginal_and_refuses_to_denoise() -> None:
@@ -63,7 +79,9 @@ def test_renoise_keeps_the_marginal_and_refuses_to_denoise() -> None:
         one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
         kept, added = process.renoise(one, t, s, zero), process.renoise(zero, t, s, one)
         torch.testing.assert_close(kept.flatten() * alpha, new_alpha)
-        torch.testing.assert_close((kept.flatten() * sigma).square() + added.flatten().square(), new_sigma.square())
+        torch.testing.assert_close(
+            (kept.flatten() * sigma).square() + added.flatten().square(), new_sigma.square()
+        )
         torch.testing.assert_close(process.renoise(one, t, t, one), one)
         with pytest.raises(ValueError, match="new_times"):
             process.renoise(one, s, t, one)
@@ -79,7 +97,11 @@ def test_variance_preserving_is_diffusers_own(prediction_type: str) -> None:
     noisy = vp.add_noise(x0, noise, times)
     torch.testing.assert_close(noisy, theirs.add_noise(x0, noise, times), rtol=1e-5, atol=1e-5)
     target = vp.target(x0, noise, times)
-    expected = {"epsilon": noise, "sample": x0, "v_prediction": theirs.get_velocity(x0, noise, times)}[prediction_type]
+    expected = {
+        "epsilon": noise,
+        "sample": x0,
+        "v_prediction": theirs.get_velocity(x0, noise, times),
+    }[prediction_type]
     torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -108,7 +130,11 @@ def test_any_output_means_one_sample_and_one_noise() -> None:
 def test_flow_is_diffusers_own() -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow = process_from_scheduler(theirs)
-    assert isinstance(flow, RectifiedFlow) and flow.shift == 3.0 and flow.prediction_type == "flow_matching"
+    assert (
+        isinstance(flow, RectifiedFlow)
+        and flow.shift == 3.0
+        and flow.prediction_type == "flow_matching"
+    )
     x0, noise = samples(torch.float32)
     sigmas = theirs.sigmas[[0, 100, 500, 900]]
     expected = theirs.scale_noise(x0, theirs.timesteps[[0, 100, 500, 900]], noise)
@@ -181,7 +207,9 @@ def test_uniform_sigmas_with_shift() -> None:
 def test_logit_normal_quantiles() -> None:
     half = torch.tensor([0.5])
     assert float(sample_times(RectifiedFlow(), half, "logit_normal")) == pytest.approx(0.5)
-    assert float(sample_times(RectifiedFlow(shift=3.0), half, "logit_normal")) == pytest.approx(0.75)
+    assert float(sample_times(RectifiedFlow(shift=3.0), half, "logit_normal")) == pytest.approx(
+        0.75
+    )
     one_sigma = torch.tensor([0.8413447460685429])
     found = sample_times(RectifiedFlow(), one_sigma.double(), "logit_normal", 0.5, 2.0)
     assert float(found) == pytest.approx(float(torch.sigmoid(torch.tensor(2.5))), abs=1e-6)
@@ -201,8 +229,13 @@ def test_samplers_that_a_flow_does_not_have(sampler: str) -> None:
 
 def test_fraction_says_how_noisy_a_time_is() -> None:
     vp = process_from_scheduler(scheduler())
-    torch.testing.assert_close(vp.fraction(torch.tensor([0, 500, 999])), torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64))
-    torch.testing.assert_close(RectifiedFlow().fraction(torch.tensor([0.25])), torch.tensor([0.25], dtype=torch.float64))
+    torch.testing.assert_close(
+        vp.fraction(torch.tensor([0, 500, 999])),
+        torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        RectifiedFlow().fraction(torch.tensor([0.25])), torch.tensor([0.25], dtype=torch.float64)
+    )
 
 
 def test_zero_terminal_snr_is_that_of_the_official_turbo_code() -> None:
@@ -214,9 +247,15 @@ def test_zero_terminal_snr_is_that_of_the_official_turbo_code() -> None:
     process = process_from_scheduler(plain)
     rescaled = with_zero_terminal_snr(process)
     places = torch.tensor([249, 499, 749, 999])
-    assert process.alpha_sigma(places)[0].tolist() == pytest.approx([0.8218, 0.5269, 0.2380, 0.0683], abs=1e-4)
-    assert rescaled.alpha_sigma(places)[0].tolist() == pytest.approx([0.8088, 0.4923, 0.1821, 0.0], abs=1e-4)
-    torch.testing.assert_close(rescaled.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    assert process.alpha_sigma(places)[0].tolist() == pytest.approx(
+        [0.8218, 0.5269, 0.2380, 0.0683], abs=1e-4
+    )
+    assert rescaled.alpha_sigma(places)[0].tolist() == pytest.approx(
+        [0.8088, 0.4923, 0.1821, 0.0], abs=1e-4
+    )
+    torch.testing.assert_close(
+        rescaled.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-6
+    )
     again = with_zero_terminal_snr(rescaled)
     torch.testing.assert_close(again.alphas_cumprod, rescaled.alphas_cumprod)
     assert min_snr_weight(rescaled.snr(places), 5.0, "epsilon").isfinite().all()

@@ -8,7 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffalign.likelihood import ddim_step, ddim_step_log_prob, flow_sde_step, flow_sde_step_log_prob, gaussian_log_prob
+from diffalign.likelihood import (
+    ddim_step,
+    ddim_step_log_prob,
+    flow_sde_step,
+    flow_sde_step_log_prob,
+    gaussian_log_prob,
+)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 both_precisions = pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -16,10 +22,14 @@ both_precisions = pytest.mark.parametrize("dtype", list(TOLERANCE))
 
 def close(found: torch.Tensor, expected: object, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype), rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=dtype), rtol=0, atol=TOLERANCE[dtype]
+    )
 
 
-def g5(dtype: torch.dtype, output: list[float], **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def g5(
+    dtype: torch.dtype, output: list[float], **options: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ddim_step_log_prob(
         model_output=torch.tensor([output], dtype=dtype),
         sample=torch.tensor([[1.0, -0.5]], dtype=dtype),
@@ -40,7 +50,9 @@ def test_g5_ddim_log_prob(dtype: torch.dtype) -> None:
     close(g5(dtype, [0.3, 0.1], reduce="sum")[0], [-0.060147587762], dtype)
     for index, element in enumerate((-0.03572188709, -0.02442570067)):
         part = slice(index, index + 1)
-        one = gaussian_log_prob(torch.tensor([[1.2, -0.4]], dtype=dtype)[:, part], mean[:, part], std)
+        one = gaussian_log_prob(
+            torch.tensor([[1.2, -0.4]], dtype=dtype)[:, part], mean[:, part], std
+        )
         close(one, [element], dtype)
 
 
@@ -51,7 +63,9 @@ def test_g5_log_ratio_and_d3po_loss(dtype: torch.dtype) -> None:
     close(reference, [-0.030288639840], dtype)
     close(policy - reference, [0.000214845959], dtype)
     x_prev = torch.tensor([[1.2, -0.4]], dtype=dtype)
-    direct = ((x_prev - reference_mean).square() - (x_prev - policy_mean).square()).mean(1) / (2 * std.square())
+    direct = ((x_prev - reference_mean).square() - (x_prev - policy_mean).square()).mean(1) / (
+        2 * std.square()
+    )
     torch.testing.assert_close(policy - reference, direct, rtol=0, atol=TOLERANCE[dtype])
     ratio = (policy - reference).exp().clamp(0.9, 1.1)
     close(torch.nn.functional.softplus(-0.1 * ratio.log()), [0.693136438320], dtype)
@@ -61,7 +75,11 @@ def test_g5_log_ratio_and_d3po_loss(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_g5_in_every_parameterisation(dtype: torch.dtype, prediction_type: str) -> None:
     """The same network, whatever it outputs."""
-    x_t, eps, root = torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([0.3, 0.1], dtype=torch.float64), math.sqrt(0.5)
+    x_t, eps, root = (
+        torch.tensor([1.0, -0.5], dtype=torch.float64),
+        torch.tensor([0.3, 0.1], dtype=torch.float64),
+        math.sqrt(0.5),
+    )
     x0 = (x_t - root * eps) / root
     close(x0, [1.114213562373, -0.807106781187], torch.float64)
     output = {"sample": x0, "v_prediction": root * eps - root * x0}[prediction_type]
@@ -80,10 +98,17 @@ def test_ddim_step_is_that_of_diffusers(prediction_type: str, eta: float) -> Non
     generator = torch.Generator().manual_seed(0)
     sample, output, noise = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
     t = int(scheduler.timesteps[4])
-    expected = scheduler.step(output, t, sample, eta=eta, variance_noise=noise if eta else None).prev_sample
+    expected = scheduler.step(
+        output, t, sample, eta=eta, variance_noise=noise if eta else None
+    ).prev_sample
     bar, bar_prev = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 100]
     mean, std = ddim_step(
-        model_output=output, sample=sample, alpha_bar=bar, alpha_bar_prev=bar_prev, eta=eta, prediction_type=prediction_type
+        model_output=output,
+        sample=sample,
+        alpha_bar=bar,
+        alpha_bar_prev=bar_prev,
+        eta=eta,
+        prediction_type=prediction_type,
     )
     torch.testing.assert_close(mean + std * noise, expected, rtol=1e-4, atol=1e-5)
 
@@ -91,10 +116,17 @@ def test_ddim_step_is_that_of_diffusers(prediction_type: str, eta: float) -> Non
 def test_one_step_per_sample() -> None:
     """Coefficients of shape (n,) give what separate calls with scalars give."""
     generator = torch.Generator().manual_seed(0)
-    sample, output, prev = (torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    sample, output, prev = (
+        torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     bars, previous = torch.tensor([0.5, 0.2]), torch.tensor([0.6, 0.4])
     together = ddim_step_log_prob(
-        model_output=output, sample=sample, prev_sample=prev, alpha_bar=bars, alpha_bar_prev=previous, eta=0.7
+        model_output=output,
+        sample=sample,
+        prev_sample=prev,
+        alpha_bar=bars,
+        alpha_bar_prev=previous,
+        eta=0.7,
     )[0]
     for i in range(2):
         part = slice(i, i + 1)
@@ -124,7 +156,9 @@ def test_g14_flow_sde_log_prob(dtype: torch.dtype) -> None:
     close(log_prob, [-0.122827231620], dtype)
     for index, element in enumerate((-0.109849753941, -0.135804709298)):
         part = slice(index, index + 1)
-        one = gaussian_log_prob(torch.tensor([[0.9, -0.6]], dtype=dtype)[:, part], mean[:, part], std)
+        one = gaussian_log_prob(
+            torch.tensor([[0.9, -0.6]], dtype=dtype)[:, part], mean[:, part], std
+        )
         close(one, [element], dtype)
 
 
@@ -133,7 +167,12 @@ def test_flow_sde_takes_the_next_sigma_at_one() -> None:
     sample, velocity = torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     for legacy, diffusion in ((False, 2.2135943621), (True, 0.7 * math.sqrt(0.9 / 0.1))):
         mean, std = flow_sde_step(
-            model_output=velocity, sample=sample, sigma=1.0, sigma_prev=0.9, eta=0.7, legacy_first_step=legacy
+            model_output=velocity,
+            sample=sample,
+            sigma=1.0,
+            sigma_prev=0.9,
+            eta=0.7,
+            legacy_first_step=legacy,
         )
         assert torch.isfinite(mean).all()
         assert float(std) == pytest.approx(diffusion * math.sqrt(0.1))
@@ -142,7 +181,9 @@ def test_flow_sde_takes_the_next_sigma_at_one() -> None:
 
 def test_flow_sde_without_noise_is_the_euler_step() -> None:
     sample, velocity = torch.tensor([[1.0, -0.5]]), torch.tensor([[0.2, 0.4]])
-    mean, std = flow_sde_step(model_output=velocity, sample=sample, sigma=0.8, sigma_prev=0.7, eta=0.0)
+    mean, std = flow_sde_step(
+        model_output=velocity, sample=sample, sigma=0.8, sigma_prev=0.7, eta=0.0
+    )
     torch.testing.assert_close(mean, sample - 0.1 * velocity)
     assert float(std) == 0
 
@@ -152,7 +193,12 @@ def test_deterministic_steps_have_no_density(eta: float, alpha_bar_prev: float) 
     sample = torch.ones(1, 2)
     with pytest.raises(ValueError, match="deterministic"):
         ddim_step_log_prob(
-            model_output=sample, sample=sample, prev_sample=sample, alpha_bar=0.5, alpha_bar_prev=alpha_bar_prev, eta=eta
+            model_output=sample,
+            sample=sample,
+            prev_sample=sample,
+            alpha_bar=0.5,
+            alpha_bar_prev=alpha_bar_prev,
+            eta=eta,
         )
     with pytest.raises(ValueError, match="std.*deterministic"):
         gaussian_log_prob(sample, sample, torch.tensor(9.9e-5))
@@ -163,7 +209,14 @@ def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match="reduce.*'max'"):
         gaussian_log_prob(sample, sample, torch.tensor(1.0), "max")
     with pytest.raises(ValueError, match="prediction_type.*'score'"):
-        ddim_step(model_output=sample, sample=sample, alpha_bar=0.5, alpha_bar_prev=0.6, eta=1.0, prediction_type="score")
+        ddim_step(
+            model_output=sample,
+            sample=sample,
+            alpha_bar=0.5,
+            alpha_bar_prev=0.6,
+            eta=1.0,
+            prediction_type="score",
+        )
 
 
 def test_half_precision_inputs_give_float32_log_probs() -> None:
@@ -172,7 +225,9 @@ def test_half_precision_inputs_give_float32_log_probs() -> None:
         model_output=half, sample=half, prev_sample=half, alpha_bar=0.5, alpha_bar_prev=0.6, eta=1.0
     )
     assert (log_prob.dtype, mean.dtype, std.dtype) == (torch.float32,) * 3
-    flow = flow_sde_step_log_prob(model_output=half, sample=half, prev_sample=half, sigma=0.8, sigma_prev=0.7, eta=0.7)
+    flow = flow_sde_step_log_prob(
+        model_output=half, sample=half, prev_sample=half, sigma=0.8, sigma_prev=0.7, eta=0.7
+    )
     assert [value.dtype for value in flow] == [torch.float32] * 3
 
 
@@ -180,7 +235,9 @@ def test_half_precision_inputs_give_float32_log_probs() -> None:
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_gradient_of_the_ddim_log_prob(prediction_type: str, reduce: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    sample, output, prev = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    sample, output, prev = (
+        torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
 
     def log_prob(value: torch.Tensor) -> torch.Tensor:
         return ddim_step_log_prob(
@@ -199,24 +256,35 @@ def test_gradient_of_the_ddim_log_prob(prediction_type: str, reduce: str) -> Non
 
 def test_gradient_of_the_flow_log_prob_and_constant_sample() -> None:
     generator = torch.Generator().manual_seed(0)
-    sample, output, prev = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    sample, output, prev = (
+        torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     sigma, then = torch.tensor([0.8, 1.0]), torch.tensor([0.7, 0.9])
 
     def log_prob(value: torch.Tensor) -> torch.Tensor:
-        return flow_sde_step_log_prob(model_output=value, sample=sample, prev_sample=prev, sigma=sigma, sigma_prev=then, eta=0.7)[
-            0
-        ]
+        return flow_sde_step_log_prob(
+            model_output=value,
+            sample=sample,
+            prev_sample=prev,
+            sigma=sigma,
+            sigma_prev=then,
+            eta=0.7,
+        )[0]
 
     output.requires_grad_(True)
     prev.requires_grad_(True)
     assert torch.autograd.gradcheck(log_prob, output)
     log_prob(output).sum().backward()
-    assert prev.grad is None  # x_prev was sampled; differentiating through it would be another estimator
+    assert (
+        prev.grad is None
+    )  # x_prev was sampled; differentiating through it would be another estimator
 
 
 def test_log_prob_is_the_density_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
-    sample, mean = (torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    sample, mean = (
+        torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     expected = torch.distributions.Normal(mean, 0.3).log_prob(sample)
     std = torch.tensor(0.3, dtype=torch.float64)
     torch.testing.assert_close(gaussian_log_prob(sample, mean, std), expected.mean((1, 2)))

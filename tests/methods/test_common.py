@@ -60,7 +60,13 @@ def draw(pipe: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(7)
     prompt = pair_rows(1)[0]["prompt"]
     images = pipe(
-        prompt, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np"
+        prompt,
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=generator,
+        output_type="np",
     ).images
     return images[0]
 
@@ -68,9 +74,13 @@ def draw(pipe: Any) -> np.ndarray:
 @every_method
 @every_family
 @lora_and_full
-def test_steps_train_all_that_is_trainable_and_nothing_else(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+def test_steps_train_all_that_is_trainable_and_nothing_else(
+    tmp_path: Path, method: str, family: str, lora: bool
+) -> None:
     model, snapshots = build_pipeline(family), Snapshots()
-    parts = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
+    parts = {
+        name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)
+    }
     frozen = {name: all_tensors(part) for name, part in parts.items()}
     trainer = make_trainer(
         tmp_path / "run", family, method, model=model, peft_config=lora_config() if lora else None, max_steps=2, options={"callbacks": [snapshots]}
@@ -84,7 +94,9 @@ def test_steps_train_all_that_is_trainable_and_nothing_else(tmp_path: Path, meth
         assert changed(start, first) == {name for name in start if "lora_B" in name}
         assert changed(first, second) == set(start)
         now = {
-            name.replace(".base_layer", ""): value for name, value in all_tensors(parts[network]).items() if "lora_" not in name
+            name.replace(".base_layer", ""): value
+            for name, value in all_tensors(parts[network]).items()
+            if "lora_" not in name
         }
         assert_same_tensors(now, frozen.pop(network))
     else:
@@ -101,7 +113,11 @@ def test_steps_train_all_that_is_trainable_and_nothing_else(tmp_path: Path, meth
 @lora_and_full
 def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lora: bool) -> None:
     trainer = make_trainer(
-        tmp_path, family, peft_config=lora_config(dropout=0.3) if lora else None, per_device_train_batch_size=2, beta=5000.0
+        tmp_path,
+        family,
+        peft_config=lora_config(dropout=0.3) if lora else None,
+        per_device_train_batch_size=2,
+        beta=5000.0,
     )
     batch = first_batch(trainer)
     policy, reference = trainer.errors(batch)
@@ -117,11 +133,19 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("d3po", "seppo", "spo")])
 @every_family
 @lora_and_full
-def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+def test_loss_falls_on_a_separable_set(
+    tmp_path: Path, method: str, family: str, lora: bool
+) -> None:
     # A random UNet says little about brightness through its attention: its convolutions get adapters, too.
-    targets = None if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1", "conv2", "conv_out"]
+    targets = (
+        None if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1", "conv2", "conv_out"]
+    )
     # The same noise and timestep in every epoch, those of `evaluate`.
-    one_draw = {"precompute_ref_errors": True, "ref_error_draws": 1} if not trainer_class(method).reference_free else {}
+    one_draw = (
+        {"precompute_ref_errors": True, "ref_error_draws": 1}
+        if not trainer_class(method).reference_free
+        else {}
+    )
     trainer = make_trainer(
         tmp_path / "run",
         family,
@@ -145,12 +169,16 @@ def test_loss_falls_on_a_separable_set(tmp_path: Path, method: str, family: str,
 @every_method
 @every_family
 @lora_and_full
-def test_trained_weights_draw_the_same_in_plain_diffusers(tmp_path: Path, method: str, family: str, lora: bool) -> None:
+def test_trained_weights_draw_the_same_in_plain_diffusers(
+    tmp_path: Path, method: str, family: str, lora: bool
+) -> None:
     """Also where a LoRA holds attention and convolutions, whose keys diffusers names in two ways."""
     base = draw(build_pipeline(family))
     targets = ATTENTION_TARGETS if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1"]
     config = lora_config(target_modules=targets) if lora else None
-    trainer = make_trainer(tmp_path / "run", family, method, peft_config=config, max_steps=3, learning_rate=2e-2)
+    trainer = make_trainer(
+        tmp_path / "run", family, method, peft_config=config, max_steps=3, learning_rate=2e-2
+    )
     trainer.train()
     trainer.network.eval()
     trained = draw(trainer.backbone.pipeline(network=trainer.network))
@@ -158,15 +186,29 @@ def test_trained_weights_draw_the_same_in_plain_diffusers(tmp_path: Path, method
     if lora:
         plain.load_lora_weights(tmp_path / "run")
     else:
-        absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}  # diffusers wants to be told
+        absent = (
+            {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
+        )  # diffusers wants to be told
         plain = type(plain).from_pretrained(tmp_path / "run", **absent)
     np.testing.assert_allclose(draw(plain), trained, rtol=0, atol=1e-5)
     assert np.abs(trained - base).max() > 1e-3  # else the comparison would say nothing
 
 
 RESUMED = {
-    "lora": {"peft_config": {"dropout": 0.3}, "use_ema": True, "ema_decay": 0.9, "lr_scheduler": "cosine", "warmup_steps": 2},
-    "full": {"use_ema": True, "ema_decay": 0.9, "lr_scheduler": "linear", "warmup_steps": 1, "gradient_accumulation_steps": 2},
+    "lora": {
+        "peft_config": {"dropout": 0.3},
+        "use_ema": True,
+        "ema_decay": 0.9,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 2,
+    },
+    "full": {
+        "use_ema": True,
+        "ema_decay": 0.9,
+        "lr_scheduler": "linear",
+        "warmup_steps": 1,
+        "gradient_accumulation_steps": 2,
+    },
     "plain lora": {"peft_config": {}, "proportion_empty_prompts": 0.5, "shared_noise": False},
     "adafactor": {"optim": "adafactor", "max_grad_norm": None},
 }
@@ -178,18 +220,34 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind:
     options = dict(RESUMED[kind])
     if "peft_config" in options:
         options["peft_config"] = lora_config(**options["peft_config"])
-    options |= {"max_steps": 6, "save_steps": 3, "save_total_limit": None, "per_device_train_batch_size": 2}
+    options |= {
+        "max_steps": 6,
+        "save_steps": 3,
+        "save_total_limit": None,
+        "per_device_train_batch_size": 2,
+    }
     make_trainer(tmp_path / "a", "sd", method, **options).train()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-6")
-    resumed = make_trainer(tmp_path / "b", "sd", method, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"), **options)
+    resumed = make_trainer(
+        tmp_path / "b",
+        "sd",
+        method,
+        resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"),
+        **options,
+    )
     assert resumed.train().global_step == 6
     written = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.safetensors")]
     assert len(written) >= 3
     for path in written:
         assert_same_tensors(load_file(tmp_path / "b" / path), load_file(tmp_path / "a" / path))
-    assert (tmp_path / "b/logs/metrics.jsonl").read_text() == (tmp_path / "a/logs/metrics.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in (tmp_path / "b/logs/metrics.jsonl").read_text().splitlines()] == [
+    assert (tmp_path / "b/logs/metrics.jsonl").read_text() == (
+        tmp_path / "a/logs/metrics.jsonl"
+    ).read_text()
+    assert [
+        json.loads(line)["step"]
+        for line in (tmp_path / "b/logs/metrics.jsonl").read_text().splitlines()
+    ] == [
         1,
         2,
         3,
@@ -206,7 +264,9 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method trained by two processes, one pair each per step."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(Path(__file__).parents[1] / "training" / "script.py", "methods", folder, 2, timeout=300)
+    done = torchrun(
+        Path(__file__).parents[1] / "training" / "script.py", "methods", folder, 2, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -216,7 +276,14 @@ def test_two_processes_are_one_process(two_processes: Path, tmp_path: Path, meth
     steady = {"max_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2}
     config = lora_config(target_modules=["to_q", "conv_in"])
     judged = {"options": {"scorers": [by_place]}} if method == "spo" else {}
-    make_trainer(tmp_path, method=method, peft_config=config, per_device_train_batch_size=4, **judged, **steady).train()
+    make_trainer(
+        tmp_path,
+        method=method,
+        peft_config=config,
+        per_device_train_batch_size=4,
+        **judged,
+        **steady,
+    ).train()
     name = "pytorch_lora_weights.safetensors"
     one, two = load_file(tmp_path / name), load_file(two_processes / method / name)
     assert_close_tensors(two, one, rtol=1e-3, atol=1e-5)
@@ -224,7 +291,9 @@ def test_two_processes_are_one_process(two_processes: Path, tmp_path: Path, meth
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_untrained_weights_are_exactly_the_reference_in_evaluation(tmp_path: Path, family: str) -> None:
+def test_untrained_weights_are_exactly_the_reference_in_evaluation(
+    tmp_path: Path, family: str
+) -> None:
     """Also against a frozen copy, whose rounding must not differ."""
     trainer = make_trainer(tmp_path, family, peft_config=None, per_device_train_batch_size=4)
     found = trainer.evaluate(pair_rows(8))
@@ -245,7 +314,12 @@ def test_config_yaml_is_the_run(tmp_path: Path, method: str, lora: bool) -> None
     assert run.data == trainer.data_config
     assert (run.lora is not None) is lora
     if run.lora is not None:
-        assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.init) == (4, 8, 0.1, "gaussian")
+        assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.init) == (
+            4,
+            8,
+            0.1,
+            "gaussian",
+        )
         assert run.lora.target_modules == sorted(trainer.backbone.lora_targets)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(run_to_dict(run)))
     assert load_run(tmp_path / "again.yaml") == run

@@ -38,17 +38,23 @@ def tensor(*rows: tuple[float, ...]) -> torch.Tensor:
 
 def small(folder: Path, family: str = "sd", **options: Any) -> Any:
     options.setdefault("per_device_train_batch_size", 2)
-    return make_trainer(folder, family, "d3po", peft_config=options.pop("peft_config", lora_config()), **options)
+    return make_trainer(
+        folder, family, "d3po", peft_config=options.pop("peft_config", lora_config()), **options
+    )
 
 
 def test_golden_losses() -> None:
     ratios = tensor((0.02, -0.03), (0.02, -0.03), (0.2, -0.3), (0.02, -0.03))
     found = d3po_loss(ratios, torch.tensor([1.0, -1.0, 1.0, 0.0]), beta=0.1, clip_range=0.1)
-    assert found.tolist() == pytest.approx([0.690650305557, 0.695650305557, 0.683163980852, 0.693147180560], abs=1e-11)
+    assert found.tolist() == pytest.approx(
+        [0.690650305557, 0.695650305557, 0.683163980852, 0.693147180560], abs=1e-11
+    )
     worst = d3po_loss(tensor((-9.0, 9.0), (1e4, -1e4)), torch.tensor([1.0, 1.0]))
     assert worst.tolist() == pytest.approx([0.703231050399, 0.683163980852], abs=1e-11)
     spo = d3po_loss(tensor((0.02, -0.03), (9.0, -9.0), (-9.0, 9.0)), torch.ones(3), beta=10.0)
-    assert spo.tolist() == pytest.approx([0.474076984180, 0.126130879913, 2.132837834534], abs=1e-11)
+    assert spo.tolist() == pytest.approx(
+        [0.474076984180, 0.126130879913, 2.132837834534], abs=1e-11
+    )
 
 
 def test_golden_log_probability_and_loss_from_it() -> None:
@@ -61,11 +67,15 @@ def test_golden_log_probability_and_loss_from_it() -> None:
     }
     policy, mean, std = ddim_step_log_prob(model_output=tensor((0.3, 0.1)), **common)
     reference, _, _ = ddim_step_log_prob(model_output=tensor((0.25, 0.15)), **common)
-    assert float(std) == pytest.approx(0.365148371670) and float(policy) == pytest.approx(-0.030073793881, abs=1e-11)
+    assert float(std) == pytest.approx(0.365148371670) and float(policy) == pytest.approx(
+        -0.030073793881, abs=1e-11
+    )
     assert mean[0].tolist() == pytest.approx([1.017985448086, -0.573542446480])
     ratio = float(policy - reference)
     assert ratio == pytest.approx(0.000214845959, abs=1e-11)
-    assert float(d3po_loss(tensor((ratio, 0.0)), torch.ones(1))) == pytest.approx(0.693136438320, abs=1e-11)
+    assert float(d3po_loss(tensor((ratio, 0.0)), torch.ones(1))) == pytest.approx(
+        0.693136438320, abs=1e-11
+    )
 
 
 def test_gradients() -> None:
@@ -103,7 +113,9 @@ def test_log_probability_gradients_against_finite_differences(tmp_path: Path, fa
 
 
 def test_pareto_preferences() -> None:
-    scores = torch.tensor([[[30.0, 10, 6], [20, 8, 5], [40, 4, 4], [30, 10, 6], [math.nan, 99, 99]]])
+    scores = torch.tensor(
+        [[[30.0, 10, 6], [20, 8, 5], [40, 4, 4], [30, 10, 6], [math.nan, 99, 99]]]
+    )
     found = pareto_preferences(scores)[0]
     assert found[0].tolist() == [0, 1, 0, 0, 0] and found[1].tolist() == [-1, 0, 0, -1, 0]
     assert torch.equal(found, -found.T)
@@ -123,12 +135,17 @@ def test_recorded_log_probabilities_are_those_of_the_policy(tmp_path: Path, fami
             reference = trainer.step_log_probs(micro, trainer.reference)
         assert torch.equal(policy.detach(), reference)
         loss, metrics = trainer.compute_loss(micro)
-        assert loss.tolist() == pytest.approx([math.log(2)] * 2) and metrics["policy/log_ratio"].abs().max() == 0
+        assert (
+            loss.tolist() == pytest.approx([math.log(2)] * 2)
+            and metrics["policy/log_ratio"].abs().max() == 0
+        )
         assert policy.requires_grad
         seen += 1
     assert seen == trainer.trained_steps == int(trainer.rollout.grid.trainable.sum())
     states = batch.extra["states"]
-    assert torch.equal(states[:, 0, 0], states[:, 1, 0]) and not torch.equal(states[:, 0, -1], states[:, 1, -1])
+    assert torch.equal(states[:, 0, 0], states[:, 1, 0]) and not torch.equal(
+        states[:, 0, -1], states[:, 1, -1]
+    )
 
 
 def test_the_last_step_of_a_grid_without_offset_has_no_density(tmp_path: Path) -> None:
@@ -141,40 +158,76 @@ def test_the_last_step_of_a_grid_without_offset_has_no_density(tmp_path: Path) -
     batch = next_batch(trainer)
     grid = trainer.rollout.grid
     assert grid.times[-1] == 0 and grid.trainable.tolist() == [True, True, True, False]
-    assert torch.isnan(batch.extra["log_probs"][..., -1]).all() and not torch.isnan(batch.extra["log_probs"][..., :-1]).any()
+    assert (
+        torch.isnan(batch.extra["log_probs"][..., -1]).all()
+        and not torch.isnan(batch.extra["log_probs"][..., :-1]).any()
+    )
     assert batch.extra["order"].max() == 2 and trainer.passes_per_batch == 3
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_trajectory_depends_on_its_row_alone(tmp_path: Path, family: str) -> None:
     """Not on the batch, the chunks, or how many images there are beside it."""
-    one = next_batch(small(tmp_path / "a", family, images_per_prompt=2, rollout_batch_size=1, per_device_train_batch_size=4))
-    two = next_batch(small(tmp_path / "b", family, images_per_prompt=3, rollout_batch_size=5, per_device_train_batch_size=2))
+    one = next_batch(
+        small(
+            tmp_path / "a",
+            family,
+            images_per_prompt=2,
+            rollout_batch_size=1,
+            per_device_train_batch_size=4,
+        )
+    )
+    two = next_batch(
+        small(
+            tmp_path / "b",
+            family,
+            images_per_prompt=3,
+            rollout_batch_size=5,
+            per_device_train_batch_size=2,
+        )
+    )
     assert one.row_ids[:2] == two.row_ids
-    torch.testing.assert_close(one.extra["states"][:2], two.extra["states"][:, :2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        one.extra["states"][:2], two.extra["states"][:, :2], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_steps_are_shuffled_per_row_and_their_share_is_trained(tmp_path: Path) -> None:
-    trainer = small(tmp_path, num_inference_steps=10, timestep_fraction=0.5, per_device_train_batch_size=4)
+    trainer = small(
+        tmp_path, num_inference_steps=10, timestep_fraction=0.5, per_device_train_batch_size=4
+    )
     order = next_batch(trainer).extra["order"]
     assert order.shape == (4, 5) and len({tuple(row) for row in order.tolist()}) > 1
     assert all(len(set(row)) == 5 for row in order.tolist()) and trainer.passes_per_batch == 5
 
 
-ROUND = {"steps_per_round": 2, "num_inner_epochs": 2, "max_steps": 7, "save_steps": 1, "save_total_limit": None}
+ROUND = {
+    "steps_per_round": 2,
+    "num_inner_epochs": 2,
+    "max_steps": 7,
+    "save_steps": 1,
+    "save_total_limit": None,
+}
 
 
 @pytest.mark.parametrize("reference", ["fixed", "iterated"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_resuming_in_the_middle_of_a_round(tmp_path: Path, reference: str, lora: bool) -> None:
-    options = {**ROUND, "reference": reference, "peft_config": lora_config() if lora else None, "learning_rate": 1e-2}
+    options = {
+        **ROUND,
+        "reference": reference,
+        "peft_config": lora_config() if lora else None,
+        "learning_rate": 1e-2,
+    }
     whole = small(tmp_path / "a", **options)
     whole.train()
     assert whole.source.number == 2  # four optimizer steps each
     for step in (2, 3, 5):
         folder = tmp_path / f"b{step}"
         shutil.copytree(tmp_path / "a", folder)
-        resumed = small(folder, resume_from_checkpoint=str(folder / f"checkpoint-{step}"), **options)
+        resumed = small(
+            folder, resume_from_checkpoint=str(folder / f"checkpoint-{step}"), **options
+        )
         resumed.train()
         assert_same_tensors(trained_tensors(resumed), trained_tensors(whole))
     steps = [line["policy/log_ratio"] for line in whole.state.log_history]
@@ -195,8 +248,21 @@ def test_resuming_without_what_the_run_needs(tmp_path: Path) -> None:
 
 def test_it_learns_what_the_judge_wants(tmp_path: Path) -> None:
     """Brighter images, from an untrained network, over a few dozen steps."""
-    options = {"images_per_prompt": 4, "per_device_train_batch_size": 4, "num_inference_steps": 4, "rollout_batch_size": 16}
-    trainer = small(tmp_path, max_steps=12, learning_rate=1e-2, beta=1.0, reduce="mean", peft_config=None, **options)
+    options = {
+        "images_per_prompt": 4,
+        "per_device_train_batch_size": 4,
+        "num_inference_steps": 4,
+        "rollout_batch_size": 16,
+    }
+    trainer = small(
+        tmp_path,
+        max_steps=12,
+        learning_rate=1e-2,
+        beta=1.0,
+        reduce="mean",
+        peft_config=None,
+        **options,
+    )
     before = trainer.evaluate(pair_rows(4))["eval/score_0"]
     trainer.train()
     assert trainer.evaluate(pair_rows(4))["eval/score_0"] > before + 2
@@ -215,7 +281,9 @@ def test_judges(tmp_path: Path) -> None:
     watched = Judge({"rewards": ["jpeg_compressibility", {"scorer": "shapes", "role": "eval"}]})
     scores = watched(images, prompts)
     assert watched.names(2) == ["jpeg_compressibility", "shapes"] and watched.deciding == 1
-    assert torch.equal(preferences(watched, scores[None], "pareto"), pareto_preferences(scores[None, :, :1]))
+    assert torch.equal(
+        preferences(watched, scores[None], "pareto"), pareto_preferences(scores[None, :, :1])
+    )
     with pytest.raises(UserError, match=r"expected 4 scores for 4 images, got shape \(3, 1\)"):
         Judge(lambda i, p: torch.zeros(3))(images, prompts)
     with pytest.raises(ConfigError, match="scorers: expected scorers"):
@@ -231,11 +299,16 @@ def test_missing_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         values[: len(values) // 2] = math.nan
         return values
 
-    with pytest.raises(UserError, match="scorers: a scorer gave no score for any image of 2 prompts"):
+    with pytest.raises(
+        UserError, match="scorers: a scorer gave no score for any image of 2 prompts"
+    ):
         next_batch(small(tmp_path / "a", options={"scorers": silent}))
     batch = next_batch(small(tmp_path / "b", options={"scorers": shy}, rollout_batch_size=4))
     assert "taken as equal" in capsys.readouterr().out
-    assert batch.extra["preference"][0].abs().sum() == 0 and batch.extra["preference"][1].abs().sum() == 2
+    assert (
+        batch.extra["preference"][0].abs().sum() == 0
+        and batch.extra["preference"][1].abs().sum() == 2
+    )
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ def test_g1_losses_mean_and_accuracy() -> None:
     metrics = pair_metrics(policy, reference, 5000, torch.tensor([0.1, 0.9]))
     assert metrics["rewards/margins"].tolist() == pytest.approx([3.75, -3.5], abs=1e-9)
     assert metrics["rewards/accuracies"].tolist() == [1.0, 0.0]
-    assert metrics["gradient_factor"].tolist() == pytest.approx([1 / (1 + math.exp(3.75)), 1 / (1 + math.exp(-3.5))])
+    assert metrics["gradient_factor"].tolist() == pytest.approx(
+        [1 / (1 + math.exp(3.75)), 1 / (1 + math.exp(-3.5))]
+    )
 
 
 def test_g1_is_not_the_log_sigmoid_of_the_mean() -> None:
@@ -55,7 +57,9 @@ def test_g1_in_float32() -> None:
     policy, reference = g1(torch.float32)
     loss = diffusion_dpo_loss(policy, reference, beta=5000)
     assert loss.dtype == torch.float32
-    assert loss.tolist() == pytest.approx(diffusion_dpo_loss(policy.double(), reference.double(), beta=5000).tolist(), abs=1e-5)
+    assert loss.tolist() == pytest.approx(
+        diffusion_dpo_loss(policy.double(), reference.double(), beta=5000).tolist(), abs=1e-5
+    )
     assert loss.tolist() == pytest.approx([0.023245464372, 3.529750418273], abs=2e-4)
 
 
@@ -70,11 +74,18 @@ def test_g1_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("reduction", "expected"), [("mean", 0.744396660074), ("sum", 0.913015252400)])
-def test_g1b_from_tensors_to_the_gradient(dtype: torch.dtype, reduction: str, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "expected"), [("mean", 0.744396660074), ("sum", 0.913015252400)]
+)
+def test_g1b_from_tensors_to_the_gradient(
+    dtype: torch.dtype, reduction: str, expected: float
+) -> None:
     x0 = torch.tensor([[1, 0, -1, 0.5], [0, 1, 0.5, -0.5]], dtype=dtype)
     noise = torch.tensor([[0.5, -0.5, 1, 0]], dtype=dtype).expand(2, 4)
-    process, times = VariancePreserving(torch.tensor([0.64], dtype=torch.float64)), torch.zeros(2, dtype=torch.long)
+    process, times = (
+        VariancePreserving(torch.tensor([0.64], dtype=torch.float64)),
+        torch.zeros(2, dtype=torch.long),
+    )
     noisy, target = process.add_noise(x0, noise, times), process.target(x0, noise, times)
     k = torch.tensor(0.5, dtype=dtype, requires_grad=True)
     policy = denoising_errors(k * noisy, target, reduction=reduction)[None]
@@ -89,13 +100,21 @@ def test_g1b_from_tensors_to_the_gradient(dtype: torch.dtype, reduction: str, ex
 
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
-    [("sigmoid", [0.023245464372, 3.529750418273]), ("hinge", [0.0, 4.5]), ("ipo", [1.69e-6, 2.56e-6])],
+    [
+        ("sigmoid", [0.023245464372, 3.529750418273]),
+        ("hinge", [0.0, 4.5]),
+        ("ipo", [1.69e-6, 2.56e-6]),
+    ],
 )
 def test_g2_variants_of_diffusers(loss_type: str, expected: list[float]) -> None:
     """diffusers' SD script has no 1/2: its beta 2500 is our 5000."""
     policy, reference = g1()
     y = (reference[:, 0] - reference[:, 1]) - (policy[:, 0] - policy[:, 1])
-    theirs = {"sigmoid": softplus(-2500 * y), "hinge": torch.relu(1 - 2500 * y), "ipo": (y - 1 / (2 * 2500)).square()}[loss_type]
+    theirs = {
+        "sigmoid": softplus(-2500 * y),
+        "hinge": torch.relu(1 - 2500 * y),
+        "ipo": (y - 1 / (2 * 2500)).square(),
+    }[loss_type]
     ours = diffusion_dpo_loss(policy, reference, beta=5000, loss_type=loss_type)
     assert theirs.tolist() == pytest.approx(expected, abs=1e-9)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
@@ -105,8 +124,12 @@ def test_g13_flow_loss() -> None:
     x0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     noise = torch.tensor([[0.5, -0.5]], dtype=torch.float64).expand(2, 2)
     target = RectifiedFlow().target(x0, noise, torch.full((2,), 0.25))
-    policy = denoising_errors(torch.tensor([[-0.4, -0.5], [0.4, -1.4]], dtype=torch.float64), target)[None]
-    reference = denoising_errors(torch.tensor([[-0.3, -0.4], [0.5, -1.5]], dtype=torch.float64), target)[None]
+    policy = denoising_errors(
+        torch.tensor([[-0.4, -0.5], [0.4, -1.4]], dtype=torch.float64), target
+    )[None]
+    reference = denoising_errors(
+        torch.tensor([[-0.3, -0.4], [0.5, -1.5]], dtype=torch.float64), target
+    )[None]
     loss = diffusion_dpo_loss(policy, reference, beta=100)
     assert loss.dtype == torch.float64
     assert float(loss) == pytest.approx(0.201413277983, abs=1e-9)
@@ -117,7 +140,9 @@ def test_policy_equal_to_reference(beta: float) -> None:
     policy, _ = random_errors()
     for loss_type, value in (("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", beta**-2)):
         for smoothing in (0.0, 0.2):
-            loss = diffusion_dpo_loss(policy, policy, beta=beta, loss_type=loss_type, label_smoothing=smoothing)
+            loss = diffusion_dpo_loss(
+                policy, policy, beta=beta, loss_type=loss_type, label_smoothing=smoothing
+            )
             torch.testing.assert_close(loss, torch.full_like(loss, value), rtol=1e-12, atol=0)
     metrics = pair_metrics(policy, policy, beta, torch.zeros(16))
     assert metrics["rewards/accuracies"].tolist() == [0.5] * 16
@@ -126,9 +151,13 @@ def test_policy_equal_to_reference(beta: float) -> None:
 def test_swapping_the_pair_flips_the_logit() -> None:
     policy, reference = random_errors()
     margins = pair_metrics(policy, reference, 10, torch.zeros(16))["rewards/margins"]
-    swapped = pair_metrics(policy.flip(1), reference.flip(1), 10, torch.zeros(16))["rewards/margins"]
+    swapped = pair_metrics(policy.flip(1), reference.flip(1), 10, torch.zeros(16))[
+        "rewards/margins"
+    ]
     torch.testing.assert_close(swapped, -margins)
-    difference = diffusion_dpo_loss(policy, reference, beta=10) - diffusion_dpo_loss(policy.flip(1), reference.flip(1), beta=10)
+    difference = diffusion_dpo_loss(policy, reference, beta=10) - diffusion_dpo_loss(
+        policy.flip(1), reference.flip(1), beta=10
+    )
     torch.testing.assert_close(difference, -margins)  # softplus(-z) - softplus(z) = -z
 
 
@@ -147,7 +176,10 @@ def test_gradient_of_the_loss(loss_type: str) -> None:
     policy, reference = random_errors(3)
     policy.requires_grad_(True)
     assert torch.autograd.gradcheck(
-        lambda p: diffusion_dpo_loss(p, reference, beta=3.0, loss_type=loss_type, label_smoothing=0.1), policy
+        lambda p: diffusion_dpo_loss(
+            p, reference, beta=3.0, loss_type=loss_type, label_smoothing=0.1
+        ),
+        policy,
     )
 
 

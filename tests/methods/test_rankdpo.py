@@ -27,7 +27,12 @@ NAN = math.nan
 
 
 def loss(policy=None, scores=PHI, **options) -> torch.Tensor:
-    return rankdpo_loss(REFERENCE + CHANGE if policy is None else policy, REFERENCE, scores, **{"beta": 4000.0} | options)
+    return rankdpo_loss(
+        REFERENCE + CHANGE if policy is None else policy,
+        REFERENCE,
+        scores,
+        **{"beta": 4000.0} | options,
+    )
 
 
 def test_golden_value() -> None:
@@ -46,21 +51,28 @@ def test_golden_value() -> None:
         assert float(weights[i, j]) == pytest.approx(value, abs=1e-9)
     assert int((weights > 0).sum()) == 6
     # Its scorers' votes: two images tie on one scorer, which win_rates counts one half instead of nothing.
-    assert win_rates(REWARDS[None])[0].tolist() == pytest.approx([11 / 15, 12 / 15, 5.5 / 15, 1.5 / 15])
+    assert win_rates(REWARDS[None])[0].tolist() == pytest.approx(
+        [11 / 15, 12 / 15, 5.5 / 15, 1.5 / 15]
+    )
 
 
 def test_two_images_are_a_weighted_pair() -> None:
     generator = torch.Generator().manual_seed(0)
-    policy, reference = (torch.rand(50, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    policy, reference = (
+        torch.rand(50, 2, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     scores = torch.tensor([[1.0, 0.0]]).double().expand(50, 2)
     pair = diffusion_dpo_loss(policy, reference, beta=7.0)
     found = rankdpo_loss(policy, reference, scores, beta=7.0)
     torch.testing.assert_close(found, 0.532455814262 * pair, rtol=1e-9, atol=1e-12)
-    assert float(lambda_weights(torch.tensor([[0.8, 0.2]], dtype=torch.float64))[0, 0, 1]) == pytest.approx(
-        0.315428300121, abs=1e-9
-    )
+    assert float(
+        lambda_weights(torch.tensor([[0.8, 0.2]], dtype=torch.float64))[0, 0, 1]
+    ) == pytest.approx(0.315428300121, abs=1e-9)
     one = rankdpo_loss(
-        torch.tensor([[0.1, 0.1005]], dtype=torch.float64), torch.full((1, 2), 0.1, dtype=torch.float64), scores[:1], beta=2000.0
+        torch.tensor([[0.1, 0.1005]], dtype=torch.float64),
+        torch.full((1, 2), 0.1, dtype=torch.float64),
+        scores[:1],
+        beta=2000.0,
     )
     assert float(one) == pytest.approx(0.252425046635, abs=1e-9)
 
@@ -73,7 +85,9 @@ def test_options() -> None:
     assert float(loss(log_base="2")) == pytest.approx(math.log(2) * float(loss()))
     assert float(loss(normalize="mean")) == pytest.approx(float(loss()) / 6)
     gains, discounts = torch.exp2(PHI[0]) - 1, torch.log1p(torch.tensor([2.0, 1, 3, 4]).double())
-    assert float(loss(normalize="idcg")) == pytest.approx(float(loss()) / float((gains / discounts).sum()))
+    assert float(loss(normalize="idcg")) == pytest.approx(
+        float(loss()) / float((gains / discounts).sum())
+    )
 
 
 def test_order_and_padding_do_not_matter() -> None:
@@ -82,7 +96,9 @@ def test_order_and_padding_do_not_matter() -> None:
     torch.testing.assert_close(turned, loss())
     wide = torch.cat([REFERENCE + CHANGE, torch.full((1, 2), NAN).double()], 1).requires_grad_()
     scores = torch.cat([PHI, torch.full((1, 2), NAN).double()], 1)
-    found = rankdpo_loss(wide, torch.cat([REFERENCE, torch.full((1, 2), 9.0).double()], 1), scores, beta=4000.0)
+    found = rankdpo_loss(
+        wide, torch.cat([REFERENCE, torch.full((1, 2), 9.0).double()], 1), scores, beta=4000.0
+    )
     torch.testing.assert_close(found, loss())
     found.sum().backward()
     assert wide.grad[:, :4].isfinite().all() and (wide.grad[:, 4:] == 0).all()
@@ -94,17 +110,25 @@ def test_ties_drop_out_and_share_their_rank() -> None:
     weights = lambda_weights(scores)
     assert weights[0, 0, 2] == weights[0, 2, 0] == 0
     torch.testing.assert_close(weights[0, 0], weights[0, 2])
-    assert float(rankdpo_loss(REFERENCE, REFERENCE, torch.full((1, 4), 0.3).double(), beta=1.0)) == 0.0
+    assert (
+        float(rankdpo_loss(REFERENCE, REFERENCE, torch.full((1, 4), 0.3).double(), beta=1.0)) == 0.0
+    )
 
 
 def test_gradients() -> None:
     generator = torch.Generator().manual_seed(1)
-    policy = (REFERENCE + 1e-3 * torch.randn(3, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+    policy = (
+        REFERENCE + 1e-3 * torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    ).requires_grad_()
     scores = torch.rand(3, 4, generator=generator, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda p: rankdpo_loss(p, REFERENCE.expand(3, 4), scores, beta=500.0), policy)
+    assert torch.autograd.gradcheck(
+        lambda p: rankdpo_loss(p, REFERENCE.expand(3, 4), scores, beta=500.0), policy
+    )
     rankdpo_loss(policy, REFERENCE.expand(3, 4), scores, beta=500.0).sum().backward()
     best, worst = scores.argmax(1), scores.argmin(1)
-    assert (policy.grad.gather(1, best[:, None]) > 0).all() and (policy.grad.gather(1, worst[:, None]) < 0).all()
+    assert (policy.grad.gather(1, best[:, None]) > 0).all() and (
+        policy.grad.gather(1, worst[:, None]) < 0
+    ).all()
 
 
 def test_phi_from_scores() -> None:
@@ -114,7 +138,9 @@ def test_phi_from_scores() -> None:
     assert rates[1].tolist() == pytest.approx([0.0, 1.0, 0.5, 0.5])
     assert phi_from_scores(raw, "minmax")[0, :3].tolist() == [0.5, 0.0, 1.0]
     auto = phi_from_scores(raw)
-    assert auto[0, :3].tolist() == [0.5, 0.0, 1.0] and auto[1].tolist() != raw[1].tolist()  # one choice for all lists
+    assert (
+        auto[0, :3].tolist() == [0.5, 0.0, 1.0] and auto[1].tolist() != raw[1].tolist()
+    )  # one choice for all lists
     assert phi_from_scores(raw[1:]).tolist() == raw[1:].tolist()
     assert phi_from_scores(torch.full((1, 3), 7.0), "minmax").tolist() == [[0.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match="gains"):
@@ -123,11 +149,22 @@ def test_phi_from_scores() -> None:
 
 def test_lists_of_different_lengths_train_and_draw_what_their_row_draws(tmp_path: Path) -> None:
     rows = ranked_rows(6, lengths=(3, 2, 4))
-    trainer = make_trainer(tmp_path / "a", method="rankdpo", rows=rows, per_device_train_batch_size=6, max_steps=2)
+    trainer = make_trainer(
+        tmp_path / "a", method="rankdpo", rows=rows, per_device_train_batch_size=6, max_steps=2
+    )
     batch = first_batch(trainer)
-    assert batch.x0.shape[:2] == (6, 4) and batch.scores.isnan().sum(1).sort().values.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.x0.shape[:2] == (6, 4) and batch.scores.isnan().sum(1).sort().values.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
     assert trainer.train().global_step == 2
-    alone = make_trainer(tmp_path / "b", method="rankdpo", rows=rows, per_device_train_batch_size=1, max_steps=1)
+    alone = make_trainer(
+        tmp_path / "b", method="rankdpo", rows=rows, per_device_train_batch_size=1, max_steps=1
+    )
     single = first_batch(alone)
     place = batch.row_ids.index(single.row_ids[0])
     k = single.k
@@ -141,12 +178,22 @@ def test_lists_of_different_lengths_train_and_draw_what_their_row_draws(tmp_path
 
 def test_ragged_lists_with_precomputed_reference_errors(tmp_path: Path) -> None:
     rows = ranked_rows(4, lengths=(3, 2))
-    options = {"rows": rows, "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
+    options = {
+        "rows": rows,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+    }
     live = make_trainer(tmp_path / "a", method="rankdpo", **options)
-    stored = make_trainer(tmp_path / "b", method="rankdpo", precompute_ref_errors=True, ref_error_draws=2, **options)
+    stored = make_trainer(
+        tmp_path / "b", method="rankdpo", precompute_ref_errors=True, ref_error_draws=2, **options
+    )
     live.train()
     stored.train()
-    a, b = (json.loads((tmp_path / n / "logs/metrics.jsonl").read_text().splitlines()[0])["train/loss"] for n in "ab")
+    a, b = (
+        json.loads((tmp_path / n / "logs/metrics.jsonl").read_text().splitlines()[0])["train/loss"]
+        for n in "ab"
+    )
     assert a == pytest.approx(b, rel=1e-5)
 
 
@@ -156,7 +203,9 @@ def test_win_rates_over_columns_of_scorers() -> None:
         row |= {"scores_a": [0.1, 0.3, 0.2], "scores_b": [5.0, 9.0, None]}
     data = load_preferences(rows, score_columns=["scores_a", "scores_b"], verbose=False)
     assert data.kind == "ranked" and data[0].scores == pytest.approx((0.0, 1.0, 0.5))
-    with pytest.raises(ConfigError, match=r"data.score_columns: the dataset has no column 'scores_c'"):
+    with pytest.raises(
+        ConfigError, match=r"data.score_columns: the dataset has no column 'scores_c'"
+    ):
         load_preferences(rows, score_columns=["scores_c"], verbose=False)
     rows[1]["scores_a"] = [0.1, 0.3]
     with pytest.raises(ConfigError, match="row 1 has 2, 3 scores"):
@@ -168,7 +217,9 @@ def test_rows_that_hold_no_ranking() -> None:
     rows[1] = {**rows[1], "scores": [0.5, 0.5, 0.5]}
     data = load_preferences(rows, verbose=False)
     assert len(data) == 3 and data.report.ties == 1
-    single = [{**row, "images": row["images"][:1], "scores": row["scores"][:1]} for row in ranked_rows(2)]
+    single = [
+        {**row, "images": row["images"][:1], "scores": row["scores"][:1]} for row in ranked_rows(2)
+    ]
     with pytest.raises(UserError, match="has 1 scores, expected at least 2"):
         load_preferences(single, verbose=False)
     broken = [{**row, "scores": [1.0, NAN, 0.0]} for row in ranked_rows(2)]
@@ -197,7 +248,9 @@ def test_mistakes(make, words: str) -> None:
         loss(scores=PHI * 20)
 
 
-def test_gains_are_chosen_once_for_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gains_are_chosen_once_for_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """HPS-like scores that happen to lie in [0, 1] in one list weigh as those of the other lists do."""
     low, high = {"scores": [0.28, 0.27, 0.25]}, {"scores": [1.4, -0.2, 0.3]}
     rows = [{**row, **(low if i % 2 else high)} for i, row in enumerate(ranked_rows(4))]
@@ -205,11 +258,18 @@ def test_gains_are_chosen_once_for_the_dataset(tmp_path: Path, capsys: pytest.Ca
     trainer.train()
     assert (
         trainer.gains == "win_rate"
-        and "gains: win rates within each list (scores run from -0.2 to 1.4)" in capsys.readouterr().out
+        and "gains: win rates within each list (scores run from -0.2 to 1.4)"
+        in capsys.readouterr().out
     )
-    same = make_trainer(tmp_path / "b", method="rankdpo", rows=[{**row, **low} for row in rows], max_steps=1)
+    same = make_trainer(
+        tmp_path / "b", method="rankdpo", rows=[{**row, **low} for row in rows], max_steps=1
+    )
     same.train()
-    assert same.gains == "given" and "gains: the scores as they are (scores run from 0.25 to 0.28)" in capsys.readouterr().out
+    assert (
+        same.gains == "given"
+        and "gains: the scores as they are (scores run from 0.25 to 0.28)"
+        in capsys.readouterr().out
+    )
     inverted = load_preferences(rows, verbose=False).with_inverted_preferences()
     assert inverted.score_range() == pytest.approx((-1.4, 0.75))
     assert load_preferences(rows, verbose=False).select([1, 3]).score_range() == (0.25, 0.28)

@@ -13,7 +13,13 @@ from tiny import build_pipeline, first_batch, lora_config, make_trainer, pair_ro
 from diffalign import SelfNPOConfig
 from diffalign.errors import ConfigError, UserError
 from diffalign.likelihood.processes import RectifiedFlow, VariancePreserving
-from diffalign.methods.self_npo import ddim_move, guided_output, later_times, sampling_grid, self_npo_loss
+from diffalign.methods.self_npo import (
+    ddim_move,
+    guided_output,
+    later_times,
+    sampling_grid,
+    self_npo_loss,
+)
 
 FAMILIES = ("sd", "sd_v", "sdxl", "sd3")
 F64 = torch.float64
@@ -38,7 +44,9 @@ def test_golden_values() -> None:
     student = process.to_x0(tensor(0.4, -0.3), x_s, s)
     assert student[0].tolist() == pytest.approx([0.937145942589, -1.327396379610], abs=1e-11)
     assert float(self_npo_loss(student, target)) == pytest.approx(0.356628462519, abs=1e-11)
-    assert float(self_npo_loss(student, target, kind="mse")) == pytest.approx(0.200672276276, abs=1e-11)
+    assert float(self_npo_loss(student, target, kind="mse")) == pytest.approx(
+        0.200672276276, abs=1e-11
+    )
     cond, uncond = tensor(0.3, 0.1), tensor(0.2, 0.0)
     assert guided_output(cond, uncond, -1)[0].tolist() == pytest.approx([0.2, 0.0])
     assert guided_output(cond, uncond, -5)[0].tolist() == pytest.approx([-0.2, -0.4])
@@ -56,7 +64,10 @@ def test_gradient_is_the_formulas(loss_type: str) -> None:
     torch.testing.assert_close(student.grad, expected)
 
 
-@pytest.mark.parametrize("process", [VariancePreserving(torch.linspace(0.999, 0.005, 1000, dtype=F64)), RectifiedFlow(shift=3.0)])
+@pytest.mark.parametrize(
+    "process",
+    [VariancePreserving(torch.linspace(0.999, 0.005, 1000, dtype=F64)), RectifiedFlow(shift=3.0)],
+)
 def test_the_renoised_marginal_is_the_processes_own(process: Any) -> None:
     """x_t of a known x0, moved by an exact sampler and re-noised: mean and variance are those of x_s, at every time."""
     count = 40_000
@@ -77,7 +88,9 @@ def test_the_renoised_marginal_is_the_processes_own(process: Any) -> None:
         noise = (x_s - alpha[:, None] * x0) / sigma[:, None]  # standard normal, whatever s
         assert abs(float(noise.mean())) < 4 / math.sqrt(count)
         assert abs(float(noise.var()) - 1) < 4 * math.sqrt(2 / count)
-        assert abs(float((noise * x0).mean() - noise.mean() * x0.mean())) < 4 * 0.2 / math.sqrt(count)
+        assert abs(float((noise * x0).mean() - noise.mean() * x0.mean())) < 4 * 0.2 / math.sqrt(
+            count
+        )
 
 
 def test_grids_and_later_times() -> None:
@@ -87,7 +100,10 @@ def test_grids_and_later_times() -> None:
     assert sampling_grid(flow, 4).tolist() == pytest.approx([0.5, 0.75, 0.9, 1.0])
     u = torch.tensor([0.0, 0.999999, 0.5], dtype=F64)
     assert later_times(vp, torch.tensor([0, 0, 998]), u).tolist() == [1, 999, 999]
-    assert ((later_times(flow, torch.full((3,), 0.3, dtype=F64), u) > 0.3) & (later_times(flow, u, u) < 1)).all()
+    assert (
+        (later_times(flow, torch.full((3,), 0.3, dtype=F64), u) > 0.3)
+        & (later_times(flow, u, u) < 1)
+    ).all()
     x = torch.randn(2, 3, dtype=F64)
     same = torch.tensor([0, 5])
     assert torch.equal(ddim_move(vp, torch.randn(2, 3, dtype=F64), x, same, same), x)
@@ -96,7 +112,9 @@ def test_grids_and_later_times() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start", ["noise", "data"])
 @pytest.mark.parametrize("weight", [0.0, -1.0, -5.0])
-def test_targets_are_those_of_the_sampler_by_hand(tmp_path: Path, family: str, start: str, weight: float) -> None:
+def test_targets_are_those_of_the_sampler_by_hand(
+    tmp_path: Path, family: str, start: str, weight: float
+) -> None:
     trainer = make_trainer(
         tmp_path,
         family,
@@ -124,13 +142,16 @@ def test_targets_are_those_of_the_sampler_by_hand(tmp_path: Path, family: str, s
             model_t = process.model_times(t)
             with torch.no_grad():
                 cond, uncond = (
-                    trainer.reference.predict(x, model_t, {k: v[i : i + 1] for k, v in c.items()}) for c in (raw.condition, empty)
+                    trainer.reference.predict(x, model_t, {k: v[i : i + 1] for k, v in c.items()})
+                    for c in (raw.condition, empty)
                 )
             out = cond + weight * (cond - uncond)
             clean, eps = process.to_x0(out, x, t), process.to_eps(out, x, t)
             if step is None:
                 break
-            low = torch.zeros((), dtype=grid.dtype) if not grid.is_floating_point() else grid[0] / 20
+            low = (
+                torch.zeros((), dtype=grid.dtype) if not grid.is_floating_point() else grid[0] / 20
+            )
             new = (grid[index[i] - step] if index[i] >= step else low).reshape(1)
             if not torch.equal(new, t):
                 x, t = process.add_noise(clean, eps, new), new
@@ -144,18 +165,35 @@ def test_targets_are_those_of_the_sampler_by_hand(tmp_path: Path, family: str, s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_alone_are_enough(tmp_path: Path, family: str) -> None:
     rows = [{"prompt": row["prompt"]} for row in pair_rows()]
-    cache = {"cache_text_embeddings": str(tmp_path / "cache"), "cache_latents": str(tmp_path / "cache")}
-    trainer = make_trainer(tmp_path / "run", family, "self_npo", rows=rows, data=cache, per_device_train_batch_size=4)
+    cache = {
+        "cache_text_embeddings": str(tmp_path / "cache"),
+        "cache_latents": str(tmp_path / "cache"),
+    }
+    trainer = make_trainer(
+        tmp_path / "run", family, "self_npo", rows=rows, data=cache, per_device_train_batch_size=4
+    )
     trainer.train()
     assert trainer.state.global_step == 3
-    with_images = make_trainer(tmp_path / "other", family, "self_npo", rows=pair_rows(), per_device_train_batch_size=4)
+    with_images = make_trainer(
+        tmp_path / "other", family, "self_npo", rows=pair_rows(), per_device_train_batch_size=4
+    )
     with_images.train()
-    for a, b in zip(trained_tensors(trainer).values(), trained_tensors(with_images).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # images beside the prompts change nothing
+    for a, b in zip(
+        trained_tensors(trainer).values(), trained_tensors(with_images).values(), strict=True
+    ):
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-6
+        )  # images beside the prompts change nothing
 
 
 def test_the_average_of_the_student_samples(tmp_path: Path) -> None:
-    options = {"sampler": "ema", "use_ema": True, "ema_decay": 0.9, "peft_config": lora_config(dropout=0.5), "max_steps": 4}
+    options = {
+        "sampler": "ema",
+        "use_ema": True,
+        "ema_decay": 0.9,
+        "peft_config": lora_config(dropout=0.5),
+        "max_steps": 4,
+    }
     trainer = make_trainer(tmp_path, "sd", "self_npo", learning_rate=2e-2, **options)
     trainer.train()
     assert trainer.reference is None
@@ -163,7 +201,10 @@ def test_the_average_of_the_student_samples(tmp_path: Path) -> None:
     weights = trained_tensors(trainer)
     first, again = trainer.prepare(raw), trainer.prepare(raw)
     assert torch.equal(first.x0, again.x0)  # no dropout while sampling
-    assert all(torch.equal(a, b) for a, b in zip(weights.values(), trained_tensors(trainer).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights.values(), trained_tensors(trainer).values(), strict=True)
+    )
     parameters = [p for p in trainer.network.parameters() if p.requires_grad]
     for p, shadow in zip(parameters, trainer.ema.shadow_params, strict=True):
         assert not torch.equal(p.data, shadow)
@@ -173,7 +214,9 @@ def test_the_average_of_the_student_samples(tmp_path: Path) -> None:
 
 def test_another_reference_samples(tmp_path: Path) -> None:
     own = make_trainer(tmp_path / "a", "sd", "self_npo")
-    other = make_trainer(tmp_path / "b", "sd", "self_npo", options={"ref_model": build_pipeline("sd", seed=9)})
+    other = make_trainer(
+        tmp_path / "b", "sd", "self_npo", options={"ref_model": build_pipeline("sd", seed=9)}
+    )
     targets = [trainer.prepare(first_batch(trainer)).x0 for trainer in (own, other)]
     assert not torch.equal(*targets)
 
@@ -193,7 +236,12 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precompute_ref_errors: Self-NPO has no reference"):
         make_trainer(tmp_path, "sd", "self_npo", precompute_ref_errors=True)
     with pytest.raises(ConfigError, match="aspect_ratio_buckets: prompts without images"):
-        make_trainer(tmp_path, "sd", "self_npo", data={"resolution": None, "aspect_ratio_buckets": "32,32;32,64"})
+        make_trainer(
+            tmp_path,
+            "sd",
+            "self_npo",
+            data={"resolution": None, "aspect_ratio_buckets": "32,32;32,64"},
+        )
 
 
 @pytest.mark.parametrize("warmup", [False, True])

@@ -22,7 +22,10 @@ class Length(Scorer):
 
     def score_batch(self, items: list[Item]):
         means = [float(np.asarray(item.image.convert("RGB")).mean()) for item in items]
-        return [mean + len(item.prompt) if mean else None for mean, item in zip(means, items, strict=True)]
+        return [
+            mean + len(item.prompt) if mean else None
+            for mean, item in zip(means, items, strict=True)
+        ]
 
 
 class Counting(Scorer):
@@ -43,14 +46,25 @@ PROMPTS = ["a", "bb", "ccc"]
 
 
 def expected() -> list[float]:
-    return [float(np.asarray(image).mean()) + len(prompt) for image, prompt in zip(pictures(), PROMPTS, strict=True)]
+    return [
+        float(np.asarray(image).mean()) + len(prompt)
+        for image, prompt in zip(pictures(), PROMPTS, strict=True)
+    ]
 
 
 def test_ddpo_takes_both_layouts_and_lists():
     reward = as_ddpo(Length())
     hwc = np.stack([np.asarray(image) for image in pictures()])
     chw = torch.from_numpy(hwc.copy()).permute(0, 3, 1, 2)
-    forms = [hwc, torch.from_numpy(hwc), chw, chw.float() / 255, (chw.float() / 255).numpy(), (chw.double() / 255), pictures()]
+    forms = [
+        hwc,
+        torch.from_numpy(hwc),
+        chw,
+        chw.float() / 255,
+        (chw.float() / 255).numpy(),
+        (chw.double() / 255),
+        pictures(),
+    ]
     for images in forms:
         scores, info = reward(images, tuple(PROMPTS), [{}] * 3)
         assert scores.dtype == torch.float32 and scores.shape == (3,)
@@ -64,7 +78,9 @@ def test_ddpo_half_precision_images_are_near_the_exact_ones():
     hwc = np.stack([np.asarray(image) for image in pictures()])
     half = (torch.from_numpy(hwc).permute(0, 3, 1, 2).float() / 255).half()
     for images in (half, half.numpy()):
-        assert as_ddpo(Length())(images, PROMPTS, None)[0].tolist() == pytest.approx(expected(), abs=0.5)
+        assert as_ddpo(Length())(images, PROMPTS, None)[0].tolist() == pytest.approx(
+            expected(), abs=0.5
+        )
 
 
 def test_ddpo_missing_scores_are_nan_and_lengths_are_checked():
@@ -77,8 +93,15 @@ def test_ddpo_missing_scores_are_nan_and_lengths_are_checked():
 
 def test_trl_reads_columns_and_ignores_the_trainers_extras():
     reward = as_trl(Length())
-    extras = {"trainer_state": object(), "log_extra": print, "log_metric": print, "completion_ids": [[1]] * 3}
-    found = reward(prompts=PROMPTS, completions=["x"] * 3, image=pictures(), other=[1, 2, 3], **extras)
+    extras = {
+        "trainer_state": object(),
+        "log_extra": print,
+        "log_metric": print,
+        "completion_ids": [[1]] * 3,
+    }
+    found = reward(
+        prompts=PROMPTS, completions=["x"] * 3, image=pictures(), other=[1, 2, 3], **extras
+    )
     assert isinstance(found, list) and found == pytest.approx(expected())
     assert all(type(value) is float for value in found)
     assert reward.__name__ == "adapter-length"
@@ -86,14 +109,25 @@ def test_trl_reads_columns_and_ignores_the_trainers_extras():
 
 def test_trl_reads_conversations_generated_images_and_named_columns():
     conversations = [
-        [{"role": "system", "content": "draw"}, {"role": "user", "content": prompt}, {"role": "assistant", "content": "ok"}]
+        [
+            {"role": "system", "content": "draw"},
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": "ok"},
+        ]
         for prompt in PROMPTS
     ]
-    parts = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in PROMPTS]
+    parts = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        for prompt in PROMPTS
+    ]
     for prompts in (conversations, parts):
-        assert as_trl(Length(), "completions")(prompts=prompts, completions=pictures()) == pytest.approx(expected())
+        assert as_trl(Length(), "completions")(
+            prompts=prompts, completions=pictures()
+        ) == pytest.approx(expected())
     named = as_trl(Length(), image_column="picture", prompt_column="caption")
-    assert named(prompts=["", "", ""], completions=[], picture=pictures(), caption=PROMPTS) == pytest.approx(expected())
+    assert named(
+        prompts=["", "", ""], completions=[], picture=pictures(), caption=PROMPTS
+    ) == pytest.approx(expected())
 
 
 def test_trl_gives_none_for_missing_scores_and_unreadable_files(tmp_path):
@@ -105,13 +139,23 @@ def test_trl_gives_none_for_missing_scores_and_unreadable_files(tmp_path):
 
 def test_trl_passes_metadata_from_a_column_or_from_all():
     reward = as_trl(Counting())
-    assert reward(prompts=PROMPTS, completions=[], image=pictures(), count=[3, 1, 2], note="x") == [3.0, 1.0, 2.0]
+    assert reward(prompts=PROMPTS, completions=[], image=pictures(), count=[3, 1, 2], note="x") == [
+        3.0,
+        1.0,
+        2.0,
+    ]
     rows = [{"count": 5}, {"count": 6}, {"count": 7}]
-    assert reward(prompts=PROMPTS, completions=[], image=pictures(), metadata=rows) == [5.0, 6.0, 7.0]
+    assert reward(prompts=PROMPTS, completions=[], image=pictures(), metadata=rows) == [
+        5.0,
+        6.0,
+        7.0,
+    ]
 
 
 def test_trl_names_a_column_that_is_missing():
-    with pytest.raises(UserError, match="no column 'image'; it has prompt, prompts, completions, picture"):
+    with pytest.raises(
+        UserError, match="no column 'image'; it has prompt, prompts, completions, picture"
+    ):
         as_trl(Length())(prompts=PROMPTS, completions=["x"], picture=pictures())
     with pytest.raises(UserError, match="no column 'caption'"):
         as_trl(Length(), prompt_column="caption")(prompts=PROMPTS, completions=[], image=pictures())
@@ -120,7 +164,9 @@ def test_trl_names_a_column_that_is_missing():
 def test_flow_factory_is_called_with_keywords():
     reward = as_flow_factory(Length())
     assert reward.required_fields == ("prompt", "image") and reward.use_tensor_inputs is False
-    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in pictures()]
+    tensors = [
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in pictures()
+    ]
     for images in (pictures(), tensors):
         output = reward(prompt=PROMPTS, image=images, video=None, condition_images=None)
         assert output.rewards.tolist() == pytest.approx(expected(), abs=1e-4)
@@ -133,16 +179,26 @@ def test_flow_factory_reads_encoded_metadata():
     reward = as_flow_factory(Counting())
     assert reward.required_fields == ("image", "metadata")
     rows = [json.dumps({"count": i}) for i in range(3)]
-    assert reward(prompt=PROMPTS, image=pictures(), metadata=rows).rewards.tolist() == [0.0, 1.0, 2.0]
+    assert reward(prompt=PROMPTS, image=pictures(), metadata=rows).rewards.tolist() == [
+        0.0,
+        1.0,
+        2.0,
+    ]
 
 
 def test_a_real_scorer_gives_its_own_numbers_through_every_adapter():
     from diffalign.shapes import render, split_scenes
 
     scenes = split_scenes()[0][:3]
-    images, prompts = [render(scene) for scene in scenes], [scene.prompt for scene in reversed(scenes)]
+    images, prompts = (
+        [render(scene) for scene in scenes],
+        [scene.prompt for scene in reversed(scenes)],
+    )
     scorer = load_scorer("shapes")
     direct = scorer(images, prompts).tolist()
-    assert as_ddpo(scorer)(np.stack([np.asarray(image) for image in images]), prompts, [])[0].tolist() == direct
+    assert (
+        as_ddpo(scorer)(np.stack([np.asarray(image) for image in images]), prompts, [])[0].tolist()
+        == direct
+    )
     assert as_trl(scorer)(prompts=prompts, completions=[], image=images) == direct
     assert as_flow_factory(scorer)(prompt=prompts, image=images).rewards.tolist() == direct

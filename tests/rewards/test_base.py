@@ -81,7 +81,9 @@ def test_values_are_float32_on_the_cpu_in_order():
     images = [picture(i) for i in range(5)]
     found = Brightness()(images)
     assert found.dtype == torch.float32 and found.device.type == "cpu"
-    torch.testing.assert_close(found, torch.tensor([np.asarray(image).mean() for image in images], dtype=torch.float32))
+    torch.testing.assert_close(
+        found, torch.tensor([np.asarray(image).mean() for image in images], dtype=torch.float32)
+    )
 
 
 def test_every_accepted_form_gives_the_same_number(tmp_path):
@@ -159,10 +161,15 @@ def test_unique_prompts_are_encoded_once_over_calls():
 
 
 def test_batch_size_and_order_change_nothing():
-    images, prompts = [picture(i, (30 + i, 50 - i)) for i in range(9)], ["x" * (i % 4) for i in range(9)]
+    images, prompts = (
+        [picture(i, (30 + i, 50 - i)) for i in range(9)],
+        ["x" * (i % 4) for i in range(9)],
+    )
     whole = Toy()(images, prompts)
     for size in (1, 2, 5):
-        torch.testing.assert_close(Toy(batch_size=size)(images, prompts), whole, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(
+            Toy(batch_size=size)(images, prompts), whole, atol=1e-5, rtol=1e-6
+        )
     order = [4, 0, 8, 2, 6, 1, 7, 3, 5]
     shuffled = Toy()([images[i] for i in order], [prompts[i] for i in order])
     torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=1e-6)
@@ -218,8 +225,16 @@ def test_a_scorer_that_returns_the_wrong_number_is_named():
         ([3], ["a"], r"images\[0\]: expected a PIL image"),
         (["missing.png"], ["a"], r"images\[0\]: there is no image file 'missing.png'"),
         ([b"no image"], ["a"], r"images\[0\]: the image cannot be used: image cannot be opened"),
-        ([png(picture(0))[:60]], ["a"], r"images\[0\]: the image cannot be used: image cannot be decoded"),
-        ([Image.new("RGB", (0, 5))], ["a"], r"images\[0\]: the image cannot be used: the image is empty, 0x5"),
+        (
+            [png(picture(0))[:60]],
+            ["a"],
+            r"images\[0\]: the image cannot be used: image cannot be decoded",
+        ),
+        (
+            [Image.new("RGB", (0, 5))],
+            ["a"],
+            r"images\[0\]: the image cannot be used: the image is empty, 0x5",
+        ),
         (
             [np.full((4, 4, 3), 7.0)],
             ["a"],
@@ -241,7 +256,9 @@ def test_bad_input_is_one_clear_sentence(images, prompts, message):
 
 def test_unreadable_images_can_be_missing_scores():
     for scorer in (Fussy(), Toy()):
-        result = scorer.score([picture(0), b"broken", "nowhere.png", picture(1)], ["a"] * 4, on_error="nan")
+        result = scorer.score(
+            [picture(0), b"broken", "nowhere.png", picture(1)], ["a"] * 4, on_error="nan"
+        )
         assert result.values[[0, 3]].isfinite().all() and result.values[[1, 2]].isnan().all()
         assert set(result.errors) == {1, 2} and "nowhere.png" in result.errors[2]
 
@@ -298,7 +315,9 @@ def test_a_changed_file_is_never_answered_from_the_cache(tmp_path):
         picture(seed).save(path)
         os.utime(path, (old, old))
         for _ in range(2):
-            assert float(scorer([path])[0]) == pytest.approx(float(np.asarray(picture(seed)).mean()), abs=1e-4)
+            assert float(scorer([path])[0]) == pytest.approx(
+                float(np.asarray(picture(seed)).mean()), abs=1e-4
+            )
     assert sum(scorer.batches) == 4
 
 
@@ -309,7 +328,11 @@ def test_an_untouched_file_is_known_without_being_read(tmp_path, monkeypatch):
     picture(0).save(tmp_path / "a.png")
     scorer = Brightness(cache=tmp_path / "scores.sqlite")
     expected = scorer([tmp_path / "a.png"])
-    monkeypatch.setattr(type(read_images([tmp_path / "a.png"])[0]), "encoded", lambda self: pytest.fail("the file was read"))
+    monkeypatch.setattr(
+        type(read_images([tmp_path / "a.png"])[0]),
+        "encoded",
+        lambda self: pytest.fail("the file was read"),
+    )
     result = scorer.score([tmp_path / "a.png"])
     assert result.cached == 1 and torch.equal(result.values, expected)
 

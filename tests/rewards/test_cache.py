@@ -47,7 +47,10 @@ def encoded(image: Image.Image, **options) -> bytes:
 
 def test_values_come_back_exactly_and_only_under_their_fingerprint(tmp_path):
     cache = ScoreCache(tmp_path / "deep" / "scores.sqlite")
-    values = {key: value for key, value in zip(keys(4), (0.1, -3.0e-12, 1e30, float(np.float32(1 / 3))), strict=True)}
+    values = {
+        key: value
+        for key, value in zip(keys(4), (0.1, -3.0e-12, 1e30, float(np.float32(1 / 3))), strict=True)
+    }
     cache.put_many("aa", values)
     assert cache.get_many("aa", [*values, content_key(b"other", "p")]) == values
     assert cache.get_many("bb", list(values)) == {}
@@ -89,9 +92,15 @@ def test_keys_follow_the_content():
     digest = pixel_digest(image)
     assert content_key(digest, "a") != content_key(digest, "b") != content_key(digest, None)
     assert content_key(digest, "") != content_key(digest, None)
-    assert content_key(digest, "a", {"x": 1}) != content_key(digest, "a", {"x": 2}) != content_key(digest, "a")
+    assert (
+        content_key(digest, "a", {"x": 1})
+        != content_key(digest, "a", {"x": 2})
+        != content_key(digest, "a")
+    )
     assert content_key(digest, "a", {"x": 1, "y": 2}) == content_key(digest, "a", {"y": 2, "x": 1})
-    assert content_key(digest, "caf\u00e9") == content_key(digest, "cafe\u0301")  # one text in two Unicode forms
+    assert content_key(digest, "caf\u00e9") == content_key(
+        digest, "cafe\u0301"
+    )  # one text in two Unicode forms
     assert content_key(digest, "a lone \ud800 surrogate")
 
 
@@ -99,7 +108,9 @@ def test_stamps_know_untouched_files_only(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"first")
     now = time.time()
-    assert stamp_digest(path, now) is None  # written a moment ago: the clock may not show the next change
+    assert (
+        stamp_digest(path, now) is None
+    )  # written a moment ago: the clock may not show the next change
     first = stamp_digest(path, now + 100)
     assert first == stamp_digest(str(path), now + 200)
     path.write_bytes(b"other")
@@ -177,7 +188,8 @@ def test_files_that_are_something_else_are_one_sentence(tmp_path):
             ScoreCache(path).get_many("aa", keys(1))
         assert "\n" not in str(caught.value)
     assert (
-        foreign.read_bytes().startswith(b"SQLite") and sqlite3.connect(foreign).execute("SELECT * FROM theirs").fetchall() == []
+        foreign.read_bytes().startswith(b"SQLite")
+        and sqlite3.connect(foreign).execute("SELECT * FROM theirs").fetchall() == []
     )
 
 
@@ -186,12 +198,19 @@ def test_a_changed_pixel_changes_the_digest(mode):
     image = Image.new(mode, (5, 4), 0)
     before = pixel_digest(image)
     assert pixel_digest(image.copy()) == before and len(before) == 32
-    image.putpixel((3, 2), {"LA": (0, 255), "RGB": (0, 0, 1), "RGBA": (0, 0, 0, 1), "CMYK": (0, 0, 0, 1)}.get(mode, 1))
+    image.putpixel(
+        (3, 2),
+        {"LA": (0, 255), "RGB": (0, 0, 1), "RGBA": (0, 0, 0, 1), "CMYK": (0, 0, 0, 1)}.get(mode, 1),
+    )
     assert pixel_digest(image) != before
 
 
 def test_mode_size_palette_and_transparency_are_part_of_the_digest():
-    digests = {pixel_digest(Image.new(mode, size)) for mode in ("L", "P") for size in ((6, 4), (4, 6), (3, 8))}
+    digests = {
+        pixel_digest(Image.new(mode, size))
+        for mode in ("L", "P")
+        for size in ((6, 4), (4, 6), (3, 8))
+    }
     assert len(digests) == 6
     red = Image.new("P", (4, 4))
     red.putpalette([255, 0, 0])
@@ -207,13 +226,21 @@ def test_files_and_memory_share_a_digest(tmp_path):
     image = picture()
     best, fast = encoded(image, compress_level=9), encoded(image, compress_level=1)
     assert file_digest(best) != file_digest(fast)
-    assert pixel_digest(Image.open(io.BytesIO(best))) == pixel_digest(Image.open(io.BytesIO(fast))) == pixel_digest(image)
+    assert (
+        pixel_digest(Image.open(io.BytesIO(best)))
+        == pixel_digest(Image.open(io.BytesIO(fast)))
+        == pixel_digest(image)
+    )
     for data in (encoded(picture().quantize(17)), encoded(picture().quantize(17), transparency=3)):
         lazy, loaded = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data))
         loaded.load()
         assert pixel_digest(lazy) == pixel_digest(loaded) == pixel_digest(lazy)
     (tmp_path / "image.png").write_bytes(best)
-    assert file_digest(tmp_path / "image.png") == file_digest(str(tmp_path / "image.png")) == file_digest(best)
+    assert (
+        file_digest(tmp_path / "image.png")
+        == file_digest(str(tmp_path / "image.png"))
+        == file_digest(best)
+    )
     with pytest.raises(UserError, match=r"images: '.*gone.png' cannot be read \(No such file"):
         file_digest(tmp_path / "gone.png")
 
@@ -249,8 +276,12 @@ def test_metadata_counts_in_full_and_in_any_order():
     assert str(zeros) == str(other) and of(zeros) != of(other) and of(zeros) == of(zeros.copy())
     assert of(picture(0)) != of(picture(1)) and of(picture(0)) == of(picture(0))
     assert of(b"\xff") != of(b"\xfe") and of({1, 2}) == of({2, 1}) != of({1, 3})
-    assert of(np.int64(3)) == of(3) and of(datetime.date(2024, 1, 2)) != of(datetime.date(2024, 1, 3))
-    with pytest.raises(UserError, match=r"metadata: cannot be told apart.*a object has no plain value"):
+    assert of(np.int64(3)) == of(3) and of(datetime.date(2024, 1, 2)) != of(
+        datetime.date(2024, 1, 3)
+    )
+    with pytest.raises(
+        UserError, match=r"metadata: cannot be told apart.*a object has no plain value"
+    ):
         of(object())
     with pytest.raises(UserError, match=r"metadata: cannot be told apart"):
         content_key(IMAGE, "p", {1: "a", "b": 2})
@@ -292,13 +323,18 @@ def test_processes_that_make_one_file_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     for attempt in range(8):
         path, barrier = tmp_path / str(attempt) / "c.db", context.Barrier(6)
-        writers = [context.Process(target=_make_and_write, args=(path, writer, barrier)) for writer in range(6)]
+        writers = [
+            context.Process(target=_make_and_write, args=(path, writer, barrier))
+            for writer in range(6)
+        ]
         for writer in writers:
             writer.start()
         for writer in writers:
             writer.join()
         assert [writer.exitcode for writer in writers] == [0] * 6
-        assert ScoreCache(path).get_many("f", keys(101)) == {key(i): float(i) for i in [*range(6), 100]}
+        assert ScoreCache(path).get_many("f", keys(101)) == {
+            key(i): float(i) for i in [*range(6), 100]
+        }
 
 
 def test_threads_take_turns(tmp_path):
@@ -367,7 +403,9 @@ def test_a_writer_killed_in_a_transaction(tmp_path):
         writer.send_signal(signal.SIGKILL)
         writer.wait()
     cache = ScoreCache(path)
-    assert cache.get_many("f", [bytes([i]) * 32 for i in range(100)]) == {bytes([i]) * 32: float(i) for i in range(100)}
+    assert cache.get_many("f", [bytes([i]) * 32 for i in range(100)]) == {
+        bytes([i]) * 32: float(i) for i in range(100)
+    }
     cache.put_many("f", {b"new": 1.0})
     assert cache.stats() == {"f": 101}  # what was not finished is not there
     cache.close()
@@ -385,7 +423,9 @@ def one_sentence(path: Path, action=len) -> str:
 def test_other_files_are_refused_and_stay_as_they_are(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no database " * 200)
-    assert "is no score cache or is damaged" in one_sentence(text) and "name another file" in one_sentence(text)
+    assert "is no score cache or is damaged" in one_sentence(
+        text
+    ) and "name another file" in one_sentence(text)
 
     foreign = tmp_path / "foreign.db"
     with sqlite3.connect(foreign) as connection:
@@ -404,14 +444,20 @@ def test_a_damaged_file_is_named(tmp_path):
         cache.put_many("f", {key(i): float(i) for i in range(3000)})
     whole = path.read_bytes()
     path.write_bytes(whole[:2048] + b"\xff" * (len(whole) - 2048))
-    assert "damaged" in one_sentence(path, lambda cache: cache.get_many("f", [key(i) for i in range(3000)]))
+    assert "damaged" in one_sentence(
+        path, lambda cache: cache.get_many("f", [key(i) for i in range(3000)])
+    )
     path.write_bytes(whole[: len(whole) // 3])
-    assert "damaged" in one_sentence(path, lambda cache: cache.get_many("f", [key(i) for i in range(3000)]))
+    assert "damaged" in one_sentence(
+        path, lambda cache: cache.get_many("f", [key(i) for i in range(3000)])
+    )
     path.write_bytes(b"")  # an empty file, as tempfile makes it, is a new cache
     assert len(ScoreCache(path)) == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_a_read_only_folder_is_named(tmp_path):
     folder = tmp_path / "locked"
     with ScoreCache(folder / "old.db") as cache:

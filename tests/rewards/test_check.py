@@ -138,7 +138,9 @@ def test_broken_neural_scorers_are_caught(broken, found):
     report = check_scorer(broken())
     assert not report.ok
     assert failed(report) == found, report
-    with pytest.raises(UserError, match=f"check-linear fails {len(found)} of 10 checks; {sorted(found)[0]}: "):
+    with pytest.raises(
+        UserError, match=f"check-linear fails {len(found)} of 10 checks; {sorted(found)[0]}: "
+    ):
         report.raise_if_failed()
 
 
@@ -148,7 +150,9 @@ def test_remembered_prompts_and_merged_items_do_not_hide_a_fault():
     images = [Image.new("RGB", (20, 20), (i * 30, 10, 200 - i * 20)) for i in range(5)]
     prompts = ["a", "bb", "cccc", "dd", "eeeee"]
     together = scorer(images, prompts)
-    alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)])
+    alone = torch.cat(
+        [scorer([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)]
+    )
     torch.testing.assert_close(together, alone)
     assert "batch size" in failed(check_scorer(scorer, images, prompts))
 
@@ -218,7 +222,10 @@ def test_a_scorer_that_reads_the_encoded_file_is_caught():
         spec = ScorerSpec(key="check-file", summary="bytes", requires=("image",))
 
         def score_batch(self, items: list[Item]):
-            return [float(len(i.input.source)) if isinstance(i.input.source, bytes) else mean(i.image) for i in items]
+            return [
+                float(len(i.input.source)) if isinstance(i.input.source, bytes) else mean(i.image)
+                for i in items
+            ]
 
     assert failed(check_scorer(FromFile())) == {"input form"}
 

@@ -29,7 +29,11 @@ def test_values_that_differ_are_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "REFERENCE", tmp_path / "reference.json")
     assert run(["doctor", "--scorers", "shapes-clip,clip-l14"]) == 1
     said = capsys.readouterr().out
-    assert "WRONG  shapes-clip" in said and "largest difference 1.0e-02" in said and "2 checks, 1 wrong" in said
+    assert (
+        "WRONG  shapes-clip" in said
+        and "largest difference 1.0e-02" in said
+        and "2 checks, 1 wrong" in said
+    )
 
 
 def test_given_weights_are_loaded_and_compared(capsys, tmp_path):
@@ -65,5 +69,9 @@ def test_the_list_and_a_card(capsys):
     assert "pickscore" in said and "image+prompt" in said
     assert run(["scorers", "HPSV2.1"]) == 0
     said = capsys.readouterr().out
-    assert "weights: xswu/HPSv2" in said and "licence: Apache-2.0" in said and "filename: HPS_v2.1_compressed.pt" in said
+    assert (
+        "weights: xswu/HPSv2" in said
+        and "licence: Apache-2.0" in said
+        and "filename: HPS_v2.1_compressed.pt" in said
+    )
     assert run(["scorers", "hpsv2"]) == 2

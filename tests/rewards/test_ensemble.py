@@ -13,7 +13,9 @@ from diffalign.rewards import ensemble
 NAN = float("nan")
 
 
-def random_scores(seed: int = 0, shape=(5, 4, 3), missing: float = 0.0, ties: bool = False) -> torch.Tensor:
+def random_scores(
+    seed: int = 0, shape=(5, 4, 3), missing: float = 0.0, ties: bool = False
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(shape, generator=generator, dtype=torch.float64)
     if ties:
@@ -32,7 +34,10 @@ def loop_win_rate(group, weights):
             if math.isnan(group[i][r]):
                 continue
             others = [group[j][r] for j in range(k) if j != i and not math.isnan(group[j][r])]
-            wins = sum(1.0 if group[i][r] > other else 0.5 if group[i][r] == other else 0.0 for other in others)
+            wins = sum(
+                1.0 if group[i][r] > other else 0.5 if group[i][r] == other else 0.0
+                for other in others
+            )
             total += weights[r] * (wins / len(others) if others else 0.5)
             weight += weights[r]
         found.append(total / weight if weight else NAN)
@@ -43,7 +48,9 @@ def loop_win_rate(group, weights):
 @pytest.mark.parametrize("ties", [False, True])
 def test_win_rates_follow_their_definition(missing, ties):
     scores, weights = random_scores(1, missing=missing, ties=ties), [1.0, 0.5, 2.0]
-    expected = torch.tensor([loop_win_rate(group.tolist(), weights) for group in scores], dtype=torch.float64)
+    expected = torch.tensor(
+        [loop_win_rate(group.tolist(), weights) for group in scores], dtype=torch.float64
+    )
     torch.testing.assert_close(ensemble.win_rates(scores, weights), expected, equal_nan=True)
 
 
@@ -51,18 +58,28 @@ def test_win_rates_are_mean_ranks():
     scores = random_scores(2, (6, 5, 3))
     ranks = scores.argsort(1).argsort(1).double() + 1
     torch.testing.assert_close(ensemble.win_rates(scores), (ranks.mean(-1) - 1) / 4)
-    torch.testing.assert_close(ensemble.win_rates(scores).sum(1), torch.full((6,), 2.5, dtype=torch.float64))
+    torch.testing.assert_close(
+        ensemble.win_rates(scores).sum(1), torch.full((6,), 2.5, dtype=torch.float64)
+    )
 
 
 def test_win_rates_do_not_depend_on_scales_and_follow_permutations():
     scores = random_scores(3)
-    stretched = torch.stack([scores[..., 0] * 100 + 3, scores[..., 1].exp(), scores[..., 2] ** 3], -1)
+    stretched = torch.stack(
+        [scores[..., 0] * 100 + 3, scores[..., 1].exp(), scores[..., 2] ** 3], -1
+    )
     torch.testing.assert_close(ensemble.win_rates(stretched), ensemble.win_rates(scores))
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(ensemble.win_rates(scores[:, order]), ensemble.win_rates(scores)[:, order])
+    torch.testing.assert_close(
+        ensemble.win_rates(scores[:, order]), ensemble.win_rates(scores)[:, order]
+    )
     turned = scores[..., [2, 0, 1]]
-    torch.testing.assert_close(ensemble.win_rates(turned, [3, 1, 2]), ensemble.win_rates(scores, [1, 2, 3]))
-    torch.testing.assert_close(ensemble.win_rates(scores, [2, 4, 6]), ensemble.win_rates(scores, [1, 2, 3]))
+    torch.testing.assert_close(
+        ensemble.win_rates(turned, [3, 1, 2]), ensemble.win_rates(scores, [1, 2, 3])
+    )
+    torch.testing.assert_close(
+        ensemble.win_rates(scores, [2, 4, 6]), ensemble.win_rates(scores, [1, 2, 3])
+    )
 
 
 def test_constant_groups_and_padding():
@@ -86,8 +103,12 @@ def test_constant_groups_and_padding():
 def test_zscores_have_mean_zero_and_unit_spread(ddof):
     scores = random_scores(4, (3, 6, 1))
     found = ensemble.zscore(scores, ddof=ddof)
-    torch.testing.assert_close(found.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(found.std(1, correction=ddof), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        found.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(
+        found.std(1, correction=ddof), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0
+    )
     two = torch.cat([scores, scores * 1000 + 5], -1)
     torch.testing.assert_close(ensemble.zscore(two, [1, 3], ddof=ddof), found, atol=1e-6, rtol=0)
 
@@ -97,7 +118,9 @@ def test_weighted_sums_ask_for_declared_scales():
     with pytest.raises(UserError, match=r"hps declares none; give each a normalize"):
         ensemble.weighted_sum(scores, affine=[(18, 8), None], names=["pick", "hps"])
     found = ensemble.weighted_sum(scores, [0.7, 0.3], affine=[(18, 8), (0.2, 0.05)])
-    torch.testing.assert_close(found, torch.tensor([[0.7 * 0.25 + 0.3, 0.7 * 0.5]], dtype=torch.float64))
+    torch.testing.assert_close(
+        found, torch.tensor([[0.7 * 0.25 + 0.3, 0.7 * 0.5]], dtype=torch.float64)
+    )
     torch.testing.assert_close(ensemble.weighted_sum(scores, affine="none"), scores.sum(-1))
 
 
@@ -134,15 +157,23 @@ def test_majorities_follow_their_definition(missing):
     scores, weights = random_scores(9, (20, 4, 3), missing=missing, ties=True), [1.0, 0.5, 2.0]
     found = ensemble.majority(scores, weights)
     copeland = ensemble.majority_score(scores, weights)
-    for group, matrix, values in zip(scores.tolist(), found.tolist(), copeland.tolist(), strict=True):
+    for group, matrix, values in zip(
+        scores.tolist(), found.tolist(), copeland.tolist(), strict=True
+    ):
         present = [i for i in range(4) if not all(map(math.isnan, group[i]))]
         for i in range(4):
             for j in range(4):
-                pairs = [(w, a, b) for w, a, b in zip(weights, group[i], group[j], strict=True) if not math.isnan(a + b)]
+                pairs = [
+                    (w, a, b)
+                    for w, a, b in zip(weights, group[i], group[j], strict=True)
+                    if not math.isnan(a + b)
+                ]
                 votes = sum(w * ((a > b) - (a < b)) for w, a, b in pairs)
                 assert matrix[i][j] == (votes > 0) - (votes < 0) == -matrix[j][i]
             if i in present and len(present) > 1:
-                assert values[i] == pytest.approx(sum((matrix[i][j] + 1) / 2 for j in present if j != i) / (len(present) - 1))
+                assert values[i] == pytest.approx(
+                    sum((matrix[i][j] + 1) / 2 for j in present if j != i) / (len(present) - 1)
+                )
 
 
 def test_unanimous_pairs_need_margins_and_enough_scorers():
@@ -152,7 +183,9 @@ def test_unanimous_pairs_need_margins_and_enough_scorers():
     assert kept[0].tolist() == [[False, True], [False, False]]
     assert not ensemble.unanimous(scores, [0.0, 0.02, 0.0], min_agree=2).any()
     assert not ensemble.unanimous(torch.ones(1, 2, 3)).any()
-    assert not ensemble.unanimous(scores.masked_fill(torch.tensor([True, False, False]), NAN), min_agree=2).any()
+    assert not ensemble.unanimous(
+        scores.masked_fill(torch.tensor([True, False, False]), NAN), min_agree=2
+    ).any()
     with pytest.raises(UserError, match="more than half of the 3 scorers"):
         ensemble.unanimous(scores, min_agree=1)
     for margins in ([1.0], [0.0, -1.0, 0.0], [0.0, NAN, 0.0]):
@@ -175,7 +208,11 @@ def test_conservative_ensembles():
     torch.testing.assert_close(sample, torch.tensor([3 - math.sqrt(7.0)], dtype=torch.float64))
     for kind in ensemble.KINDS:
         assert ensemble.conservative(scores, kind)[2].isnan()
-    for kind, expected in (("mean", 4.0), ("min", 2.0), ("mean_minus_std", 2.0)):  # a member of weight 0 is none
+    for kind, expected in (
+        ("mean", 4.0),
+        ("min", 2.0),
+        ("mean_minus_std", 2.0),
+    ):  # a member of weight 0 is none
         assert ensemble.conservative(scores[:1], kind, weights=[0, 1, 1]).tolist() == [expected]
     assert ensemble.conservative(torch.ones(2, 3, 4, 5), "min").shape == (2, 3, 4)
     with pytest.raises(UserError, match="expected mean, min, mean_minus_std, got 'max'"):
@@ -183,9 +220,14 @@ def test_conservative_ensembles():
 
 
 def test_one_exploited_member_does_not_carry_a_conservative_ensemble():
-    honest, hacked = torch.tensor([[[0.6, 0.6, 0.6], [0.4, 0.4, 3.0]]], dtype=torch.float64).unbind(1)
+    honest, hacked = torch.tensor([[[0.6, 0.6, 0.6], [0.4, 0.4, 3.0]]], dtype=torch.float64).unbind(
+        1
+    )
     for kind, fooled in (("mean", True), ("min", False), ("mean_minus_std", False)):
-        assert bool((ensemble.conservative(hacked, kind) > ensemble.conservative(honest, kind)).all()) is fooled
+        assert (
+            bool((ensemble.conservative(hacked, kind) > ensemble.conservative(honest, kind)).all())
+            is fooled
+        )
 
 
 def test_kendalls_w():
@@ -195,17 +237,23 @@ def test_kendalls_w():
     assert ensemble.kendalls_w(opposed).tolist() == [0.0]
     # three judges rank four: 1234, 2143, 1243 -> S = sum (R - 7.5)^2 with R = 4, 5, 10, 11 = 37; W = 12 * 37 / (9 * 60)
     ranks = torch.tensor([[[1.0, 2.0, 1.0], [2.0, 1.0, 2.0], [3.0, 4.0, 4.0], [4.0, 3.0, 3.0]]])
-    torch.testing.assert_close(ensemble.kendalls_w(ranks), torch.tensor([12 * 37 / 540], dtype=torch.float64))
+    torch.testing.assert_close(
+        ensemble.kendalls_w(ranks), torch.tensor([12 * 37 / 540], dtype=torch.float64)
+    )
     # with ties, ranks 1, 2.5, 2.5, 4 twice: still perfect agreement
     tied = torch.stack([torch.tensor([1.0, 2.0, 2.0, 3.0])] * 2, -1)[None]
     torch.testing.assert_close(ensemble.kendalls_w(tied), torch.tensor([1.0], dtype=torch.float64))
     # one judge ties two: ranks 1.5, 1.5, 3 and 1, 2, 3 -> R = 2.5, 3.5, 6, S = 6.5; W = 12 * 6.5 / (4 * 24 - 2 * 6)
     half = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]])
-    torch.testing.assert_close(ensemble.kendalls_w(half), torch.tensor([78 / 84], dtype=torch.float64))
+    torch.testing.assert_close(
+        ensemble.kendalls_w(half), torch.tensor([78 / 84], dtype=torch.float64)
+    )
     # images that not all scored are left out, in each group on its own
     ragged = torch.cat([ranks, torch.full((1, 1, 3), NAN)], 1)
     partly = torch.cat([torch.tensor([[[9.0, NAN, 0.0]]]), ranks], 1)
-    torch.testing.assert_close(ensemble.kendalls_w(torch.cat([ragged, partly])), torch.tensor([12 * 37 / 540] * 2).double())
+    torch.testing.assert_close(
+        ensemble.kendalls_w(torch.cat([ragged, partly])), torch.tensor([12 * 37 / 540] * 2).double()
+    )
     assert ensemble.kendalls_w(torch.ones(1, 3, 2)).isnan().all()
     assert ensemble.kendalls_w(torch.ones(1, 3, 1)).isnan().all()
     assert ensemble.kendalls_w(torch.tensor([[[1.0, 2.0], [NAN, 1.0]]])).isnan().all()
@@ -219,7 +267,11 @@ def test_pairwise_agreement():
     torch.testing.assert_close(found, found.T)
     assert ensemble.pairwise_agreement(torch.tensor([[[1.0, NAN], [2.0, 1.0]]]))[0, 1].isnan()
     two = torch.tensor(
-        [[[1.0, 1.0], [2.0, 2.0], [NAN, 3.0]], [[1.0, 3.0], [2.0, 2.0], [3.0, NAN]], [[1.0, 0.0], [2.0, 5.0], [2.0, 5.0]]]
+        [
+            [[1.0, 1.0], [2.0, 2.0], [NAN, 3.0]],
+            [[1.0, 3.0], [2.0, 2.0], [3.0, NAN]],
+            [[1.0, 0.0], [2.0, 5.0], [2.0, 5.0]],
+        ]
     )
     # over all groups, pairs that both tell apart: (1, 2) alike; (1, 2) not; (1, 2) and (1, 3) alike
     assert ensemble.pairwise_agreement(two)[0, 1] == 3 / 4
@@ -234,7 +286,9 @@ def test_pairs_never_hold_a_missing_score():
     assert ensemble.best_worst_pairs(infinite)[0].tolist() == [[1, 2], [1, 2]]
     assert ensemble.best_worst_pairs(torch.tensor([[3.0, 1.0, 3.0, 2.0]]))[0].tolist() == [[0, 1]]
     scores = random_scores(6, (200, 3), missing=0.4, ties=True)
-    for group, (best, worst) in zip(scores.tolist(), ensemble.best_worst_pairs(scores)[0].tolist(), strict=True):
+    for group, (best, worst) in zip(
+        scores.tolist(), ensemble.best_worst_pairs(scores)[0].tolist(), strict=True
+    ):
         present = [value for value in group if not math.isnan(value)]
         if len(present) < 2:
             assert (best, worst) == (-1, -1)
@@ -252,8 +306,13 @@ def test_the_dispatcher_names_methods_and_refuses_undeclared_scales():
     for method in ("weighted_sum", "mean", "min", "mean_minus_std"):
         with pytest.raises(UserError, match="declares none"):
             ensemble.combine(scores, method, affine=[(0, 1), None, (0, 1)])
-    torch.testing.assert_close(ensemble.combine(scores, "min", affine=[(0, 1)] * 3), scores.amin(-1))
-    with pytest.raises(UserError, match=r"combine.method: unknown method 'win_rate' \(did you mean 'winrate'\?\); there are"):
+    torch.testing.assert_close(
+        ensemble.combine(scores, "min", affine=[(0, 1)] * 3), scores.amin(-1)
+    )
+    with pytest.raises(
+        UserError,
+        match=r"combine.method: unknown method 'win_rate' \(did you mean 'winrate'\?\); there are",
+    ):
         ensemble.combine(scores, "win_rate")
     for weights in ([1.0, -1.0, 1.0], [1.0, NAN, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0]):
         with pytest.raises(UserError, match="weights: expected 3 numbers"):
@@ -268,7 +327,9 @@ def test_the_dispatcher_names_methods_and_refuses_undeclared_scales():
         ensemble.combine(scores, "weighted_sum", affine=[(0, 1), (0, 1), (0, 0)])
     with pytest.raises(UserError, match="got 'declared'"):
         ensemble.combine(scores, "weighted_sum", affine="declared")
-    with pytest.raises(UserError, match=r"expected \(groups, images of a group, scorers\), got shape \(5, 4\)"):
+    with pytest.raises(
+        UserError, match=r"expected \(groups, images of a group, scorers\), got shape \(5, 4\)"
+    ):
         ensemble.win_rates(scores[..., 0])
 
 
@@ -289,7 +350,8 @@ def test_every_method_follows_permutations_and_leaves_out_what_is_missing(method
     # a scorer of weight 0 and a padded image change nothing
     longer = torch.cat([scores, random_scores(8, (40, 5, 1))], -1)
     torch.testing.assert_close(
-        combine(longer, (1.0, 0.5, 2.0, 0.0), ((0, 1), (1, 2), (-1, 0.5), (0, 1))).nan_to_num(9), found.nan_to_num(9)
+        combine(longer, (1.0, 0.5, 2.0, 0.0), ((0, 1), (1, 2), (-1, 0.5), (0, 1))).nan_to_num(9),
+        found.nan_to_num(9),
     )
     padded = torch.cat([scores, torch.full((40, 2, 3), NAN)], 1)
     torch.testing.assert_close(combine(padded)[:, :5], found, equal_nan=True)
@@ -302,6 +364,10 @@ def test_every_method_follows_permutations_and_leaves_out_what_is_missing(method
 def test_results_are_floats_of_at_least_single_precision():
     whole = torch.tensor([[[1], [2], [3]]])
     assert ensemble.win_rates(whole).tolist() == [[0.0, 0.5, 1.0]]
-    for given, expected in ((torch.int64, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+    for given, expected in (
+        (torch.int64, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         for method in ensemble.METHODS:
             assert ensemble.combine(whole.to(given), method, affine="none").dtype == expected

@@ -80,7 +80,11 @@ def dog(x, y=10):
 
 
 def test_modes():
-    counting = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "detections": [cat(0), cat(30), cat(60)]}
+    counting = {
+        "tag": "counting",
+        "include": [{"class": "cat", "count": 2}],
+        "detections": [cat(0), cat(30), cat(60)],
+    }
     assert load_scorer("geneval")([IMAGE], metadata=[counting])[0] == 1
     assert load_scorer("geneval", mode="strict")([IMAGE], metadata=[counting])[0] == 0
     assert load_scorer("geneval", mode="partial")([IMAGE], metadata=[counting])[0] == 0.5
@@ -89,12 +93,19 @@ def test_modes():
     assert load_scorer("geneval", mode="partial_published")([IMAGE], metadata=[many])[0] == -4
     misplaced = {
         "tag": "position",
-        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+        "include": [
+            {"class": "cat", "count": 1},
+            {"class": "dog", "count": 1, "position": ["left of", 0]},
+        ],
         "detections": [cat(10), dog(70)],
     }
     assert load_scorer("geneval", mode="strict")([IMAGE], metadata=[misplaced])[0] == 0
-    assert float(load_scorer("geneval", mode="partial")([IMAGE], metadata=[misplaced])[0]) == pytest.approx(2 / 3)
-    assert load_scorer("geneval", mode="partial_published")([IMAGE], metadata=[misplaced])[0] == 0.75
+    assert float(
+        load_scorer("geneval", mode="partial")([IMAGE], metadata=[misplaced])[0]
+    ) == pytest.approx(2 / 3)
+    assert (
+        load_scorer("geneval", mode="partial_published")([IMAGE], metadata=[misplaced])[0] == 0.75
+    )
     with pytest.raises(UserError, match="mode: expected geneval, strict"):
         load_scorer("geneval", mode="loose")
 
@@ -108,11 +119,18 @@ def test_a_detector_is_called_and_a_missing_colour_is_missing():
 
     scorer = load_scorer("geneval", detector=detector)
     metadata = [{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}] * 2
-    assert scorer([picture(1), picture(2)], metadata=metadata).tolist() == [1, 1] and calls == [(100, 100)] * 2
+    assert (
+        scorer([picture(1), picture(2)], metadata=metadata).tolist() == [1, 1]
+        and calls == [(100, 100)] * 2
+    )
     colored = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
     result = scorer.score([IMAGE], metadata=[colored])
     assert result.values.isnan().all() and "names a colour" in result.errors[0]
-    scorer = load_scorer("geneval", detector=detector, color_classifier=lambda image, found, label: ["red"] * len(found))
+    scorer = load_scorer(
+        "geneval",
+        detector=detector,
+        color_classifier=lambda image, found, label: ["red"] * len(found),
+    )
     assert scorer([IMAGE], metadata=[colored])[0] == 1
     result = load_scorer("geneval").score([IMAGE], metadata=metadata[:1])
     assert result.values.isnan().all() and "no detections" in result.errors[0]
@@ -137,9 +155,18 @@ def test_colours_by_a_clip_see_the_masked_box_only(tmp_path):
     [
         ({}, r"include: expected a list of clauses"),
         ({"include": [{"count": 1}]}, r"include\[0\]: expected a mapping with a class"),
-        ({"include": [{"class": "cat", "count": 0}]}, r"include\[0\].count: expected int >= 1, got 0"),
-        ({"include": [{"class": "cat", "count": 1, "color": "teal"}]}, r"color: expected one of red"),
-        ({"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, r"position: expected .*an earlier clause"),
+        (
+            {"include": [{"class": "cat", "count": 0}]},
+            r"include\[0\].count: expected int >= 1, got 0",
+        ),
+        (
+            {"include": [{"class": "cat", "count": 1, "color": "teal"}]},
+            r"color: expected one of red",
+        ),
+        (
+            {"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]},
+            r"position: expected .*an earlier clause",
+        ),
         (
             {"include": [{"class": "cat", "count": 1}], "detections": [{"label": "cat"}]},
             r"detections: expected \{label, score, box\}",
@@ -159,7 +186,9 @@ def test_the_common_checks():
         return [Detection("cat", 0.9, (10, 10, 40, 40))] * int(mean // 50)
 
     images = [Image.new("RGB", (60 + i, 50), (40 * i,) * 3) for i in range(6)]
-    metadata = [{"tag": "two_object", "include": [{"class": "cat", "count": 1 + i % 3}]} for i in range(6)]
+    metadata = [
+        {"tag": "two_object", "include": [{"class": "cat", "count": 1 + i % 3}]} for i in range(6)
+    ]
     scorer = load_scorer("geneval", detector=detector, mode="partial")
     check_scorer(scorer, images, [""] * 6, metadata).raise_if_failed()
 
@@ -167,7 +196,12 @@ def test_the_common_checks():
 def test_none_stands_for_what_a_clause_does_not_have():
     """As tables with one column per field hold it."""
     clause = {"class": "cat", "count": 1, "color": None, "position": None}
-    metadata = {"tag": "single_object", "include": [clause], "exclude": None, "detections": [cat(0)]}
+    metadata = {
+        "tag": "single_object",
+        "include": [clause],
+        "exclude": None,
+        "detections": [cat(0)],
+    }
     for mode in ("geneval", "strict", "partial", "partial_published"):
         assert load_scorer("geneval", mode=mode)([IMAGE], metadata=[metadata])[0] == 1
     only = {"include": None, "exclude": [{"class": "dog", "count": 1}]}
@@ -176,19 +210,32 @@ def test_none_stands_for_what_a_clause_does_not_have():
 
 
 def credits_of(detections, include, **options):
-    objects = keep_detections([Detection(d["label"], d["score"], d["box"], color=d.get("color")) for d in detections], "")
+    objects = keep_detections(
+        [Detection(d["label"], d["score"], d["box"], color=d.get("color")) for d in detections], ""
+    )
     return evaluate_clauses(
-        objects, {"include": include}, lambda found, _: [one.color for one in found], exact_count=True, **options
+        objects,
+        {"include": include},
+        lambda found, _: [one.color for one in found],
+        exact_count=True,
+        **options,
     )
 
 
 def test_every_demand_has_one_credit_whatever_fails_first():
-    include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}]
+    include = [
+        {"class": "dog", "count": 1},
+        {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]},
+    ]
     right, wrong, away = cat(0, color="red"), cat(0, color="blue"), cat(90, color="red")
     for detections, published, mended in (
         ([dog(50), right], [1, 1, 1, 1], [1, 1, 1, 1]),
         ([dog(50), wrong], [1, 1, 0], [1, 1, 0, 0]),
-        ([dog(50), away], [1, 1, 1, 0, 1], [1, 1, 1, 0]),  # published: a failed position collects a 1 behind its 0
+        (
+            [dog(50), away],
+            [1, 1, 1, 0, 1],
+            [1, 1, 1, 0],
+        ),  # published: a failed position collects a 1 behind its 0
         ([dog(50)], [1, 0, 0], [1, 0, 0, 0]),
         ([right], [0, 1, 1, 0], [0, 1, 1, 0]),  # no target: no 1 behind it
     ):
@@ -202,7 +249,10 @@ def test_every_demand_has_one_credit_whatever_fails_first():
         (5, "expected a list of .*got int"),
         ("cat", "expected a list of .*got str"),
         ([cat(0, score=float("nan"))], "a score and a box of four numbers"),
-        ([{"label": "cat", "score": 0.9, "box": [0, 0, float("nan"), 5]}], "a score and a box of four numbers"),
+        (
+            [{"label": "cat", "score": 0.9, "box": [0, 0, float("nan"), 5]}],
+            "a score and a box of four numbers",
+        ),
         ([{"label": "cat", "score": 0.9, "box": [0, 0, 5]}], "a score and a box of four numbers"),
     ],
 )
@@ -253,7 +303,10 @@ def test_detectors_that_cannot_be_told_apart_share_no_cache(tmp_path):
 def test_boxes_without_area_and_masks_as_lists_have_colours_too(tmp_path):
     classifier = ClipColorClassifier(load_tiny("clip-l14", tmp_path))
     mask = [[True] * 100 for _ in range(100)]
-    found = [Detection("cat", 0.9, (10.2, 10.2, 10.4, 40)), Detection("cat", 0.9, (0, 0, 50, 50), mask)]
+    found = [
+        Detection("cat", 0.9, (10.2, 10.2, 10.4, 40)),
+        Detection("cat", 0.9, (0, 0, 50, 50), mask),
+    ]
     assert set(classifier(IMAGE, found, "cat")) <= set(COLORS)
     with pytest.raises(UserError, match=r"the mask of cat is \(1, 2\), the image \(100, 100\)"):
         classifier(IMAGE, [Detection("cat", 0.9, (0, 0, 5, 5), [[True, False]])], "cat")

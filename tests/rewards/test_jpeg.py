@@ -28,31 +28,47 @@ def test_kilobytes_with_either_sign_and_in_the_units_of_the_papers():
     images = [noise(), Image.new("RGB", (40, 56), (9, 200, 30))]
     kilobytes = [encoded(image) / 1000 for image in images]
     assert load_scorer("jpeg_incompressibility")(images).tolist() == pytest.approx(kilobytes)
-    assert load_scorer("jpeg_compressibility")(images).tolist() == pytest.approx([-value for value in kilobytes])
+    assert load_scorer("jpeg_compressibility")(images).tolist() == pytest.approx(
+        [-value for value in kilobytes]
+    )
     flow = load_scorer("jpeg_compressibility", scale=500 * 1000)(images)
     assert flow.tolist() == pytest.approx([-value / 500 for value in kilobytes])
     assert kilobytes[0] > 4 * kilobytes[1]
 
 
 def test_chroma_is_subsampled_as_pillow_does_by_default():
-    assert encoded(noise()) == encoded(noise(), subsampling="4:2:0") < encoded(noise(), subsampling="4:4:4")
+    assert (
+        encoded(noise())
+        == encoded(noise(), subsampling="4:2:0")
+        < encoded(noise(), subsampling="4:4:4")
+    )
     assert jpeg.jpeg_bytes(noise()) == encoded(noise())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F"])
 def test_other_modes_are_converted_to_rgb(mode):
     image = noise().convert(mode)
-    assert float(load_scorer("jpeg_incompressibility")([image])[0]) == pytest.approx(encoded(image) / 1000)
+    assert float(load_scorer("jpeg_incompressibility")([image])[0]) == pytest.approx(
+        encoded(image) / 1000
+    )
 
 
 def test_the_card_and_the_build_of_libjpeg():
     for name in ("jpeg_compressibility", "jpeg_incompressibility"):
         spec = get_spec(name)
-        assert spec.requires == ("image",) and spec.range is None and spec.higher_is_better and not spec.differentiable
+        assert (
+            spec.requires == ("image",)
+            and spec.range is None
+            and spec.higher_is_better
+            and not spec.differentiable
+        )
         assert "smoke tests" in spec.summary
     scorer = load_scorer("jpeg_compressibility")
     assert scorer.identity()["libjpeg"] == features.version_codec("jpg")
-    assert {scorer.fingerprint(), load_scorer("jpeg_compressibility", scale=500_000).fingerprint()} != {scorer.fingerprint()}
+    assert {
+        scorer.fingerprint(),
+        load_scorer("jpeg_compressibility", scale=500_000).fingerprint(),
+    } != {scorer.fingerprint()}
     assert scorer.fingerprint() != load_scorer("jpeg_incompressibility").fingerprint()
 
 

@@ -21,7 +21,11 @@ events: list[str] = []
 
 def picture(seed: int, level: int | None = None) -> Image.Image:
     rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8) if level is None else np.full((6, 7, 3), level, np.uint8)
+    pixels = (
+        rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        if level is None
+        else np.full((6, 7, 3), level, np.uint8)
+    )
     return Image.fromarray(pixels)
 
 
@@ -55,7 +59,13 @@ class _Logged(Scorer):
 
 @register_scorer("panel-a")
 class PanelA(_Logged):
-    spec = ScorerSpec(key="panel-a", summary="mean", requires=("image",), affine=(100.0, 20.0), backbone="shared-net")
+    spec = ScorerSpec(
+        key="panel-a",
+        summary="mean",
+        requires=("image",),
+        affine=(100.0, 20.0),
+        backbone="shared-net",
+    )
 
 
 @register_scorer("panel-b")
@@ -84,21 +94,38 @@ def test_all_forms_of_rewards_are_entries():
     assert [e.name for e in parse_rewards("panel-a, panel-b")] == ["panel-a", "panel-b"]
     assert parse_rewards(["panel-a"]) == [RewardEntry("panel-a")]
     weighted = parse_rewards({"panel-a": 0.7, "panel_b": 3})
-    assert [(e.name, e.scorer, e.weight) for e in weighted] == [("panel-a", "panel-a", 0.7), ("panel_b", "panel_b", 3.0)]
+    assert [(e.name, e.scorer, e.weight) for e in weighted] == [
+        ("panel-a", "panel-a", 0.7),
+        ("panel_b", "panel_b", 3.0),
+    ]
     affine = {"kind": "affine", "mean": "18", "std": 8}
     full = parse_rewards(
-        [{"name": "pick", "scorer": "pickscore", "weight": "1e-1", "normalize": affine}, {"scorer": "hpsv2.1", "args": None}]
+        [
+            {"name": "pick", "scorer": "pickscore", "weight": "1e-1", "normalize": affine},
+            {"scorer": "hpsv2.1", "args": None},
+        ]
     )
-    assert (full[0].name, full[0].weight, full[1].name, full[1].args) == ("pick", 0.1, "hpsv2.1", {})
+    assert (full[0].name, full[0].weight, full[1].name, full[1].args) == (
+        "pick",
+        0.1,
+        "hpsv2.1",
+        {},
+    )
     assert full[0].affine(PanelB.spec) == (18.0, 8.0)
     assert parse_rewards(full) == full
-    assert parse_rewards([{"scorer": "remote", "args": {"scorer": "pickscore"}}])[0].args == {"scorer": "pickscore"}
+    assert parse_rewards([{"scorer": "remote", "args": {"scorer": "pickscore"}}])[0].args == {
+        "scorer": "pickscore"
+    }
 
 
 @pytest.mark.parametrize(
     ("value", "place", "part"),
     [
-        ([{"scorer": "panel-a"}, {"scorer": "panel-b", "weigth": 2}], "rewards[1].weigth", "did you mean 'weight'"),
+        (
+            [{"scorer": "panel-a"}, {"scorer": "panel-b", "weigth": 2}],
+            "rewards[1].weigth",
+            "did you mean 'weight'",
+        ),
         ("panel-a,panel-aa", "rewards[1].scorer", "did you mean panel-a"),
         (["panel-a", "panel-a"], "rewards[1].name", "two entries"),
         ({"panel-a": -1}, "rewards.panel-a.weight", "at least 0"),
@@ -109,10 +136,26 @@ def test_all_forms_of_rewards_are_entries():
         ([{"scorer": "panel-a", "role": "evl"}], "rewards[0].role", "did you mean 'eval'"),
         ([{"scorer": "panel-a", "on_error": "skip"}], "rewards[0].on_error", "raise or nan"),
         ([{"scorer": "panel-a", "normalize": "z"}], "rewards[0].normalize", "declared"),
-        ([{"scorer": "panel-a", "normalize": {"kind": "affine", "mean": 1, "sd": 1}}], "rewards[0].normalize.sd", "did you mean"),
-        ([{"scorer": "panel-a", "normalize": {"kind": "affine", "mean": 1, "std": 0}}], "rewards[0].normalize.std", "above 0"),
-        ([{"scorer": "panel-a", "normalize": {"kind": "affine", "mean": 1}}], "rewards[0].normalize.std", "expected float"),
-        ([{"scorer": "panel-a", "args": {"batch_size": 2}}], "rewards[0].args.batch_size", "beside args"),
+        (
+            [{"scorer": "panel-a", "normalize": {"kind": "affine", "mean": 1, "sd": 1}}],
+            "rewards[0].normalize.sd",
+            "did you mean",
+        ),
+        (
+            [{"scorer": "panel-a", "normalize": {"kind": "affine", "mean": 1, "std": 0}}],
+            "rewards[0].normalize.std",
+            "above 0",
+        ),
+        (
+            [{"scorer": "panel-a", "normalize": {"kind": "affine", "mean": 1}}],
+            "rewards[0].normalize.std",
+            "expected float",
+        ),
+        (
+            [{"scorer": "panel-a", "args": {"batch_size": 2}}],
+            "rewards[0].args.batch_size",
+            "beside args",
+        ),
         ([{"scorer": "panel-a", "batch_size": 0}], "rewards[0].batch_size", ">= 1"),
         ([{"weight": 1}], "rewards[0].scorer", "expected a name"),
         ([], "rewards", "names no scorer"),
@@ -133,7 +176,10 @@ def test_mistakes_in_rewards_name_their_place(value, place, part):
     [
         ({"rewards": "panel-a", "combin": {}}, "did you mean 'combine'"),
         ({"combine": {"method": "winrate"}}, "rewards: names no scorer"),
-        ({"rewards": "panel-a", "combine": {"method": "winrat"}}, "combine.method: .*did you mean 'winrate'"),
+        (
+            {"rewards": "panel-a", "combine": {"method": "winrat"}},
+            "combine.method: .*did you mean 'winrate'",
+        ),
         ({"rewards": "panel-a", "combine": {"missing": "zero"}}, "combine.missing"),
         ({"rewards": "panel-a", "combine": {"ddof": 2}}, "combine.ddof"),
         ({"rewards": "panel-a", "combine": {"margins": {"panel-c": 1}}}, "combine.margins.panel-c"),
@@ -141,10 +187,16 @@ def test_mistakes_in_rewards_name_their_place(value, place, part):
         ({"rewards": "panel-a", "placement": "exclusiv"}, "did you mean 'exclusive'"),
         ({"rewards": "panel-a,panel-b", "combine": "weighted_sum"}, "panel-b declares none"),
         ({"rewards": [{"scorer": "panel-b", "normalize": "declared"}]}, r"rewards\[0\].normalize"),
-        ({"rewards": [{"scorer": "panel-a", "args": {"ofset": 1}}]}, r"rewards\[0\].args.ofset.*did you mean 'offset'"),
+        (
+            {"rewards": [{"scorer": "panel-a", "args": {"ofset": 1}}]},
+            r"rewards\[0\].args.ofset.*did you mean 'offset'",
+        ),
         ({"rewards": [{"scorer": "panel-a", "device": "abacus"}]}, r"rewards\[0\].device"),
         ({"rewards": [{"scorer": "panel-a", "dtype": "int8"}]}, r"rewards\[0\].dtype"),
-        ({"rewards": [{"scorer": "panel-a", "model": "x"}]}, r"rewards\[0\].model: panel-a has no option"),
+        (
+            {"rewards": [{"scorer": "panel-a", "model": "x"}]},
+            r"rewards\[0\].model: panel-a has no option",
+        ),
     ],
 )
 def test_mistakes_in_a_panel_are_found_before_scoring(config, part):
@@ -163,7 +215,11 @@ def test_a_panel_keeps_every_column_and_takes_a_bare_value():
         assert column.dtype == torch.float32
         torch.testing.assert_close(column, expected)
     combined = panel.combine(result.columns, ["p", "p", "p"])
-    assert combined.values.tolist() == [0.5, 0.5, 0.5]  # one prefers bright images, the other dark ones
+    assert combined.values.tolist() == [
+        0.5,
+        0.5,
+        0.5,
+    ]  # one prefers bright images, the other dark ones
     assert combined.agreement["pairwise"] == [[1.0, 0.0], [0.0, 1.0]]
     assert combined.agreement["kendalls_w"] == pytest.approx(0.0)
 
@@ -219,12 +275,16 @@ def test_a_loaded_scorer_is_taken_as_it_is_and_not_closed():
 def test_a_shared_cache_answers_the_second_panel(tmp_path):
     images = [picture(i) for i in range(3)]
     for expected in (0, 3):
-        result = Panel.from_config({"rewards": "panel-a", "cache": tmp_path / "scores.sqlite"}).score(images)
+        result = Panel.from_config(
+            {"rewards": "panel-a", "cache": tmp_path / "scores.sqlite"}
+        ).score(images)
         assert result.cached == {"panel-a": expected}
 
 
 def test_shared_backbones_of_train_and_eval_are_warned_of():
-    with pytest.warns(UserWarning, match=r"panel-b \(eval\) and panel-a \(train\) both start from shared-net"):
+    with pytest.warns(
+        UserWarning, match=r"panel-b \(eval\) and panel-a \(train\) both start from shared-net"
+    ):
         Panel([{"scorer": "panel-a"}, {"scorer": "panel-b", "role": "eval"}])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -239,7 +299,9 @@ def test_eval_scorers_are_reported_but_never_combined():
     assert combined.values.tolist() == [0.0, 0.5, 1.0]
     assert combined.agreement["names"] == ["panel-a", "panel-low"]
     assert combined.agreement["pairwise"][0][1] == 0.0
-    assert panel.combine({"panel-a": columns["panel-a"]}, [0, 0, 0]).agreement["names"] == ["panel-a"]
+    assert panel.combine({"panel-a": columns["panel-a"]}, [0, 0, 0]).agreement["names"] == [
+        "panel-a"
+    ]
     with pytest.raises(UserError, match="nothing can be combined"):
         Panel([{"scorer": "panel-a", "role": "eval"}]).combine(columns, [0, 0, 0])
 
@@ -247,7 +309,12 @@ def test_eval_scorers_are_reported_but_never_combined():
 def test_weighted_sum_uses_declared_and_given_scales_and_mirrors_low_scorers():
     affine = {"kind": "affine", "mean": 10.0, "std": 2.0}
     panel = Panel(
-        [{"scorer": "panel-a", "weight": 3}, {"scorer": "panel-low"}, {"scorer": "panel-b", "normalize": affine}], "weighted_sum"
+        [
+            {"scorer": "panel-a", "weight": 3},
+            {"scorer": "panel-low"},
+            {"scorer": "panel-b", "normalize": affine},
+        ],
+        "weighted_sum",
     )
     columns = {"panel-a": [120.0, 80.0], "panel-low": [120.0, 80.0], "panel-b": [12.0, 10.0]}
     # 3 (120 - 100) / 20 - (120 - 100) / 20 + (12 - 10) / 2
@@ -262,13 +329,20 @@ def test_ragged_groups_are_combined_each_for_itself_in_any_order():
     columns = {"panel-a": [1.0, 5.0, 2.0, 9.0, 7.0, 6.0], "panel-b": [2.0, 1.0, 1.0, 9.0, 3.0, 2.0]}
     combined = panel.combine(columns, groups)
     assert combined.values.tolist() == [0.5, 0.0, 0.5, 0.5, 1.0, 0.5]
-    assert combined.agreement["kendalls_w_per_group"] == [pytest.approx(0.0), pytest.approx(1.0), None]
+    assert combined.agreement["kendalls_w_per_group"] == [
+        pytest.approx(0.0),
+        pytest.approx(1.0),
+        None,
+    ]
     assert combined.agreement["kendalls_w"] == pytest.approx(0.5)
     # of the pairs (x: 1, y: 3) the two scorers order three alike
     assert combined.agreement["pairwise"][0][1] == pytest.approx(3 / 4)
     for group in set(groups):
         members = [i for i, g in enumerate(groups) if g == group]
-        alone = panel.combine({name: [column[i] for i in members] for name, column in columns.items()}, [group] * len(members))
+        alone = panel.combine(
+            {name: [column[i] for i in members] for name, column in columns.items()},
+            [group] * len(members),
+        )
         assert alone.values.tolist() == [combined.values.tolist()[i] for i in members]
 
 
@@ -280,7 +354,9 @@ def test_groups_are_stacked_by_size_within_bounds(monkeypatch):
     assert found == [([0, 1], (2, 5)), ([2, 3, 4], (3, 4))]
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("renormalise", [0.0, 0.75]), ("drop", [None, 0.5])])
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("renormalise", [0.0, 0.75]), ("drop", [None, 0.5])]
+)
 def test_missing_scores_follow_the_policy(policy, expected):
     panel = Panel("panel-a,panel-gap", {"missing": policy})
     result = panel.score([picture(0, level=20), picture(0, level=200)], on_error="nan")
@@ -300,9 +376,15 @@ def test_agreed_pairs_ask_for_margins():
     columns = {"panel-a": [1.0, 2.0, 9.0, 4.0], "panel-low": [5.0, 4.0, 1.0, 1.0]}
     groups = [0, 0, 1, 1]
     assert Panel("panel-a,panel-low").agreed_pairs(columns, groups) == [(1, 0)]
-    assert Panel("panel-a,panel-low", {"margins": {"panel-a": 1.5}}).agreed_pairs(columns, groups) == []
+    assert (
+        Panel("panel-a,panel-low", {"margins": {"panel-a": 1.5}}).agreed_pairs(columns, groups)
+        == []
+    )
     three = Panel("panel-a,panel-low,panel-b", {"min_agree": 2})
-    assert three.agreed_pairs({**columns, "panel-b": [3.0, 3.0, 2.0, 1.0]}, groups) == [(1, 0), (2, 3)]
+    assert three.agreed_pairs({**columns, "panel-b": [3.0, 3.0, 2.0, 1.0]}, groups) == [
+        (1, 0),
+        (2, 3),
+    ]
 
 
 def test_too_large_groups_are_refused_for_winrate_and_left_out_of_agreement(monkeypatch):

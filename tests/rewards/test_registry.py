@@ -35,7 +35,13 @@ def test_all_scorers_are_listed_with_complete_cards():
     assert set(NAMES) <= set(list_scorers())
     for name in NAMES:
         spec = registry.get_spec(name)
-        assert spec.key == name and spec.summary and spec.licence and spec.citation and spec.higher_is_better
+        assert (
+            spec.key == name
+            and spec.summary
+            and spec.licence
+            and spec.citation
+            and spec.higher_is_better
+        )
         assert spec.requires and spec.preprocess and spec.text
         if spec.weights:
             assert spec.parameters or spec.key == "remote"
@@ -49,7 +55,11 @@ def test_case_and_separators_do_not_matter():
 
 
 def test_ambiguous_names_are_refused_with_the_versions():
-    for name, versions in {"hpsv2": "hpsv2.0, hpsv2.1", "clip": "clip-l14, clip-h14", "aesthetic": "aesthetic-v1"}.items():
+    for name, versions in {
+        "hpsv2": "hpsv2.0, hpsv2.1",
+        "clip": "clip-l14, clip-h14",
+        "aesthetic": "aesthetic-v1",
+    }.items():
         with pytest.raises(UserError, match=f"several scorers.*{versions}"):
             load_scorer(name)
 
@@ -167,7 +177,10 @@ def test_a_file_runs_only_when_trusted(tmp_path):
     with pytest.raises(UserError, match="would run the code in .*trust_remote_code=True"):
         load_scorer(f"{file}:Mine")
     assert not (tmp_path / "ran").exists()
-    assert load_scorer(f"{file}:Mine", trust_remote_code=True)(images(), ["", ""]).tolist() == [7, 7]
+    assert load_scorer(f"{file}:Mine", trust_remote_code=True)(images(), ["", ""]).tolist() == [
+        7,
+        7,
+    ]
     assert (tmp_path / "ran").exists()
     file.write_text(
         "from diffalign import register_scorer\n"
@@ -176,7 +189,10 @@ def test_a_file_runs_only_when_trusted(tmp_path):
         "    return [8.0] * len(images)\n"
     )
     for _ in range(2):  # a changed file is read anew, an unchanged one is run once
-        assert load_scorer(f"{file}:mine", trust_remote_code=True)(images(), ["", ""]).tolist() == [8, 8]
+        assert load_scorer(f"{file}:mine", trust_remote_code=True)(images(), ["", ""]).tolist() == [
+            8,
+            8,
+        ]
     with pytest.raises(UserError, match="has no 'Other'"):
         load_scorer(f"{file}:Other", trust_remote_code=True)
     with pytest.raises(UserError, match="there is no file"):
@@ -195,7 +211,9 @@ def test_plug_ins_are_found_by_entry_point_and_blamed_on_use_only(tmp_path):
     info = tmp_path / "plugin-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[diffalign.scorers]\nglow = plugin:glow\nbroken = plugin_broken:nothing\n")
+    (info / "entry_points.txt").write_text(
+        "[diffalign.scorers]\nglow = plugin:glow\nbroken = plugin_broken:nothing\n"
+    )
     (tmp_path / "plugin.py").write_text("def glow(images):\n    return [5.0] * len(images)\n")
     (tmp_path / "plugin_broken.py").write_text("raise RuntimeError('needs a licence')\n")
     code = (
@@ -212,7 +230,10 @@ def test_plug_ins_are_found_by_entry_point_and_blamed_on_use_only(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "the plug-in 'broken' (plugin_broken:nothing) cannot be imported: needs a licence" in done.stdout
+    assert (
+        "the plug-in 'broken' (plugin_broken:nothing) cannot be imported: needs a licence"
+        in done.stdout
+    )
 
 
 def test_scorers_load_in_several_threads_at_once():

@@ -38,9 +38,10 @@ class Bright(Scorer):
     def score_batch(self, items: list[Item]):
         if any(item.prompt == "break" for item in items):
             raise RuntimeError("secret place /srv/key")
-        return [float("nan") if i.prompt == "nan" else float(np.asarray(i.image.convert("RGB")).mean()) for i in items], {
-            k: "asked for" for k, i in enumerate(items) if i.prompt == "nan"
-        }
+        return [
+            float("nan") if i.prompt == "nan" else float(np.asarray(i.image.convert("RGB")).mean())
+            for i in items
+        ], {k: "asked for" for k, i in enumerate(items) if i.prompt == "nan"}
 
 
 @contextlib.contextmanager
@@ -86,9 +87,15 @@ def test_remote_scores_are_the_local_ones_to_the_bit(tmp_path):
     for local in (load_scorer("jpeg_compressibility"), load_tiny("pickscore", tmp_path)):
         with serving(local) as url:
             remote = load_scorer("remote", url=url, max_items=4)
-            assert remote.spec.requires == local.spec.requires and remote.spec.summary.startswith(local.name)
+            assert remote.spec.requires == local.spec.requires and remote.spec.summary.startswith(
+                local.name
+            )
             # Other batches are other sums inside a network.
-            tolerance = {"rtol": 0, "atol": 0} if local.name.startswith("jpeg") else {"rtol": 1e-6, "atol": 1e-5}
+            tolerance = (
+                {"rtol": 0, "atol": 0}
+                if local.name.startswith("jpeg")
+                else {"rtol": 1e-6, "atol": 1e-5}
+            )
             np.testing.assert_allclose(remote(images, prompts), local(images, prompts), **tolerance)
             assert not remote.differentiable
             report = check_scorer(remote)
@@ -96,7 +103,10 @@ def test_remote_scores_are_the_local_ones_to_the_bit(tmp_path):
     with serving(load_scorer("shapes")) as url:
         remote = load_scorer("remote", url=url)
         drawn = reference.drawn_images(reference.SCENES)
-        assert remote(drawn, reference.SCENES).tolist() == load_scorer("shapes")(drawn, reference.SCENES).tolist()
+        assert (
+            remote(drawn, reference.SCENES).tolist()
+            == load_scorer("shapes")(drawn, reference.SCENES).tolist()
+        )
 
 
 def test_missing_scores_cross_as_null_with_their_reason():
@@ -108,9 +118,13 @@ def test_missing_scores_cross_as_null_with_their_reason():
 def test_fingerprints_are_checked_on_loading_and_on_every_call():
     scorer = Bright()
     with serving(scorer) as url:
-        good = load_scorer("remote", url=url, expect_fingerprint=scorer.fingerprint(), scorer="bright")
+        good = load_scorer(
+            "remote", url=url, expect_fingerprint=scorer.fingerprint(), scorer="bright"
+        )
         assert good([gray(3)], ["a"])[0] == 3
-        with pytest.raises(UserError, match=f"has the fingerprint {scorer.fingerprint()}, not 0123"):
+        with pytest.raises(
+            UserError, match=f"has the fingerprint {scorer.fingerprint()}, not 0123"
+        ):
             load_scorer("remote", url=url, expect_fingerprint="0123")
         with pytest.raises(UserError, match="offers 'bright', not 'pickscore'"):
             load_scorer("remote", url=url, scorer="pickscore")
@@ -121,7 +135,10 @@ def test_fingerprints_are_checked_on_loading_and_on_every_call():
 
 
 def test_a_server_that_is_down_is_one_sentence():
-    with pytest.raises(UserError, match=r"http://127.0.0.1:9/info cannot be reached .*start the server.* after 2 tries"):
+    with pytest.raises(
+        UserError,
+        match=r"http://127.0.0.1:9/info cannot be reached .*start the server.* after 2 tries",
+    ):
         load_scorer("remote", url="http://127.0.0.1:9", retries=1, backoff=0.001)
     with serving(Bright()) as url:
         strict = load_scorer("remote", url=url, retries=1, backoff=0.001)
@@ -227,7 +244,10 @@ def test_information_that_is_no_scorer():
         {"fingerprint": 3, "spec": {"key": "x"}},
         {"fingerprint": "ff", "spec": {"key": "x"}},
     ):
-        with answering((200, info)) as (url, _), pytest.raises(UserError, match="no scorer|cannot be read"):
+        with (
+            answering((200, info)) as (url, _),
+            pytest.raises(UserError, match="no scorer|cannot be read"),
+        ):
             load_scorer("remote", url=url, retries=0)
 
 
@@ -235,10 +255,17 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG header that claims gigapixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_hostile_items_are_null_with_a_sentence_and_spare_the_others():
@@ -318,19 +345,41 @@ def test_many_clients_at_once_get_their_own_scores():
 
 def test_the_command_serves_until_it_is_told_to_stop():
     code = "from diffalign.cli.entry import main; main()"
-    command = [sys.executable, "-c", code, "serve-scorer", "jpeg_compressibility", "--port", "0", "--args", "{scale: 500000}"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "serve-scorer",
+        "jpeg_compressibility",
+        "--port",
+        "0",
+        "--args",
+        "{scale: 500000}",
+    ]
     server = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("jpeg_compressibility ("), server.stderr.read() if server.stderr else line
+        assert line.startswith("jpeg_compressibility ("), (
+            server.stderr.read() if server.stderr else line
+        )
         remote = load_scorer("remote", url=line.split()[-1])
         assert remote([gray(9)]) == load_scorer("jpeg_compressibility", scale=500000)([gray(9)])
         port = line.strip().rsplit(":", 1)[1]
-        second = subprocess.run([*command[:-4], "--port", port], capture_output=True, text=True, check=False)
-        assert second.returncode == 2 and "cannot be listened on" in second.stderr and "Traceback" not in second.stderr
+        second = subprocess.run(
+            [*command[:-4], "--port", port], capture_output=True, text=True, check=False
+        )
+        assert (
+            second.returncode == 2
+            and "cannot be listened on" in second.stderr
+            and "Traceback" not in second.stderr
+        )
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
     finally:
@@ -360,7 +409,9 @@ def test_mistakes_on_the_command_line(arguments, message, capsys):
 def mean_of_all(images, prompts, metadata):
     """Mean of the RGB pixels, of the prompt's characters and of a number."""
     return [
-        float(np.asarray(image.convert("RGB"), dtype=np.float64).mean()) + len(prompt) / 7 + extra["x"] / 3
+        float(np.asarray(image.convert("RGB"), dtype=np.float64).mean())
+        + len(prompt) / 7
+        + extra["x"] / 3
         for image, prompt, extra in zip(images, prompts, metadata, strict=True)
     ]
 
@@ -376,7 +427,10 @@ def modes() -> list[Image.Image]:
         image,
         palette,
         deep,
-        *(image.convert("RGB").convert(m) for m in ("1", "L", "LA", "RGB", "CMYK", "YCbCr", "HSV", "I", "F")),
+        *(
+            image.convert("RGB").convert(m)
+            for m in ("1", "L", "LA", "RGB", "CMYK", "YCbCr", "HSV", "I", "F")
+        ),
     ]
 
 
@@ -389,7 +443,9 @@ def test_images_of_every_mode_prompts_and_metadata_arrive_unchanged():
     with serving(local) as url, serving(sizes) as other:
         remote = load_scorer("remote", url=url, max_items=5)
         assert remote.spec.requires == ("image", "prompt", "metadata")
-        assert remote(images, prompts, metadata).tolist() == local(images, prompts, metadata).tolist()
+        assert (
+            remote(images, prompts, metadata).tolist() == local(images, prompts, metadata).tolist()
+        )
         assert load_scorer("remote", url=other)(images).tolist() == sizes(images).tolist()
         with pytest.raises(UserError, match="metadata: cannot be sent as JSON .*ndarray"):
             remote(images[:1], ["a"], [{"x": 1, "array": np.ones(2)}])
@@ -397,26 +453,42 @@ def test_images_of_every_mode_prompts_and_metadata_arrive_unchanged():
 
 def test_large_requests_are_divided_and_what_is_too_large_alone_is_a_sentence():
     noise = np.random.default_rng(1).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)
-    images, prompts = [Image.fromarray(array) for array in noise], ["a", "nan", "a", "a", "nan", "a"]
+    images, prompts = (
+        [Image.fromarray(array) for array in noise],
+        ["a", "nan", "a", "a", "nan", "a"],
+    )
     local = Bright().score(images, prompts)
     with serving(Bright(), Limits(max_bytes=4000)) as url:
         remote = load_scorer("remote", url=url, retries=0, on_error="nan")
         result = remote.score(images, prompts)
         np.testing.assert_array_equal(result.values, local.values)
         assert result.errors == local.errors == {1: "asked for", 4: "asked for"}
-        large = Image.fromarray(np.random.default_rng(2).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+        large = Image.fromarray(
+            np.random.default_rng(2).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+        )
         result = remote.score([images[0], large], ["a", "a"])
-        assert result.values[0] == local.values[0] and "one image has" in result.errors[1] and "--max_bytes" in result.errors[1]
+        assert (
+            result.values[0] == local.values[0]
+            and "one image has" in result.errors[1]
+            and "--max_bytes" in result.errors[1]
+        )
 
 
-@pytest.mark.parametrize("limits", [5, {"max_items": 0}, {"max_items": None}, {"max_items": "x"}, {"max_bytes": -3}])
+@pytest.mark.parametrize(
+    "limits", [5, {"max_items": 0}, {"max_items": None}, {"max_items": "x"}, {"max_bytes": -3}]
+)
 def test_limits_that_make_no_sense_are_a_sentence(limits):
-    with answering((200, {**INFO, "limits": limits})) as (url, _), pytest.raises(UserError, match="limits that cannot be read"):
+    with (
+        answering((200, {**INFO, "limits": limits})) as (url, _),
+        pytest.raises(UserError, match="limits that cannot be read"),
+    ):
         load_scorer("remote", url=url, retries=0)
 
 
 def test_servers_that_name_no_limits_will_do():
-    with answering((200, {**INFO, "limits": None}), (200, {"scores": [2.5], "fingerprint": "ff"})) as (url, _):
+    with answering(
+        (200, {**INFO, "limits": None}), (200, {"scores": [2.5], "fingerprint": "ff"})
+    ) as (url, _):
         assert load_scorer("remote", url=url)([gray(1)], ["a"])[0] == 2.5
 
 
@@ -429,6 +501,9 @@ def test_a_request_that_fails_twice_is_sent_three_times_and_scored_once():
 
 @pytest.mark.parametrize("score", [b"true", b'"1"', b"[1]", b"1" + b"0" * 400])
 def test_scores_that_are_no_numbers_are_missing(score):
-    with answering((200, INFO), (200, b'{"scores": [' + score + b'], "fingerprint": "ff"}')) as (url, _):
+    with answering((200, INFO), (200, b'{"scores": [' + score + b'], "fingerprint": "ff"}')) as (
+        url,
+        _,
+    ):
         result = load_scorer("remote", url=url, retries=0, on_error="nan").score([gray(1)], ["a"])
     assert result.values.isnan().all() and "that is no scorer" in result.errors[0]

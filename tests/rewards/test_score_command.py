@@ -92,7 +92,10 @@ def image_folder(folder: Path, count: int = 6) -> Path:
 def pair_table(path: Path, count: int = 6) -> Path:
     """Pairs whose chosen image shows its prompt; stored as bytes."""
     cells = [{"bytes": png(render(scene)), "path": None} for scene in SCENES[: count + 1]]
-    rows = [{"prompt": SCENES[i].prompt, "chosen": cells[i], "rejected": cells[i + 1]} for i in range(count)]
+    rows = [
+        {"prompt": SCENES[i].prompt, "chosen": cells[i], "rejected": cells[i + 1]}
+        for i in range(count)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -105,11 +108,29 @@ def _fresh():
 def test_a_folder_with_captions_beside_the_images(tmp_path, capsys):
     folder = image_folder(tmp_path / "images")
     assert (
-        score("--images", folder, "--scorers", "shapes,score-brightness", "--output_dir", tmp_path / "out", "--chunk_size", 4)
+        score(
+            "--images",
+            folder,
+            "--scorers",
+            "shapes,score-brightness",
+            "--output_dir",
+            tmp_path / "out",
+            "--chunk_size",
+            4,
+        )
         == 0
     )
     found = table(tmp_path / "out")
-    assert list(found) == ["image", "row", "position", "role", "prompt", "shapes", "score-brightness", "combined"]
+    assert list(found) == [
+        "image",
+        "row",
+        "position",
+        "role",
+        "prompt",
+        "shapes",
+        "score-brightness",
+        "combined",
+    ]
     assert found["image"] == [f"{i:02d}.png" for i in range(6)] and found["row"] == list(range(6))
     prompts = [SCENES[i // 2 * 2].prompt for i in range(6)]
     assert found["prompt"] == prompts
@@ -121,10 +142,16 @@ def test_a_folder_with_captions_beside_the_images(tmp_path, capsys):
     values = np.asarray(found["shapes"])
     statistics = facts["scorers"]["shapes"]
     assert (statistics["n"], statistics["missing"], statistics["max"]) == (6, 0, values.max())
-    assert statistics["mean"] == pytest.approx(values.mean()) and statistics["median"] == pytest.approx(np.median(values))
+    assert statistics["mean"] == pytest.approx(values.mean()) and statistics[
+        "median"
+    ] == pytest.approx(np.median(values))
     assert set(facts["agreement"]) == {"names", "kendalls_w", "pairwise", "left_out"}
     printed = capsys.readouterr().out
-    assert "6 images in 3 groups" in printed and "Kendall's W" in printed and "score-brightness" in printed
+    assert (
+        "6 images in 3 groups" in printed
+        and "Kendall's W" in printed
+        and "score-brightness" in printed
+    )
 
 
 def test_prompts_from_tables_files_and_the_command_line(tmp_path):
@@ -132,7 +159,10 @@ def test_prompts_from_tables_files_and_the_command_line(tmp_path):
     for text in folder.glob("*.txt"):
         text.unlink()
     wanted = [scene.prompt for scene in SCENES[:3]]
-    rows = [json.dumps({"file_name": f"{i:02d}.png", "prompt": prompt}) for i, prompt in enumerate(wanted)]
+    rows = [
+        json.dumps({"file_name": f"{i:02d}.png", "prompt": prompt})
+        for i, prompt in enumerate(wanted)
+    ]
     (tmp_path / "lines.txt").write_text("\n".join(wanted))
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n\n")
     run = ["--images", folder, "--scorers", "shapes", "--output_dir", tmp_path / "out"]
@@ -150,7 +180,16 @@ def test_prompts_from_tables_files_and_the_command_line(tmp_path):
         score(*run)
         assert table(tmp_path / "out")["prompt"] == wanted
         (folder / name).unlink()
-    score("--images", folder / "01.png", "--prompt", wanted[1], "--scorers", "shapes", "--output_dir", tmp_path / "one")
+    score(
+        "--images",
+        folder / "01.png",
+        "--prompt",
+        wanted[1],
+        "--scorers",
+        "shapes",
+        "--output_dir",
+        tmp_path / "one",
+    )
     assert table(tmp_path / "one")["image"] == ["01.png"]
 
 
@@ -163,7 +202,9 @@ def test_metadata_reach_scorers_that_ask_for_them(tmp_path):
     run = ["--images", folder, "--scorers", "score-metadata", "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError, match="score-metadata needs metadata"):
         score(*run)
-    lines = [json.dumps({"file_name": f"{i:02d}.png", "prompt": "x", "count": i + 5}) for i in range(3)]
+    lines = [
+        json.dumps({"file_name": f"{i:02d}.png", "prompt": "x", "count": i + 5}) for i in range(3)
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     score(*run)
     assert table(tmp_path / "out")["score-metadata"] == [5.0, 6.0, 7.0]
@@ -171,10 +212,20 @@ def test_metadata_reach_scorers_that_ask_for_them(tmp_path):
 
 def test_pairs_say_how_often_the_chosen_image_wins(tmp_path, capsys):
     out = tmp_path / "out"
-    score("--images", pair_table(tmp_path / "pairs.parquet"), "--scorers", "shapes,score-dark", "--output_dir", out)
+    score(
+        "--images",
+        pair_table(tmp_path / "pairs.parquet"),
+        "--scorers",
+        "shapes,score-dark",
+        "--output_dir",
+        out,
+    )
     found = table(out)
     assert found["role"] == ["chosen", "rejected"] * 6 and found["position"] == [0, 1] * 6
-    assert found["row"] == [i // 2 for i in range(12)] and found["image"][:2] == ["row 0, image 0", "row 0, image 1"]
+    assert found["row"] == [i // 2 for i in range(12)] and found["image"][:2] == [
+        "row 0, image 0",
+        "row 0, image 1",
+    ]
     facts = summary(out)
     assert facts["kind"] == "pair" and facts["rows"] == 6
     assert facts["scorers"]["shapes"]["agrees_with_labels"] == 1.0
@@ -221,8 +272,21 @@ def test_combination_and_options_from_a_file_and_from_the_command_line(tmp_path)
     )
     score("--images", folder, "--config", config, "--output_dir", out)
     found = table(out)
-    assert found["combined"] == pytest.approx([(value - 100) / 10 for value in found["bright"]], abs=1e-5)
-    score("--images", folder, "--config", config, "--output_dir", out, "--combine", "winrate", "--placement", "exclusive")
+    assert found["combined"] == pytest.approx(
+        [(value - 100) / 10 for value in found["bright"]], abs=1e-5
+    )
+    score(
+        "--images",
+        folder,
+        "--config",
+        config,
+        "--output_dir",
+        out,
+        "--combine",
+        "winrate",
+        "--placement",
+        "exclusive",
+    )
     assert set(table(out)["combined"]) <= {0.0, 0.5, 1.0}
     score(
         "--images",
@@ -234,7 +298,9 @@ def test_combination_and_options_from_a_file_and_from_the_command_line(tmp_path)
         "--scorer_args",
         "{bright: {weight: 2}, shapes: {graded: false}}",
     )
-    assert table(out)["combined"] == pytest.approx([(value - 100) / 5 for value in found["bright"]], abs=1e-5)
+    assert table(out)["combined"] == pytest.approx(
+        [(value - 100) / 5 for value in found["bright"]], abs=1e-5
+    )
     assert set(table(out)["shapes"]) <= {0.0, 1.0}
     score(
         "--images",
@@ -264,7 +330,9 @@ def test_work_is_done_once_and_only_what_changed_is_done_again(tmp_path):
     assert CALLS == [2, 2, 2, 2]
     changed = table(out)["score-brightness"]
     assert changed[3] == first["score-brightness"][0]
-    assert [v for i, v in enumerate(changed) if i != 3] == [v for i, v in enumerate(first["score-brightness"]) if i != 3]
+    assert [v for i, v in enumerate(changed) if i != 3] == [
+        v for i, v in enumerate(first["score-brightness"]) if i != 3
+    ]
 
     @register_scorer("score-brightness", requires=("image",), override=True)
     def brightness(images):
@@ -280,7 +348,16 @@ def test_unreadable_images_stop_or_are_missing_and_are_tried_again(tmp_path, cap
     folder, out = image_folder(tmp_path / "images", 5), tmp_path / "out"
     whole = (folder / "02.png").read_bytes()
     (folder / "02.png").write_bytes(whole[:60])
-    run = ["--images", folder, "--scorers", "shapes,score-brightness", "--output_dir", out, "--chunk_size", 2]
+    run = [
+        "--images",
+        folder,
+        "--scorers",
+        "shapes,score-brightness",
+        "--output_dir",
+        out,
+        "--chunk_size",
+        2,
+    ]
     with pytest.raises(UserError, match="02.png: .*cannot be decoded"):
         score(*run)
     score(*run, "--on_error", "nan")
@@ -313,33 +390,62 @@ def test_broken_rows_of_a_dataset_are_listed(tmp_path):
 
 def _environment(log: Path, **more: str) -> dict[str, str]:
     python_path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "SCORE_LOG": str(log), "PYTHONPATH": python_path, **more}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "SCORE_LOG": str(log),
+        "PYTHONPATH": python_path,
+        **more,
+    }
 
 
 def _own(tmp_path: Path) -> tuple[list[str], Path]:
     """A folder of images and a run over it with a scorer of the user's own file, without its output folder."""
     (tmp_path / "own.py").write_text(OWN_SCORER)
     config = tmp_path / "rewards.yaml"
-    config.write_text(f"- {{name: own, scorer: '{tmp_path}/own.py:logged'}}\n- {{scorer: shapes}}\n")
+    config.write_text(
+        f"- {{name: own, scorer: '{tmp_path}/own.py:logged'}}\n- {{scorer: shapes}}\n"
+    )
     folder = image_folder(tmp_path / "images", 10)
-    return ["--images", str(folder), "--config", str(config), "--chunk_size", "3", "--trust_remote_code", "--output_dir"], folder
+    return [
+        "--images",
+        str(folder),
+        "--config",
+        str(config),
+        "--chunk_size",
+        "3",
+        "--trust_remote_code",
+        "--output_dir",
+    ], folder
 
 
 def _files(out: Path) -> list[bytes]:
-    return [(out / name).read_bytes() for name in ("scores.parquet", "summary.json", "errors.jsonl")]
+    return [
+        (out / name).read_bytes() for name in ("scores.parquet", "summary.json", "errors.jsonl")
+    ]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     run, _ = _own(tmp_path)
     log, out = tmp_path / "log", tmp_path / "out"
     killed = subprocess.run(
-        [sys.executable, SCRIPT, *run, out], env=_environment(log, SCORE_DIES_AT="3"), capture_output=True, text=True, timeout=120
+        [sys.executable, SCRIPT, *run, out],
+        env=_environment(log, SCORE_DIES_AT="3"),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert killed.returncode == -9, killed.stderr
     assert not (out / "scores.parquet").exists() and len(list((out / "parts").iterdir())) == 2
     monkeypatch.setenv("SCORE_LOG", str(log))
     score(*run, out)
-    assert log.read_text().split() == ["3", "3", "3", "3", "1"]  # the chunk that it died in, and the last
+    assert log.read_text().split() == [
+        "3",
+        "3",
+        "3",
+        "3",
+        "1",
+    ]  # the chunk that it died in, and the last
     monkeypatch.setenv("SCORE_LOG", str(tmp_path / "other_log"))
     score(*run, tmp_path / "uninterrupted")
     assert _files(out) == _files(tmp_path / "uninterrupted")
@@ -349,15 +455,28 @@ def test_two_processes_write_what_one_writes(tmp_path, monkeypatch):
     run, folder = _own(tmp_path)
     launch = [sys.executable, *TORCHRUN, SCRIPT, *run]
     log, both = tmp_path / "log", tmp_path / "both"
-    found = subprocess.run([*launch, both], env=_environment(log), capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [*launch, both], env=_environment(log), capture_output=True, text=True, timeout=120
+    )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("10 images") == 1 and sorted(log.read_text().split()) == ["1", "3", "3", "3"]
+    assert found.stdout.count("10 images") == 1 and sorted(log.read_text().split()) == [
+        "1",
+        "3",
+        "3",
+        "3",
+    ]
     monkeypatch.setenv("SCORE_LOG", str(tmp_path / "other_log"))
     score(*run, tmp_path / "alone")
     assert _files(both) == _files(tmp_path / "alone")
 
     (folder / "04.png").write_bytes(b"no image")  # in the second process's share
-    found = subprocess.run([*launch, tmp_path / "broken"], env=_environment(log), capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [*launch, tmp_path / "broken"],
+        env=_environment(log),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode != 0 and "diffalign: process 1: 04.png:" in found.stderr
     assert "Traceback" not in found.stderr.split("diffalign: process 1")[0]
 
@@ -401,7 +520,10 @@ def test_images_and_prompts_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "named.yaml").write_text("- {name: prompt, scorer: shapes}\n")
     cases = [
-        (["--images", folder, "--prompts", tmp_path / "two.txt"], "has 2 lines, but there are 3 images"),
+        (
+            ["--images", folder, "--prompts", tmp_path / "two.txt"],
+            "has 2 lines, but there are 3 images",
+        ),
         (["--images", folder, "--prompts", tmp_path / "bad.jsonl"], "line 2: not valid JSON"),
         (["--images", folder, "--prompts", tmp_path / "nameless.jsonl"], "names no image"),
         (["--images", tmp_path / "empty"], "holds no images"),
@@ -417,7 +539,9 @@ def test_images_and_prompts_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="lies inside --images"):
         score("--images", folder, "--scorers", "shapes", "--output_dir", folder / "out")
     (folder / "01.txt").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 images have no prompt \(01.png\), and shapes needs one"):
+    with pytest.raises(
+        UserError, match=r"1 of 3 images have no prompt \(01.png\), and shapes needs one"
+    ):
         score("--images", folder, *run)
     score("--images", folder, "--scorers", "score-brightness", "--output_dir", tmp_path / "out")
     assert table(tmp_path / "out")["prompt"][1] is None

@@ -31,15 +31,21 @@ class Telling(Scorer):
 
     def score_batch(self, items: list[Item]):
         if items[0].prompt == "raise":
-            raise UserError("cache: '/srv/secret place/c.sqlite' is damaged; http://host/v1 and 3/4 and and/or stay")
-        return [float("nan")] * len(items), dict.fromkeys(range(len(items)), "model: /srv/secret/model.pt is gone; mend it")
+            raise UserError(
+                "cache: '/srv/secret place/c.sqlite' is damaged; http://host/v1 and 3/4 and and/or stay"
+            )
+        return [float("nan")] * len(items), dict.fromkeys(
+            range(len(items)), "model: /srv/secret/model.pt is gone; mend it"
+        )
 
 
 def test_no_place_on_the_server_is_told():
     image = b64(png(gray(5)))
     with serving(Telling()) as url:
         status, reply = post(url, {"items": [{"image": image, "prompt": "raise"}]})
-        expected = "cache: (a file of the server) is damaged; http://host/v1 and 3/4 and and/or stay"
+        expected = (
+            "cache: (a file of the server) is damaged; http://host/v1 and 3/4 and and/or stay"
+        )
         assert (status, reply["error"]) == (400, expected)
         status, reply = post(url, {"items": [{"image": image, "prompt": "x"}]})
         assert reply["errors"] == ["model: (a file of the server) is gone; mend it"]

@@ -72,7 +72,10 @@ def test_yes_no_probabilities():
         {"token": "No", "logprob": math.log(0.2)},
     ]
     assert yes_no_probability(tokens) == pytest.approx(0.75)
-    assert yes_no_probability([{"token": "no", "logprob": -0.1}, {"token": "maybe", "logprob": -3}]) == 0
+    assert (
+        yes_no_probability([{"token": "no", "logprob": -0.1}, {"token": "maybe", "logprob": -3}])
+        == 0
+    )
     assert math.isnan(yes_no_probability([{"token": "maybe", "logprob": -0.1}]))
     assert math.isnan(yes_no_probability([]))
 
@@ -103,9 +106,17 @@ class Judge(BaseHTTPRequestHandler):
         image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
         value = round(np.asarray(image).mean() / 50)
         if body.get("logprobs"):
-            top = [{"token": "Yes", "logprob": math.log(value / 5)}, {"token": "No", "logprob": math.log(1 - value / 5)}]
+            top = [
+                {"token": "Yes", "logprob": math.log(value / 5)},
+                {"token": "No", "logprob": math.log(1 - value / 5)},
+            ]
             return {
-                "choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}]
+                "choices": [
+                    {
+                        "message": {"content": "Yes"},
+                        "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]},
+                    }
+                ]
             }
         return {"choices": [{"message": {"content": f"It is fine.\n**Final Score:** {value}"}}]}
 
@@ -130,15 +141,21 @@ def gray(value: int) -> Image.Image:
 def test_a_judge_scores_and_is_asked_the_same_way_every_time(judge, monkeypatch):
     url, handler = judge
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    scorer = load_scorer("vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY", image_size=8)
+    scorer = load_scorer(
+        "vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY", image_size=8
+    )
     found = scorer([gray(50), gray(150), gray(250)], ["a {brace} cat"] * 3)
     assert found.tolist() == pytest.approx([0.2, 0.6, 1.0])
     path, key, body = handler.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret"
     assert body["temperature"] == 0 and body["seed"] == 0 and body["model"] == "m"
     picture, text = body["messages"][0]["content"]
-    assert "a {brace} cat" in text["text"] and picture["image_url"]["url"].startswith("data:image/png;base64,")
-    assert Image.open(io.BytesIO(base64.b64decode(picture["image_url"]["url"].split(",")[1]))).size == (8, 8)
+    assert "a {brace} cat" in text["text"] and picture["image_url"]["url"].startswith(
+        "data:image/png;base64,"
+    )
+    assert Image.open(
+        io.BytesIO(base64.b64decode(picture["image_url"]["url"].split(",")[1]))
+    ).size == (8, 8)
     yes = load_scorer("vlm_judge", url=url + "/v1", judge_model="m", kind="yes_no")
     assert yes([gray(150)], ["p"]).tolist() == pytest.approx([0.6])
 
@@ -157,7 +174,9 @@ def test_what_cannot_be_read_is_missing_and_never_zero(judge):
     scorer = load_scorer("vlm_judge", url=url, judge_model="m", concurrency=1)
     result = scorer.score([gray(i) for i in range(4)], ["p"] * 4)
     assert result.values.isnan().all() and set(result.errors) == {0, 1, 2, 3}
-    assert "holds no score from 1 to 5" in result.errors[0] and "without a message" in result.errors[1]
+    assert (
+        "holds no score from 1 to 5" in result.errors[0] and "without a message" in result.errors[1]
+    )
 
 
 def test_a_busy_server_is_asked_again_and_a_dead_one_is_a_sentence(judge):
@@ -167,7 +186,11 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_is_a_sentence(judge):
     assert scorer([gray(100)], ["p"]).tolist() == pytest.approx([0.4]) and len(handler.seen) == 3
     dead = {"url": "http://127.0.0.1:9", "judge_model": "m", "retries": 1, "backoff": 0.001}
     result = load_scorer("vlm_judge", **dead).score([gray(0)], ["p"])
-    assert result.values.isnan().all() and "cannot be reached" in result.errors[0] and "after 2 tries" in result.errors[0]
+    assert (
+        result.values.isnan().all()
+        and "cannot be reached" in result.errors[0]
+        and "after 2 tries" in result.errors[0]
+    )
     with pytest.raises(UserError, match="cannot be reached"):
         load_scorer("vlm_judge", **dead, on_error="raise")([gray(0)], ["p"])
 
@@ -185,7 +208,10 @@ def test_options():
             load_scorer("vlm_judge", **options)
     one, two = (load_scorer("vlm_judge", judge_model=name) for name in ("a", "b"))
     assert one.fingerprint() != two.fingerprint()
-    assert load_scorer("vlm_judge", judge_model="a", template="Other {prompt}").fingerprint() != one.fingerprint()
+    assert (
+        load_scorer("vlm_judge", judge_model="a", template="Other {prompt}").fingerprint()
+        != one.fingerprint()
+    )
 
 
 def test_the_common_checks(judge):
@@ -200,7 +226,12 @@ def test_the_common_checks(judge):
 def test_a_key_never_shows_and_may_end_in_a_line_break(judge, monkeypatch):
     url, handler = judge
     monkeypatch.setenv("JUDGE_KEY", "secret\n")
-    assert load_scorer("vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY")([gray(100)], ["p"])[0] > 0
+    assert (
+        load_scorer("vlm_judge", url=url, judge_model="m", api_key_env="JUDGE_KEY")(
+            [gray(100)], ["p"]
+        )[0]
+        > 0
+    )
     assert handler.seen[0][1] == "Bearer secret"
     monkeypatch.setenv("JUDGE_KEY", "secret\nX-Other: 1")
     with pytest.raises(UserError, match="api_key_env: JUDGE_KEY holds characters") as caught:
@@ -221,5 +252,7 @@ def test_a_key_never_shows_and_may_end_in_a_line_break(judge, monkeypatch):
 def test_log_probabilities_that_cannot_be_read_are_missing(judge, choice):
     url, handler = judge
     handler.reply = classmethod(lambda cls, body: {"choices": [choice]})
-    result = load_scorer("vlm_judge", url=url, judge_model="m", kind="yes_no").score([gray(1)], ["p"])
+    result = load_scorer("vlm_judge", url=url, judge_model="m", kind="yes_no").score(
+        [gray(1)], ["p"]
+    )
     assert result.values.isnan().all() and result.errors[0]

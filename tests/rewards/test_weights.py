@@ -37,8 +37,14 @@ def test_missing_extra_and_misshapen_keys_are_named(name, tmp_path):
     path = arguments["model"]
     if path.is_dir():
         path = path / "model.safetensors"
-    state = {key: value.clone() for key, value in loading.read_state(path).items()}  # the file is overwritten below
-    some = next(key for key in state if key.endswith("weight") and "proj" not in key and state[key].ndim == 2)
+    state = {
+        key: value.clone() for key, value in loading.read_state(path).items()
+    }  # the file is overwritten below
+    some = next(
+        key
+        for key in state
+        if key.endswith("weight") and "proj" not in key and state[key].ndim == 2
+    )
 
     def load(changed):
         if path.suffix == ".safetensors":
@@ -53,7 +59,9 @@ def test_missing_extra_and_misshapen_keys_are_named(name, tmp_path):
     with pytest.raises(UserError, match=r"does not fit .*lacks 1 \(.*" + short.replace(".", r"\.")):
         load({key: value for key, value in state.items() if key != some})
     with pytest.raises(UserError, match=r"has unknown 1 \(.*surplus\.weight"):
-        load({**state, "model.surplus.weight" if name == "mps" else "surplus.weight": torch.ones(2)})
+        load(
+            {**state, "model.surplus.weight" if name == "mps" else "surplus.weight": torch.ones(2)}
+        )
     with pytest.raises(UserError, match=r"has misshapen \d+ \(.*instead of"):
         load({**state, some: torch.ones(3, 7)})
     assert load(state) is not None
@@ -104,7 +112,9 @@ def test_damaged_files_and_wrong_places(tmp_path):
         (tmp_path / "nowhere.pt", "there is no file or folder"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            load_scorer("imagereward", **{**MODELS["imagereward"](tmp_path / "whole"), "model": model})
+            load_scorer(
+                "imagereward", **{**MODELS["imagereward"](tmp_path / "whole"), "model": model}
+            )
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="has no config.json"):
         load_scorer("pickscore", model=folder)
@@ -113,11 +123,17 @@ def test_damaged_files_and_wrong_places(tmp_path):
 
 
 def test_published_weights_that_are_not_here_say_where_they_are(tmp_path):
-    with pytest.raises(UserError, match=r"pickscore, 'yuvalkirstain/PickScore_v1', are not on this machine.*pass model="):
+    with pytest.raises(
+        UserError,
+        match=r"pickscore, 'yuvalkirstain/PickScore_v1', are not on this machine.*pass model=",
+    ):
         load_scorer("pickscore")
     with pytest.raises(UserError, match=r"HPS_v2.1_compressed.pt of 'xswu/HPSv2'"):
         load_scorer("hpsv2.1")
-    with pytest.raises(UserError, match=r"'laion2b_s32b_b79k' of ViT-H-14 are not on this machine and cannot be downloaded"):
+    with pytest.raises(
+        UserError,
+        match=r"'laion2b_s32b_b79k' of ViT-H-14 are not on this machine and cannot be downloaded",
+    ):
         load_scorer("clip-h14")
     with pytest.raises(UserError, match=r"is published at https://github.com/.*pass model=FILE"):
         load_scorer("aesthetic-v2")
@@ -136,7 +152,9 @@ def test_a_tokenizer_that_does_not_belong_is_refused(tmp_path):
     vocabulary = tmp_path / "tokenizer" / "vocab.txt"
     as_file = load_scorer("imagereward", **{**arguments, "tokenizer": vocabulary})
     as_folder = load_scorer("imagereward", **arguments)
-    assert len(as_file.tokenizer) == len(as_folder.tokenizer) == len(checkpoints.bert_vocabulary()) + 2  # [DEC], [ENC]
+    assert (
+        len(as_file.tokenizer) == len(as_folder.tokenizer) == len(checkpoints.bert_vocabulary()) + 2
+    )  # [DEC], [ENC]
     with pytest.raises(UserError, match="tokenizer: .* cannot be loaded"):
         load_scorer("imagereward", **{**arguments, "tokenizer": tmp_path / "nowhere"})
     long = tmp_path / "long.txt"
@@ -153,7 +171,10 @@ def test_configurations_are_checked(tmp_path):
     arguments = MODELS["imagereward"](tmp_path)
     for config, message in (
         ({"visoin": {}}, "config: unknown section 'visoin'; imagereward takes vision and text"),
-        ({"vision": {"hiden_size": 3}}, "config.vision.hiden_size: BlipVisionConfig has no such field"),
+        (
+            {"vision": {"hiden_size": 3}},
+            "config.vision.hiden_size: BlipVisionConfig has no such field",
+        ),
         ({"text": {"encoder_hidden_size": 99}}, "config.text.encoder_hidden_size: is 99"),
         (tmp_path / "none.json", "expected a mapping or a JSON file"),
     ):
@@ -175,7 +196,10 @@ def test_the_fingerprint_follows_the_content_and_the_settings(tmp_path):
     checkpoints.write_pickscore(tmp_path / "other", seed=7)
     assert load_scorer("pickscore", model=tmp_path / "other").fingerprint() != first.fingerprint()
     options = ({}, {"antialias": False}, {"scale": 100.0}, {"dtype": "bfloat16"})
-    seen = {load_tiny("hpsv2.1", tmp_path / str(i), **given).fingerprint() for i, given in enumerate(options)}
+    seen = {
+        load_tiny("hpsv2.1", tmp_path / str(i), **given).fingerprint()
+        for i, given in enumerate(options)
+    }
     assert len(seen) == 4
     assert load_tiny("hpsv2.0", tmp_path).fingerprint() not in seen
     with pytest.raises(UserError, match="contradicts"):
@@ -186,7 +210,9 @@ def test_long_prompts_are_truncated_with_a_warning(tmp_path):
     for name in ("imagereward", "pickscore", "hpsv2.1", "mps"):
         scorer = load_tiny(name, tmp_path)
         image = Image.new("RGB", (40, 40), (200, 30, 30))
-        with pytest.warns(UserWarning, match=r"a prompt of 10000 characters .* is longer than (35|77) tokens"):
+        with pytest.warns(
+            UserWarning, match=r"a prompt of 10000 characters .* is longer than (35|77) tokens"
+        ):
             value = scorer([image], ["red cat " * 1250])
         assert value.isfinite().all()
         with warnings.catch_warnings():
@@ -204,7 +230,10 @@ def test_folders_as_they_come(tmp_path):
     expected = load_scorer("imagereward", **arguments)(image, prompt)
     assert load_scorer("imagereward", **{**arguments, "tokenizer": bare})(image, prompt) == expected
     shutil.copy(bare / "vocab.txt", tmp_path / "a")
-    assert load_scorer("imagereward", model=tmp_path / "a", config=arguments["config"])(image, prompt) == expected
+    assert (
+        load_scorer("imagereward", model=tmp_path / "a", config=arguments["config"])(image, prompt)
+        == expected
+    )
 
     folder = checkpoints.write_pickscore(tmp_path / "p")
     expected = load_scorer("pickscore", model=folder)(image, prompt)
@@ -215,7 +244,11 @@ def test_folders_as_they_come(tmp_path):
     both = checkpoints.write_clip(tmp_path / "clip")
     head = checkpoints.write_aesthetic(both, 2, 16)
     expected = load_scorer("aesthetic-v2", model=head, config={"clip": both})(image)
-    assert load_scorer("aesthetic-v2", model=head)(image) == load_scorer("aesthetic-v2", model=both)(image) == expected
+    assert (
+        load_scorer("aesthetic-v2", model=head)(image)
+        == load_scorer("aesthetic-v2", model=both)(image)
+        == expected
+    )
 
 
 def test_half_precision_towers_stay_close_and_heads_stay_wide(tmp_path):
@@ -226,8 +259,13 @@ def test_half_precision_towers_stay_close_and_heads_stay_wide(tmp_path):
         scorer = load_tiny(name, tmp_path / "half", dtype="bfloat16")
         assert all(p.dtype == torch.float32 for head in scorer.heads() for p in head.parameters())
         half = scorer(images, prompts[: len(images)])
-        assert half.isfinite().all() and float((half - exact).abs().max()) < 0.25 * float(exact.std()) + 1.5
-        with pytest.raises(UserError, match="dtype: .* was rounded to bfloat16 and cannot be widened"):
+        assert (
+            half.isfinite().all()
+            and float((half - exact).abs().max()) < 0.25 * float(exact.std()) + 1.5
+        )
+        with pytest.raises(
+            UserError, match="dtype: .* was rounded to bfloat16 and cannot be widened"
+        ):
             scorer.to(dtype="float32")
 
 
@@ -276,7 +314,12 @@ def test_a_config_without_sense_is_one_sentence(section, field, value, tmp_path,
     Image.new("RGB", (16, 16)).save(images / "a.png")
     (images / "a.txt").write_text("a red circle")
     given = json.dumps({"pickscore": {"model": str(folder)}})
-    assert cli.run(["score", "--images", str(images), "--scorers", "pickscore", "--scorer_args", given]) == 2
+    assert (
+        cli.run(
+            ["score", "--images", str(images), "--scorers", "pickscore", "--scorer_args", given]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert "pickscore" in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
 
@@ -309,7 +352,10 @@ def test_mutated_configurations_are_read_or_refused(name, tmp_path):
     for number in range(60):
         folder = tmp_path / str(number)
         shutil.copytree(whole, folder)
-        moved = {key: folder / value.relative_to(whole) if isinstance(value, Path) else value for key, value in arguments.items()}
+        moved = {
+            key: folder / value.relative_to(whole) if isinstance(value, Path) else value
+            for key, value in arguments.items()
+        }
         files = [path for path in sorted(folder.rglob("*.json")) if path.stat().st_size < 50_000]
         mappings = [key for key, value in moved.items() if isinstance(value, dict)]
         chosen = generator.choice([*files, *mappings])

@@ -29,12 +29,16 @@ def test_the_weights_are_small_half_precision_safetensors() -> None:
     assert sum(p.stat().st_size for p in files) < 12 * 2**20
     for path in weights:
         with safe_open(path, "pt") as file:
-            assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {torch.float16}  # noqa: SIM118
+            assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {
+                torch.float16
+            }  # noqa: SIM118
 
 
 def test_plain_from_pretrained_runs_in_float32(pipe) -> None:  # type: ignore[no-untyped-def]
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
-    image = pipe(held_out_prompts()[0], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    image = pipe(
+        held_out_prompts()[0], num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+    ).images[0]
     assert image.size == (64, 64)
 
 
@@ -58,7 +62,10 @@ def test_the_base_draws_recognisable_shapes(pipe) -> None:  # type: ignore[no-un
 def test_a_seed_gives_one_image_whatever_the_batch(pipe) -> None:  # type: ignore[no-untyped-def]
     from diffalign.evaluation import generate
 
-    prompts, options = held_out_prompts()[:3], {"num_inference_steps": 3, "guidance_scale": 3.0, "progress": False}
+    prompts, options = (
+        held_out_prompts()[:3],
+        {"num_inference_steps": 3, "guidance_scale": 3.0, "progress": False},
+    )
     together = generate(pipe, prompts, [5, 6, 7], batch_size=3, output_type="np", **options)
     apart = generate(pipe, prompts, [5, 6, 7], batch_size=1, output_type="np", **options)
     np.testing.assert_allclose(np.stack(together), np.stack(apart), atol=1e-4)

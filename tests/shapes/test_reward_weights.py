@@ -44,7 +44,9 @@ def plain_scores(model: Any, images: list[Image.Image], prompts: list[str]) -> t
     with torch.no_grad():
         text = tokenizer(prompts, padding=True, truncation=True, max_length=16, return_tensors="pt")
         texts = model.get_text_features(**text).pooler_output
-        pictures = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+        pictures = model.get_image_features(
+            **processor(images=images, return_tensors="pt")
+        ).pooler_output
         return model.logit_scale.exp() * torch.nn.functional.cosine_similarity(texts, pictures)
 
 
@@ -53,9 +55,18 @@ def test_the_weights_are_small_float32_safetensors_and_nothing_else_is_large() -
 
     folder = reward_weights_dir()
     assert (folder / "model.safetensors").stat().st_size <= 2_000_000
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != "model.safetensors") < 100_000
+    assert (
+        sum(
+            p.stat().st_size
+            for p in folder.rglob("*")
+            if p.is_file() and p.name != "model.safetensors"
+        )
+        < 100_000
+    )
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {torch.float32}  # noqa: SIM118
+        assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {
+            torch.float32
+        }  # noqa: SIM118
 
 
 def test_the_folder_is_a_clip_with_exact_gelu_and_its_own_end_token(model: Any) -> None:
@@ -66,11 +77,14 @@ def test_the_folder_is_a_clip_with_exact_gelu_and_its_own_end_token(model: Any) 
     assert model.config.text_config.eos_token_id == tokenizer.eos_token_id
     prompts = held_out_prompts()[:3]
     short, padded = (
-        tokenizer(prompts, padding=p, truncation=True, max_length=16, return_tensors="pt") for p in (True, "max_length")
+        tokenizer(prompts, padding=p, truncation=True, max_length=16, return_tensors="pt")
+        for p in (True, "max_length")
     )
     with torch.no_grad():
         a, b = (model.get_text_features(**ids).pooler_output for ids in (short, padded))
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)  # the end token is pooled, not the padding after it
+    torch.testing.assert_close(
+        a, b, atol=1e-5, rtol=0
+    )  # the end token is pooled, not the padding after it
     assert (a[0] - a[1]).abs().max() > 1e-2
 
 
@@ -80,8 +94,12 @@ def test_right_images_mostly_beat_images_with_one_wrong_attribute(model: Any) ->
     prompts, hits = held_out_prompts()[:40], []
     for name in ATTRIBUTES:
         images = one_wrong(prompts, name, seed=7)
-        right, wrong = ([Image.fromarray(image) for image in images[:, column]] for column in (0, 1))
-        hits.append((plain_scores(model, right, prompts) > plain_scores(model, wrong, prompts)).numpy())
+        right, wrong = (
+            [Image.fromarray(image) for image in images[:, column]] for column in (0, 1)
+        )
+        hits.append(
+            (plain_scores(model, right, prompts) > plain_scores(model, wrong, prompts)).numpy()
+        )
     assert np.mean(hits) > 0.7
     assert np.mean(hits) < 1.0  # imperfect on purpose
 
@@ -94,9 +112,13 @@ def test_training_and_scoring_see_the_same_pixels(model: Any) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     prompts = held_out_prompts()[:6]
     pictures = [Image.fromarray(image) for image in images]
-    processed = AutoImageProcessor.from_pretrained(reward_weights_dir())(images=pictures, return_tensors="pt").pixel_values
+    processed = AutoImageProcessor.from_pretrained(reward_weights_dir())(
+        images=pictures, return_tensors="pt"
+    ).pixel_values
     torch.testing.assert_close(maker.preprocess(images), processed, atol=1e-5, rtol=0)
-    ours = maker.score_pixels(model, AutoTokenizer.from_pretrained(reward_weights_dir()), images[:, None], prompts)[:, 0]
+    ours = maker.score_pixels(
+        model, AutoTokenizer.from_pretrained(reward_weights_dir()), images[:, None], prompts
+    )[:, 0]
     torch.testing.assert_close(ours, plain_scores(model, pictures, prompts), atol=1e-4, rtol=0)
 
 
@@ -120,7 +142,9 @@ def test_the_committed_settings_are_the_defaults() -> None:
 
     from tools.shapes.pretrain_reward import RewardPretrainConfig
 
-    assert json.loads((reward_weights_dir() / "accuracy.json").read_text())["settings"] == asdict(RewardPretrainConfig())
+    assert json.loads((reward_weights_dir() / "accuracy.json").read_text())["settings"] == asdict(
+        RewardPretrainConfig()
+    )
 
 
 def test_labels_are_bradley_terry_with_flips() -> None:
@@ -129,11 +153,17 @@ def test_labels_are_bradley_terry_with_flips() -> None:
     truth = np.tile([0.95, 0.90, 0.0], (20_000, 1))  # pairs: 0.05, 0.95 and 0.90 apart
     labels = noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))
     sigmoid = 1 / (1 + np.exp(-1.0))
-    np.testing.assert_allclose(labels.mean(0), [0.9 * sigmoid + 0.1 * (1 - sigmoid), 0.9, 0.9], atol=0.01)
-    assert (labels == noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))).all()
+    np.testing.assert_allclose(
+        labels.mean(0), [0.9 * sigmoid + 0.1 * (1 - sigmoid), 0.9, 0.9], atol=0.01
+    )
+    assert (
+        labels == noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))
+    ).all()
 
 
-def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffalign.generation import sampling
     from tools.shapes import pretrain_reward as maker
 
@@ -151,9 +181,17 @@ def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(tmp_path: Path, 
     drawn = len(prompts)
     files = {"a": {}, "b": {}}  # type: dict[str, dict[str, bytes]]
     for name, contents in files.items():
-        contents.update({p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()})
+        contents.update(
+            {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()}
+        )
     assert files["a"] == files["b"]
-    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "accuracy.json"} <= set(files["a"])
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "accuracy.json",
+    } <= set(files["a"])
     next((tmp_path / "a" / "drawn").glob("train-0-*.npy")).unlink()
     maker.main(["--output_dir", str(tmp_path / "a"), *TINY])
     assert len(prompts) == drawn + 4  # one file of four images was drawn again, nothing else

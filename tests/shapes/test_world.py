@@ -60,7 +60,9 @@ def test_the_verifier_sees_every_wrong_attribute() -> None:
     for scene in rng.sample(all_scenes(), 40):
         for name, values in ATTRIBUTES.items():
             other = rng.choice([v for v in values if v != getattr(scene, name)])
-            row = attribute_table([render(scene, rng)], [Scene(**{**scene.__dict__, name: other}).prompt])[0]
+            row = attribute_table(
+                [render(scene, rng)], [Scene(**{**scene.__dict__, name: other}).prompt]
+            )[0]
             assert row == {**dict.fromkeys(ATTRIBUTES, True), name: False, "all": False}
 
 

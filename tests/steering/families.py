@@ -14,8 +14,16 @@ STOCHASTIC = {
     "ddim": ("DDIMScheduler", {}, {"eta": 1.0}),
     "ddpm": ("DDPMScheduler", {}, {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
-    "dpm_sde_1": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, {}),
-    "dpm_sde_2": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, {}),
+    "dpm_sde_1": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+        {},
+    ),
+    "dpm_sde_2": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        {},
+    ),
     "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}, {}),
     "lcm": ("LCMScheduler", {}, {}),
     "tcd": ("TCDScheduler", {}, {"eta": 1.0}),
@@ -55,7 +63,12 @@ def family(name: str) -> Any:
 
 def flux(seed: int = 0) -> Any:
     """A Flux whose text encoders are left out: prompts come as embeddings."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
 
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
@@ -106,7 +119,10 @@ def call_options(name: str, prompts: int = 2) -> dict[str, Any]:
     }
 
 
-PROMPTS = ["a small red circle on the left of a gray background", "a large blue star in the center of a white background"]
+PROMPTS = [
+    "a small red circle on the left of a gray background",
+    "a large blue star in the center of a white background",
+]
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -117,9 +133,24 @@ def brightness(images, prompts) -> torch.Tensor:
     return torch.tensor([np.asarray(image, dtype=np.float64).mean() for image in images])
 
 
-def steer(pipe: Any, prompts=PROMPTS, *, name: str = "sd", steps: int = 6, call: dict | None = None, **options: Any):
-    options = {"num_particles": 4, "lmbda": 4.0, "ess_threshold": 1.0, "resample_steps": (1, 3)} | options
-    arguments = {"num_inference_steps": steps, "seed": 0} | call_options(name, len(prompts)) | (call or {})
+def steer(
+    pipe: Any,
+    prompts=PROMPTS,
+    *,
+    name: str = "sd",
+    steps: int = 6,
+    call: dict | None = None,
+    **options: Any,
+):
+    options = {
+        "num_particles": 4,
+        "lmbda": 4.0,
+        "ess_threshold": 1.0,
+        "resample_steps": (1, 3),
+    } | options
+    arguments = (
+        {"num_inference_steps": steps, "seed": 0} | call_options(name, len(prompts)) | (call or {})
+    )
     return FKSteering(pipe, options.pop("scorer", brightness), **options)(prompts, **arguments)
 
 

@@ -12,7 +12,13 @@ from families import call_options, family
 
 from diffalign import FKSteering
 from diffalign.errors import ConfigError, UserError
-from diffalign.evaluation.best_of_n import ArmScores, BestOfNComparison, Difference, compare_best_of_n, population_seed
+from diffalign.evaluation.best_of_n import (
+    ArmScores,
+    BestOfNComparison,
+    Difference,
+    compare_best_of_n,
+    population_seed,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 PROMPTS = [f"a {size} red circle on the left of a gray background" for size in ("small", "large")]
@@ -29,7 +35,10 @@ def redness(images, prompts) -> torch.Tensor:
 
 def steering(**options) -> FKSteering:
     return FKSteering(
-        family("sd"), brightness, **{"num_particles": 4, "lmbda": 4.0, "ess_threshold": 1.0, "resample_steps": (1, 2)} | options
+        family("sd"),
+        brightness,
+        **{"num_particles": 4, "lmbda": 4.0, "ess_threshold": 1.0, "resample_steps": (1, 2)}
+        | options,
     )
 
 
@@ -41,12 +50,16 @@ def test_both_sides_share_noise_and_rows() -> None:
     assert plain.decodes == 0 and steered.decodes == 3 * 2 * 8
     assert plain.scores["reward"].shape == (2, 3, 4) and (plain.roots == 4).all()
     own = sampler.best_of_n()(
-        PROMPTS, seed=[population_seed(1, i) for i in range(2)], **{k: v for k, v in CALL.items() if k != "progress"}
+        PROMPTS,
+        seed=[population_seed(1, i) for i in range(2)],
+        **{k: v for k, v in CALL.items() if k != "progress"},
     )
     np.testing.assert_array_equal(plain.scores["reward"][:, 1], own.rewards.numpy())
     # without resampling there is nothing to tell apart
     idle = compare_best_of_n(steering(lmbda=0.0), PROMPTS, seeds=2, **CALL)
-    np.testing.assert_array_equal(idle.arms["best_of_n"].scores["reward"], idle.arms["steering"].scores["reward"])
+    np.testing.assert_array_equal(
+        idle.arms["best_of_n"].scores["reward"], idle.arms["steering"].scores["reward"]
+    )
     assert idle.difference().value == 0 and idle.difference().standard_error == 0
 
 
@@ -62,7 +75,9 @@ def test_judges_see_the_image_that_the_reward_chose() -> None:
 
 def test_errors_are_clustered_by_prompt() -> None:
     difference = np.array([[1.0, 1.0], [3.0, 3.0]])
-    assert Difference.of(difference) == Difference(2.0, pytest.approx(math.sqrt(2.0) / math.sqrt(2)))
+    assert Difference.of(difference) == Difference(
+        2.0, pytest.approx(math.sqrt(2.0) / math.sqrt(2))
+    )
     single = Difference.of(np.array([[1.0, 3.0]]))  # one prompt: over seeds
     assert single == Difference(2.0, pytest.approx(1.0))
     assert math.isnan(Difference.of(np.array([[1.0]])).standard_error)
@@ -83,7 +98,9 @@ def test_table_and_json() -> None:
         assert words in table
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["seeds"] == [4, 9] and values["difference"]["red"]["mean"]["standard_error"] >= 0
-    assert values["difference"]["reward"]["best"]["value"] == pytest.approx(found.difference().value)
+    assert values["difference"]["reward"]["best"]["value"] == pytest.approx(
+        found.difference().value
+    )
     steered, plain = (found.arms[name].best("reward").mean() for name in ("steering", "best_of_n"))
     assert found.difference().value == pytest.approx(steered - plain)
     assert found.grid().width > 4 * 96
@@ -98,7 +115,9 @@ def test_steering_towards_brightness_raises_the_mean() -> None:
 
 def test_mistakes() -> None:
     with pytest.raises(ConfigError, match="needs at least 2 particles"):
-        compare_best_of_n(FKSteering(family("sd"), brightness, num_particles=1, lmbda=1.0), PROMPTS, **CALL)
+        compare_best_of_n(
+            FKSteering(family("sd"), brightness, num_particles=1, lmbda=1.0), PROMPTS, **CALL
+        )
     with pytest.raises(ConfigError, match="seeds: expected at least one"):
         compare_best_of_n(steering(), PROMPTS, seeds=0, **CALL)
     with pytest.raises(ConfigError, match="seed: both sides need the same noise"):
@@ -107,7 +126,9 @@ def test_mistakes() -> None:
         compare_best_of_n(steering(), PROMPTS, judges={"reward": redness}, **CALL)
     with pytest.raises(UserError, match="no-such"):
         compare_best_of_n(steering(), PROMPTS, judges=["no-such"], **CALL)
-    found = BestOfNComparison([], [], 4, {"steering": ArmScores({"reward": np.zeros((1, 1, 4))}, *[np.zeros((1, 1))] * 3)})
+    found = BestOfNComparison(
+        [], [], 4, {"steering": ArmScores({"reward": np.zeros((1, 1, 4))}, *[np.zeros((1, 1))] * 3)}
+    )
     with pytest.raises(ConfigError, match="metric: expected one of reward"):
         found.difference("speed")
     with pytest.raises(ConfigError, match="of: expected best or mean"):

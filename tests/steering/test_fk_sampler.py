@@ -7,7 +7,18 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from families import PROMPTS, STOCHASTIC, brightness, call_options, family, gen, quiet, stacked, steer, with_scheduler
+from families import (
+    PROMPTS,
+    STOCHASTIC,
+    brightness,
+    call_options,
+    family,
+    gen,
+    quiet,
+    stacked,
+    steer,
+    with_scheduler,
+)
 from PIL import Image
 from tiny import build_pipeline
 
@@ -26,10 +37,14 @@ def test_lambda_zero_is_the_plain_pipeline_bit_by_bit(scheduler: str, listed: bo
     generator = (lambda: [gen(j) for j in range(8)]) if listed else gen
     call = call | {"num_inference_steps": 6, "output_type": "np"} | call_options("sd")
     plain = pipe(PROMPTS, num_images_per_prompt=4, generator=generator(), **call).images
-    result = FKSteering(pipe, brightness, num_particles=4, lmbda=0.0, ess_threshold=None)(PROMPTS, generator=generator(), **call)
+    result = FKSteering(pipe, brightness, num_particles=4, lmbda=0.0, ess_threshold=None)(
+        PROMPTS, generator=generator(), **call
+    )
     assert np.array_equal(stacked(result), plain)
     assert torch.equal(result.log_z, torch.zeros(2).double())
-    torch.testing.assert_close(result.weights, torch.full((2, 4), 0.25).double(), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        result.weights, torch.full((2, 4), 0.25).double(), rtol=0, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("potential", ["diff", "max", "sum"])
@@ -37,7 +52,9 @@ def test_one_particle_is_the_plain_pipeline_bit_by_bit(potential: str) -> None:
     pipe = family("sd")
     call = {"num_inference_steps": 5, "output_type": "np", "eta": 1.0} | call_options("sd")
     plain = pipe(PROMPTS[0], generator=gen(3), **call).images
-    result = FKSteering(pipe, brightness, num_particles=1, lmbda=3.0, potential=potential)(PROMPTS[0], generator=gen(3), **call)
+    result = FKSteering(pipe, brightness, num_particles=1, lmbda=3.0, potential=potential)(
+        PROMPTS[0], generator=gen(3), **call
+    )
     assert np.array_equal(stacked(result), plain)
     torch.testing.assert_close(result.log_z, 3.0 * result.rewards[:, 0], rtol=0, atol=1e-9)
 
@@ -48,11 +65,17 @@ def test_other_families_lambda_zero_with_the_pipelines_own_sampler(name: str) ->
     pipe = family(name)
     call = {"num_inference_steps": 3, "output_type": "np"} | call_options(name)
     if name == "flux":  # its embeddings are not multiplied by num_images_per_prompt
-        rows = {key: value.repeat_interleave(2, 0) for key, value in call.items() if key.endswith("_embeds")}
+        rows = {
+            key: value.repeat_interleave(2, 0)
+            for key, value in call.items()
+            if key.endswith("_embeds")
+        }
         plain = pipe(generator=gen(1), **call | rows).images
     else:
         plain = pipe(prompt=PROMPTS, num_images_per_prompt=2, generator=gen(1), **call).images
-    result = FKSteering(pipe, brightness, num_particles=2, lmbda=2.0, resample_steps=())(PROMPTS, generator=gen(1), **call)
+    result = FKSteering(pipe, brightness, num_particles=2, lmbda=2.0, resample_steps=())(
+        PROMPTS, generator=gen(1), **call
+    )
     assert np.array_equal(stacked(result), plain)
 
 
@@ -74,12 +97,18 @@ def test_a_prompt_does_not_depend_on_the_others_of_the_call() -> None:
 def test_the_resampling_stream_leaves_the_noise_alone() -> None:
     pipe = family("sd")
     draws = [
-        steer(pipe, scheme="multinomial", call={"eta": 1.0, "seed": 3, "resample_generator": [gen(a), gen(a + 1)]})
+        steer(
+            pipe,
+            scheme="multinomial",
+            call={"eta": 1.0, "seed": 3, "resample_generator": [gen(a), gen(a + 1)]},
+        )
         for a in (0, 0, 50)
     ]
     assert torch.equal(draws[0].latents, draws[1].latents)
     assert not torch.equal(draws[0].ancestors, draws[2].ancestors)
-    assert torch.equal(draws[0].steps[0].rewards, draws[2].steps[0].rewards)  # up to the first resampling nothing differs
+    assert torch.equal(
+        draws[0].steps[0].rewards, draws[2].steps[0].rewards
+    )  # up to the first resampling nothing differs
 
 
 def test_without_generator_and_seed_the_global_one_decides() -> None:
@@ -98,14 +127,18 @@ def test_a_users_generator_is_read_as_the_pipeline_reads_it() -> None:
     call = {"num_inference_steps": 5, "eta": 1.0} | call_options("sd")
     plain, ours = gen(9), gen(9)
     pipe(PROMPTS, num_images_per_prompt=4, generator=plain, **call)
-    FKSteering(pipe, brightness, num_particles=4, lmbda=1.0, ess_threshold=1.0)(PROMPTS, generator=ours, **call)
+    FKSteering(pipe, brightness, num_particles=4, lmbda=1.0, ess_threshold=1.0)(
+        PROMPTS, generator=ours, **call
+    )
     assert torch.equal(plain.get_state(), ours.get_state())
 
 
 def test_chunk_sizes_change_nothing() -> None:
     pipe = family("sd")
     whole = steer(pipe, call={"eta": 1.0})
-    parts = steer(pipe, call={"eta": 1.0}, model_batch_size=3, decode_batch_size=1, reward_batch_size=3)
+    parts = steer(
+        pipe, call={"eta": 1.0}, model_batch_size=3, decode_batch_size=1, reward_batch_size=3
+    )
     assert torch.equal(whole.ancestors, parts.ancestors)
     torch.testing.assert_close(whole.latents, parts.latents, rtol=1e-3, atol=1e-4)
     assert whole.counts["model_rows"] == parts.counts["model_rows"] == 2 * 8 * 6
@@ -116,7 +149,10 @@ def test_chunk_sizes_change_nothing() -> None:
 def test_chunks_on_families_with_more_conditioning() -> None:
     for name in ("sdxl", "sd3", "flux"):
         pipe = family(name)
-        whole, parts = steer(pipe, name=name, kernel="ddim"), steer(pipe, name=name, kernel="ddim", model_batch_size=3)
+        whole, parts = (
+            steer(pipe, name=name, kernel="ddim"),
+            steer(pipe, name=name, kernel="ddim", model_batch_size=3),
+        )
         torch.testing.assert_close(whole.latents, parts.latents, rtol=1e-3, atol=1e-3)
         assert torch.equal(whole.ancestors, parts.ancestors)
 
@@ -138,7 +174,9 @@ def test_a_tiny_decoder_inside_and_the_real_one_at_the_end() -> None:
     result = steer(pipe, decoder=tiny, call={"eta": 1.0})
     assert result.counts["decodes"] == 16
     assert not torch.equal(result.steps[0].rewards, steer(pipe, call={"eta": 1.0}).steps[0].rewards)
-    torch.testing.assert_close(result.rewards.flatten(), brightness([i for row in result.images for i in row], None))
+    torch.testing.assert_close(
+        result.rewards.flatten(), brightness([i for row in result.images for i in row], None)
+    )
 
 
 def test_intermediate_images_are_those_of_the_vae() -> None:
@@ -164,7 +202,12 @@ def test_intermediate_reward_and_custom_prediction() -> None:
         shapes.append((tuple(x0.shape), prompts))
         return x0.flatten(1).mean(1)
 
-    result = steer(pipe, intermediate_reward=value, call={"eta": 1.0}, predict_x0=lambda s, out, t, y: torch.zeros_like(y))
+    result = steer(
+        pipe,
+        intermediate_reward=value,
+        call={"eta": 1.0},
+        predict_x0=lambda s, out, t, y: torch.zeros_like(y),
+    )
     assert shapes[0] == ((8, 4, 16, 16), [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4)
     assert result.counts["decodes"] == 0 and result.steps[0].thumbnails is None
     assert result.steps[0].rewards.abs().max() == 0
@@ -190,21 +233,40 @@ def test_scorers_of_the_registry_and_metadata() -> None:
 def test_output_types_are_scored_as_images() -> None:
     pipe = family("sd")
     results = [steer(pipe, call={"eta": 1.0, "output_type": kind}) for kind in ("pil", "np", "pt")]
-    assert torch.equal(results[0].rewards, results[1].rewards) and torch.equal(results[0].rewards, results[2].rewards)
-    assert isinstance(results[1].images[0][0], np.ndarray) and isinstance(results[2].images[0][0], torch.Tensor)
+    assert torch.equal(results[0].rewards, results[1].rewards) and torch.equal(
+        results[0].rewards, results[2].rewards
+    )
+    assert isinstance(results[1].images[0][0], np.ndarray) and isinstance(
+        results[2].images[0][0], torch.Tensor
+    )
 
 
 def test_other_tasks_with_one_step_per_iteration_are_steered() -> None:
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    pipe = quiet(StableDiffusionImg2ImgPipeline(**build_pipeline("sd").components, requires_safety_checker=False))
-    result = FKSteering(pipe, brightness, num_particles=4, lmbda=0.5, resample_steps=(0, 2), ess_threshold=1.0)(
-        PROMPTS[0], image=Image.new("RGB", (32, 32), "gray"), strength=0.5, num_inference_steps=6, eta=1.0, seed=0
+    pipe = quiet(
+        StableDiffusionImg2ImgPipeline(
+            **build_pipeline("sd").components, requires_safety_checker=False
+        )
+    )
+    result = FKSteering(
+        pipe, brightness, num_particles=4, lmbda=0.5, resample_steps=(0, 2), ess_threshold=1.0
+    )(
+        PROMPTS[0],
+        image=Image.new("RGB", (32, 32), "gray"),
+        strength=0.5,
+        num_inference_steps=6,
+        eta=1.0,
+        seed=0,
     )
     assert [step.index for step in result.steps] == [0, 2]
     with pytest.raises(ConfigError, match="3 lies outside the run of 3 steps"):
         FKSteering(pipe, brightness, lmbda=0.5, resample_steps=(3,))(
-            PROMPTS[0], image=Image.new("RGB", (32, 32)), strength=0.5, num_inference_steps=6, eta=1.0
+            PROMPTS[0],
+            image=Image.new("RGB", (32, 32)),
+            strength=0.5,
+            num_inference_steps=6,
+            eta=1.0,
         )
 
 
@@ -212,7 +274,11 @@ def test_a_pipeline_of_its_own_without_num_images_per_prompt() -> None:
     class Plain:
         def __init__(self) -> None:
             self.inner = family("sd")
-            self.scheduler, self.vae, self.image_processor = self.inner.scheduler, self.inner.vae, self.inner.image_processor
+            self.scheduler, self.vae, self.image_processor = (
+                self.inner.scheduler,
+                self.inner.vae,
+                self.inner.image_processor,
+            )
 
         def __call__(self, prompt, negative_prompt=None, **options):
             self.seen = (list(prompt), negative_prompt)
@@ -232,25 +298,40 @@ def test_a_pipeline_of_its_own_without_num_images_per_prompt() -> None:
 def test_result_selection_and_trace() -> None:
     pipe = family("sd")
     result = steer(pipe, call={"eta": 1.0})
-    assert [np.asarray(image).mean() for image in result.best] == pytest.approx(result.rewards.max(1).values.tolist())
+    assert [np.asarray(image).mean() for image in result.best] == pytest.approx(
+        result.rewards.max(1).values.tolist()
+    )
     assert result.ess.shape == (3, 2) and result.ancestors.shape == (2, 2, 4)
     generator, names = gen(1), [image.tobytes() for image in result.images[0]]
     picks = [result.draw(generator)[0].tobytes() for _ in range(1500)]
     for name, weight in zip(names, result.weights[0].tolist(), strict=True):
-        assert abs(picks.count(name) / 1500 - weight) < 4 * (weight * (1 - weight) / 1500) ** 0.5 + 1e-12
+        assert (
+            abs(picks.count(name) / 1500 - weight)
+            < 4 * (weight * (1 - weight) / 1500) ** 0.5 + 1e-12
+        )
     again = result.resample(gen(1))
     assert len(again[0]) == 4 and {i.tobytes() for i in again[0]} <= set(names)
     assert result.draw([gen(1), gen(2)])[0].size == (32, 32)
-    assert set(result.counts) == {"model_rows", "model_calls", "decodes", "reward_calls", "scored_images"}
+    assert set(result.counts) == {
+        "model_rows",
+        "model_calls",
+        "decodes",
+        "reward_calls",
+        "scored_images",
+    }
     assert 0 <= result.seconds["decode"] + result.seconds["reward"] <= result.seconds["total"]
     assert len(result.steps[0].thumbnails[1]) == 4
 
 
 @pytest.mark.filterwarnings("default")
 def test_collapse_is_said() -> None:
-    with pytest.warns(UserWarning, match="2 of 2 prompts: all particles descend from one initial noise"):
+    with pytest.warns(
+        UserWarning, match="2 of 2 prompts: all particles descend from one initial noise"
+    ):
         result = steer(family("sd"), lmbda=500.0, call={"eta": 1.0})
-    assert any("effective sample size fell under 1.5 of 4" in sentence for sentence in result.warnings)
+    assert any(
+        "effective sample size fell under 1.5 of 4" in sentence for sentence in result.warnings
+    )
     assert result.num_roots.tolist() == [1, 1]
 
 

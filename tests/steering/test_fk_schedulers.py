@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import DETERMINISTIC, PROMPTS, STOCHASTIC, brightness, family, gen, stacked, steer, with_scheduler
+from families import (
+    DETERMINISTIC,
+    PROMPTS,
+    STOCHASTIC,
+    brightness,
+    family,
+    gen,
+    stacked,
+    steer,
+    with_scheduler,
+)
 from tiny import build_pipeline
 
 from diffalign import FKSteering
@@ -35,10 +45,16 @@ def test_every_family_is_steered_by_our_kernels(name: str, kernel: str) -> None:
     pipe = family(name)
     result = steer(pipe, name=name, kernel=kernel)
     again = steer(pipe, name=name, kernel=kernel)
-    assert np.array_equal(stacked(result), stacked(again))  # these pipelines hand no generator to their scheduler
+    assert np.array_equal(
+        stacked(result), stacked(again)
+    )  # these pipelines hand no generator to their scheduler
     assert result.steps[0].resampled.any()
     torch.testing.assert_close(result.applied, 4.0 * result.rewards, rtol=0, atol=1e-9)
-    assert len(result.images) == 2 and len(result.images[0]) == 4 and result.images[0][0].size == (32, 32)
+    assert (
+        len(result.images) == 2
+        and len(result.images[0]) == 4
+        and result.images[0][0].size == (32, 32)
+    )
     assert len({image.tobytes() for row in result.images for image in row}) == 8  # copies separated
     assert result.counts["decodes"] == 16 and result.counts["scored_images"] == 24
     assert "step" not in vars(pipe.scheduler)
@@ -105,7 +121,12 @@ def test_second_order_schedulers_are_scored_once_per_interval() -> None:
 
 def test_solver_history_follows_the_particles() -> None:
     """Order-2 sde-dpmsolver++ keeps the last model output: a run permuted by hand, history and all, gives the same latents."""
-    pipe = with_scheduler(family("sd"), "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=2)
+    pipe = with_scheduler(
+        family("sd"),
+        "DPMSolverMultistepScheduler",
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+    )
     wanted = {2: torch.tensor([[3, 3, 0, 1]]), 4: torch.tensor([[2, 0, 0, 2]])}
     seen = iter(wanted.values())
 
@@ -124,7 +145,9 @@ def test_solver_history_follows_the_particles() -> None:
         resample_steps=(2, 4),
         intermediate_reward=force,
     )(PROMPTS[0], generator=gen(7), num_inference_steps=7, guidance_scale=1.0, height=32, width=32)
-    assert [sorted(step.ancestors[0].tolist()) for step in result.steps] == [sorted(w[0].tolist()) for w in wanted.values()]
+    assert [sorted(step.ancestors[0].tolist()) for step in result.steps] == [
+        sorted(w[0].tolist()) for w in wanted.values()
+    ]
     moved = {step.index: step.ancestors[0] for step in result.steps}
 
     def by_hand(history: bool) -> torch.Tensor:
@@ -134,11 +157,15 @@ def test_solver_history_follows_the_particles() -> None:
         latents = torch.randn(4, 4, 16, 16, generator=generator) * scheduler.init_noise_sigma
         with torch.no_grad():
             for i, t in enumerate(scheduler.timesteps):
-                out = pipe.unet(scheduler.scale_model_input(latents, t), t, encoder_hidden_states=embeds).sample
+                out = pipe.unet(
+                    scheduler.scale_model_input(latents, t), t, encoder_hidden_states=embeds
+                ).sample
                 if i in moved:
                     latents, out = latents[moved[i]], out[moved[i]]
                     if history:
-                        scheduler.model_outputs = [None if x is None else x[moved[i]] for x in scheduler.model_outputs]
+                        scheduler.model_outputs = [
+                            None if x is None else x[moved[i]] for x in scheduler.model_outputs
+                        ]
                 latents = scheduler.step(out, t, latents, generator=generator).prev_sample
         return latents
 
@@ -150,13 +177,18 @@ def test_solver_history_follows_the_particles() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_clean_prediction_is_the_schedulers_own(scheduler: str, prediction: str) -> None:
     cls, options, _ = STOCHASTIC[scheduler]
-    made = with_scheduler(build_pipeline("sd"), cls, prediction_type=prediction, **options).scheduler
+    made = with_scheduler(
+        build_pipeline("sd"), cls, prediction_type=prediction, **options
+    ).scheduler
     made.set_timesteps(10)
     for position in (0, 4, 8):
         fresh = type(made).from_config(made.config)
         fresh.set_timesteps(10)
         t = fresh.timesteps[position]
-        sample, out = torch.randn(3, 4, 8, 8, generator=gen(1)), torch.randn(3, 4, 8, 8, generator=gen(2))
+        sample, out = (
+            torch.randn(3, 4, 8, 8, generator=gen(1)),
+            torch.randn(3, 4, 8, 8, generator=gen(2)),
+        )
         if hasattr(fresh, "is_scale_input_called"):
             fresh.scale_model_input(sample, t)
         now, _ = read_coordinates(fresh, t, position)
@@ -182,11 +214,18 @@ CLIPPING = [
 def test_clean_prediction_is_clipped_where_the_scheduler_clips(name: str, options: dict) -> None:
     import diffusers
 
-    base = {key: value for key, value in build_pipeline("sd").scheduler.config.items() if not key.startswith("_")}
+    base = {
+        key: value
+        for key, value in build_pipeline("sd").scheduler.config.items()
+        if not key.startswith("_")
+    }
     made = getattr(diffusers, name).from_config({**base, **options})
     made.set_timesteps(10)
     t = made.timesteps[1]
-    sample, out = 3 * torch.randn(3, 4, 8, 8, generator=gen(1)), torch.randn(3, 4, 8, 8, generator=gen(2))
+    sample, out = (
+        3 * torch.randn(3, 4, 8, 8, generator=gen(1)),
+        torch.randn(3, 4, 8, 8, generator=gen(2)),
+    )
     if hasattr(made, "is_scale_input_called"):
         made.scale_model_input(sample, t)
     now, then = read_coordinates(made, t, 1)
@@ -200,8 +239,13 @@ def test_clean_prediction_is_clipped_where_the_scheduler_clips(name: str, option
     else:
         expected = made.step(out, t, sample, generator=gen(3)).pred_original_sample
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
-    if name in ("DDIMScheduler", "DDPMScheduler"):  # our kernel at eta 1 samples the scheduler's law
-        step = transition("ddim", 1.0, out, sample, found, now, then, raw if name == "DDIMScheduler" else None)
+    if name in (
+        "DDIMScheduler",
+        "DDPMScheduler",
+    ):  # our kernel at eta 1 samples the scheduler's law
+        step = transition(
+            "ddim", 1.0, out, sample, found, now, then, raw if name == "DDIMScheduler" else None
+        )
         noise = torch.randn(sample.shape, generator=gen(3))
         more = {"eta": 1.0} if name == "DDIMScheduler" else {}
         theirs = made.step(out, t, sample, generator=gen(3), **more).prev_sample
@@ -219,7 +263,9 @@ def test_clean_prediction_of_flow_matching() -> None:
         sigma = made.sigmas[position]
         now, then = read_coordinates(made, made.timesteps[position], position)
         assert then.sigma == float(made.sigmas[position + 1])
-        torch.testing.assert_close(clean_prediction(made, eps - x0, (1 - sigma) * x0 + sigma * eps, now), x0)
+        torch.testing.assert_close(
+            clean_prediction(made, eps - x0, (1 - sigma) * x0 + sigma * eps, now), x0
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_ancestral", "dpm_sde_1"])
@@ -228,7 +274,10 @@ def test_our_ddim_kernel_is_theirs_at_eta_one(scheduler: str) -> None:
     cls, options, call = STOCHASTIC[scheduler]
     made = with_scheduler(build_pipeline("sd"), cls, **options).scheduler
     made.set_timesteps(10)
-    sample, out = torch.randn(3, 4, 8, 8, generator=gen(1)), torch.randn(3, 4, 8, 8, generator=gen(2))
+    sample, out = (
+        torch.randn(3, 4, 8, 8, generator=gen(1)),
+        torch.randn(3, 4, 8, 8, generator=gen(2)),
+    )
     t = made.timesteps[4]
     if hasattr(made, "is_scale_input_called"):
         made.scale_model_input(sample, t)

@@ -34,7 +34,9 @@ GRIDS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "scheduler", "options"), GRIDS, ids=str)
-def test_a_kernel_without_noise_is_the_deterministic_sampler(name: str, scheduler: str, options: dict[str, Any]) -> None:
+def test_a_kernel_without_noise_is_the_deterministic_sampler(
+    name: str, scheduler: str, options: dict[str, Any]
+) -> None:
     """At eta near 0 a step is first-order DPM-Solver, Euler or the flow's Euler on the same grid."""
     pipe = with_scheduler(family(name), scheduler, **options)
     call: dict[str, Any] = {"num_inference_steps": 8, "output_type": "latent"}
@@ -55,12 +57,16 @@ def test_a_kernel_without_noise_is_the_deterministic_sampler(name: str, schedule
     embeds = {k: v.repeat_interleave(2, 0) for k, v in options_of_call.items() if "embeds" in k}
     prompts = {} if embeds else {"prompt": [p for p in PROMPTS for _ in range(2)]}
     with torch.no_grad():
-        plain = pipe(**{**options_of_call, **embeds, **prompts, **call}, latents=latents.clone()).images
+        plain = pipe(
+            **{**options_of_call, **embeds, **prompts, **call}, latents=latents.clone()
+        ).images
     size = float(plain.abs().max())
     torch.testing.assert_close(mine.latents.flatten(0, 1), plain, rtol=1e-4, atol=3e-6 * size)
 
 
-@pytest.mark.parametrize(("kernel", "eta"), [("ddim", 1.0), ("ancestral", 1.0), ("euler_maruyama", 0.7)])
+@pytest.mark.parametrize(
+    ("kernel", "eta"), [("ddim", 1.0), ("ancestral", 1.0), ("euler_maruyama", 0.7)]
+)
 def test_flow_kernels_keep_a_gaussian(kernel: str, eta: float) -> None:
     """Data N(0.5, 0.64), exact velocity, 400 steps: the samples have that mean and variance."""
     mean, variance = 0.5, 0.64
@@ -114,11 +120,20 @@ def test_noise_of_rows_epochs_and_seeds_is_independent(tmp_path: Any) -> None:
     rows = [{"prompt": PROMPTS[i % 2]} for i in range(300)]
     draws = []
     for seed in (0, 1):
-        trainer = make_trainer(tmp_path / str(seed), "sd", "self_npo", rows=rows, seed=seed, per_device_train_batch_size=300)
+        trainer = make_trainer(
+            tmp_path / str(seed),
+            "sd",
+            "self_npo",
+            rows=rows,
+            seed=seed,
+            per_device_train_batch_size=300,
+        )
         trainer.setup()
         batches = trainer.data_pipeline.batches(0)
         draws += [trainer.data_pipeline.builder(next(batches)).noise.flatten(1) for _ in range(2)]
     noise = torch.cat(draws)  # 1200 streams of 1024 numbers
     correlations = torch.corrcoef(noise).fill_diagonal_(0).abs()
-    assert float(correlations.max()) < 0.19  # 5.9 standard deviations; expected maximum 5.1 of 720,000 pairs
+    assert (
+        float(correlations.max()) < 0.19
+    )  # 5.9 standard deviations; expected maximum 5.1 of 720,000 pairs
     assert abs(float(noise.mean())) < 0.004 and abs(float(noise.std()) - 1) < 0.004

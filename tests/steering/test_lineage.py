@@ -17,8 +17,14 @@ def tree(k: int = 3, steps: int = 2, thumbnails: bool = True) -> SteeringResult:
     """Slots of step j go on from slot 0 in the last step and from themselves before."""
     traces = []
     for j in range(steps):
-        ancestors = torch.zeros(1, k, dtype=torch.int64) if j == steps - 1 else torch.arange(k)[None]
-        pictures = [[Image.new("RGB", (20, 20), (200, 10 * slot, 0)) for slot in range(k)]] if thumbnails else None
+        ancestors = (
+            torch.zeros(1, k, dtype=torch.int64) if j == steps - 1 else torch.arange(k)[None]
+        )
+        pictures = (
+            [[Image.new("RGB", (20, 20), (200, 10 * slot, 0)) for slot in range(k)]]
+            if thumbnails
+            else None
+        )
         traces.append(
             StepTrace(
                 index=3 * j, timestep=900.0 - j, rewards=torch.arange(k)[None].double(), log_potentials=torch.zeros(1, k).double(),
@@ -27,7 +33,9 @@ def tree(k: int = 3, steps: int = 2, thumbnails: bool = True) -> SteeringResult:
             )
         )  # fmt: skip
     return SteeringResult(
-        prompts=["a large yellow star on the right of a black background, and a long tail of words to wrap"],
+        prompts=[
+            "a large yellow star on the right of a black background, and a long tail of words to wrap"
+        ],
         images=[[Image.new("RGB", (20, 20), (0, 0, 40 * slot % 256)) for slot in range(k)]],
         rewards=torch.arange(k)[None].double(),
         log_weights=torch.full((1, k), -math.log(k)).double(),
@@ -62,18 +70,24 @@ def test_survivors_are_strong_and_the_dead_are_pale() -> None:
     everyone = tree()
     for step in everyone.steps:
         step.ancestors = torch.arange(3)[None]
-    assert _PALE not in colours(lineage_picture(everyone)) and (200, 20, 0) in colours(lineage_picture(everyone))
+    assert _PALE not in colours(lineage_picture(everyone)) and (200, 20, 0) in colours(
+        lineage_picture(everyone)
+    )
 
 
 def test_the_best_returned_image_is_framed() -> None:
     result = tree()
     picture = lineage_picture(result, cell=60)
-    framed = [y for y in range(picture.height) if picture.getpixel((14 + 2 * (60 + 40) + 30, y)) == _BEST]
+    framed = [
+        y for y in range(picture.height) if picture.getpixel((14 + 2 * (60 + 40) + 30, y)) == _BEST
+    ]
     top = 14 + 3 * 14 + 2 * (60 + 14 + 8)  # the third slot has the highest reward
     assert framed[0] in range(top - 4, top) and framed[-1] in range(top + 60, top + 64)
 
 
-@pytest.mark.parametrize(("k", "steps", "thumbnails"), [(1, 0, True), (16, 8, True), (4, 1, False), (9, 3, True)])
+@pytest.mark.parametrize(
+    ("k", "steps", "thumbnails"), [(1, 0, True), (16, 8, True), (4, 1, False), (9, 3, True)]
+)
 def test_any_size(k: int, steps: int, thumbnails: bool) -> None:
     result = tree(k, steps, thumbnails)
     picture = lineage_picture(result)

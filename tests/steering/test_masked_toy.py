@@ -31,7 +31,10 @@ def reward(tokens: Tensor) -> Tensor:
 
 def joint() -> Tensor:
     """p(x) of the 81 strings: equal neighbours are likely, token 2 is rare."""
-    energy = 0.8 * (STRINGS[:, 1:] == STRINGS[:, :-1]).sum(1).double() - 0.6 * (STRINGS == 2).sum(1).double()
+    energy = (
+        0.8 * (STRINGS[:, 1:] == STRINGS[:, :-1]).sum(1).double()
+        - 0.6 * (STRINGS == 2).sum(1).double()
+    )
     return energy.softmax(0)
 
 
@@ -147,13 +150,18 @@ def test_the_weighted_histogram_is_the_tilted_law() -> None:
     z, _, law = tilted(0.5)
     result = steer(groups=40_000, n=2)
     mass = (result.log_z.exp()[:, None] / z * result.weights / len(result.log_z)).flatten()
-    histogram = torch.zeros(len(STATES)).double().index_add(0, number(result.particles).flatten(), mass)
+    histogram = (
+        torch.zeros(len(STATES)).double().index_add(0, number(result.particles).flatten(), mass)
+    )
     assert float((histogram - law).abs().sum() / 2) < 0.02
 
 
 def test_more_draws_and_the_soft_aggregate_lower_the_variance() -> None:
     z, _, _ = tilted(0.5)
-    spread = {key: (steer(n=n, aggregate=key[1]).log_z.exp() / z).std() for key, n in (((1, "soft"), 1), ((4, "soft"), 4))}
+    spread = {
+        key: (steer(n=n, aggregate=key[1]).log_z.exp() / z).std()
+        for key, n in (((1, "soft"), 1), ((4, "soft"), 4))
+    }
     assert spread[(4, "soft")] < spread[(1, "soft")]
 
 
@@ -200,8 +208,18 @@ def test_a_guided_proposal_without_its_ratio_must_fail() -> None:
         def propose(self, state, i, generator):
             return super().propose(state, i, generator)[0]
 
-    forgetful = Forgetful(denoiser, mask_token_id=MASK, length=L, num_steps=N, guidance=guidance(0.5))
-    result = run(forgetful, reward, groups=15_000, num_particles=4, lmbda=0.5, resample_steps=range(1, 8), generator=gen(1))
+    forgetful = Forgetful(
+        denoiser, mask_token_id=MASK, length=L, num_steps=N, guidance=guidance(0.5)
+    )
+    result = run(
+        forgetful,
+        reward,
+        groups=15_000,
+        num_particles=4,
+        lmbda=0.5,
+        resample_steps=range(1, 8),
+        generator=gen(1),
+    )
     total, _ = estimates(result, tilted(0.5)[0])
     assert total.value > 1.1 and not total.agrees(1.0, errors=10)
 
@@ -275,8 +293,16 @@ def test_uniform_diffusion_is_unbiased(n: int) -> None:
 
 
 def test_corrector_sweeps_are_part_of_the_sampler() -> None:
-    scheduler = DiscreteDDIMScheduler(corrector_steps=2, corrector_k=1, corrector_selection="random")
-    sampler = UniformDiffusion(lambda tokens: ULOGITS[uniform_number(tokens)], scheduler, vocab_size=UV, length=UL, num_steps=UN)
+    scheduler = DiscreteDDIMScheduler(
+        corrector_steps=2, corrector_k=1, corrector_selection="random"
+    )
+    sampler = UniformDiffusion(
+        lambda tokens: ULOGITS[uniform_number(tokens)],
+        scheduler,
+        vocab_size=UV,
+        length=UL,
+        num_steps=UN,
+    )
     plain = run(sampler, uniform_reward, groups=200, num_particles=4, lmbda=0.0, generator=gen(2))
     assert sampler.network_rows == 800 * (UN + 2 * (UN - 1))
     again = run(sampler, uniform_reward, groups=200, num_particles=4, lmbda=0.0, generator=gen(2))

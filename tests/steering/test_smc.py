@@ -10,7 +10,16 @@ from toys import Mixture
 
 from diffalign.errors import ConfigError, UserError
 from diffalign.steering.schedule import check_schedule, schedule
-from diffalign.steering.smc import POTENTIALS, SCHEMES, ParticleWeights, aggregate, ess, log_potential, resample, run
+from diffalign.steering.smc import (
+    POTENTIALS,
+    SCHEMES,
+    ParticleWeights,
+    aggregate,
+    ess,
+    log_potential,
+    resample,
+    run,
+)
 
 W = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
 
@@ -21,7 +30,13 @@ def gen(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize(
     ("u", "ancestors"),
-    [(0.0, [0, 0, 1, 1]), (0.1, [0, 0, 1, 1]), (0.5, [0, 0, 1, 2]), (0.9, [0, 0, 1, 3]), (0.999, [0, 0, 1, 3])],
+    [
+        (0.0, [0, 0, 1, 1]),
+        (0.1, [0, 0, 1, 1]),
+        (0.5, [0, 0, 1, 2]),
+        (0.9, [0, 0, 1, 3]),
+        (0.999, [0, 0, 1, 3]),
+    ],
 )
 def test_systematic_vectors(u: float, ancestors: list[int]) -> None:
     assert resample(W, "systematic", uniforms=torch.tensor([u])).tolist() == [ancestors]
@@ -32,7 +47,11 @@ def test_zero_weights_are_never_picked(scheme: str) -> None:
     weights = torch.tensor([[0.0, 0.6, 0.4, 0.0]], dtype=torch.float64)
     count = 1 if scheme == "systematic" else 4
     for u in (0.0, 0.25, 0.6, 1 - 2**-53):
-        assert set(resample(weights, scheme, uniforms=torch.full((1, count), u, dtype=torch.float64)).flatten().tolist()) <= {
+        assert set(
+            resample(weights, scheme, uniforms=torch.full((1, count), u, dtype=torch.float64))
+            .flatten()
+            .tolist()
+        ) <= {
             1,
             2,
         }
@@ -68,7 +87,9 @@ def test_flat_weights_are_the_identity_for_low_variance_schemes(k: int) -> None:
 def test_indices_are_a_function_of_weights_and_generator_state() -> None:
     weights = torch.rand(6, 5, generator=gen(1))
     for scheme in SCHEMES:
-        assert torch.equal(resample(weights, scheme, generator=gen(2)), resample(weights, scheme, generator=gen(2)))
+        assert torch.equal(
+            resample(weights, scheme, generator=gen(2)), resample(weights, scheme, generator=gen(2))
+        )
         each = resample(weights, scheme, generator=[gen(10 + g) for g in range(6)])
         alone = [resample(weights[g : g + 1], scheme, generator=gen(10 + g)) for g in range(6)]
         assert torch.equal(each, torch.cat(alone))
@@ -127,8 +148,15 @@ def test_potentials_in_closed_form() -> None:
 
 
 def steered(function=lambda x: x, groups: int = 40, **options):
-    options = {"lmbda": 0.7, "num_particles": 4, "resample_steps": (2, 6, 10, 14), "ess_threshold": 0.9} | options
-    return run(Mixture(), function, groups=groups, generator=gen(5), resample_generator=gen(6), **options)
+    options = {
+        "lmbda": 0.7,
+        "num_particles": 4,
+        "resample_steps": (2, 6, 10, 14),
+        "ess_threshold": 0.9,
+    } | options
+    return run(
+        Mixture(), function, groups=groups, generator=gen(5), resample_generator=gen(6), **options
+    )
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
@@ -168,7 +196,10 @@ def test_shift_of_the_reward_changes_only_log_z(potential: str) -> None:
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_scale_moves_between_lambda_and_reward(potential: str) -> None:
-    plain, scaled = steered(potential=potential), steered(lambda x: 2 * x, lmbda=0.35, potential=potential)
+    plain, scaled = (
+        steered(potential=potential),
+        steered(lambda x: 2 * x, lmbda=0.35, potential=potential),
+    )
     assert torch.equal(plain.ancestors, scaled.ancestors)
     torch.testing.assert_close(plain.log_z, scaled.log_z, rtol=0, atol=1e-12)
 
@@ -177,7 +208,9 @@ def test_a_group_does_not_depend_on_its_neighbours() -> None:
     rewards = torch.randn(3, 5, 4, generator=gen(9)).double()
 
     def weigh(order: list[int]):
-        weights = ParticleWeights(len(order), 4, lmbda=2.0, ess_threshold=0.8, generator=[gen(g) for g in order])
+        weights = ParticleWeights(
+            len(order), 4, lmbda=2.0, ess_threshold=0.8, generator=[gen(g) for g in order]
+        )
         drawn = []
         for step in rewards[:2]:
             weights.update(step[order])
@@ -188,7 +221,9 @@ def test_a_group_does_not_depend_on_its_neighbours() -> None:
     straight, _ = weigh([0, 1, 2, 3, 4])
     turned, _ = weigh([3, 0, 4])
     for name in ("log_weights", "log_z"):
-        torch.testing.assert_close(getattr(straight, name)[[3, 0, 4]], getattr(turned, name), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            getattr(straight, name)[[3, 0, 4]], getattr(turned, name), rtol=0, atol=1e-12
+        )
     assert torch.equal(straight.roots[[3, 0, 4]], turned.roots)
 
 
@@ -204,7 +239,9 @@ def test_lambda_per_group_equals_separate_runs() -> None:
         return weights.log_z
 
     both = weigh([0.5, 3.0], [0, 1])
-    torch.testing.assert_close(both, torch.cat([weigh(0.5, [0]), weigh(3.0, [1])]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        both, torch.cat([weigh(0.5, [0]), weigh(3.0, [1])]), rtol=0, atol=1e-12
+    )
 
 
 def test_lambda_zero_keeps_everybody() -> None:
@@ -212,9 +249,13 @@ def test_lambda_zero_keeps_everybody() -> None:
         result = steered(lmbda=0.0, scheme=scheme, ess_threshold=None)
         assert not result.resampled.any()
         assert torch.equal(result.log_z, torch.zeros(40).double())
-        torch.testing.assert_close(result.weights, torch.full((40, 4), 0.25).double(), rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            result.weights, torch.full((40, 4), 0.25).double(), rtol=0, atol=1e-15
+        )
     for k in range(2, 20):  # to the last bit for any k
-        assert torch.equal(steered(lmbda=0.0, num_particles=k, groups=3).log_z, torch.zeros(3).double())
+        assert torch.equal(
+            steered(lmbda=0.0, num_particles=k, groups=3).log_z, torch.zeros(3).double()
+        )
 
 
 def test_one_particle_is_weighed_exactly() -> None:
@@ -225,13 +266,25 @@ def test_one_particle_is_weighed_exactly() -> None:
 
 def test_same_generators_same_run_and_noise_is_not_touched_by_resampling() -> None:
     first, again = steered(), steered()
-    assert torch.equal(first.particles, again.particles) and torch.equal(first.ancestors, again.ancestors)
+    assert torch.equal(first.particles, again.particles) and torch.equal(
+        first.ancestors, again.ancestors
+    )
     noise: dict[int, list[torch.Tensor]] = {}
     for seed in (6, 7):
         model, noise[seed] = Mixture(), []
         propose = model.propose
-        model.propose = lambda y, i, g, propose=propose, seed=seed: noise[seed].append(g.get_state()) or propose(y, i, g)  # type: ignore[method-assign]
-        run(model, lambda x: x, groups=40, num_particles=4, lmbda=2.0, generator=gen(5), resample_generator=gen(seed))
+        model.propose = lambda y, i, g, propose=propose, seed=seed: (
+            noise[seed].append(g.get_state()) or propose(y, i, g)
+        )  # type: ignore[method-assign]
+        run(
+            model,
+            lambda x: x,
+            groups=40,
+            num_particles=4,
+            lmbda=2.0,
+            generator=gen(5),
+            resample_generator=gen(seed),
+        )
     assert all(torch.equal(a, b) for a, b in zip(noise[6], noise[7], strict=True))
 
 
@@ -268,7 +321,15 @@ def test_states_that_are_tuples_are_no_log_ratios() -> None:
             return super().propose(state, i, generator), torch.zeros(40, 4)
 
     def of(model):
-        return run(model, lambda x: x, groups=40, num_particles=4, lmbda=0.7, generator=gen(5), resample_generator=gen(6))
+        return run(
+            model,
+            lambda x: x,
+            groups=40,
+            num_particles=4,
+            lmbda=0.7,
+            generator=gen(5),
+            resample_generator=gen(6),
+        )
 
     plain, pairs, tilted = of(Mixture()), of(Pairs()), of(Tilted())
     assert torch.equal(plain.particles, pairs.particles) and torch.equal(plain.log_z, pairs.log_z)
@@ -283,7 +344,9 @@ def test_missing_and_impossible_rewards() -> None:
     assert float(weights.applied[0, 0]) == pytest.approx(2.0 * 1.0 - 10.0)
     weights.finish(torch.tensor([[-math.inf, 1.0, 2.0], [-math.inf] * 3]))
     assert weights.weights[0, 0] == 0 and weights.degenerate.tolist() == [False, True]
-    assert weights.log_z[1] == -math.inf and torch.allclose(weights.weights[1], torch.full((3,), 1 / 3).double())
+    assert weights.log_z[1] == -math.inf and torch.allclose(
+        weights.weights[1], torch.full((3,), 1 / 3).double()
+    )
     for bad, words in ((math.inf, r"\+inf"), (math.nan, "NaN for every particle of group 0")):
         with pytest.raises(UserError, match=words):
             ParticleWeights(1, 2, lmbda=1.0).update(torch.full((1, 2), bad))
@@ -324,7 +387,9 @@ def test_ess_target_chooses_lambda_at_the_first_difference() -> None:
     assert float(weights.lmbda[1]) == chosen and float(weights.lmbda[0]) == pytest.approx(chosen)
     weights.finish(torch.tensor([spread, spread, flat]))
     assert weights.lmbda[2] == 0.0
-    torch.testing.assert_close(weights.applied, weights.lmbda[:, None] * torch.tensor([spread, spread, flat]).double())
+    torch.testing.assert_close(
+        weights.applied, weights.lmbda[:, None] * torch.tensor([spread, spread, flat]).double()
+    )
 
 
 def test_ess_target_is_invariant_and_bounded() -> None:
@@ -343,7 +408,9 @@ def test_adaptive_tempering_holds_the_effective_sample_size() -> None:
     rewards = torch.randn(20, 4, generator=gen(1)).double() * 10
     for potential in POTENTIALS:
         options = {"temperatures": [1.0]} if potential == "tempered" else {}
-        weights = ParticleWeights(20, 4, lmbda=1.0, potential=potential, adaptive_tempering=0.6, **options)
+        weights = ParticleWeights(
+            20, 4, lmbda=1.0, potential=potential, adaptive_tempering=0.6, **options
+        )
         weights.update(rewards)
         assert (ess(weights.log_weights) >= 0.6 * 4 - 1e-6).all()
         weights.finish(rewards)
@@ -385,5 +452,9 @@ def test_aggregates() -> None:
 )
 def test_bad_options_are_one_sentence(options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        run(Mixture(), lambda x: x, **{"groups": 2, "num_particles": 4, "generator": gen(0)} | options)
+        run(
+            Mixture(),
+            lambda x: x,
+            **{"groups": 2, "num_particles": 4, "generator": gen(0)} | options,
+        )
     assert "\n" not in str(caught.value)

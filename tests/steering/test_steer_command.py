@@ -25,13 +25,26 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def steer(output: Path, *arguments: object) -> int:
-    given = ["steer", "--scorer", "shapes-clip", "--lmbda", "5", "--num_inference_steps", "6", "--output_dir", output, *arguments]
+    given = [
+        "steer",
+        "--scorer",
+        "shapes-clip",
+        "--lmbda",
+        "5",
+        "--num_inference_steps",
+        "6",
+        "--output_dir",
+        output,
+        *arguments,
+    ]
     return cli.run([str(each) for each in given])
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {
-        str(p.relative_to(folder)): p.read_bytes() for kind in ("images", "lineage") for p in sorted((folder / kind).iterdir())
+        str(p.relative_to(folder)): p.read_bytes()
+        for kind in ("images", "lineage")
+        for p in sorted((folder / kind).iterdir())
     }
 
 
@@ -42,11 +55,20 @@ def numbers(folder: Path) -> list:
 
 def test_files_and_table(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert steer(out, "--prompts", prompts, "--compare", "--judges", "shapes", "--num_seeds", 2) == 0
+    assert (
+        steer(out, "--prompts", prompts, "--compare", "--judges", "shapes", "--num_seeds", 2) == 0
+    )
     said = capsys.readouterr().out
-    assert "1 repeated prompts taken once" in said and "| reward, best particle |" in said and "| shapes, mean of 4 |" in said
+    assert (
+        "1 repeated prompts taken once" in said
+        and "| reward, best particle |" in said
+        and "| shapes, mean of 4 |" in said
+    )
     assert len(list((out / "images").glob("*-particle?.png"))) == 3 * 2 * 4
-    assert len(list((out / "images").glob("*-best_of_n.png"))) == 6 and len(list((out / "lineage").iterdir())) == 6
+    assert (
+        len(list((out / "images").glob("*-best_of_n.png"))) == 6
+        and len(list((out / "lineage").iterdir())) == 6
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["kernel"] == "ddim"  # the embedded scheduler is deterministic as it is called
     assert results["settings"]["prompts"] == PROMPTS and "torch" in results["versions"]
@@ -56,27 +78,51 @@ def test_files_and_table(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFi
         and len(first["steering"]["rewards"]) == 4
         and len(first["steering"]["ess"]) == len(first["steering"]["scored_steps"]) + 1
     )
-    assert results["totals"]["best_of_n"]["model_rows"] == results["totals"]["steering"]["model_rows"] == 3 * 2 * 4 * 2 * 6
-    assert Image.open(out / "grid.png").width > 300 and (out / "table.md").read_text().startswith("| | best of 4 | steering |")
-    assert steer(out, "--prompts", prompts, "--compare", "--judges", "shapes", "--num_seeds", 2) == 0
+    assert (
+        results["totals"]["best_of_n"]["model_rows"]
+        == results["totals"]["steering"]["model_rows"]
+        == 3 * 2 * 4 * 2 * 6
+    )
+    assert Image.open(out / "grid.png").width > 300 and (out / "table.md").read_text().startswith(
+        "| | best of 4 | steering |"
+    )
+    assert (
+        steer(out, "--prompts", prompts, "--compare", "--judges", "shapes", "--num_seeds", 2) == 0
+    )
     assert "nothing was run again" in capsys.readouterr().out
 
 
-def test_without_comparison_particles_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_without_comparison_particles_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
     assert (
         steer(
-            out, "--prompt", PROMPTS[0], "--kernel", "scheduler", "--eta", 1.0, "--resample_steps", "0.2,3", "--num_particles", 2
+            out,
+            "--prompt",
+            PROMPTS[0],
+            "--kernel",
+            "scheduler",
+            "--eta",
+            1.0,
+            "--resample_steps",
+            "0.2,3",
+            "--num_particles",
+            2,
         )
         == 0
     )
     results = json.loads((out / "results.json").read_text())
-    assert results["kernel"] == "scheduler" and results["populations"][0]["steering"]["scored_steps"] == [1, 3]
+    assert results["kernel"] == "scheduler" and results["populations"][0]["steering"][
+        "scored_steps"
+    ] == [1, 3]
     assert "| prompt | best reward |" in capsys.readouterr().out
     assert "best_of_n" not in results["populations"][0]
 
 
-def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_with_the_same_bytes(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ("--prompts", prompts, "--prompts_per_call", 2, "--num_seeds", 2)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert steer(straight, *arguments) == 0
@@ -97,7 +143,18 @@ def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path: Path, prompts: Path,
 
 
 def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
-    command = [sys.executable, "-m", "diffalign", "steer", "--scorer", "shapes", "--ess_target", "0.5", "--prompts", str(prompts)]
+    command = [
+        sys.executable,
+        "-m",
+        "diffalign",
+        "steer",
+        "--scorer",
+        "shapes",
+        "--ess_target",
+        "0.5",
+        "--prompts",
+        str(prompts),
+    ]
     done = subprocess.run(
         [*command, "--num_inference_steps", "4", "--num_particles", "3", "--output_dir", "out"], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -137,19 +194,29 @@ def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
         (["--max_prompts", "0"], "--max_prompts: expected int >= 1"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_mistakes_are_one_sentence(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     given = arguments if "--prompts" in arguments else [*arguments, "--prompt", PROMPTS[0]]
     assert steer(tmp_path / "out", *given) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said and said.strip().count("\n") == 0
 
 
-def test_prompts_are_needed_once(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture) -> None:
+def test_prompts_are_needed_once(
+    tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert steer(tmp_path / "out") == 2 and "give one of them" in capsys.readouterr().err
-    assert steer(tmp_path / "out", "--prompt", "x", "--prompts", prompts) == 2 and "give one of them" in capsys.readouterr().err
+    assert (
+        steer(tmp_path / "out", "--prompt", "x", "--prompts", prompts) == 2
+        and "give one of them" in capsys.readouterr().err
+    )
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
-    assert steer(tmp_path / "out", "--prompts", empty) == 2 and "holds no prompt" in capsys.readouterr().err
+    assert (
+        steer(tmp_path / "out", "--prompts", empty) == 2
+        and "holds no prompt" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -157,8 +224,14 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, capsys: pytest.Capture
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("words")
-    assert steer(taken, "--prompt", PROMPTS[0]) == 2 and "holds something else" in capsys.readouterr().err
+    assert (
+        steer(taken, "--prompt", PROMPTS[0]) == 2
+        and "holds something else" in capsys.readouterr().err
+    )
     out = tmp_path / "out"
     assert steer(out, "--prompt", PROMPTS[0]) == 0
-    assert steer(out, "--prompt", PROMPTS[0], "--seed", 1) == 2 and "holds a run with --seed 0, not 1" in capsys.readouterr().err
+    assert (
+        steer(out, "--prompt", PROMPTS[0], "--seed", 1) == 2
+        and "holds a run with --seed 0, not 1" in capsys.readouterr().err
+    )
     assert steer(out, "--prompt", PROMPTS[1]) == 2 and "other prompts" in capsys.readouterr().err

@@ -23,7 +23,11 @@ def pipe() -> Any:
 
 
 def untouched(pipe: Any) -> bool:
-    return "step" not in vars(pipe.scheduler) and "forward" not in vars(pipe.unet) and "decode" not in vars(pipe.vae)
+    return (
+        "step" not in vars(pipe.scheduler)
+        and "forward" not in vars(pipe.unet)
+        and "decode" not in vars(pipe.vae)
+    )
 
 
 def zeros(images, prompts) -> torch.Tensor:
@@ -33,7 +37,10 @@ def zeros(images, prompts) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_particles": 1, "resample_steps": (1,)}, "num_particles: 1 particle cannot be resampled; give at least 2"),
+        (
+            {"num_particles": 1, "resample_steps": (1,)},
+            "num_particles: 1 particle cannot be resampled; give at least 2",
+        ),
         ({"num_particles": 0}, "num_particles: expected int >= 1, got 0"),
         ({"lmbda": -1.0}, "lmbda: expected a finite number >= 0"),
         ({"lmbda": math.nan}, "lmbda: expected a finite number >= 0"),
@@ -68,14 +75,23 @@ def test_options_before_any_work(pipe: Any, options: dict[str, Any], words: str)
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ({"num_images_per_prompt": 2}, "num_images_per_prompt: steering draws num_particles=4 images per prompt; leave it out"),
+        (
+            {"num_images_per_prompt": 2},
+            "num_images_per_prompt: steering draws num_particles=4 images per prompt; leave it out",
+        ),
         ({"output_type": "latent"}, "output_type: 'latent' gives no image to score"),
         ({"return_dict": False}, "return_dict: leave it out"),
         ({"generator": torch.Generator()}, "seed: give generator or seed, not both"),
-        ({"generator": [torch.Generator()] * 3, "seed": None}, r"generator: expected one, or one per particle \(1 x 4\), got 3"),
+        (
+            {"generator": [torch.Generator()] * 3, "seed": None},
+            r"generator: expected one, or one per particle \(1 x 4\), got 3",
+        ),
         ({"seed": [1, 2]}, r"seed: expected one, or one per prompt \(1\), got 2"),
         ({"metadata": [{}, {}]}, r"metadata: expected one per prompt \(1\), got 2"),
-        ({"num_inference_steps": 2}, r"resample_steps: 2 lies outside the run of 2 steps \(0 to 1\)"),
+        (
+            {"num_inference_steps": 2},
+            r"resample_steps: 2 lies outside the run of 2 steps \(0 to 1\)",
+        ),
         ({"prompt": "x"}, "prompt: steering sets it itself"),
     ],
 )
@@ -105,11 +121,17 @@ def test_lambda_per_prompt_of_the_wrong_length(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("scorer", "words"),
     [
-        (lambda images, prompts: torch.zeros(3), "scorer: expected 4 numbers for 4 images, got shape"),
+        (
+            lambda images, prompts: torch.zeros(3),
+            "scorer: expected 4 numbers for 4 images, got shape",
+        ),
         (lambda images, prompts: torch.zeros(4, 2), "scorer: expected 4 numbers"),
         (lambda images, prompts: "good", "scorer: expected 4 numbers, got str"),
         (lambda images, prompts: [math.inf, 0.0, 0.0, 0.0], r"reward: the scorer returned \+inf"),
-        (lambda images, prompts: [math.nan] * 4, "reward: the scorer returned NaN for every particle of group 0"),
+        (
+            lambda images, prompts: [math.nan] * 4,
+            "reward: the scorer returned NaN for every particle of group 0",
+        ),
     ],
 )
 def test_rewards_that_do_not_fit(pipe: Any, scorer: Any, words: str) -> None:
@@ -120,14 +142,18 @@ def test_rewards_that_do_not_fit(pipe: Any, scorer: Any, words: str) -> None:
 
 
 def test_nan_counts_as_impossible(pipe: Any) -> None:
-    result = FKSteering(pipe, lambda images, prompts: [math.nan, 0.0, 0.0, 0.0], lmbda=1.0)(PROMPT, **CALL)
+    result = FKSteering(pipe, lambda images, prompts: [math.nan, 0.0, 0.0, 0.0], lmbda=1.0)(
+        PROMPT, **CALL
+    )
     assert result.nan_count == 5 and result.weights[0, 0] == 0
     assert result.best_index[0] != 0
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 def test_minus_infinity_everywhere_is_degenerate(pipe: Any) -> None:
-    result = FKSteering(pipe, lambda images, prompts: [-math.inf] * len(images), lmbda=1.0)(PROMPT, **CALL)
+    result = FKSteering(pipe, lambda images, prompts: [-math.inf] * len(images), lmbda=1.0)(
+        PROMPT, **CALL
+    )
     assert result.degenerate.tolist() == [True] and result.log_z[0] == -math.inf
     assert torch.allclose(result.weights, torch.full((1, 4), 0.25).double())
 
@@ -183,9 +209,13 @@ def test_a_copied_scheduler_is_refused(pipe: Any) -> None:
 
 def test_replaced_noise_is_refused() -> None:
     pipe = family("sd3")
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True)
+    pipe.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, stochastic_sampling=True
+    )
     call = {"num_inference_steps": 3, "seed": 0} | call_options("sd3")
-    with pytest.raises(UserError, match=r"stochastic_sampling=True replaces all noise .* use kernel='ddim'"):
+    with pytest.raises(
+        UserError, match=r"stochastic_sampling=True replaces all noise .* use kernel='ddim'"
+    ):
         FKSteering(pipe, zeros, lmbda=1.0)(PROMPT, **call)
     assert len(FKSteering(pipe, zeros, lmbda=1.0, kernel="ddim")(PROMPT, **call).images[0]) == 4
 
@@ -205,7 +235,9 @@ def test_model_caches_are_refused() -> None:
     pipe = family("flux")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(UserError, match=r"transformer: its feature cache .*disable_cache\(\)"):
-        FKSteering(pipe, zeros, lmbda=1.0, kernel="ddim")(PROMPT, num_inference_steps=3, **call_options("flux", 1))
+        FKSteering(pipe, zeros, lmbda=1.0, kernel="ddim")(
+            PROMPT, num_inference_steps=3, **call_options("flux", 1)
+        )
 
 
 def test_euler_maruyama_needs_flow_matching(pipe: Any) -> None:
@@ -234,12 +266,18 @@ def test_a_pipeline_that_stops_early(pipe: Any) -> None:
         pipe._interrupt = i >= 1
         return kwargs
 
-    with pytest.raises(UserError, match="resample_steps: 3 was never reached, the pipeline stopped after 2 steps"):
-        FKSteering(pipe, zeros, lmbda=1.0, resample_steps=(1, 3))(PROMPT, **CALL, callback_on_step_end=stop)
+    with pytest.raises(
+        UserError, match="resample_steps: 3 was never reached, the pipeline stopped after 2 steps"
+    ):
+        FKSteering(pipe, zeros, lmbda=1.0, resample_steps=(1, 3))(
+            PROMPT, **CALL, callback_on_step_end=stop
+        )
 
 
 def test_decoders_that_do_not_fit(pipe: Any) -> None:
-    with pytest.raises(UserError, match="decoder: expected an autoencoder, a function of latents or None"):
+    with pytest.raises(
+        UserError, match="decoder: expected an autoencoder, a function of latents or None"
+    ):
         FKSteering(pipe, zeros, lmbda=1.0, decoder=3)(PROMPT, **CALL)
     with pytest.raises(UserError, match="decoder: expected a function that returns pixels"):
         FKSteering(pipe, zeros, lmbda=1.0, decoder=lambda x0: x0.flatten(1))(PROMPT, **CALL)

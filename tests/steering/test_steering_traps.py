@@ -25,10 +25,14 @@ def check(result: Any) -> Any:
     return result
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("sd", None), ("sd3", "ddim"), ("flux", "euler_maruyama")])
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("sd", None), ("sd3", "ddim"), ("flux", "euler_maruyama")]
+)
 def test_bfloat16(name: str, kernel: str | None) -> None:
     pipe = quiet(family(name).to(torch.bfloat16))
-    call = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in call_options(name).items()}
+    call = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in call_options(name).items()
+    }
     check(steer(pipe, name=name, kernel=kernel, call=call | ({} if kernel else {"eta": 1.0})))
 
 
@@ -67,11 +71,22 @@ def test_compiled_and_sliced() -> None:
     [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"final_sigmas_type": "sigma_min"}, {"euler_at_final": True}, {"solver_order": 3}],
 )  # fmt: skip
 def test_solver_grids(options: dict[str, Any]) -> None:
-    check(steer(with_scheduler(family("sd"), "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", **options)))
+    check(
+        steer(
+            with_scheduler(
+                family("sd"),
+                "DPMSolverMultistepScheduler",
+                algorithm_type="sde-dpmsolver++",
+                **options,
+            )
+        )
+    )
 
 
 def test_zero_terminal_snr() -> None:
-    pipe = with_scheduler(family("sd_v"), "DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipe = with_scheduler(
+        family("sd_v"), "DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
     result = check(steer(pipe, kernel="ddim", resample_steps=(0, 1, 3)))
     assert result.latents.isfinite().all()
 
@@ -81,12 +96,20 @@ def test_flow_matching_through_a_stochastic_solver(name: str) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     pipe = family(name)
-    shift = {"use_dynamic_shifting": True, "time_shift_type": "exponential"} if name == "flux" else {}
+    shift = (
+        {"use_dynamic_shifting": True, "time_shift_type": "exponential"} if name == "flux" else {}
+    )
     pipe.scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="sde-dpmsolver++", solver_order=2, **shift
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        **shift,
     )
     first, again = check(steer(pipe, name=name)), steer(pipe, name=name)
-    assert torch.equal(first.latents, again.latents)  # the pipeline passes no generator, steering does
+    assert torch.equal(
+        first.latents, again.latents
+    )  # the pipeline passes no generator, steering does
     check(steer(pipe, name=name, kernel="ddim"))
 
 
@@ -109,9 +132,13 @@ def test_second_order_flow_matching_is_pruned() -> None:
 
 
 def test_time_grids_of_the_caller() -> None:
-    pipe = with_scheduler(family("sd"), "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++")
+    pipe = with_scheduler(
+        family("sd"), "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"
+    )
     options: dict[str, Any] = {"num_particles": 4, "lmbda": 4.0, "ess_threshold": 1.0}
-    found = FKSteering(pipe, brightness, **options)(PROMPTS, seed=0, timesteps=[900, 700, 400, 200, 50], height=32, width=32)
+    found = FKSteering(pipe, brightness, **options)(
+        PROMPTS, seed=0, timesteps=[900, 700, 400, 200, 50], height=32, width=32
+    )
     assert [step.index for step in check(found).steps] == [1, 2, 3, 4]
     found = FKSteering(family("sd3"), brightness, kernel="ddim", **options)(
         PROMPTS, seed=0, sigmas=[1.0, 0.8, 0.5, 0.2], height=32, width=32
@@ -123,7 +150,12 @@ def test_time_grids_of_the_caller() -> None:
 
 def test_fractions_are_of_the_steps_that_are_run() -> None:
     result = steer(
-        family("sdxl"), name="sdxl", steps=8, kernel="ddim", call={"denoising_end": 0.5}, resample_steps=(0.2, 0.5, 0.8)
+        family("sdxl"),
+        name="sdxl",
+        steps=8,
+        kernel="ddim",
+        call={"denoising_end": 0.5},
+        resample_steps=(0.2, 0.5, 0.8),
     )
     assert [step.index for step in result.steps] == [0, 2, 3]
 
@@ -131,8 +163,15 @@ def test_fractions_are_of_the_steps_that_are_run() -> None:
 def test_arguments_per_prompt_are_split_with_the_prompts() -> None:
     pipe = family("sd")
     latents = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    for call in ({"negative_prompt": ["dark", "noisy"]}, {"latents": latents}, {"guidance_rescale": 0.5}):
-        whole, split = (check(steer(pipe, call=call | {"eta": 1.0}, prompts_per_call=size)) for size in (None, 1))
+    for call in (
+        {"negative_prompt": ["dark", "noisy"]},
+        {"latents": latents},
+        {"guidance_rescale": 0.5},
+    ):
+        whole, split = (
+            check(steer(pipe, call=call | {"eta": 1.0}, prompts_per_call=size))
+            for size in (None, 1)
+        )
         assert torch.equal(whole.ancestors, split.ancestors)
         torch.testing.assert_close(whole.latents, split.latents, rtol=1e-3, atol=1e-3)
     two = steer(pipe, call={"timesteps": None, "eta": 1.0}, lmbda=[0.0, 4.0], prompts_per_call=1)
@@ -142,7 +181,9 @@ def test_arguments_per_prompt_are_split_with_the_prompts() -> None:
 def test_prompt_embeddings_are_given_to_every_particle() -> None:
     pipe = family("sd")
     embeds, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
-    given = check(steer(pipe, call={"prompt_embeds": embeds, "negative_prompt_embeds": negative, "eta": 1.0}))
+    given = check(
+        steer(pipe, call={"prompt_embeds": embeds, "negative_prompt_embeds": negative, "eta": 1.0})
+    )
     torch.testing.assert_close(given.latents, steer(pipe, **DDIM).latents, rtol=1e-3, atol=1e-3)
 
 
@@ -158,7 +199,11 @@ def test_callbacks_may_replace_latents() -> None:
 def test_inpainting() -> None:
     from diffusers import StableDiffusionInpaintPipeline
 
-    pipe = quiet(StableDiffusionInpaintPipeline(**build_pipeline("sd").components, requires_safety_checker=False))
+    pipe = quiet(
+        StableDiffusionInpaintPipeline(
+            **build_pipeline("sd").components, requires_safety_checker=False
+        )
+    )
     found = FKSteering(pipe, brightness, num_particles=4, lmbda=4.0, ess_threshold=1.0)(
         PROMPTS[0], seed=0, image=Image.new("RGB", (32, 32), "gray"), mask_image=Image.new("L", (32, 32), 255), height=32, width=32,
         num_inference_steps=5, eta=1.0, strength=1.0,
@@ -199,4 +244,7 @@ def test_nothing_is_kept_after_a_call() -> None:
     del result
     gc.collect()
     assert kept() is None
-    assert torch.equal(steering(PROMPTS, seed=0, num_inference_steps=4, eta=1.0, height=32, width=32).latents, first)
+    assert torch.equal(
+        steering(PROMPTS, seed=0, num_inference_steps=4, eta=1.0, height=32, width=32).latents,
+        first,
+    )

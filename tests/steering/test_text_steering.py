@@ -54,13 +54,22 @@ def test_revealed_tokens_are_frozen_and_the_last_step_reveals_all() -> None:
 
 def test_one_network_call_per_step_whatever_is_drawn() -> None:
     sampler = model(num_x0_samples=16, batch_size=5)
-    run(sampler, total, groups=2, num_particles=3, lmbda=1.0, resample_steps=(0, 1, 2, 3), generator=gen(0))
+    run(
+        sampler,
+        total,
+        groups=2,
+        num_particles=3,
+        lmbda=1.0,
+        resample_steps=(0, 1, 2, 3),
+        generator=gen(0),
+    )
     assert sampler.network_rows == 6 * 4
 
 
 def test_chunks_of_the_network_change_nothing() -> None:
     results = [
-        run(model(batch_size=size), total, groups=2, num_particles=3, lmbda=0.3, generator=gen(0)) for size in (None, 1, 4)
+        run(model(batch_size=size), total, groups=2, num_particles=3, lmbda=0.3, generator=gen(0))
+        for size in (None, 1, 4)
     ]
     assert all(torch.equal(results[0].particles, other.particles) for other in results[1:])
 
@@ -76,8 +85,17 @@ def test_predictions_are_permuted_with_their_particles() -> None:
 def test_templates_are_clamped() -> None:
     template = torch.full((2, L), MASK)
     template[0, :2], template[1, 4] = torch.tensor([3, 1]), 2
-    result = run(model(template=template, num_x0_samples=3), total, groups=2, num_particles=4, lmbda=1.0, generator=gen(0))
-    assert (result.particles[0, :, :2] == torch.tensor([3, 1])).all() and (result.particles[1, :, 4] == 2).all()
+    result = run(
+        model(template=template, num_x0_samples=3),
+        total,
+        groups=2,
+        num_particles=4,
+        lmbda=1.0,
+        generator=gen(0),
+    )
+    assert (result.particles[0, :, :2] == torch.tensor([3, 1])).all() and (
+        result.particles[1, :, 4] == 2
+    ).all()
     drawn = model(template=template, num_x0_samples=3)
     state = drawn.prepare(drawn.init(2, 4, gen(0)), 0)
     clean = drawn.predict_x0(state, 0)
@@ -88,7 +106,13 @@ def test_scoring_does_not_advance_the_noise() -> None:
     """More draws of clean texts, or none, and the same sampler noise: with lambda 0 the texts are the same."""
     texts = [
         run(
-            model(num_x0_samples=n), total, groups=2, num_particles=3, lmbda=0.0, resample_steps=steps, generator=gen(4)
+            model(num_x0_samples=n),
+            total,
+            groups=2,
+            num_particles=3,
+            lmbda=0.0,
+            resample_steps=steps,
+            generator=gen(4),
         ).particles
         for n, steps in ((1, ()), (1, (0, 1)), (7, (0, 1, 2)))
     ]
@@ -124,12 +148,16 @@ def test_text_reward_scores_distinct_texts_once() -> None:
         seen.append(texts)
         return [float(len(text)) for text in texts]
 
-    reward = TextReward(lambda rows: [" ".join("abc"[t] for t in row if t < 3) for row in rows], scorer)
+    reward = TextReward(
+        lambda rows: [" ".join("abc"[t] for t in row if t < 3) for row in rows], scorer
+    )
     values = reward(torch.tensor([[[0, 1], [0, 1]], [[2, 3], [3, 3]]]))
     assert values.tolist() == [[3.0, 3.0], [1.0, 0.0]] and seen == [["a b", "c", ""]]
     assert (reward.calls, reward.scored) == (1, 3)
     with pytest.raises(UserError, match="scorer: expected 1 numbers for 1 texts, got 2"):
-        TextReward(lambda rows: ["x"] * len(rows), lambda texts: [1.0, 2.0])(torch.zeros(2, 3, dtype=torch.int64))
+        TextReward(lambda rows: ["x"] * len(rows), lambda texts: [1.0, 2.0])(
+            torch.zeros(2, 3, dtype=torch.int64)
+        )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +199,9 @@ def captions(texts: list[str]) -> float:
 
 
 def test_the_embedded_denoiser_writes_captions() -> None:
-    steering = FKTextSteering(None, None, black_star, num_particles=50, lmbda=0.0, num_steps=16, resample_steps=())
+    steering = FKTextSteering(
+        None, None, black_star, num_particles=50, lmbda=0.0, num_steps=16, resample_steps=()
+    )
     texts = [text for row in steering(["", ""]).texts for text in row]
     card = json.loads((text_weights_dir() / "accuracy.json").read_text())
     assert captions(texts) > card["by_steps"]["16"]["captions"] - 0.15
@@ -192,11 +222,15 @@ def test_steering_the_embedded_denoiser() -> None:
 def test_prompts_stay_as_they_are() -> None:
     denoiser, tokenizer = load_text_denoiser()
     denoiser = denoiser.double()  # in float32 the size of the batch may change a token
-    result = FKTextSteering(denoiser, tokenizer, black_star, lmbda=2.0, num_steps=12)(["a small red", "a large"], seed=[5, 6])
+    result = FKTextSteering(denoiser, tokenizer, black_star, lmbda=2.0, num_steps=12)(
+        ["a small red", "a large"], seed=[5, 6]
+    )
     assert all(text.startswith("a small red ") for text in result.texts[0]) and all(
         text.startswith("a large ") for text in result.texts[1]
     )
-    alone = FKTextSteering(denoiser, tokenizer, black_star, lmbda=2.0, num_steps=12)("a large", seed=6)
+    alone = FKTextSteering(denoiser, tokenizer, black_star, lmbda=2.0, num_steps=12)(
+        "a large", seed=6
+    )
     assert alone.texts[0] == result.texts[1]
 
 
@@ -217,6 +251,8 @@ def test_the_training_loss_is_the_elbo() -> None:
     exact = -(scores[..., :3].float().log_softmax(-1)).gather(-1, tokens[..., None]).mean()
     rate = torch.full((40_000,), 0.3)
     masked = torch.rand(40_000, 2, generator=gen(1)) < 0.3
-    found = pretrain_text.masked_loss(scores.expand(40_000, 2, 4), tokens.expand(40_000, 2), masked, rate)
+    found = pretrain_text.masked_loss(
+        scores.expand(40_000, 2, 4), tokens.expand(40_000, 2), masked, rate
+    )
     assert float(found) == pytest.approx(float(exact), rel=0.03)
     assert parse_prompt("a small red circle on the left of a gray background").shape == "circle"

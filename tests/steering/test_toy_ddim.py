@@ -71,14 +71,20 @@ class LinearGaussian:
 
     def propose(self, y: Tensor, i: int, generator: Any) -> Any:
         eps, t = self._eps(y, i)
-        moved = self.scheduler.step(eps.reshape(-1, 1), t, y.reshape(-1, 1), eta=1.0, generator=generator).prev_sample
+        moved = self.scheduler.step(
+            eps.reshape(-1, 1), t, y.reshape(-1, 1), eta=1.0, generator=generator
+        ).prev_sample
         moved = moved.reshape(y.shape)
         if not self.guidance:
             return moved
         before = t - 1000 // self.num_steps
         variance = float(self.scheduler._get_variance(t, before))
         mean = self.scheduler.step(
-            eps.reshape(-1, 1), t, y.reshape(-1, 1), eta=1.0, variance_noise=torch.zeros(y.numel(), 1).double()
+            eps.reshape(-1, 1),
+            t,
+            y.reshape(-1, 1),
+            eta=1.0,
+            variance_noise=torch.zeros(y.numel(), 1).double(),
         )
         z = (moved - mean.prev_sample.reshape(y.shape)) / math.sqrt(variance)
         delta = self.guidance * variance
@@ -154,17 +160,37 @@ class GaussianPipeline:
     def __init__(self, steps: int = 50) -> None:
         self.scheduler = scheduler(steps)
 
-    def __call__(self, prompt, num_images_per_prompt=1, num_inference_steps=50, generator=None, eta=0.0, return_dict=True):
+    def __call__(
+        self,
+        prompt,
+        num_images_per_prompt=1,
+        num_inference_steps=50,
+        generator=None,
+        eta=0.0,
+        return_dict=True,
+    ):
         self.scheduler.set_timesteps(num_inference_steps)
-        y = torch.randn(len(prompt) * num_images_per_prompt, 1, generator=generator, dtype=torch.float64)
+        y = torch.randn(
+            len(prompt) * num_images_per_prompt, 1, generator=generator, dtype=torch.float64
+        )
         for t in self.scheduler.timesteps:
             eps = exact_eps(y, self.scheduler.alphas_cumprod[int(t)].double())
             y = self.scheduler.step(eps, t, y, eta=eta, generator=generator, return_dict=False)[0]
         return SimpleNamespace(images=y[:, 0].tolist())
 
 
-def steer_pipeline(groups: int = 20_000, lmbda: Any = 1.0, k: int = 4, seed: int = 4, steps: int = 50, **options: Any):
-    options = {"resample_steps": (10, 20, 30, 40), "intermediate_reward": lambda x0, prompts: x0[:, 0]} | options
+def steer_pipeline(
+    groups: int = 20_000,
+    lmbda: Any = 1.0,
+    k: int = 4,
+    seed: int = 4,
+    steps: int = 50,
+    **options: Any,
+):
+    options = {
+        "resample_steps": (10, 20, 30, 40),
+        "intermediate_reward": lambda x0, prompts: x0[:, 0],
+    } | options
     steering = FKSteering(
         GaussianPipeline(),
         lambda images, prompts: torch.tensor(images, dtype=torch.float64),
@@ -187,7 +213,13 @@ def estimates(result: Any, z: float) -> tuple[Estimate, Estimate]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"potential": "tempered"}, {"kernel": "ddim"}, {"scheme": "stratified", "ess_threshold": 1.0}]
+    "options",
+    [
+        {},
+        {"potential": "tempered"},
+        {"kernel": "ddim"},
+        {"scheme": "stratified", "ess_threshold": 1.0},
+    ],
 )
 def test_steering_a_pipeline_is_exact(options: dict[str, Any]) -> None:
     """Patched scheduler, one group per prompt: the whole sampler, not only its core, has the tilted law of the chain."""

@@ -20,20 +20,33 @@ def gen(seed: int) -> torch.Generator:
 
 def steer(lmbda: float, steps, groups: int = 50_000, k: int = 4, seed: int = 0, **options):
     return run(
-        Mixture(), lambda x: x, groups=groups, num_particles=k, lmbda=lmbda, resample_steps=steps, generator=gen(seed), **options
+        Mixture(),
+        lambda x: x,
+        groups=groups,
+        num_particles=k,
+        lmbda=lmbda,
+        resample_steps=steps,
+        generator=gen(seed),
+        **options,
     )
 
 
 @pytest.mark.parametrize(
     ("lmbda", "z", "mean"),
-    [(0.1, 0.979293, 0.095189), (0.2, 1.020952, 0.740508), (0.5, 1.652876, 2.321280), (1.0, 6.935317, 3.172607)],
+    [
+        (0.1, 0.979293, 0.095189),
+        (0.2, 1.020952, 0.740508),
+        (0.5, 1.652876, 2.321280),
+        (1.0, 6.935317, 3.172607),
+    ],
 )
 def test_closed_form(lmbda: float, z: float, mean: float) -> None:
     assert mixture_moments(lmbda) == pytest.approx((z, mean), abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("k", "groups", "spread"), [(1, 100_000, 1.241), (2, 50_000, 0.877), (4, 50_000, 0.631), (16, 20_000, 0.318)]
+    ("k", "groups", "spread"),
+    [(1, 100_000, 1.241), (2, 50_000, 0.877), (4, 50_000, 0.631), (16, 20_000, 0.318)],
 )
 def test_unbiased_for_every_population_size(k: int, groups: int, spread: float) -> None:
     z, mean = mixture_moments(0.5)
@@ -68,7 +81,9 @@ def test_the_full_table_of_sizes(k: int, groups: int, spread: float) -> None:
         firsts.append(totals[-1] * (result.weights * result.particles).sum(1))
     assert Estimate.of(torch.cat(totals)).agrees(1.0)
     assert Estimate.of(torch.cat(firsts)).agrees(mean)
-    assert float(torch.cat(totals).std()) == pytest.approx(spread, rel=0.03 if groups > 1000 else 0.35)
+    assert float(torch.cat(totals).std()) == pytest.approx(
+        spread, rel=0.03 if groups > 1000 else 0.35
+    )
 
 
 @pytest.mark.parametrize("potential", ["diff", "max", "sum", "rt", "max_inc", "tempered"])
@@ -90,11 +105,20 @@ def test_all_schemes_when_always_resampling(scheme: str) -> None:
 
 @pytest.mark.parametrize(
     ("potential", "target", "threshold", "lmbda"),
-    [("max", 0.6, 0.5, 0.5), ("sum", 0.7, 0.5, 0.5), ("diff", 0.4, 0.5, 0.5), ("rt", 0.9, 1.0, 0.1)],
+    [
+        ("max", 0.6, 0.5, 0.5),
+        ("sum", 0.7, 0.5, 0.5),
+        ("diff", 0.4, 0.5, 0.5),
+        ("rt", 0.9, 1.0, 0.1),
+    ],
 )
-def test_adaptive_tempering_is_unbiased(potential: str, target: float, threshold: float, lmbda: float) -> None:
+def test_adaptive_tempering_is_unbiased(
+    potential: str, target: float, threshold: float, lmbda: float
+) -> None:
     z, mean = mixture_moments(lmbda)
-    result = steer(lmbda, SIX, potential=potential, adaptive_tempering=target, ess_threshold=threshold)
+    result = steer(
+        lmbda, SIX, potential=potential, adaptive_tempering=target, ess_threshold=threshold
+    )
     assert unbiased(result, torch.ones_like, z).agrees(1.0)
     assert unbiased(result, lambda x: x, z).agrees(mean)
 
@@ -113,9 +137,19 @@ def test_a_floor_under_intermediate_rewards_does_not_move_the_target() -> None:
 
     class Clipped(Mixture):
         def predict_x0(self, y, i):
-            return super().predict_x0(y, i).clamp(min=-1.0) + 0.3 * torch.randn(y.shape, generator=noise, dtype=y.dtype)
+            return super().predict_x0(y, i).clamp(min=-1.0) + 0.3 * torch.randn(
+                y.shape, generator=noise, dtype=y.dtype
+            )
 
-    result = run(Clipped(), lambda x: x, groups=50_000, num_particles=4, lmbda=0.5, resample_steps=SIX, generator=gen(3))
+    result = run(
+        Clipped(),
+        lambda x: x,
+        groups=50_000,
+        num_particles=4,
+        lmbda=0.5,
+        resample_steps=SIX,
+        generator=gen(3),
+    )
     assert unbiased(result, torch.ones_like, z).agrees(1.0)
     assert unbiased(result, lambda x: x, z).agrees(mean)
 
@@ -138,7 +172,15 @@ def test_weights_dropped_when_not_resampling_must_fail(monkeypatch: pytest.Monke
 
 def test_ess_target_gives_the_law_of_the_lambda_it_chose() -> None:
     """With many particles the chosen lambda hardly varies, and the weighted population follows it."""
-    result = run(Mixture(), lambda x: x, groups=40, num_particles=4000, ess_target=0.5, resample_steps=THREE, generator=gen(1))
+    result = run(
+        Mixture(),
+        lambda x: x,
+        groups=40,
+        num_particles=4000,
+        ess_target=0.5,
+        resample_steps=THREE,
+        generator=gen(1),
+    )
     expected = torch.tensor([mixture_moments(float(value))[1] for value in result.lmbda])
     assert Estimate.of((result.weights * result.particles).sum(1) - expected).agrees(0.0)
 

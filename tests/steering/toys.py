@@ -41,7 +41,9 @@ class Mixture:
         shape = (groups, num_particles)
         mean, variance = self._moments(0)
         which = (torch.rand(shape, generator=generator, dtype=torch.float64) > WEIGHTS[0]).long()
-        return mean[which] + variance[which].sqrt() * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return mean[which] + variance[which].sqrt() * torch.randn(
+            shape, generator=generator, dtype=torch.float64
+        )
 
     def predict_x0(self, y: Tensor, i: int) -> Tensor:
         mean, variance = self._moments(i)
@@ -56,7 +58,9 @@ class Mixture:
         covariance = (self.bar[i] / self.bar[i + 1]).sqrt() * variance_s
         mean = mean_s + covariance / variance_t * (y - mean_t)
         variance = variance_s - covariance.square() / variance_t
-        return mean + variance.clamp(min=0).sqrt() * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        return mean + variance.clamp(min=0).sqrt() * torch.randn(
+            y.shape, generator=generator, dtype=torch.float64
+        )
 
     def index(self, y: Tensor, ancestors: Tensor) -> Tensor:
         return y.gather(1, ancestors)

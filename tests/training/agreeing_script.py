@@ -23,7 +23,9 @@ def window(trainer: Any, folder: Path) -> None:
     """A name that one process has, and a process that has none."""
     accelerator = trainer.accelerator
     rank, found = accelerator.process_index, MetricWindow()
-    found.add({"both": torch.tensor([1.0 + rank])} | ({"one": torch.tensor([5.0])} if rank == 0 else {}))
+    found.add(
+        {"both": torch.tensor([1.0 + rank])} | ({"one": torch.tensor([5.0])} if rank == 0 else {})
+    )
     assert found.reduce(accelerator) == {"both": 1.5, "one": 5.0}
     if rank == 1:
         found.add({"late": torch.tensor([2.0, 4.0])})
@@ -36,7 +38,9 @@ def history(trainer: Any, folder: Path) -> None:
     accelerator = trainer.accelerator
     if accelerator.is_main_process:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        (folder / "logs" / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": 0.5}) + "\n" for s in (1, 2, 3)))
+        (folder / "logs" / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": s, "loss": 0.5}) + "\n" for s in (1, 2, 3))
+        )
     accelerator.wait_for_everyone()
     assert [entry["step"] for entry in MetricLog(accelerator, folder).start(2)] == [1, 2]
 
@@ -63,11 +67,31 @@ def main() -> None:
 
 def online(folder: Path) -> None:
     """Interrupted between two logs, with a round's scores still to be logged, and resumed."""
-    data = {"online": {"every": 4, "k": 2, "num_inference_steps": 2, "guidance_scale": 2.0, "rollout_batch_size": 4}}
-    options = {"peft_config": lora_config(), "rows": [{"prompt": row["prompt"]} for row in pair_rows()], "data": data}
-    options |= {"max_steps": 3, "logging_steps": 3, "save_steps": 1, "save_total_limit": None, "options": {"scorers": brightness}}
+    data = {
+        "online": {
+            "every": 4,
+            "k": 2,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+            "rollout_batch_size": 4,
+        }
+    }
+    options = {
+        "peft_config": lora_config(),
+        "rows": [{"prompt": row["prompt"]} for row in pair_rows()],
+        "data": data,
+    }
+    options |= {
+        "max_steps": 3,
+        "logging_steps": 3,
+        "save_steps": 1,
+        "save_total_limit": None,
+        "options": {"scorers": brightness},
+    }
     make_trainer(folder / "online", **options).train()
-    resumed = make_trainer(folder / "online", **options, resume_from_checkpoint=str(folder / "online" / "checkpoint-1"))
+    resumed = make_trainer(
+        folder / "online", **options, resume_from_checkpoint=str(folder / "online" / "checkpoint-1")
+    )
     resumed.train()
     assert "online/score_0" in resumed.state.log_history[-1]
 

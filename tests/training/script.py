@@ -59,7 +59,12 @@ def main() -> None:
             steady = {"max_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2}
             judged = {"options": {"scorers": [by_place]}} if method == "spo" else {}
             make_trainer(
-                f"{folder}/{method}", method=method, peft_config=config, per_device_train_batch_size=size, **judged, **steady
+                f"{folder}/{method}",
+                method=method,
+                peft_config=config,
+                per_device_train_batch_size=size,
+                **judged,
+                **steady,
             ).train()
         return
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 1, "save_total_limit": None}
@@ -68,7 +73,13 @@ def main() -> None:
         options["adam_epsilon"] = 1e-3  # keeps Adam from magnifying rounding
     elif mode == "plain":
         # A full fine-tune with an epsilon that keeps Adam from magnifying rounding.
-        options = {"max_steps": 3, "adam_epsilon": 1e-3, "use_ema": True, "ema_decay": 0.5, "overwrite_output_dir": True}
+        options = {
+            "max_steps": 3,
+            "adam_epsilon": 1e-3,
+            "use_ema": True,
+            "ema_decay": 0.5,
+            "overwrite_output_dir": True,
+        }
     else:
         options["options"] = {"callbacks": [Announce() if mode == "announce" else DiskFull()]}
     if mode == "announce":

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny import assert_close_tensors, assert_same_tensors, build_pipeline, lora_config, make_trainer, pair_rows, trained_tensors
+from tiny import (
+    assert_close_tensors,
+    assert_same_tensors,
+    build_pipeline,
+    lora_config,
+    make_trainer,
+    pair_rows,
+    trained_tensors,
+)
 
 from diffalign.errors import UserError
 from diffalign.training.callbacks import TrainerCallback
@@ -25,7 +33,11 @@ SCRIPT = Path(__file__).with_name("script.py")
 def run_script(*arguments: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=150
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
 
 
@@ -37,7 +49,9 @@ def names(folder: Path) -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA run of two steps with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    make_trainer(folder, peft_config=lora_config(), max_steps=2, save_steps=1, save_total_limit=None).train()
+    make_trainer(
+        folder, peft_config=lora_config(), max_steps=2, save_steps=1, save_total_limit=None
+    ).train()
     return folder
 
 
@@ -48,7 +62,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def resume(folder: Path, **options: Any) -> Any:
-    values: dict[str, Any] = {"peft_config": lora_config(), "max_steps": 3, "resume_from_checkpoint": "latest"} | options
+    values: dict[str, Any] = {
+        "peft_config": lora_config(),
+        "max_steps": 3,
+        "resume_from_checkpoint": "latest",
+    } | options
     trainer = make_trainer(folder, **values)
     trainer.train()
     return trainer
@@ -58,19 +76,28 @@ def test_a_checkpoint_is_complete_and_readable_by_diffusers(run: Path) -> None:
     assert names(run) == ["checkpoint-1", "checkpoint-2"]
     record = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
     assert record["state"]["global_step"] == 2 and record["identity"]["method"] == "Diffusion-DPO"
-    on_disk = {p.name for p in (run / "checkpoint-2").iterdir()} - {"trainer_state.json", "done.json"}
+    on_disk = {p.name for p in (run / "checkpoint-2").iterdir()} - {
+        "trainer_state.json",
+        "done.json",
+    }
     assert set(record["files"]) == on_disk
     assert_same_tensors(
-        load_file(run / "checkpoint-2" / "pytorch_lora_weights.safetensors"), load_file(run / "pytorch_lora_weights.safetensors")
+        load_file(run / "checkpoint-2" / "pytorch_lora_weights.safetensors"),
+        load_file(run / "pytorch_lora_weights.safetensors"),
     )
     build_pipeline("sd").load_lora_weights(run / "checkpoint-2")
 
 
-@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize(
+    "file", ["pytorch_lora_weights.safetensors", "optimizer.bin", "random_states_0.pkl"]
+)
 def test_damaged_checkpoints_are_refused(run: Path, file: str) -> None:
     path = run / "checkpoint-2" / file
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=f"checkpoint-2 is damaged: {file} has .* bytes instead of .*earlier checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=f"checkpoint-2 is damaged: {file} has .* bytes instead of .*earlier checkpoint",
+    ):
         resume(run)
     path.unlink()
     with pytest.raises(UserError, match=f"checkpoint-2 is damaged: {file} is missing"):
@@ -104,7 +131,9 @@ def test_a_file_rewritten_at_equal_size_is_refused(run: Path) -> None:
     ],
     ids=["dataset", "seed", "alpha", "model", "method"],
 )
-def test_checkpoints_of_other_runs_are_refused_unless_forced(run: Path, change: dict[str, Any], word: str) -> None:
+def test_checkpoints_of_other_runs_are_refused_unless_forced(
+    run: Path, change: dict[str, Any], word: str
+) -> None:
     def options() -> dict[str, Any]:
         return change | ({"model": build_pipeline("sd", seed=9)} if "model" in change else {})
 
@@ -125,7 +154,9 @@ def test_what_latest_and_paths_mean(run: Path, tmp_path: Path) -> None:
 
 
 def test_another_run_in_the_folder_is_refused_or_moved_aside(run: Path) -> None:
-    with pytest.raises(UserError, match="holds another run .*checkpoint-2.*resume_from_checkpoint latest"):
+    with pytest.raises(
+        UserError, match="holds another run .*checkpoint-2.*resume_from_checkpoint latest"
+    ):
         make_trainer(run, peft_config=lora_config(), max_steps=1).train()
     assert names(run) == ["checkpoint-1", "checkpoint-2"]
     for number in (1, 2):
@@ -143,7 +174,9 @@ def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])])
 def test_old_checkpoints_go(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
-    make_trainer(tmp_path, max_steps=5, save_steps=1, save_total_limit=limit, peft_config=lora_config()).train()
+    make_trainer(
+        tmp_path, max_steps=5, save_steps=1, save_total_limit=limit, peft_config=lora_config()
+    ).train()
     assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
 
 
@@ -158,7 +191,11 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert names(folder) == ["checkpoint-1"]
     assert (folder / ".tmp-checkpoint-2").is_dir()
-    options: dict[str, Any] = {"peft_config": lora_config(dropout=0.1), "per_device_train_batch_size": 2, "max_steps": 3}
+    options: dict[str, Any] = {
+        "peft_config": lora_config(dropout=0.1),
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+    }
     options["adam_epsilon"] = 1e-3
     trainer = resume(folder, **options)
     assert trainer.state.global_step == 3
@@ -179,7 +216,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path) ->
     assert sorted(p.name for p in folder.iterdir() if "checkpoint" in p.name) == ["checkpoint-1"]
 
 
-def test_failed_save_without_an_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_without_an_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, peft_config=lora_config())
     trainer.setup()
 
@@ -188,7 +227,8 @@ def test_failed_save_without_an_earlier_checkpoint(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(trainer.checkpoints, "_seal", full)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-1 could not be written \(.*No space left.*there is no earlier checkpoint"
+        CheckpointError,
+        match=r"checkpoint-1 could not be written \(.*No space left.*there is no earlier checkpoint",
     ):
         trainer.train()
     assert not list(tmp_path.glob("*checkpoint*"))
@@ -207,26 +247,39 @@ class SignalAt(TrainerCallback):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_with_a_checkpoint_and_it_can_go_on(tmp_path: Path, number: int) -> None:
-    options: dict[str, Any] = {"peft_config": lora_config(dropout=0.2), "per_device_train_batch_size": 2, "max_steps": 5}
+    options: dict[str, Any] = {
+        "peft_config": lora_config(dropout=0.2),
+        "per_device_train_batch_size": 2,
+        "max_steps": 5,
+    }
     before = signal.getsignal(number)
     stopped = make_trainer(tmp_path / "a", options={"callbacks": [SignalAt(number, 2)]}, **options)
     output = stopped.train()
     assert (output.global_step, output.interrupted_by) == (2, number)
     assert signal.getsignal(number) is before
     assert names(tmp_path / "a") == ["checkpoint-2"]
-    assert not (tmp_path / "a" / "pytorch_lora_weights.safetensors").exists()  # not finished: no final model
+    assert not (
+        tmp_path / "a" / "pytorch_lora_weights.safetensors"
+    ).exists()  # not finished: no final model
     resumed = make_trainer(tmp_path / "a", resume_from_checkpoint="latest", **options)
     output = resumed.train()
     assert (output.global_step, output.interrupted_by) == (5, None)
     whole = make_trainer(tmp_path / "b", **options)
     whole.train()
     assert_same_tensors(trained_tensors(resumed), trained_tensors(whole))
-    assert (tmp_path / "a/logs/metrics.jsonl").read_text() == (tmp_path / "b/logs/metrics.jsonl").read_text()
+    assert (tmp_path / "a/logs/metrics.jsonl").read_text() == (
+        tmp_path / "b/logs/metrics.jsonl"
+    ).read_text()
 
 
 def test_an_interrupted_trainer_can_be_told_to_go_on(tmp_path: Path) -> None:
     """As in a notebook: the same object, after Ctrl-C."""
-    trainer = make_trainer(tmp_path, peft_config=lora_config(), max_steps=4, options={"callbacks": [SignalAt(signal.SIGINT, 2)]})
+    trainer = make_trainer(
+        tmp_path,
+        peft_config=lora_config(),
+        max_steps=4,
+        options={"callbacks": [SignalAt(signal.SIGINT, 2)]},
+    )
     assert trainer.train().interrupted_by == signal.SIGINT
     output = trainer.train(resume_from_checkpoint="latest")
     assert (output.global_step, output.interrupted_by) == (4, None)

@@ -12,7 +12,14 @@ import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
-from tiny import assert_same_tensors, brightness, lora_config, make_trainer, pair_rows, trained_tensors
+from tiny import (
+    assert_same_tensors,
+    brightness,
+    lora_config,
+    make_trainer,
+    pair_rows,
+    trained_tensors,
+)
 
 from diffalign import cli
 from diffalign.errors import UserError
@@ -20,8 +27,21 @@ from diffalign.training.online.feedback import read_votes, round_folder
 
 
 def asking(folder: Path, **options: Any) -> Any:
-    options = {"images_per_prompt": 3, "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2} | options
-    return make_trainer(folder, "sd", "d3po", peft_config=lora_config(), feedback="people", options={"scorers": None}, **options)
+    options = {
+        "images_per_prompt": 3,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+    } | options
+    return make_trainer(
+        folder,
+        "sd",
+        "d3po",
+        peft_config=lora_config(),
+        feedback="people",
+        options={"scorers": None},
+        **options,
+    )
 
 
 def vote_for_bright(folder: Path, name: str = "votes.json", annotator: str = "me") -> None:
@@ -34,7 +54,12 @@ def vote_for_bright(folder: Path, name: str = "votes.json", annotator: str = "me
             for j in range(i + 1, len(images)):
                 preference = "a" if values[i] > values[j] else "b"
                 votes.append(
-                    {"image_a": images[i]["id"], "image_b": images[j]["id"], "preference": preference, "annotator": annotator}
+                    {
+                        "image_a": images[i]["id"],
+                        "image_b": images[j]["id"],
+                        "preference": preference,
+                        "annotator": annotator,
+                    }
                 )
     (folder / name).write_text(json.dumps(votes))
 
@@ -49,16 +74,22 @@ def waiting(tmp_path: Path) -> Path:
 
 def test_votes_train_as_the_same_scores_would(waiting: Path) -> None:
     run = waiting.parents[1]
-    assert (run / "checkpoint-0").is_dir() and not (run / "pytorch_lora_weights.safetensors").exists()
+    assert (run / "checkpoint-0").is_dir() and not (
+        run / "pytorch_lora_weights.safetensors"
+    ).exists()
     manifest = json.loads((waiting / "manifest.json").read_text())
-    assert len(manifest["groups"]) == 2 and all((waiting / i["file"]).is_file() for g in manifest["groups"] for i in g["images"])
+    assert len(manifest["groups"]) == 2 and all(
+        (waiting / i["file"]).is_file() for g in manifest["groups"] for i in g["images"]
+    )
     assert manifest["groups"][0]["images"][0]["id"] in (waiting / "index.html").read_text()
     vote_for_bright(waiting)
     again = asking(run, resume_from_checkpoint="latest").train()
     assert again.global_step == 1 and again.waiting_for == round_folder(run, 1)
     vote_for_bright(round_folder(run, 1))
     trainer = asking(run, resume_from_checkpoint="latest")
-    assert trainer.train().waiting_for is None and (run / "pytorch_lora_weights.safetensors").is_file()
+    assert (
+        trainer.train().waiting_for is None and (run / "pytorch_lora_weights.safetensors").is_file()
+    )
     scored = make_trainer(
         run.with_name("scored"),
         "sd",
@@ -91,34 +122,60 @@ def test_a_dry_run_asks_nobody(tmp_path: Path) -> None:
 
 
 def test_votes_of_any_form_are_averaged(waiting: Path) -> None:
-    a, b, c = (image["id"] for image in json.loads((waiting / "manifest.json").read_text())["groups"][0]["images"])
+    a, b, c = (
+        image["id"]
+        for image in json.loads((waiting / "manifest.json").read_text())["groups"][0]["images"]
+    )
     (waiting / "votes-1.json").write_text(
         json.dumps({"votes": [{"image_a": a, "image_b": b, "preference": "a", "annotator": "x"}]})
     )
-    (waiting / "votes-2.csv").write_text(f"image_a,image_b,preference,annotator\n{b},{a},tie,y\n{a},{c},0.5,y\n")
-    pyarrow.parquet.write_table(pyarrow.table({"chosen": [c], "rejected": [b]}), waiting / "votes-3.parquet")
-    (waiting / "votes-4.jsonl").write_text(json.dumps({"image_a": b, "image_b": a, "preference": -1}) + "\n\n")
+    (waiting / "votes-2.csv").write_text(
+        f"image_a,image_b,preference,annotator\n{b},{a},tie,y\n{a},{c},0.5,y\n"
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"chosen": [c], "rejected": [b]}), waiting / "votes-3.parquet"
+    )
+    (waiting / "votes-4.jsonl").write_text(
+        json.dumps({"image_a": b, "image_b": a, "preference": -1}) + "\n\n"
+    )
     votes = read_votes(waiting)
-    assert votes.preference[a, b] == pytest.approx(2 / 3) and votes.preference[b, a] == pytest.approx(-2 / 3)
+    assert votes.preference[a, b] == pytest.approx(2 / 3) and votes.preference[
+        b, a
+    ] == pytest.approx(-2 / 3)
     assert votes.preference[a, c] == 0.5 and votes.preference[b, c] == -1
     assert (votes.count, votes.annotators, votes.conflicts) == (5, 2, 1)
-    assert votes.summary() == "5 votes of 2 annotators on 3 pairs; on 1 pairs they differ and are averaged"
+    assert (
+        votes.summary()
+        == "5 votes of 2 annotators on 3 pairs; on 1 pairs they differ and are averaged"
+    )
 
 
 @pytest.mark.parametrize(
     ("votes", "words"),
     [
-        ([{"image_a": "A", "image_b": "other", "preference": "a"}], "there is no image 'other' in this round .*other images"),
+        (
+            [{"image_a": "A", "image_b": "other", "preference": "a"}],
+            "there is no image 'other' in this round .*other images",
+        ),
         ([{"image_a": "A", "image_b": "A", "preference": "a"}], "are not two images of one prompt"),
-        ([{"image_a": "A", "image_b": "B", "preference": "best"}], "preference is 'best'; expected a, b, tie"),
-        ([{"image_a": "A", "image_b": "B", "preference": 2}], "expected a, b, tie or a number from -1 to 1"),
+        (
+            [{"image_a": "A", "image_b": "B", "preference": "best"}],
+            "preference is 'best'; expected a, b, tie",
+        ),
+        (
+            [{"image_a": "A", "image_b": "B", "preference": 2}],
+            "expected a, b, tie or a number from -1 to 1",
+        ),
         ([{"image_a": "A"}], "expected image_a, image_b and preference"),
         ([], "hold no vote"),
         ("text", "expected a list of votes"),
     ],
 )
 def test_votes_that_do_not_fit(waiting: Path, votes: Any, words: str) -> None:
-    first, second = (i["id"] for i in json.loads((waiting / "manifest.json").read_text())["groups"][0]["images"][:2])
+    first, second = (
+        i["id"]
+        for i in json.loads((waiting / "manifest.json").read_text())["groups"][0]["images"][:2]
+    )
     text = json.dumps(votes).replace('"A"', json.dumps(first)).replace('"B"', json.dumps(second))
     (waiting / "votes.json").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -153,7 +210,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.run(["feedback", "status", str(tmp_path / "run")]) == 0
     assert "round-0000: 2 prompts, 4 images; no votes yet" in capsys.readouterr().out
     vote_for_bright(round_folder(tmp_path / "run", 0))
-    assert cli.run(["train", "--config", str(config), "--train.resume_from_checkpoint", "latest"]) == 0
+    assert (
+        cli.run(["train", "--config", str(config), "--train.resume_from_checkpoint", "latest"]) == 0
+    )
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
     assert "round 0: 2 votes of 1 annotators on 2 pairs" in capsys.readouterr().out
     values["train"]["feedback"] = "scorers"

@@ -119,7 +119,9 @@ class Loop:
             return {name: torch.zeros_like(v) for name, v in self.captions(["a"] * count).items()}
         return self.captions([""] * count)
 
-    def output(self, network: Any, noisy: Tensor, times: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def output(
+        self, network: Any, noisy: Tensor, times: Tensor, given: dict[str, Tensor]
+    ) -> Tensor:
         """The network's output, called as diffusers' training scripts call it."""
         if self.family == "sd3":
             return network(
@@ -158,7 +160,9 @@ class Loop:
             reference = self.errors(self.reference, batch, texts)
         return self.errors(self.network, batch, texts), reference
 
-    def guided(self, network: Any, x: Tensor, times: Tensor, texts: list[str], scale: float) -> Tensor:
+    def guided(
+        self, network: Any, x: Tensor, times: Tensor, texts: list[str], scale: float
+    ) -> Tensor:
         """Classifier-free guidance in two calls."""
         full = self.output(network, x, times, self.captions(texts))
         nothing = self.output(network, x, times, self.empty(len(texts)))
@@ -194,7 +198,9 @@ class ScheduledLoop(Loop):
     def __init__(self, *args: Any, **options: Any) -> None:
         schedule = {"optim": "adafactor", "lr_scheduler": "cosine", "warmup_steps": 1}
         super().__init__(*args, **schedule, max_steps=STEPS, **options)
-        self.optimizer = Adafactor(self.trained, lr=RATE, scale_parameter=False, relative_step=False, warmup_init=False)
+        self.optimizer = Adafactor(
+            self.trained, lr=RATE, scale_parameter=False, relative_step=False, warmup_init=False
+        )
         self.after_step(0)
 
     def after_step(self, step: int) -> None:
@@ -225,7 +231,9 @@ def test_diffusion_dpo(family: str, lora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("passes", [2, 3])
 def test_diffusion_dpo_with_accumulation(passes: int, tmp_path: Path) -> None:
-    loop = Loop(tmp_path, "sd", "diffusion_dpo", True, beta=300.0, gradient_accumulation_steps=passes)
+    loop = Loop(
+        tmp_path, "sd", "diffusion_dpo", True, beta=300.0, gradient_accumulation_steps=passes
+    )
     loop.run(lambda batch: dpo(300.0, *loop.both(batch, pair_captions(batch))), passes)
 
 
@@ -239,7 +247,9 @@ def test_diffusion_dpo_with_adafactor_and_a_schedule(family: str, tmp_path: Path
 def test_diffusion_dpo_with_min_snr(family: str, tmp_path: Path) -> None:
     data = {"random_flip": True, "center_crop": False}
     rows = pair_rows(size=48)
-    loop = Loop(tmp_path, family, "diffusion_dpo", True, beta=300.0, snr_gamma=5.0, data=data, rows=rows)
+    loop = Loop(
+        tmp_path, family, "diffusion_dpo", True, beta=300.0, snr_gamma=5.0, data=data, rows=rows
+    )
 
     def loss(batch: Any) -> Tensor:
         bar = loop.pipe.scheduler.alphas_cumprod[batch.times]
@@ -252,7 +262,10 @@ def test_diffusion_dpo_with_min_snr(family: str, tmp_path: Path) -> None:
 
 
 def test_diffusion_npo_is_the_pair_exchanged(tmp_path: Path) -> None:
-    exchanged = [{"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]} for r in pair_rows()]
+    exchanged = [
+        {"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]}
+        for r in pair_rows()
+    ]
     loop = Loop(tmp_path, "sd", "diffusion_npo", True, beta=300.0)
     dpo_run = Loop(tmp_path / "dpo", "sd", "diffusion_dpo", True, beta=300.0, rows=exchanged)
     for (inverted, _), (batch, _) in zip(loop.batches, dpo_run.batches, strict=True):
@@ -325,14 +338,18 @@ def ragged_rows() -> list[dict[str, Any]]:
 @every_family
 def test_rankdpo_on_ragged_lists_with_ties(family: str, lora: bool, tmp_path: Path) -> None:
     rows = ragged_rows()
-    loop = Loop(tmp_path, family, "rankdpo", lora, beta=300.0, rows=rows, per_device_train_batch_size=3)
+    loop = Loop(
+        tmp_path, family, "rankdpo", lora, beta=300.0, rows=rows, per_device_train_batch_size=3
+    )
 
     def loss(batch: Any) -> Tensor:
         policy, reference = loop.both(batch, pair_captions(batch))
         losses = []
         for g, row in enumerate(batch.row_ids):
             scores = rows[row]["scores"]
-            ranks = [1 + sum(other > s for other in scores) + (scores.count(s) - 1) / 2 for s in scores]
+            ranks = [
+                1 + sum(other > s for other in scores) + (scores.count(s) - 1) / 2 for s in scores
+            ]
             total = policy.new_zeros(())
             for i, a in enumerate(scores):
                 for j, b in enumerate(scores):
@@ -348,20 +365,26 @@ def test_rankdpo_on_ragged_lists_with_ties(family: str, lora: bool, tmp_path: Pa
     loop.run(loss)
 
 
-def ddim_log_prob(scheduler: Any, output: Tensor, x: Tensor, after: Tensor, times: Tensor, steps: int, eta: float) -> Tensor:
+def ddim_log_prob(
+    scheduler: Any, output: Tensor, x: Tensor, after: Tensor, times: Tensor, steps: int, eta: float
+) -> Tensor:
     """log p of a stored next state by diffusers' own DDIM step, as the D3PO repository takes it."""
     scheduler.set_timesteps(steps)
     found = []
     for i, t in enumerate(times.tolist()):
         still = torch.zeros_like(x[i : i + 1])
-        mean = scheduler.step(output[i : i + 1], t, x[i : i + 1], eta=eta, variance_noise=still).prev_sample
+        mean = scheduler.step(
+            output[i : i + 1], t, x[i : i + 1], eta=eta, variance_noise=still
+        ).prev_sample
         variance = scheduler._get_variance(t, t - scheduler.config.num_train_timesteps // steps)
         normal = torch.distributions.Normal(mean, eta * variance**0.5)
         found.append(normal.log_prob(after[i : i + 1]).mean())
     return torch.stack(found)
 
 
-def flow_log_prob(output: Tensor, x: Tensor, after: Tensor, sigma: Tensor, following: Tensor, eta: float) -> Tensor:
+def flow_log_prob(
+    output: Tensor, x: Tensor, after: Tensor, sigma: Tensor, following: Tensor, eta: float
+) -> Tensor:
     """The same for flow models, by Flow-GRPO's step."""
     now, then = (v.float().reshape(-1, 1, 1, 1) for v in (sigma, following))
     std = (now / (1 - torch.where(now == 1, then, now))).sqrt() * eta
@@ -400,7 +423,9 @@ def step_losses(loop: Loop, batch: Any, steps: int, eta: float, beta: float, cli
 @pytest.mark.parametrize("images", [2, 3])
 @every_family
 def test_d3po(family: str, images: int, eta: float, tmp_path: Path) -> None:
-    loop = Loop(tmp_path, family, "d3po", True, eta=eta, images_per_prompt=images, num_inference_steps=3)
+    loop = Loop(
+        tmp_path, family, "d3po", True, eta=eta, images_per_prompt=images, num_inference_steps=3
+    )
     passes = loop.trainer.trained_steps
     loop.rtol = 1e-6  # at beta 0.1 every loss is within 1 % of log 2
     loop.run(lambda batch: step_losses(loop, batch, 3, eta, 0.1, 0.1), passes)
@@ -428,7 +453,9 @@ class PoolLoop(Loop):
 @lora_or_full
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_seppo(family: str, lora: bool, anchor: str, tmp_path: Path) -> None:
-    loop = PoolLoop(tmp_path, family, "seppo", lora, beta=300.0, anchor=anchor, pool_size=3, pool_save_steps=1)
+    loop = PoolLoop(
+        tmp_path, family, "seppo", lora, beta=300.0, anchor=anchor, pool_size=3, pool_save_steps=1
+    )
     loop.past = {0: loop.reference}
     used = set()
 
@@ -548,9 +575,13 @@ def test_latents_are_draws_of_the_autoencoders_posterior(family: str, tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
-def test_dropped_prompts_are_the_pipelines_unconditional_embedding(family: str, tmp_path: Path) -> None:
+def test_dropped_prompts_are_the_pipelines_unconditional_embedding(
+    family: str, tmp_path: Path
+) -> None:
     rows = pair_rows(240)
-    trainer = make_trainer(tmp_path, family, rows=rows, per_device_train_batch_size=60, proportion_empty_prompts=0.5)
+    trainer = make_trainer(
+        tmp_path, family, rows=rows, per_device_train_batch_size=60, proportion_empty_prompts=0.5
+    )
     trainer.setup()
     loop = Loop.__new__(Loop)
     loop.family, loop.pipe = family, build_pipeline(family)
@@ -578,7 +609,9 @@ def test_dropped_prompts_are_the_pipelines_unconditional_embedding(family: str, 
 def test_d3po_in_bf16_starts_at_its_reference(family: str, lora: bool, tmp_path: Path) -> None:
     """And at what sampling recorded: to the bit, though everything is rounded."""
     config = LoraConfig(**LORA) if lora else None
-    trainer = make_trainer(tmp_path, family, "d3po", peft_config=config, mixed_precision="bf16", max_steps=1)
+    trainer = make_trainer(
+        tmp_path, family, "d3po", peft_config=config, mixed_precision="bf16", max_steps=1
+    )
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["policy/log_ratio"] == 0
@@ -628,7 +661,9 @@ SAVED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", SAVED, ids=str)
-def test_a_saved_lora_is_the_trained_network_in_plain_diffusers(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_lora_is_the_trained_network_in_plain_diffusers(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_v"], **options})
     trainer = make_trainer(tmp_path, peft_config=config, max_steps=2, learning_rate=2e-2)
     trainer.train()

@@ -27,7 +27,12 @@ from diffalign import ValidationConfig
 from diffalign.errors import ConfigError
 from diffalign.runtime.seeds import row_seed
 from diffalign.training.callbacks import TrainerCallback
-from diffalign.training.diagnostics import DivergenceGuard, NonFiniteLoss, beta_message, pair_metrics
+from diffalign.training.diagnostics import (
+    DivergenceGuard,
+    NonFiniteLoss,
+    beta_message,
+    pair_metrics,
+)
 from diffalign.training.row_order import PositionSampler, RowOrder
 from diffalign.training.tracking import MetricWindow
 
@@ -69,14 +74,26 @@ def test_positions_of_all_processes_are_those_of_one() -> None:
 
 
 def test_seeds_of_rows_epochs_and_purposes_differ() -> None:
-    seeds = {row_seed(s, r, e, p) for s in (0, 1) for r in range(5) for e in range(3) for p in ("noise", "order", "transform")}
+    seeds = {
+        row_seed(s, r, e, p)
+        for s in (0, 1)
+        for r in range(5)
+        for e in range(3)
+        for p in ("noise", "order", "transform")
+    }
     assert len(seeds) == 2 * 5 * 3 * 3 and all(0 <= seed < 2**63 for seed in seeds)
     assert row_seed(0, 1, 2, "noise") == row_seed(0, 1, 2, "noise")
 
 
 def test_metric_window_averages_what_applies() -> None:
     window = MetricWindow()
-    window.add({"a": torch.tensor([1.0, math.nan, 3.0]), "b": torch.tensor([math.nan]), "c": torch.tensor(2.0)})
+    window.add(
+        {
+            "a": torch.tensor([1.0, math.nan, 3.0]),
+            "b": torch.tensor([math.nan]),
+            "c": torch.tensor(2.0),
+        }
+    )
     window.add({"a": torch.tensor([5.0]), "b": torch.tensor([math.nan])})
     result = window.reduce(Accelerator())
     assert result["a"] == 3.0 and result["c"] == 2.0 and math.isnan(result["b"])
@@ -87,7 +104,9 @@ def test_metric_window_averages_what_applies() -> None:
 
 def test_metrics_that_do_not_apply_are_not_logged(tmp_path: Path) -> None:
     make_trainer(tmp_path, peft_config=lora_config(), max_steps=2).train()
-    entries = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()
+    ]
     for entry in entries:
         assert all(math.isfinite(value) for value in entry.values())
         thirds = [name for name in entry if name.startswith("change/chosen/")]
@@ -129,7 +148,11 @@ class Worsen(TrainerCallback):
 
 def test_divergence_stops_a_run_that_asks_for_it(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, max_steps=9, divergence_patience=2, stop_on_divergence=True, options={"callbacks": [Worsen()]}
+        tmp_path,
+        max_steps=9,
+        divergence_patience=2,
+        stop_on_divergence=True,
+        options={"callbacks": [Worsen()]},
     )
     output = trainer.train()
     assert output.global_step < 9
@@ -150,17 +173,24 @@ def test_a_loss_that_is_not_finite_names_rows_and_timesteps(tmp_path: Path) -> N
     trainer.data_pipeline.builder = poison
     with pytest.raises(NonFiniteLoss) as error:
         trainer.train()
-    assert f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps [{poisoned['time']}]" in str(
-        error.value
+    assert (
+        f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps [{poisoned['time']}]"
+        in str(error.value)
     )
     assert_same_tensors(all_tensors(trainer.network), all_tensors(build_pipeline("sd").unet))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_bf16_keeps_trainable_weights_and_errors_in_float32(tmp_path: Path, family: str, lora: bool) -> None:
+def test_bf16_keeps_trainable_weights_and_errors_in_float32(
+    tmp_path: Path, family: str, lora: bool
+) -> None:
     trainer = make_trainer(
-        tmp_path, family, peft_config=lora_config() if lora else None, mixed_precision="bf16", per_device_train_batch_size=2
+        tmp_path,
+        family,
+        peft_config=lora_config() if lora else None,
+        mixed_precision="bf16",
+        per_device_train_batch_size=2,
     )
     trainer.train()
     assert {tensor.dtype for tensor in trained_tensors(trainer).values()} == {torch.float32}
@@ -176,18 +206,24 @@ def test_bf16_keeps_trainable_weights_and_errors_in_float32(tmp_path: Path, fami
 def test_bf16_errors_are_near_float32(tmp_path: Path) -> None:
     found = {}
     for precision in ("no", "bf16"):
-        trainer = make_trainer(tmp_path / precision, mixed_precision=precision, per_device_train_batch_size=4)
+        trainer = make_trainer(
+            tmp_path / precision, mixed_precision=precision, per_device_train_batch_size=4
+        )
         found[precision] = trainer.errors(first_batch(trainer))[0].detach()
     torch.testing.assert_close(found["bf16"], found["no"], rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize(("method", "family"), [("diffusion_dpo", "sd"), ("diffusion_dpo", "sdxl"), ("sft", "sd3")])
+@pytest.mark.parametrize(
+    ("method", "family"), [("diffusion_dpo", "sd"), ("diffusion_dpo", "sdxl"), ("sft", "sd3")]
+)
 def test_mixed_sizes_train_in_buckets(tmp_path: Path, method: str, family: str) -> None:
     rows = pair_rows(4)
     for i, row in enumerate(pair_rows(3)):
         wide = {key: picture(100 + i, i).resize((48, 32)) for key in ("chosen", "rejected")}
         rows.append({"prompt": row["prompt"], **wide})
-    rows.append({"prompt": "a star", "chosen": picture(10, 1), "rejected": picture(10, 1).resize((64, 16))})
+    rows.append(
+        {"prompt": "a star", "chosen": picture(10, 1), "rejected": picture(10, 1).resize((64, 16))}
+    )
     trainer = make_trainer(
         tmp_path,
         family,
@@ -214,12 +250,19 @@ def test_mixed_sizes_train_in_buckets(tmp_path: Path, method: str, family: str) 
     assert set(shapes) == {(16, 16), (16, 24)}
     assert all(math.isfinite(entry["train/loss"]) for entry in trainer.state.log_history)
     if method == "diffusion_dpo":
-        assert trainer.data_pipeline.dropped_sizes == 1 and any("1 groups dropped" in line for line in trainer.record.lines)
+        assert trainer.data_pipeline.dropped_sizes == 1 and any(
+            "1 groups dropped" in line for line in trainer.record.lines
+        )
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_validation_grids_and_kept_base_images(tmp_path: Path, lora: bool) -> None:
-    config = ValidationConfig(["a red circle", "a blue star"], num_validation_images=2, validation_steps=2, num_inference_steps=2)
+    config = ValidationConfig(
+        ["a red circle", "a blue star"],
+        num_validation_images=2,
+        validation_steps=2,
+        num_inference_steps=2,
+    )
     options: dict[str, Any] = {
         "peft_config": lora_config() if lora else None,
         "max_steps": 3,
@@ -232,15 +275,22 @@ def test_validation_grids_and_kept_base_images(tmp_path: Path, lora: bool) -> No
     base = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (samples / "base").iterdir()}
     assert sorted(base) == ["0000.png", "0001.png", "0002.png", "0003.png"]
     make_trainer(
-        tmp_path / "run", options={"validation": config}, resume_from_checkpoint="checkpoint-2", **{**options, "max_steps": 4}
+        tmp_path / "run",
+        options={"validation": config},
+        resume_from_checkpoint="checkpoint-2",
+        **{**options, "max_steps": 4},
     ).train()
-    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (samples / "base").iterdir()} == base
+    assert {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (samples / "base").iterdir()
+    } == base
     assert (samples / "step-4.png").is_file()
     assert "samples/step-4.png" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_validation_does_not_move_the_run(tmp_path: Path) -> None:
-    config = ValidationConfig(["a red circle"], num_validation_images=1, validation_steps=1, num_inference_steps=2)
+    config = ValidationConfig(
+        ["a red circle"], num_validation_images=1, validation_steps=1, num_inference_steps=2
+    )
     options: dict[str, Any] = {"peft_config": lora_config(dropout=0.2)}
     watched = make_trainer(tmp_path / "a", options={"validation": config}, **options)
     watched.train()
@@ -251,21 +301,29 @@ def test_validation_does_not_move_the_run(tmp_path: Path) -> None:
 
 def test_dry_run_writes_nothing_and_reports(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path / "run", peft_config=lora_config(), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=None
+        tmp_path / "run",
+        peft_config=lora_config(),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=None,
     )
     report = trainer.dry_run()
     assert not (tmp_path / "run").exists()
     assert report["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert report["effective_batch"] == 4 and report["steps_per_epoch"] == 2
     assert report["latent_shape"] == (4, 16, 16)
-    assert report["trainable_parameters"] == sum(t.numel() for t in trained_tensors(trainer).values())
+    assert report["trainable_parameters"] == sum(
+        t.numel() for t in trained_tensors(trainer).values()
+    )
     assert report["peak_memory_gib"] > 0
     assert any(line.startswith("beta 100") for line in report["lines"])
     assert all(p.grad is None or not p.grad.any() for p in trainer.network.parameters())
 
 
 def test_beta_message_gives_the_common_unit() -> None:
-    assert "N = 16384" in beta_message(5000, (4, 64, 64), "mean") and "0.1526" in beta_message(5000, (4, 64, 64), "mean")
+    assert "N = 16384" in beta_message(5000, (4, 64, 64), "mean") and "0.1526" in beta_message(
+        5000, (4, 64, 64), "mean"
+    )
 
 
 @pytest.mark.parametrize("backend", ["xformers", "nonsense"])
@@ -275,14 +333,16 @@ def test_unusable_attention_backends_are_refused(tmp_path: Path, backend: str) -
 
 
 def test_native_sdpa_by_its_other_name(tmp_path: Path) -> None:
-    assert make_trainer(tmp_path, attention="_native_math", peft_config=lora_config()).dry_run()["loss"] == pytest.approx(
-        math.log(2), abs=1e-5
-    )
+    assert make_trainer(tmp_path, attention="_native_math", peft_config=lora_config()).dry_run()[
+        "loss"
+    ] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["to_nothing"], "nothing.*"])
 def test_lora_targets_that_match_nothing_are_refused(tmp_path: Path, targets: Any) -> None:
-    with pytest.raises(ConfigError, match=r"lora.target_modules.*matches no module of the unet.*to_k.*to_q"):
+    with pytest.raises(
+        ConfigError, match=r"lora.target_modules.*matches no module of the unet.*to_k.*to_q"
+    ):
         make_trainer(tmp_path, peft_config=lora_config(target_modules=targets)).dry_run()
 
 
@@ -303,7 +363,9 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     ],
     ids=["size", "precompute", "turbo flow", "snr flow", "kind"],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], word: str) -> None:
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, options: dict[str, Any], word: str
+) -> None:
     with pytest.raises(ValueError, match=word):
         make_trainer(tmp_path, **options).dry_run()
 
@@ -316,12 +378,17 @@ def test_a_pipeline_with_adapters_is_refused(tmp_path: Path) -> None:
 
 
 def test_evaluate_is_finite_and_reproducible(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "a", peft_config=lora_config(dropout=0.3), per_device_train_batch_size=3)
+    trainer = make_trainer(
+        tmp_path / "a", peft_config=lora_config(dropout=0.3), per_device_train_batch_size=3
+    )
     trainer.train()
     first, second = trainer.evaluate(pair_rows(5)), trainer.evaluate(pair_rows(5))
     assert first == second
     assert {"eval/loss", "eval/rewards/accuracies", "eval/errors/chosen"} <= first.keys()
-    assert all(math.isfinite(first[name]) for name in ("eval/loss", "eval/rewards/accuracies", "eval/change/chosen"))
+    assert all(
+        math.isfinite(first[name])
+        for name in ("eval/loss", "eval/rewards/accuracies", "eval/change/chosen")
+    )
     assert trainer.network.training
     trainer.args.per_device_train_batch_size = 1
     one_by_one = trainer.evaluate(pair_rows(5))
@@ -342,7 +409,9 @@ def test_evaluating_does_not_move_the_run(tmp_path: Path) -> None:
 
 
 def test_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, lr_scheduler="linear", warmup_steps=2, max_steps=6, gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        tmp_path, lr_scheduler="linear", warmup_steps=2, max_steps=6, gradient_accumulation_steps=2
+    )
     rates: list[float] = []
 
     class Rates(TrainerCallback):
@@ -356,7 +425,11 @@ def test_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
 
 def test_epochs_become_steps(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, max_steps=None, num_train_epochs=1.5, per_device_train_batch_size=3, peft_config=lora_config()
+        tmp_path,
+        max_steps=None,
+        num_train_epochs=1.5,
+        per_device_train_batch_size=3,
+        peft_config=lora_config(),
     )
     assert trainer.train().global_step == 4  # 8 rows x 1.5 / 3
     assert trainer.state.epoch == pytest.approx(12 / 8)
@@ -373,7 +446,9 @@ def test_saved_average_is_not_the_last_weights(tmp_path: Path) -> None:
     for name in last:
         assert torch.equal(saved[name], average[name])
     assert any(not torch.equal(saved[name], last[name]) for name in last)
-    resumable = load_file(tmp_path / "checkpoint-3" / "unet" / "diffusion_pytorch_model.safetensors")
+    resumable = load_file(
+        tmp_path / "checkpoint-3" / "unet" / "diffusion_pytorch_model.safetensors"
+    )
     assert_same_tensors(resumable, last)
 
 
@@ -381,15 +456,26 @@ def test_the_card_says_how_and_with_what(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", peft_config=lora_config(), max_steps=1)
     trainer.train()
     card = (tmp_path / "run" / "README.md").read_text()
-    for part in ("load_lora_weights", "diffusion-dpo", "2311.12908", trainer.train_dataset.fingerprint, "train/loss", "torch 2"):
+    for part in (
+        "load_lora_weights",
+        "diffusion-dpo",
+        "2311.12908",
+        trainer.train_dataset.fingerprint,
+        "train/loss",
+        "torch 2",
+    ):
         assert part in card
 
 
 def test_loader_workers_change_nothing(tmp_path: Path) -> None:
-    plain = make_trainer(tmp_path / "a", peft_config=lora_config(), data={"random_flip": True, "center_crop": False})
+    plain = make_trainer(
+        tmp_path / "a", peft_config=lora_config(), data={"random_flip": True, "center_crop": False}
+    )
     plain.train()
     workers = make_trainer(
-        tmp_path / "b", peft_config=lora_config(), data={"random_flip": True, "center_crop": False, "num_workers": 1}
+        tmp_path / "b",
+        peft_config=lora_config(),
+        data={"random_flip": True, "center_crop": False, "num_workers": 1},
     )
     workers.train()
     assert_same_tensors(trained_tensors(workers), trained_tensors(plain))
@@ -414,14 +500,19 @@ def test_evaluation_during_training_is_logged(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "out", max_steps=4, eval_steps=2, logging_steps=4)
     trainer.eval_dataset = pair_rows(4)
     trainer.train()
-    entries = [json.loads(x) for x in (tmp_path / "out" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(x)
+        for x in (tmp_path / "out" / "logs" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [e["step"] for e in entries if "eval/loss" in e] == [2, 4]
 
 
 def test_another_model_can_be_the_reference(tmp_path: Path) -> None:
     from tiny import build_pipeline
 
-    trainer = make_trainer(tmp_path / "out", max_steps=1, options={"ref_model": build_pipeline("sd", seed=5)})
+    trainer = make_trainer(
+        tmp_path / "out", max_steps=1, options={"ref_model": build_pipeline("sd", seed=5)}
+    )
     output = trainer.train()
     assert output.metrics["errors/chosen"] != output.metrics["errors/ref_chosen"]
     assert abs(output.metrics["train/loss"] - 0.6931) > 1e-3
@@ -445,11 +536,19 @@ def truncated_rows(broken: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_an_image_that_breaks_while_decoding_is_skipped_and_counted(tmp_path: Path, cached: bool) -> None:
+def test_an_image_that_breaks_while_decoding_is_skipped_and_counted(
+    tmp_path: Path, cached: bool
+) -> None:
     data: dict[str, Any] = {"max_broken_fraction": 0.3}
     if cached:
         data |= {"cache_latents": str(tmp_path / "cache")}
-    trainer = make_trainer(tmp_path / "out", rows=truncated_rows(1), data=data, max_steps=8, per_device_train_batch_size=2)
+    trainer = make_trainer(
+        tmp_path / "out",
+        rows=truncated_rows(1),
+        data=data,
+        max_steps=8,
+        per_device_train_batch_size=2,
+    )
     with pytest.warns(UserWarning, match="dataset row 0"):
         trainer.train()
     assert list(trainer.data_pipeline.reader.broken) == [0]
@@ -458,17 +557,31 @@ def test_an_image_that_breaks_while_decoding_is_skipped_and_counted(tmp_path: Pa
 def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
     from diffalign.errors import UserError
 
-    trainer = make_trainer(tmp_path / "out", rows=truncated_rows(4), data={"max_broken_fraction": 0.3}, max_steps=8)
-    with pytest.warns(UserWarning, match="next row"), pytest.raises(UserError, match="more than data.max_broken_fraction"):
+    trainer = make_trainer(
+        tmp_path / "out", rows=truncated_rows(4), data={"max_broken_fraction": 0.3}, max_steps=8
+    )
+    with (
+        pytest.warns(UserWarning, match="next row"),
+        pytest.raises(UserError, match="more than data.max_broken_fraction"),
+    ):
         trainer.train()
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_validation_draws_under_mixed_precision(tmp_path: Path, family: str, lora: bool) -> None:
-    validation = ValidationConfig(validation_prompts=["a red circle"], validation_steps=1, num_inference_steps=2)
+    validation = ValidationConfig(
+        validation_prompts=["a red circle"], validation_steps=1, num_inference_steps=2
+    )
     options = {"validation": validation}
     peft = lora_config() if lora else None
-    trainer = make_trainer(tmp_path / "out", family, peft_config=peft, max_steps=1, mixed_precision="bf16", options=options)
+    trainer = make_trainer(
+        tmp_path / "out",
+        family,
+        peft_config=peft,
+        max_steps=1,
+        mixed_precision="bf16",
+        options=options,
+    )
     trainer.train()
     assert (tmp_path / "out" / "samples" / "step-1.png").is_file()

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, assert_same_tensors, brightness, lora_config, make_trainer, next_batch, pair_rows, trained_tensors
+from tiny import (
+    FAMILIES,
+    assert_same_tensors,
+    brightness,
+    lora_config,
+    make_trainer,
+    next_batch,
+    pair_rows,
+    trained_tensors,
+)
 
 from diffalign import DataConfig
 from diffalign.data.config import OnlineConfig
@@ -16,10 +25,22 @@ from diffalign.errors import ConfigError
 from diffalign.recipe import load_run
 
 PROMPTS = [{"prompt": row["prompt"]} for row in pair_rows()]
-ONLINE = {"every": 2, "k": 3, "num_inference_steps": 2, "guidance_scale": 2.0, "rollout_batch_size": 4}
+ONLINE = {
+    "every": 2,
+    "k": 3,
+    "num_inference_steps": 2,
+    "guidance_scale": 2.0,
+    "rollout_batch_size": 4,
+}
 
 
-def online(folder: Path, family: str = "sd", method: str = "diffusion_dpo", section: Any = None, **options: Any) -> Any:
+def online(
+    folder: Path,
+    family: str = "sd",
+    method: str = "diffusion_dpo",
+    section: Any = None,
+    **options: Any,
+) -> Any:
     options.setdefault("peft_config", lora_config())
     options.setdefault("per_device_train_batch_size", 2)
     options.setdefault("options", {"scorers": brightness})
@@ -58,7 +79,9 @@ def test_a_round_lasts_and_is_resumed_in_its_middle(tmp_path: Path) -> None:
     whole.train()
     assert whole.source.number == 3
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    resumed = online(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"), **options)
+    resumed = online(
+        tmp_path / "b", resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"), **options
+    )
     resumed.train()
     assert_same_tensors(trained_tensors(resumed), trained_tensors(whole))
 
@@ -86,7 +109,9 @@ def test_the_section_of_a_run_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.online.scorers: name at least one scorer"):
         online(tmp_path, options={"scorers": None}).train()
     for method in ("dcpo", "d3po", "seppo", "self_npo", "spo"):
-        with pytest.raises(ConfigError, match=r"data.online: .* cannot train on pairs that the policy draws"):
+        with pytest.raises(
+            ConfigError, match=r"data.online: .* cannot train on pairs that the policy draws"
+        ):
             online(tmp_path, method=method)
     with pytest.raises(ConfigError, match="precompute_ref_errors: the images of data.online"):
         online(tmp_path, precompute_ref_errors=True)

@@ -39,7 +39,9 @@ GRIDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def rollout_of(folder: Path, family: str, changes: dict[str, Any], steps: int) -> tuple[Any, Any, Any]:
+def rollout_of(
+    folder: Path, family: str, changes: dict[str, Any], steps: int
+) -> tuple[Any, Any, Any]:
     """(pipeline, batch, trajectories) of a run with guidance and a deterministic sampler."""
     pipe = build_pipeline(family)
     cls = FlowMatchEulerDiscreteScheduler if family == "sd3" else DDIMScheduler
@@ -58,42 +60,67 @@ def rollout_of(folder: Path, family: str, changes: dict[str, Any], steps: int) -
     )
     with sampling_mode(trainer.network):
         empty = trainer.data_pipeline.builder.unconditional(batch.condition)
-        found = rollout(trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False)
+        found = rollout(
+            trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False
+        )
     return trainer.backbone.pipeline(network=trainer.network), batch, found
 
 
 @pytest.mark.parametrize("steps", [4, 7])
-@pytest.mark.parametrize(("family", "changes"), GRIDS, ids=lambda value: str(value).replace(" ", ""))
-def test_a_rollout_is_what_the_pipeline_draws(family: str, changes: dict[str, Any], steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "changes"), GRIDS, ids=lambda value: str(value).replace(" ", "")
+)
+def test_a_rollout_is_what_the_pipeline_draws(
+    family: str, changes: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
     pipe, batch, found = rollout_of(tmp_path, family, changes, steps)
     with torch.no_grad():
         drawn = pipe(
             list(batch.prompts), latents=found.states[:, 0, 0], num_inference_steps=steps, guidance_scale=3.0, height=32, width=32,
             output_type="latent",
         ).images  # fmt: skip
-    torch.testing.assert_close(found.final[:, 0], drawn, rtol=1e-4, atol=1e-5 * float(drawn.abs().max()))
+    torch.testing.assert_close(
+        found.final[:, 0], drawn, rtol=1e-4, atol=1e-5 * float(drawn.abs().max())
+    )
 
 
 def test_grids_by_numbers() -> None:
     """The audit's values: 20 trailing steps begin at 999, where leading ones begin at 951."""
     base = build_pipeline("sd").scheduler.config
-    for spacing, first, second in (("leading", 951, 901), ("trailing", 999, 949), ("linspace", 999, 949)):
+    for spacing, first, second in (
+        ("leading", 951, 901),
+        ("trailing", 999, 949),
+        ("linspace", 999, 949),
+    ):
         scheduler = DDIMScheduler.from_config(base, timestep_spacing=spacing)
         grid = make_grid(process_from_scheduler(scheduler), scheduler, 20, 1.0)
         assert grid.times[0] == first and grid.next_times[0] == second
-    for cls in (PNDMScheduler, EulerDiscreteScheduler):  # what a pipeline of diffusers has by default
+    for cls in (
+        PNDMScheduler,
+        EulerDiscreteScheduler,
+    ):  # what a pipeline of diffusers has by default
         scheduler = cls.from_config(base)
         grid = make_grid(process_from_scheduler(scheduler), scheduler, 20, 1.0)
         assert grid.times[0] == 951
     ends = make_grid(
-        process_from_scheduler(scheduler), DDIMScheduler.from_config(base, steps_offset=0, set_alpha_to_one=True), 4, 1.0
+        process_from_scheduler(scheduler),
+        DDIMScheduler.from_config(base, steps_offset=0, set_alpha_to_one=True),
+        4,
+        1.0,
     )
-    assert ends.times.tolist() == [750, 500, 250, 0] and ends.next_times.tolist() == [500, 250, 0, -1]
+    assert ends.times.tolist() == [750, 500, 250, 0] and ends.next_times.tolist() == [
+        500,
+        250,
+        0,
+        -1,
+    ]
     assert ends.trainable.tolist() == [True, True, True, False]
 
 
 def test_flow_solvers_name_their_shift_otherwise() -> None:
-    unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    unipc = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     process = process_from_scheduler(unipc)
     assert isinstance(process, RectifiedFlow) and process.shift == 3.0
     euler = process_from_scheduler(FlowMatchEulerDiscreteScheduler(shift=2.5))
@@ -111,12 +138,20 @@ def test_only_schedulers_that_clip_are_followed() -> None:
 def test_a_checkpoint_of_an_earlier_version_samples_as_before(family: str, tmp_path: Path) -> None:
     pipe = build_pipeline(family)
     if family == "sd":
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing"
+        )
     pipe.save_pretrained(tmp_path / "model")
 
     def run(folder: str, **options: Any) -> Any:
         return make_trainer(
-            tmp_path / folder, family, "d3po", model=str(tmp_path / "model"), peft_config=lora_config(), max_steps=2, **options
+            tmp_path / folder,
+            family,
+            "d3po",
+            model=str(tmp_path / "model"),
+            peft_config=lora_config(),
+            max_steps=2,
+            **options,
         )
 
     def first_time(trainer: Any) -> float:
@@ -138,4 +173,8 @@ def test_a_checkpoint_of_an_earlier_version_samples_as_before(family: str, tmp_p
     if family == "sd":
         assert first_time(new) != first_time(old)
     else:
-        assert old.process.legacy_first_step and again.process.legacy_first_step and not new.process.legacy_first_step
+        assert (
+            old.process.legacy_first_step
+            and again.process.legacy_first_step
+            and not new.process.legacy_first_step
+        )

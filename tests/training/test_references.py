@@ -41,7 +41,9 @@ REFERENCES = [
 
 
 @pytest.mark.parametrize(("method", "options", "lora"), REFERENCES)
-def test_a_reference_never_drops_anything(method: str, options: dict[str, Any], lora: bool, tmp_path: Path) -> None:
+def test_a_reference_never_drops_anything(
+    method: str, options: dict[str, Any], lora: bool, tmp_path: Path
+) -> None:
     """Two predictions at one point are bit-equal, and the policy still has its dropout afterwards."""
     pipe = build_pipeline("sd")
     for block in pipe.unet.modules():
@@ -57,7 +59,10 @@ def test_a_reference_never_drops_anything(method: str, options: dict[str, Any], 
         trainer.reference_model.take()
     noisy = batch.x0.flatten(0, 1)
     times = torch.full((len(noisy),), 400)
-    condition = {name: value.repeat_interleave(batch.k, 0)[: len(noisy)] for name, value in batch.condition.items()}
+    condition = {
+        name: value.repeat_interleave(batch.k, 0)[: len(noisy)]
+        for name, value in batch.condition.items()
+    }
     first, second = (trainer.reference.predict(noisy, times, condition) for _ in range(2))
     assert torch.equal(first, second)
     with torch.no_grad():
@@ -70,7 +75,13 @@ def test_references_of_another_kind_are_refused(tmp_path: Path) -> None:
 
     def refused(words: str, reference: Any, family: str = "sd", model: Any = policy) -> None:
         with pytest.raises(ConfigError, match=words):
-            make_trainer(tmp_path, family, model=model, peft_config=lora_config(), options={"ref_model": reference})
+            make_trainer(
+                tmp_path,
+                family,
+                model=model,
+                peft_config=lora_config(),
+                options={"ref_model": reference},
+            )
 
     refused("ref_model: .* predicts v_prediction, the policy epsilon", build_pipeline("sd_v"))
     refused("ref_model: .* is of another model family", build_pipeline("sdxl"))
@@ -79,15 +90,28 @@ def test_references_of_another_kind_are_refused(tmp_path: Path) -> None:
     shared = build_pipeline("sd", seed=1)
     shared.unet = policy.unet
     refused("ref_model: is the policy's own pipeline", shared)
-    for changes in ({"beta_end": 0.02}, {"rescale_betas_zero_snr": True}, {"num_train_timesteps": 500}):
+    for changes in (
+        {"beta_end": 0.02},
+        {"rescale_betas_zero_snr": True},
+        {"num_train_timesteps": 500},
+    ):
         other = build_pipeline("sd", seed=1)
         other.scheduler = DDIMScheduler.from_config(other.scheduler.config, **changes)
         refused("ref_model: .* has another noise schedule", other)
-    assert make_trainer(tmp_path, model=policy, peft_config=lora_config(), options={"ref_model": build_pipeline("sd", seed=1)})
+    assert make_trainer(
+        tmp_path,
+        model=policy,
+        peft_config=lora_config(),
+        options={"ref_model": build_pipeline("sd", seed=1)},
+    )
 
 
 def test_precomputed_errors_belong_to_their_reference_and_autoencoder(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"precompute_ref_errors": True, "peft_config": lora_config(), "max_steps": 1}
+    options: dict[str, Any] = {
+        "precompute_ref_errors": True,
+        "peft_config": lora_config(),
+        "max_steps": 1,
+    }
 
     def notes(**more: Any) -> str:
         trainer = make_trainer(tmp_path, **options, **more)
@@ -123,14 +147,19 @@ def test_the_latent_cache_knows_its_precision(family: str, tmp_path: Path) -> No
 
 def test_sdxl_encodes_in_float32_in_a_bf16_run(tmp_path: Path) -> None:
     """And draws: its pipeline decodes what it was not made for."""
-    half = make_trainer(tmp_path / "half", "sdxl", peft_config=lora_config(), mixed_precision="bf16", max_steps=1)
+    half = make_trainer(
+        tmp_path / "half", "sdxl", peft_config=lora_config(), mixed_precision="bf16", max_steps=1
+    )
     full = make_trainer(tmp_path / "full", "sdxl", peft_config=lora_config(), max_steps=1)
     latents = [first_batch(trainer).x0.float() for trainer in (half, full)]
     torch.testing.assert_close(*latents, rtol=1e-6, atol=1e-6)
     assert (
-        half.backbone.component("vae").dtype == torch.float32 and half.backbone.component("text_encoder").dtype == torch.bfloat16
+        half.backbone.component("vae").dtype == torch.float32
+        and half.backbone.component("text_encoder").dtype == torch.bfloat16
     )
-    other = make_trainer(tmp_path / "sd", "sd", peft_config=lora_config(), mixed_precision="bf16", max_steps=1)
+    other = make_trainer(
+        tmp_path / "sd", "sd", peft_config=lora_config(), mixed_precision="bf16", max_steps=1
+    )
     first_batch(other)
     assert other.backbone.component("vae").dtype == torch.bfloat16
     pipe = half.backbone.pipeline(network=half.network)
@@ -151,9 +180,13 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "change", CHANGES, ids=lambda change: str({k: v for k, v in change.items() if k != "peft_config"} or "lora")
+    "change",
+    CHANGES,
+    ids=lambda change: str({k: v for k, v in change.items() if k != "peft_config"} or "lora"),
 )
-def test_another_lora_reference_precision_or_autoencoder_is_not_resumed(change: dict[str, Any], tmp_path: Path) -> None:
+def test_another_lora_reference_precision_or_autoencoder_is_not_resumed(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
     make_trainer(tmp_path, peft_config=lora_config(), max_steps=1, save_steps=1).train()
     values: dict[str, Any] = {"peft_config": lora_config(), **change}
     if values.get("model") == "vae":
@@ -175,7 +208,10 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
     for name in ("lora_form", "reference", "autoencoder", "precision"):
         del record["identity"][name]
     file.write_text(json.dumps(record))
-    assert make_trainer(tmp_path, peft_config=lora_config(), max_steps=2).train("latest").global_step == 2
+    assert (
+        make_trainer(tmp_path, peft_config=lora_config(), max_steps=2).train("latest").global_step
+        == 2
+    )
 
 
 def test_the_written_config_repeats_the_run(tmp_path: Path) -> None:
@@ -190,18 +226,33 @@ def test_the_written_config_repeats_the_run(tmp_path: Path) -> None:
         "ref_model": str(tmp_path / "ref"),
         "lora": lora,
         "data": {"dataset_name": data, "resolution": 32},
-        "train": {"output_dir": str(tmp_path / "one"), "max_steps": 2, "beta": 100, "learning_rate": 1e-3},
+        "train": {
+            "output_dir": str(tmp_path / "one"),
+            "max_steps": 2,
+            "beta": 100,
+            "learning_rate": 1e-3,
+        },
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert cli.run(["train", "--config", str(tmp_path / "run.yaml")]) == 0
     written = tmp_path / "one" / "config.yaml"
     values = yaml.safe_load(written.read_text())
-    assert values["lora"]["rank_pattern"] == {"to_q": 2} and values["ref_model"] == str(tmp_path / "ref")
+    assert values["lora"]["rank_pattern"] == {"to_q": 2} and values["ref_model"] == str(
+        tmp_path / "ref"
+    )
     assert "does not repeat" not in written.read_text()
-    assert cli.run(["train", "--config", str(written), "--train.output_dir", str(tmp_path / "two")]) == 0
+    assert (
+        cli.run(["train", "--config", str(written), "--train.output_dir", str(tmp_path / "two")])
+        == 0
+    )
     from safetensors.torch import load_file
 
-    assert_same_tensors(*(load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two")))
+    assert_same_tensors(
+        *(
+            load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+            for name in ("one", "two")
+        )
+    )
 
 
 def test_what_the_config_cannot_hold_is_named(tmp_path: Path) -> None:
@@ -209,7 +260,10 @@ def test_what_the_config_cannot_hold_is_named(tmp_path: Path) -> None:
         tmp_path / "b",
         peft_config=lora_config(exclude_modules=["to_v"]),
         max_steps=1,
-        options={"ref_model": build_pipeline("sd", seed=1), "optimizers": (lambda p: torch.optim.SGD(p, 1e-3), None)},
+        options={
+            "ref_model": build_pipeline("sd", seed=1),
+            "optimizers": (lambda p: torch.optim.SGD(p, 1e-3), None),
+        },
     )
     trainer.train()
     first = (tmp_path / "b" / "config.yaml").read_text().splitlines()[0]
@@ -223,9 +277,16 @@ def test_what_the_config_cannot_hold_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_a_bf16_run_starts_at_log_2(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Policy and reference are equal before the first step, also with DoRA, whose norms peft rounds."""
-    config = lora_config(target_modules=["to_q", "to_k", "conv_in"] if family == "sd" else None, **options)
+    config = lora_config(
+        target_modules=["to_q", "to_k", "conv_in"] if family == "sd" else None, **options
+    )
     trainer = make_trainer(
-        tmp_path, family, peft_config=config, mixed_precision="bf16", beta=5000.0, per_device_train_batch_size=4
+        tmp_path,
+        family,
+        peft_config=config,
+        mixed_precision="bf16",
+        beta=5000.0,
+        per_device_train_batch_size=4,
     )
     with torch.no_grad():
         policy, reference = trainer.errors(first_batch(trainer))
@@ -233,9 +294,16 @@ def test_a_bf16_run_starts_at_log_2(family: str, options: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_bf16_run_says_how_much_is_rounding(lora: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bf16_run_says_how_much_is_rounding(
+    lora: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Once, measured on a batch; without any effect on the run."""
-    options: dict[str, Any] = {"mixed_precision": "bf16", "max_steps": 2, "beta": 5000.0, "per_device_train_batch_size": 4}
+    options: dict[str, Any] = {
+        "mixed_precision": "bf16",
+        "max_steps": 2,
+        "beta": 5000.0,
+        "per_device_train_batch_size": 4,
+    }
     options["peft_config"] = lora_config(dropout=0.3) if lora else None
     trainer = make_trainer(tmp_path / "a", **options)
     trainer.train()
@@ -253,16 +321,30 @@ def test_a_bf16_run_says_how_much_is_rounding(lora: bool, tmp_path: Path, capsys
     assert "rounding: " not in capsys.readouterr().out
 
 
-def test_the_rounding_is_measured_within_one_bucket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rounding_is_measured_within_one_bucket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows of different sizes cannot be one batch; what cannot be measured never ends a run."""
     from tiny import picture
 
     rows = [
-        {"prompt": "a", "chosen": picture(200, i, 32).resize(size), "rejected": picture(40, i, 32).resize(size)}
+        {
+            "prompt": "a",
+            "chosen": picture(200, i, 32).resize(size),
+            "rejected": picture(40, i, 32).resize(size),
+        }
         for i, size in enumerate([(32, 64), (64, 32)] * 4)
     ]
-    options: dict[str, Any] = {"mixed_precision": "bf16", "max_steps": 1, "per_device_train_batch_size": 2, "rows": rows}
-    options |= {"data": {"aspect_ratio_buckets": "32,64;64,32", "resolution": None}, "peft_config": lora_config()}
+    options: dict[str, Any] = {
+        "mixed_precision": "bf16",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "rows": rows,
+    }
+    options |= {
+        "data": {"aspect_ratio_buckets": "32,64;64,32", "resolution": None},
+        "peft_config": lora_config(),
+    }
     trainer = make_trainer(tmp_path / "a", **options)
     trainer.train()
     said = capsys.readouterr().out
@@ -278,11 +360,19 @@ def test_the_rounding_is_measured_within_one_bucket(tmp_path: Path, capsys: pyte
 def test_the_autoencoders_identity_is_that_of_the_given_one(tmp_path: Path) -> None:
     """Not of what a bf16 run has cast it to: a resume that casts it later is the same run."""
     crop = {"center_crop": True, "random_flip": False, "cache_latents": str(tmp_path / "cache")}
-    options: dict[str, Any] = {"peft_config": lora_config(), "mixed_precision": "bf16", "data": crop}
+    options: dict[str, Any] = {
+        "peft_config": lora_config(),
+        "mixed_precision": "bf16",
+        "data": crop,
+    }
     make_trainer(tmp_path / "run", max_steps=1, save_steps=1, **options).train()
     assert make_trainer(tmp_path / "run", max_steps=2, **options).train("latest").global_step == 2
 
 
 def test_patterns_may_hold_fractions(tmp_path: Path) -> None:
-    make_trainer(tmp_path, peft_config=lora_config(alpha_pattern={"to_q": 8.5}), max_steps=1).train()
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["alpha_pattern"] == {"to_q": 8.5}
+    make_trainer(
+        tmp_path, peft_config=lora_config(alpha_pattern={"to_q": 8.5}), max_steps=1
+    ).train()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["alpha_pattern"] == {
+        "to_q": 8.5
+    }

@@ -52,17 +52,26 @@ def config(**changes: Any) -> ValidationConfig:
     return ValidationConfig(**{**given, **changes})
 
 
-OPTIONS: dict[str, Any] = {"peft_config": lora_config(), "max_steps": 4, "learning_rate": 5e-2, "save_steps": 2}
+OPTIONS: dict[str, Any] = {
+    "peft_config": lora_config(),
+    "max_steps": 4,
+    "learning_rate": 5e-2,
+    "save_steps": 2,
+}
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line for line in lines if "validation/validation-brightness" in line]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    trainer = make_trainer(tmp_path_factory.mktemp("v") / "run", options={"validation": config()}, **OPTIONS)
+    trainer = make_trainer(
+        tmp_path_factory.mktemp("v") / "run", options={"validation": config()}, **OPTIONS
+    )
     trainer.train()
     return trainer
 
@@ -83,30 +92,48 @@ def test_numbers_are_the_evaluations(straight: Any) -> None:
     # The darker the better: the same numbers, the opposite verdict.
     assert last["validation/validation-darkness"] == last["validation/validation-brightness"]
     assert last["validation/validation-darkness/win_rate"] == pytest.approx(1 - expected.rate)
-    assert last["validation/diversity"] == pytest.approx(np.mean([Diversity()(tuned[i : i + 2]) for i in (0, 2, 4)]))
+    assert last["validation/diversity"] == pytest.approx(
+        np.mean([Diversity()(tuned[i : i + 2]) for i in (0, 2, 4)])
+    )
 
 
 def test_the_best_weights_are_kept(straight: Any) -> None:
-    values = {line["step"]: line["validation/validation-brightness"] for line in metrics(straight.output_dir)}
+    values = {
+        line["step"]: line["validation/validation-brightness"]
+        for line in metrics(straight.output_dir)
+    }
     assert list(values) == [1, 2, 3, 4]
     kept = json.loads((straight.output_dir / "best" / "validation.json").read_text())
     best = max(values, key=lambda step: values[step])
-    assert (kept["step"], kept["scorer"]) == (best, "validation-brightness") and kept["value"] == pytest.approx(values[best])
+    assert (kept["step"], kept["scorer"]) == (best, "validation-brightness") and kept[
+        "value"
+    ] == pytest.approx(values[best])
     assert load_file(straight.output_dir / "best" / "pytorch_lora_weights.safetensors")
     assert (straight.output_dir / "best" / "README.md").is_file()
     assert not list(straight.output_dir.glob(".best*"))
 
 
 def test_stopped_and_resumed_keeps_the_same(straight: Any, tmp_path: Path) -> None:
-    make_trainer(tmp_path / "run", options={"validation": config()}, **{**OPTIONS, "max_steps": 2}).train()
-    resumed = make_trainer(tmp_path / "run", options={"validation": config()}, resume_from_checkpoint="latest", **OPTIONS)
+    make_trainer(
+        tmp_path / "run", options={"validation": config()}, **{**OPTIONS, "max_steps": 2}
+    ).train()
+    resumed = make_trainer(
+        tmp_path / "run",
+        options={"validation": config()},
+        resume_from_checkpoint="latest",
+        **OPTIONS,
+    )
     resumed.train()
     assert metrics(tmp_path / "run") == metrics(straight.output_dir)
     folders = [folder / "best" for folder in (tmp_path / "run", straight.output_dir)]
-    assert (folders[0] / "validation.json").read_bytes() == (folders[1] / "validation.json").read_bytes()
+    assert (folders[0] / "validation.json").read_bytes() == (
+        folders[1] / "validation.json"
+    ).read_bytes()
     # Tensors, not bytes: safetensors writes its metadata in no fixed order.
     found, expected = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders)
-    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(found) == set(expected) and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 def test_validation_does_not_move_the_run(straight: Any, tmp_path: Path) -> None:
@@ -117,7 +144,12 @@ def test_validation_does_not_move_the_run(straight: Any, tmp_path: Path) -> None
 
 
 def test_averaged_weights_are_what_is_judged(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run", options={"validation": config()}, use_ema=True, **{**OPTIONS, "max_steps": 2})
+    trainer = make_trainer(
+        tmp_path / "run",
+        options={"validation": config()},
+        use_ema=True,
+        **{**OPTIONS, "max_steps": 2},
+    )
     trainer.train()
     last = metrics(tmp_path / "run")[-1]["validation/validation-brightness"]
     again = trainer._build_validation()
@@ -128,8 +160,16 @@ def test_averaged_weights_are_what_is_judged(tmp_path: Path) -> None:
 
 
 def test_a_prompt_set_by_name(tmp_path: Path) -> None:
-    given = config(validation_prompts=[], prompts="shapes", max_prompts=2, num_validation_images=1, validation_steps=9)
-    make_trainer(tmp_path / "run", options={"validation": given}, **{**OPTIONS, "max_steps": 1}).train()
+    given = config(
+        validation_prompts=[],
+        prompts="shapes",
+        max_prompts=2,
+        num_validation_images=1,
+        validation_steps=9,
+    )
+    make_trainer(
+        tmp_path / "run", options={"validation": given}, **{**OPTIONS, "max_steps": 1}
+    ).train()
     assert len(list((tmp_path / "run" / "samples" / "base").glob("*.png"))) == 2
     assert "validation/diversity" not in metrics(tmp_path / "run")[-1]  # one image has none
 
@@ -137,20 +177,25 @@ def test_a_prompt_set_by_name(tmp_path: Path) -> None:
 def test_a_fresh_start_forgets_what_a_broken_one_left(tmp_path: Path) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "validation.json").write_text('{"value": 1e9}')
-    make_trainer(tmp_path / "run", options={"validation": config()}, **{**OPTIONS, "max_steps": 1}).train()
+    make_trainer(
+        tmp_path / "run", options={"validation": config()}, **{**OPTIONS, "max_steps": 1}
+    ).train()
     assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text())["value"] < 1e9
 
 
 def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
     rows = [
-        {"prompt": f"a small red {shape} on the left of a gray background"} for shape in ("circle", "star", "cross", "square")
+        {"prompt": f"a small red {shape} on the left of a gray background"}
+        for shape in ("circle", "star", "cross", "square")
     ]
     from PIL import Image
 
     for row, name in zip(rows, "abcd", strict=True):
         for side, shade in (("chosen", 200), ("rejected", 30)):
             (tmp_path / "data" / side).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), (shade, 0, ord(name))).save(tmp_path / "data" / side / f"{name}.png")
+            Image.new("RGB", (64, 64), (shade, 0, ord(name))).save(
+                tmp_path / "data" / side / f"{name}.png"
+            )
             (tmp_path / "data" / side / f"{name}.txt").write_text(row["prompt"])
     arguments = [
         "--config", "configs/diffusion_dpo/shapes.yaml", "--data.dataset_name", str(tmp_path / "data"), "--train.max_steps", "2",
@@ -159,20 +204,45 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
         "--validation.scorers", "[shapes]", "--validation.keep_best", "shapes", "--validation.num_inference_steps", "2",
     ]  # fmt: skip
     launch = [sys.executable, *TORCHRUN, "scripts/train.py"]
-    two = [*launch, *arguments, "--train.per_device_train_batch_size", "2", "--train.output_dir", str(tmp_path / "two")]
+    two = [
+        *launch,
+        *arguments,
+        "--train.per_device_train_batch_size",
+        "2",
+        "--train.output_dir",
+        str(tmp_path / "two"),
+    ]
     done = subprocess.run(
-        two, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=600
+        two,
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one = ["train", *arguments, "--train.per_device_train_batch_size", "4", "--train.output_dir", str(tmp_path / "one")]
+    one = [
+        "train",
+        *arguments,
+        "--train.per_device_train_batch_size",
+        "4",
+        "--train.output_dir",
+        str(tmp_path / "one"),
+    ]
     assert run([*one[:2], str(ROOT / one[2]), *one[3:]]) == 0
     logs = [
-        [json.loads(x) for x in (tmp_path / n / "logs" / "metrics.jsonl").read_text().splitlines() if "validation/shapes" in x]
+        [
+            json.loads(x)
+            for x in (tmp_path / n / "logs" / "metrics.jsonl").read_text().splitlines()
+            if "validation/shapes" in x
+        ]
         for n in ("one", "two")
     ]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2]
     # Close, as the images differ in last digits; one attribute that is read otherwise moves the mean by almost a tenth.
-    assert logs[0][-1]["validation/shapes"] == pytest.approx(logs[1][-1]["validation/shapes"], abs=0.1)
+    assert logs[0][-1]["validation/shapes"] == pytest.approx(
+        logs[1][-1]["validation/shapes"], abs=0.1
+    )
     for name, rows in zip(("one", "two"), logs, strict=True):
         kept = json.loads((tmp_path / name / "best" / "validation.json").read_text())["step"]
         assert kept == max(rows, key=lambda row: (row["validation/shapes"], -row["step"]))["step"]
@@ -205,6 +275,14 @@ def test_mistakes_before_weights_are_loaded() -> None:
 
 
 def test_keeping_the_best_by_the_judge_itself_is_said() -> None:
-    given = ValidationConfig(["a cat"] * 20, scorers=["shapes", "shapes-clip"], keep_best="shapes-clip")
-    assert "cannot show over-optimisation" in check_validation(given, {"rewards": [{"scorer": "shapes-clip"}]})[-1]
-    assert check_validation(given, {"rewards": ["shapes", {"scorer": "shapes-clip", "role": "eval"}]}) == []
+    given = ValidationConfig(
+        ["a cat"] * 20, scorers=["shapes", "shapes-clip"], keep_best="shapes-clip"
+    )
+    assert (
+        "cannot show over-optimisation"
+        in check_validation(given, {"rewards": [{"scorer": "shapes-clip"}]})[-1]
+    )
+    assert (
+        check_validation(given, {"rewards": ["shapes", {"scorer": "shapes-clip", "role": "eval"}]})
+        == []
+    )

@@ -141,7 +141,11 @@ def train_vae(config: PretrainConfig, pixels: Tensor) -> AutoencoderKL:
             posterior = vae.encode(batch).latent_dist
             decoded = vae.decode(posterior.sample(generator=generator)).sample.float()
         difference = decoded - batch
-        loss = difference.abs().mean() + 0.5 * difference.square().mean() + 1e-5 * posterior.kl().mean()
+        loss = (
+            difference.abs().mean()
+            + 0.5 * difference.square().mean()
+            + 1e-5 * posterior.kl().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -150,16 +154,23 @@ def train_vae(config: PretrainConfig, pixels: Tensor) -> AutoencoderKL:
         bar.set_postfix(mse=f"{difference.square().mean().item():.4f}", refresh=False)
     vae.eval()
     with torch.no_grad():
-        vae.register_to_config(scaling_factor=round(1.0 / vae.encode(pixels[:512]).latent_dist.mean.std().item(), 5))
+        vae.register_to_config(
+            scaling_factor=round(1.0 / vae.encode(pixels[:512]).latent_dist.mean.std().item(), 5)
+        )
     return vae
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled posterior means and standard deviations of all images."""
-    moments = [vae.encode(chunk).latent_dist for chunk in tqdm(pixels.split(64), desc="encoding", mininterval=5)]
+    moments = [
+        vae.encode(chunk).latent_dist
+        for chunk in tqdm(pixels.split(64), desc="encoding", mininterval=5)
+    ]
     factor = vae.config.scaling_factor
-    return torch.cat([m.mean for m in moments]) * factor, torch.cat([m.std for m in moments]) * factor
+    return torch.cat([m.mean for m in moments]) * factor, torch.cat(
+        [m.std for m in moments]
+    ) * factor
 
 
 def train_denoiser(
@@ -174,7 +185,9 @@ def train_denoiser(
     captions = [noisy_caption(scene, rng, config.caption_noise) for scene in scenes]
 
     def token_ids(texts: list[str]) -> Tensor:
-        return tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
 
     ids, empty = token_ids(captions), token_ids([""])
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -205,16 +218,27 @@ def train_denoiser(
     return unet.eval(), text_encoder.eval(), tokenizer
 
 
-def measure(pipe: StableDiffusionPipeline, guidance_scale: float, images_per_prompt: int = 4) -> dict[str, float]:
+def measure(
+    pipe: StableDiffusionPipeline, guidance_scale: float, images_per_prompt: int = 4
+) -> dict[str, float]:
     """Held-out accuracy per attribute and of all at once, with the standard error of the latter clustered by prompt."""
     from diffalign.generation.sampling import generate
 
     prompts = [prompt for prompt in held_out_prompts() for _ in range(images_per_prompt)]
     sampling = {**SAMPLING, "guidance_scale": guidance_scale}
-    images = generate(pipe, prompts, seeds=list(range(len(prompts))), batch_size=32, description="measuring", **sampling)
+    images = generate(
+        pipe,
+        prompts,
+        seeds=list(range(len(prompts))),
+        batch_size=32,
+        description="measuring",
+        **sampling,
+    )
     table = attribute_table(images, prompts)
     means = {name: float(np.mean([row[name] for row in table])) for name in table[0]}
-    per_prompt = np.array([row["all"] for row in table], dtype=float).reshape(-1, images_per_prompt).mean(1)
+    per_prompt = (
+        np.array([row["all"] for row in table], dtype=float).reshape(-1, images_per_prompt).mean(1)
+    )
     return {**means, "all_standard_error": float(per_prompt.std(ddof=1) / np.sqrt(len(per_prompt)))}
 
 
@@ -270,7 +294,9 @@ def refine_decoder(config: PretrainConfig, vae: AutoencoderKL, pixels: Tensor) -
     vae.eval()
 
 
-def write_card(folder: Path, config: PretrainConfig, parameters: int, results: dict[str, dict[str, float]]) -> None:
+def write_card(
+    folder: Path, config: PretrainConfig, parameters: int, results: dict[str, dict[str, float]]
+) -> None:
     rows = "\n".join(
         f"| {scale} | {r['all']:.1%} ± {r['all_standard_error']:.1%} | "
         + " | ".join(f"{r[name]:.1%}" for name in ATTRIBUTES)
@@ -291,7 +317,11 @@ def write_card(folder: Path, config: PretrainConfig, parameters: int, results: d
 
 
 def save(
-    folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+    folder: Path,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
 ) -> None:
     """Writes the pipeline as half-precision safetensors."""
     pipe = StableDiffusionPipeline(
@@ -306,28 +336,46 @@ def save(
     )
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
-    for path in folder.glob("*/config.json"):  # a component that was itself loaded remembers from where
+    for path in folder.glob(
+        "*/config.json"
+    ):  # a component that was itself loaded remembers from where
         values = json.loads(path.read_text())
         values.pop("_name_or_path", None)
         path.write_text(json.dumps(values, indent=2) + "\n")
     # transformers loads a model in the dtype its config names, diffusers in float32: make a plain `from_pretrained` consistent.
     text_config = folder / "text_encoder" / "config.json"
-    text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    text_config.write_text(
+        json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vae", type=Path, help="reuse the autoencoder of this pipeline folder instead of training one")
     parser.add_argument(
-        "--measure_only", action="store_true", help="only measure the pipeline in --output_dir and rewrite its card"
+        "--vae",
+        type=Path,
+        help="reuse the autoencoder of this pipeline folder instead of training one",
+    )
+    parser.add_argument(
+        "--measure_only",
+        action="store_true",
+        help="only measure the pipeline in --output_dir and rewrite its card",
     )
     for name, value in asdict(PretrainConfig()).items():
         parser.add_argument(
-            f"--{name}", type=type(value) if not isinstance(value, bool) else lambda text: text == "true", default=value
+            f"--{name}",
+            type=type(value) if not isinstance(value, bool) else lambda text: text == "true",
+            default=value,
         )
     options = vars(parser.parse_args(arguments))
-    folder, vae_folder, measure_only = options.pop("output_dir"), options.pop("vae"), options.pop("measure_only")
+    folder, vae_folder, measure_only = (
+        options.pop("output_dir"),
+        options.pop("vae"),
+        options.pop("measure_only"),
+    )
     config = PretrainConfig(**options)
     set_seed(config.seed)
     if not measure_only:
@@ -343,7 +391,11 @@ def main(arguments: list[str] | None = None) -> None:
     # Loaded back from the half-precision files: the numbers must be those of what is shipped.
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     results = {str(scale): measure(pipe, scale) for scale in (1.0, 2.0, 3.0, 5.0)}
-    parameters = sum(p.numel() for module in (pipe.unet, pipe.vae, pipe.text_encoder) for p in module.parameters())
+    parameters = sum(
+        p.numel()
+        for module in (pipe.unet, pipe.vae, pipe.text_encoder)
+        for p in module.parameters()
+    )
     write_card(folder, config, parameters, results)
     (folder / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
 

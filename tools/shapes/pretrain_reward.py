@@ -97,7 +97,13 @@ class RewardPretrainConfig:
 
     def __post_init__(self) -> None:
         highest = {"num_prompts": len(train_prompts()), "eval_prompts": len(held_out_prompts())}
-        lowest = {"images_per_prompt": 2, "eval_images_per_prompt": 2, "num_prompts": 2, "eval_prompts": 2, "warmup_batch": 2}
+        lowest = {
+            "images_per_prompt": 2,
+            "eval_images_per_prompt": 2,
+            "num_prompts": 2,
+            "eval_prompts": 2,
+            "warmup_batch": 2,
+        }
         for field in fields(self):
             value, name = getattr(self, field.name), field.name
             if field.type == "int":
@@ -144,7 +150,12 @@ def build_model(tokenizer: Any) -> Any:
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """(N, 16) token ids, padded with the end token, which does not reach the pooled one."""
-    options: dict[str, Any] = {"padding": "max_length", "max_length": MAX_LENGTH, "truncation": True, "return_tensors": "pt"}
+    options: dict[str, Any] = {
+        "padding": "max_length",
+        "max_length": MAX_LENGTH,
+        "truncation": True,
+        "return_tensors": "pt",
+    }
     return tokenizer(list(prompts), **options).input_ids
 
 
@@ -175,7 +186,14 @@ def guidance_scales(images_per_prompt: int) -> list[float]:
     return [GUIDANCE_SCALES[j % len(GUIDANCE_SCALES)] for j in range(images_per_prompt)]
 
 
-def draw(folder: Path, name: str, prompts: Sequence[str], images_per_prompt: int, steps: int, first_seed: int) -> Pixels:
+def draw(
+    folder: Path,
+    name: str,
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    steps: int,
+    first_seed: int,
+) -> Pixels:
     """Images of the embedded pipeline, uint8 (prompts, images_per_prompt, 64, 64, 3), in files under `folder` that are not drawn again."""
     from diffalign.generation.pipelines import base_pipeline
     from diffalign.generation.sampling import generate
@@ -183,7 +201,9 @@ def draw(folder: Path, name: str, prompts: Sequence[str], images_per_prompt: int
     pipe = None
     chunk, columns = 60, []
     starts = range(0, len(prompts), chunk)
-    bar = tqdm(total=len(prompts) * images_per_prompt, desc=f"images, {name}", unit="image", mininterval=5)
+    bar = tqdm(
+        total=len(prompts) * images_per_prompt, desc=f"images, {name}", unit="image", mininterval=5
+    )
     for j, guidance in enumerate(guidance_scales(images_per_prompt)):
         parts = []
         for start in starts:
@@ -193,7 +213,11 @@ def draw(folder: Path, name: str, prompts: Sequence[str], images_per_prompt: int
                 part = list(prompts[start : start + chunk])
                 first = first_seed + j * len(prompts) + start
                 seeds = range(first, first + len(part))
-                options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "progress": False}
+                options: dict[str, Any] = {
+                    "num_inference_steps": steps,
+                    "guidance_scale": guidance,
+                    "progress": False,
+                }
                 images = generate(pipe, part, seeds, batch_size=chunk, **options)
                 with replacing(path) as temporary, temporary.open("wb") as file:
                     np.save(file, np.stack([np.asarray(image.convert("RGB")) for image in images]))
@@ -228,7 +252,9 @@ def noisy_labels(truth: Floats, config: RewardPretrainConfig) -> npt.NDArray[np.
     pairs = pairs_of(truth.shape[1])
     difference = truth[:, pairs[:, 0]] - truth[:, pairs[:, 1]]
     # The hyperbolic tangent is a sigmoid that cannot overflow.
-    prefers_first = rng.random(difference.shape) < 0.5 * (1 + np.tanh(0.5 * difference / config.temperature))
+    prefers_first = rng.random(difference.shape) < 0.5 * (
+        1 + np.tanh(0.5 * difference / config.temperature)
+    )
     return prefers_first ^ (rng.random(difference.shape) < config.label_flips)
 
 
@@ -239,7 +265,9 @@ class _Optimizer:
         self.parameters = list(model.parameters())
         self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
         # The schedule needs two steps at least.
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adamw, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.adamw, learning_rate, total_steps=max(steps, 2), pct_start=0.1
+        )
 
     def step(self, loss: Tensor) -> None:
         self.adamw.zero_grad()
@@ -249,7 +277,9 @@ class _Optimizer:
         self.schedule.step()
 
 
-def contrastive_loss(model: Any, tokenizer: Any, prompts: Sequence[str], rng: random.Random, size: int, scale: Tensor) -> Tensor:
+def contrastive_loss(
+    model: Any, tokenizer: Any, prompts: Sequence[str], rng: random.Random, size: int, scale: Tensor
+) -> Tensor:
     """CLIP's symmetric contrastive loss on `size` freshly rendered images, each of another prompt.
 
     Args:
@@ -263,13 +293,19 @@ def contrastive_loss(model: Any, tokenizer: Any, prompts: Sequence[str], rng: ra
     return (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
 
 
-def warm_up(config: RewardPretrainConfig, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
+def warm_up(
+    config: RewardPretrainConfig, model: Any, tokenizer: Any, prompts: Sequence[str]
+) -> None:
     """Contrastive pre-training on training prompts, with the model's own `logit_scale`."""
-    optimizer = _Optimizer(model, config.warmup_learning_rate, config.weight_decay, config.warmup_steps)
+    optimizer = _Optimizer(
+        model, config.warmup_learning_rate, config.weight_decay, config.warmup_steps
+    )
     rng = random.Random(config.seed + 2)
     bar = tqdm(range(config.warmup_steps), desc="contrastive warm-up", mininterval=5)
     for _ in bar:
-        loss = contrastive_loss(model, tokenizer, prompts, rng, config.warmup_batch, model.logit_scale.exp())
+        loss = contrastive_loss(
+            model, tokenizer, prompts, rng, config.warmup_batch, model.logit_scale.exp()
+        )
         optimizer.step(loss)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
@@ -287,7 +323,10 @@ def refit_scale(model: Any, cosines: Tensor, labels: npt.NDArray[np.bool_]) -> N
     pairs, targets = torch.from_numpy(pairs_of(cosines.shape[1])), torch.from_numpy(labels).float()
     difference = cosines[:, pairs[:, 0]] - cosines[:, pairs[:, 1]]
     candidates = torch.logspace(0, 2, 201)
-    losses = [torch.nn.functional.binary_cross_entropy_with_logits(c * difference, targets) for c in candidates]
+    losses = [
+        torch.nn.functional.binary_cross_entropy_with_logits(c * difference, targets)
+        for c in candidates
+    ]
     model.logit_scale.fill_(candidates[torch.stack(losses).argmin()].log())
 
 
@@ -326,7 +365,14 @@ def claim(folder: Path, config: RewardPretrainConfig) -> Path:
     Raises:
         UserError: when it holds images drawn under other settings.
     """
-    names = ("seed", "num_prompts", "images_per_prompt", "steps", "eval_prompts", "eval_images_per_prompt")
+    names = (
+        "seed",
+        "num_prompts",
+        "images_per_prompt",
+        "steps",
+        "eval_prompts",
+        "eval_images_per_prompt",
+    )
     settings = {name: getattr(config, name) for name in names}
     drawn = folder / "drawn"
     drawn.mkdir(parents=True, exist_ok=True)
@@ -334,8 +380,12 @@ def claim(folder: Path, config: RewardPretrainConfig) -> Path:
     if file.is_file():
         there = json.loads(file.read_text())
         if there != settings:
-            said = ", ".join(f"--{name} {value}" for name, value in there.items() if settings.get(name) != value)
-            raise UserError(f"--output_dir: {str(folder)!r} holds images drawn with {said}; use those settings or another folder")
+            said = ", ".join(
+                f"--{name} {value}" for name, value in there.items() if settings.get(name) != value
+            )
+            raise UserError(
+                f"--output_dir: {str(folder)!r} holds images drawn with {said}; use those settings or another folder"
+            )
     else:
         file.write_text(json.dumps(settings, indent=2) + "\n")
     return drawn
@@ -353,10 +403,22 @@ def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
     from tools.shapes.reward_card import measure, write_card
 
     drawn = claim(folder, config)
-    prompts, held_out = train_prompts()[: config.num_prompts], held_out_prompts()[: config.eval_prompts]
+    prompts, held_out = (
+        train_prompts()[: config.num_prompts],
+        held_out_prompts()[: config.eval_prompts],
+    )
     offset = config.seed * 100_000
-    pixels = draw(drawn, "train", prompts, config.images_per_prompt, config.steps, TRAIN_SEED + offset)
-    held_out_pixels = draw(drawn, "held-out", held_out, config.eval_images_per_prompt, config.steps, HELD_OUT_SEED + offset)
+    pixels = draw(
+        drawn, "train", prompts, config.images_per_prompt, config.steps, TRAIN_SEED + offset
+    )
+    held_out_pixels = draw(
+        drawn,
+        "held-out",
+        held_out,
+        config.eval_images_per_prompt,
+        config.steps,
+        HELD_OUT_SEED + offset,
+    )
     truth = verifier_scores(pixels, prompts)
     labels = noisy_labels(truth, config)
 
@@ -377,7 +439,9 @@ def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     for name, value in asdict(RewardPretrainConfig()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)

@@ -93,7 +93,9 @@ def masked_loss(logits: Tensor, tokens: Tensor, masked: Tensor, rate: Tensor) ->
 def train(config: TextPretrainConfig, tokenizer: Any) -> Any:
     """The trained network on the training captions."""
     torch.manual_seed(config.seed)
-    ids = torch.tensor(tokenizer(train_prompts(), padding="max_length", max_length=MAX_LENGTH)["input_ids"])
+    ids = torch.tensor(
+        tokenizer(train_prompts(), padding="max_length", max_length=MAX_LENGTH)["input_ids"]
+    )
     model = build_model(len(tokenizer), config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -104,7 +106,9 @@ def train(config: TextPretrainConfig, tokenizer: Any) -> Any:
     for _ in bar:
         tokens = ids[torch.randint(len(ids), (config.batch_size,), generator=generator)]
         # One rate per stratum: less noise than independent ones (Kingma et al. 2021).
-        rate = (torch.rand(1, generator=generator) + torch.arange(config.batch_size) / config.batch_size) % 1
+        rate = (
+            torch.rand(1, generator=generator) + torch.arange(config.batch_size) / config.batch_size
+        ) % 1
         rate = rate.clamp(min=1e-3)
         masked = torch.rand(tokens.shape, generator=generator) < rate[:, None]
         logits = model(torch.where(masked, torch.tensor(len(tokenizer)), tokens)).logits
@@ -135,7 +139,13 @@ def measure(model: Any, tokenizer: Any, config: TextPretrainConfig) -> dict[str,
     held_out = set(held_out_prompts())
     for steps in EVAL_STEPS:
         sampler = FKTextSteering(
-            model, tokenizer, lambda texts: [0.0] * len(texts), num_particles=100, lmbda=0.0, num_steps=steps, resample_steps=()
+            model,
+            tokenizer,
+            lambda texts: [0.0] * len(texts),
+            num_particles=100,
+            lmbda=0.0,
+            num_steps=steps,
+            resample_steps=(),
         )
         groups = max(1, config.eval_samples // 100)
         texts = [text for row in sampler([""] * groups, seed=config.seed).texts for text in row]
@@ -148,7 +158,9 @@ def measure(model: Any, tokenizer: Any, config: TextPretrainConfig) -> dict[str,
     return found
 
 
-def write_card(folder: Path, config: TextPretrainConfig, results: dict[str, Any], parameters: int) -> None:
+def write_card(
+    folder: Path, config: TextPretrainConfig, results: dict[str, Any], parameters: int
+) -> None:
     """``README.md`` of the weights."""
     rows = [
         f"| {steps} | {100 * row['captions']:.1f} % | {row['different']} of 720 | {100 * row['held_out']:.1f} % |"
@@ -186,14 +198,17 @@ def run(folder: Path, config: TextPretrainConfig) -> dict[str, Any]:
     tokenizer.save_pretrained(folder)
     results = measure(model, tokenizer, config)
     write_atomically(
-        folder / "accuracy.json", (json.dumps({"settings": asdict(config), "by_steps": results}, indent=2) + "\n").encode()
+        folder / "accuracy.json",
+        (json.dumps({"settings": asdict(config), "by_steps": results}, indent=2) + "\n").encode(),
     )
     write_card(folder, config, results, sum(p.numel() for p in model.parameters()))
     return results
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     for name, value in asdict(TextPretrainConfig()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)

@@ -26,7 +26,9 @@ ATTACK_STEPS, ATTACK_BOUND = 60, 48 / 255
 """Gradient ascent on the pixels: signed steps of 2/255, no pixel further than the bound from where it was."""
 
 
-def share_with_interval(hits: Floats, counted: npt.NDArray[np.bool_], samples: int = 10_000) -> dict[str, Any]:
+def share_with_interval(
+    hits: Floats, counted: npt.NDArray[np.bool_], samples: int = 10_000
+) -> dict[str, Any]:
     """Share of hits among the counted entries of (prompts, n) arrays, with a 95 % bootstrap interval that draws whole prompts.
 
     Prompts have different numbers of counted pairs, so each draw is a ratio of sums (`evaluation.statistics` is for equal ones).
@@ -36,7 +38,12 @@ def share_with_interval(hits: Floats, counted: npt.NDArray[np.bool_], samples: i
     ratios = right[picks].sum(1) / np.maximum(number[picks].sum(1), 1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     total = int(number.sum())
-    return {"rate": float(right.sum() / max(total, 1)), "low": float(low), "high": float(high), "pairs": total}
+    return {
+        "rate": float(right.sum() / max(total, 1)),
+        "low": float(low),
+        "high": float(high),
+        "pairs": total,
+    }
 
 
 def pairwise_accuracy(predicted: Floats, truth: Floats) -> dict[str, Any]:
@@ -64,7 +71,9 @@ def one_wrong(prompts: Sequence[str], name: str, seed: int = 0) -> Pixels:
     return np.array(images)
 
 
-def attribute_accuracy(model: Any, tokenizer: Any, prompts: Sequence[str], repeats: int = 4) -> dict[str, Any]:
+def attribute_accuracy(
+    model: Any, tokenizer: Any, prompts: Sequence[str], repeats: int = 4
+) -> dict[str, Any]:
     """Rendered right against one attribute wrong: how often right wins, per attribute, `repeats` pairs per prompt."""
     out = {}
     for name in ATTRIBUTES:
@@ -81,7 +90,10 @@ def attribute_accuracy(model: Any, tokenizer: Any, prompts: Sequence[str], repea
 def attack(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -> Pixels:
     """The images (N, 64, 64, 3) after gradient ascent on the reward within `ATTACK_BOUND`."""
     ids, parts, chunk = reward.token_ids(tokenizer, prompts), [], 60
-    mean, std = torch.tensor(reward.CLIP_MEAN).view(3, 1, 1), torch.tensor(reward.CLIP_STD).view(3, 1, 1)
+    mean, std = (
+        torch.tensor(reward.CLIP_MEAN).view(3, 1, 1),
+        torch.tensor(reward.CLIP_STD).view(3, 1, 1),
+    )
     for start in range(0, len(prompts), chunk):
         original = torch.from_numpy(pixels[start : start + chunk]).permute(0, 3, 1, 2).float() / 255
         x = original.clone()
@@ -90,7 +102,9 @@ def attack(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -
             total = reward.scores(model, ids[start : start + chunk], (x - mean) / std).sum()
             (gradient,) = torch.autograd.grad(total, x)
             x = x.detach() + 2 / 255 * gradient.sign()
-            x = torch.minimum(torch.maximum(x, original - ATTACK_BOUND), original + ATTACK_BOUND).clamp(0, 1)
+            x = torch.minimum(
+                torch.maximum(x, original - ATTACK_BOUND), original + ATTACK_BOUND
+            ).clamp(0, 1)
         parts.append((x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     return np.concatenate(parts)
 
@@ -101,8 +115,16 @@ def exploit(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) 
 
     rng = random.Random(0)
     perfect = np.stack([np.asarray(render(parse_prompt(prompt), rng)) for prompt in prompts])
-    out: dict[str, Any] = {"steps": ATTACK_STEPS, "bound": round(ATTACK_BOUND * 255), "images": len(prompts)}
-    for name, images in {"before": pixels, "after": attack(model, tokenizer, pixels, prompts), "perfect": perfect}.items():
+    out: dict[str, Any] = {
+        "steps": ATTACK_STEPS,
+        "bound": round(ATTACK_BOUND * 255),
+        "images": len(prompts),
+    }
+    for name, images in {
+        "before": pixels,
+        "after": attack(model, tokenizer, pixels, prompts),
+        "perfect": perfect,
+    }.items():
         drawn = [Image.fromarray(image) for image in images]
         out[name] = {
             "reward": float(reward.score_pixels(model, tokenizer, images[:, None], prompts).mean()),
@@ -130,11 +152,16 @@ def measure(
     """
     from transformers import CLIPModel, CLIPTokenizer
 
-    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        CLIPModel.from_pretrained(folder).eval(),
+        CLIPTokenizer.from_pretrained(folder),
+    )
     truth = reward.verifier_scores(pixels, prompts)
     predicted = reward.score_pixels(model, tokenizer, pixels, prompts).double().numpy()
     pairs = reward.pairs_of(train_truth.shape[1])
-    label_gap = np.where(labels, 1.0, -1.0) * (train_truth[:, pairs[:, 0]] - train_truth[:, pairs[:, 1]])
+    label_gap = np.where(labels, 1.0, -1.0) * (
+        train_truth[:, pairs[:, 0]] - train_truth[:, pairs[:, 1]]
+    )
     agrees = (label_gap > 0).astype(np.float64)
     guidance = np.array(reward.guidance_scales(pixels.shape[1]))
     best, right = predicted.argmax(1), truth > 0.95
@@ -157,7 +184,10 @@ def measure(
         "pairwise_accuracy_before_preferences": pairwise_accuracy(warm, truth),
         "attribute_accuracy": attribute_accuracy(model, tokenizer, prompts),
         "score_by_guidance": {
-            str(g): {"mean": float(predicted[:, guidance == g].mean()), "std": float(predicted[:, guidance == g].std())}
+            str(g): {
+                "mean": float(predicted[:, guidance == g].mean()),
+                "std": float(predicted[:, guidance == g].std()),
+            }
             for g in dict.fromkeys(guidance.tolist())
         },
         "best_of": {
@@ -239,7 +269,11 @@ def _row(name: str, share: dict[str, Any], number: bool) -> str:
 
 def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[str, Any]) -> None:
     """Writes ``README.md`` from the figures of ``accuracy.json``."""
-    accuracy, attributes, best = results["pairwise_accuracy"], results["attribute_accuracy"], results["best_of"]
+    accuracy, attributes, best = (
+        results["pairwise_accuracy"],
+        results["attribute_accuracy"],
+        results["best_of"],
+    )
     hacked, labels = results["exploit"], results["labels_agreeing_with_verifier"]
     kinds = {
         "all": "verifier scores differ",
@@ -249,8 +283,16 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
     ignored = min(attributes, key=lambda name: attributes[name]["rate"])
     k = config.images_per_prompt
     text = CARD.format(
-        **{name: getattr(config, name) for name in ("seed", "warmup_steps", "warmup_batch", "train_steps", "steps", "anchor")},
-        **{"temperature": config.temperature, "prompts": config.num_prompts, "k": k, "eval_prompts": config.eval_prompts},
+        **{
+            name: getattr(config, name)
+            for name in ("seed", "warmup_steps", "warmup_batch", "train_steps", "steps", "anchor")
+        },
+        **{
+            "temperature": config.temperature,
+            "prompts": config.num_prompts,
+            "k": k,
+            "eval_prompts": config.eval_prompts,
+        },
         millions=results["parameters"] / 1e6,
         scale=results["logit_scale"],
         command=results["command"],
@@ -265,14 +307,18 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
         pair_rows="\n".join(_row(kinds[name], accuracy[name], True) for name in kinds),
         attribute_rows="\n".join(_row(name, share, False) for name, share in attributes.items()),
         warm_all=percent(results["pairwise_accuracy_before_preferences"]["all"]["rate"]),
-        warm_attributes=percent(results["pairwise_accuracy_before_preferences"]["attributes"]["rate"]),
+        warm_attributes=percent(
+            results["pairwise_accuracy_before_preferences"]["attributes"]["rate"]
+        ),
         best_images=best["images"],
         best_right=percent(best["best_all_correct"]),
         mean_right=percent(best["mean_all_correct"]),
         possible_right=percent(best["possible_all_correct"]),
         ignored=ignored,
         ignored_rate=percent(attributes[ignored]["rate"]),
-        guidance_rows=", ".join(f"{s['mean']:.2f} at guidance {g}" for g, s in results["score_by_guidance"].items()),
+        guidance_rows=", ".join(
+            f"{s['mean']:.2f} at guidance {g}" for g, s in results["score_by_guidance"].items()
+        ),
         attack_steps=hacked["steps"],
         bound=hacked["bound"],
         attack_images=hacked["images"],

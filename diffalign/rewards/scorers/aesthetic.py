@@ -48,18 +48,23 @@ class AestheticV2(ModelScorer):
         citation="Schuhmann 2022, improved-aesthetic-predictor",
     )
 
-    def __init__(self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         values = checkpoints.read_config(config) or {}
         if set(values) - {"clip"}:
             raise ConfigError(
-                "config", f"unknown key {sorted(set(values) - {'clip'})[0]!r}; {self.name} takes clip, the folder of its CLIP"
+                "config",
+                f"unknown key {sorted(set(values) - {'clip'})[0]!r}; {self.name} takes clip, the folder of its CLIP",
             )
         self.source = checkpoints.find_weights(model, self.spec)
         state = checkpoints.read_state(self.source)
         clip_spec = replace(self.spec, weights=_CLIP, filename=None)
         beside = self.source.parent if (self.source.parent / "config.json").is_file() else None
-        self.clip = HFClip(values.get("clip", beside), clip_spec, tokenizer=tokenizer, dtype=self.dtype)
+        self.clip = HFClip(
+            values.get("clip", beside), clip_spec, tokenizer=tokenizer, dtype=self.dtype
+        )
         width = int(self.clip.module.config.projection_dim)
         self.head = self.build_head(state, width, torch.promote_types(self.dtype, torch.float32))
         self.preprocess = self.clip.preprocess
@@ -110,7 +115,9 @@ class AestheticV1(AestheticV2):
     )
 
     def build_head(self, state: dict[str, Tensor], width: int, dtype: torch.dtype) -> nn.Module:
-        return checkpoints.load_strict(nn.Linear(width, 1), state, f"{self.name}'s head", dtype=dtype)
+        return checkpoints.load_strict(
+            nn.Linear(width, 1), state, f"{self.name}'s head", dtype=dtype
+        )
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,14 @@ class CosineScorer(ModelScorer):
 
     clip: HFClip | OpenClip
 
-    def __init__(self, *, scale: float = 1.0, clamp_min: float | None = None, prefix: str = "", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float = 1.0,
+        clamp_min: float | None = None,
+        prefix: str = "",
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         if not isinstance(scale, (int, float)) or not scale > 0:
             raise ConfigError("scale", f"expected a number above 0, got {scale!r}")
@@ -73,7 +80,9 @@ class ClipL14(CosineScorer):
         citation="Radford et al. 2021, arXiv 2103.00020",
     )
 
-    def __init__(self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.clip = HFClip(model, self.spec, config=config, tokenizer=tokenizer, dtype=self.dtype)
         self.preprocess, self.config = self.clip.preprocess, config
@@ -147,7 +156,11 @@ class OpenClipScore(CosineScorer):
         return {**super().identity(), "precision": self.precision}
 
     def _amp(self) -> torch.autocast:
-        return torch.autocast("cuda", torch.float16, enabled=self.precision == "amp_fp16" and self.device.type == "cuda")
+        return torch.autocast(
+            "cuda",
+            torch.float16,
+            enabled=self.precision == "amp_fp16" and self.device.type == "cuda",
+        )
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
         with self._amp():
@@ -162,10 +175,15 @@ class OpenClipScore(CosineScorer):
 
 def _preprocess(kind: str | None, clip: OpenClip) -> Preprocess:
     published = clip.preprocess_config
-    values: dict[str, Any] = {"size": clip.image_size, "rounding": "half_even"}  # open_clip crops as torchvision does
+    values: dict[str, Any] = {
+        "size": clip.image_size,
+        "rounding": "half_even",
+    }  # open_clip crops as torchvision does
     values |= {key: tuple(published[key]) for key in ("mean", "std") if key in published}
     if kind is None:
-        kind = {"shortest": "crop", "squash": "squash"}.get(published.get("resize_mode", "shortest"), "")
+        kind = {"shortest": "crop", "squash": "squash"}.get(
+            published.get("resize_mode", "shortest"), ""
+        )
         if not kind or published.get("interpolation", "bicubic") != "bicubic":
             raise ConfigError(
                 "preprocess",

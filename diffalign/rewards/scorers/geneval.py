@@ -122,7 +122,9 @@ def evaluate_clauses(
         credits.append(credit if as_published else max(credit, 0.0))
         failed = len(found) != count
         if failed:
-            reasons.append(f"expected {label}{'==' if exact_count else '>='}{count}, found {len(found)}")
+            reasons.append(
+                f"expected {label}{'==' if exact_count else '>='}{count}, found {len(found)}"
+            )
             demands = ("color" in clause) + ("position" in clause)
             credits += [0.0] * (min(demands, 1) if as_published else demands)
         elif "color" in clause:
@@ -132,8 +134,12 @@ def evaluate_clauses(
             if right < count:
                 failed = True
                 credits += [0.0] * ("position" in clause and not as_published)
-                others = ", ".join(f"{seen.count(color)} {color}" for color in COLORS if color in seen)
-                reasons.append(f"expected {clause['color']} {label}>={count}, found {right} {clause['color']}; and {others}")
+                others = ", ".join(
+                    f"{seen.count(color)} {color}" for color in COLORS if color in seen
+                )
+                reasons.append(
+                    f"expected {clause['color']} {label}>={count}, found {right} {clause['color']}; and {others}"
+                )
         if "position" in clause and not failed:
             problem = _misplaced(found, clause, matched)
             failed = problem is not None
@@ -152,10 +158,15 @@ def evaluate_clauses(
 
 def _clauses(metadata: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
     """The clauses of a kind. Tables such as Parquet hold None for what a clause does not have."""
-    return [{name: value for name, value in clause.items() if value is not None} for clause in metadata.get(kind) or ()]
+    return [
+        {name: value for name, value in clause.items() if value is not None}
+        for clause in metadata.get(kind) or ()
+    ]
 
 
-def _misplaced(found: Sequence[Detection], clause: Mapping[str, Any], matched: Sequence[list[Detection] | None]) -> str | None:
+def _misplaced(
+    found: Sequence[Detection], clause: Mapping[str, Any], matched: Sequence[list[Detection] | None]
+) -> str | None:
     """Why a position clause fails, or None."""
     relation, index = clause["position"]
     targets = matched[int(index)]
@@ -180,19 +191,32 @@ def check_metadata(metadata: Mapping[str, Any], place: str = "metadata") -> None
         value = metadata.get(kind) or []
         empty = kind == "include" and not value and not metadata.get("exclude")
         if empty or not isinstance(value, Sequence) or isinstance(value, str):
-            raise UserError(f"{place}.{kind}: expected a list of clauses such as {{'class': 'cat', 'count': 1}}, got {value!r}")
+            raise UserError(
+                f"{place}.{kind}: expected a list of clauses such as {{'class': 'cat', 'count': 1}}, got {value!r}"
+            )
         for i, clause in enumerate(metadata.get(kind) or ()):
             where = f"{place}.{kind}[{i}]"
             if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
                 raise UserError(f"{where}: expected a mapping with a class, got {clause!r}")
             count = clause.get("count")
-            if isinstance(count, bool) or not isinstance(count, (int, float)) or count < 1 or count != int(count):
+            if (
+                isinstance(count, bool)
+                or not isinstance(count, (int, float))
+                or count < 1
+                or count != int(count)
+            ):
                 raise UserError(f"{where}.count: expected int >= 1, got {count!r}")
             if clause.get("color") is not None and clause["color"] not in COLORS:
-                raise UserError(f"{where}.color: expected one of {', '.join(COLORS)}, got {clause['color']!r}")
+                raise UserError(
+                    f"{where}.color: expected one of {', '.join(COLORS)}, got {clause['color']!r}"
+                )
             position = clause.get("position")
             if position is not None:
-                good = isinstance(position, Sequence) and len(position) == 2 and position[0] in RELATIONS
+                good = (
+                    isinstance(position, Sequence)
+                    and len(position) == 2
+                    and position[0] in RELATIONS
+                )
                 if not good or not isinstance(position[1], int) or not 0 <= position[1] < i:
                     raise UserError(
                         f"{where}.position: expected [one of {', '.join(RELATIONS)}, index of an earlier clause], got {position!r}"
@@ -254,7 +278,11 @@ class GenEval(Scorer):
                 notes[i] = str(error)
                 continue
             credits = result.credits or [0.0]
-            values[i] = sum(credits) / len(credits) if self.mode.startswith("partial") else float(result.correct)
+            values[i] = (
+                sum(credits) / len(credits)
+                if self.mode.startswith("partial")
+                else float(result.correct)
+            )
         return values, notes
 
     def evaluate(self, item: Item) -> ClauseResult:
@@ -265,7 +293,9 @@ class GenEval(Scorer):
         image = item.image
         seen = given if given is not None else self.detector(image)  # type: ignore[misc]
         if not isinstance(seen, Iterable) or isinstance(seen, (str, Mapping)):
-            raise UserError(f"detections: expected a list of {{label, score, box}}, got {type(seen).__name__}")
+            raise UserError(
+                f"detections: expected a list of {{label, score, box}}, got {type(seen).__name__}"
+            )
         found = [_detection(one) for one in seen]
         objects = keep_detections(found, str(item.metadata.get("tag", "")))
 
@@ -294,7 +324,11 @@ class ClipColorClassifier:
         scorer: a loaded `ModelScorer` such as ``load_scorer("clip-l14")``.
     """
 
-    templates = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+    templates = (
+        "a photo of a {color} {label}",
+        "a photo of a {color}-colored {label}",
+        "a photo of a {color} object",
+    )
 
     def __init__(self, scorer: Any) -> None:
         self.scorer = scorer
@@ -310,11 +344,15 @@ class ClipColorClassifier:
 
         scorer, crops = self.scorer, [_crop(image, one) for one in detections]
         with torch.no_grad():
-            pixels = torch.stack([scorer.preprocess.normalise(scorer.preprocess.exact(crop)) for crop in crops])
+            pixels = torch.stack(
+                [scorer.preprocess.normalise(scorer.preprocess.exact(crop)) for crop in crops]
+            )
             features = scorer.image_features(pixels.to(scorer.device, scorer.dtype))
             classes = []
             for color in COLORS:
-                (texts,) = scorer.text_features([text.format(color=color, label=label) for text in self.templates])
+                (texts,) = scorer.text_features(
+                    [text.format(color=color, label=label) for text in self.templates]
+                )
                 classes.append(unit(texts.mean(0)))
             best = (features @ torch.stack(classes).T).argmax(-1)
         return [COLORS[i] for i in best.tolist()]
@@ -328,8 +366,12 @@ def _crop(image: Any, one: Detection) -> Any:
     if one.mask is not None:
         mask = np.asarray(one.mask, dtype=bool)
         if mask.shape != (image.height, image.width):
-            raise UserError(f"detections: the mask of {one.label} is {mask.shape}, the image ({image.height}, {image.width})")
-        image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(mask.astype("uint8") * 255))
+            raise UserError(
+                f"detections: the mask of {one.label} is {mask.shape}, the image ({image.height}, {image.width})"
+            )
+        image = Image.composite(
+            image, Image.new("RGB", image.size, "#999"), Image.fromarray(mask.astype("uint8") * 255)
+        )
     left, top, right, bottom = (round(value) for value in one.box)
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
@@ -345,11 +387,17 @@ def _detection(value: Any) -> Detection:
         label = value.get("label", value.get("class"))
         box = tuple(float(side) for side in value["box"])
         score = float(value["score"])
-        if not isinstance(label, str) or len(box) != 4 or not all(map(math.isfinite, (*box, score))):
+        if (
+            not isinstance(label, str)
+            or len(box) != 4
+            or not all(map(math.isfinite, (*box, score)))
+        ):
             raise ValueError("a detection has a label, a score and a box of four numbers")
         return Detection(label, score, box, value.get("mask"), value.get("color"))  # type: ignore[arg-type]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"detections: expected {{label, score, box}}, got {value!r} ({error})") from error
+        raise UserError(
+            f"detections: expected {{label, score, box}}, got {value!r} ({error})"
+        ) from error
 
 
 def _callable(value: Any, field_name: str) -> Any:
@@ -358,7 +406,9 @@ def _callable(value: Any, field_name: str) -> Any:
         try:
             value = getattr(importlib.import_module(module), name)
         except Exception as error:  # whatever the module does
-            raise ConfigError(field_name, f"{value!r} cannot be imported as package.module:name ({error})") from error
+            raise ConfigError(
+                field_name, f"{value!r} cannot be imported as package.module:name ({error})"
+            ) from error
     if value is not None and not callable(value):
         raise ConfigError(field_name, f"expected a callable or package.module:name, got {value!r}")
     return value

@@ -53,7 +53,10 @@ class HPSv21(OpenClipScore):
         if antialias is not None:
             named = "letterbox" if antialias else "legacy"
             if preprocess not in (None, named):
-                raise ConfigError("antialias", f"{antialias!r} contradicts preprocess={preprocess!r}; give one of them")
+                raise ConfigError(
+                    "antialias",
+                    f"{antialias!r} contradicts preprocess={preprocess!r}; give one of them",
+                )
             preprocess = named
         super().__init__(model, config, tokenizer, preprocess=preprocess, **options)
 

@@ -56,7 +56,13 @@ _TEXT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-_HEAD = (0, 2, 4, 6, 7)  # the linear layers; 1, 3 and 5 are dropouts, and there are no activations between them
+_HEAD = (
+    0,
+    2,
+    4,
+    6,
+    7,
+)  # the linear layers; 1, 3 and 5 are dropouts, and there are no activations between them
 
 
 class ImageReward(ModelScorer):
@@ -85,15 +91,23 @@ class ImageReward(ModelScorer):
         citation="Xu et al. 2023, arXiv 2304.05977",
     )
 
-    def __init__(self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         vision, text = architecture(config)
         self.source = checkpoints.find_weights(model, self.spec)
         self.config = {"vision": vision, "text": text}
         beside = self.source.parent if (self.source.parent / "vocab.txt").is_file() else None
-        self.tokenizer = self._load_tokenizer(tokenizer or beside or "google-bert/bert-base-uncased", text["vocab_size"])
-        self.vision, self.text, self.head = build(checkpoints.read_state(self.source), vision, text, self.dtype)
-        self.preprocess = Preprocess(size=vision["image_size"], rounding="half_even", rgb_first=False)
+        self.tokenizer = self._load_tokenizer(
+            tokenizer or beside or "google-bert/bert-base-uncased", text["vocab_size"]
+        )
+        self.vision, self.text, self.head = build(
+            checkpoints.read_state(self.source), vision, text, self.dtype
+        )
+        self.preprocess = Preprocess(
+            size=vision["image_size"], rounding="half_even", rgb_first=False
+        )
         for module in self.modules():
             module.to(self.device)
 
@@ -127,7 +141,9 @@ class ImageReward(ModelScorer):
         }
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        found = tokenize(self.tokenizer, prompts, max_length=MAX_LENGTH, name=self.name, padding="max_length")
+        found = tokenize(
+            self.tokenizer, prompts, max_length=MAX_LENGTH, name=self.name, padding="max_length"
+        )
         return found["input_ids"].to(self.device), found["attention_mask"].to(self.device)
 
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -136,7 +152,9 @@ class ImageReward(ModelScorer):
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         ids, mask = text
-        hidden = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image, is_decoder=False).last_hidden_state
+        hidden = self.text(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=image, is_decoder=False
+        ).last_hidden_state
         return (self.head(upcast(hidden[:, 0])).squeeze(-1) - MEAN) / STD
 
 
@@ -151,9 +169,14 @@ def architecture(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     given = checkpoints.read_config(config) or {}
     unknown = sorted(set(given) - {"vision", "text"})
     if unknown:
-        raise ConfigError("config", f"unknown section {unknown[0]!r}; imagereward takes vision and text")
+        raise ConfigError(
+            "config", f"unknown section {unknown[0]!r}; imagereward takes vision and text"
+        )
     found = []
-    for section, base, cls in (("vision", _VISION, BlipVisionConfig), ("text", _TEXT, BlipTextConfig)):
+    for section, base, cls in (
+        ("vision", _VISION, BlipVisionConfig),
+        ("text", _TEXT, BlipTextConfig),
+    ):
         values = given.get(section) or {}
         if not isinstance(values, Mapping):
             raise ConfigError(f"config.{section}", f"expected a mapping, got {values!r}")
@@ -174,7 +197,10 @@ def architecture(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def build(
-    state: Mapping[str, Tensor], vision: Mapping[str, Any], text: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    state: Mapping[str, Tensor],
+    vision: Mapping[str, Any],
+    text: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """(vision tower, text tower, head) from a state dict in the published format; every key is used or known to be unused.
 
@@ -186,20 +212,30 @@ def build(
 
     parts = split_keys(state)
     tower = checkpoints.build_empty(lambda: BlipVisionModel(BlipVisionConfig(**vision)))
-    encoder = checkpoints.build_empty(lambda: BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False))
+    encoder = checkpoints.build_empty(
+        lambda: BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
+    )
     checkpoints.load_strict(tower, parts["vision"], "imagereward's vision tower", dtype=dtype)
     for layer in tower.encoder.layers:
         layer.self_attn.forward = MethodType(_fused_attention, layer.self_attn)
     checkpoints.load_strict(encoder, parts["text"], "imagereward's text tower", dtype=dtype)
-    head = build_head(parts["head"], int(text["hidden_size"]), torch.promote_types(dtype, torch.float32))
+    head = build_head(
+        parts["head"], int(text["hidden_size"]), torch.promote_types(dtype, torch.float32)
+    )
     return tower, encoder, head
 
 
 def build_head(
-    state: Mapping[str, Tensor], width: int, dtype: torch.dtype = torch.float32, what: str = "imagereward's head"
+    state: Mapping[str, Tensor],
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    what: str = "imagereward's head",
 ) -> nn.Module:
     """The affine stack of linear layers, their inner widths read from the tensors (published: 1024, 128, 64, 16, 1)."""
-    sizes = [width, *(int(state[f"{i}.weight"].shape[0]) if f"{i}.weight" in state else 1 for i in _HEAD)]
+    sizes = [
+        width,
+        *(int(state[f"{i}.weight"].shape[0]) if f"{i}.weight" in state else 1 for i in _HEAD),
+    ]
     layers = [nn.Identity() for _ in range(max(_HEAD) + 1)]
     for place, (inputs, outputs) in zip(_HEAD, pairwise(sizes), strict=True):
         layers[place] = nn.Linear(inputs, outputs)  # type: ignore[call-overload]
@@ -209,7 +245,11 @@ def build_head(
 def _fused_attention(attention: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
     """`BlipAttention` by torch's fused kernel: transformers has only the written-out form, which keeps all attention weights."""
     n, length, width = hidden_states.shape
-    q, k, v = attention.qkv(hidden_states).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        attention.qkv(hidden_states)
+        .view(n, length, 3, attention.num_heads, -1)
+        .permute(2, 0, 3, 1, 4)
+    )
     attended = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
     return attention.projection(attended.transpose(1, 2).reshape(n, length, width)), None
 

@@ -40,14 +40,22 @@ class JpegIncompressibility(Scorer):
 
     def __init__(self, *, scale: float = 1000.0, **options: Any) -> None:
         super().__init__(**options)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, (int, float))
+            or not 0 < scale < math.inf
+        ):
             raise ConfigError("scale", f"expected a number above 0, got {scale!r}")
         self.scale = float(scale)
 
     def identity(self) -> dict[str, Any]:
         from PIL import Image, features
 
-        return {"scale": self.scale, "pillow": Image.__version__, "libjpeg": features.version_codec("jpg")}  # type: ignore[attr-defined]
+        return {
+            "scale": self.scale,
+            "pillow": Image.__version__,
+            "libjpeg": features.version_codec("jpg"),
+        }  # type: ignore[attr-defined]
 
     def score_batch(self, items: list[Item]) -> list[float]:
         return [self.sign * jpeg_bytes(item.image) / self.scale for item in items]

@@ -94,16 +94,27 @@ class MPS(ModelScorer):
         self.condition, self.threshold = condition, float(threshold)
         if model is None:
             raise ConfigError(
-                "model", "mps is published as a pickled module, which would run code; save its state_dict() and pass model=FILE"
+                "model",
+                "mps is published as a pickled module, which would run code; save its state_dict() and pass model=FILE",
             )
         self.source = checkpoints.find_weights(model, self.spec)
         folder = self.source.parent
         self.config = _clip_config(config, folder)
         state = checkpoints.read_state(self.source)
-        self.clip = build_clip(self.config, checkpoints.rename(state, "model."), self.name, self.dtype)
-        self.cross = build_cross_model({k: v for k, v in state.items() if not k.startswith("model.")}, self.dtype)
-        beside = folder if (folder / "tokenizer_config.json").is_file() or (folder / "vocab.json").is_file() else None
-        self.tokenizer, self.max_length = clip_tokenizer(tokenizer or beside or _LAION_H14, self.clip, self.name)
+        self.clip = build_clip(
+            self.config, checkpoints.rename(state, "model."), self.name, self.dtype
+        )
+        self.cross = build_cross_model(
+            {k: v for k, v in state.items() if not k.startswith("model.")}, self.dtype
+        )
+        beside = (
+            folder
+            if (folder / "tokenizer_config.json").is_file() or (folder / "vocab.json").is_file()
+            else None
+        )
+        self.tokenizer, self.max_length = clip_tokenizer(
+            tokenizer or beside or _LAION_H14, self.clip, self.name
+        )
         size = int(self.clip.config.vision_config.image_size)
         has_own = (folder / "preprocessor_config.json").is_file()
         self.preprocess = preprocess_of_folder(folder, size) if has_own else Preprocess(size=size)
@@ -132,10 +143,17 @@ class MPS(ModelScorer):
         """Projected features of all tokens (n, length, d) and of the end-of-text token (n, d)."""
         # Padded to the full length and without a mask, as published: padding takes part.
         found = tokenize(
-            self.tokenizer, prompts, max_length=self.max_length, name=self.name, padding="max_length", split_special_tokens=True
+            self.tokenizer,
+            prompts,
+            max_length=self.max_length,
+            name=self.name,
+            padding="max_length",
+            split_special_tokens=True,
         )
         outputs = self.clip.text_model(input_ids=found["input_ids"].to(self.clip.device))
-        return self.clip.text_projection(outputs.last_hidden_state), self.clip.text_projection(outputs.pooler_output)
+        return self.clip.text_projection(outputs.last_hidden_state), self.clip.text_projection(
+            outputs.pooler_output
+        )
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
         if self._condition is None:
@@ -145,7 +163,9 @@ class MPS(ModelScorer):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         # All tokens, and without the norm that CLIP puts before its pooled feature.
-        return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).last_hidden_state)
+        return self.clip.visual_projection(
+            self.clip.vision_model(pixel_values=pixels).last_hidden_state
+        )
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         tokens, end, kept = text
@@ -191,7 +211,10 @@ def _multi_query(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | Non
     n, i, _ = q.shape
     q = q.view(n, i, heads, -1).transpose(1, 2)
     out = F.scaled_dot_product_attention(
-        q, k[:, None].expand(-1, heads, -1, -1), v[:, None].expand(-1, heads, -1, -1), attn_mask=mask
+        q,
+        k[:, None].expand(-1, heads, -1, -1),
+        v[:, None].expand(-1, heads, -1, -1),
+        attn_mask=mask,
     )
     return out.transpose(1, 2).reshape(n, i, -1)
 
@@ -207,13 +230,17 @@ class _CrossAttention(nn.Module):
         self.to_kv = nn.Linear(dim, dim_head * 2, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         self.ff = nn.Sequential(
-            nn.Linear(dim, ff_mult * dim * 2, bias=False), _SwiGLU(), nn.Linear(ff_mult * dim, dim, bias=False)
+            nn.Linear(dim, ff_mult * dim * 2, bias=False),
+            _SwiGLU(),
+            nn.Linear(ff_mult * dim, dim, bias=False),
         )
 
     def forward(self, x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
         x = self.norm(x)
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        return self.to_out(_multi_query(self.to_q(x), k, v, self.heads, kept[:, None, None, :])) + self.ff(x)
+        return self.to_out(
+            _multi_query(self.to_q(x), k, v, self.heads, kept[:, None, None, :])
+        ) + self.ff(x)
 
 
 class _Rotary(nn.Module):
@@ -224,8 +251,13 @@ class _Rotary(nn.Module):
     def forward(self, x: Tensor, heads: int) -> Tensor:
         """Rotates (n, length, heads * d) by position; the halves of d are the two coordinates."""
         n, length, width = x.shape
-        angles = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * self.inv_freq.float()  # type: ignore[operator]
-        angles = torch.cat((angles, angles), dim=-1)[:, None].to(torch.promote_types(x.dtype, torch.float32))
+        angles = (
+            torch.arange(length, device=x.device, dtype=torch.float32)[:, None]
+            * self.inv_freq.float()
+        )  # type: ignore[operator]
+        angles = torch.cat((angles, angles), dim=-1)[:, None].to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
         x = x.view(n, length, heads, -1)
         first, second = x.chunk(2, dim=-1)
         rotated = x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
@@ -247,7 +279,9 @@ class _ParallelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.widths, dim=-1)
-        attended = _multi_query(self.rotary_emb(q, self.heads), self.rotary_emb(k, 1), v, self.heads)
+        attended = _multi_query(
+            self.rotary_emb(q, self.heads), self.rotary_emb(k, 1), v, self.heads
+        )
         return self.attn_out(attended) + self.ff_out(ff)
 
 
@@ -269,7 +303,8 @@ class CrossModel(nn.Module):
         super().__init__()
         shape = (dim, dim_head, heads, ff_mult)
         self.layers = nn.ModuleList(
-            nn.ModuleList([_Residual(_CrossAttention(*shape)), _Residual(_ParallelBlock(*shape))]) for _ in range(layers)
+            nn.ModuleList([_Residual(_CrossAttention(*shape)), _Residual(_ParallelBlock(*shape))])
+            for _ in range(layers)
         )
 
     def forward(self, image: Tensor, text: Tensor, kept: Tensor) -> Tensor:
@@ -284,12 +319,16 @@ def build_cross_model(state: Mapping[str, Tensor], dtype: torch.dtype) -> CrossM
     names = checkpoints.rename(state, "cross_model.")
     first = "layers.0.0.fn."
     try:
-        dim, dim_head = names[first + "to_kv.weight"].shape[1], names[first + "to_kv.weight"].shape[0] // 2
+        dim, dim_head = (
+            names[first + "to_kv.weight"].shape[1],
+            names[first + "to_kv.weight"].shape[0] // 2,
+        )
         heads = names[first + "to_q.weight"].shape[0] // dim_head
         ff_mult = names[first + "ff.2.weight"].shape[1] // dim
     except KeyError as error:
         raise ConfigError(
-            "model", f"the checkpoint has no cross_model.{error.args[0]}; expected the state dict of the published module"
+            "model",
+            f"the checkpoint has no cross_model.{error.args[0]}; expected the state dict of the published module",
         ) from None
     layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("layers."))
     module = checkpoints.build_empty(lambda: CrossModel(dim, layers, dim_head, heads, ff_mult))
@@ -304,5 +343,7 @@ def _clip_config(config: Any, folder: Path) -> dict[str, Any]:
     if isinstance(config, (str, Path)) and Path(config).is_dir():
         config = Path(config) / "config.json"
     values = checkpoints.read_config(config) or {}
-    values = checkpoints.read_config(values["clip"], "config.clip") or {} if "clip" in values else values
+    values = (
+        checkpoints.read_config(values["clip"], "config.clip") or {} if "clip" in values else values
+    )
     return merged(_CLIP_H14, values)

@@ -37,7 +37,9 @@ class PickScore(ModelScorer):
         citation="Kirstain et al. 2023, arXiv 2305.01569, section 3",
     )
 
-    def __init__(self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.clip = HFClip(model, self.spec, config=config, tokenizer=tokenizer, dtype=self.dtype)
         self.preprocess = self.clip.preprocess
@@ -81,7 +83,9 @@ class ShapesClip(PickScore):
         citation="this package, tools.shapes.pretrain_reward",
     )
 
-    def __init__(self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+    ) -> None:
         if model is None:
             from ...shapes import reward_weights_dir
 

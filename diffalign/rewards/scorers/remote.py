@@ -12,7 +12,14 @@ from typing import Any
 
 from ...errors import ConfigError, UserError
 from ..base import Item, Scorer
-from ..serving.http_client import ServerFailure, check_calls, check_url, png_base64, request_json, without_password
+from ..serving.http_client import (
+    ServerFailure,
+    check_calls,
+    check_url,
+    png_base64,
+    request_json,
+    without_password,
+)
 from ..spec import ScorerSpec
 
 
@@ -65,25 +72,46 @@ class RemoteScorer(Scorer):
         check_calls(timeout, retries, concurrency, on_error)
         if isinstance(max_items, bool) or not isinstance(max_items, int) or max_items < 1:
             raise ConfigError("max_items", f"expected int >= 1, got {max_items!r}")
-        self.url, self.timeout, self.retries, self.backoff = check_url(url), timeout, retries, backoff
+        self.url, self.timeout, self.retries, self.backoff = (
+            check_url(url),
+            timeout,
+            retries,
+            backoff,
+        )
         self.place = without_password(self.url)  # for messages
         self.concurrency, self.on_error = concurrency, on_error
         token = token or os.environ.get("DIFFALIGN_SCORER_TOKEN")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         info = request_json(
-            f"{self.url}/info", timeout=min(timeout, 60.0), retries=retries, backoff=backoff, headers=self._headers
+            f"{self.url}/info",
+            timeout=min(timeout, 60.0),
+            retries=retries,
+            backoff=backoff,
+            headers=self._headers,
         )
         self.remote_fingerprint = self._check(info, scorer, expect_fingerprint)
         limits = self._limits(info)
-        self.max_items, self.max_bytes = min(max_items, limits.get("max_items", max_items)), limits.get("max_bytes", math.inf)
+        self.max_items, self.max_bytes = (
+            min(max_items, limits.get("max_items", max_items)),
+            limits.get("max_bytes", math.inf),
+        )
         self.spec = self._remote_spec(info)  # type: ignore[misc]
 
     def _check(self, info: dict[str, Any], scorer: str | None, expected: str | None) -> str:
         found, card = info.get("fingerprint"), info.get("spec")
-        if not isinstance(found, str) or not isinstance(card, dict) or not isinstance(card.get("key"), str):
-            raise ServerFailure(f"{self.place}/info answered without a fingerprint and a card; that is no scorer")
+        if (
+            not isinstance(found, str)
+            or not isinstance(card, dict)
+            or not isinstance(card.get("key"), str)
+        ):
+            raise ServerFailure(
+                f"{self.place}/info answered without a fingerprint and a card; that is no scorer"
+            )
         if scorer is not None and card["key"] != scorer:
-            raise ConfigError("scorer", f"{self.place} offers {card['key']!r}, not {scorer!r}; start the server for that scorer")
+            raise ConfigError(
+                "scorer",
+                f"{self.place} offers {card['key']!r}, not {scorer!r}; start the server for that scorer",
+            )
         if expected is not None and found != expected:
             raise ConfigError(
                 "expect_fingerprint",
@@ -95,7 +123,9 @@ class RemoteScorer(Scorer):
         """What the server allows, as far as it says."""
         limits = info.get("limits") or {}
         found = (
-            {name: limits[name] for name in ("max_items", "max_bytes") if name in limits} if isinstance(limits, dict) else None
+            {name: limits[name] for name in ("max_items", "max_bytes") if name in limits}
+            if isinstance(limits, dict)
+            else None
         )
         if found is None or not all(type(value) is int and value >= 1 for value in found.values()):
             raise ServerFailure(
@@ -107,21 +137,35 @@ class RemoteScorer(Scorer):
         """The remote card, under the name `remote` and without a gradient."""
         fields = {f.name for f in dataclasses.fields(ScorerSpec)}
         if not isinstance(info["spec"].get("higher_is_better", True), bool):
-            raise ServerFailure(f"{self.place}/info answered a card whose higher_is_better is neither true nor false")
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in info["spec"].items() if n in fields}
+            raise ServerFailure(
+                f"{self.place}/info answered a card whose higher_is_better is neither true nor false"
+            )
+        values: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v
+            for n, v in info["spec"].items()
+            if n in fields
+        }
         try:
             spec = ScorerSpec(**values)
         except (TypeError, ValueError) as error:
             raise ServerFailure(
                 f"{self.place}/info answered a card that cannot be read ({error}); update the server or this side"
             ) from error
-        return dataclasses.replace(spec, key="remote", summary=f"{spec.key}: {spec.summary}", aliases=(), differentiable=False)
+        return dataclasses.replace(
+            spec,
+            key="remote",
+            summary=f"{spec.key}: {spec.summary}",
+            aliases=(),
+            differentiable=False,
+        )
 
     def identity(self) -> dict[str, Any]:
         return {"remote": self.remote_fingerprint}
 
     def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
-        parts = [items[start : start + self.max_items] for start in range(0, len(items), self.max_items)]
+        parts = [
+            items[start : start + self.max_items] for start in range(0, len(items), self.max_items)
+        ]
         values: list[float] = []
         notes: dict[int, str] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -139,17 +183,28 @@ class RemoteScorer(Scorer):
         try:
             rest = json.dumps([item.prompt, item.metadata])
         except (TypeError, ValueError) as error:
-            raise UserError(f"metadata: cannot be sent as JSON ({error}); give text, numbers, lists and mappings") from error
-        return {"image": image, "prompt": item.prompt, "metadata": item.metadata}, len(image) + len(rest) + 64
+            raise UserError(
+                f"metadata: cannot be sent as JSON ({error}); give text, numbers, lists and mappings"
+            ) from error
+        return {"image": image, "prompt": item.prompt, "metadata": item.metadata}, len(image) + len(
+            rest
+        ) + 64
 
-    def _send(self, encoded: list[tuple[dict[str, Any], int]]) -> tuple[list[float], dict[int, str]]:
+    def _send(
+        self, encoded: list[tuple[dict[str, Any], int]]
+    ) -> tuple[list[float], dict[int, str]]:
         """One request, or several where the server would refuse it for its size."""
         count, size = len(encoded), 256 + sum(size for _, size in encoded)
         if size > self.max_bytes and count > 1:
             first, notes = self._send(encoded[: count // 2])
             second, more = self._send(encoded[count // 2 :])
-            return first + second, notes | {len(first) + i: sentence for i, sentence in more.items()}
-        payload = {"expect_fingerprint": self.remote_fingerprint, "items": [item for item, _ in encoded]}
+            return first + second, notes | {
+                len(first) + i: sentence for i, sentence in more.items()
+            }
+        payload = {
+            "expect_fingerprint": self.remote_fingerprint,
+            "items": [item for item, _ in encoded],
+        }
         try:
             if size > self.max_bytes:
                 raise ServerFailure(
@@ -176,13 +231,21 @@ class RemoteScorer(Scorer):
                 f"{self.place} answered with the fingerprint {reply.get('fingerprint')}, not {self.remote_fingerprint}: it was restarted with "
                 "another scorer; load this one again"
             )
-        good = isinstance(scores, list) and isinstance(errors, list) and len(scores) == len(errors) == count
+        good = (
+            isinstance(scores, list)
+            and isinstance(errors, list)
+            and len(scores) == len(errors) == count
+        )
         if not good or not all(score is None or type(score) in (int, float) for score in scores):  # type: ignore[union-attr]
-            raise ServerFailure(f"{self.place} answered no list of {count} scores; that is no scorer")
+            raise ServerFailure(
+                f"{self.place} answered no list of {count} scores; that is no scorer"
+            )
         try:
             values = [math.nan if score is None else float(score) for score in scores]  # type: ignore[union-attr]
         except OverflowError:
-            raise ServerFailure(f"{self.place} answered a score that no float holds; that is no scorer") from None
+            raise ServerFailure(
+                f"{self.place} answered a score that no float holds; that is no scorer"
+            ) from None
         return values, dict(self._said(values, errors))
 
     @staticmethod

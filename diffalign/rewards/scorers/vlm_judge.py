@@ -32,7 +32,9 @@ _KINDS: dict[str, tuple[str, tuple[float, float]]] = {
 }
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?![\d.]*\d)"
 # What may follow: the end of the scale, or something that makes it no plain number (4 %, 4,5, 4-5).
-_TAIL = r"(?:[\s*_`]*(?:/|out\s+of)[\s*_`]*(\d+(?:\.\d+)?)|([ \t]*%|,\d|[ \t]*(?:[-–]|to\b)[ \t]*\d))?"
+_TAIL = (
+    r"(?:[\s*_`]*(?:/|out\s+of)[\s*_`]*(\d+(?:\.\d+)?)|([ \t]*%|,\d|[ \t]*(?:[-–]|to\b)[ \t]*\d))?"
+)
 _AFTER_LABEL = re.compile(
     # A bracket that is more than the number, as in "Score (1-5): 4", names the scale.
     rf"score\b(?:[ \t*_`]*\((?!{_NUMBER}\s*\))[^()\n]*\))?[\s*_`:=\[\]()\"'-]*?(?:is\s+[\s*_`\[(\"']*)?({_NUMBER}){_TAIL}",
@@ -126,17 +128,34 @@ class VLMJudge(Scorer):
         super().__init__(**options)
         check_calls(timeout, retries, concurrency, on_error)
         if not judge_model:
-            raise ConfigError("judge_model", "expected the name under which the server knows its model")
+            raise ConfigError(
+                "judge_model", "expected the name under which the server knows its model"
+            )
         if kind not in _KINDS:
             raise ConfigError("kind", f"expected {' or '.join(_KINDS)}, got {kind!r}")
         self.template, (self.low, self.high) = template or _KINDS[kind][0], _KINDS[kind][1]
         if "{prompt}" not in self.template:
-            raise ConfigError("template", "expected a text with {prompt} in it, or every prompt would get the same question")
-        if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+            raise ConfigError(
+                "template",
+                "expected a text with {prompt} in it, or every prompt would get the same question",
+            )
+        if image_size is not None and (
+            isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1
+        ):
             raise ConfigError("image_size", f"expected int >= 1, got {image_size!r}")
         address = check_url(url)
-        self.url = address if address.endswith("/chat/completions") else f"{address.removesuffix('/v1')}/v1/chat/completions"
-        self.judge_model, self.kind, self.image_size, self.max_tokens, self.seed = judge_model, kind, image_size, max_tokens, seed
+        self.url = (
+            address
+            if address.endswith("/chat/completions")
+            else f"{address.removesuffix('/v1')}/v1/chat/completions"
+        )
+        self.judge_model, self.kind, self.image_size, self.max_tokens, self.seed = (
+            judge_model,
+            kind,
+            image_size,
+            max_tokens,
+            seed,
+        )
         self.timeout, self.retries, self.backoff, self.concurrency, self.on_error = (
             timeout,
             retries,
@@ -148,21 +167,34 @@ class VLMJudge(Scorer):
         if api_key_env is not None:
             key = os.environ.get(api_key_env, "").strip()
             if not key:
-                raise ConfigError("api_key_env", f"the environment variable {api_key_env} is not set")
-            if not (key.isascii() and key.isprintable()):  # checked here, for what http.client says of it shows the key
                 raise ConfigError(
-                    "api_key_env", f"{api_key_env} holds characters that no key has, such as a line break; set it again"
+                    "api_key_env", f"the environment variable {api_key_env} is not set"
+                )
+            if not (
+                key.isascii() and key.isprintable()
+            ):  # checked here, for what http.client says of it shows the key
+                raise ConfigError(
+                    "api_key_env",
+                    f"{api_key_env} holds characters that no key has, such as a line break; set it again",
                 )
             self.headers["Authorization"] = f"Bearer {key}"
 
     def identity(self) -> dict[str, Any]:
         question = hashlib.sha256(self.template.encode()).hexdigest()
-        return {"model": self.judge_model, "kind": self.kind, "question": question, "size": self.image_size, "seed": self.seed}
+        return {
+            "model": self.judge_model,
+            "kind": self.kind,
+            "question": question,
+            "size": self.image_size,
+            "seed": self.seed,
+        }
 
     def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
         with ThreadPoolExecutor(self.concurrency) as pool:
             found = list(pool.map(self._judge, items))
-        return [value for value, _ in found], {i: sentence for i, (_, sentence) in enumerate(found) if sentence}
+        return [value for value, _ in found], {
+            i: sentence for i, (_, sentence) in enumerate(found) if sentence
+        }
 
     def _judge(self, item: Item) -> tuple[float, str]:
         """(score, why it is missing or an empty text)."""
@@ -187,7 +219,10 @@ class VLMJudge(Scorer):
         image = item.image
         if self.image_size is not None:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"}}
+        picture = {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"},
+        }
         # Not str.format: a prompt may hold braces.
         text = {"type": "text", "text": self.template.replace("{prompt}", item.prompt)}
         question: dict[str, Any] = {
@@ -197,7 +232,11 @@ class VLMJudge(Scorer):
             "seed": self.seed,
             "max_tokens": 1 if self.kind == "yes_no" else self.max_tokens,
         }
-        return {**question, "logprobs": True, "top_logprobs": 20} if self.kind == "yes_no" else question
+        return (
+            {**question, "logprobs": True, "top_logprobs": 20}
+            if self.kind == "yes_no"
+            else question
+        )
 
     def _read(self, reply: Mapping[str, Any]) -> tuple[float, str]:
         try:
@@ -209,6 +248,11 @@ class VLMJudge(Scorer):
                 said = str(choice["message"]["content"])
                 value = parse_score(said, self.low, self.high) / self.high
         except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
-            return math.nan, f"{self.url} answered without {'log-probabilities' if self.kind == 'yes_no' else 'a message'}"
+            return (
+                math.nan,
+                f"{self.url} answered without {'log-probabilities' if self.kind == 'yes_no' else 'a message'}",
+            )
         shown = " ".join(said.split())[-120:]
-        return value, "" if math.isfinite(value) else f"the reply holds no score from {self.low:g} to {self.high:g}: ...{shown!r}"
+        return value, "" if math.isfinite(
+            value
+        ) else f"the reply holds no score from {self.low:g} to {self.high:g}: ...{shown!r}"

@@ -51,18 +51,29 @@ def check_url(url: Any, field: str = "url") -> str:
     """
     try:
         parts = urllib.parse.urlsplit(url) if isinstance(url, str) and url.isascii() else None
-        good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = (
+            parts is not None
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+        )
     except ValueError:  # a port or an IPv6 address that is none
         good = False
     if not good:
         given = without_password(url) if isinstance(url, str) else url
-        raise ConfigError(field, f"expected an address such as http://127.0.0.1:8000, got {shown(given)}")
+        raise ConfigError(
+            field, f"expected an address such as http://127.0.0.1:8000, got {shown(given)}"
+        )
     return url.rstrip("/")
 
 
 def check_calls(timeout: Any, retries: Any, concurrency: Any, on_error: Any) -> None:
     """Raises ConfigError for values that make no sense."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= _LONGEST_TIMEOUT:
+    if (
+        isinstance(timeout, bool)
+        or not isinstance(timeout, (int, float))
+        or not 0 < timeout <= _LONGEST_TIMEOUT
+    ):
         raise ConfigError("timeout", f"expected seconds above 0, got {shown(timeout)}")
     count(0, 100).check("retries", retries)
     count(1, 1024).check("concurrency", concurrency)
@@ -90,18 +101,27 @@ def request_json(
     """
     shown_url = without_password(url)
     body = None if payload is None else json.dumps(payload).encode()
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json", **(headers or {})})
+    request = urllib.request.Request(
+        url, data=body, headers={"Content-Type": "application/json", **(headers or {})}
+    )
     for attempt in range(retries + 1):
         try:
             with _OPENER.open(request, timeout=max(0.001, timeout)) as reply:
                 return _object(shown_url, read_reply(reply, _LARGEST_REPLY))
         except urllib.error.HTTPError as error:
-            failure = ServerFailure(f"{shown_url} answered {error.code}: {_reason(error)}", error.code)
+            failure = ServerFailure(
+                f"{shown_url} answered {error.code}: {_reason(error)}", error.code
+            )
             if error.code not in _RETRIED:
                 raise failure from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # refused, reset, timed out, cut short
             reason = getattr(error, "reason", error)
-            failure = ServerFailure(f"{shown_url} cannot be reached ({reason}); start the server, or check the address")
+            failure = ServerFailure(
+                f"{shown_url} cannot be reached ({reason}); start the server, or check the address"
+            )
         if attempt < retries:
             time.sleep(random.uniform(0, min(backoff * 2**attempt, _LONGEST_PAUSE)))
     tries = f" after {retries + 1} tries" if retries else ""
@@ -111,18 +131,26 @@ def request_json(
 def without_password(url: str) -> str:
     """An address for messages, without the user and password that it may hold."""
     parts = urllib.parse.urlsplit(url)
-    return url if "@" not in parts.netloc else parts._replace(netloc=f"...@{parts.netloc.rpartition('@')[2]}").geturl()
+    return (
+        url
+        if "@" not in parts.netloc
+        else parts._replace(netloc=f"...@{parts.netloc.rpartition('@')[2]}").geturl()
+    )
 
 
 def _object(url: str, data: bytes) -> dict[str, Any]:
     if len(data) > _LARGEST_REPLY:
-        raise ServerFailure(f"{url} answered more than {_LARGEST_REPLY >> 20} MiB; that is no scorer")
+        raise ServerFailure(
+            f"{url} answered more than {_LARGEST_REPLY >> 20} MiB; that is no scorer"
+        )
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ServerFailure(f"{url} answered what is no JSON object ({data[:60]!r}); that is no scorer")
+        raise ServerFailure(
+            f"{url} answered what is no JSON object ({data[:60]!r}); that is no scorer"
+        )
     return value
 
 

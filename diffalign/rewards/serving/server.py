@@ -87,7 +87,12 @@ class _Server(ThreadingHTTPServer):
 
 
 def make_server(
-    scorer: Scorer, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None, *, token: str | None = None
+    scorer: Scorer,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    limits: Limits | None = None,
+    *,
+    token: str | None = None,
 ) -> ThreadingHTTPServer:
     """A server that is not running yet: call `serve_forever`, best in a thread, and `shutdown`. `server_address` has the port.
 
@@ -108,7 +113,11 @@ class _Service:
         self._lock = threading.Lock()  # one forward pass at a time
 
     def info(self) -> dict[str, Any]:
-        return {"spec": self.scorer.spec.as_dict(), "fingerprint": self.fingerprint, "limits": asdict(self.limits)}
+        return {
+            "spec": self.scorer.spec.as_dict(),
+            "fingerprint": self.fingerprint,
+            "limits": asdict(self.limits),
+        }
 
     def score(self, request: Any) -> dict[str, Any]:
         """Checks and scores a request.
@@ -120,15 +129,21 @@ class _Service:
             raise _Refused(400, "expected a JSON object with items")
         expected = request.get("expect_fingerprint")
         if expected is not None and expected != self.fingerprint:
-            raise _Refused(409, f"this scorer has the fingerprint {self.fingerprint}, not the expected one")
+            raise _Refused(
+                409, f"this scorer has the fingerprint {self.fingerprint}, not the expected one"
+            )
         wanted = request.get("scorer")
         if wanted is not None and wanted != self.scorer.spec.key:
-            raise _Refused(409, f"this is {self.scorer.spec.key}, not the scorer that was asked for")
+            raise _Refused(
+                409, f"this is {self.scorer.spec.key}, not the scorer that was asked for"
+            )
         items = request.get("items")
         if not isinstance(items, list) or not items:
             raise _Refused(400, "items: expected a list of at least one object with an image")
         if len(items) > self.limits.max_items:
-            raise _Refused(413, f"items: {len(items)} are more than the limit of {self.limits.max_items}")
+            raise _Refused(
+                413, f"items: {len(items)} are more than the limit of {self.limits.max_items}"
+            )
         scores: list[float | None] = [None] * len(items)
         errors: list[str | None] = [None] * len(items)
         ready: list[tuple[int, Any, str, dict[str, Any]]] = []
@@ -143,7 +158,9 @@ class _Service:
             self._score_ready(ready, scores, errors)
         return {"scores": scores, "errors": errors, "fingerprint": self.fingerprint}
 
-    def _score_ready(self, ready: list[Any], scores: list[float | None], errors: list[str | None]) -> None:
+    def _score_ready(
+        self, ready: list[Any], scores: list[float | None], errors: list[str | None]
+    ) -> None:
         """Scores what was decoded and lets go of it."""
         if not ready:
             return
@@ -166,7 +183,13 @@ class _Service:
         rows: list[tuple[int, float | None, str | None]] = []
         for number, (place, value) in enumerate(zip(places, result.values.tolist(), strict=True)):
             good = math.isfinite(value)
-            rows.append((place, value if good else None, None if good else _public(result.errors.get(number, "no score"))))
+            rows.append(
+                (
+                    place,
+                    value if good else None,
+                    None if good else _public(result.errors.get(number, "no score")),
+                )
+            )
         return rows
 
     def _one_by_one(self, ready: list[Any]) -> list[tuple[int, float | None, str | None]]:
@@ -177,8 +200,16 @@ class _Service:
                 rows += self._scored([item])
             except Exception as error:
                 failures.append(error)
-                print(f"no score for an item: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                reason = str(error) if isinstance(error, UserError) else "the scorer failed on this item; its own output says why"
+                print(
+                    f"no score for an item: {type(error).__name__}: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                reason = (
+                    str(error)
+                    if isinstance(error, UserError)
+                    else "the scorer failed on this item; its own output says why"
+                )
                 rows.append((item[0], None, _public(reason)))
         if len(failures) == len(ready):
             raise failures[0]
@@ -192,14 +223,20 @@ class _Service:
         """
         if not isinstance(item, Mapping):
             raise ValueError("expected an object with an image")
-        image, prompt, metadata = self._image(item.get("image")), item.get("prompt"), item.get("metadata")
+        image, prompt, metadata = (
+            self._image(item.get("image")),
+            item.get("prompt"),
+            item.get("metadata"),
+        )
         # A score for a prompt that nobody gave would be a made-up number.
         for name, value in (("prompt", prompt), ("metadata", metadata)):
             if value is None and name in self.scorer.spec.requires:
                 raise ValueError(f"{name}: {self.scorer.spec.key} needs it with every image")
         prompt, metadata = "" if prompt is None else prompt, {} if metadata is None else metadata
         if not isinstance(prompt, str) or len(prompt) > self.limits.max_prompt:
-            raise ValueError(f"prompt: expected text of at most {self.limits.max_prompt} characters")
+            raise ValueError(
+                f"prompt: expected text of at most {self.limits.max_prompt} characters"
+            )
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ValueError("prompt: holds half a character (an unpaired surrogate)")
         if not isinstance(metadata, dict):
@@ -217,7 +254,9 @@ class _Service:
             raise ValueError(f"image: expected {', '.join(_FORMATS)} as base64") from None
         # Before decoding: a few bytes may claim gigapixels.
         if image.width * image.height > self.limits.max_pixels:
-            raise ValueError(f"image: {image.width}x{image.height} is more than {self.limits.max_pixels} pixels")
+            raise ValueError(
+                f"image: {image.width}x{image.height} is more than {self.limits.max_pixels} pixels"
+            )
         try:
             image.load()
             return decoding.to_rgb(image)
@@ -253,7 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.headers.get("Content-Length", "0") != "0" or self.headers.get("Transfer-Encoding"):
-            self.close_connection = True  # a body that nobody reads must not be taken for the next request
+            self.close_connection = (
+                True  # a body that nobody reads must not be taken for the next request
+            )
         if self.path != "/health" and not self._may_ask():
             self.close_connection = True
             self._answer(401, {"error": "this server asks for a token"})
@@ -297,7 +338,10 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(length)
         values = data.count(b",") + data.count(b"[") + data.count(b"{")
         if values > max(_FEW_VALUES, _VALUES_PER_ITEM * self.service.limits.max_items):
-            raise _Refused(413, f"the request holds about {values} values, more than {self.service.limits.max_items} items need")
+            raise _Refused(
+                413,
+                f"the request holds about {values} values, more than {self.service.limits.max_items} items need",
+            )
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
@@ -319,7 +363,12 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses, such as other methods: as JSON too."""
         self.close_connection = True
-        self._answer(code, {"error": "the request is not understood; there are GET /info, GET /health and POST /score"})
+        self._answer(
+            code,
+            {
+                "error": "the request is not understood; there are GET /info, GET /health and POST /score"
+            },
+        )
 
     def log_message(self, format: str, *values: Any) -> None:
         """Requests are not logged."""

@@ -32,7 +32,15 @@ PROMPTS = (
     "three green apples and one yellow banana on a white table",
 )
 """The default prompts: different in length and content, so that padding and batch statistics would show."""
-_SIZES = ((96, 72), (64, 64), (80, 120), (224, 224), (130, 50), (64, 64), (57, 83))  # width, height of the default images
+_SIZES = (
+    (96, 72),
+    (64, 64),
+    (80, 120),
+    (224, 224),
+    (130, 50),
+    (64, 64),
+    (57, 83),
+)  # width, height of the default images
 
 
 @dataclass
@@ -58,13 +66,19 @@ class CheckReport:
 
     def raise_if_failed(self) -> None:
         """Raises `UserError` with the sentences of the failed checks."""
-        failed = [f"{check.name}: {check.sentence}" for check in self.checks if check.status == "failed"]
+        failed = [
+            f"{check.name}: {check.sentence}" for check in self.checks if check.status == "failed"
+        ]
         if failed:
-            raise UserError(f"{self.scorer} fails {len(failed)} of {len(self.checks)} checks; {'; '.join(failed)}")
+            raise UserError(
+                f"{self.scorer} fails {len(failed)} of {len(self.checks)} checks; {'; '.join(failed)}"
+            )
 
     def __str__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
-        return "\n".join([self.scorer, *(f"  {c.name:{width}}  {c.status:7}  {c.sentence}" for c in self.checks)])
+        return "\n".join(
+            [self.scorer, *(f"  {c.name:{width}}  {c.status:7}  {c.sentence}" for c in self.checks)]
+        )
 
 
 class _Skip(Exception):
@@ -104,12 +118,16 @@ def check_scorer(
     """
     if images is None:
         if "metadata" in scorer.spec.requires and metadata is None:
-            raise UserError(f"metadata: {scorer.name} needs metadata that fit the images; give images, prompts and metadata")
+            raise UserError(
+                f"metadata: {scorer.name} needs metadata that fit the images; give images, prompts and metadata"
+            )
         images, drawn = _default_images(scorer)
         prompts = drawn if prompts is None else prompts
     pictures = [item.image for item in read_images(images)]
     if len(pictures) < 4:
-        raise UserError(f"images: expected at least 4, got {len(pictures)}; fewer do not show what depends on the batch")
+        raise UserError(
+            f"images: expected at least 4, got {len(pictures)}; fewer do not show what depends on the batch"
+        )
     prompts = list((PROMPTS * len(pictures))[: len(pictures)] if prompts is None else prompts)
     bench = _Bench(scorer, pictures, prompts, metadata, tolerance)
     report = CheckReport(scorer.name)
@@ -154,8 +172,20 @@ def _without_cache(scorer: Scorer) -> Iterator[None]:
 class _Bench:
     """The checks, each a method that returns a sentence, or raises `_Fail` or `_Skip` with one."""
 
-    def __init__(self, scorer: Scorer, pictures: list[Any], prompts: list[str], metadata: Any, tolerance: float) -> None:
-        self.scorer, self.pictures, self.prompts, self.metadata = scorer, pictures, prompts, metadata
+    def __init__(
+        self,
+        scorer: Scorer,
+        pictures: list[Any],
+        prompts: list[str],
+        metadata: Any,
+        tolerance: float,
+    ) -> None:
+        self.scorer, self.pictures, self.prompts, self.metadata = (
+            scorer,
+            pictures,
+            prompts,
+            metadata,
+        )
         self.tolerance = tolerance
         self._values: Tensor | None = None
 
@@ -164,12 +194,18 @@ class _Bench:
     def items(self, order: Sequence[int] | None = None) -> list[Item]:
         order = range(len(self.pictures)) if order is None else order
         return self.scorer._items(
-            read_images([self.pictures[i] for i in order]), self._picked(self.prompts, order), self._picked(self.metadata, order)
+            read_images([self.pictures[i] for i in order]),
+            self._picked(self.prompts, order),
+            self._picked(self.metadata, order),
         )
 
     def _picked(self, values: Any, order: Sequence[int]) -> Any:
         """Those of one value per image; a list of another length goes on as it is, for the scorer to refuse."""
-        return values if values is None or len(values) != len(self.pictures) else [values[i] for i in order]
+        return (
+            values
+            if values is None or len(values) != len(self.pictures)
+            else [values[i] for i in order]
+        )
 
     def raw(self, order: Sequence[int] | None = None) -> Tensor:
         """Scores (n,) float64 of one batch in one forward pass, nothing remembered and nothing merged."""
@@ -178,11 +214,17 @@ class _Bench:
         with torch.no_grad(), torch.autocast(scorer.device.type, enabled=False):
             if not isinstance(scorer, ModelScorer):
                 return torch.tensor(scorer._scored(items)[0], dtype=torch.float64)
-            pixels = torch.stack([scorer.preprocess.exact(item.image) for item in items]).to(scorer.device)
+            pixels = torch.stack([scorer.preprocess.exact(item.image) for item in items]).to(
+                scorer.device
+            )
             text = scorer.text_features([item.prompt for item in items])
-            found = scorer.similarity(scorer.image_features(scorer.preprocess.normalise(pixels).to(scorer.dtype)), text)
+            found = scorer.similarity(
+                scorer.image_features(scorer.preprocess.normalise(pixels).to(scorer.dtype)), text
+            )
         if found.shape != (len(items),):
-            raise UserError(f"{scorer.name}: returned scores of shape {tuple(found.shape)} for {len(items)} images")
+            raise UserError(
+                f"{scorer.name}: returned scores of shape {tuple(found.shape)} for {len(items)} images"
+            )
         return found.double().cpu()
 
     @property
@@ -195,11 +237,15 @@ class _Bench:
         """Largest difference; NaN equals NaN."""
         scale = float(expected.nan_to_num(0.0).abs().max()) or 1.0
         difference = (found.double() - expected.double()).abs()
-        difference = torch.where(found.isnan() & expected.isnan(), torch.zeros_like(difference), difference)
+        difference = torch.where(
+            found.isnan() & expected.isnan(), torch.zeros_like(difference), difference
+        )
         worst = float(difference.nan_to_num(float("inf")).max())
         if not worst <= self.tolerance * scale:
             i = int(difference.nan_to_num(float("inf")).argmax())
-            raise _Fail(f"{what}: image {i} scores {float(found[i]):.6g} instead of {float(expected[i]):.6g}")
+            raise _Fail(
+                f"{what}: image {i} scores {float(found[i]):.6g} instead of {float(expected[i]):.6g}"
+            )
         return worst
 
     # The checks
@@ -211,7 +257,9 @@ class _Bench:
     def finite(self) -> str:
         bad = (~self.values.isfinite()).nonzero().flatten().tolist()
         if bad:
-            raise _Fail(f"images {', '.join(map(str, bad))} of {len(self.values)} have no finite score")
+            raise _Fail(
+                f"images {', '.join(map(str, bad))} of {len(self.values)} have no finite score"
+            )
         return f"from {float(self.values.min()):.4g} to {float(self.values.max()):.4g}"
 
     def repeatable(self) -> str:
@@ -228,7 +276,10 @@ class _Bench:
     def permutation(self) -> str:
         self._needs_determinism()
         worst = 0.0
-        for order in (list(range(len(self.values)))[::-1], torch.randperm(len(self.values), generator=_generator()).tolist()):
+        for order in (
+            list(range(len(self.values)))[::-1],
+            torch.randperm(len(self.values), generator=_generator()).tolist(),
+        ):
             found = torch.empty_like(self.values)
             found[order] = self.raw(order)
             worst = max(worst, self.compare(found, self.values, "in another order"))
@@ -238,8 +289,12 @@ class _Bench:
         self._needs_determinism()
         worst, count = 0.0, len(self.values)
         for size in (1, 3):
-            found = torch.cat([self.raw(range(count)[start : start + size]) for start in range(0, count, size)])
-            worst = max(worst, self.compare(found, self.values, f"in batches of {size} instead of {count}"))
+            found = torch.cat(
+                [self.raw(range(count)[start : start + size]) for start in range(0, count, size)]
+            )
+            worst = max(
+                worst, self.compare(found, self.values, f"in batches of {size} instead of {count}")
+            )
         return f"batches of 1, 3 and {count} differ by at most {worst:.2g}"
 
     def public_call(self) -> str:
@@ -256,8 +311,16 @@ class _Bench:
         if not kept:
             raise _Skip("no image is RGB, and arrays hold nothing else")
         worst = 0.0
-        for name, form in (("uint8 arrays", [np.asarray(image) for image in rgb]), ("PNG bytes", [_png(image) for image in rgb])):
-            worst = max(worst, self.compare(self._score(form)[kept], expected[kept], f"as {name} instead of PIL images"))
+        for name, form in (
+            ("uint8 arrays", [np.asarray(image) for image in rgb]),
+            ("PNG bytes", [_png(image) for image in rgb]),
+        ):
+            worst = max(
+                worst,
+                self.compare(
+                    self._score(form)[kept], expected[kept], f"as {name} instead of PIL images"
+                ),
+            )
         return f"PIL images, uint8 arrays and PNG bytes differ by at most {worst:.2g}"
 
     def gradient(self) -> str:
@@ -265,7 +328,9 @@ class _Bench:
         pixels.requires_grad_()
         scores = self.scorer.score_tensor(pixels, prompts)
         if scores.shape != (len(pixels),):
-            raise _Fail(f"score_tensor returned shape {tuple(scores.shape)} for {len(pixels)} images")
+            raise _Fail(
+                f"score_tensor returned shape {tuple(scores.shape)} for {len(pixels)} images"
+            )
         if not scores.requires_grad:
             raise _Fail("score_tensor returns scores without a gradient")
         (first,) = torch.autograd.grad(scores[0], pixels, retain_graph=True)
@@ -286,10 +351,15 @@ class _Bench:
         risen = torch.zeros(len(pixels), dtype=torch.bool)
         with torch.no_grad():
             for step in (2e-2, 5e-3, 1e-3):
-                up, down = (self.scorer.score_tensor(pixels + sign * step * direction, prompts) for sign in (1, -1))
+                up, down = (
+                    self.scorer.score_tensor(pixels + sign * step * direction, prompts)
+                    for sign in (1, -1)
+                )
                 risen |= (up > down).cpu()
         if not bool(risen.all()):
-            raise _Fail(f"a step along the gradient does not raise the score of image {int((~risen).nonzero()[0])}")
+            raise _Fail(
+                f"a step along the gradient does not raise the score of image {int((~risen).nonzero()[0])}"
+            )
 
     def modes(self) -> str:
         """The two modes resize differently, by up to 2/255: near means a tenth of what tells the images apart."""
@@ -313,14 +383,18 @@ class _Bench:
         _ = self.values
 
     def _score(self, images: list[Any]) -> Tensor:
-        return self.scorer.score(images, self.prompts, self.metadata, on_error="nan").values.double()
+        return self.scorer.score(
+            images, self.prompts, self.metadata, on_error="nan"
+        ).values.double()
 
     def _tensor_input(self) -> tuple[Tensor, list[str]]:
         """Three images as floats of one size, away from 0 and 1 so that a step stays inside."""
         if not self.scorer.differentiable:
             raise _Skip("the scorer declares no gradient")
         _ = self.values
-        arrays = [np.asarray(picture.convert("RGB").resize((96, 80))) for picture in self.pictures[:3]]
+        arrays = [
+            np.asarray(picture.convert("RGB").resize((96, 80))) for picture in self.pictures[:3]
+        ]
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
         return (pixels * 0.9 + 0.05).to(self.scorer.device), list(self.prompts[:3])
 
@@ -332,7 +406,9 @@ def _default_images(scorer: Scorer) -> tuple[list[Any], list[str]]:
         from ...shapes import render, split_scenes
 
         scenes = split_scenes()[0][: len(PROMPTS)]
-        shown = [scenes[i - i % 2] for i in range(len(scenes))]  # every other image belongs to another prompt
+        shown = [
+            scenes[i - i % 2] for i in range(len(scenes))
+        ]  # every other image belongs to another prompt
         return [render(scene) for scene in shown], [scene.prompt for scene in scenes]
     rng = np.random.default_rng(0)
     images = []

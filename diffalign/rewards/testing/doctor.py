@@ -80,11 +80,20 @@ def examine(
         if keys is None or key in keys:
             yield _compare_stored(key, expected, device)
     for key in registry._BUILT_IN:
-        if (keys is None or key in keys) and (key in weights or (_is_cached(key) and key not in ("shapes", "shapes-clip"))):
+        if (keys is None or key in keys) and (
+            key in weights or (_is_cached(key) and key not in ("shapes", "shapes-clip"))
+        ):
             yield from _published(key, weights.get(key), folders.get(key), assets, device)
-    missing = [key for key in (keys or registry._BUILT_IN) if key not in stored and key not in weights]
+    missing = [
+        key for key in (keys or registry._BUILT_IN) if key not in stored and key not in weights
+    ]
     for key in missing:
-        yield Finding(key, "stored values", None, "none: it has no fixed numbers or needs its own server, detector or weights")
+        yield Finding(
+            key,
+            "stored values",
+            None,
+            "none: it has no fixed numbers or needs its own server, detector or weights",
+        )
 
 
 def _pairs(values: Sequence[str], field: str) -> dict[str, str]:
@@ -104,17 +113,23 @@ def _compare_stored(key: str, expected: Mapping[str, Any], device: Any) -> Findi
     check = f"against {expected['source']}"
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # some of the prompts are longer than the scorers read, on purpose
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # some of the prompts are longer than the scorers read, on purpose
             found = stored_scores(key, expected, Path(folder), device)
     except Exception as error:  # a report goes on where a scorer breaks
-        return Finding(key, check, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return Finding(
+            key, check, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
     differences = [abs(a - b) for a, b in zip(found, expected["values"], strict=True)]
     largest = math.nan if any(math.isnan(d) for d in differences) else max(differences)
     detail = f"{len(differences)} values, largest difference {largest:.1e}, allowed {expected['tolerance']:.0e}"
     return Finding(key, check, largest <= expected["tolerance"], detail)
 
 
-def stored_scores(key: str, expected: Mapping[str, Any], folder: Path, device: Any = None) -> list[float]:
+def stored_scores(
+    key: str, expected: Mapping[str, Any], folder: Path, device: Any = None
+) -> list[float]:
     """Scores of the images and prompts that `expected` names, on the embedded weights or the tiny checkpoint."""
     from ..registry import load_scorer
     from . import reference
@@ -122,8 +137,15 @@ def stored_scores(key: str, expected: Mapping[str, Any], folder: Path, device: A
     drawn = key.startswith("shapes")
     images = reference.drawn_images(reference.SCENES) if drawn else reference.sample_images()
     prompts = reference.SCENES if drawn else reference.PROMPTS
-    scorer = load_scorer(key, device=device, **({} if drawn else reference.arguments(key, folder)), **expected.get("options", {}))
-    return scorer([images[i] for i, _ in expected["pairs"]], [prompts[j] for _, j in expected["pairs"]]).tolist()
+    scorer = load_scorer(
+        key,
+        device=device,
+        **({} if drawn else reference.arguments(key, folder)),
+        **expected.get("options", {}),
+    )
+    return scorer(
+        [images[i] for i, _ in expected["pairs"]], [prompts[j] for _, j in expected["pairs"]]
+    ).tolist()
 
 
 def _is_cached(key: str) -> bool:
@@ -135,11 +157,15 @@ def _is_cached(key: str) -> bool:
     spec = registry.get_spec(key)
     if spec.weights is None or spec.weights.startswith("https://"):
         return False
-    found = try_to_load_from_cache(spec.weights, spec.filename or "model.safetensors", revision=spec.revision)
+    found = try_to_load_from_cache(
+        spec.weights, spec.filename or "model.safetensors", revision=spec.revision
+    )
     return isinstance(found, str)
 
 
-def _published(key: str, model: str | None, tokenizer: str | None, assets: Path | None, device: Any) -> Iterator[Finding]:
+def _published(
+    key: str, model: str | None, tokenizer: str | None, assets: Path | None, device: Any
+) -> Iterator[Finding]:
     """Published weights: they load, their scores lie where they usually do, and they reproduce the public numbers."""
     from ...runtime.hashing import content_hash
     from ..registry import load_scorer
@@ -148,18 +174,32 @@ def _published(key: str, model: str | None, tokenizer: str | None, assets: Path 
     try:
         scorer = load_scorer(key, model=model, tokenizer=tokenizer, device=device)
     except Exception as error:  # also what a library raises on a broken file
-        yield Finding(key, "published weights", False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        yield Finding(
+            key,
+            "published weights",
+            False,
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        )
         return
     spec = scorer.spec
     if spec.sha256 is not None and model is not None and Path(model).is_file():
         same = content_hash(Path(model)) == spec.sha256
         yield Finding(
-            key, "SHA-256", same, "the published file" if same else f"not the published file, whose digest is {spec.sha256}"
+            key,
+            "SHA-256",
+            same,
+            "the published file"
+            if same
+            else f"not the published file, whose digest is {spec.sha256}",
         )
     images = reference.drawn_images(reference.SCENES)
     scores = scorer(images, reference.SCENES)
     span = f"{float(scores.min()):.3f} to {float(scores.max()):.3f}"
-    usual = f"; usual are {spec.range[0]:g} to {spec.range[1]:g} on generated images" if spec.range else ""
+    usual = (
+        f"; usual are {spec.range[0]:g} to {spec.range[1]:g} on generated images"
+        if spec.range
+        else ""
+    )
     yield Finding(key, "drawn images", bool(scores.isfinite().all()), f"scores from {span}{usual}")
     public = PUBLIC.get(key)
     if public is None:
@@ -167,7 +207,10 @@ def _published(key: str, model: str | None, tokenizer: str | None, assets: Path 
     files = [_find(assets, name) for name in public["files"]] if assets else [None]
     if any(file is None for file in files):
         yield Finding(
-            key, "public numbers", None, f"not compared: give --assets with {', '.join(public['files'])} ({public['source']})"
+            key,
+            "public numbers",
+            None,
+            f"not compared: give --assets with {', '.join(public['files'])} ({public['source']})",
         )
         return
     found = scorer([str(file) for file in files], [public["prompt"]] * len(files)).tolist()

@@ -20,7 +20,11 @@ SCENES = [
 
 
 def _imagereward(folder: Path) -> dict[str, Any]:
-    return {"model": models.write_imagereward(folder), "config": models.imagereward_config(), "tokenizer": folder / "tokenizer"}
+    return {
+        "model": models.write_imagereward(folder),
+        "config": models.imagereward_config(),
+        "tokenizer": folder / "tokenizer",
+    }
 
 
 def _open_clip(folder: Path) -> dict[str, Any]:
@@ -36,7 +40,11 @@ def _aesthetic(version: int) -> Callable[[Path], dict[str, Any]]:
 
 
 def _mps(folder: Path) -> dict[str, Any]:
-    return {"model": models.write_mps(folder), "config": models.mps_config(), "tokenizer": folder / "tokenizer"}
+    return {
+        "model": models.write_mps(folder),
+        "config": models.mps_config(),
+        "tokenizer": folder / "tokenizer",
+    }
 
 
 MODELS: dict[str, Callable[[Path], dict[str, Any]]] = {

@@ -45,7 +45,14 @@ PROMPTS = [
 def sample_images() -> dict[str, Image.Image]:
     """Images of odd sizes and modes, by a name ``MODE_WIDTHxHEIGHT``: smooth colour fields with noise, different in contrast."""
     images = {}
-    sizes = [("RGB", 300, 200), ("RGB", 97, 211), ("RGB", 224, 224), ("RGB", 512, 384), ("RGBA", 180, 260), ("LA", 250, 231)]
+    sizes = [
+        ("RGB", 300, 200),
+        ("RGB", 97, 211),
+        ("RGB", 224, 224),
+        ("RGB", 512, 384),
+        ("RGBA", 180, 260),
+        ("LA", 250, 231),
+    ]
     sizes += [("P", 120, 90), ("L", 333, 100), ("RGB", 20, 31)]
     for seed, (mode, width, height) in enumerate(sizes):
         channels = len(mode) if mode != "P" else 1
@@ -73,7 +80,9 @@ def random_pixels(seed: int, width: int, height: int, channels: int) -> np.ndarr
 def random_features(seed: int = 0, count: int = 8, width: int = 768) -> np.ndarray:
     """(count, width) float32 with norms that differ, standing in for CLIP embeddings."""
     rng = np.random.RandomState(seed)
-    return (rng.standard_normal((count, width)) * np.linspace(0.1, 3.0, count)[:, None] + 0.2).astype(np.float32)
+    return (
+        rng.standard_normal((count, width)) * np.linspace(0.1, 3.0, count)[:, None] + 0.2
+    ).astype(np.float32)
 
 
 def random_model_input(seed: int = 0, count: int = 2, size: int = 224) -> np.ndarray:
@@ -89,7 +98,9 @@ class _Draw:
         self.state: dict[str, np.ndarray] = {}
 
     def normal(self, name: str, *shape: int, std: float = 1.0, mean: float = 0.0) -> None:
-        self.state[name] = np.asarray(mean + std * self.rng.standard_normal(shape), dtype=np.float32)
+        self.state[name] = np.asarray(
+            mean + std * self.rng.standard_normal(shape), dtype=np.float32
+        )
 
     def linear(self, name: str, out: int, inp: int, gain: float = 1.0, bias: bool = True) -> None:
         self.normal(f"{name}.weight", out, inp, std=gain / inp**0.5)
@@ -123,9 +134,25 @@ def imagereward_config() -> dict[str, Any]:
 
 def imagereward_med_config() -> dict[str, Any]:
     """`med_config.json`, which the original reads beside its checkpoint."""
-    text = {name: value for name, value in imagereward_config()["text"].items() if name != "encoder_hidden_size"}
-    fixed = {"model_type": "bert", "hidden_act": "gelu", "pad_token_id": 0, "type_vocab_size": 2, "encoder_width": 768}
-    return {**text, **fixed, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "add_cross_attention": True}
+    text = {
+        name: value
+        for name, value in imagereward_config()["text"].items()
+        if name != "encoder_hidden_size"
+    }
+    fixed = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "pad_token_id": 0,
+        "type_vocab_size": 2,
+        "encoder_width": 768,
+    }
+    return {
+        **text,
+        **fixed,
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_dropout_prob": 0.1,
+        "add_cross_attention": True,
+    }
 
 
 def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
@@ -134,14 +161,24 @@ def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
     draw = _Draw(seed)
     width, patch = vision["hidden_size"], vision["patch_size"]
     draw.normal("blip.visual_encoder.cls_token", 1, 1, width, std=0.002)
-    draw.normal("blip.visual_encoder.pos_embed", 1, (vision["image_size"] // patch) ** 2 + 1, width, std=0.002)
-    draw.normal("blip.visual_encoder.patch_embed.proj.weight", width, 3, patch, patch, std=0.0015 / patch)
+    draw.normal(
+        "blip.visual_encoder.pos_embed",
+        1,
+        (vision["image_size"] // patch) ** 2 + 1,
+        width,
+        std=0.002,
+    )
+    draw.normal(
+        "blip.visual_encoder.patch_embed.proj.weight", width, 3, patch, patch, std=0.0015 / patch
+    )
     draw.normal("blip.visual_encoder.patch_embed.proj.bias", width, std=0.001)
     for i in range(vision["num_hidden_layers"]):
         block = f"blip.visual_encoder.blocks.{i}"
         draw.norm(f"{block}.norm1", width)
         draw.linear(f"{block}.attn.qkv", 3 * width, width, gain=1.6)
-        draw.linear(f"{block}.attn.proj", width, width, gain=0.004)  # small, so that eps matters in every block
+        draw.linear(
+            f"{block}.attn.proj", width, width, gain=0.004
+        )  # small, so that eps matters in every block
         draw.norm(f"{block}.norm2", width)
         draw.linear(f"{block}.mlp.fc1", vision["intermediate_size"], width, gain=1.5)
         draw.linear(f"{block}.mlp.fc2", width, vision["intermediate_size"], gain=0.006)
@@ -158,8 +195,15 @@ def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
 def _imagereward_text(draw: _Draw, text: dict[str, Any]) -> None:
     width, prefix = text["hidden_size"], "blip.text_encoder"
     draw.arange(f"{prefix}.embeddings.position_ids", text["max_position_embeddings"])
-    draw.normal(f"{prefix}.embeddings.word_embeddings.weight", text["vocab_size"], width, std=0.0005)
-    draw.normal(f"{prefix}.embeddings.position_embeddings.weight", text["max_position_embeddings"], width, std=0.0003)
+    draw.normal(
+        f"{prefix}.embeddings.word_embeddings.weight", text["vocab_size"], width, std=0.0005
+    )
+    draw.normal(
+        f"{prefix}.embeddings.position_embeddings.weight",
+        text["max_position_embeddings"],
+        width,
+        std=0.0003,
+    )
     draw.norm(f"{prefix}.embeddings.LayerNorm", width)
     for i in range(text["num_hidden_layers"]):
         layer = f"{prefix}.encoder.layer.{i}"
@@ -167,7 +211,12 @@ def _imagereward_text(draw: _Draw, text: dict[str, Any]) -> None:
             draw.linear(f"{layer}.{kind}.self.query", width, width, gain=1.6)
             draw.linear(f"{layer}.{kind}.self.key", width, source, gain=1.6)
             draw.linear(f"{layer}.{kind}.self.value", width, source, gain=3.0)
-            draw.linear(f"{layer}.{kind}.output.dense", width, width, gain=4.0 if kind == "attention" else 1.5)
+            draw.linear(
+                f"{layer}.{kind}.output.dense",
+                width,
+                width,
+                gain=4.0 if kind == "attention" else 1.5,
+            )
             draw.norm(f"{layer}.{kind}.output.LayerNorm", width)
         draw.linear(f"{layer}.intermediate.dense", text["intermediate_size"], width, gain=1.5)
         draw.linear(f"{layer}.output.dense", width, text["intermediate_size"], gain=1.5)
@@ -176,7 +225,12 @@ def _imagereward_text(draw: _Draw, text: dict[str, Any]) -> None:
 
 def clip_config(hidden_act: str = "gelu", projection_dim: int = 16) -> dict[str, Any]:
     """`config.json` of a tiny CLIPModel as PickScore_v1 has it: exact GELU, legacy eos_token_id 2, full vocabulary."""
-    shared = {"hidden_act": hidden_act, "layer_norm_eps": 1e-5, "projection_dim": projection_dim, "attention_dropout": 0.0}
+    shared = {
+        "hidden_act": hidden_act,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": projection_dim,
+        "attention_dropout": 0.0,
+    }
     text = {
         "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 49408,
         "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "model_type": "clip_text_model",
@@ -191,20 +245,29 @@ def clip_config(hidden_act: str = "gelu", projection_dim: int = 16) -> dict[str,
     }  # fmt: skip
 
 
-def clip_state(seed: int = 0, config: dict[str, Any] | None = None, position_ids: bool = True) -> dict[str, np.ndarray]:
+def clip_state(
+    seed: int = 0, config: dict[str, Any] | None = None, position_ids: bool = True
+) -> dict[str, np.ndarray]:
     """State dict of transformers' CLIPModel; with the `position_ids` buffers that files before transformers 4.31 hold."""
     config, draw = config or clip_config(), _Draw(seed)
     text, vision, shared = config["text_config"], config["vision_config"], config["projection_dim"]
     draw.state["logit_scale"] = np.asarray(4.6052, dtype=np.float32)
     name, width = "text_model", text["hidden_size"]
     draw.normal(f"{name}.embeddings.token_embedding.weight", text["vocab_size"], width, std=0.006)
-    draw.normal(f"{name}.embeddings.position_embedding.weight", text["max_position_embeddings"], width, std=0.003)
+    draw.normal(
+        f"{name}.embeddings.position_embedding.weight",
+        text["max_position_embeddings"],
+        width,
+        std=0.003,
+    )
     _clip_layers(draw, name, text, gain=0.3)
     draw.norm(f"{name}.final_layer_norm", width)
     name, width, patch = "vision_model", vision["hidden_size"], vision["patch_size"]
     positions = (vision["image_size"] // patch) ** 2 + 1
     draw.normal(f"{name}.embeddings.class_embedding", width, std=0.006)
-    draw.normal(f"{name}.embeddings.patch_embedding.weight", width, 3, patch, patch, std=0.006 / patch)
+    draw.normal(
+        f"{name}.embeddings.patch_embedding.weight", width, 3, patch, patch, std=0.006 / patch
+    )
     draw.normal(f"{name}.embeddings.position_embedding.weight", positions, width, std=0.003)
     draw.norm(f"{name}.pre_layrnorm", width, gain=0.1)
     _clip_layers(draw, name, vision, gain=0.3)
@@ -239,15 +302,32 @@ def hpsv2_config() -> dict[str, Any]:
     """open_clip's model config of the tiny HPSv2, with the same sizes as `clip_config()`."""
     return {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 224, "layers": 2, "width": 32, "head_width": 8, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+        "vision_cfg": {
+            "image_size": 224,
+            "layers": 2,
+            "width": 32,
+            "head_width": 8,
+            "patch_size": 14,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+        },
     }
 
 
 def hpsv2_state(seed: int = 2) -> dict[str, np.ndarray]:
     """State dict of open_clip's CLIP as in `HPS_v2_compressed.pt` (there it lies under the key `state_dict`)."""
     state, out = clip_state(seed, position_ids=False), {}
-    layers = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    layers = {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
     layers["self_attn.out_proj"] = "attn.out_proj"
     for tower, prefix in (("text_model", ""), ("vision_model", "visual.")):
         for i in range(2):
@@ -255,10 +335,23 @@ def hpsv2_state(seed: int = 2) -> dict[str, np.ndarray]:
             for kind in ("weight", "bias"):
                 parts = [state[f"{old}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
                 out[f"{new}.attn.in_proj_{kind}"] = np.concatenate(parts)
-                out.update({f"{new}.{b}.{kind}": state[f"{old}.{a}.{kind}"] for a, b in layers.items()})
+                out.update(
+                    {f"{new}.{b}.{kind}": state[f"{old}.{a}.{kind}"] for a, b in layers.items()}
+                )
     names = {"ln_final": "text_model.final_layer_norm"}
-    names.update({"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"})
-    out.update({f"{new}.{kind}": state[f"{old}.{kind}"] for new, old in names.items() for kind in ("weight", "bias")})
+    names.update(
+        {
+            "visual.ln_pre": "vision_model.pre_layrnorm",
+            "visual.ln_post": "vision_model.post_layernorm",
+        }
+    )
+    out.update(
+        {
+            f"{new}.{kind}": state[f"{old}.{kind}"]
+            for new, old in names.items()
+            for kind in ("weight", "bias")
+        }
+    )
     out["positional_embedding"] = state["text_model.embeddings.position_embedding.weight"]
     out["token_embedding.weight"] = state["text_model.embeddings.token_embedding.weight"]
     out["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
@@ -278,7 +371,10 @@ MPS_CONDITION_IDS = [  # tokens of its sentence "light, color, clarity, ..."
 
 def mps_config() -> dict[str, Any]:
     """Sizes of the tiny MPS: the CLIP under `clip`, arguments of the original Cross_model under `cross`."""
-    return {"clip": clip_config(), "cross": {"dim": 16, "layer_num": 2, "dim_head": 8, "heads": 4, "ff_mult": 4}}
+    return {
+        "clip": clip_config(),
+        "cross": {"dim": 16, "layer_num": 2, "dim_head": 8, "heads": 4, "ff_mult": 4},
+    }
 
 
 def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
@@ -289,7 +385,9 @@ def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
     side = draw.rng.standard_normal(len(clip["text_model.embeddings.token_embedding.weight"]))
     side[MPS_CONDITION_IDS] = 1.5
     axis = np.tile([1.0, -1.0], config["clip"]["text_config"]["hidden_size"] // 2)
-    clip["text_model.embeddings.token_embedding.weight"] += (0.02 * side[:, None] * axis).astype(np.float32)
+    clip["text_model.embeddings.token_embedding.weight"] += (0.02 * side[:, None] * axis).astype(
+        np.float32
+    )
     draw.state.update({f"model.{name}": value for name, value in clip.items()})
     dim, head = config["cross"]["dim"], config["cross"]["dim_head"]
     inner, hidden = head * config["cross"]["heads"], dim * config["cross"]["ff_mult"]
@@ -297,7 +395,9 @@ def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
         cross, own = f"cross_model.layers.{i}.0.fn", f"cross_model.layers.{i}.1.fn"
         for part in (cross, own):
             draw.normal(f"{part}.norm.weight", dim, mean=1.0, std=0.2)
-            draw.state[f"{part}.norm.bias"] = np.zeros(dim, dtype=np.float32)  # a buffer, never trained
+            draw.state[f"{part}.norm.bias"] = np.zeros(
+                dim, dtype=np.float32
+            )  # a buffer, never trained
         draw.linear(f"{cross}.to_q", inner, dim, gain=1.8, bias=False)
         draw.linear(f"{cross}.to_kv", 2 * head, dim, gain=2.0, bias=False)
         draw.linear(f"{cross}.to_out", dim, inner, gain=2.0, bias=False)
@@ -305,7 +405,9 @@ def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
         draw.linear(f"{cross}.ff.2", dim, hidden, bias=False)
         rates = 1.0 / (10000 ** (torch.arange(0, head, 2).float() / head))
         draw.state[f"{own}.rotary_emb.inv_freq"] = rates.numpy()
-        draw.linear(f"{own}.fused_attn_ff_proj", inner + 2 * head + 2 * hidden, dim, gain=1.5, bias=False)
+        draw.linear(
+            f"{own}.fused_attn_ff_proj", inner + 2 * head + 2 * hidden, dim, gain=1.5, bias=False
+        )
         draw.linear(f"{own}.attn_out", dim, inner, gain=1.5, bias=False)
         draw.linear(f"{own}.ff_out.1", dim, hidden, bias=False)
     return draw.state
@@ -330,7 +432,9 @@ def aesthetic_v2_state(seed: int = 5, width: int = 768) -> dict[str, np.ndarray]
 def bert_vocabulary() -> list[str]:
     """A small uncased BERT vocabulary; the special tokens have their ids of bert-base-uncased (0, 100, 101, 102, 103)."""
     specials = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    characters = [chr(c) for c in range(33, 127) if not "A" <= chr(c) <= "Z"] + list("’“”—一只色的猫東京γατкошка")
+    characters = [chr(c) for c in range(33, 127) if not "A" <= chr(c) <= "Z"] + list(
+        "’“”—一只色的猫東京γατкошка"
+    )
     words = ["the", "of", "and", "in", "a", "photo", "painting", "red", "blue", "cat", "dog", "house", "two", "oil", "canvas",
              "on", "long", "very", "prompt", "about", "fine", "it", "be", "ca", "na", "super", "un", "spaces"]  # fmt: skip
     pieces = ["##s", "##ing", "##able", "##ff", "##un", "##fe", "##ive", "##cal", "##12", "##dog"]
@@ -363,19 +467,32 @@ def write_clip_tokenizer(folder: Path, bpe: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = gzip.decompress((bpe or bpe_file()).read_bytes()).decode("utf-8").split("\n")
     merges = lines[1 : 49152 - 256 - 2 + 1]
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = characters + [c + "</w>" for c in characters] + ["".join(m.split()) for m in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     assert len(vocabulary) == 49408
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
+    )
     end = "<|endoftext|>"
     special = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end}
-    config = {"do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "errors": "replace"}
+    config = {
+        "do_lower_case": True,
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+        "errors": "replace",
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special}), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**config, **special}), encoding="utf-8"
+    )
     return folder
 
 
@@ -405,7 +522,9 @@ def write_imagereward(folder: Path, seed: int = 0) -> Path:
 def write_hpsv2(folder: Path, seed: int = 2, name: str = "HPS_v2_compressed.pt") -> Path:
     """The checkpoint, open_clip's `model_config.json` and a CLIP `tokenizer`. Returns the .pt file."""
     write_clip_tokenizer(folder / "tokenizer")
-    torch.save({"epoch": 1, "name": "tiny", "state_dict": tensors(hpsv2_state(seed))}, folder / name)
+    torch.save(
+        {"epoch": 1, "name": "tiny", "state_dict": tensors(hpsv2_state(seed))}, folder / name
+    )
     (folder / "model_config.json").write_text(json.dumps(hpsv2_config()), encoding="utf-8")
     return folder / name
 
@@ -417,7 +536,9 @@ def write_clip_folder(folder: Path, state: dict[str, np.ndarray], config: dict[s
     write_clip_tokenizer(folder)
     save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config()), encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor_config()), encoding="utf-8"
+    )
     return folder
 
 
@@ -426,9 +547,13 @@ def write_pickscore(folder: Path, seed: int = 1) -> Path:
     return write_clip_folder(folder, pickscore_state(seed), clip_config())
 
 
-def write_clip(folder: Path, seed: int = 6, hidden_act: str = "quick_gelu", projection_dim: int = 16) -> Path:
+def write_clip(
+    folder: Path, seed: int = 6, hidden_act: str = "quick_gelu", projection_dim: int = 16
+) -> Path:
     """The folder of an OpenAI CLIP (quick GELU)."""
-    return write_clip_folder(folder, clip_state(seed, config := clip_config(hidden_act, projection_dim)), config)
+    return write_clip_folder(
+        folder, clip_state(seed, config := clip_config(hidden_act, projection_dim)), config
+    )
 
 
 def write_mps(folder: Path, seed: int = 3) -> Path:

@@ -71,14 +71,18 @@ class CheckpointPool(SnapshotReference):
             path = self._path(step)
             if step not in self._written:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_tensors({name: w.cpu().contiguous() for name, w in self.kept[step].items()}, path)
+                save_tensors(
+                    {name: w.cpu().contiguous() for name, w in self.kept[step].items()}, path
+                )
                 self._written.add(step)
 
     def save(self, folder: Path, rank: int) -> None:
         """Part of a checkpoint: who is in the pool. The weights are in the pool's own files, which checkpoints share."""
         if rank == 0:
             self._write(True)
-            (folder / "pool.json").write_text(json.dumps({"members": self.members, "current": self.current}))
+            (folder / "pool.json").write_text(
+                json.dumps({"members": self.members, "current": self.current})
+            )
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
         """Reads the pool back.
@@ -88,7 +92,9 @@ class CheckpointPool(SnapshotReference):
         """
         record = folder / "pool.json"
         if not record.is_file():
-            raise UserError(f"{folder} holds no pool of past checkpoints; it was saved by a run with another setting")
+            raise UserError(
+                f"{folder} holds no pool of past checkpoints; it was saved by a run with another setting"
+            )
         values = json.loads(record.read_text())
         missing = [step for step in values["members"] if not self._path(step).is_file()]
         if missing:
@@ -98,5 +104,8 @@ class CheckpointPool(SnapshotReference):
             )
         self.members, self.current = values["members"], values["current"]
         self._written = set(self.members)
-        self.kept = {step: {n: w.to(device) for n, w in read_tensors(self._path(step))[0].items()} for step in self.members}
+        self.kept = {
+            step: {n: w.to(device) for n, w in read_tensors(self._path(step))[0].items()}
+            for step in self.members
+        }
         self.weights = self.kept.get(self.current, self.kept[0])

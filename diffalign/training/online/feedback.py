@@ -58,8 +58,12 @@ class Votes:
     def summary(self) -> str:
         """One line."""
         who = f" of {self.annotators} annotators" if self.annotators else ""
-        conflict = f"; on {self.conflicts} pairs they differ and are averaged" if self.conflicts else ""
-        left_out = f"; {self.left_out} votes left out ({'; '.join(self.reasons)})" if self.left_out else ""
+        conflict = (
+            f"; on {self.conflicts} pairs they differ and are averaged" if self.conflicts else ""
+        )
+        left_out = (
+            f"; {self.left_out} votes left out ({'; '.join(self.reasons)})" if self.left_out else ""
+        )
         return f"{self.count} votes{who} on {len(self.preference) // 2} pairs{conflict}{left_out}"
 
 
@@ -74,7 +78,12 @@ def group_ids(batch: Batch, index: int, rank: int) -> list[str]:
 
 
 def write_round(
-    folder: Path, batches: Sequence[Batch], trajectories: Sequence[Trajectories], rank: int, world: int, wait: Any
+    folder: Path,
+    batches: Sequence[Batch],
+    trajectories: Sequence[Trajectories],
+    rank: int,
+    world: int,
+    wait: Any,
 ) -> None:
     """Images, trajectories and manifest; the manifest comes last, so a folder with one is complete. All processes must call this.
 
@@ -87,23 +96,39 @@ def write_round(
     plain: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, (batch, found) in enumerate(zip(batches, trajectories, strict=True)):
-        for name, prompt, images in zip(group_ids(batch, index, rank), batch.prompts, found.images, strict=True):
+        for name, prompt, images in zip(
+            group_ids(batch, index, rank), batch.prompts, found.images, strict=True
+        ):
             entries = []
             for i, image in enumerate(images):
                 save_image(image, folder / "images" / f"{name}-{i}.png")
                 entries.append({"id": f"{name}-{i}", "file": f"images/{name}-{i}.png"})
             groups.append({"id": name, "prompt": prompt, "images": entries})
-        whole = dataclasses.replace(batch, extra={"states": found.states, "log_probs": found.log_probs})
+        whole = dataclasses.replace(
+            batch, extra={"states": found.states, "log_probs": found.log_probs}
+        )
         tensors |= {f"{index}.{name}": value for name, value in flat_tensors(whole).items()}
-        plain.append({"row_ids": batch.row_ids, "prompts": batch.prompts, "epochs": batch.epochs, "seed": batch.seed})
+        plain.append(
+            {
+                "row_ids": batch.row_ids,
+                "prompts": batch.prompts,
+                "epochs": batch.epochs,
+                "seed": batch.seed,
+            }
+        )
     facts = {"rounds": json.dumps({"batches": plain})}
     save_tensors(tensors, folder / f"rollout-{rank}.safetensors", metadata=facts)
     write_atomically(folder / f".groups-{rank}.json", json.dumps(groups).encode())
     wait()
     if rank == 0:
-        everyone = [g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())]
+        everyone = [
+            g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())
+        ]
         write_atomically(folder / "index.html", _page(everyone).encode())
-        write_atomically(folder / MANIFEST, (json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(
+            folder / MANIFEST,
+            (json.dumps({"groups": everyone}, indent=1, ensure_ascii=False) + "\n").encode(),
+        )
         for r in range(world):
             (folder / f".groups-{r}.json").unlink()
     wait()
@@ -117,7 +142,9 @@ def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
     """
     path = folder / f"rollout-{rank}.safetensors"
     if not path.is_file():
-        raise UserError(f"{folder}: {path.name} is missing; resume with as many processes as before, or put it back")
+        raise UserError(
+            f"{folder}: {path.name} is missing; resume with as many processes as before, or put it back"
+        )
     tensors, facts = read_tensors(path)
     return [batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])]
 
@@ -125,7 +152,9 @@ def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
 def find_votes(folder: Path) -> list[Path]:
     """Vote files of a round, in the order of their names."""
     return sorted(
-        p for p in folder.glob("votes*") if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.is_file()
+        p
+        for p in folder.glob("votes*")
+        if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.is_file()
     )
 
 
@@ -152,7 +181,10 @@ def shared_votes(folder: Path, is_main: bool) -> Votes | None:
 def _is_group(group: Any) -> bool:
     if not isinstance(group, dict) or not isinstance(group.get("images"), list):
         return False
-    images = all(isinstance(i, dict) and isinstance(i.get("id"), str) and isinstance(i.get("file"), str) for i in group["images"])
+    images = all(
+        isinstance(i, dict) and isinstance(i.get("id"), str) and isinstance(i.get("file"), str)
+        for i in group["images"]
+    )
     return images and isinstance(group.get("id"), str) and isinstance(group.get("prompt"), str)
 
 
@@ -165,7 +197,9 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     path = folder / MANIFEST
     groups = read_json(path, dict).get("groups")
     if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
-        raise UserError(f"{path}: is damaged (it has no groups of images); put it back, or draw the round again")
+        raise UserError(
+            f"{path}: is damaged (it has no groups of images); put it back, or draw the round again"
+        )
     return groups
 
 
@@ -175,7 +209,9 @@ def read_votes(folder: Path) -> Votes:
     Raises:
         UserError: a file that cannot be read at all, or no vote that can be used.
     """
-    place = {image["id"]: group["id"] for group in read_manifest(folder) for image in group["images"]}
+    place = {
+        image["id"]: group["id"] for group in read_manifest(folder) for image in group["images"]
+    }
     values: dict[tuple[str, str], list[float]] = {}
     people: set[str] = set()
     faults: list[str] = []
@@ -194,10 +230,14 @@ def read_votes(folder: Path) -> Votes:
     means = {pair: sum(each) / len(each) for pair, each in values.items()}
     both = means | {(b, a): -value for (a, b), value in means.items()}
     conflicts = sum(len(set(each)) > 1 for each in values.values())
-    return Votes(both, sum(map(len, values.values())), len(people), conflicts, len(faults), tuple(faults[:3]))
+    return Votes(
+        both, sum(map(len, values.values())), len(people), conflicts, len(faults), tuple(faults[:3])
+    )
 
 
-def _placed(first: str, second: str, value: float, place: Mapping[str, str], where: str) -> tuple[str, str, float]:
+def _placed(
+    first: str, second: str, value: float, place: Mapping[str, str], where: str
+) -> tuple[str, str, float]:
     """A vote with its images in the order of their names."""
     for image in (first, second):
         if image not in place:
@@ -231,7 +271,10 @@ def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
     content: Any = None
     try:
         if suffix == ".parquet":
-            values = [(f"row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)]
+            values = [
+                (f"row {i}", row)
+                for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+            ]
         elif suffix in (".csv", ".tsv"):
             values = [(f"line {row.line}", row.cells) for row in read_table(path).rows]
         elif suffix == ".jsonl":
@@ -241,18 +284,24 @@ def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
         else:
             content = read_json(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as votes ({' '.join(str(error).split())[:150]})") from error
+        raise UserError(
+            f"{path}: cannot be read as votes ({' '.join(str(error).split())[:150]})"
+        ) from error
     if suffix == ".json":
         content = content.get("votes") if isinstance(content, dict) else content
         if not isinstance(content, list):
-            raise UserError(f"{path}: expected a list of votes, each with image_a, image_b and preference")
+            raise UserError(
+                f"{path}: expected a list of votes, each with image_a, image_b and preference"
+            )
         values = [(f"vote {i}", value) for i, value in enumerate(content, start=1)]
     rows = []
     for place, value in values:
         if isinstance(value, dict):
             rows.append((f"{path.name}, {place}", value))
         else:
-            faults.append(f"{path.name}, {place}: expected image_a, image_b and preference, got {str(value)[:40]}")
+            faults.append(
+                f"{path.name}, {place}: expected image_a, image_b and preference, got {str(value)[:40]}"
+            )
     return rows
 
 
@@ -273,14 +322,20 @@ def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
         except ValueError:
             value = None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
-        raise UserError(f"{where}: preference is {given!r}; expected a, b, tie or a number from -1 to 1")
+        raise UserError(
+            f"{where}: preference is {given!r}; expected a, b, tie or a number from -1 to 1"
+        )
     return str(row["image_a"]), str(row["image_b"]), float(value)
 
 
 def _page(groups: Sequence[Mapping[str, Any]]) -> str:
     """A page to look at: every group's images with their ids."""
-    parts = ["<!doctype html><meta charset='utf-8'><title>Votes wanted</title><style>body{font:15px sans-serif;margin:2em}"]
-    parts.append("figure{display:inline-block;margin:.5em}img{min-width:160px;image-rendering:pixelated}</style>")
+    parts = [
+        "<!doctype html><meta charset='utf-8'><title>Votes wanted</title><style>body{font:15px sans-serif;margin:2em}"
+    ]
+    parts.append(
+        "figure{display:inline-block;margin:.5em}img{min-width:160px;image-rendering:pixelated}</style>"
+    )
     for group in groups:
         parts.append(f"<h3>{html.escape(group['prompt'])}</h3>")
         for image in group["images"]:

@@ -21,9 +21,16 @@ def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) ->
         return torch.as_tensor(function(list(images), list(prompts))).detach().cpu().double()
     if not places:
         return torch.full((len(images),), float("nan"), dtype=torch.float64)
-    values = torch.as_tensor(function([images[i] for i in places], [prompts[i] for i in places])).detach().cpu().double()
+    values = (
+        torch.as_tensor(function([images[i] for i in places], [prompts[i] for i in places]))
+        .detach()
+        .cpu()
+        .double()
+    )
     if len(values) != len(places):
-        raise UserError(f"scorers: expected {len(places)} scores for {len(places)} images, got shape {tuple(values.shape)}")
+        raise UserError(
+            f"scorers: expected {len(places)} scores for {len(places)} images, got shape {tuple(values.shape)}"
+        )
     scores = torch.full((len(images), *values.shape[1:]), float("nan"), dtype=torch.float64)
     scores[places] = values
     return scores
@@ -70,7 +77,10 @@ class Judge:
         if isinstance(scorer, str):
             return load_scorer(scorer, device=device)
         if not callable(scorer):
-            raise ConfigError("scorers", f"expected scorers, their names or functions, got {type(scorer).__name__}")
+            raise ConfigError(
+                "scorers",
+                f"expected scorers, their names or functions, got {type(scorer).__name__}",
+            )
         return scorer
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
@@ -110,7 +120,9 @@ class Judge:
             values = _of_present(member, images, prompts)
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or len(values) != len(images):
-            raise UserError(f"scorers: expected {len(images)} scores for {len(images)} images, got shape {tuple(values.shape)}")
+            raise UserError(
+                f"scorers: expected {len(images)} scores for {len(images)} images, got shape {tuple(values.shape)}"
+            )
         return values
 
     def combined(self, scores: Tensor) -> Tensor:
@@ -145,7 +157,9 @@ def preferences(judge: Judge, scores: Tensor, compare: str) -> Tensor:
     """(g, k, k) of +1, -1, 0 from scores (g, k, m): by Pareto dominance or by the combined score."""
     if compare not in COMPARE:
         raise ConfigError("compare", f"expected one of {', '.join(COMPARE)}, got {compare!r}")
-    return pareto_preferences(scores[..., : judge.deciding] if compare == "pareto" else judge.combined(scores)[..., None])
+    return pareto_preferences(
+        scores[..., : judge.deciding] if compare == "pareto" else judge.combined(scores)[..., None]
+    )
 
 
 class ScoreAhead:
@@ -157,7 +171,12 @@ class ScoreAhead:
         parallel: score in a thread; on a CPU the two would only take turns.
     """
 
-    def __init__(self, judge: Callable[[Sequence[Any], Sequence[str]], Tensor], prompts: Sequence[str], parallel: bool) -> None:
+    def __init__(
+        self,
+        judge: Callable[[Sequence[Any], Sequence[str]], Tensor],
+        prompts: Sequence[str],
+        parallel: bool,
+    ) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         self.judge, self.prompts = judge, list(prompts)
@@ -166,7 +185,11 @@ class ScoreAhead:
 
     def __call__(self, first: int, images: list[Any]) -> None:
         prompts = self.prompts[first : first + len(images)]
-        self.parts.append(self.pool.submit(self.judge, images, prompts) if self.pool else self.judge(images, prompts))
+        self.parts.append(
+            self.pool.submit(self.judge, images, prompts)
+            if self.pool
+            else self.judge(images, prompts)
+        )
 
     def result(self) -> Tensor:
         """(n, m), all parts."""

@@ -48,11 +48,20 @@ class OnPolicyConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("images_per_prompt", "num_inference_steps", "rollout_batch_size", "steps_per_round", "num_inner_epochs"):
+        for name in (
+            "images_per_prompt",
+            "num_inference_steps",
+            "rollout_batch_size",
+            "steps_per_round",
+            "num_inner_epochs",
+        ):
             self._check(name, lambda v: v >= 1, ">= 1")
         self._check("eta", lambda v: v >= 0, ">= 0")
         if self.precompute_ref_errors:
-            raise ConfigError("precompute_ref_errors", "there are no fixed images to compute them for; set it to false")
+            raise ConfigError(
+                "precompute_ref_errors",
+                "there are no fixed images to compute them for; set it to false",
+            )
 
     @property
     def feedback_of_people(self) -> bool:
@@ -158,7 +167,11 @@ class OnPolicyTrainer(Trainer):
         """Samples and judges; the policy of this moment is the reference of the round under ``reference: iterated``."""
         if isinstance(self.reference_model, SnapshotReference):
             self.reference_model.take()
-        judged = self._asked(number, batches) if self.judge is None else self.score_round(self.judge, batches)
+        judged = (
+            self._asked(number, batches)
+            if self.judge is None
+            else self.score_round(self.judge, batches)
+        )
         return judged * self.args.num_inner_epochs
 
     def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
@@ -167,7 +180,11 @@ class OnPolicyTrainer(Trainer):
         for batch in batches:
             trajectories, scores = self.sample(batch)
             check.add(batch, chain.from_iterable(trajectories.images), scores)
-            done.append(self.finish(batch, trajectories, preferences(judge, scores, self.args.compared_by), scores))
+            done.append(
+                self.finish(
+                    batch, trajectories, preferences(judge, scores, self.args.compared_by), scores
+                )
+            )
         check.finish()
         return done
 
@@ -181,11 +198,16 @@ class OnPolicyTrainer(Trainer):
         folder, k = feedback.round_folder(self.output_dir, number), self.args.images_per_prompt
         if self.is_dry:  # nothing may be written: everybody is undecided
             drawn_dry = [self.sample(batch) for batch in batches]
-            return [self.finish(b, t, torch.zeros(len(b), k, k), s) for b, (t, s) in zip(batches, drawn_dry, strict=True)]
+            return [
+                self.finish(b, t, torch.zeros(len(b), k, k), s)
+                for b, (t, s) in zip(batches, drawn_dry, strict=True)
+            ]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not (folder / feedback.MANIFEST).is_file():
             drawn = [self.sample(batch)[0] for batch in batches]
-            feedback.write_round(folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone)
+            feedback.write_round(
+                folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone
+            )
         votes = feedback.shared_votes(folder, self.accelerator.is_main_process)
         if votes is None:
             raise feedback.VotesNeeded(folder)
@@ -198,7 +220,9 @@ class OnPolicyTrainer(Trainer):
             done.append(self.finish(batch, found, preference, nobody))
         return done
 
-    def finish(self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor) -> Batch:
+    def finish(
+        self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor
+    ) -> Batch:
         """The batch that is trained on.
 
         Args:
@@ -220,14 +244,21 @@ class OnPolicyTrainer(Trainer):
         """Mean scores of images that the policy draws for held-out prompts, the same noise every time."""
         pipeline = self.evaluation_data(eval_dataset)
         if self.judge is None:
-            raise UserError("train.feedback: people cannot judge an evaluation; draw images with diffalign sample")
+            raise UserError(
+                "train.feedback: people cannot judge an evaluation; draw images with diffalign sample"
+            )
         window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.judge)
         for examples in pipeline.passes():
             batch = pipeline.builder(examples)
             drawn, scores = self.sample(batch, purpose="evaluation")
             check.add(batch, chain.from_iterable(drawn.images), scores)
             window.add(
-                {n: c.float().nanmean(1) for n, c in zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)}
+                {
+                    n: c.float().nanmean(1)
+                    for n, c in zip(
+                        self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True
+                    )
+                }
             )
         check.finish()
         result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}

@@ -25,7 +25,11 @@ from .rollout import SamplerConfig
 def online_sampler(config: OnlineConfig) -> SamplerConfig:
     """How `data.online` samples."""
     return SamplerConfig(
-        config.num_inference_steps, config.guidance_scale, config.eta, config.rollout_batch_size, shared_init=False
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.eta,
+        config.rollout_batch_size,
+        shared_init=False,
     )
 
 
@@ -40,7 +44,9 @@ def online_judge(config: OnlineConfig, scorers: object) -> Judge:
     """
     names = scorers if scorers is not None else config.scorers
     if not names:
-        raise ConfigError("data.online.scorers", "name at least one scorer, or give a rewards section")
+        raise ConfigError(
+            "data.online.scorers", "name at least one scorer, or give a rewards section"
+        )
     return Judge(names)
 
 
@@ -107,7 +113,9 @@ class OnlineData:
             batch,
             x0=latents[rows, chosen].to(device),
             noise=self._noise(batch, k),
-            condition={name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()},
+            condition={
+                name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()
+            },
             scores=combined.float().to(device) if self.kind == "ranked" else None,
             # One image has nothing to be equal to.
             weights=batch.weights * (scored if self.kind == "single" else decided).to(device),
@@ -116,5 +124,8 @@ class OnlineData:
     def _noise(self, batch: Batch, k: int) -> Tensor:
         if self.shared_noise:
             return batch.noise.expand(-1, k, *batch.noise.shape[2:])
-        draws = [torch.randn((k, *batch.noise.shape[2:]), generator=g) for g in batch.generators("online-noise")]
+        draws = [
+            torch.randn((k, *batch.noise.shape[2:]), generator=g)
+            for g in batch.generators("online-noise")
+        ]
         return torch.stack(draws).to(batch.noise.device)

@@ -29,11 +29,20 @@ class PolicySampler:
         accelerator: of the run.
     """
 
-    def __init__(self, rollout: Rollout, policy: Denoiser, network: Any, builder: BatchBuilder, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        rollout: Rollout,
+        policy: Denoiser,
+        network: Any,
+        builder: BatchBuilder,
+        accelerator: Accelerator,
+    ) -> None:
         self.rollout, self.policy, self.network = rollout, policy, network
         self.builder, self.accelerator = builder, accelerator
 
-    def __call__(self, batch: Batch, k: int, judge: Judge | None, purpose: str) -> tuple[Trajectories, Tensor]:
+    def __call__(
+        self, batch: Batch, k: int, judge: Judge | None, purpose: str
+    ) -> tuple[Trajectories, Tensor]:
         """k trajectories for every prompt of a batch, and their scores (g, k, m).
 
         Scores are NaN, (g, k, 1), without a judge. On a GPU they are computed while the next images
@@ -43,11 +52,23 @@ class PolicySampler:
             purpose (`str`): name of the random streams.
         """
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
-        ahead = None if judge is None else ScoreAhead(judge, prompts, self.accelerator.device.type == "cuda")
+        ahead = (
+            None
+            if judge is None
+            else ScoreAhead(judge, prompts, self.accelerator.device.type == "cuda")
+        )
         with sampling_mode(self.network), self.accelerator.autocast():
             main = self.accelerator.is_main_process
             empty = self.builder.unconditional(batch.condition)
-            trajectories = self.rollout(self.policy.predict, batch, k, empty, purpose=purpose, on_images=ahead, progress=main)
+            trajectories = self.rollout(
+                self.policy.predict,
+                batch,
+                k,
+                empty,
+                purpose=purpose,
+                on_images=ahead,
+                progress=main,
+            )
         if ahead is None:
             return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
         return trajectories, ahead.result().unflatten(0, (len(batch), k))
@@ -91,4 +112,6 @@ class RoundCheck:
             )
         for prompt, silent in zip(self.prompts, self.silent, strict=True):
             if silent:
-                self.say(f"no score for any image of {prompt[:60]!r}: its images are taken as equal")
+                self.say(
+                    f"no score for any image of {prompt[:60]!r}: its images are taken as equal"
+                )

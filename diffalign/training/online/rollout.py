@@ -50,7 +50,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 2:
-            raise ConfigError("num_inference_steps", f"expected int >= 2, got {self.num_inference_steps}")
+            raise ConfigError(
+                "num_inference_steps", f"expected int >= 2, got {self.num_inference_steps}"
+            )
         if self.batch_size < 1:
             raise ConfigError("rollout_batch_size", f"expected int >= 1, got {self.batch_size}")
         if not self.eta >= 0:
@@ -124,7 +126,10 @@ def make_grid(
     if isinstance(process, VariancePreserving):
         count = process.num_timesteps
         if steps > count:
-            raise ConfigError("num_inference_steps", f"expected at most {count}, the model's timesteps, got {steps}")
+            raise ConfigError(
+                "num_inference_steps",
+                f"expected at most {count}, the model's timesteps, got {steps}",
+            )
         ratio = count // steps
         if rule == 1:
             offset = int(scheduler.config.get("steps_offset", 0)) if offset is None else offset
@@ -140,7 +145,11 @@ def make_grid(
         # The clean sample, or a sample that does not move, has no density.
         return Grid(times, next_times, (next_times >= 0) & (next_times < times) & (eta > 0))
     own = type(scheduler).from_config(scheduler.config)
-    more = {"mu": dynamic_shift(own, patches)} if own.config.get("use_dynamic_shifting") and patches is not None else {}
+    more = (
+        {"mu": dynamic_shift(own, patches)}
+        if own.config.get("use_dynamic_shifting") and patches is not None
+        else {}
+    )
     own.set_timesteps(steps, **more)
     sigmas = own.sigmas.double()
     return Grid(sigmas[:-1], sigmas[1:], torch.full((len(sigmas) - 1,), eta > 0))
@@ -155,7 +164,12 @@ def dynamic_shift(scheduler: Any, patches: int) -> float:
 
 
 def transition(
-    process: NoisingProcess, output: Tensor, sample: Tensor, times: Tensor, next_times: Tensor, eta: float
+    process: NoisingProcess,
+    output: Tensor,
+    sample: Tensor,
+    times: Tensor,
+    next_times: Tensor,
+    eta: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean (n, ...) and standard deviation (broadcastable) of a step from `times` to `next_times`, (n,) each."""
     if isinstance(process, VariancePreserving):
@@ -170,7 +184,14 @@ def transition(
             clip_range=process.clip_range,
         )
     first = isinstance(process, RectifiedFlow) and process.legacy_first_step
-    return flow_sde_step(model_output=output, sample=sample, sigma=times, sigma_prev=next_times, eta=eta, legacy_first_step=first)
+    return flow_sde_step(
+        model_output=output,
+        sample=sample,
+        sigma=times,
+        sigma_prev=next_times,
+        eta=eta,
+        legacy_first_step=first,
+    )
 
 
 def step_log_prob(
@@ -230,9 +251,16 @@ class Rollout:
         *,
         grid: Grid | None = None,
     ) -> None:
-        self.backbone, self.process, self.config, self.description = backbone, process, config, description
+        self.backbone, self.process, self.config, self.description = (
+            backbone,
+            process,
+            config,
+            description,
+        )
         steps = config.num_inference_steps
-        self.grid = make_grid(process, backbone.scheduler, steps, config.eta) if grid is None else grid
+        self.grid = (
+            make_grid(process, backbone.scheduler, steps, config.eta) if grid is None else grid
+        )
 
     @torch.no_grad()
     def __call__(
@@ -261,13 +289,25 @@ class Rollout:
         streams = [streams[i * g + row] for row in range(g) for i in range(k)]
         flat, size, steps = start.flatten(0, 1), self.config.batch_size, len(self.grid)
         states, log_probs, images, lost = [], [], [], []
-        with tqdm(total=len(flat) * steps, desc=self.description, unit="step", disable=not progress, leave=False) as bar:
+        with tqdm(
+            total=len(flat) * steps,
+            desc=self.description,
+            unit="step",
+            disable=not progress,
+            leave=False,
+        ) as bar:
             for first in range(0, len(flat), size):
                 part = slice(first, min(first + size, len(flat)))
                 rows = torch.arange(part.start, part.stop, device=device) // k
                 given = {name: value[rows] for name, value in batch.condition.items()}
-                empty = None if unconditional is None else {name: value[rows] for name, value in unconditional.items()}
-                seen, found = self._chunk(predict, flat[part].to(device), given, empty, streams[part], bar)
+                empty = (
+                    None
+                    if unconditional is None
+                    else {name: value[rows] for name, value in unconditional.items()}
+                )
+                seen, found = self._chunk(
+                    predict, flat[part].to(device), given, empty, streams[part], bar
+                )
                 broken = ~torch.isfinite(seen.flatten(1)).all(1)
                 if broken.any():  # zeros, which no gradient follows: their images are missing, and so are their scores
                     seen, found = seen.clone(), found.clone()
@@ -278,7 +318,8 @@ class Rollout:
                 if decode:
                     pictures = self.backbone.decode_latents(seen[:, -1].to(device))
                     pictures = [
-                        Missing(NOT_FINITE) if bad else picture for picture, bad in zip(pictures, broken.tolist(), strict=True)
+                        Missing(NOT_FINITE) if bad else picture
+                        for picture, bad in zip(pictures, broken.tolist(), strict=True)
                     ]
                     images += pictures
                     if on_images is not None:
@@ -307,7 +348,15 @@ class Rollout:
         states, log_probs = [sample.float().cpu()], []
         for t, after, trainable in zip(grid.times, grid.next_times, grid.trainable, strict=True):
             times, next_times = t.expand(n), after.expand(n)
-            output = guide(predict, self.process, sample, times, condition, unconditional, config.guidance_scale)
+            output = guide(
+                predict,
+                self.process,
+                sample,
+                times,
+                condition,
+                unconditional,
+                config.guidance_scale,
+            )
             mean, std = transition(self.process, output, sample, times, next_times, config.eta)
             sample = mean.float()
             if bool((std > 0).any()):

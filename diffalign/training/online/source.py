@@ -36,7 +36,9 @@ class RolloutSource:
         drawn: data batches of this process taken so far.
     """
 
-    def __init__(self, make: Callable[[int, list[Batch]], list[Batch]], batches_per_round: int) -> None:
+    def __init__(
+        self, make: Callable[[int, list[Batch]], list[Batch]], batches_per_round: int
+    ) -> None:
         self.make, self.batches_per_round = make, batches_per_round
         self.queue: list[Batch] = []
         self.number = self.drawn = 0
@@ -72,7 +74,9 @@ class RolloutSource:
             tensors |= {f"{i}.{name}": value for name, value in flat_tensors(batch).items()}
             plain.append({name: getattr(batch, name) for name in _PLAIN})
         facts = {"number": self.number, "drawn": self.drawn, "batches": plain}
-        save_file(tensors, folder / f"rollout-{rank}.safetensors", metadata={"rounds": json.dumps(facts)})
+        save_file(
+            tensors, folder / f"rollout-{rank}.safetensors", metadata={"rounds": json.dumps(facts)}
+        )
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
         """Read it back.
@@ -87,7 +91,9 @@ class RolloutSource:
             )
         tensors, facts = read_tensors(path)
         self.number, self.drawn = facts["number"], facts["drawn"]
-        self.queue = [batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])]
+        self.queue = [
+            batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])
+        ]
 
 
 def flat_tensors(batch: Batch) -> dict[str, Tensor]:
@@ -98,15 +104,27 @@ def flat_tensors(batch: Batch) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
-def batch_from(tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], device: Any) -> Batch:
+def batch_from(
+    tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], device: Any
+) -> Batch:
     """A batch from `flat_tensors` under a prefix; times stay on the CPU."""
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    values: dict[str, Any] = {name: own[name] if name == "times" else own[name].to(device) for name in _TENSORS if name in own}
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+    values: dict[str, Any] = {
+        name: own[name] if name == "times" else own[name].to(device)
+        for name in _TENSORS
+        if name in own
+    }
     for section in _DICTS:
         start = f"{section}/"
         # Trajectories stay on the CPU until they are trained on.
         place = (lambda t: t.to(device)) if section == "condition" else (lambda t: t)
-        values[section] = {name.removeprefix(start): place(t) for name, t in own.items() if name.startswith(start)}
+        values[section] = {
+            name.removeprefix(start): place(t) for name, t in own.items() if name.startswith(start)
+        }
     return Batch(**values, **plain)
 
 

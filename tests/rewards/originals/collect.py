@@ -54,13 +54,29 @@ def main() -> None:
         source = f"{numbers['source']['repository']} at {numbers['source']['commit'][:7]} on tiny random weights"
         pairs = [[i, j] for i, j in PAIRS if i not in OTHER_MODES.get(key, ())]
         values = [numbers[field][i][j] for i, j in pairs]
-        found[key] = {"source": source, "pairs": pairs, "values": values, "tolerance": tolerance, "options": options}
+        found[key] = {
+            "source": source,
+            "pairs": pairs,
+            "values": values,
+            "tolerance": tolerance,
+            "options": options,
+        }
     for key, tolerance in OWN.items():
         drawn = key.startswith("shapes")
-        weights = {"shapes": "drawn images", "shapes-clip": "its embedded weights"}.get(key, "tiny random weights")
-        expected = {"source": f"diffalign {__version__} on {weights}", "pairs": SCENES if drawn else PAIRS, "options": {}}
+        weights = {"shapes": "drawn images", "shapes-clip": "its embedded weights"}.get(
+            key, "tiny random weights"
+        )
+        expected = {
+            "source": f"diffalign {__version__} on {weights}",
+            "pairs": SCENES if drawn else PAIRS,
+            "options": {},
+        }
         with tempfile.TemporaryDirectory() as folder:
-            found[key] = {**expected, "values": doctor.stored_scores(key, expected, Path(folder)), "tolerance": tolerance}
+            found[key] = {
+                **expected,
+                "values": doctor.stored_scores(key, expected, Path(folder)),
+                "tolerance": tolerance,
+            }
     rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
     doctor.REFERENCE.write_text("{\n" + rows + "\n}\n")
     print(f"wrote {doctor.REFERENCE.name}: {', '.join(found)}")

@@ -19,7 +19,9 @@ import PIL.Image
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))  # so that diffalign.rewards.testing.reference_models can be imported without installing
+sys.path.insert(
+    0, str(HERE.parents[2])
+)  # so that diffalign.rewards.testing.reference_models can be imported without installing
 torch.set_num_threads(1)
 STRIDE = 16  # of the stored pixels
 
@@ -27,8 +29,12 @@ STRIDE = 16  # of the stored pixels
 def arguments(description: str, **extra: str) -> argparse.Namespace:
     """--source CHECKOUT --out FOLDER, and required paths named in `extra`."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--source", type=Path, required=True, help="checkout of the original repository")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "fixtures", help="folder of the fixtures")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="checkout of the original repository"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "fixtures", help="folder of the fixtures"
+    )
     for name, text in extra.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=text)
     options = parser.parse_args()
@@ -38,8 +44,14 @@ def arguments(description: str, **extra: str) -> argparse.Namespace:
 
 def source_of(checkout: Path, repository: str, *packages: str, note: str = "") -> dict[str, str]:
     """What the fixture was computed by: repository, commit, versions."""
-    run = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], stdout=subprocess.PIPE, check=True)
-    facts = {"repository": repository, "commit": run.stdout.decode().strip(), "python": platform.python_version()}
+    run = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"], stdout=subprocess.PIPE, check=True
+    )
+    facts = {
+        "repository": repository,
+        "commit": run.stdout.decode().strip(),
+        "python": platform.python_version(),
+    }
     facts.update({"numpy": np.__version__, "pillow": PIL.__version__, "torch": torch.__version__})
     facts.update({name: importlib.import_module(name).__version__ for name in packages})
     return {**facts, "note": note} if note else facts
@@ -72,9 +84,15 @@ def definitions(file: Path, names: set, namespace: dict[str, Any]) -> dict[str, 
     """Runs only the named classes and functions of a script, notebook or README whose top level cannot run here."""
     code = file.read_text()
     if file.suffix == ".ipynb":
-        code = "\n".join("".join(c["source"]) for c in json.loads(code)["cells"] if c["cell_type"] == "code")
+        code = "\n".join(
+            "".join(c["source"]) for c in json.loads(code)["cells"] if c["cell_type"] == "code"
+        )
     elif file.suffix == ".md":
-        code = next(block for block in code.split("```")[1::2] if all(f"def {name}" in block for name in names))[len("python") :]
+        code = next(
+            block
+            for block in code.split("```")[1::2]
+            if all(f"def {name}" in block for name in names)
+        )[len("python") :]
     code = "\n".join(line for line in code.split("\n") if not line.lstrip().startswith(("!", "%")))
     kept = [node for node in ast.parse(code).body if getattr(node, "name", None) in names]
     assert {node.name for node in kept} == names, f"{file} lacks {names}"
@@ -92,7 +110,9 @@ def strided(array: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(array)[..., ::STRIDE, ::STRIDE])
 
 
-def write(folder: Path, name: str, numbers: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
+def write(
+    folder: Path, name: str, numbers: dict[str, Any], arrays: dict[str, np.ndarray] | None = None
+) -> None:
     """`name.json`, and the arrays as `name.npz`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(compact(numbers) + "\n", encoding="utf-8")
@@ -103,9 +123,17 @@ def write(folder: Path, name: str, numbers: dict[str, Any], arrays: dict[str, np
 def compact(value: Any, depth: int = 0) -> str:
     """JSON with one line for each innermost list and one for each key of a mapping."""
     if isinstance(value, dict) and depth < 2:
-        rows = [f"{' ' * (depth + 1)}{json.dumps(k)}: {compact(v, depth + 1)}" for k, v in value.items()]
+        rows = [
+            f"{' ' * (depth + 1)}{json.dumps(k)}: {compact(v, depth + 1)}" for k, v in value.items()
+        ]
         return "{\n" + ",\n".join(rows) + "\n" + " " * depth + "}"
     if isinstance(value, list) and value and isinstance(value[0], (list, dict)):
         pad = " " * (depth + 1)
-        return "[\n" + ",\n".join(pad + json.dumps(row, ensure_ascii=True) for row in value) + "\n" + " " * depth + "]"
+        return (
+            "[\n"
+            + ",\n".join(pad + json.dumps(row, ensure_ascii=True) for row in value)
+            + "\n"
+            + " " * depth
+            + "]"
+        )
     return json.dumps(value, ensure_ascii=True)

@@ -24,7 +24,9 @@ def main() -> None:
     space = {"nn": nn, "pl": types.SimpleNamespace(LightningModule=nn.Module)}
     v2 = common.definitions(options.source / "simple_inference.py", {"MLP", "normalized"}, space)
     space = {"nn": nn, "os": os, "torch": torch, "urlretrieve": None}
-    notebook = common.definitions(options.first / "asthetics_predictor.ipynb", {"get_aesthetic_model"}, space)
+    notebook = common.definitions(
+        options.first / "asthetics_predictor.ipynb", {"get_aesthetic_model"}, space
+    )
     features = checkpoints.random_features()
     unit = torch.from_numpy(v2["normalized"](features))
 
@@ -32,10 +34,14 @@ def main() -> None:
         model = v2["MLP"](features.shape[1])
         model.load_state_dict(torch.load(file, map_location="cpu"), strict=True)
         with torch.no_grad():
-            return model.eval()(unit).flatten().tolist(), model.double()(unit.double()).flatten().tolist()
+            return model.eval()(unit).flatten().tolist(), model.double()(
+                unit.double()
+            ).flatten().tolist()
 
     def run_v1(file):
-        with tempfile.TemporaryDirectory() as home:  # the notebook reads ~/.cache/emb_reader/sa_0_4_vit_l_14_linear.pth
+        with (
+            tempfile.TemporaryDirectory() as home
+        ):  # the notebook reads ~/.cache/emb_reader/sa_0_4_vit_l_14_linear.pth
             cache = Path(home) / ".cache" / "emb_reader"
             cache.mkdir(parents=True)
             (cache / "sa_0_4_vit_l_14_linear.pth").write_bytes(Path(file).read_bytes())
@@ -49,7 +55,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         own = {v: checkpoints.write_aesthetic(Path(temporary), v) for v in (1, 2)}
         tiny = {"v1": run_v1(own[1]), "v2": run_v2(own[2])}
-    published = {"v1": options.first / "sa_0_4_vit_l_14_linear.pth", "v2": options.source / "sac+logos+ava1-l14-linearMSE.pth"}
+    published = {
+        "v1": options.first / "sa_0_4_vit_l_14_linear.pth",
+        "v2": options.source / "sac+logos+ava1-l14-linearMSE.pth",
+    }
     results = {"v1": run_v1(published["v1"]), "v2": run_v2(published["v2"])}
     sources = {
         "v1": common.source_of(options.first, "LAION-AI/aesthetic-predictor", note="function of asthetics_predictor.ipynb"),
@@ -58,7 +67,11 @@ def main() -> None:
             note="class MLP and function normalized of simple_inference.py, LightningModule replaced by nn.Module",
         ),
     }  # fmt: skip
-    numbers = {"source": sources, "features": "random_features()", "normalised_norms": unit.norm(dim=-1).tolist()}
+    numbers = {
+        "source": sources,
+        "features": "random_features()",
+        "normalised_norms": unit.norm(dim=-1).tolist(),
+    }
     for version in ("v1", "v2"):
         numbers[version] = {
             "outputs": tiny[version][0], "outputs_fp64": tiny[version][1],

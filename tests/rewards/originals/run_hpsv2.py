@@ -30,15 +30,28 @@ def main() -> None:
         factory.add_model_config(folder / "ViT-tiny.json")
         # img_score's own call, with the tiny architecture and without the LAION weights that it replaces anyway
         model, _, preprocess = original.create_model_and_transforms(
-            "ViT-tiny", None, precision="amp", device="cpu", light_augmentation=True, aug_cfg={}, output_dict=True
+            "ViT-tiny",
+            None,
+            precision="amp",
+            device="cpu",
+            light_augmentation=True,
+            aug_cfg={},
+            output_dict=True,
         )
         original.model_dict.update(model=model, preprocess_val=preprocess)
         original.device = "cpu"
-        torch.save({"state_dict": checkpoints.tensors(checkpoints.hpsv2_state())}, folder / "tiny.pt")
+        torch.save(
+            {"state_dict": checkpoints.tensors(checkpoints.hpsv2_state())}, folder / "tiny.pt"
+        )
         images, prompts, errors, scores = checkpoints.sample_images(), checkpoints.PROMPTS, {}, []
         for name, image in images.items():
             try:
-                scores.append([float(original.score(image, prompt, cp=str(folder / "tiny.pt"))[0]) for prompt in prompts])
+                scores.append(
+                    [
+                        float(original.score(image, prompt, cp=str(folder / "tiny.pt"))[0])
+                        for prompt in prompts
+                    ]
+                )
             except RuntimeError as error:  # RGBA reaches the network with four channels
                 scores.append(None)
                 errors[name] = f"{type(error).__name__}: {error}"[:200]

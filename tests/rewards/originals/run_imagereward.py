@@ -23,7 +23,9 @@ def main() -> None:
     options = common.arguments(__doc__)
     from diffalign.rewards.testing import reference_models as checkpoints
 
-    common.bare_package("ImageReward", options.source / "ImageReward")  # its __init__ wants diffusers
+    common.bare_package(
+        "ImageReward", options.source / "ImageReward"
+    )  # its __init__ wants diffusers
     common.stub("clip")  # only for its CLIP and aesthetic scorers
     import ImageReward.ImageReward as original
     from ImageReward.models.BLIP import blip, blip_pretrain
@@ -36,7 +38,11 @@ def main() -> None:
         checkpoints.write_imagereward(folder)
         # the original asks the hub for the vocabulary by name, and hard-codes ViT-L; both are replaced by the tiny ones
         load = BertTokenizer.from_pretrained
-        blip.BertTokenizer = type("Local", (), {"from_pretrained": staticmethod(lambda name: load(str(folder / "tokenizer")))})
+        blip.BertTokenizer = type(
+            "Local",
+            (),
+            {"from_pretrained": staticmethod(lambda name: load(str(folder / "tokenizer")))},
+        )
         full_vit = blip_pretrain.create_vit
         blip_pretrain.create_vit = lambda *a, **k: (
             blip.VisionTransformer(
@@ -49,7 +55,9 @@ def main() -> None:
         model.mlp = original.MLP(sizes["text"]["hidden_size"])
         model.blip.vision_proj = torch.nn.Linear(vision["hidden_size"], checkpoints.PROJECTION)
         model.blip.text_proj = torch.nn.Linear(sizes["text"]["hidden_size"], checkpoints.PROJECTION)
-        model.load_state_dict(torch.load(folder / "ImageReward.pt", map_location="cpu"), strict=True)
+        model.load_state_dict(
+            torch.load(folder / "ImageReward.pt", map_location="cpu"), strict=True
+        )
         model.eval()
         numbers, arrays = measure(model, checkpoints)
 
@@ -57,7 +65,15 @@ def main() -> None:
         (folder / "full.json").write_text(json.dumps(FULL_MED_CONFIG))
         full = original.ImageReward(med_config=str(folder / "full.json"), device="cpu").state_dict()
     note = "tiny random weights of diffalign/rewards/testing/reference_models.py; clip stubbed; BertTokenizer from the tiny vocabulary"
-    source = common.source_of(options.source, "THUDM/ImageReward", "torchvision", "transformers", "timm", "fairscale", note=note)
+    source = common.source_of(
+        options.source,
+        "THUDM/ImageReward",
+        "torchvision",
+        "transformers",
+        "timm",
+        "fairscale",
+        note=note,
+    )
     common.write(options.out, "imagereward", {"source": source, **numbers}, arrays)
     keys = {"source": source, "shapes": {name: list(value.shape) for name, value in full.items()}}
     packed = gzip.compress(json.dumps(keys).encode(), mtime=0)
@@ -68,7 +84,9 @@ def main() -> None:
 def measure(model, checkpoints):
     """Rewards of all images with all prompts, token ids, pixels, gradients."""
     images, prompts = checkpoints.sample_images(), checkpoints.PROMPTS
-    tokens = model.blip.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    tokens = model.blip.tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    )
     fp32 = [[model.score(prompt, image) for prompt in prompts] for image in images.values()]
     ranking, ranked = model.inference_rank(prompts[0], list(images.values()))
     crop = model.preprocess.transforms[:3]  # Resize, CenterCrop, RGB: 8-bit pixels before ToTensor
@@ -92,7 +110,10 @@ def measure(model, checkpoints):
         "pixels": "random_model_input(0) as the normalised input", "prompts": [0, 1], "rewards": rewards.flatten().tolist(),
         "gradient_norm": float(np.linalg.norm(gradient.astype(np.float64))),
     }  # fmt: skip
-    arrays = {"pixels": np.stack([common.strided(p) for p in pixels]), "gradient": common.strided(gradient)}
+    arrays = {
+        "pixels": np.stack([common.strided(p) for p in pixels]),
+        "gradient": common.strided(gradient),
+    }
 
     batch = torch.stack([model.preprocess(image) for image in images.values()]).double()
     model.double()
@@ -100,7 +121,9 @@ def measure(model, checkpoints):
     with torch.no_grad():
         for picture in batch:
             many = picture[None].expand(len(prompts), -1, -1, -1)
-            rows.append(model.score_gard(tokens.input_ids, tokens.attention_mask, many).flatten().tolist())
+            rows.append(
+                model.score_gard(tokens.input_ids, tokens.attention_mask, many).flatten().tolist()
+            )
     leaf = inputs.double().requires_grad_(True)
     rewards = model.score_gard(ids, mask, leaf)
     rewards.sum().backward()

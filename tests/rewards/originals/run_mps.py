@@ -14,7 +14,9 @@ import torch
 
 
 def main() -> None:
-    options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
+    options = common.arguments(
+        __doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout"
+    )
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
     from diffalign.rewards.testing import reference_models as checkpoints
@@ -27,12 +29,16 @@ def main() -> None:
 
     torch.Tensor.half = lambda self: self
     sizes = checkpoints.mps_config()
-    original.Cross_model = lambda **published: Cross_model(**sizes["cross"])  # the original hard-codes 1024, 4 layers, 16 heads
+    original.Cross_model = lambda **published: Cross_model(
+        **sizes["cross"]
+    )  # the original hard-codes 1024, 4 layers, 16 heads
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         CLIPModel(CLIPConfig.from_dict(sizes["clip"])).save_pretrained(folder / "clip")
         model = original.CLIPModel(str(folder / "clip"))
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoints.write_clip_tokenizer(folder / "tokenizer", options.bpe)))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(checkpoints.write_clip_tokenizer(folder / "tokenizer", options.bpe))
+        )
     model.load_state_dict(checkpoints.tensors(checkpoints.mps_state()), strict=True)
     model.eval()
     images, prompts = checkpoints.sample_images(), checkpoints.PROMPTS
@@ -40,14 +46,28 @@ def main() -> None:
     pixels = processor(list(images.values()), return_tensors="pt").pixel_values
     condition = evaluation.infer_one_sample.__wrapped__.__code__.co_consts
     condition = next(c for c in condition if isinstance(c, str) and c.startswith("light, color"))
-    ids = tokenizer([*prompts, condition], max_length=77, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        [*prompts, condition],
+        max_length=77,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
 
     def benchmark():  # threshold 0.3, one image at a time, by the evaluation script
         call = evaluation.infer_one_sample
-        return [[float(call(i, p, model, processor, tokenizer, "cpu")[0]) for p in prompts] for i in images.values()]
+        return [
+            [float(call(i, p, model, processor, tokenizer, "cpu")[0]) for p in prompts]
+            for i in images.values()
+        ]
 
-    def published(batch):  # threshold 0.01, by the module's own forward, which takes two images a prompt
-        return [[forward(model, row, ids[-1:], torch.stack([picture, picture])) for row in ids[:-1]] for picture in batch]
+    def published(
+        batch,
+    ):  # threshold 0.01, by the module's own forward, which takes two images a prompt
+        return [
+            [forward(model, row, ids[-1:], torch.stack([picture, picture])) for row in ids[:-1]]
+            for picture in batch
+        ]
 
     numbers = {
         "source": common.source_of(
@@ -60,7 +80,9 @@ def main() -> None:
     }  # fmt: skip
     model.double()
     processor_fp32 = processor
-    processor = lambda image, **options: {"pixel_values": processor_fp32(image, **options)["pixel_values"].double()}  # noqa: E731
+    processor = lambda image, **options: {
+        "pixel_values": processor_fp32(image, **options)["pixel_values"].double()
+    }  # noqa: E731
     numbers["scores_threshold_0.3_fp64"] = benchmark()
     numbers["scores_threshold_0.01_fp64"] = published(pixels.double())
     numbers["kept_tokens"], sims = kept(model, ids)
@@ -76,8 +98,20 @@ def main() -> None:
     common.write(options.out, "mps", numbers, arrays)
     for name in ("0.3", "0.01"):
         wide = np.array(numbers[f"scores_threshold_{name}_fp64"])
-        print(name, wide.std(0).mean(), wide.std(1).mean(), np.abs(wide - numbers[f"scores_threshold_{name}"]).max())
-    print(numbers["kept_tokens"], {name: tuple(v.shape) for name, v in model.state_dict().items() if name.startswith("cross")})
+        print(
+            name,
+            wide.std(0).mean(),
+            wide.std(1).mean(),
+            np.abs(wide - numbers[f"scores_threshold_{name}"]).max(),
+        )
+    print(
+        numbers["kept_tokens"],
+        {
+            name: tuple(v.shape)
+            for name, v in model.state_dict().items()
+            if name.startswith("cross")
+        },
+    )
 
 
 def pair(model, text, condition, images):

@@ -11,7 +11,9 @@ import torch
 
 
 def main() -> None:
-    options = common.arguments(__doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout")
+    options = common.arguments(
+        __doc__, bpe="bpe_simple_vocab_16e6.txt.gz, e.g. of the HPSv2 checkout"
+    )
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     from diffalign.rewards.testing import reference_models as checkpoints
@@ -24,18 +26,30 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     processor = CLIPProcessor(CLIPImageProcessor(**checkpoints.preprocessor_config()), tokenizer)
     space = {"torch": torch, "processor": processor, "model": model, "device": "cpu"}
-    calc_probs = common.definitions(options.source / "README.md", {"calc_probs"}, space)["calc_probs"]
+    calc_probs = common.definitions(options.source / "README.md", {"calc_probs"}, space)[
+        "calc_probs"
+    ]
 
     images, prompts = checkpoints.sample_images(), checkpoints.PROMPTS
-    tokens = processor(text=prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+    tokens = processor(
+        text=prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    )
     pixels = processor(
-        images=list(images.values()), padding=True, truncation=True, max_length=77, return_tensors="pt"
+        images=list(images.values()),
+        padding=True,
+        truncation=True,
+        max_length=77,
+        return_tensors="pt",
     ).pixel_values
-    raw = CLIPImageProcessor(**{**checkpoints.preprocessor_config(), "do_normalize": False, "do_rescale": False})
+    raw = CLIPImageProcessor(
+        **{**checkpoints.preprocessor_config(), "do_normalize": False, "do_rescale": False}
+    )
     raw = np.stack(raw(list(images.values()), return_tensors="np")["pixel_values"]).astype(np.uint8)
     with torch.no_grad():
         image_emb, text_emb = embed(model, pixels, tokens)
-        scores = model.logit_scale.exp() * (text_emb @ image_emb.T)  # the README's line, for all prompts at once
+        scores = model.logit_scale.exp() * (
+            text_emb @ image_emb.T
+        )  # the README's line, for all prompts at once
     numbers = {
         "source": common.source_of(
             options.source, "yuvalkirstain/PickScore", "transformers", "tokenizers",
