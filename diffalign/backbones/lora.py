@@ -391,8 +391,10 @@ def _rewritten(file: Path, denoiser_only: bool) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as opened:
         names = [
-            name for name in opened.keys() if not (denoiser_only and name.startswith(TEXT_PREFIXES))
-        ]  # noqa: SIM118
+            name
+            for name in opened.keys()
+            if not (denoiser_only and name.startswith(TEXT_PREFIXES))  # noqa: SIM118
+        ]
         tensors = {name.replace("_orig_mod.", ""): opened.get_tensor(name) for name in names}
         metadata = {
             key: value.replace("_orig_mod.", "") for key, value in (opened.metadata() or {}).items()

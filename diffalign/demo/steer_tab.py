@@ -77,8 +77,8 @@ def build(engine: Engine, session: Session, example: str) -> None:
         particles,
         lmbda,
         request: gr.Request,
-        progress=gr.Progress(),
-    ):  # type: ignore[no-untyped-def]  # noqa: B008
+        progress=gr.Progress(),  # noqa: B008
+    ):  # type: ignore[no-untyped-def]
         with said():
             wanted = engine.read(prompt, seed, steps, guidance, side)
             engine.pipe(model)

@@ -29,9 +29,9 @@ def test_the_weights_are_small_half_precision_safetensors() -> None:
     assert sum(p.stat().st_size for p in files) < 12 * 2**20
     for path in weights:
         with safe_open(path, "pt") as file:
-            assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {
+            assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {  # noqa: SIM118
                 torch.float16
-            }  # noqa: SIM118
+            }
 
 
 def test_plain_from_pretrained_runs_in_float32(pipe) -> None:  # type: ignore[no-untyped-def]

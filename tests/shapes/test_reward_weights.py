@@ -64,9 +64,9 @@ def test_the_weights_are_small_float32_safetensors_and_nothing_else_is_large() -
         < 100_000
     )
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {
+        assert {file.get_tensor(k).dtype for k in file.keys() if "position_ids" not in k} == {  # noqa: SIM118
             torch.float32
-        }  # noqa: SIM118
+        }
 
 
 def test_the_folder_is_a_clip_with_exact_gelu_and_its_own_end_token(model: Any) -> None:

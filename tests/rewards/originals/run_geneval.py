@@ -30,8 +30,8 @@ def detections(name, boxes, scores, colors=()):
     colors = list(colors) + [None] * (len(boxes) - len(colors))
     return [
         {"class": name, "score": s, "box": list(b), "color": c}
-        for b, s, c in zip(boxes, scores, colors)
-    ]  # noqa: B905
+        for b, s, c in zip(boxes, scores, colors)  # noqa: B905
+    ]
 
 
 def cases():

@@ -80,9 +80,9 @@ def main() -> None:
     }  # fmt: skip
     model.double()
     processor_fp32 = processor
-    processor = lambda image, **options: {
+    processor = lambda image, **options: {  # noqa: E731
         "pixel_values": processor_fp32(image, **options)["pixel_values"].double()
-    }  # noqa: E731
+    }
     numbers["scores_threshold_0.3_fp64"] = benchmark()
     numbers["scores_threshold_0.01_fp64"] = published(pixels.double())
     numbers["kept_tokens"], sims = kept(model, ids)
