@@ -7,6 +7,7 @@ The YAML is the Python call written down. Unknown keys are errors with a suggest
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,9 +161,9 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
         "hub": lambda v: build_section(HubConfig, v, "hub"),
         "rewards": panel_section,
         **{
-            name: lambda v, name=name: coerce(v, str, name)
+            name: functools.partial(coerce, annotation=str, path=name)
             for name in ("revision", "variant", "vae", "ref_model")
-        },  # type: ignore[misc]
+        },
     }
     return RunConfig(
         method=method,

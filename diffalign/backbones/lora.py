@@ -390,11 +390,9 @@ def _rewritten(file: Path, denoiser_only: bool) -> Iterator[Path]:
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as folder, safe_open(file, "pt") as opened:
-        names = [
-            name
-            for name in opened.keys()
-            if not (denoiser_only and name.startswith(TEXT_PREFIXES))  # noqa: SIM118
-        ]
+        names = list(opened.keys())
+        if denoiser_only:
+            names = [name for name in names if not name.startswith(TEXT_PREFIXES)]
         tensors = {name.replace("_orig_mod.", ""): opened.get_tensor(name) for name in names}
         metadata = {
             key: value.replace("_orig_mod.", "") for key, value in (opened.metadata() or {}).items()

@@ -47,7 +47,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
     )
     scores = gr.Markdown(elem_id="compare-scores")
 
-    def draw(
+    def draw(  # type: ignore[no-untyped-def]
         prompt,
         seed,
         steps,
@@ -58,7 +58,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
         scale,
         request: gr.Request,
         progress=gr.Progress(),  # noqa: B008
-    ):  # type: ignore[no-untyped-def]
+    ):
         with said():
             wanted = engine.read(prompt, seed, steps, guidance, side)
             bounded("LoRA scale", scale, 0, engine.limits.lora_scale)

@@ -66,7 +66,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
     )
     scores = gr.Markdown(elem_id="steer-scores")
 
-    def steer(
+    def steer(  # type: ignore[no-untyped-def]
         prompt,
         seed,
         steps,
@@ -78,7 +78,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
         lmbda,
         request: gr.Request,
         progress=gr.Progress(),  # noqa: B008
-    ):  # type: ignore[no-untyped-def]
+    ):
         with said():
             wanted = engine.read(prompt, seed, steps, guidance, side)
             engine.pipe(model)
