@@ -36,6 +36,7 @@ MODULES = {
     "folder_lock": "runtime.folder_lock",
     "folders": "runtime.files",
     "guidance": "generation.guidance",
+    "likelihood.processes": "likelihood.schedules",
     "merge": "generation.merge",
     "processes": "runtime.distributed",
     "ranges": "config.ranges",

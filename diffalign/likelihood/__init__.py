@@ -11,7 +11,7 @@ from .errors import (
     implicit_rewards,
     min_snr_weight,
 )
-from .processes import (
+from .schedules import (
     NoisingProcess,
     RectifiedFlow,
     VariancePreserving,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .processes import NoisingProcess, RectifiedFlow, VariancePreserving
+from .schedules import NoisingProcess, RectifiedFlow, VariancePreserving
 
 TIMESTEP_SAMPLERS = ("uniform", "logit_normal", "turbo", "refiner")
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .processes import implied_x0_eps
+from .schedules import implied_x0_eps
 
 MIN_STD = 1e-4
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..data import PreferenceDataset
 from ..errors import ConfigError
-from ..likelihood.processes import NoisingProcess
+from ..likelihood.schedules import NoisingProcess
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.data_pipeline import as_preferences

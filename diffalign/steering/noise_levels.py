@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..likelihood.processes import clip_range
+from ..likelihood.schedules import clip_range
 
 UNREACHABLE = {
     "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",

@@ -16,7 +16,7 @@ from diffalign import cli
 from diffalign.backbones.loading import ModelSource
 from diffalign.errors import ConfigError, UserError
 from diffalign.generation.pipelines import load_pipeline
-from diffalign.likelihood.processes import process_from_scheduler
+from diffalign.likelihood.schedules import process_from_scheduler
 from diffalign.runtime.weight_files import read_header, what_is_wrong
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -12,7 +12,7 @@ from tiny import build_pipeline, first_batch, lora_config, make_trainer, pair_ro
 
 from diffalign import SelfNPOConfig
 from diffalign.errors import ConfigError, UserError
-from diffalign.likelihood.processes import RectifiedFlow, VariancePreserving
+from diffalign.likelihood.schedules import RectifiedFlow, VariancePreserving
 from diffalign.methods.self_npo import (
     ddim_move,
     guided_output,

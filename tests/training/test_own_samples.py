@@ -17,7 +17,7 @@ from diffusers import (
 )
 from tiny import build_pipeline, lora_config, make_trainer
 
-from diffalign.likelihood.processes import RectifiedFlow, clip_range, process_from_scheduler
+from diffalign.likelihood.schedules import RectifiedFlow, clip_range, process_from_scheduler
 from diffalign.training.online.rollout import Rollout, SamplerConfig, make_grid, sampling_mode
 
 PROMPTS = ("a small red circle", "a large blue star")

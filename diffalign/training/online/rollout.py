@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ...backbones import Backbone
 from ...errors import ConfigError
-from ...likelihood.processes import NoisingProcess, RectifiedFlow, VariancePreserving
+from ...likelihood.schedules import NoisingProcess, RectifiedFlow, VariancePreserving
 from ...likelihood.transitions import MIN_STD, ddim_step, flow_sde_step, gaussian_log_prob
 from ...runtime.missing import NOT_FINITE, Missing
 from ..batch import Batch
