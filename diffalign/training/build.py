@@ -85,7 +85,8 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     if any("_orig_mod" in name for name, _ in network.named_parameters()):
         raise ConfigError(
             "model",
-            "parts of the network are compiled (_orig_mod in the names of its weights); pass the plain network",
+            "parts of the network are compiled (_orig_mod in the names of its weights); pass "
+            "the plain network",
         )
     set_attention(network, args.attention)
     if args.gradient_checkpointing:
@@ -109,7 +110,8 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
         )
         raise ConfigError(
             "lora.target_modules",
-            f"{shown(config.target_modules)} matches no module of the {backbone.network_name} that can have a LoRA; its linear layers are "
+            f"{shown(config.target_modules)} matches no module of the "
+            f"{backbone.network_name} that can have a LoRA; its linear layers are "
             f"named {', '.join(linear[:12])}",
         ) from error
     cast_training_params(network, dtype=torch.float32)
@@ -151,7 +153,8 @@ def _check_adapters(backbone: Backbone) -> None:
         if getattr(unwrapped(component), "peft_config", None):
             raise ConfigError(
                 "model",
-                f"the pipeline already carries adapters (on its {name}); fuse or unload them first (pipe.fuse_lora(), "
+                f"the pipeline already carries adapters (on its {name}); fuse or unload them "
+                "first (pipe.fuse_lora(), "
                 "pipe.unload_lora_weights())",
             )
 

@@ -69,7 +69,8 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
         found = list_checkpoints(output_dir)
         if not found:
             raise UserError(
-                f"train.resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to resume; leave the option out to start"
+                f"train.resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to "
+                "resume; leave the option out to start"
             )
         return found[-1]
     path = Path(request)
@@ -78,7 +79,8 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
         if (inside / STATE_FILE).is_file():
             return inside
         raise UserError(
-            f"train.resume_from_checkpoint: {request!r} is no checkpoint of diffalign (it has no {STATE_FILE})"
+            f"train.resume_from_checkpoint: {request!r} is no checkpoint of diffalign (it "
+            f"has no {STATE_FILE})"
         )
     return path
 
@@ -113,7 +115,8 @@ def check_archives(folder: Path, names: Iterable[str]) -> None:
             damaged = str(error)
         if damaged is not None:
             raise UserError(
-                f"{folder} is damaged: {name} has a wrong checksum ({damaged}); resume from an earlier checkpoint"
+                f"{folder} is damaged: {name} has a wrong checksum ({damaged}); resume from "
+                "an earlier checkpoint"
             )
 
 
@@ -134,7 +137,8 @@ def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
     )
     if result is not None and result.unexpected_keys:
         raise UserError(
-            f"{folder}: the LoRA does not fit this network; unexpected keys {result.unexpected_keys[:3]}"
+            f"{folder}: the LoRA does not fit this network; unexpected keys "
+            f"{result.unexpected_keys[:3]}"
         )
 
 
@@ -230,7 +234,8 @@ class CheckpointManager:
         kept = list_checkpoints(self.output_dir)
         survives = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
         raise NonFiniteWeights(
-            f"step {step}: the weights are not finite, so they are not saved; {survives}; lower train.learning_rate"
+            f"step {step}: the weights are not finite, so they are not saved; {survives}; "
+            "lower train.learning_rate"
         )
 
     def undone(self, folder: Path, due: list[str]) -> list[str]:
@@ -263,7 +268,8 @@ class CheckpointManager:
                     shutil.rmtree(retired, ignore_errors=True)
                     os.replace(path, retired)
                     self.accelerator.print(
-                        f"{path.name} is of a later step than this run goes on from; it is now {retired.name}"
+                        f"{path.name} is of a later step than this run goes on from; it is "
+                        f"now {retired.name}"
                     )
         self.accelerator.wait_for_everyone()
 
@@ -386,7 +392,8 @@ class CheckpointManager:
         name = f"random_states_{self.accelerator.process_index}.pkl"
         if name not in files:
             self.accelerator.print(
-                f"{folder} has no random states of process {self.accelerator.process_index}; they start anew"
+                f"{folder} has no random states of process {self.accelerator.process_index}; "
+                "they start anew"
             )
             return
         try:
@@ -397,7 +404,8 @@ class CheckpointManager:
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(
-                f"{folder} is damaged: the random state {name} cannot be read ({reason}); resume from an earlier checkpoint"
+                f"{folder} is damaged: the random state {name} cannot be read ({reason}); "
+                "resume from an earlier checkpoint"
             ) from error
 
     def _load_ema(self, folder: Path, record: dict[str, Any]) -> None:
@@ -440,6 +448,7 @@ class CheckpointManager:
                 f"{k} is {self.identity[k]!r}, there {identity.get(k)!r}" for k in different
             )
             raise UserError(
-                f"{folder} belongs to another run ({details}); use the same settings, or --train.force_resume true"
+                f"{folder} belongs to another run ({details}); use the same settings, or "
+                "--train.force_resume true"
             )
         return record

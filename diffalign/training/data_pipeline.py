@@ -90,7 +90,8 @@ def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
     if config.cache_latents and not (config.center_crop and not config.random_flip):
         raise ConfigError(
             "data.cache_latents",
-            "cached latents cannot be cropped or flipped anew; set data.center_crop: true and data.random_flip: false",
+            "cached latents cannot be cropped or flipped anew; set data.center_crop: true "
+            "and data.random_flip: false",
         )
     return transform
 
@@ -110,7 +111,8 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
     if args.precompute_ref_errors and not (config.center_crop and not config.random_flip):
         raise ConfigError(
             "train.precompute_ref_errors",
-            "needs the same pixels in every epoch; set data.center_crop: true and data.random_flip: false",
+            "needs the same pixels in every epoch; set data.center_crop: true and "
+            "data.random_flip: false",
         )
     if config.aspect_ratio_buckets and dataset.kind == "prompt":
         raise ConfigError(
@@ -159,7 +161,8 @@ class DataPipeline:
         self.dropped_sizes = len(assigned) - len(keep)
         if not keep:
             raise UserError(
-                "data.mismatch: the images of every group differ in aspect; set data.mismatch: letterbox"
+                "data.mismatch: the images of every group differ in aspect; set "
+                "data.mismatch: letterbox"
             )
         self.buckets = [bucket for bucket in assigned if bucket is not None]
         return dataset if not self.dropped_sizes else dataset.select(keep)
@@ -194,7 +197,8 @@ class DataPipeline:
             self.latents.reload()
             self.reader.latents = self.latents
             said.append(
-                f"latent cache {self.latents.folder}: {len(self.dataset)} groups, {added} encoded now"
+                f"latent cache {self.latents.folder}: {len(self.dataset)} groups, {added} "
+                "encoded now"
             )
             self.backbone.release("vae")
         if self.prompts is not None:

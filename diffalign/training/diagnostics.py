@@ -60,13 +60,15 @@ def beta_message(beta: float, shape: tuple[int, ...], reduction: str) -> str:
     """One line that says what beta means for this latent size, comparable with other codes."""
     elements = math.prod(shape)
     return (
-        f"beta {beta:g} on the {reduction} error of a {'x'.join(map(str, shape))} latent (N = {elements}) is "
+        f"beta {beta:g} on the {reduction} error of a {'x'.join(map(str, shape))} latent (N "
+        f"= {elements}) is "
         f"{effective_beta(beta, elements, reduction):.4g} on the summed error"
     )
 
 
 LOG2_MESSAGE = (
-    "a preference loss starts at log 2 = 0.693 (policy = reference) and moves slowly: 0.69 is not a fault. "
+    "a preference loss starts at log 2 = 0.693 (policy = reference) and moves slowly: 0.69 "
+    "is not a fault. "
     "Watch rewards/accuracies (above 0.5), rewards/margins (rising) and change/chosen (below 0)"
 )
 
@@ -90,7 +92,8 @@ def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
         return
     rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
     raise NonFiniteLoss(
-        f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; {_REMEDY}"
+        f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; "
+        f"{_REMEDY}"
     )
 
 
@@ -132,7 +135,8 @@ class FiniteCheck:
             for loss, batch in self.seen:
                 check_finite(loss, batch, self.step)
             raise NonFiniteLoss(
-                f"step {self.step}: the gradient is not finite (last batch: dataset rows {self.seen[-1][1].row_ids}), so the step was not "
+                f"step {self.step}: the gradient is not finite (last batch: dataset rows "
+                f"{self.seen[-1][1].row_ids}), so the step was not "
                 f"taken; {_REMEDY}"
             )
         self.seen, self.finite = [], None
@@ -163,8 +167,10 @@ class DivergenceGuard:
         self.count = self.count + 1 if change > 0 else 0
         if self.count == self.patience:
             self.warn(
-                f"step {step}: the error of the chosen images has been above the reference's for {self.patience} logs "
-                f"(now +{change:.3g}): the model is drifting away from what it should prefer; lower the learning rate, raise beta "
+                f"step {step}: the error of the chosen images has been above the reference's "
+                f"for {self.patience} logs "
+                f"(now +{change:.3g}): the model is drifting away from what it should "
+                "prefer; lower the learning rate, raise beta "
                 "or set train.sft_weight"
             )
         return self.count >= self.patience

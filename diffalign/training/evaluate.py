@@ -68,8 +68,10 @@ def measure_rounding(
         sentence = f"rounding: not measured ({type(error).__name__}: {explained(error)[:100]})"
     else:
         sentence = (
-            f"rounding: {precision} alone moves the logit of the same weights by {spread:.2g} (root mean square of {pairs} "
-            "pairs against float32); until rewards/margins grow beyond it, margins and accuracies are mostly rounding, and the gradient "
+            f"rounding: {precision} alone moves the logit of the same weights by "
+            f"{spread:.2g} (root mean square of {pairs} "
+            "pairs against float32); until rewards/margins grow beyond it, margins and "
+            "accuracies are mostly rounding, and the gradient "
             "is not"
         )
     if device.type == "cuda":

@@ -70,7 +70,8 @@ class GroupReader(torch.utils.data.Dataset):
         self.broken[index] = reason
         if len(self.broken) > self.max_broken_fraction * len(self.dataset):
             raise UserError(
-                f"{len(self.broken)} of {len(self.dataset)} rows cannot be used, more than data.max_broken_fraction: {reason}"
+                f"{len(self.broken)} of {len(self.dataset)} rows cannot be used, more than "
+                f"data.max_broken_fraction: {reason}"
             )
 
     def read(self, group: Any, epoch: int) -> Example:

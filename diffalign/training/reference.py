@@ -151,7 +151,8 @@ class SnapshotReference:
 
         if not (folder / "reference.safetensors").is_file():
             raise UserError(
-                f"train.reference: {folder} holds no reference; it was saved by a run with another setting"
+                f"train.reference: {folder} holds no reference; it was saved by a run with "
+                "another setting"
             )
         self.weights = {
             name: w.to(device)
@@ -205,12 +206,14 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
         if unwrapped(parts[0]) is unwrapped(parts[1]):
             raise ConfigError(
                 "ref_model",
-                "is the policy's own pipeline, which trains; leave it out, or load the pipeline a second time",
+                "is the policy's own pipeline, which trains; leave it out, or load the "
+                "pipeline a second time",
             )
     if type(ref_backbone) is not type(backbone):
         raise ConfigError(
             "ref_model",
-            f"{name} is of another model family than the policy ({theirs.pipeline_class_name}, {mine.pipeline_class_name})",
+            f"{name} is of another model family than the policy "
+            f"({theirs.pipeline_class_name}, {mine.pipeline_class_name})",
         )
     kinds = ref_backbone.process.prediction_type, backbone.process.prediction_type
     if kinds[0] != kinds[1]:
@@ -242,7 +245,8 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
         if values[0] != values[1]:
             raise ConfigError(
                 "ref_model",
-                f"{name} has {field} {values[0]}, the policy {values[1]}; it must read the same inputs",
+                f"{name} has {field} {values[0]}, the policy {values[1]}; it must read the "
+                "same inputs",
             )
 
 

@@ -65,7 +65,8 @@ def _claim(lock: FolderLock, overwrite: bool) -> None:
     if not overwrite:
         state = f"its last checkpoint is {found[-1].name}" if found else "it is finished"
         raise UserError(
-            f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it with --train.resume_from_checkpoint latest, "
+            f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it "
+            "with --train.resume_from_checkpoint latest, "
             "choose another folder, or move it aside with --train.overwrite_output_dir true"
         )
     if process_rank() > 0:

@@ -188,12 +188,16 @@ class RunRecord:
         prediction = self.backbone.process.prediction_type
         epoch = "" if built.rows is None else f", {built.steps_per_epoch} per epoch"
         lines = [
-            f"{self.name} on {self.backbone.source.name} ({prediction}), {kind}: {built.trainable:,} of "
+            f"{self.name} on {self.backbone.source.name} ({prediction}), {kind}: "
+            f"{built.trainable:,} of "
             f"{built.total:,} parameters train",
             f"data: {self.dataset.report.summary()}",
-            f"batch: {args.per_device_train_batch_size} groups x {args.gradient_accumulation_steps} passes x "
-            f"{built.num_processes} processes = {built.global_batch} per optimizer step; {built.max_steps} steps{epoch}",
-            f"learning rate {args.learning_rate:g} as it is (never scaled), {args.lr_scheduler}, warm-up "
+            f"batch: {args.per_device_train_batch_size} groups x "
+            f"{args.gradient_accumulation_steps} passes x "
+            f"{built.num_processes} processes = {built.global_batch} per optimizer step; "
+            f"{built.max_steps} steps{epoch}",
+            f"learning rate {args.learning_rate:g} as it is (never scaled), "
+            f"{args.lr_scheduler}, warm-up "
             f"{args.warmup_steps} steps; precision {args.mixed_precision}; images {height}x{width}",
         ]
         if built.dropped_sizes:
@@ -283,7 +287,8 @@ class RunRecord:
         missing = self.not_repeated()
         notes = (
             [
-                f"This file alone does not repeat the run: it was given {', '.join(missing)} in Python."
+                f"This file alone does not repeat the run: it was given {', '.join(missing)} "
+                "in Python."
             ]
             if missing
             else []
@@ -324,7 +329,8 @@ def dry_run_report(
     memory, kind = peak_memory(device)
     lines = [*record.facts(), *notes]
     lines += [
-        f"{kind}: {memory:.2f} GiB; loss of the first batch {loss:.4f}; {seconds:.1f} s with loading",
+        f"{kind}: {memory:.2f} GiB; loss of the first batch {loss:.4f}; {seconds:.1f} s with "
+        "loading",
         "dry run: no step was taken and nothing was written, caches apart",
     ]
     return {

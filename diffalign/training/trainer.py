@@ -557,7 +557,8 @@ class Trainer:
         """Go on sampling as the checkpoint's run did."""
         if rule != self.sampler_rule and self._ready:
             raise UserError(
-                "train.resume_from_checkpoint: it is of an earlier version; resume it before anything else is called"
+                "train.resume_from_checkpoint: it is of an earlier version; resume it before "
+                "anything else is called"
             )
         self.sampler_rule = self.record.sampler_rule = rule
         if isinstance(self.process, RectifiedFlow):
@@ -687,7 +688,8 @@ class Trainer:
             say(line)
         if checkpoint is not None:
             say(
-                f"resuming from {checkpoint} at step {self.state.global_step} of {self.state.max_steps}"
+                f"resuming from {checkpoint} at step {self.state.global_step} of "
+                f"{self.state.max_steps}"
             )
         if self.accelerator.is_main_process:
             record.write_config(self.output_dir)

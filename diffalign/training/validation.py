@@ -66,14 +66,16 @@ def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
     for entry in parse_rewards(config.scorers) if config.scorers else ():
         if "metadata" in get_spec(entry.scorer).requires:
             raise UserError(
-                f"validation.scorers: {entry.name} needs metadata for every prompt, which prompts alone do not have"
+                f"validation.scorers: {entry.name} needs metadata for every prompt, which "
+                "prompts alone do not have"
             )
     training = {name for name in config.scorers if name in _judging(judge)}
     if config.keep_best is None or config.keep_best not in training:
         return few
     return [
         *few,
-        f"validation: {config.keep_best} also judges the training, so it cannot show over-optimisation; keep the best by another scorer",
+        f"validation: {config.keep_best} also judges the training, so it cannot show "
+        "over-optimisation; keep the best by another scorer",
     ]
 
 

@@ -93,13 +93,15 @@ class CheckpointPool(SnapshotReference):
         record = folder / "pool.json"
         if not record.is_file():
             raise UserError(
-                f"{folder} holds no pool of past checkpoints; it was saved by a run with another setting"
+                f"{folder} holds no pool of past checkpoints; it was saved by a run with "
+                "another setting"
             )
         values = json.loads(record.read_text())
         missing = [step for step in values["members"] if not self._path(step).is_file()]
         if missing:
             raise UserError(
-                f"{self.folder}: the pool's {self._path(missing[0]).name} is missing ({len(missing)} of {len(values['members'])}); put the "
+                f"{self.folder}: the pool's {self._path(missing[0]).name} is missing "
+                f"({len(missing)} of {len(values['members'])}); put the "
                 "folder back, or start a new run"
             )
         self.members, self.current = values["members"], values["current"]

@@ -29,7 +29,8 @@ def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) ->
     )
     if len(values) != len(places):
         raise UserError(
-            f"scorers: expected {len(places)} scores for {len(places)} images, got shape {tuple(values.shape)}"
+            f"scorers: expected {len(places)} scores for {len(places)} images, got shape "
+            f"{tuple(values.shape)}"
         )
     scores = torch.full((len(images), *values.shape[1:]), float("nan"), dtype=torch.float64)
     scores[places] = values
@@ -121,7 +122,8 @@ class Judge:
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or len(values) != len(images):
             raise UserError(
-                f"scorers: expected {len(images)} scores for {len(images)} images, got shape {tuple(values.shape)}"
+                f"scorers: expected {len(images)} scores for {len(images)} images, got shape "
+                f"{tuple(values.shape)}"
             )
         return values
 

@@ -136,7 +136,8 @@ class OnPolicyTrainer(Trainer):
         if not scorers:
             raise ConfigError(
                 "train.scorers",
-                f"{self._name} needs a judge: name scorers, give a rewards section, or set train.feedback: people",
+                f"{self._name} needs a judge: name scorers, give a rewards section, or set "
+                "train.feedback: people",
             )
         self.judge = Judge(scorers)
 
@@ -245,7 +246,8 @@ class OnPolicyTrainer(Trainer):
         pipeline = self.evaluation_data(eval_dataset)
         if self.judge is None:
             raise UserError(
-                "train.feedback: people cannot judge an evaluation; draw images with diffalign sample"
+                "train.feedback: people cannot judge an evaluation; draw images with "
+                "diffalign sample"
             )
         window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.judge)
         for examples in pipeline.passes():

@@ -107,7 +107,8 @@ class RoundCheck:
         check_any(self.pictures, "of this run")
         if self.silent and all(self.silent):
             raise UserError(
-                f"scorers: a scorer gave no score for any image of {len(self.prompts)} prompts, e.g. {self.prompts[0][:60]!r}; check it "
+                f"scorers: a scorer gave no score for any image of {len(self.prompts)} "
+                f"prompts, e.g. {self.prompts[0][:60]!r}; check it "
                 "with diffalign score"
             )
         for prompt, silent in zip(self.prompts, self.silent, strict=True):

@@ -87,7 +87,8 @@ class RolloutSource:
         path = folder / f"rollout-{rank}.safetensors"
         if not path.is_file():
             raise UserError(
-                f"{folder} holds no rollouts of process {rank}; resume with as many processes as before, or from another checkpoint"
+                f"{folder} holds no rollouts of process {rank}; resume with as many "
+                "processes as before, or from another checkpoint"
             )
         tensors, facts = read_tensors(path)
         self.number, self.drawn = facts["number"], facts["drawn"]
