@@ -82,7 +82,8 @@ class DCPOTrainer(DiffusionDPOTrainer):
         "captions": "paper, last row of its tables, for the control",
     }
     _not_public: ClassVar[str] = (
-        "Whether the published numbers were trained with the launcher's mistaken target (a v-prediction model's output against the noise)."
+        "Whether the published numbers were trained with the launcher's mistaken target (a "
+        "v-prediction model's output against the noise)."
     )
     config_class = DCPOConfig
     can_be_online = False  # the policy's images have no captions of their own
@@ -92,7 +93,9 @@ class DCPOTrainer(DiffusionDPOTrainer):
         data = super().read_dataset(source, split)
         if not data.has_two_prompts:
             raise UserError(
-                f"data.dataset_name: {data.report.source} has one caption per pair (layout {data.layout.name}), DCPO needs "
-                "chosen_prompt and rejected_prompt; write them with diffalign data recaption, or name the columns in data.columns"
+                f"data.dataset_name: {data.report.source} has one caption per pair (layout "
+                f"{data.layout.name}), DCPO needs "
+                "chosen_prompt and rejected_prompt; write them with diffalign data "
+                "recaption, or name the columns in data.columns"
             )
         return data.with_first_prompt() if self.args.captions == "chosen" else data

@@ -121,7 +121,8 @@ class DiffusionDPOTrainer(Trainer):
         "sft_weight": "ours, against both errors rising; 0 is the paper's loss",
     }
     _not_public: ClassVar[str] = (
-        "Which learning rate made the released weights: the paper's formula gives 8.19e-9 at beta 5000 (2.048e-8 at 2000), the released "
+        "Which learning rate made the released weights: the paper's formula gives 8.19e-9 at "
+        "beta 5000 (2.048e-8 at 2000), the released "
         "launchers train at 2.048e-5 after their scaling by batch and processes."
     )
     config_class = DiffusionDPOConfig

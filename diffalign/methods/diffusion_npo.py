@@ -29,7 +29,8 @@ class DiffusionNPOTrainer(DiffusionDPOTrainer):
     _name = "Diffusion-NPO"
     _tag_names = ("diffusion-npo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion Models",
+        "title": "Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned "
+        "Generation of Diffusion Models",
         "id": "2505.11245",
         "citation": """@inproceedings{wang2025diffusionnpo,
   title     = {Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion Models},

@@ -66,7 +66,8 @@ class DiffusionORPOTrainer(Trainer):
     _name = "Diffusion-ORPO"
     _tag_names = ("diffusion-orpo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "ORPO: Monolithic Preference Optimization without Reference Model (carried over to diffusion by diffusers' research project)",
+        "title": "ORPO: Monolithic Preference Optimization without Reference Model (carried over to "
+        "diffusion by diffusers' research project)",
         "id": "2403.07691",
         "citation": """@article{hong2024orpo,
   title   = {ORPO: Monolithic Preference Optimization without Reference Model},

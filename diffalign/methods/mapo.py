@@ -127,7 +127,8 @@ class MaPOTrainer(Trainer):
         "margin_scale": "official code, the 1000 training timesteps",
     }
     _not_public: ClassVar[str] = (
-        "How beta enters the link function (the text allows a factor or a power), and why the code weighs the margin a hundred times more than "
+        "How beta enters the link function (the text allows a factor or a power), and why "
+        "the code weighs the margin a hundred times more than "
         "the paper's 1/beta would."
     )
     config_class = MaPOConfig

@@ -111,11 +111,13 @@ def rankdpo_loss(
     """
     if policy_errors.shape != scores.shape or reference_errors.shape != scores.shape:
         raise ValueError(
-            f"scores: expected one per image {tuple(policy_errors.shape)}, got {tuple(scores.shape)}"
+            f"scores: expected one per image {tuple(policy_errors.shape)}, got "
+            f"{tuple(scores.shape)}"
         )
     if log_base not in LOG_BASES or normalize not in NORMALIZE:
         raise ValueError(
-            f"log_base, normalize: expected one of {LOG_BASES} and of {NORMALIZE}, got {log_base!r} and {normalize!r}"
+            f"log_base, normalize: expected one of {LOG_BASES} and of {NORMALIZE}, got "
+            f"{log_base!r} and {normalize!r}"
         )
     scores = scores.to(policy_errors)
     if ((scores < 0) | (scores > 1)).any():
@@ -192,7 +194,8 @@ class RankDPOTrainer(Trainer):
         "shared_noise": "paper: the images share the timestep alone",
     }
     _not_public: ClassVar[str] = (
-        "Code, learning rate, beta, and the two constants of the loss (1/2, mean or sum over elements)."
+        "Code, learning rate, beta, and the two constants of the loss (1/2, mean or sum over "
+        "elements)."
     )
     config_class = RankDPOConfig
     data_kind = "ranked"
@@ -219,7 +222,8 @@ class RankDPOTrainer(Trainer):
             else f"scores run from {limits[0]:g} to {limits[1]:g}"
         )
         self.notes.append(
-            f"gains: {'the scores as they are' if is_phi else 'win rates within each list'} ({seen})"
+            f"gains: {'the scores as they are' if is_phi else 'win rates within each list'} "
+            f"({seen})"
         )
         return "given" if is_phi else "win_rate"
 

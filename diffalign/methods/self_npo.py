@@ -169,7 +169,8 @@ class SelfNPOTrainer(Trainer):
         "ema_warmup": "official code: none",
     }
     _not_public: ClassVar[str] = (
-        "The image folder of the official run; whether the published weights come from the paper's or the code's variant; the paper's own learning rate."
+        "The image folder of the official run; whether the published weights come from the "
+        "paper's or the code's variant; the paper's own learning rate."
     )
     config_class = SelfNPOConfig
     data_kind = "prompt"

@@ -159,7 +159,8 @@ class SePPOTrainer(Trainer):
         "rollout_batch_size": "ours",
     }
     _not_public: ClassVar[str] = (
-        "Training code, beta, learning rate, the sampler of the reference's images, and whether the pair shares its noise."
+        "Training code, beta, learning rate, the sampler of the reference's images, and "
+        "whether the pair shares its noise."
     )
     config_class = SePPOConfig
     data_kind = "single"

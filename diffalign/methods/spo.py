@@ -111,7 +111,8 @@ class SPOTrainer(D3POTrainer):
     _name = "SPO"
     _tag_names = ("spo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step",
+        "title": "Step-aware Preference Optimization: Aligning Preference with Denoising Performance "
+        "at Each Step",
         "id": "2406.04314",
         "citation": """@article{liang2024spo,
   title   = {Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step},
