@@ -145,7 +145,8 @@ def run(options: argparse.Namespace) -> int:
             f"\npage       {found.folder / 'report.html'}\npicture    {found.folder / 'grid.png'}"
         )
         print(
-            f"numbers    {found.folder / 'results.json'}\nper image  {found.folder / 'scores.parquet'}"
+            f"numbers    {found.folder / 'results.json'}\nper image  "
+            f"{found.folder / 'scores.parquet'}"
         )
     return 0
 

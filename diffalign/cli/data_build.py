@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         required=True,
-        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
+        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a "
+        "named set as in compare",
     )
     parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
     parser.add_argument(
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pair_selection",
         default="best_worst",
         choices=SELECTIONS,
-        help="best_worst (default): one pair per prompt; best_vs_rest; all; unanimous: the widest on which all scorers agree",
+        help="best_worst (default): one pair per prompt; best_vs_rest; all; unanimous: the widest "
+        "on which all scorers agree",
     )
     parser.add_argument(
         "--min_margin",

@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> int:
     if options.strategy != "p" and not options.captioner:
         raise ConfigError(
             "--captioner",
-            f"strategy {options.strategy} needs one: shapes, a model of transformers, or module:object",
+            f"strategy {options.strategy} needs one: shapes, a model of transformers, or "
+            "module:object",
         )
     if options.batch_size < 1:
         raise ConfigError("--batch_size", f"expected int >= 1, got {options.batch_size}")

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tuned",
         action="append",
         default=[],
-        help="LoRA[@SCALE], folder, Hub id, or a YAML mapping as for diffalign compare; may be given several times",
+        help="LoRA[@SCALE], folder, Hub id, or a YAML mapping as for diffalign compare; may be "
+        "given several times",
     )
     parser.add_argument(
         "--scorers",
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompts",
-        help="for blind votes: a set or file as for diffalign compare (default for shapes: its training prompts)",
+        help="for blind votes: a set or file as for diffalign compare (default for shapes: its "
+        "training prompts)",
     )
     parser.add_argument("--prompts_path", type=Path, help="file or folder of a named set")
     parser.add_argument(
@@ -41,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feedback",
         type=Path,
-        help="vote on the round that this run of train.feedback: people waits for (its output folder)",
+        help="vote on the round that this run of train.feedback: people waits for (its output "
+        "folder)",
     )
     parser.add_argument(
         "--no_export", action="store_true", help="visitors cannot download the votes"
@@ -49,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export",
         type=Path,
-        help="write the votes of --votes_dir as a preference parquet to this file, and do nothing else",
+        help="write the votes of --votes_dir as a preference parquet to this file, and do nothing "
+        "else",
     )
     parser.add_argument(
         "--host",

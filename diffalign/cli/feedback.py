@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
     config = load_run(options.config, overrides)
     if getattr(config.train, "feedback", None) != "people":
         raise UserError(
-            f"--config: {options.config} asks no people; set method: d3po and train.feedback: people"
+            f"--config: {options.config} asks no people; set method: d3po and "
+            "train.feedback: people"
         )
     if list_checkpoints(Path(config.train.output_dir)):
         config.train.resume_from_checkpoint = "latest"

@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         merge_loras(options.model, options.inputs, weights, out)
     print(
-        f"wrote {out}: {', '.join(f'{w:g} x {name}' for w, name in zip(weights, options.inputs, strict=True))}"
+        f"wrote {out}: "
+        f"{', '.join(f'{w:g} x {name}' for w, name in zip(weights, options.inputs, strict=True))}"
     )
     return 0

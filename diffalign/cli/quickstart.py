@@ -72,7 +72,8 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
         if different:
             said = ", ".join(f"--{k} {v}" for k, v in different.items())
             raise UserError(
-                f"--output_dir: {str(folder)!r} holds a quickstart with {said}; use those settings or another folder"
+                f"--output_dir: {str(folder)!r} holds a quickstart with {said}; use those "
+                "settings or another folder"
             )
         results = folder / "results.json"
         if results.is_file():
@@ -264,7 +265,8 @@ def summary(results: dict[str, Any], folder: Path) -> str:
     base, tuned, wins = results["base"], results["tuned"], results["win_rate"]
     lines = [
         "",
-        f"held-out prompts: {results['prompts']} x {results['images_per_prompt']} images, same seeds under both models",
+        f"held-out prompts: {results['prompts']} x {results['images_per_prompt']} images, "
+        "same seeds under both models",
         f"{'':<14}{'base':>16}{'tuned':>16}",
         f"{'all correct':<14}"
         + "".join(
@@ -274,7 +276,8 @@ def summary(results: dict[str, Any], folder: Path) -> str:
             f"{a:<14}{base['attributes'][a]:>16.1%}{tuned['attributes'][a]:>16.1%}"
             for a in base["attributes"]
         ),
-        f"win-rate of tuned over base {wins['rate']:.1%}, 95 % interval {wins['low']:.1%} to {wins['high']:.1%} "
+        f"win-rate of tuned over base {wins['rate']:.1%}, 95 % interval {wins['low']:.1%} to "
+        f"{wins['high']:.1%} "
         f"(wins {wins['wins']:.1%}, ties {wins['ties']:.1%}, losses {wins['losses']:.1%})",
         "",
         f"picture    {folder / 'comparison.png'}",
@@ -291,5 +294,6 @@ def summary(results: dict[str, Any], folder: Path) -> str:
 def next_command(folder: Path) -> str:
     return (
         f"diffalign sample --model shapes --lora {folder / 'lora'} --prompt "
-        f"'a large yellow star on the right of a black background' --output_dir {folder / 'samples'}"
+        "'a large yellow star on the right of a black background' --output_dir "
+        f"{folder / 'samples'}"
     )

@@ -79,5 +79,6 @@ def sample(options: argparse.Namespace) -> None:
         if len(present(images)) < len(images):
             print(left_out(images, len(images), name))
     print(
-        f"wrote {sum(len(present(images)) for images in sides.values())} images to {options.output_dir}"
+        f"wrote {sum(len(present(images)) for images in sides.values())} images to "
+        f"{options.output_dir}"
     )

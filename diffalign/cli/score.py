@@ -124,7 +124,8 @@ def run(options: argparse.Namespace) -> int:
     source.check(*([s.key for s in specs if need in s.requires] for need in ("prompt", "metadata")))
     if options.output_dir.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
         raise UserError(
-            f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder elsewhere"
+            f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder "
+            "elsewhere"
         )
     (options.output_dir / "parts").mkdir(parents=True, exist_ok=True)
     panel = Panel.from_config(

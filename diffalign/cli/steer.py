@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
     parser.add_argument(
         "--prompts",
-        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a named set as in compare",
+        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a "
+        "named set as in compare",
     )
     parser.add_argument(
         "--prompt", action="append", help="instead of --prompts; may be given several times"
@@ -62,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resample_steps",
-        help="with commas: fractions of the run (0.2,0.5) or indices (10,20); default five from 20 to 80 percent",
+        help="with commas: fractions of the run (0.2,0.5) or indices (10,20); default five from "
+        "20 to 80 percent",
     )
     parser.add_argument(
         "--scheme",
@@ -78,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         default="auto",
-        help="auto (default), scheduler (the pipeline's own), ddim, ancestral or euler_maruyama (flow matching)",
+        help="auto (default), scheduler (the pipeline's own), ddim, ancestral or euler_maruyama "
+        "(flow matching)",
     )
     parser.add_argument(
         "--eta",
@@ -266,7 +269,8 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
         given = None
     if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
         raise UserError(
-            f"--scorer_args: expected a mapping such as '{{pickscore: {{model: FOLDER}}}}', got {options.scorer_args!r}"
+            f"--scorer_args: expected a mapping such as '{{pickscore: {{model: FOLDER}}}}', "
+            f"got {options.scorer_args!r}"
         )
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -280,7 +284,8 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
     for name in names:
         if "metadata" in get_spec(name, trust_remote_code=options.trust_remote_code).requires:
             raise UserError(
-                f"--scorer: {name} needs metadata for every prompt, which prompts alone do not have; steer in Python with metadata="
+                f"--scorer: {name} needs metadata for every prompt, which prompts alone do "
+                "not have; steer in Python with metadata="
             )
     return {name: given.get(name, {}) for name in names}
 
@@ -461,7 +466,8 @@ def _report(
     total = comparison.arms["steering"].roots.size
     said = (
         [
-            f"{collapsed} of {total} populations descend from one initial noise; lower --lmbda to keep more"
+            f"{collapsed} of {total} populations descend from one initial noise; lower "
+            "--lmbda to keep more"
         ]
         if collapsed
         else []
