@@ -1,40 +1,52 @@
-"""One small file per model family. A backbone knows how its family encodes images and prompts and calls its network; nothing else."""
+"""One small file per model family.
+
+A backbone knows how its family encodes images and prompts and calls its network, and nothing else.
+`BACKBONES` is the only list of them: a new family adds one line here and its own file.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ..errors import ConfigError
 from .base import Backbone
 from .loading import ModelSource
-from .sd import StableDiffusionBackbone
-from .sd3 import StableDiffusion3Backbone
-from .sdxl import StableDiffusionXLBackbone
 
-BACKBONES: tuple[type[Backbone], ...] = (
-    StableDiffusionBackbone,
-    StableDiffusionXLBackbone,
-    StableDiffusion3Backbone,
-)
+BACKBONES: dict[str, str] = {
+    "StableDiffusionPipeline": "sd:StableDiffusionBackbone",
+    "StableDiffusionXLPipeline": "sdxl:StableDiffusionXLBackbone",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3Backbone",
+}
+"""Class of the diffusers pipeline -> ``module:class`` of its backbone."""
 
 
 def load_backbone(
     model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None
 ) -> Backbone:
-    """The backbone of a Hub id, a local folder or a loaded `DiffusionPipeline`; loads nothing heavy yet.
+    """Find the backbone of a model; loads nothing heavy yet.
+
+    Args:
+        model: Hub id, local folder, `"shapes"` or a loaded `DiffusionPipeline`.
+        revision (`str`, *optional*): Git revision on the Hub.
+        variant (`str`, *optional*): of the weights, such as `fp16`.
+        vae (*optional*): another autoencoder: Hub id, folder or module.
 
     Raises:
-        ConfigError: when the model is missing, is no diffusers pipeline or its class is not supported (lists those that are).
+        ConfigError: when the model is missing, is no diffusers pipeline or its class is not
+            supported (lists those that are).
     """
     source = ModelSource(model, revision=revision, variant=variant, vae=vae)
-    for backbone in BACKBONES:
-        if source.pipeline_class_name in backbone.pipeline_classes:
-            return backbone(source)
-    supported = ", ".join(name for backbone in BACKBONES for name in backbone.pipeline_classes)
-    raise ConfigError(
-        "model",
-        f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; supported are {supported}",
-    )
+    place = BACKBONES.get(source.pipeline_class_name)
+    if place is None:
+        raise ConfigError(
+            "model",
+            f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; "
+            f"supported are {', '.join(BACKBONES)}",
+        )
+    module, _, name = place.partition(":")
+    backbone: type[Backbone] = getattr(import_module(f".{module}", __name__), name)
+    return backbone(source)
 
 
 __all__ = ["BACKBONES", "Backbone", "ModelSource", "load_backbone"]

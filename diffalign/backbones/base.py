@@ -26,7 +26,6 @@ class Backbone:
         upcast_vae: precisions of a run in which the autoencoder runs in float32, unless its config has `force_upcast: false`.
     """
 
-    pipeline_classes: ClassVar[tuple[str, ...]] = ()
     network_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: ClassVar[list[str]] = ATTENTION_TARGETS

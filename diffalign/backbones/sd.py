@@ -12,8 +12,6 @@ from .base import Backbone
 
 
 class StableDiffusionBackbone(Backbone):
-    pipeline_classes = ("StableDiffusionPipeline",)
-
     def pipeline_scheduler(self, scheduler: Any) -> Any:
         """As `StableDiffusionPipeline` changes configurations of its early days: offset 1, and no clipping."""
         fixed = {"steps_offset": 1, "clip_sample": False}

@@ -12,7 +12,6 @@ from .base import Backbone
 
 
 class StableDiffusion3Backbone(Backbone):
-    pipeline_classes = ("StableDiffusion3Pipeline",)
     network_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

@@ -12,7 +12,6 @@ from .base import Backbone
 
 
 class StableDiffusionXLBackbone(Backbone):
-    pipeline_classes = ("StableDiffusionXLPipeline",)
     text_encoder_names = ("text_encoder", "text_encoder_2")
     upcast_vae = (
         torch.float16,
