@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import json
@@ -15,7 +14,7 @@ import torch
 
 from ..errors import ConfigError
 from ..runtime import text_files
-from ..runtime.hashing import _sampled_hash, module_hash
+from ..runtime.hashing import module_hash, sampled_hash, text_hash
 from ..runtime.weight_files import (
     check_component,
     check_filled,
@@ -297,26 +296,23 @@ class ModelSource:
 
     def fingerprint(self, *names: str) -> str:
         """A content-based key of components, the same in every process: part of cache keys and of checkpoints."""
-        digest = hashlib.sha256()
+        parts: list[str] = []
         for name in names:
             if name == "vae" and self.vae is not None:
-                digest.update(self._vae_identity().encode())
+                parts.append(self._vae_identity())
             elif self.pipe is not None:
                 component = getattr(self.pipe, name)
-                is_module = isinstance(component, torch.nn.Module)
-                digest.update(
-                    (
-                        module_hash(component)
-                        if is_module
-                        else json.dumps(dict(component.config), default=str)
-                    ).encode()
+                parts.append(
+                    module_hash(component)
+                    if isinstance(component, torch.nn.Module)
+                    else json.dumps(dict(component.config), default=str)
                 )
             elif self.local:
                 folder = Path(self.location) / name
-                for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                    digest.update(f"{name}/{path.name}:{_sampled_hash(path)}".encode())
+                files = sorted(path for path in folder.rglob("*") if path.is_file())
+                parts += [f"{name}/{path.name}:{sampled_hash(path)}" for path in files]
                 if self.variant is not None:
-                    digest.update(f"variant {self.variant}".encode())
+                    parts.append(f"variant {self.variant}")
             else:
                 from huggingface_hub import hf_hub_download
 
@@ -324,8 +320,8 @@ class ModelSource:
                 snapshot = Path(
                     hf_hub_download(self.name, "model_index.json", revision=self.revision)
                 ).parent.name
-                digest.update(f"{self.name}@{snapshot}/{name}:{self.variant}".encode())
-        return digest.hexdigest()[:16]
+                parts.append(f"{self.name}@{snapshot}/{name}:{self.variant}")
+        return text_hash(*parts)[:16]
 
     def _vae_identity(self) -> str:
         """What identifies the autoencoder that replaces the pipeline's own: content, or the name of one on the Hub."""
@@ -333,4 +329,4 @@ class ModelSource:
             return module_hash(self.vae)
         folder = Path(self.vae)
         files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-        return str([f"{path.name}:{_sampled_hash(path)}" for path in files] or str(self.vae))
+        return str([f"{path.name}:{sampled_hash(path)}" for path in files] or str(self.vae))

@@ -1,17 +1,47 @@
-"""Content hashes of files, folders and loaded modules."""
+"""Hashes of contents: texts, files, folders and loaded modules.
+
+They name cached results and identify models in checkpoints: a change of one makes every
+stored result look foreign.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
+def text_hash(*texts: str) -> str:
+    """Hash texts, one after the other.
+
+    Args:
+        *texts (`str`): their boundaries do not count. Half characters (unpaired
+            surrogates) are allowed.
+
+    Returns:
+        `str`: SHA-256 of their UTF-8 bytes, 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file; of a folder, of its json, txt, merges and weights files, by name."""
+    """Hash the whole content of a file, or of a model's folder.
+
+    Args:
+        path (`Path`): a file; or a folder, whose json, txt, merges and weights files count,
+            with their names.
+
+    Returns:
+        `str`: SHA-256, 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as file:
@@ -29,8 +59,17 @@ def content_hash(path: Path) -> str:
 _CHUNK = 1 << 20
 
 
-def _sampled_hash(path: Path) -> str:
-    """Hash of a file's size, beginning, middle and end: content-based, yet quick for a 10 GB encoder."""
+def sampled_hash(path: Path) -> str:
+    """Hash the size, beginning, middle and end of a file.
+
+    It depends on the content, yet is quick for an encoder of 10 GB.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `str`: SHA-256, 64 hexadecimal digits.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -41,7 +80,14 @@ def _sampled_hash(path: Path) -> str:
 
 
 def module_hash(module: torch.nn.Module) -> str:
-    """Content hash of a loaded module's weights."""
+    """Hash the weights of a loaded module.
+
+    Args:
+        module (`torch.nn.Module`): its class name counts too, its precision does not.
+
+    Returns:
+        `str`: the first 16 hexadecimal digits of a SHA-256.
+    """
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

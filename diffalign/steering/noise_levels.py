@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..likelihood.schedules import clip_range
+from ..runtime.seeds import seeded
 
 UNREACHABLE = {
     "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",
@@ -238,8 +239,7 @@ def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 
         )
         given["return_dict"] = False
         device = given["sample"].device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(seed, device):
             for timestep in clone.timesteps[position : position + 2]:
                 given["sample"] = type(clone).step(clone, **{**given, "timestep": timestep})[0]
         outcomes.append(given["sample"])

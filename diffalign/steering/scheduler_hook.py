@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -99,11 +98,3 @@ def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
             setattr(scheduler, name, type(value)(moved))
             found.append(name)
     return found
-
-
-@contextmanager
-def own_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generator seeded for one step of a scheduler that takes no generator, and put back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..generation.micro_batches import Batches
 from ..runtime.missing import Missing, check_any, read_output
+from ..runtime.seeds import seeded, state_key, stream_seed
 from .decoding import LatentDecoder
 from .kernels import AUTO, draw, transition
 from .noise_levels import (
@@ -27,10 +28,10 @@ from .resampling import ess
 from .result import SteeringResult
 from .reward_fn import Rewarder
 from .schedule import check_temperatures, schedule
-from .scheduler_hook import own_noise, permute_buffers
+from .scheduler_hook import permute_buffers
 from .smc import ParticleWeights
 from .step_trace import StepTrace
-from .streams import Streams, derive_seed, state_key
+from .streams import Streams
 
 THUMBNAIL = 96
 
@@ -257,8 +258,8 @@ class SteeredRun:
             return self._own_step(arguments, position)
         device = arguments["sample"].device
         if "generator" not in step_parameters(self.scheduler):
-            seed = derive_seed(state_key(self.streams.steps[0]), self.calls)
-            with own_noise(seed, device):
+            seed = stream_seed(state_key(self.streams.steps[0]), self.calls)
+            with seeded(seed, device):
                 return original(**arguments)
         if self.streams.replace or arguments.get("generator") is None:
             arguments["generator"] = self.streams.steps if self.rows > 1 else self.streams.steps[0]

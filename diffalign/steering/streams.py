@@ -1,39 +1,41 @@
-"""Independent random streams from one seed: initial noise, step noise and resampling never touch each other."""
+"""The random streams of one steering call.
+
+Initial noise, step noise and resampling each have a stream of their own, so that none of
+them advances another.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..runtime.seeds import state_key, stream
 from .resampling import Generators
 
 
-def derive_seed(*parts: int | str | bytes) -> int:
-    """A 63-bit seed that depends on every part: streams of different parts are unrelated."""
-    text = b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+def side_stream(generator: Generators, purpose: str) -> Generators:
+    """Make a stream for another purpose from a generator, without advancing it.
 
+    Args:
+        generator (`torch.Generator` or one per group, *optional*): whose state decides. With
+            None, torch's global generator draws a seed.
+        purpose (`str`): what the stream is for, such as ``resampling``.
 
-def stream(*parts: int | str | bytes) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`."""
-    return torch.Generator("cpu").manual_seed(derive_seed(*parts))
-
-
-def state_key(generator: torch.Generator) -> bytes:
-    """What tells a generator's present state from any other, without advancing it."""
-    return hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+    Returns:
+        `torch.Generator` or one per group: as many as were given.
+    """
+    if generator is None:
+        return stream(int(torch.randint(2**62, ()).item()), purpose)
+    if isinstance(generator, torch.Generator):
+        return stream(state_key(generator), purpose)
+    return [stream(state_key(one), purpose) for one in generator]
 
 
 def resampling_stream(generator: Generators) -> Generators:
-    """A stream for resampling that depends on `generator`'s state and does not advance it: one per group where `generator` is a list."""
-    if generator is None:
-        return stream(int(torch.randint(2**62, ()).item()), "resampling")
-    if isinstance(generator, torch.Generator):
-        return stream(state_key(generator), "resampling")
-    return [stream(state_key(one), "resampling") for one in generator]
+    """Make the `side_stream` from which resampling draws."""
+    return side_stream(generator, "resampling")
 
 
 @dataclass
@@ -42,9 +44,10 @@ class Streams:
 
     Attributes:
         initial: what the pipeline gets as `generator`.
-        steps: one generator per slot for step noise the pipeline does not draw itself.
+        steps: one generator per slot, for step noise that the pipeline does not draw.
         resampling: one, or one per prompt.
-        replace: whether `steps` also replaces a generator that the pipeline hands to its scheduler.
+        replace: whether `steps` also replaces a generator that the pipeline hands to its
+            scheduler.
     """
 
     initial: Any
@@ -56,7 +59,16 @@ class Streams:
     def make(
         cls, generator: Any, seeds: list[int] | None, resampling: Any, k: int, groups: int
     ) -> Streams:
-        """From the user's generator (or one per row), or from one seed per prompt."""
+        """Make the streams from the user's generator, or from one seed per prompt.
+
+        Args:
+            generator (`torch.Generator` or one per row): the user's.
+            seeds (`list[int]`, *optional*): one per prompt, in place of `generator`.
+            resampling (`torch.Generator` or one per prompt, *optional*): the user's. None
+                derives it.
+            k (`int`): particles per prompt.
+            groups (`int`): prompts.
+        """
         if seeds is not None:
             slots = [(seed, j) for seed in seeds for j in range(k)]
             initial = [stream(seed, "initial", j) for seed, j in slots]
@@ -65,11 +77,10 @@ class Streams:
                 initial, steps, resampling or [stream(seed, "resampling") for seed in seeds], True
             )
         if isinstance(generator, (list, tuple)):
-            keys = [state_key(one) for one in generator]
-            steps = [stream(key, "steps") for key in keys]
-            own: Generators = [stream(key, "resampling") for key in keys[::k]]
+            steps = [stream(state_key(one), "steps") for one in generator]
+            derived = side_stream(generator[::k], "resampling")
         else:
             key = state_key(generator)
             steps = [stream(key, "steps", row) for row in range(groups * k)]
-            own = resampling_stream(generator)
-        return cls(generator, steps, resampling or own, False)
+            derived = side_stream(generator, "resampling")
+        return cls(generator, steps, resampling or derived, False)

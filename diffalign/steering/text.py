@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..runtime.seeds import stream
 from .resampling import Generators, resample
 from .schedule import check_schedule
 from .smc import SMCResult, check_options, run
-from .streams import stream
 from .tokens import Denoiser, MaskedDiffusion, TokenModel, TokenState, UniformDiffusion
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from .resampling import Generators
-from .streams import state_key, stream
+from .streams import side_stream
 
 Denoiser = Callable[[Tensor], Any]
 
@@ -121,12 +121,7 @@ class TokenModel:
 
     def start_x0_stream(self, generator: Generators) -> None:
         """Draws of clean texts have a stream of their own: scoring never advances the sampler's noise."""
-        if generator is None:
-            self._x0_stream = stream(int(torch.randint(2**62, ()).item()), "x0")
-        elif isinstance(generator, torch.Generator):
-            self._x0_stream = stream(state_key(generator), "x0")
-        else:
-            self._x0_stream = [stream(state_key(one), "x0") for one in generator]
+        self._x0_stream = side_stream(generator, "x0")
 
     def draw_x0(self, probabilities: Tensor) -> Tensor:
         """Independent draws per position, (groups, k, length, vocabulary) -> (groups, k, num_x0_samples, length)."""
