@@ -54,6 +54,8 @@ def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
         "diffalign/shapes/reward_weights/tokenizer.json",
         "diffalign/shapes/lora_weights/pytorch_lora_weights.safetensors",
         "diffalign/rewards/testing/reference.json",
+        "diffalign/evaluation/templates/report.html",
+        "diffalign/training/online/templates/round.html",
     ):
         assert expected in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "configs/", "tools/"))]

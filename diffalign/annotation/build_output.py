@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.files import replacing, replacing_folder, save_image, write_atomically
+from ..runtime.templates import render
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
@@ -299,22 +300,14 @@ def summarise(
 
 def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -> str:
     """README.md of the folder, as a dataset card."""
-    kinds = [kind for kind in ("pairs", "ranked") if (options.output_dir / kind).is_dir()]
-    configs = "".join(
-        f"  - config_name: {kind}\n    data_files: {kind}/*.parquet\n" for kind in kinds
-    )
-    settings = {
-        name: getattr(options, name)
-        for name in ("seed", "num_inference_steps", "guidance_scale", "resolution", "num_images")
-    }
-    models = "\n".join(f"- `{g.name}`: {g.described} (weights {g.fingerprint})" for g in generators)
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
-    head = f"---\ntags: [preference, text-to-image, diffalign]\n{'configs:' + chr(10) + configs if configs else ''}---\n"
-    body = "\n".join(f"- {line}" for line in summary.split("\n") if not line.startswith("wrote "))
-    return (
-        f"{head}# Preferences drawn and labelled by `diffalign data build`\n\nImages are drawn by models and judged by scorers, not by people.\n\n"
-        f"## Models\n\n{models}\n\nSettings: {shown}. Image i of a prompt has the same seed under every model.\n\n## What came out\n\n{body}\n\n"
-        "`scores.parquet` has every image with all its scores; `sheet.png` shows some prompts, best image first.\n"
+    names = ("seed", "num_inference_steps", "guidance_scale", "resolution", "num_images")
+    settings = {name: getattr(options, name) for name in names}
+    return render(
+        "annotation/templates/dataset_card.md",
+        datasets=[name for name in ("pairs", "ranked") if (options.output_dir / name).is_dir()],
+        models=generators,
+        settings=", ".join(f"{k} {v}" for k, v in settings.items() if v is not None),
+        summary=[line for line in summary.split("\n") if not line.startswith("wrote ")],
     )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..generation.grids import models_grid
 from ..runtime.files import write_atomically
+from ..runtime.templates import render
 from .comparison import all_tables, notes, tables
 from .formatting import rate
 
 if TYPE_CHECKING:
     from .comparison import Comparison
+    from .statistics import WinRate
 
 GRID_ROWS, GRID_IMAGES = 8, 4
 
@@ -73,61 +73,26 @@ def _grid(c: Comparison) -> Any:
     )
 
 
-# The page
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1b1f24; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #d8dee4 }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }
-figure { margin: 0 } figcaption { font-size: .85rem } .pair { display: flex; gap: 2px } .pair img { width: 50%; image-rendering: pixelated }
-.note { color: #57606a; font-size: .9rem } svg { max-width: 100%; height: auto }
-@media (prefers-color-scheme: dark) { body { color: #e6edf3; background: #0d1117 } td, th { border-color: #30363d } .note { color: #9198a1 } svg { color: #e6edf3 } }
-"""
-
-
 def page(c: Comparison) -> str:
     """The report; images are linked from beside it. Whatever a prompt holds is text."""
-    e = html.escape
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>",
-        f"<title>{e(', '.join(c.tuned))} against {e(c.base)}</title><style>{_STYLE}</style>",
-        f"<h1>{e(', '.join(c.tuned))} against {e(c.base)}</h1><p>{e(headline(c))}</p>",
-        bars(c),
-    ]
-    for title, header, rows in all_tables(c):
-        head = "".join(f"<th>{e(cell)}</th>" for cell in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in row) + "</tr>" for row in rows
-        )
-        parts.append(
-            f"<h2>{e(title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
-    parts += [f"<p class=note>{e(note)}</p>" for note in notes(c)]
-    parts.append(
-        "<h2>Some prompts</h2><p><img src=grid.png alt='images of all models side by side' style='max-width:100%'></p>"
+    settings = c.facts["settings"]
+    arguments = ", ".join(f"{name} {value}" for name, value in settings["arguments"].items())
+    prompts = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}"
+    if c.prompts.licence:
+        prompts += f", {c.prompts.licence}"
+    return render(
+        "evaluation/templates/report.html",
+        title=f"{', '.join(c.tuned)} against {c.base}",
+        headline=headline(c),
+        chart=_chart(c),
+        tables=all_tables(c),
+        notes=notes(c),
+        galleries=_galleries(c),
+        models=c.models,
+        prompts=prompts,
+        seed=settings["seed"],
+        settings=arguments or "the pipelines' defaults",
     )
-    for model in c.tuned:
-        for places, title in zip(
-            c.extremes(model), ("largest wins", "largest losses"), strict=True
-        ):
-            if places:
-                parts.append(
-                    f"<h2>{e(model)}: {title} ({e(c.scorers[0])})</h2>{_pairs(c, model, places)}"
-                )
-    models = "".join(f"<li>{e(m.name)}: {e(m.described)}</li>" for m in c.models)
-    settings = (
-        ", ".join(f"{k} {v}" for k, v in c.facts["settings"]["arguments"].items())
-        or "the pipelines' defaults"
-    )
-    source = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}" + (
-        f", {c.prompts.licence}" if c.prompts.licence else ""
-    )
-    parts.append(
-        f"<h2>How it was made</h2><ul>{models}<li>prompts: {e(source)}</li><li>seed {c.facts['settings']['seed']}; {e(settings)}</li></ul>"
-    )
-    return "\n".join(parts) + "</html>\n"
 
 
 def headline(c: Comparison) -> str:
@@ -148,56 +113,91 @@ def headline(c: Comparison) -> str:
 
 def bars(c: Comparison) -> str:
     """Win-rates with their intervals, as an inline picture."""
-    rows = [
-        (f"{m}, {s}" if len(c.scorers) > 1 else m, c.win_rate(m, s))
-        for m in c.tuned
-        for s in c.scorers
-    ]
-    rows = [(label, found) for label, found in rows if not math.isnan(found.rate)]
-    left, width, step = 260, 400, 26
-    height = step * len(rows) + 30
-    parts = [
-        f"<svg viewBox='0 0 {left + width + 20} {height}' width='{left + width + 20}' role=img aria-label='win-rates with intervals' "
-        "fill=currentColor font-size=13 font-family='system-ui, sans-serif'>"
-    ]
-    for tick in (0, 25, 50, 75, 100):
-        x = left + width * tick / 100
-        dash = "" if tick == 50 else " stroke-dasharray='2 3' opacity=.4"
-        parts.append(f"<line x1={x} x2={x} y1=0 y2={height - 20} stroke=currentColor{dash}></line>")
-        parts.append(f"<text x={x} y={height - 5} text-anchor=middle>{tick}</text>")
-    for i, (label, found) in enumerate(rows):
-        y = step * i + step / 2
-        colour = "#1a7f37" if found.low > 0.5 else "#cf222e" if found.high < 0.5 else "#6e7781"
-        low, at, high = (
-            left + width * min(1.0, max(0.0, v)) for v in (found.low, found.rate, found.high)
-        )
-        parts.append(
-            f"<text x={left - 10} y={y + 4} text-anchor=end>{html.escape(_short(label, 36))}</text>"
-        )
-        parts.append(
-            f"<line x1={low:.1f} x2={high:.1f} y1={y} y2={y} stroke='{colour}' stroke-width=3></line>"
-        )
-        parts.append(f"<circle cx={at:.1f} cy={y} r=5 fill='{colour}'></circle>")
-    return "".join(parts) + "</svg>"
+    return render("evaluation/templates/win_rates.svg", chart=_chart(c))
+
+
+class _Bar(NamedTuple):
+    """A win-rate and its interval as drawn: places in pixels from the top left corner."""
+
+    label: str
+    y: float
+    low: float
+    rate: float
+    high: float
+    colour: str
+
+
+class _Chart(NamedTuple):
+    """The picture of all win-rates. `left` is where a rate of zero is."""
+
+    width: int
+    height: int
+    left: int
+    ticks: list[tuple[float, int]]
+    bars: list[_Bar]
+
+
+def _chart(c: Comparison) -> _Chart:
+    left, span, step = 260, 400, 26
+    bars: list[_Bar] = []
+    for model in c.tuned:
+        for scorer in c.scorers:
+            won = c.win_rate(model, scorer)
+            if math.isnan(won.rate):
+                continue
+            label = f"{model}, {scorer}" if len(c.scorers) > 1 else model
+            low, middle, high = (
+                left + span * min(1.0, max(0.0, share)) for share in (won.low, won.rate, won.high)
+            )
+            y = step * len(bars) + step / 2
+            bars.append(_Bar(_short(label, 36), y, low, middle, high, _colour(won)))
+    ticks = [(left + span * percent / 100, percent) for percent in (0, 25, 50, 75, 100)]
+    return _Chart(left + span + 20, step * len(bars) + 30, left, ticks, bars)
+
+
+def _colour(won: WinRate) -> str:
+    """Green for a win, red for a loss, grey where the interval holds one half."""
+    if won.low > 0.5:
+        return "#1a7f37"
+    return "#cf222e" if won.high < 0.5 else "#6e7781"
 
 
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else "…" + text[-length + 1 :]
 
 
-def _pairs(c: Comparison, model: str, places: Sequence[tuple[int, int]]) -> str:
+class _Pair(NamedTuple):
+    """The images of the base and of a tuned model from the same noise."""
+
+    prompt: str
+    scores: str
+    files: list[tuple[str, str]]
+
+
+class _Gallery(NamedTuple):
+    title: str
+    pairs: list[_Pair]
+
+
+def _galleries(c: Comparison) -> list[_Gallery]:
+    """The largest wins and losses of every tuned model; those without any are left out."""
+    galleries = []
+    for model in c.tuned:
+        wins, losses = c.extremes(model)
+        for places, title in ((wins, "largest wins"), (losses, "largest losses")):
+            if places:
+                pairs = [_pair(c, model, *place) for place in places]
+                galleries.append(_Gallery(f"{model}: {title} ({c.scorers[0]})", pairs))
+    return galleries
+
+
+def _pair(c: Comparison, model: str, prompt: int, number: int) -> _Pair:
     from .comparison import image_name
 
-    parts = []
-    for p, n in places:
-        scores = " to ".join(
-            f"{c.scores[name][c.scorers[0]][p, n]:.3g}" for name in (c.base, model)
-        )
-        images = "".join(
-            f"<img loading=lazy src='{html.escape(image_name(name, p, n))}' alt='{html.escape(name)}'>"
-            for name in (c.base, model)
-        )
-        parts.append(
-            f"<figure><div class=pair>{images}</div><figcaption>{html.escape(c.prompts.prompts[p])} ({scores})</figcaption></figure>"
-        )
-    return f"<div class=pairs>{''.join(parts)}</div>"
+    names = (c.base, model)
+    scores = [c.scores[name][c.scorers[0]][prompt, number] for name in names]
+    return _Pair(
+        c.prompts.prompts[prompt],
+        " to ".join(f"{score:.3g}" for score in scores),
+        [(name, image_name(name, prompt, number)) for name in names],
+    )

@@ -10,7 +10,6 @@ averaged; pairs without a vote count as ties.
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...runtime.files import save_image, save_tensors, write_atomically
+from ...runtime.templates import render
 from ...runtime.text_files import journal, read_json, read_table
 from ..batch import Batch
 from ..loop import RunPaused
@@ -330,16 +330,4 @@ def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
 
 def _page(groups: Sequence[Mapping[str, Any]]) -> str:
     """A page to look at: every group's images with their ids."""
-    parts = [
-        "<!doctype html><meta charset='utf-8'><title>Votes wanted</title><style>body{font:15px sans-serif;margin:2em}"
-    ]
-    parts.append(
-        "figure{display:inline-block;margin:.5em}img{min-width:160px;image-rendering:pixelated}</style>"
-    )
-    for group in groups:
-        parts.append(f"<h3>{html.escape(group['prompt'])}</h3>")
-        for image in group["images"]:
-            parts.append(
-                f"<figure><img src='{html.escape(image['file'])}'><figcaption>{html.escape(image['id'])}</figcaption></figure>"
-            )
-    return "\n".join(parts) + "\n"
+    return render("training/online/templates/round.html", groups=groups)
