@@ -32,12 +32,12 @@ _LOADING = threading.RLock()  # a scorer may load another
 # key -> where it is written. A file is imported when its scorer is first asked for.
 _BUILT_IN = {
     "imagereward": "scorers.imagereward:ImageReward",
-    "pickscore": "scorers.pickscore:PickScore",
-    "hpsv2.0": "scorers.hps:HPSv20",
-    "hpsv2.1": "scorers.hps:HPSv21",
-    "clip-l14": "scorers.clip_score:ClipL14",
-    "clip-h14": "scorers.clip_score:ClipH14",
-    "open_clip": "scorers.clip_score:OpenClipScore",
+    "pickscore": "scorers.clip:PickScore",
+    "hpsv2.0": "scorers.clip:HPSv20",
+    "hpsv2.1": "scorers.clip:HPSv21",
+    "clip-l14": "scorers.clip:ClipL14",
+    "clip-h14": "scorers.clip:ClipH14",
+    "open_clip": "scorers.clip:OpenClipScore",
     "aesthetic-v1": "scorers.aesthetic:AestheticV1",
     "aesthetic-v2": "scorers.aesthetic:AestheticV2",
     "mps": "scorers.mps:MPS",
@@ -47,7 +47,7 @@ _BUILT_IN = {
     "vlm_judge": "scorers.vlm_judge:VLMJudge",
     "remote": "scorers.remote:RemoteScorer",
     "shapes": "scorers.shapes:ShapesScorer",
-    "shapes-clip": "scorers.pickscore:ShapesClip",
+    "shapes-clip": "scorers.clip:ShapesClip",
 }
 _AMBIGUOUS = {
     "hpsv2": ("hpsv2.0", "hpsv2.1"),
