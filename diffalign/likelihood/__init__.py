@@ -1,6 +1,8 @@
-"""The ELBO-likelihood core: noising processes, denoising errors, implicit rewards and transition log-probabilities.
+"""The mathematics below every method: noise schedules, errors, rewards,
+log-probabilities.
 
-Pure functions of tensors; nothing here knows a model, a trainer or a dataset.
+Everything here is a pure function of tensors. Nothing knows a model, a trainer or a
+dataset.
 """
 
 from .errors import (

@@ -1,7 +1,9 @@
-"""Per-image denoising errors - the ELBO terms - and what every preference loss makes of them.
+"""Denoising errors of single images, and the quantities that preference losses make of
+them.
 
-Notation: m is the policy's error of one image (mean of squares over its N latent elements), r the reference's at the *identical*
-noisy sample, m - r the error change; the implicit reward is minus that, times beta/2.
+An error is one term of the evidence lower bound (ELBO) of an image. Below, m is the
+policy's error (the mean of squares over the N latent elements) and r is the reference's
+error at the same noisy sample. The implicit reward is -(beta/2) (m - r).
 """
 
 from __future__ import annotations
@@ -19,26 +21,38 @@ def denoising_errors(
     reduction: str = "mean",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Squared errors of each sample, in float32 or wider whatever the network's precision.
+    """Compute the squared error of each sample.
+
+    The result is float32 or wider, whatever the precision of the network.
 
     Args:
-        prediction (`Tensor`): (n, ...).
-        target (`Tensor`): (n, ...).
-        weight (`Tensor`, *optional*): (n,), multiplies each sample's error (e.g. `min_snr_weight`).
-        reduction (`str`, *optional*, defaults to `"mean"`): ``mean`` or ``sum`` over the elements of one sample.
-        mask (`Tensor`, *optional*): broadcastable to (n, ...); ``mean`` divides by the mask's sum, not by N.
+        prediction (`Tensor`): output of the network, (n, ...).
+        target (`Tensor`): output of a perfect network, (n, ...).
+        weight (`Tensor`, *optional*): factors of the samples' errors, (n,), such as
+            `min_snr_weight`.
+        reduction (`str`, *optional*, defaults to `"mean"`): ``mean`` or ``sum`` over
+            the elements of a sample.
+        mask (`Tensor`, *optional*): which elements count, broadcastable to (n, ...).
+            With ``mean``, the sum is divided by the sum of the mask.
 
     Returns:
         `Tensor`: (n,).
 
     Raises:
-        ValueError: on an unknown reduction or unequal shapes.
+        ValueError: unknown reduction, or unequal shapes.
+
+    Example:
+        ```python
+        prediction, target = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+        assert denoising_errors(prediction, target).tolist() == [1.0, 1.0]
+        ```
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected mean or sum, got {reduction!r}")
     if prediction.shape != target.shape:
         raise ValueError(
-            f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}"
+            f"prediction and target differ in shape: {tuple(prediction.shape)} and "
+            f"{tuple(target.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     squares = (prediction.to(dtype) - target.to(dtype)).square()
@@ -53,26 +67,77 @@ def denoising_errors(
 
 
 def implicit_rewards(policy_errors: Tensor, reference_errors: Tensor, beta: float) -> Tensor:
-    """-(beta/2) (m - r): how much better than the reference the policy denoises each image (methods.md 13.2). Any shape.
+    """Compute how much better the policy denoises each image than the reference does.
 
-    This is the package's one beta convention, on per-image *mean* errors: ours is 2 x the beta of diffusers' SD script (which has
-    no 1/2) and N x the beta of sum-of-squares codes.
+    The reward is -(beta/2) (m - r), the argument of Diffusion-DPO's loss for one image
+    (Wallace et al. 2023, arXiv 2311.12908, eq. 14). Every method of this package reads
+    beta so, on mean errors. In the script of diffusers, which has no 1/2, the same
+    strength is beta/2. In codes that sum over the N latent elements it is beta/N.
+
+    Args:
+        policy_errors (`Tensor`): m, any shape.
+        reference_errors (`Tensor`): r, same shape.
+        beta (`float`): strength of the pull to the reference.
+
+    Returns:
+        `Tensor`: same shape. Positive where the policy is better.
+
+    Example:
+        ```python
+        policy, reference = torch.tensor([0.9]), torch.tensor([1.0])
+        rewards = implicit_rewards(policy, reference, beta=2000.0)
+        torch.testing.assert_close(rewards, torch.tensor([100.0]))
+        ```
     """
     return -(beta / 2) * (policy_errors - reference_errors)
 
 
 def effective_beta(beta: float, num_elements: int, reduction: str = "mean") -> float:
-    """The coefficient that multiplies the *summed* squared error of one image, beta/(2N): comparable across latent sizes."""
+    """Compute the factor of the summed squared error of one image.
+
+    It can be compared between models with latents of different sizes.
+
+    Args:
+        beta (`float`): as in `implicit_rewards`.
+        num_elements (`int`): elements of one latent, N.
+        reduction (`str`, *optional*, defaults to `"mean"`): that of `denoising_errors`.
+
+    Returns:
+        `float`: beta/(2N) with ``mean``, beta/2 with ``sum``.
+
+    Example:
+        ```python
+        assert effective_beta(5000.0, num_elements=4 * 64 * 64) == 5000 / 2 / 16384
+        ```
+    """
     return beta / (2 * num_elements) if reduction == "mean" else beta / 2
 
 
 def convert_errors(errors: Tensor, alpha: Tensor, sigma: Tensor, source: str, space: str) -> Tensor:
-    """Re-expresses errors of one space in another (methods.md 13.1).
+    """Convert errors from one prediction space to another.
+
+    A prediction of x0 with the error e has, in the other spaces, e times a ratio of
+    alpha and sigma, because x_t = alpha x0 + sigma eps is given (Salimans & Ho 2022,
+    arXiv 2202.00512, section 4).
 
     Args:
-        errors (`Tensor`): (n,) errors in `source` space.
-        alpha, sigma (`Tensor`): (n,) coefficients of x_t = alpha x0 + sigma eps.
-        source, space (`str`): ``epsilon``, ``sample`` (x0), ``v_prediction`` (variance preserving) or ``flow_matching`` (velocity).
+        errors (`Tensor`): errors in the space `source`, (n,).
+        alpha, sigma (`Tensor`): share of signal and of noise in each sample, (n,).
+        source, space (`str`): ``epsilon``, ``sample`` (x0), ``v_prediction`` (variance
+            preserving) or ``flow_matching`` (velocity).
+
+    Returns:
+        `Tensor`: errors in the space `space`, (n,).
+
+    Raises:
+        ValueError: unknown space.
+
+    Example:
+        ```python
+        alpha, sigma = torch.tensor([0.8]), torch.tensor([0.6])
+        errors = convert_errors(torch.tensor([16.0]), alpha, sigma, "epsilon", "sample")
+        torch.testing.assert_close(errors, torch.tensor([9.0]))
+        ```
     """
     alpha, sigma = alpha.to(errors), sigma.to(errors)
     # Each entry turns an error of that space into the error of x0.
@@ -89,7 +154,29 @@ def convert_errors(errors: Tensor, alpha: Tensor, sigma: Tensor, source: str, sp
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556) of the native error, (n,); the same for policy and reference."""
+    """Compute Min-SNR-gamma weights of errors in the model's own prediction space.
+
+    Policy and reference get the same weights (Hang et al. 2023, arXiv 2303.09556,
+    section 3.4).
+
+    Args:
+        snr (`Tensor`): signal-to-noise ratios alpha^2 / sigma^2, (n,).
+        gamma (`float`): where the ratio is clamped. The paper takes 5.
+        prediction_type (`str`): ``epsilon``, ``v_prediction`` or ``sample``.
+
+    Returns:
+        `Tensor`: (n,).
+
+    Raises:
+        ValueError: other prediction types, for which the weights are not defined.
+
+    Example:
+        ```python
+        snr = torch.tensor([1.0, 10.0])
+        weights = min_snr_weight(snr, gamma=5.0, prediction_type="epsilon")
+        assert weights.tolist() == [1.0, 0.5]
+        ```
+    """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
         return gamma / snr.clamp(
@@ -100,7 +187,8 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     if prediction_type == "sample":
         return clipped
     raise ValueError(
-        f"snr_gamma: min-SNR weights are not defined for {prediction_type!r} models; leave snr_gamma unset"
+        f"snr_gamma: min-SNR weights are not defined for {prediction_type!r} models; leave "
+        "snr_gamma unset"
     )
 
 
@@ -112,16 +200,29 @@ def group_noise(
     shared: bool = True,
     offset: float = 0.0,
 ) -> Tensor:
-    """Gaussian noise for groups of k images, (g, k, *shape) float32 on the CPU, one generator per group.
+    """Draw Gaussian noise for groups of k images.
 
-    Because each group owns its generator, the noise does not depend on how groups are spread over batches and processes.
+    Each group has its own generator. Its noise therefore does not depend on how groups
+    are spread over batches and processes.
 
     Args:
         shape (`Sequence[int]`): of one latent, (C, H, W).
         k (`int`): images per group.
-        generators (`Sequence[torch.Generator]`): one per group.
-        shared (`bool`, *optional*, defaults to `True`): one draw for all images of the group, as all published pair codes do.
-        offset (`float`, *optional*, defaults to `0.0`): adds ``offset * randn(C, 1, 1)``, *before* the noise is shared.
+        generators (`Sequence[torch.Generator]`): one per group, on the CPU.
+        shared (`bool`, *optional*, defaults to `True`): draw once for all images of a
+            group, as all published pair codes do.
+        offset (`float`, *optional*, defaults to `0.0`): add ``offset * randn(C, 1, 1)``
+            before the noise is shared.
+
+    Returns:
+        `Tensor`: (groups, k, *shape), float32 on the CPU.
+
+    Example:
+        ```python
+        noise = group_noise((4, 8, 8), 2, [torch.Generator().manual_seed(0)])
+        assert noise.shape == (1, 2, 4, 8, 8)
+        assert torch.equal(noise[0, 0], noise[0, 1])
+        ```
     """
     draws = []
     for generator in generators:

@@ -1,9 +1,13 @@
-"""Forward processes: how clean latents become noisy ones, and what a network is asked to predict.
+"""Noise schedules: how clean latents become noisy, and what a network is asked to
+predict.
 
-Two families cover today's models. `VariancePreserving` (SD1, SD2, SDXL): x_t = alpha_t x0 + sigma_t eps on integer timesteps.
-`RectifiedFlow` (SD3, Flux): x_s = (1 - s) x0 + s eps on s in (0, 1]. Both answer to the same methods, so that no trainer knows
-which one it runs on. A *time* below is an integer timestep (VP) or a float sigma (flow); times have shape (n,) and broadcast over
-the remaining dimensions of samples of shape (n, ...).
+Two families cover today's models. `VariancePreserving` (SD1, SD2, SDXL) is x_t =
+alpha_t x0 + sigma_t eps on integer timesteps. `RectifiedFlow` (SD3, Flux) is x_s = (1 -
+s) x0 + s eps on s in (0, 1]. Both have the methods of `NoisingProcess`, so that no
+trainer knows which of them it runs on.
+
+A time below is an integer timestep (variance preserving) or a float sigma (flow). Times
+have shape (n,) and broadcast over samples of shape (n, ...).
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def _over(coefficient: Tensor, sample: Tensor) -> Tensor:
-    """(n,) -> (n, 1, ...) in the sample's dtype, but never below float32."""
+    """Reshape (n,) to (n, 1, ...), in the sample's dtype but never below float32."""
     coefficient = coefficient.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
     return coefficient.reshape(-1, *[1] * (sample.ndim - 1))
 
@@ -28,10 +32,21 @@ def _over(coefficient: Tensor, sample: Tensor) -> Tensor:
 def implied_x0_eps(
     output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """(x0, eps) that a variance-preserving network's output implies; `alpha` and `sigma` broadcast over the sample.
+    """Compute the clean sample and the noise that a variance-preserving network's
+    output implies.
+
+    Args:
+        output (`Tensor`): output of the network, (n, ...).
+        sample (`Tensor`): noisy samples, (n, ...).
+        alpha, sigma (`Tensor`): their shares of signal and noise, broadcastable to the
+            samples.
+        prediction_type (`str`): ``epsilon``, ``v_prediction`` or ``sample``.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: x0 and eps, each (n, ...).
 
     Raises:
-        ValueError: on an unknown prediction type.
+        ValueError: unknown prediction type.
     """
     if prediction_type == "epsilon":
         return (sample - sigma * output) / alpha, output
@@ -45,47 +60,95 @@ def implied_x0_eps(
 
 
 class NoisingProcess(Protocol):
-    """What the core asks of a process."""
+    """A noise schedule, as the trainers and methods use it.
+
+    Attributes:
+        prediction_type (`str`): what the network outputs.
+        num_timesteps (`int`): times of the training schedule.
+
+    Example:
+        ```python
+        def loudest(process: NoisingProcess, times: Tensor) -> Tensor:
+            return process.snr(times).argmin()
+
+        assert loudest(RectifiedFlow(), torch.tensor([0.1, 0.9])) == 1
+        ```
+    """
 
     prediction_type: str
     num_timesteps: int
 
-    def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]: ...
-    def model_times(self, times: Tensor) -> Tensor: ...
-    def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor: ...
-    def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor: ...
-    def to_x0(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor: ...
-    def to_eps(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor: ...
-    def snr(self, times: Tensor) -> Tensor: ...
-    def fraction(self, times: Tensor) -> Tensor: ...
-    def renoise(
-        self, sample: Tensor, times: Tensor, new_times: Tensor, noise: Tensor
-    ) -> Tensor: ...
+    def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares of signal and noise at `times`, each (n,)."""
+
+    def model_times(self, times: Tensor) -> Tensor:
+        """Convert `times` to what the network is given, (n,)."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Mix clean samples with noise, (n, ...)."""
+
+    def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Return what a perfect network outputs, (n, ...)."""
+
+    def to_x0(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+        """Compute the clean samples that an output implies, (n, ...)."""
+
+    def to_eps(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+        """Compute the noise that an output implies, (n, ...)."""
+
+    def snr(self, times: Tensor) -> Tensor:
+        """Compute the signal-to-noise ratio, (n,)."""
+
+    def fraction(self, times: Tensor) -> Tensor:
+        """Convert `times` to shares of the schedule, (n,): 0 is clean, 1 is noise."""
+
+    def renoise(self, sample: Tensor, times: Tensor, new_times: Tensor, noise: Tensor) -> Tensor:
+        """Carry noisy samples to noisier times, (n, ...)."""
 
 
 class _Process:
-    """What follows from (alpha, sigma) alone."""
+    """What both families compute from (alpha, sigma) alone."""
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """x_t = alpha x0 + sigma noise; computed in float32 or wider, returned in the dtype of `x0`."""
+        """Mix clean samples with noise: x_t = alpha x0 + sigma noise.
+
+        Args:
+            x0 (`Tensor`): clean samples, (n, ...).
+            noise (`Tensor`): standard normal, (n, ...).
+            times (`Tensor`): (n,).
+
+        Returns:
+            `Tensor`: (n, ...) in the dtype of `x0`, computed in float32 or wider.
+        """
         alpha, sigma = self.alpha_sigma(times)
         return (_over(alpha, x0) * x0 + _over(sigma, x0) * noise).to(x0.dtype)
 
     def snr(self, times: Tensor) -> Tensor:
-        """alpha^2 / sigma^2, (n,)."""
+        """Compute the signal-to-noise ratio alpha^2 / sigma^2, (n,)."""
         alpha, sigma = self.alpha_sigma(times)
         return (alpha / sigma).square()
 
     def renoise(self, sample: Tensor, times: Tensor, new_times: Tensor, noise: Tensor) -> Tensor:
-        """Carries samples at `times` to noisier `new_times` so that the marginal is exactly the process's (methods.md 13.8, G10).
+        """Carry noisy samples to noisier times.
 
-        x_s = k x_t + sqrt(sigma_s^2 - k^2 sigma_t^2) noise with k = alpha_s / alpha_t.
+        The result has exactly the distribution of the schedule at the new times: x_s =
+        k x_t + sqrt(sigma_s^2 - k^2 sigma_t^2) noise with k = alpha_s / alpha_t (Kingma
+        et al. 2021, arXiv 2107.00630, appendix A.1).
+
+        Args:
+            sample (`Tensor`): samples at `times`, (n, ...).
+            times (`Tensor`): (n,).
+            new_times (`Tensor`): (n,), none of them less noisy than `times`.
+            noise (`Tensor`): standard normal, (n, ...).
+
+        Returns:
+            `Tensor`: samples at `new_times`, (n, ...), float32 or wider.
 
         Raises:
-            ValueError: when a new time is less noisy than the old one.
+            ValueError: a new time is less noisy than the old one.
         """
         (alpha, sigma), (new_alpha, new_sigma) = (
             self.alpha_sigma(times),
@@ -99,12 +162,30 @@ class _Process:
 
 
 class VariancePreserving(_Process):
-    """alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), t in {0, ..., T-1}.
+    """The schedule of Stable Diffusion 1, 2 and XL: alpha_t^2 + sigma_t^2 = 1.
+
+    alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t), at the timesteps t
+    = 0, ..., T-1 (Ho et al. 2020, arXiv 2006.11239, eq. 4).
 
     Args:
-        alphas_cumprod (`Tensor`): alpha_bar, shape (T,), decreasing, in (0, 1).
-        prediction_type (`str`): ``epsilon``, ``v_prediction`` or ``sample``: what the network outputs.
-        clip_range (`float`, *optional*): to which the model's sampler clamps its clean estimates (`clip_sample`).
+        alphas_cumprod (`Tensor`): alpha_bar, (T,), decreasing, in (0, 1).
+        prediction_type (`str`, *optional*, defaults to `"epsilon"`): what the network
+            outputs: ``epsilon``, ``v_prediction`` or ``sample``.
+        clip_range (`float`, *optional*): where the model's sampler clamps its clean
+            estimates (`clip_sample` of diffusers).
+
+    Raises:
+        ValueError: unknown prediction type.
+
+    Example:
+        ```python
+        process = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
+        x0, noise = torch.zeros(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+        times = torch.tensor([500])
+        noisy = process.add_noise(x0, noise, times)
+        again = process.to_x0(noise, noisy, times)
+        torch.testing.assert_close(again, x0, atol=1e-5, rtol=0)
+        ```
     """
 
     def __init__(
@@ -115,27 +196,36 @@ class VariancePreserving(_Process):
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}"
+                "prediction_type: expected epsilon, v_prediction or sample, got "
+                f"{prediction_type!r}"
             )
-        # float64 once: the differences of errors that preference losses live on must not inherit the table's rounding.
+        # float64 once: the differences of errors that preference losses live on must
+        # not inherit the table's rounding.
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
         self.prediction_type, self.clip_range = prediction_type, clip_range
         self.num_timesteps = len(alphas_cumprod)
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma), each float64 (n,) on the CPU table's device."""
+        """Look up the shares of signal and noise, each float64 (n,) on the CPU."""
         alpha_bar = self.alphas_cumprod[times.to(self.alphas_cumprod.device).long()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def model_times(self, times: Tensor) -> Tensor:
+        """Return the timesteps as int64, which the network is given."""
         return times.long()
 
     def fraction(self, times: Tensor) -> Tensor:
-        """The time as a share of the process in [0, 1), float64: 0 is clean."""
+        """Convert timesteps to shares of the schedule in [0, 1), float64."""
         return times.double() / self.num_timesteps
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What a perfect network outputs: eps, alpha eps - sigma x0, or x0."""
+        """Return what a perfect network outputs: eps, alpha eps - sigma x0, or x0.
+
+        Args:
+            x0 (`Tensor`): clean samples, (n, ...).
+            noise (`Tensor`): the noise in the noisy samples, (n, ...).
+            times (`Tensor`): (n,).
+        """
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -144,25 +234,37 @@ class VariancePreserving(_Process):
         return _over(alpha, x0) * noise - _over(sigma, x0) * x0
 
     def to_x0(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
-        """The clean sample that an output implies."""
+        """Compute the clean samples that an output implies, (n, ...)."""
         alpha, sigma = (_over(c, sample) for c in self.alpha_sigma(times))
         return implied_x0_eps(output, sample, alpha, sigma, self.prediction_type)[0]
 
     def to_eps(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
-        """The noise that an output implies."""
+        """Compute the noise that an output implies, (n, ...)."""
         alpha, sigma = (_over(c, sample) for c in self.alpha_sigma(times))
         return implied_x0_eps(output, sample, alpha, sigma, self.prediction_type)[1]
 
 
 class RectifiedFlow(_Process):
-    """x_s = (1 - s) x0 + s eps; the network predicts the velocity eps - x0. Times are sigmas in (0, 1].
+    """The schedule of Stable Diffusion 3 and Flux: straight lines from images to noise.
+
+    x_s = (1 - s) x0 + s eps at sigmas s in (0, 1], and the network predicts the
+    velocity eps - x0 (Esser et al. 2024, arXiv 2403.03206, section 3).
 
     Args:
-        num_train_timesteps (`int`, *optional*, defaults to `1000`): the network is given ``sigma * num_train_timesteps``.
-        shift (`float`, *optional*, defaults to `1.0`): SD3's resolution shift, applied to *sampled* sigmas by `sample_times`.
+        num_train_timesteps (`int`, *optional*, defaults to `1000`): the network is
+            given ``sigma * num_train_timesteps``.
+        shift (`float`, *optional*, defaults to `1.0`): resolution shift of SD3, which
+            `sample_times` applies to the sigmas it draws.
 
     Attributes:
-        legacy_first_step: how the flow SDE begins, see `diffalign.likelihood.transitions.flow_sde_step`.
+        legacy_first_step (`bool`): how the flow SDE begins, see `flow_sde_step`.
+
+    Example:
+        ```python
+        process = RectifiedFlow(shift=3.0)
+        alpha, sigma = process.alpha_sigma(torch.tensor([0.25]))
+        assert (alpha.item(), sigma.item()) == (0.75, 0.25)
+        ```
     """
 
     prediction_type = "flow_matching"
@@ -172,30 +274,49 @@ class RectifiedFlow(_Process):
         self.legacy_first_step = False
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares of signal and noise, each float64 (n,)."""
         sigma = times.to(torch.float64)
         return 1 - sigma, sigma
 
     def model_times(self, times: Tensor) -> Tensor:
+        """Scale sigmas to what the network is given, float32."""
         return times.to(torch.float32) * self.num_timesteps
 
     def fraction(self, times: Tensor) -> Tensor:
-        """The sigma itself, float64."""
+        """Return the sigmas themselves as float64: 0 is clean."""
         return times.double()
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Return what a perfect network outputs, the velocity eps - x0."""
         return noise - x0
 
     def to_x0(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+        """Compute the clean samples that a velocity implies, (n, ...)."""
         return sample - _over(times.double(), sample) * output
 
     def to_eps(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+        """Compute the noise that a velocity implies, (n, ...)."""
         return sample + _over(1 - times.double(), sample) * output
 
 
 def with_zero_terminal_snr(process: VariancePreserving) -> VariancePreserving:
-    """The process with its last signal share at zero: sqrt(alpha_bar) is shifted and scaled so that its first value stays.
+    """Rescale a schedule so that its last timestep is pure noise.
 
-    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    sqrt(alpha_bar) is shifted and scaled such that its first value stays (Lin et al.
+    2023, arXiv 2305.08891, algorithm 1).
+
+    Args:
+        process (`VariancePreserving`): the schedule, which stays as it is.
+
+    Returns:
+        `VariancePreserving`: the rescaled one.
+
+    Example:
+        ```python
+        process = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
+        process = with_zero_terminal_snr(process)
+        assert process.snr(torch.tensor([999])) == 0
+        ```
     """
     root = process.alphas_cumprod.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -203,10 +324,27 @@ def with_zero_terminal_snr(process: VariancePreserving) -> VariancePreserving:
 
 
 def process_from_scheduler(scheduler: Any) -> NoisingProcess:
-    """The process a diffusers scheduler belongs to, with the model's *true* prediction type (never forced to epsilon).
+    """Read the noise schedule from a diffusers scheduler.
+
+    Its prediction type is the model's true one, which is never forced to epsilon.
+
+    Args:
+        scheduler: of diffusers, of the kind of DDPM or of flow matching.
+
+    Returns:
+        `NoisingProcess`: a `VariancePreserving` or a `RectifiedFlow`.
 
     Raises:
-        UserError: a scheduler of another formulation (EDM, consistency, ...), or a prediction type of neither family.
+        UserError: a scheduler of another formulation (EDM, consistency, ...), or an
+            unknown prediction type.
+
+    Example:
+        ```python
+        from diffusers import DDIMScheduler
+
+        process = process_from_scheduler(DDIMScheduler(prediction_type="v_prediction"))
+        assert process.prediction_type == "v_prediction"
+        ```
     """
     config = scheduler.config
     if (
@@ -229,14 +367,23 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
         name = type(scheduler).__name__
         what = f" with prediction_type {kind!r}" if kind not in PREDICTION_TYPES else ""
         raise UserError(
-            f"model: the scheduler {name}{what} is of a formulation that is not supported; models of DDPM's kind (epsilon, v_prediction, "
+            f"model: the scheduler {name}{what} is of a formulation that is not supported; models "
+            "of DDPM's kind (epsilon, v_prediction, "
             "sample) and flow-matching models are"
         )
     return VariancePreserving(scheduler.alphas_cumprod, kind, clip_range(scheduler))
 
 
 def clip_range(scheduler: Any) -> float | None:
-    """The range to which a scheduler clamps clean estimates; None where it does not, whatever its config holds."""
+    """Read the range to which a scheduler clamps clean estimates.
+
+    Args:
+        scheduler: of diffusers.
+
+    Returns:
+        `float` or `None`: None where the scheduler's class does not clamp, whatever its
+            config holds.
+    """
     takes = inspect.signature(type(scheduler).__init__).parameters
     if "clip_sample" not in takes or not scheduler.config.get("clip_sample"):
         return None

@@ -1,4 +1,8 @@
-"""How times are drawn. Every sampler is a map of uniform numbers in [0, 1), so randomness is an argument and never hidden."""
+"""How training times are drawn.
+
+Every sampler maps uniform numbers in [0, 1) to times. The randomness is thus an
+argument.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,37 @@ TIMESTEP_SAMPLERS = ("uniform", "logit_normal", "turbo", "refiner")
 
 
 def turbo_timesteps(timesteps: Tensor) -> Tensor:
-    """250 (t mod 4) + 249: the four timesteps 249, 499, 749, 999 of SDXL-Turbo."""
+    """Map timesteps to the four of SDXL-Turbo, 249, 499, 749 and 999: 250 (t mod 4) +
+    249.
+
+    Args:
+        timesteps (`Tensor`): int64, any shape.
+
+    Returns:
+        `Tensor`: int64, same shape.
+
+    Example:
+        ```python
+        assert turbo_timesteps(torch.arange(4)).tolist() == [249, 499, 749, 999]
+        ```
+    """
     return 250 * (timesteps % 4) + 249
 
 
 def refiner_timesteps(timesteps: Tensor) -> Tensor:
-    """t mod 200: the low-noise end on which the SDXL refiner works."""
+    """Map timesteps to the low-noise end on which the SDXL refiner works: t mod 200.
+
+    Args:
+        timesteps (`Tensor`): int64, any shape.
+
+    Returns:
+        `Tensor`: int64, same shape.
+
+    Example:
+        ```python
+        assert refiner_timesteps(torch.tensor([450])).item() == 50
+        ```
+    """
     return timesteps % 200
 
 
@@ -27,16 +56,30 @@ def sample_times(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
 ) -> Tensor:
-    """Maps uniform numbers to times of `process`.
+    """Map uniform numbers to times of a noise schedule.
 
     Args:
-        process: decides what a time is: int64 timesteps (variance preserving) or float64 sigmas in (0, 1] (flow, shift applied).
+        process (`NoisingProcess`): decides what a time is.
         uniforms (`Tensor`): (n,) in [0, 1).
-        sampler (`str`): ``uniform``; ``logit_normal`` (sigmoid of N(`logit_mean`, `logit_std`^2), SD3, Esser et al. 2024);
-            ``turbo`` and ``refiner`` (variance preserving only).
+        sampler (`str`, *optional*, defaults to `"uniform"`): ``uniform``;
+            ``logit_normal``, the sigmoid of N(logit_mean, logit_std^2) (Esser et al.
+            2024, arXiv 2403.03206, section 3.1); ``turbo`` or ``refiner``, for
+            variance-preserving models only.
+        logit_mean (`float`, *optional*, defaults to `0.0`): of ``logit_normal``.
+        logit_std (`float`, *optional*, defaults to `1.0`): of ``logit_normal``.
+
+    Returns:
+        `Tensor`: (n,), int64 timesteps (variance preserving) or float64 sigmas in (0,
+            1], shifted (flow).
 
     Raises:
-        ValueError: on an unknown sampler, or one that the process does not have.
+        ValueError: unknown sampler, or one that the schedule does not have.
+
+    Example:
+        ```python
+        sigmas = sample_times(RectifiedFlow(), torch.rand(16), "logit_normal")
+        assert sigmas.min() > 0 and sigmas.max() <= 1
+        ```
     """
     if sampler not in TIMESTEP_SAMPLERS:
         raise ValueError(
@@ -50,7 +93,8 @@ def sample_times(
     if isinstance(process, RectifiedFlow):
         if sampler in ("turbo", "refiner"):
             raise ValueError(
-                f"timestep_sampling: {sampler!r} belongs to SDXL, not to flow-matching models; use uniform or logit_normal"
+                f"timestep_sampling: {sampler!r} belongs to SDXL, not to flow-matching models; "
+                "use uniform or logit_normal"
             )
         sigma = uniforms.clamp(min=1 / process.num_timesteps)
         return process.shift * sigma / (1 + (process.shift - 1) * sigma)

@@ -1,8 +1,9 @@
-"""Stochastic sampler steps as Gaussian transitions with log-probabilities: the core of D3PO and every on-policy method.
+"""Sampler steps as Gaussian transitions with log-probabilities, for on-policy methods.
 
-DDIM with eta (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) for variance-preserving models, the flow SDE (Flow-GRPO,
-arXiv 2505.05470) for rectified flow. All in float32 or wider; a log-probability is the mean over the elements of a sample, as in the
-published codes, or their sum.
+DDIM with eta (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) is for
+variance-preserving models, the flow SDE (Flow-GRPO, Liu et al. 2025, arXiv 2505.05470)
+for rectified flow. Everything is computed in float32 or wider. A log-probability is the
+mean over the elements of a sample, as in the published codes, or their sum.
 """
 
 from __future__ import annotations
@@ -18,23 +19,45 @@ MIN_STD = 1e-4
 
 
 def _wide(value: Tensor | float, like: Tensor) -> Tensor:
-    """A scalar or (n,) coefficient as a tensor that broadcasts over `like` (n, ...), in float32 or wider."""
+    """Convert a scalar or (n,) coefficient so that it broadcasts over `like` (n, ...).
+
+    The result is float32 or wider.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     value = torch.as_tensor(value, dtype=torch.float64).to(like.device, dtype)
     return value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor, reduce: str = "mean") -> Tensor:
-    """log N(sample; mean, std^2) over the elements of each sample, (n,); the sample is a constant (no gradient flows into it).
+    """Compute log N(sample; mean, std^2) over the elements of each sample.
+
+    Args:
+        sample (`Tensor`): (n, ...). No gradient flows into it.
+        mean (`Tensor`): (n, ...).
+        std (`Tensor`): broadcastable to (n, ...), at least 1e-4.
+        reduce (`str`, *optional*, defaults to `"mean"`): ``mean`` or ``sum`` over the
+            elements of a sample.
+
+    Returns:
+        `Tensor`: (n,).
 
     Raises:
-        ValueError: when a standard deviation is under 1e-4: the step is deterministic and has no density.
+        ValueError: a standard deviation under 1e-4, as the step is then deterministic
+            and has no density; or an unknown reduction.
+
+    Example:
+        ```python
+        sample = mean = torch.zeros(1, 4, 8, 8)
+        log_prob = gaussian_log_prob(sample, mean, torch.tensor(1.0))
+        torch.testing.assert_close(log_prob, torch.tensor([-0.918939]))
+        ```
     """
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce: expected mean or sum, got {reduce!r}")
     if (std < MIN_STD).any():
         raise ValueError(
-            f"std: a step with standard deviation {float(std.min()):.2g} is deterministic and has no log-probability; "
+            f"std: a step with standard deviation {float(std.min()):.2g} is deterministic and has "
+            "no log-probability; "
             "use eta > 0 and leave out the last step (t = 0)"
         )
     elements = (
@@ -55,18 +78,37 @@ def ddim_step(
     prediction_type: str = "epsilon",
     clip_range: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of x_prev given x_t (Song et al. 2021, eq. 12 and 16).
+    """Compute mean and standard deviation of a DDIM step from x_t to x_prev.
+
+    See Song et al. 2021, arXiv 2010.02502, eq. 12 (the step) and eq. 16 (its
+    deviation).
 
     Args:
-        model_output, sample (`Tensor`): (n, ...).
-        alpha_bar, alpha_bar_prev (`Tensor` or `float`): scalars or (n,).
-        eta (`float`): 0 is deterministic, 1 ancestral.
-        prediction_type (`str`): ``epsilon``, ``v_prediction`` or ``sample``.
-        clip_range (`float`, *optional*): the clean estimate is clamped to it, the noise estimate is not, as diffusers' DDIM does
-            under `clip_sample`.
+        model_output (`Tensor`): output of the network, (n, ...).
+        sample (`Tensor`): x_t, (n, ...).
+        alpha_bar, alpha_bar_prev (`Tensor` or `float`): at both ends of the step,
+            scalars or (n,).
+        eta (`float`): 0 is deterministic, 1 is ancestral.
+        prediction_type (`str`, *optional*, defaults to `"epsilon"`): ``epsilon``,
+            ``v_prediction`` or ``sample``.
+        clip_range (`float`, *optional*): clamp the clean estimate to it, and leave the
+            noise estimate as it is. diffusers' DDIM does so under `clip_sample`.
 
     Returns:
-        (mean (n, ...), std broadcastable to it).
+        `tuple[Tensor, Tensor]`: mean (n, ...), and a deviation that broadcasts to it.
+
+    Example:
+        ```python
+        output, sample = torch.zeros(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+        mean, std = ddim_step(
+            model_output=output,
+            sample=sample,
+            alpha_bar=0.5,
+            alpha_bar_prev=0.6,
+            eta=1.0,
+        )
+        x_prev = mean + std * torch.randn_like(mean)
+        ```
     """
     bar, bar_prev = _wide(alpha_bar, sample), _wide(alpha_bar_prev, sample)
     output, x_t = model_output.to(bar.dtype), sample.to(bar.dtype)
@@ -91,10 +133,35 @@ def ddim_step_log_prob(
     prediction_type: str = "epsilon",
     reduce: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the stored `prev_sample` under a DDIM step; arguments as `ddim_step`.
+    """Compute the log-probability of a stored sample under a DDIM step.
+
+    Args:
+        prev_sample (`Tensor`): the stored x_prev, (n, ...).
+        reduce (`str`, *optional*, defaults to `"mean"`): ``mean`` or ``sum`` over the
+            elements of a sample.
+        model_output, sample, alpha_bar, alpha_bar_prev, eta, prediction_type: see
+            `ddim_step`.
 
     Returns:
-        (log_prob (n,), mean (n, ...), std broadcastable to mean).
+        `tuple[Tensor, Tensor, Tensor]`: log-probability (n,), mean (n, ...), and a
+        deviation that broadcasts to the mean.
+
+    Raises:
+        ValueError: a step without noise, see `gaussian_log_prob`.
+
+    Example:
+        ```python
+        output, sample, prev_sample = torch.randn(3, 1, 4, 8, 8)
+        log_prob, mean, std = ddim_step_log_prob(
+            model_output=output,
+            sample=sample,
+            prev_sample=prev_sample,
+            alpha_bar=0.5,
+            alpha_bar_prev=0.6,
+            eta=1.0,
+        )
+        assert log_prob.shape == (1,)
+        ```
     """
     mean, std = ddim_step(
         model_output=model_output,
@@ -116,18 +183,37 @@ def flow_sde_step(
     eta: float,
     legacy_first_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of one Euler-Maruyama step of the flow SDE from `sigma` down to `sigma_prev` (Flow-GRPO's code).
+    """Compute mean and standard deviation of one Euler-Maruyama step of the flow SDE.
+
+    See Flow-GRPO, Liu et al. 2025, arXiv 2505.05470, section "From ODE to SDE", and
+    its published code.
 
     Args:
         model_output (`Tensor`): velocity, (n, ...).
         sample (`Tensor`): (n, ...).
-        sigma, sigma_prev (`Tensor` or `float`): scalars or (n,), sigma_prev < sigma <= 1.
-        eta (`float`): noise level; the diffusion is eta sqrt(sigma / (1 - sigma)), at sigma = 1 eta sqrt(1 / (1 - sigma_prev)).
-        legacy_first_step: at sigma = 1 eta sqrt(sigma_prev / (1 - sigma_prev)), as runs of earlier versions began.
+        sigma, sigma_prev (`Tensor` or `float`): at both ends of the step, scalars or
+            (n,), with sigma_prev < sigma <= 1.
+        eta (`float`): noise level. The diffusion is eta sqrt(sigma / (1 - sigma)), and
+            eta sqrt(1 / (1 - sigma_prev)) at sigma = 1.
+        legacy_first_step (`bool`, *optional*, defaults to `False`): take the diffusion
+            eta sqrt(sigma_prev / (1 - sigma_prev)) at sigma = 1, as earlier versions
+            did.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: mean (n, ...), and a deviation that broadcasts to it.
+
+    Example:
+        ```python
+        velocity, sample = torch.randn(2, 1, 16, 8, 8)
+        mean, std = flow_sde_step(
+            model_output=velocity, sample=sample, sigma=0.9, sigma_prev=0.8, eta=0.7
+        )
+        ```
     """
     now, then = _wide(sigma, sample), _wide(sigma_prev, sample)
     velocity, x = model_output.to(now.dtype), sample.to(now.dtype)
-    # At sigma = 1 the diffusion is infinite; the published code takes the next sigma there, in the denominator alone.
+    # At sigma = 1 the diffusion is infinite; the published code takes the next sigma
+    # there, in the denominator alone.
     bounded = torch.where(now >= 1, then, now)
     diffusion = eta * ((bounded if legacy_first_step else now) / (1 - bounded)).sqrt()
     dt = then - now
@@ -146,10 +232,34 @@ def flow_sde_step_log_prob(
     eta: float,
     reduce: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the stored `prev_sample` under a flow-SDE step; arguments as `flow_sde_step`.
+    """Compute the log-probability of a stored sample under a step of the flow SDE.
+
+    Args:
+        prev_sample (`Tensor`): the stored sample at `sigma_prev`, (n, ...).
+        reduce (`str`, *optional*, defaults to `"mean"`): ``mean`` or ``sum`` over the
+            elements of a sample.
+        model_output, sample, sigma, sigma_prev, eta: see `flow_sde_step`.
 
     Returns:
-        (log_prob (n,), mean (n, ...), std of the step, broadcastable to mean).
+        `tuple[Tensor, Tensor, Tensor]`: log-probability (n,), mean (n, ...), and a
+        deviation that broadcasts to the mean.
+
+    Raises:
+        ValueError: a step without noise, see `gaussian_log_prob`.
+
+    Example:
+        ```python
+        velocity, sample, prev_sample = torch.randn(3, 1, 16, 8, 8)
+        log_prob, mean, std = flow_sde_step_log_prob(
+            model_output=velocity,
+            sample=sample,
+            prev_sample=prev_sample,
+            sigma=0.9,
+            sigma_prev=0.8,
+            eta=0.7,
+        )
+        assert log_prob.shape == (1,)
+        ```
     """
     mean, std = flow_sde_step(
         model_output=model_output, sample=sample, sigma=sigma, sigma_prev=sigma_prev, eta=eta
