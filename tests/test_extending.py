@@ -1,0 +1,125 @@
+"""A method, a scorer and a model family as CONTRIBUTING.md says: one file and one line each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import diffalign
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ("weights", "reward_weights", "lora_weights", "text_weights")
+
+
+def example(heading: str) -> str:
+    """The first Python block under a heading of CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index(f"## {heading}") :]
+    block = re.search(r"^```python\n(.*?)^```", section, re.S | re.M)
+    assert block is not None
+    return block[1]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package that may be added to."""
+    source = Path(diffalign.__file__).parent
+    copy = tmp_path / "diffalign"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(*WEIGHTS, "__pycache__"))
+    for name in WEIGHTS:
+        (copy / "shapes" / name).symlink_to(source / "shapes" / name)
+    return copy
+
+
+def add_line(file: Path, before: str, line: str) -> None:
+    """One line in a table."""
+    text = file.read_text()
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, f"    {line},\n{before}"))
+
+
+def run(package: Path, code: str) -> str:
+    paths = f"import sys; sys.path[:0] = [{str(package.parent)!r}, {str(ROOT / 'tests')!r}]\n"
+    done = subprocess.run(
+        [sys.executable, "-c", paths + textwrap.dedent(code)],
+        cwd=package.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_method(package: Path) -> None:
+    block = example("A method is one file")
+    (package / "methods" / "slic.py").write_text(block[: block.index("\ntrainer = ")])
+    table = package / "methods" / "__init__.py"
+    add_line(table, '    "sft": "sft:SFT",\n', '"slic": "slic:SLiC"')
+    said = run(
+        package,
+        """
+        from datasets import Dataset
+        from tiny import pair_rows
+
+        from diffalign.cli import run
+
+        Dataset.from_list(pair_rows(4, size=64)).to_parquet("pairs.parquet")
+        options = {"data.dataset_name": "pairs.parquet", "train.output_dir": "run", "train.max_steps": 2,
+                   "train.per_device_train_batch_size": 2, "train.beta": 500, "lora.r": 4}
+        parts = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        assert run(["train", "--method", "slic", "--model", "shapes", *parts]) == 0
+        assert "method: slic" in open("run/config.yaml").read()
+        assert run(["train", "--method", "slic", "--model", "shapes", "--train.beta", "-1"]) == 2
+        """,
+    )
+    assert "SLiC on shapes" in said and "done: run" in said
+
+
+def test_a_scorer(package: Path) -> None:
+    file = package / "rewards" / "scorers" / "brightness.py"
+    file.write_text(example("A reward is a function, or one file"))
+    table = package / "rewards" / "registry.py"
+    line = '"brightness": "scorers.brightness:Brightness"'
+    add_line(table, '    "imagereward": "scorers.imagereward:ImageReward",\n', line)
+    said = run(
+        package,
+        """
+        from tiny import picture
+
+        from diffalign import load_scorer
+        from diffalign.cli import run
+
+        bright, dark = load_scorer("brightness")([picture(200, 0), picture(20, 1)])
+        assert bright > 150 > dark
+        assert run(["scorers", "brightness"]) == 0
+        """,
+    )
+    assert "mean of the pixels" in said
+
+
+def test_a_model_family(package: Path) -> None:
+    (package / "backbones" / "toy.py").write_text(example("A model family is one file"))
+    table = package / "backbones" / "__init__.py"
+    line = '"ToyPipeline": "toy:ToyBackbone"'
+    add_line(table, '    "StableDiffusionPipeline": "sd:StableDiffusionBackbone",\n', line)
+    run(
+        package,
+        """
+        from diffusers import StableDiffusionPipeline
+        from tiny import build_pipeline, lora_config, make_trainer
+
+        class ToyPipeline(StableDiffusionPipeline):
+            pass
+
+        parts = {**build_pipeline("sd").components, "requires_safety_checker": False}
+        trainer = make_trainer("run", model=ToyPipeline(**parts), peft_config=lora_config())
+        trainer.train()
+        assert type(trainer.backbone).__name__ == "ToyBackbone"
+        """,
+    )
