@@ -1,4 +1,8 @@
-"""Preference data: any layout of the field read into one schema, checked, transformed, inspected and converted."""
+"""Read preference data of any known layout, and check, inspect and convert them.
+
+Start with `load_preferences`. It opens a Hub dataset, a folder, a file or a list of
+rows and returns a `PreferenceDataset`, whose items are `Group`s.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: `import diffalign.data` itself costs nothing. (`diffalign.data.inspect` stays the module.)"""
+    """Import a public name when it is first used, so that this package imports fast.
+
+    `diffalign.data.inspect` stays the module of that name.
+    """
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

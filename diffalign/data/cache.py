@@ -1,7 +1,9 @@
-"""Tensors on disk by content key: latents and prompt embeddings that need not be computed twice.
+"""Keep computed tensors on disk: latents and prompt embeddings are computed once.
 
-A cache is a folder of safetensors shards. Shards are written whole (temporary file, then rename) by one process each, so several
-processes can fill one cache and an interrupted one loses only its last shard. Reading maps the files; nothing is unpickled.
+A cache is a folder of safetensors shards. A process writes each of its shards to a
+temporary file and then renames it. Several processes can therefore fill one cache, and
+an interrupted one loses only its last shard. Reading maps the files into memory and
+unpickles nothing.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ from ..errors import UserError
 from ..runtime.files import remove_temporaries, save_tensors
 
 _SEPARATOR = "|"
-_DEAD_AFTER = 3600.0  # seconds after which a half-written file belongs to no living process
+_DEAD_AFTER = 3600.0  # seconds; an older half-written file was left by a dead process
 
 
 class TensorCache:
-    """Maps keys to small dictionaries of tensors.
+    """Store small dictionaries of tensors under text keys.
 
     Args:
-        folder: created on the first write.
-        shard_entries (`int`, *optional*, defaults to `512`): entries per file.
+        folder (`str` or `Path`): Where the shards lie. It is created on the first
+            write.
+        shard_entries (`int`, *optional*, defaults to `512`): Entries per file.
 
     Raises:
-        UserError: when a shard is damaged; the message says which file to delete.
+        UserError: A shard is damaged. The message says which file to delete.
     """
 
     def __init__(self, folder: str | Path, shard_entries: int = 512) -> None:
@@ -37,7 +40,11 @@ class TensorCache:
         self.reload()
 
     def reload(self) -> None:
-        """Reads the headers of all shards, also those other processes have written since."""
+        """Read the headers of all shards, including those that other processes wrote.
+
+        Raises:
+            UserError: A shard is damaged.
+        """
         from safetensors import safe_open
 
         self._files: dict[Path, Any] = {}
@@ -46,7 +53,7 @@ class TensorCache:
             try:
                 with safe_open(path, "pt") as file:
                     names = list(file.keys())
-            except Exception as error:  # safetensors raises its own type for damage
+            except Exception as error:  # safetensors raises a type of its own
                 raise UserError(
                     f"cache file {path} is damaged ({error}); delete it and run again"
                 ) from error
@@ -61,10 +68,19 @@ class TensorCache:
         return len(self._index) + len(self._pending)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The distinct keys not stored yet, in order."""
+        """Return the distinct keys that are not stored yet, in their order.
+
+        Args:
+            keys (`Iterable[str]`): Keys to look up.
+        """
         return [key for key in dict.fromkeys(keys) if key not in self]
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
+        """Return the tensors stored under `key`.
+
+        Raises:
+            KeyError: The key is not stored.
+        """
         if key in self._pending:
             return self._pending[key]
         from safetensors import safe_open
@@ -72,17 +88,24 @@ class TensorCache:
         path, fields = self._index[key]
         if path not in self._files:
             self._files[path] = safe_open(path, "pt").__enter__()
-        # Copies: tensors of a mapped file may lie where a CPU rounds otherwise.
+        # Copy: the alignment of a mapped tensor can change how a CPU rounds.
         return {
             field: self._files[path].get_tensor(f"{key}{_SEPARATOR}{field}").clone()
             for field in fields
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # Data-loader workers open the files themselves: a mapping must not cross a process boundary.
+        # A mapping must not cross a process boundary, so data-loader workers open the
+        # files themselves.
         return {**self.__dict__, "_files": {}}
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Store tensors under a key, and write a shard when enough are pending.
+
+        Args:
+            key (`str`): The key.
+            tensors (`dict[str, Tensor]`): Name -> tensor, on any device.
+        """
         self._pending[key] = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
@@ -90,7 +113,7 @@ class TensorCache:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending as one new shard."""
+        """Write the pending entries as one new shard."""
         if not self._pending:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

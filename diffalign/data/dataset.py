@@ -1,4 +1,8 @@
-"""What the loader returns: groups of undecoded images with their prompts, scores and weight."""
+"""The groups of images that a dataset consists of, and the report on how it was read.
+
+`PreferenceDataset` returns a `Group` per row. Its images stay undecoded until asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +31,24 @@ LISTED_BROKEN_ROWS = 20
 
 @dataclass
 class Group:
-    """The images of one prompt that are compared with each other.
+    """The images of one prompt, to be compared with each other.
 
     Attributes:
-        row_id: index of the row in the source.
-        prompts: one per image (all equal unless each image has its own); a single one for kind `prompt`.
-        images: undecoded, `{"bytes": bytes | None, "path": str | None}` or a PIL image; the chosen one first in a pair.
-        scores: one per image of a ranked group, higher is better; None where the data have none.
-        weight: of the group in the loss; 0 for a kept tie.
+        row_id (`int`): Index of the row in the source.
+        prompts (`tuple[str, ...]`): One per image, all equal unless each image has its
+            own. A group of kind `prompt` has a single one.
+        images (`list`): Undecoded images, each `{"bytes": bytes | None, "path": str |
+            None}` or a PIL image. The chosen one comes first in a pair.
+        scores (`tuple[float, ...]`, *optional*): One per image of a ranked group,
+            higher is better. None where the data have none.
+        weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
+            kept tie.
+
+    Example:
+        ```python
+        group = load_preferences("data/pairs.jsonl")[0]
+        chosen, rejected = group.open_images()
+        ```
     """
 
     row_id: int
@@ -44,23 +58,41 @@ class Group:
     weight: float = 1.0
 
     def open_images(self) -> list[Image.Image]:
-        """RGB images, turned as their EXIF says, transparency on white.
+        """Decode all images to RGB, rotated by their EXIF tag, transparency on white.
+
+        Returns:
+            `list[PIL.Image.Image]` in the order of `images`.
 
         Raises:
-            UserError: an image cannot be decoded; names the row.
+            UserError: An image cannot be decoded. The message names the row.
         """
         return [self.open_image(place) for place in range(len(self.images))]
 
     def open_image(self, place: int) -> Image.Image:
-        """One of `open_images`."""
+        """Decode one image as `open_images` does.
+
+        Args:
+            place (`int`): Index of the image in the group.
+
+        Raises:
+            UserError: The image cannot be decoded. The message names the row.
+        """
         return self._or_name_row(image_cells.decode, self.images[place])
 
     def image_hashes(self) -> list[str]:
-        """sha256 of every image's encoded bytes, as hexadecimal digits."""
+        """Return the sha256 of every image's encoded bytes, as hexadecimal digits.
+
+        Raises:
+            UserError: An image cannot be read. The message names the row.
+        """
         return [self._or_name_row(image_cells.content_hash, image) for image in self.images]
 
     def image_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) in pixels of every image as displayed, read from the headers."""
+        """Return the (height, width) of every image as displayed, from the headers.
+
+        Raises:
+            UserError: An image cannot be read. The message names the row.
+        """
         return [self._or_name_row(image_cells.header, image)[0] for image in self.images]
 
     def _or_name_row(self, function: Callable[[Any], Any], image: Any) -> Any:
@@ -72,20 +104,34 @@ class Group:
 
 @dataclass
 class LoadReport:
-    """What was read and what was left out; stored in the run's config and model card.
+    """Record what was read from a source and what was left out.
+
+    A run stores it in its configuration and its model card.
 
     Attributes:
-        source: name, path or type of the source.
-        layout, kind: recognised layout and the kind of its rows.
-        mapping: role -> column.
-        rows, kept: rows of the source; groups that can be used.
-        ties, ties_kept: tied rows; whether they are among `kept`, with weight 0.
-        unlabelled: rows dropped because nobody judged them.
-        broken_count, broken: number of unusable rows; (row id, reason) of the first 20.
-        first_wins, second_wins: how often a label preferred the first or the second image column.
-        direction: which way the judgements are read, in words.
-        unused: columns that look like judgements or images and are not read.
-        notes: what else was done to read the source.
+        source (`str`): Name, path or type of the source.
+        layout (`str`): The recognised layout.
+        kind (`str`): The kind of its rows.
+        mapping (`dict[str, str]`): Role -> column.
+        rows (`int`): Rows of the source.
+        kept (`int`): Groups that can be used.
+        ties (`int`): Tied rows.
+        ties_kept (`bool`): Whether ties are among `kept`, with weight 0.
+        unlabelled (`int`): Rows dropped because nobody judged them.
+        broken_count (`int`): Unusable rows.
+        broken (`list[tuple[int, str]]`): (row id, reason) of the first 20 of them.
+        first_wins (`int`): How often a label preferred the first image column.
+        second_wins (`int`): How often a label preferred the second one.
+        direction (`str`): Which way the judgements are read, in words.
+        unused (`list[str]`): Columns that look like judgements or images and are not
+            read.
+        notes (`list[str]`): What else was done to read the source.
+
+    Example:
+        ```python
+        report = load_preferences("data/pairs.jsonl", verbose=False).report
+        print(report.summary())
+        ```
     """
 
     source: str
@@ -106,12 +152,15 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """One paragraph for the terminal and the model card."""
+        """Return one paragraph for the terminal and the model card."""
         columns = ", ".join(
             role if role == column else f"{role} = {column}"
             for role, column in self.mapping.items()
         )
-        text = f"dataset {self.source}: layout {self.layout} ({columns}), kind {self.kind}; {self.kept} of {self.rows} rows used"
+        text = (
+            f"dataset {self.source}: layout {self.layout} ({columns}), kind {self.kind}; "
+            f"{self.kept} of {self.rows} rows used"
+        )
         if self.ties:
             text += f"; {self.ties} ties {'kept with weight 0' if self.ties_kept else 'dropped'}"
         if self.unlabelled:
@@ -123,29 +172,52 @@ class LoadReport:
         return text
 
     def unused_columns(self) -> str:
-        """A sentence about columns that look like judgements or images and are not read; empty where there are none."""
+        """Return a sentence about columns that look useful and are not read.
+
+        It is empty where there are none.
+        """
         if not self.unused:
             return ""
         names = ", ".join(self.unused)
-        return f"not read, although they look like judgements or images: {names} (data.columns says what a column is)"
+        return (
+            f"not read, although they look like judgements or images: {names} (data.columns "
+            "says what a column is)"
+        )
 
     def first_broken(self, count: int = 3) -> str:
-        """The first broken rows with their reasons, for a message."""
+        """Return the first broken rows with their reasons, for a message.
+
+        Args:
+            count (`int`, *optional*, defaults to `3`): Number of rows to name.
+        """
         rows = "; ".join(f"row {row_id}: {reason}" for row_id, reason in self.broken[:count])
         return rows + ("; ..." if self.broken_count > count else "")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types only, for JSON and YAML."""
+        """Return the report as plain types, for JSON and YAML."""
         return dataclasses.asdict(self) | {"broken": [list(row) for row in self.broken]}
 
     def add_broken(self, row_id: int, reason: str) -> None:
-        """Counts an unusable row."""
+        """Count an unusable row.
+
+        Args:
+            row_id (`int`): Index of the row in the source.
+            reason (`str`): Why it cannot be used.
+        """
         self.broken_count += 1
         if len(self.broken) < LISTED_BROKEN_ROWS:
             self.broken.append((row_id, reason))
 
     def admit(self, row_id: int, verdict: Verdict) -> bool:
-        """Counts a row that was judged (all but its use); True if its group is to be used."""
+        """Count a row by its verdict, except for `rows` and `kept`.
+
+        Args:
+            row_id (`int`): Index of the row in the source.
+            verdict (`Verdict`): What its light cells say.
+
+        Returns:
+            `bool`: Whether the row's group is to be used.
+        """
         if verdict.status == "broken":
             self.add_broken(row_id, verdict.reason)
         self.unlabelled += verdict.status == "unlabelled"
@@ -155,49 +227,72 @@ class LoadReport:
         return verdict.status == "keep" or (verdict.status == "tie" and self.ties_kept)
 
     def check(self, max_broken_fraction: float) -> None:
-        """Raises `UserError` when too many rows are broken or none can be used."""
+        """Refuse a source of which too little can be used.
+
+        Args:
+            max_broken_fraction (`float`): Largest share of broken rows that is
+                accepted.
+
+        Raises:
+            UserError: Too many rows are broken, or none can be used.
+        """
         if self.broken_count > max_broken_fraction * self.rows:
             raise UserError(
-                f"dataset {self.source}: {self.broken_count} of {self.rows} rows are broken, more than "
-                f"data.max_broken_fraction = {max_broken_fraction:g} allows ({self.first_broken()})"
+                f"dataset {self.source}: {self.broken_count} of {self.rows} rows are broken, "
+                f"more than data.max_broken_fraction = {max_broken_fraction:g} allows "
+                f"({self.first_broken()})"
             )
         if self.rows == 0:
             raise UserError(f"dataset {self.source}: has no rows")
         if self.kept == 0 and self.ties == self.rows:
             raise UserError(
-                f"dataset {self.source}: all {self.rows} rows are ties; nothing is left to learn from"
+                f"dataset {self.source}: all {self.rows} rows are ties; nothing is left to "
+                "learn from"
             )
         if self.kept == 0:
             raise UserError(
-                f"dataset {self.source}: none of its {self.rows} rows can be used ({self.ties} ties, {self.unlabelled} without "
-                f"a label, {self.broken_count} broken{': ' + self.first_broken() if self.broken_count else ''})"
+                f"dataset {self.source}: none of its {self.rows} rows can be used ({self.ties} "
+                f"ties, {self.unlabelled} without a label, {self.broken_count} "
+                f"broken{': ' + self.first_broken() if self.broken_count else ''})"
             )
 
 
 def build_group(
     layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, Any], places: ImagePlaces
 ) -> Group:
-    """The group of a judged row.
+    """Make the group of a row from its verdict and image cells.
 
     Args:
-        cells: role -> image cell (a list of them for `images`); roles that are missing leave the group without images.
+        layout (`Layout`): How the columns are read.
+        verdict (`Verdict`): What the row's light cells say.
+        row_id (`int`): Index of the row in the source.
+        cells (`dict[str, Any]`): Role -> image cell, a list of cells for `images`.
+            Roles that are missing leave the group without images.
+        places (`ImagePlaces`): Where image cells may point to.
 
     Raises:
-        BrokenImage: an image is missing, or their number is not that of the scores.
+        BrokenImage: An image is missing, or their number differs from that of the
+            scores.
     """
-    found = [cells[role] for role in verdict.image_roles if role in cells]
+    row_cells = [cells[role] for role in verdict.image_roles if role in cells]
     if "images" in cells:
-        found = cells["images"] or []
-        if len(found) != len(verdict.prompts):
+        row_cells = cells["images"] or []
+        if len(row_cells) != len(verdict.prompts):
             raise image_cells.BrokenImage(
-                f"has {len(found)} images and {len(verdict.prompts)} scores"
+                f"has {len(row_cells)} images and {len(verdict.prompts)} scores"
             )
-    images = [image_cells.resolve(cell, places) for cell in found]
+    images = [image_cells.resolve(cell, places) for cell in row_cells]
     return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight)
 
 
 def lazy_cell(scalar: Any) -> Any:
-    """A pyarrow scalar as Python values, but bytes as a view of the (memory-mapped) table: nothing large is copied."""
+    """Convert a pyarrow scalar to Python values without copying image bytes.
+
+    Bytes become a view of the (memory-mapped) table.
+
+    Args:
+        scalar (`pyarrow.Scalar`): A cell.
+    """
     from pyarrow import types
 
     if not scalar.is_valid:
@@ -212,15 +307,25 @@ def lazy_cell(scalar: Any) -> Any:
 
 
 class PreferenceDataset:
-    """Groups of a dataset that is on disk or in memory; a row is normalised when it is asked for.
+    """Groups of a dataset on disk or in memory, each read when it is asked for.
+
+    `load_preferences` makes it. It has a length and an index, so a torch `DataLoader`
+    can use it.
 
     Attributes:
-        dataset: the underlying `datasets.Dataset`, with the source's columns.
-        layout (`Layout`): how its columns are read.
-        kind (`str`): what the groups are: `pair`, `ranked`, `single` or `prompt`.
-        report (`LoadReport`): what was left out.
-        row_ids (`np.ndarray` of int64): the rows in use, ascending.
-        places (`ImagePlaces`): where its image cells may point to.
+        dataset (`datasets.Dataset`): The underlying dataset, with the source's columns.
+        layout (`Layout`): How its columns are read.
+        kind (`str`): What the groups are: `pair`, `ranked`, `single` or `prompt`.
+        report (`LoadReport`): What was left out.
+        row_ids (`np.ndarray`): The rows in use, int64, ascending. None for a stream.
+        places (`ImagePlaces`): Where image cells may point to.
+
+    Example:
+        ```python
+        dataset = load_preferences("data/ranked.parquet").as_kind("pair")
+        first = dataset[0]
+        print(len(dataset), first.prompts[0], first.image_sizes())
+        ```
     """
 
     def __init__(
@@ -239,11 +344,11 @@ class PreferenceDataset:
 
     @property
     def _columns(self) -> dict[str, str]:
-        """The roles that are read: without images once only prompts are wanted."""
+        """The roles that are read; without images once only prompts are asked for."""
         return self.layout.light_columns if self.kind == "prompt" else self.layout.mapping
 
     def _tables(self) -> Any:
-        """The needed columns as Arrow: undecoded, whatever their feature types say."""
+        """The needed columns as Arrow: undecoded, whatever their feature types are."""
         if "_arrow" not in self.__dict__:
             self._arrow = self.dataset.select_columns(
                 list(dict.fromkeys(self._columns.values()))
@@ -251,7 +356,7 @@ class PreferenceDataset:
         return self._arrow
 
     def _derived(self) -> PreferenceDataset:
-        """A copy without what was computed from the kind and the rows."""
+        """Copy the dataset without what was computed from its kind and rows."""
         view = copy.copy(self)
         for computed in ("_fingerprint", "_arrow"):
             view.__dict__.pop(computed, None)
@@ -267,7 +372,7 @@ class PreferenceDataset:
         return self._viewed(group)
 
     def _viewed(self, group: Group) -> Group:
-        """The group as the kind that `as_kind` asked for, its preference and prompts as asked."""
+        """Turn a group into the kind, preference and prompts that were asked for."""
         if self._one_prompt:
             group = dataclasses.replace(group, prompts=group.prompts[:1] * len(group.prompts))
         if self._inverted:
@@ -281,11 +386,11 @@ class PreferenceDataset:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Group:
-        """The group at `index` of the rows in use.
+        """Return the group at `index` of the rows in use.
 
         Raises:
-            IndexError: out of range.
-            UserError: an image file is gone.
+            IndexError: The index is out of range.
+            UserError: An image file is gone.
         """
         assert self.row_ids is not None
         row_id = int(self.row_ids[index])
@@ -297,7 +402,11 @@ class PreferenceDataset:
             yield self[index]
 
     def select(self, indices: Sequence[int]) -> PreferenceDataset:
-        """The same dataset with only these groups (positions as in `dataset[i]`)."""
+        """Return the same dataset with only some of its groups.
+
+        Args:
+            indices (`Sequence[int]`): Positions, as in `dataset[i]`.
+        """
         import numpy as np
 
         assert self.row_ids is not None
@@ -306,11 +415,16 @@ class PreferenceDataset:
         return view
 
     def as_kind(self, kind: str) -> PreferenceDataset:
-        """The groups as another kind: ranked as pair (best against worst score), pair and ranked as single (the best), anything
-        as prompt.
+        """Return the same dataset with its groups as another kind.
+
+        Ranked groups become pairs of the best and the worst score. Pairs and ranked
+        groups become single images, the best one. Every kind becomes prompts.
+
+        Args:
+            kind (`str`): `pair`, `ranked`, `single` or `prompt`.
 
         Raises:
-            UserError: the data do not hold what the kind needs.
+            UserError: The data do not hold what the kind needs.
         """
         if kind == self.kind:
             return self
@@ -318,11 +432,11 @@ class PreferenceDataset:
             raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "prompt" and (self.kind, kind) not in _VIEWS:
             raise UserError(
-                f"dataset {self.report.source}: the method needs {kind} data, but this dataset is of kind {self.kind} "
-                f"(layout {self.layout.name})"
+                f"dataset {self.report.source}: the method needs {kind} data, but this dataset "
+                f"is of kind {self.kind} (layout {self.layout.name})"
             )
         view = self._derived()
-        # Prompts are read without images, which the views between would ask for.
+        # Prompts are read directly: the views in between would ask for images.
         view.kind, view._views = kind, (kind,) if kind == "prompt" else (*self._views, kind)
         return view
 
@@ -336,14 +450,19 @@ class PreferenceDataset:
 
     @property
     def score_name(self) -> str:
-        """What the numbers of a ranked row are called in the data: `rank` or `score`."""
+        """What the data call the numbers of a ranked row: `rank` or `score`."""
         return "rank" if "rank" in self.layout.mapping else "score"
 
     def score_range(self) -> tuple[float, float] | None:
-        """(lowest, highest) score of all groups in use; None where the data have none, or are a stream that is not read beforehand."""
+        """Return the (lowest, highest) score of all groups in use.
+
+        Returns:
+            `tuple[float, float]`, or None where the data have no scores or are a
+            stream.
+        """
         if self.row_ids is None or self.kind != "ranked":
             return None
-        wanted, start, found = set(self.row_ids.tolist()), 0, []
+        row_ids, start, all_scores = set(self.row_ids.tolist()), 0, []
         light = self.layout.light_columns
         tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format(
             "arrow"
@@ -351,7 +470,7 @@ class PreferenceDataset:
         for table in tables.iter(batch_size=1024):
             columns = {role: table[column].to_pylist() for role, column in light.items()}
             for offset in range(len(table)):
-                if start + offset in wanted:
+                if start + offset in row_ids:
                     verdict = judge(
                         self.layout, {role: values[offset] for role, values in columns.items()}
                     )
@@ -361,29 +480,30 @@ class PreferenceDataset:
                         [None] * len(verdict.prompts),
                         verdict.scores,
                     )
-                    found += [
-                        score
-                        for score in self._viewed(group).scores or ()
-                        if score is not None and not math.isnan(score)
-                    ]
+                    scores = self._viewed(group).scores or ()
+                    all_scores += [s for s in scores if s is not None and not math.isnan(s)]
             start += len(table)
-        return (min(found), max(found)) if found else None
+        return (min(all_scores), max(all_scores)) if all_scores else None
 
     def with_first_prompt(self) -> PreferenceDataset:
-        """The same groups, all images under the chosen one's prompt."""
+        """Return the same groups, with the chosen image's prompt for all images."""
         view = self._derived()
         view._one_prompt = True
         return view
 
     def with_inverted_preferences(self) -> PreferenceDataset:
-        """The same groups with the opposite preference: pairs exchanged, scores turned round (those within [0, 1] stay there).
+        """Return the same groups with the opposite preference.
+
+        The images of pairs are exchanged. Scores within [0, 1] become 1 minus the
+        score, other scores are negated.
 
         Raises:
-            UserError: the data hold no preference.
+            UserError: The data hold no preference.
         """
         if self.layout.kind not in ("pair", "ranked"):
             raise UserError(
-                f"dataset {self.report.source}: {self.layout.kind} data hold no preference to invert; give pairs or ranked lists"
+                f"dataset {self.report.source}: {self.layout.kind} data hold no preference to "
+                "invert; give pairs or ranked lists"
             )
         view = self._derived()
         view._inverted = not self._inverted
@@ -391,9 +511,13 @@ class PreferenceDataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what is learned from: layout, mapping, kind and, per group, row id, prompts, scores, weight and the size and
-        first and last 4 KiB of every image. The same content gives the same fingerprint in any place and process. Not seen: an
-        edit in the middle of an image file that keeps its size and both ends."""
+        """The sha256 of what is learned from, the same in every place and process.
+
+        It covers layout, mapping and kind. Of every group it covers row id, prompts,
+        scores and weight, and of every image its size and its first and last 4 KiB. It
+        misses an edit in the middle of an image file that changes neither its size nor
+        its ends.
+        """
         if "_fingerprint" not in self.__dict__:
             self._fingerprint = self._compute_fingerprint()
         return self._fingerprint
@@ -403,11 +527,11 @@ class PreferenceDataset:
         digest = hashlib.sha256(
             repr([self.layout.name, sorted(self.layout.mapping.items()), self.kind]).encode()
         )
-        wanted = set(self.row_ids.tolist())
+        row_ids = set(self.row_ids.tolist())
         start = 0
         for table in self._tables().iter(batch_size=256):
             for offset in range(len(table)):
-                if start + offset in wanted:
+                if start + offset in row_ids:
                     group = self._group(
                         start + offset,
                         {r: lazy_cell(table[c][offset]) for r, c in self._columns.items()},
@@ -440,7 +564,7 @@ def _pick(group: Group, picked: list[int]) -> Group:
 
 def _best_and_worst(group: Group) -> Group:
     assert group.scores is not None
-    # the last of equally bad ones, so that two different images make the pair even in a kept tie
+    # Of equally bad images take the last, so that a kept tie is a pair of two images.
     worst = min(reversed(range(len(group.scores))), key=group.scores.__getitem__)
     return _pick(group, [_best(group), worst])
 

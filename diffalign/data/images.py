@@ -1,4 +1,7 @@
-"""Images of a dataset's cells: resolved, opened, measured, hashed. Nothing here decodes before it is asked to."""
+"""Find, open, measure and hash the images that a dataset's cells hold or name.
+
+Nothing here decodes an image before it is asked to.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,17 @@ _SAMPLE = 4096  # bytes read from either end of an image for the dataset's finge
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """Where the image cells of a dataset may point to.
+    """Say where the image cells of a dataset may point to.
 
     Attributes:
-        folders: where relative paths are looked up, in order, before the working directory.
-        anywhere: paths may leave these folders, as in rows that were made in code.
-        remote: web addresses are fetched, see `diffalign.data.remote_images`.
-        hub: members of the Hub dataset that is being streamed may be opened.
+        folders (`tuple[Path, ...]`, defaults to `()`): Where relative paths are looked
+            up, in order, before the working directory.
+        anywhere (`bool`, defaults to `False`): Paths may leave these folders, as in
+            rows that were made in code.
+        remote (`bool`, defaults to `False`): Web addresses are fetched, see
+            `diffalign.data.remote_images`.
+        hub (`bool`, defaults to `False`): Members of the Hub dataset that is being
+            streamed may be opened.
     """
 
     folders: tuple[Path, ...] = ()
@@ -48,18 +55,23 @@ class ImagePlaces:
 
 
 NO_FOLDERS = ImagePlaces()
-"""Embedded images, and paths from the working directory."""
+"""For embedded images, and paths from the working directory."""
 
 
 def resolve(cell: Any, places: ImagePlaces) -> Any:
-    """An undecoded image from a dataset's cell: `{"bytes": bytes | None, "path": str | None}`, or a PIL image as it is.
+    """Turn a dataset's cell into an undecoded image.
 
     Args:
-        cell: `{"bytes", "path"}` (datasets' undecoded form), raw bytes or a view of them, a path, an array or a PIL image.
-        places: where its path may point to.
+        cell: `{"bytes", "path"}` (the undecoded form of `datasets`), raw bytes or a
+            view of them, a path, an array or a PIL image.
+        places (`ImagePlaces`): Where its path may point to.
+
+    Returns:
+        `{"bytes": bytes | None, "path": str | None}`, or a PIL image.
 
     Raises:
-        BrokenImage: nothing there, no such file, a place that is not allowed, or something else than an image.
+        BrokenImage: There is no image, no such file, or something else than an image,
+            or the place is not allowed.
     """
     from PIL import Image
 
@@ -76,7 +88,8 @@ def resolve(cell: Any, places: ImagePlaces) -> Any:
         return decoding.from_array(path)
     if not isinstance(path, (str, Path)):
         raise BrokenImage(
-            f"its image is {_described(path)}; expected a path, encoded bytes, a PIL image or an array"
+            f"its image is {_described(path)}; expected a path, encoded bytes, a PIL image or "
+            "an array"
         )
     return _resolved_path(str(path), places)
 
@@ -99,14 +112,18 @@ def _resolved_path(path: str, places: ImagePlaces) -> dict[str, Any]:
         outside = True
     if outside:
         raise BrokenImage(
-            f"image file {path[:200]!r} lies outside the dataset's folder; if you trust this dataset, set data.allow_outside_paths: "
-            "true, or name the folder of its images as data.train_data_dir"
+            f"image file {path[:200]!r} lies outside the dataset's folder; if you trust this "
+            "dataset, set data.allow_outside_paths: true, or name the folder of its images as "
+            "data.train_data_dir"
         )
     raise BrokenImage(f"image file {path[:200]!r} does not exist")
 
 
 def _candidates(path: str, places: ImagePlaces) -> list[Path]:
-    """The path as written, and with the backslashes of a table made on Windows, in each folder."""
+    """List the places to try for a path: in each folder, then as written.
+
+    A table made on Windows has backslashes, so these are tried as slashes too.
+    """
     spellings = [path] + ([path.replace("\\", "/")] if "\\" in path and os.sep == "/" else [])
     candidates = []
     for spelling in spellings:
@@ -120,9 +137,11 @@ def _candidates(path: str, places: ImagePlaces) -> list[Path]:
 
 
 def _is_inside(file: Path, places: ImagePlaces) -> bool:
-    """Whether a file lies in the dataset's folders, the working directory, or the caches in which `datasets` keeps its downloads.
+    """Whether a file lies where this dataset may read.
 
-    Symbolic links are not followed: the Hub's cache consists of them.
+    These places are the dataset's folders, the working directory, and the caches in
+    which `datasets` keeps its downloads. Symbolic links are not followed, because the
+    Hub's cache consists of them.
     """
     place = os.path.abspath(file)
     roots = [*places.folders, Path.cwd(), *_download_folders()]
@@ -142,7 +161,7 @@ def _download_folders() -> list[Path]:
 
 
 def _resolved_address(path: str, places: ImagePlaces) -> str:
-    """A member of a streamed Hub dataset as it is; a web address as the file that it was fetched to."""
+    """Fetch a web address to a file. Keep the address of a streamed member."""
     place = path.rsplit("::", 1)[-1]
     if places.hub and place.startswith("hf://"):
         return path
@@ -152,16 +171,24 @@ def _resolved_address(path: str, places: ImagePlaces) -> str:
 
             return str(fetch(path))
         raise BrokenImage(
-            f"its image is the web address {path[:100]!r}, which is not fetched; download the images first, or set "
-            "data.allow_remote_images: true"
+            f"its image is the web address {path[:100]!r}, which is not fetched; download the "
+            "images first, or set data.allow_remote_images: true"
         )
     raise BrokenImage(
-        f"its image is the address {path[:100]!r}, which is not opened; download the images and give their paths"
+        f"its image is the address {path[:100]!r}, which is not opened; download the images and "
+        "give their paths"
     )
 
 
 def raw_bytes(image: Any) -> bytes:
-    """The encoded file's content; a PIL image is written as PNG."""
+    """Return the encoded content of an image. A PIL image is encoded as PNG.
+
+    Args:
+        image: As `resolve` returns it.
+
+    Raises:
+        BrokenImage: The file cannot be read.
+    """
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -182,7 +209,11 @@ def raw_bytes(image: Any) -> bytes:
 
 
 def _source(image: Any) -> Any:
-    """What `diffalign.runtime.decoding` opens. A view stays one: no more of a memory-mapped file is read than Pillow asks for."""
+    """Return what `diffalign.runtime.decoding` opens.
+
+    A view of a memory-mapped file stays a view, so that only the part that Pillow asks
+    for is read.
+    """
     if not isinstance(image, dict):
         return image
     if image["bytes"] is not None:
@@ -191,30 +222,52 @@ def _source(image: Any) -> Any:
 
 
 def header(image: Any) -> tuple[tuple[int, int], str]:
-    """((height, width) as displayed, format such as `JPEG`), from the header alone.
+    """Read an image's size and format from its header alone.
+
+    Args:
+        image: As `resolve` returns it.
+
+    Returns:
+        `((height, width), format)`: The size as displayed, and a format such as `JPEG`.
 
     Raises:
-        BrokenImage: not an image.
+        BrokenImage: It is not an image.
     """
     return decoding.header(_source(image))
 
 
 def decode(image: Any) -> Image.Image:
-    """The image as 8-bit RGB, see `diffalign.runtime.decoding`.
+    """Decode an image to 8-bit RGB, see `diffalign.runtime.decoding`.
+
+    Args:
+        image: As `resolve` returns it.
 
     Raises:
-        BrokenImage: cannot be decoded.
+        BrokenImage: It cannot be decoded.
     """
     return decoding.decode(_source(image))
 
 
 def content_hash(image: Any) -> str:
-    """sha256 of the encoded file, as hexadecimal digits."""
+    """Return the sha256 of the encoded file, as hexadecimal digits.
+
+    Args:
+        image: As `resolve` returns it.
+
+    Raises:
+        BrokenImage: The file cannot be read.
+    """
     return hashlib.sha256(raw_bytes(image)).hexdigest()
 
 
 def sampled_digest(image: Any) -> bytes:
-    """A cheap digest of the content: its size and its first and last 4 KiB. Where the file lies does not enter."""
+    """Return a cheap digest of an image: of its size and its first and last 4 KiB.
+
+    The place of the file does not matter.
+
+    Args:
+        image: As `resolve` returns it.
+    """
     if isinstance(image, dict) and image["bytes"] is None and "://" not in image["path"]:
         with open(image["path"], "rb") as file:
             size = file.seek(0, io.SEEK_END)

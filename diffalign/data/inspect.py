@@ -1,4 +1,8 @@
-"""A look at a dataset before money is spent on it (`diffalign data inspect`), and its canonical form (`diffalign data convert`)."""
+"""Inspect a dataset before money is spent on it, draw its first group, and convert it.
+
+These are `diffalign data inspect` and `diffalign data convert`. `convert` writes the
+canonical form of a dataset: parquet with embedded images.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,8 @@ _ASPECTS |= {
 }
 
 
-class _Findings:
-    """Row ids of one kind of finding: all counted, the first ones kept."""
+class _Finding:
+    """Count the rows of one kind of finding, and remember the first row ids."""
 
     def __init__(self) -> None:
         self.count, self.rows = 0, list[int]()
@@ -39,17 +43,26 @@ class _Findings:
 
 
 def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any]:
-    """Reads every group once.
+    """Read every group once and describe the dataset.
 
     Args:
-        decode: decode every image, so that a file that is cut off is found; False reads headers only.
+        dataset (`PreferenceDataset`): From `load_preferences`.
+        decode (`bool`, *optional*, defaults to `True`): Decode every image, which finds
+            files that are cut off. False reads headers only.
 
     Returns:
-        Plain types, ready for JSON: the load report (`rows`, `kept`, `ties`, ...) and `fingerprint`, `images`, `sizes`
-        ("HxW" -> number), `aspects` (nearest usual width:height -> number), `formats`, `prompt_words` and `prompt_characters`
-        ({min, median, max}), `distinct_prompts`, `first_image_preferred` (share, where labels say it), and findings as
-        {count, rows}: `duplicate_groups`, `duplicate_images`, `identical_images` (chosen = rejected), `size_mismatches`,
-        `aspect_mismatches`, `unreadable` (with `reasons`: the first ones), and `decoded`.
+        `dict` of plain types, ready for JSON, with the load report (`rows`, `kept`,
+        `ties`, ...) and:
+
+        * `fingerprint`, `images`, `distinct_images`, `distinct_prompts`, `decoded`;
+        * `sizes` ("HxW" -> number), `aspects` (nearest usual width:height -> number),
+          `formats`;
+        * `prompt_words` and `prompt_characters`, each `{min, median, max}`;
+        * `first_image_preferred`, a share, where labels say it;
+        * the findings `duplicate_groups`, `duplicate_images`, `identical_images`
+          (chosen = rejected), `size_mismatches`, `aspect_mismatches` and `unreadable`,
+          each `{count, rows}`;
+        * `reasons`, the first reasons for `unreadable`.
     """
     sizes, aspects, formats = Counter[str](), Counter[str](), Counter[str]()
     prompts = Counter[str]()
@@ -62,7 +75,7 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
         "aspect_mismatches",
         "unreadable",
     )
-    findings = {name: _Findings() for name in names}
+    findings = {name: _Finding() for name in names}
     images = 0
     reasons: list[str] = []
     for group in _readable(dataset, findings["unreadable"], reasons):
@@ -76,19 +89,21 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
             findings["unreadable"].add(group.row_id)
             _note(reasons, f"row {group.row_id}: {error}")
             continue
-        found = [size for size, _ in headers]
+        group_sizes = [size for size, _ in headers]
         hashes = [bytes.fromhex(digest)[:16] for digest in group.image_hashes()]
-        images += len(found)
-        sizes.update(f"{height}x{width}" for height, width in found)
-        aspects.update(_nearest_aspect(size) for size in found)
+        images += len(group_sizes)
+        sizes.update(f"{height}x{width}" for height, width in group_sizes)
+        aspects.update(_nearest_aspect(size) for size in group_sizes)
         formats.update(kind for _, kind in headers)
         key = (group.prompts, *hashes)
         checks = {
             "duplicate_groups": key in seen_groups,
             "duplicate_images": any(digest in seen_images for digest in hashes),
             "identical_images": len(set(hashes)) < len(hashes),
-            "size_mismatches": len(set(found)) > 1,
-            "aspect_mismatches": any(not _same_aspect(size, found[0]) for size in found),
+            "size_mismatches": len(set(group_sizes)) > 1,
+            "aspect_mismatches": any(
+                not _same_aspect(size, group_sizes[0]) for size in group_sizes
+            ),
         }
         for name, true in checks.items():
             if true:
@@ -96,7 +111,7 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
         seen_groups.add(key)
         seen_images.update(hashes)
     report = dataset.report
-    judged = report.first_wins + report.second_wins
+    labelled = report.first_wins + report.second_wins
     return report.as_dict() | {
         "kind": dataset.kind,
         "fingerprint": None if findings["unreadable"].count else dataset.fingerprint,
@@ -108,17 +123,17 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
         "distinct_prompts": len(prompts),
         "prompt_words": _spread(len(prompt.split()) for prompt in prompts.elements()),
         "prompt_characters": _spread(len(prompt) for prompt in prompts.elements()),
-        "first_image_preferred": report.first_wins / judged if judged else None,
-        **{name: found.as_dict() for name, found in findings.items()},
+        "first_image_preferred": report.first_wins / labelled if labelled else None,
+        **{name: finding.as_dict() for name, finding in findings.items()},
         "reasons": reasons,
         "decoded": decode,
     }
 
 
 def _readable(
-    dataset: PreferenceDataset, unreadable: _Findings, reasons: list[str]
+    dataset: PreferenceDataset, unreadable: _Finding, reasons: list[str]
 ) -> Iterator[Group]:
-    """The dataset's groups; one whose image files are gone is a finding, not the end."""
+    """Yield the dataset's groups, and note those whose image files are gone."""
     if dataset.row_ids is None:
         yield from dataset
         return
@@ -150,26 +165,37 @@ def _spread(values: Iterable[int]) -> dict[str, int]:
 
 
 def format_inspection(result: dict[str, Any]) -> str:
-    """The result of `inspect` as lines for the terminal."""
+    """Format the result of `inspect` as lines for the terminal.
+
+    Args:
+        result (`dict`): What `inspect` returned.
+
+    Example:
+        ```python
+        from diffalign.data.inspect import inspect
+
+        dataset = load_preferences("data/pairs.jsonl", verbose=False)
+        print(format_inspection(inspect(dataset)))
+        ```
+    """
 
     def histogram(counts: dict[str, int]) -> str:
         shown = ", ".join(f"{name}: {count}" for name, count in list(counts.items())[:8])
         return shown + (f", {len(counts) - 8} more" if len(counts) > 8 else "") or "none"
 
     def finding(name: str) -> str:
-        found = result[name]
-        rows = ", ".join(map(str, found["rows"])) + (
-            ", ..." if found["count"] > len(found["rows"]) else ""
-        )
-        return f"{found['count']} (rows {rows})" if found["count"] else "0"
+        count, row_ids = result[name]["count"], result[name]["rows"]
+        rows = ", ".join(map(str, row_ids)) + (", ..." if count > len(row_ids) else "")
+        return f"{count} (rows {rows})" if count else "0"
 
     def spread(name: str) -> str:
         return "{min} to {max}, median {median}".format(**result[name])
 
     balance = result["first_image_preferred"]
+    mapping = ", ".join(f"{role} = {column}" for role, column in result["mapping"].items())
     lines = {
         "source": result["source"],
-        "layout": f"{result['layout']} ({', '.join(f'{role} = {column}' for role, column in result['mapping'].items())})",
+        "layout": f"{result['layout']} ({mapping})",
         "kind": result["kind"],
         "rows": f"{result['rows']}, of which used {result['kept']}",
         "ties": f"{result['ties']} ({'kept with weight 0' if result['ties_kept'] else 'dropped'})",
@@ -199,21 +225,27 @@ def format_inspection(result: dict[str, Any]) -> str:
     text += [f"note: {note}" for note in result["notes"]]
     if result["unused"]:
         text.append(
-            f"not read, although they look like judgements or images: {', '.join(result['unused'])} (map them with --columns)"
+            "not read, although they look like judgements or images: "
+            f"{', '.join(result['unused'])} (map them with --columns)"
         )
     return "\n".join(text)
 
 
 def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: int = 256) -> Path:
-    """Draws the first group of a dataset, the preferred image on the left, to show which way its judgements are read.
+    """Draw the first group of a dataset, to show which way its judgements are read.
+
+    The preferred image is on the left.
 
     Args:
-        dataset: pairs, ranked lists or single images.
-        file: where the PNG goes.
-        side: of each image, in pixels.
+        dataset (`PreferenceDataset`): Pairs, ranked lists or single images.
+        file (`str` or `Path`): Where the PNG goes.
+        side (`int`, *optional*, defaults to `256`): Side of each image, in pixels.
+
+    Returns:
+        `Path`: The file.
 
     Raises:
-        UserError: there are no images, or the first group cannot be read.
+        UserError: There are no images, or the first group cannot be read.
     """
     from PIL import Image, ImageDraw, ImageOps
 
@@ -229,9 +261,8 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
     )
     if group.weight == 0:
         names = ["tie"] * len(images)
-    sign = (
-        -1.0 if dataset.score_name == "rank" else 1.0
-    )  # ranks are kept negated, so that higher is better
+    # Ranks are kept negated, so that higher is better.
+    sign = -1.0 if dataset.score_name == "rank" else 1.0
     picture = Image.new("RGB", (len(images) * (side + 8) + 8, side + 56), "white")
     draw = ImageDraw.Draw(picture)
     draw.text(
@@ -259,19 +290,31 @@ def convert(
     kind: str | None = None,
     shard_rows: int = 1000,
 ) -> Path:
-    """Writes the groups as canonical parquet, images embedded as they are: `train-00000-of-0000N.parquet`.
+    """Write a dataset as canonical parquet, with its images embedded unchanged.
 
-    Read back by `datasets.load_dataset(output_dir)` and `load_preferences(output_dir)`. The folder appears only when it is
+    The files are `train-00000-of-0000N.parquet`. `datasets.load_dataset(output_dir)`
+    and `load_preferences(output_dir)` read them. The folder appears only when it is
     complete.
 
     Args:
-        dataset: from `load_preferences`.
-        output_dir: a folder that does not exist yet, or is empty.
-        kind: written kind, see `PreferenceDataset.as_kind`; None = the dataset's own.
-        shard_rows: rows per file.
+        dataset (`PreferenceDataset`): From `load_preferences`.
+        output_dir (`str` or `Path`): A folder that does not exist yet, or is empty.
+        kind (`str`, *optional*): Kind to write, see `PreferenceDataset.as_kind`. None
+            writes the dataset's own.
+        shard_rows (`int`, *optional*, defaults to `1000`): Rows per file.
+
+    Returns:
+        `Path`: The folder.
 
     Raises:
-        UserError: the folder is not empty, an image cannot be read, or the data are not of the kind.
+        UserError: The folder is not empty, an image cannot be read, or the data are not
+            of the kind.
+
+    Example:
+        ```python
+        dataset = load_preferences("data/ranked.jsonl")
+        convert(dataset, "data/pairs", kind="pair")
+        ```
     """
     output = Path(output_dir).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -288,12 +331,22 @@ def convert(
 def write_canonical(
     rows: Iterable[dict[str, Any]], output: Path, *, shard_rows: int = 1000, replace: bool = False
 ) -> Path:
-    """Rows of canonical columns as parquet shards in a folder that appears only when it is complete.
+    """Write rows of canonical columns as parquet shards.
+
+    The folder appears only when it is complete.
 
     Args:
-        rows: all with the same columns.
-        output: the folder.
-        replace: take the place of one that is there.
+        rows (`Iterable[dict[str, Any]]`): Rows with equal columns.
+        output (`Path`): The folder.
+        shard_rows (`int`, *optional*, defaults to `1000`): Rows per file.
+        replace (`bool`, *optional*, defaults to `False`): Replace a folder that is
+            there.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        UserError: The folder is not empty and `replace` is False.
     """
     make_folder(output.parent)
     if output.exists() and not replace and any(output.iterdir()):
@@ -322,10 +375,14 @@ def _chunks(source: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[s
 
 
 def canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
-    """The group's canonical columns, images as encoded bytes.
+    """Return a group's canonical columns, with images as encoded bytes.
+
+    Args:
+        group (`Group`): The group.
+        dataset (`PreferenceDataset`): The dataset that it belongs to.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: An image cannot be read.
     """
     try:
         images = [{"bytes": image_cells.raw_bytes(image), "path": None} for image in group.images]
@@ -363,5 +420,6 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     }
     features = datasets.Features({name: types[name] for name in rows[0]})
     table = datasets.Dataset.from_list(rows, features=features)
-    # small row groups: one row can then be read from a large file without its neighbours' images
+    # With small row groups one row is read from a large file without the images of
+    # many others.
     pyarrow.parquet.write_table(table.data.table, path, row_group_size=100)

@@ -1,6 +1,7 @@
-"""What a row's light cells (prompts, labels, scores, weights) say: its order, tie, weight, or why it cannot be used.
+"""Decide from a row's light cells which image is better, or why the row is unusable.
 
-Images are never touched, so ties, swaps and unlabelled rows are decided without reading one.
+Light cells hold prompts, labels, scores and weights. Images are never touched, so ties,
+swaps and unlabelled rows are decided without reading one.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from diffalign.data.schema import Layout
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a row's light cells say.
+    """Hold what a row's light cells say.
 
     Attributes:
-        status: `keep`, `tie`, `unlabelled` (no judgement was given) or `broken`.
-        reason: why it is broken.
-        prompts: one per image, in canonical order (chosen first); one for kind `prompt`.
-        image_roles: the roles whose images make the group, in canonical order.
-        scores: one per image of a ranked row.
-        weight: of the group in the loss; 0 for a tie.
-        second_wins: the labels preferred the second image; None where the columns themselves are ordered.
+        status (`str`): `keep`, `tie`, `unlabelled` (nobody judged the row) or `broken`.
+        reason (`str`, defaults to `""`): Why it is broken.
+        prompts (`tuple[str, ...]`): One per image in canonical order, chosen first. One
+            for kind `prompt`.
+        image_roles (`tuple[str, ...]`): The roles whose images make the group, in
+            canonical order.
+        scores (`tuple[float, ...]`, *optional*): One per image of a ranked row.
+        weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
+            tie.
+        second_wins (`bool`, *optional*): Whether the labels preferred the second image.
+            None where the columns themselves are ordered.
     """
 
     status: Literal["keep", "tie", "unlabelled", "broken"]
@@ -39,11 +44,14 @@ class Verdict:
 
 
 def judge(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
-    """Decides prompts, order, tie and weight of one row from its light cells.
+    """Decide prompts, order, tie and weight of one row from its light cells.
 
     Args:
-        layout: from `recognise`.
-        cells: role -> value for `layout.light_columns`.
+        layout (`Layout`): From `recognise`.
+        cells (`Mapping[str, Any]`): Role -> value, for `layout.light_columns`.
+
+    Returns:
+        `Verdict`.
     """
     weight = 1.0 if _is_missing(cells.get("weight")) else number(cells["weight"])
     if weight is None or weight < 0:
@@ -78,7 +86,10 @@ def judge(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
 def _judge_labels(
     cells: Mapping[str, Any], weight: float, prompt_roles: tuple[str, str]
 ) -> Verdict:
-    """Pick-a-Pic: `label_0` is 1 when the first image won, 0 when the second did, 0.5 for a tie."""
+    """Judge a Pick-a-Pic row.
+
+    `label_0` is 1 when the first image won, 0 when the second did, 0.5 for a tie.
+    """
     judged = cells.get("has_label")
     if not _is_missing(judged):
         flag = _flag(judged)
@@ -114,7 +125,7 @@ def _compared(
     weight: float = 1.0,
     prompt_roles: tuple[str, str] = ("prompt", "prompt"),
 ) -> Verdict:
-    """Two images of which the one with the larger number won."""
+    """Judge two images by a number each; the larger one wins."""
     if first == second:
         tie = Verdict("tie", image_roles=("jpg_0", "jpg_1"), weight=0.0)
         return _with_prompts(cells, prompt_roles, tie)
@@ -133,7 +144,7 @@ _VOTES = {
 
 
 def _judge_vote(cells: Mapping[str, Any]) -> Verdict:
-    """GenAI-Bench: who won in words."""
+    """Judge a GenAI-Bench row, which names the winner in words."""
     vote = cells["vote_type"]
     if _is_missing(vote):
         return Verdict("unlabelled")
@@ -143,35 +154,39 @@ def _judge_vote(cells: Mapping[str, Any]) -> Verdict:
 
 
 def _judge_two_scores(cells: Mapping[str, Any]) -> Verdict:
-    """A number per image, of votes or of their weights; the larger one wins."""
+    """Judge two images by their votes, or by the weights of these."""
     if _is_missing(cells["score_0"]) or _is_missing(cells["score_1"]):
         return Verdict("unlabelled")
     first, second = number(cells["score_0"]), number(cells["score_1"])
     if first is None or second is None:
         return Verdict(
             "broken",
-            f"the votes are {shown(cells['score_0'])} and {shown(cells['score_1'])}, expected numbers",
+            f"the votes are {shown(cells['score_0'])} and {shown(cells['score_1'])}, expected "
+            "numbers",
         )
     return _compared(cells, first, second)
 
 
 def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
-    """Ranked lists: `rank` counts from the best, `scores` and `human_preference` are higher for better."""
+    """Judge a ranked list.
+
+    `rank` counts from the best. In `scores` and `human_preference` higher is better.
+    """
     role = next(role for role in ("scores", "human_preference", "rank") if role in cells)
-    given, sign = cells[role], -1.0 if role == "rank" else 1.0
-    if _is_missing(given):
+    numbers, sign = cells[role], -1.0 if role == "rank" else 1.0
+    if _is_missing(numbers):
         return Verdict("unlabelled")
-    if not isinstance(given, (list, tuple)):
+    if not isinstance(numbers, (list, tuple)):
         return Verdict(
-            "broken", f"{role} is {shown(given)}, expected a list with one number per image"
+            "broken", f"{role} is {shown(numbers)}, expected a list with one number per image"
         )
-    if len(given) >= 2 and all(_is_missing(value) for value in given):
+    if len(numbers) >= 2 and all(_is_missing(value) for value in numbers):
         return Verdict("unlabelled")
-    values = [number(value) for value in given]
+    values = [number(value) for value in numbers]
     if len(values) < 2:
         return Verdict("broken", f"has {len(values)} scores, expected at least 2")
     if any(value is None for value in values):
-        return Verdict("broken", f"has a score that is not a finite number: {shown(given)}")
+        return Verdict("broken", f"has a score that is not a finite number: {shown(numbers)}")
     scores = tuple(sign * value for value in values if value is not None)
     tie = len(set(scores)) == 1
     verdict = Verdict(
@@ -196,14 +211,22 @@ _TRUE, _FALSE = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
 
 
 def _is_missing(value: Any) -> bool:
-    """No value, in any of the ways in which tables write that."""
+    """Whether a cell holds no value, in any way in which tables write that."""
     if isinstance(value, str):
         return value.strip().lower() in _NO_VALUE
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def number(value: Any) -> float | None:
-    """`value`, or the number that a text spells, as a finite float; None for anything else. True is 1 and False is 0."""
+    """Read a finite number from a cell.
+
+    Args:
+        value: A number, a boolean (True is 1 and False is 0), or a text that spells one
+            of them.
+
+    Returns:
+        `float`, or None for anything else.
+    """
     if isinstance(value, str):
         text = value.strip().lower()
         if text in _TRUE or text in _FALSE:
@@ -213,6 +236,6 @@ def number(value: Any) -> float | None:
 
 
 def _flag(value: Any) -> bool | None:
-    """Yes or no as tables write it: booleans, 1 and 0, or their words; None for anything else."""
+    """Read yes or no from a cell: a boolean, 1 or 0, or words; else None."""
     flag = number(value)
     return bool(flag) if flag in (0.0, 1.0) else None

@@ -1,4 +1,8 @@
-"""From anything a user has to groups of the canonical schema."""
+"""Load preference data from anything a user has into groups of the canonical schema.
+
+`load_preferences` is the entry. It opens the source, recognises its layout, and checks
+its rows.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import Any
 
 from diffalign.data.config import TIES, VERIFY_IMAGES
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset
+from diffalign.data.images import ImagePlaces
 from diffalign.data.judgements import number
 from diffalign.data.schema import Layout, recognise
 from diffalign.data.sources import open_source
@@ -40,52 +45,69 @@ def load_preferences(
     allow_outside_paths: bool = False,
     verbose: bool = True,
 ) -> PreferenceDataset:
-    """Reads preference data of any layout of `diffalign.data.schema`.
+    """Read preference data of any layout that `diffalign.data.schema` knows.
+
+    A source is one of:
+
+    * a Hub id;
+    * a `.parquet`, `.jsonl`, `.json`, `.csv` or `.tar` (WebDataset) file;
+    * a folder that `save_to_disk` wrote;
+    * an imagefolder with `metadata.jsonl` or `metadata.csv`;
+    * a folder with `chosen/` and `rejected/` (or `w/` and `l/`) whose files have equal
+      stems. Captions are `.txt` files beside the chosen images, or lie beside the two
+      folders in `captions.json` (`{stem: caption}`) or `prompts.jsonl` (`{"file_name":
+      ..., "prompt": ...}` per line);
+    * a folder of parquet or tar shards, or of jsonl, json or csv tables whose image
+      paths are relative to the table;
+    * a `datasets` object, or a list of dicts.
 
     Args:
-        source: one of
-
-            * a Hub id;
-            * a `.parquet`, `.jsonl`, `.json`, `.csv` or `.tar` (WebDataset) file;
-            * a folder: written by `save_to_disk`; an imagefolder with `metadata.jsonl`/`.csv`; `chosen/` and `rejected/` (or
-              `w/` and `l/`) with equal file stems, captions as `.txt` beside the chosen image, or in `captions.json`
-              (`{stem: caption}`) or `prompts.jsonl` (`{"file_name": ..., "prompt": ...}` per line) beside the two folders;
-              parquet or tar shards; jsonl, json or csv tables with image paths relative to the table;
-            * a `datasets` object, or a list of dicts;
-            * None, to read `data_dir`.
-        split: of a dataset that has several; ignored for a `Dataset` and a list.
-        config, revision: of a Hub dataset.
-        streaming: read rows as they come; the result has no length and no index.
-        columns: canonical column name -> column of the dataset, where the names are not recognised.
-        ties: `drop` or `keep` (with weight 0).
-        verify_images: `header`, `full` or `none`.
-        max_broken_fraction: largest share of broken rows that is skipped.
-        kind: what the groups shall be, see `PreferenceDataset.as_kind`; None = what the data are.
-        score_columns: columns of scores per image, one per scorer: a ranked row's scores become its win rates over them.
-        data_dir: a folder in which relative image paths are looked up first.
-        allow_remote_images: fetch web addresses in image columns (public http and https only), each once.
-        allow_outside_paths: open image files outside the dataset's folder, which its cells name by absolute paths or `..`. Rows that
-            were made in code may always name them.
-        verbose: print the report.
+        source: The source. None reads `data_dir`.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset that has
+            several. It is ignored for a `Dataset` and a list.
+        config (`str`, *optional*): Configuration of a Hub dataset.
+        revision (`str`, *optional*): Revision of a Hub dataset.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows as they come. The
+            result has no length and no index.
+        columns (`Mapping[str, str]`, *optional*): Canonical column name -> column of
+            the dataset, where the names are not recognised.
+        ties (`str`, *optional*, defaults to `"drop"`): `drop` ties, or `keep` them with
+            weight 0.
+        verify_images (`str`, *optional*, defaults to `"header"`): How images are
+            checked: `header`, `full` or `none`.
+        max_broken_fraction (`float`, *optional*, defaults to `0.05`): Largest share of
+            broken rows that is skipped.
+        kind (`str`, *optional*): Kind of the groups, see `PreferenceDataset.as_kind`.
+            None keeps the data's own.
+        score_columns (`Sequence[str]`, *optional*, defaults to `()`): Columns of scores
+            per image, one per scorer. A ranked row's scores become its win rates over
+            them.
+        data_dir (`str` or `Path`, *optional*): A folder in which relative image paths
+            are looked up first.
+        allow_remote_images (`bool`, *optional*, defaults to `False`): Fetch the web
+            addresses in image columns (public http and https only), each once.
+        allow_outside_paths (`bool`, *optional*, defaults to `False`): Open image files
+            outside the dataset's folder, which cells name by absolute paths or `..`.
+            Rows that were made in code may always name them.
+        verbose (`bool`, *optional*, defaults to `True`): Print the report.
 
     Returns:
-        `PreferenceDataset`, or its streaming sibling.
+        `PreferenceDataset`, or `StreamingPreferenceDataset` for a stream.
 
     Raises:
-        UserError: the source is missing, unreadable, of an unknown layout, empty, all ties, too broken, or not of `kind`.
+        ConfigError: An option has an unknown value, or does not fit the columns.
+        UserError: The source is missing, unreadable, of an unknown layout, empty, all
+            ties, too broken, or not of `kind`.
+
+    Example:
+        ```python
+        rows = [{"caption": "a cat", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 1}]
+        dataset = load_preferences(rows, verify_images="none")
+        assert dataset[0].prompts == ("a cat", "a cat")
+        ```
     """
-    for name, value, choices in (
-        ("ties", ties, TIES),
-        ("verify_images", verify_images, VERIFY_IMAGES),
-    ):
-        if value not in choices:
-            raise ConfigError(
-                f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}"
-            )
-    import datasets
-
-    from diffalign.data.streaming import StreamingPreferenceDataset, guarded
-
+    _check_choice("ties", ties, TIES)
+    _check_choice("verify_images", verify_images, VERIFY_IMAGES)
     opened = open_source(
         source,
         split=split,
@@ -94,75 +116,125 @@ def load_preferences(
         streaming=streaming,
         data_dir=data_dir,
     )
-    data = opened.dataset
-    names = data.column_names or next(
-        (list(row) for row in guarded(data.take(1), opened.name)), None
-    )
+    data, columns = opened.dataset, columns or {}
+    names = _column_names(data, opened.name)
     if score_columns:
-        data, columns = with_win_rates(data, score_columns, columns or {})
+        data, columns = with_win_rates(data, score_columns, columns)
         names = data.column_names
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
-    if not names or (isinstance(data, datasets.Dataset) and len(data) == 0):
+    if not names or _is_empty(data):
         report.check(max_broken_fraction)
-    gathers = kind not in ("single", "prompt")  # those take rows of one image as they are
-    layout: Layout = recognise(
-        names or (), columns or {}, list_columns(data), rows_to_lists=gathers
-    )
-    report.direction, report.unused = layout.direction, list(layout.unused)
-    if layout.name == "image_rows":
-        if not isinstance(data, datasets.Dataset):
-            raise ConfigError(
-                "data.dataset_streaming",
-                "one image per row with a rank is gathered into lists, which a stream cannot; set it to false",
-            )
-        data, layout = with_lists(data, layout, report)
-    report.layout, report.kind, report.mapping = layout.name, layout.kind, layout.mapping
+    data, layout = _with_layout(data, names, columns, kind, report)
     places = dataclasses.replace(
         opened.places,
         anywhere=opened.places.anywhere or allow_outside_paths,
         remote=allow_remote_images,
     )
-    if isinstance(data, datasets.Dataset):
-        verify = (
-            "none" if kind == "prompt" else verify_images
-        )  # prompts alone: their images are never looked at
-        row_ids = usable_rows(data, layout, report, places, verify)
-        report.check(max_broken_fraction)
-        result = PreferenceDataset(data, layout, report, row_ids, places)
-    else:
-        result = StreamingPreferenceDataset(
+    # The images of prompts are never looked at.
+    verify = "none" if kind == "prompt" and not _is_stream(data) else verify_images
+    dataset = _verified(data, layout, report, places, verify, max_broken_fraction)
+    if kind is not None:
+        dataset = dataset.as_kind(kind)
+    _tell(report, verbose)
+    return dataset
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _is_stream(data: Any) -> bool:
+    import datasets
+
+    return not isinstance(data, datasets.Dataset)
+
+
+def _is_empty(data: Any) -> bool:
+    return not _is_stream(data) and len(data) == 0
+
+
+def _column_names(data: Any, source: str) -> Sequence[str]:
+    """Return the column names, from the first row of a stream that has no features."""
+    from diffalign.data.streaming import guarded
+
+    return data.column_names or next((list(row) for row in guarded(data.take(1), source)), ())
+
+
+def _with_layout(
+    data: Any,
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    kind: str | None,
+    report: LoadReport,
+) -> tuple[Any, Layout]:
+    """Recognise the layout, gather rows of one image into lists, and report both."""
+    # Kinds of one image or none take rows of one image as they are.
+    gathers = kind not in ("single", "prompt")
+    layout = recognise(names, columns, list_columns(data), rows_to_lists=gathers)
+    report.direction, report.unused = layout.direction, list(layout.unused)
+    if layout.name == "image_rows":
+        if _is_stream(data):
+            raise ConfigError(
+                "data.dataset_streaming",
+                "one image per row with a rank is gathered into lists, which a stream cannot; "
+                "set it to false",
+            )
+        data, layout = with_lists(data, layout, report)
+    report.layout, report.kind, report.mapping = layout.name, layout.kind, layout.mapping
+    return data, layout
+
+
+def _verified(
+    data: Any,
+    layout: Layout,
+    report: LoadReport,
+    places: ImagePlaces,
+    verify: str,
+    max_broken_fraction: float,
+) -> PreferenceDataset:
+    """Check every row now, or in a stream when it is read."""
+    if _is_stream(data):
+        from diffalign.data.streaming import StreamingPreferenceDataset
+
+        return StreamingPreferenceDataset(
             data,
             layout,
             report,
             places,
-            verify_images=verify_images,
+            verify_images=verify,
             max_broken_fraction=max_broken_fraction,
         )
-    result = result if kind is None else result.as_kind(kind)
-    if verbose:
-        print(
-            report.summary()
-            if len(report.mapping) and report.rows
-            else "; ".join(
-                filter(
-                    None,
-                    (
-                        f"dataset {opened.name}: streaming, layout {layout.name}",
-                        report.unused_columns(),
-                    ),
-                )
-            )
-        )
-    elif report.unused:
-        warnings.warn(f"dataset {opened.name}: {report.unused_columns()}", stacklevel=2)
-    return result
+    row_ids = usable_rows(data, layout, report, places, verify)
+    report.check(max_broken_fraction)
+    return PreferenceDataset(data, layout, report, row_ids, places)
 
 
-_LOOKED_AT = 100  # rows of a stream that has no features
+def _tell(report: LoadReport, verbose: bool) -> None:
+    """Print the report, or only warn of columns that look useful and are not read."""
+    unused = report.unused_columns()
+    if verbose and report.mapping and report.rows:
+        print(report.summary())
+    elif verbose:
+        streaming = f"dataset {report.source}: streaming, layout {report.layout}"
+        print("; ".join(filter(None, (streaming, unused))))
+    elif unused:
+        warnings.warn(f"dataset {report.source}: {unused}", stacklevel=3)
+
+
+_LOOKED_AT = 100  # rows of a stream without features
 
 
 def list_columns(data: Any) -> dict[str, bool]:
-    """Column -> whether its cells are lists, for the columns of a `datasets` object whose type is known."""
+    """Say which columns of a `datasets` object hold lists.
+
+    Args:
+        data: A `datasets.Dataset` or `IterableDataset`.
+
+    Returns:
+        `dict[str, bool]`: Column -> whether its cells are lists. Columns of unknown
+        type are left out.
+    """
     import datasets
 
     if data.features is not None:
@@ -184,17 +256,22 @@ def list_columns(data: Any) -> dict[str, bool]:
 
 
 def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layout]:
-    """Rows of one image with a rank or score as one list per prompt.
+    """Gather rows of one image with a rank or score into one list per prompt.
 
-    Images with the same `prompt_id` (or, without that column, the same prompt) make a list, in the order of their rows.
+    Images with the same `prompt_id` (or, without that column, the same prompt) make a
+    list, in the order of their rows.
 
     Args:
-        data: a `datasets.Dataset` of layout `image_rows`.
-        layout: its layout.
-        report: gets a note of what was gathered.
+        data (`datasets.Dataset`): A dataset of layout `image_rows`.
+        layout (`Layout`): Its layout.
+        report (`LoadReport`): Gets a note of what was gathered.
 
     Returns:
-        The dataset of lists, with the columns prompt, images and rank or scores, and its layout.
+        `tuple[datasets.Dataset, Layout]`: The lists, with the columns prompt, images
+        and rank or scores, and their layout.
+
+    Raises:
+        UserError: No two rows can be compared.
     """
     import datasets
     import pyarrow
@@ -221,8 +298,9 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
     several = [rows for rows in groups.values() if len(rows) > 1]
     if not several:
         raise UserError(
-            f"dataset {report.source}: its {len(data)} rows have one image each and a {role}, but no two rows of one {by!r} can be compared; "
-            "load it as single images (a method such as sft, or kind='single')"
+            f"dataset {report.source}: its {len(data)} rows have one image each and a {role}, "
+            f"but no two rows of one {by!r} can be compared; load it as single images (a method "
+            "such as sft, or kind='single')"
         )
     order = [row for rows in several for row in rows]
     offsets = pyarrow.array(
@@ -250,7 +328,7 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
 
 
 def _cells(table: Any, name: str, order: list[int]) -> Any:
-    """The cells of a column in another order, undecoded."""
+    """Return the cells of a column in another order, undecoded."""
     import pyarrow
 
     column = table[order][name]
@@ -265,21 +343,31 @@ def _are_numbers(values: Any) -> bool:
     )
 
 
+def _with_nan(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
 WIN_RATES = "win_rates"
 
 
 def with_win_rates(
     data: Any, score_columns: Sequence[str], columns: Mapping[str, str]
 ) -> tuple[Any, dict[str, str]]:
-    """The dataset with a column of win rates over several columns of scores, and the column mapping that reads it.
+    """Add a column of win rates over several columns of scores.
 
     Args:
-        data: a `datasets.Dataset`.
-        score_columns: each a list of numbers per row, one per image, higher is better; missing ones are left out.
-        columns: the user's mapping.
+        data (`datasets.Dataset`): The dataset.
+        score_columns (`Sequence[str]`): Columns that hold a list of numbers per row,
+            one per image, higher is better. Missing numbers are left out.
+        columns (`Mapping[str, str]`): The user's column mapping.
+
+    Returns:
+        `tuple[datasets.Dataset, dict[str, str]]`: The dataset with the new column, and
+        the mapping that reads it.
 
     Raises:
-        ConfigError: a column that is not there, a stream, lists of different lengths in a row.
+        ConfigError: A column is not there, the data are a stream, or the lists of a row
+            differ in length.
     """
     import datasets
     import torch
@@ -315,11 +403,10 @@ def with_win_rates(
         if len({len(values) for values in lists}) != 1:
             raise ConfigError(
                 "data.score_columns",
-                f"row {place} has {', '.join(str(len(v)) for v in lists)} scores; expected one per image in each",
+                f"row {place} has {', '.join(str(len(v)) for v in lists)} scores; expected one "
+                "per image in each",
             )
-        scores = torch.tensor(
-            [[float("nan") if x is None else x for x in values] for values in lists],
-            dtype=torch.float64,
-        )
+        numbers = [_with_nan(values) for values in lists]
+        scores = torch.tensor(numbers, dtype=torch.float64)
         rows.append(win_rates(scores.T[None])[0].tolist() if scores.numel() else [])
     return data.add_column(WIN_RATES, rows), {**columns, "scores": WIN_RATES}

@@ -1,7 +1,8 @@
-"""Prompts to compare models on: named sets with licence and checksum, or a file.
+"""Read prompts to compare models on, from a named set or a file.
 
-None but the embedded one is part of this package: the published files are read from where the user has them, either the file itself or
-a folder with the published name in it, and their checksum says whether they are the published ones.
+Only the set `shapes` is part of this package. The published sets are read from the
+user's own files: either the file itself, or a folder with the published name in it.
+Their checksum shows whether they are the published ones.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A published set.
+    """Describe a published set of prompts.
 
     Attributes:
-        files: names of its files; several are read one after the other, each its own category.
-        licence: as its publisher states it.
-        source: where to get it.
-        sha256: of the published file, where we could read one.
+        files (`tuple[str, ...]`): Names of its files. Several are read one after the
+            other, each its own category.
+        licence (`str`): As its publisher states it.
+        source (`str`): Where to get it.
+        sha256 (`str`, *optional*): Checksum of the published file, where we could read
+            one.
     """
 
     files: tuple[str, ...]
@@ -67,7 +70,8 @@ NAMED: dict[str, NamedSet] = {
     "pickapic-test": NamedSet(
         ("test_unique.parquet",),
         "MIT",
-        "https://huggingface.co/datasets/yuvalkirstain/pickapic_v2_no_images (data/test_unique-*.parquet)",
+        "https://huggingface.co/datasets/yuvalkirstain/pickapic_v2_no_images "
+        "(data/test_unique-*.parquet)",
     ),
 }
 EMBEDDED = "shapes"
@@ -75,17 +79,20 @@ EMBEDDED = "shapes"
 
 @dataclass
 class PromptSet:
-    """Prompts, in order, without repetition.
+    """Hold distinct prompts in order, and where they come from.
 
     Attributes:
-        name: of the set or file.
-        prompts: P of them.
-        categories: P, None where there is none.
-        metadata: P mappings with the columns beside the prompt, for scorers that read them.
-        licence, source: as published, empty where unknown.
-        sha256: of the files.
-        published: whether the checksum is the published one; None where that is not known.
-        notes: what was left out and why.
+        name (`str`): Name of the set or file.
+        prompts (`list[str]`): P prompts.
+        categories (`list[str | None]`): P categories, None where there is none.
+        metadata (`list[dict[str, Any]]`): P mappings with the columns beside the
+            prompt, for scorers that read them.
+        licence (`str`): As published, empty where unknown.
+        source (`str`): As published, empty where unknown.
+        sha256 (`str`): Checksum of the files.
+        published (`bool`, *optional*): Whether the checksum is the published one. None
+            where that is not known.
+        notes (`list[str]`): What was left out and why.
     """
 
     name: str
@@ -99,7 +106,7 @@ class PromptSet:
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """Return what a report says about the set, as plain types."""
         names = ("name", "licence", "source", "sha256", "published", "notes")
         return {**{name: getattr(self, name) for name in names}, "prompts": len(self.prompts)}
 
@@ -107,38 +114,53 @@ class PromptSet:
 def load_prompts(
     source: str | Iterable[str], *, path: str | Path | None = None, limit: int | None = None
 ) -> PromptSet:
-    """A named set, a file (.txt, .csv, .tsv, .json, .jsonl, .parquet), or prompts as they are.
+    """Load a named set, a file, or prompts as they are.
 
     Args:
-        source: ``shapes`` (the held-out prompts of the embedded world), a name of `NAMED`, a file, or prompts.
-        path: of a named set: its file, or a folder that holds it; None looks into the folder that DIFFALIGN_PROMPTS names.
-        limit: at most so many prompts, taken evenly over the set, so that every category keeps its share.
+        source (`str` or `Iterable[str]`): `shapes` (the held-out prompts of the
+            embedded world), a name of `NAMED`, a `.txt`, `.csv`, `.tsv`, `.json`,
+            `.jsonl` or `.parquet` file, or prompts.
+        path (`str` or `Path`, *optional*): The file of a named set, or a folder that
+            holds it. None looks into the folder that DIFFALIGN_PROMPTS names.
+        limit (`int`, *optional*): Largest number of prompts. They are taken evenly over
+            the set, so that every category keeps its share.
+
+    Returns:
+        `PromptSet`.
 
     Raises:
-        UserError: no such set or file, or no prompt in it.
+        ConfigError: `limit` is less than 1.
+        UserError: There is no such set or file, or no prompt in it.
+
+    Example:
+        ```python
+        prompts = load_prompts("shapes", limit=24).prompts
+        ```
     """
     if limit is not None and limit < 1:
         raise ConfigError("max_prompts", f"expected int >= 1, got {limit}")
     if not isinstance(source, (str, Path)):
-        found = _finish("prompts", [{"prompt": prompt} for prompt in source], "")
+        prompt_set = _finish("prompts", [{"prompt": prompt} for prompt in source], "")
     elif str(source) in NAMED and not Path(source).is_file():
-        found = _named(str(source), path)
+        prompt_set = _named(str(source), path)
     elif str(source) in (EMBEDDED, "shapes-held-out") and not Path(source).is_file():
-        found = _embedded()
+        prompt_set = _embedded()
     else:
-        found = _file(Path(source).expanduser(), str(source))
-    return found if limit is None or limit >= len(found.prompts) else _thinned(found, limit)
+        prompt_set = _file(Path(source).expanduser(), str(source))
+    if limit is None or limit >= len(prompt_set.prompts):
+        return prompt_set
+    return _thinned(prompt_set, limit)
 
 
-def _thinned(given: PromptSet, limit: int) -> PromptSet:
-    picks = [i * len(given.prompts) // limit for i in range(limit)]
-    note = f"{limit} of {len(given.prompts)} prompts, evenly spaced"
+def _thinned(prompt_set: PromptSet, limit: int) -> PromptSet:
+    picks = [i * len(prompt_set.prompts) // limit for i in range(limit)]
+    note = f"{limit} of {len(prompt_set.prompts)} prompts, evenly spaced"
     return dataclasses.replace(
-        given,
-        prompts=[given.prompts[i] for i in picks],
-        categories=[given.categories[i] for i in picks],
-        metadata=[given.metadata[i] for i in picks],
-        notes=[*given.notes, note],
+        prompt_set,
+        prompts=[prompt_set.prompts[i] for i in picks],
+        categories=[prompt_set.categories[i] for i in picks],
+        metadata=[prompt_set.metadata[i] for i in picks],
+        notes=[*prompt_set.notes, note],
     )
 
 
@@ -162,34 +184,33 @@ def _embedded() -> PromptSet:
 
 def _named(name: str, path: str | Path | None) -> PromptSet:
     known = NAMED[name]
-    place = (
-        Path(path or os.environ.get(ENVIRONMENT, "")).expanduser()
-        if (path or os.environ.get(ENVIRONMENT))
-        else None
-    )
-    if place is None:
+    place = path or os.environ.get(ENVIRONMENT)
+    if not place:
         raise UserError(
-            f"--prompts: {name} is not part of this package ({known.licence}); get {', '.join(known.files)} from {known.source} and "
-            f"give --prompts_path FILE_OR_FOLDER, or set {ENVIRONMENT} to the folder"
+            f"--prompts: {name} is not part of this package ({known.licence}); get "
+            f"{', '.join(known.files)} from {known.source} and give --prompts_path "
+            f"FILE_OR_FOLDER, or set {ENVIRONMENT} to the folder"
         )
+    place = Path(place).expanduser()
     alone = place.is_file() and len(known.files) == 1
     files = [place] if alone else [_below(place, name, file) for file in known.files]
     rows: list[Mapping[str, Any]] = []
     digest = hashlib.sha256()
     for file in files:
-        own = _rows(file)
+        file_rows = _rows(file)
         if len(files) > 1:
-            own = [{"category": file.stem, **row} for row in own]
-        rows += own
+            file_rows = [{"category": file.stem, **row} for row in file_rows]
+        rows += file_rows
         digest.update(file.read_bytes())
-    found = _finish(name, rows, digest.hexdigest())
-    found.licence, found.source = known.licence, known.source
-    found.published = None if known.sha256 is None else found.sha256 == known.sha256
-    if found.published is False:
-        found.notes.append(
-            f"not the published file: sha256 {found.sha256[:12]}, published {str(known.sha256)[:12]}"
+    prompt_set = _finish(name, rows, digest.hexdigest())
+    prompt_set.licence, prompt_set.source = known.licence, known.source
+    prompt_set.published = None if known.sha256 is None else prompt_set.sha256 == known.sha256
+    if prompt_set.published is False:
+        prompt_set.notes.append(
+            f"not the published file: sha256 {prompt_set.sha256[:12]}, published "
+            f"{str(known.sha256)[:12]}"
         )
-    return found
+    return prompt_set
 
 
 def _below(folder: Path, name: str, file: str) -> Path:
@@ -204,47 +225,52 @@ def _below(folder: Path, name: str, file: str) -> Path:
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"--prompts_path: {str(folder)!r} holds no {file}, which {name} is made of; get it from {NAMED[name].source}"
+        f"--prompts_path: {str(folder)!r} holds no {file}, which {name} is made of; get it from "
+        f"{NAMED[name].source}"
     )
 
 
-def _file(path: Path, given: str) -> PromptSet:
+def _file(path: Path, name: str) -> PromptSet:
     names = [EMBEDDED, *NAMED]
     if not path.is_file():
-        hint = suggestion(given, names)
+        hint = suggestion(name, names)
         raise UserError(
-            f"--prompts: {given!r} is neither a file{hint} nor a prompt set; there are {', '.join(names)}, or give a file of {', '.join(SUFFIXES)}"
+            f"--prompts: {name!r} is neither a file{hint} nor a prompt set; there are "
+            f"{', '.join(names)}, or give a file of {', '.join(SUFFIXES)}"
         )
     return _finish(path.name, _rows(path), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    """One mapping per prompt, with a key ``prompt``.
+    """Read one mapping per prompt, with a key `prompt`.
 
     Raises:
-        UserError: of an unknown form, unreadable, or without a column of prompts.
+        UserError: The file has an unknown form, is unreadable, or has no column of
+            prompts.
     """
     suffix, what = path.suffix.lower(), "--prompts: "
     if suffix not in SUFFIXES:
         raise UserError(
-            f"--prompts: {str(path)!r} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}"
+            f"--prompts: {str(path)!r} has the ending {suffix!r}; expected one of "
+            f"{', '.join(SUFFIXES)}"
         )
     try:
         return [_row(row, path, place) for place, row in _values(path, suffix, what)]
-    except UserError as error:
-        if (
-            str(error).startswith(what)
-            and "cannot be read" not in str(error)
-            and "no column" not in str(error)
-        ):
-            raise UserError(
-                f"--prompts: {str(path)!r} cannot be read ({str(error).removeprefix(what)})"
-            ) from None
+    except _PromptFileError:
         raise
+    except UserError as error:
+        if isinstance(error.__context__, OSError):
+            raise  # the message names the file already
+        reason = str(error).removeprefix(what)
+        raise UserError(f"--prompts: {str(path)!r} cannot be read ({reason})") from None
+
+
+class _PromptFileError(UserError):
+    """A fault of a prompt file, with a message that needs no more words."""
 
 
 def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
-    """(place for messages, row) of every row of a file."""
+    """Yield (place for messages, row) of every row of a file."""
     if suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -254,7 +280,7 @@ def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
                 path, columns=[n for n in names if not n.startswith("jpg_")]
             ).to_pylist()
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise _PromptFileError(
                 f"--prompts: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})"
             ) from None
         yield from ((f"row {i}", row) for i, row in enumerate(rows, start=1))
@@ -264,7 +290,7 @@ def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
             for i, line in enumerate(text_files.read_lines(path, what), start=1)
         )
     elif suffix in (".csv", ".tsv"):
-        # No quoting in tab-separated files: a quotation mark in a prompt is one.
+        # Tab-separated files have no quoting: a quotation mark belongs to the prompt.
         yield from (
             (f"row {row.number} (line {row.line})", row.cells)
             for row in text_files.read_table(path, what).rows
@@ -276,7 +302,7 @@ def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
     else:
         rows = text_files.read_json(path, what=what)
         if not isinstance(rows, list):
-            raise UserError(f"--prompts: {str(path)!r} cannot be read (holds no list)")
+            raise _PromptFileError(f"--prompts: {str(path)!r} cannot be read (holds no list)")
         yield from ((f"entry {i}", row) for i, row in enumerate(rows, start=1))
 
 
@@ -284,81 +310,102 @@ def _row(row: Any, path: Path, place: str) -> Mapping[str, Any]:
     if isinstance(row, str):
         return {"prompt": row}
     if not isinstance(row, Mapping):
-        raise UserError(
-            f"--prompts: {str(path)!r} has no column of prompts: {place} is {str(row)[:40]!r}, expected text or an object"
+        raise _PromptFileError(
+            f"--prompts: {str(path)!r} has no column of prompts: {place} is {str(row)[:40]!r}, "
+            "expected text or an object"
         )
     for key in row:
         if str(key).lower() in PROMPT_KEYS:
             if row[key] is None and path.suffix.lower() in (".csv", ".tsv"):
-                return {"prompt": ""}  # counted with the empty ones
+                return {"prompt": ""}  # counted as an empty prompt
             if not isinstance(row[key], str):
                 shown = "null" if row[key] is None else str(row[key])[:40]
-                raise UserError(
-                    f"--prompts: {str(path)!r} cannot be read ({place}: {key} is {shown}, expected text; write a prompt or remove it)"
+                raise _PromptFileError(
+                    f"--prompts: {str(path)!r} cannot be read ({place}: {key} is {shown}, "
+                    "expected text; write a prompt or remove it)"
                 )
             return {**{k: v for k, v in row.items() if k != key}, "prompt": row[key]}
     columns = ", ".join(map(str, row)) or "nothing"
-    raise UserError(
-        f"--prompts: {str(path)!r} has no column {' or '.join(PROMPT_KEYS)} in {place}; it has {columns}"
+    raise _PromptFileError(
+        f"--prompts: {str(path)!r} has no column {' or '.join(PROMPT_KEYS)} in {place}; it has "
+        f"{columns}"
     )
 
 
 def _finish(name: str, rows: Iterable[Mapping[str, Any]], digest: str) -> PromptSet:
-    kept: dict[str, Mapping[str, Any]] = {}
+    row_of: dict[str, Mapping[str, Any]] = {}
     empty = repeated = 0
     for row in rows:
         prompt = str(row["prompt"]).strip()
         empty += not prompt
-        repeated += prompt in kept
+        repeated += prompt in row_of
         if prompt:
-            kept.setdefault(prompt, row)
-    if not kept:
+            row_of.setdefault(prompt, row)
+    if not row_of:
         raise UserError(f"--prompts: {name} holds no prompt")
     notes = [f"{empty} empty prompts left out"] * (empty > 0) + [
         f"{repeated} repeated prompts taken once"
     ] * (repeated > 0)
     categories: list[str | None] = []
-    for row in kept.values():
-        key = next(
-            (k for want in CATEGORY_KEYS for k in row if str(k).lower() == want and row[k]), None
-        )
+    for row in row_of.values():
+        key = _category_key(row)
         categories.append(None if key is None else str(row[key]))
-    metadata = [{str(k): v for k, v in row.items() if k != "prompt"} for row in kept.values()]
-    digest = digest or hashlib.sha256("\n".join(kept).encode()).hexdigest()
-    return PromptSet(name, list(kept), categories, metadata, sha256=digest, notes=notes)
+    metadata = [_without_prompt(row) for row in row_of.values()]
+    digest = digest or hashlib.sha256("\n".join(row_of).encode()).hexdigest()
+    return PromptSet(name, list(row_of), categories, metadata, sha256=digest, notes=notes)
+
+
+def _without_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in row.items() if key != "prompt"}
+
+
+def _category_key(row: Mapping[str, Any]) -> Any:
+    """Return the row's first filled column that names a category."""
+    for name in CATEGORY_KEYS:
+        key = next((key for key in row if str(key).lower() == name and row[key]), None)
+        if key is not None:
+            return key
+    return None
 
 
 def read_prompts(source: str, limit: int | None = None) -> tuple[list[str], list[str]]:
-    """(distinct prompts in their order, what was left out and why): ``shapes``, its training prompts, here, where data are made.
+    """Read the prompts that data are made from.
 
-    A text file or a named set is read as for a comparison; anything else is a dataset with prompts.
+    Args:
+        source (`str`): `shapes` for the training prompts of the embedded world, a text
+            file, a named set, or a dataset with prompts.
+        limit (`int`, *optional*): Largest number of prompts, from the first on.
+
+    Returns:
+        `tuple[list[str], list[str]]`: The distinct prompts in their order, and what was
+        left out and why.
 
     Raises:
-        UserError: no such source, or no prompt in it.
+        UserError: There is no such source, or no prompt in it.
     """
     path = Path(source).expanduser()
     if source == "shapes" and not path.exists():
         from ..shapes import train_prompts
 
-        given = train_prompts()
+        prompts = train_prompts()
     elif (path.is_file() and path.suffix.lower() in (".txt", ".tsv")) or (
         source in {*NAMED, "shapes-held-out"} and not path.exists()
     ):
-        found = load_prompts(source)
-        return found.prompts[:limit], found.notes
+        prompt_set = load_prompts(source)
+        return prompt_set.prompts[:limit], prompt_set.notes
     else:
         from .load import load_preferences
 
-        given = [
+        prompts = [
             prompt
             for group in load_preferences(source, ties="keep", verbose=False)
             for prompt in group.prompts
         ]
-    kept = list(dict.fromkeys(prompt for prompt in given if prompt.strip()))
-    empty = sum(not prompt.strip() for prompt in given)
+    distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+    empty = sum(not prompt.strip() for prompt in prompts)
     notes = [f"{empty} empty prompts left out"] * (empty > 0)
-    repeated = len(given) - empty - len(kept)
+    repeated = len(prompts) - empty - len(distinct)
     notes += [f"{repeated} repeated prompts taken once"] * (repeated > 0)
-    if not kept:
+    if not distinct:
         raise UserError(f"--prompts: {source!r} holds no prompt")
-    return kept[:limit], notes
+    return distinct[:limit], notes

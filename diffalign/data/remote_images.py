@@ -1,6 +1,7 @@
-"""Images behind web addresses, fetched only when the user allows it (`data.allow_remote_images`), each once.
+"""Fetch images behind web addresses, each once, when the user allows it.
 
-A dataset's author decides what its cells say. So only public addresses are asked, over http and https, with limits of size and time.
+`data.allow_remote_images` allows it. A dataset's author decides what its cells say, so
+only public addresses are fetched, over http and https, with limits of size and time.
 """
 
 from __future__ import annotations
@@ -25,17 +26,27 @@ _REDIRECTS = 3
 
 
 def cache_folder() -> Path:
-    """Where fetched images are kept: `DIFFALIGN_CACHE`, or `~/.cache/diffalign`, and `images` in it."""
+    """Return the folder of fetched images: `images` in the cache.
+
+    The cache is `DIFFALIGN_CACHE`, or `~/.cache/diffalign`.
+    """
     return (
         Path(os.environ.get("DIFFALIGN_CACHE") or Path.home() / ".cache" / "diffalign") / "images"
     )
 
 
 def fetch(url: str) -> Path:
-    """The file that a web address was fetched to; fetched once, kept in `cache_folder()`.
+    """Fetch a web address unless `cache_folder()` holds it already.
+
+    Args:
+        url (`str`): An http or https address.
+
+    Returns:
+        `Path`: The file with its content.
 
     Raises:
-        UnreadableImage: offline mode, no public address, no answer in time, too large, or refused.
+        UnreadableImage: Offline mode is on, the address is not public, or the answer is
+            late, too large or a refusal.
     """
     file = cache_folder() / hashlib.sha256(url.encode()).hexdigest()
     if not file.is_file():
@@ -79,7 +90,10 @@ def _download(url: str, deadline: float) -> bytes:
 def _connection(
     scheme: str, host: str, port: int | None, deadline: float
 ) -> http.client.HTTPConnection:
-    """A connection to the checked address itself, so that the name cannot lead elsewhere a moment later."""
+    """Connect to the checked address itself.
+
+    A second look-up of the name could lead elsewhere.
+    """
     port = port or (443 if scheme == "https" else 80)
     address = public_address(host, port)
     connection = TimedConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
@@ -92,10 +106,14 @@ def _connection(
 
 
 def public_address(host: str, port: int) -> str:
-    """The first address of a host, all of whose addresses are public.
+    """Return the first address of a host, all of whose addresses must be public.
+
+    Args:
+        host (`str`): Name of the host.
+        port (`int`): The port.
 
     Raises:
-        ValueError: one of them belongs to this machine or to a private network.
+        ValueError: An address belongs to this machine or to a private network.
     """
     addresses = [
         str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -1,11 +1,14 @@
-"""The canonical preference schema and the layouts of the field that are read into it.
+"""The canonical preference schema, and the published layouts that are read into it.
 
-Everything here is a pure function of column names; `diffalign.data.judgements` reads the rows.
+Everything here is a pure function of column names. `diffalign.data.judgements` reads
+the rows.
 
 Canonical columns, named as TRL names them:
 
-* `pair`: `prompt`, `chosen`, `rejected` [+ `chosen_prompt`, `rejected_prompt`] [+ `weight`]
-* `ranked`: `prompt`, `images` (list), `scores` (list, higher is better) or `rank` (list, 1 is the best) [+ `weight`]
+* `pair`: `prompt`, `chosen`, `rejected` [+ `chosen_prompt`, `rejected_prompt`] [+
+  `weight`]
+* `ranked`: `prompt`, `images` (list), `scores` (list, higher is better) or `rank`
+  (list, 1 is the best) [+ `weight`]
 * `single`: `prompt`, `image` [+ `weight`]
 * `prompt`: `prompt`
 """
@@ -32,12 +35,17 @@ _WEIGHT: dict[str, tuple[str, ...]] = {"weight": ("weight",)}
 
 @dataclass(frozen=True)
 class _Spec:
-    """A layout: role -> column names that may fill it, of which the first present one is taken.
+    """Describe a layout by its roles and the column names that may fill them.
+
+    Of several names for a role the first present one is taken.
 
     Attributes:
-        markers: columns that must be there too, where the roles' names alone would fit other data.
-        lists: roles whose column must hold a list in every row; the other roles of images and judgements must not.
-        ignored: columns of the published data that repeat what the roles say; all others that look like judgements are reported.
+        markers: Columns that must be there too, where the roles' names alone would fit
+            other data.
+        lists: Roles whose column must hold a list in every row. The other roles of
+            images and judgements must not.
+        ignored: Columns of the published data that repeat what the roles say. All
+            others that look like judgements are reported.
     """
 
     name: str
@@ -91,7 +99,8 @@ _RAPIDATA = tuple(
 _LISTED_IMAGES = ("images",)
 _VOTED: dict[str, tuple[str, ...]] = {"prompt": _PROMPT, "jpg_0": ("image1",), "jpg_1": ("image2",)}
 
-# The order decides when the columns fit several layouts: the first that fits wins, from the most to the least specific.
+# Columns may fit several layouts. The first that fits is taken, so the order is from
+# the most to the least specific.
 _SPECS = (
     _two_images(
         "dcpo", {"caption_0": ("caption_0",), "caption_1": ("caption_1",)}, ignored=_PICKAPIC
@@ -179,7 +188,7 @@ _SPECS = (
     _Spec("prompt", "prompt", {"prompt": _PROMPT}),
 )
 LAYOUTS = tuple(dict.fromkeys(spec.name for spec in _SPECS))
-"""Recognised layouts in the order in which they are tried."""
+"""The known layouts, in the order in which they are tried."""
 
 _NAMES = sorted(
     {
@@ -190,7 +199,8 @@ _NAMES = sorted(
     }
 )
 _IMAGE_ROLES = {"jpg_0", "jpg_1", "chosen", "rejected", "images", "image"}
-# A column so named beside a lone prompt holds data that prompt-only reading would throw away silently.
+# Beside a lone prompt such a column holds data that would be ignored silently if the
+# rows were read as prompts only.
 _NOT_PROMPT_ONLY = (
     *(
         "image",
@@ -267,7 +277,7 @@ _IMAGE_WORDS = frozenset(
         "generations",
     ]
 )
-# Columns that hold numbers or names about an image or its judges.
+# Columns with these words hold numbers or names about an image or its judges.
 _ABOUT_IMAGES = frozenset(
     ["width", "height", "size", "count", "amount", "number", "total", "index", "seed"]
 )
@@ -279,10 +289,17 @@ class Layout:
     """A recognised set of columns.
 
     Attributes:
-        name (`str`): one of `LAYOUTS`.
-        kind (`str`): what its rows are: `pair`, `ranked`, `single` or `prompt`.
-        mapping (`dict[str, str]`): role -> column of the dataset.
-        unused (`tuple[str, ...]`): columns that look like judgements or images and are not read.
+        name (`str`): One of `LAYOUTS`.
+        kind (`str`): What its rows are: `pair`, `ranked`, `single` or `prompt`.
+        mapping (`dict[str, str]`): Role -> column of the dataset.
+        unused (`tuple[str, ...]`, defaults to `()`): Columns that look like judgements
+            or images and are not read.
+
+    Example:
+        ```python
+        layout = recognise(["caption", "jpg_0", "jpg_1", "label_0"], {})
+        assert layout.kind == "pair" and layout.mapping["prompt"] == "caption"
+        ```
     """
 
     name: str
@@ -292,7 +309,7 @@ class Layout:
 
     @property
     def direction(self) -> str:
-        """Which way the judgements are read, for people; empty where there are none."""
+        """Which way the judgements are read, in words. Empty where there are none."""
         column = {role: f"{column!r}" for role, column in self.mapping.items()}
         if "rank" in column:
             return f"{column['rank']}: lower is better (1 is the best)"
@@ -304,7 +321,10 @@ class Layout:
                 f"{column['label_0']}: 1 when {column['jpg_0']} won, 0 when {column['jpg_1']} won"
             )
         if "score_0" in column:
-            return f"the larger of {column['score_0']} ({column['jpg_0']}) and {column['score_1']} ({column['jpg_1']}) wins"
+            return (
+                f"the larger of {column['score_0']} ({column['jpg_0']}) and "
+                f"{column['score_1']} ({column['jpg_1']}) wins"
+            )
         if "vote_type" in column:
             return f"{column['vote_type']}: leftvote when {column['jpg_0']} won"
         if self.kind == "pair":
@@ -313,12 +333,12 @@ class Layout:
 
     @property
     def image_columns(self) -> dict[str, str]:
-        """The roles that hold images -> their columns; `images` holds a list."""
+        """Role -> column of the roles that hold images. `images` holds a list."""
         return {role: column for role, column in self.mapping.items() if role in _IMAGE_ROLES}
 
     @property
     def light_columns(self) -> dict[str, str]:
-        """The roles that hold prompts, labels, scores and weights -> their columns."""
+        """Role -> column of prompts, labels, scores and weights."""
         return {role: column for role, column in self.mapping.items() if role not in _IMAGE_ROLES}
 
 
@@ -329,17 +349,33 @@ def recognise(
     *,
     rows_to_lists: bool = True,
 ) -> Layout:
-    """The layout of a dataset with these columns; the first of `LAYOUTS` that fits.
+    """Recognise the layout of a dataset by its columns.
+
+    The first of `LAYOUTS` that fits is taken.
 
     Args:
-        columns: the dataset's column names.
-        mapping: canonical (or any layout's) column name -> the dataset's column; overrides what the columns are called.
-        lists: column -> whether its cells are lists, where that is known.
-        rows_to_lists: gather rows of one image with a rank into lists; False reads them as single images.
+        columns (`Sequence[str]`): The dataset's column names.
+        mapping (`Mapping[str, str]`): Canonical (or any layout's) column name -> the
+            dataset's column. It overrides what the columns are called.
+        lists (`Mapping[str, bool]`, *optional*): Column -> whether its cells are lists,
+            where that is known.
+        rows_to_lists (`bool`, *optional*, defaults to `True`): Gather rows of one image
+            with a rank into lists. False reads them as single images.
+
+    Returns:
+        `Layout`.
 
     Raises:
-        ConfigError: the mapping names an unknown canonical name or a column that does not exist, or reads ranks as scores.
-        UserError: no layout fits; lists the columns and the mapping to write.
+        ConfigError: The mapping names an unknown canonical name or a column that does
+            not exist, or reads ranks as scores.
+        UserError: No layout fits. The message lists the columns and the mapping to
+            write.
+
+    Example:
+        ```python
+        layout = recognise(["prompt", "images", "votes"], {"scores": "votes"})
+        assert layout.direction == "'votes': higher is better"
+        ```
     """
     names = _renamed(columns, mapping)
     for spec in _SPECS:
@@ -353,7 +389,7 @@ def recognise(
         ):
             continue
         for role, aliases in spec.optional.items():
-            name = next((name for name in aliases if name in names), None)
+            name = _first_present(aliases, names)
             if name is not None:
                 roles[role] = name
         used = {role: names[name] for role, name in roles.items()}
@@ -366,27 +402,31 @@ def recognise(
     suspects = _unused(columns, set())
     looks = f" ({', '.join(suspects)} look like images or judgements)" if suspects else ""
     raise UserError(
-        f"data.columns: the columns {', '.join(map(str, columns)) or '(none)'} fit no known layout{looks}; say which is which, for "
-        "pairs data.columns: {prompt: ..., chosen: ..., rejected: ...}, for two images with a vote {prompt: ..., jpg_0: ..., jpg_1: "
-        "..., label_0: ...} (1 when the first won), for ranked lists {prompt: ..., images: ..., scores: ...} where higher is better "
-        "or {prompt: ..., images: ..., rank: ...} where 1 is the best, for single images {prompt: ..., image: ...}, for prompts only "
-        "{prompt: ...}"
+        f"data.columns: the columns {', '.join(map(str, columns)) or '(none)'} fit no known "
+        f"layout{looks}; say which is which, for pairs data.columns: {{prompt: ..., chosen: "
+        f"..., rejected: ...}}, for two images with a vote {{prompt: ..., jpg_0: ..., jpg_1: "
+        f"..., label_0: ...}} (1 when the first won), for ranked lists {{prompt: ..., images: "
+        f"..., scores: ...}} where higher is better or {{prompt: ..., images: ..., rank: ...}} "
+        f"where 1 is the best, for single images {{prompt: ..., image: ...}}, for prompts only "
+        f"{{prompt: ...}}"
     )
+
+
+def _first_present(aliases: Sequence[str], names: Collection[str]) -> str | None:
+    return next((name for name in aliases if name in names), None)
 
 
 def _fitting(
     spec: _Spec, names: Mapping[str, str], lists: Mapping[str, bool]
 ) -> dict[str, str] | None:
-    """Role -> name for a layout that fits; None for one that does not."""
-    roles = {
-        role: next((name for name in aliases if name in names), None)
-        for role, aliases in spec.required.items()
-    }
+    """Return role -> name for a layout that fits, None for one that does not."""
+    roles = {role: _first_present(aliases, names) for role, aliases in spec.required.items()}
     if None in roles.values() or not all(marker in names for marker in spec.markers):
         return None
     filled = {role: name for role, name in roles.items() if name is not None}
     for role, name in filled.items():
-        # Where the type is not known the name decides: `image` is one, `images`, `ranking` and `scores` are many.
+        # Without a known type the name decides: `image` is one image, while `images`,
+        # `ranking` and `scores` are lists.
         is_list = lists.get(names[name])
         if role in spec.lists:
             if is_list is False or (is_list is None and name == "image"):
@@ -397,12 +437,15 @@ def _fitting(
 
 
 def _words(column: str) -> set[str]:
-    """The lower-case words of a column's name: `overall_rating`, `overallRating` and `overall rating` are two each."""
+    """Return the lower-case words of a column's name.
+
+    `overall_rating`, `overallRating` and `overall rating` have two each.
+    """
     return set(re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", " ", str(column)).lower().split())
 
 
 def _unused(columns: Sequence[str], used: Collection[str]) -> tuple[str, ...]:
-    """The columns that look like judgements or images and are not used."""
+    """Return the columns that look like judgements or images and are not used."""
     return tuple(column for column in columns if column not in used and _is_suspect(_words(column)))
 
 
@@ -417,7 +460,7 @@ def _hints_at_images(name: str) -> bool:
 
 
 def _renamed(columns: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    """Layout column name -> dataset column, after the user's mapping."""
+    """Return layout column name -> dataset column, after the user's mapping."""
     for name, column in mapping.items():
         if name not in _NAMES:
             close = difflib.get_close_matches(str(name), _NAMES, n=1)
@@ -434,8 +477,9 @@ def _renamed(columns: Sequence[str], mapping: Mapping[str, str]) -> dict[str, st
         }:
             raise ConfigError(
                 "data.columns",
-                f"{name}: {column} would read the largest number as the best, but ranks count from the best; write rank: {column}, "
-                "or rename the column if higher is better in it",
+                f"{name}: {column} would read the largest number as the best, but ranks count "
+                f"from the best; write rank: {column}, or rename the column if higher is better "
+                "in it",
             )
         if column not in columns:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Opening whatever the user points at as a `datasets` dataset, with its columns as they are."""
+"""Open whatever the user points at as a `datasets` dataset, its columns unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUILDERS = {
     ".tar": "webdataset",
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's scripts write the second
+CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's scripts write .caption
 PAIR_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
@@ -31,9 +31,10 @@ class Source:
     """An opened source.
 
     Attributes:
-        dataset: `datasets.Dataset` or `IterableDataset`.
-        name: for messages.
-        places: where the image cells of its rows may point to.
+        dataset: A `datasets.Dataset` or `IterableDataset`.
+        name (`str`): What messages call it.
+        places (`ImagePlaces`, defaults to `NO_FOLDERS`): Where the image cells of its
+            rows may point to.
     """
 
     dataset: Any
@@ -50,10 +51,24 @@ def open_source(
     streaming: bool = False,
     data_dir: str | Path | None = None,
 ) -> Source:
-    """Opens a Hub id, folder, file, `datasets` object or list of rows; see `load_preferences` for what is accepted.
+    """Open a Hub id, folder, file, `datasets` object or list of rows.
+
+    Args:
+        source: See `load_preferences`. None opens `data_dir`.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset that has
+            several.
+        config (`str`, *optional*): Configuration of a Hub dataset.
+        revision (`str`, *optional*): Revision of a Hub dataset.
+        streaming (`bool`, *optional*, defaults to `False`): Open a stream of rows.
+        data_dir (`str` or `Path`, *optional*): A folder in which relative image paths
+            are looked up first.
+
+    Returns:
+        `Source`.
 
     Raises:
-        UserError: not there, unreadable, of an unknown form, or without this split.
+        UserError: The source is not there, unreadable, of an unknown form, or without
+            this split.
     """
     if source is None and data_dir is not None:
         source, data_dir = data_dir, None
@@ -75,7 +90,8 @@ def open_source(
         opened = _file(path, split, streaming)
     elif _looks_local(str(source)):
         raise UserError(
-            f"dataset {str(source)!r}: there is no such file or folder (working directory {Path.cwd()})"
+            f"dataset {str(source)!r}: there is no such file or folder (working directory "
+            f"{Path.cwd()})"
         )
     else:
         opened = Source(
@@ -105,22 +121,21 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
         for number, row in enumerate(source):
             if not isinstance(row, Mapping):
                 raise UserError(
-                    f"dataset a list: row {number} is {type(row).__name__}, expected a mapping of column names to cells"
+                    f"dataset a list: row {number} is {type(row).__name__}, expected a mapping "
+                    "of column names to cells"
                 )
         names = list(dict.fromkeys(name for row in source for name in row))
         try:
             source = datasets.Dataset.from_dict(
                 {name: [_cell(row.get(name)) for row in source] for name in names}
             )
-        except (
-            ValueError,
-            TypeError,
-            OverflowError,
-        ) as error:  # pyarrow's errors are of these types
+        # pyarrow's errors are of these types.
+        except (ValueError, TypeError, OverflowError) as error:
             raise UserError(f"dataset a list: a column mixes types: {error}") from error
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         raise UserError(
-            f"dataset: expected a name, a path, a datasets object or a list of rows, got {type(source).__name__}"
+            "dataset: expected a name, a path, a datasets object or a list of rows, got "
+            f"{type(source).__name__}"
         )
     return (
         source.to_iterable_dataset()
@@ -130,11 +145,11 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """Arrays and tensors of pixels as PIL images, also within a list of images; everything else as it is."""
+    """Turn an array or tensor of pixels into a PIL image, also within a list."""
     if decoding.is_array(value) and value.ndim >= 2:
         try:
             return decoding.from_array(value)
-        except BrokenImage:  # numbers that are no image stay what they are
+        except BrokenImage:  # numbers, but not an image
             return value
     if isinstance(value, (list, tuple)) and any(decoding.is_array(item) for item in value):
         return [_cell(item) for item in value]
@@ -145,7 +160,8 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
     builder = BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise UserError(
-            f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are {', '.join(BUILDERS)}"
+            f"dataset {str(path)!r}: cannot read {path.suffix or 'this'} files; known are "
+            f"{', '.join(BUILDERS)}"
         )
     if path.stat().st_size == 0:
         raise UserError(f"dataset {str(path)!r}: the file is empty")
@@ -161,7 +177,10 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
 
 
 def _part(dataset: Any, split: str) -> Any:
-    """The slice of `train[:100]`; the whole for any other name, as a file has one split."""
+    """Return the slice of `train[:100]`, or everything for another name.
+
+    A file has one split.
+    """
     from datasets import ReadInstruction
 
     if "[" not in split:
@@ -183,8 +202,12 @@ def _part(dataset: Any, split: str) -> Any:
 
 
 def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Source:
-    """Tried in this order: save_to_disk, README.md with configurations, imagefolder metadata, pair folders, parquet and tar,
-    then json, jsonl and csv tables whose images lie beside them."""
+    """Open a folder in the first of these forms that fits.
+
+    They are save_to_disk, a README.md with configurations, imagefolder metadata, pair
+    folders, parquet, tar, and then json, jsonl and csv tables whose images lie beside
+    them.
+    """
     import datasets
 
     name, places = str(path), ImagePlaces((path,))
@@ -192,15 +215,7 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
         return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, places)
     for table in [*path.rglob("metadata.jsonl"), *path.rglob("metadata.csv")]:
         _check_metadata(table)
-    described = (path / "README.md").is_file() and "\nconfigs:" in (path / "README.md").read_text(
-        "utf-8", "replace"
-    )
-    if (
-        described
-        or any(path.rglob("metadata.jsonl"))
-        or any(path.rglob("metadata.csv"))
-        or any(path.rglob("metadata.parquet"))
-    ):
+    if _has_configurations(path) or any(any(path.rglob(pattern)) for pattern in _METADATA):
         return Source(_load(name, name, split, config=config, streaming=streaming), name, places)
     for chosen, rejected in PAIR_FOLDERS:
         if (path / chosen).is_dir() and (path / rejected).is_dir():
@@ -222,13 +237,21 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
             dataset = _in_memory(read_tables(files, name), split, streaming)
             return Source(dataset, name, ImagePlaces((path, *_image_folders(files))))
     raise UserError(
-        f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no metadata.jsonl, and no "
-        "parquet, jsonl, json, csv or tar files in this folder"
+        f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no "
+        "metadata.jsonl, and no parquet, jsonl, json, csv or tar files in this folder"
     )
 
 
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def _has_configurations(folder: Path) -> bool:
+    readme = folder / "README.md"
+    return readme.is_file() and "\nconfigs:" in readme.read_text("utf-8", "replace")
+
+
 def _check_metadata(table: Path) -> None:
-    """Raises `UserError` for what would end the imagefolder reader of `datasets` in a crash or a traceback."""
+    """Raise `UserError` for what would crash the imagefolder reader of `datasets`."""
     if table.suffix == ".jsonl":
         for _ in text_files.read_json_objects(table, "dataset "):
             pass
@@ -237,8 +260,12 @@ def _check_metadata(table: Path) -> None:
 
 
 def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
-    """One row per file stem. The caption is the chosen image's .txt, else captions.json ({stem: text}) or prompts.jsonl
-    ({"file_name" | "id": stem or name, "prompt" | "text" | "caption": text} per line) in the folder above or in chosen/."""
+    """Return one row per file stem of two folders of images.
+
+    The caption is the chosen image's .txt, else it stands in captions.json (`{stem:
+    text}`) or prompts.jsonl (`{"file_name" | "id": stem or name, "prompt" | "text" |
+    "caption": text}` per line) in the folder above or in chosen/.
+    """
     captions: dict[str, Any] = {}
     for folder in (chosen.parent, chosen):
         if (folder / "captions.json").is_file():
@@ -272,8 +299,9 @@ def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
         )
     if len(without) == len(rows):
         raise UserError(
-            f"dataset {str(chosen.parent)!r}: no image has a caption; write {Path(without[0]).name}.txt (or {', '.join(CAPTION_SUFFIXES[1:])}) "
-            f"beside each image of {chosen.name}/, or captions.json or prompts.jsonl beside the folders"
+            f"dataset {str(chosen.parent)!r}: no image has a caption; write "
+            f"{Path(without[0]).name}.txt (or {', '.join(CAPTION_SUFFIXES[1:])}) beside each "
+            f"image of {chosen.name}/, or captions.json or prompts.jsonl beside the folders"
         )
     return rows
 
@@ -292,30 +320,38 @@ def _stem(path: Path, folder: Path) -> str:
 
 
 def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """The files whose name starts with the split (`train-0001.jsonl`) or that lie in its folder; `train` means all when no
-    file names any usual split."""
+    """Return the files of a split.
+
+    They begin with the split's name (`train-0001.jsonl`) or lie in its folder. `train`
+    means all files when no file names any usual split.
+    """
     names = {
         file: [part.lower() for part in (*file.relative_to(folder).parent.parts, file.stem)]
         for file in files
     }
-    mine = [file for file in files if any(part.startswith(split.lower()) for part in names[file])]
+
+    def is_named(file: Path, starts: str | tuple[str, ...]) -> bool:
+        return any(part.startswith(starts) for part in names[file])
+
+    mine = [file for file in files if is_named(file, split.lower())]
     usual = ("train", "test", "val", "dev", "eval")
-    if (
-        mine
-        or split != "train"
-        or any(part.startswith(usual) for parts in names.values() for part in parts)
-    ):
-        if not mine:
-            got = ", ".join(file.name for file in files[:5])
-            raise UserError(
-                f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are {got}"
-            )
-        return mine
-    return files
+    if not mine and split == "train" and not any(is_named(file, usual) for file in files):
+        return files
+    if not mine:
+        listed = ", ".join(file.name for file in files[:5])
+        raise UserError(
+            f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are "
+            f"{listed}"
+        )
+    return mine
 
 
 def _image_folders(files: Sequence[Path]) -> tuple[Path, ...]:
-    """Beside a table, in images/ beside it, and in a folder named like it (HPDv2: train.json and train/)."""
+    """Return the folders where a table's images may lie.
+
+    They lie beside it, in images/ beside it, or in a folder named like it (HPDv2:
+    train.json and train/).
+    """
     return tuple(
         dict.fromkeys(
             base
@@ -326,11 +362,15 @@ def _image_folders(files: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _plain_tar(dataset: Any) -> Any:
-    """WebDataset's fields as plain columns: `chosen.png` -> `chosen`, `prompt.txt` -> `prompt`, the keys of `json` on top level."""
+    """Turn WebDataset's fields into plain columns.
+
+    `chosen.png` becomes `chosen`, `prompt.txt` becomes `prompt`, and the keys of `json`
+    become columns.
+    """
     if dataset.features is not None and isinstance(dataset.features.get("json"), dict):
         if hasattr(dataset, "flatten"):
             dataset = dataset.flatten()
-        else:  # a stream; undecoded, or its images would be encoded anew
+        else:  # a stream: undecoded, so that its images are not encoded again
             flat = dataset.features.flatten()
             dataset = dataset.decode(False).map(_lift_json, remove_columns=["json"], features=flat)
     names = dataset.column_names or []
@@ -355,7 +395,7 @@ def _load(name: str, builder: str, split: str, *, config: str | None = None, **k
     try:
         return datasets.load_dataset(builder, config, split=split, **kwargs)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError):
-        raise  # `_hub` says more about them
+        raise  # `_hub` explains these
     except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"dataset {name!r}: {' '.join(str(cause).split())[:600]}") from error
@@ -365,15 +405,17 @@ def _hub(name: str, split: str, config: str | None, revision: str | None, stream
     import datasets
 
     alternatives = (
-        "Pick-a-Pic was taken down from the Hub in 2025; use data-is-better-together/open-image-preferences-v1-binarized, "
-        "HPDv2, or your own data through `diffalign data convert`"
+        "Pick-a-Pic was taken down from the Hub in 2025; use "
+        "data-is-better-together/open-image-preferences-v1-binarized, HPDv2, or your own data "
+        "through `diffalign data convert`"
     )
     try:
         return _load(name, name, split, config=config, revision=revision, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"dataset {name!r}: not found on the Hub{at} (nor as a local path), or private. {alternatives}"
+            f"dataset {name!r}: not found on the Hub{at} (nor as a local path), or private. "
+            f"{alternatives}"
         ) from error
     except ConnectionError as error:
         raise UserError(
@@ -382,7 +424,7 @@ def _hub(name: str, split: str, config: str | None, revision: str | None, stream
 
 
 def _looks_local(source: str) -> bool:
-    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
+    """Whether a source was meant as a path, and not as `name` or `owner/name`."""
     suffixes = (*BUILDERS, ".arrow", ".zip", ".pkl", ".pickle")
     return (
         source.startswith((".", "/", "~"))

@@ -1,4 +1,4 @@
-"""The same groups from a stream: a torch `IterableDataset`, so that a DataLoader treats it as one."""
+"""Preference data as a stream: a torch `IterableDataset`, as a DataLoader expects."""
 
 from __future__ import annotations
 
@@ -18,11 +18,19 @@ from diffalign.data.schema import Layout
 from diffalign.data.verify import check_image
 from diffalign.errors import UserError
 
-_JUDGED_AFTER = 100  # rows before the share of broken ones means anything
+_JUDGED_AFTER = 100  # rows; the share of broken ones says little before
 
 
 def guarded(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """The rows of a stream, its readers' errors as a sentence."""
+    """Yield the rows of a stream, and explain its readers' errors in one sentence.
+
+    Args:
+        rows (`Iterable`): The stream.
+        name (`str`): What the message calls it.
+
+    Raises:
+        UserError: A row cannot be read.
+    """
     import datasets
 
     try:
@@ -37,9 +45,22 @@ def guarded(rows: Iterable[Any], name: str) -> Iterator[Any]:
 
 
 class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
-    """`PreferenceDataset` over a `datasets.IterableDataset`: has no length and no index; iterating drops ties and broken rows and
-    counts them in `report`, afresh in every pass. Row ids count the rows of the stream; where workers of a DataLoader share its
-    shards, each counts its own."""
+    """A `PreferenceDataset` over a `datasets.IterableDataset`, without length or index.
+
+    Iterating drops ties and broken rows, and counts them in `report` anew in every
+    pass. Row ids count the rows of the stream. Where workers of a DataLoader share its
+    shards, each worker counts its own.
+
+    Args:
+        dataset (`datasets.IterableDataset`): The stream.
+        layout (`Layout`): How its columns are read.
+        report (`LoadReport`): Gets the counts.
+        places (`ImagePlaces`, *optional*): Where image cells may point to.
+        verify_images (`str`, *optional*, defaults to `"header"`): `header`, `full` or
+            `none`.
+        max_broken_fraction (`float`, *optional*, defaults to `0.05`): Largest share of
+            broken rows that is skipped.
+    """
 
     def __init__(
         self,
@@ -81,7 +102,8 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             if counter.name != "ties_kept":
                 setattr(self.report, counter.name, getattr(fresh, counter.name))
         worker = get_worker_info()
-        # datasets deals its shards to the workers; each counts in steps of their number, so that row ids stay unique
+        # `datasets` deals its shards to the workers. Each counts in steps of the number
+        # of workers, so that row ids stay unique.
         row_ids = (
             itertools.count() if worker is None else itertools.count(worker.id, worker.num_workers)
         )
@@ -96,7 +118,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             self.report.check(self._max_broken_fraction)
 
     def _admitted(self, row_id: int, row: dict[str, Any]) -> Group | None:
-        """The group of a row, or None for one that is left out."""
+        """Return the group of a row, or None for a row that is left out."""
         verdict = judge(
             self.layout,
             {role: row.get(column) for role, column in self.layout.light_columns.items()},
@@ -120,7 +142,10 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the source's name, layout, mapping and kind: a stream's content is not known before it has been read."""
+        """The sha256 of the source's name, layout, mapping and kind.
+
+        The content of a stream is not known before it is read.
+        """
         parts = [
             "stream",
             self.report.source,

@@ -1,7 +1,9 @@
-"""Local .jsonl, .json, .csv and .txt files as a `datasets.Dataset`, read by `diffalign.runtime.text_files`.
+"""Read local .jsonl, .json, .csv and .txt files as a `datasets.Dataset`.
 
-The readers of `datasets` would guess types: quotation marks around every prompt when one is a number, `None` in a CSV as no value,
-columns that shift when a row is too long, and a crash of the process at a line that says `null`.
+`diffalign.runtime.text_files` parses them. The readers of `datasets` guess types: they
+put quotation marks around every prompt when one is a number, read `None` in a CSV as no
+value, shift columns when a row is too long, and crash the process at a line that says
+`null`.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ _CHUNK = 10_000
 
 
 def read_tables(paths: Sequence[Path], name: str) -> Any:
-    """The rows of text files, one below the other.
+    """Read the rows of text files, one file after the other.
 
     Args:
-        paths: .jsonl, .json, .csv or .txt files.
-        name: for messages.
+        paths (`Sequence[Path]`): .jsonl, .json, .csv or .txt files.
+        name (`str`): What messages call them.
 
     Returns:
-        `datasets.Dataset` with the union of their columns; cells of a .csv are text.
+        `datasets.Dataset` with the union of their columns. Cells of a .csv are text.
 
     Raises:
-        UserError: a file that cannot be read; names the line.
+        UserError: A file cannot be read. The message names the line.
     """
     import datasets
     import pyarrow
@@ -37,8 +39,9 @@ def read_tables(paths: Sequence[Path], name: str) -> Any:
     rows: list[dict[str, Any]] = []
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-        rows += _rows(path)
+        content = path.read_bytes()
+        digest.update(hashlib.sha256(content).digest())
+        rows += _rows(path, content)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if not columns:
         raise UserError(f"dataset {name!r}: has no rows")
@@ -52,15 +55,15 @@ def read_tables(paths: Sequence[Path], name: str) -> Any:
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """Read a file's rows from its content. The reader of .csv opens the file itself."""
     what, suffix = "dataset ", path.suffix.lower()
-    if suffix == ".txt":
-        return [
-            {"text": line.strip()} for line in text_files.read_lines(path, what) if line.strip()
-        ]
     if suffix == ".csv":
         return [row.cells for row in text_files.read_table(path, what).rows]
-    text = text_files.read_text(path, what)
+    text = text_files.decode(content, f"{what}{path}")
+    if suffix == ".txt":
+        lines = [line.strip() for line in text_files.split_lines(text)]
+        return [{"text": line} for line in lines if line]
     if (
         suffix == ".json"
         or text.lstrip().startswith("[")
@@ -74,10 +77,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         whole = _whole(text)
         if whole is not None:
             return [whole]
-    return [
-        _object(value, f"{what}{path}, line {line}")
-        for line, value in text_files.read_json_lines(path, what)
-    ]
+    return _json_lines(text, f"{what}{path}")
+
+
+def _json_lines(text: str, name: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text_files.split_lines(text), start=1):
+        if line.strip():
+            try:
+                value = text_files.parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{name}, line {number}: {error}") from None
+            rows.append(_object(value, f"{name}, line {number}"))
+    return rows
 
 
 def _is_json(text: str) -> bool:
@@ -100,7 +112,7 @@ def _list(path: Path, text: str) -> list[Any]:
 
 
 def _whole(text: str) -> dict[str, Any] | None:
-    """The one object that a .json file holds, or None for one object per line."""
+    """Return the one object that a .json file holds, None for one object per line."""
     try:
         value = text_files.parse_json(text)
     except ValueError:
@@ -109,7 +121,7 @@ def _whole(text: str) -> dict[str, Any] | None:
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    """A row; `null` is a row without cells, text is a prompt."""
+    """Turn a value into a row: `null` has no cells, text is a prompt."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -122,10 +134,11 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _array(values: list[Any], column: str) -> Any:
-    """A column as Arrow.
+    """Convert a column to Arrow, with one type for all its cells.
 
-    One type for all cells: text, whole numbers, numbers, booleans, lists or structures. A number or boolean in a column of text is
-    written out, as a CSV has it; in a column of prompts or images it is no text and becomes null, so that its row counts as broken.
+    The types are text, whole numbers, numbers, booleans, lists and structures. In a
+    column of text a number or boolean is written out, as a CSV has it. In a column of
+    prompts or images it becomes null, so that its row counts as broken.
     """
     import pyarrow
 
@@ -171,7 +184,10 @@ def _one_number_type(value: Any) -> Any:
 
 
 def _with_floats(value: Any) -> Any:
-    """Numbers as floats, also within lists and structures: they are mixed, or too large for whole numbers."""
+    """Turn numbers into floats, also within lists and structures.
+
+    This is for numbers that are mixed, or too large for whole ones.
+    """
     if isinstance(value, (list, tuple)):
         return [_with_floats(item) for item in value]
     if isinstance(value, dict):

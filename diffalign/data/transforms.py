@@ -1,10 +1,13 @@
-"""Joint geometry: all images of a group get the same relative crop and the same flip, and none is stretched."""
+"""Bring the images of a group to one size, with the same relative crop and flip.
+
+No image is stretched.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffalign.data.config import MISMATCH
 from diffalign.errors import ConfigError, UserError
@@ -14,21 +17,31 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ASPECT_TOLERANCE = 0.05
-"""Images of a group whose width / height differ by more than this share do not fit one bucket."""
+"""Largest relative difference of width / height between the images of one bucket."""
 
-_MOST_RESIZED = 64  # times the pixels of the target: an image that would become larger is cut before it is resized
+# An image that would get more than so many times the target's pixels is cropped before
+# it is resized.
+_MOST_RESIZED = 64
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
 class Geometry(NamedTuple):
-    """The micro-conditioning of SDXL's time ids, true of the group's first image.
+    """SDXL's micro-conditioning (its time ids) for the first image of a group.
 
     Attributes:
-        original_size: (height, width) of the image before any resizing.
-        crop_top_left: (top, left) of the crop in the resized (and, after a flip, mirrored) image.
-        target_size: (height, width) of the result.
+        original_size (`tuple[int, int]`): (height, width) of the image before any
+            resizing.
+        crop_top_left (`tuple[int, int]`): (top, left) of the crop in the resized (and,
+            after a flip, mirrored) image.
+        target_size (`tuple[int, int]`): (height, width) of the result.
+
+    Example:
+        ```python
+        _, geometry = GroupTransform((64, 64))([Image.new("RGB", (200, 100))])
+        assert geometry == Geometry((100, 200), (0, 32), (64, 64))
+        ```
     """
 
     original_size: Size
@@ -37,15 +50,23 @@ class Geometry(NamedTuple):
 
 
 def check_resolution(size: int | Size, factor: int, field: str = "data.resolution") -> None:
-    """Checks that the model can encode this size.
+    """Check that the model can encode images of this size.
 
     Args:
-        size: pixels, one side or (height, width).
-        factor: what every side must be a multiple of (the VAE's downscale times the patch size).
-        field: named in the message.
+        size (`int` or `tuple[int, int]`): Pixels, one side or (height, width).
+        factor (`int`): What every side must be a multiple of (the VAE's downscale times
+            the patch size).
+        field (`str`, *optional*, defaults to `"data.resolution"`): The option that the
+            message names.
 
     Raises:
-        ConfigError: a side is not positive or not divisible; names the nearest ones that are.
+        ConfigError: A side is not positive or not divisible. The message names the
+            nearest ones that are.
+
+    Example:
+        ```python
+        check_resolution((512, 768), 8)
+        ```
     """
     for side in (size,) if isinstance(size, int) else size:
         if side <= 0:
@@ -60,17 +81,33 @@ def check_resolution(size: int | Size, factor: int, field: str = "data.resolutio
 
 
 class GroupTransform:
-    """Brings the images of a group to one size.
+    """Bring the images of a group to one size.
 
-    Every image is resized by a factor of its own until it just covers the target (LANCZOS; an image that already has the size
-    is not resampled), then cropped at the same relative place.
+    Every image is resized by a factor of its own until it just covers the target, and
+    then cropped at the same relative place. Resizing is LANCZOS. An image that has the
+    size already is not resampled.
 
     Args:
-        size: (height, width), or a list of such buckets from which every group gets the nearest in aspect ratio.
-        center_crop (`bool`): crop the middle, else at a random place.
-        random_flip (`bool`): mirror a group with probability one half.
-        mismatch: under buckets, for a group whose images differ in aspect ratio by more than `ASPECT_TOLERANCE`: `drop`
-            (`bucket_of` is None), or `letterbox`: those that differ from the first image are fitted inside and padded black.
+        size (`tuple[int, int]` or a sequence of them): (height, width), or a list of
+            such buckets. Every group gets the bucket that is nearest in aspect ratio.
+        center_crop (`bool`, *optional*, defaults to `True`): Crop the middle, else a
+            random place.
+        random_flip (`bool`, *optional*, defaults to `False`): Mirror a group with
+            probability one half.
+        mismatch (`str`, *optional*, defaults to `"drop"`): Under buckets, what to do
+            with a group whose images differ in aspect ratio by more than
+            `ASPECT_TOLERANCE`. With `drop`, `bucket_of` returns None. With `letterbox`,
+            images that differ from the first one are fitted inside and padded black.
+
+    Raises:
+        ConfigError: `mismatch` has an unknown value.
+
+    Example:
+        ```python
+        transform = GroupTransform((64, 64))
+        pixels, geometry = transform([Image.new("RGB", (200, 100))] * 2)
+        assert pixels.shape == (2, 3, 64, 64)
+        ```
     """
 
     def __init__(
@@ -85,25 +122,37 @@ class GroupTransform:
                 "data.mismatch", f"expected one of {', '.join(MISMATCH)}, got {mismatch!r}"
             )
         self.bucketed = not isinstance(size[0], int)
-        self.sizes: list[Size] = [(h, w) for h, w in ([size] if not self.bucketed else size)]  # type: ignore[list-item,misc]
+        sizes: Any = size if self.bucketed else [size]
+        self.sizes: list[Size] = [(height, width) for height, width in sizes]
         self.center_crop, self.random_flip, self.mismatch = center_crop, random_flip, mismatch
 
     @property
     def fingerprint(self) -> str:
-        """All that decides the result, for the key of a cache."""
+        """Everything that decides the result, as text for the key of a cache."""
         sizes = ";".join(f"{h},{w}" for h, w in self.sizes)
         return (
-            f"sizes={sizes} bucketed={self.bucketed} center_crop={self.center_crop} random_flip={self.random_flip} "
-            f"mismatch={self.mismatch} tolerance={ASPECT_TOLERANCE} resample=lanczos version=1"
+            f"sizes={sizes} bucketed={self.bucketed} center_crop={self.center_crop} "
+            f"random_flip={self.random_flip} mismatch={self.mismatch} "
+            f"tolerance={ASPECT_TOLERANCE} resample=lanczos version=1"
         )
 
     @property
     def deterministic(self) -> bool:
-        """The same images give the same result every time: neither crop nor flip is random."""
+        """Whether the same images always give the same result.
+
+        That is so when neither crop nor flip is random.
+        """
         return self.center_crop and not self.random_flip
 
     def bucket_of(self, sizes: Sequence[Size]) -> int | None:
-        """Index into `self.sizes` for a group whose images have these (height, width); None for a group to be dropped."""
+        """Return the bucket of a group.
+
+        Args:
+            sizes (`Sequence[tuple[int, int]]`): (height, width) of its images.
+
+        Returns:
+            `int`: Index into `self.sizes`. None for a group that is to be dropped.
+        """
         if not self.bucketed:
             return 0
         if self.mismatch == "drop" and not all(_same_aspect(size, sizes[0]) for size in sizes):
@@ -115,14 +164,20 @@ class GroupTransform:
     def __call__(
         self, images: Sequence[Image.Image], generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, Geometry]:
-        """Pixels `(k, 3, H, W)`, float32 in [-1, 1], and the geometry of the first image.
+        """Transform the images of a group.
 
         Args:
-            images: RGB.
-            generator: on the CPU; the only source of randomness, needed unless `deterministic`.
+            images (`Sequence[PIL.Image.Image]`): k RGB images.
+            generator (`torch.Generator`, *optional*): On the CPU. It is the only source
+                of randomness, and needed unless `deterministic`.
+
+        Returns:
+            `tuple[torch.Tensor, Geometry]`: Pixels `(k, 3, H, W)`, float32 in [-1, 1],
+            and the geometry of the first image.
 
         Raises:
-            UserError: the images fit no common bucket (`bucket_of` is None).
+            UserError: The images fit no common bucket (`bucket_of` returns None).
+            ValueError: A generator is needed and missing.
         """
         import torch
 
@@ -130,7 +185,8 @@ class GroupTransform:
         bucket = self.bucket_of(sizes)
         if bucket is None:
             raise UserError(
-                f"data.mismatch: images of (height, width) {sizes} fit no common bucket; drop the group or letterbox"
+                f"data.mismatch: images of (height, width) {sizes} fit no common bucket; drop "
+                "the group or letterbox"
             )
         if generator is None and not self.deterministic:
             raise ValueError("generator: random crops and flips need one")
@@ -159,7 +215,13 @@ def _same_aspect(size: Size, other: Size) -> bool:
 def _covered(
     image: Image.Image, target: Size, down: float, right: float, flip: bool
 ) -> tuple[Image.Image, Size]:
-    """The crop that leaves the share `down` of the overhang above it and `right` left of it, and its (top, left)."""
+    """Resize an image until it covers the target, and crop it.
+
+    The share `down` of the overhang lies above the crop, the share `right` left of it.
+
+    Returns:
+        The crop and its (top, left).
+    """
     height, width = target
     factor = max(height / image.height, width / image.width)
     resized_height, resized_width = (
@@ -173,14 +235,18 @@ def _covered(
         cropped = _resized(image, resized_height, resized_width).crop(
             (left, top, left + width, top + height)
         )
-    # cropping and mirroring is mirroring and cropping at the mirrored place, which is how diffusers' SDXL scripts count
+    # Our flip mirrors the crop. diffusers' SDXL scripts crop the mirrored image, where
+    # the same crop begins elsewhere.
     return cropped, (top, resized_width - width - left if flip else left)
 
 
 def _crop_of_thin(
     image: Image.Image, target: Size, corner: tuple[float, float], factor: float
 ) -> Image.Image:
-    """The crop of a very thin image, cut out before it is resized: the whole of it resized could fill any memory."""
+    """Crop a very thin image before it is resized.
+
+    Resizing all of it could fill any memory.
+    """
     from PIL import Image as Pillow
 
     (top, left), (height, width) = corner, target
@@ -219,7 +285,7 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
-    """(3, H, W) float32 in [-1, 1]."""
+    """Convert an image to a `(3, H, W)` float32 tensor in [-1, 1]."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""The one pass over a dataset that decides which rows are used."""
+"""Go over a dataset once and decide which rows are used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ _SHOW_PROGRESS_FROM = 20_000  # rows
 
 
 def check_image(image: Any, verify: str) -> None:
-    """Opens (`header`) or decodes (`full`) an image, or trusts it (`none`).
+    """Check that an image can be used.
+
+    Args:
+        image: As `diffalign.data.images.resolve` returns it.
+        verify (`str`): `header` opens it, `full` decodes it, `none` trusts it.
 
     Raises:
-        BrokenImage: it cannot be used.
+        BrokenImage: It cannot be used.
     """
     if verify == "full":
         image_cells.decode(image)
@@ -32,17 +36,28 @@ def check_image(image: Any, verify: str) -> None:
 def usable_rows(
     dataset: Any, layout: Layout, report: LoadReport, places: ImagePlaces, verify: str
 ) -> np.ndarray:
-    """Ids of the rows to use, ascending, as int64; counts all others in `report`.
+    """Find the rows to use, and count all others in the report.
 
-    Prompts, labels and scores of every row are read. Images are read only to be verified, as views of the Arrow table: a header
-    check of embedded images does not read their pixels from disk.
+    Prompts, labels and scores of every row are read. Images are read only to be
+    verified, as views of the Arrow table, so a header check of embedded images does not
+    read their pixels from disk.
+
+    Args:
+        dataset (`datasets.Dataset`): The dataset.
+        layout (`Layout`): How its columns are read.
+        report (`LoadReport`): Gets the counts.
+        places (`ImagePlaces`): Where image cells may point to.
+        verify (`str`): `header`, `full` or `none`, see `check_image`.
+
+    Returns:
+        `np.ndarray`: Row ids, int64, ascending.
     """
     import numpy as np
     from tqdm.auto import tqdm
 
     columns = layout.mapping if verify != "none" else layout.light_columns | _lists(layout)
     tables = dataset.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
-    kept: list[int] = []
+    row_ids: list[int] = []
     with tqdm(
         total=len(dataset),
         desc="checking rows",
@@ -72,10 +87,10 @@ def usable_rows(
                 except image_cells.BrokenImage as error:
                     report.add_broken(row_id, str(error))
                     continue
-                kept.append(row_id)
+                row_ids.append(row_id)
             bar.update(len(table))
-    report.kept = len(kept)
-    return np.asarray(kept, dtype=np.int64)
+    report.kept = len(row_ids)
+    return np.asarray(row_ids, dtype=np.int64)
 
 
 def _lists(layout: Layout) -> dict[str, str]:
@@ -83,9 +98,12 @@ def _lists(layout: Layout) -> dict[str, str]:
 
 
 def _check_length(table: Any, layout: Layout, offset: int, expected: int) -> None:
-    """A ranked row has one image per score, even where images are trusted."""
+    """Refuse a ranked row whose images and scores differ in number.
+
+    This is checked even where images are trusted.
+    """
     for column in _lists(layout).values():
         images = table[column][offset]
-        found = len(images.values) if images.is_valid else 0
-        if found != expected:
-            raise image_cells.BrokenImage(f"has {found} images and {expected} scores")
+        count = len(images.values) if images.is_valid else 0
+        if count != expected:
+            raise image_cells.BrokenImage(f"has {count} images and {expected} scores")
