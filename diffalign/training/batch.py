@@ -1,4 +1,4 @@
-"""What a method sees: groups of k images of one prompt, with everything random already drawn."""
+"""The tensors of one training step: groups of images, with all random numbers drawn."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from ..runtime.seeds import row_generator
 
 @dataclass
 class Batch:
-    """A micro-batch of g groups of k images.
+    """A micro-batch of g groups, each with k images of one prompt.
 
     Attributes:
-        x0 (`Tensor`): clean latents, (g, k, C, H, W), float32 on the device.
-        noise (`Tensor`): (g, k, C, H, W), shared within a group unless the run says otherwise.
-        times (`Tensor`): (g,) on the CPU: int64 timesteps or float64 sigmas, one per group.
-        condition (`dict[str, Tensor]`): what the network is conditioned on, leading dimension g * k.
-        weights (`Tensor`): (g,) float32; 0 for kept ties.
-        row_ids (`list[int]`): rows of the source dataset, for messages.
-        scores (`Tensor`, *optional*): (g, k) scores of ranked data, NaN = missing.
-        reference_errors (`Tensor`, *optional*): (g, k), when they were computed before training.
-        noisy (`Tensor`, *optional*): (g, k, C, H, W) noisy samples at `times`, of methods that make them in `prepare`.
-        prompts (`list[str]`): of the groups, as they are in the data.
-        extra (`dict[str, Tensor]`): what a method adds in `prepare`, leading dimension g.
-        epochs (`list[int]`), seed (`int`): with `row_ids`, where the rows' own draws come from.
+        x0 (`Tensor`): Clean latents, (g, k, C, H, W), float32, on the device.
+        noise (`Tensor`): Noise, (g, k, C, H, W). The images of a group share it unless
+            `shared_noise` is false.
+        times (`Tensor`): One time per group, (g,), on the CPU: int64 timesteps or
+            float64 sigmas.
+        condition (`dict[str, Tensor]`): What the network is conditioned on, g * k rows
+            each.
+        weights (`Tensor`): Weight of each group in the loss, (g,), float32. Ties have
+            weight 0.
+        row_ids (`list[int]`): Rows of the source dataset, for messages.
+        scores (`Tensor`, *optional*): Scores of ranked data, (g, k). NaN marks a
+            missing score.
+        reference_errors (`Tensor`, *optional*): Errors of the reference, (g, k), if
+            they were computed before training.
+        noisy (`Tensor`, *optional*): Noisy samples at `times`, (g, k, C, H, W), set by
+            methods that make their own in `prepare`.
+        prompts (`list[str]`): Prompt of each group, as in the dataset.
+        extra (`dict[str, Tensor]`): What a method adds in `prepare`, g rows each.
+        epochs (`list[int]`): Epoch of each group. Seeds the random numbers of its row.
+        seed (`int`, *optional*, defaults to `0`): Seed of the run.
     """
 
     x0: Tensor
@@ -44,7 +52,18 @@ class Batch:
     seed: int = 0
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """One CPU generator per row for a method's own draws, the same in any batch, process and resumed run."""
+        """Return one random generator per group for a method's own draws.
+
+        A generator depends on the seed, the row and the epoch alone. It gives the same
+        numbers in any batch, on any process and in a resumed run.
+
+        Args:
+            purpose (`str`): Name of the random stream. Different names give independent
+                numbers.
+
+        Returns:
+            `list[torch.Generator]`: g generators on the CPU.
+        """
         return [
             row_generator(self.seed, row, epoch, purpose)
             for row, epoch in zip(self.row_ids, self.epochs, strict=True)
@@ -55,5 +74,5 @@ class Batch:
 
     @property
     def k(self) -> int:
-        """Images per group."""
+        """Number of images per group."""
         return self.x0.shape[1]

@@ -1,7 +1,7 @@
-"""From rows to micro-batches: the order of the data, its latents and its conditions.
+"""Turn examples of the dataset into batches.
 
-The order is a function of (seed, position), so a run is resumed by its position alone, and the groups of an optimizer step are the
-same whether one process, several processes or several accumulated passes consume them.
+Every random number of a row comes from the row's own generator. It depends on the seed,
+the row and the epoch, and not on the batch or the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from .group_reader import Example, prompt_key
 
 
 def _padded(values: Tensor, k: int) -> Tensor:
-    """(g, n, ...) with the last image repeated up to k: shorter lists of a batch, whose missing scores leave them out of the loss."""
+    """Repeat the last image of (g, n, ...) until there are k.
+
+    The added images have no score, so the loss leaves them out.
+    """
     missing = k - values.shape[1]
     return (
         values
@@ -32,7 +35,14 @@ def _padded(values: Tensor, k: int) -> Tensor:
 
 
 class BatchBuilder:
-    """Examples -> `Batch`: encodes what is not cached and draws everything random from the rows' own generators."""
+    """Builds batches from examples: encodes images and prompts, draws noise and times.
+
+    Args:
+        backbone (`Backbone`): Encodes what is not cached.
+        args (`TrainingConfig`): Settings of the run.
+        device (`torch.device`): Device of the tensors.
+        prompts (`TensorCache`, *optional*): Cache of encoded prompts.
+    """
 
     def __init__(
         self,
@@ -48,20 +58,29 @@ class BatchBuilder:
         self.sampling = ("logit_normal" if flow else "uniform") if sampling == "auto" else sampling
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Build the batch of some examples.
+
+        Args:
+            examples (`Sequence[Example]`): One example per group.
+
+        Returns:
+            `Batch`: Lists shorter than the longest one are padded.
+        """
         args = self.args
         counts = [len(e.prompts) for e in examples]
         k = max(counts)
         draws = [
             row_generator(args.seed, e.row_id, self.draw_epoch(e.epoch), "noise") for e in examples
         ]
-        # [timestep, prompt dropout] per row; always both, so that switching dropout on does not move the timesteps.
+        # [timestep, prompt dropout] per row. Always both, so that switching dropout on
+        # does not move the timesteps.
         uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in draws])
         times = sample_times(
             self.backbone.process, uniforms[:, 0], self.sampling, args.logit_mean, args.logit_std
         )
         mean, std = self._latents(examples)
         shape = mean.shape[1:]
-        # What a row draws depends on its own length alone, not on the longest list of its batch.
+        # A row's draws depend on its own length, not on the longest list of its batch.
         noise = torch.cat(
             [
                 _padded(
@@ -109,11 +128,22 @@ class BatchBuilder:
         )
 
     def draw_epoch(self, epoch: int) -> int:
-        """Which draw of (noise, timestep) an epoch uses: a new one each time, or one of the precomputed ones in turn."""
+        """Return the epoch whose noise and timestep are used in `epoch`.
+
+        It is the epoch itself. With `precompute_ref_errors` it is one of the first
+        `ref_error_draws` epochs, in turn.
+        """
         return epoch % self.args.ref_error_draws if self.args.precompute_ref_errors else epoch
 
     def unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The empty prompt's condition, encoded once, for every row of `condition`, with that row's sizes."""
+        """Return the condition of the empty prompt, with the sizes of `condition`.
+
+        Args:
+            condition (`dict[str, Tensor]`): n rows each.
+
+        Returns:
+            `dict[str, Tensor]`: n rows each.
+        """
         if self._empty is None:
             self._empty = self.encode([""])
         rows = len(next(iter(condition.values())))
@@ -123,9 +153,8 @@ class BatchBuilder:
         }
 
     def _latents(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        if (
-            examples[0].pixels is None and examples[0].mean is None
-        ):  # prompts alone: nothing but a shape
+        # Prompts without images have a shape, and nothing to encode.
+        if examples[0].pixels is None and examples[0].mean is None:
             height, width = examples[0].geometry.target_size
             zeros = torch.zeros(
                 (len(examples), *self.backbone.latent_shape(height, width)), device=self.device
@@ -141,7 +170,14 @@ class BatchBuilder:
         return mean.to(self.device), std.to(self.device)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Conditions of all prompts; each distinct prompt is encoded or read once."""
+        """Encode prompts, each distinct one once.
+
+        Args:
+            prompts (`Sequence[str]`): n prompts.
+
+        Returns:
+            `dict[str, Tensor]`: The condition of the network, n rows each.
+        """
         distinct = list(dict.fromkeys(prompts))
         if self.prompts is not None:
             entries = [self.prompts[prompt_key(p)] for p in distinct]

@@ -1,4 +1,4 @@
-"""Builds what the loop optimises: the network with or without LoRA, optimizer, schedule, attention backend."""
+"""Build the accelerator and the network that a run trains."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Accelerator:
-    """accelerate's view of the machine: processes, precision, accumulation over `passes`, trackers.
+    """Set up accelerate: processes, precision, gradient accumulation, trackers.
+
+    Args:
+        args (`TrainingConfig`): Settings of the run.
+        output_dir (`Path`): Folder of the run.
+        passes (`int`): Forward passes per optimizer step.
 
     Raises:
-        ConfigError: on a precision or a tracker that this machine does not have.
+        ConfigError: The machine lacks this precision or tracker.
     """
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.mixed_precision", "fp16 needs a GPU; use bf16 or no")
@@ -43,9 +48,9 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
         AcceleratorState._shared_state
         and AcceleratorState().mixed_precision != args.mixed_precision
     ):
-        # accelerate keeps one precision for ever; a second trainer in a notebook may want another.
+        # accelerate keeps its first precision. A second trainer may want another one.
         AcceleratorState._reset_state(reset_partial_state=False)
-    # Started by torchrun on a machine without accelerators, accelerate would let every process train for itself.
+    # Started by torchrun without accelerators, accelerate would not join the processes.
     several_on_cpu = (
         int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     )
@@ -71,10 +76,22 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
 
 
 def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraConfig | None) -> Any:
-    """Loads the network; adds LoRA (float32 adapters on a base in the run's precision) or makes all of it trainable in float32.
+    """Load the network and make it trainable, as a whole or with a LoRA.
+
+    With a LoRA the base weights are in the run's precision and the adapter in float32.
+    Without one all weights are trained in float32.
+
+    Args:
+        backbone (`Backbone`): The model.
+        args (`TrainingConfig`): Settings of the run.
+        peft_config (`LoraConfig`, *optional*): The LoRA. None trains all weights.
+
+    Returns:
+        The network, in training mode.
 
     Raises:
-        ConfigError: when no module matches the LoRA targets, or the attention backend cannot be used here.
+        ConfigError: No module matches the LoRA targets, or the attention backend cannot
+            be used here.
     """
     _check_adapters(backbone)
     if peft_config is not None:
@@ -101,13 +118,11 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     try:
         network.add_adapter(config)
     except (ValueError, re.error, NotImplementedError) as error:
-        linear = sorted(
-            {
-                n.rsplit(".", 1)[-1]
-                for n, m in network.named_modules()
-                if isinstance(m, torch.nn.Linear)
-            }
-        )
+        modules = network.named_modules()
+        linear_names = {
+            name.rsplit(".", 1)[-1] for name, m in modules if isinstance(m, torch.nn.Linear)
+        }
+        linear = sorted(linear_names)
         raise ConfigError(
             "lora.target_modules",
             f"{shown(config.target_modules)} matches no module of the "
@@ -121,9 +136,10 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
 
 @torch.no_grad()
 def _set_magnitudes(network: Any, precision: str) -> None:
-    """DoRA's magnitudes from the norms by which its forward pass divides in a run of this precision.
+    """Set DoRA's magnitudes to the norms that this precision's forward pass computes.
 
-    peft rounds them to the base weights' precision, so that in bf16 the policy would differ from its reference before the first step.
+    peft rounds them to the precision of the base weights. In bf16 the policy would then
+    differ from its reference before the first step.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -138,16 +154,15 @@ def _set_magnitudes(network: Any, precision: str) -> None:
                 update = part.get_lora_weight(layer.lora_A[name], layer.lora_B[name]).reshape(
                     weight.shape
                 )
-                if (
-                    weight.ndim == 2
-                ):  # linear layers read it in the precision of their input, which is that of the adapter
+                # Linear layers compute the norm in the precision of the adapter.
+                if weight.ndim == 2:
                     weight, update = weight.float(), update.float()
                 norm = part.get_weight_norm(weight, update, layer.scaling[name])
             part.weight.copy_(norm.reshape(part.weight.shape))
 
 
 def _check_adapters(backbone: Backbone) -> None:
-    """Refuses a pipeline that carries adapters: they would train, or be saved, as parts of the base model."""
+    """Refuse a pipeline with adapters: they would become part of the base model."""
     pipe = backbone.source.pipe
     for name, component in (pipe.components if pipe is not None else {}).items():
         if getattr(unwrapped(component), "peft_config", None):
@@ -163,10 +178,14 @@ _CHANGING_INITS = ("pissa", "olora", "corda", "eva", "loftq")
 
 
 def check_peft_config(config: Any) -> None:
-    """Refuses adapters whose file would not load into a plain pipeline as what was trained.
+    """Refuse adapters that a plain pipeline could not load back from their file.
+
+    Args:
+        config (`LoraConfig`): The adapter.
 
     Raises:
-        ConfigError: other adapters than LoRA and DoRA, biases, whole modules, or an initialisation that changes the base weights.
+        ConfigError: It is no LoRA or DoRA, it trains biases or whole modules, or its
+            initialisation changes the base weights.
     """
     from peft import LoraConfig
 
@@ -190,7 +209,16 @@ def check_peft_config(config: Any) -> None:
 
 
 def set_attention(network: Any, backend: str) -> None:
-    """Chooses diffusers' attention backend; ``native`` is torch's scaled dot product attention."""
+    """Select diffusers' attention backend.
+
+    Args:
+        network: The network of the model.
+        backend (`str`): Name in diffusers. `native` is torch's scaled dot product
+            attention.
+
+    Raises:
+        ConfigError: The backend cannot be used here.
+    """
     if backend == "native":
         return
     try:
@@ -204,4 +232,5 @@ def set_attention(network: Any, backend: str) -> None:
 
 
 def trainable_parameters(network: Any) -> list[Parameter]:
+    """Return the parameters of `network` that receive gradients."""
     return [p for p in network.parameters() if p.requires_grad]

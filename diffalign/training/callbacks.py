@@ -1,4 +1,4 @@
-"""Hooks with the names of transformers: subclass `TrainerCallback` and override what you need."""
+"""Callbacks of a training run, with the hook names of transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainerState:
-    """Where a run is. Saved in every checkpoint.
+    """Position of a run. Saved in every checkpoint.
 
     Attributes:
-        global_step: optimizer steps done.
-        samples_seen: groups consumed over all processes: the position in the data.
-        epoch: passes over the data so far, fractional.
-        max_steps: when the run ends.
-        window: sums and counts of the metrics since the last log, so that a run resumed between two logs logs the same.
+        global_step (`int`, defaults to `0`): Optimizer steps done.
+        samples_seen (`int`, defaults to `0`): Groups consumed over all processes, which
+            is the position in the data.
+        epoch (`float`, defaults to `0.0`): Passes over the data so far, with a
+            fraction.
+        max_steps (`int`, defaults to `0`): Optimizer steps of the whole run.
+        window (`dict[str, list[float]]`): Sum and count of every metric since the last
+            log. A resumed run logs the same averages with them.
+        log_history (`list[dict[str, float]]`): Logged metrics, one entry per log.
+        due (`list[str]`): Work that the last step still has to do after its checkpoint.
     """
 
     global_step: int = 0
@@ -35,7 +40,13 @@ class TrainerState:
 
 @dataclass
 class TrainerControl:
-    """Set a flag to make the loop act after the current step."""
+    """Flags that make the loop act after the current step.
+
+    Attributes:
+        should_training_stop (`bool`, defaults to `False`): End the run.
+        should_save (`bool`, defaults to `False`): Write a checkpoint.
+        should_evaluate (`bool`, defaults to `False`): Evaluate.
+    """
 
     should_training_stop: bool = False
     should_save: bool = False
@@ -44,13 +55,15 @@ class TrainerControl:
 
 @dataclass
 class TrainOutput:
-    """What `Trainer.train` returns.
+    """Result of `Trainer.train`.
 
     Attributes:
-        global_step: optimizer steps done.
-        metrics: the last log.
-        interrupted_by: number of the signal that ended the run early, else None.
-        waiting_for: folder in which people's votes are wanted before the run can go on, else None.
+        global_step (`int`): Optimizer steps done.
+        metrics (`dict[str, float]`): Metrics of the last log.
+        interrupted_by (`int`, *optional*): Number of the signal that ended the run
+            early.
+        waiting_for (`Path`, *optional*): Folder in which people must vote before the
+            run can go on.
     """
 
     global_step: int
@@ -60,33 +73,61 @@ class TrainOutput:
 
 
 class TrainerCallback:
-    """Does nothing; every hook takes (args, state, control) and keyword arguments such as `trainer`, `logs`, `metrics`."""
+    """Base class of callbacks. Every hook does nothing until a subclass overrides it.
+
+    A hook receives the config, the state and the control flags of the run. Keyword
+    arguments add `trainer`, and `logs`, `metrics` or `checkpoint` where they exist.
+
+    Example:
+        ```python
+        from diffalign import TrainerCallback
+
+
+        class StopWhenLearned(TrainerCallback):
+            def on_log(self, args, state, control, **kwargs):
+                if kwargs["logs"].get("rewards/accuracies", 0) > 0.9:
+                    control.should_training_stop = True
+        ```
+    """
 
     def on_init_end(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run at the end of the trainer's constructor."""
+
     def on_train_begin(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run before the first optimizer step."""
+
     def on_step_end(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run after every optimizer step."""
+
     def on_log(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run after metrics were logged, with `logs`."""
+
     def on_evaluate(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run after an evaluation, with `metrics`."""
+
     def on_save(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run after a checkpoint was written, with `checkpoint`, its folder."""
+
     def on_train_end(
         self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None: ...
+    ) -> None:
+        """Run after the last step, also of an interrupted run."""
 
 
 class ProgressCallback(TrainerCallback):
-    """The progress bar: loss, accuracy, margin, speed and time left."""
+    """Progress bar with loss, accuracy and margin."""
 
     def __init__(self) -> None:
         self.bar: Any = None

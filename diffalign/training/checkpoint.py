@@ -1,8 +1,11 @@
-"""Checkpoints: written whole or not at all, resumed where they stopped, readable by plain diffusers.
+"""Checkpoints of a run: written whole or not at all, and readable by plain diffusers.
 
-``checkpoint-<step>/`` holds what accelerate saves (optimizer, scaler, random states), inference-ready weights
-(``pytorch_lora_weights.safetensors``, or the network's folder for full fine-tuning), the average of the weights, and
-``trainer_state.json`` with the identity of the run and the size of every file.
+A folder `checkpoint-<step>` holds:
+
+- what accelerate saves: optimizer, scaler and random states
+- weights for inference: a LoRA file, or the network's folder for full fine-tuning
+- the average of the weights, if there is one
+- `trainer_state.json`: the run's position and identity, and the size of every file
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..backbones.lora import lora_state
 from ..errors import UserError
+from ..runtime.distributed import whole
 from ..runtime.files import save_tensors, write_atomically
 from .callbacks import TrainerState
 
@@ -37,42 +41,56 @@ EMA_FILE = "ema.safetensors"
 
 
 class NonFiniteWeights(RuntimeError):
-    """Weights are NaN or infinite, so they are not saved; the message says which checkpoint is the last good one."""
+    """Weights are NaN or infinite, so they are not saved.
+
+    The message names the last good checkpoint.
+    """
 
 
 class CheckpointError(RuntimeError):
-    """Saving failed; the message says what survives."""
+    """A checkpoint could not be written. The message says which checkpoint is left."""
 
 
 def checkpoint_step(path: Path) -> int:
+    """Return the step in a checkpoint's folder name, or -1 for any other name."""
     match = _NAME.match(path.name)
     return int(match.group(1)) if match else -1
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first: the rename that gives a folder its name is the last act of saving."""
-    found = [
+    """List the complete checkpoints of a run, oldest first.
+
+    A folder gets its name when everything in it is written.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+    """
+    checkpoints = [
         p
         for p in output_dir.glob("checkpoint-*")
         if _NAME.match(p.name) and (p / STATE_FILE).is_file()
     ]
-    return sorted(found, key=checkpoint_step)
+    return sorted(checkpoints, key=checkpoint_step)
 
 
 def find_checkpoint(output_dir: Path, request: str) -> Path:
-    """The folder that ``latest`` or a path means.
+    """Find the checkpoint to resume from.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        request (`str`): `latest`, a path, or a name in the folder of the run.
 
     Raises:
-        UserError: when there is none, or it is no checkpoint.
+        UserError: There is none, or the path is no checkpoint.
     """
     if request == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
             raise UserError(
                 f"train.resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to "
                 "resume; leave the option out to start"
             )
-        return found[-1]
+        return checkpoints[-1]
     path = Path(request)
     if not (path / STATE_FILE).is_file():
         inside = output_dir / request
@@ -86,7 +104,11 @@ def find_checkpoint(output_dir: Path, request: str) -> Path:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are finite; one answer per device is fetched."""
+    """Return whether all values are finite, with one wait per device.
+
+    Args:
+        tensors (`Iterable[Tensor]`): Any shapes and devices.
+    """
     answers: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         finite = torch.isfinite(tensor.detach()).all()
@@ -97,10 +119,14 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_archives(folder: Path, names: Iterable[str]) -> None:
-    """Compares the checksums in files of `torch.save` (optimizer, scheduler, random states), which torch itself does not.
+    """Compare the checksums in files of `torch.save`. torch does not check them.
+
+    Args:
+        folder (`Path`): Folder of the checkpoint.
+        names (`Iterable[str]`): Files in it. Other formats are skipped.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: A file is damaged.
     """
     import zipfile
 
@@ -121,7 +147,16 @@ def check_archives(folder: Path, names: Iterable[str]) -> None:
 
 
 def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
-    """Puts saved adapter weights back, bit for bit."""
+    """Load saved adapter weights into a network, bit for bit.
+
+    Args:
+        network: The network with its adapter.
+        backbone (`Backbone`): Names the network in the file.
+        folder (`Path`): Folder of the checkpoint.
+
+    Raises:
+        UserError: The weights do not fit the network.
+    """
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -143,10 +178,13 @@ def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
 
 
 def read_state(values: Any) -> TrainerState:
-    """The trainer's state from the plain values of a checkpoint.
+    """Read the position of a run from a checkpoint's plain values.
+
+    Args:
+        values (`dict`): Part `state` of the state file.
 
     Raises:
-        ValueError, TypeError: values that no trainer wrote.
+        ValueError, TypeError: No trainer wrote these values.
     """
     state = TrainerState(**values)
     if not {"global_step", "samples_seen", "epoch"} <= set(values):
@@ -160,25 +198,31 @@ def read_state(values: Any) -> TrainerState:
 
 @runtime_checkable
 class CheckpointPart(Protocol):
-    """What else belongs to a run: saved in every checkpoint, by every process."""
+    """Something else that belongs to a run and is saved in every checkpoint."""
 
-    def save(self, folder: Path, rank: int) -> None: ...
+    def save(self, folder: Path, rank: int) -> None:
+        """Write the part of process `rank` into a checkpoint's folder."""
 
-    def load(self, folder: Path, rank: int, device: Any) -> None: ...
+    def load(self, folder: Path, rank: int, device: Any) -> None:
+        """Read the part of process `rank` from a checkpoint's folder."""
 
 
 class CheckpointManager:
-    """Saves and loads one run's checkpoints.
+    """Saves and loads the checkpoints of one run.
 
     Args:
-        accelerator: holds the prepared network and optimizer.
-        backbone: writes inference-ready weights of its family.
-        network: the unwrapped network.
-        is_lora: LoRA or full fine-tuning.
-        output_dir: the run's folder.
-        limit: newest checkpoints to keep, None for all.
-        identity: method, model, dataset, ...: a checkpoint is resumed only by a run of equal identity.
-        ema: diffusers' `EMAModel`, or None.
+        accelerator (`Accelerator`): Holds the prepared network and optimizer.
+        backbone (`Backbone`): Writes weights for inference.
+        network: The network as it was before accelerate prepared it.
+        is_lora (`bool`): LoRA or full fine-tuning.
+        output_dir (`Path`): Folder of the run.
+        limit (`int`, *optional*): Newest checkpoints to keep. None keeps all.
+        identity (`dict[str, Any]`): Method, model, data and settings. Only a run with
+            the same values resumes a checkpoint.
+        ema (`EMAModel`, *optional*): Average of the weights.
+
+    Attributes:
+        parts (`list[CheckpointPart]`): What else to save.
     """
 
     def __init__(
@@ -207,9 +251,10 @@ class CheckpointManager:
         self, models: list[Any], weights: list[dict[str, Tensor]], output_dir: str
     ) -> None:
         state = weights[0] if weights else None
+        adapter = lora_state(self.network) if self.is_lora else {}  # gathered on all processes
         if self.accelerator.is_main_process:
             if self.is_lora:
-                self.backbone.save_lora(output_dir, self.network, lora_state(self.network))
+                self.backbone.save_lora(output_dir, self.network, adapter)
             else:
                 self.network.save_pretrained(
                     Path(output_dir) / self.backbone.network_name, state_dict=state
@@ -227,19 +272,36 @@ class CheckpointManager:
         models.clear()
 
     def check_weights(self, step: int) -> None:
-        """Raises `NonFiniteWeights` before bad weights take the place of good ones. All processes have the same weights."""
+        """Check the weights before they replace good ones. All processes hold the same.
+
+        Args:
+            step (`int`): Optimizer step, for the message.
+
+        Raises:
+            NonFiniteWeights: A weight is not finite.
+        """
         shadow = [] if self.ema is None else self.ema.shadow_params
         if all_finite([*(p for p in self.network.parameters() if p.requires_grad), *shadow]):
             return
-        kept = list_checkpoints(self.output_dir)
-        survives = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
+        checkpoints = list_checkpoints(self.output_dir)
+        survives = (
+            f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"
+        )
         raise NonFiniteWeights(
             f"step {step}: the weights are not finite, so they are not saved; {survives}; "
             "lower train.learning_rate"
         )
 
     def undone(self, folder: Path, due: list[str]) -> list[str]:
-        """The work of a checkpoint's step that a killed run did not come to; the same for all processes."""
+        """List the work of a checkpoint's step that a killed run did not finish.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            due (`list[str]`): Work of its step.
+
+        Returns:
+            `list[str]`: The same on all processes.
+        """
         shared: list[Any] = [None]
         if self.accelerator.is_main_process:
             done = self._done(folder)
@@ -248,7 +310,12 @@ class CheckpointManager:
         return shared[0]
 
     def mark_done(self, folder: Path, name: str) -> None:
-        """Remembers beside a checkpoint that work of its step is done."""
+        """Note beside a checkpoint that some work of its step is done.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            name (`str`): The work.
+        """
         if self.accelerator.is_main_process and folder.is_dir():
             write_atomically(folder / DONE_FILE, json.dumps([*self._done(folder), name]).encode())
 
@@ -260,7 +327,13 @@ class CheckpointManager:
         return [str(name) for name in names] if isinstance(names, list) else []
 
     def retire_later(self, step: int) -> None:
-        """Renames checkpoints behind `step`: a run that goes on from an earlier one writes its own, and `latest` must find those."""
+        """Rename the checkpoints after `step`, from which the run goes on.
+
+        The run will write its own checkpoints, and `latest` must find those.
+
+        Args:
+            step (`int`): Step of the resumed checkpoint.
+        """
         if self.accelerator.is_main_process:
             for path in list_checkpoints(self.output_dir):
                 if int(path.name.rpartition("-")[2]) > step:
@@ -274,16 +347,26 @@ class CheckpointManager:
         self.accelerator.wait_for_everyone()
 
     def clean(self) -> None:
-        """Removes what a killed run left half-written."""
+        """Remove the unfinished checkpoints of a killed run."""
         if self.accelerator.is_main_process:
             for path in self.output_dir.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, state: TrainerState) -> Path:
-        """Writes ``checkpoint-<step>`` and then removes the oldest beyond the limit. All processes must call this.
+        """Write a checkpoint, then remove the oldest ones beyond the limit.
+
+        All processes must call this.
+
+        Args:
+            state (`TrainerState`): Position of the run.
+
+        Returns:
+            `Path`: Folder of the checkpoint.
 
         Raises:
-            CheckpointError: when writing fails (disk full, say); the checkpoints before survive.
+            NonFiniteWeights: A weight is not finite.
+            CheckpointError: Writing failed, for example because the disk is full. The
+                earlier checkpoints are unchanged.
         """
         self.check_weights(state.global_step)
         final = self.output_dir / f"checkpoint-{state.global_step}"
@@ -295,8 +378,7 @@ class CheckpointManager:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(temporary))
-            if main:
-                self._save_ema(temporary)
+            self._save_ema(temporary, main)
             for part in self.parts:
                 part.save(temporary, self.accelerator.process_index)
             self.accelerator.wait_for_everyone()
@@ -304,12 +386,12 @@ class CheckpointManager:
                 self._seal(temporary, state)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
-        except Exception as error:  # OSError, and safetensors' and torch's own wrappers of it
+        except Exception as error:  # safetensors and torch wrap an OSError
             shutil.rmtree(temporary, ignore_errors=True)
-            kept = list_checkpoints(self.output_dir)
+            checkpoints = list_checkpoints(self.output_dir)
             survives = (
-                f"the last complete checkpoint is {kept[-1]}"
-                if kept
+                f"the last complete checkpoint is {checkpoints[-1]}"
+                if checkpoints
                 else "there is no earlier checkpoint"
             )
             reason = " ".join(str(error).split())[:200]
@@ -322,19 +404,21 @@ class CheckpointManager:
         self.accelerator.wait_for_everyone()
         return final
 
-    def _save_ema(self, folder: Path) -> None:
+    def _save_ema(self, folder: Path, main: bool) -> None:
         if self.ema is None:
             return
-        save_tensors(
-            {
-                f"{i:05d}": p.detach().cpu().contiguous()
-                for i, p in enumerate(self.ema.shadow_params)
-            },
-            folder / EMA_FILE,
-        )
+        tensors = {
+            f"{i:05d}": whole(p.detach()).cpu().contiguous()
+            for i, p in enumerate(self.ema.shadow_params)
+        }
+        if main:
+            save_tensors(tensors, folder / EMA_FILE)
 
     def _seal(self, folder: Path, state: TrainerState) -> None:
-        """The state file, then everything to the disk: a power cut must not leave a complete-looking folder of empty files."""
+        """Write the state file, then flush everything to the disk.
+
+        After a power cut a folder must not look complete and hold empty files.
+        """
         files = {
             str(p.relative_to(folder)): p.stat().st_size
             for p in sorted(folder.rglob("*"))
@@ -352,18 +436,25 @@ class CheckpointManager:
                     os.fsync(file.fileno())
 
     def load(self, folder: Path, force: bool) -> TrainerState:
-        """Restores everything but the data position, which is in the returned state.
+        """Restore weights, optimizer and random states from a checkpoint.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            force (`bool`): Accept a checkpoint of another run.
+
+        Returns:
+            `TrainerState`: Position of the run. The caller moves the data there.
 
         Raises:
-            UserError: when the checkpoint is damaged or belongs to another run (unless `force`).
+            UserError: The checkpoint is damaged, or it belongs to another run.
         """
         record = self.check(folder, force)
         try:
-            own = [f"random_states_{self.accelerator.process_index}.pkl"]
+            random_states = [f"random_states_{self.accelerator.process_index}.pkl"]
             names = (
                 record["files"]
                 if self.accelerator.is_main_process
-                else [name for name in own if name in record["files"]]
+                else [name for name in random_states if name in record["files"]]
             )
             check_archives(folder, names)
             self._check_random_state(folder, record["files"])
@@ -386,7 +477,7 @@ class CheckpointManager:
         return record["state"]
 
     def _check_random_state(self, folder: Path, files: dict[str, int]) -> None:
-        """Raises `UserError` for a damaged file: accelerate hides every error while it reads it."""
+        """Raise `UserError` for a damaged file. accelerate would hide the error."""
         from accelerate.utils.other import load
 
         name = f"random_states_{self.accelerator.process_index}.pkl"
@@ -421,7 +512,18 @@ class CheckpointManager:
         self.ema.optimization_step = record["ema_steps"]
 
     def check(self, folder: Path, force: bool) -> dict[str, Any]:
-        """Reads the state file and compares sizes and identity, before anything is loaded."""
+        """Check a checkpoint's state file, file sizes and identity before loading it.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            force (`bool`): Accept a checkpoint of another run.
+
+        Returns:
+            `dict[str, Any]`: Content of the state file, its `state` as `TrainerState`.
+
+        Raises:
+            UserError: The checkpoint is damaged, or it belongs to another run.
+        """
         try:
             record = json.loads((folder / STATE_FILE).read_text("utf-8"))
             files, identity = dict(record["files"]), dict(record["identity"])
@@ -431,13 +533,13 @@ class CheckpointManager:
                 f"{folder / STATE_FILE} is damaged ({error}); resume from an earlier checkpoint"
             ) from error
         for name, size in files.items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise UserError(
                     f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint"
                 )
-        # A checkpoint of an earlier version does not know the later facts.
+        # Checkpoints of earlier versions lack the later facts.
         different = [
             k
             for k in self.identity

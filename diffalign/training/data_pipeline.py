@@ -1,4 +1,4 @@
-"""What happens to the data before the first step: transform, caches, loader, precomputed reference errors."""
+"""Prepare the data of a run: transform, caches, order, precomputed reference errors."""
 
 from __future__ import annotations
 
@@ -34,17 +34,25 @@ from .row_order import PositionSampler, RowOrder
 
 REFERENCE_FILE = "reference_errors.safetensors"
 REFERENCE_PARTS = ".reference_errors"
-"""What a run has computed of them so far; removed when the file is whole."""
+"""Errors computed so far, until the file is complete."""
 _BATCHES_PER_PART = 32
 
 
 def as_preferences(
     data: Any, config: DataConfig, kind: str, split: str, *, invert: bool = False
 ) -> PreferenceDataset:
-    """Whatever the user gave - a name, a `datasets.Dataset`, rows, a `PreferenceDataset` - as groups of the method's kind.
+    """Read the data as groups of the kind that a method needs.
 
     Args:
-        invert: prefer what was rejected; `data.invert_preferences` turns it round once more.
+        data: A name, a `datasets.Dataset`, rows, or a `PreferenceDataset`.
+        config (`DataConfig`): Settings of the data.
+        kind (`str`): `pair`, `ranked`, `single` or `prompt`.
+        split (`str`): Split of the dataset.
+        invert (`bool`, *optional*, defaults to `False`): Prefer the rejected images.
+            `data.invert_preferences` inverts once more.
+
+    Returns:
+        `PreferenceDataset`: The groups.
     """
     if not isinstance(data, PreferenceDataset):
         data = load_preferences(
@@ -68,10 +76,15 @@ def as_preferences(
 
 
 def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
-    """The joint image transform, its sizes checked against the model.
+    """Build the image transform and check its sizes against the model.
+
+    Args:
+        config (`DataConfig`): Settings of the data.
+        backbone (`Backbone`): The model.
 
     Raises:
-        ConfigError: when a side is not a multiple of what the model's autoencoder and network need.
+        ConfigError: A side is no multiple of what the model needs, or the cached
+            latents would change between epochs.
     """
     if config.aspect_ratio_buckets:
         sizes: Any = parse_buckets(config.aspect_ratio_buckets)
@@ -99,8 +112,14 @@ def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
 def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingConfig) -> None:
     """Refuse data settings that exclude each other.
 
+    Args:
+        dataset (`PreferenceDataset`): The training data.
+        config (`DataConfig`): Settings of the data.
+        args (`TrainingConfig`): Settings of the run.
+
     Raises:
-        ConfigError: caches of a stream, precomputed errors of changing pixels, buckets for prompts.
+        ConfigError: A stream has caches, precomputed errors have changing pixels, or
+            prompts have buckets.
     """
     cached = config.cache_latents or config.cache_text_embeddings or args.precompute_ref_errors
     if config.dataset_streaming and cached:
@@ -122,11 +141,14 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
 
 
 class DataPipeline:
-    """One dataset, ready to be read: owns caches, order and batch building.
+    """A dataset with its caches, its order and its batch builder.
 
     Args:
-        dataset: groups of the method's kind.
-        config, args, backbone, accelerator: of the run.
+        dataset (`PreferenceDataset`): Groups of the method's kind.
+        config (`DataConfig`): Settings of the data.
+        args (`TrainingConfig`): Settings of the run.
+        backbone (`Backbone`): The model.
+        accelerator (`Accelerator`): Processes of the run.
     """
 
     def __init__(
@@ -184,35 +206,41 @@ class DataPipeline:
             if n.startswith(("text_encoder", "tokenizer"))
         ]
         encoders = [n for n in names if n.startswith("text_encoder")]
-        key = f"prompts-{self.backbone.source.fingerprint(*encoders)}-{str(self.backbone.dtype).removeprefix('torch.')}"
+        fingerprint = self.backbone.source.fingerprint(*encoders)
+        key = f"prompts-{fingerprint}-{str(self.backbone.dtype).removeprefix('torch.')}"
         return TensorCache(Path(self.config.cache_text_embeddings) / key)
 
     def fill_caches(self) -> list[str]:
-        """Encodes what the caches lack, on all processes; afterwards the encoders are let go. Returns what to tell the user."""
+        """Encode what the caches lack, then release the encoders.
+
+        All processes must call this.
+
+        Returns:
+            `list[str]`: Messages for the user.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        said = []
+        messages = []
         if self.latents is not None:
             added = fill_latent_cache(self.latents, self.reader, self.backbone, rank, world)
             self.accelerator.wait_for_everyone()
             self.latents.reload()
             self.reader.latents = self.latents
-            said.append(
+            messages.append(
                 f"latent cache {self.latents.folder}: {len(self.dataset)} groups, {added} "
                 "encoded now"
             )
             self.backbone.release("vae")
         if self.prompts is not None:
-            texts = sorted(
-                {p for i in range(len(self.dataset)) for p in self.dataset[i].prompts} | {""}
-            )
+            groups = (self.dataset[i] for i in range(len(self.dataset)))
+            texts = sorted({prompt for group in groups for prompt in group.prompts} | {""})
             added = fill_prompt_cache(self.prompts, texts, self.backbone, rank, world)
             self.accelerator.wait_for_everyone()
             self.prompts.reload()
-            said.append(
+            messages.append(
                 f"prompt cache {self.prompts.folder}: {len(texts)} prompts, {added} encoded now"
             )
             self.backbone.release(*self.backbone.text_encoder_names)
-        return said
+        return messages
 
     @property
     def global_batch(self) -> int:
@@ -225,7 +253,14 @@ class DataPipeline:
         )
 
     def batches(self, start: int) -> Iterator[list[Example]]:
-        """Endless micro-batches of this process from position `start` (groups over all processes)."""
+        """Read this process's micro-batches without end.
+
+        Args:
+            start (`int`): Position in the data, in groups over all processes.
+
+        Returns:
+            `Iterator[list[Example]]`: The micro-batches.
+        """
         args, accelerator = self.args, self.accelerator
         place = (
             start,
@@ -237,7 +272,8 @@ class DataPipeline:
             "num_workers": self.config.num_workers,
             "persistent_workers": self.config.num_workers > 0,
         }
-        # Of its own: a loader draws its workers' seeds when it starts, and a resumed run would have one draw more than the first.
+        # The loader draws its workers' seeds when it starts. From the global generator,
+        # a resumed run would draw once more than an uninterrupted one.
         loading: dict[str, Any] = {"collate_fn": _same, "generator": torch.Generator()}
         if self.streaming:
             stream = StreamReader(self.dataset, self.reader, *place)
@@ -250,13 +286,21 @@ class DataPipeline:
         )  # type: ignore[arg-type]
 
     def passes(self) -> Iterator[list[Example]]:
-        """Every group once, in order, micro-batch by micro-batch: this process's share (for evaluation)."""
+        """Read this process's share of the data once, in order.
+
+        Returns:
+            `Iterator[list[Example]]`: The micro-batches.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for chunk in self.chunks([(0, i) for i in range(len(self.dataset))][rank::world]):
             yield [self.reader[key] for key in chunk]
 
     def chunks(self, keys: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """(epoch, index) in order, in micro-batches whose images have one size."""
+        """Split rows into micro-batches whose images have one size.
+
+        Args:
+            keys (`list[tuple[int, int]]`): Epoch and index of each row.
+        """
         by_size: dict[int, list[tuple[int, int]]] = {}
         for key in keys:
             by_size.setdefault(self.buckets[key[1]] if self.buckets is not None else 0, []).append(
@@ -275,12 +319,13 @@ def _same(examples: list[Example]) -> list[Example]:
 
 
 class ReferenceErrors:
-    """Reference errors of every row and draw, computed once before training and kept beside the run.
+    """Reference errors of all rows, computed once and stored in the run's folder.
 
     Args:
-        data: the pipeline whose rows and draws they belong to.
-        output_dir: where the file goes.
-        key: identity of model, data and draw settings; a file of another key is not used.
+        data (`DataPipeline`): Rows and draws of the run.
+        output_dir (`Path`): Folder of the run.
+        key (`str`): Identity of model, data and draws. A file with another key is not
+            used.
     """
 
     def __init__(self, data: DataPipeline, output_dir: Path, key: str) -> None:
@@ -289,13 +334,20 @@ class ReferenceErrors:
         self.table: dict[tuple[int, int], Tensor] = {}
 
     def fill(self, errors: Callable[[Batch], Tensor]) -> bool:
-        """Reads the file or runs the reference over all rows and draws; True when it was computed now."""
+        """Read the errors from their file, or compute them for all rows and draws.
+
+        Args:
+            errors (`Callable`): Returns the errors (g, k) of the reference for a batch.
+
+        Returns:
+            `bool`: Whether they were computed.
+        """
         from accelerate.utils import broadcast_object_list
 
-        found: list[Any] = [self._read() if self.data.accelerator.is_main_process else None]
-        broadcast_object_list(found)
-        if found[0] is not None:
-            self._index(*found[0])
+        stored: list[Any] = [self._read() if self.data.accelerator.is_main_process else None]
+        broadcast_object_list(stored)
+        if stored[0] is not None:
+            self._index(*stored[0])
             return False
         self._index(*self._compute(errors))
         return True
@@ -315,27 +367,21 @@ class ReferenceErrors:
         k = max(len(data.dataset[i].prompts) for i in range(count))
         ids = torch.tensor([data.dataset[i].row_id for i in range(count)])
         table = torch.zeros(count, draws, k, dtype=torch.float64)
-        size, rank, world = (
-            data.args.per_device_train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        size = data.args.per_device_train_batch_size
+        rank, world = accelerator.process_index, accelerator.num_processes
         todo = [(d, i) for d in range(draws) for i in range(count)][rank::world]
-        # Batches are the same in every run with as many processes, so a killed run goes on with what it has.
+        # With as many processes the batches are the same, so a killed run can go on.
         folder = self.parts / f"{self.key}-{size}-{rank}-of-{world}"
         try:
             parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
         except UserError:  # a damaged file is computed anew
             shutil.rmtree(folder)
             parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
-        for number, chunk in enumerate(
-            tqdm(data.chunks(todo), desc="reference errors", unit="batch", disable=rank > 0)
-        ):
+        chunks = tqdm(data.chunks(todo), desc="reference errors", unit="batch", disable=rank > 0)
+        for number, chunk in enumerate(chunks):
             if str(number) not in parts:
-                parts.add(
-                    str(number),
-                    {"errors": errors(data.builder([data.reader[key] for key in chunk])).double()},
-                )
+                batch = data.builder([data.reader[key] for key in chunk])
+                parts.add(str(number), {"errors": errors(batch).double()})
             for (draw, index), row in zip(chunk, parts[str(number)]["errors"], strict=True):
                 table[index, draw, : len(row)] = row
         parts.flush()
@@ -353,6 +399,12 @@ class ReferenceErrors:
         }
 
     def attach(self, batch: Batch, examples: list[Example]) -> None:
+        """Set the reference errors of a batch.
+
+        Args:
+            batch (`Batch`): Changed in place.
+            examples (`list[Example]`): The examples it was built from.
+        """
         rows = [
             self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))][: batch.k]
             for e in examples

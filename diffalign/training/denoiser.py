@@ -1,4 +1,4 @@
-"""A network that predicts at noisy latents: the policy, or the model it is compared with."""
+"""The policy and the reference model: networks that predict at noisy latents."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ Forward = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 
 
 class Denoiser:
-    """Predict at noisy latents, and measure the denoising errors of a batch.
+    """A network that predicts at noisy latents.
+
+    The policy and the frozen reference are both denoisers.
 
     Args:
-        forward: (noisy latents (n, ...), model times (n,), condition) -> output (n, ...).
-        dtype (`torch.dtype`): what latents and condition are cast to before the forward pass.
-        process (`NoisingProcess`): noises the training images.
-        autocast: makes the context in which `errors` runs the forward pass.
-        snr_gamma (`float`, *optional*): min-SNR weighting of the errors; None means none.
-        reduction (`str`): `mean` or `sum` over the elements of a latent.
+        forward (`Callable`): Runs the network on noisy latents (n, C, H, W), model
+            times (n,) and the condition. Returns (n, C, H, W).
+        dtype (`torch.dtype`): Latents and condition are cast to it.
+        process (`NoisingProcess`): Adds noise to training images.
+        autocast (`Callable`): Returns the context in which `errors` runs the network.
+        snr_gamma (`float`, *optional*): Min-SNR weighting of the errors (Hang et al.
+            2023, arXiv 2303.09556). None means no weighting.
+        reduction (`str`, *optional*, defaults to `"mean"`): `mean` or `sum` over the
+            elements of a latent.
     """
 
     def __init__(
@@ -40,18 +45,28 @@ class Denoiser:
         self.snr_gamma, self.reduction = snr_gamma, reduction
 
     def predict(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The network's output (n, ...), in the run's precision.
+        """Run the network in the run's precision.
 
         Args:
-            noisy (`Tensor`): (n, C, H, W).
-            times (`Tensor`): (n,), as the network expects them.
+            noisy (`Tensor`): Noisy latents, (n, C, H, W).
+            times (`Tensor`): Times as the network expects them, (n,).
             condition (`dict[str, Tensor]`): n rows each.
+
+        Returns:
+            `Tensor`: The output of the network, (n, C, H, W).
         """
         cast = {name: value.to(self.dtype) for name, value in condition.items()}
         return self.forward(noisy.to(self.dtype), times, cast)
 
     def errors(self, batch: Batch) -> Tensor:
-        """Denoising errors (g, k) at the batch's own noise and times."""
+        """Measure the denoising errors of a batch at its own noise and times.
+
+        Args:
+            batch (`Batch`): g groups of k images.
+
+        Returns:
+            `Tensor`: One error per image, (g, k).
+        """
         g, k = len(batch), batch.k
         x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
         times = batch.times.repeat_interleave(k)

@@ -1,4 +1,4 @@
-"""What a preference run is doing, in numbers a person can act on: is it learning or breaking?"""
+"""Metrics and warnings that show whether a preference run learns."""
 
 from __future__ import annotations
 
@@ -18,17 +18,28 @@ THIRDS = ("low_noise", "mid_noise", "high_noise")
 def pair_metrics(
     policy_errors: Tensor, reference_errors: Tensor, beta: float, fraction: Tensor
 ) -> dict[str, Tensor]:
-    """Diagnostics of pairs, each (g,) and detached; NaN where a metric does not apply to a pair.
+    """Compute the metrics of preference pairs.
 
     Args:
-        policy_errors, reference_errors (`Tensor`): (g, 2), chosen first.
-        beta (`float`): the run's beta.
-        fraction (`Tensor`): (g,) time of each pair as a share of the process, 0 = clean: decides the timestep third.
+        policy_errors (`Tensor`): Errors of the policy, (g, 2), chosen first.
+        reference_errors (`Tensor`): Errors of the reference, (g, 2), chosen first.
+        beta (`float`): The run's beta.
+        fraction (`Tensor`): Time of each pair as a share of the whole noising, (g,). 0
+            is clean.
 
     Returns:
-        TRL's names (`rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`; a zero margin counts one half),
-        the errors, the errors *relative to the reference* (`change/chosen`, `change/rejected`: below 0 is better than the
-        reference), the gradient factor sigmoid(-z), the share of saturated logits, and change and accuracy by timestep third.
+        `dict[str, Tensor]`: Metrics, each (g,), without gradient. NaN where a metric
+        does not apply to a pair.
+
+        - `rewards/*`: TRL's metrics. A margin of zero counts one half in
+          `rewards/accuracies`.
+        - `errors/*`: Errors of policy and reference.
+        - `change/*`: Error of the policy minus that of the reference. Below 0 the
+          policy is better.
+        - `gradient_factor`: sigmoid(-z) of the logit z.
+        - `saturated`: 1 where the logit is beyond 10.
+        - `*/low_noise`, `*/mid_noise`, `*/high_noise`: A metric of the pairs in one
+          third of the times.
     """
     policy, reference = policy_errors.detach(), reference_errors.detach()
     rewards = implicit_rewards(policy, reference, beta)
@@ -57,7 +68,13 @@ def pair_metrics(
 
 
 def beta_message(beta: float, shape: tuple[int, ...], reduction: str) -> str:
-    """One line that says what beta means for this latent size, comparable with other codes."""
+    """Return a sentence that says what beta means for this latent size.
+
+    Args:
+        beta (`float`): The run's beta.
+        shape (`tuple[int, ...]`): Shape of a latent.
+        reduction (`str`): `mean` or `sum` over the elements of a latent.
+    """
     elements = math.prod(shape)
     return (
         f"beta {beta:g} on the {reduction} error of a {'x'.join(map(str, shape))} latent (N "
@@ -75,18 +92,28 @@ LOG2_MESSAGE = (
 
 _EMPTY = torch.empty(0)
 _WITHOUT_TENSORS = {"x0": _EMPTY, "noise": _EMPTY, "condition": {}, "noisy": None, "extra": {}}
-"""A batch whose images need not be kept until the step is judged."""
+"""Replacements for the large tensors of a batch that is kept for a message."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names rows and timesteps."""
+    """The loss is NaN or infinite. The message names rows and timesteps."""
 
 
 _REMEDY = "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
 
 
 def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
-    """Raise `NonFiniteLoss` with the dataset rows and timesteps of the groups whose loss (g,) is not finite."""
+    """Check the losses of a batch.
+
+    Args:
+        loss (`Tensor`): Loss of each group, (g,).
+        batch (`Batch`): The groups.
+        step (`int`): Number of the optimizer step, for the message.
+
+    Raises:
+        NonFiniteLoss: A loss is not finite. The message names its dataset row and
+            timestep.
+    """
     bad = [i for i, value in enumerate(loss.detach().cpu()) if not torch.isfinite(value)]
     if not bad:
         return
@@ -98,32 +125,41 @@ def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
 
 
 class FiniteCheck:
-    """The losses of one optimizer step, judged on the device and asked for once, before the weights change.
+    """Checks that all losses of one optimizer step are finite.
+
+    The check runs on the device. The host waits for its answer once, before the weights
+    change.
 
     Args:
-        step (`int`): number of the optimizer step, for the message.
+        step (`int`): Number of the optimizer step, for the message.
     """
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self.seen: list[tuple[Tensor, Batch]] = []
+        self.losses: list[tuple[Tensor, Batch]] = []
         self.finite: Tensor | None = None
 
     def add(self, loss: Tensor, batch: Batch) -> None:
-        """Note the losses (g,) of a micro-batch; nothing waits for the device."""
+        """Add the losses of a micro-batch without waiting for the device.
+
+        Args:
+            loss (`Tensor`): Loss of each group, (g,).
+            batch (`Batch`): The groups.
+        """
         loss = loss.detach()
         finite = torch.isfinite(loss).all()
         self.finite = finite if self.finite is None else self.finite & finite
-        self.seen.append((loss, dataclasses.replace(batch, **_WITHOUT_TENSORS)))
+        self.losses.append((loss, dataclasses.replace(batch, **_WITHOUT_TENSORS)))
 
     def finish(self, norm: Tensor | None = None) -> None:
-        """Look at the whole step.
+        """Check everything that was added.
 
         Args:
-            norm (`Tensor`, *optional*): of its gradient; None is not judged.
+            norm (`Tensor`, *optional*): Norm of the step's gradient. None is not
+                checked.
 
         Raises:
-            NonFiniteLoss: a loss or the gradient is not finite; rows and timesteps are named.
+            NonFiniteLoss: A loss or the gradient is not finite.
         """
         assert self.finite is not None
         finite = (
@@ -132,35 +168,49 @@ class FiniteCheck:
             else self.finite & torch.isfinite(norm).all().to(self.finite.device)
         )
         if not finite:
-            for loss, batch in self.seen:
+            for loss, batch in self.losses:
                 check_finite(loss, batch, self.step)
             raise NonFiniteLoss(
                 f"step {self.step}: the gradient is not finite (last batch: dataset rows "
-                f"{self.seen[-1][1].row_ids}), so the step was not "
+                f"{self.losses[-1][1].row_ids}), so the step was not "
                 f"taken; {_REMEDY}"
             )
-        self.seen, self.finite = [], None
+        self.losses, self.finite = [], None
 
 
 class DivergenceGuard:
-    """Notices when the chosen images' error stays above the reference's: the policy is getting worse at what it should like.
+    """Warns when the policy's error on chosen images stays above the reference's.
 
     Args:
-        patience (`int`): consecutive logs above the reference before the guard speaks.
-        warn (`Callable[[str], None]`): receives the sentence, once per episode.
+        patience (`int`): Logs above the reference, one after another, before the
+            warning.
+        warn (`Callable[[str], None]`): Receives the warning, once until the error falls
+            again.
     """
 
     def __init__(self, patience: int, warn: Callable[[str], None]) -> None:
         self.patience, self.warn, self.count = patience, warn, 0
 
     def replay(self, history: list[dict[str, float]]) -> None:
-        """Counts the logs of a resumed run again, silently."""
+        """Count the logs of a resumed run again, without warnings.
+
+        Args:
+            history (`list[dict[str, float]]`): Logged metrics.
+        """
         for entry in history:
             change = entry.get("change/chosen", math.nan)
             self.count = self.count if math.isnan(change) else self.count + 1 if change > 0 else 0
 
     def update(self, metrics: dict[str, float], step: int) -> bool:
-        """Feeds one log; True when the run has diverged by now."""
+        """Count one log.
+
+        Args:
+            metrics (`dict[str, float]`): Metrics of the log.
+            step (`int`): Optimizer step, for the warning.
+
+        Returns:
+            `bool`: Whether the run has diverged.
+        """
         change = metrics.get("change/chosen")
         if change is None or math.isnan(change):
             return False

@@ -1,4 +1,4 @@
-"""The loss and metrics of a run on evaluation data, and what rounding alone does to its margins."""
+"""Evaluate a run on held-out data, and measure the rounding of half precision."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from .tracking import MetricWindow
 def evaluate(
     task: Task, data: DataPipeline, network: Any, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Means of the loss and metrics over all groups, named `eval/...`; call without gradients.
+    """Average the loss and the metrics over all groups of a dataset.
+
+    All processes must call this, without gradients.
 
     Args:
-        task: the method.
-        data: the evaluation data.
-        network: without dropout meanwhile.
-        accelerator: of the run; all processes must call this.
+        task (`Task`): The method.
+        data (`DataPipeline`): The evaluation data.
+        network: Its dropout is off meanwhile.
+        accelerator (`Accelerator`): Averages over the processes.
+
+    Returns:
+        `dict[str, float]`: The averages, named `eval/...`.
     """
     window = MetricWindow()
     without_dropout(network)
@@ -49,22 +54,27 @@ def measure_rounding(
     precision: str,
     is_lora: bool,
 ) -> str:
-    """A sentence about what rounding alone does to the logits of a run in half precision.
+    """Describe how much half precision moves the logits of a run.
 
-    The same weights on one batch, in the run's precision and in float32: one forward pass each.
-    Under LoRA it takes a copy of the network in float32 for that moment.
+    One batch goes through the same weights in the run's precision and in float32. Under
+    LoRA this copies the network to float32 for a moment.
 
     Args:
-        policy: the network in the run's precision, outside of training.
-        network, backbone, data: of the run.
-        beta (`float`): of the loss.
-        precision (`str`): of the run, for the sentence.
-        is_lora (`bool`): whether the base weights are in the run's precision.
+        policy (`Denoiser`): The network in the run's precision.
+        network: The network itself.
+        backbone (`Backbone`): The model.
+        data (`DataPipeline`): The training data.
+        beta (`float`): beta of the loss.
+        precision (`str`): Name of the run's precision.
+        is_lora (`bool`): Whether the base weights are in the run's precision.
+
+    Returns:
+        `str`: A sentence for the user.
     """
     device = data.accelerator.device
     try:
         spread, pairs = _rounding(policy, network, backbone, data, beta, is_lora)
-    except Exception as error:  # no memory, an attention backend without float32, quantised weights
+    except Exception as error:  # too little memory, no float32 attention, or quantised
         sentence = f"rounding: not measured ({type(error).__name__}: {explained(error)[:100]})"
     else:
         sentence = (
@@ -88,7 +98,7 @@ def _rounding(
     beta: float,
     is_lora: bool,
 ) -> tuple[float, int]:
-    """(root mean square of the logit that rounding makes, number of pairs)."""
+    """Return the root mean square of the logit's rounding, and the number of pairs."""
     device = data.accelerator.device
     first = data.chunks([(0, row) for row in range(len(data.dataset))])[0]
     batch = data.builder([data.reader[key] for key in first])
@@ -98,9 +108,8 @@ def _rounding(
     with sampling_mode(network):
         rounded = policy.errors(batch)
         copied = copy.deepcopy(network).float() if is_lora else copy.copy(network)
-        vars(copied).pop(
-            "forward", None
-        )  # accelerate's, which casts again (and belongs to the original)
+        # accelerate's wrapper belongs to the original network and casts a second time.
+        vars(copied).pop("forward", None)
 
         def forward(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
             with torch.autocast(device.type, enabled=False):

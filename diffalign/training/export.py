@@ -1,4 +1,4 @@
-"""The final weights of a run as files for inference, and their upload."""
+"""Save the final weights of a run for inference, and upload them."""
 
 from __future__ import annotations
 
@@ -25,24 +25,29 @@ def save_model(
     metrics: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """Write weights, config and card into `folder`, each file whole or absent. All processes must call this.
+    """Write weights, `config.yaml` and the model card into a folder.
+
+    Each file appears whole or not at all. All processes must call this.
 
     Args:
-        record, accelerator: of the run.
-        network: as it is loaded for inference.
-        prepared: the same, as accelerate prepared it; gathers sharded weights.
-        metrics: of the last log, for the card.
-        folder (`Path`): is made.
+        record (`RunRecord`): Facts of the run.
+        accelerator (`Accelerator`): Processes of the run.
+        network: The network that is loaded for inference.
+        prepared: The same network as accelerate prepared it. It gathers sharded
+            weights.
+        metrics (`Mapping[str, Any]`): Metrics of the last log, for the card.
+        folder (`Path`): Created if it does not exist.
     """
     backbone, is_lora = record.backbone, record.peft_config is not None
-    state = None if is_lora else accelerator.get_state_dict(prepared)
+    # Gathered on all processes, written by the first one.
+    state = lora_state(network) if is_lora else accelerator.get_state_dict(prepared)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".tmp-model"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             if is_lora:
-                backbone.save_lora(str(temporary), network, lora_state(network))
+                backbone.save_lora(str(temporary), network, state)
             else:
                 backbone.pipeline(network=network).save_pretrained(
                     temporary, safe_serialization=True
@@ -63,10 +68,19 @@ def save_model(
 
 
 def push_to_hub(folder: Path, config: HubConfig) -> str:
-    """Uploads the final model: not checkpoints, logs or caches. The token comes from the environment or the login, never the config.
+    """Upload the final model to the Hub, without checkpoints, logs or caches.
+
+    The token comes from the environment or the login.
+
+    Args:
+        folder (`Path`): What `save_model` wrote.
+        config (`HubConfig`): Name and visibility of the repository.
+
+    Returns:
+        `str`: Address of the repository.
 
     Raises:
-        ConfigError: when the Hub refuses, with its reason.
+        ConfigError: The Hub refused the upload.
     """
     from huggingface_hub import HfApi
 

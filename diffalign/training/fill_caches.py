@@ -21,13 +21,28 @@ def fill_latent_cache(
     world: int,
     batch_groups: int = 8,
 ) -> int:
-    """Encodes the groups that the cache lacks, a share per process; returns how many this process found missing over all shares."""
+    """Encode the groups that the latent cache lacks.
+
+    All processes must call this. Each one encodes its share.
+
+    Args:
+        cache (`TensorCache`): Cache of latents.
+        reader (`GroupReader`): Reads the images.
+        backbone (`Backbone`): Encodes them.
+        rank (`int`): Number of this process.
+        world (`int`): Number of processes.
+        batch_groups (`int`, *optional*, defaults to `8`): Groups per forward pass.
+
+    Returns:
+        `int`: Number of groups that were missing in all shares.
+    """
     keys = [group_key(reader.dataset[i].image_hashes()) for i in range(len(reader.dataset))]
     missing = set(cache.missing(keys))
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
         first.setdefault(key, i)
-    # Shares of all groups: a late process may see what another one has encoded already, and shares of what is missing would shift.
+    # Shares of all groups, not of the missing ones: a process that starts late sees
+    # what others have encoded already, and its share would shift.
     mine = [i for i in list(first.values())[rank::world] if keys[i] in missing]
     for start in tqdm(
         range(0, len(mine), batch_groups),
@@ -37,9 +52,8 @@ def fill_latent_cache(
     ):
         indices = mine[start : start + batch_groups]
         indices, examples = _readable(reader, indices)
-        for shape in {
-            e.pixels.shape for e in examples if e.pixels is not None
-        }:  # one, except under buckets
+        pixels = [e.pixels for e in examples if e.pixels is not None]
+        for shape in {p.shape for p in pixels}:  # one, except under buckets
             alike = [
                 (i, e)
                 for i, e in zip(indices, examples, strict=True)
@@ -61,26 +75,41 @@ def fill_latent_cache(
 
 
 def _readable(reader: GroupReader, indices: list[int]) -> tuple[list[int], list[Example]]:
-    """The rows that can be decoded; the others are counted and stay out of the cache."""
-    kept, examples = [], []
+    """Read the rows that can be decoded.
+
+    The others are counted and stay out of the cache.
+    """
+    readable, examples = [], []
     for index in indices:
         try:
             examples.append(reader.read(reader.dataset[index], 0))
-            kept.append(index)
+            readable.append(index)
         except UserError as error:
             reader.skip(index, str(error))
-    return kept, examples
+    return readable, examples
 
 
 def fill_prompt_cache(
     cache: TensorCache, prompts: Sequence[str], backbone: Backbone, rank: int, world: int
 ) -> int:
-    """Encodes the prompts that the cache lacks, a share per process; returns how many this process found missing over all shares."""
+    """Encode the prompts that the prompt cache lacks.
+
+    All processes must call this. Each one encodes its share.
+
+    Args:
+        cache (`TensorCache`): Cache of encoded prompts.
+        prompts (`Sequence[str]`): All prompts of the dataset.
+        backbone (`Backbone`): Encodes them.
+        rank (`int`): Number of this process.
+        world (`int`): Number of processes.
+
+    Returns:
+        `int`: Number of prompts that were missing in all shares.
+    """
     by_key = {prompt_key(p): p for p in prompts}
     missing = set(cache.missing(by_key))
-    mine = [
-        key for key in list(by_key)[rank::world] if key in missing
-    ]  # shares of all prompts, as in `fill_latent_cache`
+    # Shares of all prompts, as in `fill_latent_cache`.
+    mine = [key for key in list(by_key)[rank::world] if key in missing]
     for start in tqdm(
         range(0, len(mine), 32), desc="encoding prompts", unit="batch", disable=not mine or rank > 0
     ):

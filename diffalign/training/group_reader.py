@@ -19,7 +19,20 @@ from ..runtime.seeds import row_generator
 
 @dataclass
 class Example:
-    """One group as the data loader delivers it; latents where they were cached, pixels otherwise."""
+    """One group as the data loader delivers it, with latents or pixels.
+
+    Attributes:
+        row_id (`int`): Row of the source dataset.
+        epoch (`int`): Pass over the data.
+        prompts (`tuple[str, ...]`): Prompt of each image.
+        geometry (`Geometry`): Sizes and crop of the images.
+        weight (`float`): Weight in the loss.
+        scores (`tuple[float, ...]`, *optional*): Scores of ranked data.
+        pixels (`Tensor`, *optional*): Images, (k, 3, H, W), if latents are not cached.
+        mean (`Tensor`, *optional*): Mean of the cached latents, (k, C, h, w).
+        std (`Tensor`, *optional*): Standard deviation of the cached latents, (k, C, h,
+            w).
+    """
 
     row_id: int
     epoch: int
@@ -33,21 +46,23 @@ class Example:
 
 
 class GroupReader(torch.utils.data.Dataset):
-    """Map-style access by (epoch, index), in a worker or not.
+    """Reads a group by its epoch and index.
 
-    A row whose image turns out to be undecodable (headers were checked on loading, pixels were not) is replaced by the next row,
-    named in a warning and counted; above `max_broken_fraction` of all rows it is an error.
+    A row whose image cannot be decoded is replaced by the next row. A warning names it.
+
+    Args:
+        dataset: The groups.
+        transform (`GroupTransform`): Crops and resizes the images.
+        seed (`int`): Seed of random crops.
+        max_broken_fraction (`float`, *optional*, defaults to `0.05`): Share of broken
+            rows above which reading fails.
     """
 
     def __init__(
         self, dataset: Any, transform: GroupTransform, seed: int, max_broken_fraction: float = 0.05
     ) -> None:
-        self.dataset, self.transform, self.seed, self.max_broken_fraction = (
-            dataset,
-            transform,
-            seed,
-            max_broken_fraction,
-        )
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.max_broken_fraction = max_broken_fraction
         self.latents: TensorCache | None = None
         self.broken: dict[int, str] = {}
 
@@ -60,10 +75,14 @@ class GroupReader(torch.utils.data.Dataset):
             return self[(epoch, (index + 1) % len(self.dataset))]
 
     def skip(self, index: int, reason: str) -> None:
-        """Counts a broken row.
+        """Count a broken row.
+
+        Args:
+            index (`int`): Index of the row.
+            reason (`str`): What is wrong with it.
 
         Raises:
-            UserError: when there are too many.
+            UserError: Too many rows are broken.
         """
         if index not in self.broken:
             warnings.warn(f"{reason}; the next row takes its place", stacklevel=2)
@@ -75,6 +94,15 @@ class GroupReader(torch.utils.data.Dataset):
             )
 
     def read(self, group: Any, epoch: int) -> Example:
+        """Read one group, from the cache or from its images.
+
+        Args:
+            group: The group.
+            epoch (`int`): Pass over the data, which decides random crops.
+
+        Raises:
+            UserError: An image cannot be decoded.
+        """
         example = Example(
             group.row_id,
             epoch,
@@ -102,12 +130,29 @@ class GroupReader(torch.utils.data.Dataset):
 
 
 def group_key(hashes: Sequence[str]) -> str:
-    """Key of a group's latents: the bucket and crop of an image depend on its whole group."""
+    """Return the cache key of a group's latents.
+
+    The bucket and the crop of an image depend on its whole group.
+
+    Args:
+        hashes (`Sequence[str]`): Hash of each image.
+    """
     return hashlib.sha256("+".join(hashes).encode()).hexdigest()
 
 
 class StreamReader(torch.utils.data.IterableDataset):
-    """Streaming rows: every process walks the stream and keeps its own positions. The order is the stream's."""
+    """Reads streamed rows in the order of the stream.
+
+    Every process walks the whole stream and keeps the rows at its positions.
+
+    Args:
+        dataset: The stream.
+        reader (`GroupReader`): Reads a row.
+        start (`int`): First position, in rows over all processes.
+        batch_size (`int`): Groups per micro-batch.
+        rank (`int`): Number of this process.
+        world (`int`): Number of processes.
+    """
 
     def __init__(
         self, dataset: Any, reader: GroupReader, start: int, batch_size: int, rank: int, world: int
@@ -133,4 +178,5 @@ class StreamReader(torch.utils.data.IterableDataset):
 
 
 def prompt_key(prompt: str) -> str:
+    """Return the cache key of a prompt."""
     return hashlib.sha256(prompt.encode()).hexdigest()

@@ -20,10 +20,10 @@ from .tracking import MetricWindow
 
 
 class RunPaused(Exception):
-    """The next batch needs something from outside, such as people's votes.
+    """Raised when the next batch must wait for something, such as people's votes.
 
-    Attributes:
-        folder: where it is wanted.
+    Args:
+        folder (`Path`): Folder in which it is expected.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,7 +32,7 @@ class RunPaused(Exception):
 
 
 class Task(Protocol):
-    """What a method adds to the loop."""
+    """The part of training that a method defines. See `Trainer` for the methods."""
 
     def prepare(self, batch: Batch) -> Batch: ...
 
@@ -45,22 +45,27 @@ class Task(Protocol):
 
 @dataclass
 class Run:
-    """What the loop works on.
+    """Objects and counters of one training loop.
 
     Attributes:
-        args, accelerator: of the run.
-        network: the prepared network, through which gradients are accumulated.
-        parameters: reads the trainable parameters anew: sharding replaces the objects.
-        optimizer, learning_rate: the prepared optimizer and the schedule of its rate.
-        batches: this process's batches, endless.
-        state, control: where the run is, and what callbacks ask of it.
-        samples_per_step: groups per optimizer step over all processes.
-        rows: groups of the dataset; None where it has no length.
-        after_update: called after every update of the weights, e.g. for their average.
-        window: metrics since the last log.
-        metrics: the last log.
-        logged: whether it is of the step just taken.
-        paused_for: folder in which something is wanted before the run can go on.
+        args (`TrainingConfig`): Settings of the run.
+        accelerator (`Accelerator`): Processes and precision.
+        network: The prepared network, through which gradients are accumulated.
+        parameters (`Callable`): Returns the trainable parameters. They are asked for
+            anew because sharding replaces the objects.
+        optimizer: The prepared optimizer.
+        learning_rate: Schedule of the learning rate.
+        batches (`Iterator[Batch]`): Endless batches of this process.
+        state (`TrainerState`): Position of the run.
+        control (`TrainerControl`): Flags that callbacks set.
+        samples_per_step (`int`): Groups per optimizer step over all processes.
+        rows (`int`, *optional*): Groups of the dataset. None if it has no length.
+        after_update (`Callable`): Called after every update of the weights.
+        window (`MetricWindow`): Metrics since the last log.
+        metrics (`dict[str, float]`): Metrics of the last log.
+        logged (`bool`, defaults to `False`): Whether the step just taken was logged.
+        paused_for (`Path`, *optional*): Folder that must be filled before the run can
+            go on.
     """
 
     args: TrainingConfig
@@ -82,7 +87,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is no further step to take."""
+        """Whether the loop has no further step to take."""
         return self.state.global_step >= self.state.max_steps or self.control.should_training_stop
 
     @property
@@ -91,7 +96,7 @@ class Run:
         return self.state.global_step == self.state.max_steps
 
     def advance(self) -> None:
-        """Count an optimizer step."""
+        """Count one optimizer step and update the learning rate."""
         self.learning_rate.step()
         self.state.global_step += 1
         self.state.samples_seen += self.samples_per_step
@@ -101,31 +106,31 @@ class Run:
 
 
 class LoopCallback:
-    """Part of the loop's fixed order; does nothing by itself."""
+    """One stage of the loop. Every hook does nothing until a subclass overrides it."""
 
     def on_train_begin(self, run: Run) -> None:
-        """Before the first step."""
+        """Run before the first step."""
 
     def on_step_end(self, run: Run) -> None:
-        """After an optimizer step."""
+        """Run after an optimizer step."""
 
     def on_pause(self, run: Run) -> None:
-        """When the next batch needs something from outside."""
+        """Run when the next batch must wait for something."""
 
     def on_train_end(self, run: Run) -> None:
-        """After the last step, also of an interrupted run."""
+        """Run after the last step, also of an interrupted run."""
 
 
 def fit(task: Task, run: Run, callbacks: Sequence[LoopCallback]) -> None:
     """Take optimizer steps until the run is finished.
 
     Args:
-        task: the method.
-        run: changed in place.
-        callbacks: called in this order after every step.
+        task (`Task`): The method.
+        run (`Run`): Changed in place.
+        callbacks (`Sequence[LoopCallback]`): Called in this order.
 
     Raises:
-        NonFiniteLoss: before such a loss or gradient reaches the weights.
+        NonFiniteLoss: A loss or gradient is not finite. The weights are unchanged.
     """
     for callback in callbacks:
         callback.on_train_begin(run)
@@ -146,7 +151,12 @@ def fit(task: Task, run: Run, callbacks: Sequence[LoopCallback]) -> None:
 
 
 def take_step(task: Task, run: Run) -> None:
-    """Accumulate the gradients of one optimizer step and update the weights."""
+    """Accumulate the gradients of one optimizer step and update the weights.
+
+    Args:
+        task (`Task`): The method.
+        run (`Run`): Changed in place.
+    """
     accelerator, check = run.accelerator, FiniteCheck(run.state.global_step + 1)
     for _ in range(run.args.gradient_accumulation_steps):
         for batch in task.micro_batches(task.prepare(next(run.batches))):
@@ -162,13 +172,17 @@ def take_step(task: Task, run: Run) -> None:
 
 
 def _clip(run: Run) -> Tensor | None:
-    """Clip the gradients; their norm where the step must not be taken if it is not finite."""
+    """Clip the gradients.
+
+    Returns:
+        The norm, if a step with a norm that is not finite must not be taken.
+    """
     if run.args.max_grad_norm is None:
         return None
-    # A list: a generator would be exhausted after one use, and clipping would silently do nothing.
+    # A list, because a generator is empty after its first use and nothing is clipped.
     norm = torch.as_tensor(
         run.accelerator.clip_grad_norm_(run.parameters(), run.args.max_grad_norm)
     )
     run.window.add({"train/grad_norm": norm})
-    # Under fp16 the scaler leaves such a step out and scales less.
+    # Under fp16 the scaler skips such a step and lowers its scale.
     return norm if run.accelerator.scaler is None else None

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and the average of the weights."""
+"""The optimizer, the learning-rate schedule and the average of the weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from .config import TrainingConfig
 
 
 def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.device) -> Any:
-    """diffusers' `EMAModel` over the trainable parameters, with its warm-up or without; None where there is no average."""
+    """Build diffusers' `EMAModel` over the trainable parameters.
+
+    Args:
+        parameters (`list[Parameter]`): The trainable parameters.
+        args (`TrainingConfig`): Settings of the run.
+        device (`torch.device`): Device of the average, unless it is kept on the CPU.
+
+    Returns:
+        The average. None without `use_ema`.
+    """
     if not args.use_ema:
         return None
     from diffusers.training_utils import EMAModel
 
     class FixedRate(EMAModel):
-        """One decay from the first step on, as in the official code of Self-NPO."""
+        """Average with one decay from the first step on, as in Self-NPO's code."""
 
         def get_decay(self, optimization_step: int) -> float:
             return self.decay
@@ -33,7 +42,12 @@ def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.d
 
 @contextmanager
 def averaged(ema: Any, network: Any) -> Iterator[None]:
-    """The averaged weights in place of the current ones while the block runs; without `ema` nothing changes."""
+    """Put the averaged weights into the network while the block runs.
+
+    Args:
+        ema: The average. None changes nothing.
+        network: Gets its own weights back afterwards.
+    """
     if ema is None:
         yield
         return
@@ -53,10 +67,14 @@ def _extra(name: str, package: str, error: ImportError) -> ConfigError:
 
 
 def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer that `optim` names.
+    """Build the optimizer that `optim` names.
+
+    Args:
+        parameters (`Iterable[Parameter]`): The trainable parameters.
+        args (`TrainingConfig`): Settings of the run.
 
     Raises:
-        ConfigError: when its package is not installed, with the command that installs it.
+        ConfigError: Its package is not installed.
     """
     betas = (args.adam_beta1, args.adam_beta2)
     common: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
@@ -83,7 +101,8 @@ def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> to
         )
     from transformers.optimization import Adafactor
 
-    # As the official SDXL code: no parameter scaling, no relative step; the loop clips, so the optimizer need not.
+    # As in Diffusion-DPO's SDXL code: no parameter scaling and no relative step. The
+    # loop clips the gradients itself.
     return Adafactor(
         parameters, scale_parameter=False, relative_step=False, clip_threshold=1.0, **common
     )
@@ -92,7 +111,15 @@ def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> to
 def build_schedule(
     optimizer: torch.optim.Optimizer, args: TrainingConfig, max_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """diffusers' schedule, in optimizer steps: it is not handed to accelerate, which would step it once per process."""
+    """Build diffusers' learning-rate schedule, counted in optimizer steps.
+
+    accelerate must not prepare it, because it would step once per process.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        args (`TrainingConfig`): Settings of the run.
+        max_steps (`int`): Optimizer steps of the run.
+    """
     from diffusers.optimization import get_scheduler
 
     name = (
@@ -106,7 +133,14 @@ def build_schedule(
 
 
 def update_ema(ema: Any, parameters: list[Any], device: Any, offload: bool) -> None:
-    """One step of the average, which is fetched from the CPU for it where it is kept there."""
+    """Update the average of the weights.
+
+    Args:
+        ema: The average.
+        parameters (`list[Parameter]`): The trainable parameters.
+        device (`torch.device`): Device of the parameters.
+        offload (`bool`): Whether the average is kept on the CPU between updates.
+    """
     if offload:
         ema.to(device)
     ema.step(parameters)

@@ -1,8 +1,8 @@
-"""What a run does beside its optimizer steps, in one fixed order: see `in_order`.
+"""Everything periodic that a run does beside its optimizer steps. See `in_order`.
 
-A step owes work after its checkpoint is written: the callbacks' `on_save`, an evaluation, a
-validation. The checkpoint holds the list, and beside it stands what is done. A run that was killed
-in between makes up for the rest when it resumes.
+After its checkpoint a step may still have to announce the checkpoint, evaluate or
+validate. The checkpoint lists this work, and a file beside it lists what is done. A run
+that was killed in between does the rest when it resumes.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from .tracking import MetricLog
 from .validation import Validation
 
 Call = Callable[..., None]
-"""Calls a hook of the user's callbacks: (name, **keyword arguments)."""
+"""Calls a hook of the user's callbacks by its name, with keyword arguments."""
 
 
 class LogMetrics(LoopCallback):
-    """Write the averages of the last steps every `logging_steps`.
+    """Logs the averages of the last steps every `logging_steps`.
 
     Args:
-        log: file and trackers.
-        call: of the users' hooks.
-        undone: work of the first step that is done again; its rows of the log are dropped.
+        log (`MetricLog`): File and trackers.
+        call (`Callable`): Calls a hook of the user's callbacks.
+        undone (`Sequence[str]`, *optional*, defaults to `()`): Work of the first step
+            that is done again. Its rows of the log are dropped.
     """
 
+    # Prefix of the metrics that each work logs.
     _PREFIXES: ClassVar[dict[str, str]] = {
         "evaluate": "eval/",
         "validate": "validation/",
-    }  # work -> the names of its metrics
+    }
 
     def __init__(self, log: MetricLog, call: Call, undone: Sequence[str] = ()) -> None:
         self.log, self.call, self.undone = log, call, undone
@@ -62,7 +64,11 @@ class LogMetrics(LoopCallback):
 
 
 class StopOnDivergence(LoopCallback):
-    """Warn, and under `stop_on_divergence` stop, when the policy gets worse at what it should like."""
+    """Warns when the policy diverges, and stops with `stop_on_divergence`.
+
+    Args:
+        guard (`DivergenceGuard`): Looks at the logs.
+    """
 
     def __init__(self, guard: DivergenceGuard) -> None:
         self.guard = guard
@@ -80,7 +86,11 @@ class StopOnDivergence(LoopCallback):
 
 
 class UserCallbacks(LoopCallback):
-    """The `TrainerCallback`s of the user, and the progress bar."""
+    """Calls the user's callbacks and the progress bar.
+
+    Args:
+        call (`Callable`): Calls a hook of the user's callbacks.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -96,7 +106,11 @@ class UserCallbacks(LoopCallback):
 
 
 class StopOnSignal(LoopCallback):
-    """Stop with a checkpoint when one of the processes was told to."""
+    """Stops with a checkpoint when any process received a signal.
+
+    Args:
+        signals (`StopSignals`): Signals of this process.
+    """
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
@@ -106,7 +120,11 @@ class StopOnSignal(LoopCallback):
             run.control.should_training_stop = run.control.should_save = True
 
     def interrupted(self, run: Run) -> bool:
-        """Whether a process got a signal; the same answer on all of them."""
+        """Return whether any process received a signal. All processes agree.
+
+        Args:
+            run (`Run`): The run.
+        """
         accelerator = run.accelerator
         if accelerator.num_processes == 1:
             return self.signals.received is not None
@@ -114,28 +132,30 @@ class StopOnSignal(LoopCallback):
             accelerator.set_trigger()
         if not accelerator.check_trigger():
             return False
-        self.signals.received = (
-            self.signals.received or 15
-        )  # another process was told to stop: so are we all
+        # Another process was told to stop.
+        self.signals.received = self.signals.received or 15
         return True
 
 
 class Work(Protocol):
-    """Work of a step that comes after its checkpoint."""
+    """Work that a step does after its checkpoint."""
 
     name: str
 
-    def is_due(self, run: Run) -> bool: ...
+    def is_due(self, run: Run) -> bool:
+        """Return whether the step just taken has to do it."""
 
-    def do(self, run: Run, checkpoint: Path | None) -> None: ...
+    def do(self, run: Run, checkpoint: Path | None) -> None:
+        """Do it. `checkpoint` is the step's checkpoint, if there is one."""
 
 
 class Evaluate:
-    """The loss and metrics on the evaluation data, every `eval_steps`.
+    """Evaluates every `eval_steps`, or when a callback asks for it.
 
     Args:
-        evaluate: computes them; None where there are no evaluation data.
-        log: takes them.
+        evaluate (`Callable`, *optional*): Returns the metrics. None without evaluation
+            data.
+        log (`MetricLog`): Receives the metrics.
     """
 
     name = "evaluate"
@@ -144,9 +164,9 @@ class Evaluate:
         self.evaluate, self.log = evaluate, log
 
     def is_due(self, run: Run) -> bool:
-        asked, run.control.should_evaluate = run.control.should_evaluate, False
+        requested, run.control.should_evaluate = run.control.should_evaluate, False
         every = run.args.eval_steps
-        return asked or (
+        return requested or (
             every is not None and run.state.global_step % every == 0 and self.evaluate is not None
         )
 
@@ -158,7 +178,12 @@ class Evaluate:
 
 
 class Validate:
-    """Images of the current weights beside those of the starting weights, every `validation_steps`."""
+    """Draws and scores validation images every `validation_steps`.
+
+    Args:
+        validation (`Validation`, *optional*): None without validation.
+        log (`MetricLog`): Receives images and metrics.
+    """
 
     name = "validate"
 
@@ -177,7 +202,11 @@ class Validate:
 
 
 class AnnounceSave:
-    """The `on_save` of the user's callbacks."""
+    """Calls `on_save` of the user's callbacks.
+
+    Args:
+        call (`Callable`): Calls a hook of the user's callbacks.
+    """
 
     name = "on_save"
 
@@ -185,17 +214,21 @@ class AnnounceSave:
         self.call = call
 
     def is_due(self, run: Run) -> bool:
-        return False  # a checkpoint that is written adds it
+        return False  # `SaveCheckpoint` adds it to the work
 
     def do(self, run: Run, checkpoint: Path | None) -> None:
         self.call("on_save", checkpoint=checkpoint)
 
 
 class SaveCheckpoint(LoopCallback):
-    """Write a checkpoint when it is time, with the list of the work that its step owes.
+    """Writes checkpoints, each with the list of work that its step still has to do.
+
+    Args:
+        checkpoints (`CheckpointManager`): Writes them.
+        works (`Sequence[Work]`): What a step may have to do.
 
     Attributes:
-        written: the checkpoint of the step just taken; None where there is none.
+        written (`Path`, *optional*): Checkpoint of the step just taken.
     """
 
     def __init__(self, checkpoints: CheckpointManager, works: Sequence[Work]) -> None:
@@ -219,14 +252,16 @@ class SaveCheckpoint(LoopCallback):
 
 
 class DoWork(LoopCallback):
-    """Do what a step owes, and remember it beside the checkpoint.
+    """Does the work of a step and notes beside the checkpoint what is done.
 
     Args:
-        saved: the callback that writes checkpoints.
-        works: what there is to do, in order.
-        signals: a run that was told to stop leaves the rest to the one that resumes.
-        undone: work that a killed run still owes the step of its checkpoint.
-        resumed (`Path`, *optional*): that checkpoint.
+        saved (`SaveCheckpoint`): Writes the checkpoints.
+        works (`Sequence[Work]`): What a step may have to do, in order.
+        signals (`StopOnSignal`): A run that was told to stop leaves the rest to the
+            resumed run.
+        undone (`Sequence[str]`, *optional*, defaults to `()`): Work that a killed run
+            left at its checkpoint.
+        resumed (`Path`, *optional*): That checkpoint.
     """
 
     def __init__(
@@ -254,7 +289,7 @@ class DoWork(LoopCallback):
                 and checkpoint is not None
                 and self.signals.interrupted(run)
             ):
-                # So that this checkpoint, which knows what is owed, stays the newest.
+                # This checkpoint lists the work, so it must stay the newest.
                 run.control.should_training_stop = True
                 return
             if name in works:
@@ -275,11 +310,24 @@ def in_order(
     undone: Sequence[str] = (),
     resumed: Path | None = None,
 ) -> list[LoopCallback]:
-    """The callbacks of a run in the one order that makes a resumed run equal an uninterrupted one.
+    """Return the callbacks of the loop in their fixed order.
 
-    Metrics are logged before the checkpoint is written, so that it holds the log's position; the
-    checkpoint is written before anything is evaluated, so that a run killed meanwhile knows what it
-    owes.
+    A resumed run equals an uninterrupted one only in this order. Metrics are logged
+    before the checkpoint is written, so that it holds the log's position. The
+    checkpoint is written before an evaluation, so that a run killed meanwhile does it
+    again.
+
+    Args:
+        log (`MetricLog`): File and trackers.
+        guard (`DivergenceGuard`): Looks at the logs.
+        call (`Callable`): Calls a hook of the user's callbacks.
+        signals (`StopSignals`): Signals of this process.
+        checkpoints (`CheckpointManager`): Writes checkpoints.
+        evaluate (`Callable`, *optional*): Returns the metrics of an evaluation.
+        validation (`Validation`, *optional*): Draws and scores images.
+        undone (`Sequence[str]`, *optional*, defaults to `()`): Work that a killed run
+            left at its checkpoint.
+        resumed (`Path`, *optional*): That checkpoint.
     """
     works: list[Any] = [AnnounceSave(call), Evaluate(evaluate, log), Validate(validation, log)]
     stop = StopOnSignal(signals)

@@ -1,4 +1,4 @@
-"""The reference models of a run. A reference is called like the network, without gradient and without dropout."""
+"""Reference models: the frozen or earlier weights that a policy is compared with."""
 
 from __future__ import annotations
 
@@ -15,23 +15,50 @@ from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError, UserError
+from ..runtime.distributed import is_sharded, whole
 
 
 class Reference(Protocol):
-    """Anything that predicts like the starting weights."""
+    """A model that the policy is compared with.
+
+    Attributes:
+        description (`str`): What it is, for the run's messages.
+    """
 
     description: str
 
+    def start(self) -> None:
+        """Called once the network is prepared, before the first prediction."""
+        ...
+
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Run the model without gradient and without dropout.
+
+        Args:
+            backbone (`Backbone`): Calls networks of this family.
+            noisy (`Tensor`): Noisy latents, (n, C, H, W).
+            times (`Tensor`): Times as the network expects them, (n,).
+            condition (`dict[str, Tensor]`): n rows each.
+
+        Returns:
+            `Tensor`: The output of the network, (n, C, H, W).
+        """
 
 
 def without_dropout(network: Any) -> Any:
-    """The network in the policy's mode, but without dropout.
+    """Put a network into training mode, with its dropout off.
 
-    Not `eval()`: diffusers' residual blocks choose memory layouts by the mode, and other layouts round differently, so that
-    policy and reference would differ where they are equal.
+    `eval()` would not do. diffusers' residual blocks choose memory layouts by the mode,
+    and other layouts round differently. Equal policy and reference would then predict
+    differently.
+
+    Args:
+        network: Changed in place.
+
+    Returns:
+        The network.
     """
     network.train()
     for module in network.modules():
@@ -41,10 +68,10 @@ def without_dropout(network: Any) -> Any:
 
 
 class DropoutOff:
-    """Switches the dropout of a network off for a prediction.
+    """Context manager factory that turns a network's dropout off.
 
     Args:
-        network: complete: layers that are added later are not known.
+        network: Its dropout layers are listed now. Later ones are not turned off.
     """
 
     def __init__(self, network: Any) -> None:
@@ -56,7 +83,7 @@ class DropoutOff:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """No dropout while the block runs."""
+        """Turn dropout off while the block runs."""
         active = [layer for layer in self.layers if layer.training]
         for layer in active:
             layer.eval()
@@ -68,7 +95,11 @@ class DropoutOff:
 
 
 class AdapterOffReference:
-    """The same network with its LoRA switched off: no second model in memory."""
+    """The network with its LoRA turned off, which needs no second model in memory.
+
+    Args:
+        network: The network with its adapter.
+    """
 
     description = "adapter-off (the base weights under the LoRA)"
 
@@ -80,6 +111,7 @@ class AdapterOffReference:
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
+        """Turn the adapters off while the block runs."""
         for layer in self.layers:
             layer.enable_adapters(False)
         try:
@@ -88,64 +120,107 @@ class AdapterOffReference:
             for layer in self.layers:
                 layer.enable_adapters(True)
 
+    def start(self) -> None:
+        """Nothing to do: the network itself is the reference."""
+
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
+        """Run the network without its LoRA. See `Reference.predict`."""
         with torch.no_grad(), self.adapters_off(), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
 
 
-class SnapshotReference:
-    """The policy as it was at some moment: its trainable weights are kept, and put in place for a prediction.
+def _put(parameter: torch.nn.Parameter, weights: Tensor) -> Tensor:
+    """Give a parameter other weights; returns those that it had."""
+    if is_sharded(parameter):
+        before = parameter.detach().clone()
+        parameter.data.copy_(weights)
+        return before
+    before = parameter.data
+    parameter.data = weights
+    return before
 
-    Under LoRA that costs the adapter's size, under full fine-tuning as much as a frozen copy.
+
+class SnapshotReference:
+    """The policy as it was at some moment.
+
+    The trainable weights are copied, and put into the network for a prediction. Under
+    LoRA this costs the memory of the adapter, under full fine-tuning that of a second
+    model.
+
+    Args:
+        network: Its current weights are the first snapshot.
     """
 
     description = "the policy at the beginning of the round (iterated)"
 
     def __init__(self, network: Any) -> None:
         self.network, self.dropout_off = network, DropoutOff(network)
-        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Take the first snapshot."""
         self.take()
 
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters, read anew: sharding replaces the objects."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
     def take(self) -> None:
-        """Remembers the weights of now."""
+        """Copy the current weights of the network."""
         self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @contextmanager
     def in_place(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """The network under other weights; pointers are exchanged, nothing is copied."""
-        own = {name: p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.data = weights[name]
+        """Run the block with other weights in the network.
+
+        Plain weights are exchanged without a copy. Those of a sharded network are copied,
+        since it goes on reading the storage that it was sharded with.
+
+        Args:
+            weights (`dict[str, Tensor]`): One tensor per trainable parameter.
+        """
+        parameters = self.parameters
+        current = {name: _put(p, weights[name]) for name, p in parameters.items()}
         try:
             yield
         finally:
-            for name, p in self.parameters.items():
-                p.data = own[name]
+            for name, p in parameters.items():
+                _put(p, current[name])
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
+        """Run the network with the copied weights. See `Reference.predict`."""
         with torch.no_grad(), self.in_place(self.weights), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
 
     def save(self, folder: Path, rank: int) -> None:
-        """Part of a checkpoint; equal on all processes."""
+        """Write the weights into a checkpoint. All processes hold the same.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process. The first one writes.
+        """
         from safetensors.torch import save_file
 
+        # Gathered on all processes, written by the first one.
+        tensors = {name: whole(w).cpu().contiguous() for name, w in self.weights.items()}
         if rank == 0:
-            save_file(
-                {name: w.cpu().contiguous() for name, w in self.weights.items()},
-                folder / "reference.safetensors",
-            )
+            save_file(tensors, folder / "reference.safetensors")
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
-        """Reads it back.
+        """Read the weights from a checkpoint.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process.
+            device (`torch.device`): Device of the weights.
 
         Raises:
-            UserError: the checkpoint has none.
+            UserError: The checkpoint holds no reference.
         """
         from ..runtime.files import read_tensors
 
@@ -161,12 +236,14 @@ class SnapshotReference:
 
 
 class FrozenCopyReference:
-    """A second copy of the starting weights, for full fine-tuning; optionally parked on the CPU between calls.
+    """A second network with frozen weights.
 
     Args:
-        network: copied now, before anything trains; taken as it is with ``copy_weights=False``.
-        device: where its forward pass runs.
-        offload: keep it on the CPU meanwhile.
+        network: Copied now, or used as it is.
+        device (`torch.device`): Where it runs.
+        offload (`bool`, *optional*, defaults to `False`): Keep it on the CPU between
+            calls.
+        copy_weights (`bool`, *optional*, defaults to `True`): Copy the network.
     """
 
     def __init__(
@@ -181,9 +258,13 @@ class FrozenCopyReference:
             "frozen copy of the starting weights" if copy_weights else "frozen network"
         ) + (" (offloaded)" if self.offload else "")
 
+    def start(self) -> None:
+        """Nothing to do: the copy was made before the network was prepared."""
+
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
+        """Run the frozen network. See `Reference.predict`."""
         if self.offload:
             self.network.to(self.device)
         with torch.no_grad():
@@ -194,10 +275,15 @@ class FrozenCopyReference:
 
 
 def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
-    """Refuses a reference whose output means something else than the policy's.
+    """Check that the outputs of policy and reference mean the same.
+
+    Args:
+        backbone (`Backbone`): The policy's model.
+        ref_backbone (`Backbone`): The reference's model.
 
     Raises:
-        ConfigError: the policy's own pipeline, another model family, prediction type, noise schedule or shape of inputs.
+        ConfigError: The reference is the policy's own pipeline, or its family,
+            prediction type, noise schedule or inputs differ.
     """
     mine, theirs = backbone.source, ref_backbone.source
     name, network = shown(ref_backbone.source.name), backbone.network_name
@@ -258,7 +344,18 @@ def build_reference(
     device: torch.device,
     offload: bool,
 ) -> Reference:
-    """The fixed reference of a run: another model, the network without its adapter, or a frozen copy."""
+    """Build the fixed reference of a run.
+
+    It is another model, the network without its adapter, or a frozen copy.
+
+    Args:
+        backbone (`Backbone`): The policy's model.
+        network: The policy.
+        ref_backbone (`Backbone`, *optional*): Another model as the reference.
+        is_lora (`bool`): Whether the policy has an adapter.
+        device (`torch.device`): Where the reference runs.
+        offload (`bool`): Keep a second network on the CPU between calls.
+    """
     if ref_backbone is not None:
         ref_backbone.place(device, backbone.dtype)
         return FrozenCopyReference(

@@ -1,4 +1,4 @@
-"""The order of rows as a function of the position in the data, so that a run can resume."""
+"""The order of the rows as a function of the position, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ..runtime.seeds import row_generator
 
 
 class RowOrder:
-    """Position -> (epoch, index): one shuffle after another without end.
+    """Maps a position to an epoch and a row index. Every epoch is shuffled anew.
 
     Args:
-        count: rows.
-        seed: of the shuffles.
-        buckets: (count,) bucket of each row; then every run of `chunk` positions lies in one bucket, and a bucket's last chunk
-            is filled up from its own beginning.
-        chunk: groups per device and forward pass.
+        count (`int`): Number of rows.
+        seed (`int`): Seed of the shuffles.
+        buckets (`Sequence[int]`, *optional*): Bucket of each row, (count,). Each
+            `chunk` positions then lie in one bucket, and the last chunk of a bucket is
+            filled up with its first rows.
+        chunk (`int`, *optional*, defaults to `1`): Groups per process and forward pass.
     """
 
     def __init__(
@@ -51,19 +52,22 @@ class RowOrder:
 
 
 class PositionSampler:
-    """Batches of (epoch, index) for one process, starting anywhere.
+    """Yields the micro-batches of one process, from any position.
 
-    In optimizer step s, pass a, process r reads positions ``start + ((s A + a) W + r) b + j`` for j < b.
+    Optimizer step s, pass a, process r reads the positions `start + ((s A + a) W + r) b
+    + j` for j < b, with A passes, W processes and batch size b.
+
+    Args:
+        order (`RowOrder`): Maps positions to rows.
+        start (`int`): First position, in groups over all processes.
+        batch_size (`int`): Groups per micro-batch.
+        rank (`int`): Number of this process.
+        world (`int`): Number of processes.
     """
 
     def __init__(self, order: RowOrder, start: int, batch_size: int, rank: int, world: int) -> None:
-        self.order, self.start, self.batch_size, self.rank, self.world = (
-            order,
-            start,
-            batch_size,
-            rank,
-            world,
-        )
+        self.order, self.start, self.batch_size = order, start, batch_size
+        self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         base = self.start + self.rank * self.batch_size

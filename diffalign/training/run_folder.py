@@ -1,4 +1,4 @@
-"""The output folder of a run: which checkpoint to resume, and whether it may be used."""
+"""The output folder of a run: whether it may be used, and what to resume."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from .checkpoint import LORA_FILE, find_checkpoint, list_checkpoints
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether final weights are there."""
+    """Return whether the folder holds final weights."""
     return (folder / LORA_FILE).is_file() or (folder / "model_index.json").is_file()
 
 
 def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint from which a run in a folder goes on; None for a new run, for which the folder is then free.
+    """Find the checkpoint to resume, or make the folder free for a new run.
+
+    Args:
+        lock (`FolderLock`): Lock of the folder.
+        resume (`str`, *optional*): `latest`, a path, or None for a new run.
+        overwrite (`bool`): Move another run aside.
+
+    Returns:
+        `Path`, *optional*: The checkpoint. None for a new run.
 
     Raises:
-        UserError: it holds another run.
+        UserError: The folder holds another run.
     """
     folder = lock.folder
     if resume and (resume != "latest" or list_checkpoints(folder)):
-        found = find_checkpoint(folder, resume)
-        if found.resolve().parent == folder.resolve():
-            return found
+        checkpoint = find_checkpoint(folder, resume)
+        if checkpoint.resolve().parent == folder.resolve():
+            return checkpoint
         _claim(lock, overwrite)
-        return found
+        return checkpoint
     _claim(lock, overwrite)
     if resume and process_rank() == 0:
         print(f"{folder} holds no checkpoint yet: the run starts from the beginning")
@@ -37,7 +45,7 @@ def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run wrote, and nothing else that may lie in its folder."""
+    """Remove the files of a killed run and nothing else."""
     (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
     for pattern in (
         "samples/step-*.png",
@@ -53,17 +61,19 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _claim(lock: FolderLock, overwrite: bool) -> None:
     folder = lock.folder
-    found = list_checkpoints(folder) if folder.is_dir() else []
+    checkpoints = list_checkpoints(folder) if folder.is_dir() else []
     has_votes = any(folder.glob("feedback/round-*/votes*"))
     is_run = (folder / "config.yaml").is_file()
     has_best = is_run and (folder / "best" / "validation.json").is_file()
-    if not (found or _is_finished(folder) or has_votes or has_best or (overwrite and is_run)):
-        # An empty folder, or a run that was killed before its first checkpoint: nothing is lost by starting anew.
+    if not (checkpoints or _is_finished(folder) or has_votes or has_best or (overwrite and is_run)):
+        # The folder is empty, or its run was killed before the first checkpoint.
         if is_run and process_rank() == 0:
             _remove_leftovers(folder)
         return
     if not overwrite:
-        state = f"its last checkpoint is {found[-1].name}" if found else "it is finished"
+        state = (
+            f"its last checkpoint is {checkpoints[-1].name}" if checkpoints else "it is finished"
+        )
         raise UserError(
             f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it "
             "with --train.resume_from_checkpoint latest, "

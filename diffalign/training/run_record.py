@@ -1,4 +1,8 @@
-"""The facts that a run says about itself, collected once: printed, saved in config.yaml and compared on resume."""
+"""The facts of a run, collected once.
+
+They are printed, saved in `config.yaml`, put on the model card, and compared when a run
+resumes.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +52,18 @@ _LORA_FORM = (
     "layers_to_transform",
     "layers_pattern",
 )
-"""What else of a `LoraConfig` decides what its weights mean."""
+"""Fields of a `LoraConfig` that change what its weights mean."""
 
 
 def sampler_rule(checkpoint: Path) -> int:
-    """The rule by which a checkpoint's run samples; a damaged file is reported later.
+    """Read the rule by which a checkpoint's run draws trajectories.
 
-    See `diffalign.training.online.rollout.SAMPLER_RULE`.
+    Args:
+        checkpoint (`Path`): Folder of the checkpoint.
+
+    Returns:
+        `int`: See `diffalign.training.online.rollout.SAMPLER_RULE`. A damaged file
+        gives the current rule and is reported later.
     """
     try:
         record = json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
@@ -64,28 +73,31 @@ def sampler_rule(checkpoint: Path) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a `LoraConfig` as JSON gives it back; None for what is empty or off."""
+    """Return a `LoraConfig` value as JSON reads it back, None if it is empty or off."""
     if isinstance(value, (set, tuple, list)):
         value = sorted(map(str, value))
     return json.loads(json.dumps(value, default=str)) or None
 
 
 def digest(values: Any) -> str:
-    """A short hash of plain values."""
+    """Return a short hash of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass
 class BuiltFacts:
-    """What is known once the weights and the data are there.
+    """Facts that are known once weights and data are loaded.
 
     Attributes:
-        trainable, total: numbers of parameters.
-        size: (height, width) of the images.
-        num_processes, global_batch, max_steps: of the training.
-        rows: groups of the dataset; None where it is streamed.
-        dropped_sizes: groups left out because their images differ in aspect.
-        reference: description of the reference model; None without one.
+        trainable (`int`): Number of trained parameters.
+        total (`int`): Number of all parameters.
+        size (`tuple[int, int]`): Height and width of the images.
+        num_processes (`int`): Number of processes.
+        global_batch (`int`): Groups per optimizer step over all processes.
+        max_steps (`int`): Optimizer steps of the run.
+        rows (`int`, *optional*): Groups of the dataset. None if it is streamed.
+        dropped_sizes (`int`): Groups left out because their images differ in aspect.
+        reference (`str`, *optional*): Description of the reference model.
     """
 
     trainable: int
@@ -100,27 +112,40 @@ class BuiltFacts:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps until every row was seen once."""
+        """Optimizer steps per pass over the data. None if it is streamed."""
         return None if self.rows is None else -(-self.rows // self.global_batch)
 
 
 @dataclass
 class RunRecord:
-    """What a run is: its method, model, data and settings.
+    """Everything a run knows about itself.
 
     Attributes:
-        name, tags, paper: of the method.
-        method: its name in a run file, or the name of a class that is none.
-        error_beta: whether `beta` multiplies denoising errors.
-        args, data_config, validation, hub, peft_config, scorers: as the run was given them.
-        model_options: revision, variant and vae of the model, where they are names.
-        backbone, ref_backbone: the model families of policy and reference model.
-        dataset: the training data.
-        model_fingerprint, ref_fingerprint, vae_fingerprint: of the weights before training.
-        sampler_rule: by which the run draws trajectories.
-        passed_in_python: further arguments that a run file cannot hold, in words.
-        built: set when weights and data are there.
-        lines: what was printed at the start.
+        name (`str`): Name of the method.
+        tags (`tuple[str, ...]`): Tags of the model card.
+        paper (`dict[str, str]`): Title, arXiv id and BibTeX of the method's paper.
+        method (`str`): Name in a run file. For another trainer class, the name of the
+            class.
+        error_beta (`bool`): Whether `beta` multiplies denoising errors.
+        args (`TrainingConfig`): Settings of the training.
+        data_config (`DataConfig`): Settings of the data.
+        validation (`ValidationConfig`, *optional*): Settings of the validation.
+        hub (`HubConfig`, *optional*): Settings of the upload.
+        peft_config (`LoraConfig`, *optional*): The LoRA.
+        scorers: Scorers of a method that samples.
+        model_options (`dict[str, str | None]`): revision, variant and vae of the model,
+            where they are names.
+        backbone (`Backbone`): The policy's model.
+        ref_backbone (`Backbone`, *optional*): The reference's model.
+        dataset (`PreferenceDataset`): The training data.
+        model_fingerprint (`str`): Hash of the starting weights.
+        ref_fingerprint (`str`, *optional*): Hash of the reference's weights.
+        vae_fingerprint (`str`): Hash of the autoencoder's weights.
+        sampler_rule (`int`): Rule by which the run draws trajectories.
+        passed_in_python (`list[str]`): Further arguments that a run file cannot hold,
+            in words.
+        built (`BuiltFacts`, *optional*): Set when weights and data are loaded.
+        lines (`list[str]`): Sentences printed at the start.
     """
 
     name: str
@@ -147,7 +172,7 @@ class RunRecord:
     lines: list[str] = field(default_factory=list)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run to be resumed by it."""
+        """Return what a checkpoint must share with a run to be resumed by it."""
         lora, form, config = None, None, self.peft_config
         if config is not None:
             targets = str(sorted(config.target_modules or self.backbone.lora_targets))
@@ -170,17 +195,17 @@ class RunRecord:
         }
 
     def reference_errors_key(self, transform: str) -> str:
-        """Identity of precomputed reference errors: everything that they depend on.
+        """Return the identity of precomputed reference errors.
 
         Args:
-            transform (`str`): fingerprint of the image transform.
+            transform (`str`): Fingerprint of the image transform.
         """
         draws = {name: getattr(self.args, name) for name in _DRAW_FIELDS}
-        own = {"lora": None, "lora_form": None, "args": draws, "transform": transform}
-        return digest({**self.identity(), **own})
+        changes = {"lora": None, "lora_form": None, "args": draws, "transform": transform}
+        return digest({**self.identity(), **changes})
 
     def facts(self) -> list[str]:
-        """Lines that say what changes the meaning of the run and would otherwise be silent."""
+        """Return sentences about settings that change the meaning of the run."""
         assert self.built is not None
         args, built = self.args, self.built
         height, width = built.size
@@ -217,7 +242,7 @@ class RunRecord:
         return lines
 
     def values(self) -> dict[str, Any]:
-        """The run as a run file's values: `diffalign train --config config.yaml` repeats it."""
+        """Return the values of a run file that repeats the run."""
         values: dict[str, Any] = {"method": self.method, "model": self.backbone.source.name}
         values |= {name: value for name, value in self.model_options.items() if value is not None}
         if self.ref_backbone is not None and self.ref_backbone.source.pipe is None:
@@ -237,7 +262,7 @@ class RunRecord:
                 "alpha_pattern": dict(config.alpha_pattern),
             }
         values["data"] = dataclasses.asdict(self.data_config)
-        # How this call went on is no part of the run.
+        # How a call resumed or overwrote does not belong to the run.
         started_by = {
             "resume_from_checkpoint": None,
             "overwrite_output_dir": False,
@@ -252,7 +277,7 @@ class RunRecord:
         return values
 
     def not_repeated(self) -> list[str]:
-        """What the run was given in Python that `values` cannot hold, in words."""
+        """Return, in words, the arguments that `values` cannot hold."""
         names = []
         if self.backbone.source.pipe is not None:
             names.append("the model, a pipeline object")
@@ -283,7 +308,11 @@ class RunRecord:
         return names
 
     def write_config(self, folder: Path) -> None:
-        """Write ``config.yaml``: runnable values, with the run's facts as comments on top."""
+        """Write `config.yaml`: a run file with the facts of the run as comments.
+
+        Args:
+            folder (`Path`): Folder of the run.
+        """
         missing = self.not_repeated()
         notes = (
             [
@@ -303,7 +332,11 @@ class RunRecord:
 
 
 def peak_memory(device: torch.device) -> tuple[float, str]:
-    """(GiB, what it is): the device's peak allocation, or the process's peak resident size on a CPU."""
+    """Return the peak memory in GiB, and which memory it is.
+
+    Args:
+        device (`torch.device`): A GPU, or the CPU for the process's resident memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30, "peak device memory"
     try:
@@ -324,7 +357,19 @@ def dry_run_report(
     loss: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """What `Trainer.dry_run` prints and returns."""
+    """Build what `Trainer.dry_run` prints and returns.
+
+    Args:
+        record (`RunRecord`): Facts of the run.
+        notes (`list[str]`): Further sentences.
+        device (`torch.device`): Device of the run.
+        latent_shape (`tuple[int, ...]`): Shape of a latent.
+        loss (`float`): Loss of the first batch.
+        seconds (`float`): Time of the dry run.
+
+    Returns:
+        `dict[str, Any]`: `lines` and the numbers in them.
+    """
     assert record.built is not None
     memory, kind = peak_memory(device)
     lines = [*record.facts(), *notes]

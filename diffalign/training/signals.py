@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a run after the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+"""End a run after the current step on Ctrl-C or SIGTERM.
+
+The run writes a checkpoint. A second Ctrl-C ends it at once.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any
 
 
 class StopSignals:
-    """Context manager that remembers the first signal instead of letting it kill the step.
+    """Context manager that records the first signal instead of ending the process.
 
     Attributes:
-        received (`int`, *optional*): the signal's number.
+        received (`int`, *optional*): Number of the signal.
     """
 
     def __init__(self) -> None:
@@ -25,9 +28,8 @@ class StopSignals:
         self.received = number
 
     def __enter__(self) -> StopSignals:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows handlers nowhere else
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
         return self

@@ -1,4 +1,4 @@
-"""Collects per-group metrics over a logging window, averages them over processes, writes them to disk and to trackers."""
+"""Average metrics over steps and processes, and write them to disk and to trackers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ def _precision(device: torch.device) -> torch.dtype:
 
 
 class MetricWindow:
-    """Sums of per-group values since the last log. NaN entries do not count: a metric of a timestep third is averaged over the
-    pairs that fell into it, on all processes."""
+    """Collects the metrics since the last log.
+
+    NaN does not count. A metric of one third of the times is the average over the pairs
+    in that third, on all processes.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the metrics of some groups.
+
+        Args:
+            metrics (`dict[str, Tensor]`): Values of any shape. NaN does not count.
+        """
         for name, values in metrics.items():
             values = values.detach().flatten().to(_precision(values.device))
             finite = ~values.isnan()
@@ -41,12 +49,23 @@ class MetricWindow:
             self.counts[name] = self.counts[name] + count if name in self.counts else count
 
     def dump(self, accelerator: Accelerator) -> dict[str, list[float]]:
-        """[sum, count] of every metric over all processes, for a checkpoint. All processes must call this."""
+        """Return sum and count of every metric over all processes, for a checkpoint.
+
+        All processes must call this.
+
+        Args:
+            accelerator (`Accelerator`): Sums over the processes.
+        """
         names, total = self._total(accelerator)
         return {name: row.tolist() for name, row in zip(names, total, strict=True)}
 
     def restore(self, values: dict[str, list[float]], accelerator: Accelerator) -> None:
-        """Takes back what `dump` gave: on the main process, the others start from nothing."""
+        """Restore what `dump` returned. The other processes start from zero.
+
+        Args:
+            values (`dict[str, list[float]]`): Sum and count of every metric.
+            accelerator (`Accelerator`): Processes of the run.
+        """
         if accelerator.is_main_process:
             device = accelerator.device
             for name, (total, count) in values.items():
@@ -56,9 +75,8 @@ class MetricWindow:
     def _total(self, accelerator: Accelerator) -> tuple[list[str], Tensor]:
         names = sorted(self.sums)
         if accelerator.num_processes > 1:
-            names = sorted(
-                set(gather_object(names))
-            )  # a process may have had no row, or no round of samples, in this window
+            # A process may have had no row or no round of samples in this window.
+            names = sorted(set(gather_object(names)))
         if not names:
             return [], torch.empty(0, 2)
         device = accelerator.device
@@ -71,7 +89,16 @@ class MetricWindow:
         return names, accelerator.reduce(stacked, reduction="sum").cpu()
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the window and over processes; empties the window. All processes must call this."""
+        """Return the averages over all processes, and start anew.
+
+        All processes must call this.
+
+        Args:
+            accelerator (`Accelerator`): Sums over the processes.
+
+        Returns:
+            `dict[str, float]`: NaN for a metric without values.
+        """
         names, total = self._total(accelerator)
         self.sums, self.counts = {}, {}
         return {
@@ -80,20 +107,34 @@ class MetricWindow:
 
 
 class MetricLog:
-    """``logs/metrics.jsonl`` and the trackers. A resumed run continues the file from the checkpoint's step."""
+    """Writes metrics to `logs/metrics.jsonl` and to the trackers.
+
+    Args:
+        accelerator (`Accelerator`): Holds the trackers.
+        output_dir (`Path`): Folder of the run.
+    """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
         self.accelerator, self.path = accelerator, output_dir / "logs" / "metrics.jsonl"
 
     def start(self, step: int, undone: tuple[str, ...] = ()) -> list[dict[str, float]]:
-        """Keeps the entries up to `step` and returns them, to all processes; what an interrupted run logged after its checkpoint is dropped."""
-        kept = [self._cut(step, undone) if self.accelerator.is_main_process else []]
-        broadcast_object_list(kept)
-        return kept[0]
+        """Prepare the file, and drop what a killed run logged after its checkpoint.
+
+        Args:
+            step (`int`): Step of the checkpoint. 0 for a new run.
+            undone (`tuple[str, ...]`, *optional*, defaults to `()`): Prefixes of
+                metrics of this step that will be computed again.
+
+        Returns:
+            `list[dict[str, float]]`: The remaining entries, on all processes.
+        """
+        history = [self._cut(step, undone) if self.accelerator.is_main_process else []]
+        broadcast_object_list(history)
+        return history[0]
 
     def _cut(self, step: int, undone: tuple[str, ...]) -> list[dict[str, float]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        history = []
         if step and self.path.is_file():
             for line in self.path.read_bytes().split(b"\n"):
                 try:
@@ -108,12 +149,18 @@ class MetricLog:
                     and undone
                     and all(name == "step" or name.startswith(undone) for name in entry)
                 ):
-                    continue  # made up for
-                kept.append(entry)
-        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-        return kept
+                    continue  # computed again
+                history.append(entry)
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+        return history
 
     def write(self, metrics: dict[str, float], step: int) -> None:
+        """Write metrics to the file and to the trackers. NaN is left out.
+
+        Args:
+            metrics (`dict[str, float]`): The metrics.
+            step (`int`): Optimizer step.
+        """
         finite = {name: value for name, value in metrics.items() if not math.isnan(value)}
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
@@ -121,7 +168,13 @@ class MetricLog:
         self.accelerator.log(finite, step=step)
 
     def images(self, name: str, image: Any, step: int) -> None:
-        """A PIL image to every tracker that can show one."""
+        """Send an image to every tracker that can show one.
+
+        Args:
+            name (`str`): Name in the tracker.
+            image (`PIL.Image.Image`): The image.
+            step (`int`): Optimizer step.
+        """
         import numpy as np
 
         for tracker in self.accelerator.trackers:
@@ -135,7 +188,7 @@ class MetricLog:
 
 
 def tracker_config(args: TrainingConfig) -> dict[str, Any]:
-    """Plain values: tensorboard takes nothing else."""
+    """Return the config as plain values, because tensorboard takes no others."""
     return {
         k: v if isinstance(v, (int, float, str, bool)) else str(v)
         for k, v in dataclasses.asdict(args).items()
@@ -143,6 +196,7 @@ def tracker_config(args: TrainingConfig) -> dict[str, Any]:
 
 
 def tracker_options(args: TrainingConfig) -> dict[str, Any]:
+    """Return the options that give a tracker's run its name."""
     return (
         {args.report_to: {"name": args.run_name}}
         if args.run_name and args.report_to in ("wandb", "trackio")

@@ -1,6 +1,7 @@
-"""The trainer: model, data and settings checked, everything built, and handed to the loop.
+"""The trainer: checks a run, builds it and hands it to the loop.
 
-A method is a subclass that says which data it needs and what its loss is; see `diffalign.methods`.
+A method is a subclass that states which data it needs and what its loss is. See
+`diffalign.methods`.
 """
 
 from __future__ import annotations
@@ -69,32 +70,34 @@ if TYPE_CHECKING:
 class BatchSource(Protocol):
     """Where the batches of a run come from.
 
-    A source whose position is not `samples_seen` alone has `save(folder, rank)` and
-    `load(folder, rank, device)` as well, and is made part of every checkpoint.
+    A source may also have `save(folder, rank)` and `load(folder, rank, device)`. Then
+    it is saved in every checkpoint. It needs them if `samples_seen` alone does not give
+    its position.
     """
 
     def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
-        """Endless batches of this process.
+        """Yield the batches of this process without end.
 
         Args:
-            data: reads the dataset.
-            samples_seen (`int`): groups consumed so far, over all processes.
+            data (`DataPipeline`): Reads the dataset.
+            samples_seen (`int`): Groups consumed so far, over all processes.
         """
         ...
 
 
 class DatasetSource:
-    """Batches of the dataset's own images.
+    """Yields batches of the dataset's own images.
 
     Args:
-        precomputed (`ReferenceErrors`, *optional*): attached to every batch.
+        precomputed (`ReferenceErrors`, *optional*): Reference errors, set on every
+            batch.
     """
 
     def __init__(self, precomputed: ReferenceErrors | None = None) -> None:
         self.precomputed = precomputed
 
     def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
-        """See `BatchSource`."""
+        """Yield batches of this process without end. See `BatchSource.batches`."""
         for examples in data.batches(samples_seen):
             batch = data.builder(examples)
             if self.precomputed is not None:
@@ -103,45 +106,60 @@ class DatasetSource:
 
 
 class Trainer:
-    """Trains a diffusers model. Use a method's subclass, e.g. `DiffusionDPOTrainer`.
+    """Trains a diffusers model on preferences.
+
+    This is the base class. Use the class of a method, such as `DiffusionDPOTrainer`.
 
     Args:
-        model: Hub id, local folder, ``"shapes"`` or a `DiffusionPipeline`. Given a pipeline, its network is trained in place.
-        ref_model (*optional*): same kinds: the reference model. None means the starting weights.
-        args (`TrainingConfig`, *optional*): the method's config.
-        train_dataset: anything `load_preferences` reads, or its result.
-        eval_dataset (*optional*): the same, for `evaluate`.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): hooks.
-        optimizers (*optional*): (optimizer class taking parameters, schedule function taking the optimizer); None for the config's.
-        peft_config (`peft.LoraConfig`, *optional*): None means full fine-tuning.
-        data (`DataConfig`, *optional*): geometry and caches.
-        validation (`ValidationConfig`, *optional*): None means none.
-        hub (`HubConfig`, *optional*): uploading.
-        revision, variant, vae (*optional*): of the model.
-        scorers (*optional*): who judges, for methods that sample while they learn: see `diffalign.training.online.judge.Judge`.
+        model (`str | Path | DiffusionPipeline`): Hub id, local folder, `"shapes"` or a
+            pipeline. The network of a pipeline is trained in place.
+        ref_model (`str | Path | DiffusionPipeline`, *optional*): Model to stay close
+            to. Defaults to a frozen copy of `model`.
+        args (`TrainingConfig`, *optional*): Settings of the method. Defaults to
+            `config_class()`.
+        train_dataset (*optional*): Anything that `load_preferences` reads, or its
+            result. Defaults to the dataset that `data` names.
+        eval_dataset (*optional*): The same, for `evaluate`.
+        callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): Called at
+            fixed moments of the training.
+        optimizers (`tuple`, *optional*): A function from parameters to an optimizer,
+            and a function from the optimizer to a learning-rate schedule. None for
+            either takes that of `args`.
+        peft_config (`LoraConfig`, *optional*): The LoRA to train. None trains all
+            weights.
+        data (`DataConfig`, *optional*): Source, sizes and caches of the data.
+        validation (`ValidationConfig`, *optional*): Images to draw and score while
+            training. None draws none.
+        hub (`HubConfig`, *optional*): Upload of the result. None uploads nothing.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        variant (`str`, *optional*): Variant of the weight files, such as `fp16`.
+        vae (*optional*): Another autoencoder, as a name or an object.
+        scorers (*optional*): Scorers for methods that sample while they learn. See
+            `diffalign.training.online.judge.Judge`.
 
     Raises:
-        ConfigError, UserError: on anything wrong with model, data or settings, before weights are loaded.
+        ConfigError, UserError: Model, data or settings are wrong. Raised before weights
+            are loaded.
     """
 
     method: ClassVar[str]
-    """Its name in a run file."""
+    """Name of the method in a run file."""
     _name: ClassVar[str] = "Trainer"
     _tag_names: ClassVar[tuple[str, ...]] = ()
     _paper: ClassVar[dict[str, str]] = {}
     _sources: ClassVar[dict[str, str]] = {}
-    """Where the default of each of the method's own fields comes from."""
+    """Source of each default that the method sets."""
     _not_public: ClassVar[str] = ""
-    """What paper and code leave unsaid."""
+    """What neither the paper nor its code says."""
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
     data_kind: ClassVar[str] = "pair"
     reference_free: ClassVar[bool] = False
     inverted: ClassVar[bool] = False
-    """Whether the method prefers what people rejected."""
+    """Whether the method prefers the rejected images."""
     can_be_online: ClassVar[bool] = True
-    """Whether `data.online` can make its groups."""
+    """Whether the method can train on images drawn online."""
     error_beta: ClassVar[bool] = True
-    """Whether `beta` multiplies denoising errors, so that it can be told per latent size."""
+    """Whether `beta` multiplies denoising errors, and so depends on the latent size."""
 
     # Configuration
     args: TrainingConfig
@@ -156,13 +174,14 @@ class Trainer:
 
     # Swappable parts
     backbone: Backbone
+    process: Any
     ref_backbone: Backbone | None
     optimizers: tuple[Any, Any]
     callbacks: list[TrainerCallback]
     source: BatchSource
     reference_model: Reference | None
 
-    # Runtime, there after the first call that needs the weights
+    # Runtime, set by `setup`
     accelerator: Accelerator
     network: Any
     prepared: Any
@@ -183,6 +202,7 @@ class Trainer:
     window: MetricWindow
     sampler_rule: int
     is_dry: bool
+    _ready: bool
 
     def __init__(
         self,
@@ -221,7 +241,7 @@ class Trainer:
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
-        self.process: Any = self.backbone.process
+        self.process = self.backbone.process
         build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
         self._read_data(train_dataset, eval_dataset)
         check_data(self.train_dataset, self.data_config, self.args)
@@ -236,7 +256,7 @@ class Trainer:
         self._call("on_init_end")
 
     def _check_settings(self) -> None:
-        """Settings that exclude each other."""
+        """Refuse settings that exclude each other."""
         if not self.args.precompute_ref_errors:
             return
         if self.reference_free:
@@ -264,7 +284,7 @@ class Trainer:
         self.train_dataset = self._read_training_data(source)
         if eval_dataset is None and config.dataset_test_split and train_dataset is None:
             eval_dataset = source
-        # Read once: an evaluation every few steps must not scan the data again.
+        # Read once, because evaluations are frequent.
         test_split = config.dataset_test_split or "test"
         self.eval_dataset = (
             None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
@@ -278,7 +298,7 @@ class Trainer:
                 "data.online",
                 f"{self._name} cannot train on pairs that the policy draws; leave the section out",
             )
-        # Only the prompts are read, so there is no preference to invert: that happens to the policy's own images.
+        # Only prompts are read here. The drawn images get inverted preferences.
         config = dataclasses.replace(self.data_config, invert_preferences=False)
         return as_preferences(source, config, "prompt", self.data_config.dataset_train_split)
 
@@ -290,7 +310,7 @@ class Trainer:
             name=self._name,
             tags=self._tag_names,
             paper=self._paper,
-            # A subclass of a method is no method of a run file.
+            # A user's subclass of a method has no name in a run file.
             method=vars(type(self)).get("method", type(self).__name__),
             error_beta=self.error_beta,
             args=self.args,
@@ -303,7 +323,7 @@ class Trainer:
             backbone=self.backbone,
             ref_backbone=other,
             dataset=self.train_dataset,
-            # Of the starting weights: a pipeline that was passed is trained in place.
+            # Taken now, because the network of a pipeline is trained in place.
             model_fingerprint=source.fingerprint(network),
             ref_fingerprint=None if other is None else other.source.fingerprint(other.network_name),
             vae_fingerprint=source.fingerprint("vae"),
@@ -311,25 +331,39 @@ class Trainer:
             passed_in_python=[*passed, *(["callbacks"] if has_callbacks else [])],
         )
 
-    # Hooks of a method ----------------------------------------------------------------------------
+    # Hooks of a method ----------------------------------------------------------------
 
     def validate(self) -> None:
-        """Refuse what can be refused without weights; called at the end of the constructor.
+        """Refuse what can be refused without weights. The constructor ends with it.
 
         Raises:
-            ConfigError, UserError: settings, model or data that the method cannot use.
+            ConfigError, UserError: The method cannot use the settings, the model or the
+                data.
         """
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
-        """The data as groups of `data_kind`; a method that needs more of them checks it here.
+        """Read data as groups of the method's `data_kind`.
+
+        A method that needs more of its data checks it here.
+
+        Args:
+            source: Anything that `load_preferences` reads, or its result.
+            split (`str`): Split of the dataset.
+
+        Returns:
+            `PreferenceDataset`: The groups.
 
         Raises:
-            UserError: they do not hold what the method needs.
+            UserError: The data lack what the method needs.
         """
         return as_preferences(source, self.data_config, self.data_kind, split, invert=self.inverted)
 
     def build_reference(self) -> Reference | None:
-        """The reference model; None for a method without one."""
+        """Build the reference model.
+
+        Returns:
+            `Reference`, *optional*: None for a method without a reference.
+        """
         if self.reference_free:
             return None
         is_lora, device = self.peft_config is not None, self.accelerator.device
@@ -343,7 +377,11 @@ class Trainer:
         )
 
     def build_source(self) -> BatchSource:
-        """Where batches come from; called when everything else is built."""
+        """Build the source of batches, after everything else is built.
+
+        Returns:
+            `BatchSource`: The dataset, or rounds of images drawn online.
+        """
         config = self.data_config.online
         if config is None:
             return DatasetSource()
@@ -360,31 +398,62 @@ class Trainer:
         return RolloutSource(online.round, config.every * self.args.gradient_accumulation_steps)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Before the micro-batches: samples of its own, targets. Default: the batch as it is."""
+        """Change a batch before its micro-batches. The default returns it as it is.
+
+        Args:
+            batch (`Batch`): Groups of the source.
+
+        Returns:
+            `Batch`: For example with samples of the policy, or with targets.
+        """
         return batch
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """The forward passes of one batch, `passes_per_batch` many. Default: one."""
+        """Split a batch into forward passes. The default yields the batch itself.
+
+        Args:
+            batch (`Batch`): What `prepare` returned.
+
+        Returns:
+            `Iterator[Batch]`: `passes_per_batch` micro-batches.
+        """
         yield batch
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per group (g,) and metrics per group, each (g,) with NaN for "does not apply"."""
+        """Compute the loss and the metrics of a micro-batch.
+
+        Args:
+            batch (`Batch`): g groups.
+
+        Returns:
+            `tuple[Tensor, dict[str, Tensor]]`: Loss of each group, (g,), and metrics,
+            each (g,). NaN where a metric does not apply.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss")
 
     def on_optimizer_step(self, step: int) -> None:
-        """After optimizer step number `step`."""
+        """Run after every optimizer step. The default does nothing.
+
+        Args:
+            step (`int`): Optimizer steps done.
+        """
 
     @property
     def passes_per_batch(self) -> int:
-        """How many micro-batches `micro_batches` yields for one batch."""
+        """Number of micro-batches per batch."""
         return 1
 
-    # The core, as methods call it -----------------------------------------------------------------
+    # The core, as methods call it -----------------------------------------------------
 
     def errors(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Denoising errors (g, k) of policy and reference at the identical noisy samples.
+        """Measure the denoising errors of policy and reference at the same samples.
 
-        The second is None without a reference.
+        Args:
+            batch (`Batch`): g groups of k images.
+
+        Returns:
+            `tuple[Tensor, Tensor | None]`: Errors of the policy and of the reference,
+            each (g, k). The second is None for a method without a reference.
         """
         reference = batch.reference_errors
         if reference is None and not self.reference_free:
@@ -392,16 +461,24 @@ class Trainer:
         return self.policy.errors(batch), reference
 
     def reference_errors(self, batch: Batch) -> Tensor:
-        """Denoising errors (g, k) of the reference model, without gradient."""
+        """Measure the denoising errors of the reference, without gradient.
+
+        Args:
+            batch (`Batch`): g groups of k images.
+
+        Returns:
+            `Tensor`: Errors, (g, k).
+        """
         assert self.reference is not None
         with torch.no_grad():
             return self.reference.errors(batch)
 
     @cached_property
     def noising(self) -> Any:
-        """The process that noises training images.
+        """Noise schedule of the training images.
 
-        The model's own; rescaled for SDXL-Turbo's timesteps as in the official code.
+        It is the model's own, rescaled to zero terminal SNR for SDXL-Turbo's timesteps,
+        as in Diffusion-DPO's code.
         """
         turbo = self.args.timestep_sampling == "turbo" and isinstance(
             self.process, VariancePreserving
@@ -413,7 +490,15 @@ class Trainer:
         )
 
     def make_grid(self, steps: int, eta: float) -> Grid:
-        """The times of this run's sampler."""
+        """Build the times of the run's sampler.
+
+        Args:
+            steps (`int`): Number of sampler steps.
+            eta (`float`): Stochasticity of a step.
+
+        Returns:
+            `Grid`: Times from noisy to clean.
+        """
         height, width = build_transform(self.data_config, self.backbone).sizes[0]
         factor = self.backbone.size_factor
         patches = (height // factor) * (width // factor)
@@ -425,27 +510,31 @@ class Trainer:
         )
 
     def policy_sampler(self, config: SamplerConfig, description: str = "sampling") -> PolicySampler:
-        """A sampler of the policy's own images, after everything is built.
+        """Build a sampler that draws with the policy. Call `setup` first.
 
         Args:
-            config: how it samples.
-            description (`str`): of the progress bar.
+            config (`SamplerConfig`): Settings of the sampler.
+            description (`str`, *optional*, defaults to `"sampling"`): Text of the
+                progress bar.
         """
         grid = self.make_grid(config.num_inference_steps, config.eta)
         rollout = Rollout(self.backbone, self.process, config, description, grid=grid)
         builder = self.data_pipeline.builder
         return PolicySampler(rollout, self.sampling_policy, self.network, builder, self.accelerator)
 
-    # Building -------------------------------------------------------------------------------------
+    # Building -------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Build everything heavy: processes, weights, reference, caches, optimizer. Once."""
+        """Load the weights and build the reference, caches and optimizer.
+
+        A second call does nothing.
+        """
         if self._ready:
             return
         args = self.args
         passes = args.gradient_accumulation_steps * self.passes_per_batch
         self.accelerator = build_accelerator(args, self.output_dir, passes)
-        set_seed(args.seed)  # the same on every process: LoRA must start equal
+        set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
         self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
         self.network = build_network(self.backbone, args, self.peft_config)
         self.sampling_policy = self._denoiser(
@@ -477,7 +566,7 @@ class Trainer:
         for part in (self.source, self.reference_model):
             if isinstance(part, CheckpointPart):
                 self.checkpoints.parts.append(part)
-        # From here on only dropout draws from the global generators.
+        # From here on, dropout alone uses the global generators.
         set_seed((args.seed + self.accelerator.process_index) % 2**32)
         self._ready = True
 
@@ -504,10 +593,13 @@ class Trainer:
         else:
             self.schedule = build_schedule(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        if self.reference_model is not None:
+            self.reference_model.start()
         self.policy = self._denoiser(functools.partial(self.backbone.predict, self.prepared))
-        # Runs of earlier versions go on with diffusers' warm-up.
+        # Runs of earlier versions keep diffusers' warm-up.
         averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
-        self.ema = build_ema(parameters, averaging, self.accelerator.device)
+        # Sharding replaces the parameters, so they are read anew.
+        self.ema = build_ema(trainable_parameters(self.network), averaging, self.accelerator.device)
 
     def _built_facts(self) -> BuiltFacts:
         data, model = self.data_pipeline, self.reference_model
@@ -533,18 +625,25 @@ class Trainer:
         groups = len(data.dataset) * (args.num_train_epochs or 1)
         return -int(-groups // data.global_batch)
 
-    # Public verbs ---------------------------------------------------------------------------------
+    # Public verbs ---------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
-        """Run to the end (or to the first signal), writing checkpoints, logs and the final model.
+        """Train to the end, or until the first signal.
+
+        Writes checkpoints, logs and the final model into `output_dir`.
 
         Args:
-            resume_from_checkpoint (`str`, *optional*): `latest` or a checkpoint folder; None takes
-                the config's.
+            resume_from_checkpoint (`str`, *optional*): `latest` or a checkpoint folder.
+                Defaults to the config's.
+
+        Returns:
+            `TrainOutput`: Steps done and the last metrics.
 
         Raises:
-            UserError: when `output_dir` holds another run, or a checkpoint does not belong to this one.
-            NonFiniteLoss, CheckpointError: when training or saving fails.
+            UserError: `output_dir` holds another run, or the checkpoint belongs to
+                another run.
+            NonFiniteLoss, NonFiniteWeights: Loss, gradient or weights are not finite.
+            CheckpointError: A checkpoint could not be written.
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         with FolderLock(self.output_dir, "train.output_dir") as lock:
@@ -554,7 +653,7 @@ class Trainer:
             return self._train(checkpoint)
 
     def _take_sampler_rule(self, rule: int) -> None:
-        """Go on sampling as the checkpoint's run did."""
+        """Draw trajectories by the rule of the resumed checkpoint."""
         if rule != self.sampler_rule and self._ready:
             raise UserError(
                 "train.resume_from_checkpoint: it is of an earlier version; resume it before "
@@ -568,7 +667,7 @@ class Trainer:
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
         self.setup()
-        # Of an earlier, interrupted call.
+        # An earlier, interrupted call may have set them.
         self.control.should_training_stop = self.control.should_save = False
         self.checkpoints.clean()
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -613,6 +712,11 @@ class Trainer:
         return TrainOutput(self.state.global_step, run.metrics, signals.received, run.paused_for)
 
     def make_run(self) -> Run:
+        """Build the state of the loop from the current position.
+
+        Returns:
+            `Run`: What `fit` works on.
+        """
         data = self.data_pipeline
         self.window = MetricWindow()
         return Run(
@@ -650,7 +754,10 @@ class Trainer:
         )
 
     def precompute_reference_errors(self) -> None:
-        """The reference's errors of the whole dataset, under `precompute_ref_errors`."""
+        """Compute the reference's errors of the whole dataset.
+
+        Does nothing without `precompute_ref_errors`.
+        """
         if not self.args.precompute_ref_errors:
             return
         key = self.record.reference_errors_key(self.data_pipeline.transform.fingerprint)
@@ -660,7 +767,7 @@ class Trainer:
         self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {state}")
 
     def _measure_rounding(self) -> None:
-        """Note what rounding does to the margins of a run in half precision."""
+        """Note how much half precision moves the margins of the run."""
         args, data = self.args, self.data_pipeline
         paired = self.data_kind in ("pair", "ranked") and not self.reference_free
         fixed = self.data_config.online is None and not data.streaming
@@ -681,7 +788,7 @@ class Trainer:
             )
 
     def _announce(self, checkpoint: Path | None) -> None:
-        """Print what the run is, write its config, and start the trackers."""
+        """Print the facts of the run, write its config and start the trackers."""
         say, record = self.accelerator.print, self.record
         record.lines = record.facts()
         for line in [*record.lines, *self.notes, *([] if self.reference_free else [LOG2_MESSAGE])]:
@@ -700,13 +807,18 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Mean loss and metrics on the evaluation data, one fixed draw of noise and timestep per row.
+        """Average the loss and the metrics over the evaluation data.
+
+        Each row has one fixed draw of noise and timestep.
 
         Args:
-            eval_dataset (*optional*): instead of the trainer's.
+            eval_dataset (*optional*): Data to use instead of the trainer's.
+
+        Returns:
+            `dict[str, float]`: The averages, named `eval/...`.
 
         Raises:
-            ConfigError: there are no evaluation data.
+            ConfigError: There are no evaluation data.
         """
         data = self.evaluation_data(
             eval_dataset, precompute_ref_errors=False, proportion_empty_prompts=0.0
@@ -716,14 +828,17 @@ class Trainer:
         return metrics
 
     def evaluation_data(self, eval_dataset: Any = None, **options: Any) -> DataPipeline:
-        """The evaluation data, uncached.
+        """Prepare the evaluation data, without caches.
 
         Args:
-            eval_dataset (*optional*): instead of the trainer's.
-            options: replace arguments of the run.
+            eval_dataset (*optional*): Data to use instead of the trainer's.
+            options: Fields of `args` to replace.
+
+        Returns:
+            `DataPipeline`: The data.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: There are no evaluation data.
         """
         source = eval_dataset if eval_dataset is not None else self.eval_dataset
         if source is None:
@@ -739,10 +854,14 @@ class Trainer:
         return DataPipeline(groups, config, args, self.backbone, self.accelerator)
 
     def save_model(self, output_dir: str) -> None:
-        """Write inference-ready weights, `config.yaml` and the model card. All processes must call this.
+        """Write weights for inference, `config.yaml` and the model card.
 
-        `pipe.load_lora_weights(output_dir)` reads a LoRA; full fine-tuning gives a whole pipeline.
-        With `use_ema` these are the averaged weights.
+        `pipe.load_lora_weights(output_dir)` loads a LoRA. Full fine-tuning writes a
+        whole pipeline. With `use_ema` the weights are the averaged ones. All processes
+        must call this.
+
+        Args:
+            output_dir (`str`): Created if it does not exist.
         """
         self.setup()
         history = self.state.log_history
@@ -758,14 +877,20 @@ class Trainer:
             )
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """The averaged weights in the network while the block runs, under `use_ema`."""
+        """Put the averaged weights into the network while a block runs.
+
+        Does nothing without `use_ema`.
+        """
         return averaged(self.ema, self.network)
 
     def push_to_hub(self) -> str | None:
         """Upload what `save_model` wrote, from the first process.
 
         Returns:
-            The address there; None on the other processes.
+            `str`, *optional*: Address on the Hub. None on the other processes.
+
+        Raises:
+            ConfigError: The Hub refused the upload.
         """
         return (
             None
@@ -774,7 +899,12 @@ class Trainer:
         )
 
     def dry_run(self) -> dict[str, Any]:
-        """Run one batch forward and backward; nothing is written. Returns and prints what the run would be."""
+        """Run one batch forward and backward without writing anything.
+
+        Returns:
+            `dict[str, Any]`: What was printed about the run: `lines` and the numbers in
+            them.
+        """
         started = time.perf_counter()
         self.is_dry = True
         self.setup()
@@ -793,7 +923,7 @@ class Trainer:
             self.accelerator.print(line)
         return report
 
-    # Hooks of the user's callbacks ----------------------------------------------------------------
+    # Hooks of the user's callbacks ----------------------------------------------------
 
     def _caller(self, more: Sequence[TrainerCallback]) -> Any:
         return functools.partial(self._call, more=more)

@@ -1,4 +1,7 @@
-"""Validation while training: the starting weights beside the current ones, same prompts, same seeds, judged as `diffalign compare` does."""
+"""Validation while training: images of the current weights beside those of the start.
+
+Both use the same prompts and seeds, and are scored as in `diffalign compare`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,11 @@ GRID_PROMPTS = 12
 
 
 def validation_prompts(config: ValidationConfig) -> list[str]:
-    """Those written out, as they stand; or those of the set."""
+    """Return the prompts of a validation: the given ones, or those of a prompt set.
+
+    Args:
+        config (`ValidationConfig`): Settings of the validation.
+    """
     return (
         config.validation_prompts
         or load_prompts(config.prompts or "", limit=config.max_prompts).prompts
@@ -46,13 +53,17 @@ def validation_prompts(config: ValidationConfig) -> list[str]:
 
 
 def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
-    """Everything that can be known before weights are loaded; returns what the run should say.
+    """Check everything about a validation that needs no weights.
 
     Args:
-        judge: the scorers that train the model, if it samples while it learns.
+        config (`ValidationConfig`): Settings of the validation.
+        judge: Scorers that train the model, if it samples while it learns.
+
+    Returns:
+        `list[str]`: Notes for the user.
 
     Raises:
-        UserError: no such prompts or scorers.
+        UserError: The prompts or scorers do not exist, or a scorer needs metadata.
     """
     from ..rewards.panel_config import parse_rewards
     from ..rewards.registry import get_spec
@@ -80,25 +91,27 @@ def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
 
 
 def _judging(judge: Any) -> set[str]:
-    """Names of the scorers that decide in training."""
+    """Return the names of the scorers that decide in training."""
     entries = judge.get("rewards", []) if isinstance(judge, dict) else judge
-    found = set()
+    names = set()
     for entry in [entries] if isinstance(entries, (str, dict)) else entries or []:
         if isinstance(entry, str):
-            found.add(entry)
+            names.add(entry)
         elif isinstance(entry, dict) and entry.get("role", "train") == "train":
-            found.add(str(entry.get("scorer") or entry.get("name")))
-    return found
+            names.add(str(entry.get("scorer") or entry.get("name")))
+    return names
 
 
 @dataclass
 class Validated:
-    """What one validation found.
+    """Result of one validation.
 
     Attributes:
-        grid, path: the picture, ``samples/step-<n>.png``.
-        metrics: to log.
-        value: mean of the scorer that `keep_best` names, higher is better; NaN without one.
+        grid (`PIL.Image.Image`): Images before and after training.
+        path (`Path`): File of the grid, `samples/step-<n>.png`.
+        metrics (`dict[str, float]`): Metrics to log.
+        value (`float`, defaults to `nan`): Mean score by `keep_best`, higher is better.
+            NaN without `keep_best`.
     """
 
     grid: Image.Image
@@ -108,20 +121,24 @@ class Validated:
 
 
 class Validation:
-    """The validations of one run. Every process has one; the main process draws and scores.
+    """Validates one run. Every process has one, and the main process draws and scores.
 
-    The base images are drawn once, before the first step, and kept in ``samples/base``; they need no second model later, and a resumed run
-    reads them back. The best weights lie in ``best/`` with ``validation.json``, which says at what step and how good.
+    Images of the starting weights are drawn once, before the first step, into
+    `samples/base`. No second model is needed later, and a resumed run reads them back.
+    The best weights are in `best/`, with their step and score in `validation.json`.
 
     Args:
-        config: of the section.
-        output_dir (`Path`): of the run.
-        accelerator, backbone, network: of the run; the network draws in place.
-        averaged_weights: makes the context in which the weights are those that `save_model` writes.
-        save_model: writes them to a folder.
+        config (`ValidationConfig`): Settings of the validation.
+        output_dir (`Path`): Folder of the run.
+        accelerator (`Accelerator`): Processes of the run.
+        backbone (`Backbone`): The model.
+        network: The network, which draws the images.
+        averaged_weights (`Callable`): Returns the context in which the network has the
+            weights that `save_model` writes.
+        save_model (`Callable`): Writes the weights into a folder.
 
     Raises:
-        UserError: scorers that cannot be loaded.
+        UserError: A scorer cannot be loaded.
     """
 
     def __init__(
@@ -149,14 +166,20 @@ class Validation:
             self.panel = Panel.from_config(self.config.scorers, device=accelerator.device)
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether to validate after this step."""
+        """Return whether to validate after a step.
+
+        Args:
+            step (`int`): The optimizer step.
+            last (`bool`): Whether it is the last one.
+        """
         return last or step % self.config.validation_steps == 0
 
     def start(self, fresh: bool) -> None:
-        """Call with the starting weights.
+        """Draw the images of the starting weights, which the network must still have.
 
         Args:
-            fresh: not resumed, so that what an earlier attempt left behind is not this run's.
+            fresh (`bool`): Whether the run is new. Files of an earlier run are then
+                removed.
         """
         folder = self.folder / "base"
         if self.main and fresh:
@@ -175,25 +198,40 @@ class Validation:
             save_drawn(image, file)
 
     def run(self, step: int, log: MetricLog) -> None:
-        """Draws, judges and logs; with `keep_best`, keeps the weights if they are the best so far. All processes must call this."""
+        """Draw, score and log. With `keep_best`, save the weights if they are the best.
+
+        All processes must call this.
+
+        Args:
+            step (`int`): The optimizer step.
+            log (`MetricLog`): Receives images and metrics.
+        """
         from accelerate.utils import broadcast_object_list
 
-        with self.averaged_weights():  # what `save_model` writes is what is judged
-            found = self.validate(step) if self.main else None
-        if found is not None:
-            log.images("validation", found.grid, step)
+        with self.averaged_weights():  # those that `save_model` writes
+            result = self.validate(step) if self.main else None
+        if result is not None:
+            log.images("validation", result.grid, step)
         better = (
-            found is not None and self.config.keep_best is not None and found.value > self._best()
+            result is not None and self.config.keep_best is not None and result.value > self._best()
         )
-        shared: list[Any] = [found.metrics if found is not None else {}, better]
+        shared: list[Any] = [result.metrics if result is not None else {}, better]
         broadcast_object_list(shared)
         if shared[1]:
-            self._keep(step, found)
+            self._keep(step, result)
         if shared[0]:
-            log.write(shared[0], step)  # last: whoever reads the row finds its weights
+            # Written last, so that a reader of the log finds the weights on the disk.
+            log.write(shared[0], step)
 
     def validate(self, step: int) -> Validated:
-        """The picture and the numbers of the current weights."""
+        """Draw and score images of the current weights.
+
+        Args:
+            step (`int`): The optimizer step.
+
+        Returns:
+            `Validated`: The grid and the metrics.
+        """
         tuned, base = self._draw("validation"), self.base_images
         missing = left_out(tuned, len(tuned), f"step {step}")
         if missing:
@@ -203,20 +241,20 @@ class Validation:
             (prompt, base[i * count : (i + 1) * count], tuned[i * count : (i + 1) * count])
             for i, prompt in enumerate(self.distinct[:GRID_PROMPTS])
         ]
-        found = Validated(
+        result = Validated(
             comparison_grid(rows, right=f"step {step}"), self.folder / f"step-{step}.png", {}
         )
-        # Not `save_image`: who watches the folder for step-N finds the unfinished file too.
-        temporary = found.path.with_name(f"{found.path.name}.tmp")
-        found.grid.save(temporary, "png")
-        os.replace(temporary, found.path)
+        # Not `save_image`, whose temporary file also matches step-*.
+        temporary = result.path.with_name(f"{result.path.name}.tmp")
+        result.grid.save(temporary, "png")
+        os.replace(temporary, result.path)
         if self.panel is not None:
             scores = self._scores(tuned)
             for name, values in scores.items():
                 rate = win_rate(self.base_scores[name], values)
                 sign = 1.0 if self.panel.specs[name].higher_is_better else -1.0
                 mean = float(nanmean(values.reshape(1, -1))[0])
-                found.metrics |= {
+                result.metrics |= {
                     f"validation/{name}": sign * mean,
                     f"validation/{name}/base": sign
                     * float(nanmean(self.base_scores[name].reshape(1, -1))[0]),
@@ -225,18 +263,21 @@ class Validation:
                     f"validation/{name}/win_rate_high": rate.high,
                 }
                 if name == self.config.keep_best:
-                    # Weights that draw fewer images than the base would be judged by the rest alone; NaN is never better.
-                    found.value = float("nan") if len(present(tuned)) < len(present(base)) else mean
+                    # If images are missing, the mean is that of the others alone.
+                    # NaN is never better.
+                    result.value = (
+                        float("nan") if len(present(tuned)) < len(present(base)) else mean
+                    )
             if count > 1:
-                found.metrics |= {
+                result.metrics |= {
                     "validation/diversity": self._diversity(tuned),
                     "validation/diversity/base": self._diversity(base),
                 }
-        return found
+        return result
 
     @cached_property
     def base_images(self) -> list[Any]:
-        """Of the starting weights."""
+        """Images of the starting weights."""
         files = [
             drawn_file(self.folder / "base" / f"{i:04d}.png") for i in range(len(self.prompts))
         ]
@@ -246,7 +287,7 @@ class Validation:
 
     @cached_property
     def base_scores(self) -> dict[str, Any]:
-        """scorer -> (prompts, images), higher is better."""
+        """Scores of `base_images` by scorer, (prompts, images), higher is better."""
         return self._scores(self.base_images)
 
     def _scores(self, images: list[Any]) -> dict[str, Any]:
@@ -274,7 +315,7 @@ class Validation:
         network.eval()
         pipe = self.backbone.pipeline(network=network)
         try:
-            # Under mixed precision the components differ in dtype; the training forward is autocast too.
+            # Under mixed precision the components differ in dtype.
             with self.accelerator.autocast():
                 return generate(
                     pipe,
@@ -294,31 +335,34 @@ class Validation:
         return json.loads(file.read_text())["value"] if file.is_file() else -math.inf
 
     def _recover(self) -> None:
-        """A run killed between the two renames left the best weights under another name."""
+        """Restore the best weights if a run was killed between their two renames."""
         output = self.output_dir
         folder, fresh, old = output / BEST, output / f".{BEST}.new", output / f".{BEST}.old"
         if not folder.is_dir():
-            for kept in (fresh, old):
-                if (kept / "validation.json").is_file():
-                    os.rename(kept, folder)
+            for candidate in (fresh, old):
+                if (candidate / "validation.json").is_file():
+                    os.rename(candidate, folder)
                     break
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _keep(self, step: int, found: Validated | None) -> None:
-        """``best/`` is the old one or the new one, and never half of either."""
+    def _keep(self, step: int, result: Validated | None) -> None:
+        """Replace `best/` by the current weights.
+
+        A killed run leaves the old weights or the new ones, and no mixture of both.
+        """
         folder, fresh = self.output_dir / BEST, self.output_dir / f".{BEST}.new"
         if self.main:
             shutil.rmtree(fresh, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.save_model(str(fresh))
-        if found is None:
+        if result is None:
             return
         facts = {
             "scorer": self.config.keep_best,
-            "value": found.value,
+            "value": result.value,
             "step": step,
-            **found.metrics,
+            **result.metrics,
         }
         write_atomically(fresh / "validation.json", (json.dumps(facts, indent=2) + "\n").encode())
         old = self.output_dir / f".{BEST}.old"
