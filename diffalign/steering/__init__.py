@@ -1,1 +1,4 @@
-"""Feynman-Kac particle steering: sampling p(x) exp(lambda r(x)) from an unmodified model at inference time."""
+"""Feynman-Kac particle steering at sampling time, of models that stay as they are.
+
+The samples follow p(x) exp(lambda r(x)) / Z, where r is a reward and lambda the tilt.
+"""

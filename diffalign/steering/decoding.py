@@ -1,4 +1,4 @@
-"""From predicted clean latents to the images an intermediate reward sees."""
+"""Decode predicted clean latents into the images that an intermediate reward sees."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from ..runtime.missing import to_images
 
 
 class LatentDecoder:
-    """Decodes x0hat of any pipeline with an image autoencoder, in micro-batches.
+    """Decodes clean predictions of any pipeline with an image autoencoder, in batches.
 
     Args:
-        pipe: the pipeline.
-        decoder: None takes the pipeline's own; an `AutoencoderTiny` (or another autoencoder) is cheaper and leaves the target unchanged; a
-            function maps unpacked latents (n, ...) to pixels (n, 3, h, w) in [-1, 1].
+        pipe: the pipeline, of diffusers.
+        decoder: None for the pipeline's own autoencoder; another autoencoder, such as
+            the cheaper `AutoencoderTiny`; or a function of unpacked latents (n, ...)
+            that returns pixels (n, 3, h, w) in [-1, 1]. The target distribution does
+            not depend on it.
         batch_size (`int`): latents per forward pass.
-        height, width (`int`, *optional*): of the image, for packed latents.
+        height, width (`int`, *optional*): size of the image, needed for packed latents.
+
+    Attributes:
+        decoded (`int`): latents decoded so far.
 
     Raises:
         ConfigError: `decoder` is none of these.
-        UserError: the pipeline has no image autoencoder that is understood.
     """
 
     def __init__(
@@ -48,25 +52,33 @@ class LatentDecoder:
         if self.function is not None and not callable(self.function):
             raise ConfigError(
                 "decoder",
-                f"expected an autoencoder, a function of latents or None, got {type(decoder).__name__}",
+                "expected an autoencoder, a function of latents or None, got "
+                f"{type(decoder).__name__}",
             )
         self.processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()
         self.decoded = 0
 
     def images(self, x0: Tensor) -> list[Any]:
-        """x0 (n, ...) as the scheduler has it -> n images.
+        """Decode latents into images.
+
+        Args:
+            x0 (`Tensor`): clean latents as the scheduler has them, (n, ...).
+
+        Returns:
+            `list`: n PIL images, `Missing` where pixels are not finite.
 
         Raises:
-            UserError: packed or video latents that are not understood.
+            UserError: packed or video latents that are not understood, or a pipeline
+                without a known image autoencoder.
         """
         latents = self._unpack(x0)
-        found: list[Any] = []
+        images: list[Any] = []
         with torch.no_grad():
             for start in range(0, len(latents), self.batch_size):
                 pixels = self._decode(latents[start : start + self.batch_size])
-                found += to_images(pixels.float(), self.processor)
+                images += to_images(pixels.float(), self.processor)
         self.decoded += len(latents)
-        return found
+        return images
 
     def _unpack(self, x0: Tensor) -> Tensor:
         if x0.ndim != 3 or self.function is not None:
@@ -74,7 +86,8 @@ class LatentDecoder:
         unpack = getattr(self.pipe, "_unpack_latents", None)
         if unpack is None:
             raise UserError(
-                "decoder: this pipeline packs its latents in a way that is not known here; give decoder= a function of latents"
+                "decoder: this pipeline packs its latents in a way that is not known here; give "
+                "decoder= a function of latents"
             )
         side = getattr(self.pipe, "default_sample_size", 0) * self.pipe.vae_scale_factor
         return unpack(x0, self.height or side, self.width or side, self.pipe.vae_scale_factor)
@@ -84,18 +97,21 @@ class LatentDecoder:
             pixels = self.function(latents)
             if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != len(latents):
                 raise UserError(
-                    "decoder: expected a function that returns pixels (n, 3, height, width) in [-1, 1] for n latents"
+                    "decoder: expected a function that returns pixels (n, 3, height, width) in "
+                    "[-1, 1] for n latents"
                 )
             return pixels
         if self.module is None:
             if latents.ndim == 4 and latents.shape[1] in (1, 3):
                 return latents  # a pipeline in pixel space
             raise UserError(
-                "decoder: this pipeline has no autoencoder named vae; give decoder= a function of latents"
+                "decoder: this pipeline has no autoencoder named vae; give decoder= a function of "
+                "latents"
             )
         if latents.ndim != 4:
             raise UserError(
-                f"decoder: expected image latents of 4 dimensions, got {latents.ndim}; give decoder= a function of latents"
+                f"decoder: expected image latents of 4 dimensions, got {latents.ndim}; give "
+                "decoder= a function of latents"
             )
         vae: Any = self.module
         config = vae.config
@@ -109,15 +125,18 @@ class LatentDecoder:
             latents = latents * std / scaling + mean
         else:
             latents = latents / scaling + (config.get("shift_factor") or 0.0)
-        # Half-precision SDXL autoencoders overflow; the pipeline itself decodes in float32 then, and so do we.
+        # Half-precision SDXL autoencoders overflow; the pipeline itself decodes in
+        # float32 then, and so do we.
         dtype = vae.dtype
         upcast = dtype == torch.float16 and config.get("force_upcast", False)
         if upcast:
             vae.to(dtype=torch.float32)
         try:
             # Under offloading the weights lie elsewhere until the module is called.
-            own = vae is getattr(self.pipe, "vae", None) and hasattr(self.pipe, "_execution_device")
-            device = self.pipe._execution_device if own else vae.device
+            is_pipelines_own = vae is getattr(self.pipe, "vae", None) and hasattr(
+                self.pipe, "_execution_device"
+            )
+            device = self.pipe._execution_device if is_pipelines_own else vae.device
             return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
         finally:
             if upcast:

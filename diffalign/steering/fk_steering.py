@@ -1,7 +1,8 @@
-"""Feynman-Kac particle steering of unmodified diffusers pipelines (Singhal et al. 2025, arXiv 2501.06848).
+"""Feynman-Kac steering of diffusers pipelines (Singhal et al. 2025, arXiv 2501.06848).
 
-``FKSteering(pipe, scorer, num_particles=4, lmbda=5.0)(["a prompt"], **pipe_kwargs)`` draws K particles per prompt from the pipeline, scores what they will
-become a few times on the way, multiplies the promising ones and returns them with weights under which they are a sample of p(x) exp(lmbda r(x)) / Z.
+K particles per prompt are drawn from the pipeline. A few times on the way, the sampler
+scores what they will become and multiplies the promising ones. The returned particles
+carry weights, under which they are a sample of p(x) exp(lmbda r(x)) / Z.
 """
 
 from __future__ import annotations
@@ -38,32 +39,76 @@ MODELS = ("unet", "transformer", "transformer_2")
 
 
 class FKSteering:
-    """Steers a text-to-image pipeline towards a reward without changing it.
+    """Steers a text-to-image pipeline towards a reward, without training.
 
     Args:
-        pipe: a diffusers pipeline that calls ``pipe.scheduler.step`` once per iteration.
-        scorer: a `diffalign.rewards.Scorer`, its registry name, or a function (images, prompts) -> (n,) numbers, higher is better.
-        num_particles (`int`): K per prompt. K times the model's work of one image.
-        lmbda (`float` or one per prompt, *optional*): the tilt, in units of 1/reward; no default fits every scorer.
-        ess_target (`float`, *optional*): instead of `lmbda`: chosen per prompt such that the effective sample size is this share of K at the first
-            scored step at which rewards differ.
-        potential (`str`): ``diff`` (exact with the least variance), ``max``, ``sum``, ``rt``, ``max_inc``, ``tempered``; all close to the same target.
-        resample_steps (*optional*): steps at which to score, as indices or fractions of the run; None is five from 20 to 80 %, () only weighs at the end.
-        scheme, ess_threshold, adaptive_tempering, temperatures: see `diffalign.steering.smc.ParticleWeights`.
-        decoder (*optional*): for intermediate images, e.g. an `AutoencoderTiny`; the returned ones always come from the pipeline's own.
-        intermediate_reward (*optional*): function (x0hat latents (n, ...), prompts) -> (n,) in place of decoding and scoring, e.g. a learned value.
-        predict_x0 (*optional*): function (scheduler, model_output, timestep, sample) -> x0hat, for schedulers that are not known here.
-        kernel (`str`, *optional*): a stochastic step over the scheduler's time grid in its place: ``ddim`` (generalised, any scheduler), ``ancestral`` (the
-            same at eta 1), ``euler_maruyama`` (flow matching); ``auto`` is ``ddim`` where the scheduler is deterministic as it is called.
-        eta (`float`, *optional*): of `kernel`; 1, and 0.7 for ``euler_maruyama``.
-        mode (`str`): ``resample``; or ``prune`` for deterministic samplers: copies stay copies, so the model runs on distinct particles only.
-        model_batch_size, decode_batch_size, reward_batch_size (`int`, *optional*): rows per forward pass of the model (guidance counts twice), latents per decode,
-            images per call of the scorer. None: the pipeline's own way, and 8 latents per intermediate decode.
-        prompts_per_call (`int`, *optional*): prompts that share a pipeline call; None is all of them.
+        pipe: a diffusers pipeline that calls ``pipe.scheduler.step`` once per
+            iteration.
+        scorer: a `diffalign.rewards.Scorer`, its registry name, or a function (images,
+            prompts) -> (n,) numbers. Higher is better.
+        num_particles (`int`, *optional*, defaults to `4`): K per prompt. The model does
+            K times the work of one image.
+        lmbda (`float` or one per prompt, *optional*): the tilt, in units of 1/reward.
+            There is no default, as none fits every scorer.
+        ess_target (`float`, *optional*): in place of `lmbda`: choose it for each prompt
+            such that the effective sample size is this share of K at the first scored
+            step at which rewards differ.
+        potential (`str`, *optional*, defaults to `"diff"`): ``diff`` (least variance),
+            ``max``, ``sum``, ``rt``, ``max_inc`` or ``tempered``. All of them have the
+            same target.
+        resample_steps (*optional*): steps at which to score, as indices (`int`) or
+            fractions of the run (`float`). None takes five from 20 to 80 %. With (),
+            only the returned images are weighed.
+        scheme (`str`, *optional*, defaults to `"systematic"`): of resampling, see
+            `ParticleWeights`.
+        ess_threshold (`float`, *optional*, defaults to `0.5`): resample under this
+            share of K, see `ParticleWeights`.
+        adaptive_tempering (`float`, *optional*): see `ParticleWeights`.
+        temperatures (*optional*): see `ParticleWeights`.
+        decoder (*optional*): for intermediate images, such as an `AutoencoderTiny`. The
+            returned ones come from the pipeline's own.
+        intermediate_reward (*optional*): function (x0hat latents (n, ...), prompts) ->
+            (n,), in place of decoding and scoring, such as a learned value.
+        predict_x0 (*optional*): function (scheduler, model_output, timestep, sample) ->
+            x0hat, for schedulers that are not known here.
+        kernel (`str`, *optional*): step with this stochastic kernel in place of the
+            scheduler, over its time grid: ``ddim`` (any scheduler), ``ancestral`` (the
+            same with eta 1) or ``euler_maruyama`` (flow matching). ``auto`` takes
+            ``ddim`` where the scheduler is deterministic as it is called.
+        eta (`float`, *optional*): of `kernel`. None is 1, and 0.7 for
+            ``euler_maruyama``.
+        mode (`str`, *optional*, defaults to `"resample"`): ``resample``; or ``prune``
+            for deterministic samplers, whose copies stay equal, so that the model runs
+            on distinct particles alone.
+        model_batch_size (`int`, *optional*): rows per forward pass of the model, where
+            guidance counts twice. None is the pipeline's own way.
+        decode_batch_size (`int`, *optional*): latents per decode. None is 8 for
+            intermediate images, and the pipeline's own way for the returned ones.
+        reward_batch_size (`int`, *optional*): images per call of the scorer. None is
+            all of them, or the scorer's own batch size.
+        prompts_per_call (`int`, *optional*): prompts that share a call of the pipeline.
+            None is all of them.
 
     Raises:
         ConfigError: an option out of range, or options that exclude each other.
-        UserError: a pipeline or scheduler that cannot be steered from outside.
+        UserError: `pipe` has no scheduler with a step.
+
+    Example:
+        ```python
+        from diffusers import StableDiffusionPipeline
+
+        from diffalign import FKSteering
+        from diffalign.shapes import weights_dir
+
+        pipe = StableDiffusionPipeline.from_pretrained(weights_dir())
+        steering = FKSteering(pipe, "shapes", num_particles=2, lmbda=5.0, kernel="ddim")
+        result = steering(
+            "a large blue star in the center of a white background",
+            seed=0,
+            num_inference_steps=10,
+        )
+        image = result.best[0]
+        ```
     """
 
     def __init__(
@@ -112,7 +157,8 @@ class FKSteering:
         if mode == "prune" and kernel is not None:
             raise ConfigError(
                 "mode",
-                f"prune is for deterministic samplers, kernel={kernel!r} is not one; use mode='resample'",
+                f"prune is for deterministic samplers, kernel={kernel!r} is not one; use "
+                "mode='resample'",
             )
         sizes = {
             "model_batch_size": model_batch_size,
@@ -127,7 +173,8 @@ class FKSteering:
                 raise ConfigError(name, f"expected int >= 1 or None, got {value!r}")
         if getattr(pipe, "scheduler", None) is None or not hasattr(pipe.scheduler, "step"):
             raise UserError(
-                f"pipe: {type(pipe).__name__} has no scheduler with a step; give a diffusers pipeline"
+                f"pipe: {type(pipe).__name__} has no scheduler with a step; give a diffusers "
+                "pipeline"
             )
         self.eta = check_kernel(kernel, eta)
         self.pipe, self.num_particles, self.kernel, self.mode = pipe, num_particles, kernel, mode
@@ -150,21 +197,34 @@ class FKSteering:
         on_step: Callable[[StepTrace], None] | None = None,
         **pipe_kwargs: Any,
     ) -> SteeringResult:
-        """Draws and steers K particles for every prompt.
+        """Draw and steer K particles for every prompt.
 
         Args:
-            prompts: P of them; rows of the pipeline are prompt after prompt, particle after particle.
-            generator: as for the pipeline: one, or P * K. The particles are then bit-equal to the plain pipeline's with the same generator
-                wherever nothing was resampled and the batches are the pipeline's own (no `model_batch_size`, no `prompts_per_call`).
-            seed: instead: one per prompt (or one for all, prompt i taking ``seed + i``). Initial noise, step noise of each slot and resampling are
-                separate streams, so a prompt's noise does not depend on the other prompts of the call. Neither: torch's global generator chooses.
-            resample_generator: one, or one per prompt; None derives it without advancing the noise.
-            metadata: one mapping per prompt, for scorers that read it.
-            on_step: called with what happened after every scored step, e.g. to show it; an exception of it ends the call.
-            pipe_kwargs: for the pipeline's call (`num_inference_steps`, `guidance_scale`, `eta`, ...).
+            prompts (`str` or sequence): P of them. The rows of the pipeline are prompt
+                after prompt, particle after particle.
+            generator (`torch.Generator` or sequence, *optional*): as for the pipeline,
+                one or P * K. Where nothing is resampled and the batches are the
+                pipeline's own, the images are bit-equal to those of the plain pipeline.
+            seed (`int` or sequence, *optional*): in place of `generator`, one per
+                prompt. With one number, prompt i takes ``seed + i``. Initial noise,
+                step noise of each slot and resampling are separate streams, so that the
+                noise of a prompt does not depend on the others. Without a generator and
+                a seed, torch's global generator chooses.
+            resample_generator (`torch.Generator` or sequence, *optional*): one, or one
+                per prompt. None derives it without advancing the noise.
+            metadata (*optional*): one mapping per prompt, for scorers that read it.
+            on_step (*optional*): called with a `StepTrace` after every scored step. An
+                exception in it ends the call.
+            pipe_kwargs: for the pipeline's call (`num_inference_steps`,
+                `guidance_scale`, `eta`, ...).
+
+        Returns:
+            `SteeringResult`: images, weights and lineage of every prompt.
 
         Raises:
-            UserError: a deterministic sampler, prompts or rewards that do not fit; the scheduler is as before afterwards.
+            ConfigError: an argument that does not fit.
+            UserError: a deterministic sampler, or a pipeline, scheduler or reward that
+                does not fit. The scheduler is afterwards as before.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._check_call(texts, generator, seed, metadata, pipe_kwargs)
@@ -203,7 +263,14 @@ class FKSteering:
         return result
 
     def best_of_n(self) -> FKSteering:
-        """The same sampler without any intermediate scoring: K plain samples with terminal weights, from the same noise for the same seed."""
+        """Copy the sampler without its intermediate scoring.
+
+        The copy draws K plain samples with terminal weights. With the same seed, it
+        starts from the same noise.
+
+        Returns:
+            `FKSteering`: on the same pipeline and scorer.
+        """
         plain = copy.copy(self)
         plain.resample_steps, plain.mode = (), "resample"
         plain.weighting = {**self.weighting, "temperatures": None}
@@ -225,7 +292,8 @@ class FKSteering:
         if isinstance(generator, (list, tuple)) and len(generator) != rows:
             raise ConfigError(
                 "generator",
-                f"expected one, or one per particle ({len(texts)} x {self.num_particles}), got {len(generator)}",
+                f"expected one, or one per particle ({len(texts)} x {self.num_particles}), got "
+                f"{len(generator)}",
             )
         if isinstance(seed, (list, tuple)) and len(seed) != len(texts):
             raise ConfigError(
@@ -244,12 +312,14 @@ class FKSteering:
             if pipe_kwargs.get(name) is not None:
                 raise ConfigError(
                     name,
-                    f"steering draws num_particles={self.num_particles} images per prompt; leave it out",
+                    f"steering draws num_particles={self.num_particles} images per prompt; leave "
+                    "it out",
                 )
         if pipe_kwargs.get("output_type") == "latent":
             raise ConfigError(
                 "output_type",
-                "'latent' gives no image to score; use pil, np or pt, and read the latents from result.latents",
+                "'latent' gives no image to score; use pil, np or pt, and read the latents from "
+                "result.latents",
             )
         if "prompt" in pipe_kwargs or "return_dict" in pipe_kwargs:
             name = "prompt" if "prompt" in pipe_kwargs else "return_dict"
@@ -281,7 +351,7 @@ class FKSteering:
         weighting: dict[str, Any],
         on_step: Callable[[StepTrace], None] | None,
     ) -> SteeringResult:
-        """One call of the pipeline."""
+        """Run one call of the pipeline."""
         started = time.perf_counter()
         groups, k = len(texts), self.num_particles
         models = Batches(
@@ -326,7 +396,8 @@ class FKSteering:
         arguments, k = dict(pipe_kwargs), self.num_particles
         embedded = arguments.get("prompt_embeds") is not None
         if embedded or "num_images_per_prompt" not in parameters:
-            # Pipelines disagree on whether embeddings are multiplied by num_images_per_prompt, so that is done here.
+            # Pipelines disagree on whether embeddings are multiplied by
+            # num_images_per_prompt, so that is done here.
             arguments = {
                 name: _repeat(name, value, len(texts), k) for name, value in arguments.items()
             }
@@ -353,14 +424,21 @@ def _seeds(seed: Any, generator: Any, prompts: int) -> list[int] | None:
 
 
 def _rows(values: Any, chosen: range, each: int) -> Any:
-    """The share of the chosen prompts of a sequence with `each` entries per prompt; anything else as it is."""
+    """Take the entries of the chosen prompts from a sequence with `each` entries per
+    prompt.
+
+    Anything else is returned as it is.
+    """
     if isinstance(values, (list, tuple)):
         return list(values)[chosen.start * each : chosen.stop * each]
     return values
 
 
 def _repeat(name: str, value: Any, prompts: int, k: int) -> Any:
-    """Texts and embeddings with one entry per prompt, once per particle; anything else as it is."""
+    """Repeat texts and embeddings with one entry per prompt, once per particle.
+
+    Anything else is returned as it is.
+    """
     if isinstance(value, list) and "prompt" in name and len(value) == prompts:
         return [text for text in value for _ in range(k)]
     if isinstance(value, Tensor) and name.endswith(("_embeds", "_mask")) and len(value) == prompts:
@@ -369,7 +447,12 @@ def _repeat(name: str, value: Any, prompts: int, k: int) -> Any:
 
 
 def _share(name: str, value: Any, chosen: range, prompts: int, k: int) -> Any:
-    """The share of the chosen prompts of an argument with one entry per prompt or per particle, told by its name and length."""
+    """Take the chosen prompts' share of an argument with one entry per prompt or
+    particle.
+
+    Its name and length tell whether it has such entries. Anything else is returned as
+    it is.
+    """
     if len(chosen) == prompts or not isinstance(value, (list, tuple, Tensor)):
         return value
     per_prompt = (

@@ -1,7 +1,9 @@
-"""Stochastic transitions of our own over a scheduler's time grid, for samplers that have none: generalised DDIM and the flow SDE.
+"""Stochastic steps over a scheduler's time grid, for samplers that have none.
 
-One formula covers DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12), Euler ancestral and their flow-matching counterpart: the posterior of
-``y' = alpha' x0 + sigma' eps'`` given ``y = alpha x0 + sigma eps``, its standard deviation scaled by eta.
+One formula covers DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12), Euler ancestral
+and their counterpart in flow matching. It is the posterior of ``y' = alpha' x0 + sigma'
+eps'`` given ``y = alpha x0 + sigma eps``, with its standard deviation scaled by eta.
+The flow SDE is the other kernel.
 """
 
 from __future__ import annotations
@@ -19,22 +21,32 @@ DEFAULT_ETA = {"ddim": 1.0, "ancestral": 1.0, "euler_maruyama": 0.7}
 
 
 def check_kernel(kernel: str | None, eta: float | None) -> float | None:
-    """The eta to use, or None without a kernel.
+    """Check a kernel and its eta, and return the eta to use.
+
+    Args:
+        kernel (`str`, *optional*): one of `KERNELS`, or ``auto``.
+        eta (`float`, *optional*): None takes the kernel's default.
+
+    Returns:
+        `float` or `None`: None without a kernel.
 
     Raises:
-        ConfigError: an unknown kernel; eta without a kernel, not positive, above 1 for DDIM, other than 1 for ancestral.
+        ConfigError: an unknown kernel; an eta without a kernel, not above 0, above 1
+            for ``ddim``, or other than 1 for ``ancestral``.
     """
     if kernel is None:
         if eta is not None:
             raise ConfigError(
                 "eta",
-                f"it belongs to kernel=, got eta={eta} without one; for the pipeline's own DDIM write pipe_kwargs eta={eta}",
+                f"it belongs to kernel=, got eta={eta} without one; for the pipeline's own DDIM "
+                f"write pipe_kwargs eta={eta}",
             )
         return None
     if kernel not in (*KERNELS, AUTO):
         raise ConfigError(
             "kernel",
-            f"expected one of {', '.join(KERNELS)}, {AUTO} or None (the pipeline's scheduler), got {kernel!r}",
+            f"expected one of {', '.join(KERNELS)}, {AUTO} or None (the pipeline's scheduler), "
+            f"got {kernel!r}",
         )
     kernel = "ddim" if kernel == AUTO else kernel
     value = DEFAULT_ETA[kernel] if eta is None else eta
@@ -46,7 +58,8 @@ def check_kernel(kernel: str | None, eta: float | None) -> float | None:
         limits = {"ddim": "in (0, 1]", "ancestral": "of 1", "euler_maruyama": "above 0"}[kernel]
         raise ConfigError(
             "eta",
-            f"expected a number {limits} for kernel={kernel!r}, got {eta!r}; at 0 particles would never separate",
+            f"expected a number {limits} for kernel={kernel!r}, got {eta!r}; at 0 particles would "
+            "never separate",
         )
     return value
 
@@ -59,15 +72,22 @@ def ddim_transition(
     eta: float,
     raw_x0: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """Mean and standard deviation of the generalised DDIM step: any (alpha, sigma) to any other.
+    """Compute mean and standard deviation of a generalised DDIM step.
 
-    ``std = eta (sigma'/sigma) sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)``, ``mean = alpha' x0 + sqrt(sigma'^2 - std^2) eps``.
+    It leads from any (alpha, sigma) to any other: ``std = eta (sigma'/sigma)
+    sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)`` and ``mean = alpha' x0 + sqrt(sigma'^2 -
+    std^2) eps``.
 
     Args:
-        x0, sample (`Tensor`): (n, ...), the clean prediction and y.
+        x0 (`Tensor`): clean predictions, (n, ...).
+        sample (`Tensor`): y, (n, ...).
         now, then (`Coordinates`): of y and of the result.
-        eta (`float`): 0 is deterministic, 1 ancestral.
-        raw_x0 (`Tensor`, *optional*): the clean prediction before clipping, from which the noise estimate follows; None takes `x0`.
+        eta (`float`): 0 is deterministic, 1 is ancestral.
+        raw_x0 (`Tensor`, *optional*): clean predictions before clipping, from which the
+            noise estimate follows. None takes `x0`.
+
+    Returns:
+        `tuple[Tensor, float]`: mean (n, ...) and deviation.
     """
     if then.sigma == 0 or now.sigma == 0:
         return then.alpha * x0, 0.0
@@ -87,16 +107,26 @@ def transition(
     then: Coordinates,
     raw_x0: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """Mean (n, ...) and standard deviation of one step of `kernel`; arguments as `ddim_transition`.
+    """Compute mean and standard deviation of one step of a kernel.
+
+    Args:
+        kernel (`str`): one of `KERNELS`.
+        eta (`float`): of the kernel.
+        model_output (`Tensor`): output of the network, (n, ...).
+        sample, x0, now, then, raw_x0: see `ddim_transition`.
+
+    Returns:
+        `tuple[Tensor, float]`: mean (n, ...) and deviation.
 
     Raises:
-        UserError: Euler-Maruyama on a scheduler that is not flow matching.
+        UserError: ``euler_maruyama`` on a scheduler that is not flow matching.
     """
     if kernel != "euler_maruyama":
         return ddim_transition(x0, sample, now, then, eta, raw_x0)
     if now.kind != "flow" or now.prediction != "flow":
         raise UserError(
-            "kernel: euler_maruyama is for flow-matching models; use kernel='ddim' for this scheduler"
+            "kernel: euler_maruyama is for flow-matching models; use kernel='ddim' for this "
+            "scheduler"
         )
     if then.sigma == 0:
         return x0, 0.0  # noise on the returned sample would only blur it
@@ -112,7 +142,17 @@ def draw(
     generator: torch.Generator | list[torch.Generator] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A sample of N(mean, std^2) in `dtype`; no number is drawn where std is 0."""
+    """Draw a sample of N(mean, std^2).
+
+    Args:
+        mean (`Tensor`): (n, ...).
+        std (`float`): at 0 no number is drawn.
+        generator (`torch.Generator` or one per row, *optional*): source of the noise.
+        dtype (`torch.dtype`): of the result.
+
+    Returns:
+        `Tensor`: (n, ...).
+    """
     if std == 0:
         return mean.to(dtype)
     from diffusers.utils.torch_utils import randn_tensor

@@ -1,4 +1,4 @@
-"""The lineage tree of a steered population as a picture: who was predicted to become what, who was copied, who died."""
+"""Draw the resampling genealogy of one prompt as a picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _MARGIN = 14
 
 
 class Population(Protocol):
-    """What `lineage_picture` reads of a `diffalign.steering.result.SteeringResult`."""
+    """The fields of a `diffalign.steering.result.SteeringResult` that the picture
+    needs.
+    """
 
     prompts: list[str]
     images: list[list[Any]]
@@ -44,30 +46,40 @@ class Population(Protocol):
 
 
 def surviving(ancestors: Sequence[Sequence[int]], num_particles: int) -> list[set[int]]:
-    """For every scored step the slots whose lineage reaches the end.
+    """Find the slots of every scored step whose lineage reaches the end.
 
     Args:
-        ancestors: per scored step, slot k goes on from slot ``ancestors[step][k]``.
+        ancestors (sequence): one row per scored step. Slot k goes on from slot
+            ``ancestors[step][k]``.
         num_particles (`int`): K.
+
+    Returns:
+        `list[set[int]]`: one set per scored step.
     """
     alive = set(range(num_particles))
-    found = []
+    survivors = []
     for step in reversed(ancestors):
         alive = {int(step[k]) for k in alive}
-        found.append(alive)
-    return found[::-1]
+        survivors.append(alive)
+    return survivors[::-1]
 
 
 def lineage_picture(result: Population, prompt: int = 0, *, cell: int | None = None) -> Image.Image:
-    """Draws one prompt's tree: columns are the scored steps and the returned images, rows the particle slots.
+    """Draw the resampling genealogy of one prompt.
 
-    Predicted images are shown before resampling, their reward beneath; lines run to the slots that went on from them. Lineages that reach the end are
-    drawn strong, the others pale; the returned image of highest reward is framed.
+    Columns are the scored steps and the returned images, rows are the particle slots.
+    Predicted images are shown before resampling, with their reward beneath. Lines run
+    to the slots that went on from them. Lineages that reach the end are drawn strong,
+    the others pale. The returned image of highest reward is framed.
 
     Args:
         result (`SteeringResult`): of a steering call.
-        prompt (`int`): index of the prompt.
-        cell (`int`, *optional*): side of a thumbnail in pixels; 96, and 64 beyond eight particles.
+        prompt (`int`, *optional*, defaults to `0`): index of the prompt.
+        cell (`int`, *optional*): side of a thumbnail in pixels. None is 96, and 64
+            beyond eight particles.
+
+    Returns:
+        `Image.Image`: RGB.
 
     Raises:
         IndexError: no such prompt.
@@ -125,24 +137,32 @@ def lineage_picture(result: Population, prompt: int = 0, *, cell: int | None = N
     for words in caption:
         draw.text((_MARGIN, y), words, fill=_INK, font=font)
         y += line + 4
-    numbers = f"lmbda {float(result.lmbda[prompt]):.3g}, log Z {float(result.log_z[prompt]):.3f}, {int(result.num_roots[prompt])} of {k} initial noises survive"
+    numbers = (
+        f"lmbda {float(result.lmbda[prompt]):.3g}, log Z {float(result.log_z[prompt]):.3f}, "
+        f"{int(result.num_roots[prompt])} of {k} initial noises survive"
+    )
     draw.text((_MARGIN, y), numbers, fill=_INK, font=small)
     return canvas
 
 
 def trace_picture(steps: Sequence[StepTrace], prompt: int = 0, *, cell: int = 96) -> Image.Image:
-    """`lineage_picture` of a run that is still going on: the scored steps so far, the lineages that are alive drawn strong.
+    """Draw the genealogy of one prompt while its run is still going on.
+
+    Lineages that are alive so far are drawn strong.
 
     Args:
-        steps: at least one.
-        prompt (`int`): index of the prompt.
-        cell (`int`): side of a thumbnail in pixels.
+        steps (sequence of `StepTrace`): the scored steps so far, at least one.
+        prompt (`int`, *optional*, defaults to `0`): index of the prompt.
+        cell (`int`, *optional*, defaults to `96`): side of a thumbnail in pixels.
+
+    Returns:
+        `Image.Image`: RGB.
     """
     return _Tree(steps, prompt, steps[0].rewards.shape[1], cell, 0).canvas
 
 
 class _Tree:
-    """The canvas with the columns of the scored steps and the lines between them."""
+    """The canvas, with the columns of the scored steps and the lines between them."""
 
     def __init__(
         self, steps: Sequence[StepTrace], prompt: int, k: int, side: int, caption_lines: int
@@ -192,7 +212,7 @@ class _Tree:
         return 2 * _MARGIN + steps * (side + max(40, side // 2)) + side + 8 * max(14, side // 6)
 
     def corner(self, j: int, slot: int) -> tuple[int, int]:
-        """Top left of a thumbnail."""
+        """Return the top left of a thumbnail."""
         return _MARGIN + j * (self.side + max(40, self.side // 2)), self.top + slot * self.pitch
 
 

@@ -1,7 +1,9 @@
-"""What a diffusers scheduler means by its latents: ``y = alpha x0 + sigma eps``, the clean prediction, and whether its step is random.
+"""Read what a diffusers scheduler means by its latents.
 
-Conventions of the installed schedulers (diffusers 0.42): variance-preserving ones index ``alphas_cumprod`` by timestep; DPM-Solver's family turns its sigmas into (alpha, sigma)
-itself; Euler's family keeps ``y = x0 + sigma eps``; flow matching is ``y = (1 - s) x0 + s eps`` with the velocity ``eps - x0``.
+The conventions are those of diffusers 0.42. Variance-preserving schedulers index
+``alphas_cumprod`` by timestep. The family of DPM-Solver turns its sigmas into (alpha,
+sigma) itself. Euler's family keeps ``y = x0 + sigma eps``. Flow matching is ``y = (1 -
+s) x0 + s eps``, with the velocity ``eps - x0``.
 """
 
 from __future__ import annotations
@@ -23,17 +25,19 @@ UNREACHABLE = {
     "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",
     "CogVideoXDPMPipeline": "the pipeline keeps the previous prediction in a variable of its own",
 }
-"""Classes with state per particle that cannot be permuted from outside."""
+"""Classes that keep state of each particle where nobody else can reorder it."""
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a latent stands: ``y = alpha x0 + sigma eps``.
+    """The noise level of a latent: ``y = alpha x0 + sigma eps``.
 
     Attributes:
-        alpha, sigma: coefficients.
-        prediction: what the model gives: ``epsilon``, ``v_prediction``, ``sample``, ``flow`` or ``edm``.
-        kind: ``vp``, ``ve`` or ``flow``.
+        alpha (`float`): share of the clean sample.
+        sigma (`float`): share of the noise.
+        prediction (`str`): what the model predicts: ``epsilon``, ``v_prediction``,
+            ``sample``, ``flow`` or ``edm``.
+        kind (`str`): ``vp``, ``ve`` or ``flow``.
     """
 
     alpha: float
@@ -47,7 +51,7 @@ def _names(scheduler: Any) -> list[str]:
 
 
 def _kind(scheduler: Any) -> str | None:
-    """Which convention a scheduler follows; None when it is none of those known."""
+    """Return which convention a scheduler follows, or None for an unknown one."""
     names = _names(scheduler)
     if hasattr(scheduler, "precondition_outputs"):
         return "edm"
@@ -65,7 +69,13 @@ def _kind(scheduler: Any) -> str | None:
 
 
 def step_index(scheduler: Any, timestep: Any) -> int:
-    """The scheduler's own position in its sigmas, initialised as its step would."""
+    """Return the scheduler's position in its sigmas, initialised as its step would do
+    it.
+
+    Args:
+        scheduler: of diffusers.
+        timestep: what the pipeline hands to its step.
+    """
     if getattr(scheduler, "step_index", None) is None:
         scheduler._init_step_index(timestep)
     return int(scheduler.step_index)
@@ -74,12 +84,15 @@ def step_index(scheduler: Any, timestep: Any) -> int:
 def read_coordinates(
     scheduler: Any, timestep: Any, position: int
 ) -> tuple[Coordinates, Coordinates]:
-    """The coordinates at this step and at the next point of the time grid.
+    """Read the noise levels at both ends of a step.
 
     Args:
-        scheduler: of diffusers, timesteps set.
+        scheduler: of diffusers, with its timesteps set.
         timestep: what the pipeline hands to its step.
         position (`int`): of this step in ``scheduler.timesteps``.
+
+    Returns:
+        `tuple[Coordinates, Coordinates]`: now, and at the next point of the time grid.
 
     Raises:
         UserError: a scheduler whose convention is not known.
@@ -101,7 +114,8 @@ def read_coordinates(
         return now, then
     if kind is None:
         raise UserError(
-            f"scheduler: the clean prediction of {type(scheduler).__name__} is not known here; give predict_x0=, or use DDIM, Euler ancestral, "
+            f"scheduler: the clean prediction of {type(scheduler).__name__} is not known here; "
+            "give predict_x0=, or use DDIM, Euler ancestral, "
             "DPM-Solver SDE or a flow-matching scheduler"
         )
     index = step_index(scheduler, timestep)
@@ -130,11 +144,19 @@ def read_coordinates(
 def clean_prediction(
     scheduler: Any, model_output: Tensor, sample: Tensor, at: Coordinates
 ) -> Tensor:
-    """x0hat in float32 (or wider) from the tensors of one step (Tweedie's formula in each parametrisation), before any clipping.
+    """Compute the clean prediction of one step, before any clipping.
+
+    It is Tweedie's formula in each parametrisation.
 
     Args:
-        model_output, sample (`Tensor`): (n, ...); a learned variance in the second half of the channels is dropped.
+        scheduler: of diffusers.
+        model_output (`Tensor`): (n, ...). A learned variance in the second half of the
+            channels is dropped.
+        sample (`Tensor`): (n, ...).
         at (`Coordinates`): of this step.
+
+    Returns:
+        `Tensor`: x0hat (n, ...), float32 or wider.
 
     Raises:
         UserError: a prediction type that is not known.
@@ -154,7 +176,8 @@ def clean_prediction(
     if at.prediction == "epsilon":
         return (y - at.sigma * out) / at.alpha
     if at.prediction == "v_prediction":
-        # In variance-exploding coordinates the model still speaks of the variance-preserving ones.
+        # In variance-exploding coordinates the model still speaks of the
+        # variance-preserving ones.
         norm = (at.alpha**2 + at.sigma**2) ** 0.5
         return (at.alpha * y / norm - at.sigma * out) / norm
     raise UserError(
@@ -163,7 +186,16 @@ def clean_prediction(
 
 
 def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
-    """A clean prediction as the scheduler uses it: thresholded or clamped where its configuration says so and its class does it."""
+    """Clip a clean prediction as the scheduler does it.
+
+    Args:
+        scheduler: of diffusers. It thresholds or clamps where its configuration says so
+            and its class does it.
+        x0 (`Tensor`): (n, ...).
+
+    Returns:
+        `Tensor`: (n, ...).
+    """
     takes = inspect.signature(type(scheduler).__init__).parameters
     solver = str(scheduler.config.get("algorithm_type", "dpmsolver++"))
     if "thresholding" in takes and scheduler.config.get("thresholding") and solver.endswith("++"):
@@ -173,44 +205,58 @@ def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
 
 
 def check_reachable(pipe: Any) -> None:
-    """Refuses pipelines and schedulers whose state per particle cannot be permuted from outside.
+    """Refuse a pipeline that keeps state of each particle where nobody else can reorder
+    it.
+
+    Args:
+        pipe: of diffusers.
 
     Raises:
-        UserError: a scheduler with hidden state, a model cache that is switched on, ``stochastic_sampling=True``.
+        UserError: a scheduler or pipeline with hidden state, or a model cache that is
+            switched on.
     """
     scheduler = pipe.scheduler
     for name in _names(scheduler):
         if name in UNREACHABLE:
             raise UserError(
-                f"scheduler: {name} cannot be steered, {UNREACHABLE[name]}; use kernel='ddim' on another scheduler"
+                f"scheduler: {name} cannot be steered, {UNREACHABLE[name]}; use kernel='ddim' on "
+                "another scheduler"
             )
     if "old_pred_original_sample" in inspect.signature(type(scheduler).step).parameters:
         raise UserError(
-            f"scheduler: {type(scheduler).__name__} cannot be steered, the pipeline keeps the previous prediction itself"
+            f"scheduler: {type(scheduler).__name__} cannot be steered, the pipeline keeps the "
+            "previous prediction itself"
         )
     for name in ("unet", "transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         if getattr(model, "is_cache_enabled", False):
             raise UserError(
-                f"{name}: its feature cache holds values per particle that resampling would mix up; call pipe.{name}.disable_cache()"
+                f"{name}: its feature cache holds values per particle that resampling would mix "
+                f"up; call pipe.{name}.disable_cache()"
             )
 
 
 def refuse_replaced_noise(scheduler: Any) -> None:
-    """Refuses flow matching's ``stochastic_sampling=True``, which never converges to the model's law.
+    """Refuse flow matching with ``stochastic_sampling=True``.
+
+    Such a sampler never converges to the model's distribution.
+
+    Args:
+        scheduler: of diffusers.
 
     Raises:
-        UserError: with what to use instead.
+        UserError: names what to use instead.
     """
     if scheduler.config.get("stochastic_sampling", False):
         raise UserError(
-            "scheduler: stochastic_sampling=True replaces all noise at every step and does not sample the model's law at any number of steps; "
+            "scheduler: stochastic_sampling=True replaces all noise at every step and does not "
+            "sample the model's law at any number of steps; "
             "use kernel='ddim' or kernel='euler_maruyama' on this scheduler"
         )
 
 
 def detached(scheduler: Any) -> Any:
-    """An independent copy of the scheduler as its class made it: without any ``step`` set on the instance."""
+    """Copy a scheduler as its class made it, without a ``step`` set on the instance."""
     clone = object.__new__(type(scheduler))
     clone.__dict__.update(
         {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "step"}
@@ -219,33 +265,40 @@ def detached(scheduler: Any) -> Any:
 
 
 def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 0) -> bool:
-    """Whether two steps, taken twice with different seeds on copies of the scheduler, give different samples.
+    """Test whether a scheduler adds noise as it is called.
 
-    Two steps, because second-order schedulers add their noise in the second half of an interval.
+    Two steps are taken twice, with different seeds, on copies of the scheduler. Two,
+    because second-order schedulers add their noise in the second half of an interval.
 
     Args:
-        arguments: of `scheduler.step` by name, as the pipeline gave them; only the first row is used.
-        position (`int`): of this step in ``scheduler.timesteps``.
+        scheduler: of diffusers, with its timesteps set.
+        arguments (`Mapping`): of its step by name, as the pipeline gave them. Only the
+            first row is used.
+        position (`int`, *optional*, defaults to `0`): of this step in
+            ``scheduler.timesteps``.
+
+    Returns:
+        `bool`: whether the results differ.
     """
     outcomes = []
     for seed in (1, 2):
-        clone, given = detached(scheduler), dict(arguments)
+        clone, row = detached(scheduler), dict(arguments)
         for name in ("model_output", "sample"):
-            given[name] = given[name][:1]
-        given |= (
+            row[name] = row[name][:1]
+        row |= (
             {"generator": torch.Generator("cpu").manual_seed(seed)}
             if "generator" in step_parameters(scheduler)
             else {}
         )
-        given["return_dict"] = False
-        device = given["sample"].device
+        row["return_dict"] = False
+        device = row["sample"].device
         with seeded(seed, device):
             for timestep in clone.timesteps[position : position + 2]:
-                given["sample"] = type(clone).step(clone, **{**given, "timestep": timestep})[0]
-        outcomes.append(given["sample"])
+                row["sample"] = type(clone).step(clone, **{**row, "timestep": timestep})[0]
+        outcomes.append(row["sample"])
     return not torch.equal(*outcomes)
 
 
 def step_parameters(scheduler: Any) -> list[str]:
-    """Names of the arguments of the scheduler's step."""
+    """List the names of the arguments of the scheduler's step."""
     return list(inspect.signature(type(scheduler).step).parameters)

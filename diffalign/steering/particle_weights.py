@@ -1,8 +1,11 @@
-"""Weights of a particle population: potentials, tempering, resampling and the normalising constant, vectorised over groups.
+"""Weights of a particle population: potentials, tempering, resampling and log Z.
 
-The Feynman-Kac identity (Singhal et al. 2025, arXiv 2501.06848; `docs/steering.md`): whatever the intermediate potentials G are, the terminal one is
-``lambda r(x) - A`` with A the sum of log G along the lineage, so that their product is exp(lambda r) of the returned sample. All arithmetic is in
-float64 in the log domain on the CPU.
+By the Feynman-Kac identity (Singhal et al. 2025, arXiv 2501.06848, and
+`docs/steering.md`), the terminal potential is ``lambda r(x) - A``. A is the sum of log
+G over the intermediate potentials G along the lineage. Whatever these were, the product
+of all potentials is exp(lambda r) of the returned sample.
+
+All arithmetic is in float64 in the log domain on the CPU, vectorised over groups.
 """
 
 from __future__ import annotations
@@ -18,25 +21,33 @@ from .resampling import SCHEMES, Generators, ess, resample
 
 POTENTIALS = ("diff", "max", "sum", "rt", "max_inc", "tempered")
 FLOOR_NATS = 10.0
-"""An intermediate reward of -inf or NaN counts as this many nats under the lowest finite one of its group: an estimate must not remove support."""
+"""How far an intermediate reward of -inf or NaN counts under the lowest finite one.
+
+In nats, within its group. It is finite because an estimate must not remove support.
+"""
 MAX_CHOSEN_NATS = 10.0
-"""`ess_target` chooses lambda so that best and worst differ by at most this."""
+"""Largest difference between best and worst for which `ess_target` chooses lambda."""
 
 
 def log_potential(
     kind: str, rewards: Tensor, state: Tensor, lmbda: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """One intermediate potential.
+    """Compute one intermediate potential.
 
     Args:
         kind (`str`): one of `POTENTIALS`.
-        rewards (`Tensor`): (groups, k), finite: r(x0hat) at this step.
-        state (`Tensor`): (groups, k), what the lineage remembers; `initial_state` at the start.
-        lmbda (`Tensor`): broadcastable to (groups, k), >= 0.
-        scale (`float`): the temperature c_i of ``tempered``, in [0, 1].
+        rewards (`Tensor`): r(x0hat) at this step, finite, (groups, k).
+        state (`Tensor`): what the lineages remember, (groups, k). It begins as
+            `initial_state`.
+        lmbda (`Tensor`): the tilt, >= 0, broadcastable to (groups, k).
+        scale (`float`, *optional*, defaults to `1.0`): the temperature c_i of
+            ``tempered``, in [0, 1].
 
     Returns:
-        (log G (groups, k), the new state (groups, k)).
+        `tuple[Tensor, Tensor]`: log G and the new state, each (groups, k).
+
+    Raises:
+        ConfigError: unknown potential.
     """
     if kind == "diff":
         return lmbda * (rewards - state), rewards
@@ -59,17 +70,33 @@ def log_potential(
 
 
 def initial_state(kind: str, shape: tuple[int, int]) -> Tensor:
-    """What a lineage remembers before anything was scored: -inf for running maxima (no floor under rewards), else 0."""
+    """Return what a lineage remembers before anything was scored.
+
+    Args:
+        kind (`str`): one of `POTENTIALS`.
+        shape (`tuple[int, int]`): (groups, k).
+
+    Returns:
+        `Tensor`: -inf for running maxima, so that rewards have no floor, and 0 for the
+            others.
+    """
     return torch.full(shape, -math.inf if kind in ("max", "max_inc") else 0.0, dtype=torch.float64)
 
 
 def solve_exponent(log_weights: Tensor, values: Tensor, target: float, highest: Tensor) -> Tensor:
-    """The largest c in [0, highest] with ESS(log_weights + c values) >= target, by bisection; (groups,).
+    """Find the largest exponent at which a population keeps its effective sample size.
+
+    It is the largest c in [0, highest] with ESS(log_weights + c values) >= target,
+    found by bisection.
 
     Args:
-        log_weights, values (`Tensor`): (groups, k), values finite.
-        target (`float`): of the effective sample size, in particles.
+        log_weights (`Tensor`): (groups, k).
+        values (`Tensor`): finite, (groups, k).
+        target (`float`): effective sample size, in particles.
         highest (`Tensor`): (groups,).
+
+    Returns:
+        `Tensor`: c, (groups,).
     """
     low, high = torch.zeros_like(highest), highest.clone()
     fits = ess(log_weights + high[:, None] * values) >= target
@@ -81,31 +108,45 @@ def solve_exponent(log_weights: Tensor, values: Tensor, target: float, highest: 
 
 
 class ParticleWeights:
-    """The weights of `groups` independent populations of `num_particles`, from start to end.
+    """The weights of several independent populations, from start to end.
 
-    Per scored step call `update`, then `resample`; per tilted proposal `add_log_ratio`; at the end `finish`.
+    Call `update` and then `resample` at every scored step, `add_log_ratio` for every
+    tilted proposal, and `finish` at the end.
 
     Args:
-        groups, num_particles (`int`): sizes, at least 1.
-        lmbda (`float`, sequence or `Tensor`, *optional*): the tilt, >= 0, one or one per group; the target is p(x) exp(lmbda r(x)) / Z.
-        ess_target (`float`, *optional*): instead of `lmbda`: each group takes the lmbda at which ESS is this share of its particles at the first
-            scored step where their rewards differ. From there on lmbda is fixed.
-        potential (`str`): ``diff``, ``max``, ``sum``, ``rt``, ``max_inc`` or ``tempered``.
-        scheme (`str`): of resampling.
-        ess_threshold (`float`, *optional*): resample where ESS is under this share of k; 1 or None is always (unless flat), 0 never.
-        adaptive_tempering (`float`, *optional*): take the largest c <= 1 with ESS at least this share of k and apply G^c. Above `ess_threshold` it
-            keeps the population from ever being resampled; at or under it, every step at which it acts is resampled.
-        temperatures (sequence of `float`, *optional*): c_i of ``tempered``, one per scored step.
-        generator: of resampling, one or one per group.
+        groups (`int`): populations, at least 1.
+        num_particles (`int`): particles of each, k, at least 1.
+        lmbda (`float`, sequence or `Tensor`, *optional*): the tilt, >= 0, one or one
+            per group. The target is p(x) exp(lmbda r(x)) / Z.
+        ess_target (`float`, *optional*): in place of `lmbda`: each group takes the
+            lmbda at which the effective sample size is this share of its particles, at
+            the first scored step where their rewards differ. From there on lmbda is
+            fixed.
+        potential (`str`, *optional*, defaults to `"diff"`): one of `POTENTIALS`.
+        scheme (`str`, *optional*, defaults to `"systematic"`): of resampling, one of
+            `SCHEMES`.
+        ess_threshold (`float`, *optional*, defaults to `0.5`): resample where the
+            effective sample size is under this share of k. 1 or None resamples always
+            (unless weights are flat), 0 never.
+        adaptive_tempering (`float`, *optional*): take the largest c <= 1 at which the
+            effective sample size is at least this share of k, and apply G^c. Above
+            `ess_threshold`, the population is never resampled. At or under it, every
+            step at which tempering acts is resampled.
+        temperatures (sequence of `float`, *optional*): c_i of ``tempered``, one per
+            scored step.
+        generator (`torch.Generator` or one per group, *optional*): of resampling.
 
     Attributes:
-        log_z: (groups,) estimate of log E[exp(lmbda r)].
-        applied: (groups, k), A: the sum of log G along each lineage.
-        roots: (groups, k) int64, the initial particle each one descends from.
-        lmbda: (groups,); NaN where `ess_target` has not chosen yet.
-        degenerate: (groups,) bool: every terminal reward was -inf, weights are flat and log_z is -inf.
-        nan_count: rewards that were NaN.
-        resampled: (groups,) bool, which groups the last call of `resample` resampled.
+        log_z (`Tensor`): estimate of log E[exp(lmbda r)], (groups,).
+        applied (`Tensor`): A, the sum of log G along each lineage, (groups, k).
+        roots (`Tensor`): the initial particle that each one descends from, int64
+            (groups, k).
+        lmbda (`Tensor`): (groups,). NaN where `ess_target` has not chosen yet.
+        degenerate (`Tensor`): whether every terminal reward was -inf, bool (groups,).
+            Weights are then flat and log_z is -inf.
+        nan_count (`int`): rewards that were NaN.
+        resampled (`Tensor`): whether the last call of `resample` resampled the group,
+            bool (groups,).
 
     Raises:
         ConfigError: an option out of range.
@@ -162,23 +203,27 @@ class ParticleWeights:
 
     @property
     def log_weights(self) -> Tensor:
-        """(groups, k) float64, normalised."""
+        """Normalised log weights, float64 (groups, k)."""
         return self._log - self._log.logsumexp(1, keepdim=True)
 
     @property
     def weights(self) -> Tensor:
-        """(groups, k), each group summing to 1."""
+        """Normalised weights, (groups, k). Each group sums to 1."""
         return self.log_weights.exp()
 
     def update(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
-        """Applies the potential of one scored step; returns log G (groups, k) as applied.
+        """Apply the potential of one scored step.
 
         Args:
-            rewards (`Tensor`): (groups, k) at x0hat; NaN counts as -inf, and -inf as a finite floor.
-            blank (`Tensor`, *optional*): (groups, k) bool, where there is no image; such particles get weight 0.
+            rewards (`Tensor`): at x0hat, (groups, k). NaN counts as -inf, and -inf as a
+                finite floor.
+            blank (`Tensor`, *optional*): where there is no image, bool (groups, k).
+
+        Returns:
+            `Tensor`: log G as it was applied, (groups, k).
 
         Raises:
-            UserError: a reward of +inf, a group of NaN only, a wrong shape.
+            UserError: a reward of +inf, a group of NaN only, or a wrong shape.
         """
         rewards, alive = self._floored(self._read(rewards, blank))
         active = torch.where(alive, self._lambda(rewards, alive), torch.zeros(()).double())
@@ -211,11 +256,26 @@ class ParticleWeights:
         return log_g
 
     def add_log_ratio(self, log_ratio: Tensor) -> None:
-        """log p - log tau (groups, k) of a step drawn from a tilted proposal tau instead of p; to be called at every such step."""
+        """Correct the weights for a step that was drawn from a tilted proposal.
+
+        Call it at every such step.
+
+        Args:
+            log_ratio (`Tensor`): log p - log tau, (groups, k), where tau is the
+                proposal.
+        """
         self._pending = self._pending + torch.as_tensor(log_ratio).detach().to("cpu", torch.float64)
 
     def resample(self) -> Tensor | None:
-        """Ancestors (groups, k) int64 where some group is under the threshold (identity for the others), else None; takes its own state along."""
+        """Resample the groups whose effective sample size is under the threshold.
+
+        The state of the weights follows the ancestors. The caller must reorder its
+        particles.
+
+        Returns:
+            `Tensor` or `None`: ancestors, int64 (groups, k), the identity for the other
+                groups. None where no group is resampled.
+        """
         size = ess(self.log_weights)
         k = self.shape[1]
         # Flat weights are never resampled: it could only lose lineages.
@@ -226,7 +286,8 @@ class ParticleWeights:
         if generator is None or isinstance(generator, torch.Generator):
             drawn = resample(self.weights, self.scheme, generator=generator)
         else:
-            # Only the groups concerned draw numbers, so that a group's stream does not depend on the others.
+            # Only the groups concerned draw numbers, so that a group's stream does not
+            # depend on the others.
             drawn = torch.zeros(self.shape, dtype=torch.int64)
             picked = needed.nonzero().flatten().tolist()
             drawn[needed] = resample(
@@ -237,15 +298,24 @@ class ParticleWeights:
             x.gather(1, ancestors) for x in (self.applied, self.state, self.roots)
         )
         self._log = torch.where(needed[:, None], torch.zeros_like(self._log), self._log)
-        # A pending ratio was folded into the weights by the update before; it is zero here unless the caller skipped that.
+        # A pending ratio was folded into the weights by the update before; it is zero
+        # here unless the caller skipped that.
         self._pending = self._pending.gather(1, ancestors)
         return ancestors
 
     def finish(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:
-        """Closes the product with the rewards (groups, k) of the returned samples; returns the terminal log G.
+        """Apply the terminal potential, from the rewards of the returned samples.
+
+        Args:
+            rewards (`Tensor`): (groups, k). -inf is allowed here, as a hard constraint.
+            blank (`Tensor`, *optional*): where there is no image, bool (groups, k).
+                Such particles get weight 0.
+
+        Returns:
+            `Tensor`: the terminal log G, (groups, k).
 
         Raises:
-            UserError: as `update`. -inf is legal here: a hard constraint.
+            UserError: a reward of +inf, a group of NaN only, or a wrong shape.
         """
         rewards = self._read(rewards, blank)
         alive = torch.isfinite(rewards).any(1)
@@ -268,7 +338,8 @@ class ParticleWeights:
         top = total.amax(1, keepdim=True)
         dead = torch.isneginf(top)
         shifted = torch.where(dead, torch.zeros_like(total), total - top)
-        # A difference of two sums: where nothing was weighed it is zero to the last bit.
+        # A difference of two sums: where nothing was weighed it is zero to the last
+        # bit.
         self.log_z = self.log_z + top[:, 0] + shifted.logsumexp(1) - self._log.logsumexp(1)
         self.degenerate |= dead[:, 0]
         self._log = shifted
@@ -278,11 +349,13 @@ class ParticleWeights:
         rewards = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
         if rewards.shape != self.shape:
             raise UserError(
-                f"reward: expected {self.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}"
+                f"reward: expected {self.shape} numbers (groups, particles), got shape "
+                f"{tuple(rewards.shape)}"
             )
         if torch.isposinf(rewards).any():
             raise UserError(
-                "reward: the scorer returned +inf, which no finite weight can follow; return a finite number"
+                "reward: the scorer returned +inf, which no finite weight can follow; return a "
+                "finite number"
             )
         missing = torch.isnan(rewards)
         blank = torch.zeros_like(missing) if blank is None else blank
@@ -292,7 +365,8 @@ class ParticleWeights:
         if silent.any():
             group = int(silent.nonzero()[0])
             raise UserError(
-                f"reward: the scorer returned NaN for every particle of group {group}; check its inputs, or return -inf for 'impossible'"
+                f"reward: the scorer returned NaN for every particle of group {group}; check its "
+                "inputs, or return -inf for 'impossible'"
             )
         self.nan_count += int(missing.sum())
         return torch.where(missing, torch.full_like(rewards, -math.inf), rewards)
@@ -302,14 +376,17 @@ class ParticleWeights:
         return torch.nan_to_num(finite.amin(1, keepdim=True), posinf=0.0)
 
     def _floored(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """(finite rewards, groups with at least one finite reward)."""
+        """Return finite rewards, and which groups have at least one finite reward."""
         finite = torch.isfinite(rewards)
         known = torch.nan_to_num(self.lmbda)[:, None]
         gap = torch.where(known > 0, FLOOR_NATS / known.clamp(min=1e-300), torch.zeros_like(known))
         return torch.where(finite, rewards, self._lowest(rewards) - gap), finite.any(1)
 
     def _lambda(self, rewards: Tensor, alive: Tensor) -> Tensor:
-        """lmbda (groups,), chosen now where it is still open and the rewards differ; NaN where it stays open."""
+        """Return lmbda (groups,), chosen now where it is open and the rewards differ.
+
+        It is NaN where it stays open.
+        """
         if self.ess_target is None:
             return self.lmbda
         spread = rewards.amax(1) - rewards.amin(1)
@@ -321,10 +398,10 @@ class ParticleWeights:
                 spread,
             )
             centred = rewards - rewards.amax(1, keepdim=True)
-            found = solve_exponent(
+            exponents = solve_exponent(
                 self.log_weights + self._pending, centred, self.ess_target * self.shape[1], highest
             )
-            self.lmbda = torch.where(now, found, self.lmbda)
+            self.lmbda = torch.where(now, exponents, self.lmbda)
         return self.lmbda
 
 
@@ -339,7 +416,11 @@ def check_options(
     adaptive_tempering: float | None = None,
     temperatures: Sequence[float] | None = None,
 ) -> None:
-    """Raises `ConfigError` for the first option of `ParticleWeights` that is out of range."""
+    """Check the options of `ParticleWeights`, which explains them.
+
+    Raises:
+        ConfigError: names the first option that is out of range.
+    """
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
         raise ConfigError("num_particles", f"expected int >= 1, got {num_particles!r}")
     if (lmbda is None) == (ess_target is None):
@@ -356,7 +437,8 @@ def check_options(
         if values.ndim > 1 or not torch.isfinite(values).all() or (values < 0).any():
             raise ConfigError(
                 "lmbda",
-                f"expected a finite number >= 0 (or one per group), got {lmbda!r}; negate the reward to lower it",
+                f"expected a finite number >= 0 (or one per group), got {lmbda!r}; negate the "
+                "reward to lower it",
             )
     if potential not in POTENTIALS:
         raise ConfigError(
@@ -372,7 +454,8 @@ def check_options(
     if ess_threshold is not None and not ess_threshold >= 0:
         raise ConfigError(
             "ess_threshold",
-            f"expected a share of the particles >= 0 (0 never resamples, 1 always), got {ess_threshold!r}",
+            "expected a share of the particles >= 0 (0 never resamples, 1 always), got "
+            f"{ess_threshold!r}",
         )
     if adaptive_tempering is not None and not 0 < adaptive_tempering < 1:
         raise ConfigError(

@@ -1,6 +1,8 @@
-"""Resampling schemes and the effective sample size: pure functions of weights and uniform numbers.
+"""Resampling schemes and the effective sample size.
 
-Schemes as in Douc, Cappe & Moulines 2005 (arXiv cs/0507025). All of them are unbiased: particle k is copied K * weight_k times on average.
+They are pure functions of weights and uniform numbers. The schemes are those of Douc,
+Cappe & Moulines 2005 (arXiv cs/0507025). All are unbiased: particle k is copied K *
+weight_k times on average.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def ess(log_weights: Tensor) -> Tensor:
-    """Effective sample size 1 / sum W^2 of each group, (groups, k) -> (groups,) float64 in [1, k].
+    """Compute the effective sample size 1 / sum W^2 of each group.
 
     Args:
-        log_weights (`Tensor`): (groups, k), normalised or not; -inf is a weight of zero. A group of zeros counts as flat.
+        log_weights (`Tensor`): (groups, k), normalised or not. -inf is a weight of
+            zero. A group of zeros counts as flat.
+
+    Returns:
+        `Tensor`: (groups,) float64 in [1, k].
     """
     log_weights = log_weights.double()
     dead = torch.isneginf(log_weights).all(-1, keepdim=True)
@@ -36,20 +42,26 @@ def resample(
     generator: Generators = None,
     uniforms: Tensor | None = None,
 ) -> Tensor:
-    """Draws ancestors.
+    """Draw the ancestors of the next generation.
 
     Args:
         weights (`Tensor`): (groups, k), not negative, of any positive sum.
-        scheme (`str`): ``systematic`` (one uniform number per group), ``stratified``, ``residual`` or ``multinomial`` (k of them).
-        generator (`torch.Generator` or one per group): where uniform numbers come from; None is torch's global one. With one per group, a
-            group's ancestors do not depend on the others.
-        uniforms (`Tensor`, *optional*): the uniform numbers themselves, in [0, 1): (groups,) or (groups, 1) for systematic, else (groups, k).
+        scheme (`str`, *optional*, defaults to `"systematic"`): ``systematic`` (one
+            uniform number per group), ``stratified``, ``residual`` or ``multinomial``
+            (k of them).
+        generator (`torch.Generator` or one per group, *optional*): source of the
+            uniform numbers. None is torch's global one. With one per group, a group's
+            ancestors do not depend on the others.
+        uniforms (`Tensor`, *optional*): the uniform numbers themselves, in [0, 1):
+            (groups,) or (groups, 1) for ``systematic``, else (groups, k).
 
     Returns:
-        `Tensor`: int64 (groups, k), local to the group: slot j continues particle ``ancestors[g, j]``.
+        `Tensor`: int64 (groups, k). Slot j continues particle ``ancestors[g, j]`` of
+            its group g.
 
     Raises:
-        ConfigError: an unknown scheme, weights that are negative, NaN or all zero, uniform numbers of the wrong shape or out of range.
+        ConfigError: an unknown scheme; weights that are negative, NaN or all zero;
+            uniform numbers of the wrong shape or out of range.
     """
     if scheme not in SCHEMES:
         raise ConfigError("scheme", f"expected one of {', '.join(SCHEMES)}, got {scheme!r}")
@@ -72,7 +84,8 @@ def resample(
         if uniforms.shape != (groups, count) or (uniforms < 0).any() or (uniforms >= 1).any():
             raise ConfigError(
                 "uniforms",
-                f"expected {(groups, count)} numbers in [0, 1) for {scheme}, got shape {tuple(uniforms.shape)}",
+                f"expected {(groups, count)} numbers in [0, 1) for {scheme}, got shape "
+                f"{tuple(uniforms.shape)}",
             )
     if scheme == "multinomial":
         return _invert(weights, uniforms)
@@ -98,15 +111,20 @@ def _uniforms(groups: int, count: int, generator: Generators) -> Tensor:
 
 
 def _invert(weights: Tensor, points: Tensor) -> Tensor:
-    """The particles in whose share of the cumulated weights the points (groups, n) in [0, 1) lie."""
+    """Find the particles whose share of the cumulated weights holds the points.
+
+    The points are (groups, n) in [0, 1).
+    """
     cumulated = weights.cumsum(1)
     cumulated = cumulated / cumulated[:, -1:]
-    # The right side: on the left one, a point on a boundary would pick a particle of weight zero.
-    found = torch.searchsorted(cumulated, points.contiguous(), right=True)
-    # A point that rounding put beyond the end belongs to the last particle that has weight.
+    # The right side: on the left one, a point on a boundary would pick a particle of
+    # weight zero.
+    particles = torch.searchsorted(cumulated, points.contiguous(), right=True)
+    # A point that rounding put beyond the end belongs to the last particle that has
+    # weight.
     alive = weights > 0
     last = weights.shape[1] - 1 - alive.flip(1).to(torch.int8).argmax(1, keepdim=True)
-    return torch.minimum(found, last)
+    return torch.minimum(particles, last)
 
 
 def _residual(weights: Tensor, uniforms: Tensor, rounding: float) -> Tensor:
@@ -116,8 +134,8 @@ def _residual(weights: Tensor, uniforms: Tensor, rounding: float) -> Tensor:
     rest = (expected - copies).clamp(min=0)
     total = copies.sum(1, keepdim=True)
     slots = torch.arange(k, dtype=torch.float64).expand_as(weights).contiguous()
-    kept = torch.searchsorted(copies.cumsum(1), slots, right=True).clamp(max=k - 1)
+    copied = torch.searchsorted(copies.cumsum(1), slots, right=True).clamp(max=k - 1)
     rest = torch.where(
         rest.sum(1, keepdim=True) > 0, rest, weights
     )  # nothing left over: no slot reads it
-    return torch.where(slots < total, kept, _invert(rest, uniforms))
+    return torch.where(slots < total, copied, _invert(rest, uniforms))

@@ -1,4 +1,4 @@
-"""What a steering call returns: a weighted population per prompt, with its lineage."""
+"""The result of a steering call: a weighted population per prompt, with its lineage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .smc import count_roots
 from .step_trace import StepTrace
 
 MIN_ESS = 1.5
-"""A population whose effective sample size ever fell under this has collapsed."""
+"""A population has collapsed when its effective sample size ever fell under this."""
 
 
 @dataclass
@@ -24,24 +24,28 @@ class SteeringResult:
     """A weighted sample of p(x) exp(lmbda r(x)) / Z for every prompt.
 
     Attributes:
-        prompts: P of them.
+        prompts (`list[str]`): P of them.
         images: [prompt][particle], as the pipeline returned them.
-        rewards: (P, K) float64, of these images.
-        log_weights: (P, K), normalised per prompt.
-        log_z: (P,), the estimate of log E[exp(lmbda r)], unbiased as exp(log_z) for a given lmbda.
-        lmbda: (P,), given or chosen by `ess_target`.
-        roots: (P, K) int64, the initial noise each particle descends from.
-        applied: (P, K), the product of all potentials along the lineage, logged: equals lmbda * rewards.
-        degenerate: (P,) bool, every terminal reward was -inf.
-        steps: the scored steps in order.
-        final_ess: (P,), after the terminal weights.
-        latents: (P, K, ...), the final latents.
-        counts: model_rows, model_calls, decodes (intermediate), reward_calls, scored_images.
-        seconds: total, decode, reward.
-        nan_count: rewards that were NaN and counted as -inf.
-        warnings: sentences about collapsed populations.
-        seed: what the streams were made from, when no generator was given.
-        kernel: what stepped: one of ours, or None for the pipeline's scheduler.
+        rewards (`Tensor`): of these images, float64 (P, K).
+        log_weights (`Tensor`): normalised per prompt, (P, K).
+        log_z (`Tensor`): estimate of log E[exp(lmbda r)], (P,). For a given lmbda,
+            exp(log_z) is unbiased.
+        lmbda (`Tensor`): given, or chosen by `ess_target`, (P,).
+        roots (`Tensor`): the initial noise that each particle descends from, int64 (P,
+            K).
+        applied (`Tensor`): sum of all log potentials along the lineage, (P, K). It
+            equals lmbda * rewards.
+        degenerate (`Tensor`): whether every terminal reward was -inf, bool (P,).
+        steps (`list[StepTrace]`): the scored steps in order.
+        final_ess (`Tensor`): effective sample size after the terminal weights, (P,).
+        latents (`Tensor`): the final latents, (P, K, ...).
+        counts (`dict[str, int]`): model_rows, model_calls, decodes (intermediate),
+            reward_calls, scored_images.
+        seconds (`dict[str, float]`): total, decode, reward.
+        nan_count (`int`): rewards that were NaN and counted as -inf.
+        warnings (`list[str]`): sentences about collapsed populations.
+        seed: what the streams were made from. None where a generator was given.
+        kernel (`str`, *optional*): what stepped. None is the pipeline's scheduler.
     """
 
     prompts: list[str]
@@ -65,12 +69,15 @@ class SteeringResult:
 
     @property
     def weights(self) -> Tensor:
-        """(P, K), each row summing to 1."""
+        """Normalised weights, (P, K). Each row sums to 1."""
         return self.log_weights.exp()
 
     @property
     def best_index(self) -> Tensor:
-        """(P,) int64: the particle of highest reward. A sample of the maximum, not of the tilted law: see `draw`."""
+        """The particle of highest reward of each prompt, int64 (P,).
+
+        It is the maximum of the sample. `draw` samples the tilted distribution.
+        """
         return self.rewards.nan_to_num(nan=-math.inf, neginf=-math.inf).argmax(1)
 
     @property
@@ -80,42 +87,62 @@ class SteeringResult:
 
     @property
     def ancestors(self) -> Tensor:
-        """(S, P, K) int64."""
-        own = torch.zeros(0, *self.rewards.shape, dtype=torch.int64)
-        return torch.stack([step.ancestors for step in self.steps]) if self.steps else own
+        """The ancestors at all S scored steps, int64 (S, P, K)."""
+        empty = torch.zeros(0, *self.rewards.shape, dtype=torch.int64)
+        return torch.stack([step.ancestors for step in self.steps]) if self.steps else empty
 
     @property
     def ess(self) -> Tensor:
-        """(S + 1, P): after each reweighting, the last one terminal."""
+        """The effective sample size after each reweighting, (S + 1, P). The last is
+        terminal.
+        """
         return torch.stack([*(step.ess for step in self.steps), self.final_ess])
 
     @property
     def num_roots(self) -> Tensor:
-        """(P,): how many initial noises still have descendants."""
+        """How many initial noises still have descendants, (P,)."""
         return count_roots(self.roots)
 
     def draw(self, generator: Generators = None) -> list[Any]:
-        """One image per prompt, drawn by its weight: a sample of the tilted law up to O(1/K).
+        """Draw one image per prompt by its weight.
+
+        It is a sample of the tilted distribution up to O(1/K).
 
         Args:
-            generator: one, or one per prompt.
+            generator (`torch.Generator` or one per prompt, *optional*): None is torch's
+                global one.
+
+        Returns:
+            `list`: one image per prompt.
         """
         chosen = resample(self.weights, "multinomial", generator=generator)[:, 0]
         return [row[int(k)] for row, k in zip(self.images, chosen, strict=True)]
 
     def resample(self, generator: Generators = None, scheme: str = "systematic") -> list[list[Any]]:
-        """K equally weighted images per prompt, with repetitions, [prompt][slot]."""
+        """Draw K equally weighted images per prompt, with repetitions.
+
+        Args:
+            generator (`torch.Generator` or one per prompt, *optional*): None is torch's
+                global one.
+            scheme (`str`, *optional*, defaults to `"systematic"`): one of `SCHEMES`.
+
+        Returns:
+            `list[list]`: [prompt][slot].
+        """
         picks = resample(self.weights, scheme, generator=generator)
         return [
             [row[int(k)] for k in chosen] for row, chosen in zip(self.images, picks, strict=True)
         ]
 
     def plot(self, prompt: int = 0, path: str | Path | None = None) -> Image.Image:
-        """The lineage tree of one prompt: predicted images at the scored steps, who descends from whom, rewards and weights.
+        """Draw the resampling genealogy of one prompt, see `lineage_picture`.
 
         Args:
-            prompt (`int`): its index.
-            path (*optional*): also written there.
+            prompt (`int`, *optional*, defaults to `0`): index of the prompt.
+            path (`str` or `Path`, *optional*): a file that the picture is written to.
+
+        Returns:
+            `Image.Image`: the picture.
         """
         from .lineage import lineage_picture
 
@@ -125,10 +152,14 @@ class SteeringResult:
         return picture
 
     def find_collapse(self) -> list[str]:
-        """Sentences about prompts whose population collapsed; empty for one particle."""
+        """Describe the prompts whose population collapsed.
+
+        Returns:
+            `list[str]`: sentences. Empty where none collapsed, and for one particle.
+        """
         if self.rewards.shape[1] == 1:
             return []
-        said = []
+        sentences = []
         total = len(self.prompts)
         single = (
             int((self.num_roots == 1).sum())
@@ -136,21 +167,27 @@ class SteeringResult:
             else 0
         )
         if single:
-            said.append(
-                f"{single} of {total} prompts: all particles descend from one initial noise; they differ little, "
+            sentences.append(
+                f"{single} of {total} prompts: all particles descend from one initial noise; they "
+                "differ little, "
                 "lower lmbda, resample later or give ess_target to keep more"
             )
         low = int((self.ess.min(0).values < MIN_ESS).sum())
         if low:
-            said.append(
-                f"{low} of {total} prompts: the effective sample size fell under {MIN_ESS} of {self.rewards.shape[1]}; "
+            sentences.append(
+                f"{low} of {total} prompts: the effective sample size fell under {MIN_ESS} of "
+                f"{self.rewards.shape[1]}; "
                 "lmbda is large for this scorer's spread, see docs/steering.md"
             )
-        return said
+        return sentences
 
     @classmethod
     def merged(cls, parts: list[SteeringResult]) -> SteeringResult:
-        """The results of several calls, prompt after prompt."""
+        """Join the results of several calls, prompt after prompt.
+
+        Args:
+            parts (`list[SteeringResult]`): at least one, with equal scored steps.
+        """
         if len(parts) == 1:
             return parts[0]
 

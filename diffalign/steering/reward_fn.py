@@ -1,4 +1,4 @@
-"""Rewards of particles: any scorer or function on images, in batches, with one clear sentence when it does not fit."""
+"""Score particles with any scorer or function of images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from ..runtime.missing import present
 
 
 class Rewarder:
-    """Scores particle images.
+    """Scores the images of particles, in batches.
 
     Args:
-        scorer: a `Scorer`, its name in the registry, or a function (images, prompts) -> (n,). Scores of which lower is better are negated.
-        intermediate: function (x0hat latents, prompts) -> (n,), or None.
-        batch_size: images per call of a plain function, and per forward pass of a `Scorer`; None is all, and the scorer's own.
+        scorer: a `Scorer`, its name in the registry, or a function (images, prompts) ->
+            (n,). Scores of which lower is better are negated.
+        intermediate (*optional*): function (x0hat latents, prompts) -> (n,).
+        batch_size (`int`, *optional*): images per call of a plain function, and per
+            forward pass of a `Scorer`. None is all of them, or the scorer's own.
+
+    Attributes:
+        calls, images (`int`): calls of the scorer, and images it saw.
+        seconds (`float`): time spent in it.
 
     Raises:
-        ConfigError: `scorer` is none of these.
+        ConfigError: `scorer` or `intermediate` is none of these.
     """
 
     def __init__(
@@ -39,12 +45,14 @@ class Rewarder:
         if not callable(scorer):
             raise ConfigError(
                 "scorer",
-                f"expected a scorer, its name or a function (images, prompts) -> numbers, got {type(scorer).__name__}",
+                "expected a scorer, its name or a function (images, prompts) -> numbers, got "
+                f"{type(scorer).__name__}",
             )
         if intermediate is not None and not callable(intermediate):
             raise ConfigError(
                 "intermediate_reward",
-                f"expected a function (latents, prompts) -> numbers, got {type(intermediate).__name__}",
+                "expected a function (latents, prompts) -> numbers, got "
+                f"{type(intermediate).__name__}",
             )
         self.scorer, self.intermediate, self.batch_size = scorer, intermediate, batch_size
         self.prompts: list[str] = []
@@ -56,19 +64,39 @@ class Rewarder:
     def start(
         self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None, k: int
     ) -> Rewarder:
-        """A rewarder for one call: P prompts with k particles each."""
+        """Make a rewarder for one call.
+
+        Args:
+            prompts (sequence of `str`): P of them.
+            metadata (*optional*): one mapping per prompt.
+            k (`int`): particles per prompt.
+
+        Returns:
+            `Rewarder`: with the same scorer, and counters at zero.
+        """
         fresh = Rewarder(self.scorer, self.intermediate, self.batch_size)
         fresh.prompts = [prompt for prompt in prompts for _ in range(k)]
         fresh.metadata = None if metadata is None else [row for row in metadata for _ in range(k)]
         fresh.k = k
-        # Prompts are encoded in batches whose rounding depends on their size: remembered ones would make a call depend on those before it.
+        # Prompts are encoded in batches whose rounding depends on their size:
+        # remembered ones would make a call depend on those before it.
         remembered = getattr(self.scorer, "_texts", None)
         if remembered is not None:
             remembered.clear()
         return fresh
 
     def of_latents(self, x0: Tensor) -> Tensor:
-        """`intermediate` of x0hat (P * k, ...), (P, k) float64."""
+        """Score clean predictions with `intermediate`.
+
+        Args:
+            x0 (`Tensor`): (P * k, ...).
+
+        Returns:
+            `Tensor`: float64 (P, k).
+
+        Raises:
+            UserError: the function gave another number of rewards, or none at all.
+        """
         assert self.intermediate is not None
         started = time.perf_counter()
         values = self._read(
@@ -79,10 +107,15 @@ class Rewarder:
         return values.unflatten(0, (-1, self.k))
 
     def of_images(self, images: Sequence[Any]) -> Tensor:
-        """Rewards of P * k images, prompt after prompt, (P, k) float64.
+        """Score images, prompt after prompt.
 
         Args:
-            images: PIL images, `diffalign.runtime.missing.Missing` for one that cannot be used (its reward is NaN), or float arrays or tensors as pipelines return them for ``np`` and ``pt``, which the scorer sees as PIL images.
+            images (sequence): P * k PIL images, or float arrays or tensors as pipelines
+                return them for ``np`` and ``pt``, which the scorer sees as PIL images.
+                The reward of a `diffalign.runtime.missing.Missing` is NaN.
+
+        Returns:
+            `Tensor`: float64 (P, k).
 
         Raises:
             UserError: the scorer gave another number of rewards, or none at all.
@@ -97,7 +130,7 @@ class Rewarder:
         return values.unflatten(0, (-1, self.k))
 
     def _of_present(self, images: Sequence[Any], places: list[int]) -> Tensor:
-        """Rewards (n,) of the images at these places."""
+        """Score the images at these places, (n,)."""
         from ..rewards.base import Scorer
 
         texts = [self.prompts[i] for i in places]
@@ -107,8 +140,8 @@ class Rewarder:
             size: dict[str, Any] = (
                 {} if self.batch_size is None else {"batch_size": self.batch_size}
             )
-            given = (texts if "prompt" in needs else None, facts if "metadata" in needs else None)
-            values = self._read(self.scorer(list(images), *given, **size), len(images), "scorer")
+            inputs = (texts if "prompt" in needs else None, facts if "metadata" in needs else None)
+            values = self._read(self.scorer(list(images), *inputs, **size), len(images), "scorer")
             self.calls += 1
             return values if self.scorer.spec.higher_is_better else -values
         parts = []
@@ -124,22 +157,26 @@ class Rewarder:
     @staticmethod
     def _read(values: Any, expected: int, who: str) -> Tensor:
         try:
-            found = torch.as_tensor(values).detach().to("cpu", torch.float64)
+            rewards = torch.as_tensor(values).detach().to("cpu", torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise UserError(
                 f"{who}: expected {expected} numbers, got {type(values).__name__}"
             ) from None
-        if found.ndim == 2 and found.shape[1] == 1:
-            found = found[:, 0]
-        if found.shape != (expected,):
+        if rewards.ndim == 2 and rewards.shape[1] == 1:
+            rewards = rewards[:, 0]
+        if rewards.shape != (expected,):
             raise UserError(
-                f"{who}: expected {expected} numbers for {expected} images, got shape {tuple(found.shape)}"
+                f"{who}: expected {expected} numbers for {expected} images, got shape "
+                f"{tuple(rewards.shape)}"
             )
-        return found
+        return rewards
 
 
 def _as_pil(images: Sequence[Any]) -> Sequence[Any]:
-    """Float images of a pipeline's ``np`` (h, w, c) or ``pt`` (c, h, w) output as PIL images; anything else as it is."""
+    """Convert float images of a pipeline's ``np`` or ``pt`` output to PIL images.
+
+    Arrays are (h, w, c), tensors are (c, h, w). Anything else is returned as it is.
+    """
     from diffusers.image_processor import VaeImageProcessor
 
     first = images[0]

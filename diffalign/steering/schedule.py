@@ -1,4 +1,4 @@
-"""At which steps particles are scored, and with which temperatures."""
+"""Choose the steps at which particles are scored, and their temperatures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ DEFAULT_FRACTIONS = (0.2, 0.35, 0.5, 0.65, 0.8)
 
 
 def check_schedule(steps: Sequence[int | float] | None) -> None:
-    """Raises `ConfigError` unless `steps` is None, indices >= 0, or fractions in [0, 1)."""
+    """Check `resample_steps`, before the number of steps of the run is known.
+
+    Args:
+        steps (sequence, *optional*): see `schedule`.
+
+    Raises:
+        ConfigError: it holds something else than indices >= 0 and fractions in [0, 1).
+    """
     if steps is None:
         return
     if isinstance(steps, (str, bytes, int, float)):
@@ -32,37 +39,50 @@ def check_schedule(steps: Sequence[int | float] | None) -> None:
 
 
 def schedule(steps: Sequence[int | float] | None, num_steps: int) -> list[int]:
-    """The scored step indices, sorted, each once.
+    """Compute the scored steps of a run.
 
     Args:
-        steps: indices (`int`, 0 is the first step, at pure noise), fractions of the run (`float` in [0, 1)), None for five from 20 to 80 %.
+        steps (sequence, *optional*): indices (`int`, 0 is the first step, at pure
+            noise) or fractions of the run (`float` in [0, 1)). None takes five from 20
+            to 80 %.
         num_steps (`int`): of the run.
 
+    Returns:
+        `list[int]`: indices, sorted, each once.
+
     Raises:
-        ConfigError: an index outside the run, a fraction outside [0, 1).
+        ConfigError: an index outside the run, or a fraction outside [0, 1).
     """
     check_schedule(steps)
     chosen = DEFAULT_FRACTIONS if steps is None else steps
-    found = [
+    indices = [
         min(int(s * num_steps + 1e-9), num_steps - 1) if isinstance(s, float) else int(s)
         for s in chosen
     ]
-    outside = [s for s in found if s >= num_steps]
+    outside = [s for s in indices if s >= num_steps]
     if outside:
         raise ConfigError(
             "resample_steps",
             f"{outside[0]} lies outside the run of {num_steps} steps (0 to {num_steps - 1})",
         )
-    return sorted(set(found))
+    return sorted(set(indices))
 
 
 def check_temperatures(
     potential: str, temperatures: Sequence[float] | None, scored: int
 ) -> list[float] | None:
-    """One temperature per scored step for ``tempered`` (rising to 1 by default), else None.
+    """Check the temperatures of ``tempered``, or choose them.
+
+    Args:
+        potential (`str`): one of `POTENTIALS`.
+        temperatures (sequence of `float`, *optional*): None rises evenly to 1.
+        scored (`int`): scored steps.
+
+    Returns:
+        `list[float]` or `None`: one per scored step. None for other potentials.
 
     Raises:
-        ConfigError: when their number differs from that of the scored steps.
+        ConfigError: another number than that of the scored steps.
     """
     if potential != "tempered":
         return None

@@ -1,7 +1,8 @@
-"""The hook between a pipeline and its scheduler: ``scheduler.step`` of one instance, for the duration of one call.
+"""Put a handler between a pipeline and its scheduler, for the duration of one call.
 
-Pipelines decide from the signature of ``step`` whether to hand it eta and a generator, so the hook carries the signature of what it
-replaces; a pipeline that deep-copies its scheduler must not drive the original, so a copied hook refuses to step.
+Pipelines decide from the signature of ``step`` whether to hand it eta and a generator,
+so the hook has the signature of what it replaces. A pipeline that deep-copies its
+scheduler must not drive the original, so a copied hook refuses to step.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Handler = Callable[[dict[str, Any], Callable[..., Any]], Any]
 
 
 class SteeredStep:
-    """Stands for ``scheduler.step``: binds the arguments to their names and gives them to `handler`.
+    """Replaces ``scheduler.step``: binds the arguments to their names for a handler.
 
     Args:
         original: the bound method.
-        handler: called with (arguments by name, `original`).
+        handler: called with the arguments by name and with `original`.
     """
 
     def __init__(self, original: Callable[..., Any], handler: Handler) -> None:
@@ -48,22 +49,30 @@ class _CopiedStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError(
-            "scheduler: this pipeline steps through a copy of its scheduler, which cannot be steered from outside; use a pipeline with one "
+            "scheduler: this pipeline steps through a copy of its scheduler, which cannot be "
+            "steered from outside; use a pipeline with one "
             "step of pipe.scheduler per iteration"
         )
 
 
 @contextmanager
 def steered(scheduler: Any, handler: Handler) -> Iterator[None]:
-    """Puts `handler` in front of ``scheduler.step`` and takes it away whatever happens.
+    """Put a handler in front of ``scheduler.step`` for a block, and remove it
+    afterwards.
+
+    Args:
+        scheduler: of diffusers.
+        handler: see `SteeredStep`.
 
     Raises:
-        UserError: when something is wrapped around it already.
+        UserError: the step is wrapped already.
     """
     if "step" in vars(scheduler):
         raise UserError(
-            "scheduler: its step is already wrapped, by another steering call or another tool; finish that one first, or give the pipeline "
-            "a scheduler of its own: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+            "scheduler: its step is already wrapped, by another steering call or another tool; "
+            "finish that one first, or give the pipeline "
+            "a scheduler of its own: pipe.scheduler = "
+            "type(pipe.scheduler).from_config(pipe.scheduler.config)"
         )
     scheduler.step = SteeredStep(scheduler.step, handler)
     try:
@@ -73,11 +82,18 @@ def steered(scheduler: Any, handler: Handler) -> Iterator[None]:
 
 
 def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
-    """Reorders every tensor per particle that the scheduler keeps (solver histories, halves of a second-order step); returns their names.
+    """Reorder every tensor of a scheduler that has one row per particle.
+
+    Such tensors are solver histories and halves of a second-order step.
 
     Args:
-        index (`Tensor`): (rows,) int64: row r continues row ``index[r]``.
-        like (`Tensor`): a latent batch (rows, ...): what belongs to particles has as many rows and dimensions.
+        scheduler: of diffusers.
+        index (`Tensor`): int64 (rows,). Row r continues row ``index[r]``.
+        like (`Tensor`): a batch of latents, (rows, ...). A tensor belongs to particles
+            when it has as many rows and dimensions.
+
+    Returns:
+        `list[str]`: names of the reordered attributes.
     """
 
     def mine(value: Any) -> bool:
@@ -88,13 +104,13 @@ def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
             and value.shape[0] == len(index)
         )
 
-    found = []
+    names = []
     for name, value in vars(scheduler).items():
         if mine(value):
             setattr(scheduler, name, value[index.to(value.device)])
-            found.append(name)
+            names.append(name)
         elif isinstance(value, (list, tuple)) and any(mine(x) for x in value):
             moved = [x[index.to(x.device)] if mine(x) else x for x in value]
             setattr(scheduler, name, type(value)(moved))
-            found.append(name)
-    return found
+            names.append(name)
+    return names

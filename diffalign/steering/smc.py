@@ -1,8 +1,13 @@
-"""Sequential Monte Carlo over any particle model: Feynman-Kac steering without knowing what a particle is.
+"""Sequential Monte Carlo over any particle model.
 
-Step order (Singhal et al. 2025, arXiv 2501.06848, Algorithm 1, with carried weights and an exact terminal correction): predict the clean sample
-of every particle, score it, reweight, resample where the effective sample size is low, only then propose. The same core runs under images
-(`sampler.py`) and text (`text.py`). The estimate exp(log_z) of E[exp(lambda r)] is unbiased for fixed lambda, any potential, schedule and adaptivity.
+At each step the clean sample of every particle is predicted and scored, the particles
+are reweighted and, where the effective sample size is low, resampled. Only then is the
+next state proposed (Singhal et al. 2025, arXiv 2501.06848, algorithm 1, with carried
+weights and an exact terminal correction). The same core runs under images
+(`fk_steering.py`) and text (`text.py`).
+
+The estimate exp(log_z) of E[exp(lambda r)] is unbiased for fixed lambda, with any
+potential and schedule, adaptive or not.
 """
 
 from __future__ import annotations
@@ -42,38 +47,61 @@ AGGREGATES = ("soft", "lme", "mean")
 
 
 class ParticleModel(Protocol):
-    """What `run` steers. `prepare(state, i) -> state` may be added: it is called once per step, before `predict_x0` and `propose`, for example to run
-    a network whose output both of them need."""
+    """A sampler that `run` can steer.
+
+    A method `prepare(state, i) -> state` may be added. It is called once per step,
+    before `predict_x0` and `propose`, for example to run a network whose output both
+    need.
+
+    Attributes:
+        num_steps (`int`): of the sampler.
+    """
 
     num_steps: int
 
-    def init(self, groups: int, num_particles: int, generator: Any) -> Any: ...
-    def predict_x0(self, state: Any, i: int) -> Any: ...
-    def propose(self, state: Any, i: int, generator: Any) -> Any: ...
-    def index(self, state: Any, ancestors: Tensor) -> Any: ...
-    def final(self, state: Any) -> Any: ...
+    def init(self, groups: int, num_particles: int, generator: Any) -> Any:
+        """Draw the initial state of groups x num_particles particles."""
+
+    def predict_x0(self, state: Any, i: int) -> Any:
+        """Predict the clean samples at step i."""
+
+    def propose(self, state: Any, i: int, generator: Any) -> Any:
+        """Draw the next state, or the next state and log p - log tau (groups, k)."""
+
+    def index(self, state: Any, ancestors: Tensor) -> Any:
+        """Reorder the particles: slot k of a group continues its slot ``ancestors[g,
+        k]``.
+        """
+
+    def final(self, state: Any) -> Any:
+        """Return the finished samples."""
 
 
 @dataclass
 class SMCResult:
-    """A weighted population.
+    """A weighted population per group, and the trace of its run.
 
     Attributes:
         particles: what the model's `final` returned.
-        rewards: (groups, k) float64, of those particles.
-        log_weights: (groups, k) float64, normalised: ``sum_k W_k f(x_k)`` estimates E[f] under p(x) exp(lmbda r(x)) / Z.
-        log_z: (groups,), the estimate of log Z.
-        lmbda: (groups,).
-        steps: the scored step indices, S of them.
-        step_rewards: (S, groups, k), after aggregation, before resampling.
-        log_potentials: (S, groups, k), log G as applied, before resampling.
-        ancestors: (S, groups, k) int64, identity where a group was not resampled.
-        resampled: (S, groups) bool.
-        ess: (S + 1, groups): after each reweighting, the last one terminal.
-        roots: (groups, k) int64, the initial particle each one descends from.
-        applied: (groups, k), the sum of all log potentials along the lineage; equals lmbda * rewards.
-        degenerate: (groups,) bool, all terminal rewards were -inf.
-        nan_count: rewards that were NaN and counted as -inf.
+        rewards (`Tensor`): of those particles, float64 (groups, k).
+        log_weights (`Tensor`): normalised, float64 (groups, k). ``sum_k W_k f(x_k)``
+            estimates E[f] under p(x) exp(lmbda r(x)) / Z.
+        log_z (`Tensor`): estimate of log Z, (groups,).
+        lmbda (`Tensor`): the tilt, (groups,).
+        steps (`list[int]`): the S scored steps.
+        step_rewards (`Tensor`): after aggregation, before resampling, (S, groups, k).
+        log_potentials (`Tensor`): log G as applied, before resampling, (S, groups, k).
+        ancestors (`Tensor`): int64 (S, groups, k), the identity where a group was not
+            resampled.
+        resampled (`Tensor`): bool (S, groups).
+        ess (`Tensor`): effective sample size after each reweighting, (S + 1, groups).
+            The last is terminal.
+        roots (`Tensor`): the initial particle that each one descends from, int64
+            (groups, k).
+        applied (`Tensor`): sum of all log potentials along the lineage, (groups, k). It
+            equals lmbda * rewards.
+        degenerate (`Tensor`): whether all terminal rewards were -inf, bool (groups,).
+        nan_count (`int`): rewards that were NaN and counted as -inf.
     """
 
     particles: Any
@@ -94,29 +122,43 @@ class SMCResult:
 
     @property
     def weights(self) -> Tensor:
-        """(groups, k), each group summing to 1."""
+        """Normalised weights, (groups, k). Each group sums to 1."""
         return self.log_weights.exp()
 
     @property
     def num_roots(self) -> Tensor:
-        """(groups,): how many initial particles still have descendants."""
+        """How many initial particles still have descendants, (groups,)."""
         return count_roots(self.roots)
 
 
 def count_roots(roots: Tensor) -> Tensor:
-    """Distinct entries per row of (groups, k), (groups,) int64."""
+    """Count the distinct entries of each row.
+
+    Args:
+        roots (`Tensor`): (groups, k).
+
+    Returns:
+        `Tensor`: int64 (groups,).
+    """
     ordered = roots.sort(1).values
     return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
 
 
 def aggregate(rewards: Tensor, how: str, lmbda: float | Tensor) -> Tensor:
-    """Rewards of n draws x0 ~ p(x0 | x_t) as one, (groups, k, n) -> (groups, k) float64; NaN draws are left out.
+    """Combine the rewards of n draws x0 ~ p(x0 | x_t) into one.
+
+    All ways leave the target unchanged. NaN draws are left out.
 
     Args:
         rewards (`Tensor`): (groups, k, n).
-        how (`str`): ``mean``; ``lme``, log mean exp(r), as in the paper; ``soft``, (1/lmbda) log mean exp(lmbda r), whose large-n limit is the
-            potential of least variance. All of them leave the target unchanged.
-        lmbda (`float` or `Tensor`): one or (groups,); ``soft`` falls back to the mean where it is 0 or NaN.
+        how (`str`): ``mean``; ``lme``, log mean exp(r), as in the paper; or ``soft``,
+            (1/lmbda) log mean exp(lmbda r), whose limit for large n is the potential of
+            least variance.
+        lmbda (`float` or `Tensor`): one or (groups,). ``soft`` takes the mean where it
+            is 0 or NaN.
+
+    Returns:
+        `Tensor`: float64 (groups, k).
 
     Raises:
         ConfigError: another name.
@@ -129,15 +171,15 @@ def aggregate(rewards: Tensor, how: str, lmbda: float | Tensor) -> Tensor:
     mean = torch.where(missing, torch.zeros_like(rewards), rewards).sum(-1) / count
     if how == "mean":
         return mean
-    kept = torch.where(missing, torch.full_like(rewards, -math.inf), rewards)
+    present = torch.where(missing, torch.full_like(rewards, -math.inf), rewards)
     if how == "lme":
         return torch.where(
-            count > 0, kept.logsumexp(-1) - count.log(), torch.full_like(mean, math.nan)
+            count > 0, present.logsumexp(-1) - count.log(), torch.full_like(mean, math.nan)
         )
     tilt = torch.as_tensor(lmbda, dtype=torch.float64).reshape(-1, 1)
     usable = (tilt > 0).expand_as(mean)
     tilt = torch.where(tilt > 0, tilt, torch.ones_like(tilt))
-    soft = ((tilt[..., None] * kept).logsumexp(-1) - count.log()) / tilt
+    soft = ((tilt[..., None] * present).logsumexp(-1) - count.log()) / tilt
     return torch.where(count > 0, torch.where(usable, soft, mean), torch.full_like(mean, math.nan))
 
 
@@ -159,17 +201,26 @@ def run(
     generator: Generators = None,
     resample_generator: Generators = None,
 ) -> SMCResult:
-    """Steers `groups` independent populations through `model` towards p(x) exp(lmbda r(x)) / Z.
+    """Steer independent populations towards p(x) exp(lmbda r(x)) / Z.
 
     Args:
-        model (`ParticleModel`): see there.
-        reward: maps what `predict_x0` or `final` returns to (groups, k), or to (groups, k, n) for n draws of the clean sample.
-        groups, num_particles (`int`): populations and their size.
-        resample_steps: see `schedule`.
-        aggregate (`str`): for n draws, see `aggregate`.
-        generator: handed to the model's `init` and `propose`; one, one per group, or whatever the model reads.
-        resample_generator: one, or one per group; None derives it from `generator` without advancing that one.
-        lmbda, ess_target, potential, scheme, ess_threshold, adaptive_tempering, temperatures: see `ParticleWeights`.
+        model (`ParticleModel`): the sampler.
+        reward: maps what `predict_x0` or `final` returns to (groups, k), or to (groups,
+            k, n) for n draws of the clean sample.
+        groups (`int`): populations.
+        num_particles (`int`): particles of each.
+        resample_steps (sequence, *optional*): see `schedule`.
+        aggregate (`str`, *optional*, defaults to `"soft"`): for n draws, see
+            `aggregate`.
+        generator (*optional*): for the model's `init` and `propose`: one, one per
+            group, or whatever the model reads.
+        resample_generator (`torch.Generator` or one per group, *optional*): None
+            derives it from `generator`, without advancing that one.
+        lmbda, ess_target, potential, scheme, ess_threshold, adaptive_tempering,
+            temperatures: see `ParticleWeights`.
+
+    Returns:
+        `SMCResult`: the weighted populations.
 
     Raises:
         ConfigError: an option out of range.
@@ -225,7 +276,7 @@ def run(
 
 
 def _is_tilted(before: Any, proposed: Any) -> bool:
-    """Whether a proposal is (state, log ratio) and not a state that is itself a tuple."""
+    """Tell a proposal of (state, log ratio) from a state that is itself a tuple."""
     if not isinstance(proposed, tuple) or len(proposed) != 2:
         return False
     return not isinstance(before, tuple) or isinstance(proposed[0], tuple)
@@ -233,7 +284,7 @@ def _is_tilted(before: Any, proposed: Any) -> bool:
 
 @dataclass
 class _Trace:
-    """What happened at the scored steps."""
+    """Collects what happens at the scored steps."""
 
     rewards: list[Tensor]
     log_g: list[Tensor]
@@ -242,7 +293,7 @@ class _Trace:
     ess: list[Tensor]
 
     def score(self, weights: ParticleWeights, rewards: Tensor) -> Tensor | None:
-        """Reweights and resamples; the ancestors, or None where nobody moves."""
+        """Reweight and resample; return the ancestors, or None where nothing moves."""
         self.rewards.append(rewards)
         self.log_g.append(weights.update(rewards))
         self.ess.append(ess(weights.log_weights))
@@ -285,11 +336,13 @@ def _collect(rewards: Any, how: str, weights: ParticleWeights) -> Tensor:
     if rewards.ndim == 3:
         if torch.isposinf(rewards).any():
             raise UserError(
-                "reward: the scorer returned +inf, which no finite weight can follow; return a finite number"
+                "reward: the scorer returned +inf, which no finite weight can follow; return a "
+                "finite number"
             )
         rewards = aggregate(rewards, how, weights.lmbda)
     if rewards.shape != weights.shape:
         raise UserError(
-            f"reward: expected {weights.shape} numbers (groups, particles), got shape {tuple(rewards.shape)}"
+            f"reward: expected {weights.shape} numbers (groups, particles), got shape "
+            f"{tuple(rewards.shape)}"
         )
     return rewards

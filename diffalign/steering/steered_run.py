@@ -1,4 +1,4 @@
-"""One pipeline call under steering: what happens at every ``scheduler.step``."""
+"""Steer one call of a pipeline: the work at every ``scheduler.step``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ THUMBNAIL = 96
 
 @dataclass(frozen=True)
 class SteeringOptions:
-    """What a `SteeredRun` needs to know of the `FKSteering` that started it; see there."""
+    """The options of `FKSteering` that a `SteeredRun` needs, explained there."""
 
     pipe: Any
     num_particles: int
@@ -50,14 +50,19 @@ class SteeringOptions:
 
 
 class SteeredRun:
-    """Counts the steps, scores and resamples at the scheduled ones, steps with the scheduler or with a kernel of ours.
+    """Counts the steps of one call, and scores and resamples at the scheduled ones.
+
+    It steps with the scheduler, or with a kernel of `diffalign.steering.kernels`.
 
     Args:
-        options: of the sampler.
-        weighting: of `ParticleWeights`.
-        rewarder, decoder, streams, models: of this call.
+        options (`SteeringOptions`): of the sampler.
+        weighting (`dict`): options of `ParticleWeights`.
+        rewarder (`Rewarder`): of this call.
+        decoder (`LatentDecoder`): of this call.
+        streams (`Streams`): of this call.
+        models (`Batches`): counts and splits the forward passes of the model.
         groups (`int`): prompts.
-        on_step: called after every scored step.
+        on_step (*optional*): called with a `StepTrace` after every scored step.
     """
 
     def __init__(
@@ -97,19 +102,24 @@ class SteeredRun:
         self.decode_seconds = 0.0
 
     def step(self, arguments: dict[str, Any], original: Callable[..., Any]) -> Any:
-        """Stands for the scheduler's step. Order: score and resample y_i with its model output, then propose.
+        """Replace the scheduler's step: score and resample first, then propose.
 
         Args:
-            arguments: of the step by name.
+            arguments (`dict`): of the step by name.
             original: the scheduler's own step.
 
+        Returns:
+            The output of the step, as the scheduler's own would be.
+
         Raises:
-            UserError: a sampler that cannot be steered, more steps than announced, rewards that do not fit.
+            UserError: a sampler that cannot be steered, more steps than announced, or
+                rewards that do not fit.
         """
         sample = arguments["sample"]
         if sample.shape[0] != self.rows:
             raise UserError(
-                f"pipe: its scheduler stepped {sample.shape[0]} rows where {self.rows} (prompts x particles) were asked for; "
+                f"pipe: its scheduler stepped {sample.shape[0]} rows where {self.rows} (prompts x "
+                "particles) were asked for; "
                 "it cannot be steered from outside"
             )
         second_half = not getattr(self.scheduler, "state_in_first_order", True)
@@ -121,7 +131,8 @@ class SteeredRun:
             i, self.intervals = self.intervals, self.intervals + 1
             if i >= self.num_steps:
                 raise UserError(
-                    f"pipe: its scheduler stepped more often than the {self.num_steps} steps of its time grid; it cannot be steered from outside"
+                    f"pipe: its scheduler stepped more often than the {self.num_steps} steps of "
+                    "its time grid; it cannot be steered from outside"
                 )
             if i in self.steps:
                 self._score(arguments, position, i)
@@ -130,12 +141,13 @@ class SteeredRun:
         return result
 
     def _begin(self, arguments: dict[str, Any]) -> None:
-        """Reads the time grid at the first step, and refuses what cannot be steered."""
+        """Read the time grid at the first step, and refuse what cannot be steered."""
         times = torch.as_tensor(self.scheduler.timesteps).double().tolist()
         now = float(torch.as_tensor(arguments["timestep"]).flatten()[0])
         if now not in times:
             raise UserError(
-                f"pipe: it steps at timestep {now:g}, which is not in its scheduler's time grid; it cannot be steered from outside"
+                f"pipe: it steps at timestep {now:g}, which is not in its scheduler's time grid; "
+                "it cannot be steered from outside"
             )
         self.first_position = times.index(now)
         calls = (
@@ -165,13 +177,16 @@ class SteeredRun:
             self._check_noise(arguments)
 
     def _check_noise(self, arguments: dict[str, Any]) -> None:
-        """Refuses to resample copies that would stay copies, and to prune ones that would not."""
+        """Refuse to resample copies that would stay equal, and to prune ones that would
+        not.
+        """
         random = is_stochastic(self.scheduler, arguments, self.first_position)
         name = type(self.scheduler).__name__
         if self.options.mode == "prune":
             if random:
                 raise UserError(
-                    f"mode: prune is for deterministic samplers, and {name} adds noise as it is called; use mode='resample'"
+                    f"mode: prune is for deterministic samplers, and {name} adds noise as it is "
+                    "called; use mode='resample'"
                 )
             self.models.same_as = torch.arange(self.rows)
         elif not random:
@@ -182,7 +197,8 @@ class SteeredRun:
                 else "use kernel='ddim'"
             )
             raise UserError(
-                f"scheduler: {name} is deterministic as it is called, so copies of a particle would stay equal; {remedy} "
+                f"scheduler: {name} is deterministic as it is called, so copies of a particle "
+                f"would stay equal; {remedy} "
                 "(or mode='prune' to only drop the worst)"
             )
 
@@ -205,7 +221,7 @@ class SteeredRun:
         log_g = self.weights.update(rewards, blank)
         log_weights = self.weights.log_weights
         ancestors = self.weights.resample()
-        own = torch.arange(self.k).expand(self.groups, -1)
+        identity = torch.arange(self.k).expand(self.groups, -1)
         self.trace.append(
             StepTrace(
                 index=i,
@@ -214,7 +230,7 @@ class SteeredRun:
                 log_potentials=log_g,
                 log_weights=log_weights,
                 ess=ess(log_weights),
-                ancestors=own if ancestors is None else ancestors,
+                ancestors=identity if ancestors is None else ancestors,
                 resampled=self.weights.resampled,
                 thumbnails=thumbnails,
             )
@@ -225,13 +241,13 @@ class SteeredRun:
             self.on_step(self.trace[-1])
 
     def _blank(self, images: Sequence[Any]) -> Tensor:
-        """(groups, k): where there is no image."""
+        """Return where there is no image, bool (groups, k)."""
         return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(
             0, (self.groups, self.k)
         )
 
     def _clean(self, arguments: dict[str, Any], position: int) -> Tensor:
-        """The clean predictions as the scheduler uses them."""
+        """Return the clean predictions as the scheduler uses them."""
         output, sample, timestep = (
             arguments[name] for name in ("model_output", "sample", "timestep")
         )
@@ -241,7 +257,10 @@ class SteeredRun:
         return as_clipped(self.scheduler, clean_prediction(self.scheduler, output, sample, now))
 
     def _permute(self, arguments: dict[str, Any], ancestors: Tensor) -> None:
-        """Every tensor per particle follows its ancestor: latents, model output, the scheduler's buffers."""
+        """Move every tensor of a particle to the slots of its descendants.
+
+        These are latents, model output and the scheduler's buffers.
+        """
         rows = (ancestors + torch.arange(self.groups)[:, None] * self.k).flatten()
         for name in ("model_output", "sample"):
             arguments[name] = arguments[name][rows.to(arguments[name].device)]
@@ -266,26 +285,30 @@ class SteeredRun:
         return original(**arguments)
 
     def _own_step(self, arguments: dict[str, Any], position: int) -> Any:
-        """A step of our kernel on the scheduler's time grid; moves the scheduler's position on."""
+        """Take a step of the kernel on the scheduler's time grid, and advance its
+        position.
+        """
         if getattr(self.scheduler, "order", 1) != 1:
             raise UserError(
-                f"kernel: {type(self.scheduler).__name__} calls the model twice per step; use a first-order scheduler, e.g. DDIM or Euler"
+                f"kernel: {type(self.scheduler).__name__} calls the model twice per step; use a "
+                "first-order scheduler, e.g. DDIM or Euler"
             )
         output, sample, timestep = (
             arguments[name] for name in ("model_output", "sample", "timestep")
         )
         now, then = read_coordinates(self.scheduler, timestep, position)
         x0 = self._clean(arguments, position)
-        # DDIM keeps the model's noise estimate, whatever is clipped; other schedulers derive it from the clipped prediction.
+        # DDIM keeps the model's noise estimate, whatever is clipped; other schedulers
+        # derive it from the clipped prediction.
         keeps = self.options.predict_x0 is None and "DDIM" in type(self.scheduler).__name__
         raw = clean_prediction(self.scheduler, output, sample, now) if keeps else None
         assert self.kernel is not None and self.options.eta is not None
         mean, std = transition(self.kernel, self.options.eta, output, sample, x0, now, then, raw)
-        given = arguments.get("generator")
+        generator = arguments.get("generator")
         moved = draw(
             mean,
             std,
-            self.streams.steps if self.streams.replace or given is None else given,
+            self.streams.steps if self.streams.replace or generator is None else generator,
             sample.dtype,
         )
         if hasattr(self.scheduler, "_step_index"):
@@ -299,19 +322,32 @@ class SteeredRun:
     def result(
         self, output: Any, prompts: list[str], seconds: float, finite: Sequence[bool] = ()
     ) -> SteeringResult:
-        """Closes the weights with the rewards of the returned images.
+        """Finish the weights with the rewards of the returned images.
+
+        Args:
+            output: what the pipeline returned.
+            prompts (`list[str]`): of this call.
+            seconds (`float`): time the pipeline took.
+            finite (sequence of `bool`, *optional*): which images have finite pixels,
+                from `watched`.
+
+        Returns:
+            `SteeringResult`: of this call.
 
         Raises:
-            UserError: the pipeline made no step, stopped before a scored one, or returned something else than its images.
+            UserError: the pipeline made no step, stopped before a scored one, or did
+                not return its images.
         """
         if self.weights is None or self.latents is None:
             raise UserError(
-                "pipe: it never called the step of pipe.scheduler, so it cannot be steered from outside"
+                "pipe: it never called the step of pipe.scheduler, so it cannot be steered from "
+                "outside"
             )
         missed = [i for i in self.steps if i >= self.intervals]
         if missed:
             raise UserError(
-                f"resample_steps: {missed[0]} was never reached, the pipeline stopped after {self.intervals} steps; give earlier steps"
+                f"resample_steps: {missed[0]} was never reached, the pipeline stopped after "
+                f"{self.intervals} steps; give earlier steps"
             )
         images = read_output(output, self.rows, finite)
         check_any(images, type(self.options.pipe).__name__)

@@ -1,4 +1,4 @@
-"""What one scored step of a steered run was."""
+"""The record of one scored step of a steered run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ class StepTrace:
     """One scored step, P prompts by K particles.
 
     Attributes:
-        index: of the step, 0 at pure noise.
-        timestep: the scheduler's.
-        rewards: (P, K) float64, at x0hat, before resampling; NaN where the scorer gave none.
-        log_potentials: (P, K), log G as applied.
-        log_weights: (P, K), after weighting, before resampling.
-        ess: (P,).
-        ancestors: (P, K) int64: slot k goes on from slot ``ancestors[p, k]``; identity where not resampled.
-        resampled: (P,) bool.
-        thumbnails: small images of x0hat before resampling, [prompt][particle]; None where nothing was decoded.
+        index (`int`): of the step, 0 at pure noise.
+        timestep (`float`): the scheduler's.
+        rewards (`Tensor`): at x0hat, before resampling, float64 (P, K). NaN where the
+            scorer gave none.
+        log_potentials (`Tensor`): log G as applied, (P, K).
+        log_weights (`Tensor`): after weighting, before resampling, (P, K).
+        ess (`Tensor`): effective sample size, (P,).
+        ancestors (`Tensor`): int64 (P, K). Slot k goes on from slot ``ancestors[p,
+            k]``. The identity where not resampled.
+        resampled (`Tensor`): bool (P,).
+        thumbnails: small images of x0hat before resampling, [prompt][particle]. None
+            where nothing was decoded.
     """
 
     index: int

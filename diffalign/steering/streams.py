@@ -1,7 +1,7 @@
 """The random streams of one steering call.
 
-Initial noise, step noise and resampling each have a stream of their own, so that none of
-them advances another.
+Initial noise, step noise and resampling each have a stream of their own, so that none
+of them advances another.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def side_stream(generator: Generators, purpose: str) -> Generators:
     """Make a stream for another purpose from a generator, without advancing it.
 
     Args:
-        generator (`torch.Generator` or one per group, *optional*): whose state decides. With
-            None, torch's global generator draws a seed.
+        generator (`torch.Generator` or one per group, *optional*): whose state decides.
+            With None, torch's global generator draws a seed.
         purpose (`str`): what the stream is for, such as ``resampling``.
 
     Returns:
@@ -46,8 +46,8 @@ class Streams:
         initial: what the pipeline gets as `generator`.
         steps: one generator per slot, for step noise that the pipeline does not draw.
         resampling: one, or one per prompt.
-        replace: whether `steps` also replaces a generator that the pipeline hands to its
-            scheduler.
+        replace: whether `steps` also replaces a generator that the pipeline hands to
+            its scheduler.
     """
 
     initial: Any
@@ -64,8 +64,8 @@ class Streams:
         Args:
             generator (`torch.Generator` or one per row): the user's.
             seeds (`list[int]`, *optional*): one per prompt, in place of `generator`.
-            resampling (`torch.Generator` or one per prompt, *optional*): the user's. None
-                derives it.
+            resampling (`torch.Generator` or one per prompt, *optional*): the user's.
+                None derives it.
             k (`int`): particles per prompt.
             groups (`int`): prompts.
         """

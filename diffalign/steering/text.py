@@ -1,7 +1,7 @@
-"""Steering of diffusion language models on the same particle core as images; rewards are read from decoded text.
+"""Steer diffusion language models with rewards on decoded text.
 
-``FKTextSteering(denoiser, tokenizer, scorer, num_particles=4, lmbda=5.0)(["beginning of a text"])``; the models themselves (`MaskedDiffusion`,
-`UniformDiffusion`) go into `diffalign.steering.smc.run` directly.
+The particle core is that of images. The models themselves, `MaskedDiffusion` and
+`UniformDiffusion`, can also be given to `diffalign.steering.smc.run` directly.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ __all__ = [
 
 
 class TextReward:
-    """A reward on decoded text as the particle core reads it: tokens (..., length) -> (...), each distinct text scored once per call.
+    """A reward on decoded text, for the particle core.
+
+    Each distinct text is scored once per call.
 
     Args:
-        decode: list of token lists -> list of texts, e.g. ``tokenizer.batch_decode`` without special tokens.
-        scorer: list of texts -> as many numbers, higher is better.
+        decode: list of token lists -> list of texts, such as ``tokenizer.batch_decode``
+            without special tokens.
+        scorer: list of texts -> as many numbers. Higher is better.
 
     Attributes:
-        calls, scored: calls of the scorer, and texts it saw.
+        calls, scored (`int`): calls of the scorer, and texts it saw.
     """
 
     def __init__(
@@ -50,11 +53,20 @@ class TextReward:
         self.calls = self.scored = 0
 
     def texts(self, tokens: Tensor) -> list[str]:
-        """Texts of (n, length) tokens; only specials decode to the empty text."""
+        """Decode (n, length) tokens to texts.
+
+        A row of special tokens alone decodes to the empty text.
+        """
         return [" ".join(text.split()) for text in self.decode(tokens.tolist())]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Rewards in the shape of `tokens` without its last dimension, float64.
+        """Score texts.
+
+        Args:
+            tokens (`Tensor`): (..., length).
+
+        Returns:
+            `Tensor`: float64, in the shape of `tokens` without its last dimension.
 
         Raises:
             UserError: the scorer gave another number of rewards.
@@ -64,7 +76,8 @@ class TextReward:
         values = torch.as_tensor(self.scorer(distinct)).detach().to("cpu", torch.float64).flatten()
         if len(values) != len(distinct):
             raise UserError(
-                f"scorer: expected {len(distinct)} numbers for {len(distinct)} texts, got {len(values)}"
+                f"scorer: expected {len(distinct)} numbers for {len(distinct)} texts, got "
+                f"{len(values)}"
             )
         self.calls += 1
         self.scored += len(distinct)
@@ -79,9 +92,9 @@ class TextSteeringResult:
     """A weighted sample of texts for every prompt.
 
     Attributes:
-        prompts: P of them.
-        texts: [prompt][particle].
-        smc: the particle core's result: weights, trace, ancestors.
+        prompts (`list[str]`): P of them.
+        texts (`list[list[str]]`): [prompt][particle].
+        smc (`SMCResult`): weights, trace and ancestors.
     """
 
     prompts: list[str]
@@ -90,17 +103,17 @@ class TextSteeringResult:
 
     @property
     def rewards(self) -> Tensor:
-        """(P, K) float64."""
+        """Rewards of the texts, float64 (P, K)."""
         return self.smc.rewards
 
     @property
     def log_weights(self) -> Tensor:
-        """(P, K), normalised."""
+        """Normalised log weights, (P, K)."""
         return self.smc.log_weights
 
     @property
     def log_z(self) -> Tensor:
-        """(P,), the estimate of log E[exp(lmbda r)]."""
+        """Estimate of log E[exp(lmbda r)], (P,)."""
         return self.smc.log_z
 
     @property
@@ -110,7 +123,15 @@ class TextSteeringResult:
         return [row[int(k)] for row, k in zip(self.texts, top, strict=True)]
 
     def draw(self, generator: Generators = None) -> list[str]:
-        """One text per prompt, drawn by its weight."""
+        """Draw one text per prompt by its weight.
+
+        Args:
+            generator (`torch.Generator` or one per prompt, *optional*): None is torch's
+                global one.
+
+        Returns:
+            `list[str]`: one text per prompt.
+        """
         chosen = resample(self.smc.weights, "multinomial", generator=generator)[:, 0]
         return [row[int(k)] for row, k in zip(self.texts, chosen, strict=True)]
 
@@ -119,19 +140,37 @@ class FKTextSteering:
     """Steers a masked diffusion language model towards a reward on text.
 
     Args:
-        denoiser: tokens (n, length) -> logits; see `TokenModel`. None takes the embedded one of the shapes world's captions.
-        tokenizer: of transformers; None takes the embedded one.
-        scorer: list of texts -> as many numbers, higher is better. Texts are prompt and continuation, without special tokens.
-        num_particles, lmbda, ess_target, potential, resample_steps, scheme, ess_threshold, adaptive_tempering, temperatures: as `FKSteering`.
-        num_steps (`int`): of the sampler.
-        length (`int`, *optional*): tokens of a text; None is the tokenizer's ``model_max_length``.
-        mask_token_id (`int`, *optional*): None is the tokenizer's, or the first id after its vocabulary.
-        num_x0_samples (`int`): draws of the clean text per scored particle.
-        aggregate (`str`): how their rewards become one: ``soft``, ``lme`` (the paper's) or ``mean``.
+        denoiser (*optional*): tokens (n, length) -> logits, see `TokenModel`. None
+            takes the embedded one of the shapes world's captions.
+        tokenizer (*optional*): of transformers. None takes the embedded one.
+        scorer: list of texts -> as many numbers. Higher is better. Texts are prompt and
+            continuation, without special tokens.
+        num_particles (`int`, *optional*, defaults to `4`): K per prompt.
+        num_steps (`int`, *optional*, defaults to `16`): of the sampler.
+        length (`int`, *optional*): tokens of a text. None is the tokenizer's
+            ``model_max_length``.
+        mask_token_id (`int`, *optional*): None is the tokenizer's, or the first id
+            after its vocabulary.
+        num_x0_samples (`int`, *optional*, defaults to `4`): draws of the clean text per
+            scored particle.
         temperature, guidance, batch_size: see `MaskedDiffusion`.
+        steering: `lmbda`, `ess_target`, `potential`, `resample_steps`, `scheme`,
+            `ess_threshold`, `adaptive_tempering`, `temperatures`, as in `FKSteering`;
+            and `aggregate` and `resample_generator` of `diffalign.steering.smc.run`.
 
     Raises:
         ConfigError: an option out of range.
+
+    Example:
+        ```python
+        from diffalign.steering.text import FKTextSteering
+
+        def mentions_a_star(texts: list[str]) -> list[float]:
+            return [float("star" in text) for text in texts]
+
+        steering = FKTextSteering(None, None, mentions_a_star, lmbda=5.0)
+        texts = steering("a large blue", seed=0).texts[0]
+        ```
     """
 
     def __init__(
@@ -203,33 +242,41 @@ class FKTextSteering:
     def __call__(
         self, prompts: str | Sequence[str] = "", *, seed: int | Sequence[int] = 0
     ) -> TextSteeringResult:
-        """Draws and steers K texts for every prompt.
+        """Draw and steer K texts for every prompt.
 
         Args:
-            prompts: beginnings of texts, which stay as they are; the empty one leaves everything free.
-            seed: one per prompt, or one for all, prompt i taking ``seed + i``; a prompt's noise does not
-                depend on the others, but rounding that depends on the batch may change a token.
+            prompts (`str` or sequence, *optional*, defaults to `""`): beginnings of
+                texts, which stay as they are. The empty one leaves everything free.
+            seed (`int` or sequence, *optional*, defaults to `0`): one per prompt. With
+                one number, prompt i takes ``seed + i``. The noise of a prompt does not
+                depend on the others, but rounding that depends on the batch may change
+                a token.
+
+        Returns:
+            `TextSteeringResult`: texts and weights of every prompt.
 
         Raises:
-            UserError: a prompt as long as the text, rewards that do not fit.
+            ConfigError: no prompt, or another number of seeds.
+            UserError: a prompt as long as the text, or rewards that do not fit.
         """
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        beginnings = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = (
-            [seed + i for i in range(len(given))]
+            [seed + i for i in range(len(beginnings))]
             if isinstance(seed, int)
             else [int(s) for s in seed]
         )
-        if not given or len(seeds) != len(given):
+        if not beginnings or len(seeds) != len(beginnings):
             raise ConfigError(
                 "prompts",
-                f"expected at least one, and as many seeds ({len(seeds)}), got {len(given)}",
+                f"expected at least one, and as many seeds ({len(seeds)}), got {len(beginnings)}",
             )
-        template = torch.full((len(given), self.length), self.mask_token_id)
-        for row, text in zip(template, given, strict=True):
+        template = torch.full((len(beginnings), self.length), self.mask_token_id)
+        for row, text in zip(template, beginnings, strict=True):
             ids = self._prefix(text)
             if len(ids) >= self.length:
                 raise UserError(
-                    f"prompts: {text!r:.60} has {len(ids)} tokens, the whole text only {self.length}; shorten it"
+                    f"prompts: {text!r:.60} has {len(ids)} tokens, the whole text only "
+                    f"{self.length}; shorten it"
                 )
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         reward = TextReward(
@@ -239,7 +286,7 @@ class FKTextSteering:
         result = run(
             self._model(template),
             reward,
-            groups=len(given),
+            groups=len(beginnings),
             num_particles=self.num_particles,
             generator=[stream(s, "noise") for s in seeds],
             **self.steering,
@@ -247,11 +294,14 @@ class FKTextSteering:
         texts = reward.texts(result.particles.flatten(0, 1))
         k = self.num_particles
         return TextSteeringResult(
-            given, [texts[p * k : (p + 1) * k] for p in range(len(given))], result
+            beginnings, [texts[p * k : (p + 1) * k] for p in range(len(beginnings))], result
         )
 
     def _prefix(self, text: str) -> list[int]:
-        """Token ids of the clamped beginning: the start token where the tokenizer has one, and the text's, without an end."""
+        """Return the token ids of the fixed beginning, without an end token.
+
+        The start token comes first, where the tokenizer has one.
+        """
         if not text.strip():
             return []
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,8 +1,13 @@
-"""Discrete diffusion over tokens as particle models: masked (MDLM) and uniform (D3PM).
+"""Discrete diffusion over tokens as particle models: masked and uniform.
 
-Masked: Sahoo et al. 2024 (arXiv 2406.07524), substitution parametrisation: the mask is never predicted, revealed tokens are frozen, a step from t to s reveals each
-masked position with probability (t - s) / t. Uniform: Austin et al. 2021 (arXiv 2107.03006) through diffusers' `DiscreteDDIMScheduler`. The clean
-prediction is *sampled*, n draws per particle, as its mode is a poor estimate while most tokens are masked.
+Masked diffusion is MDLM (Sahoo et al. 2024, arXiv 2406.07524), with its
+substitution parametrisation: the mask is never predicted and revealed tokens are
+frozen. A step from t to s reveals each masked position with probability (t - s) / t.
+Uniform diffusion is D3PM (Austin et al. 2021, arXiv 2107.03006) through diffusers'
+`DiscreteDDIMScheduler`.
+
+The clean prediction is sampled, n draws per particle. Its mode is a poor estimate while
+most tokens are masked.
 """
 
 from __future__ import annotations
@@ -27,16 +32,17 @@ class TokenState:
     """Particles of text.
 
     Attributes:
-        tokens: (groups, k, length) int64.
-        prediction: (groups, k, length, vocabulary) float64: log p(x0 | x_t) per position (masked) or logits (uniform); None before the network was run
-            on these tokens.
+        tokens (`Tensor`): int64 (groups, k, length).
+        prediction (`Tensor`, *optional*): float64 (groups, k, length, vocabulary): log
+            p(x0 | x_t) per position (masked) or logits (uniform). None before the
+            network was run on these tokens.
     """
 
     tokens: Tensor
     prediction: Tensor | None = None
 
     def index(self, ancestors: Tensor) -> TokenState:
-        """The particles ``ancestors`` (groups, k)."""
+        """Take the particles ``ancestors`` (groups, k)."""
         rows = torch.arange(len(ancestors))[:, None]
         return TokenState(
             self.tokens[rows, ancestors],
@@ -45,18 +51,21 @@ class TokenState:
 
 
 class TokenModel:
-    """What masked and uniform diffusion share: the network, its chunks, the draws of clean tokens.
+    """Runs the network and draws clean tokens, for masked and uniform diffusion.
 
     Args:
-        denoiser: tokens (n, length) int64 -> logits (n, length, vocabulary), or an object with ``.logits`` or a tuple that starts with them.
+        denoiser: tokens (n, length) int64 -> logits (n, length, vocabulary), or an
+            object with ``.logits``, or a tuple that starts with them.
         length (`int`): tokens of a text.
         num_steps (`int`): of the sampler.
-        temperature (`float`): of the logits, above 0; 1 is the model's law.
-        num_x0_samples (`int`): draws of the clean text that a particle is scored by.
-        batch_size (`int`, *optional*): rows per call of the network; None is all.
+        temperature (`float`, *optional*, defaults to `1.0`): of the logits, above 0. 1
+            is the model's distribution.
+        num_x0_samples (`int`, *optional*, defaults to `1`): draws of the clean text
+            that a particle is scored by.
+        batch_size (`int`, *optional*): rows per call of the network. None is all.
 
     Attributes:
-        network_rows: how many rows the network was run on.
+        network_rows (`int`): rows that the network was run on.
 
     Raises:
         ConfigError: a number out of range.
@@ -83,7 +92,8 @@ class TokenModel:
         if not 0 < temperature < math.inf:
             raise ConfigError(
                 "temperature",
-                f"expected a number above 0, got {temperature!r}; at 0 all particles would be the same text",
+                f"expected a number above 0, got {temperature!r}; at 0 all particles would be the "
+                "same text",
             )
         self.denoiser, self.length, self.num_steps = denoiser, length, num_steps
         self.temperature, self.num_x0_samples, self.batch_size = (
@@ -95,7 +105,13 @@ class TokenModel:
         self._x0_stream: Generators = None
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """The network's logits (groups, k, length, vocabulary) in float64 on the CPU.
+        """Run the network.
+
+        Args:
+            tokens (`Tensor`): int64 (groups, k, length).
+
+        Returns:
+            `Tensor`: logits, float64 (groups, k, length, vocabulary) on the CPU.
 
         Raises:
             UserError: it returned something else.
@@ -108,23 +124,36 @@ class TokenModel:
         with torch.no_grad():
             for start in range(0, len(flat), size):
                 out = self.denoiser(flat[start : start + size])
-                given: Any = getattr(out, "logits", out)
-                given = given[0] if isinstance(given, tuple) else given
-                parts.append(given.detach().to("cpu", torch.float64))
+                chunk: Any = getattr(out, "logits", out)
+                chunk = chunk[0] if isinstance(chunk, tuple) else chunk
+                parts.append(chunk.detach().to("cpu", torch.float64))
         self.network_rows += len(flat)
-        found = torch.cat(parts)
-        if found.ndim != 3 or found.shape[:2] != flat.shape:
+        logits = torch.cat(parts)
+        if logits.ndim != 3 or logits.shape[:2] != flat.shape:
             raise UserError(
-                f"denoiser: expected logits {(*flat.shape, 'vocabulary')}, got shape {tuple(found.shape)}"
+                f"denoiser: expected logits {(*flat.shape, 'vocabulary')}, got shape "
+                f"{tuple(logits.shape)}"
             )
-        return found.unflatten(0, tokens.shape[:2])
+        return logits.unflatten(0, tokens.shape[:2])
 
     def start_x0_stream(self, generator: Generators) -> None:
-        """Draws of clean texts have a stream of their own: scoring never advances the sampler's noise."""
+        """Give draws of clean texts a stream of their own, so that they advance no
+        other.
+
+        Args:
+            generator (`torch.Generator` or one per group, *optional*): the sampler's.
+        """
         self._x0_stream = side_stream(generator, "x0")
 
     def draw_x0(self, probabilities: Tensor) -> Tensor:
-        """Independent draws per position, (groups, k, length, vocabulary) -> (groups, k, num_x0_samples, length)."""
+        """Draw clean texts, each position independently.
+
+        Args:
+            probabilities (`Tensor`): (groups, k, length, vocabulary).
+
+        Returns:
+            `Tensor`: int64 (groups, k, num_x0_samples, length).
+        """
         groups, k, length, _ = probabilities.shape
         noise = uniforms((groups, k, self.num_x0_samples, length), self._x0_stream)
         return categorical(
@@ -132,10 +161,11 @@ class TokenModel:
         )
 
     def index(self, state: TokenState, ancestors: Tensor) -> TokenState:
+        """Reorder the particles."""
         return state.index(ancestors)
 
     def final(self, state: TokenState) -> Tensor:
-        """The texts as returned, (groups, k, length): what the terminal reward scores."""
+        """Return the texts, (groups, k, length), which the terminal reward scores."""
         return state.tokens
 
 
@@ -143,14 +173,18 @@ class MaskedDiffusion(TokenModel):
     """Ancestral sampling of a masked diffusion model.
 
     Args:
-        denoiser, length, num_steps, temperature, num_x0_samples, batch_size: see `TokenModel`.
-        mask_token_id (`int`): the mask; its logit is ignored.
-        template (`Tensor`, *optional*): (length,) or (groups, length): tokens that are clamped, `mask_token_id` where the text is free.
-        guidance (*optional*): function (tokens (n, length), log_probs (n, length, vocabulary), step) -> extra logits (n, length, vocabulary). Tokens are then drawn
-            from the tilted probabilities and the ratio goes into the weights, so that the target stays the same.
+        denoiser, length, num_steps, temperature, num_x0_samples, batch_size: see
+            `TokenModel`.
+        mask_token_id (`int`): the mask. Its logit is ignored.
+        template (`Tensor`, *optional*): fixed tokens, (length,) or (groups, length),
+            with `mask_token_id` where the text is free.
+        guidance (*optional*): function (tokens (n, length), log_probs (n, length,
+            vocabulary), step) -> extra logits (n, length, vocabulary). Tokens are drawn
+            from the tilted probabilities. The ratio goes into the weights, so that the
+            target stays the same.
 
     Raises:
-        ConfigError: a number out of range, a template of the wrong length.
+        ConfigError: a number out of range, or a template of the wrong length.
     """
 
     def __init__(
@@ -179,6 +213,15 @@ class MaskedDiffusion(TokenModel):
         self.mask_token_id, self.template, self.guidance = mask_token_id, template, guidance
 
     def init(self, groups: int, num_particles: int, generator: Generators) -> TokenState:
+        """Return masked texts, with the tokens of the template.
+
+        Args:
+            groups, num_particles (`int`): sizes.
+            generator (`torch.Generator` or one per group, *optional*): of the sampler.
+
+        Raises:
+            ConfigError: a template for another number of groups.
+        """
         self.start_x0_stream(generator)
         template = (
             torch.full((self.length,), self.mask_token_id)
@@ -193,24 +236,38 @@ class MaskedDiffusion(TokenModel):
         return TokenState(template[:, None].repeat(1, num_particles, 1))
 
     def prepare(self, state: TokenState, i: int) -> TokenState:
-        """Runs the network once; its prediction serves scoring and the step, and is copied with the particle."""
+        """Run the network once, for scoring and for the step.
+
+        The prediction is copied with the particle.
+        """
         logits = self.logits(state.tokens) / self.temperature
         if self.mask_token_id < logits.shape[-1]:
             logits[..., self.mask_token_id] = -math.inf
         return TokenState(state.tokens, logits.log_softmax(-1))
 
     def predict_x0(self, state: TokenState, i: int) -> Tensor:
-        """Whole texts: every masked position drawn from p(x0 | x_t), revealed tokens kept; (groups, k, num_x0_samples, length)."""
+        """Draw whole texts: masked positions from p(x0 | x_t), with revealed tokens as
+        they are.
+
+        Returns:
+            `Tensor`: int64 (groups, k, num_x0_samples, length).
+        """
         assert state.prediction is not None
         drawn = self.draw_x0(state.prediction.exp())
         now = state.tokens[:, :, None].expand_as(drawn)
         return torch.where(now == self.mask_token_id, drawn, now)
 
     def propose(self, state: TokenState, i: int, generator: Generators) -> Any:
+        """Reveal masked positions.
+
+        Returns:
+            `TokenState`, with the log ratio (groups, k) of the proposal under guidance.
+        """
         assert state.prediction is not None
         shape = tuple(state.tokens.shape)
         noise = uniforms((shape[0], shape[1], 2, shape[2]), generator)
-        # (t - s) / t with t = 1 - i / N: the last step reveals everything, whatever the rounding.
+        # (t - s) / t with t = 1 - i / N: the last step reveals everything, whatever the
+        # rounding.
         hidden = state.tokens == self.mask_token_id
         revealed = hidden & (
             (noise[:, :, 0] < 1 / (self.num_steps - i)) | (i == self.num_steps - 1)
@@ -230,15 +287,18 @@ class MaskedDiffusion(TokenModel):
 
 
 class UniformDiffusion(TokenModel):
-    """Diffusion with uniform corruption through diffusers' `DiscreteDDIMScheduler`, a proper Markov kernel; its corrector sweeps included.
+    """Diffusion with uniform corruption, through diffusers' `DiscreteDDIMScheduler`.
+
+    Its corrector sweeps are included.
 
     Args:
+        denoiser, length, num_steps, temperature, num_x0_samples, batch_size: see
+            `TokenModel`.
         scheduler: a `DiscreteDDIMScheduler`.
         vocab_size (`int`): tokens to start from, uniformly.
-        denoiser, length, num_steps, temperature, num_x0_samples, batch_size: see `TokenModel`.
 
     Raises:
-        ConfigError: a number out of range, another scheduler.
+        ConfigError: a number out of range, or another scheduler.
     """
 
     def __init__(
@@ -271,18 +331,22 @@ class UniformDiffusion(TokenModel):
         scheduler.set_timesteps(num_steps)
 
     def init(self, groups: int, num_particles: int, generator: Generators) -> TokenState:
+        """Draw uniform tokens, see `MaskedDiffusion.init`."""
         self.start_x0_stream(generator)
         noise = uniforms((groups, num_particles, self.length), generator)
         return TokenState((noise * self.vocab_size).long().clamp(max=self.vocab_size - 1))
 
     def prepare(self, state: TokenState, i: int) -> TokenState:
+        """Run the network once, for scoring and for the step."""
         return TokenState(state.tokens, self.logits(state.tokens))
 
     def predict_x0(self, state: TokenState, i: int) -> Tensor:
+        """Draw whole texts from p(x0 | x_t), see `MaskedDiffusion.predict_x0`."""
         assert state.prediction is not None
         return self.draw_x0((state.prediction / self.temperature).softmax(-1))
 
     def propose(self, state: TokenState, i: int, generator: Generators) -> TokenState:
+        """Take one step of the scheduler, and its corrector sweeps."""
         assert state.prediction is not None
         tokens = self._per_group(self._step, generator, state.prediction, state.tokens, i)
         for _ in range(self.scheduler.config.corrector_steps if i < self.num_steps - 1 else 0):
@@ -313,19 +377,36 @@ class UniformDiffusion(TokenModel):
 
 
 def categorical(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Tokens by inversion in float64, (..., vocabulary) and uniform numbers (...) -> (...) int64; zero probabilities are never drawn."""
+    """Draw tokens by inversion, in float64. Tokens of probability zero are never drawn.
+
+    Args:
+        probabilities (`Tensor`): (..., vocabulary).
+        noise (`Tensor`): uniform numbers in [0, 1), (...).
+
+    Returns:
+        `Tensor`: int64 (...).
+    """
     cumulated = probabilities.cumsum(-1)
     cumulated = cumulated / cumulated[..., -1:]
-    found = torch.searchsorted(cumulated.contiguous(), noise[..., None].contiguous(), right=True)[
+    tokens = torch.searchsorted(cumulated.contiguous(), noise[..., None].contiguous(), right=True)[
         ..., 0
     ]
     alive = probabilities > 0
     last = probabilities.shape[-1] - 1 - alive.flip(-1).to(torch.int8).argmax(-1)
-    return torch.minimum(found, last)
+    return torch.minimum(tokens, last)
 
 
 def uniforms(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Uniform numbers in float64; with one generator per group, the first dimension's."""
+    """Draw uniform numbers in float64.
+
+    Args:
+        shape (`tuple[int, ...]`): of the result.
+        generator (`torch.Generator` or one per group, *optional*): one per group stands
+            for the first dimension.
+
+    Returns:
+        `Tensor`: in [0, 1).
+    """
     if generator is None or isinstance(generator, torch.Generator):
         return torch.rand(shape, dtype=torch.float64, generator=generator)
     return torch.stack(
