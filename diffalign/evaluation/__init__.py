@@ -1,4 +1,4 @@
-"""Paired generation, win-rates with intervals, side-by-side pictures."""
+"""Compare models: paired images, win-rates with intervals, side-by-side pictures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Steering against best-of-n: the same model rows, the same noise, the difference with its standard error.
+"""Compare steering with best-of-n, from the same noise with the same model rows.
 
-Best-of-n is what steering has to beat: K plain samples, the one of highest reward. Other scorers judge the image that the *reward* chose;
-taking each judge's own maximum over K would flatter both sides.
+Best-of-n is what steering has to beat: draw K plain samples and keep the one of highest
+reward. Other scorers judge the image that the *reward* chose. If every judge took its
+own maximum over K, that would flatter both sides.
 """
 
 from __future__ import annotations
@@ -25,19 +26,25 @@ from .statistics import nanmean
 Array = npt.NDArray[np.float64]
 ARMS = ("best_of_n", "steering")
 REWARD = "reward"
+COUNTS = ("model_rows", "decodes", "scored_images", "reward_calls")
 
 
 @dataclass
 class ArmScores:
-    """One side of a comparison.
+    """One side of a comparison: best-of-n or steering.
 
     Attributes:
-        scores: metric -> (prompts, seeds, K); ``reward`` and the judges.
-        weights: (prompts, seeds, K), terminal weights.
-        roots: (prompts, seeds), surviving initial noises.
-        min_ess: (prompts, seeds), over the run.
-        best_images: [prompt][seed], the image of highest reward.
-        model_rows, decodes, scored_images, reward_calls, seconds: summed over the calls.
+        scores (`dict`): metric -> (prompts, seeds, K). The metrics are ``reward`` and
+            the judges.
+        weights (`ndarray`): (prompts, seeds, K), weights at the end.
+        roots (`ndarray`): (prompts, seeds), number of initial noises that survive.
+        min_ess (`ndarray`): (prompts, seeds), smallest effective sample size.
+        best_images (`list`): [prompt][seed], the image of highest reward.
+        model_rows (`int`): Rows that went through the model, over all calls.
+        decodes (`int`): Latents decoded on the way, over all calls.
+        scored_images (`int`): Images scored, over all calls.
+        reward_calls (`int`): Calls of the reward.
+        seconds (`float`): Time of all calls.
     """
 
     scores: dict[str, Array]
@@ -52,26 +59,30 @@ class ArmScores:
     seconds: float = 0.0
 
     def best(self, metric: str) -> Array:
-        """(prompts, seeds): the metric of the particle of highest *reward*."""
+        """Return a metric of the particle of highest *reward*, (prompts, seeds)."""
         top = np.nan_to_num(self.scores[REWARD], nan=-np.inf).argmax(-1)
         return np.take_along_axis(self.scores[metric], top[..., None], -1)[..., 0]
 
     def mean(self, metric: str) -> Array:
-        """(prompts, seeds): the mean over the K particles."""
+        """Average a metric over the K particles, (prompts, seeds)."""
         return nanmean(self.scores[metric], -1)
 
     def weighted(self, metric: str) -> Array:
-        """(prompts, seeds): the mean under the weights, an estimate for the tilted law."""
+        """Average a metric under the weights, (prompts, seeds).
+
+        This estimates the mean of the distribution that steering aims at.
+        """
         return np.where(self.weights > 0, self.weights * self.scores[metric], 0.0).sum(-1)
 
 
 @dataclass
 class Difference:
-    """A paired difference, steering minus best-of-n.
+    """A paired difference: steering minus best-of-n.
 
     Attributes:
-        value: mean over prompts and seeds.
-        standard_error: clustered by prompt; over seeds for a single prompt; NaN for a single population.
+        value (`float`): Mean over prompts and seeds.
+        standard_error (`float`): Clustered by prompt. With a single prompt it is over
+            seeds. With a single population it is NaN.
     """
 
     value: float
@@ -79,27 +90,27 @@ class Difference:
 
     @classmethod
     def of(cls, difference: Array) -> Difference:
-        """From (prompts, seeds); NaN pairs are left out."""
+        """Average a difference of shape (prompts, seeds) and leave out NaN."""
         units = nanmean(difference, 1) if difference.shape[0] > 1 else difference[0]
         units = units[~np.isnan(units)]
         error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.nan
         return cls(float(units.mean()) if len(units) else math.nan, error)
 
     def __str__(self) -> str:
-        return f"{self.value:+.4g}" + (
-            "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2g}"
-        )
+        if math.isnan(self.standard_error):
+            return f"{self.value:+.4g}"
+        return f"{self.value:+.4g} ± {self.standard_error:.2g}"
 
 
 @dataclass
 class BestOfNComparison:
-    """What `compare_best_of_n` returns.
+    """The result of `compare_best_of_n`: both sides, their difference and their cost.
 
     Attributes:
-        prompts: P of them.
-        seeds: S of them.
-        num_particles: K.
-        arms: ``best_of_n`` and ``steering``.
+        prompts (`list[str]`): P prompts.
+        seeds (`list[int]`): S seeds.
+        num_particles (`int`): K particles per population.
+        arms (`dict[str, ArmScores]`): ``best_of_n`` and ``steering``.
     """
 
     prompts: list[str]
@@ -109,18 +120,22 @@ class BestOfNComparison:
 
     @property
     def metrics(self) -> list[str]:
-        """``reward`` and the judges."""
+        """The names of the metrics: ``reward`` and the judges."""
         return list(self.arms["steering"].scores)
 
     def difference(self, metric: str = REWARD, of: str = "best") -> Difference:
-        """Steering minus best-of-n.
+        """Compute steering minus best-of-n.
 
         Args:
-            metric (`str`): ``reward`` or a judge.
-            of (`str`): ``best`` (the particle of highest reward) or ``mean`` (of the K particles).
+            metric (`str`, defaults to ``reward``): ``reward`` or a judge.
+            of (`str`, defaults to ``best``): ``best`` (the particle of highest reward)
+                or ``mean`` (of the K particles).
+
+        Returns:
+            `Difference` with its standard error.
 
         Raises:
-            ConfigError: no such metric or quantity.
+            ConfigError: There is no such metric or quantity.
         """
         if metric not in self.metrics:
             raise ConfigError(
@@ -132,66 +147,59 @@ class BestOfNComparison:
         return Difference.of(steered - plain)
 
     def table(self) -> str:
-        """A markdown table: every metric of the best particle and of the mean of K, both sides, the difference ± one standard error; then what it cost."""
+        """Write a markdown table of both sides.
+
+        For every metric it has the best particle and the mean of K, with the difference
+        ± one standard error. Then it has what both sides cost.
+        """
         k = self.num_particles
         plain, steered = (self.arms[name] for name in ARMS)
         lines = [f"| | best of {k} | steering | difference |", "|---|---|---|---|"]
         for metric in self.metrics:
-            for of in ("best", "mean"):
-                a, b = (float(np.nanmean(getattr(arm, of)(metric))) for arm in (plain, steered))
-                what = "best particle" if of == "best" else f"mean of {k}"
-                lines.append(
-                    f"| {metric}, {what} | {a:.4g} | {b:.4g} | {self.difference(metric, of)} |"
-                )
-            lines.append(
-                f"| {metric}, weighted mean | {np.nanmean(plain.weighted(metric)):.4g} | {np.nanmean(steered.weighted(metric)):.4g} | |"
-            )
-        lines.append(
-            f"| initial noises that survive, of {k} | {plain.roots.mean():.2f} | {steered.roots.mean():.2f} | |"
-        )
+            for of, label in (("best", "best particle"), ("mean", f"mean of {k}")):
+                a, b = (_mean(arm, of, metric) for arm in (plain, steered))
+                difference = self.difference(metric, of)
+                lines.append(f"| {metric}, {label} | {a:.4g} | {b:.4g} | {difference} |")
+            a, b = (_mean(arm, "weighted", metric) for arm in (plain, steered))
+            lines.append(f"| {metric}, weighted mean | {a:.4g} | {b:.4g} | |")
+        roots = f"{plain.roots.mean():.2f} | {steered.roots.mean():.2f}"
+        lines.append(f"| initial noises that survive, of {k} | {roots} | |")
         lines.append(f"| smallest effective sample size | | {steered.min_ess.mean():.2f} | |")
         for name in ("model_rows", "decodes", "scored_images"):
-            lines.append(
-                f"| {name.replace('_', ' ')} | {getattr(plain, name)} | {getattr(steered, name)} | |"
-            )
+            counts = f"{getattr(plain, name)} | {getattr(steered, name)}"
+            lines.append(f"| {name.replace('_', ' ')} | {counts} | |")
         lines.append(f"| seconds | {plain.seconds:.1f} | {steered.seconds:.1f} | |")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, for JSON; NaN is None."""
-        found: dict[str, Any] = {
+        """Collect everything but the images, for JSON, with None in place of NaN."""
+        content: dict[str, Any] = {
             "num_prompts": len(self.prompts),
             "seeds": self.seeds,
             "num_particles": self.num_particles,
         }
         for name, arm in self.arms.items():
-            found[name] = {
-                **{
-                    metric: {
-                        of: _number(float(np.nanmean(getattr(arm, of)(metric))))
-                        for of in ("best", "mean", "weighted")
-                    }
-                    for metric in self.metrics
-                },
-                "roots": float(arm.roots.mean()),
-                "min_ess": float(arm.min_ess.mean()),
-                **{
-                    key: getattr(arm, key)
-                    for key in ("model_rows", "decodes", "scored_images", "reward_calls", "seconds")
-                },
-            }
-        found["difference"] = {
-            metric: {
-                of: {"value": _number(d.value), "standard_error": _number(d.standard_error)}
-                for of in ("best", "mean")
-                for d in (self.difference(metric, of),)
-            }
+            content[name] = {metric: _means(arm, metric) for metric in self.metrics}
+            content[name]["roots"] = float(arm.roots.mean())
+            content[name]["min_ess"] = float(arm.min_ess.mean())
+            for key in (*COUNTS, "seconds"):
+                content[name][key] = getattr(arm, key)
+        content["difference"] = {
+            metric: {of: _plain(self.difference(metric, of)) for of in ("best", "mean")}
             for metric in self.metrics
         }
-        return found
+        return content
 
     def grid(self, rows: int = 24) -> Any:
-        """The best image of both sides for the first prompts and seeds, side by side, as one picture."""
+        """Draw the best images of both sides next to each other, as one picture.
+
+        Args:
+            rows (`int`, defaults to 24): Number of prompts to show, from the first on.
+                Of every prompt up to four seeds are shown.
+
+        Returns:
+            A PIL image.
+        """
         from ..generation.grids import comparison_grid
 
         plain, steered = (self.arms[name].best_images for name in ARMS)
@@ -218,20 +226,26 @@ def compare_best_of_n(
     progress: bool = True,
     **pipe_kwargs: Any,
 ) -> BestOfNComparison:
-    """Steers, and draws best-of-n from the same noise with the same number of model rows.
+    """Compare steering with best-of-n from the same noise, with the same model rows.
 
     Args:
-        steering (`FKSteering`): at least two particles.
-        prompts: P of them.
-        seeds: how many populations per prompt, or their seeds.
-        judges: name -> scorer (or function of images and prompts), or names of scorers; they judge the same images and choose none.
-        metadata: one mapping per prompt, for scorers that read it.
-        progress (`bool`): show a bar.
-        pipe_kwargs: for the pipeline's call.
+        steering (`FKSteering`): The sampler, with at least two particles.
+        prompts (`str` or `Sequence[str]`): P prompts.
+        seeds (`int` or `Sequence[int]`, defaults to 1): Number of populations per
+            prompt, or their seeds.
+        judges (*optional*): name -> scorer (or function of images and prompts), or
+            names of scorers. They score the same images and choose none.
+        metadata (*optional*): One mapping per prompt, for scorers that read it.
+        progress (`bool`, defaults to `True`): Show a bar.
+        pipe_kwargs: Arguments of the pipeline's call.
+
+    Returns:
+        `BestOfNComparison` with the scores of both sides.
 
     Raises:
-        ConfigError: a single particle, no seeds, a judge called like another metric.
-        UserError: as `FKSteering.__call__`.
+        ConfigError: There is a single particle or no seed, or a judge is called
+            ``reward``.
+        UserError: See `FKSteering.__call__`.
     """
     if steering.num_particles < 2:
         raise ConfigError(
@@ -253,8 +267,8 @@ def compare_best_of_n(
     ):
         for number in numbers:
             for arm, sampler in sides.items():
-                own = [population_seed(number, i) for i in range(len(texts))]
-                result = sampler(texts, seed=own, metadata=metadata, **pipe_kwargs)
+                population_seeds = [population_seed(number, i) for i in range(len(texts))]
+                result = sampler(texts, seed=population_seeds, metadata=metadata, **pipe_kwargs)
                 parts[arm].append((result, judge(result, named, metadata)))
                 bar.update()
     return BestOfNComparison(
@@ -264,7 +278,7 @@ def compare_best_of_n(
 
 @contextmanager
 def quiet_bars(pipe: Any) -> Iterator[None]:
-    """The pipeline's own progress bar off: one bar for all calls is enough."""
+    """Switch off the pipeline's own progress bar. One bar for all calls is enough."""
     if not hasattr(pipe, "set_progress_bar_config"):
         yield
         return
@@ -277,15 +291,29 @@ def quiet_bars(pipe: Any) -> Iterator[None]:
 
 
 def population_seed(seed: int, prompt: int) -> int:
-    """The seed of prompt number `prompt` in round `seed`: the same whatever other prompts and rounds there are."""
+    """Derive the seed of one population.
+
+    Args:
+        seed (`int`): Seed of the round.
+        prompt (`int`): Number of the prompt.
+
+    Returns:
+        A seed that does not depend on what other prompts and rounds there are.
+    """
     return seed * 1_000_003 + prompt
 
 
 def read_judges(judges: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Rewarder]:
-    """Judges by name.
+    """Load judges.
+
+    Args:
+        judges: name -> scorer or function, or names of scorers.
+
+    Returns:
+        The judges by name.
 
     Raises:
-        ConfigError: one called ``reward``, or not a scorer.
+        ConfigError: One is called ``reward``, or is not a scorer.
     """
     table = dict(judges) if isinstance(judges, Mapping) else {name: name for name in judges or ()}
     if REWARD in table:
@@ -296,7 +324,16 @@ def read_judges(judges: Mapping[str, Any] | Sequence[str] | None) -> dict[str, R
 def judge(
     result: SteeringResult, judges: Mapping[str, Rewarder], metadata: Any = None
 ) -> dict[str, Array]:
-    """Scores of all returned images by every judge, (prompts, K) each."""
+    """Score all images of a result by every judge.
+
+    Args:
+        result (`SteeringResult`): P prompts with K images each.
+        judges: By name, see `read_judges`.
+        metadata (*optional*): One mapping per prompt, for judges that read it.
+
+    Returns:
+        Judge -> (P, K).
+    """
     k = result.rewards.shape[1]
     images = [image for row in result.images for image in row]
     return {
@@ -306,13 +343,15 @@ def judge(
 
 
 def _arm(rounds: list[tuple[SteeringResult, dict[str, Array]]]) -> ArmScores:
+    """Put the rounds of one side together, one per seed."""
     results = [result for result, _ in rounds]
 
     def stacked(values: Sequence[Any]) -> Array:
         return np.stack([np.asarray(value, dtype=np.float64) for value in values], axis=1)
 
     scores = {REWARD: stacked([result.rewards for result in results])}
-    scores |= {name: stacked([judged[name] for _, judged in rounds]) for name in rounds[0][1]}
+    for name in rounds[0][1]:
+        scores[name] = stacked([by_judge[name] for _, by_judge in rounds])
     return ArmScores(
         scores=scores,
         weights=stacked([result.weights for result in results]),
@@ -321,12 +360,25 @@ def _arm(rounds: list[tuple[SteeringResult, dict[str, Array]]]) -> ArmScores:
         best_images=[
             list(images) for images in zip(*(result.best for result in results), strict=True)
         ],
-        **{
-            key: sum(result.counts[key] for result in results)
-            for key in ("model_rows", "decodes", "scored_images", "reward_calls")
-        },
+        **{key: sum(result.counts[key] for result in results) for key in COUNTS},
         seconds=sum(result.seconds["total"] for result in results),
     )
+
+
+def _mean(arm: ArmScores, of: str, metric: str) -> float:
+    """Average over prompts and seeds what a method of `ArmScores` returns."""
+    return float(np.nanmean(getattr(arm, of)(metric)))
+
+
+def _means(arm: ArmScores, metric: str) -> dict[str, float | None]:
+    return {of: _number(_mean(arm, of, metric)) for of in ("best", "mean", "weighted")}
+
+
+def _plain(difference: Difference) -> dict[str, float | None]:
+    return {
+        "value": _number(difference.value),
+        "standard_error": _number(difference.standard_error),
+    }
 
 
 def _number(value: float) -> float | None:

@@ -1,7 +1,8 @@
-"""Models compared on the same prompts from the same noise: paired images, scores, win-rates with intervals, diversity.
+"""Compare models on the same prompts from the same noise.
 
-Image i of a prompt has one seed under every model, which decides its initial and its step noise; all models draw the same batches. What is
-left of a difference between two images of a pair is therefore the models'.
+Image i of a prompt has one seed under every model. The seed decides the initial noise
+and the noise of every step, and all models draw the same batches. So the images of a
+pair differ only because the models do.
 """
 
 from __future__ import annotations
@@ -50,31 +51,61 @@ def compare(
     verbose: bool = False,
     **pipe_kwargs: Any,
 ) -> Comparison:
-    """Draws every prompt under every model from the same noise, scores the images and says who wins how surely.
+    """Compare models: draw the same prompts, score the images and compute win-rates.
 
-    Finished images and scores lie in `output_dir`: the same call goes on where an interrupted one stopped, and processes started by
-    torchrun or ``accelerate launch`` share the work.
+    Finished images and scores stay in `output_dir`. The same call continues where an
+    interrupted one stopped. Processes started by torchrun or ``accelerate launch``
+    share the work.
 
     Args:
-        base: what the others are compared with: Hub id, folder, ``shapes``, a pipeline, or a mapping (see `parse_model`).
-        tuned: one or a sequence of models: as `base`, or a LoRA on the base's model, ``PATH@0.5`` at a scale, an `FKSteering`, or a mapping
-            with ``lora``, ``lora_scale``, ``negative``, ``steer``.
-        prompts: name of a set, file, or prompts; see `load_prompts`.
-        scorers: whatever a `Panel` takes (names, entries, a mapping with ``rewards``); the first decides. None is ``shapes`` for the embedded
-            prompts.
-        output_dir: created; one that holds a comparison with other settings is refused.
-        num_images (`int`): per prompt.
-        seed (`int`): of everything; image i of a prompt has the same seed whatever other prompts there are.
-        max_prompts (`int`, *optional*): evenly over the set.
-        prompts_path: of a named set, where its files are.
-        batch_size (`int`): images per forward pass.
-        diversity: ``pixel`` or a scorer with an image embedding; see `Diversity`.
-        device, dtype: of models and scorers; None takes the GPU if there is one, with models in bfloat16.
-        verbose (`bool`): print the tables.
-        pipe_kwargs: for the pipelines' call (`num_inference_steps`, `guidance_scale`, `height`, ...), the same for all models.
+        base (`str`, pipeline or mapping): Model that the others are compared with. It
+            is a Hub id, a folder, ``shapes``, a pipeline, or a mapping (see
+            `parse_model`).
+        tuned: One model or a sequence of them. Each is given like `base`, or as a LoRA
+            on the base's model (``PATH@0.5`` for a scale of 0.5), an `FKSteering`, or a
+            mapping with ``lora``, ``lora_scale``, ``negative`` or ``steer``.
+        prompts (`str` or `Iterable[str]`, defaults to ``shapes``): Name of a set, a
+            file, or prompts, see `load_prompts`.
+        scorers (*optional*): What a `Panel` takes: names, entries, or a mapping with
+            ``rewards``. The first one decides. Defaults to ``shapes`` for the embedded
+            prompts and is required for others.
+        output_dir (`str` or `Path`, defaults to ``diffalign-comparison``): Folder for
+            the results. It is created. If it holds a comparison with other settings, it
+            is refused.
+        num_images (`int`, defaults to 4): Images per prompt.
+        seed (`int`, defaults to 0): Seed of everything. Image i of a prompt has the
+            same seed whatever other prompts there are.
+        max_prompts (`int`, *optional*): At most so many prompts, evenly over the set.
+        prompts_path (`str` or `Path`, *optional*): Where the files of a named set are.
+        batch_size (`int`, defaults to 8): Images per forward pass.
+        diversity (`str` or scorer, defaults to ``pixel``): Distance of two images, see
+            `Diversity`.
+        device (*optional*): Where models and scorers run. Defaults to the GPU if there
+            is one.
+        dtype (*optional*): Number type of the models. Defaults to bfloat16 on a GPU.
+        verbose (`bool`, defaults to `False`): Print the tables.
+        pipe_kwargs: Arguments of the pipelines' call, the same for all models, such as
+            `num_inference_steps`, `guidance_scale`, `height`.
+
+    Returns:
+        `Comparison` with the scores. Tables, pictures and a report are in `output_dir`.
 
     Raises:
-        UserError: models, prompts, scorers or numbers that do not fit, before anything is drawn.
+        UserError: Models, prompts, scorers or numbers do not fit, which is found before
+            anything is drawn. Or a model has not a single image with a score.
+
+    Example:
+        >>> from diffalign import compare
+        >>> result = compare(
+        ...     "shapes",
+        ...     "again=shapes",
+        ...     max_prompts=2,
+        ...     num_images=1,
+        ...     num_inference_steps=2,
+        ...     output_dir="comparison",
+        ... )
+        >>> result.win_rate("again").rate
+        0.5
     """
     for name, least, value in (
         ("num_images", 1, num_images),
@@ -88,14 +119,16 @@ def compare(
             raise ConfigError(
                 name, "both sides need the same noise and prompts; give seed= and prompts= instead"
             )
-    found = load_prompts(prompts, path=prompts_path, limit=max_prompts)
+    prompt_set = load_prompts(prompts, path=prompts_path, limit=max_prompts)
+    texts = prompt_set.prompts
     models = read_models(base, tuned)
     processes = Processes.start(device)
     folder = Path(output_dir)
-    panel, kind = _panel(scorers, found, processes), Diversity(diversity, device=processes.device)
+    panel = _panel(scorers, prompt_set, processes)
+    distance = Diversity(diversity, device=processes.device)
     settings = {
         "models": {model.name: model.fingerprint() for model in models},
-        "prompts": [found.name, found.sha256, len(found.prompts)],
+        "prompts": [prompt_set.name, prompt_set.sha256, len(texts)],
         "num_images": num_images,
         "seed": seed,
         "batch_size": batch_size,
@@ -106,46 +139,34 @@ def compare(
     processes.wait()
     started = time.perf_counter()
     for model in models:
-        _draw(
-            model,
-            found.prompts,
-            folder,
-            num_images,
-            seed,
-            batch_size,
-            pipe_kwargs,
-            dtype,
-            processes,
-        )
+        _draw(model, texts, folder, num_images, seed, batch_size, pipe_kwargs, dtype, processes)
     processes.wait()
-    missing = {
-        model.name: _missing(model.name, len(found.prompts), num_images, folder) for model in models
-    }
+    names = [model.name for model in models]
+    missing = {name: _missing(name, len(texts), num_images, folder) for name in names}
     scores = {
-        model.name: _scores(model.name, found, folder, num_images, panel, processes)
-        for model in models
+        name: _scores(name, prompt_set, folder, num_images, panel, processes) for name in names
     }
     spread = {
-        model.name: _diversity(kind, model.name, found, folder, num_images, processes)
-        for model in models
+        name: _diversity(distance, name, prompt_set, folder, num_images, processes)
+        for name in names
     }
     processes.stop()
     from ..runtime.versions import versions
 
     comparison = Comparison(
         models,
-        found,
+        prompt_set,
         num_images,
         scores,
         {name: panel.specs[name].higher_is_better for name in panel.names},
         spread,
-        kind.name,
+        distance.name,
         folder,
         {
             "settings": settings,
             "versions": versions(),
             "seconds": round(time.perf_counter() - started, 1),
-            "missing": {k: v for k, v in missing.items() if v},
+            "missing": {name: sentence for name, sentence in missing.items() if sentence},
         },
     )
     if processes.rank == 0:
@@ -158,10 +179,17 @@ def compare(
 
 
 def read_models(base: Any, tuned: Any) -> list[ModelSpec]:
-    """The base and the others, every one with a name of its own.
+    """Read the base and the tuned models, and give each a name of its own.
+
+    Args:
+        base: Model that the others are compared with, see `parse_model`.
+        tuned: One model or a sequence of them.
+
+    Returns:
+        The models, the base first.
 
     Raises:
-        ConfigError: none to compare, or something that is no model.
+        ConfigError: There is nothing to compare with, or something is no model.
     """
     first = parse_model(base, "base")
     others = list(tuned) if isinstance(tuned, Sequence) and not isinstance(tuned, str) else [tuned]
@@ -175,6 +203,11 @@ def read_models(base: Any, tuned: Any) -> list[ModelSpec]:
 
 
 def _panel(scorers: Any, prompts: PromptSet, processes: Processes) -> Panel:
+    """Load the scorers.
+
+    Raises:
+        UserError: There are none, or one cannot score these prompts.
+    """
     from ..rewards.panel import Panel
 
     if scorers is None:
@@ -185,11 +218,14 @@ def _panel(scorers: Any, prompts: PromptSet, processes: Processes) -> Panel:
         scorers = ["shapes"]
     panel = Panel.from_config(scorers, device=processes.device)
     for entry in panel.entries:
-        entry.on_error = "nan"  # one image without a score shall not cost the comparison; its pair is left out and counted
+        # One image without a score must not end the comparison. Its pair is left out
+        # and counted.
+        entry.on_error = "nan"
     for name in panel.names:
         if "metadata" in panel.specs[name].requires and not all(prompts.metadata):
             raise UserError(
-                f"scorers: {name} needs metadata of every prompt; take a set that has it, e.g. geneval"
+                f"scorers: {name} needs metadata of every prompt; "
+                "take a set that has it, e.g. geneval"
             )
     return panel
 
@@ -205,33 +241,37 @@ def _draw(
     dtype: Any,
     processes: Processes,
 ) -> None:
+    """Draw the images of one model that are not there yet."""
     from contextlib import ExitStack
 
-    wanted = [
+    images = [
         (prompt, image_seed(seed, prompt, n), folder / image_name(model.name, p, n))
         for p, prompt in enumerate(prompts)
         for n in range(count)
     ]
     with ExitStack() as stack:
-        drawing: list[Any] = []
+        draw_function: list[Any] = []
 
         def draw(texts: list[str], seeds: list[int]) -> list[Any]:
-            if not drawing:  # a model whose images are all there is not loaded
-                drawing.append(
+            if not draw_function:  # so a model whose images are all there is never loaded
+                draw_function.append(
                     stack.enter_context(
                         opened(model, device=processes.device, dtype=dtype, field=model.name)
                     )
                 )
-            return drawing[0](texts, seeds, **settings)
+            return draw_function[0](texts, seeds, **settings)
 
-        draw_files(draw, wanted, batch_size, processes, f"drawing, {model.name}")
+        draw_files(draw, images, batch_size, processes, f"drawing, {model.name}")
 
 
 def _missing(model: str, prompts: int, count: int, folder: Path) -> str:
-    """What is missing of a model's images, in words.
+    """Say how many images of a model cannot be used, and why.
+
+    Returns:
+        One sentence, empty if nothing is missing.
 
     Raises:
-        NoImages: all of them.
+        NoImages: Not a single image can be used.
     """
     files = [
         drawn_file(folder / image_name(model, p, n)) for p in range(prompts) for n in range(count)
@@ -243,7 +283,14 @@ def _missing(model: str, prompts: int, count: int, folder: Path) -> str:
 def _scores(
     model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes
 ) -> dict[str, Array]:
-    """Scorer -> (P, N), in chunks that are kept."""
+    """Score the images of one model, and keep finished chunks in the folder.
+
+    Returns:
+        Scorer -> (P, N).
+
+    Raises:
+        UserError: A scorer has no score for any image.
+    """
     from ..annotation.score_parts import ScoreWork, score_all
     from ..annotation.score_source import FolderSource
 
@@ -258,9 +305,8 @@ def _scores(
     table = score_all(ScoreWork(panel, source, source.chunks(64), parts), processes)
     for name, values in table.columns.items():
         if values and all(math.isnan(value) for value in values):
-            raise UserError(
-                f"scorers: {name} has no score for any image of {model} ({next(iter(table.errors[name].values()))})"
-            )
+            reason = next(iter(table.errors[name].values()))
+            raise UserError(f"scorers: {name} has no score for any image of {model} ({reason})")
     return {
         name: np.array(values, dtype=np.float64).reshape(-1, count)
         for name, values in table.columns.items()
@@ -268,8 +314,14 @@ def _scores(
 
 
 def _diversity(
-    kind: Diversity, model: str, prompts: PromptSet, folder: Path, count: int, processes: Processes
+    distance: Diversity,
+    model: str,
+    prompts: PromptSet,
+    folder: Path,
+    count: int,
+    processes: Processes,
 ) -> Array:
+    """Compute the diversity of every prompt, (P,). Processes share the prompts."""
     total = len(prompts.prompts)
     if count < 2:
         return np.full(total, np.nan)
@@ -279,6 +331,6 @@ def _diversity(
         images = [
             Image.open(file).convert("RGB") for file in files if not isinstance(file, Missing)
         ]
-        mine.append((p, kind(images) if len(images) > 1 else float("nan")))
-    found = dict(processes.gather(mine))
-    return np.array([found[p] for p in range(total)])
+        mine.append((p, distance(images)))
+    values = dict(processes.gather(mine))
+    return np.array([values[p] for p in range(total)])

@@ -1,4 +1,4 @@
-"""The result of a comparison: scores, win-rates, categories and tables."""
+"""Hold the result of a comparison: scores, win-rates, categories and tables."""
 
 from __future__ import annotations
 
@@ -28,18 +28,33 @@ Array = npt.NDArray[np.float64]
 
 @dataclass
 class Comparison:
-    """What `compare` returns.
+    """The result of `compare`: scores, win-rates, diversity and where the images are.
 
     Attributes:
-        models: the base first.
-        prompts: P of them, with categories and where they come from.
-        num_images: N per prompt.
-        scores: model -> scorer -> (P, N) float64, as the scorer gave them; NaN = missing.
-        higher_is_better: scorer -> bool.
-        diversity: model -> (P,), mean distance of two images of a prompt; NaN with one image.
-        diversity_kind: what that distance is.
-        folder: images, tables and the report.
-        facts: settings, versions, seconds.
+        models (`list[ModelSpec]`): The base first, then the tuned models.
+        prompts (`PromptSet`): P prompts with their categories and origin.
+        num_images (`int`): N images per prompt.
+        scores (`dict`): model -> scorer -> (P, N) float64, as the scorer gave them. NaN
+            means missing.
+        higher_is_better (`dict[str, bool]`): By scorer. The first scorer decides.
+        diversity (`dict`): model -> (P,), mean distance of two images of a prompt. NaN
+            with one image.
+        diversity_kind (`str`): Name of that distance, see `Diversity`.
+        folder (`Path`): Holds the images, tables and the report.
+        facts (`dict`): Settings, versions, seconds, and what is missing.
+
+    Example:
+        >>> from diffalign import compare
+        >>> result = compare(
+        ...     "shapes",
+        ...     "again=shapes",
+        ...     max_prompts=2,
+        ...     num_images=1,
+        ...     num_inference_steps=2,
+        ...     output_dir="comparison",
+        ... )
+        >>> result.tuned, result.win_rate("again").rate
+        (['again'], 0.5)
     """
 
     models: list[ModelSpec]
@@ -54,24 +69,31 @@ class Comparison:
 
     @property
     def base(self) -> str:
-        """Name of the model that the others are compared with."""
+        """The name of the model that the others are compared with."""
         return self.models[0].name
 
     @property
     def tuned(self) -> list[str]:
-        """Names of the others."""
+        """The names of the other models."""
         return [model.name for model in self.models[1:]]
 
     @property
     def scorers(self) -> list[str]:
-        """Names of the scorers, the deciding one first."""
+        """The names of the scorers. The first one decides."""
         return list(self.higher_is_better)
 
     def signed(self, model: str, scorer: str | None = None) -> Array:
-        """(P, N): scores of one model by one scorer (None: the first), higher is better.
+        """Return the scores of one model such that higher is better.
+
+        Args:
+            model (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Returns:
+            (P, N), the scores, negated where lower is better.
 
         Raises:
-            ConfigError: no such model or scorer.
+            ConfigError: There is no such model or scorer.
         """
         scorer = self.scorers[0] if scorer is None else scorer
         for name, value, known in (
@@ -86,44 +108,84 @@ class Comparison:
     def win_rate(
         self, model: str, scorer: str | None = None, *, against: str | None = None
     ) -> WinRate:
-        """How often `model` beats the base (or `against`), by one scorer (None: the first)."""
+        """Compute how often a model beats the base or another model.
+
+        Args:
+            model (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+            against (`str`, *optional*): Name of the other model. Defaults to the base.
+
+        Raises:
+            ConfigError: There is no such model or scorer.
+        """
         return win_rate(self.signed(against or self.base, scorer), self.signed(model, scorer))
 
     def sign_test(self, model: str, scorer: str | None = None) -> float:
-        """p value of the sign test over prompts against the base."""
+        """Compute the p value of the sign test over prompts against the base."""
         return sign_test(self.signed(self.base, scorer), self.signed(model, scorer))
 
     def mean(self, model: str, scorer: str | None = None) -> tuple[float, float, float]:
-        """(mean score, low, high), with the 95 % interval clustered by prompt."""
+        """Average the scores of one model.
+
+        Args:
+            model (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Returns:
+            (mean, low, high), with the 95 % interval clustered by prompt.
+        """
         values = self.scores[model][self.scorers[0] if scorer is None else scorer]
         return _mean(values)
 
     def mean_diversity(self, model: str) -> tuple[float, float, float]:
-        """(mean distance, low, high)."""
+        """Average the diversity of one model: (mean, low, high)."""
         return _mean(self.diversity[model][:, None])
 
     def categories(self, model: str, scorer: str | None = None) -> dict[str, tuple[int, WinRate]]:
-        """Category -> (prompts, win-rate against the base), in the order of their first prompts; empty without categories."""
-        found: dict[str, tuple[int, WinRate]] = {}
+        """Compute the win-rate against the base for every category of prompts.
+
+        Args:
+            model (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Returns:
+            Category -> (number of prompts, win-rate), in the order of their first
+            prompts. Empty if the prompts have no categories.
+        """
+        categories: dict[str, tuple[int, WinRate]] = {}
         base, tuned = self.signed(self.base, scorer), self.signed(model, scorer)
         for name in dict.fromkeys(c for c in self.prompts.categories if c is not None):
             rows = [i for i, c in enumerate(self.prompts.categories) if c == name]
-            found[name] = (len(rows), win_rate(base[rows], tuned[rows]))
-        return found
+            categories[name] = (len(rows), win_rate(base[rows], tuned[rows]))
+        return categories
 
     def file(self, model: str, prompt: int, number: int) -> Path:
-        """The PNG of image `number` of a prompt."""
+        """Name the PNG of one image of a prompt."""
         return self.folder / image_name(model, prompt, number)
 
     def images(self, model: str, prompt: int) -> list[Image.Image]:
-        """The images of one prompt, `diffalign.runtime.missing.Missing` where one cannot be used."""
+        """Open the images of one prompt.
+
+        Returns:
+            N images, a `diffalign.runtime.missing.Missing` in place of one that cannot
+            be used.
+        """
         files = [drawn_file(self.file(model, prompt, n)) for n in range(self.num_images)]
         return [file if isinstance(file, Missing) else Image.open(file) for file in files]
 
     def extremes(
         self, model: str, count: int = 6, scorer: str | None = None
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(prompt, image) of the largest wins and of the largest losses against the base, largest first."""
+        """Find the largest wins and the largest losses against the base.
+
+        Args:
+            model (`str`): Name of the model.
+            count (`int`, defaults to 6): At most so many of either.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Returns:
+            (wins, losses), each a list of (prompt, image) numbers, largest first.
+        """
         difference = self.signed(model, scorer) - self.signed(self.base, scorer)
         order = [
             divmod(int(i), self.num_images)
@@ -134,8 +196,12 @@ class Comparison:
         return [place for place in order[::-1][:count] if difference[place] > 0], losses
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but images and single scores, for JSON; what is not a number is None."""
-        found: dict[str, Any] = {
+        """Collect everything but images and single scores, for JSON.
+
+        Returns:
+            Plain values, with None in place of numbers that are not finite.
+        """
+        content: dict[str, Any] = {
             "prompts": self.prompts.facts(),
             "num_images": self.num_images,
             "base": self.base,
@@ -144,49 +210,46 @@ class Comparison:
             **self.facts,
         }
         for model in self.models:
-            scores = {
-                s: dict(zip(("mean", "low", "high"), self.mean(model.name, s), strict=True))
-                for s in self.scorers
-            }
-            missing = {s: int(np.isnan(self.scores[model.name][s]).sum()) for s in self.scorers}
-            diversity = dict(
-                zip(("mean", "low", "high"), self.mean_diversity(model.name), strict=True)
-            )
-            found["models"][model.name] = {
+            name = model.name
+            content["models"][name] = {
                 "described": model.described,
-                "scores": scores,
-                "missing": missing,
-                "diversity": {"kind": self.diversity_kind, **diversity},
+                "scores": {s: _interval(self.mean(name, s)) for s in self.scorers},
+                "missing": {s: int(np.isnan(self.scores[name][s]).sum()) for s in self.scorers},
+                "diversity": {"kind": self.diversity_kind, **_interval(self.mean_diversity(name))},
             }
         for name in self.tuned:
-            found["comparisons"][name] = {
-                s: {
-                    **dataclasses.asdict(self.win_rate(name, s)),
-                    "sign_test": self.sign_test(name, s),
-                    "categories": {
-                        c: {"prompts": n, **dataclasses.asdict(rate)}
-                        for c, (n, rate) in self.categories(name, s).items()
-                    },
-                }
-                for s in self.scorers
-            }
-        return _plain(found)
+            content["comparisons"][name] = {s: self._against_base(name, s) for s in self.scorers}
+        return _plain(content)
+
+    def _against_base(self, model: str, scorer: str) -> dict[str, Any]:
+        """Collect what one scorer says of one model against the base."""
+        categories = self.categories(model, scorer).items()
+        return {
+            **dataclasses.asdict(self.win_rate(model, scorer)),
+            "sign_test": self.sign_test(model, scorer),
+            "categories": {
+                category: {"prompts": count, **dataclasses.asdict(won)}
+                for category, (count, won) in categories
+            },
+        }
 
     def table(self) -> str:
-        """The markdown tables of the report."""
-        pass
-
+        """Write the tables of the report as markdown."""
         return tables(self)
 
 
 def image_name(model: str, prompt: int, number: int) -> str:
-    """Of a PNG inside the folder."""
+    """Name the PNG of one image, relative to the folder of the comparison."""
     return f"images/{model}/{prompt:05d}-{number:03d}.png"
 
 
 def _mean(values: Array) -> tuple[float, float, float]:
     per_prompt = nanmean(values)
     return (float(nanmean(per_prompt[None])[0]), *clustered_bootstrap(values))
+
+
+def _interval(values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), values, strict=True))
 
 
 def _plain(value: Any) -> Any:
@@ -196,7 +259,10 @@ def _plain(value: Any) -> Any:
 
 
 def save_results(comparison: Comparison) -> None:
-    """Writes ``results.json``, and last, as it says that the comparison is complete."""
+    """Write ``results.json``.
+
+    It must be written last, because it says that the comparison is complete.
+    """
     content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
     write_atomically(comparison.folder / "results.json", content.encode())
 
@@ -206,7 +272,11 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def all_tables(c: Comparison) -> list[Table]:
-    """What the markdown and the page show."""
+    """Make the tables that the markdown and the page show.
+
+    Returns:
+        Win-rates, means, and win-rates by category if the prompts have categories.
+    """
     header = ["model", "scorer", "win-rate % (95 %)", "wins / ties / losses %", "sign test p"]
     wins = []
     for model in c.tuned:
@@ -214,7 +284,7 @@ def all_tables(c: Comparison) -> list[Table]:
             won = c.win_rate(model, scorer)
             shares = " / ".join(percent(x) for x in (won.wins, won.ties, won.losses))
             wins.append([model, scorer, rate(won), shares, f"{c.sign_test(model, scorer):.2g}"])
-    found: list[Table] = [(f"Against {c.base}", header, wins)]
+    result: list[Table] = [(f"Against {c.base}", header, wins)]
     means = [
         [
             m.name,
@@ -223,7 +293,7 @@ def all_tables(c: Comparison) -> list[Table]:
         ]
         for m in c.models
     ]
-    found.append(("Means (95 %)", ["model", *c.scorers, f"diversity ({c.diversity_kind})"], means))
+    result.append(("Means (95 %)", ["model", *c.scorers, f"diversity ({c.diversity_kind})"], means))
     by_model = {model: c.categories(model) for model in c.tuned}
     rows = [
         [category, str(prompts), *(rate(by_model[model][category][1]) for model in c.tuned)]
@@ -231,38 +301,41 @@ def all_tables(c: Comparison) -> list[Table]:
     ]
     if rows:
         title = f"By category, win-rate % against {c.base} by {c.scorers[0]} (95 %)"
-        found.append((title, ["category", "prompts", *c.tuned], rows))
-    return found
+        result.append((title, ["category", "prompts", *c.tuned], rows))
+    return result
 
 
 def notes(c: Comparison) -> list[str]:
-    """What a reader must know of the numbers."""
-    found = [
-        f"{len(c.prompts.prompts)} prompts ({c.prompts.name}) x {c.num_images} images; image i of a prompt starts from the same noise under every "
-        "model. A tie is half a win. Intervals and the sign test count prompts, not images."
+    """Say what a reader must know of the numbers, one sentence or two per note."""
+    count = len(c.prompts.prompts)
+    sentences = [
+        f"{count} prompts ({c.prompts.name}) x {c.num_images} images; image i of a prompt starts "
+        "from the same noise under every model. A tie is half a win. Intervals and the sign test "
+        "count prompts, not images."
     ]
-    found += c.prompts.notes
-    found += few_prompts(len(c.prompts.prompts))
-    found += [
-        f"{sentence}; their pairs are left out." for sentence in c.facts.get("missing", {}).values()
-    ]
+    sentences += c.prompts.notes
+    sentences += few_prompts(count)
+    for sentence in c.facts.get("missing", {}).values():
+        sentences.append(f"{sentence}; their pairs are left out.")
     for model in c.models:
         for scorer in c.scorers:
-            missing = sum(1 for value in c.scores[model.name][scorer].flat if math.isnan(value))
+            missing = int(np.isnan(c.scores[model.name][scorer]).sum())
             if missing:
-                found.append(
-                    f"{scorer} has no score for {missing} images of {model.name}; their pairs are left out."
+                sentences.append(
+                    f"{scorer} has no score for {missing} images of {model.name}; "
+                    "their pairs are left out."
                 )
     for model in c.models:
         if model.steer is not None:
-            found.append(
-                f"{model.name} draws several particles for every image and keeps the best: it costs that many times the work."
+            sentences.append(
+                f"{model.name} draws several particles for every image and keeps the best: "
+                "it costs that many times the work."
             )
-    return found
+    return sentences
 
 
 def tables(c: Comparison) -> str:
-    """All tables as markdown."""
+    """Write all tables and notes as markdown."""
     lines = []
     for title, header, rows in all_tables(c):
         lines += [f"**{title}**", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]

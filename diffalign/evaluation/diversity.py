@@ -1,4 +1,7 @@
-"""How different the images of one prompt are: alignment often pays for reward with sameness."""
+"""Measure how different the images of one prompt are.
+
+Alignment often raises the reward by making images more alike.
+"""
 
 from __future__ import annotations
 
@@ -17,37 +20,55 @@ _SIDE = 64
 
 
 def pixel_features(images: Sequence[Image.Image]) -> Array:
-    """(n, 3 * 64 * 64) in [0, 1], of the images scaled to 64x64."""
+    """Scale images to 64x64 and return their pixels.
+
+    Returns:
+        (n, 3 * 64 * 64), values from 0 to 1.
+    """
     small = [image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for image in images]
     return np.stack([np.asarray(image, dtype=np.float64).ravel() / 255 for image in small])
 
 
 def pixel_distances(features: Array) -> Array:
-    """(n, n): root mean squared difference of pixels."""
+    """Compute the root mean squared difference of each two images, (n, n)."""
     return np.stack([np.sqrt(((features - row) ** 2).mean(1)) for row in features])
 
 
 def cosine_distances(features: Array) -> Array:
-    """(n, n): one minus the cosine."""
+    """Compute one minus the cosine of each two embeddings, (n, n)."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     return np.clip(1 - unit @ unit.T, 0.0, 2.0)
 
 
 def mean_distance(distances: Array) -> float:
-    """Over the pairs of different images."""
+    """Average the distances (n, n) over all pairs of different images."""
     n = len(distances)
     return float(distances.sum() - np.trace(distances)) / (n * (n - 1))
 
 
 class Diversity:
-    """Mean distance between two images of a prompt.
+    """Compute the mean distance between two images of a prompt.
 
     Args:
-        kind: ``pixel`` (root mean squared difference at 64x64), or a scorer with an image embedding, by name or loaded (e.g. ``clip-b32``):
-            one minus the cosine of two embeddings.
+        kind (`str` or scorer, defaults to ``pixel``): The distance. ``pixel`` is the
+            root mean squared difference at 64x64. With a scorer that has an image
+            embedding, by name (such as ``clip-b32``) or loaded, it is one minus the
+            cosine of two embeddings.
+        device (*optional*): Where a scorer given by name runs. Defaults to the GPU if
+            there is one.
 
     Raises:
-        ConfigError: no such scorer, or one without an embedding.
+        ConfigError: There is no such scorer, or it has no image embedding.
+
+    Example:
+        >>> from PIL import Image
+        >>> from diffalign.evaluation import Diversity
+        >>> black = Image.new("RGB", (8, 8), "black")
+        >>> white = Image.new("RGB", (8, 8), "white")
+        >>> Diversity()([black, white])
+        1.0
+        >>> Diversity()([white, white])
+        0.0
     """
 
     def __init__(self, kind: Any = PIXEL, *, device: Any = None) -> None:
@@ -68,9 +89,7 @@ class Diversity:
         self._distances = cosine_distances
 
     def __call__(self, images: Sequence[Image.Image]) -> float:
-        """Of the images of one prompt; NaN for fewer than two."""
-        return (
-            mean_distance(self._distances(self._features(images)))
-            if len(images) > 1
-            else float("nan")
-        )
+        """Average the distance over all pairs of images; NaN with fewer than two."""
+        if len(images) < 2:
+            return float("nan")
+        return mean_distance(self._distances(self._features(images)))

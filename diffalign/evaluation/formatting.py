@@ -1,4 +1,4 @@
-"""Numbers and sentences of tables and reports."""
+"""Format the numbers and sentences of tables and reports."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ SOME_PROMPTS = 20
 
 
 def percent(value: float) -> str:
-    """``63.2``; a dash for what is not a number."""
+    """Format a share as a percentage, ``63.2``, or as a dash if it is NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def rate(found: WinRate) -> str:
-    """``63.2 (58.1 to 68.0)``; without the interval where one prompt is all there is."""
-    return percent(found.rate) + (
-        "" if math.isnan(found.low) else f" ({percent(found.low)} to {percent(found.high)})"
-    )
+def rate(win_rate: WinRate) -> str:
+    """Format a win-rate with its interval, ``63.2 (58.1 to 68.0)``.
+
+    The interval is left out where it is NaN, as with a single prompt.
+    """
+    if math.isnan(win_rate.low):
+        return percent(win_rate.rate)
+    return f"{percent(win_rate.rate)} ({percent(win_rate.low)} to {percent(win_rate.high)})"
 
 
 def number(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """Four digits, with the interval where there is one."""
+    """Format a number with four digits, and its interval unless that is NaN."""
     if math.isnan(value):
         return "-"
     return f"{value:.4g}" + ("" if math.isnan(low) else f" ({low:.4g} to {high:.4g})")
 
 
 def few_prompts(count: int) -> list[str]:
-    """A warning where there are too few prompts for an interval to mean much."""
+    """Warn of too few prompts for an interval to mean much.
+
+    Returns:
+        One sentence, or none where there are enough prompts.
+    """
     if count < FEW_PROMPTS:
         return [
-            f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, and prompts that agree prove little."
+            f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, "
+            "and prompts that agree prove little."
         ]
-    return (
-        [f"{count} prompts are few: intervals are rough, and only large differences show."]
-        if count < SOME_PROMPTS
-        else []
-    )
+    if count < SOME_PROMPTS:
+        return [f"{count} prompts are few: intervals are rough, and only large differences show."]
+    return []

@@ -1,4 +1,8 @@
-"""What draws images: a pipeline as it is, with a LoRA at some scale, under negative guidance, or steered."""
+"""Describe and open a model that draws images.
+
+It is a pipeline as it is, with a LoRA at some scale, under negative guidance, or
+steered.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +34,20 @@ Draw = Callable[..., list[Any]]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model to draw with, by where it comes from.
+    """A model to draw with, described by where it comes from.
 
     Attributes:
-        name: letters, digits, dot, dash, underscore and @.
-        model: Hub id, folder, ``shapes``, or a loaded pipeline.
-        lora: folder, file or Hub id of a LoRA on it.
-        lora_scale: its strength.
-        negative: negative model of Diffusion-NPO or Self-NPO, a LoRA or a pipeline folder; `alpha` and `beta` as in `NegativeGuidance`.
-        steer: arguments of `FKSteering` with its ``scorer``, or an `FKSteering`: of every population the best particle is the image.
+        name (`str`): Letters, digits, dot, dash, underscore and @.
+        model (`str` or pipeline): Hub id, folder, ``shapes``, or a loaded pipeline.
+        lora (`str`, *optional*): Folder, file or Hub id of a LoRA on the model.
+        lora_scale (`float`, defaults to 1): Strength of the LoRA.
+        negative (`str`, *optional*): Negative model of Diffusion-NPO or Self-NPO, a
+            LoRA or a pipeline folder.
+        alpha (`float`, defaults to 1): See `NegativeGuidance`.
+        beta (`float`, defaults to 1): See `NegativeGuidance`.
+        steer (`dict` or `FKSteering`, *optional*): Arguments of `FKSteering` with its
+            ``scorer``, or an `FKSteering`. The best particle of every population is the
+            image.
     """
 
     name: str
@@ -52,67 +61,68 @@ class ModelSpec:
 
     @property
     def described(self) -> str:
-        """One line for people."""
+        """One line that says what the model is."""
         parts = [self.model if isinstance(self.model, str) else type(self.model).__name__]
         if self.lora is not None:
-            parts.append(
-                f"LoRA {self.lora}"
-                + (f" at scale {self.lora_scale:g}" if self.lora_scale != 1 else "")
-            )
+            scale = f" at scale {self.lora_scale:g}" if self.lora_scale != 1 else ""
+            parts.append(f"LoRA {self.lora}{scale}")
         if self.negative is not None:
-            parts.append(
-                f"negative model {self.negative} (alpha {self.alpha:g}, beta {self.beta:g})"
-            )
+            strength = f"alpha {self.alpha:g}, beta {self.beta:g}"
+            parts.append(f"negative model {self.negative} ({strength})")
         if self.steer is not None:
-            options = (
-                self.steer
-                if isinstance(self.steer, Mapping)
-                else {"num_particles": self.steer.num_particles}
-            )
-            parts.append(
-                "steered (" + ", ".join(f"{k} {v}" for k, v in options.items()) + "), best particle"
-            )
+            if isinstance(self.steer, Mapping):
+                options = ", ".join(f"{name} {value}" for name, value in self.steer.items())
+            else:
+                options = f"num_particles {self.steer.num_particles}"
+            parts.append(f"steered ({options}), best particle")
         return ", ".join(parts)
 
     def fingerprint(self) -> str:
-        """Of the weights and everything else that decides an image.
+        """Hash the weights and everything else that decides an image.
 
         Raises:
-            ConfigError: the model or LoRA is not there.
+            ConfigError: The model or LoRA is not there.
         """
         from ..runtime.hashing import content_hash
 
         if isinstance(self.model, str):
             source = ModelSource(self.model)
-            found = source.fingerprint(*source.component_names())
+            text = source.fingerprint(*source.component_names())
         else:
-            found = f"{module_hash(denoiser(self.model))}{adapter_state(self.model) or ''}"
+            text = f"{module_hash(denoiser(self.model))}{adapter_state(self.model) or ''}"
         for part in (self.lora, self.negative):
-            found += "-" + (
-                content_hash(Path(part)) if part is not None and Path(part).exists() else str(part)
-            )
-        steer = (
-            self.steer
-            if isinstance(self.steer, Mapping) or self.steer is None
-            else vars(self.steer).get("weighting")
-        )
-        found += repr((self.lora_scale, self.alpha, self.beta, steer))
-        return hashlib.sha256(found.encode()).hexdigest()[:16]
+            if part is not None and Path(part).exists():
+                text += f"-{content_hash(Path(part))}"
+            else:
+                text += f"-{part}"
+        steer = self.steer
+        if steer is not None and not isinstance(steer, Mapping):
+            steer = vars(steer).get("weighting")
+        text += repr((self.lora_scale, self.alpha, self.beta, steer))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_model(
     value: Any, field: str, *, base: ModelSpec | None = None, taken: Sequence[str] = ()
 ) -> ModelSpec:
-    """Reads ``[NAME=]SOURCE[@SCALE]``, where SOURCE is a pipeline or a LoRA on the base's, a mapping of `ModelSpec`'s fields (also as
-    YAML text), a pipeline, or an `FKSteering`.
+    """Read what describes a model.
 
     Args:
-        field: for messages.
-        base: whose `model` is taken where none is given.
-        taken: names that are given away.
+        value: One of
+            - a text ``[NAME=]SOURCE[@SCALE]``, where SOURCE is a pipeline or a LoRA on
+              the base's model,
+            - a mapping of the fields of `ModelSpec`, also as YAML text,
+            - a pipeline,
+            - an `FKSteering`.
+        field (`str`): Name of the option, for error messages.
+        base (`ModelSpec`, *optional*): Its `model` is the default.
+        taken (`Sequence[str]`, *optional*): Names that other models have.
+
+    Returns:
+        `ModelSpec`, with a name that is not taken.
 
     Raises:
-        ConfigError: it is none of these, or something in it is not there.
+        ConfigError: It is none of these, or something in it is not there.
     """
     values = _values(value, field, base)
     known = [f.name for f in dataclasses.fields(ModelSpec)]
@@ -147,6 +157,7 @@ def parse_model(
 
 
 def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
+    """Read the fields of a `ModelSpec`, as far as they are stated."""
     from ..steering.fk_steering import FKSteering
 
     if isinstance(value, ModelSpec):
@@ -168,14 +179,15 @@ def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
 
 
 def _read_text(text: str, base: ModelSpec | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Read ``[NAME=]SOURCE[@SCALE]``. The name of an existing file is never split."""
+    fields: dict[str, Any] = {}
     named = re.match(r"([A-Za-z0-9._-]+)=(.+)", text)
     if named and not Path(text).exists():
-        found["name"], text = named.groups()
+        fields["name"], text = named.groups()
     scaled = re.match(r"(.+)@([-+.\deE]+)$", text)
     if scaled and not Path(text).exists():
         try:
-            text, found["lora_scale"] = scaled.group(1), float(scaled.group(2))
+            text, fields["lora_scale"] = scaled.group(1), float(scaled.group(2))
         except ValueError:
             raise ConfigError(
                 "tuned", f"expected a number behind '@', got {shown(scaled.group(2))}"
@@ -186,27 +198,31 @@ def _read_text(text: str, base: ModelSpec | None) -> dict[str, Any]:
         and not (place / "model_index.json").is_file()
         and any(place.glob("*.safetensors"))
     )
-    if base is not None and (is_lora or "lora_scale" in found):
-        return {**found, "lora": str(place) if place.exists() else text}
-    return {**found, "model": str(place) if place.is_dir() else text}
+    if base is not None and (is_lora or "lora_scale" in fields):
+        return {**fields, "lora": str(place) if place.exists() else text}
+    return {**fields, "model": str(place) if place.is_dir() else text}
 
 
 def _check_files(values: Mapping[str, Any], field: str) -> None:
+    """Check that the model, the LoRA and the negative model are there.
+
+    Raises:
+        ConfigError: One is not, or the steering names no scorer.
+    """
     if isinstance(values["model"], str):
         try:
             ModelSource(values["model"])
         except ConfigError as error:
             raise ConfigError(field, error.problem) from None
     for key in ("lora", "negative"):
-        given = values.get(key)
-        if given is None:
+        source = values.get(key)
+        if source is None:
             continue
-        place = Path(str(given)).expanduser()
-        local = place.is_absolute() or place.exists() or not could_be_hub_id(str(given))
-        if local and not (
-            place.is_file() or (place.is_dir() and any(place.rglob("*.safetensors")))
-        ):
-            raise ConfigError(field, f"there is no file or folder with safetensors {str(given)!r}")
+        place = Path(str(source)).expanduser()
+        is_local = place.is_absolute() or place.exists() or not could_be_hub_id(str(source))
+        has_weights = place.is_file() or (place.is_dir() and any(place.rglob("*.safetensors")))
+        if is_local and not has_weights:
+            raise ConfigError(field, f"there is no file or folder with safetensors {str(source)!r}")
     steer = values.get("steer")
     if isinstance(steer, Mapping) and not steer.get("scorer"):
         raise ConfigError(
@@ -216,6 +232,7 @@ def _check_files(values: Mapping[str, Any], field: str) -> None:
 
 
 def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
+    """Choose a name for a model that was given none."""
     if base is None:
         return "base"
     source = values.get("lora") or values.get("negative")
@@ -224,19 +241,30 @@ def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
     if not isinstance(source, (str, Path)):
         return "tuned"
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") or "tuned"
-    return slug + (
-        f"@{values['lora_scale']:g}" if values.get("lora") and values["lora_scale"] != 1 else ""
-    )
+    is_scaled = values.get("lora") and values["lora_scale"] != 1
+    return f"{slug}@{values['lora_scale']:g}" if is_scaled else slug
 
 
 @contextmanager
 def opened(
     spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str = "model"
 ) -> Iterator[Draw]:
-    """The function that draws with this model, one image per (prompt, seed) whose noise depends on nothing else.
+    """Load a model and give the function that draws with it.
+
+    Args:
+        spec (`ModelSpec`): The model. A pipeline in it is left as it was.
+        device (*optional*): Where a model given by name runs. Defaults to the GPU if
+            there is one.
+        dtype (*optional*): Number type of a model given by name. Defaults to bfloat16
+            on a GPU.
+        field (`str`, defaults to ``model``): Name of the option, for error messages.
+
+    Yields:
+        A function that draws one image per prompt and seed. The noise of an image
+        depends on nothing else.
 
     Raises:
-        UserError: weights that do not fit together.
+        UserError: Weights do not fit together.
     """
     loaded = isinstance(spec.model, str)
     pipe = load_for_scoring(spec.model, dtype=dtype, device=device) if loaded else spec.model
@@ -272,15 +300,18 @@ def opened(
 
 
 def _steering(pipe: Any, steer: Any, field: str) -> Any:
+    """Make an `FKSteering` from its arguments; one that is made already is returned.
+
+    Raises:
+        UserError: An argument is unknown or missing.
+    """
     from ..rewards.registry import load_scorer
     from ..steering.fk_steering import FKSteering
 
     if not isinstance(steer, Mapping):
         return steer
-    options = {
-        "kernel": "auto",
-        **steer,
-    }  # a deterministic sampler cannot tell copies of a particle apart
+    # With a deterministic sampler, copies of a particle would stay equal.
+    options = {"kernel": "auto", **steer}
     scorer = options.pop("scorer")
     if isinstance(scorer, str):
         scorer = load_scorer(scorer, **(options.pop("scorer_args", None) or {}))
@@ -293,23 +324,34 @@ def _steering(pipe: Any, steer: Any, field: str) -> Any:
 def draw_steered(
     steering: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
 ) -> list[Any]:
-    """The best particle of a population for every (prompt, seed). Particle 0 starts from the noise of the plain image of that seed."""
+    """Draw a population for every prompt and seed, and return its best particle.
+
+    Args:
+        steering (`FKSteering`): The sampler.
+        prompts: One per image.
+        seeds: One per image. Particle 0 starts from the noise of the plain image of
+            that seed.
+        settings: Arguments of the pipeline's call.
+
+    Returns:
+        One image per prompt.
+    """
     import warnings
 
     import torch
 
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(seed)
+
     steering.pipe.set_progress_bar_config(disable=True)
-    k = steering.num_particles
-    own = [seed if j == 0 else image_seed(seed, "particle", j) for seed in seeds for j in range(k)]
-    generators = [torch.Generator("cpu").manual_seed(number) for number in own]
-    choosing = [
-        torch.Generator("cpu").manual_seed(image_seed(seed, "resampling", 0)) for seed in seeds
-    ]
+    noise: list[torch.Generator] = []
+    for seed in seeds:
+        noise.append(generator(seed))
+        for particle in range(1, steering.num_particles):
+            noise.append(generator(image_seed(seed, "particle", particle)))
+    resampling = [generator(image_seed(seed, "resampling", 0)) for seed in seeds]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # of collapsed populations; a comparison judges the outcome
-        result = steering(
-            list(prompts), generator=generators, resample_generator=choosing, **settings
-        )
+        # Collapsed populations give a warning. A comparison shows what becomes of them.
+        warnings.simplefilter("ignore", UserWarning)
+        result = steering(list(prompts), generator=noise, resample_generator=resampling, **settings)
     return list(result.best)

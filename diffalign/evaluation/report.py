@@ -1,4 +1,4 @@
-"""A comparison as tables, files and a page that opens from disk."""
+"""Write a comparison as tables, files and a page that opens from disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ GRID_ROWS, GRID_IMAGES = 8, 4
 
 
 def write(c: Comparison) -> None:
-    """``scores.parquet``, ``grid.png``, ``table.md``, ``report.html``, and ``results.json`` last."""
+    """Write all files of a comparison into its folder.
+
+    These are ``scores.parquet``, ``grid.png``, ``table.md``, ``report.html`` and, last,
+    ``results.json``.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -38,7 +42,7 @@ def write(c: Comparison) -> None:
 
 
 def _records(c: Comparison) -> list[dict[str, Any]]:
-    """One row per image."""
+    """Collect the rows of ``scores.parquet``, one per image."""
     from ..runtime.seeds import image_seed
     from .comparison import image_name
 
@@ -47,23 +51,22 @@ def _records(c: Comparison) -> list[dict[str, Any]]:
     for model in c.scores:
         for p, prompt in enumerate(c.prompts.prompts):
             for n in range(c.num_images):
-                row = {
+                row: dict[str, Any] = {
                     "model": model,
                     "prompt": prompt,
                     "category": c.prompts.categories[p],
                     "number": n,
-                }
-                row |= {
                     "seed": image_seed(seed, prompt, n),
                     "image": image_name(model, p, n) if c.file(model, p, n).is_file() else None,
                 }
-                rows.append(
-                    {**row, **{f"score_{s}": float(c.scores[model][s][p, n]) for s in c.scorers}}
-                )
+                for scorer in c.scorers:
+                    row[f"score_{scorer}"] = float(c.scores[model][scorer][p, n])
+                rows.append(row)
     return rows
 
 
 def _grid(c: Comparison) -> Any:
+    """Draw some prompts under all models, evenly spread over the prompts."""
     step = max(1, len(c.prompts.prompts) // GRID_ROWS)
     picks = list(range(0, len(c.prompts.prompts), step))[:GRID_ROWS]
     count = min(c.num_images, GRID_IMAGES if len(c.models) < 4 else 1)
@@ -74,7 +77,11 @@ def _grid(c: Comparison) -> Any:
 
 
 def page(c: Comparison) -> str:
-    """The report; images are linked from beside it. Whatever a prompt holds is text."""
+    """Fill in the page of the report.
+
+    Images are linked by their names inside the folder. Texts are escaped, so HTML in a
+    prompt shows as text.
+    """
     settings = c.facts["settings"]
     arguments = ", ".join(f"{name} {value}" for name, value in settings["arguments"].items())
     prompts = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}"
@@ -96,28 +103,27 @@ def page(c: Comparison) -> str:
 
 
 def headline(c: Comparison) -> str:
-    """One sentence on every tuned model, by the deciding scorer."""
-    said = []
+    """Say in one sentence how every tuned model does, by the deciding scorer."""
+    sentences = []
     for model in c.tuned:
         won = c.win_rate(model)
-        verdict = (
-            "wins"
-            if won.low > 0.5
-            else "loses"
-            if won.high < 0.5
-            else "is not told apart from the base by this many prompts"
-        )
-        said.append(f"{model} {verdict}: {rate(won)} % by {c.scorers[0]}.")
-    return " ".join(said)
+        if won.low > 0.5:
+            verdict = "wins"
+        elif won.high < 0.5:
+            verdict = "loses"
+        else:
+            verdict = f"shows no significant difference ({len(c.prompts.prompts)} prompts)"
+        sentences.append(f"{model} {verdict}: {rate(won)} % by {c.scorers[0]}.")
+    return " ".join(sentences)
 
 
 def bars(c: Comparison) -> str:
-    """Win-rates with their intervals, as an inline picture."""
+    """Draw the win-rates with their intervals, as SVG for a page."""
     return render("evaluation/templates/win_rates.svg", chart=_chart(c))
 
 
 class _Bar(NamedTuple):
-    """A win-rate and its interval as drawn: places in pixels from the top left corner."""
+    """A win-rate and its interval as drawn, in pixels from the top left corner."""
 
     label: str
     y: float
@@ -128,7 +134,7 @@ class _Bar(NamedTuple):
 
 
 class _Chart(NamedTuple):
-    """The picture of all win-rates. `left` is where a rate of zero is."""
+    """The picture of all win-rates, with a rate of zero at `left`."""
 
     width: int
     height: int
@@ -138,6 +144,7 @@ class _Chart(NamedTuple):
 
 
 def _chart(c: Comparison) -> _Chart:
+    """Place the bars and the axis."""
     left, span, step = 260, 400, 26
     bars: list[_Bar] = []
     for model in c.tuned:
@@ -156,7 +163,7 @@ def _chart(c: Comparison) -> _Chart:
 
 
 def _colour(won: WinRate) -> str:
-    """Green for a win, red for a loss, grey where the interval holds one half."""
+    """Choose green for a win, red for a loss, grey for neither."""
     if won.low > 0.5:
         return "#1a7f37"
     return "#cf222e" if won.high < 0.5 else "#6e7781"
@@ -180,7 +187,10 @@ class _Gallery(NamedTuple):
 
 
 def _galleries(c: Comparison) -> list[_Gallery]:
-    """The largest wins and losses of every tuned model; those without any are left out."""
+    """Collect the largest wins and losses of every tuned model.
+
+    A model without wins or without losses has no gallery of them.
+    """
     galleries = []
     for model in c.tuned:
         wins, losses = c.extremes(model)

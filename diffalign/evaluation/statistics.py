@@ -1,4 +1,8 @@
-"""Win-rates with intervals. Images of one prompt are not independent: intervals, errors and tests are clustered by prompt."""
+"""Compute win-rates and their intervals.
+
+Images of one prompt are not independent. So intervals, standard errors and tests are
+clustered by prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,27 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often the tuned image beats the base image of the same prompt and seed; a tie is half a win. Every prompt counts the same,
-    however many of its images have scores.
+    """How often the tuned image beats the base image of the same prompt and seed.
+
+    A tie counts as half a win. Every prompt has the same weight, however many of its
+    images have scores.
 
     Attributes:
-        rate, low, high: in [0, 1]; low and high bound the 95 % interval, see `rate_interval`.
-        wins, ties, losses: shares; `rate` is wins + ties / 2.
+        rate (`float`): Share of wins plus half the share of ties, from 0 to 1.
+        low (`float`): Lower end of the 95 % interval, see `rate_interval`.
+        high (`float`): Upper end of it.
+        wins (`float`): Share of wins.
+        ties (`float`): Share of ties.
+        losses (`float`): Share of losses.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffalign.evaluation import win_rate
+        >>> result = win_rate(np.zeros((2, 2)), np.array([[1.0, 1.0], [0.0, -1.0]]))
+        >>> result.wins, result.ties, result.losses
+        (0.5, 0.25, 0.25)
+        >>> result.rate
+        0.625
     """
 
     rate: float
@@ -31,16 +50,23 @@ class WinRate:
 
 
 def expanded_level(level: float, prompts: int) -> float:
-    """The level at which a percentile interval of the mean covers as a t interval does (Hesterberg 2015, "What Teachers Should Know about
-    the Bootstrap", Am. Stat. 69(4)): the plain percentile interval of few prompts is too short.
+    """Widen the level of a percentile interval for few prompts.
+
+    The percentile interval of few prompts is too short. At the level returned here it
+    covers as often as a t interval does (Hesterberg 2015, "What Teachers Should Know
+    about the Bootstrap", Am. Stat. 69(4)).
 
     Args:
-        level (`float`): wanted coverage.
-        prompts (`int`): independent units, at least 2.
+        level (`float`): Coverage to reach.
+        prompts (`int`): Number of independent units, at least 2.
+
+    Returns:
+        The level at which to take the percentiles.
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
     n = prompts - 1
-    # Student's quantile by Fisher's expansion around the normal one; within 1 % from four prompts on.
+    # Student's quantile by Fisher's expansion around the normal quantile. It is within
+    # 1 % from four prompts on.
     t = (
         z
         + (z**3 + z) / (4 * n)
@@ -53,13 +79,28 @@ def expanded_level(level: float, prompts: int) -> float:
 def clustered_bootstrap(
     values: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap interval of the mean, drawing whole prompts with replacement: percentiles at the `expanded_level`.
+    """Compute the bootstrap interval of the mean by drawing whole prompts.
+
+    Prompts are drawn with replacement. The interval is made of the percentiles at the
+    `expanded_level`.
 
     Args:
-        values (`ndarray`): (prompts, images per prompt); NaN = missing, left out. A single prompt says nothing of others: NaN.
-        samples (`int`): bootstrap draws.
-        level (`float`): coverage.
-        seed (`int`): of the draws.
+        values (`ndarray`): (prompts, images per prompt). NaN means missing and is left
+            out.
+        samples (`int`, defaults to 10000): Number of bootstrap draws.
+        level (`float`, defaults to 0.95): Coverage.
+        seed (`int`, defaults to 0): Seed of the draws.
+
+    Returns:
+        (low, high). Both are NaN with fewer than two prompts.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffalign.evaluation import clustered_bootstrap
+        >>> scores = np.random.default_rng(0).normal(1.0, 0.1, (40, 4))
+        >>> low, high = clustered_bootstrap(scores)
+        >>> low < float(scores.mean()) < high
+        True
     """
     per_prompt = nanmean(values)
     per_prompt = per_prompt[~np.isnan(per_prompt)]
@@ -74,34 +115,39 @@ def clustered_bootstrap(
 
 
 FEW_PROMPTS = 8
-"""Below this many prompts an interval says little."""
+"""With fewer prompts than this an interval says little."""
 
 
 def rate_interval(points: Array, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a rate whose independent units are prompts.
+    """Compute Wilson's interval of a rate whose independent units are prompts.
 
-    The number of trials is the effective one, p (1 - p) / (s^2 / n) of the per-prompt rates (variance s^2, n prompts), at most the number
-    of images; where all prompts agree it is the number of prompts. From 8 prompts on coverage is 94 to 97 % on average over rates from
-    5 to 95 %, and 91 to 98 % at single rates: counts of few prompts have few values, and no interval covers evenly
-    (`pytest -m nightly tests/evaluation/test_statistics.py`).
+    The number of trials is the effective one, p (1 - p) / (s^2 / n), where p is the
+    mean, s^2 the variance and n the number of the per-prompt rates. It is at most the
+    number of images. Where all prompts agree it is the number of prompts.
+
+    From 8 prompts on, coverage is 94 to 97 % on average over rates from 5 to 95 %. At
+    single rates it is 91 to 98 %, because counts of few prompts take few values. The
+    nightly tests in ``tests/evaluation/test_statistics.py`` measure this.
 
     Args:
-        points (`ndarray`): (prompts, images per prompt) in [0, 1]; NaN = missing, left out.
-        level (`float`): coverage.
+        points (`ndarray`): (prompts, images per prompt) from 0 to 1. NaN means missing
+            and is left out.
+        level (`float`, defaults to 0.95): Coverage.
 
     Returns:
-        (low, high). A single prompt says nothing of others: NaN. Where every image is a tie: (0.5, 0.5).
+        (low, high). Both are NaN with fewer than two prompts. They are 0.5 where every
+        image is a tie.
     """
     per_prompt = nanmean(points)
     per_prompt = per_prompt[~np.isnan(per_prompt)]
-    given = points[~np.isnan(points)]
+    present = points[~np.isnan(points)]
     n = len(per_prompt)
     if n < 2:
         return math.nan, math.nan
-    if (given == 0.5).all():
+    if (present == 0.5).all():
         return 0.5, 0.5
     p, variance = float(per_prompt.mean()), float(per_prompt.var(ddof=1))
-    size = float(n) if variance < 1e-12 else min(p * (1 - p) * n / variance, float(len(given)))
+    size = float(n) if variance < 1e-12 else min(p * (1 - p) * n / variance, float(len(present)))
     z = NormalDist().inv_cdf((1 + level) / 2)
     shrink = 1 + z**2 / size
     centre = 0.5 + (p - 0.5) / shrink
@@ -110,22 +156,40 @@ def rate_interval(points: Array, *, level: float = 0.95) -> tuple[float, float]:
 
 
 def points(base: Array, tuned: Array, tolerance: float = 1e-9) -> Array:
-    """1 where the tuned image scores higher, 0 where it scores lower, one half at a tie, NaN where a score is missing.
+    """Turn paired scores into points: 1 for a win, 0 for a loss, one half for a tie.
+
+    Args:
+        base (`ndarray`): (prompts, images per prompt), scores of the base.
+        tuned (`ndarray`): Scores of the tuned model, of the same shape.
+        tolerance (`float`, defaults to 1e-9): Differences up to it are ties.
+
+    Returns:
+        Points of the same shape, NaN where a score is missing.
 
     Raises:
-        ValueError: when the shapes differ or are not two-dimensional.
+        ValueError: The shapes differ or are not two-dimensional.
     """
     if base.shape != tuned.shape or base.ndim != 2:
         raise ValueError(
-            f"scores: expected two equal (prompts, images) arrays, got {base.shape} and {tuned.shape}"
+            "scores: expected two equal (prompts, images) arrays, "
+            f"got {base.shape} and {tuned.shape}"
         )
     difference = tuned - base
-    found = np.where(difference > tolerance, 1.0, np.where(difference < -tolerance, 0.0, 0.5))
-    return np.where(np.isnan(base) | np.isnan(tuned), np.nan, found)
+    result = np.where(difference > tolerance, 1.0, np.where(difference < -tolerance, 0.0, 0.5))
+    return np.where(np.isnan(base) | np.isnan(tuned), np.nan, result)
 
 
 def rate_of(points: Array) -> WinRate:
-    """The win-rate of points (prompts, images): 1 a win, 0 a loss, one half a tie, NaN missing; all numbers of one weighting."""
+    """Compute the win-rate of points.
+
+    Args:
+        points (`ndarray`): (prompts, images per prompt), 1 for a win, 0 for a loss, one
+            half for a tie, NaN for missing; see `points`.
+
+    Returns:
+        The win-rate, with all shares weighted by prompt. Everything is NaN without a
+        single point.
+    """
     points = points[~np.isnan(points).all(1)]
     if not len(points):
         return WinRate(*[math.nan] * 6)
@@ -138,21 +202,57 @@ def rate_of(points: Array) -> WinRate:
 
 
 def win_rate(base: Array, tuned: Array, *, tolerance: float = 1e-9) -> WinRate:
-    """Compares paired scores (prompts, images per prompt), higher is better; pairs with a missing score are left out.
+    """Compute how often tuned images beat base images of the same prompt and seed.
 
     Args:
-        tolerance (`float`): differences up to it are ties.
+        base (`ndarray`): (prompts, images per prompt), scores of the base, higher is
+            better. A pair with a NaN is left out.
+        tuned (`ndarray`): Scores of the tuned model, of the same shape.
+        tolerance (`float`, defaults to 1e-9): Differences up to it are ties.
+
+    Returns:
+        The win-rate with its 95 % interval.
 
     Raises:
-        ValueError: when the shapes differ or are not two-dimensional.
+        ValueError: The shapes differ or are not two-dimensional.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffalign.evaluation import win_rate
+        >>> scores = np.random.default_rng(0).random((20, 4))
+        >>> win_rate(scores, scores + 1).rate
+        1.0
+        >>> win_rate(scores, scores).rate
+        0.5
     """
     return rate_of(points(base, tuned, tolerance))
 
 
 def sign_test(base: Array, tuned: Array, *, tolerance: float = 1e-9) -> float:
-    """Two-sided p value of the exact sign test over prompts: does the tuned model win on more prompts than chance would have it?
+    """Compute the two-sided p value of the exact sign test over prompts.
 
-    A prompt's sign is that of its wins less its losses; prompts without a difference are left out.
+    It asks whether the tuned model wins on more prompts than by chance. The sign of a
+    prompt is that of its wins minus its losses. Prompts without a difference are left
+    out.
+
+    Args:
+        base (`ndarray`): (prompts, images per prompt), scores of the base, higher is
+            better.
+        tuned (`ndarray`): Scores of the tuned model, of the same shape.
+        tolerance (`float`, defaults to 1e-9): Differences up to it are ties.
+
+    Returns:
+        The p value, 1 where no prompt differs.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffalign.evaluation import sign_test
+        >>> base = np.zeros((5, 1))
+        >>> sign_test(base, base + 1)
+        0.0625
     """
     signs = np.sign(np.nansum(points(base, tuned, tolerance) - 0.5, axis=1))
     plus, minus = int((signs > 0).sum()), int((signs < 0).sum())
@@ -170,13 +270,35 @@ def _normal_tail(count: int, n: int) -> float:
 
 
 def clustered_standard_error(values: Array) -> float:
-    """Standard error of the mean of (prompts, images per prompt), prompts being the independent units."""
+    """Compute the standard error of a mean, with prompts as the independent units.
+
+    Args:
+        values (`ndarray`): (prompts, images per prompt), at least two prompts and no
+            NaN.
+
+    Returns:
+        The standard error.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffalign.evaluation import clustered_standard_error
+        >>> clustered_standard_error(np.array([[1.0, 1.0], [3.0, 3.0]]))
+        1.0
+    """
     per_prompt = values.mean(1)
     return float(per_prompt.std(ddof=1) / np.sqrt(len(per_prompt)))
 
 
 def nanmean(values: Array, axis: int = 1) -> Array:
-    """The mean of what is there; NaN, without a warning, where nothing is."""
+    """Average the values that are not NaN.
+
+    Args:
+        values (`ndarray`): Values of any shape.
+        axis (`int`, defaults to 1): Axis to average over.
+
+    Returns:
+        The mean, NaN (without a warning) where all values are NaN.
+    """
     missing = np.isnan(values)
     count = (~missing).sum(axis)
     total = np.where(missing, 0.0, values).sum(axis)
