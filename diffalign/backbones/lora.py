@@ -1,4 +1,7 @@
-"""LoRAs on a diffusers pipeline: loaded with what they hold checked, listed and restored with their weights."""
+"""LoRAs on a diffusers pipeline.
+
+They are checked before they are loaded, listed with their weights, and taken off again.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..runtime.distributed import whole
 from ..runtime.weight_files import (
     TEXT_PREFIXES,
     UNSUPPORTED,
@@ -31,14 +35,21 @@ NETWORKS = ("unet", "transformer")
 
 
 def denoiser(pipe: Any) -> Any:
-    """The pipeline's UNet or transformer."""
+    """Return the pipeline's UNet or transformer."""
     return next(
         getattr(pipe, n) for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module)
     )
 
 
 def active_adapters(network: Any) -> dict[str, float]:
-    """The LoRAs that are active on a network, with the weights that they were set to, relative to their own alpha / r."""
+    """List the LoRAs that are active on a network, with their weights.
+
+    Args:
+        network (`torch.nn.Module`): with adapters of peft.
+
+    Returns:
+        `dict[str, float]`: adapter -> weight, relative to its own alpha / r.
+    """
     from peft.tuners.lora import LoraLayer
 
     weights: dict[str, float] = {}
@@ -64,7 +75,11 @@ def _is_rank_stabilised(network: Any, layer: Any, name: str) -> bool:
 
 
 def adapter_state(pipe: Any) -> dict[str, dict[str, float]]:
-    """Adapter -> component -> weight, of all adapters that are active on a pipeline."""
+    """List all adapters that are active on a pipeline, with their weights.
+
+    Returns:
+        `dict[str, dict[str, float]]`: adapter -> component -> weight.
+    """
     state: dict[str, dict[str, float]] = {}
     for component, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
@@ -74,7 +89,13 @@ def adapter_state(pipe: Any) -> dict[str, dict[str, float]]:
 
 
 def fixed_adapters(network: Any) -> dict[str, str]:
-    """Active adapters whose effect is not proportional to their weight, and what they are: DoRA and other kinds than LoRA."""
+    """List the active adapters whose effect is not proportional to their weight.
+
+    They are DoRA and other kinds than LoRA.
+
+    Returns:
+        `dict[str, str]`: adapter -> what it is, in words.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
@@ -104,7 +125,17 @@ def fixed_adapters(network: Any) -> dict[str, str]:
 
 
 def check_not_merged(network: Any, role: str) -> None:
-    """Raises `UserError` when adapters are fused into the weights and still there: peft then ignores every other adapter, in silence."""
+    """Refuse a network with adapters that are fused into its weights and still there.
+
+    peft then ignores every other adapter without a word.
+
+    Args:
+        network (`torch.nn.Module`): with adapters of peft.
+        role (`str`): how the message names the LoRA that would be added.
+
+    Raises:
+        UserError: names the adapter.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     merged = sorted(
@@ -117,13 +148,18 @@ def check_not_merged(network: Any, role: str) -> None:
     )
     if merged:
         raise UserError(
-            f"{role}: the adapter {merged[0]!r} is fused into the pipeline's weights, so that no other has an effect; call "
+            f"{role}: the adapter {merged[0]!r} is fused into the pipeline's weights, so that no "
+            "other has an effect; call "
             "pipe.unload_lora_weights() first, which keeps the fused weights"
         )
 
 
 def plain_state(network: Any) -> dict[str, torch.Tensor]:
-    """The weights of a network without its adapters, under the names that they have without them."""
+    """Read the weights of a network without its adapters.
+
+    Returns:
+        `dict[str, Tensor]`: under the names that they have without adapters.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = [path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
@@ -138,7 +174,12 @@ def plain_state(network: Any) -> dict[str, torch.Tensor]:
 
 
 def strip_adapters(network: Any) -> Any:
-    """Takes all adapters off a network, in place, so that its weights have their plain names; returns it."""
+    """Take all adapters off a network, in place, so that weights have their plain
+    names.
+
+    Returns:
+        `torch.nn.Module`: the same network.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, layer in list(network.named_modules()):
@@ -160,9 +201,14 @@ _PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 
 @contextmanager
 def adapters_kept(pipe: Any) -> Iterator[None]:
-    """Adapters that the block adds to a pipeline's networks are gone afterwards, and the others are active and scaled as before.
+    """Restore the adapters of a pipeline after a block, also after an exception.
 
-    Also after an exception. Layers that were wrapped for the block's adapters alone are unwrapped, so that weights have their names back.
+    Adapters that the block adds are gone afterwards. The others are active and scaled
+    as before. Layers that were wrapped for the block's adapters alone are unwrapped, so
+    that weights have their names back.
+
+    Args:
+        pipe: of diffusers.
     """
     snapshots = _snapshots(pipe)
     try:
@@ -181,7 +227,10 @@ def _snapshots(pipe: Any) -> list[_AdapterSnapshot]:
 
 
 class _AdapterSnapshot:
-    """Which adapters a network has, which are active, with what scale, and which of their parameters train."""
+    """Remembers the adapters of a network.
+
+    These are which it has, which are active, their scale, and which parameters train.
+    """
 
     def __init__(self, network: Any) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -202,16 +251,17 @@ class _AdapterSnapshot:
                 self.layers.append((layer, values))
 
     def restore(self) -> None:
+        """Bring the network back to the state of the snapshot."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         added = [
             name for name in getattr(self.network, "peft_config", {}) if name not in self.names
         ]
-        own = {id(layer) for layer, _ in self.layers}
+        known = {id(layer) for layer, _ in self.layers}
         for path, layer in list(self.network.named_modules()):
             if not isinstance(layer, BaseTunerLayer):
                 continue
-            if id(layer) in own:
+            if id(layer) in known:
                 for name in added:
                     layer.delete_adapter(name)
             else:
@@ -231,7 +281,7 @@ class _AdapterSnapshot:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module that `torch.compile` wrapped, or the module itself."""
+    """Return the module that `torch.compile` wrapped, or the module itself."""
     return module._orig_mod if hasattr(module, "_orig_mod") else module
 
 
@@ -244,20 +294,27 @@ def load_lora(
     denoiser_only: bool = False,
     refused: Sequence[str] = (),
 ) -> None:
-    """Loads a LoRA (folder, file or Hub id) as an adapter of the pipeline.
+    """Load a LoRA as an adapter of a pipeline.
 
     Args:
-        role: how messages name it, e.g. ``negative`` or ``--lora``.
-        denoiser_only: leave a part for text encoders out, with a warning.
-        refused: kinds of `weight_files.LoraContent` that the caller cannot use.
+        pipe: of diffusers.
+        weights (`str` or `Path`): folder, file or Hub id.
+        name (`str`): of the adapter.
+        role (`str`): how messages name it, such as ``negative`` or ``--lora``.
+        denoiser_only (`bool`, *optional*, defaults to `False`): leave out a part for
+            text encoders, with a warning.
+        refused (sequence of `str`, *optional*): kinds of `weight_files.LoraContent`
+            that the caller cannot use.
 
     Raises:
-        UserError: it is no LoRA of this model, is damaged, or holds weights of a kind that cannot be used; nothing is then loaded.
+        UserError: it is no LoRA of this model, is damaged, or holds weights of a kind
+            that cannot be used. Nothing is loaded then.
     """
     network = denoiser(pipe)
     if hasattr(network, "_orig_mod"):
         raise UserError(
-            f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it afterwards"
+            f"{role}: a LoRA cannot be added to a network that torch.compile wrapped; compile it "
+            "afterwards"
         )
     check_not_merged(network, role)
     place = Path(weights).expanduser()
@@ -265,7 +322,8 @@ def load_lora(
         file = find_lora_file(place, role)
     elif place.suffix == ".safetensors" or not could_be_hub_id(str(weights)):
         raise UserError(
-            f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the form 'user/name'"
+            f"{role}: there is no file or folder {str(weights)!r}, and it is no Hub id of the "
+            "form 'user/name'"
         )
     else:
         file = fetch_lora_file(str(weights), role)
@@ -296,13 +354,17 @@ def load_lora(
         ) from error
     if denoiser_only and content is not None and content.text_encoders:
         warnings.warn(
-            f"{role}: {str(weights)!r} has a part for text encoders, which is left out: the prompt is encoded once for both branches",
+            f"{role}: {str(weights)!r} has a part for text encoders, which is left out: the "
+            "prompt is encoded once for both branches",
             stacklevel=3,
         )
 
 
 def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent | None:
-    """What a local LoRA file holds; None for a file of torch.save, which diffusers reads without running code."""
+    """Read what a local LoRA file holds.
+
+    None is for a file of torch.save, which diffusers reads without running code.
+    """
     reason = what_is_wrong(file)
     if reason is not None:
         raise UserError(f"{role}: {str(file)!r} {reason}")
@@ -321,18 +383,23 @@ def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent 
         )
     if "text encoder" in refused and content.text_encoders:
         raise UserError(
-            f"{role}: {str(file)!r} has a part for text encoders ({content.text_encoders} layers), which cannot be used here; fuse it first"
+            f"{role}: {str(file)!r} has a part for text encoders ({content.text_encoders} "
+            "layers), which cannot be used here; fuse it first"
         )
     if content.unpaired is not None:
         raise UserError(
-            f"{role}: {str(file)!r} has only one of the two matrices of {content.unpaired}; the file is incomplete"
+            f"{role}: {str(file)!r} has only one of the two matrices of {content.unpaired}; the "
+            "file is incomplete"
         )
     _check_values(file, role)
     return content
 
 
 def _check_values(file: Path, role: str) -> None:
-    """Raises `UserError` for values that are not finite, and for kohya's alphas where they differ, which diffusers reads wrongly."""
+    """Refuse values that are not finite, and kohya's alphas where they differ.
+
+    diffusers would read such alphas wrongly.
+    """
     from safetensors import safe_open
 
     alphas: set[float] = set()
@@ -343,7 +410,8 @@ def _check_values(file: Path, role: str) -> None:
             tensor = opened.get_tensor(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"{role}: {str(file)!r} holds values that are not finite, in {name}; it was saved by a broken run"
+                    f"{role}: {str(file)!r} holds values that are not finite, in {name}; it was "
+                    "saved by a broken run"
                 )
             if name.endswith(".alpha") and tensor.numel() == 1:
                 alphas.add(float(tensor))
@@ -353,14 +421,15 @@ def _check_values(file: Path, role: str) -> None:
             )
     if len(alphas) > 1 or (alphas and without):
         raise UserError(
-            f"{role}: the layers of {str(file)!r} have different alphas, which diffusers would mix up; save it with one alpha for all layers"
+            f"{role}: the layers of {str(file)!r} have different alphas, which diffusers would "
+            "mix up; save it with one alpha for all layers"
         )
 
 
 def _check_loaded(
     network: Any, name: str, content: LoraContent | None, role: str, weights: Any
 ) -> None:
-    """Raises `UserError` when a part of the file did not arrive in the network."""
+    """Refuse a file of which a part did not arrive in the network."""
     from peft.tuners.lora import LoraLayer
 
     layers = [
@@ -374,18 +443,23 @@ def _check_loaded(
         for parameter in (*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters())
     ):
         raise UserError(
-            f"{role}: {str(weights)!r} lacks weights of layers that it names; the file is incomplete"
+            f"{role}: {str(weights)!r} lacks weights of layers that it names; the file is "
+            "incomplete"
         )
     if content is not None and content.layers > len(layers):
         raise UserError(
-            f"{role}: {str(weights)!r} has {content.layers} layers for the denoiser, of which this model has {len(layers)}; it belongs to "
+            f"{role}: {str(weights)!r} has {content.layers} layers for the denoiser, of which "
+            f"this model has {len(layers)}; it belongs to "
             "another model"
         )
 
 
 @contextmanager
 def _rewritten(file: Path, denoiser_only: bool) -> Iterator[Path]:
-    """A copy of a LoRA file without `_orig_mod` in its names and, if asked for, without text encoders."""
+    """Copy a LoRA file without `_orig_mod` in its names.
+
+    If asked for, the copy has no text encoders.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -404,7 +478,10 @@ def _rewritten(file: Path, denoiser_only: bool) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers' warnings about parts that a LoRA does not have are no news; parts that are lost are errors here."""
+    """Silence diffusers' warnings about parts that a LoRA does not have.
+
+    Parts that get lost are errors here.
+    """
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -416,11 +493,14 @@ def _quiet() -> Iterator[None]:
 
 
 def lora_state(network: Any) -> dict[str, Tensor]:
-    """The adapter's weights, every key in peft's form (``...lora_A.weight``).
+    """Read the weights of a network's adapter, with every key in peft's form.
 
-    diffusers' `convert_state_dict_to_diffusers` renames attention layers only, and its loader judges a file by one key:
-    of a file in both forms it would silently drop the renamed half.
+    The form is ``...lora_A.weight``. diffusers' `convert_state_dict_to_diffusers`
+    renames attention layers only, and its loader judges a file by one key. Of a file in
+    both forms it would silently drop the renamed half. Sharded weights are gathered, so
+    all processes must call this.
     """
     from peft.utils import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(network))
+    state = get_peft_model_state_dict(network)
+    return {name: whole(tensor) for name, tensor in state.items()}

@@ -12,6 +12,30 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes (a `DTensor` of torch)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Any:
+    """Gather a sharded tensor; a plain one is returned as it is.
+
+    Gathering is collective: all processes must call this for the same tensors.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def reshard(network: Any) -> None:
+    """Free the gathered weights of a sharded network, so that it gathers them anew.
+
+    After a forward pass the outermost parameters stay gathered until the backward pass, and changes
+    of the shards would not be seen. A network that is not sharded is left alone.
+    """
+    for module in network.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # an `FSDPModule` of torch
+            module.reshard()
+
+
 _ENDED: list[Any] = []
 
 

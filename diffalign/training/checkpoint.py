@@ -27,6 +27,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..backbones.lora import lora_state
 from ..errors import UserError
+from ..runtime.distributed import whole
 from ..runtime.files import save_tensors, write_atomically
 from .callbacks import TrainerState
 
@@ -250,9 +251,10 @@ class CheckpointManager:
         self, models: list[Any], weights: list[dict[str, Tensor]], output_dir: str
     ) -> None:
         state = weights[0] if weights else None
+        adapter = lora_state(self.network) if self.is_lora else {}  # gathered on all processes
         if self.accelerator.is_main_process:
             if self.is_lora:
-                self.backbone.save_lora(output_dir, self.network, lora_state(self.network))
+                self.backbone.save_lora(output_dir, self.network, adapter)
             else:
                 self.network.save_pretrained(
                     Path(output_dir) / self.backbone.network_name, state_dict=state
@@ -376,8 +378,7 @@ class CheckpointManager:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(temporary))
-            if main:
-                self._save_ema(temporary)
+            self._save_ema(temporary, main)
             for part in self.parts:
                 part.save(temporary, self.accelerator.process_index)
             self.accelerator.wait_for_everyone()
@@ -403,16 +404,15 @@ class CheckpointManager:
         self.accelerator.wait_for_everyone()
         return final
 
-    def _save_ema(self, folder: Path) -> None:
+    def _save_ema(self, folder: Path, main: bool) -> None:
         if self.ema is None:
             return
-        save_tensors(
-            {
-                f"{i:05d}": p.detach().cpu().contiguous()
-                for i, p in enumerate(self.ema.shadow_params)
-            },
-            folder / EMA_FILE,
-        )
+        tensors = {
+            f"{i:05d}": whole(p.detach()).cpu().contiguous()
+            for i, p in enumerate(self.ema.shadow_params)
+        }
+        if main:
+            save_tensors(tensors, folder / EMA_FILE)
 
     def _seal(self, folder: Path, state: TrainerState) -> None:
         """Write the state file, then flush everything to the disk.

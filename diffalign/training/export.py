@@ -39,14 +39,15 @@ def save_model(
         folder (`Path`): Created if it does not exist.
     """
     backbone, is_lora = record.backbone, record.peft_config is not None
-    state = None if is_lora else accelerator.get_state_dict(prepared)
+    # Gathered on all processes, written by the first one.
+    state = lora_state(network) if is_lora else accelerator.get_state_dict(prepared)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".tmp-model"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             if is_lora:
-                backbone.save_lora(str(temporary), network, lora_state(network))
+                backbone.save_lora(str(temporary), network, state)
             else:
                 backbone.pipeline(network=network).save_pretrained(
                     temporary, safe_serialization=True

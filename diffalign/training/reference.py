@@ -15,6 +15,7 @@ from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError, UserError
+from ..runtime.distributed import is_sharded, reshard, whole
 
 
 class Reference(Protocol):
@@ -25,6 +26,10 @@ class Reference(Protocol):
     """
 
     description: str
+
+    def start(self) -> None:
+        """Called once the network is prepared, before the first prediction."""
+        ...
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
@@ -115,12 +120,26 @@ class AdapterOffReference:
             for layer in self.layers:
                 layer.enable_adapters(True)
 
+    def start(self) -> None:
+        """Nothing to do: the network itself is the reference."""
+
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
         """Run the network without its LoRA. See `Reference.predict`."""
         with torch.no_grad(), self.adapters_off(), self.dropout_off():
             return backbone.predict(self.network, noisy, times, condition)
+
+
+def _put(parameter: torch.nn.Parameter, weights: Tensor) -> Tensor:
+    """Give a parameter other weights; returns those that it had."""
+    if is_sharded(parameter):
+        before = parameter.detach().clone()
+        parameter.data.copy_(weights)
+        return before
+    before = parameter.data
+    parameter.data = weights
+    return before
 
 
 class SnapshotReference:
@@ -138,9 +157,16 @@ class SnapshotReference:
 
     def __init__(self, network: Any) -> None:
         self.network, self.dropout_off = network, DropoutOff(network)
-        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Take the first snapshot."""
         self.take()
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters, read anew: sharding replaces the objects."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def take(self) -> None:
         """Copy the current weights of the network."""
@@ -148,19 +174,23 @@ class SnapshotReference:
 
     @contextmanager
     def in_place(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Run the block with other weights in the network, without copying them.
+        """Run the block with other weights in the network.
+
+        Plain weights are exchanged without a copy. Those of a sharded network are copied,
+        since it goes on reading the storage that it was sharded with.
 
         Args:
             weights (`dict[str, Tensor]`): One tensor per trainable parameter.
         """
-        current = {name: p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.data = weights[name]
+        reshard(self.network)
+        parameters = self.parameters
+        current = {name: _put(p, weights[name]) for name, p in parameters.items()}
         try:
             yield
         finally:
-            for name, p in self.parameters.items():
-                p.data = current[name]
+            reshard(self.network)
+            for name, p in parameters.items():
+                _put(p, current[name])
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
@@ -178,11 +208,10 @@ class SnapshotReference:
         """
         from safetensors.torch import save_file
 
+        # Gathered on all processes, written by the first one.
+        tensors = {name: whole(w).cpu().contiguous() for name, w in self.weights.items()}
         if rank == 0:
-            save_file(
-                {name: w.cpu().contiguous() for name, w in self.weights.items()},
-                folder / "reference.safetensors",
-            )
+            save_file(tensors, folder / "reference.safetensors")
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
         """Read the weights from a checkpoint.
@@ -230,6 +259,9 @@ class FrozenCopyReference:
         self.description = (
             "frozen copy of the starting weights" if copy_weights else "frozen network"
         ) + (" (offloaded)" if self.offload else "")
+
+    def start(self) -> None:
+        """Nothing to do: the copy was made before the network was prepared."""
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]

@@ -593,10 +593,13 @@ class Trainer:
         else:
             self.schedule = build_schedule(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        if self.reference_model is not None:
+            self.reference_model.start()
         self.policy = self._denoiser(functools.partial(self.backbone.predict, self.prepared))
         # Runs of earlier versions keep diffusers' warm-up.
         averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
-        self.ema = build_ema(parameters, averaging, self.accelerator.device)
+        # Sharding replaces the parameters, so they are read anew.
+        self.ema = build_ema(trainable_parameters(self.network), averaging, self.accelerator.device)
 
     def _built_facts(self) -> BuiltFacts:
         data, model = self.data_pipeline, self.reference_model

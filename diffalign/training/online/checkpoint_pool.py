@@ -1,6 +1,7 @@
-"""A bounded pool of past checkpoints, one of which is the reference (SePPO; random checkpoint replay).
+"""A bounded pool of past weights, one of which is the reference (SePPO).
 
-The trainable weights of every member lie in a file, ``pool/<step>.safetensors``; those in use are kept in memory as well.
+Each member's trainable weights are in a file `pool/<step>.safetensors`. Those of the
+current members are in memory as well.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...runtime.distributed import whole
 from ...runtime.files import read_tensors, save_tensors
 from ...runtime.seeds import row_generator
 from ..reference import SnapshotReference
@@ -21,13 +23,18 @@ STRATEGIES = ("random", "initial", "latest")
 
 
 class CheckpointPool(SnapshotReference):
-    """Past weights of a network; `predict` runs the one that `choose` took.
+    """Past weights of a network. One of them is the reference at a time.
 
     Args:
-        network: whose trainable weights are kept. Its weights of now are the initial member, step 0.
-        folder: for the files.
-        size: members at most; the oldest but the initial one is forgotten first.
-        strategy: which one `choose` takes: ``random``, ``initial`` or ``latest``.
+        network: Its current trainable weights become the first member, of step 0.
+        folder (`Path`): Folder of the files.
+        size (`int`): Most members. Beyond, the oldest leaves, except the first.
+        strategy (`str`): Which member `choose` takes: `random`, `initial` or `latest`.
+
+    Attributes:
+        members (`list[int]`): Optimizer step of each member, oldest first.
+        kept (`dict[int, dict[str, Tensor]]`): Weights of each member.
+        current (`int`): Step of the member that is the reference.
     """
 
     description = "a pool of past checkpoints"
@@ -36,13 +43,27 @@ class CheckpointPool(SnapshotReference):
         super().__init__(network)
         self.folder, self.size, self.strategy = folder, size, strategy
         self.members: list[int] = [0]
-        self.kept: dict[int, dict[str, Tensor]] = {0: self.weights}
+        self.kept: dict[int, dict[str, Tensor]] = {}
         self.current = 0
-        # Not "is there a file": a run that goes on from an earlier checkpoint must not read what its first try wrote.
+        # A file on the disk may be of another attempt, which went on from an earlier
+        # checkpoint.
         self._written: set[int] = set()
 
+    def start(self) -> None:
+        """Make the starting weights the initial member."""
+        super().start()
+        self.kept[0] = self.weights
+
     def choose(self, seed: int, step: int) -> int:
-        """Makes a member the reference of optimizer step `step`; the same one on every process. Returns its step."""
+        """Make a member the reference, the same one on every process.
+
+        Args:
+            seed (`int`): Seed of the run.
+            step (`int`): The optimizer step.
+
+        Returns:
+            `int`: Step of the member.
+        """
         if self.strategy == "random":
             draw = row_generator(seed, step, 0, "pool")
             chosen = self.members[int(torch.randint(len(self.members), (1,), generator=draw))]
@@ -52,7 +73,12 @@ class CheckpointPool(SnapshotReference):
         return chosen
 
     def append(self, step: int, is_main: bool) -> None:
-        """The weights of now join as member `step`."""
+        """Add the current weights as a member.
+
+        Args:
+            step (`int`): Optimizer steps done.
+            is_main (`bool`): Whether this process writes the file.
+        """
         self.members.append(step)
         self.kept[step] = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._write(is_main)
@@ -64,31 +90,45 @@ class CheckpointPool(SnapshotReference):
         return self.folder / f"{step:08d}.safetensors"
 
     def _write(self, is_main: bool) -> None:
-        """Members that this run has not written yet; whole or not at all. Files of forgotten members stay: an older checkpoint may need them."""
-        if not is_main:
-            return
+        """Write the members that this run has not written yet.
+
+        Files of former members stay, because an older checkpoint may need them.
+        """
         for step in self.members:
-            path = self._path(step)
-            if step not in self._written:
+            if step in self._written:
+                continue
+            # Gathered on all processes, written by the first one.
+            tensors = {name: whole(w).cpu().contiguous() for name, w in self.kept[step].items()}
+            if is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_tensors(
-                    {name: w.cpu().contiguous() for name, w in self.kept[step].items()}, path
-                )
-                self._written.add(step)
+                save_tensors(tensors, self._path(step))
+            self._written.add(step)
 
     def save(self, folder: Path, rank: int) -> None:
-        """Part of a checkpoint: who is in the pool. The weights are in the pool's own files, which checkpoints share."""
+        """Write the list of members into a checkpoint.
+
+        The weights are in the pool's own files, which all checkpoints share.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process. The first one writes.
+        """
+        self._write(rank == 0)
         if rank == 0:
-            self._write(True)
             (folder / "pool.json").write_text(
                 json.dumps({"members": self.members, "current": self.current})
             )
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
-        """Reads the pool back.
+        """Read the members from a checkpoint and their weights from the pool's files.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process.
+            device (`torch.device`): Device of the weights.
 
         Raises:
-            UserError: files of members are gone.
+            UserError: The checkpoint has no pool, or a member's file is missing.
         """
         record = folder / "pool.json"
         if not record.is_file():
