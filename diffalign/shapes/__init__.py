@@ -1,6 +1,7 @@
-"""The shapes world: a tiny but real text-to-image pipeline with prompts, a renderer and an exact verifier.
+"""The shapes world: a tiny but real text-to-image pipeline with an exact judge.
 
-It is the embedded default on which every method of the package can be trained and judged on a CPU in minutes.
+It has prompts, a renderer and a verifier. Every method of the package can be trained
+and judged on it, on a CPU in minutes.
 """
 
 from pathlib import Path
@@ -22,22 +23,33 @@ SHAPES_MODEL = "shapes"
 
 
 def weights_dir() -> Path:
-    """The folder of the embedded `StableDiffusionPipeline`, loadable with plain `from_pretrained`."""
+    """Return the folder of the embedded `StableDiffusionPipeline`, for
+    `from_pretrained`.
+    """
     return Path(__file__).parent / "weights"
 
 
 def reward_weights_dir() -> Path:
-    """The folder of the embedded learned reward, a `CLIPModel` with tokenizer, loadable with plain `from_pretrained`."""
+    """Return the folder of the embedded learned reward, for `from_pretrained`.
+
+    It holds a `CLIPModel` with its tokenizer.
+    """
     return Path(__file__).parent / "reward_weights"
 
 
 def lora_dir() -> Path:
-    """The folder of a Diffusion-DPO LoRA of the embedded pipeline, loadable with plain `load_lora_weights`."""
+    """Return the folder of a Diffusion-DPO LoRA of the embedded pipeline.
+
+    `pipe.load_lora_weights` reads it.
+    """
     return Path(__file__).parent / "lora_weights"
 
 
 def text_weights_dir() -> Path:
-    """The folder of the embedded masked denoiser of captions; `pretrain_text.load_text_denoiser` reads it."""
+    """Return the folder of the embedded masked denoiser of captions.
+
+    `diffalign.shapes.text_denoiser.load_text_denoiser` reads it.
+    """
     return Path(__file__).parent / "text_weights"
 
 

@@ -1,7 +1,8 @@
-"""The grammar of the shapes world: five attributes, 720 prompts, and a held-out split of combinations.
+"""The grammar of the shapes world: five attributes and 720 prompts.
 
-A prompt reads ``a small red circle on the left of a gray background``. Every combination of the five attributes is
-one prompt; a fixed sixth of the combinations is *held out*: preference data never contains them.
+A prompt reads ``a small red circle on the left of a gray background``. Every
+combination of the five attributes is one prompt. A fixed sixth of the combinations is
+held out: preference data never contains them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,29 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 _PLACE = {"left": "on the left", "center": "in the center", "right": "on the right"}
 _PATTERN = re.compile(
-    r"^a (?P<size>\w+) (?P<color>\w+) (?P<shape>\w+) (?:on|in) the (?P<position>\w+) of a (?P<background>\w+) background$"
+    r"^a (?P<size>\w+) (?P<color>\w+) (?P<shape>\w+) (?:on|in) the (?P<position>\w+) "
+    r"of a (?P<background>\w+) background$"
 )
 _HELD_OUT_SEED = 20240601
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The five attributes of one image. Field values are members of the tuples in :data:`ATTRIBUTES`."""
+    """The five attributes of one image.
+
+    Args:
+        size, color, shape, position, background (`str`): members of the tuples in
+            `ATTRIBUTES`.
+
+    Raises:
+        ValueError: another value.
+
+    Example:
+        ```python
+        scene = Scene("small", "red", "circle", "left", "gray")
+        assert scene.prompt == "a small red circle on the left of a gray background"
+        ```
+    """
 
     size: str
     color: str
@@ -52,31 +68,53 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        return f"a {self.size} {self.color} {self.shape} {_PLACE[self.position]} of a {self.background} background"
+        """The sentence of the grammar that describes the scene."""
+        return (
+            f"a {self.size} {self.color} {self.shape} {_PLACE[self.position]} "
+            f"of a {self.background} background"
+        )
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """Reads a prompt of the grammar back into a `Scene`; case and surrounding space do not matter.
+    """Read a prompt of the grammar back into a scene.
+
+    Args:
+        prompt (`str`): case and surrounding space do not matter.
+
+    Returns:
+        `Scene`: its attributes.
 
     Raises:
-        ValueError: when the text is not a sentence of the grammar, with the pattern a sentence must have.
+        ValueError: not a sentence of the grammar. The message shows the pattern.
+
+    Example:
+        ```python
+        prompt = "A large blue star in the center of a white background"
+        assert parse_prompt(prompt).color == "blue"
+        ```
     """
     match = _PATTERN.match(" ".join(prompt.lower().split()))
     if match is None:
         raise ValueError(
-            f"prompt: {prompt!r} is not of the shapes world; write 'a SIZE COLOR SHAPE on the POSITION of a BACKGROUND background', "
+            f"prompt: {prompt!r} is not of the shapes world; write 'a SIZE COLOR SHAPE on the "
+            "POSITION of a BACKGROUND background', "
             "for example 'a small red circle on the left of a gray background'"
         )
     return Scene(**match.groupdict())
 
 
 def all_scenes() -> list[Scene]:
-    """All 720 combinations, in a fixed order."""
+    """List all 720 combinations, in a fixed order."""
     return [Scene(*values) for values in itertools.product(*ATTRIBUTES.values())]
 
 
 def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """The (training, held-out) scenes: 600 and 120 combinations, disjoint, each in a fixed shuffled order."""
+    """Split the scenes into 600 for training and 120 held out.
+
+    Returns:
+        `tuple[list[Scene], list[Scene]]`: training and held-out scenes, each in a fixed
+        shuffled order.
+    """
     scenes = all_scenes()
     random.Random(_HELD_OUT_SEED).shuffle(scenes)
     held_out = len(scenes) // 6
@@ -84,10 +122,10 @@ def split_scenes() -> tuple[list[Scene], list[Scene]]:
 
 
 def train_prompts() -> list[str]:
-    """The 600 prompts that preference data may use."""
+    """List the 600 prompts that preference data may use."""
     return [scene.prompt for scene in split_scenes()[0]]
 
 
 def held_out_prompts() -> list[str]:
-    """The 120 prompts kept for evaluation."""
+    """List the 120 prompts for evaluation."""
     return [scene.prompt for scene in split_scenes()[1]]

@@ -1,4 +1,7 @@
-"""Draws a `Scene` as an image: one filled shape on a plain background, antialiased by supersampling."""
+"""Draw a scene as an image: one filled shape on a plain background.
+
+Edges are smooth by supersampling.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ BACKGROUND_PALETTE: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
     "pink": (250, 165, 195),
 }
-# Half the side of the shape's bounding box and its centre, in pixels of the 64-pixel canvas. The ranges of two values of an
-# attribute never touch, so that the verifier's thresholds in the gaps are exact.
+# Half the side of the shape's bounding box and its centre, in pixels of the 64-pixel
+# canvas. The ranges of two values of an attribute never touch, so that the verifier's
+# thresholds in the gaps are exact.
 HALF_SIDE = {"small": (9.5, 11.0), "large": (16.0, 18.0)}
 CENTER_X = {"left": (20.0, 22.0), "center": (31.0, 33.0), "right": (42.0, 44.0)}
 CENTER_Y = (29.0, 35.0)
@@ -33,7 +37,18 @@ _SUPERSAMPLING = 4
 
 
 def shape_polygon(shape: str, half_side: float) -> list[tuple[float, float]]:
-    """The outline of `shape` around the origin (y downwards), filling the box [-half_side, half_side] squared."""
+    """Compute the outline of a shape around the origin.
+
+    Args:
+        shape (`str`): one of ``ATTRIBUTES["shape"]``.
+        half_side (`float`): the outline fills the box [-half_side, half_side] squared.
+
+    Returns:
+        `list[tuple[float, float]]`: points (x, y), with y downwards.
+
+    Raises:
+        ValueError: unknown shape.
+    """
     r = half_side
     if shape == "circle":
         return [
@@ -64,11 +79,21 @@ def shape_polygon(shape: str, half_side: float) -> list[tuple[float, float]]:
 
 
 def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
-    """Draws one 64x64 RGB image of `scene`; size and place vary within the attribute's range by `rng` (midpoints without).
+    """Draw an image of a scene.
 
     Args:
         scene (`Scene`): what to draw.
-        rng (`random.Random`, *optional*): source of the variation.
+        rng (`random.Random`, *optional*): varies size and place within the ranges of
+            the attributes. None takes the midpoints.
+
+    Returns:
+        `Image.Image`: RGB, 64x64.
+
+    Example:
+        ```python
+        image = render(Scene("large", "blue", "star", "center", "white"))
+        assert image.size == (64, 64)
+        ```
     """
 
     def draw(low: float, high: float) -> float:

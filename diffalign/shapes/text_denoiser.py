@@ -7,7 +7,16 @@ from typing import Any
 
 
 def load_text_denoiser(folder: str | Path | None = None) -> tuple[Any, Any]:
-    """(network, tokenizer): the embedded ones, or those of a folder that the command wrote; safetensors only."""
+    """Load the masked text model and its tokenizer.
+
+    Args:
+        folder (`str` or `Path`, *optional*): written by ``tools.shapes.pretrain_text``.
+            None takes the embedded one. Only safetensors are read.
+
+    Returns:
+        `tuple[BertForMaskedLM, CLIPTokenizer]`: network, in evaluation mode, and
+        tokenizer.
+    """
     from transformers import BertForMaskedLM, CLIPTokenizer
     from transformers.utils import logging
 

@@ -1,4 +1,7 @@
-"""The vocabulary of the shapes world as a real `CLIPTokenizer`: one token per word of the grammar, letters for the rest."""
+"""The vocabulary of the shapes world as a real `CLIPTokenizer`.
+
+Each word of the grammar is one token. Letters serve all other words.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _END_OF_WORD = "</w>"
 
 
 def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding trained until every word is a single token; replaying the merges in order is then exact."""
+    """Train byte-pair encoding until every word is a single token.
+
+    Replaying the merges in order is then exact.
+    """
     pieces = {word: [*word[:-1], word[-1] + _END_OF_WORD] for word in words}
     merges: list[tuple[str, str]] = []
     while any(len(parts) > 1 for parts in pieces.values()):
@@ -38,7 +44,12 @@ def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A `CLIPTokenizer` of about 150 entries with `model_max_length` 16; a prompt of the grammar takes 12 or 13 tokens."""
+    """Build the tokenizer.
+
+    Returns:
+        `CLIPTokenizer`: about 150 entries, with `model_max_length` 16. A prompt of the
+            grammar takes 12 or 13 tokens.
+    """
     from transformers import CLIPTokenizer
 
     words = sorted({word for scene in all_scenes() for word in scene.prompt.split()})

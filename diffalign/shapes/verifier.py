@@ -1,7 +1,9 @@
-"""Reads the attributes of a shapes image back from its pixels: the ground truth of the embedded world.
+"""Read the attributes of a shapes image from its pixels: the ground truth of the world.
 
-No learning: background is the border's median colour, the object is what differs from it, its colour is the nearest palette
-entry, its shape the template with the best intersection over union inside the object's bounding box. Exact on rendered images.
+Nothing is learned. The background is the median colour of the border, and the object is
+what differs from it. The colour is the nearest one of the palette. The shape is the
+template with the best intersection over union inside the object's bounding box.
+Rendered images are read without error.
 """
 
 from __future__ import annotations
@@ -26,7 +28,16 @@ _MAX_COLOR_DISTANCE = 110.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the verifier saw; an attribute is None where nothing could be read (no object, no clear colour or shape)."""
+    """The attributes that the verifier read from an image.
+
+    An attribute is None where nothing could be read, as there is no object or no clear
+    colour or shape.
+
+    Args:
+        size, color, shape, position, background (`str`, *optional*): the attributes.
+        shape_iou (`float`, *optional*, defaults to `0.0`): intersection over union of
+            the object with the template of `shape`.
+    """
 
     size: str | None
     color: str | None
@@ -36,6 +47,11 @@ class Verdict:
     shape_iou: float = 0.0
 
     def matches(self, scene: Scene) -> dict[str, bool]:
+        """Compare each attribute with a scene.
+
+        Returns:
+            `dict[str, bool]`: attribute -> whether it is right.
+        """
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
 
 
@@ -61,7 +77,10 @@ def _template(shape: str, width: int, height: int) -> np.ndarray:
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:
-    """The 4-connected component with the most pixels: specks far from the object must not stretch its bounding box."""
+    """Find the 4-connected component with the most pixels.
+
+    Specks far from the object must not stretch its bounding box.
+    """
     labels = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
     while True:
         grown = labels.copy()
@@ -78,7 +97,20 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def verify(image: Image.Image) -> Verdict:
-    """Reads one image; any size and mode is accepted and brought to 64x64 RGB first."""
+    """Read the attributes of one image.
+
+    Args:
+        image (`Image.Image`): any size and mode. It is brought to 64x64 RGB first.
+
+    Returns:
+        `Verdict`: what was read.
+
+    Example:
+        ```python
+        scene = Scene("large", "blue", "star", "center", "white")
+        assert all(verify(render(scene)).matches(scene).values())
+        ```
+    """
     if image.size != (RESOLUTION, RESOLUTION):
         image = image.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
@@ -115,10 +147,18 @@ def verify(image: Image.Image) -> Verdict:
 
 
 def attribute_table(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, bool]]:
-    """Per image, which attributes of its prompt are right, plus the key ``all``.
+    """Judge which attributes of its prompt each image has.
+
+    Args:
+        images (sequence of `Image.Image`): n of them.
+        prompts (sequence of `str`): one per image, of the grammar.
+
+    Returns:
+        `list[dict[str, bool]]`: per image, attribute -> whether it is right, and the
+        key ``all``.
 
     Raises:
-        ValueError: when the lengths differ or a prompt is not of the grammar.
+        ValueError: the lengths differ, or a prompt is not of the grammar.
     """
     if len(images) != len(prompts):
         raise ValueError(
@@ -132,8 +172,21 @@ def attribute_table(images: Sequence[Image.Image], prompts: Sequence[str]) -> li
 
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """The graded score in [0, 1], float64 (N,): the share of right attributes, of which the last twentieth is the sharpness of
-    the shape (its intersection over union with the template). An image has all attributes right if and only if it is above 0.95.
+    """Grade images between 0 and 1.
+
+    The grade is 0.95 times the share of right attributes, plus 0.05 times the sharpness
+    of the shape (its intersection over union with the template) where the shape is
+    right. An image is above 0.95 if and only if all of its attributes are right.
+
+    Args:
+        images (sequence of `Image.Image`): n of them.
+        prompts (sequence of `str`): one per image, of the grammar.
+
+    Returns:
+        `np.ndarray`: float64 (n,).
+
+    Raises:
+        ValueError: the lengths differ, or a prompt is not of the grammar.
     """
     scores = []
     for image, prompt in zip(images, prompts, strict=True):

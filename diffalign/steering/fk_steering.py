@@ -44,8 +44,8 @@ class FKSteering:
     Args:
         pipe: a diffusers pipeline that calls ``pipe.scheduler.step`` once per
             iteration.
-        scorer: a `diffalign.rewards.Scorer`, its registry name, or a function (images,
-            prompts) -> (n,) numbers. Higher is better.
+        scorer: a `diffalign.rewards.Scorer`, its registry name, or a function
+            (images, prompts) -> (n,) numbers. Higher is better.
         num_particles (`int`, *optional*, defaults to `4`): K per prompt. The model does
             K times the work of one image.
         lmbda (`float` or one per prompt, *optional*): the tilt, in units of 1/reward.

@@ -1,9 +1,9 @@
 """Read what a diffusers scheduler means by its latents.
 
 The conventions are those of diffusers 0.42. Variance-preserving schedulers index
-``alphas_cumprod`` by timestep. The family of DPM-Solver turns its sigmas into (alpha,
-sigma) itself. Euler's family keeps ``y = x0 + sigma eps``. Flow matching is ``y = (1 -
-s) x0 + s eps``, with the velocity ``eps - x0``.
+``alphas_cumprod`` by timestep. The family of DPM-Solver turns its sigmas into
+(alpha, sigma) itself. Euler's family keeps ``y = x0 + sigma eps``. Flow matching is ``y
+= (1 - s) x0 + s eps``, with the velocity ``eps - x0``.
 """
 
 from __future__ import annotations

@@ -203,12 +203,12 @@ class ParticleWeights:
 
     @property
     def log_weights(self) -> Tensor:
-        """Normalised log weights, float64 (groups, k)."""
+        """Normalised log weights, float64 (groups, k)."""
         return self._log - self._log.logsumexp(1, keepdim=True)
 
     @property
     def weights(self) -> Tensor:
-        """Normalised weights, (groups, k). Each group sums to 1."""
+        """Normalised weights, (groups, k). Each group sums to 1."""
         return self.log_weights.exp()
 
     def update(self, rewards: Tensor, blank: Tensor | None = None) -> Tensor:

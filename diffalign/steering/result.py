@@ -31,8 +31,8 @@ class SteeringResult:
         log_z (`Tensor`): estimate of log E[exp(lmbda r)], (P,). For a given lmbda,
             exp(log_z) is unbiased.
         lmbda (`Tensor`): given, or chosen by `ess_target`, (P,).
-        roots (`Tensor`): the initial noise that each particle descends from, int64 (P,
-            K).
+        roots (`Tensor`): the initial noise that each particle descends from, int64
+            (P, K).
         applied (`Tensor`): sum of all log potentials along the lineage, (P, K). It
             equals lmbda * rewards.
         degenerate (`Tensor`): whether every terminal reward was -inf, bool (P,).
@@ -69,7 +69,7 @@ class SteeringResult:
 
     @property
     def weights(self) -> Tensor:
-        """Normalised weights, (P, K). Each row sums to 1."""
+        """Normalised weights, (P, K). Each row sums to 1."""
         return self.log_weights.exp()
 
     @property
@@ -87,7 +87,7 @@ class SteeringResult:
 
     @property
     def ancestors(self) -> Tensor:
-        """The ancestors at all S scored steps, int64 (S, P, K)."""
+        """The ancestors at all S scored steps, int64 (S, P, K)."""
         empty = torch.zeros(0, *self.rewards.shape, dtype=torch.int64)
         return torch.stack([step.ancestors for step in self.steps]) if self.steps else empty
 

@@ -66,7 +66,7 @@ class ParticleModel(Protocol):
         """Predict the clean samples at step i."""
 
     def propose(self, state: Any, i: int, generator: Any) -> Any:
-        """Draw the next state, or the next state and log p - log tau (groups, k)."""
+        """Draw the next state, or the next state and log p - log tau (groups, k)."""
 
     def index(self, state: Any, ancestors: Tensor) -> Any:
         """Reorder the particles: slot k of a group continues its slot ``ancestors[g,
@@ -122,7 +122,7 @@ class SMCResult:
 
     @property
     def weights(self) -> Tensor:
-        """Normalised weights, (groups, k). Each group sums to 1."""
+        """Normalised weights, (groups, k). Each group sums to 1."""
         return self.log_weights.exp()
 
     @property
@@ -205,8 +205,8 @@ def run(
 
     Args:
         model (`ParticleModel`): the sampler.
-        reward: maps what `predict_x0` or `final` returns to (groups, k), or to (groups,
-            k, n) for n draws of the clean sample.
+        reward: maps what `predict_x0` or `final` returns to (groups, k), or to
+            (groups, k, n) for n draws of the clean sample.
         groups (`int`): populations.
         num_particles (`int`): particles of each.
         resample_steps (sequence, *optional*): see `schedule`.
@@ -276,7 +276,7 @@ def run(
 
 
 def _is_tilted(before: Any, proposed: Any) -> bool:
-    """Tell a proposal of (state, log ratio) from a state that is itself a tuple."""
+    """Tell a proposal of (state, log ratio) from a state that is itself a tuple."""
     if not isinstance(proposed, tuple) or len(proposed) != 2:
         return False
     return not isinstance(before, tuple) or isinstance(proposed[0], tuple)

@@ -241,7 +241,7 @@ class SteeredRun:
             self.on_step(self.trace[-1])
 
     def _blank(self, images: Sequence[Any]) -> Tensor:
-        """Return where there is no image, bool (groups, k)."""
+        """Return where there is no image, bool (groups, k)."""
         return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(
             0, (self.groups, self.k)
         )

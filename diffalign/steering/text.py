@@ -103,12 +103,12 @@ class TextSteeringResult:
 
     @property
     def rewards(self) -> Tensor:
-        """Rewards of the texts, float64 (P, K)."""
+        """Rewards of the texts, float64 (P, K)."""
         return self.smc.rewards
 
     @property
     def log_weights(self) -> Tensor:
-        """Normalised log weights, (P, K)."""
+        """Normalised log weights, (P, K)."""
         return self.smc.log_weights
 
     @property

@@ -42,7 +42,7 @@ class TokenState:
     prediction: Tensor | None = None
 
     def index(self, ancestors: Tensor) -> TokenState:
-        """Take the particles ``ancestors`` (groups, k)."""
+        """Take the particles ``ancestors`` (groups, k)."""
         rows = torch.arange(len(ancestors))[:, None]
         return TokenState(
             self.tokens[rows, ancestors],
@@ -165,7 +165,7 @@ class TokenModel:
         return state.index(ancestors)
 
     def final(self, state: TokenState) -> Tensor:
-        """Return the texts, (groups, k, length), which the terminal reward scores."""
+        """Return the texts, (groups, k, length), which the terminal reward scores."""
         return state.tokens
 
 
@@ -178,10 +178,10 @@ class MaskedDiffusion(TokenModel):
         mask_token_id (`int`): the mask. Its logit is ignored.
         template (`Tensor`, *optional*): fixed tokens, (length,) or (groups, length),
             with `mask_token_id` where the text is free.
-        guidance (*optional*): function (tokens (n, length), log_probs (n, length,
-            vocabulary), step) -> extra logits (n, length, vocabulary). Tokens are drawn
-            from the tilted probabilities. The ratio goes into the weights, so that the
-            target stays the same.
+        guidance (*optional*): function (tokens (n, length), log_probs
+            (n, length, vocabulary), step) -> extra logits (n, length, vocabulary).
+            Tokens are drawn from the tilted probabilities. The ratio goes into the
+            weights, so that the target stays the same.
 
     Raises:
         ConfigError: a number out of range, or a template of the wrong length.
