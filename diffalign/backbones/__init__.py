@@ -1,7 +1,8 @@
 """One small file per model family.
 
-A backbone knows how its family encodes images and prompts and calls its network, and nothing else.
-`BACKBONES` is the only list of them: a new family adds one line here and its own file.
+A backbone knows how its family encodes images and prompts and calls its network, and
+nothing else. `BACKBONES` is the only list of them. A new family adds one line here and
+its own file.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ BACKBONES: dict[str, str] = {
 def load_backbone(
     model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None
 ) -> Backbone:
-    """Find the backbone of a model; loads nothing heavy yet.
+    """Find the backbone of a model, without loading anything heavy yet.
 
     Args:
-        model: Hub id, local folder, `"shapes"` or a loaded `DiffusionPipeline`.
+        model: Hub id, local folder, ``"shapes"`` or a loaded `DiffusionPipeline`.
         revision (`str`, *optional*): Git revision on the Hub.
-        variant (`str`, *optional*): of the weights, such as `fp16`.
+        variant (`str`, *optional*): of the weights, such as ``fp16``.
         vae (*optional*): another autoencoder: Hub id, folder or module.
 
+    Returns:
+        `Backbone`: of the model's family.
+
     Raises:
-        ConfigError: when the model is missing, is no diffusers pipeline or its class is not
-            supported (lists those that are).
+        ConfigError: the model is missing, is no diffusers pipeline, or its class is not
+            supported. The message lists those that are.
     """
     source = ModelSource(model, revision=revision, variant=variant, vae=vae)
     place = BACKBONES.get(source.pipeline_class_name)

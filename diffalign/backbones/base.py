@@ -1,4 +1,4 @@
-"""What every model family answers to."""
+"""The base class of all model families."""
 
 from __future__ import annotations
 
@@ -17,13 +17,23 @@ ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class Backbone:
-    """A model family: encodes images and prompts, calls its network. Components are loaded when they are first needed.
+    """A model family: encodes images and prompts, and calls its network.
+
+    Components are loaded when they are first needed.
+
+    Args:
+        source (`ModelSource`): where they come from.
 
     Attributes:
-        network_name: the pipeline component that is trained, ``unet`` or ``transformer``.
-        text_encoder_names: components that encode prompts.
-        lora_targets: default LoRA target modules.
-        upcast_vae: precisions of a run in which the autoencoder runs in float32, unless its config has `force_upcast: false`.
+        pipeline_classes (`tuple[str, ...]`): names of the diffusers pipelines of the
+            family.
+        network_name (`str`): the component that is trained, ``unet`` or
+            ``transformer``.
+        text_encoder_names (`tuple[str, ...]`): components that encode prompts.
+        lora_targets (`list[str]`): default target modules of a LoRA.
+        upcast_vae (`tuple[torch.dtype, ...]`): precisions of a run in which the
+            autoencoder runs in float32, unless its config has `force_upcast: false`.
+        process (`NoisingProcess`): the model's noise schedule.
     """
 
     network_name: ClassVar[str] = "unet"
@@ -43,14 +53,21 @@ class Backbone:
         self.vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.latent_channels = vae["latent_channels"]
 
-    # Components -------------------------------------------------------------------------------------------------------------
+    # Components -----------------------------------------------------------------------
 
     @property
     def scheduler(self) -> Any:
+        """The model's scheduler, as the family's pipelines read it."""
         return self.component("scheduler")
 
     def component(self, name: str) -> Any:
-        """A component, loaded and placed on first use; modules come frozen and in evaluation mode."""
+        """Return a component, loaded and placed on first use.
+
+        Modules come frozen and in evaluation mode.
+
+        Args:
+            name (`str`): in the pipeline, such as ``vae``.
+        """
         if name not in self._loaded:
             component = self.source.load(name, self.component_dtype(name))
             if isinstance(component, torch.nn.Module):
@@ -62,11 +79,11 @@ class Backbone:
         return self._loaded[name]
 
     def pipeline_scheduler(self, scheduler: Any) -> Any:
-        """A scheduler as the family's pipelines read it; most take it as it is."""
+        """Change a scheduler as the family's pipelines do; most leave it as it is."""
         return scheduler
 
     def component_dtype(self, name: str) -> torch.dtype:
-        """The precision in which a component runs."""
+        """Return the precision in which a component runs."""
         if (
             name == "vae"
             and self.dtype in self.upcast_vae
@@ -76,23 +93,32 @@ class Backbone:
         return self.dtype
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Where frozen components live and in which precision they run; call before the first is loaded."""
+        """Choose where frozen components live and in which precision they run.
+
+        Call it before the first one is loaded.
+        """
         self.device, self.dtype = device, dtype
         for component in self._loaded.values():
             if isinstance(component, torch.nn.Module):
                 component.to(device)
 
     def is_loaded(self, name: str) -> bool:
+        """Tell whether a component is in memory."""
         return name in self._loaded
 
     def release(self, *names: str) -> None:
-        """Forgets components, e.g. encoders once everything is cached."""
+        """Drop components from memory, such as encoders once everything is cached."""
         for name in names:
             self._loaded.pop(name, None)
         self._pipe = None
 
     def load_network(self, dtype: torch.dtype) -> Any:
-        """The trainable network, float32 for full fine-tuning, the run's precision under LoRA."""
+        """Load the network that is trained.
+
+        Args:
+            dtype (`torch.dtype`): float32 for full fine-tuning, the run's precision
+                under LoRA.
+        """
         if self.network_name not in self._loaded:
             self._loaded[self.network_name] = (
                 self.source.load(self.network_name, dtype).requires_grad_(False).to(self.device)
@@ -100,7 +126,15 @@ class Backbone:
         return self._loaded[self.network_name]
 
     def pipeline(self, *, with_vae: bool = True, network: Any = None) -> Any:
-        """A plain diffusers pipeline around the components; loads the text encoders (and the VAE)."""
+        """Build a plain diffusers pipeline around the components.
+
+        Text encoders are loaded for it, and the autoencoder.
+
+        Args:
+            with_vae (`bool`, *optional*, defaults to `True`): whether it gets the
+                autoencoder.
+            network (*optional*): the denoiser. None takes the loaded one.
+        """
         names = [
             n
             for n in self.source.component_names()
@@ -110,7 +144,8 @@ class Backbone:
         components[self.network_name] = (
             network if network is not None else self._loaded.get(self.network_name)
         )
-        # A pipeline's sampler keeps state while it runs; the process of the run must not see it.
+        # A pipeline's sampler keeps state while it runs; the process of the run must
+        # not see it.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
         if with_vae and components["vae"].dtype != self.dtype:
             components["vae"] = _reading_any_precision(components["vae"])
@@ -131,7 +166,10 @@ class Backbone:
         return pipe
 
     def _encoding_pipe(self) -> Any:
-        """A pipeline with text encoders only: diffusers' own `encode_prompt` decides how prompts are encoded."""
+        """Build a pipeline with text encoders only.
+
+        diffusers' own `encode_prompt` then decides how prompts are encoded.
+        """
         if self._pipe is None:
             names = [
                 n
@@ -146,27 +184,39 @@ class Backbone:
             )
         return self._pipe
 
-    # Sizes ------------------------------------------------------------------------------------------------------------------
+    # Sizes ----------------------------------------------------------------------------
 
     @property
     def size_factor(self) -> int:
-        """Image sides must be multiples of this."""
+        """The number of which image sides must be multiples."""
         return self.vae_scale
 
     @property
     def default_resolution(self) -> int:
+        """The side of a square image that the network was trained on, in pixels."""
         config = self.source.component_config(self.network_name)
         size = config.get("sample_size") or 64
         return (size if isinstance(size, int) else size[0]) * self.vae_scale
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of the latents of an image, whose sides are in
+        pixels.
+        """
         return self.latent_channels, height // self.vae_scale, width // self.vae_scale
 
-    # Encoding and prediction ------------------------------------------------------------------------------------------------
+    # Encoding and prediction ----------------------------------------------------------
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (n, 3, H, W) in [-1, 1] -> scaled posterior mean and standard deviation, each (n, C, h, w) float32."""
+        """Encode images into latent distributions.
+
+        Args:
+            pixels (`Tensor`): (n, 3, H, W) in [-1, 1].
+
+        Returns:
+            `tuple[Tensor, Tensor]`: scaled mean and standard deviation of the
+            posterior, each (n, C, h, w) float32.
+        """
         vae = self.component("vae")
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
@@ -174,7 +224,14 @@ class Backbone:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Any]:
-        """Scaled latents (n, C, h, w) -> n PIL images, as the family's pipelines decode them; `Missing` where pixels are not finite."""
+        """Decode latents into images, as the family's pipelines do it.
+
+        Args:
+            latents (`Tensor`): scaled, (n, C, h, w).
+
+        Returns:
+            `list`: n PIL images, `Missing` where pixels are not finite.
+        """
         vae = self.component("vae")
         shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[
@@ -183,23 +240,56 @@ class Backbone:
         return to_images(pixels.float())
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts -> tensors with leading dimension n. The empty prompt gives what guidance uses for "no prompt"."""
+        """Encode prompts into tensors.
+
+        Args:
+            prompts (sequence of `str`): n of them. The empty one gives what guidance
+                takes for "no prompt".
+
+        Returns:
+            `dict[str, Tensor]`: each with leading dimension n.
+        """
         raise NotImplementedError
 
     def geometry_condition(self, geometries: Sequence[Any]) -> dict[str, Tensor]:
-        """Size conditioning of n images, leading dimension n; most families have none."""
+        """Encode the size and crop of n images; most families need neither.
+
+        Args:
+            geometries (sequence): one per image.
+
+        Returns:
+            `dict[str, Tensor]`: each with leading dimension n.
+        """
         return {}
 
     def predict(
         self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
-        """The network's output (n, C, h, w) at noisy latents; `times` (n,) as the network wants them."""
+        """Run the network at noisy latents.
+
+        Args:
+            network: the policy or the reference.
+            noisy (`Tensor`): (n, C, h, w).
+            times (`Tensor`): as the network is given them, (n,).
+            condition (`dict[str, Tensor]`): of `encode_prompts` and
+                `geometry_condition`.
+
+        Returns:
+            `Tensor`: (n, C, h, w).
+        """
         raise NotImplementedError
 
-    # Weights ----------------------------------------------------------------------------------------------------------------
+    # Weights --------------------------------------------------------------------------
 
     def save_lora(self, folder: str, network: Any, state: dict[str, Tensor]) -> None:
-        """Writes ``pytorch_lora_weights.safetensors`` with its metadata (alpha), as `pipe.load_lora_weights` reads it."""
+        """Write ``pytorch_lora_weights.safetensors``, as `pipe.load_lora_weights` reads
+        it.
+
+        Args:
+            folder (`str`): where to.
+            network: with the adapter. Its alpha goes into the metadata.
+            state (`dict[str, Tensor]`): of `lora_state`.
+        """
         from diffusers.training_utils import _collate_lora_metadata
 
         self.source.pipeline_class().save_lora_weights(
@@ -211,7 +301,10 @@ class Backbone:
 
 
 def _reading_any_precision(vae: Any) -> Any:
-    """The autoencoder for a pipeline of another precision: its `decode` casts, which pipelines leave out."""
+    """Copy an autoencoder for a pipeline of another precision.
+
+    Its `decode` casts, which pipelines leave out.
+    """
     cast = copy.copy(vae)  # of the same weights
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Loads single components of a diffusers pipeline, so that a run with full caches never touches the VAE or the text encoders."""
+"""Load single components of a diffusers pipeline.
+
+A run with full caches thus never touches the autoencoder or the text encoders.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,17 @@ _NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class ModelSource:
-    """Where a pipeline's components come from: a Hub id, a local folder, ``shapes`` or a loaded pipeline.
+    """The place that a pipeline's components are loaded from.
 
     Args:
-        model: Hub id, folder, ``"shapes"`` or a `DiffusionPipeline`.
-        revision (`str`, *optional*): git revision on the Hub.
-        variant (`str`, *optional*): weights variant, e.g. ``fp16``.
-        vae (`str` or module, *optional*): a different autoencoder.
+        model: Hub id, folder, ``"shapes"`` or a loaded `DiffusionPipeline`.
+        revision (`str`, *optional*): Git revision on the Hub.
+        variant (`str`, *optional*): of the weights, such as ``fp16``.
+        vae (`str` or module, *optional*): another autoencoder.
 
     Raises:
-        ConfigError: with the field `model`, when there is no such pipeline or its weights are pickles.
+        ConfigError: with the field `model`: there is no such pipeline, or its weights
+            are pickles.
     """
 
     def __init__(
@@ -58,7 +62,8 @@ class ModelSource:
             if not hasattr(self.pipe, "components"):
                 raise ConfigError(
                     "model",
-                    f"expected a Hub id, a folder or a DiffusionPipeline, got {type(model).__name__}",
+                    "expected a Hub id, a folder or a DiffusionPipeline, got "
+                    f"{type(model).__name__}",
                 )
             self.name = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
             self.pipeline_class_name = type(self.pipe).__name__
@@ -82,7 +87,8 @@ class ModelSource:
             if not (path / "model_index.json").is_file():
                 raise ConfigError(
                     "model",
-                    f"the folder {self.name!r} is no diffusers pipeline: it has no model_index.json",
+                    f"the folder {self.name!r} is no diffusers pipeline: it has no "
+                    "model_index.json",
                 )
             return self._parsed_index(path / "model_index.json")
         if path.is_file():
@@ -113,13 +119,22 @@ class ModelSource:
         if not isinstance(index.get("_class_name"), str):
             raise ConfigError(
                 "model",
-                f"{self.name!r} is no diffusers pipeline: its model_index.json names no _class_name",
+                f"{self.name!r} is no diffusers pipeline: its model_index.json names no "
+                "_class_name",
             )
         return index
 
     @contextmanager
     def explaining(self, component: str | None) -> Iterator[None]:
-        """Loading errors of the libraries as one sentence that names the component."""
+        """Turn loading errors of the libraries into one sentence that names the
+        component.
+
+        Args:
+            component (`str`, *optional*): its name. None names the whole model.
+
+        Raises:
+            ConfigError: in place of the library's error.
+        """
         try:
             yield
         except ConfigError:
@@ -129,14 +144,16 @@ class ModelSource:
             raise ConfigError("model", f"{what} cannot be loaded: {explained(error)}") from error
 
     def from_transformers(self, name: str) -> bool:
-        """Whether a component is a network of transformers, such as a text encoder."""
+        """Tell whether a component is a network of transformers, such as a text
+        encoder.
+        """
         if self.pipe is not None or self.index[name][0] != "transformers":
             return False
         cls = self._class(name)
         return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
 
     def check_files(self) -> None:
-        """Looks at the files of every component of a local folder before any is loaded.
+        """Check the files of every component of a local folder, before any is loaded.
 
         Raises:
             ConfigError: one is missing or damaged.
@@ -146,25 +163,35 @@ class ModelSource:
                 self._component_variant(name)
 
     def _component_variant(self, name: str) -> str | None:
-        """The variant in which a component is there; see `weight_files.check_component`."""
+        """Return the variant to read of a component; see
+        `weight_files.check_component`.
+        """
         if not self.local:
             return self.variant
         if name not in self._variants:
             folder = Path(self.location) / name
             has_weights = any(folder.glob("*.safetensors")) or (folder / "config.json").is_file()
-            found = check_component(folder, "model", self.variant) if has_weights else self.variant
-            self._variants[name] = found
+            variant = (
+                check_component(folder, "model", self.variant) if has_weights else self.variant
+            )
+            self._variants[name] = variant
         return self._variants[name]
 
     def pipeline_variant(self) -> str | None:
-        """The variant for loading a whole pipeline: that of the components that have one."""
+        """Return the variant for loading a whole pipeline: that of the components with
+        one.
+
+        Raises:
+            ConfigError: the components have several.
+        """
         if self.pipe is not None or not self.local:
             return self.variant
         variants = {self._component_variant(name) for name in self.component_names()} - {None}
         if len(variants) > 1:
             raise ConfigError(
                 "model",
-                f"the components of {self.name!r} have the variants {', '.join(map(str, variants))}; choose one",
+                f"the components of {self.name!r} have the variants "
+                f"{', '.join(map(str, variants))}; choose one",
             )
         return next(iter(variants), None)
 
@@ -175,12 +202,14 @@ class ModelSource:
             if pickles and not list(folder.glob("*.safetensors")):
                 raise ConfigError(
                     "model",
-                    f"{name}/{pickles[0].name} of {self.name!r} is a pickle, which can run code when loaded; "
-                    "only safetensors are read: save the pipeline again with safe_serialization=True",
+                    f"{name}/{pickles[0].name} of {self.name!r} is a pickle, which can run code "
+                    "when loaded; "
+                    "only safetensors are read: save the pipeline again with "
+                    "safe_serialization=True",
                 )
 
     def component_names(self) -> list[str]:
-        """The pipeline's components that a run may need."""
+        """List the pipeline's components that a run may need."""
         if self.pipe is not None:
             return [
                 name
@@ -194,10 +223,15 @@ class ModelSource:
         ]
 
     def has(self, name: str) -> bool:
+        """Tell whether the pipeline has a component that a run may need."""
         return name in self.component_names()
 
     def component_config(self, name: str) -> dict[str, Any]:
-        """A component's config without its weights."""
+        """Read a component's config without its weights.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
         if self.pipe is not None:
             return dict(getattr(self.pipe, name).config)
         if name == "vae" and self.vae is not None:
@@ -213,18 +247,29 @@ class ModelSource:
         if library not in ("diffusers", "transformers"):
             raise ConfigError(
                 "model",
-                f"component {name} of {self.name!r} comes from {library!r}, which would run foreign code",
+                f"component {name} of {self.name!r} comes from {library!r}, which would run "
+                "foreign code",
             )
-        found = getattr(importlib.import_module(library), str(cls), None)
-        if found is None:
+        component_class = getattr(importlib.import_module(library), str(cls), None)
+        if component_class is None:
             raise ConfigError(
                 "model",
-                f"component {name} of {self.name!r} is a {cls}, which this version of {library} does not have",
+                f"component {name} of {self.name!r} is a {cls}, which this version of {library} "
+                "does not have",
             )
-        return found
+        return component_class
 
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """Loads one component from safetensors (or takes the loaded pipeline's own)."""
+        """Load one component from safetensors, or take that of the loaded pipeline.
+
+        Args:
+            name (`str`): in the pipeline, such as ``vae``.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of a module.
+
+        Raises:
+            ConfigError: files are missing or damaged, or the class is of a foreign
+                library.
+        """
         if name == "vae" and self.vae is not None:
             if not isinstance(self.vae, (str, Path)):
                 return self.vae
@@ -255,7 +300,7 @@ class ModelSource:
         return module
 
     def _load_vae(self, cls: Any, subfolder: str | None, dtype: torch.dtype) -> Any:
-        """The autoencoder that replaces the pipeline's own."""
+        """Load the autoencoder that replaces the pipeline's own."""
         folder = Path(self.vae) / (subfolder or "")
         variant = None
         if folder.is_dir():
@@ -263,7 +308,8 @@ class ModelSource:
         elif Path(self.vae).is_file() or not could_be_hub_id(str(self.vae)):
             raise ConfigError(
                 "vae",
-                f"there is no folder {str(self.vae)!r} of an autoencoder, and it is no Hub id of the form 'user/name'",
+                f"there is no folder {str(self.vae)!r} of an autoencoder, and it is no Hub id of "
+                "the form 'user/name'",
             )
         try:
             module = cls.from_pretrained(
@@ -277,6 +323,7 @@ class ModelSource:
         return module
 
     def pipeline_class(self) -> Any:
+        """Return the class of the diffusers pipeline."""
         return (
             type(self.pipe)
             if self.pipe is not None
@@ -284,7 +331,10 @@ class ModelSource:
         )
 
     def pipeline_options(self) -> dict[str, Any]:
-        """Plain values that the pipeline's constructor takes, e.g. SDXL's `force_zeros_for_empty_prompt`."""
+        """Read the plain values that the pipeline's constructor takes.
+
+        An example is SDXL's `force_zeros_for_empty_prompt`.
+        """
         values = dict(self.pipe.config) if self.pipe is not None else self.index
         names = inspect.signature(self.pipeline_class().__init__).parameters
         options = {
@@ -295,7 +345,14 @@ class ModelSource:
         return options
 
     def fingerprint(self, *names: str) -> str:
-        """A content-based key of components, the same in every process: part of cache keys and of checkpoints."""
+        """Hash the content of components, for the keys of caches and of checkpoints.
+
+        Args:
+            names (`str`): of the components.
+
+        Returns:
+            `str`: 16 hexadecimal digits, the same in every process.
+        """
         parts: list[str] = []
         for name in names:
             if name == "vae" and self.vae is not None:
@@ -316,7 +373,8 @@ class ModelSource:
             else:
                 from huggingface_hub import hf_hub_download
 
-                # The path of a cached file holds the commit, which identifies the content.
+                # The path of a cached file holds the commit, which identifies the
+                # content.
                 snapshot = Path(
                     hf_hub_download(self.name, "model_index.json", revision=self.revision)
                 ).parent.name
@@ -324,7 +382,10 @@ class ModelSource:
         return text_hash(*parts)[:16]
 
     def _vae_identity(self) -> str:
-        """What identifies the autoencoder that replaces the pipeline's own: content, or the name of one on the Hub."""
+        """Identify the autoencoder that replaces the pipeline's own.
+
+        It is its content, or its name on the Hub.
+        """
         if not isinstance(self.vae, (str, Path)):
             return module_hash(self.vae)
         folder = Path(self.vae)

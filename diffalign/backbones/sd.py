@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder, epsilon or v-prediction."""
+"""Stable Diffusion 1.x and 2.x: one UNet and one CLIP text encoder.
+
+The network predicts epsilon or v.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,13 @@ from .base import Backbone
 
 
 class StableDiffusionBackbone(Backbone):
+    """Stable Diffusion 1.x and 2.x."""
+
     def pipeline_scheduler(self, scheduler: Any) -> Any:
-        """As `StableDiffusionPipeline` changes configurations of its early days: offset 1, and no clipping."""
+        """Correct configurations of the early days, as `StableDiffusionPipeline` does.
+
+        The offset is 1, and nothing is clipped.
+        """
         fixed = {"steps_offset": 1, "clip_sample": False}
         outdated = {
             name: value

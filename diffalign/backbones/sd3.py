@@ -1,4 +1,7 @@
-"""Stable Diffusion 3 and 3.5: an MMDiT trained by flow matching, up to three text encoders."""
+"""Stable Diffusion 3 and 3.5: an MMDiT with up to three text encoders.
+
+It is trained by flow matching.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from .base import Backbone
 
 
 class StableDiffusion3Backbone(Backbone):
+    """Stable Diffusion 3 and 3.5."""
+
     network_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

@@ -1,4 +1,7 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, and size conditioning from the true size and crop."""
+"""Stable Diffusion XL: two text encoders and a pooled embedding.
+
+The network is conditioned on the true size and crop of an image.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from .base import Backbone
 
 
 class StableDiffusionXLBackbone(Backbone):
+    """Stable Diffusion XL."""
+
     text_encoder_names = ("text_encoder", "text_encoder_2")
     upcast_vae = (
         torch.float16,
@@ -25,7 +30,8 @@ class StableDiffusionXLBackbone(Backbone):
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
         if pipe.config.force_zeros_for_empty_prompt:
-            # At inference this model's "no prompt" is zeros, not the encoding of an empty string.
+            # At inference this model's "no prompt" is zeros, not the encoding of an
+            # empty string.
             keep = torch.tensor(
                 [bool(prompt) for prompt in prompts], device=embeds.device, dtype=embeds.dtype
             )
