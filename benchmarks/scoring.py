@@ -70,7 +70,7 @@ def staged(scorer: Any, call: Callable[[], Any]) -> tuple[dict[str, float], floa
     """(seconds spent in each stage of one call, its length)."""
     spent = dict.fromkeys(("read and resize", "text", "vision", "head"), 0.0)
     stages = {
-        "_pixels": "read and resize",
+        "prepare_item": "read and resize",
         "text_features": "text",
         "image_features": "vision",
         "similarity": "head",
@@ -160,7 +160,7 @@ def measure(
             part = slice(start, start + (block or len(files)))
             for name, way in ways.items():
                 if start == 0:
-                    scorer._texts.clear()
+                    scorer.forget_prompts()
                 if name == "batched":
                     stages, seconds = staged(scorer, lambda way=way, part=part: way(part))
                     spent = {

@@ -1,12 +1,15 @@
-"""``diffalign data build``: preference data from prompts - draw images, score them with a panel, write pairs or ranked lists.
+"""Make preference data from prompts: draw images, score them, write the result.
 
-The recipe of RankDPO's Syn-Pic (arXiv 2410.18013, section 3.1): several images per prompt, from one or several models, ranked by how
-often they win under several reward models. Image i of a prompt has the same seed under every model. What was drawn and scored is kept, so
-an interrupted command goes on, and more prompts, images, models or scorers can be added to a finished one.
+This is `diffalign data build`, after the recipe of RankDPO's Syn-Pic (arXiv 2410.18013,
+section 3.1). Several images per prompt, from one or several models, are ranked by how
+often they win under several reward models. Image i of a prompt has the same seed under
+every model. What was drawn and scored is kept, so an interrupted command goes on, and
+more prompts, images, models or scorers can be added to a finished one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -23,14 +26,28 @@ if TYPE_CHECKING:
     from ..rewards.panel import Panel
     from ..runtime.distributed import Processes
 
-_SCORE_PROMPTS = 32  # prompts scored at once: the same ones whatever the number of processes, so that rounding is the same too
+# Prompts scored at once. They do not depend on the number of processes, and so neither
+# does the rounding of the scores.
+_SCORE_PROMPTS = 32
 
 
 def build(options: BuildOptions) -> None:
-    """Draw, score and write preference data; print what came out.
+    """Draw, score and write preference data, and print what came out.
+
+    Args:
+        options (`BuildOptions`): As of `diffalign data build`.
 
     Raises:
-        UserError: options, prompts, models or scorers that do not fit, before anything is drawn; a folder that holds another build.
+        ConfigError: An option has an unknown value. Nothing has been drawn yet.
+        UserError: Prompts, models or scorers do not fit, or the folder holds another
+            build.
+
+    Example:
+        ```python
+        options = BuildOptions("shapes", Path("data/built"), max_prompts=8)
+    options.scorers = "shapes_reward"
+    build(options)
+        ```
     """
     _check_numbers(options)
     from ..rewards.panel import Panel
@@ -52,7 +69,8 @@ def build(options: BuildOptions) -> None:
     if len(generators) * options.num_images < 2:
         raise ConfigError(
             "--num_images",
-            "one image per prompt leaves nothing to compare; draw at least 2, or name a second model",
+            "one image per prompt leaves nothing to compare; draw at least 2, or name a second "
+            "model",
         )
     processes = Processes.start(options.device)
     panel = Panel.from_config(
@@ -103,15 +121,17 @@ def _check_numbers(options: BuildOptions) -> None:
 
 
 def _check_panel(panel: Panel, processes: Processes) -> None:
-    """Everything that can be wrong with the scorers shows before hours of drawing: each is loaded once."""
+    """Load each scorer once, so that faults show before hours of drawing."""
     if not panel.train_names:
         raise UserError(
-            "rewards: all scorers have the role eval, so nothing would be labelled; give one the role train"
+            "rewards: all scorers have the role eval, so nothing would be labelled; give one "
+            "the role train"
         )
     for name in panel.names:
         if "metadata" in panel.specs[name].requires:
             raise UserError(
-                f"rewards.{name}: it needs metadata for every prompt, which prompts alone do not have; score with diffalign score"
+                f"rewards.{name}: it needs metadata for every prompt, which prompts alone do "
+                "not have; score with diffalign score"
             )
     if processes.rank == 0:
         for name in panel.names:
@@ -121,15 +141,21 @@ def _check_panel(panel: Panel, processes: Processes) -> None:
 
 
 def find_generators(options: BuildOptions) -> list[Generator]:
-    """The models and LoRAs, each with a name of its own.
+    """Find the models and LoRAs that draw, and give each a name of its own.
+
+    Args:
+        options (`BuildOptions`): Names the models and LoRAs.
+
+    Returns:
+        `list[Generator]`: The models first, then the first model with each LoRA.
 
     Raises:
-        ConfigError: a model or LoRA that is not there.
+        ConfigError: A model or LoRA is not there.
     """
     from ..backbones.loading import ModelSource
     from ..runtime.hashing import content_hash
 
-    found: list[Generator] = []
+    generators: list[Generator] = []
     for model, lora in [
         *((model, None) for model in options.models),
         *((options.models[0], lora) for lora in options.lora),
@@ -142,17 +168,27 @@ def find_generators(options: BuildOptions) -> list[Generator]:
                 raise ConfigError("--lora", f"there is no file or folder with safetensors {lora!r}")
             fingerprint = f"{fingerprint}+{content_hash(place)[:16]}"
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(lora or model).name).strip("-.") or "model"
-        taken = [generator.name for generator in found]
-        name = next(n for n in (slug, *(f"{slug}-{i}" for i in range(2, 1000))) if n not in taken)
-        found.append(Generator(name, model, lora, fingerprint))
-    return found
+        name = _free_name(slug, [generator.name for generator in generators])
+        generators.append(Generator(name, model, lora, fingerprint))
+    return generators
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    """Number a name that is taken already."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return name if name not in taken else next(n for n in numbered if n not in taken)
 
 
 def claim(options: BuildOptions, generators: Sequence[Generator]) -> None:
-    """Makes sure that a folder's images were all drawn in one way; writes ``manifest.json``.
+    """Check that a folder's images are all drawn in one way, and write `manifest.json`.
+
+    Args:
+        options (`BuildOptions`): Names the folder and the settings.
+        generators (`Sequence[Generator]`): The models that draw.
 
     Raises:
-        UserError: the folder holds something else, or images drawn with other settings or weights.
+        UserError: The folder holds something else, or images drawn with other settings
+            or weights.
     """
     folder: Path = options.output_dir
     names = ("seed", "num_inference_steps", "guidance_scale", "resolution", "dtype")
@@ -161,19 +197,20 @@ def claim(options: BuildOptions, generators: Sequence[Generator]) -> None:
     file = folder / "manifest.json"
     check_output_dir(folder, file.name)
     if file.is_file():
-        there = json.loads(file.read_text("utf-8"))
+        manifest = json.loads(file.read_text("utf-8"))
         for name, value in settings.items():
-            if there["settings"].get(name) != value:
+            if manifest["settings"].get(name) != value:
                 raise UserError(
-                    f"--output_dir: {str(folder)!r} holds images drawn with --{name} {there['settings'].get(name)}, not {value}; use that, or "
-                    "another folder"
+                    f"--output_dir: {str(folder)!r} holds images drawn with --{name} "
+                    f"{manifest['settings'].get(name)}, not {value}; use that, or another folder"
                 )
         for name, fingerprint in models.items():
-            if there["models"].get(name, fingerprint) != fingerprint:
+            if manifest["models"].get(name, fingerprint) != fingerprint:
                 raise UserError(
-                    f"--output_dir: {str(folder)!r} holds images of other weights under the name {name!r}; use another folder"
+                    f"--output_dir: {str(folder)!r} holds images of other weights under the "
+                    f"name {name!r}; use another folder"
                 )
-        models = {**there["models"], **models}
+        models = {**manifest["models"], **models}
     if process_rank() == 0:
         from ..runtime.files import write_atomically
 
@@ -186,7 +223,14 @@ def claim(options: BuildOptions, generators: Sequence[Generator]) -> None:
 def draw(
     generator: Generator, images: Sequence[Drawn], options: BuildOptions, processes: Processes
 ) -> None:
-    """Draws what is not there yet."""
+    """Draw the images that are not there yet.
+
+    Args:
+        generator (`Generator`): The model that draws.
+        images (`Sequence[Drawn]`): Its images.
+        options (`BuildOptions`): Settings of the pipeline's call.
+        processes (`Processes`): The processes that share the work.
+    """
     from ..generation.sampling import draw_files, generate
 
     loaded: list[Any] = []
@@ -198,15 +242,18 @@ def draw(
             loaded[0], prompts, seeds, batch_size=len(prompts), progress=False, **loaded[1]
         )
 
-    wanted = [(image.prompt, image.seed, image.path) for image in images]
-    draw_files(pictures, wanted, options.batch_size, processes, f"drawing, {generator.name}")
+    files = [(image.prompt, image.seed, image.path) for image in images]
+    draw_files(pictures, files, options.batch_size, processes, f"drawing, {generator.name}")
 
 
 def missing_notes(images: Sequence[Drawn]) -> list[str]:
-    """What is missing of each model's images, in words.
+    """Say in words which of each model's images are missing.
+
+    Args:
+        images (`Sequence[Drawn]`): The images of all models.
 
     Raises:
-        NoImages: a model drew none that can be used.
+        NoImages: A model drew none that can be used.
     """
     from ..generation.sampling import drawn_file
     from ..runtime.missing import check_any, left_out
@@ -222,7 +269,7 @@ def missing_notes(images: Sequence[Drawn]) -> list[str]:
 def _pipeline(
     generator: Generator, options: BuildOptions, device: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """(pipeline, arguments of its call)."""
+    """Return (pipeline, arguments of its call)."""
     import torch
 
     from ..backbones.lora import load_lora
@@ -242,14 +289,21 @@ def _pipeline(
 
 
 def score(panel: Panel, images: Sequence[Drawn], processes: Processes) -> dict[str, list[float]]:
-    """Scores of all images by column, scorer after scorer; NaN = missing."""
-    from tqdm.auto import tqdm
+    """Score all images, one scorer after the other.
 
-    from ..rewards.model_scorer import ModelScorer
+    Args:
+        panel (`Panel`): The scorers.
+        images (`Sequence[Drawn]`): N images.
+        processes (`Processes`): The processes that share the work.
+
+    Returns:
+        `dict[str, list[float]]`: Column -> N scores, NaN where one is missing.
+    """
+    from tqdm.auto import tqdm
 
     parts = list(_prompt_parts(images))
     mine = parts[processes.rank :: processes.world]
-    found: list[tuple[str, list[int], list[float]]] = []
+    scored_parts: list[tuple[str, list[int], list[float]]] = []
     for name in panel.names:
         total = sum(map(len, mine))
         with (
@@ -259,25 +313,24 @@ def score(panel: Panel, images: Sequence[Drawn], processes: Processes) -> dict[s
             ) as bar,
         ):
             for part in mine:
-                if isinstance(scorer, ModelScorer):
-                    scorer._texts.clear()  # rounding shall not depend on the parts before
+                scorer.forget_prompts()  # rounding must not depend on earlier parts
                 chosen = [images[i] for i in part]
                 result = scorer.score(
                     [image.path for image in chosen],
                     [image.prompt for image in chosen],
                     on_error="nan",
                 )
-                found.append((name, part, result.values.tolist()))
+                scored_parts.append((name, part, result.values.tolist()))
                 bar.update(len(part))
     columns = {name: [float("nan")] * len(images) for name in panel.names}
-    for name, part, values in processes.gather(found):
+    for name, part, values in processes.gather(scored_parts):
         for i, value in zip(part, values, strict=True):
             columns[name][i] = value
     return columns
 
 
 def _prompt_parts(images: Sequence[Drawn]) -> Iterator[list[int]]:
-    """Indices of the images of so many prompts at a time."""
+    """Yield the indices of the images of `_SCORE_PROMPTS` prompts at a time."""
     part: list[int] = []
     for i, image in enumerate(images):
         if part and image.group % _SCORE_PROMPTS == 0 and image.group != images[i - 1].group:

@@ -1,5 +1,8 @@
-"""Scoring in chunks, shared among processes: each chunk's scores are a file named by everything they depend on, so that finished work is not done
-again and nothing stale is read."""
+"""Score a source in chunks that several processes share.
+
+The scores of a chunk are a file whose name depends on everything that they depend on.
+So finished work is not done again, and nothing outdated is read.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Table:
-    """What was scored: one record per image, per scorer the values (NaN = missing) and why some are missing, and its fingerprint."""
+    """Hold what was scored.
+
+    Attributes:
+        records (`list[Record]`): One per image.
+        columns (`dict[str, list[float]]`): Scorer -> one score per image, NaN where it
+            is missing.
+        errors (`dict[str, dict[int, str]]`): Scorer -> index of an image -> why its
+            score is missing.
+        fingerprints (`dict[str, str]`): Scorer -> fingerprint.
+    """
 
     records: list[Record]
     columns: dict[str, list[float]]
@@ -31,7 +43,17 @@ class Table:
 
 @dataclass
 class ScoreWork:
-    """The chunks of a source, and what is known of them."""
+    """Hold the chunks of a source, and what is known of them so far.
+
+    Attributes:
+        panel (`Panel`): The scorers.
+        source (`FolderSource` or `DatasetSource`): What to score.
+        chunks (`list[range]`): The rows of each chunk.
+        parts (`Path`): Folder of the chunks' files.
+        records (`dict[int, list[Record]]`): Chunk -> its records.
+        files (`dict[tuple[str, int], str]`): (column, chunk) -> file.
+        fingerprints (`dict[str, str]`): Column -> fingerprint of its scorer.
+    """
 
     panel: Panel
     source: Any
@@ -41,16 +63,20 @@ class ScoreWork:
     files: dict[tuple[str, int], str] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
-    def add(self, found: Any) -> None:
-        """What one process found: (chunk, its records), or (column, fingerprint, {chunk: file})."""
-        if len(found) == 2:
-            self.records[found[0]] = found[1]
+    def add(self, share: Any) -> None:
+        """Add what one process found.
+
+        Args:
+            share: (chunk, its records), or (column, fingerprint, {chunk: file}).
+        """
+        if len(share) == 2:
+            self.records[share[0]] = share[1]
         else:
-            name, self.fingerprints[name], files = found[0], found[1], found[2]
+            name, self.fingerprints[name], files = share[0], share[1], share[2]
             self.files.update({(name, number): file for number, file in files.items()})
 
     def table(self) -> Table:
-        """Everything, in the source's order."""
+        """Return the scores of all chunks, in the source's order."""
         numbers = range(len(self.chunks))
         records = [record for number in numbers for record in self.records[number]]
         columns: dict[str, list[float]] = {}
@@ -68,13 +94,21 @@ class ScoreWork:
 
 
 def score_share(work: ScoreWork, processes: Processes) -> list[Any]:
-    """Scores this process's chunks, scorer by scorer; what `ScoreWork.add` takes."""
+    """Score this process's chunks, one scorer after the other.
+
+    Args:
+        work (`ScoreWork`): The chunks.
+        processes (`Processes`): The processes that share the work.
+
+    Returns:
+        `list`: What `ScoreWork.add` takes.
+    """
     from tqdm.auto import tqdm
 
     mine = range(processes.rank, len(work.chunks), processes.world)
     total = sum(len(work.chunks[number]) for number in mine)
     contents: dict[int, str] = {}
-    found: list[Any] = []
+    shares: list[Any] = []
     for entry in work.panel.entries:
         files: dict[int, str] = {}
         unit = "image" if work.source.kind in ("folder", "single") else "row"
@@ -87,46 +121,68 @@ def score_share(work: ScoreWork, processes: Processes) -> list[Any]:
                 if number not in contents:
                     chunk = work.source.read(work.chunks[number])
                     contents[number] = chunk.fingerprint()
-                    found.append((number, chunk.records))
+                    shares.append((number, chunk.records))
                 files[number] = part_name(scorer, contents[number])
                 if not is_finished(work.parts / files[number]):
                     chunk = chunk or work.source.read(work.chunks[number])
                     score_chunk(scorer, chunk, entry.on_error, work.parts / files[number])
                 bar.update(len(work.chunks[number]))
-            found.append((entry.name, scorer.fingerprint(), files))
-    return found
+            shares.append((entry.name, scorer.fingerprint(), files))
+    return shares
 
 
 def score_all(work: ScoreWork, processes: Processes) -> Table:
-    """Scores everything, each process its share; all of them get the whole table.
+    """Score everything, each process its share.
+
+    Args:
+        work (`ScoreWork`): The chunks.
+        processes (`Processes`): The processes that share the work.
+
+    Returns:
+        `Table`: The whole table, in every process.
 
     Raises:
-        UserError: in the process that met the mistake.
+        UserError: An input or a scorer is faulty. The process that met the fault raises
+            it.
     """
-    for found in processes.gather(score_share(work, processes)):
-        work.add(found)
+    for share in processes.gather(score_share(work, processes)):
+        work.add(share)
     return work.table()
 
 
 def part_name(scorer: Scorer, content: str) -> str:
-    """The file of a chunk's scores."""
+    """Return the name of the file of a chunk's scores.
+
+    Args:
+        scorer (`Scorer`): The scorer.
+        content (`str`): Fingerprint of the chunk.
+    """
     digest = hashlib.sha256(f"{scorer.fingerprint()}:{content}".encode()).hexdigest()[:24]
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', scorer.name)}-{scorer.fingerprint()}-{digest}.json"
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the chunk is scored; one with missing scores is tried again."""
+    """Whether a chunk has all its scores. Missing ones are tried again.
+
+    Args:
+        path (`Path`): The chunk's file.
+    """
     return path.is_file() and None not in json.loads(path.read_text("utf-8"))["values"]
 
 
 def score_chunk(scorer: Scorer, chunk: Chunk, on_error: str, path: Path) -> None:
-    """Scores a chunk and writes its file."""
-    from ..rewards.model_scorer import ModelScorer
+    """Score a chunk and write its file.
 
-    if isinstance(scorer, ModelScorer):
-        # Prompts are encoded in batches, and a batch's rounding depends on its size: remembered ones would make a chunk's last digits
-        # depend on the chunks before it, and an interrupted run differ from one that was not.
-        scorer._texts.clear()
+    Args:
+        scorer (`Scorer`): The scorer.
+        chunk (`Chunk`): The images.
+        on_error (`str`): What the scorer does with an image that it cannot score.
+        path (`Path`): The file.
+    """
+    # Prompts are encoded in batches, and rounding depends on the size of a batch. With
+    # remembered prompts the last digits would depend on earlier chunks, and an
+    # interrupted run would differ from one that was not.
+    scorer.forget_prompts()
     prompts = [record.prompt for record in chunk.records]
     texts = prompts if "prompt" in scorer.spec.requires else None
     metadata = chunk.metadata if "metadata" in scorer.spec.requires else None
@@ -137,6 +193,6 @@ def score_chunk(scorer: Scorer, chunk: Chunk, on_error: str, path: Path) -> None
         for i, value in enumerate(values)
         if value is None
     }
-    for given in chunk.inputs:
-        given.release()
+    for image in chunk.inputs:
+        image.release()
     write_atomically(path, json.dumps({"values": values, "errors": errors}).encode())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "ScoreCache": "cache",
-    "ScoreResult": "base",
+    "ScoreResult": "scoring",
     "Scorer": "base",
     "ModelScorer": "model_scorer",
     "ScorerSpec": "spec",
@@ -48,12 +48,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapters import as_ddpo, as_flow_factory, as_trl
-    from .base import Scorer, ScoreResult
+    from .base import Scorer
     from .cache import ScoreCache
     from .ensemble import combine, kendalls_w, win_rates
     from .model_scorer import ModelScorer
     from .panel import Panel, PanelResult
     from .registry import get_spec, list_scorers, load_scorer, register_scorer
+    from .scoring import ScoreResult
     from .spec import ScorerSpec
     from .testing.check import check_scorer
 

@@ -1,12 +1,13 @@
-"""Scorers made of neural towers: prompts encoded once, images prepared in threads, gradients where declared."""
+"""`ModelScorer`, the base class of scorers made of neural towers.
+
+Prompts are encoded once, images are prepared in threads, and scores have gradients
+where the scorer declares them.
+"""
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,48 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
 from ..runtime.devices import read_dtype
-from .base import Call, Item, Scorer
+from .base import Scorer
 from .images import ImageInput, Preprocess, check_pixels, read_images
+from .scoring import Item, make_items
 
 _TEXTS_KEPT = 512  # prompts whose features stay in memory between calls
 
 
 class ModelScorer(Scorer):
-    """A scorer made of neural towers: unique prompts are encoded once, images are prepared in threads while the towers run.
+    """A scorer made of neural towers.
 
-    A new one writes `text_features`, `image_features` and `similarity`, and sets `preprocess`.
+    A new one writes `text_features`, `image_features` and `similarity`, and sets
+    `preprocess`. It also writes `towers` (and `heads`), so that `to` finds its
+    networks.
+
+    Args:
+        **options: as for `Scorer`.
+
+    Attributes:
+        preprocess (`Preprocess`): how an image becomes a tower's input.
+
+    Example:
+        ```python
+        class Similarity(ModelScorer):
+            spec = ScorerSpec(key="similarity", summary="cosine", differentiable=True)
+
+            def __init__(self, **options):
+                super().__init__(**options)
+                self.clip = load_my_clip().to(self.device, self.dtype)
+                self.preprocess = Preprocess(size=224)
+
+            def towers(self):
+                return [self.clip]
+
+            def text_features(self, prompts):
+                return (self.clip.encode_text(prompts),)
+
+            def image_features(self, pixels):
+                return self.clip.encode_image(pixels)
+
+            def similarity(self, image, text):
+                return torch.cosine_similarity(image.float(), text[0].float())
+        ```
     """
 
     preprocess: Preprocess
@@ -35,26 +68,87 @@ class ModelScorer(Scorer):
     # What a scorer writes
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """What `similarity` needs of prompts: tensors with one row per prompt, on the device."""
+        """Return what `similarity` needs of the prompts.
+
+        Args:
+            prompts (list of `str`): n distinct prompts.
+
+        Returns:
+            tensors with one row per prompt, on the device.
+        """
         raise NotImplementedError
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Features of normalised pixels (n, 3, size, size) of the towers' dtype; one row per image."""
+        """Return what `similarity` needs of the images.
+
+        Args:
+            pixels (`Tensor`): (n, 3, size, size), normalised, of the towers' dtype.
+
+        Returns:
+            `Tensor`: one row per image.
+        """
         raise NotImplementedError
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        """Scores (n,) of rows of features, float32 or wider."""
+        """Return the scores (n,) of n rows of features, in float32 or wider."""
         raise NotImplementedError
 
     def towers(self) -> Iterable[nn.Module]:
-        """Networks that run in `dtype`."""
+        """Return the networks that run in `dtype`."""
         return ()
 
     def heads(self) -> Iterable[nn.Module]:
-        """Networks that stay in float32 when the towers run in half precision."""
+        """Return the networks that stay in float32 beside half-precision towers."""
         return ()
 
-    # How it works
+    # The exact mode
+
+    def prepare_prompts(self, prompts: Sequence[str], batch_size: int) -> None:
+        """Encode the prompts that are not known yet, a batch at a time."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        for start in range(0, len(unknown), batch_size):
+            part = unknown[start : start + batch_size]
+            features = self.text_features(part)
+            for i, prompt in enumerate(part):
+                self._texts[prompt] = tuple(feature[i] for feature in features)
+        # The prompts of this call are the last to be forgotten.
+        for prompt in dict.fromkeys(prompts):
+            self._texts.move_to_end(prompt)
+        while len(self._texts) > max(_TEXTS_KEPT, len(set(prompts))):
+            self._texts.popitem(last=False)
+
+    def prepare_item(self, item: Item) -> Tensor:
+        """Resize an image: (3, size, size), not yet normalised."""
+        pixels = self.preprocess.exact(item.image)
+        item.input.release()
+        return pixels
+
+    def score_batch(self, items: list[Item]) -> Tensor:
+        prompts = [item.prompt for item in items]
+        images = [
+            self.prepare_item(item) if item.prepared is None else item.prepared for item in items
+        ]
+        pixels = self.preprocess.stack(images).to(self.device, non_blocking=True)
+        features = self.image_features(self.preprocess.normalise(pixels).to(self.dtype))
+        texts = self.prompt_features(prompts, batch_size=len(prompts))
+        return self.similarity(features, texts).float().cpu()
+
+    def prompt_features(self, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
+        """Return `text_features` with one row per prompt, encoding each prompt once.
+
+        Args:
+            prompts (list of `str`): one per row, repetitions allowed.
+            batch_size (`int`): prompts encoded at once.
+        """
+        self.prepare_prompts(prompts, batch_size)
+        rows = [self._texts[prompt] for prompt in prompts]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+    def forget_prompts(self) -> None:
+        """Drop the features of earlier prompts."""
+        self._texts.clear()
+
+    # The differentiable mode
 
     def score_tensor(self, pixels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         if not self.differentiable:
@@ -62,51 +156,66 @@ class ModelScorer(Scorer):
         check_pixels(pixels)
         if pixels.dtype == torch.uint8:
             raise UserError(
-                "pixels: expected floats in [0, 1], got uint8, which carries no gradient; call scorer(images, prompts)"
+                "pixels: expected floats in [0, 1], got uint8, which carries no gradient; "
+                "call scorer(images, prompts)"
             )
-        texts = [
-            item.prompt
-            for item in self._items([ImageInput("pixels", b"")] * len(pixels), prompts, None)
-        ]
+        items = make_items(self, [ImageInput("pixels", b"")] * len(pixels), prompts, None)
         with torch.autocast(self.device.type, enabled=False):
             pixels = pixels.to(self.device)
             if self.dtype != torch.float64:
                 pixels = pixels.float()
             with torch.no_grad():
-                features = self._gather(texts, batch_size=len(pixels))
+                texts = self.prompt_features([item.prompt for item in items], len(items))
             prepared = self.preprocess.normalise(self.preprocess.tensor(pixels))
-            return self.similarity(self.image_features(prepared.to(self.dtype)), features)
+            return self.similarity(self.image_features(prepared.to(self.dtype)), texts)
+
+    # Embeddings and networks
 
     @torch.no_grad()
     def embed(self, images: Any) -> Tensor:
-        """Image embeddings (n, d), float32 on the CPU, as `image_features` makes them.
+        """Embed images as `image_features` does.
+
+        Args:
+            images: n images in any form that `Scorer.score` takes.
+
+        Returns:
+            `Tensor`: (n, d), float32 on the CPU.
 
         Raises:
-            UserError: unreadable images, or a scorer whose features are no single vector per image.
+            UserError: unreadable images, or a scorer whose features are no single
+                vector per image.
         """
         rows = []
-        for given in read_images(images):
-            pixels = self.preprocess.normalise(
-                self.preprocess.exact(given.image)[None].to(self.device)
-            )
-            rows.append(self.image_features(pixels.to(self.dtype)).float().cpu())
-        found = torch.cat(rows)
-        if found.ndim != 2:
+        for image_input in read_images(images):
+            pixels = self.preprocess.exact(image_input.image)[None].to(self.device)
+            pixels = self.preprocess.normalise(pixels).to(self.dtype)
+            rows.append(self.image_features(pixels).float().cpu())
+        embeddings = torch.cat(rows)
+        if embeddings.ndim != 2:
             raise UserError(
-                f"{self.name} has no single embedding per image; take a CLIP scorer such as clip-b32 or pickscore"
+                f"{self.name} has no single embedding per image; "
+                "take a CLIP scorer such as clip-b32 or pickscore"
             )
-        return found
+        return embeddings
 
     def modules(self) -> Iterable[nn.Module]:
         return [*self.towers(), *self.heads()]
 
     def to(self, device: Any = None, dtype: Any = None) -> Scorer:
-        """Moves the networks. Precision that was given up cannot be had back: errors as loading, and `ConfigError` on widening."""
+        """Move the networks, and forget what they made of earlier prompts.
+
+        Arguments as `Scorer.to`.
+
+        Raises:
+            ConfigError: half-precision towers cannot become wider, for the lost digits
+                do not come back.
+        """
         if dtype is not None and self.dtype.itemsize < 4 and read_dtype(dtype) != self.dtype:
             held = str(self.dtype).removeprefix("torch.")
             raise ConfigError(
                 "dtype",
-                f"{self.name} was rounded to {held} and cannot be widened; load it again with that dtype",
+                f"{self.name} was rounded to {held} and cannot be widened; "
+                "load it again with that dtype",
             )
         super().to(device, dtype)
         if dtype is not None:
@@ -114,84 +223,5 @@ class ModelScorer(Scorer):
                 tower.to(self.dtype)
             for head in self.heads():
                 head.to(torch.promote_types(self.dtype, torch.float32))
-        self._texts.clear()
+        self.forget_prompts()
         return self
-
-    def _run(self, items: Mapping[bytes, Item], size: int, call: Call) -> dict[bytes, float]:
-        if not items:
-            return {}
-        values: dict[bytes, float] = {}
-        keys = list(items)
-        # Beside a GPU the next batch is prepared while the towers run. On a CPU the two would only take each other's cores.
-        ahead = size if self.device.type != "cpu" else 0
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-
-            def prepare(start: int) -> dict[bytes, Any]:
-                return {
-                    key: pool.submit(self._pixels, items[key]) for key in keys[start : start + size]
-                }
-
-            ready = prepare(0) if ahead else {}
-            self._encode([items[key].prompt for key in keys], size)
-            for start in range(0, len(keys), size):
-                current = ready if ahead else prepare(start)
-                ready = prepare(start + ahead) if ahead else {}
-                pixels = {
-                    key: value
-                    for key, future in current.items()
-                    if (value := call.result_of(key, future)) is not None
-                }
-                if pixels:
-                    rows = _Rows(
-                        self.preprocess.stack(list(pixels.values())),
-                        [items[key].prompt for key in pixels],
-                    )
-                    values.update(
-                        zip(pixels, self._with_halving(self._score_rows, rows)[0], strict=True)
-                    )
-        return values
-
-    def _pixels(self, item: Item) -> Tensor:
-        pixels = self.preprocess.exact(item.image)
-        item.input.release()
-        return pixels
-
-    def _score_rows(self, rows: _Rows) -> tuple[list[float], dict[int, str]]:
-        pixels = self.preprocess.normalise(rows.pixels.to(self.device, non_blocking=True))
-        features = self.image_features(pixels.to(self.dtype))
-        scores = self.similarity(features, self._gather(rows.prompts, batch_size=len(rows)))
-        return scores.float().cpu().tolist(), {}
-
-    def _encode(self, prompts: Sequence[str], batch_size: int) -> None:
-        """Features of prompts not known yet, a batch at a time."""
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        for start in range(0, len(unknown), batch_size):
-            part = unknown[start : start + batch_size]
-            features = self.text_features(part)
-            for i, prompt in enumerate(part):
-                self._texts[prompt] = tuple(feature[i] for feature in features)
-        for prompt in dict.fromkeys(
-            prompts
-        ):  # those that are wanted now are the last to be forgotten
-            self._texts.move_to_end(prompt)
-        while len(self._texts) > max(_TEXTS_KEPT, len(set(prompts))):
-            self._texts.popitem(last=False)
-
-    def _gather(self, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
-        self._encode(prompts, batch_size)
-        rows = [self._texts[prompt] for prompt in prompts]
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-
-
-@dataclass
-class _Rows:
-    """Prepared images with their prompts; slices like a list."""
-
-    pixels: Tensor
-    prompts: list[str]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, part: slice) -> _Rows:
-        return _Rows(self.pixels[part], self.prompts[part])

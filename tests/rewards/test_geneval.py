@@ -19,6 +19,7 @@ from diffalign.rewards.scorers.geneval import (
     keep_detections,
     relative_position,
 )
+from diffalign.rewards.scoring import make_items
 from diffalign.rewards.testing.check import check_scorer
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "geneval.json").read_text())["cases"]
@@ -38,7 +39,7 @@ def lines(reason: str) -> list[str]:
 def test_published_cases(case):
     scorer = load_scorer("geneval")
     metadata = {**case["metadata"], "detections": case["detections"]}
-    (item,) = scorer._items([_input()], [""], [metadata])
+    (item,) = make_items(scorer, [_input()], [""], [metadata])
     result = scorer.evaluate(item)
     assert result.correct is case["correct"]
     assert lines(result.reason) == lines(case["reason"])

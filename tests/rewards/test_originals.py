@@ -62,7 +62,9 @@ def pixel_digests(scorer, images) -> list[str]:
 def gradient_of(scorer, inputs: torch.Tensor, prompts) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and their gradient with respect to normalised inputs of the tower's own size."""
     leaf = inputs.clone().requires_grad_(True)
-    scores = scorer.similarity(scorer.image_features(leaf), scorer._gather(prompts, len(prompts)))
+    scores = scorer.similarity(
+        scorer.image_features(leaf), scorer.prompt_features(prompts, len(prompts))
+    )
     scores.sum().backward()
     return scores.detach(), leaf.grad
 
@@ -100,7 +102,7 @@ def test_imagereward_rewards(tmp_path, images):
                 scorer.preprocess.normalise(scorer.preprocess.exact(image)[None]).double()
             )
             many = features.expand(len(expected["prompts"]), -1, -1)
-            wide.append(scorer.similarity(many, scorer._gather(expected["prompts"], 64)))
+            wide.append(scorer.similarity(many, scorer.prompt_features(expected["prompts"], 64)))
     assert (
         float(
             (torch.stack(wide) - torch.tensor(expected["rewards_fp64"], dtype=torch.float64))

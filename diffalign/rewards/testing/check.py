@@ -21,6 +21,7 @@ from ...errors import UserError
 from ..base import Item, Scorer
 from ..images import quantise, read_images
 from ..model_scorer import ModelScorer
+from ..scoring import checked_scores, make_items
 
 PROMPTS = (
     "a photo of a red cat on a wooden chair",
@@ -193,7 +194,8 @@ class _Bench:
 
     def items(self, order: Sequence[int] | None = None) -> list[Item]:
         order = range(len(self.pictures)) if order is None else order
-        return self.scorer._items(
+        return make_items(
+            self.scorer,
             read_images([self.pictures[i] for i in order]),
             self._picked(self.prompts, order),
             self._picked(self.metadata, order),
@@ -213,7 +215,7 @@ class _Bench:
         scorer = self.scorer
         with torch.no_grad(), torch.autocast(scorer.device.type, enabled=False):
             if not isinstance(scorer, ModelScorer):
-                return torch.tensor(scorer._scored(items)[0], dtype=torch.float64)
+                return torch.tensor(checked_scores(scorer, items)[0], dtype=torch.float64)
             pixels = torch.stack([scorer.preprocess.exact(item.image) for item in items]).to(
                 scorer.device
             )
