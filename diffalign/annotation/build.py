@@ -45,7 +45,7 @@ def build(options: BuildOptions) -> None:
     Example:
         ```python
         options = BuildOptions("shapes", Path("data/built"), max_prompts=8)
-    options.scorers = "shapes_reward"
+    options.scorers = "shapes"
     build(options)
         ```
     """

@@ -1,7 +1,8 @@
-"""Captioners: what is in an image, for DCPO's caption strategies (arXiv 2502.06023, section 3.2).
+"""Captioners say what is in an image, for DCPO (arXiv 2502.06023, section 3.2).
 
-A captioner is any callable ``(images, prompts) -> captions``: RGB images and the prompts they were drawn for, one caption
-each. An empty caption means that it could not say; the pair is then left out and counted.
+A captioner is any callable `(images, prompts) -> captions`. It gets RGB images and the
+prompts that they were drawn for, and returns one caption each. An empty caption means
+that it found none: the pair is then left out and counted.
 """
 
 from __future__ import annotations
@@ -16,34 +17,39 @@ from ..runtime.weight_files import check_component, explained, load_transformers
 if TYPE_CHECKING:
     from PIL import Image
 
-# The captioner sees the prompt too: Q(x | c).
+# The captioner sees the prompt too, as the paper's Q(x | c) does.
 INSTRUCTION = (
-    "This image was generated for the prompt '{prompt}'. Describe in one sentence what the image really shows: the objects, "
-    "their attributes, counts and positions. Answer with the description alone."
+    "This image was generated for the prompt '{prompt}'. Describe in one sentence what the "
+    "image really shows: the objects, their attributes, counts and positions. Answer with the "
+    "description alone."
 )
 
 
 @runtime_checkable
 class Captioner(Protocol):
-    """What a captioner must do; plain functions fit."""
+    """The interface of a captioner. Plain functions have it too."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[str]: ...
 
 
 class ShapesCaptioner:
-    """Reads the attributes of a shapes image from its pixels and writes them as a sentence of the grammar.
+    """Describe a shapes image by a sentence of the grammar, read from its pixels.
 
-    An attribute that cannot be read (a colour between two, a shape that is none) is taken from the prompt; an image without an
-    object gets no caption.
+    An attribute that cannot be read, such as a colour between two, is taken from the
+    prompt. An image without an object gets no caption.
     """
 
     name = "shapes"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-        """One caption per image.
+        """Return one caption per image.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): B images.
+            prompts (`Sequence[str]`): B prompts.
 
         Raises:
-            UserError: a prompt that is not of the shapes world.
+            UserError: A prompt is not of the shapes world.
         """
         from dataclasses import fields
 
@@ -53,29 +59,37 @@ class ShapesCaptioner:
         captions = []
         for image, prompt in zip(images, prompts, strict=True):
             try:
-                asked = parse_prompt(prompt)
+                described = parse_prompt(prompt)
             except ValueError as error:
                 raise UserError(
                     f"--captioner: shapes reads images of the shapes world only; {error}"
                 ) from error
-            seen = verify(image)
-            read = {field.name: getattr(seen, field.name) for field in fields(Scene)}
-            known = {name: value or getattr(asked, name) for name, value in read.items()}
+            verified = verify(image)
+            read = {field.name: getattr(verified, field.name) for field in fields(Scene)}
+            known = {name: value or getattr(described, name) for name, value in read.items()}
             captions.append(Scene(**known).prompt if read["position"] else "")
         return captions
 
 
 class TransformersCaptioner:
-    """Any image-to-text model of transformers: BLIP and GIT caption the image alone, chat models (LLaVA, Qwen-VL, ...) are asked.
+    """Describe images with any image-to-text model of transformers.
+
+    BLIP and GIT caption the image alone. Chat models (LLaVA, Qwen-VL, ...) get an
+    instruction.
 
     Args:
         model (`str`): Hub id or folder.
-        instruction (`str`): for chat models; ``{prompt}`` stands for the prompt.
-        max_new_tokens (`int`): of a caption.
-        device, dtype (*optional*): where and how it runs; None for a GPU with bfloat16 if there is one.
+        instruction (`str`, *optional*): The instruction for chat models. `{prompt}`
+            stands for the prompt.
+        max_new_tokens (`int`, *optional*, defaults to `77`): Longest caption, in
+            tokens.
+        device (`str` or `torch.device`, *optional*): Where the model runs. None takes a
+            GPU if there is one.
+        dtype (`str` or `torch.dtype`, *optional*): Precision of the model. None is
+            bfloat16 on a GPU, else float32.
 
     Raises:
-        UserError: the model cannot be read or is no image-to-text model.
+        UserError: The model cannot be read or is no image-to-text model.
     """
 
     def __init__(
@@ -100,7 +114,12 @@ class TransformersCaptioner:
         self.asks = bool(getattr(self.processor, "chat_template", None))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-        """One caption per image, greedy, in one batch."""
+        """Return one caption per image, decoded greedily in one batch.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): B images.
+            prompts (`Sequence[str]`): B prompts.
+        """
         import torch
 
         inputs = (
@@ -125,10 +144,10 @@ class TransformersCaptioner:
     def _questions(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
         texts = []
         for prompt in prompts:
-            # Not str.format: a prompt may hold braces.
-            asked = self.instruction.replace("{prompt}", prompt)
+            # str.format would fail at braces in a prompt.
+            question = self.instruction.replace("{prompt}", prompt)
             messages = [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
             ]
             texts.append(
                 self.processor.apply_chat_template(
@@ -137,18 +156,27 @@ class TransformersCaptioner:
             )
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.padding_side = "left"  # all answers start where the questions end
+            tokenizer.padding_side = "left"  # answers start right after the questions
         return self.processor(
             images=[[image] for image in images], text=texts, padding=True, return_tensors="pt"
         )
 
 
 def make_captioner(name: str, *, trust_remote_code: bool = False, **options: Any) -> Captioner:
-    """``shapes``, ``package.module:object`` or ``./file.py:object`` (a callable, or a class of one), or an image-to-text model.
+    """Make the captioner that a name stands for.
 
     Args:
-        trust_remote_code: allow ``./file.py:object``, which runs that file.
-        options: of `TransformersCaptioner`.
+        name (`str`): `shapes`, a callable (or a class of one) as
+            `package.module:object` or `./file.py:object`, or an image-to-text model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Allow
+            `./file.py:object`, which runs that file.
+        **options: Options of `TransformersCaptioner`.
+
+    Returns:
+        `Captioner`.
+
+    Raises:
+        UserError: There is no such thing, or it is not allowed.
     """
     if name == "shapes":
         return ShapesCaptioner()
@@ -158,10 +186,18 @@ def make_captioner(name: str, *, trust_remote_code: bool = False, **options: Any
 
 
 def load_callable(name: str, field: str, trust: bool) -> Any:
-    """The object that ``module:object`` or ``./file.py:object`` names; a class is made without arguments.
+    """Load the object that `module:object` or `./file.py:object` names.
+
+    A class is called without arguments.
+
+    Args:
+        name (`str`): The name.
+        field (`str`): The option that messages name.
+        trust (`bool`): Whether a file may be run.
 
     Raises:
-        UserError: no such thing, it cannot be called, or a file without the user's trust.
+        ConfigError: A file would be run without the user's trust.
+        UserError: There is no such thing, or it cannot be called.
     """
     import importlib
     import importlib.util
@@ -172,7 +208,8 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
             if not trust:
                 raise ConfigError(
                     field,
-                    f"{name!r} would run the code in {place}; read it, then pass --trust_remote_code",
+                    f"{name!r} would run the code in {place}; read it, then pass "
+                    "--trust_remote_code",
                 )
             if not Path(place).is_file():
                 raise UserError(f"{field}: there is no file {place!r}")
@@ -182,17 +219,18 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        found = getattr(module, attribute)
+        loaded = getattr(module, attribute)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code does
+    except Exception as error:  # the user's code may raise anything
         raise UserError(
-            f"{field}: cannot load {name!r} ({type(error).__name__}: {error}); name module:object, ./file.py:object or a model"
+            f"{field}: cannot load {name!r} ({type(error).__name__}: {error}); name "
+            "module:object, ./file.py:object or a model"
         ) from error
-    found = found() if isinstance(found, type) else found
-    if not callable(found):
+    loaded = loaded() if isinstance(loaded, type) else loaded
+    if not callable(loaded):
         raise UserError(f"{field}: {name!r} is not callable")
-    return found
+    return loaded
 
 
 def _placement(device: Any, dtype: Any) -> tuple[Any, Any]:
@@ -203,16 +241,16 @@ def _placement(device: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def load_part(cls: Any, model: str, field: str, **options: Any) -> Any:
-    """A configuration, processor or tokenizer, or a network with its weights.
+    """Load a configuration, processor or tokenizer, or a network with its weights.
 
     Args:
-        cls: of transformers.
-        model: folder or Hub id.
-        field: the option that names it.
-        **options: of `from_pretrained`.
+        cls (`type`): A class of transformers.
+        model (`str`): Folder or Hub id.
+        field (`str`): The option that messages name.
+        **options: Options of `from_pretrained`.
 
     Raises:
-        ConfigError: not there, damaged, incomplete, or of another kind.
+        ConfigError: It is not there, damaged, incomplete, or of another kind.
     """
     try:
         if "Model" in cls.__name__:

@@ -15,7 +15,7 @@ FORMATS = ("both", "pairs", "ranked")
 
 @dataclass
 class BuildOptions:
-    """Options of `diffalign.annotation.build.build`, as those of `diffalign data build`."""
+    """Options of `diffalign.annotation.build.build`, named as those of `data build`."""
 
     prompts: str
     output_dir: Path
@@ -47,9 +47,11 @@ class Generator:
     """A model that draws.
 
     Attributes:
-        name: of its folder and column, made of letters, digits, dot, dash and underscore.
-        model, lora: where it comes from.
-        fingerprint: of its weights.
+        name (`str`): Name of its folder and column, of letters, digits, dot, dash and
+            underscore.
+        model (`str`): Hub id, folder or `shapes`.
+        lora (`str`, *optional*): LoRA on the model.
+        fingerprint (`str`): Digest of the weights.
     """
 
     name: str
@@ -59,11 +61,20 @@ class Generator:
 
     @property
     def described(self) -> str:
+        """The model and its LoRA, in words."""
         return self.model if self.lora is None else f"{self.model} with the LoRA {self.lora}"
 
 
 class Drawn:
-    """One image: which prompt, which model, which seed, which file."""
+    """One image to draw: its prompt, model, seed and file.
+
+    Args:
+        group (`int`): Index of the prompt.
+        prompt (`str`): The prompt.
+        model (`str`): Name of the generator.
+        number (`int`): Number of the image among those of the prompt and model.
+        options (`BuildOptions`): Gives the folder and the seed.
+    """
 
     def __init__(
         self, group: int, prompt: str, model: str, number: int, options: BuildOptions
@@ -71,7 +82,7 @@ class Drawn:
         self.group, self.prompt, self.model, self.number = group, prompt, model, number
         digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
         self.seed = image_seed(options.seed, prompt, number)
-        # Named by the prompt's digest: a prompt can hold anything.
+        # The name is a digest, because a prompt can hold any characters.
         self.path: Path = (
             options.output_dir / "images" / model / digest[:2] / f"{digest[:20]}-{number:03d}.png"
         )

@@ -1,7 +1,7 @@
-"""Perturbers: captions that say something else, for DCPO's caption strategies (arXiv 2502.06023, section 3.2).
+"""Perturbers change what a caption says, for DCPO (arXiv 2502.06023, section 3.2).
 
-A perturber is any callable ``(texts) -> texts``. An empty text, or the one that was given, means that it found nothing to
-change; the pair is then left out and counted.
+A perturber is any callable `(texts) -> texts`. An empty or unchanged text means that it
+found nothing to change: the pair is then left out and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .captioners import _placement, load_callable, load_part
 
 LEVELS = ("weak", "medium", "strong")
 _COUNTS = {"weak": 1, "medium": 2, "strong": 4}
-# DIPPER's lexical diversity as the paper sets it, in the control codes of that model (100 - diversity).
+# DIPPER's lexical diversity as the paper sets it. Its control code is 100 minus this.
 _DIVERSITY = {"weak": 40, "medium": 60, "strong": 80}
 DIPPER = "lexical = {lexical}, order = 100 <sent> {text} </sent>"
 
@@ -98,7 +98,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     ),
     "mood": ("happy", "sad", "angry", "calm", "dramatic", "serene"),
 }
-"""Words and phrases that exchange for one another; the longest phrase that fits is taken."""
+"""Words and phrases of one category replace each other. The longest match is taken."""
 _STOP = frozenset(
     [
         "a",
@@ -128,21 +128,30 @@ _STOP = frozenset(
 
 @runtime_checkable
 class Perturber(Protocol):
-    """What a perturber must do; plain functions fit."""
+    """The interface of a perturber. Plain functions have it too."""
 
     def __call__(self, texts: Sequence[str]) -> Sequence[str]: ...
 
 
 class RulePerturber:
-    """Exchanges attributes (colours, sizes, numbers, places, ...) for others of their category.
+    """Replace attributes (colours, sizes, numbers, ...) by others of their category.
 
-    A caption without a known attribute loses as many of its content words instead. The same text, level and seed give the same
-    result, whatever is around it.
+    A caption without a known attribute loses as many of its content words instead. The
+    same text, level and seed give the same result, whatever texts are around it.
 
     Args:
-        level (`str`): ``weak`` changes one attribute, ``medium`` two, ``strong`` four, or as many as there are.
-        seed (`int`): of the choices.
-        categories (*optional*): other words.
+        level (`str`, *optional*, defaults to `"medium"`): `weak` changes one attribute,
+            `medium` two, `strong` four, or as many as there are.
+        seed (`int`, *optional*, defaults to `0`): Seed of the choices.
+        categories (`Mapping[str, Sequence[str]]`, *optional*): Words of each category.
+
+    Raises:
+        ConfigError: The level is unknown.
+
+    Example:
+        ```python
+        RulePerturber("weak")(["a red car"])  # a car of another colour
+        ```
     """
 
     def __init__(
@@ -157,13 +166,17 @@ class RulePerturber:
         self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """One perturbed text per text; empty where nothing can be changed."""
+        """Return one perturbed text per text, empty where nothing can be changed.
+
+        Args:
+            texts (`Sequence[str]`): The texts.
+        """
         return [self._perturb(text) for text in texts]
 
     def _perturb(self, text: str) -> str:
         draw = _drawn(self.seed, self.level, text)
-        found = list(self.pattern.finditer(text))
-        chosen = draw.sample(found, min(_COUNTS[self.level], len(found)))
+        matches = list(self.pattern.finditer(text))
+        chosen = draw.sample(matches, min(_COUNTS[self.level], len(matches)))
         if not chosen:
             return self._shortened(text, draw)
         for match in sorted(chosen, key=lambda m: -m.start()):
@@ -186,7 +199,16 @@ class RulePerturber:
 
 
 class ShapesPerturber:
-    """The rules within the grammar of the shapes world: other values for 1, 2 or 4 of the five attributes."""
+    """Change attributes in sentences of the shapes world, within its grammar.
+
+    Args:
+        level (`str`, *optional*, defaults to `"medium"`): `weak`, `medium` and `strong`
+            change 1, 2 and 4 of the five attributes.
+        seed (`int`, *optional*, defaults to `0`): Seed of the choices.
+
+    Raises:
+        ConfigError: The level is unknown.
+    """
 
     name = "shapes"
 
@@ -194,10 +216,13 @@ class ShapesPerturber:
         self.level, self.seed = check_level(level), seed
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """One sentence of the grammar per sentence.
+        """Return one sentence of the grammar per sentence.
+
+        Args:
+            texts (`Sequence[str]`): The sentences.
 
         Raises:
-            UserError: a text that is not of the grammar.
+            UserError: A text is not of the grammar.
         """
         import dataclasses
 
@@ -213,25 +238,38 @@ class ShapesPerturber:
                 ) from error
             draw = _drawn(self.seed, self.level, text)
             names = draw.sample(list(ATTRIBUTES), _COUNTS[self.level])
-            values = {
-                n: draw.choice([v for v in ATTRIBUTES[n] if v != getattr(scene, n)]) for n in names
-            }
+            values = {}
+            for name in names:
+                others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
+                values[name] = draw.choice(others)
             changed.append(dataclasses.replace(scene, **values).prompt)
         return changed
 
 
 class TransformersPerturber:
-    """A paraphrase model of transformers (text to text, or a language model that is asked), sampled.
+    """Sample paraphrases from a model of transformers.
+
+    It is a text-to-text model, or a language model that gets the template as a request.
 
     Args:
-        model (`str`): Hub id or folder; the paper's is DIPPER (T5-XXL), whose control codes are used where the name contains "dipper".
-        level (`str`): lexical diversity 40, 60 or 80.
-        seed (`int`): a text's sample depends on seed, level and its batch.
-        template (`str`, *optional*): what the model reads; ``{text}`` and ``{lexical}`` are filled in.
-        device, dtype (*optional*): as for captioners.
+        model (`str`): Hub id or folder. The paper's model is DIPPER (T5-XXL), whose
+            control codes are used where the name contains "dipper".
+        level (`str`, *optional*, defaults to `"medium"`): `weak`, `medium` and `strong`
+            are lexical diversity 40, 60 and 80.
+        seed (`int`, *optional*, defaults to `0`): A text's sample depends on seed,
+            level and its batch.
+        template (`str`, *optional*): What the model reads. `{text}` and `{lexical}` are
+            filled in.
+        max_length (`int`, *optional*, defaults to `256`): Longest paraphrase, in
+            tokens.
+        device (`str` or `torch.device`, *optional*): Where the model runs. None takes a
+            GPU if there is one.
+        dtype (`str` or `torch.dtype`, *optional*): Precision of the model. None is
+            bfloat16 on a GPU, else float32.
 
     Raises:
-        UserError: the model cannot be read, or a template without ``{text}``.
+        ConfigError: The level is unknown, the template has no `{text}`, or the model
+            cannot be read.
     """
 
     def __init__(
@@ -273,14 +311,18 @@ class TransformersPerturber:
         self.model = load_part(cls, model, "--perturber", dtype=dtype).to(device).eval()
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """One paraphrase per text, sampled with top_p 0.75 as in the official script."""
+        """Return one paraphrase per text, sampled with top_p 0.75 as in the paper.
+
+        Args:
+            texts (`Sequence[str]`): The texts, one batch.
+        """
         import torch
 
         lexical = str(100 - _DIVERSITY[self.level])
-        asked = [
+        requests = [
             self.template.replace("{lexical}", lexical).replace("{text}", text) for text in texts
         ]
-        inputs = self.tokenizer(asked, padding=True, return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer(requests, padding=True, return_tensors="pt").to(self.model.device)
         digest = hashlib.sha256(repr((self.seed, self.level, list(texts))).encode()).digest()
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -296,10 +338,13 @@ class TransformersPerturber:
 
 
 def check_level(level: str) -> str:
-    """`level` itself.
+    """Return `level` if it is known.
+
+    Args:
+        level (`str`): One of `LEVELS`.
 
     Raises:
-        ConfigError: an unknown one.
+        ConfigError: It is unknown.
     """
     if level not in LEVELS:
         raise ConfigError("--level", f"expected one of {', '.join(LEVELS)}, got {level!r}")
@@ -314,7 +359,23 @@ def make_perturber(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Callable[[Sequence[str]], Sequence[str]]:
-    """``rules``, ``shapes``, ``package.module:object`` or ``./file.py:object``, or a paraphrase model of transformers."""
+    """Make the perturber that a name stands for.
+
+    Args:
+        name (`str`): `rules`, `shapes`, a callable as `package.module:object` or
+            `./file.py:object`, or a paraphrase model of transformers.
+        level (`str`, *optional*, defaults to `"medium"`): `weak`, `medium` or `strong`.
+        seed (`int`, *optional*, defaults to `0`): Seed of the choices.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Allow
+            `./file.py:object`, which runs that file.
+        **options: Options of `TransformersPerturber`.
+
+    Returns:
+        `Perturber`.
+
+    Raises:
+        UserError: There is no such thing, or it is not allowed.
+    """
     if name == "rules":
         return RulePerturber(level, seed)
     if name == "shapes":

@@ -1,11 +1,15 @@
-"""``diffalign data recaption``: pairs with two captions, for DCPO (Saeidi et al. 2025, arXiv 2502.06023, section 3.2).
+"""Write pairs with two captions, for DCPO (Saeidi et al. 2025, arXiv 2502.06023).
 
-    c   chosen_prompt = Q(x_w | c)    rejected_prompt = Q(x_l | c)
-    p   chosen_prompt = c             rejected_prompt = perturb(c)
-    h   chosen_prompt = Q(x_w | c)    rejected_prompt = perturb(Q(x_l | c)), or perturb(Q(x_w | c))
+This is `diffalign data recaption`, with the strategies of section 3.2:
 
-Q is a captioner that sees the image and the prompt c. The prompt stays in the column `prompt`. Every text is kept as soon as
-it is there, so an interrupted command goes on, and another strategy in the same folder reuses the captions.
+* `c`: chosen_prompt = Q(x_w | c), rejected_prompt = Q(x_l | c)
+* `p`: chosen_prompt = c, rejected_prompt = perturb(c)
+* `h`: chosen_prompt = Q(x_w | c), rejected_prompt = perturb(Q(x_l | c)) or
+  perturb(Q(x_w | c))
+
+Q is a captioner that sees the image and the prompt c. The prompt stays in the column
+`prompt`. Every text is stored as soon as it is there. So an interrupted command goes
+on, and another strategy in the same folder reuses the captions.
 """
 
 from __future__ import annotations
@@ -32,10 +36,20 @@ TEXTS = "texts.jsonl"
 def read_pairs(
     source: Any, *, split: str = "train", columns: dict[str, str] | None = None
 ) -> PreferenceDataset:
-    """The source as pairs; of a ranked list the best against the worst.
+    """Read a source as pairs. A ranked list becomes its best against its worst image.
+
+    Args:
+        source: A `PreferenceDataset`, or what `load_preferences` reads.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset that has
+            several.
+        columns (`dict[str, str]`, *optional*): Canonical column name -> column of the
+            dataset.
+
+    Returns:
+        `PreferenceDataset` of kind `pair`.
 
     Raises:
-        UserError: it holds something else.
+        UserError: It holds other data, or two captions per pair already.
     """
     from ..data.dataset import PreferenceDataset
     from ..data.load import load_preferences
@@ -45,11 +59,13 @@ def read_pairs(
         dataset = load_preferences(source, split=split, columns=columns, verbose=False)
     if dataset.kind not in ("pair", "ranked"):
         raise UserError(
-            f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs pairs or ranked lists"
+            f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs "
+            "pairs or ranked lists"
         )
     if dataset.has_two_prompts:
         raise UserError(
-            f"source: {dataset.report.source} has two captions per pair already; recaption the data it was made from"
+            f"source: {dataset.report.source} has two captions per pair already; recaption the "
+            "data it was made from"
         )
     return dataset.as_kind("pair")
 
@@ -66,21 +82,40 @@ def recaption(
     batch_size: int = 8,
     max_empty_fraction: float = 0.05,
 ) -> str:
-    """Writes ``OUTPUT_DIR/data`` (canonical parquet with `prompt`, `chosen_prompt`, `rejected_prompt`); returns a summary.
+    """Write pairs with a caption per image to `OUTPUT_DIR/data`.
+
+    The files are canonical parquet with `prompt`, `chosen_prompt` and
+    `rejected_prompt`.
 
     Args:
-        source: a `PreferenceDataset`, or what `load_preferences` reads; pairs, or ranked lists (best against worst).
-        output_dir: kept texts are in its ``texts.jsonl``.
-        strategy: ``c``, ``p`` or ``h``.
-        captioner: (images, prompts) -> captions; for c and h.
-        perturber: texts -> texts; for p and h.
-        perturb: whose caption h perturbs, ``rejected`` or ``chosen``.
-        names: of captioner and perturber with their settings, under which texts are kept; None for the objects' own names.
-        batch_size: images or texts at once.
-        max_empty_fraction: of the pairs, that may be left out for want of a caption.
+        source: A `PreferenceDataset`, or what `load_preferences` reads: pairs, or
+            ranked lists (best against worst).
+        output_dir (`str` or `Path`): The folder. Texts are stored in its `texts.jsonl`.
+        strategy (`str`): `c`, `p` or `h`.
+        captioner (`Captioner`, *optional*): (images, prompts) -> captions, for `c` and
+            `h`.
+        perturber (`Perturber`, *optional*): texts -> texts, for `p` and `h`.
+        perturb (`str`, *optional*, defaults to `"rejected"`): Whose caption `h`
+            perturbs, `rejected` or `chosen`.
+        names (`tuple[str, str]`, *optional*): Names of captioner and perturber with
+            their settings, under which texts are stored. None takes the objects' own
+            names.
+        batch_size (`int`, *optional*, defaults to `8`): Images or texts at once.
+        max_empty_fraction (`float`, *optional*, defaults to `0.05`): Largest share of
+            the pairs that may be left out without a caption.
+
+    Returns:
+        `str`: A summary to print.
 
     Raises:
-        UserError: source, options, or a captioner or perturber that returns nothing or the wrong number of texts.
+        ConfigError: The strategy is unknown, or lacks its captioner or perturber.
+        UserError: The source does not fit, or a captioner or perturber returns nothing
+            or the wrong number of texts.
+
+    Example:
+        ```python
+        print(recaption("data/pairs", "data/dcpo", "p", perturber=RulePerturber()))
+        ```
     """
     if strategy not in STRATEGIES:
         raise ConfigError("strategy", f"expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -103,9 +138,7 @@ def recaption(
             dataset, sorted({0, *places}), captioner, captioner_name, texts, batch_size
         )
     pairs: list[tuple[str, str]] = []
-    for i, group in enumerate(
-        dataset.as_kind("prompt")
-    ):  # prompts alone: no image is read for them
+    for i, group in enumerate(dataset.as_kind("prompt")):  # reads no images
         base = group.prompts[0]
         first = base if strategy == "p" else captions.get((i, 0), "")
         second = captions.get((i, 1), "" if i in broken else first)
@@ -120,17 +153,24 @@ def recaption(
 
 
 def _name(tool: Any) -> str:
-    return (
-        ""
-        if tool is None
-        else str(
-            getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__)
-        )
+    if tool is None:
+        return ""
+    return str(
+        getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__)
     )
 
 
 class TextStore:
-    """Texts that were made, by key, in a file of one JSON object per line; a torn last line is left out."""
+    """Store texts by key in a file with one JSON object per line.
+
+    A torn last line is left out.
+
+    Args:
+        path (`Path`): The file. It is created if it is not there.
+
+    Attributes:
+        texts (`dict[str, str]`): Key -> text.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,19 +184,27 @@ class TextStore:
             ):
                 self.texts[entry["key"]] = entry["text"]
         path.touch()
-        with path.open(
-            "rb"
-        ) as file:  # a line that a killed run left torn must not swallow the next
+        # A line that a killed run left torn must not swallow the next one.
+        with path.open("rb") as file:
             file.seek(-min(1, path.stat().st_size), os.SEEK_END)
             self._torn = file.read() not in (b"", b"\n")
 
     @staticmethod
     def key(*parts: str) -> str:
-        """A name for what a text was made from."""
+        """Return a key for what a text was made from.
+
+        Args:
+            *parts (`str`): Everything that decides the text.
+        """
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def add(self, keys: Sequence[str], texts: Sequence[str]) -> None:
-        """Keeps texts; they are on the disk when this returns."""
+        """Store texts. They are on the disk when this returns.
+
+        Args:
+            keys (`Sequence[str]`): N keys.
+            texts (`Sequence[str]`): N texts.
+        """
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" * self._torn)
             self._torn = False
@@ -175,8 +223,11 @@ def _captions(
     texts: TextStore,
     batch_size: int,
 ) -> tuple[dict[tuple[int, int], str], dict[int, str]]:
-    """(group, image) -> caption, and group -> why an image of it cannot be read; an image that occurs twice under one prompt is
-    read once."""
+    """Caption the images of all pairs. Equal images of one prompt get one caption.
+
+    Returns:
+        (group, image) -> caption, and group -> why an image of it cannot be read.
+    """
     keys: dict[tuple[int, int], str] = {}
     first: dict[str, tuple[int, int]] = {}
     broken: dict[int, str] = {}
@@ -195,73 +246,71 @@ def _captions(
             except UserError:
                 pass
         prompts = [dataset[first[key][0]].prompts[0] for key in good]
-        captions = (
-            dict(
-                zip(
-                    good,
-                    _checked(captioner(images, prompts), len(good), "captioner", name),
-                    strict=True,
-                )
-            )
-            if good
-            else {}
-        )
+        captions: dict[str, str] = {}
+        if good:
+            answers = _checked(captioner(images, prompts), len(good), "captioner", name)
+            captions = dict(zip(good, answers, strict=True))
         texts.add(batch, [captions.get(key, "") for key in batch])
-    found = {place: texts.texts[key] for place, key in keys.items()}
-    for (i, side), caption in found.items():
-        if not caption:  # there may be none because the image cannot be read
+    caption_of = {place: texts.texts[key] for place, key in keys.items()}
+    for (i, side), caption in caption_of.items():
+        if not caption:  # perhaps because the image cannot be read
             try:
                 dataset[i].open_image(side)
             except UserError as error:
                 broken[i] = str(error)
-    return found, broken
+    return caption_of, broken
 
 
 def _perturbed(
-    given: Sequence[str],
+    captions: Sequence[str],
     perturber: Callable[[Sequence[str]], Sequence[str]],
     name: str,
     texts: TextStore,
     batch_size: int,
 ) -> dict[str, str]:
-    """Text -> its perturbation, empty where nothing was changed."""
-    keys = {TextStore.key("perturb", name, text): text for text in given if text}
+    """Return text -> its perturbation, empty where nothing was changed."""
+    keys = {TextStore.key("perturb", name, text): text for text in captions if text}
     for batch in _batches(list(keys), texts, batch_size, "perturbing"):
-        found = perturber([keys[key] for key in batch])
-        texts.add(batch, _checked(found, len(batch), "perturber", name))
+        answers = perturber([keys[key] for key in batch])
+        texts.add(batch, _checked(answers, len(batch), "perturber", name))
     return {
         text: "" if texts.texts[key] == text else texts.texts[key] for key, text in keys.items()
     }
 
 
 def _batches(keys: Sequence[str], texts: TextStore, size: int, label: str) -> Iterator[list[str]]:
-    """Batches with something to do. They are the same in every run: a model's last bit, or its sample, may depend on its batch."""
+    """Yield the batches in which a text is missing.
+
+    The batches are the same in every run, because a model's last bit, or its sample,
+    may depend on the batch.
+    """
     from tqdm.auto import tqdm
 
     batches = [list(keys[i : i + size]) for i in range(0, len(keys), size)]
-    todo = [batch for batch in batches if any(key not in texts.texts for key in batch)]
+    todo = [batch for batch in batches if not texts.texts.keys() >= set(batch)]
     with tqdm(total=sum(map(len, todo)), desc=label, unit="text", disable=not todo) as bar:
         for batch in todo:
             yield batch
             bar.update(len(batch))
 
 
-def _checked(found: Any, count: int, role: str, name: str) -> list[str]:
-    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != count:
+def _checked(answers: Any, count: int, role: str, name: str) -> list[str]:
+    if isinstance(answers, str) or not isinstance(answers, Sequence) or len(answers) != count:
         number = (
             "nothing"
-            if found is None
-            else f"{len(found)} texts"
-            if hasattr(found, "__len__")
-            else repr(found)
+            if answers is None
+            else f"{len(answers)} texts"
+            if hasattr(answers, "__len__")
+            else repr(answers)
         )
         raise UserError(
-            f"--{role}: {name} returned {number} for {count} inputs; expected a list of one text each"
+            f"--{role}: {name} returned {number} for {count} inputs; expected a list of one "
+            "text each"
         )
-    for text in found:
+    for text in answers:
         if text is not None and not isinstance(text, str):
             raise UserError(f"--{role}: {name} returned {text!r}; expected texts")
-    return [" ".join((text or "").split()) for text in found]
+    return [" ".join((text or "").split()) for text in answers]
 
 
 def _write(
@@ -274,8 +323,8 @@ def _write(
 ) -> str:
     from ..data.inspect import canonical_row, write_canonical
 
-    kept = [i for i, captions in enumerate(pairs) if all(captions)]
-    empty = len(pairs) - len(kept)
+    complete = [i for i, captions in enumerate(pairs) if all(captions)]
+    empty = len(pairs) - len(complete)
     if empty > max_empty_fraction * len(pairs):
         groups = ", ".join(
             str(dataset[i].row_id) for i, captions in enumerate(pairs) if not all(captions)
@@ -286,26 +335,28 @@ def _write(
             else ""
         )
         raise UserError(
-            f"{empty} of {len(pairs)} pairs got no caption, or no changed one (rows {groups} ...){pictures}; use another captioner or "
-            "perturber, or raise --max_empty_fraction"
+            f"{empty} of {len(pairs)} pairs got no caption, or no changed one (rows {groups} "
+            f"...){pictures}; use another captioner or perturber, or raise --max_empty_fraction"
         )
-    total: Counter[str] = Counter(caption for i in kept for caption in set(pairs[i]))
+    total: Counter[str] = Counter(caption for i in complete for caption in set(pairs[i]))
 
     def rows() -> Iterator[dict[str, Any]]:
-        for i in kept:
+        for i in complete:
             group = dataset[i]
             row = canonical_row(group, dataset)
             yield {**row, "chosen_prompt": pairs[i][0], "rejected_prompt": pairs[i][1]}
 
     write_canonical(rows(), folder / "data", replace=True)
-    same = sum(pairs[i][0] == pairs[i][1] for i in kept)
+    same = sum(pairs[i][0] == pairs[i][1] for i in complete)
     lines = [
-        f"{len(kept)} of {len(pairs)} pairs recaptioned (strategy {strategy}), {len(total)} different captions"
+        f"{len(complete)} of {len(pairs)} pairs recaptioned (strategy {strategy}), {len(total)} "
+        "different captions"
     ]
     lines += [f"{empty} left out without a caption"] * (empty > 0)
     if broken:
         lines.append(
-            f"{len(broken)} of these have an image that cannot be read, e.g. {next(iter(broken.values()))}"
+            f"{len(broken)} of these have an image that cannot be read, e.g. "
+            f"{next(iter(broken.values()))}"
         )
     lines += [f"{same} have equal captions on both sides (no lesson beyond Diffusion-DPO's)"] * (
         same > 0

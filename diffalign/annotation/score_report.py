@@ -1,4 +1,7 @@
-"""What ``diffalign score`` writes and prints: the table of scores, what is missing and why, and a summary of every column."""
+"""Write and print the results of `diffalign score`.
+
+They are the table of scores, what is missing and why, and a summary of every column.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,21 @@ if TYPE_CHECKING:
 def write_report(
     table: Table, panel: Panel, source: Any, folder: Path, *, combine_asked: bool
 ) -> str:
-    """Writes ``scores.parquet``, ``errors.jsonl`` and ``summary.json``; returns what to print.
+    """Write `scores.parquet`, `errors.jsonl` and `summary.json`.
 
-    The column `combined` is there when it was asked for, or when some prompt has several images. Compared are the images of one row of
-    a pair or ranked dataset, else the images of one prompt.
+    The column `combined` is there when it was asked for, or when some prompt has
+    several images. The images of one row of a pair or ranked dataset are compared, else
+    the images of one prompt.
+
+    Args:
+        table (`Table`): The scores.
+        panel (`Panel`): The scorers.
+        source (`FolderSource` or `DatasetSource`): What was scored.
+        folder (`Path`): Where the files go.
+        combine_asked (`bool`): Whether `combined` was asked for.
+
+    Returns:
+        `str`: The summary to print.
     """
     groups = [_group_of(i, record, source.kind) for i, record in enumerate(table.records)]
     largest = max(map(len, group_members(groups)))
@@ -87,15 +101,15 @@ def _group_of(i: int, record: Record, kind: str) -> Any:
 
 
 def _labelled_pairs(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of (better, worse) images of one row, as people said."""
+    """Return the indices of (better, worse) images of one row, as people judged."""
     pairs = []
     for members in group_members([record.row for record in records]):
         for i, j in permutations(members, 2):
             first, second = records[i].label, records[j].label
             if first is not None and second is not None and first > second:
                 pairs.append((i, j))
-    found = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+    indices = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    return indices[:, 0], indices[:, 1]
 
 
 def _statistics(values: np.ndarray) -> dict[str, Any]:
@@ -113,7 +127,10 @@ def _statistics(values: np.ndarray) -> dict[str, Any]:
 
 
 def _against_labels(values: np.ndarray, better: np.ndarray, worse: np.ndarray) -> dict[str, Any]:
-    """How often the image that people preferred scores higher; equal scores count one half."""
+    """Count how often the image that people preferred scores higher.
+
+    Equal scores count one half.
+    """
     if not len(better):
         return {}
     margins = values[better] - values[worse]
@@ -188,7 +205,8 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
             ]
         )
     text = [
-        f"{summary['images']} images in {summary['groups']} groups of {summary['source']} ({summary['kind']})",
+        f"{summary['images']} images in {summary['groups']} groups of {summary['source']} "
+        f"({summary['kind']})",
         _aligned(rows),
     ]
     agreement = summary.get("agreement")
@@ -206,7 +224,8 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     )
     if missing:
         text.append(
-            f"{missing} scores or rows are missing; see {folder / 'errors.jsonl'}, and run again to try them again"
+            f"{missing} scores or rows are missing; see {folder / 'errors.jsonl'}, and run "
+            "again to try them again"
         )
     text.append(f"wrote {folder / 'scores.parquet'}, errors.jsonl and summary.json")
     return "\n".join(text)

@@ -1,4 +1,7 @@
-"""What ``diffalign score`` reads: a folder of images with their prompts, or any preference dataset, chunk by chunk."""
+"""Read what `diffalign score` scores: a folder of images, or a preference dataset.
+
+Both are read chunk by chunk.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,14 @@ class Record:
     """One image of the output.
 
     Attributes:
-        image: its path - inside the source's folder where it lies there - or ``row 7, image 0`` where it is stored in the table.
-        row, position: row of the source, and place among the images of that row.
-        role: `chosen` or `rejected` in a pair, else empty.
-        prompt: None where there is none.
-        label: what people said: 1 and 0 in a pair, the scores of a ranked row, None where unknown.
+        image (`str`): Its path, relative to the source's folder where it lies there. An
+            image that is stored in the table is called `row 7, image 0`.
+        row (`int`): Row of the source.
+        position (`int`): Place among the images of that row.
+        role (`str`): `chosen` or `rejected` in a pair, else empty.
+        prompt (`str`, *optional*): Its prompt.
+        label (`float`, *optional*): People's judgement: 1 and 0 in a pair, the score of
+            a ranked row.
     """
 
     image: str
@@ -43,20 +49,29 @@ class Record:
 
 @dataclass
 class Chunk:
-    """Images to be scored together. `metadata` is None where the source has none."""
+    """Images to be scored together.
+
+    Attributes:
+        records (`list[Record]`): N records.
+        inputs (`list[ImageInput]`): N images, undecoded.
+        metadata (`list[dict]`, *optional*): N mappings, None where the source has none.
+    """
 
     records: list[Record]
     inputs: list[ImageInput]
     metadata: list[dict[str, Any]] | None = None
 
     def fingerprint(self) -> str:
-        """sha256 of everything a score depends on: the images' bytes, prompts and metadata."""
+        """Return the sha256 of everything a score depends on.
+
+        That is the images' bytes, prompts and metadata.
+        """
         digest = hashlib.sha256()
-        for i, (record, given) in enumerate(zip(self.records, self.inputs, strict=True)):
+        for i, (record, image) in enumerate(zip(self.records, self.inputs, strict=True)):
             extra = self.metadata[i] if self.metadata else None
             digest.update(
                 json.dumps(
-                    [record.prompt, extra, _content(given.source)], sort_keys=True, default=str
+                    [record.prompt, extra, _content(image.source)], sort_keys=True, default=str
                 ).encode()
             )
         return digest.hexdigest()
@@ -73,12 +88,19 @@ def _content(source: Any) -> str:
 
 
 class FolderSource:
-    """Image files with prompts from beside them, from a file or from the command line.
+    """Image files with prompts from files beside them, a file or the command line.
+
+    Args:
+        name (`str`): What messages call it.
+        root (`Path`): Folder that paths are relative to.
+        files (`Sequence[Path]`): N image files.
+        prompts (`list[str | None]`): N prompts.
+        extra (`list[dict[str, Any]]`): N mappings with metadata.
 
     Attributes:
-        rows: number of images.
-        kind: `folder`.
-        skipped: empty; an unreadable image is met when it is scored.
+        rows (`int`): Number of images.
+        kind (`str`): `folder`.
+        skipped: Empty. An unreadable image shows when it is scored.
     """
 
     kind = "folder"
@@ -102,11 +124,19 @@ class FolderSource:
         self.rows = len(files)
 
     def chunks(self, size: int) -> list[range]:
-        """Ranges of rows with about `size` images each."""
+        """Return ranges of rows with about `size` images each.
+
+        Args:
+            size (`int`): Images per chunk.
+        """
         return [range(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
 
     def read(self, rows: range) -> Chunk:
-        """The images of these rows, undecoded."""
+        """Return the images of these rows, undecoded.
+
+        Args:
+            rows (`range`): The rows.
+        """
         names = [self._files[row].relative_to(self._root).as_posix() for row in rows]
         records = [
             Record(name, row, 0, "", self._prompts[row])
@@ -118,7 +148,15 @@ class FolderSource:
         )
 
     def check(self, needs_prompt: Sequence[str], needs_metadata: Sequence[str]) -> None:
-        """Raises `UserError` when scorers need what is not there."""
+        """Refuse images without the prompts or metadata that scorers need.
+
+        Args:
+            needs_prompt (`Sequence[str]`): Scorers that need prompts.
+            needs_metadata (`Sequence[str]`): Scorers that need metadata.
+
+        Raises:
+            UserError: Some are missing.
+        """
         without = [
             file.name
             for file, prompt in zip(self._files, self._prompts, strict=True)
@@ -126,23 +164,33 @@ class FolderSource:
         ]
         if needs_prompt and without:
             raise UserError(
-                f"--images: {len(without)} of {self.rows} images have no prompt ({', '.join(without[:3])}), and {needs_prompt[0]} needs "
-                f"one; write NAME.txt beside each image, or {', '.join(SIDECARS)} in the folder, or give --prompts FILE or --prompt TEXT"
+                f"--images: {len(without)} of {self.rows} images have no prompt "
+                f"({', '.join(without[:3])}), and {needs_prompt[0]} needs one; write NAME.txt "
+                f"beside each image, or {', '.join(SIDECARS)} in the folder, or give --prompts "
+                "FILE or --prompt TEXT"
             )
         if needs_metadata and not all(self._extra):
             raise UserError(
-                f"--images: {needs_metadata[0]} needs metadata of every image; write metadata.jsonl in the folder, one object per "
-                "image with file_name, prompt and the scorer's keys"
+                f"--images: {needs_metadata[0]} needs metadata of every image; write "
+                "metadata.jsonl in the folder, one object per image with file_name, prompt and "
+                "the scorer's keys"
             )
 
 
 class DatasetSource:
-    """Every image of a dataset that `load_preferences` reads; kept ties are scored too.
+    """All images of a dataset, also those of ties.
+
+    Args:
+        dataset (`PreferenceDataset`): From `load_preferences`.
 
     Attributes:
-        rows: number of groups.
-        kind: `pair`, `ranked` or `single`.
-        skipped: (row id, reason) of rows whose images cannot be opened; the first 20.
+        rows (`int`): Number of groups.
+        kind (`str`): `pair`, `ranked` or `single`.
+        skipped (`tuple[tuple[int, str], ...]`): (row id, reason) of rows whose images
+            cannot be opened, the first 20 of them.
+
+    Raises:
+        UserError: The dataset holds prompts only.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -155,23 +203,32 @@ class DatasetSource:
         self.skipped = tuple(dataset.report.broken)
         if self.kind == "prompt":
             raise UserError(
-                f"--images: {self.name} holds prompts and no images; draw some with diffalign sample first"
+                f"--images: {self.name} holds prompts and no images; draw some with diffalign "
+                "sample first"
             )
 
     def chunks(self, size: int) -> list[range]:
-        """Ranges of rows with about `size` images each."""
+        """Return ranges of rows with about `size` images each.
+
+        Args:
+            size (`int`): Images per chunk.
+        """
         step = max(1, size // max(1, len(self._dataset[0].images)))
         return [range(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
     def read(self, rows: range) -> Chunk:
-        """The images of these rows, undecoded."""
+        """Return the images of these rows, undecoded.
+
+        Args:
+            rows (`range`): The rows.
+        """
         records, inputs = [], []
         for group in (self._dataset[row] for row in rows):
             roles = _ROLES.get(self.kind, ("",) * len(group.images))
             labels = group.scores or {"pair": (1.0, 0.0)}.get(
                 self.kind, (None,) * len(group.images)
             )
-            if group.weight == 0:  # a tie says nothing
+            if group.weight == 0:  # a tie is no judgement
                 labels = (None,) * len(group.images)
             for position, image in enumerate(group.images):
                 name = self._name(image) or f"row {group.row_id}, image {position}"
@@ -190,11 +247,19 @@ class DatasetSource:
         return path
 
     def check(self, needs_prompt: Sequence[str], needs_metadata: Sequence[str]) -> None:
-        """Raises `UserError` when scorers need what is not there."""
+        """Refuse scorers that need metadata, which a dataset does not have.
+
+        Args:
+            needs_prompt (`Sequence[str]`): Scorers that need prompts.
+            needs_metadata (`Sequence[str]`): Scorers that need metadata.
+
+        Raises:
+            UserError: A scorer needs metadata.
+        """
         if needs_metadata:
             raise UserError(
-                f"--images: {needs_metadata[0]} needs metadata of every image, which preference datasets have not; give a folder of "
-                "images with metadata.jsonl"
+                f"--images: {needs_metadata[0]} needs metadata of every image, which preference "
+                "datasets have not; give a folder of images with metadata.jsonl"
             )
 
 
@@ -213,20 +278,30 @@ def open_images(
     columns: Mapping[str, str] | None = None,
     skip_broken: bool = False,
 ) -> FolderSource | DatasetSource:
-    """What to score.
+    """Open what is to be scored.
+
+    The prompts of a folder's images stand in `NAME.txt` beside each image, else in the
+    folder's `captions.json` (`{name: prompt}`), `prompts.jsonl` or `metadata.jsonl`
+    (`{"file_name": ..., "prompt": ...}` per line).
 
     Args:
-        source: an image, a folder of images, or what `load_preferences` takes. Prompts of a folder's images come from ``NAME.txt``
-            beside each, else from ``captions.json`` (``{name: prompt}``), ``prompts.jsonl`` or ``metadata.jsonl``
-            (``{"file_name": ..., "prompt": ...}`` per line) in the folder.
-        prompt: one for all images of a folder.
-        prompts: a file with one line per image of a folder, in the order of their names; ``.json`` and ``.jsonl`` as above; or a
-            ``.csv`` or ``.tsv`` with the columns ``file_name`` and ``prompt``.
-        split, columns: of a dataset.
-        skip_broken: leave broken rows of a dataset out, however many they are.
+        source (`str`): An image, a folder of images, or what `load_preferences` takes.
+        prompt (`str`, *optional*): One prompt for all images of a folder.
+        prompts (`str` or `Path`, *optional*): A file with one line per image of a
+            folder, in the order of their names. Or a `.json` or `.jsonl` file as above,
+            or a `.csv` or `.tsv` with the columns `file_name` and `prompt`.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset that has
+            several.
+        columns (`Mapping[str, str]`, *optional*): Canonical column name -> column of a
+            dataset.
+        skip_broken (`bool`, *optional*, defaults to `False`): Leave out broken rows of
+            a dataset, however many there are.
+
+    Returns:
+        `FolderSource` or `DatasetSource`.
 
     Raises:
-        UserError: nothing there, no images, or prompts that do not fit.
+        UserError: There is no source or no image in it, or the prompts do not fit.
     """
     path = Path(source).expanduser()
     if prompt is not None and prompts is not None:
@@ -238,7 +313,8 @@ def open_images(
         return _open_folder(source, path, single, prompt, prompts)
     if prompt is not None or prompts is not None:
         raise UserError(
-            f"--prompt, --prompts: {source!r} is no folder of images; a dataset brings its own prompts"
+            f"--prompt, --prompts: {source!r} is no folder of images; a dataset brings its own "
+            "prompts"
         )
     share = 1.0 if skip_broken else 0.05
     dataset = load_preferences(
@@ -248,7 +324,7 @@ def open_images(
 
 
 def _is_image_folder(path: Path, prompts_given: bool) -> bool:
-    """Whether a folder is plain images, and not one of the layouts of a dataset."""
+    """Whether a folder holds plain images, and not one of the layouts of a dataset."""
     if prompts_given:
         return True
     if any(
@@ -292,25 +368,34 @@ def _open_folder(
     tables = [_table(root / name) for name in SIDECARS if (root / name).is_file()]
     if by_name:
         tables.insert(0, _table(Path(str(prompts))))
-    rows = [
-        [row for table in tables if (row := _row_of(file, root, table)) is not None]
-        for file in files
-    ]
-    given: Sequence[str | None]
+    rows = [_rows_of(file, root, tables) for file in files]
+    texts: Sequence[str | None]
     if prompt is not None:
-        given = [prompt] * len(files)
+        texts = [prompt] * len(files)
     elif prompts is not None and not by_name:
-        given = _lines(Path(prompts), len(files))
+        texts = _lines(Path(prompts), len(files))
     else:
-        given = [
-            _prompt_of(file, found, beside=not by_name)
-            for file, found in zip(files, rows, strict=True)
+        texts = [
+            _prompt_of(file, file_rows, beside=not by_name)
+            for file, file_rows in zip(files, rows, strict=True)
         ]
-    # The first table that has a key wins.
-    extra = [
-        {key: value for row in reversed(found) for key, value in row.items()} for found in rows
-    ]
-    return FolderSource(source, root, files, list(given), extra)
+    extra = [_merged(file_rows) for file_rows in rows]
+    return FolderSource(source, root, files, list(texts), extra)
+
+
+def _rows_of(
+    file: Path, root: Path, tables: Sequence[Mapping[str, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    rows = [_row_of(file, root, table) for table in tables]
+    return [row for row in rows if row is not None]
+
+
+def _merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Merge rows of one image. The first row that has a key wins."""
+    merged: dict[str, Any] = {}
+    for row in reversed(rows):
+        merged |= row
+    return merged
 
 
 def _lines(path: Path, count: int) -> list[str]:
@@ -319,20 +404,20 @@ def _lines(path: Path, count: int) -> list[str]:
         lines.pop()
     if len(lines) != count:
         raise UserError(
-            f"--prompts: {path} has {len(lines)} lines, but there are {count} images; give one line per image in the order of their "
-            "names, or one prompt for all with --prompt TEXT"
+            f"--prompts: {path} has {len(lines)} lines, but there are {count} images; give one "
+            "line per image in the order of their names, or one prompt for all with --prompt "
+            "TEXT"
         )
     return lines
 
 
 def _prompt_of(file: Path, rows: list[dict[str, Any]], beside: bool) -> str | None:
-    """The .txt beside the image, else the first table that has one."""
+    """Return the text beside the image, else the prompt of the first table with one."""
     text = file.with_suffix(".txt")
     if beside and text.is_file():
         return text_files.read_text(text).strip()
-    prompt = next(
-        (row[key] for row in rows for key in _PROMPT_KEYS if row.get(key) is not None), None
-    )
+    cells = [row.get(key) for row in rows for key in _PROMPT_KEYS]
+    prompt = next((cell for cell in cells if cell is not None), None)
     if prompt is not None and not isinstance(prompt, str):
         raise UserError(
             f"--images: the prompt of {file.name} is {str(prompt)[:80]!r}, expected text"
@@ -341,7 +426,7 @@ def _prompt_of(file: Path, rows: list[dict[str, Any]], beside: bool) -> str | No
 
 
 def _table(path: Path) -> dict[str, dict[str, Any]]:
-    """File name -> row, of captions.json, a .jsonl, a .csv or a .tsv file."""
+    """Read file name -> row from captions.json, a .jsonl, a .csv or a .tsv file."""
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         return _named_rows(path)
@@ -352,7 +437,8 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
                 continue
             if not isinstance(row.get("file_name"), str):
                 raise UserError(
-                    f'{path}, line {number}: names no image; write {{"file_name": ..., "prompt": ...}}'
+                    f'{path}, line {number}: names no image; write {{"file_name": ..., '
+                    f'"prompt": ...}}'
                 )
             named[row["file_name"]] = row
         return named
@@ -367,14 +453,15 @@ _NAME_KEYS = ("file_name", "filename", "file", "image", "image_path", "path")
 
 
 def _named_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """File name -> row of a table, whose first line names its columns."""
+    """Read file name -> row from a table whose first line names its columns."""
     table = text_files.read_table(path, "--prompts: ")
     lower = {column.lower(): column for column in table.columns}
     name = next((lower[key] for key in _NAME_KEYS if key in lower), None)
     prompt = next((lower[key] for key in _PROMPT_KEYS if key in lower), None)
     if name is None or prompt is None:
         raise UserError(
-            f"--prompts: {path}: its first line must name the columns, file_name and prompt; it holds {', '.join(table.columns)[:120]}"
+            f"--prompts: {path}: its first line must name the columns, file_name and prompt; it "
+            f"holds {', '.join(table.columns)[:120]}"
         )
     rows: dict[str, dict[str, Any]] = {}
     for row in table.rows:
