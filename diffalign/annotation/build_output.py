@@ -1,4 +1,7 @@
-"""What ``diffalign data build`` leaves: pairs and ranked lists as datasets, all scores, a card and a picture to look at."""
+"""Write what ``diffalign data build`` leaves.
+
+That is pairs and ranked lists as datasets, all scores, a card, and a picture.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +27,15 @@ _SHEET_PROMPTS, _SHEET_IMAGES, _SHEET_SIDE = 8, 8, 128
 
 @dataclass
 class Labels:
-    """What the scores say.
+    """Preferences between images, made from their scores.
 
     Attributes:
-        combined: one number per image, NaN = missing.
-        pairs: (better, worse) image indices.
-        lists: image indices of each prompt, best first; at least two, not all equal.
-        dropped: reason -> number of prompts.
-        agreement: see `diffalign.rewards.panel.Combined`.
+        combined (`list[float]`): One number per image. NaN means missing.
+        pairs (`list[tuple[int, int]]`): (better, worse) image indices.
+        lists (`list[list[int]]`): Image indices of each prompt, best first. A list has
+            at least two images, and they are not all equal.
+        dropped (`Counter[str]`): Reason -> number of prompts.
+        agreement (`dict`): See `diffalign.rewards.panel.Combined`.
     """
 
     combined: list[float]
@@ -47,7 +52,20 @@ def label(
     selection: str,
     min_margin: float,
 ) -> Labels:
-    """Combines the scores and picks pairs and lists. An image without a score is in neither; ties are dropped and counted."""
+    """Combine the scores and choose pairs and lists.
+
+    An image without a score is in neither. Ties are dropped and counted.
+
+    Args:
+        panel (`Panel`): Says how scores are combined.
+        images (`Sequence[Drawn]`): N images.
+        columns: Scorer -> N scores.
+        selection (`str`): ``best_worst``, ``best_vs_rest``, ``all`` or ``unanimous``.
+        min_margin (`float`): Smallest difference of the combined scores of a pair.
+
+    Returns:
+        `Labels`, with indices into `images`.
+    """
     groups = [image.group for image in images]
     combined = panel.combine(columns, groups)
     labels = Labels(combined.values.tolist(), agreement=combined.agreement)
@@ -88,6 +106,16 @@ def _pick(
     min_margin: float,
     agreed: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
+    """Choose the pairs of one prompt.
+
+    Args:
+        ranked (`list[int]`): Its image indices, best first.
+        combined (`list[float]`): Score of every image.
+        selection (`str`): See `label`.
+        min_margin (`float`): Smallest difference of the scores of a pair.
+        agreed: Pairs of this prompt on which all scorers agree.
+    """
+
     def wide(pair: tuple[int, int]) -> bool:
         margin = combined[pair[0]] - combined[pair[1]]
         return margin > 0 and margin >= min_margin
@@ -113,7 +141,23 @@ def write(
     columns: dict[str, list[float]],
     panel: Panel,
 ) -> str:
-    """Writes ``scores.parquet``, ``pairs/``, ``ranked/``, ``README.md`` and ``sheet.png``; returns the summary."""
+    """Write all files of a build and summarise them.
+
+    These are ``scores.parquet``, ``pairs/``, ``ranked/``, ``README.md`` and
+    ``sheet.png``.
+
+    Args:
+        options (`BuildOptions`): Options of the build.
+        prompts (`Sequence[str]`): All prompts.
+        notes (`Sequence[str]`): Remarks on the prompts, for the summary.
+        generators (`Sequence[Generator]`): The models that drew.
+        images (`Sequence[Drawn]`): N images.
+        columns: Scorer -> N scores.
+        panel (`Panel`): Says how scores are combined.
+
+    Returns:
+        The summary, see `summarise`.
+    """
     labels = label(panel, images, columns, options.pair_selection, options.min_margin)
     folder: Path = options.output_dir
     _write_scores(folder, images, columns, labels)
@@ -141,6 +185,7 @@ def write(
 def _write_scores(
     folder: Path, images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels
 ) -> None:
+    """Write a row per image, with None for a missing score."""
     import pyarrow
     import pyarrow.parquet
 
@@ -228,7 +273,16 @@ def _embedded(image: Drawn) -> dict[str, Any]:
 def _write_dataset(
     target: Path, rows: Callable[[], Iterator[dict[str, Any]]], count: int, features: dict[str, Any]
 ) -> None:
-    """Parquet shards, whole or not at all; what stood there before is replaced. Without a row there is no folder."""
+    """Write a dataset as parquet shards and replace the one that was there before.
+
+    The folder is written whole or not at all. Without a row there is no folder.
+
+    Args:
+        target (`Path`): Folder of the dataset.
+        rows: Function that gives the rows.
+        count (`int`): Number of rows.
+        features: Column -> type of the values.
+    """
     from datasets import Dataset, Features
 
     shards = -(-count // _SHARD_ROWS)
@@ -238,12 +292,7 @@ def _write_dataset(
     with replacing_folder(target) as temporary:
         source = rows()
         for number in range(shards):
-            part = [
-                row
-                for _, row in zip(
-                    range(min(_SHARD_ROWS, count - number * _SHARD_ROWS)), source, strict=False
-                )
-            ]
+            part = list(islice(source, _SHARD_ROWS))
             name = f"train-{number:05d}-of-{shards:05d}.parquet"
             Dataset.from_list(part, features=Features(features)).to_parquet(temporary / name)
 
@@ -258,48 +307,57 @@ def summarise(
     labels: Labels,
     panel: Panel,
 ) -> str:
-    """The numbers of a build, a line each."""
-    lines = [
-        f"{len(prompts)} prompts{''.join(f', {note}' for note in notes)}; {len(images)} images of {len(generators)} models"
-    ]
+    """Say what a build gave, one fact per line.
+
+    The arguments are those of `write`, and the labels that `label` made of them.
+    """
+    remarks = "".join(f", {note}" for note in notes)
+    lines = [f"{len(prompts)} prompts{remarks}; {len(images)} images of {len(generators)} models"]
     for name, values in columns.items():
-        good = [value for value in values if math.isfinite(value)]
+        scores = [value for value in values if math.isfinite(value)]
         role = "" if name in panel.train_names else ", eval only"
-        spread = (
-            f"mean {sum(good) / len(good):.4g}, from {min(good):.4g} to {max(good):.4g}"
-            if good
-            else "no score at all"
-        )
-        lines.append(f"{name}: {spread}, {len(values) - len(good)} missing{role}")
+        spread = "no score at all"
+        if scores:
+            mean = sum(scores) / len(scores)
+            spread = f"mean {mean:.4g}, from {min(scores):.4g} to {max(scores):.4g}"
+        lines.append(f"{name}: {spread}, {len(values) - len(scores)} missing{role}")
     margins = [labels.combined[better] - labels.combined[worse] for better, worse in labels.pairs]
-    mean = f", mean margin {sum(margins) / len(margins):.3f}" if margins else ""
+    mean_margin = f", mean margin {sum(margins) / len(margins):.3f}" if margins else ""
     lines.append(
-        f"{len(labels.pairs)} pairs ({options.pair_selection}){mean}; {len(labels.lists)} ranked lists"
+        f"{len(labels.pairs)} pairs ({options.pair_selection}){mean_margin}; "
+        f"{len(labels.lists)} ranked lists"
     )
-    lines += [
-        f"{count} prompts without a pair: {reason}" for reason, count in labels.dropped.items()
-    ]
+    for reason, count in labels.dropped.items():
+        lines.append(f"{count} prompts without a pair: {reason}")
     agreement = labels.agreement.get("kendalls_w")
     if agreement is not None:
+        chance = 1 / len(panel.train_names)
         lines.append(
-            f"agreement of the scorers, Kendall's W: {agreement:.2f} (1 is perfect, {1 / len(panel.train_names):.2f} is chance for many)"
+            f"agreement of the scorers, Kendall's W: {agreement:.2f} "
+            f"(1 is perfect, {chance:.2f} is chance for many)"
         )
     if len(generators) > 1 and labels.pairs:
-        wins, losses = (
-            Counter(images[pair[side]].model for pair in labels.pairs) for side in (0, 1)
-        )
-        lines.append(
-            "chosen, rejected: "
-            + "; ".join(f"{g.name} {wins[g.name]}, {losses[g.name]}" for g in generators)
-        )
-    for name, kind in (("pairs", "pairs"), ("ranked", "ranked")):
-        if (options.output_dir / kind).is_dir() and options.format in ("both", name):
+        wins = Counter(images[better].model for better, _ in labels.pairs)
+        losses = Counter(images[worse].model for _, worse in labels.pairs)
+        counts = "; ".join(f"{g.name} {wins[g.name]}, {losses[g.name]}" for g in generators)
+        lines.append(f"chosen, rejected: {counts}")
+    for kind in ("pairs", "ranked"):
+        if (options.output_dir / kind).is_dir() and options.format in ("both", kind):
             lines.append(f"wrote {options.output_dir / kind}")
     return "\n".join(lines)
 
 
 def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -> str:
-    """README.md of the folder, as a dataset card."""
+    """Fill in the dataset card.
+
+    Args:
+        options (`BuildOptions`): Options of the build.
+        generators (`Sequence[Generator]`): The models that drew.
+        summary (`str`): See `summarise`.
+
+    Returns:
+        The text of ``README.md``.
+    """
     names = ("seed", "num_inference_steps", "guidance_scale", "resolution", "num_images")
     settings = {name: getattr(options, name) for name in names}
     return render(
@@ -312,7 +370,17 @@ def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -
 
 
 def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
-    """Some prompts, one per row: their images from best to worst with the combined score beneath."""
+    """Draw some prompts, one per row, with their images from best to worst.
+
+    Every image has its combined score and its model beneath.
+
+    Args:
+        images (`Sequence[Drawn]`): The images.
+        labels (`Labels`): Their order, with at least one list.
+
+    Returns:
+        A PIL image.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     step = max(1, len(labels.lists) // _SHEET_PROMPTS)
@@ -331,7 +399,7 @@ def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
         while prompt and font.getlength(prompt) > canvas.width - 2 * gap:
             prompt = prompt[:-4].rstrip(".") + "..." if len(prompt) > 4 else ""
         pen.text((gap, top), prompt, fill="black", font=font)
-        # Of a long list the two ends are shown: they are what a pair is made of.
+        # Of a long list the two ends are shown, because pairs are made of them.
         shown = (
             ranked
             if len(ranked) <= width
@@ -341,8 +409,9 @@ def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
             left = gap + column * (_SHEET_SIDE + gap)
             with Image.open(images[i].path) as picture:
                 small = picture.convert("RGB")
-            small.thumbnail((_SHEET_SIDE, _SHEET_SIDE)) if max(small.size) > _SHEET_SIDE else None
-            if max(small.size) < _SHEET_SIDE:
+            if max(small.size) > _SHEET_SIDE:
+                small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+            elif max(small.size) < _SHEET_SIDE:
                 factor = _SHEET_SIDE / max(small.size)
                 small = small.resize(
                     (round(small.width * factor), round(small.height * factor)),

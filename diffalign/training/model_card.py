@@ -1,4 +1,4 @@
-"""The model card of a finished run."""
+"""Write the model card of a finished run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .run_record import RunRecord
 
 
 def _parameters(cls: Any) -> set[str]:
+    """List the names of a constructor's parameters."""
     return set(inspect.signature(cls.__init__).parameters)
 
 
@@ -26,21 +27,22 @@ def _last_picture(folder: Path) -> str | None:
 
 
 def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
-    """Write `README.md`, a model card with provenance.
+    """Write ``README.md``, a model card that says how the weights were made.
 
     Args:
-        record: of the run.
-        metrics: of the last log.
-        folder (`Path`): holds the weights and the pictures of validations.
+        record (`RunRecord`): The facts of the run.
+        metrics: Name -> last logged value. Only numbers are shown, and no NaN.
+        folder (`Path`): Holds the weights and the pictures of validations.
     """
-    # diffusers' `load_or_create_model_card` asks the Hub for an existing card first, which stalls a machine without network.
+    # `load_or_create_model_card` of diffusers asks the Hub for an existing card first.
+    # That stalls a machine without network.
     from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
     is_lora, source = record.peft_config is not None, record.backbone.source
     pipeline = source.pipeline_class()
-    # diffusers wants to be told of components that the pipeline never had, such as SD3
-    # without its third encoder.
+    # diffusers must be told which components the pipeline never had, such as the third
+    # encoder of SD3.
     absent = [
         name
         for name in ("text_encoder_3", "tokenizer_3")

@@ -1,4 +1,4 @@
-"""The package's jinja2 templates: escaping, missing values, and when jinja2 is imported."""
+"""The jinja2 templates: escaping, missing values, and when jinja2 is imported."""
 
 from __future__ import annotations
 

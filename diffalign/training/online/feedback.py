@@ -1,10 +1,16 @@
-"""People as judges: a round's images are written out with a manifest, and the run waits until votes are beside them.
+"""Let people judge: write out a round's images and wait until their votes are there.
 
-``feedback/round-0003/`` holds ``manifest.json`` (groups of images of one prompt, with ids), ``images/``, ``index.html`` to look at, and
-the trajectories that belong to the images, so that training goes on from them whenever the votes come. Votes are any ``votes*.json``,
-``.jsonl``, ``.csv`` or ``.parquet`` in that folder, a row per comparison: ``image_a``, ``image_b`` and ``preference`` (``a``, ``b`` or
-``tie``; or a number from 1 for a to -1 for b), or ``chosen`` and ``rejected``; ``annotator`` is optional. Several votes on a pair are
-averaged; pairs without a vote count as ties.
+The folder of a round, such as ``feedback/round-0003/``, holds
+
+- ``manifest.json``, the groups of images of one prompt, with an id for every image,
+- ``images/`` and ``index.html``, a page to look at them,
+- the trajectories of the images, so that training can go on from them at any time.
+
+Votes are any ``votes*.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file in
+that folder, with a row per comparison. A row has ``image_a``, ``image_b`` and
+``preference``, which is ``a``, ``b``, ``tie`` or a number from 1 for a to -1 for b. Or
+it has ``chosen`` and ``rejected``. ``annotator`` is optional. Several votes on a pair
+are averaged. Pairs without a vote count as ties.
 """
 
 from __future__ import annotations
@@ -32,20 +38,22 @@ _WORDS = {"a": 1.0, "b": -1.0, "tie": 0.0, "left": 1.0, "right": -1.0}
 
 
 class VotesNeeded(RunPaused):
-    """Training cannot go on before people have voted."""
+    """Raised when training cannot go on before people have voted."""
 
 
 @dataclasses.dataclass
 class Votes:
-    """What people said.
+    """The votes of a round.
 
     Attributes:
-        preference: (image id, image id) -> mean of the votes, 1 for the first, -1 for the second; both orders are in it.
-        count: votes read.
-        annotators: how many people, as far as they are named.
-        conflicts: pairs on which votes differ.
-        left_out: votes that are torn, or not on two images of one prompt of this round.
-        reasons: why, for the first of them.
+        preference (`dict`): (image id, image id) -> mean of the votes, 1 for the first
+            image, -1 for the second. Both orders of a pair are in it.
+        count (`int`): Number of votes that were read.
+        annotators (`int`): Number of people, as far as they are named.
+        conflicts (`int`): Number of pairs on which votes differ.
+        left_out (`int`, defaults to 0): Number of votes that are damaged, or not on two
+            images of one prompt of this round.
+        reasons (`tuple[str, ...]`): Why, for the first three of them.
     """
 
     preference: dict[tuple[str, str], float]
@@ -56,7 +64,7 @@ class Votes:
     reasons: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line."""
+        """Say in one line what was read and what was left out."""
         who = f" of {self.annotators} annotators" if self.annotators else ""
         conflict = (
             f"; on {self.conflicts} pairs they differ and are averaged" if self.conflicts else ""
@@ -68,12 +76,18 @@ class Votes:
 
 
 def round_folder(output_dir: Path, number: int) -> Path:
-    """Where a round's images and votes are."""
+    """Name the folder of a round's images and votes."""
     return output_dir / "feedback" / f"round-{number:04d}"
 
 
 def group_ids(batch: Batch, index: int, rank: int) -> list[str]:
-    """An id per group, unique in a round."""
+    """Make an id for every group of a batch, unique in a round.
+
+    Args:
+        batch (`Batch`): The groups.
+        index (`int`): Number of the batch in the round.
+        rank (`int`): Number of the process that drew it.
+    """
     return [f"p{rank}-{index}-{i}-row{row}" for i, row in enumerate(batch.row_ids)]
 
 
@@ -85,19 +99,27 @@ def write_round(
     world: int,
     wait: Any,
 ) -> None:
-    """Images, trajectories and manifest; the manifest comes last, so a folder with one is complete. All processes must call this.
+    """Write the images, trajectories and manifest of a round.
+
+    The manifest comes last, so a folder that has one is complete. All processes must
+    call this.
 
     Args:
-        wait: called between the processes' parts, e.g. `accelerator.wait_for_everyone`.
+        folder (`Path`): Folder of the round.
+        batches (`Sequence[Batch]`): The groups that this process drew.
+        trajectories (`Sequence[Trajectories]`): What was drawn for each batch.
+        rank (`int`): Number of this process.
+        world (`int`): Number of processes.
+        wait: Function that waits for all processes, such as
+            `accelerator.wait_for_everyone`.
     """
-
     (folder / "images").mkdir(parents=True, exist_ok=True)
     groups: list[dict[str, Any]] = []
     plain: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for index, (batch, found) in enumerate(zip(batches, trajectories, strict=True)):
+    for index, (batch, drawn) in enumerate(zip(batches, trajectories, strict=True)):
         for name, prompt, images in zip(
-            group_ids(batch, index, rank), batch.prompts, found.images, strict=True
+            group_ids(batch, index, rank), batch.prompts, drawn.images, strict=True
         ):
             entries = []
             for i, image in enumerate(images):
@@ -105,7 +127,7 @@ def write_round(
                 entries.append({"id": f"{name}-{i}", "file": f"images/{name}-{i}.png"})
             groups.append({"id": name, "prompt": prompt, "images": entries})
         whole = dataclasses.replace(
-            batch, extra={"states": found.states, "log_probs": found.log_probs}
+            batch, extra={"states": drawn.states, "log_probs": drawn.log_probs}
         )
         tensors |= {f"{index}.{name}": value for name, value in flat_tensors(whole).items()}
         plain.append(
@@ -135,22 +157,31 @@ def write_round(
 
 
 def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
-    """The batches of this process, states and recorded log-probabilities in `extra`.
+    """Read the batches of one process.
+
+    Args:
+        folder (`Path`): Folder of the round.
+        rank (`int`): Number of the process.
+        device: Where the tensors go.
+
+    Returns:
+        The batches, with states and recorded log-probabilities in `extra`.
 
     Raises:
-        UserError: its file is gone.
+        UserError: The file of this process is missing.
     """
     path = folder / f"rollout-{rank}.safetensors"
     if not path.is_file():
         raise UserError(
-            f"{folder}: {path.name} is missing; resume with as many processes as before, or put it back"
+            f"{folder}: {path.name} is missing; resume with as many processes as before, "
+            "or put it back"
         )
     tensors, facts = read_tensors(path)
     return [batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])]
 
 
 def find_votes(folder: Path) -> list[Path]:
-    """Vote files of a round, in the order of their names."""
+    """List the vote files of a round, in the order of their names."""
     return sorted(
         p
         for p in folder.glob("votes*")
@@ -159,26 +190,38 @@ def find_votes(folder: Path) -> list[Path]:
 
 
 def shared_votes(folder: Path, is_main: bool) -> Votes | None:
-    """The votes as the first process sees them, for all processes, as they may be written at this moment; None: there are none yet.
+    """Read the votes on the first process and give them to all.
+
+    Votes may be written at this moment, so every process reading for itself could see
+    others.
+
+    Args:
+        folder (`Path`): Folder of the round.
+        is_main (`bool`): Whether this is the first process.
+
+    Returns:
+        The votes, or None if there are none yet.
 
     Raises:
-        UserError: see `read_votes`; on all processes.
+        UserError: See `read_votes`. It is raised on all processes.
     """
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None, None]
+    votes_and_error: list[Any] = [None, None]
     if is_main:
         try:
-            found[0] = read_votes(folder) if find_votes(folder) else None
+            votes_and_error[0] = read_votes(folder) if find_votes(folder) else None
         except UserError as error:
-            found[1] = str(error)
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
+            votes_and_error[1] = str(error)
+    broadcast_object_list(votes_and_error)
+    votes, error_text = votes_and_error
+    if error_text is not None:
+        raise UserError(error_text)
+    return votes
 
 
 def _is_group(group: Any) -> bool:
+    """Whether a value of a manifest has the form of a group."""
     if not isinstance(group, dict) or not isinstance(group.get("images"), list):
         return False
     images = all(
@@ -189,10 +232,10 @@ def _is_group(group: Any) -> bool:
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The groups of a round, each with its prompt and images.
+    """Read the groups of a round, each with its id, prompt and images.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: The manifest is missing or damaged.
     """
     path = folder / MANIFEST
     groups = read_json(path, dict).get("groups")
@@ -204,10 +247,19 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_votes(folder: Path) -> Votes:
-    """All votes of a round. A vote that is torn, or not on two images of one prompt of this round, is left out and counted.
+    """Read all votes of a round.
+
+    A vote that is damaged, or not on two images of one prompt of this round, is left
+    out and counted.
+
+    Args:
+        folder (`Path`): Folder of the round.
+
+    Returns:
+        `Votes`, with the mean of the votes on every pair.
 
     Raises:
-        UserError: a file that cannot be read at all, or no vote that can be used.
+        UserError: A file cannot be read at all, or no vote can be used.
     """
     place = {
         image["id"]: group["id"] for group in read_manifest(folder) for image in group["images"]
@@ -238,11 +290,23 @@ def read_votes(folder: Path) -> Votes:
 def _placed(
     first: str, second: str, value: float, place: Mapping[str, str], where: str
 ) -> tuple[str, str, float]:
-    """A vote with its images in the order of their names."""
+    """Check a vote and put its images in the order of their names.
+
+    Args:
+        first (`str`): Id of an image.
+        second (`str`): Id of another image.
+        value (`float`): Preference for the first over the second, from -1 to 1.
+        place: Image id -> group id.
+        where (`str`): Place of the vote, for error messages.
+
+    Raises:
+        UserError: The images are not two of one prompt of this round.
+    """
     for image in (first, second):
         if image not in place:
             raise UserError(
-                f"{where}: there is no image {image[:60]!r} in this round (its ids are in {MANIFEST}); were the votes given for other images?"
+                f"{where}: there is no image {image[:60]!r} in this round (its ids are in "
+                f"{MANIFEST}); were the votes given for other images?"
             )
     if place[first] != place[second] or first == second:
         raise UserError(f"{where}: {first!r} and {second!r} are not two images of one prompt")
@@ -250,20 +314,39 @@ def _placed(
 
 
 def preference_matrix(votes: Votes, batch: Batch, index: int, rank: int, k: int) -> Tensor:
-    """(g, k, k) of mean votes for the groups of a batch; 0 where nobody voted."""
-    found = torch.zeros(len(batch), k, k)
+    """Look up the mean votes on the images of a batch.
+
+    Args:
+        votes (`Votes`): Votes of the round.
+        batch (`Batch`): g groups.
+        index (`int`): Number of the batch in the round.
+        rank (`int`): Number of the process that drew it.
+        k (`int`): Number of images per group.
+
+    Returns:
+        (g, k, k), 1 where the first image is preferred, -1 where the second is, and 0
+        where nobody voted.
+    """
+    matrix = torch.zeros(len(batch), k, k)
     for g, name in enumerate(group_ids(batch, index, rank)):
         for i in range(k):
             for j in range(k):
-                found[g, i, j] = votes.preference.get((f"{name}-{i}", f"{name}-{j}"), 0.0)
-    return found
+                matrix[g, i, j] = votes.preference.get((f"{name}-{i}", f"{name}-{j}"), 0.0)
+    return matrix
 
 
 def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """(place for messages, vote) of a file; lines that are no votes are added to `faults`.
+    """Read the rows of a file of votes.
+
+    Args:
+        path (`Path`): The file.
+        faults (`list[str]`): A sentence is added to it for every line that is no vote.
+
+    Returns:
+        (place for error messages, row) of every vote.
 
     Raises:
-        UserError: the file cannot be read as a whole.
+        UserError: The file cannot be read as a whole.
     """
     import pyarrow.parquet
 
@@ -300,34 +383,43 @@ def _rows(path: Path, faults: list[str]) -> list[tuple[str, dict[str, Any]]]:
             rows.append((f"{path.name}, {place}", value))
         else:
             faults.append(
-                f"{path.name}, {place}: expected image_a, image_b and preference, got {str(value)[:40]}"
+                f"{path.name}, {place}: expected image_a, image_b and preference, "
+                f"got {str(value)[:40]}"
             )
     return rows
 
 
 def _vote(row: Mapping[str, Any], where: str) -> tuple[str, str, float]:
-    """(image, image, value of the first over the second)."""
+    """Read one vote.
+
+    Returns:
+        (id of an image, id of another, preference for the first from -1 to 1).
+
+    Raises:
+        UserError: The row is no vote.
+    """
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return str(row["chosen"]), str(row["rejected"]), 1.0
     if "image_a" not in row or "image_b" not in row or "preference" not in row:
         raise UserError(
-            f"{where}: expected image_a, image_b and preference (or chosen and rejected), got {', '.join(map(str, row))}"
+            f"{where}: expected image_a, image_b and preference (or chosen and rejected), "
+            f"got {', '.join(map(str, row))}"
         )
-    given = row["preference"]
-    value = given
-    if isinstance(given, str):
-        word = given.strip().lower()
+    preference = row["preference"]
+    value = preference
+    if isinstance(preference, str):
+        word = preference.strip().lower()
         try:
             value = _WORDS[word] if word in _WORDS else float(word)
         except ValueError:
             value = None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
         raise UserError(
-            f"{where}: preference is {given!r}; expected a, b, tie or a number from -1 to 1"
+            f"{where}: preference is {preference!r}; expected a, b, tie or a number from -1 to 1"
         )
     return str(row["image_a"]), str(row["image_b"]), float(value)
 
 
 def _page(groups: Sequence[Mapping[str, Any]]) -> str:
-    """A page to look at: every group's images with their ids."""
+    """Fill in the page that shows every group's images with their ids."""
     return render("training/online/templates/round.html", groups=groups)
