@@ -199,9 +199,7 @@ class Backbone:
         return (size if isinstance(size, int) else size[0]) * self.vae_scale
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of the latents of an image, whose sides are in
-        pixels.
-        """
+        """Return the shape (C, h, w) of an image's latents."""
         return self.latent_channels, height // self.vae_scale, width // self.vae_scale
 
     # Encoding and prediction ----------------------------------------------------------
@@ -282,8 +280,7 @@ class Backbone:
     # Weights --------------------------------------------------------------------------
 
     def save_lora(self, folder: str, network: Any, state: dict[str, Tensor]) -> None:
-        """Write ``pytorch_lora_weights.safetensors``, as `pipe.load_lora_weights` reads
-        it.
+        """Write ``pytorch_lora_weights.safetensors``, as diffusers reads it.
 
         Args:
             folder (`str`): where to.

@@ -126,8 +126,7 @@ class ModelSource:
 
     @contextmanager
     def explaining(self, component: str | None) -> Iterator[None]:
-        """Turn loading errors of the libraries into one sentence that names the
-        component.
+        """Turn loading errors into one sentence that names the component.
 
         Args:
             component (`str`, *optional*): its name. None names the whole model.
@@ -144,9 +143,7 @@ class ModelSource:
             raise ConfigError("model", f"{what} cannot be loaded: {explained(error)}") from error
 
     def from_transformers(self, name: str) -> bool:
-        """Tell whether a component is a network of transformers, such as a text
-        encoder.
-        """
+        """Tell whether a component is a network of transformers."""
         if self.pipe is not None or self.index[name][0] != "transformers":
             return False
         cls = self._class(name)
@@ -163,9 +160,7 @@ class ModelSource:
                 self._component_variant(name)
 
     def _component_variant(self, name: str) -> str | None:
-        """Return the variant to read of a component; see
-        `weight_files.check_component`.
-        """
+        """Return the variant to read, see `weight_files.check_component`."""
         if not self.local:
             return self.variant
         if name not in self._variants:
@@ -178,8 +173,7 @@ class ModelSource:
         return self._variants[name]
 
     def pipeline_variant(self) -> str | None:
-        """Return the variant for loading a whole pipeline: that of the components with
-        one.
+        """Return the variant in which to load the whole pipeline.
 
         Raises:
             ConfigError: the components have several.

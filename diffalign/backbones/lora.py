@@ -174,8 +174,7 @@ def plain_state(network: Any) -> dict[str, torch.Tensor]:
 
 
 def strip_adapters(network: Any) -> Any:
-    """Take all adapters off a network, in place, so that weights have their plain
-    names.
+    """Take all adapters off a network, in place.
 
     Returns:
         `torch.nn.Module`: the same network.

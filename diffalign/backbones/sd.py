@@ -32,12 +32,14 @@ class StableDiffusionBackbone(Backbone):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts into ``prompt_embeds``, (n, tokens, width)."""
         embeds, _ = self._encoding_pipe().encode_prompt(list(prompts), self.device, 1, False)
         return {"prompt_embeds": embeds}
 
     def predict(
         self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
+        """Run the UNet at noisy latents, see `Backbone.predict`."""
         return network(
             noisy, times, encoder_hidden_states=condition["prompt_embeds"], return_dict=False
         )[0]

@@ -22,10 +22,12 @@ class StableDiffusion3Backbone(Backbone):
 
     @property
     def size_factor(self) -> int:
+        """The number of which image sides must be multiples: whole patches."""
         return self.vae_scale * self.source.component_config("transformer").get("patch_size", 2)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts into ``prompt_embeds`` and ``pooled_prompt_embeds``."""
         embeds, _, pooled, _ = self._encoding_pipe().encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
         )
@@ -34,6 +36,7 @@ class StableDiffusion3Backbone(Backbone):
     def predict(
         self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
+        """Run the transformer at noisy latents, see `Backbone.predict`."""
         return network(
             hidden_states=noisy,
             timestep=times,

@@ -18,13 +18,15 @@ class StableDiffusionXLBackbone(Backbone):
     """Stable Diffusion XL."""
 
     text_encoder_names = ("text_encoder", "text_encoder_2")
+    # It overflows in float16, and the official script keeps float32 in bf16.
     upcast_vae = (
         torch.float16,
         torch.bfloat16,
-    )  # it overflows in float16, and the official script keeps float32 in bf16
+    )
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts into ``prompt_embeds`` and ``pooled_prompt_embeds``."""
         pipe = self._encoding_pipe()
         embeds, _, pooled, _ = pipe.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
@@ -39,12 +41,14 @@ class StableDiffusionXLBackbone(Backbone):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def geometry_condition(self, geometries: Sequence[Any]) -> dict[str, Tensor]:
+        """Encode original size, crop and target size into ``time_ids``, (n, 6)."""
         rows = [[*g.original_size, *g.crop_top_left, *g.target_size] for g in geometries]
         return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
 
     def predict(
         self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
+        """Run the UNet at noisy latents, see `Backbone.predict`."""
         added = {
             "text_embeds": condition["pooled_prompt_embeds"],
             "time_ids": condition["time_ids"],

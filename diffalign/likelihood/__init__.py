@@ -1,5 +1,4 @@
-"""The mathematics below every method: noise schedules, errors, rewards,
-log-probabilities.
+"""Noise schedules, errors, rewards and log-probabilities, below every method.
 
 Everything here is a pure function of tensors. Nothing knows a model, a trainer or a
 dataset.

@@ -1,5 +1,4 @@
-"""Denoising errors of single images, and the quantities that preference losses make of
-them.
+"""Denoising errors of single images, and what preference losses make of them.
 
 An error is one term of the evidence lower bound (ELBO) of an image. Below, m is the
 policy's error (the mean of squares over the N latent elements) and r is the reference's
@@ -179,9 +178,8 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        return gamma / snr.clamp(
-            min=gamma
-        )  # min(snr, gamma) / snr, which is 1 also at an SNR of zero
+        # min(snr, gamma) / snr, which is 1 also at an SNR of zero.
+        return gamma / snr.clamp(min=gamma)
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
     if prediction_type == "sample":

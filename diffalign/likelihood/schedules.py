@@ -1,5 +1,4 @@
-"""Noise schedules: how clean latents become noisy, and what a network is asked to
-predict.
+"""Noise schedules: how clean latents become noisy, and what networks predict.
 
 Two families cover today's models. `VariancePreserving` (SD1, SD2, SDXL) is x_t =
 alpha_t x0 + sigma_t eps on integer timesteps. `RectifiedFlow` (SD3, Flux) is x_s = (1 -
@@ -32,8 +31,7 @@ def _over(coefficient: Tensor, sample: Tensor) -> Tensor:
 def implied_x0_eps(
     output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """Compute the clean sample and the noise that a variance-preserving network's
-    output implies.
+    """Compute the clean sample and the noise that a network's output implies.
 
     Args:
         output (`Tensor`): output of the network, (n, ...).

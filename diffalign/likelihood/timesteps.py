@@ -15,8 +15,7 @@ TIMESTEP_SAMPLERS = ("uniform", "logit_normal", "turbo", "refiner")
 
 
 def turbo_timesteps(timesteps: Tensor) -> Tensor:
-    """Map timesteps to the four of SDXL-Turbo, 249, 499, 749 and 999: 250 (t mod 4) +
-    249.
+    """Map timesteps to the four of SDXL-Turbo: 250 (t mod 4) + 249.
 
     Args:
         timesteps (`Tensor`): int64, any shape.

@@ -382,9 +382,8 @@ class FKSteering:
             if isinstance(getattr(self.pipe, "vae", None), torch.nn.Module):
                 stack.enter_context(batched(self.pipe.vae, "decode", decodes))
             if hasattr(self.pipe, "_num_timesteps"):
-                self.pipe._num_timesteps = (
-                    None  # a number left over from another call must not be read
-                )
+                # A number left over from another call must not be read.
+                self.pipe._num_timesteps = None
             finite = stack.enter_context(watched(self.pipe))
             output = self.pipe(**arguments)
         return run.result(output, texts, time.perf_counter() - started, finite)
@@ -424,8 +423,7 @@ def _seeds(seed: Any, generator: Any, prompts: int) -> list[int] | None:
 
 
 def _rows(values: Any, chosen: range, each: int) -> Any:
-    """Take the entries of the chosen prompts from a sequence with `each` entries per
-    prompt.
+    """Take the entries of the chosen prompts, `each` per prompt, from a sequence.
 
     Anything else is returned as it is.
     """
@@ -447,8 +445,7 @@ def _repeat(name: str, value: Any, prompts: int, k: int) -> Any:
 
 
 def _share(name: str, value: Any, chosen: range, prompts: int, k: int) -> Any:
-    """Take the chosen prompts' share of an argument with one entry per prompt or
-    particle.
+    """Take the chosen prompts' share of an argument of the pipeline's call.
 
     Its name and length tell whether it has such entries. Anything else is returned as
     it is.

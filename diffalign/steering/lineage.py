@@ -22,9 +22,7 @@ _MARGIN = 14
 
 
 class Population(Protocol):
-    """The fields of a `diffalign.steering.result.SteeringResult` that the picture
-    needs.
-    """
+    """The fields of a `SteeringResult` that the picture needs."""
 
     prompts: list[str]
     images: list[list[Any]]
@@ -36,13 +34,16 @@ class Population(Protocol):
     steps: list[StepTrace]
 
     @property
-    def weights(self) -> Tensor: ...
+    def weights(self) -> Tensor:
+        """Normalised weights, (P, K)."""
 
     @property
-    def best_index(self) -> Tensor: ...
+    def best_index(self) -> Tensor:
+        """The particle of highest reward of each prompt, (P,)."""
 
     @property
-    def num_roots(self) -> Tensor: ...
+    def num_roots(self) -> Tensor:
+        """How many initial noises still have descendants, (P,)."""
 
 
 def surviving(ancestors: Sequence[Sequence[int]], num_particles: int) -> list[set[int]]:

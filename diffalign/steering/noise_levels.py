@@ -69,8 +69,7 @@ def _kind(scheduler: Any) -> str | None:
 
 
 def step_index(scheduler: Any, timestep: Any) -> int:
-    """Return the scheduler's position in its sigmas, initialised as its step would do
-    it.
+    """Return the scheduler's position in its sigmas.
 
     Args:
         scheduler: of diffusers.
@@ -205,8 +204,7 @@ def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
 
 
 def check_reachable(pipe: Any) -> None:
-    """Refuse a pipeline that keeps state of each particle where nobody else can reorder
-    it.
+    """Refuse a pipeline with state of each particle that cannot be reordered.
 
     Args:
         pipe: of diffusers.
@@ -256,7 +254,7 @@ def refuse_replaced_noise(scheduler: Any) -> None:
 
 
 def detached(scheduler: Any) -> Any:
-    """Copy a scheduler as its class made it, without a ``step`` set on the instance."""
+    """Copy a scheduler as its class made it, without a hook on its ``step``."""
     clone = object.__new__(type(scheduler))
     clone.__dict__.update(
         {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "step"}

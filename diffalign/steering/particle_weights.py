@@ -189,9 +189,8 @@ class ParticleWeights:
         self.ess_target, self.adaptive = ess_target, adaptive_tempering
         self.temperatures = None if temperatures is None else list(temperatures)
         self.lmbda = _per_group(lmbda, groups)
-        self._log = torch.zeros(
-            shape, dtype=torch.float64
-        )  # weights up to a factor: equal weights are exact zeros
+        # Weights up to a factor: equal weights are exact zeros.
+        self._log = torch.zeros(shape, dtype=torch.float64)
         self.log_z = torch.zeros(groups, dtype=torch.float64)
         self.applied = torch.zeros(shape, dtype=torch.float64)
         self.state = initial_state(potential, shape)
@@ -246,9 +245,8 @@ class ParticleWeights:
             )[:, None]
             log_g = c * log_g
             if self.potential in ("diff", "tempered"):
-                state = self.state + c * (
-                    state - self.state
-                )  # what was not applied is asked for again at the next step
+                # What was not applied is asked for again at the next step.
+                state = self.state + c * (state - self.state)
         self._reweight(log_g)
         self.applied = self.applied + log_g
         self.state = state
@@ -321,9 +319,8 @@ class ParticleWeights:
         alive = torch.isfinite(rewards).any(1)
         finite = torch.where(torch.isfinite(rewards), rewards, self._lowest(rewards))
         self._lambda(finite, alive)
-        self.lmbda = torch.nan_to_num(
-            self.lmbda
-        )  # never a difference between rewards: nothing to tilt
+        # Where rewards never differed, there is nothing to tilt.
+        self.lmbda = torch.nan_to_num(self.lmbda)
         lmbda = self.lmbda[:, None]
         tilt = torch.where(lmbda > 0, lmbda * rewards, torch.zeros_like(rewards))
         if blank is not None:  # also without a tilt: there is no image to return
@@ -359,9 +356,9 @@ class ParticleWeights:
             )
         missing = torch.isnan(rewards)
         blank = torch.zeros_like(missing) if blank is None else blank
-        silent = missing.all(1) & ~blank.any(
-            1
-        )  # a group without an image is degenerate; one without scores is the scorer's fault
+        # A group without an image is degenerate. One without scores is the scorer's
+        # fault.
+        silent = missing.all(1) & ~blank.any(1)
         if silent.any():
             group = int(silent.nonzero()[0])
             raise UserError(

@@ -135,7 +135,6 @@ def _residual(weights: Tensor, uniforms: Tensor, rounding: float) -> Tensor:
     total = copies.sum(1, keepdim=True)
     slots = torch.arange(k, dtype=torch.float64).expand_as(weights).contiguous()
     copied = torch.searchsorted(copies.cumsum(1), slots, right=True).clamp(max=k - 1)
-    rest = torch.where(
-        rest.sum(1, keepdim=True) > 0, rest, weights
-    )  # nothing left over: no slot reads it
+    # Where nothing is left over, no slot reads the rest.
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, weights)
     return torch.where(slots < total, copied, _invert(rest, uniforms))

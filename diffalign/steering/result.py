@@ -93,9 +93,7 @@ class SteeringResult:
 
     @property
     def ess(self) -> Tensor:
-        """The effective sample size after each reweighting, (S + 1, P). The last is
-        terminal.
-        """
+        """The effective sample size after each reweighting, (S + 1, P)."""
         return torch.stack([*(step.ess for step in self.steps), self.final_ess])
 
     @property

@@ -57,8 +57,7 @@ class _CopiedStep:
 
 @contextmanager
 def steered(scheduler: Any, handler: Handler) -> Iterator[None]:
-    """Put a handler in front of ``scheduler.step`` for a block, and remove it
-    afterwards.
+    """Put a handler in front of ``scheduler.step`` for the duration of a block.
 
     Args:
         scheduler: of diffusers.

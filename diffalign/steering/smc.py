@@ -69,9 +69,7 @@ class ParticleModel(Protocol):
         """Draw the next state, or the next state and log p - log tau (groups, k)."""
 
     def index(self, state: Any, ancestors: Tensor) -> Any:
-        """Reorder the particles: slot k of a group continues its slot ``ancestors[g,
-        k]``.
-        """
+        """Reorder the particles: slot k continues slot ``ancestors[g, k]``."""
 
     def final(self, state: Any) -> Any:
         """Return the finished samples."""

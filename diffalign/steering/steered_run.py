@@ -177,9 +177,7 @@ class SteeredRun:
             self._check_noise(arguments)
 
     def _check_noise(self, arguments: dict[str, Any]) -> None:
-        """Refuse to resample copies that would stay equal, and to prune ones that would
-        not.
-        """
+        """Refuse resampling without noise, and pruning with noise."""
         random = is_stochastic(self.scheduler, arguments, self.first_position)
         name = type(self.scheduler).__name__
         if self.options.mode == "prune":
@@ -285,9 +283,7 @@ class SteeredRun:
         return original(**arguments)
 
     def _own_step(self, arguments: dict[str, Any], position: int) -> Any:
-        """Take a step of the kernel on the scheduler's time grid, and advance its
-        position.
-        """
+        """Take a step of the kernel, and advance the scheduler's position."""
         if getattr(self.scheduler, "order", 1) != 1:
             raise UserError(
                 f"kernel: {type(self.scheduler).__name__} calls the model twice per step; use a "

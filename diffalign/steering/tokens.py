@@ -137,8 +137,7 @@ class TokenModel:
         return logits.unflatten(0, tokens.shape[:2])
 
     def start_x0_stream(self, generator: Generators) -> None:
-        """Give draws of clean texts a stream of their own, so that they advance no
-        other.
+        """Give draws of clean texts a stream of their own.
 
         Args:
             generator (`torch.Generator` or one per group, *optional*): the sampler's.
@@ -246,8 +245,7 @@ class MaskedDiffusion(TokenModel):
         return TokenState(state.tokens, logits.log_softmax(-1))
 
     def predict_x0(self, state: TokenState, i: int) -> Tensor:
-        """Draw whole texts: masked positions from p(x0 | x_t), with revealed tokens as
-        they are.
+        """Draw whole texts, with revealed tokens as they are.
 
         Returns:
             `Tensor`: int64 (groups, k, num_x0_samples, length).
