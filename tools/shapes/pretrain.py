@@ -1,8 +1,11 @@
-"""Makes the embedded pipeline: ``python -m tools.shapes.pretrain --output_dir OUT``.
+"""Make the embedded pipeline: ``python -m tools.shapes.pretrain --output_dir OUT``.
 
-Three seeded stages on rendered images: an autoencoder; text encoder and denoiser jointly, on captions that are *deliberately noisy*,
-so that the base follows its prompts imperfectly and there is something to align; the decoder once more, for sharp edges. The base's held-out accuracy is measured
-at the end and written into the model card. About 45 minutes on two CPU cores.
+There are three seeded stages on rendered images. First, an autoencoder is trained. Then
+text encoder and denoiser are trained jointly, on captions that are deliberately noisy.
+The base thus follows its prompts imperfectly, and there is something to align. Last,
+the decoder is trained once more, for sharp edges. The base's held-out accuracy is
+measured at the end and written into the model card. It takes about 45 minutes on two
+CPU cores.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from diffalign.shapes.verifier import attribute_table
 
 @dataclass
 class PretrainConfig:
-    """What `python -m tools.shapes.pretrain` does; the defaults made the committed weights."""
+    """Settings of this command, whose defaults made the shipped weights."""
 
     seed: int = 0
     images_per_scene: int = 12
@@ -43,12 +46,19 @@ class PretrainConfig:
     denoiser_learning_rate: float = 1e-3
     prompt_dropout: float = 0.1
     caption_noise: float = 0.35
-    """Share of captions in which shape and colour are drawn anew (and every other attribute with probability 1/4)."""
+    """Share of captions in which shape and colour are drawn anew.
+
+    In these, every other attribute is drawn anew with probability 1/4.
+    """
     bf16: bool = True
-    """Autocast the autoencoder's training to bfloat16 (two to three times faster on processors with AMX)."""
+    """Autocast the autoencoder's training to bfloat16.
+
+    It is two to three times faster on processors with AMX.
+    """
 
 
 def build_vae() -> AutoencoderKL:
+    """Build the autoencoder, for 64x64 images and 8x8 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -64,6 +74,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
+    """Build the denoiser."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 8,
         in_channels=4,
@@ -79,6 +90,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Build the text encoder, for the entries of a tokenizer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -96,6 +108,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> DDIMScheduler:
+    """Build the scheduler, with the noise schedule of Stable Diffusion 1."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -108,7 +121,18 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def noisy_caption(scene: Scene, rng: random.Random, share: float) -> str:
-    """The scene's prompt, or with probability `share` one with redrawn attributes: the flaw that preferences can mend."""
+    """Caption a scene, with errors in a share of the captions.
+
+    Preferences can mend this flaw.
+
+    Args:
+        scene (`Scene`): what the image shows.
+        rng (`random.Random`): draws the errors.
+        share (`float`): probability of a caption with redrawn attributes.
+
+    Returns:
+        `str`: the scene's prompt, or that of another scene.
+    """
     if rng.random() >= share:
         return scene.prompt
     values = asdict(scene)
@@ -119,7 +143,12 @@ def noisy_caption(scene: Scene, rng: random.Random, share: float) -> str:
 
 
 def rendered_set(config: PretrainConfig) -> tuple[Tensor, list[Scene]]:
-    """All scenes `images_per_scene` times: pixels (N, 3, 64, 64) in [-1, 1] and their scenes."""
+    """Render all scenes `images_per_scene` times.
+
+    Returns:
+        `tuple[Tensor, list[Scene]]`: pixels (N, 3, 64, 64) in [-1, 1], and their
+        scenes.
+    """
     rng = random.Random(config.seed)
     scenes = all_scenes() * config.images_per_scene
     pixels = np.stack([np.asarray(render(scene, rng)) for scene in scenes])
@@ -127,7 +156,17 @@ def rendered_set(config: PretrainConfig) -> tuple[Tensor, list[Scene]]:
 
 
 def train_vae(config: PretrainConfig, pixels: Tensor) -> AutoencoderKL:
-    """L1 + MSE/2 + a whisper of KL; `scaling_factor` is set so that scaled latents have unit standard deviation."""
+    """Train the autoencoder with L1, half of MSE and 1e-5 of KL.
+
+    `scaling_factor` is set so that scaled latents have unit standard deviation.
+
+    Args:
+        config (`PretrainConfig`): steps, batch and learning rate.
+        pixels (`Tensor`): (N, 3, 64, 64) in [-1, 1].
+
+    Returns:
+        `AutoencoderKL`: in evaluation mode.
+    """
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -162,7 +201,16 @@ def train_vae(config: PretrainConfig, pixels: Tensor) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled posterior means and standard deviations of all images."""
+    """Encode all images.
+
+    Args:
+        vae (`AutoencoderKL`): the autoencoder.
+        pixels (`Tensor`): (N, 3, 64, 64) in [-1, 1].
+
+    Returns:
+        `tuple[Tensor, Tensor]`: scaled posterior means and standard deviations, each
+        (N, 4, 8, 8).
+    """
     moments = [
         vae.encode(chunk).latent_dist
         for chunk in tqdm(pixels.split(64), desc="encoding", mininterval=5)
@@ -176,12 +224,24 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def train_denoiser(
     config: PretrainConfig, vae: AutoencoderKL, pixels: Tensor, scenes: list[Scene]
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
-    """Epsilon prediction on the noisy captions; returns the exponential moving average of the weights."""
+    """Train text encoder and denoiser to predict epsilon, on the noisy captions.
+
+    Args:
+        config (`PretrainConfig`): steps, batch and learning rate.
+        vae (`AutoencoderKL`): the finished autoencoder.
+        pixels (`Tensor`): (N, 3, 64, 64) in [-1, 1].
+        scenes (`list[Scene]`): one per image.
+
+    Returns:
+        `tuple`: denoiser and text encoder, with the exponential moving average of their
+            weights, and the tokenizer.
+    """
     tokenizer, unet, scheduler = build_tokenizer(), build_unet(), build_scheduler()
     text_encoder = build_text_encoder(tokenizer)
     mean, std = encode(vae, pixels)
     rng = random.Random(config.seed + 1)
-    # The noise belongs to the image, as a wrong caption in a real dataset does: it is drawn once.
+    # The noise belongs to the image, as a wrong caption in a real dataset does: it is
+    # drawn once.
     captions = [noisy_caption(scene, rng, config.caption_noise) for scene in scenes]
 
     def token_ids(texts: list[str]) -> Tensor:
@@ -221,7 +281,17 @@ def train_denoiser(
 def measure(
     pipe: StableDiffusionPipeline, guidance_scale: float, images_per_prompt: int = 4
 ) -> dict[str, float]:
-    """Held-out accuracy per attribute and of all at once, with the standard error of the latter clustered by prompt."""
+    """Measure the accuracy on held-out prompts.
+
+    Args:
+        pipe (`StableDiffusionPipeline`): the finished pipeline.
+        guidance_scale (`float`): of its sampler.
+        images_per_prompt (`int`, *optional*, defaults to `4`): images drawn per prompt.
+
+    Returns:
+        `dict[str, float]`: accuracy per attribute and of all at once, and the standard
+        error of the latter, clustered by prompt.
+    """
     from diffalign.generation.sampling import generate
 
     prompts = [prompt for prompt in held_out_prompts() for _ in range(images_per_prompt)]
@@ -250,14 +320,16 @@ tags: [text-to-image, diffusers, stable-diffusion, diffalign, shapes]
 ---
 # The shapes pipeline
 
-A `StableDiffusionPipeline` of {parameters:.1f} M parameters that draws one shape on a plain background, 64x64 pixels. It is the
-embedded default of diffalign: small enough to align on two CPU cores in minutes, real enough to go through every code path.
+A `StableDiffusionPipeline` of {parameters:.1f} M parameters that draws one shape on a plain
+background, 64x64 pixels. It is the embedded default of diffalign: small enough to align on two CPU
+cores in minutes, real enough to go through every code path.
 
-Made by `python -m tools.shapes.pretrain --output_dir OUT` (seed {seed}) from {images} rendered images. In {noise:.0%} of the captions
-shape and colour were drawn anew *on purpose*, so the model follows its prompts imperfectly and preferences have something to mend.
+Made by `python -m tools.shapes.pretrain --output_dir OUT` (seed {seed}) from {images} rendered
+images. In {noise:.0%} of the captions shape and colour were drawn anew *on purpose*, so the model
+follows its prompts imperfectly and preferences have something to mend.
 
-Held-out prompts ({count} images, 4 for each of 120 prompts), DDIM, {steps} steps, judged by `diffalign.shapes.verify`; the standard error
-is clustered by prompt:
+Held-out prompts ({count} images, 4 for each of 120 prompts), DDIM, {steps} steps, judged by
+`diffalign.shapes.verify`; the standard error is clustered by prompt:
 
 | guidance | all correct | size | color | shape | position | background |
 |---|---|---|---|---|---|---|
@@ -268,7 +340,10 @@ The default guidance of the package's recipes is {guidance}.
 
 
 def refine_decoder(config: PretrainConfig, vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Trains the decoder alone on sampled latents of the finished encoder: sharper edges, and the latents do not move."""
+    """Train the decoder alone, for sharper edges.
+
+    It reads sampled latents of the finished encoder, which do not move.
+    """
     mean, std = encode(vae, pixels)
     factor = vae.config.scaling_factor
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
@@ -297,6 +372,7 @@ def refine_decoder(config: PretrainConfig, vae: AutoencoderKL, pixels: Tensor) -
 def write_card(
     folder: Path, config: PretrainConfig, parameters: int, results: dict[str, dict[str, float]]
 ) -> None:
+    """Write ``README.md`` with the results of `measure`, by guidance scale."""
     rows = "\n".join(
         f"| {scale} | {r['all']:.1%} ± {r['all_standard_error']:.1%} | "
         + " | ".join(f"{r[name]:.1%}" for name in ATTRIBUTES)
@@ -323,7 +399,7 @@ def save(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
 ) -> None:
-    """Writes the pipeline as half-precision safetensors."""
+    """Write the pipeline as half-precision safetensors."""
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -336,13 +412,13 @@ def save(
     )
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
-    for path in folder.glob(
-        "*/config.json"
-    ):  # a component that was itself loaded remembers from where
+    # A component that was itself loaded remembers from where.
+    for path in folder.glob("*/config.json"):
         values = json.loads(path.read_text())
         values.pop("_name_or_path", None)
         path.write_text(json.dumps(values, indent=2) + "\n")
-    # transformers loads a model in the dtype its config names, diffusers in float32: make a plain `from_pretrained` consistent.
+    # transformers loads a model in the dtype its config names, diffusers in float32:
+    # make a plain `from_pretrained` consistent.
     text_config = folder / "text_encoder" / "config.json"
     text_config.write_text(
         json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n"
@@ -350,6 +426,7 @@ def save(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -388,7 +465,8 @@ def main(arguments: list[str] | None = None) -> None:
         unet, text_encoder, tokenizer = train_denoiser(config, vae, pixels, scenes)
         refine_decoder(config, vae, pixels)
         save(folder, vae, unet, text_encoder, tokenizer)
-    # Loaded back from the half-precision files: the numbers must be those of what is shipped.
+    # Loaded back from the half-precision files: the numbers must be those of what is
+    # shipped.
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     results = {str(scale): measure(pipe, scale) for scale in (1.0, 2.0, 3.0, 5.0)}
     parameters = sum(

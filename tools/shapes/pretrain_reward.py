@@ -1,11 +1,18 @@
-"""Makes the embedded learned reward: ``python -m tools.shapes.pretrain_reward --output_dir OUT``.
+"""Make the embedded reward.
 
-A small real `transformers.CLIPModel`, made as PickScore was (Kirstain et al. 2023, arXiv 2305.01569): contrastive pre-training on
-captioned images (here: rendered ones), then the preference loss, a two-way cross-entropy on the difference of
-``exp(logit_scale) * cos(text, image)`` between two images of one prompt. The preferences are the verifier's, *made noisy on purpose*,
-on images of the embedded pipeline for training prompts: the reward is imperfect and can be hacked, as rewards learned from people can.
-The command draws its data (kept in ``OUT/drawn``, so an interrupted run goes on), trains, measures on held-out prompts and writes
-model, tokenizer, preprocessor settings, ``accuracy.json`` and the model card.
+Run ``python -m tools.shapes.pretrain_reward --output_dir OUT``.
+
+It is a small real `transformers.CLIPModel`, made as PickScore was (Kirstain et al.
+2023, arXiv 2305.01569). Contrastive pre-training on captioned images (here: rendered
+ones) comes first. The preference loss follows, a two-way cross-entropy on the
+difference of ``exp(logit_scale) * cos(text, image)`` between two images of one prompt.
+The preferences are the verifier's, made noisy on purpose, on images of the embedded
+pipeline for training prompts. The reward is imperfect and can be hacked, as rewards
+learned from people can.
+
+The command draws its data into ``OUT/drawn``, so that an interrupted run goes on. It
+trains, measures on held-out prompts and writes model, tokenizer, preprocessor settings,
+``accuracy.json`` and the model card.
 """
 
 from __future__ import annotations
@@ -38,9 +45,10 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
-"""Image j of a prompt is drawn with entry ``j % 4``: from mostly wrong to mostly right."""
+"""Image j of a prompt is drawn with entry ``j % 4``: from mostly wrong to mostly right.
+"""
 TRAIN_SEED, HELD_OUT_SEED = 20_000_000, 30_000_000
-"""First image seeds: far from those of the quickstart's training images and of its evaluation."""
+"""First image seeds, far from those of the quickstart's training and evaluation."""
 PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "do_convert_rgb": True,
@@ -55,25 +63,37 @@ PREPROCESSOR: dict[str, Any] = {
     "image_mean": list(CLIP_MEAN),
     "image_std": list(CLIP_STD),
 }
-"""``preprocessor_config.json``: what `CLIPImageProcessor` does to an image (`resample` 3 is bicubic; 64x64 images are not resized)."""
+"""``preprocessor_config.json``: what `CLIPImageProcessor` does to an image.
+
+`resample` 3 is bicubic. Images of 64x64 pixels are not resized.
+"""
 
 
 @dataclass
 class RewardPretrainConfig:
-    """What `python -m tools.shapes.pretrain_reward` does; the defaults made the committed weights."""
+    """Settings of this command, whose defaults made the shipped weights.
+
+    The defaults made the shipped weights.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     seed: int = 0
     """Seed of images, labels, initialisation and batches."""
     num_prompts: int = 600
     """Training prompts (of 600)."""
     images_per_prompt: int = 4
-    """Images drawn for each of them; every pair of them is one preference."""
+    """Images drawn for each of them. Every pair of them is one preference."""
     steps: int = 20
     """Denoising steps of a drawn image."""
     temperature: float = 0.05
-    """Of the Bradley-Terry labels, in units of the verifier's graded score (one attribute is 0.19)."""
+    """Temperature of the Bradley-Terry labels, in units of the verifier's graded score.
+
+    One attribute is 0.19 of it.
+    """
     label_flips: float = 0.1
-    """Share of labels turned round after that."""
+    """Share of labels that are turned round after that."""
     warmup_steps: int = 800
     """Steps of contrastive pre-training."""
     warmup_batch: int = 64
@@ -83,13 +103,16 @@ class RewardPretrainConfig:
     train_steps: int = 200
     """Steps on the preferences."""
     train_batch: int = 24
-    """Prompts per step; each brings all of its images and pairs."""
+    """Prompts per step. Each brings all of its images and pairs."""
     learning_rate: float = 5e-4
     """Peak of the one-cycle schedule."""
     anchor: float = 0.3
-    """Weight of the contrastive loss kept beside the preference loss, as few noisy preferences alone spoil what the warm-up learned."""
+    """Weight of the contrastive loss beside the preference loss.
+
+    A few noisy preferences alone would spoil what the warm-up learned.
+    """
     weight_decay: float = 1e-2
-    """Of AdamW, in both stages."""
+    """Weight decay of AdamW, in both stages."""
     eval_prompts: int = 120
     """Held-out prompts to measure on (of 120)."""
     eval_images_per_prompt: int = 8
@@ -119,7 +142,14 @@ class RewardPretrainConfig:
 
 
 def build_model(tokenizer: Any) -> Any:
-    """A `CLIPModel` of 0.41 M parameters: vision 4 layers of width 96 over 8x8 patches, text 2 layers of width 64."""
+    """Build a `CLIPModel` of 0.41 M parameters.
+
+    The vision tower has 4 layers of width 96 over 8x8 patches, the text tower 2 layers
+    of width 64.
+
+    Args:
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     text = {
@@ -149,7 +179,10 @@ def build_model(tokenizer: Any) -> Any:
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """(N, 16) token ids, padded with the end token, which does not reach the pooled one."""
+    """Encode prompts into token ids, (N, 16).
+
+    They are padded with the end token, which does not reach the pooled one.
+    """
     options: dict[str, Any] = {
         "padding": "max_length",
         "max_length": MAX_LENGTH,
@@ -160,13 +193,30 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 
 
 def preprocess(pixels: Pixels) -> Tensor:
-    """uint8 (N, 64, 64, 3) to what the vision tower reads, float32 (N, 3, 64, 64): /255, then CLIP's mean and deviation."""
+    """Convert pixels to what the vision tower reads, with CLIP's mean and deviation.
+
+    Args:
+        pixels (`np.ndarray`): uint8 (N, 64, 64, 3).
+
+    Returns:
+        `Tensor`: float32 (N, 3, 64, 64).
+    """
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (tensor - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
 def scores(model: Any, ids: Tensor, pixel_values: Tensor) -> Tensor:
-    """PickScore's score, exp(logit_scale) * cos(text, image), (N,): text i against the images i*k to i*k+k-1, N images in all."""
+    """Compute PickScore's score, exp(logit_scale) * cos(text, image).
+
+    Args:
+        model (`CLIPModel`): the reward.
+        ids (`Tensor`): token ids of the prompts, (P, 16).
+        pixel_values (`Tensor`): of N = P * k images, k per prompt, one prompt after the
+            other.
+
+    Returns:
+        `Tensor`: (N,).
+    """
     out = model(input_ids=ids, pixel_values=pixel_values)  # both embeddings come normalised
     text = out.text_embeds.repeat_interleave(len(pixel_values) // len(ids), dim=0)
     return model.logit_scale.exp() * (text * out.image_embeds).sum(-1)
@@ -174,7 +224,17 @@ def scores(model: Any, ids: Tensor, pixel_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_pixels(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
-    """Scores of uint8 images (prompts, images per prompt, 64, 64, 3), (prompts, images per prompt)."""
+    """Score images in chunks of prompts.
+
+    Args:
+        model (`CLIPModel`): the reward.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+        pixels (`np.ndarray`): uint8 (prompts, images per prompt, 64, 64, 3).
+        prompts (sequence of `str`): the prompts.
+
+    Returns:
+        `Tensor`: (prompts, images per prompt).
+    """
     ids, parts, chunk = token_ids(tokenizer, prompts), [], 30
     for start in range(0, len(prompts), chunk):
         batch = preprocess(pixels[start : start + chunk].reshape(-1, RESOLUTION, RESOLUTION, 3))
@@ -183,6 +243,7 @@ def score_pixels(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[s
 
 
 def guidance_scales(images_per_prompt: int) -> list[float]:
+    """List the guidance scale of each image of a prompt."""
     return [GUIDANCE_SCALES[j % len(GUIDANCE_SCALES)] for j in range(images_per_prompt)]
 
 
@@ -194,7 +255,19 @@ def draw(
     steps: int,
     first_seed: int,
 ) -> Pixels:
-    """Images of the embedded pipeline, uint8 (prompts, images_per_prompt, 64, 64, 3), in files under `folder` that are not drawn again."""
+    """Draw images with the embedded pipeline, into files that are not drawn again.
+
+    Args:
+        folder (`Path`): of the files.
+        name (`str`): in the names of the files.
+        prompts (sequence of `str`): the prompts.
+        images_per_prompt (`int`): each with another guidance scale.
+        steps (`int`): of the sampler.
+        first_seed (`int`): seeds count on from it.
+
+    Returns:
+        `np.ndarray`: uint8 (prompts, images_per_prompt, 64, 64, 3).
+    """
     from diffalign.generation.pipelines import base_pipeline
     from diffalign.generation.sampling import generate
 
@@ -229,7 +302,7 @@ def draw(
 
 
 def verifier_scores(pixels: Pixels, prompts: Sequence[str]) -> Floats:
-    """The verifier's graded scores (prompts, images per prompt)."""
+    """Compute the verifier's graded scores, (prompts, images per prompt)."""
     from diffalign.shapes.verifier import score
 
     k = pixels.shape[1]
@@ -238,15 +311,24 @@ def verifier_scores(pixels: Pixels, prompts: Sequence[str]) -> Floats:
 
 
 def pairs_of(images_per_prompt: int) -> npt.NDArray[np.int64]:
-    """(pairs, 2) image numbers a < b."""
+    """List the pairs of images a < b of a prompt, (pairs, 2)."""
     return np.array(list(itertools.combinations(range(images_per_prompt), 2)))
 
 
 def noisy_labels(truth: Floats, config: RewardPretrainConfig) -> npt.NDArray[np.bool_]:
-    """Whether the first image of each pair is preferred, (prompts, pairs).
+    """Draw whether the first image of each pair is preferred.
 
-    Bradley-Terry: P(a) = sigmoid((s_a - s_b) / temperature) with the verifier's scores s, then `label_flips` of the labels turned round.
-    A label is drawn once and stays: the noise belongs to the pair, as an annotator's mistake does.
+    By Bradley-Terry, P(a) = sigmoid((s_a - s_b) / temperature) with the verifier's
+    scores s. A share `label_flips` of the labels is then turned round. A label is drawn
+    once and stays, because the noise belongs to the pair, as an annotator's mistake
+    does.
+
+    Args:
+        truth (`np.ndarray`): the verifier's scores, (prompts, images per prompt).
+        config (`RewardPretrainConfig`): temperature, share and seed.
+
+    Returns:
+        `np.ndarray`: bool (prompts, pairs).
     """
     rng = np.random.default_rng(config.seed + 1)
     pairs = pairs_of(truth.shape[1])
@@ -259,7 +341,7 @@ def noisy_labels(truth: Floats, config: RewardPretrainConfig) -> npt.NDArray[np.
 
 
 class _Optimizer:
-    """AdamW under a one-cycle schedule with clipped gradients."""
+    """AdamW with a one-cycle schedule and clipped gradients."""
 
     def __init__(self, model: Any, learning_rate: float, weight_decay: float, steps: int) -> None:
         self.parameters = list(model.parameters())
@@ -280,10 +362,18 @@ class _Optimizer:
 def contrastive_loss(
     model: Any, tokenizer: Any, prompts: Sequence[str], rng: random.Random, size: int, scale: Tensor
 ) -> Tensor:
-    """CLIP's symmetric contrastive loss on `size` freshly rendered images, each of another prompt.
+    """Compute CLIP's symmetric contrastive loss on freshly rendered images.
 
     Args:
-        scale: what multiplies the cosines, a scalar.
+        model (`CLIPModel`): the reward.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+        prompts (sequence of `str`): each image shows another one of them.
+        rng (`random.Random`): chooses prompts and varies images.
+        size (`int`): images.
+        scale (`Tensor`): multiplies the cosines, a scalar.
+
+    Returns:
+        `Tensor`: a scalar.
     """
     batch = rng.sample(list(prompts), min(size, len(prompts)))
     pixels = np.stack([np.asarray(render(parse_prompt(prompt), rng)) for prompt in batch])
@@ -296,7 +386,7 @@ def contrastive_loss(
 def warm_up(
     config: RewardPretrainConfig, model: Any, tokenizer: Any, prompts: Sequence[str]
 ) -> None:
-    """Contrastive pre-training on training prompts, with the model's own `logit_scale`."""
+    """Pre-train contrastively on training prompts, with the model's `logit_scale`."""
     optimizer = _Optimizer(
         model, config.warmup_learning_rate, config.weight_decay, config.warmup_steps
     )
@@ -312,13 +402,16 @@ def warm_up(
 
 @torch.no_grad()
 def refit_scale(model: Any, cosines: Tensor, labels: npt.NDArray[np.bool_]) -> None:
-    """Sets `logit_scale` to the best fit of the preferences by the features as they are.
+    """Set `logit_scale` to the best fit of the preferences by the features as they are.
 
-    The warm-up's scale suits a choice among the prompts of a batch. Left there, noisy preferences make its scores overconfident, and
-    training lowers the confidence by spoiling the features before it has moved the one number that does it.
+    The warm-up's scale suits a choice among the prompts of a batch. Left there, noisy
+    preferences make its scores overconfident. Training would lower the confidence by
+    spoiling the features, before it has moved the one number that does it.
 
     Args:
-        cosines: cos(text, image), (prompts, images per prompt).
+        model (`CLIPModel`): changed in place.
+        cosines (`Tensor`): cos(text, image), (prompts, images per prompt).
+        labels (`np.ndarray`): of `noisy_labels`.
     """
     pairs, targets = torch.from_numpy(pairs_of(cosines.shape[1])), torch.from_numpy(labels).float()
     difference = cosines[:, pairs[:, 0]] - cosines[:, pairs[:, 1]]
@@ -338,8 +431,19 @@ def train_preferences(
     pixels: Pixels,
     labels: npt.NDArray[np.bool_],
 ) -> None:
-    """PickScore's loss: the cross-entropy of the softmax over the two images' scores against the label, over all pairs of a batch;
-    plus `anchor` times the contrastive loss at the warm-up's temperature."""
+    """Train with PickScore's loss, over all pairs of a batch of prompts.
+
+    The loss is the cross-entropy of the softmax over the two images' scores against the
+    label. `anchor` times the contrastive loss, at the warm-up's temperature, is added.
+
+    Args:
+        config (`RewardPretrainConfig`): steps, batch and learning rate.
+        model (`CLIPModel`): changed in place.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+        prompts (sequence of `str`): training prompts.
+        pixels (`np.ndarray`): uint8 (prompts, images per prompt, 64, 64, 3).
+        labels (`np.ndarray`): of `noisy_labels`.
+    """
     optimizer = _Optimizer(model, config.learning_rate, config.weight_decay, config.train_steps)
     generator = torch.Generator().manual_seed(config.seed + 3)
     ids, k = token_ids(tokenizer, prompts), pixels.shape[1]
@@ -360,10 +464,13 @@ def train_preferences(
 
 
 def claim(folder: Path, config: RewardPretrainConfig) -> Path:
-    """Takes ``folder/drawn`` for these images; returns it.
+    """Claim ``folder/drawn`` for the images of these settings.
+
+    Returns:
+        `Path`: that folder.
 
     Raises:
-        UserError: when it holds images drawn under other settings.
+        UserError: it holds images drawn with other settings.
     """
     names = (
         "seed",
@@ -380,11 +487,12 @@ def claim(folder: Path, config: RewardPretrainConfig) -> Path:
     if file.is_file():
         there = json.loads(file.read_text())
         if there != settings:
-            said = ", ".join(
+            flags = ", ".join(
                 f"--{name} {value}" for name, value in there.items() if settings.get(name) != value
             )
             raise UserError(
-                f"--output_dir: {str(folder)!r} holds images drawn with {said}; use those settings or another folder"
+                f"--output_dir: {str(folder)!r} holds images drawn with {flags}; use those "
+                "settings or another folder"
             )
     else:
         file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -392,14 +500,22 @@ def claim(folder: Path, config: RewardPretrainConfig) -> Path:
 
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes float32 safetensors, ``config.json``, the tokenizer and ``preprocessor_config.json``."""
+    """Write model, ``config.json``, tokenizer and preprocessor settings."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
 
 def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
-    """Draws, trains, writes and measures; returns what is in ``accuracy.json``."""
+    """Draw, train, write and measure.
+
+    Args:
+        folder (`Path`): for everything that is written.
+        config (`RewardPretrainConfig`): the settings.
+
+    Returns:
+        `dict`: what is in ``accuracy.json``.
+    """
     from tools.shapes.reward_card import measure, write_card
 
     drawn = claim(folder, config)
@@ -439,6 +555,7 @@ def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

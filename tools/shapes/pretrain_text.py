@@ -1,8 +1,13 @@
-"""Makes the embedded text denoiser: ``python -m tools.shapes.pretrain_text --output_dir OUT``.
+"""Make the embedded text model.
 
-A small `transformers.BertForMaskedLM`, trained as a masked diffusion language model (MDLM, Sahoo et al. 2024, arXiv 2406.07524, eq. 10: cross-entropy of the masked
-tokens, weighted by 1/t at mask rate t) on the 600 training captions of the shapes world. It is the embedded default of text steering: about a
-minute and a half on two CPU cores. The command measures what it samples and writes model, tokenizer, ``accuracy.json`` and the card.
+Run ``python -m tools.shapes.pretrain_text --output_dir OUT``.
+
+It is a small `transformers.BertForMaskedLM`, trained as a masked diffusion language
+model (MDLM, Sahoo et al. 2024, arXiv 2406.07524, eq. 10: cross-entropy of the masked
+tokens, weighted by 1/t at mask rate t) on the 600 training captions of the shapes
+world. It is the default of text steering, and takes about a minute and a half on two
+CPU cores. The command measures what it samples and writes model, tokenizer,
+``accuracy.json`` and the card.
 """
 
 from __future__ import annotations
@@ -28,10 +33,16 @@ EVAL_STEPS = (4, 8, 16, 32)
 
 @dataclass
 class TextPretrainConfig:
-    """What `python -m tools.shapes.pretrain_text` does; the defaults made the committed weights."""
+    """Settings of this command, whose defaults made the shipped weights.
+
+    The defaults made the shipped weights.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     seed: int = 0
-    """Of initialisation, batches and masks."""
+    """Seed of initialisation, batches and masks."""
     steps: int = 3000
     """Optimizer steps."""
     batch_size: int = 128
@@ -41,7 +52,7 @@ class TextPretrainConfig:
     hidden_size: int = 64
     """Width of the transformer."""
     layers: int = 3
-    """Its layers."""
+    """Layers of the transformer."""
     eval_samples: int = 2000
     """Captions sampled per number of steps to measure."""
 
@@ -53,12 +64,18 @@ class TextPretrainConfig:
             if value < lowest if field.type == "int" else value <= 0:
                 raise ConfigError(
                     f"--{field.name}",
-                    f"expected {field.type} {'>= ' + str(lowest) if field.type == 'int' else '> 0'}, got {value}",
+                    f"expected {field.type} "
+                    f"{'>= ' + str(lowest) if field.type == 'int' else '> 0'}, got {value}",
                 )
 
 
 def build_model(vocabulary: int, config: TextPretrainConfig) -> Any:
-    """The network, with one more entry than the tokenizer has: the mask."""
+    """Build the network, with one more entry than the tokenizer has: the mask.
+
+    Args:
+        vocabulary (`int`): entries of the tokenizer.
+        config (`TextPretrainConfig`): width and layers.
+    """
     from transformers import BertConfig, BertForMaskedLM
 
     return BertForMaskedLM(
@@ -78,12 +95,20 @@ def build_model(vocabulary: int, config: TextPretrainConfig) -> Any:
 
 
 def masked_loss(logits: Tensor, tokens: Tensor, masked: Tensor, rate: Tensor) -> Tensor:
-    """The ELBO of masked diffusion per token, a scalar: sum over masked positions of -log p(x0 | x_t) / t, over the length.
+    """Compute the ELBO of masked diffusion per token.
+
+    It is the sum over masked positions of -log p(x0 | x_t) / t, divided by the length
+    (Sahoo et al. 2024, arXiv 2406.07524, eq. 10).
 
     Args:
-        logits (`Tensor`): (n, length, vocabulary + 1); the last entry is the mask, which is never predicted.
-        tokens, masked (`Tensor`): (n, length), the clean text and which of its tokens were hidden.
-        rate (`Tensor`): (n,), the mask rate t in (0, 1].
+        logits (`Tensor`): (n, length, vocabulary + 1). The last entry is the mask,
+            which is never predicted.
+        tokens (`Tensor`): the clean text, (n, length).
+        masked (`Tensor`): which tokens were hidden, (n, length).
+        rate (`Tensor`): the mask rate t in (0, 1], (n,).
+
+    Returns:
+        `Tensor`: a scalar.
     """
     log_probs = logits[..., :-1].float().log_softmax(-1)
     nll = -log_probs.gather(-1, tokens[..., None])[..., 0]
@@ -91,7 +116,15 @@ def masked_loss(logits: Tensor, tokens: Tensor, masked: Tensor, rate: Tensor) ->
 
 
 def train(config: TextPretrainConfig, tokenizer: Any) -> Any:
-    """The trained network on the training captions."""
+    """Train the network on the training captions.
+
+    Args:
+        config (`TextPretrainConfig`): the settings.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+
+    Returns:
+        `BertForMaskedLM`: in evaluation mode.
+    """
     torch.manual_seed(config.seed)
     ids = torch.tensor(
         tokenizer(train_prompts(), padding="max_length", max_length=MAX_LENGTH)["input_ids"]
@@ -123,7 +156,7 @@ def train(config: TextPretrainConfig, tokenizer: Any) -> Any:
 
 
 def is_caption(text: str) -> bool:
-    """Whether a text is one of the 720 captions of the shapes world, word for word."""
+    """Tell whether a text is, word for word, a caption of the shapes world."""
     text = " ".join(text.split())
     try:
         return parse_prompt(text).prompt == text
@@ -132,10 +165,15 @@ def is_caption(text: str) -> bool:
 
 
 def measure(model: Any, tokenizer: Any, config: TextPretrainConfig) -> dict[str, Any]:
-    """Share of sampled texts that are captions, how many different ones, and how many were held out from training."""
+    """Measure sampled texts, at each number of steps in `EVAL_STEPS`.
+
+    Returns:
+        `dict`: steps -> share of captions, how many different ones, and the share of
+            them that was held out from training.
+    """
     from diffalign.steering.text import FKTextSteering
 
-    found: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
     held_out = set(held_out_prompts())
     for steps in EVAL_STEPS:
         sampler = FKTextSteering(
@@ -150,47 +188,73 @@ def measure(model: Any, tokenizer: Any, config: TextPretrainConfig) -> dict[str,
         groups = max(1, config.eval_samples // 100)
         texts = [text for row in sampler([""] * groups, seed=config.seed).texts for text in row]
         captions = [" ".join(text.split()) for text in texts if is_caption(text)]
-        found[str(steps)] = {
+        shares[str(steps)] = {
             "captions": len(captions) / len(texts),
             "different": len(set(captions)),
             "held_out": sum(text in held_out for text in captions) / max(1, len(captions)),
         }
-    return found
+    return shares
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+
+# The text denoiser of the shapes world
+
+A masked diffusion language model over captions of the shapes world: `BertForMaskedLM`, {layers}
+layers of width {width}, {millions:.2f} M parameters, trained on the 600 training captions alone by
+`python -m tools.shapes.pretrain_text --output_dir OUT` ({steps} steps of {batch}, seed {seed}). The
+mask is token {mask}, the first one after the tokenizer's vocabulary.
+
+Measured by the same command on {samples} samples each:
+
+| sampler steps | captions of the world | different ones | of them held out from training |
+|---|---|---|---|
+{rows}
+
+120 of the 720 captions (16.7 %) were never seen in training. Few steps reveal several words at
+once, independently, which breaks sentences: the law of the *sampler* is what steering tilts.
+
+Use: `from diffalign.shapes.text_denoiser import load_text_denoiser`, or
+`FKTextSteering(None, None, scorer, ...)`.
+"""
 
 
 def write_card(
     folder: Path, config: TextPretrainConfig, results: dict[str, Any], parameters: int
 ) -> None:
-    """``README.md`` of the weights."""
+    """Write ``README.md`` of the weights."""
     rows = [
-        f"| {steps} | {100 * row['captions']:.1f} % | {row['different']} of 720 | {100 * row['held_out']:.1f} % |"
+        f"| {steps} | {100 * row['captions']:.1f} % | {row['different']} of 720 | "
+        f"{100 * row['held_out']:.1f} % |"
         for steps, row in results.items()
     ]
-    lines = [
-        "---", "license: apache-2.0", "library_name: transformers", "---", "",
-        "# The text denoiser of the shapes world",
-        "",
-        f"A masked diffusion language model over captions of the shapes world: `BertForMaskedLM`, {config.layers} layers of width {config.hidden_size}, {parameters / 1e6:.2f} M parameters,",
-        f"trained on the 600 training captions alone by `python -m tools.shapes.pretrain_text --output_dir OUT` ({config.steps} steps of {config.batch_size}, seed {config.seed}).",
-        f"The mask is token {len(build_tokenizer())}, the first one after the tokenizer's vocabulary.",
-        "",
-        f"Measured by the same command on {config.eval_samples} samples each:",
-        "",
-        "| sampler steps | captions of the world | different ones | of them held out from training |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-        "120 of the 720 captions (16.7 %) were never seen in training. Few steps reveal several words at once, independently, which breaks sentences:",
-        "the law of the *sampler* is what steering tilts.",
-        "",
-        "Use: `from tools.shapes.pretrain_text import load_text_denoiser`, or `FKTextSteering(None, None, scorer, ...)`.",
-        "",
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(lines))
+    text = CARD.format(
+        layers=config.layers,
+        width=config.hidden_size,
+        millions=parameters / 1e6,
+        steps=config.steps,
+        batch=config.batch_size,
+        seed=config.seed,
+        mask=len(build_tokenizer()),
+        samples=config.eval_samples,
+        rows="\n".join(rows),
+    )
+    (folder / "README.md").write_text(text)
 
 
 def run(folder: Path, config: TextPretrainConfig) -> dict[str, Any]:
-    """Trains, writes and measures; returns what is in ``accuracy.json``."""
+    """Train, write and measure.
+
+    Args:
+        folder (`Path`): for everything that is written.
+        config (`TextPretrainConfig`): the settings.
+
+    Returns:
+        `dict`: results of `measure`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = train(config, tokenizer)
@@ -206,6 +270,7 @@ def run(folder: Path, config: TextPretrainConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

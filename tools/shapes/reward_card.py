@@ -1,4 +1,7 @@
-"""Measures the embedded learned reward on held-out prompts and writes its model card. Part of `tools.shapes.pretrain_reward`."""
+"""Measure the embedded reward on held-out prompts, and write its model card.
+
+This is a part of `tools.shapes.pretrain_reward`.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,29 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 ONE_ATTRIBUTE = 0.1
-"""Verifier scores of one prompt that differ by more than this differ in the number of right attributes (0.19 each, sharpness 0.05)."""
+"""Difference of verifier scores above which the numbers of right attributes differ.
+
+An attribute is 0.19 of the score, the sharpness 0.05.
+"""
 ATTACK_STEPS, ATTACK_BOUND = 60, 48 / 255
-"""Gradient ascent on the pixels: signed steps of 2/255, no pixel further than the bound from where it was."""
+"""Gradient ascent on the pixels: signed steps of 2/255, and the largest change."""
 
 
 def share_with_interval(
     hits: Floats, counted: npt.NDArray[np.bool_], samples: int = 10_000
 ) -> dict[str, Any]:
-    """Share of hits among the counted entries of (prompts, n) arrays, with a 95 % bootstrap interval that draws whole prompts.
+    """Compute the share of hits, with a 95 % bootstrap interval over prompts.
 
-    Prompts have different numbers of counted pairs, so each draw is a ratio of sums (`evaluation.statistics` is for equal ones).
+    Prompts have different numbers of counted pairs, so each draw is a ratio of sums.
+    (`evaluation.statistics` is for equal ones.)
+
+    Args:
+        hits (`np.ndarray`): (prompts, n), in [0, 1].
+        counted (`np.ndarray`): which entries count, bool (prompts, n).
+        samples (`int`, *optional*, defaults to `10_000`): draws of the bootstrap.
+
+    Returns:
+        `dict`: rate, low, high, and the number of counted pairs.
     """
     right, number = (hits * counted).sum(1), counted.sum(1)
     picks = np.random.default_rng(0).integers(len(right), size=(samples, len(right)))
@@ -47,10 +62,18 @@ def share_with_interval(
 
 
 def pairwise_accuracy(predicted: Floats, truth: Floats) -> dict[str, Any]:
-    """How often the reward prefers the image the verifier prefers, both (prompts, images per prompt); a tie of the reward is half.
+    """Compute how often the reward prefers the image that the verifier prefers.
 
-    `all` counts the pairs with different verifier scores, `attributes` those with different numbers of right attributes, `sharpness`
-    the others, which differ in the last hundredths of the score.
+    A tie of the reward is half a hit.
+
+    Args:
+        predicted, truth (`np.ndarray`): scores of reward and verifier,
+            (prompts, images per prompt).
+
+    Returns:
+        `dict`: ``all`` counts the pairs with different verifier scores, ``attributes``
+            those with different numbers of right attributes, and ``sharpness`` the
+            others, which differ in the last hundredths of the score.
     """
     pairs = reward.pairs_of(truth.shape[1])
     gap, difference = (s[:, pairs[:, 0]] - s[:, pairs[:, 1]] for s in (predicted, truth))
@@ -61,7 +84,16 @@ def pairwise_accuracy(predicted: Floats, truth: Floats) -> dict[str, Any]:
 
 
 def one_wrong(prompts: Sequence[str], name: str, seed: int = 0) -> Pixels:
-    """Rendered images (prompts, 2, 64, 64, 3): the prompt's scene and the same with another value of attribute `name`."""
+    """Render each prompt's scene, and the same with another value of one attribute.
+
+    Args:
+        prompts (sequence of `str`): the prompts.
+        name (`str`): the attribute.
+        seed (`int`, *optional*, defaults to `0`): varies images and values.
+
+    Returns:
+        `np.ndarray`: uint8 (prompts, 2, 64, 64, 3).
+    """
     rng, images = random.Random(f"{seed}-{name}"), []
     for prompt in prompts:
         scene = parse_prompt(prompt)
@@ -74,7 +106,17 @@ def one_wrong(prompts: Sequence[str], name: str, seed: int = 0) -> Pixels:
 def attribute_accuracy(
     model: Any, tokenizer: Any, prompts: Sequence[str], repeats: int = 4
 ) -> dict[str, Any]:
-    """Rendered right against one attribute wrong: how often right wins, per attribute, `repeats` pairs per prompt."""
+    """Compute how often a right image wins against one with a wrong attribute.
+
+    Args:
+        model (`CLIPModel`): the reward.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+        prompts (sequence of `str`): the prompts.
+        repeats (`int`, *optional*, defaults to `4`): pairs per prompt.
+
+    Returns:
+        `dict`: attribute -> share with interval.
+    """
     out = {}
     for name in ATTRIBUTES:
         hits = []
@@ -88,7 +130,17 @@ def attribute_accuracy(
 
 
 def attack(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -> Pixels:
-    """The images (N, 64, 64, 3) after gradient ascent on the reward within `ATTACK_BOUND`."""
+    """Change images by gradient ascent on the reward, within `ATTACK_BOUND`.
+
+    Args:
+        model (`CLIPModel`): the reward.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+        pixels (`np.ndarray`): uint8 (N, 64, 64, 3).
+        prompts (sequence of `str`): one per image.
+
+    Returns:
+        `np.ndarray`: the changed images.
+    """
     ids, parts, chunk = reward.token_ids(tokenizer, prompts), [], 60
     mean, std = (
         torch.tensor(reward.CLIP_MEAN).view(3, 1, 1),
@@ -110,7 +162,17 @@ def attack(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -
 
 
 def exploit(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) -> dict[str, Any]:
-    """Mean reward and verifier's verdict of images (prompts, 64, 64, 3) before and after the attack, and of perfect images."""
+    """Compare reward and verifier on images before and after an attack.
+
+    Args:
+        model (`CLIPModel`): the reward.
+        tokenizer (`CLIPTokenizer`): of the shapes world.
+        pixels (`np.ndarray`): uint8 (prompts, 64, 64, 3).
+        prompts (sequence of `str`): one per image.
+
+    Returns:
+        `dict`: mean reward and verdict before and after, and of perfect images.
+    """
     from diffalign.shapes.verifier import attribute_table, score
 
     rng = random.Random(0)
@@ -143,12 +205,20 @@ def measure(
     train_truth: Floats,
     labels: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Everything in ``accuracy.json``, with the model as it is loaded back from `folder`.
+    """Collect everything in ``accuracy.json``, for a model in a folder.
 
     Args:
-        prompts, pixels: held-out prompts and their drawn images (prompts, images per prompt, 64, 64, 3).
-        warm: what the model scored them after the contrastive stage alone.
-        train_truth, labels: the training images' verifier scores and the noisy labels of their pairs.
+        folder (`Path`): of the model.
+        config (`RewardPretrainConfig`): the settings that made it.
+        prompts (sequence of `str`): held-out prompts.
+        pixels (`np.ndarray`): their drawn images, uint8 (prompts, images per prompt,
+            64, 64, 3).
+        warm (`np.ndarray`): their scores after the contrastive stage alone.
+        train_truth (`np.ndarray`): verifier scores of the training images.
+        labels (`np.ndarray`): the noisy labels of their pairs.
+
+    Returns:
+        `dict`: settings and measurements.
     """
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -207,33 +277,41 @@ tags: [clip, reward-model, text-to-image, preference-model, diffalign, shapes]
 ---
 # The shapes reward (`shapes-clip`)
 
-A `CLIPModel` of {millions:.2f} M parameters that scores 64x64 images of the shapes world against their prompt, as PickScore does
-(Kirstain et al. 2023, arXiv 2305.01569): `exp(logit_scale) * cos(text, image)`, here with `exp(logit_scale)` = {scale:.2f}; the difference
-of two images' scores is the logit of preferring the first. It is the embedded *learned* reward of diffalign: wrong in places and
-open to exploitation, as rewards learned from people are. Judge what was optimised with it by the exact `diffalign.shapes.verify`.
+A `CLIPModel` of {millions:.2f} M parameters that scores 64x64 images of the shapes world against
+their prompt, as PickScore does (Kirstain et al. 2023, arXiv 2305.01569): `exp(logit_scale) *
+cos(text, image)`, here with `exp(logit_scale)` = {scale:.2f}; the difference of two images' scores
+is the logit of preferring the first. It is the embedded *learned* reward of diffalign: wrong in
+places and open to exploitation, as rewards learned from people are. Judge what was optimised with
+it by the exact `diffalign.shapes.verify`.
 
 Made by `{command}` (seed {seed}):
 
-1. Contrastive pre-training, {warmup_steps} steps of {warmup_batch} freshly rendered images of the training prompts.
-2. {train_steps} steps of PickScore's preference cross-entropy on {train_pairs} pairs from {train_images} images, {k} for each of {prompts}
-   training prompts, drawn from the embedded pipeline ({steps} steps, guidance {guidances}), with {anchor} times the contrastive loss beside it.
+1. Contrastive pre-training, {warmup_steps} steps of {warmup_batch} freshly rendered images of the
+   training prompts.
+2. {train_steps} steps of PickScore's preference cross-entropy on {train_pairs} pairs from
+   {train_images} images, {k} for each of {prompts} training prompts, drawn from the embedded
+   pipeline ({steps} steps, guidance {guidances}), with {anchor} times the contrastive loss beside
+   it.
 
-The labels are noisy *on purpose*: Bradley-Terry on the verifier's graded score, P(a) = sigmoid((s_a - s_b) / {temperature}), then
-{flips:.0%} turned round, drawn once per pair. {labels_all} of the labels agree with the verifier ({labels_attributes} where the images
-differ in the number of right attributes).
+The labels are noisy *on purpose*: Bradley-Terry on the verifier's graded score, P(a) = sigmoid((s_a
+- s_b) / {temperature}), then {flips:.0%} turned round, drawn once per pair. {labels_all} of the
+labels agree with the verifier ({labels_attributes} where the images differ in the number of right
+attributes).
 
 ## Accuracy on held-out prompts
 
-Against the verifier, on {held_out_images} pipeline images ({eval_k} for each of {eval_prompts} held-out prompts, the same guidance scales); 95 % bootstrap
-intervals that draw whole prompts:
+Against the verifier, on {held_out_images} pipeline images ({eval_k} for each of {eval_prompts}
+held-out prompts, the same guidance scales); 95 % bootstrap intervals that draw whole prompts:
 
 | pairs of one prompt | number | accuracy | interval |
 |---|---|---|---|
 {pair_rows}
 
-The last kind differs only in hundredths of the verifier's score (how closely the outline fits, or *which* attribute is wrong): close to a coin toss.
-After stage 1 alone the first two were {warm_all} and {warm_attributes}: what stage 2 adds is mostly the scale, which makes differences of scores
-logits of a noisy preference. The default settings (steps, temperature, anchor) were chosen with an eye on the held-out figures of seed 0.
+The last kind differs only in hundredths of the verifier's score (how closely the outline fits, or
+*which* attribute is wrong): close to a coin toss. After stage 1 alone the first two were {warm_all}
+and {warm_attributes}: what stage 2 adds is mostly the scale, which makes differences of scores
+logits of a noisy preference. The default settings (steps, temperature, anchor) were chosen with an
+eye on the held-out figures of seed 0.
 
 Rendered images, the right one against one with a single attribute wrong:
 
@@ -241,34 +319,41 @@ Rendered images, the right one against one with a single attribute wrong:
 |---|---|---|
 {attribute_rows}
 
-The best of {best_images} images by this reward has all attributes right in {best_right} of the prompts (an image at random: {mean_right}; at least one of
-the {best_images}: {possible_right}).
+The best of {best_images} images by this reward has all attributes right in {best_right} of the
+prompts (an image at random: {mean_right}; at least one of the {best_images}: {possible_right}).
 
 ## Use and limits
 
-For learning and testing reward-based methods on the shapes pipeline; it knows nothing of other images or prompts.
+For learning and testing reward-based methods on the shapes pipeline; it knows nothing of other
+images or prompts.
 
-* **What it sees least is {ignored}** ({ignored_rate} above, a coin toss being 50 %): that much of a prompt can be disobeyed for free.
-* **It likes guidance**: mean score {guidance_rows}. Part of it is earned; the verifier says how much.
-* **It can be hacked**: {attack_steps} signed gradient steps on the pixels, none moved by more than {bound}/255, raise the mean reward of {attack_images} images
-  of held-out prompts from {before_reward:.2f} to {after_reward:.2f} (perfect rendered images: {perfect_reward:.2f}), while the verifier finds all attributes right in
-  {after_right} of them instead of {before_right}.
+* **What it sees least is {ignored}** ({ignored_rate} above, a coin toss being 50 %): that much of a
+  prompt can be disobeyed for free.
+* **It likes guidance**: mean score {guidance_rows}. Part of it is earned; the verifier says how
+  much.
+* **It can be hacked**: {attack_steps} signed gradient steps on the pixels, none moved by more than
+  {bound}/255, raise the mean reward of {attack_images} images of held-out prompts from
+  {before_reward:.2f} to {after_reward:.2f} (perfect rendered images: {perfect_reward:.2f}), while
+  the verifier finds all attributes right in {after_right} of them instead of {before_right}.
 
-All figures are in `accuracy.json`. Preprocessing: RGB, shortest side 64 (bicubic), centre crop 64, CLIP's mean and deviation.
+All figures are in `accuracy.json`. Preprocessing: RGB, shortest side 64 (bicubic), centre crop 64,
+CLIP's mean and deviation.
 """
 
 
 def percent(value: float) -> str:
+    """Format a share as a percentage."""
     return f"{value:.1%}"
 
 
 def _row(name: str, share: dict[str, Any], number: bool) -> str:
     count = f" {share['pairs']} |" if number else ""
-    return f"| {name} |{count} {percent(share['rate'])} | {percent(share['low'])} to {percent(share['high'])} |"
+    rate, low, high = (percent(share[key]) for key in ("rate", "low", "high"))
+    return f"| {name} |{count} {rate} | {low} to {high} |"
 
 
 def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[str, Any]) -> None:
-    """Writes ``README.md`` from the figures of ``accuracy.json``."""
+    """Write ``README.md`` from the figures of ``accuracy.json``."""
     accuracy, attributes, best = (
         results["pairwise_accuracy"],
         results["attribute_accuracy"],
