@@ -28,7 +28,7 @@ class Reference(Protocol):
     description: str
 
     def start(self) -> None:
-        """Called once the network is prepared, before the first prediction."""
+        """Run once the network is prepared, before the first prediction."""
         ...
 
     def predict(
@@ -121,7 +121,7 @@ class AdapterOffReference:
                 layer.enable_adapters(True)
 
     def start(self) -> None:
-        """Nothing to do: the network itself is the reference."""
+        """Do nothing, because the network itself is the reference."""
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
@@ -132,7 +132,7 @@ class AdapterOffReference:
 
 
 def _put(parameter: torch.nn.Parameter, weights: Tensor) -> Tensor:
-    """Give a parameter other weights; returns those that it had."""
+    """Give a parameter other weights, and return its own."""
     if is_sharded(parameter):
         before = parameter.detach().clone()
         parameter.data.copy_(weights)
@@ -165,7 +165,7 @@ class SnapshotReference:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters, read anew: sharding replaces the objects."""
+        """The trainable parameters, read anew because sharding replaces the objects."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def take(self) -> None:
@@ -176,8 +176,8 @@ class SnapshotReference:
     def in_place(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Run the block with other weights in the network.
 
-        Plain weights are exchanged without a copy. Those of a sharded network are copied,
-        since it goes on reading the storage that it was sharded with.
+        Plain weights are exchanged without a copy. Weights of a sharded network are
+        copied, because it reads the storage that it was sharded with.
 
         Args:
             weights (`dict[str, Tensor]`): One tensor per trainable parameter.
@@ -261,7 +261,7 @@ class FrozenCopyReference:
         ) + (" (offloaded)" if self.offload else "")
 
     def start(self) -> None:
-        """Nothing to do: the copy was made before the network was prepared."""
+        """Do nothing, because the copy was made before the network was prepared."""
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Who says which image is better: scorers, a panel of them, or functions."""
+"""Turn scorers into preferences between images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPARE = ("pareto", "combined")
 
 
 def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
-    """A function's scores of the images that are there, NaN for the others."""
+    """Return a function's scores of the images that exist, NaN for missing ones."""
     places = present(images)
     if len(places) == len(images):
         return torch.as_tensor(function(list(images), list(prompts))).detach().cpu().double()
@@ -38,19 +38,21 @@ def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) ->
 
 
 class Judge:
-    """Scores groups of images.
+    """Scores images with scorers, a panel of scorers or functions.
 
     Args:
-        scorers: a scorer, its name, a function (images, prompts) -> (n,) or (n, m), a sequence of those, or the mapping of a
-            panel (``{rewards: ..., combine: ...}``, see `diffalign.rewards.Panel`).
-        device: of the scorers.
+        scorers: A scorer, its name, a function, a sequence of these, or a panel. A
+            function takes images and prompts and returns (n,) or (n, m) scores. A panel
+            may be a mapping `{rewards: ..., combine: ...}`, see
+            `diffalign.rewards.Panel`.
+        device (`torch.device`, *optional*): Device of the scorers.
 
     Attributes:
-        deciding: how many columns of scores, from the left, decide, None for all; a panel's scorers of role ``eval`` are only
-            recorded.
+        deciding (`int`, *optional*): How many columns of scores decide, from the left.
+            None means all. A panel's scorers of role `eval` do not decide.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: `scorers` is empty or none of these.
     """
 
     def __init__(self, scorers: Any, device: Any = None) -> None:
@@ -85,10 +87,18 @@ class Judge:
         return scorer
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
-        """Scores (n, m), float64, higher is better in every column, those that decide first; NaN = missing.
+        """Score images.
+
+        Args:
+            images (`Sequence`): n images. Some may be `Missing`.
+            prompts (`Sequence[str]`): n prompts.
+
+        Returns:
+            `Tensor`: Scores, (n, m), float64. Higher is better in every column,
+            deciding columns come first, and NaN marks a missing score.
 
         Raises:
-            UserError: a function that returns another number of scores.
+            UserError: A function returned another number of scores.
         """
         if self.panel is not None:
             columns = self.panel.score(list(images), list(prompts), on_error="nan").columns
@@ -100,7 +110,11 @@ class Judge:
         return [*train, *(name for name in self.panel.names if name not in train)]
 
     def names(self, count: int) -> list[str]:
-        """What the `count` columns of scores are called: as the scorers, or ``score_<i>`` where functions judge."""
+        """Return the names of the columns of scores.
+
+        Args:
+            count (`int`): Number of columns. Those of functions are named `score_<i>`.
+        """
         from ...rewards.base import Scorer
 
         if self.panel is not None:
@@ -128,7 +142,16 @@ class Judge:
         return values
 
     def combined(self, scores: Tensor) -> Tensor:
-        """One number per image of groups, (g, k, m) -> (g, k): the panel's rule, or the mean of win rates of several scorers."""
+        """Combine the deciding scores of each image into one.
+
+        The panel's rule combines them, or else the mean of their win rates.
+
+        Args:
+            scores (`Tensor`): (g, k, m).
+
+        Returns:
+            `Tensor`: (g, k), higher is better.
+        """
         scores = scores[..., : self.deciding]
         if scores.shape[-1] == 1:
             return scores[..., 0]
@@ -139,15 +162,23 @@ class Judge:
         g, k, _ = scores.shape
         columns = dict(zip(self.panel.train_names, scores.flatten(0, 1).T, strict=True))
         signs = {n: 1.0 if self.panel.specs[n].higher_is_better else -1.0 for n in columns}
-        raw = {n: v * signs[n] for n, v in columns.items()}  # as the scorers gave them
+        raw = {n: v * signs[n] for n, v in columns.items()}  # with the scorers' own signs
         values = self.panel.combine(raw, [i for i in range(g) for _ in range(k)]).values
         return values.double().unflatten(0, (g, k))
 
 
 def pareto_preferences(scores: Tensor) -> Tensor:
-    """Which of two images is better in every respect: (g, k, m) -> (g, k, k) with entries +1, -1 and 0 (methods.md 4.2).
+    """Compare images by Pareto dominance.
 
-    Image a beats b if none of its scores is lower and one is higher; anything else, and any missing score, is a tie.
+    Image a beats image b if none of its scores is lower and at least one is higher.
+    Anything else, and any missing score, is a tie.
+
+    Args:
+        scores (`Tensor`): (g, k, m), higher is better.
+
+    Returns:
+        `Tensor`: (g, k, k). +1 if the first image is better, -1 if the second is, 0 for
+        a tie.
     """
     a, b = scores[:, :, None, :], scores[:, None, :, :]
     better = (a >= b).all(-1) & (a > b).any(-1)
@@ -156,7 +187,20 @@ def pareto_preferences(scores: Tensor) -> Tensor:
 
 
 def preferences(judge: Judge, scores: Tensor, compare: str) -> Tensor:
-    """(g, k, k) of +1, -1, 0 from scores (g, k, m): by Pareto dominance or by the combined score."""
+    """Compare images by Pareto dominance or by their combined score.
+
+    Args:
+        judge (`Judge`): Combines scores.
+        scores (`Tensor`): (g, k, m), higher is better.
+        compare (`str`): `pareto` or `combined`.
+
+    Returns:
+        `Tensor`: (g, k, k). +1 if the first image is better, -1 if the second is, 0 for
+        a tie.
+
+    Raises:
+        ConfigError: Another value of `compare`.
+    """
     if compare not in COMPARE:
         raise ConfigError("compare", f"expected one of {', '.join(COMPARE)}, got {compare!r}")
     return pareto_preferences(
@@ -165,12 +209,12 @@ def preferences(judge: Judge, scores: Tensor, compare: str) -> Tensor:
 
 
 class ScoreAhead:
-    """Scores chunks of images as they come, beside the sampling where that has a device of its own.
+    """Scores images while the next ones are sampled.
 
     Args:
-        judge: of the images.
-        prompts: one per image.
-        parallel: score in a thread; on a CPU the two would only take turns.
+        judge (`Callable`): Scores images.
+        prompts (`Sequence[str]`): One prompt per image.
+        parallel (`bool`): Score in a thread of its own. On a CPU this saves no time.
     """
 
     def __init__(
@@ -186,6 +230,12 @@ class ScoreAhead:
         self.parts: list[Any] = []
 
     def __call__(self, first: int, images: list[Any]) -> None:
+        """Score a chunk of images.
+
+        Args:
+            first (`int`): Index of the first image.
+            images (`list`): The images.
+        """
         prompts = self.prompts[first : first + len(images)]
         self.parts.append(
             self.pool.submit(self.judge, images, prompts)
@@ -194,8 +244,8 @@ class ScoreAhead:
         )
 
     def result(self) -> Tensor:
-        """(n, m), all parts."""
-        found = [part.result() if self.pool else part for part in self.parts]
+        """Return the scores of all chunks, (n, m)."""
+        scores = [part.result() if self.pool else part for part in self.parts]
         if self.pool:
             self.pool.shutdown()
-        return torch.cat(found)
+        return torch.cat(scores)

@@ -1,4 +1,7 @@
-"""What methods share that sample while they learn: rounds of rollouts, judged by scorers or by people."""
+"""The base of methods that sample while they learn.
+
+They draw rounds of images, which scorers or people judge.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ class OnPolicyConfig(TrainingConfig):
 
 
 class OnPolicyTrainer(Trainer):
-    """Draws a round of trajectories, has it judged, and trains on it batch by batch."""
+    """Base class of methods that draw trajectories, judge them and train on them."""
 
     data_kind = "prompt"
     can_be_online = False  # it samples by itself
@@ -103,12 +106,12 @@ class OnPolicyTrainer(Trainer):
     }
     args: OnPolicyConfig
     judge: Judge | None
-    """Turns scorers into preferences; None where people judge."""
+    """Scores the images. None if people vote."""
 
-    # Building ---------------------------------------------------------------------------------------------------------------
+    # Building -------------------------------------------------------------------------
 
     def sampler_config(self) -> SamplerConfig:
-        """How the trajectories of this run are drawn."""
+        """Return the settings of the run's sampler."""
         args = self.args
         return SamplerConfig(
             args.num_inference_steps,
@@ -120,14 +123,14 @@ class OnPolicyTrainer(Trainer):
         )
 
     def sampling_grid(self) -> Grid:
-        """The sampler's times, before anything is loaded."""
+        """Return the times of the sampler. Works before anything is loaded."""
         return self.make_grid(self.args.num_inference_steps, self.args.eta)
 
     def validate(self) -> None:
-        """Find the judge, so that a run without one, or with an unknown scorer, ends here.
+        """Build the judge, so that a run without a usable scorer ends early.
 
         Raises:
-            ConfigError: no scorer, or one that cannot be used.
+            ConfigError: There is no scorer, or one cannot be used.
         """
         self.judge = None
         if self.args.feedback_of_people:
@@ -143,29 +146,32 @@ class OnPolicyTrainer(Trainer):
 
     @cached_property
     def sampler(self) -> PolicySampler:
-        """Draws the trajectories of a round."""
+        """Sampler that draws with the policy."""
         return self.policy_sampler(self.sampler_config())
 
     @property
     def rollout(self) -> Rollout:
-        """How they are drawn."""
+        """How the sampler draws a trajectory."""
         return self.sampler.rollout
 
     def build_source(self) -> RolloutSource:
-        """Rounds of whole optimizer steps."""
+        """Build a source that draws whole optimizer steps per round."""
         batches = self.args.steps_per_round * self.args.gradient_accumulation_steps
         return RolloutSource(self._round, batches)
 
     def build_reference(self) -> Reference | None:
-        """The starting weights, or under ``reference: iterated`` the policy of each round's beginning."""
+        """Build the reference: the starting weights, or those of each round's start."""
         if self.args.iterates_reference:
             return SnapshotReference(self.network)
         return super().build_reference()
 
-    # Rounds -----------------------------------------------------------------------------------------------------------------
+    # Rounds ---------------------------------------------------------------------------
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
-        """Samples and judges; the policy of this moment is the reference of the round under ``reference: iterated``."""
+        """Draw and judge one round.
+
+        With `reference: iterated` the current policy becomes the reference.
+        """
         if isinstance(self.reference_model, SnapshotReference):
             self.reference_model.take()
         judged = (
@@ -176,7 +182,15 @@ class OnPolicyTrainer(Trainer):
         return judged * self.args.num_inner_epochs
 
     def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
-        """The round judged by scorers."""
+        """Draw a round of images and score them.
+
+        Args:
+            judge (`Judge`): Scores the images.
+            batches (`list[Batch]`): Batches of prompts.
+
+        Returns:
+            `list[Batch]`: Batches to train on.
+        """
         check, done = RoundCheck(self.accelerator.print, judge), []
         for batch in batches:
             trajectories, scores = self.sample(batch)
@@ -190,14 +204,14 @@ class OnPolicyTrainer(Trainer):
         return done
 
     def _asked(self, number: int, batches: list[Batch]) -> list[Batch]:
-        """The round judged by people.
+        """Draw a round of images and read people's votes on them.
 
         Raises:
-            VotesNeeded: they have not voted yet.
-            UserError: votes that do not fit.
+            VotesNeeded: There are no votes yet.
+            UserError: The votes do not fit the round.
         """
         folder, k = feedback.round_folder(self.output_dir, number), self.args.images_per_prompt
-        if self.is_dry:  # nothing may be written: everybody is undecided
+        if self.is_dry:  # writes nothing, so every vote is a tie
             drawn_dry = [self.sample(batch) for batch in batches]
             return [
                 self.finish(b, t, torch.zeros(len(b), k, k), s)
@@ -215,34 +229,60 @@ class OnPolicyTrainer(Trainer):
         self.accelerator.print(f"round {number}: {votes.summary()}")
         done = []
         for index, batch in enumerate(feedback.read_round(folder, rank, self.accelerator.device)):
-            found = Trajectories(batch.extra["states"], batch.extra["log_probs"], [])
+            trajectories = Trajectories(batch.extra["states"], batch.extra["log_probs"], [])
             preference = feedback.preference_matrix(votes, batch, index, rank, k)
             nobody = torch.full((len(batch), k, 1), float("nan"))
-            done.append(self.finish(batch, found, preference, nobody))
+            done.append(self.finish(batch, trajectories, preference, nobody))
         return done
 
     def finish(
         self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor
     ) -> Batch:
-        """The batch that is trained on.
+        """Build the batch that is trained on.
 
         Args:
-            batch: of prompts, one condition per group.
-            preference: (g, k, k) in [-1, 1].
-            scores: (g, k, m); NaN where there are none.
+            batch (`Batch`): g prompts, with one condition each.
+            trajectories (`Trajectories`): k trajectories per prompt.
+            preference (`Tensor`): Preferences in [-1, 1], (g, k, k).
+            scores (`Tensor`): Scores, (g, k, m). NaN if people voted.
+
+        Returns:
+            `Batch`: The batch with everything that `micro_batches` needs.
         """
         raise NotImplementedError
 
     def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
-        """Trajectories of the policy and their scores (g, k, m), scored while the next are sampled where there is a GPU."""
+        """Draw trajectories with the policy and score them.
+
+        Args:
+            batch (`Batch`): g prompts.
+            purpose (`str`, *optional*, defaults to `"rollout"`): Name of the random
+                streams.
+
+        Returns:
+            `tuple[Trajectories, Tensor]`: k trajectories per prompt, and their scores
+            (g, k, m).
+        """
         k = self.args.images_per_prompt
         return self.sampler(batch, k, self.judge, purpose)
 
-    # Evaluation -------------------------------------------------------------------------------------------------------------
+    # Evaluation -----------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Mean scores of images that the policy draws for held-out prompts, the same noise every time."""
+        """Average the scores of images that the policy draws for evaluation prompts.
+
+        The initial noise is the same in every evaluation.
+
+        Args:
+            eval_dataset (*optional*): Data to use instead of the trainer's.
+
+        Returns:
+            `dict[str, float]`: The averages, named `eval/...`.
+
+        Raises:
+            UserError: People vote in this run, so there is no scorer.
+        """
         pipeline = self.evaluation_data(eval_dataset)
         if self.judge is None:
             raise UserError(

@@ -1,7 +1,7 @@
-"""Online data for offline methods: pairs or lists that the policy draws, judged and made anew.
+"""Train offline methods on images that the policy draws.
 
-Online Diffusion-DPO, RankDPO, MaPO and others: the dataset gives the prompts, a round of rollouts
-gives the images.
+The dataset gives the prompts. Rounds of drawn and scored images become pairs, lists or
+single images. This makes online Diffusion-DPO, RankDPO, MaPO and others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from .rollout import SamplerConfig
 
 
 def online_sampler(config: OnlineConfig) -> SamplerConfig:
-    """How `data.online` samples."""
+    """Return the sampler settings of `data.online`.
+
+    Args:
+        config (`OnlineConfig`): The section.
+    """
     return SamplerConfig(
         config.num_inference_steps,
         config.guidance_scale,
@@ -34,13 +38,14 @@ def online_sampler(config: OnlineConfig) -> SamplerConfig:
 
 
 def online_judge(config: OnlineConfig, scorers: object) -> Judge:
-    """The judge of `data.online`.
+    """Build the judge of `data.online`.
 
     Args:
-        scorers: of the trainer; None takes those of the section.
+        config (`OnlineConfig`): The section.
+        scorers: Scorers of the trainer. None takes those of the section.
 
     Raises:
-        ConfigError: no scorer.
+        ConfigError: There is no scorer.
     """
     names = scorers if scorers is not None else config.scorers
     if not names:
@@ -51,17 +56,18 @@ def online_judge(config: OnlineConfig, scorers: object) -> Judge:
 
 
 class OnlineData:
-    """Makes a round of groups for `data.online`.
+    """Makes the groups of a round from images of the policy.
 
     Args:
-        config: of the section.
-        judge: of the images.
-        sampler: draws them.
-        kind (`str`): of the method's groups: `pair`, `ranked` or `single`.
-        inverted (`bool`): whether the method prefers what the judge rejects.
-        shared_noise (`bool`): whether the images of a group are noised alike in training.
-        say: prints a sentence.
-        log: takes metrics of a round, each (g,).
+        config (`OnlineConfig`): The section.
+        judge (`Judge`): Scores the images.
+        sampler (`PolicySampler`): Draws the images.
+        kind (`str`): Kind of the method's groups: `pair`, `ranked` or `single`.
+        inverted (`bool`): Whether the method prefers the rejected images.
+        shared_noise (`bool`): Whether the images of a group share their noise in
+            training.
+        say (`Callable[[str], None]`): Prints a sentence.
+        log (`Callable`): Receives metrics of a round, each (g,).
     """
 
     def __init__(
@@ -80,7 +86,15 @@ class OnlineData:
         self.say, self.log = say, log
 
     def round(self, number: int, batches: list[Batch]) -> list[Batch]:
-        """The groups to train on, from batches of prompts."""
+        """Draw and score the groups of a round.
+
+        Args:
+            number (`int`): Number of the round.
+            batches (`list[Batch]`): Batches of prompts.
+
+        Returns:
+            `list[Batch]`: Batches to train on.
+        """
         check, groups = RoundCheck(self.say, self.judge), []
         for batch in batches:
             trajectories, scores = self.sampler(batch, self.config.k, self.judge, "online")
@@ -90,7 +104,7 @@ class OnlineData:
         return groups
 
     def _judged(self, batch: Batch, latents: Tensor, scores: Tensor) -> Batch:
-        """Pairs, lists, or the best image."""
+        """Build pairs, lists or single images from scored latents."""
         combined = self.judge.combined(scores)
         if self.inverted:
             combined = -combined
@@ -117,7 +131,7 @@ class OnlineData:
                 name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()
             },
             scores=combined.float().to(device) if self.kind == "ranked" else None,
-            # One image has nothing to be equal to.
+            # A single image cannot tie.
             weights=batch.weights * (scored if self.kind == "single" else decided).to(device),
         )
 

@@ -1,4 +1,4 @@
-"""The policy as a sampler: trajectories of its own, scored while the next are drawn."""
+"""Draw trajectories with the policy and score them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class PolicySampler:
     """Draws trajectories with the policy.
 
     Args:
-        rollout: how.
-        policy: the network outside of training: nothing is synchronised.
-        network: whose dropout is off meanwhile.
-        builder: encodes the empty prompt for guidance.
-        accelerator: of the run.
+        rollout (`Rollout`): How a trajectory is drawn.
+        policy (`Denoiser`): The network outside of training, so that processes do not
+            wait for each other.
+        network: Its dropout is off while it draws.
+        builder (`BatchBuilder`): Encodes the empty prompt for guidance.
+        accelerator (`Accelerator`): Processes of the run.
     """
 
     def __init__(
@@ -43,13 +44,19 @@ class PolicySampler:
     def __call__(
         self, batch: Batch, k: int, judge: Judge | None, purpose: str
     ) -> tuple[Trajectories, Tensor]:
-        """k trajectories for every prompt of a batch, and their scores (g, k, m).
+        """Draw k trajectories for every prompt, and score them.
 
-        Scores are NaN, (g, k, 1), without a judge. On a GPU they are computed while the next images
-        are sampled.
+        On a GPU the scores are computed while the next images are sampled.
 
         Args:
-            purpose (`str`): name of the random streams.
+            batch (`Batch`): g prompts.
+            k (`int`): Trajectories per prompt.
+            judge (`Judge`, *optional*): Scores the images.
+            purpose (`str`): Name of the random streams.
+
+        Returns:
+            `tuple[Trajectories, Tensor]`: The trajectories, and scores (g, k, m).
+            Without a judge the scores are NaN, (g, k, 1).
         """
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
         ahead = (
@@ -75,11 +82,11 @@ class PolicySampler:
 
 
 class RoundCheck:
-    """What a round of the policy's samples lacks: reported once for all of its batches.
+    """Reports missing images and scores of a round, once for all batches.
 
     Args:
-        say: prints a sentence.
-        judge: of the images; None where people judge.
+        say (`Callable[[str], None]`): Prints a sentence.
+        judge (`Judge`, *optional*): Scores the images. None if people vote.
     """
 
     def __init__(self, say: Callable[[str], None], judge: Judge | None) -> None:
@@ -89,7 +96,13 @@ class RoundCheck:
         self.silent: list[bool] = []
 
     def add(self, batch: Batch, pictures: Iterable[Any], scores: Tensor) -> None:
-        """Note a batch's images, of which only the missing ones are kept, and scores (g, k, m)."""
+        """Add the images and scores of a batch.
+
+        Args:
+            batch (`Batch`): g prompts.
+            pictures (`Iterable`): Its images. Only `Missing` ones are stored.
+            scores (`Tensor`): Its scores, (g, k, m).
+        """
         self.pictures += [image if isinstance(image, Missing) else None for image in pictures]
         if self.judge is not None:
             self.prompts += batch.prompts
@@ -99,7 +112,7 @@ class RoundCheck:
         """Report what is missing.
 
         Raises:
-            UserError: the whole round has no image, or no score of a deciding scorer.
+            UserError: The whole round has no image, or no score of a deciding scorer.
         """
         sentence = left_out(self.pictures, len(self.pictures), "this round")
         if sentence:

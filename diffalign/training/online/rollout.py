@@ -1,8 +1,10 @@
-"""Sampling while training: trajectories with their log-probabilities, one random stream per image.
+"""Draw trajectories with their log-probabilities.
 
-A step of the sampler is Gaussian: DDIM with eta (variance preserving, methods of Yang et al. 2023, arXiv 2311.13231) or one
-Euler-Maruyama step of the flow SDE. Whatever is random belongs to (seed, row, epoch, image), so that the noise of a trajectory depends neither
-on the batch nor on the number of processes.
+A sampler step is Gaussian: DDIM with eta for variance-preserving models (Song et al.
+2021, arXiv 2010.02502, eq. 12 and 16), or an Euler-Maruyama step of the flow SDE. D3PO
+trains on such steps (Yang et al. 2023, arXiv 2311.13231). Every random number belongs
+to a seed, row, epoch and image. It depends neither on the batch nor on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -30,15 +32,21 @@ Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How trajectories are drawn.
+    """Settings of a sampler.
 
     Attributes:
-        num_inference_steps: of the grid.
-        guidance_scale: of classifier-free guidance; 1 or below runs the conditional branch alone.
-        eta: share of the stochastic step's standard deviation; 0 is deterministic.
-        batch_size: images at once.
-        shared_init: one initial noise for all images of a prompt.
-        reduce: log-probabilities as the ``mean`` or ``sum`` over the elements of a latent.
+        num_inference_steps (`int`, defaults to `20`): Number of steps.
+        guidance_scale (`float`, defaults to `5.0`): Classifier-free guidance. At 1 or
+            below only the conditional branch runs.
+        eta (`float`, defaults to `1.0`): Stochasticity of a step. 0 is deterministic.
+        batch_size (`int`, defaults to `8`): Images per forward pass.
+        shared_init (`bool`, defaults to `True`): Start all images of a prompt from one
+            noise.
+        reduce (`str`, defaults to `"mean"`): `mean` or `sum` of log-probabilities over
+            the elements of a latent.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     num_inference_steps: int = 20
@@ -61,9 +69,12 @@ class SamplerConfig:
 
 @dataclass
 class Grid:
-    """The times of a sampler from noisy to clean, (S,) each; `trainable` marks steps with a density.
+    """The times of a sampler, from noisy to clean.
 
-    A next timestep of -1 is the clean sample itself.
+    Attributes:
+        times (`Tensor`): Time before each step, (S,).
+        next_times (`Tensor`): Time after each step, (S,). -1 is the clean sample.
+        trainable (`Tensor`): Whether a step has a density, (S,), bool.
     """
 
     times: Tensor
@@ -76,13 +87,17 @@ class Grid:
 
 @dataclass
 class Trajectories:
-    """What a rollout leaves, on the CPU.
+    """Trajectories of a batch, on the CPU.
 
     Attributes:
-        states (`Tensor`): (g, k, S + 1, C, h, w) float32, from the initial noise to the sample.
-        log_probs (`Tensor`): (g, k, S) of each next state under the policy that drew it; NaN where a step is deterministic.
-        images (`list[list[PIL.Image]]`): (g)(k), where they were decoded; `diffalign.runtime.missing.Missing` where one cannot be used.
-        broken (`Tensor`, *optional*): (g, k) bool, trajectories that were not finite; their states are zero.
+        states (`Tensor`): Latents from the initial noise to the sample, (g, k, S + 1,
+            C, h, w), float32.
+        log_probs (`Tensor`): Log-probability of each step under the policy that drew
+            it, (g, k, S). NaN for a deterministic step.
+        images (`list[list[PIL.Image.Image]]`): g lists of k images, if they were
+            decoded. Some may be `diffalign.runtime.missing.Missing`.
+        broken (`Tensor`, *optional*): Trajectories that were not finite, (g, k), bool.
+            Their states are zero.
     """
 
     states: Tensor
@@ -92,12 +107,16 @@ class Trajectories:
 
     @property
     def final(self) -> Tensor:
-        """(g, k, C, h, w)."""
+        """The samples, (g, k, C, h, w)."""
         return self.states[:, :, -1]
 
 
 SAMPLER_RULE = 2
-"""How trajectories are drawn. 1: runs of earlier versions, which always took leading timesteps; their checkpoints go on with it."""
+"""Rule by which trajectories are drawn.
+
+Rule 1 is that of earlier versions, which always used leading timesteps. A checkpoint of
+such a run goes on with it.
+"""
 
 
 def make_grid(
@@ -110,18 +129,27 @@ def make_grid(
     rule: int = SAMPLER_RULE,
     offset: int | None = None,
 ) -> Grid:
-    """The pipeline's own grid: the timesteps of a DDIM scheduler with the model's configuration, or the flow scheduler's shifted sigmas.
+    """Build the times of a pipeline's sampler.
+
+    These are the timesteps of a DDIM scheduler with the model's settings, or the
+    shifted sigmas of a flow scheduler.
 
     Args:
-        scheduler: of the pipeline; its timestep spacing, offset and last alpha count, as in the official code of D3PO.
-        steps: at most the model's timesteps.
-        eta: stochasticity; at 0 no step can be trained on.
-        patches: of a latent, on which a dynamic shift depends.
-        rule: see `SAMPLER_RULE`.
-        offset: of timesteps under rule 1; None takes the scheduler's.
+        process (`NoisingProcess`): Noise schedule of the model.
+        scheduler: Scheduler of the pipeline. Its spacing, offset and last alpha are
+            used, as in D3PO's code.
+        steps (`int`): Number of steps, at most the model's timesteps.
+        eta (`float`): Stochasticity. At 0 no step is trainable.
+        patches (`int`, *optional*): Patches of a latent, for a dynamic shift.
+        rule (`int`, *optional*, defaults to `2`): See `SAMPLER_RULE`.
+        offset (`int`, *optional*): Offset of timesteps under rule 1. Defaults to the
+            scheduler's.
+
+    Returns:
+        `Grid`: The times.
 
     Raises:
-        ConfigError: more steps than timesteps.
+        ConfigError: There are more steps than timesteps.
     """
     if isinstance(process, VariancePreserving):
         count = process.num_timesteps
@@ -137,26 +165,33 @@ def make_grid(
             next_times = (times - ratio).clamp(0, count - 1)
             next_times[next_times == times] = -1
         else:
-            own = DDIMScheduler.from_config(scheduler.config)
-            own.set_timesteps(steps)
-            times = own.timesteps.clamp(max=count - 1)
-            next_times = times - ratio  # also where the grid is not regular, as DDIM does
-            next_times[next_times < 0] = -1 if own.config.set_alpha_to_one else 0
-        # The clean sample, or a sample that does not move, has no density.
+            sampler = DDIMScheduler.from_config(scheduler.config)
+            sampler.set_timesteps(steps)
+            times = sampler.timesteps.clamp(max=count - 1)
+            next_times = times - ratio  # DDIM does so on irregular grids too
+            next_times[next_times < 0] = -1 if sampler.config.set_alpha_to_one else 0
+        # A step to the clean sample, or to the same time, has no density.
         return Grid(times, next_times, (next_times >= 0) & (next_times < times) & (eta > 0))
-    own = type(scheduler).from_config(scheduler.config)
+    sampler = type(scheduler).from_config(scheduler.config)
     more = (
-        {"mu": dynamic_shift(own, patches)}
-        if own.config.get("use_dynamic_shifting") and patches is not None
+        {"mu": dynamic_shift(sampler, patches)}
+        if sampler.config.get("use_dynamic_shifting") and patches is not None
         else {}
     )
-    own.set_timesteps(steps, **more)
-    sigmas = own.sigmas.double()
+    sampler.set_timesteps(steps, **more)
+    sigmas = sampler.sigmas.double()
     return Grid(sigmas[:-1], sigmas[1:], torch.full((len(sigmas) - 1,), eta > 0))
 
 
 def dynamic_shift(scheduler: Any, patches: int) -> float:
-    """mu of a flow scheduler with dynamic shifting, linear in the number of patches, as pipelines of diffusers compute it."""
+    """Compute mu of a flow scheduler with dynamic shifting.
+
+    It is linear in the number of patches, as in diffusers' pipelines.
+
+    Args:
+        scheduler: The flow scheduler.
+        patches (`int`): Patches of a latent.
+    """
     config = scheduler.config
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -171,7 +206,20 @@ def transition(
     next_times: Tensor,
     eta: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean (n, ...) and standard deviation (broadcastable) of a step from `times` to `next_times`, (n,) each."""
+    """Compute the Gaussian of a sampler step.
+
+    Args:
+        process (`NoisingProcess`): Noise schedule of the model.
+        output (`Tensor`): Output of the network, (n, C, h, w).
+        sample (`Tensor`): Latents before the step, (n, C, h, w).
+        times (`Tensor`): Times before the step, (n,).
+        next_times (`Tensor`): Times after the step, (n,).
+        eta (`float`): Stochasticity.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Mean (n, C, h, w), and a standard deviation that
+        broadcasts to it.
+    """
     if isinstance(process, VariancePreserving):
         now, then = process.alphas_cumprod[times], process.alphas_cumprod[next_times.clamp(min=0)]
         return ddim_step(
@@ -204,10 +252,26 @@ def step_log_prob(
     eta: float,
     reduce: str = "mean",
 ) -> Tensor:
-    """Log-probability (n,) of stored `next_sample` under a step; the gradient flows through `output` alone.
+    """Compute the log-probability of a stored step.
+
+    The gradient flows through `output` alone.
+
+    Args:
+        process (`NoisingProcess`): Noise schedule of the model.
+        output (`Tensor`): Output of the network, (n, C, h, w).
+        sample (`Tensor`): Latents before the step, (n, C, h, w).
+        next_sample (`Tensor`): Latents after the step, (n, C, h, w).
+        times (`Tensor`): Times before the step, (n,).
+        next_times (`Tensor`): Times after the step, (n,).
+        eta (`float`): Stochasticity.
+        reduce (`str`, *optional*, defaults to `"mean"`): `mean` or `sum` over the
+            elements of a latent.
+
+    Returns:
+        `Tensor`: Log-probabilities, (n,).
 
     Raises:
-        ValueError: a deterministic step.
+        ValueError: The step is deterministic.
     """
     mean, std = transition(process, output, sample, times, next_times, eta)
     return gaussian_log_prob(next_sample, mean, std, reduce)
@@ -222,7 +286,25 @@ def guide(
     unconditional: Mapping[str, Tensor] | None,
     scale: float,
 ) -> Tensor:
-    """The network's output under classifier-free guidance, float32; both branches in one pass of 2n rows."""
+    """Run the network with classifier-free guidance.
+
+    Both branches run in one pass of 2n rows. See Ho & Salimans 2022, arXiv 2207.12598,
+    eq. 6. At a scale of s this is its guidance strength s - 1.
+
+    Args:
+        predict (`Callable`): Runs the network on latents, model times and condition.
+        process (`NoisingProcess`): Noise schedule of the model.
+        sample (`Tensor`): Noisy latents, (n, C, h, w).
+        times (`Tensor`): Times, (n,).
+        condition (`Mapping[str, Tensor]`): n rows each.
+        unconditional (`Mapping[str, Tensor]`, *optional*): n rows each. None means no
+            guidance.
+        scale (`float`): Guidance scale s. At 1 or below only the conditional branch
+            runs.
+
+    Returns:
+        `Tensor`: (n, C, h, w), float32.
+    """
     model_times = process.model_times(times).to(sample.device)
     if unconditional is None or scale <= 1:
         return predict(sample, model_times, dict(condition)).float()
@@ -236,10 +318,12 @@ class Rollout:
     """Draws trajectories.
 
     Args:
-        backbone, process: of the run.
-        config: how.
-        description: of the progress bar.
-        grid: times of the steps; None makes them of `config`.
+        backbone (`Backbone`): Decodes the latents.
+        process (`NoisingProcess`): Noise schedule of the model.
+        config (`SamplerConfig`): Settings of the sampler.
+        description (`str`, *optional*, defaults to `"sampling"`): Text of the progress
+            bar.
+        grid (`Grid`, *optional*): Times of the steps. Defaults to those of `config`.
     """
 
     def __init__(
@@ -251,12 +335,8 @@ class Rollout:
         *,
         grid: Grid | None = None,
     ) -> None:
-        self.backbone, self.process, self.config, self.description = (
-            backbone,
-            process,
-            config,
-            description,
-        )
+        self.backbone, self.process = backbone, process
+        self.config, self.description = config, description
         steps = config.num_inference_steps
         self.grid = (
             make_grid(process, backbone.scheduler, steps, config.eta) if grid is None else grid
@@ -275,13 +355,24 @@ class Rollout:
         on_images: Callable[[int, list[Any]], None] | None = None,
         progress: bool = True,
     ) -> Trajectories:
-        """k trajectories for every group of `batch`, whose condition has one row per group.
+        """Draw k trajectories for every prompt of a batch.
 
         Args:
-            predict: (noisy, model times, condition) -> output.
-            unconditional: one row per group, as `condition`; None without guidance.
-            purpose: name of the random streams.
-            on_images: called with (index of the first image, images) as soon as a chunk is decoded, so that scoring can begin.
+            predict (`Callable`): Runs the network on latents, model times and
+                condition.
+            batch (`Batch`): g prompts, with one row of condition each.
+            k (`int`): Trajectories per prompt.
+            unconditional (`Mapping[str, Tensor]`, *optional*): Condition of the empty
+                prompt, g rows each. None means no guidance.
+            purpose (`str`, *optional*, defaults to `"rollout"`): Name of the random
+                streams.
+            decode (`bool`, *optional*, defaults to `True`): Decode the images.
+            on_images (`Callable`, *optional*): Receives the index of a chunk's first
+                image and the chunk's images, as soon as they are decoded.
+            progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+
+        Returns:
+            `Trajectories`: The trajectories, on the CPU.
         """
         shape, g, device = batch.x0.shape[2:], len(batch), batch.x0.device
         start = self._initial(batch, k, shape, purpose)
@@ -299,24 +390,25 @@ class Rollout:
             for first in range(0, len(flat), size):
                 part = slice(first, min(first + size, len(flat)))
                 rows = torch.arange(part.start, part.stop, device=device) // k
-                given = {name: value[rows] for name, value in batch.condition.items()}
+                condition = {name: value[rows] for name, value in batch.condition.items()}
                 empty = (
                     None
                     if unconditional is None
                     else {name: value[rows] for name, value in unconditional.items()}
                 )
-                seen, found = self._chunk(
-                    predict, flat[part].to(device), given, empty, streams[part], bar
+                path, path_log_probs = self._chunk(
+                    predict, flat[part].to(device), condition, empty, streams[part], bar
                 )
-                broken = ~torch.isfinite(seen.flatten(1)).all(1)
-                if broken.any():  # zeros, which no gradient follows: their images are missing, and so are their scores
-                    seen, found = seen.clone(), found.clone()
-                    seen[broken], found[broken] = 0.0, 0.0
+                broken = ~torch.isfinite(path.flatten(1)).all(1)
+                if broken.any():
+                    # Zeros give no gradient. Images and scores of these are missing.
+                    path, path_log_probs = path.clone(), path_log_probs.clone()
+                    path[broken], path_log_probs[broken] = 0.0, 0.0
                 lost.append(broken)
-                states.append(seen)
-                log_probs.append(found)
+                states.append(path)
+                log_probs.append(path_log_probs)
                 if decode:
-                    pictures = self.backbone.decode_latents(seen[:, -1].to(device))
+                    pictures = self.backbone.decode_latents(path[:, -1].to(device))
                     pictures = [
                         Missing(NOT_FINITE) if bad else picture
                         for picture, bad in zip(pictures, broken.tolist(), strict=True)
@@ -373,7 +465,11 @@ class Rollout:
 
 @contextmanager
 def sampling_mode(network: Any) -> Any:
-    """The network without dropout while it samples."""
+    """Turn the dropout of a network off while the block runs.
+
+    Args:
+        network: Gets its mode back afterwards.
+    """
     was = network.training
     without_dropout(network)
     try:

@@ -1,8 +1,8 @@
-"""Where batches come from when the policy draws its own images.
+"""The source of batches that the policy draws itself.
 
-A round of batches is drawn ahead, sampled by the policy of that moment, and trained on one after
-another. What is left of a round is part of every checkpoint, so that a run stopped in its middle
-goes on with the same samples.
+A round of batches is drawn by the current policy and trained on batch by batch. Every
+checkpoint holds the rest of its round. A run stopped in the middle goes on with the
+same images.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _PLAIN = ("row_ids", "prompts", "epochs", "seed")
 
 
 class RolloutSource:
-    """Batches of samples that the policy draws round by round.
+    """Yields batches of images that the policy draws round by round.
 
     Args:
-        make: (round number, batches as the data give them) -> batches to train on, in order.
-        batches_per_round (`int`): data batches of this process that a round samples.
+        make (`Callable`): Turns the number of a round and its batches of prompts into
+            batches to train on.
+        batches_per_round (`int`): Batches of prompts per round and process.
 
     Attributes:
-        number: rounds begun.
-        drawn: data batches of this process taken so far.
+        number (`int`): Rounds begun.
+        drawn (`int`): Batches of prompts that this process has used.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class RolloutSource:
         self.number = self.drawn = 0
 
     def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
-        """The batches to train on, from where the rounds are; a new round begins when one is used up.
+        """Yield batches without end. A new round begins when the last one is used up.
 
         Args:
-            data: gives the prompts.
-            samples_seen (`int`): not read: the rounds know their own position.
+            data (`DataPipeline`): Gives the prompts.
+            samples_seen (`int`): Not used. The source knows its own position.
         """
         source = self.unsampled(data)
         while True:
@@ -60,12 +61,21 @@ class RolloutSource:
             yield self.queue.pop(0)
 
     def unsampled(self, data: DataPipeline) -> Iterator[Batch]:
-        """The data's own batches from where the rounds are."""
+        """Return the batches of prompts from the current position on.
+
+        Args:
+            data (`DataPipeline`): Gives the prompts.
+        """
         start = self.drawn * data.args.per_device_train_batch_size * data.accelerator.num_processes
         return (data.builder(examples) for examples in data.batches(start))
 
     def save(self, folder: Path, rank: int) -> None:
-        """Write what is left of the round, a file per process."""
+        """Write the rest of the round into a checkpoint, one file per process.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process.
+        """
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -79,10 +89,15 @@ class RolloutSource:
         )
 
     def load(self, folder: Path, rank: int, device: Any) -> None:
-        """Read it back.
+        """Read the rest of the round from a checkpoint.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process.
+            device (`torch.device`): Device of the batches.
 
         Raises:
-            UserError: the checkpoint has none for this process.
+            UserError: The checkpoint has no file for this process.
         """
         path = folder / f"rollout-{rank}.safetensors"
         if not path.is_file():
@@ -98,7 +113,11 @@ class RolloutSource:
 
 
 def flat_tensors(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name, on the CPU."""
+    """Return the tensors of a batch by name, on the CPU.
+
+    Args:
+        batch (`Batch`): The batch.
+    """
     tensors = {name: getattr(batch, name) for name in _TENSORS if getattr(batch, name) is not None}
     for section in _DICTS:
         tensors |= {f"{section}/{name}": value for name, value in getattr(batch, section).items()}
@@ -108,28 +127,44 @@ def flat_tensors(batch: Batch) -> dict[str, Tensor]:
 def batch_from(
     tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], device: Any
 ) -> Batch:
-    """A batch from `flat_tensors` under a prefix; times stay on the CPU."""
-    own = {
+    """Build a batch from the tensors that `flat_tensors` returned.
+
+    Args:
+        tensors (`dict[str, Tensor]`): Tensors of several batches.
+        prefix (`str`): Start of this batch's names.
+        plain (`dict[str, Any]`): The fields that are no tensors.
+        device (`torch.device`): Device of the batch. Its times stay on the CPU.
+    """
+    members = {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
     values: dict[str, Any] = {
-        name: own[name] if name == "times" else own[name].to(device)
+        name: members[name] if name == "times" else members[name].to(device)
         for name in _TENSORS
-        if name in own
+        if name in members
     }
     for section in _DICTS:
         start = f"{section}/"
-        # Trajectories stay on the CPU until they are trained on.
+        # Trajectories stay on the CPU until training needs them.
         place = (lambda t: t.to(device)) if section == "condition" else (lambda t: t)
         values[section] = {
-            name.removeprefix(start): place(t) for name, t in own.items() if name.startswith(start)
+            name.removeprefix(start): place(t)
+            for name, t in members.items()
+            if name.startswith(start)
         }
     return Batch(**values, **plain)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, facts) of a file that `RolloutSource.save` wrote."""
+    """Read a file that `RolloutSource.save` wrote.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `tuple[dict[str, Tensor], dict[str, Any]]`: Tensors and facts.
+    """
     tensors, facts = files.read_tensors(path)
     return tensors, json.loads(facts["rounds"])
