@@ -49,7 +49,7 @@ MODULES = {
     "rewards.doctor": "rewards.testing.doctor",
     "rewards.geneval": "rewards.scorers.geneval",
     "rewards.hps": "rewards.scorers.clip",
-    "rewards.http_client": "rewards.serving.http_client",
+    "rewards.http_client": "rewards.serving.client",
     "rewards.imagereward": "rewards.scorers.imagereward",
     "rewards.jpeg": "rewards.scorers.jpeg",
     "rewards.mps": "rewards.scorers.mps",

@@ -1,22 +1,34 @@
-"""`diffalign serve-scorer`: offer a scorer to other processes and environments over HTTP."""
+"""`diffalign serve-scorer`: offer a scorer to other environments over HTTP."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..config.ranges import count, port
 from ..config.yaml_text import NotYaml, read_yaml_text, shown
 from ..errors import UserError
-from ..rewards.serving.server import TOKEN, Limits, _is_loopback, make_server
+from ..rewards.serving.service import TOKEN, Limits
+
+_NOT_IN_ARGS = (
+    "name",
+    "model",
+    "config",
+    "tokenizer",
+    "device",
+    "dtype",
+    "trust_remote_code",
+    "batch_size",
+    "cache",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("name", help="scorer, as for load_scorer")
     parser.add_argument(
         "--host",
@@ -57,37 +69,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Loads the scorer and serves until SIGINT or SIGTERM.
+    """Load the scorer and serve until SIGINT or SIGTERM.
+
+    Args:
+        options (`argparse.Namespace`): What `add_arguments` named.
+
+    Returns:
+        `int`: 0 after SIGTERM, 130 after SIGINT.
 
     Raises:
-        UserError: what `load_scorer` raises, options that are no mapping, a port that is taken.
+        UserError: What `load_scorer` raises, options that are no mapping, a port that
+            is taken, or FastAPI and uvicorn are not installed.
     """
-    from ..rewards.registry import load_scorer
-
-    limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
     try:
-        extra = read_yaml_text(options.args, "--args")
+        from ..rewards.serving.server import serve
+    except ImportError as error:
+        raise UserError(
+            f"serve-scorer needs FastAPI and uvicorn: pip install 'diffalign[serve]' ({error})"
+        ) from None
+    limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
+    scorer = _load(options, _further_options(options.args))
+    token = options.token or os.environ.get(TOKEN)
+    try:
+        serve(scorer, options.host, options.port, limits, token=token)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _further_options(text: str) -> dict[str, Any]:
+    """Read --args.
+
+    Raises:
+        UserError: It is no mapping, or names what has an option of its own.
+    """
+    try:
+        values = read_yaml_text(text, "--args")
     except NotYaml:
-        extra = ()
-    extra = {} if extra is None else extra
-    reserved = (
-        "name",
-        "model",
-        "config",
-        "tokenizer",
-        "device",
-        "dtype",
-        "trust_remote_code",
-        "batch_size",
-        "cache",
-    )
-    if not isinstance(extra, dict) or not all(
-        isinstance(key, str) and key not in reserved for key in extra
+        values = ()
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(
+        isinstance(key, str) and key not in _NOT_IN_ARGS for key in values
     ):
         raise UserError(
-            f"--args: expected a mapping of the scorer's own options such as '{{antialias: false}}', got {shown(options.args)}"
+            "--args: expected a mapping of the scorer's own options such as "
+            f"'{{antialias: false}}', got {shown(text)}"
         )
-    scorer = load_scorer(
+    return values
+
+
+def _load(options: argparse.Namespace, further: dict[str, Any]) -> Any:
+    """Load the scorer that the options name."""
+    from ..rewards.registry import load_scorer
+
+    for name in ("batch_size", "cache"):
+        if getattr(options, name) is not None:
+            further[name] = getattr(options, name)
+    return load_scorer(
         options.name,
         options.model,
         options.config,
@@ -95,41 +134,5 @@ def run(options: argparse.Namespace) -> int:
         options.device,
         options.dtype,
         trust_remote_code=options.trust_remote_code,
-        **extra,
-        **{
-            name: getattr(options, name)
-            for name in ("batch_size", "cache")
-            if getattr(options, name) is not None
-        },
+        **further,
     )
-    try:
-        server = make_server(
-            scorer, options.host, options.port, limits, token=options.token or os.environ.get(TOKEN)
-        )
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--port: {options.host}:{options.port} cannot be listened on ({error}); choose another"
-        ) from error
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
-    host, port = server.server_address[:2]
-    place = f"[{host!s}]" if ":" in str(host) else str(host)
-    print(f"{scorer.name} ({scorer.fingerprint()}) at http://{place}:{port}", flush=True)
-    if not _is_loopback(str(host)):
-        who = (
-            "who knows the token"
-            if options.token or os.environ.get(TOKEN)
-            else "who reaches it (--token asks for a secret)"
-        )
-        print(
-            f"listening beyond this machine, without encryption: everybody {who} can use it",
-            file=sys.stderr,
-            flush=True,
-        )
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    finally:
-        server.server_close()
-    return 0

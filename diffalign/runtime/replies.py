@@ -1,4 +1,7 @@
-"""Replies of web servers, read with a limit of size and a deadline for the whole, headers included."""
+"""Replies of web servers, read with a limit of size and one deadline.
+
+The deadline includes the headers.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import functools
 import http.client
 import io
 import time
-import urllib.request
 from typing import Any
 
 _PART = 1 << 16
 
 
 class _TimedReader(io.RawIOBase):
-    """Reads a socket until a deadline: a byte now and then does not prolong it, as it does with a socket's own timeout."""
+    """Read a socket until a deadline.
+
+    A byte now and then does not prolong it, as it does with a socket's own timeout.
+    """
 
     def __init__(self, raw: Any, sock: Any, deadline: float, seconds: float) -> None:
         self.raw, self.sock, self.deadline, self.seconds = raw, sock, deadline, seconds
@@ -45,44 +50,40 @@ class _TimedResponse(http.client.HTTPResponse):
 
 
 class TimedConnection(http.client.HTTPConnection):
-    """An HTTP connection whose `timeout` is the time from its beginning to the last byte of the reply."""
+    """An HTTP connection with one deadline for everything.
+
+    Args:
+        host (`str`): The server.
+        port (`int`, *optional*): Its port.
+        timeout (`float`, defaults to 60): Seconds from the beginning of the connection
+            to the last byte of the reply.
+        **options: Further arguments of `http.client.HTTPConnection`.
+    """
 
     def __init__(
         self, host: str, port: int | None = None, *, timeout: float = 60.0, **options: Any
     ) -> None:
         super().__init__(host, port, timeout=timeout, **options)
         deadline = time.monotonic() + timeout
-        self.response_class = functools.partial(_TimedResponse, deadline=deadline, seconds=timeout)  # type: ignore[assignment]
-
-
-class TimedTLSConnection(TimedConnection, http.client.HTTPSConnection):
-    """`TimedConnection` for https."""
-
-
-class TimedHandler(urllib.request.HTTPHandler):
-    """Opens http addresses of urllib with a `TimedConnection`."""
-
-    def http_open(self, req: Any) -> Any:
-        return self.do_open(TimedConnection, req)
-
-
-class TimedTLSHandler(urllib.request.HTTPSHandler):
-    """Opens https addresses of urllib with a `TimedTLSConnection`."""
-
-    def https_open(self, req: Any) -> Any:
-        return self.do_open(TimedTLSConnection, req)
+        self.response_class = functools.partial(  # type: ignore[assignment]
+            _TimedResponse, deadline=deadline, seconds=timeout
+        )
 
 
 def read_reply(reply: http.client.HTTPResponse, most: int) -> bytes:
-    """A reply's body.
+    """Read the body of a reply.
 
     Args:
-        reply: of a `TimedConnection`, its headers read.
-        most: bytes to read. One that is longer comes back longer than `most`, but not whole.
+        reply (`http.client.HTTPResponse`): Of a `TimedConnection`, its headers read.
+        most (`int`): Bytes to read.
+
+    Returns:
+        `bytes`: The body. One that is longer than `most` comes back longer than that,
+        but not whole.
 
     Raises:
-        TimeoutError: it is not there in time.
-        http.client.IncompleteRead: it was cut short.
+        TimeoutError: It is not there in time.
+        http.client.IncompleteRead: It was cut short.
     """
     parts, size = [], 0
     while size <= most:

@@ -1,4 +1,7 @@
-"""Servers and clients: crowds, bad items, bodies that would fill the memory, replies that are cut or drip."""
+"""Servers and clients that go wrong.
+
+Crowds, bad items, bodies that would fill the memory, replies that are cut or drip.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ import http.client
 import io
 import json
 import random
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +29,8 @@ from diffalign import load_scorer
 from diffalign.demo.app import BodyLimit
 from diffalign.errors import ConfigError, UserError
 from diffalign.rewards.serving import server as scorer_server
-from diffalign.rewards.serving.http_client import (
+from diffalign.rewards.serving import service as scoring_service
+from diffalign.rewards.serving.client import (
     ServerFailure,
     check_calls,
     check_url,
@@ -65,6 +73,19 @@ class Fragile(type(load_scorer("jpeg_compressibility"))):
     def score(self, images, prompts=None, metadata=None, **options):
         if any("bad" in prompt for prompt in prompts or ()):
             raise RuntimeError("inside the model")
+        return super().score(images, prompts, metadata, **options)
+
+
+class Slow(type(load_scorer("jpeg_compressibility"))):
+    """Takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.begun = seconds, threading.Event()
+
+    def score(self, images, prompts=None, metadata=None, **options):
+        self.begun.set()
+        time.sleep(self.seconds)
         return super().score(images, prompts, metadata, **options)
 
 
@@ -142,7 +163,7 @@ def test_thin_pictures_are_scored():
 def test_bodies_of_many_values_are_refused_before_they_are_parsed(raw, monkeypatch):
     with serving() as port:
         monkeypatch.setattr(
-            scorer_server.json, "loads", lambda data: pytest.fail("the body was parsed")
+            scoring_service.json, "loads", lambda data: pytest.fail("the body was parsed")
         )
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/score", raw)
@@ -187,6 +208,41 @@ def test_a_request_that_drips_is_cut_off(monkeypatch):
         assert cut_off
 
 
+@pytest.mark.parametrize("parts", [[], [b"POST /sc"], [b"X"] * 100])
+def test_a_request_that_never_begins_is_cut_off(parts, monkeypatch):
+    monkeypatch.setattr(scorer_server, "_READ_SECONDS", 0.5)
+    monkeypatch.setattr(scorer_server, "_REQUEST_SECONDS", 1.0)
+    with serving() as port, socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        started = time.monotonic()
+        with suppress(ConnectionError):
+            for part in parts:
+                client.sendall(part)
+                time.sleep(0.05)
+            assert client.recv(10) == b""
+        assert time.monotonic() - started < 15
+
+
+def test_scoring_takes_as_long_as_it_takes(monkeypatch):
+    monkeypatch.setattr(scorer_server, "_READ_SECONDS", 0.3)
+    monkeypatch.setattr(scorer_server, "_REQUEST_SECONDS", 0.3)
+    slow = Slow(1.0)
+    with serving(scorer=slow) as port:
+        assert post(port, [{"image": png()}])[0] == 200
+
+
+def test_a_server_that_is_stopped_says_so_and_does_not_wait_for_the_scorer(monkeypatch):
+    monkeypatch.setattr(scorer_server, "_GRACE_SECONDS", 1)
+    slow, statuses = Slow(60.0), []
+    with serving(scorer=slow) as port:
+        client = threading.Thread(target=lambda: statuses.append(post(port, [{"image": png()}])))
+        client.start()
+        assert slow.begun.wait(10)
+        started = time.monotonic()
+    client.join()
+    assert statuses == [(503, {"error": "the server is stopping"})]
+    assert time.monotonic() - started < 30
+
+
 def test_a_token_is_asked_for(monkeypatch):
     with serving(token="s3cret") as port:
         assert post(port, [{"image": png()}])[0] == 401
@@ -206,8 +262,11 @@ def test_a_token_is_asked_for(monkeypatch):
 
 
 @contextmanager
-def answering(*replies):
-    """A server that answers connections in turn, the last one for ever; each reply gets the socket."""
+def answering(*replies, first_bytes=65536):
+    """A server with one reply per connection, the last one for ever.
+
+    A reply gets the socket, from which `first_bytes` were read.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     count, stop = [0], threading.Event()
 
@@ -223,7 +282,8 @@ def answering(*replies):
 
     def answer(client, reply) -> None:
         try:
-            client.recv(65536)
+            if first_bytes:
+                client.recv(first_bytes)
             reply(client)
         except OSError:
             pass
@@ -245,7 +305,7 @@ def cut(client) -> None:
 
 
 def dripping(head: bytes, part: bytes) -> Any:
-    """A reply that begins with `head` and goes on for 90 seconds, a `part` at a time."""
+    """A reply that begins with `head` and drips parts for 90 seconds."""
 
     def reply(client: socket.socket) -> None:
         client.sendall(head)
@@ -292,6 +352,91 @@ def test_passwords_stay_out_of_messages():
     with pytest.raises(ConfigError) as caught:
         check_url("ftp://ann:secret@host")
     assert "secret" not in str(caught.value)
+
+
+def test_a_user_and_a_password_in_an_address_are_sent(caplog):
+    requests = []
+
+    def listen(client) -> None:
+        requests.append(client.recv(65536))
+        whole(client)
+
+    caplog.set_level("INFO")
+    with answering(listen, first_bytes=0) as (url, _):
+        address = url.replace("//", "//ann:secret@") + "/x"
+        assert request_json(address, retries=0) == {"a": 12}
+    assert b"Authorization: Basic YW5uOnNlY3JldA==" in requests[0]
+    assert "secret" not in caplog.text
+
+
+def test_a_header_that_http_does_not_allow_is_not_shown():
+    with answering(whole) as (url, count), pytest.raises(ServerFailure) as caught:
+        request_json(url, headers={"Authorization": "Bearer sec\nret"})
+    assert "ret" not in str(caught.value).replace("characters", "") and count[0] <= 1
+
+
+def test_proxies_are_those_that_urllib_would_take(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
+    with answering(whole) as (url, count):
+        assert request_json(url, retries=0) == {"a": 12}
+        monkeypatch.setenv("http_proxy", url.removeprefix("http://"))
+        assert request_json("http://nowhere.invalid/info", retries=0) == {"a": 12}
+        monkeypatch.setenv("no_proxy", "nowhere.invalid")
+        with pytest.raises(ServerFailure, match="cannot be reached"):
+            request_json("http://nowhere.invalid/info", retries=0)
+        monkeypatch.setenv("http_proxy", "socks4://127.0.0.1:9")
+        with pytest.raises(ServerFailure, match="cannot be reached"):
+            request_json("http://other.invalid/info", retries=0)
+        assert count[0] == 2
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate of 127.0.0.1 and its key, in one file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    file = tmp_path_factory.mktemp("tls") / "both.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {file} -out {file}.crt"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
+    return file
+
+
+@pytest.mark.parametrize("reply", [whole, drip, drip_headers])
+def test_https_has_the_same_deadline_and_the_certificates_of_the_system(
+    reply, certificate, monkeypatch
+):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def encrypted(client) -> None:
+        with context.wrap_socket(client, server_side=True) as safe:
+            safe.recv(65536)
+            reply(safe)
+
+    with answering(encrypted, first_bytes=0) as (url, _):
+        url = url.replace("http:", "https:")
+        with pytest.raises(ServerFailure, match="cannot be reached .*certificate"):
+            request_json(url, timeout=20, retries=0)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        started = time.monotonic()
+        if reply is whole:
+            assert request_json(url, timeout=20, retries=0) == {"a": 12}
+        else:
+            with pytest.raises(ServerFailure, match="not there after 0.6 seconds"):
+                request_json(url, timeout=0.6, retries=0)
+        assert time.monotonic() - started < 30
+
+
+def test_a_reply_without_a_length_is_not_taken_for_whole_when_its_time_is_over():
+    with (
+        answering(dripping(b'HTTP/1.1 200 OK\r\n\r\n{"a": 12}', b" ")) as (url, _),
+        pytest.raises(ServerFailure, match="not there after"),
+    ):
+        request_json(url, timeout=0.5, retries=0)
 
 
 @pytest.mark.parametrize("direction", ["no", 0, 1, None, []])

@@ -1,4 +1,7 @@
-"""serve-scorer and the remote scorer over real HTTP on the loopback: parity, limits, hostile requests, servers that fail."""
+"""serve-scorer and the remote scorer over real HTTP on the loopback.
+
+Equal scores, limits, hostile requests, servers that fail.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ class Bright(Scorer):
 @contextlib.contextmanager
 def serving(scorer, limits=None):
     server = make_server(scorer, limits=limits)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

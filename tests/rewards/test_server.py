@@ -1,10 +1,13 @@
-"""What serve-scorer answers to requests that lack something, and what it never tells."""
+"""What serve-scorer answers to incomplete requests, and what it never tells."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 
+import pytest
 from test_remote import Bright, b64, gray, png, post, serving
 
 from diffalign import UserError, load_scorer
@@ -32,7 +35,8 @@ class Telling(Scorer):
     def score_batch(self, items: list[Item]):
         if items[0].prompt == "raise":
             raise UserError(
-                "cache: '/srv/secret place/c.sqlite' is damaged; http://host/v1 and 3/4 and and/or stay"
+                "cache: '/srv/secret place/c.sqlite' is damaged; "
+                "http://host/v1 and 3/4 and and/or stay"
             )
         return [float("nan")] * len(items), dict.fromkeys(
             range(len(items)), "model: /srv/secret/model.pt is gone; mend it"
@@ -67,9 +71,9 @@ def test_other_methods_and_paths_are_answered_in_json():
 
 
 def test_large_images_of_one_request_are_decoded_and_scored_part_by_part(monkeypatch):
-    from diffalign.rewards.serving import server
+    from diffalign.rewards.serving import service
 
-    monkeypatch.setattr(server, "_PIXELS_AT_ONCE", 2 * 12 * 8)  # two of the images below
+    monkeypatch.setattr(service, "_PIXELS_AT_ONCE", 2 * 12 * 8)  # two of the images below
     sizes = []
 
     class Counting(Bright):
@@ -82,3 +86,37 @@ def test_large_images_of_one_request_are_decoded_and_scored_part_by_part(monkeyp
         items.insert(2, {"image": "broken"})
         reply = post(url, {"items": items})[1]
     assert sizes == [2, 2, 1] and reply["scores"] == [0.0, 5.0, None, 10.0, 15.0, 20.0]
+
+
+def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
+    from diffalign.cli.entry import run
+
+    for name in ("app", "server"):
+        monkeypatch.delitem(sys.modules, f"diffalign.rewards.serving.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run(["serve-scorer", "shapes"]) == 2
+    message = capsys.readouterr().err
+    assert "pip install 'diffalign[serve]'" in message and message.count("\n") == 1
+
+
+def test_the_web_libraries_are_loaded_only_when_they_are_used():
+    code = (
+        "import sys, diffalign, diffalign.cli.entry; diffalign.cli.entry.build_parser()\n"
+        "names = ('fastapi', 'starlette', 'uvicorn', 'httpx', 'torch')\n"
+        "sys.exit(', '.join(name for name in names if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_old_paths_lead_to_the_server_and_the_client():
+    import importlib
+
+    for old, name in (
+        ("server", "make_server"),
+        ("server", "Limits"),
+        ("http_client", "check_url"),
+    ):
+        module = importlib.import_module(f"diffalign.rewards.{old}")
+        with pytest.warns(DeprecationWarning, match="has moved"):
+            assert callable(getattr(module, name))

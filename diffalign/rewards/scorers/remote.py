@@ -1,4 +1,4 @@
-"""A scorer that lives in another process or environment, behind ``diffalign serve-scorer``."""
+"""A scorer of another process or environment, behind `diffalign serve-scorer`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...errors import ConfigError, UserError
 from ..base import Item, Scorer
-from ..serving.http_client import (
+from ..serving.client import (
     ServerFailure,
     check_calls,
     check_url,
@@ -20,26 +20,36 @@ from ..serving.http_client import (
     request_json,
     without_password,
 )
+from ..serving.service import TOKEN
 from ..spec import ScorerSpec
 
 
 class RemoteScorer(Scorer):
-    """Sends images as PNG inside JSON and returns the server's scores.
+    """Send images as PNG inside JSON and return the server's scores.
 
     Args:
-        url: address of the server, e.g. ``http://127.0.0.1:8000``.
-        expect_fingerprint: fingerprint that the server's scorer must have; another one is an error, never another number.
-        scorer: name that the server's scorer must have.
-        timeout: seconds for one request.
-        retries: further tries when the connection fails or the server is busy.
-        backoff: seconds of the first pause at most; it doubles.
-        concurrency: requests at once.
-        max_items: images per request at most; the server's own limits, also that of bytes, are kept too.
-        on_error: ``raise``, or ``nan`` to make scores missing when the server fails.
+        url (`str`, defaults to "http://127.0.0.1:8000"): Address of the server.
+        expect_fingerprint (`str`, *optional*): Fingerprint that the server's scorer
+            must have. Another one is an error, never another number.
+        scorer (`str`, *optional*): Name that the server's scorer must have.
+        timeout (`float`, defaults to 600): Seconds for one request.
+        retries (`int`, defaults to 3): Further tries when the connection fails or the
+            server is busy.
+        backoff (`float`, defaults to 0.5): The longest first pause, in seconds. It
+            doubles.
+        concurrency (`int`, defaults to 4): Requests at once.
+        max_items (`int`, defaults to 16): Most images per request. The server's own
+            limits of images and bytes hold too.
+        token (`str`, *optional*): Secret that the server asks for. Defaults to the
+            environment's `DIFFALIGN_SCORER_TOKEN`.
+        on_error (`str`, defaults to "raise"): "raise", or "nan" to make scores missing
+            when the server fails.
+        **options: Options of every `Scorer`.
 
     Raises:
-        ServerFailure: on loading, when the server cannot be reached; later, under ``on_error="raise"``.
-        ConfigError: the server offers another scorer or another fingerprint.
+        ServerFailure: On loading, when the server cannot be reached. Later, under
+            `on_error="raise"`.
+        ConfigError: The server offers another scorer or another fingerprint.
     """
 
     spec = ScorerSpec(
@@ -72,15 +82,11 @@ class RemoteScorer(Scorer):
         check_calls(timeout, retries, concurrency, on_error)
         if isinstance(max_items, bool) or not isinstance(max_items, int) or max_items < 1:
             raise ConfigError("max_items", f"expected int >= 1, got {max_items!r}")
-        self.url, self.timeout, self.retries, self.backoff = (
-            check_url(url),
-            timeout,
-            retries,
-            backoff,
-        )
+        self.url = check_url(url)
         self.place = without_password(self.url)  # for messages
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.concurrency, self.on_error = concurrency, on_error
-        token = token or os.environ.get("DIFFALIGN_SCORER_TOKEN")
+        token = token or os.environ.get(TOKEN)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         info = request_json(
             f"{self.url}/info",
@@ -91,16 +97,20 @@ class RemoteScorer(Scorer):
         )
         self.remote_fingerprint = self._check(info, scorer, expect_fingerprint)
         limits = self._limits(info)
-        self.max_items, self.max_bytes = (
-            min(max_items, limits.get("max_items", max_items)),
-            limits.get("max_bytes", math.inf),
-        )
+        self.max_items = min(max_items, limits.get("max_items", max_items))
+        self.max_bytes = limits.get("max_bytes", math.inf)
         self.spec = self._remote_spec(info)  # type: ignore[misc]
 
     def _check(self, info: dict[str, Any], scorer: str | None, expected: str | None) -> str:
-        found, card = info.get("fingerprint"), info.get("spec")
+        """The server's fingerprint, if it and the name are the expected ones.
+
+        Raises:
+            ServerFailure: The reply is not of a scorer.
+            ConfigError: Another scorer or fingerprint.
+        """
+        fingerprint, card = info.get("fingerprint"), info.get("spec")
         if (
-            not isinstance(found, str)
+            not isinstance(fingerprint, str)
             or not isinstance(card, dict)
             or not isinstance(card.get("key"), str)
         ):
@@ -110,46 +120,56 @@ class RemoteScorer(Scorer):
         if scorer is not None and card["key"] != scorer:
             raise ConfigError(
                 "scorer",
-                f"{self.place} offers {card['key']!r}, not {scorer!r}; start the server for that scorer",
+                f"{self.place} offers {card['key']!r}, not {scorer!r}; start the server for "
+                "that scorer",
             )
-        if expected is not None and found != expected:
+        if expected is not None and fingerprint != expected:
             raise ConfigError(
                 "expect_fingerprint",
-                f"{self.place} has the fingerprint {found}, not {expected}: other weights, settings or version; their scores cannot be mixed",
+                f"{self.place} has the fingerprint {fingerprint}, not {expected}: other weights, "
+                "settings or version; their scores cannot be mixed",
             )
-        return found
+        return fingerprint
 
     def _limits(self, info: dict[str, Any]) -> dict[str, int]:
-        """What the server allows, as far as it says."""
+        """What the server allows, as far as it says.
+
+        Raises:
+            ServerFailure: The limits are no positive integers.
+        """
         limits = info.get("limits") or {}
-        found = (
-            {name: limits[name] for name in ("max_items", "max_bytes") if name in limits}
-            if isinstance(limits, dict)
-            else None
+        if isinstance(limits, dict):
+            known = {name: limits[name] for name in ("max_items", "max_bytes") if name in limits}
+            if all(type(value) is int and value >= 1 for value in known.values()):
+                return known
+        raise ServerFailure(
+            f"{self.place}/info answered limits that cannot be read ({limits}); "
+            "update the server or this side"
         )
-        if found is None or not all(type(value) is int and value >= 1 for value in found.values()):
-            raise ServerFailure(
-                f"{self.place}/info answered limits that cannot be read ({limits}); update the server or this side"
-            )
-        return found
 
     def _remote_spec(self, info: dict[str, Any]) -> ScorerSpec:
-        """The remote card, under the name `remote` and without a gradient."""
-        fields = {f.name for f in dataclasses.fields(ScorerSpec)}
-        if not isinstance(info["spec"].get("higher_is_better", True), bool):
+        """The remote card, under the name `remote` and without a gradient.
+
+        Raises:
+            ServerFailure: The card cannot be read.
+        """
+        card = info["spec"]
+        if not isinstance(card.get("higher_is_better", True), bool):
             raise ServerFailure(
-                f"{self.place}/info answered a card whose higher_is_better is neither true nor false"
+                f"{self.place}/info answered a card whose higher_is_better is neither true nor "
+                "false"
             )
-        values: dict[str, Any] = {
-            n: tuple(v) if isinstance(v, list) else v
-            for n, v in info["spec"].items()
-            if n in fields
-        }
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(ScorerSpec):
+            if field.name in card:
+                value = card[field.name]
+                values[field.name] = tuple(value) if isinstance(value, list) else value
         try:
             spec = ScorerSpec(**values)
         except (TypeError, ValueError) as error:
             raise ServerFailure(
-                f"{self.place}/info answered a card that cannot be read ({error}); update the server or this side"
+                f"{self.place}/info answered a card that cannot be read ({error}); "
+                "update the server or this side"
             ) from error
         return dataclasses.replace(
             spec,
@@ -166,49 +186,52 @@ class RemoteScorer(Scorer):
         parts = [
             items[start : start + self.max_items] for start in range(0, len(items), self.max_items)
         ]
-        values: list[float] = []
-        notes: dict[int, str] = {}
+        scores: list[float] = []
+        errors: dict[int, str] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:
-            for scores, errors in pool.map(self._ask, parts):
-                notes.update({len(values) + i: sentence for i, sentence in errors.items()})
-                values += scores
-        return values, notes
+            for part_scores, part_errors in pool.map(self._ask, parts):
+                errors.update({len(scores) + i: text for i, text in part_errors.items()})
+                scores += part_scores
+        return scores, errors
 
     def _ask(self, items: Sequence[Item]) -> tuple[list[float], dict[int, str]]:
         return self._send([self._encoded(item) for item in items])
 
     def _encoded(self, item: Item) -> tuple[dict[str, Any], int]:
-        """What is sent of an item, and its bytes."""
+        """What is sent of an item, and its bytes.
+
+        Raises:
+            UserError: JSON cannot hold the metadata.
+        """
         image = png_base64(item.image)
         try:
             rest = json.dumps([item.prompt, item.metadata])
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"metadata: cannot be sent as JSON ({error}); give text, numbers, lists and mappings"
+                f"metadata: cannot be sent as JSON ({error}); give text, numbers, lists and "
+                "mappings"
             ) from error
-        return {"image": image, "prompt": item.prompt, "metadata": item.metadata}, len(image) + len(
-            rest
-        ) + 64
+        content = {"image": image, "prompt": item.prompt, "metadata": item.metadata}
+        return content, len(image) + len(rest) + 64
 
     def _send(
         self, encoded: list[tuple[dict[str, Any], int]]
     ) -> tuple[list[float], dict[int, str]]:
-        """One request, or several where the server would refuse it for its size."""
+        """Make one request, or several where one would be too large for the server."""
         count, size = len(encoded), 256 + sum(size for _, size in encoded)
         if size > self.max_bytes and count > 1:
-            first, notes = self._send(encoded[: count // 2])
+            first, errors = self._send(encoded[: count // 2])
             second, more = self._send(encoded[count // 2 :])
-            return first + second, notes | {
-                len(first) + i: sentence for i, sentence in more.items()
-            }
+            return first + second, errors | {len(first) + i: text for i, text in more.items()}
         payload = {
             "expect_fingerprint": self.remote_fingerprint,
-            "items": [item for item, _ in encoded],
+            "items": [content for content, _ in encoded],
         }
         try:
             if size > self.max_bytes:
                 raise ServerFailure(
-                    f"{self.place} takes {self.max_bytes} bytes at most, one image has {size}; raise its --max_bytes"
+                    f"{self.place} takes {self.max_bytes} bytes at most, one image has {size}; "
+                    "raise its --max_bytes"
                 )
             reply = request_json(
                 f"{self.url}/score",
@@ -225,31 +248,37 @@ class RemoteScorer(Scorer):
             return [math.nan] * count, dict.fromkeys(range(count), str(error))
 
     def _read(self, reply: dict[str, Any], count: int) -> tuple[list[float], dict[int, str]]:
+        """Scores and the reasons of missing ones.
+
+        Raises:
+            ServerFailure: The server has another scorer now, or answered something else
+                than `count` scores.
+        """
         scores, errors = reply.get("scores"), reply.get("errors") or [None] * count
         if reply.get("fingerprint") != self.remote_fingerprint:
             raise ServerFailure(
-                f"{self.place} answered with the fingerprint {reply.get('fingerprint')}, not {self.remote_fingerprint}: it was restarted with "
-                "another scorer; load this one again"
+                f"{self.place} answered with the fingerprint {reply.get('fingerprint')}, not "
+                f"{self.remote_fingerprint}: it was restarted with another scorer; load this one "
+                "again"
             )
-        good = (
-            isinstance(scores, list)
-            and isinstance(errors, list)
-            and len(scores) == len(errors) == count
-        )
-        if not good or not all(score is None or type(score) in (int, float) for score in scores):  # type: ignore[union-attr]
+        if (
+            not isinstance(scores, list)
+            or not isinstance(errors, list)
+            or not len(scores) == len(errors) == count
+            or not all(score is None or type(score) in (int, float) for score in scores)
+        ):
             raise ServerFailure(
                 f"{self.place} answered no list of {count} scores; that is no scorer"
             )
         try:
-            values = [math.nan if score is None else float(score) for score in scores]  # type: ignore[union-attr]
+            values = [math.nan if score is None else float(score) for score in scores]
         except OverflowError:
             raise ServerFailure(
                 f"{self.place} answered a score that no float holds; that is no scorer"
             ) from None
-        return values, dict(self._said(values, errors))
-
-    @staticmethod
-    def _said(values: Sequence[float], errors: Sequence[Any]) -> Iterator[tuple[int, str]]:
-        for i, (value, error) in enumerate(zip(values, errors, strict=True)):
-            if math.isnan(value):
-                yield i, str(error or "the server gave no score")[:300]
+        reasons = {
+            i: str(errors[i] or "the server gave no score")[:300]
+            for i, value in enumerate(values)
+            if math.isnan(value)
+        }
+        return values, reasons

@@ -1,7 +1,8 @@
-"""A vision-language model as a judge, behind any server that speaks OpenAI's chat-completions protocol.
+"""A vision-language model as a judge, behind a server with OpenAI's chat completions.
 
-Temperature 0, a fixed seed and a lossless image; the same server and model give the same number as far as that server is deterministic,
-which is never to the bit. A reply that cannot be read is a missing score, never a 0.
+The temperature is 0, the seed fixed and the image lossless. The same server and model
+give the same number as far as that server is deterministic, which is never to the bit.
+A reply that cannot be read is a missing score, never a 0.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..base import Item, Scorer
-from ..serving.http_client import ServerFailure, check_calls, check_url, png_base64, request_json
+from ..serving.client import ServerFailure, check_calls, check_url, png_base64, request_json
 from ..spec import ScorerSpec
 
 UNIFIED_REWARD = (
-    "You are given a caption and an image that was generated from it. Judge the image by two criteria: how well it follows the caption "
-    "(objects, attributes, counts, relations), and its overall quality (clarity, aesthetics, absence of artifacts).\n"
-    "Say in a few sentences what speaks for and against it, then give one score from 1 (worst) to 5 (best) on a line of its own after "
-    "'Final Score:'.\n\nCaption: {prompt}"
+    "You are given a caption and an image that was generated from it. Judge the image by two "
+    "criteria: how well it follows the caption (objects, attributes, counts, relations), and its "
+    "overall quality (clarity, aesthetics, absence of artifacts).\n"
+    "Say in a few sentences what speaks for and against it, then give one score from 1 (worst) to "
+    "5 (best) on a line of its own after 'Final Score:'.\n\nCaption: {prompt}"
 )
 YES_NO = "Does this image show '{prompt}', without visible faults? Answer with one word, yes or no."
 _KINDS: dict[str, tuple[str, tuple[float, float]]] = {
@@ -31,45 +33,65 @@ _KINDS: dict[str, tuple[str, tuple[float, float]]] = {
     "yes_no": (YES_NO, (0.0, 1.0)),
 }
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?![\d.]*\d)"
-# What may follow: the end of the scale, or something that makes it no plain number (4 %, 4,5, 4-5).
+# What may follow: the end of the scale, or what makes it no plain number (4 %, 4-5).
 _TAIL = (
     r"(?:[\s*_`]*(?:/|out\s+of)[\s*_`]*(\d+(?:\.\d+)?)|([ \t]*%|,\d|[ \t]*(?:[-–]|to\b)[ \t]*\d))?"
 )
 _AFTER_LABEL = re.compile(
     # A bracket that is more than the number, as in "Score (1-5): 4", names the scale.
-    rf"score\b(?:[ \t*_`]*\((?!{_NUMBER}\s*\))[^()\n]*\))?[\s*_`:=\[\]()\"'-]*?(?:is\s+[\s*_`\[(\"']*)?({_NUMBER}){_TAIL}",
+    rf"score\b(?:[ \t*_`]*\((?!{_NUMBER}\s*\))[^()\n]*\))?"
+    rf"[\s*_`:=\[\]()\"'-]*?(?:is\s+[\s*_`\[(\"']*)?({_NUMBER}){_TAIL}",
     re.IGNORECASE,
 )
 _ALONE = re.compile(rf"[\s*_`\[(\"']*({_NUMBER}){_TAIL}[\s*_`\])\"'.]*", re.IGNORECASE)
 
 
 def parse_score(text: str, low: float = 1.0, high: float = 5.0) -> float:
-    """The last score in a reply.
+    """Read the last score in a reply.
 
-    A number after the word "score" counts, in any case and through Markdown (``**Final Score:** 4``, ``Score: [4]``, ``Final Score: 4/5``,
-    ``Score (1-5): 4``); a reply that is nothing but a number counts too.
+    A number after the word "score" counts, in any case and through Markdown, such as
+    `**Final Score:** 4`, `Score: [4]`, `Final Score: 4/5` and `Score (1-5): 4`. A reply
+    that is nothing but a number counts too.
+
+    Args:
+        text (`str`): The reply.
+        low (`float`, defaults to 1): The lowest score.
+        high (`float`, defaults to 5): The highest score.
 
     Returns:
-        the score, or NaN when there is none, or the last one is outside [low, high] ("Final Score: 10" is no 1), on another scale
-        (4/10) or no plain number (4-5, "4,5").
+        `float`: The score. NaN when there is none, or the last one is outside [low,
+        high] ("Final Score: 10" is no 1), on another scale (4/10) or no plain number
+        (4-5, "4,5").
+
+    Example:
+        >>> parse_score("It follows the caption. **Final Score:** 4/5")
+        4.0
     """
-    found = [match.groups() for match in _AFTER_LABEL.finditer(text)]
-    if not found:
+    scores = [match.groups() for match in _AFTER_LABEL.finditer(text)]
+    if not scores:
         alone = _ALONE.fullmatch(text)
-        found = [alone.groups()] if alone else []
-    if not found:
+        scores = [alone.groups()] if alone else []
+    if not scores:
         return math.nan
-    number, scale, unclear = found[-1]
+    number, scale, unclear = scores[-1]
     value = float(number)
     good = low <= value <= high and not unclear and (scale is None or float(scale) == high)
     return value if good else math.nan
 
 
 def yes_no_probability(top_logprobs: Sequence[Mapping[str, Any]]) -> float:
-    """P(yes) / (P(yes) + P(no)) from the first token's alternatives, in any case and spelling with spaces; NaN when neither is there.
+    """Compute P(yes) / (P(yes) + P(no)) from the alternatives of the first token.
 
     Args:
-        top_logprobs: ``[{"token", "logprob"}, ...]``.
+        top_logprobs (list of `dict`): `[{"token", "logprob"}, ...]`. Tokens count in
+            any case, with or without spaces.
+
+    Returns:
+        `float`: The probability, NaN when neither word is there.
+
+    Example:
+        >>> yes_no_probability([{"token": "Yes", "logprob": 0.0}])
+        1.0
     """
     mass = {"yes": 0.0, "no": 0.0}
     for entry in top_logprobs:
@@ -81,19 +103,34 @@ def yes_no_probability(top_logprobs: Sequence[Mapping[str, Any]]) -> float:
 
 
 class VLMJudge(Scorer):
-    """A score in [0, 1] from a vision-language model.
+    """Ask a vision-language model for a score in [0, 1].
 
     Args:
-        url: the server, e.g. ``http://127.0.0.1:8000``; ``/v1/chat/completions`` is added unless the address ends in it.
-        judge_model: name of the model that the server knows.
-        kind: ``unifiedreward``: a written judgement with a score from 1 to 5, divided by 5. ``yes_no``: P(yes) / (P(yes) + P(no)) of
-            the first word.
-        template: another question for an answer of that kind, so on the same scale; ``{prompt}`` stands for the prompt.
-        image_size: the image is resized to this square first (UnifiedReward is asked at 512); None sends it as it is.
-        api_key_env: environment variable that holds the key, if the server wants one.
-        max_tokens: of the reply.
-        timeout, retries, backoff, concurrency: of requests, see `RemoteScorer`.
-        on_error: ``nan`` (a server that fails makes scores missing) or ``raise``.
+        url (`str`, defaults to "http://127.0.0.1:8000"): The server.
+            `/v1/chat/completions` is added unless the address ends in it.
+        judge_model (`str`): Name of the model that the server knows.
+        kind (`str`, defaults to "unifiedreward"): "unifiedreward" is a written
+            judgement with a score from 1 to 5, divided by 5. "yes_no" is P(yes) /
+            (P(yes) + P(no)) of the first word.
+        template (`str`, *optional*): Another question for an answer of that kind, so on
+            the same scale. `{prompt}` stands for the prompt.
+        image_size (`int`, *optional*): The image is resized to this square first
+            (UnifiedReward is asked at 512). None sends it as it is.
+        api_key_env (`str`, *optional*): Environment variable that holds the key, if the
+            server wants one.
+        max_tokens (`int`, defaults to 512): Of the reply.
+        seed (`int`, defaults to 0): Of the server's sampling.
+        timeout (`float`, defaults to 120): Seconds for one request.
+        retries (`int`, defaults to 3): Further tries, as for `RemoteScorer`.
+        backoff (`float`, defaults to 0.5): The longest first pause, in seconds.
+        concurrency (`int`, defaults to 8): Requests at once.
+        on_error (`str`, defaults to "nan"): "nan" makes scores missing when the server
+            fails, "raise" raises.
+        **options: Options of every `Scorer`.
+
+    Raises:
+        ConfigError: An option makes no sense, or the environment variable is not set.
+        ServerFailure: When it scores, under `on_error="raise"`.
     """
 
     spec = ScorerSpec(
@@ -149,20 +186,10 @@ class VLMJudge(Scorer):
             if address.endswith("/chat/completions")
             else f"{address.removesuffix('/v1')}/v1/chat/completions"
         )
-        self.judge_model, self.kind, self.image_size, self.max_tokens, self.seed = (
-            judge_model,
-            kind,
-            image_size,
-            max_tokens,
-            seed,
-        )
-        self.timeout, self.retries, self.backoff, self.concurrency, self.on_error = (
-            timeout,
-            retries,
-            backoff,
-            concurrency,
-            on_error,
-        )
+        self.judge_model, self.kind, self.image_size = judge_model, kind, image_size
+        self.max_tokens, self.seed = max_tokens, seed
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.concurrency, self.on_error = concurrency, on_error
         self.headers: dict[str, str] = {}
         if api_key_env is not None:
             key = os.environ.get(api_key_env, "").strip()
@@ -170,12 +197,11 @@ class VLMJudge(Scorer):
                 raise ConfigError(
                     "api_key_env", f"the environment variable {api_key_env} is not set"
                 )
-            if not (
-                key.isascii() and key.isprintable()
-            ):  # checked here, for what http.client says of it shows the key
+            if not (key.isascii() and key.isprintable()):
                 raise ConfigError(
                     "api_key_env",
-                    f"{api_key_env} holds characters that no key has, such as a line break; set it again",
+                    f"{api_key_env} holds characters that no key has, such as a line break; set "
+                    "it again",
                 )
             self.headers["Authorization"] = f"Bearer {key}"
 
@@ -191,13 +217,12 @@ class VLMJudge(Scorer):
 
     def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
         with ThreadPoolExecutor(self.concurrency) as pool:
-            found = list(pool.map(self._judge, items))
-        return [value for value, _ in found], {
-            i: sentence for i, (_, sentence) in enumerate(found) if sentence
-        }
+            rows = list(pool.map(self._judge, items))
+        errors = {i: error for i, (_, error) in enumerate(rows) if error}
+        return [score for score, _ in rows], errors
 
     def _judge(self, item: Item) -> tuple[float, str]:
-        """(score, why it is missing or an empty text)."""
+        """A score, and why it is missing or an empty text."""
         try:
             reply = request_json(
                 self.url,
@@ -239,20 +264,19 @@ class VLMJudge(Scorer):
         )
 
     def _read(self, reply: Mapping[str, Any]) -> tuple[float, str]:
+        """A score, and why it is missing or an empty text."""
         try:
             choice = reply["choices"][0]
             if self.kind == "yes_no":
                 value = yes_no_probability(choice["logprobs"]["content"][0]["top_logprobs"])
-                said = str(choice.get("message", {}).get("content", ""))
+                text = str(choice.get("message", {}).get("content", ""))
             else:
-                said = str(choice["message"]["content"])
-                value = parse_score(said, self.low, self.high) / self.high
+                text = str(choice["message"]["content"])
+                value = parse_score(text, self.low, self.high) / self.high
         except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
-            return (
-                math.nan,
-                f"{self.url} answered without {'log-probabilities' if self.kind == 'yes_no' else 'a message'}",
-            )
-        shown = " ".join(said.split())[-120:]
-        return value, "" if math.isfinite(
-            value
-        ) else f"the reply holds no score from {self.low:g} to {self.high:g}: ...{shown!r}"
+            what = "log-probabilities" if self.kind == "yes_no" else "a message"
+            return math.nan, f"{self.url} answered without {what}"
+        if math.isfinite(value):
+            return value, ""
+        end = " ".join(text.split())[-120:]
+        return value, (f"the reply holds no score from {self.low:g} to {self.high:g}: ...{end!r}")

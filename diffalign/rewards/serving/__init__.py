@@ -1,1 +1,1 @@
-"""Scorers over HTTP: the server and its client."""
+"""Scorers over HTTP: the service, its web application, the server and the client."""
