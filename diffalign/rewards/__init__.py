@@ -1,4 +1,7 @@
-"""Reward scorers: one registry, exact numbers, differentiable where declared, combined and cached."""
+"""Reward scorers: find them by name, score images, combine and cache the scores.
+
+Numbers are those of the published code. Scorers that declare it are differentiable.
+"""
 
 from __future__ import annotations
 

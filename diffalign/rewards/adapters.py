@@ -1,4 +1,4 @@
-"""A scorer in the shapes in which other trainers call a reward."""
+"""Wrap a scorer in the shapes in which other trainers call a reward."""
 
 from __future__ import annotations
 
@@ -16,19 +16,36 @@ from .base import Scorer
 
 
 def as_ddpo(scorer: Scorer) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """The reward of DDPO and its descendants (TRL's DDPO, d3po, flow_grpo): ``fn(images, prompts, metadata) -> (scores, info)``.
+    """Wrap a scorer as the reward of DDPO and its descendants.
 
-    Images are a tensor or array (N, 3, H, W) of floats in [0, 1] or of uint8, or (N, H, W, 3) of uint8, or a list as `Scorer.score`
-    takes it. `metadata` is one mapping per image, or anything empty. `scores` is float32 (N,) on the CPU, NaN where a score is missing;
-    `info` is ``{"errors": {index: sentence}}``. Errors as `Scorer.score`.
+    These are TRL's DDPO, d3po and flow_grpo.
+
+    The reward is called as ``fn(images, prompts, metadata) -> (scores, info)``. Images
+    are floats in [0, 1] or uint8 (n, 3, h, w), or uint8 (n, h, w, 3), as a tensor or an
+    array, or a list as `Scorer.score` takes it. `metadata` is one mapping per image, or
+    anything empty. Errors as `Scorer.score`.
+
+    Args:
+        scorer (`Scorer`): to be wrapped.
+
+    Returns:
+        a function of that form. `scores` is float32 (n,) on the CPU, NaN where a score
+        is missing. `info` is ``{"errors": {index: sentence}}``.
+
+    Example:
+        ```python
+        reward = as_ddpo(load_scorer("jpeg_compressibility"))
+        scores, info = reward(torch.rand(2, 3, 64, 64), ["a cat", "a dog"], [{}, {}])
+        assert scores.shape == (2,) and info == {"errors": {}}
+        ```
     """
 
     def reward(
         images: Any, prompts: Any = None, metadata: Any = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        given = metadata is not None and len(metadata) > 0
+        has_metadata = metadata is not None and len(metadata) > 0
         result = scorer.score(
-            _channels_first(images), _texts(prompts), list(metadata) if given else None
+            _channels_first(images), _texts(prompts), list(metadata) if has_metadata else None
         )
         return result.values, {"errors": result.errors}
 
@@ -38,29 +55,42 @@ def as_ddpo(scorer: Scorer) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
 def as_trl(
     scorer: Scorer, image_column: str = "image", prompt_column: str = "prompt"
 ) -> Callable[..., list[float | None]]:
-    """A reward function of TRL's GRPO: called with keywords, returns one float per completion, None where a score is missing.
+    """Wrap a scorer as a reward function of TRL's GRPO.
+
+    The function is called with keywords and returns one float per completion, None
+    where a score is missing. A scorer that requires metadata gets the column
+    ``metadata`` where there is one, else the other columns, row by row. Unreadable
+    images give None. Every other error is that of `Scorer.score`.
 
     Args:
-        scorer: to be wrapped.
-        image_column: where the images are: a column of the dataset, or ``completions`` when images are what is generated.
-        prompt_column: where the prompts are. The column ``prompt`` is what TRL passes as `prompts`; of a conversation the text of the
-            last user message is taken.
+        scorer (`Scorer`): to be wrapped.
+        image_column (`str`, *optional*, defaults to "image"): where the images are: a
+            column of the dataset, or ``completions`` when images are generated.
+        prompt_column (`str`, *optional*, defaults to "prompt"): where the prompts are.
+            ``prompt`` is what TRL passes as `prompts`. Of a conversation the text of
+            the last user message is taken.
 
-    A scorer that requires metadata gets the column ``metadata`` where there is one, else the other columns, row by row. Unreadable
-    images give None; every other error is that of `Scorer.score`.
+    Example:
+        ```python
+        reward = as_trl(load_scorer("jpeg_compressibility"))
+        scores = reward(prompts=["a cat"], image=[Image.new("RGB", (64, 64))])
+        assert len(scores) == 1
+        ```
     """
 
     def reward(prompts: Any = None, completions: Any = None, **columns: Any) -> list[float | None]:
-        given = {"prompt": prompts, "prompts": prompts, "completions": completions, **columns}
-        images = given.get(image_column)
+        batch = {"prompt": prompts, "prompts": prompts, "completions": completions, **columns}
+        images = batch.get(image_column)
         if images is None:
             raise UserError(
-                f"image_column: the batch has no column {image_column!r}; it has {', '.join(_filled(given))}"
+                f"image_column: the batch has no column {image_column!r}; "
+                f"it has {', '.join(_filled(batch))}"
             )
-        texts = given.get(prompt_column)
+        texts = batch.get(prompt_column)
         if texts is None and "prompt" in scorer.spec.requires:
             raise UserError(
-                f"prompt_column: the batch has no column {prompt_column!r}; it has {', '.join(_filled(given))}"
+                f"prompt_column: the batch has no column {prompt_column!r}; "
+                f"it has {', '.join(_filled(batch))}"
             )
         metadata = None
         if "metadata" in scorer.spec.requires:
@@ -91,11 +121,12 @@ class FlowFactoryOutput:
 
 
 class FlowFactoryReward:
-    """A pointwise reward model of Flow-Factory around a scorer; made by `as_flow_factory`.
+    """A reward model of Flow-Factory around a scorer, made by `as_flow_factory`.
 
     Attributes:
         required_fields: what a call needs, e.g. ``("prompt", "image")``.
-        use_tensor_inputs: False: images come as PIL images. Tensors (3, H, W) in [0, 1] are taken too.
+        use_tensor_inputs: False: images come as PIL images. Tensors (3, h, w) in [0, 1]
+            are taken too.
     """
 
     use_tensor_inputs = False
@@ -109,7 +140,10 @@ class FlowFactoryReward:
     def __call__(
         self, *, prompt: Any = None, image: Any = None, metadata: Any = None, **_: Any
     ) -> FlowFactoryOutput:
-        """Scores; what other rewards need (`video`, `condition_images`, ...) is ignored. Errors as `Scorer.score`."""
+        """Score images. Errors as `Scorer.score`.
+
+        What other rewards need (`video`, `condition_images`, ...) is ignored.
+        """
         if image is None:
             raise UserError(f"image: {self.scorer.name} scores images; give one per prompt")
         rows = (
@@ -122,18 +156,37 @@ class FlowFactoryReward:
 
 
 def as_flow_factory(scorer: Scorer) -> FlowFactoryReward:
-    """A callable with the keywords ``prompt=, image=`` that returns an object with `rewards` and `extra_info`."""
+    """Wrap a scorer as a pointwise reward model of Flow-Factory.
+
+    Args:
+        scorer (`Scorer`): to be wrapped.
+
+    Returns:
+        `FlowFactoryReward`: called with the keywords ``prompt=, image=``, it returns an
+            object with `rewards` and `extra_info`.
+
+    Example:
+        ```python
+        reward = as_flow_factory(load_scorer("jpeg_compressibility"))
+        output = reward(prompt=["a cat"], image=[Image.new("RGB", (64, 64))])
+        assert output.rewards.shape == (1,)
+        ```
+    """
     return FlowFactoryReward(scorer)
 
 
 def _named(function: Callable[..., Any], scorer: Scorer) -> Callable[..., Any]:
-    """Trainers log a reward under its function's name."""
+    """Name a reward after its scorer, as trainers log its function's name."""
     function.__name__ = function.__qualname__ = scorer.name
     return function
 
 
 def _channels_first(images: Any) -> Any:
-    """A tensor (N, H, W, 3) of uint8 as (N, 3, H, W), half-precision arrays as floats; everything else as it is."""
+    """Bring images into a form that `Scorer.score` takes.
+
+    A uint8 tensor (n, h, w, 3) becomes (n, 3, h, w), half-precision arrays become
+    float32. Everything else stays as it is.
+    """
     if isinstance(images, np.ndarray) and images.dtype == np.float16:
         images = images.astype(np.float32)
     if (
@@ -147,7 +200,10 @@ def _channels_first(images: Any) -> Any:
 
 
 def _texts(prompts: Any) -> Any:
-    """One text per row: a conversation becomes the text of its last user message."""
+    """Return one text per row.
+
+    A conversation becomes the text of its last user message.
+    """
     if prompts is None or isinstance(prompts, str):
         return prompts
     return [
@@ -165,7 +221,10 @@ def _last_user_text(messages: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _rows(columns: Mapping[str, Any], image_column: str, count: int) -> list[dict[str, Any]]:
-    """Per row what the dataset's columns say; what TRL adds for the whole batch is no column."""
+    """Return what the dataset's columns say of each row.
+
+    What TRL adds for the whole batch is no column.
+    """
     names = [
         n
         for n, v in columns.items()
@@ -174,5 +233,5 @@ def _rows(columns: Mapping[str, Any], image_column: str, count: int) -> list[dic
     return [{name: columns[name][i] for name in names} for i in range(count)]
 
 
-def _filled(given: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in given.items() if value is not None]
+def _filled(batch: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in batch.items() if value is not None]

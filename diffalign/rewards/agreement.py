@@ -17,7 +17,7 @@ _CELLS = 4_000_000  # comparisons held in memory at once
 
 
 def group_members(groups: Sequence[Hashable]) -> list[list[int]]:
-    """The indices of each group, in the order in which groups first appear."""
+    """List the image indices of each group, in the order of first appearance."""
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
@@ -25,7 +25,15 @@ def group_members(groups: Sequence[Hashable]) -> list[list[int]]:
 
 
 def stacks(members: list[list[int]], scorers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(group numbers (g,), image indices (g, k)): groups of one size at a time, no more than memory holds. Nothing is padded."""
+    """Yield groups of one size at a time, no more than memory holds. Nothing is padded.
+
+    Args:
+        members (list of lists): the image indices of each group.
+        scorers (`int`): how many scores an image has.
+
+    Returns:
+        pairs of group numbers (g,) and image indices (g, k).
+    """
     by_size: dict[int, list[int]] = {}
     for number, indices in enumerate(members):
         by_size.setdefault(len(indices), []).append(number)
@@ -39,7 +47,14 @@ def stacks(members: list[list[int]], scorers: int) -> Iterator[tuple[Tensor, Ten
 def agreement(
     scores: Tensor, names: list[str], train: Tensor, members: list[list[int]]
 ) -> dict[str, Any]:
-    """The statistics of `Combined.agreement` (see `panel.py`) from signed scores (N, n) of all columns and of those that are combined."""
+    """Compute the statistics of `Combined.agreement` (see panel.py).
+
+    Args:
+        scores (`Tensor`): signed scores (n, columns) of all columns.
+        names (list of `str`): of these columns.
+        train (`Tensor`): signed scores (n, combined) of those that are combined.
+        members (list of lists): the image indices of each group.
+    """
     compared = [indices for indices in members if len(indices) <= LARGEST_COMPARED]
     places = [number for number, indices in enumerate(members) if len(indices) <= LARGEST_COMPARED]
     per_group: list[float | None] = [None] * len(members)
@@ -67,7 +82,7 @@ def agreement(
 
 
 def _told_apart(scores: Tensor) -> Tensor:
-    """(n, n): how many image pairs of (groups, k, n) scores both scorers tell apart."""
+    """Count the image pairs that both of two scorers tell apart: (n, n)."""
     first, second = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
     difference = scores[:, first] - scores[:, second]
     told = (difference.nan_to_num(0.0) != 0).flatten(0, 1).double()

@@ -1,6 +1,8 @@
-"""Scores on disk, keyed by what was scored and by what: a changed image, prompt, weight or setting is never answered from the past.
+"""Keep scores on disk, by what was scored and by which scorer.
 
-One SQLite file in write-ahead mode, shared by any number of processes of one machine. Only values are stored.
+A changed image, prompt, weight or setting is never answered from the past. The file is
+an SQLite database in write-ahead mode, which any number of processes of one machine
+share. Only values are stored.
 """
 
 from __future__ import annotations
@@ -15,12 +17,9 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 _SCHEMA = 1
 _APPLICATION = 0x64616C67  # marks the file as ours
@@ -29,15 +28,26 @@ _WAIT = 60.0  # seconds to wait for another process's write
 
 
 class ScoreCache:
-    """Scores by scorer fingerprint and content key.
+    """Scores on disk, by scorer fingerprint and content key.
 
-    Threads share one connection and take turns. A forked or unpickled cache opens its own.
+    Threads share one connection and take turns. A forked or unpickled cache opens its
+    own.
 
     Args:
-        path: the file; it and its folder are made on first use.
+        path (path): the file. It and its folder are made on first use.
 
     Raises:
-        UserError: on first use, when the file is something else, was written by a newer version, is damaged or cannot be written.
+        UserError: on first use, when the file is something else, was written by a newer
+            version, is damaged or cannot be written.
+
+    Example:
+        ```python
+        cache = ScoreCache("scores.sqlite")
+        cache.put_many("fingerprint", {b"content key": 0.5})
+        assert cache.get_many("fingerprint", [b"content key", b"other"]) == {
+            b"content key": 0.5
+        }
+        ```
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,7 +70,7 @@ class ScoreCache:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; it is opened again when needed."""
+        """Close the file. It is opened again when needed."""
         with self._lock:
             self._close()
 
@@ -70,7 +80,11 @@ class ScoreCache:
         self._connection, self._ids = None, {}
 
     def _connect(self) -> sqlite3.Connection:
-        """Opens the file. Making it and turning on write-ahead mode fail at once, without waiting, when others do the same."""
+        """Open the file, waiting for other processes.
+
+        Making the file and turning on write-ahead mode fail at once, without waiting,
+        when others do the same.
+        """
         deadline = time.monotonic() + _WAIT
         while True:
             try:
@@ -88,7 +102,8 @@ class ScoreCache:
             )
         except (OSError, sqlite3.Error) as error:
             raise UserError(
-                f"cache: {str(self.path)!r} cannot be opened ({error}); name a file that you may write to"
+                f"cache: {str(self.path)!r} cannot be opened ({error}); "
+                "name a file that you may write to"
             ) from error
         try:
             self._check(connection)  # first, for another program's file must stay as it is
@@ -100,12 +115,14 @@ class ScoreCache:
         except sqlite3.OperationalError as error:
             connection.close()
             raise UserError(
-                f"cache: {str(self.path)!r} cannot be used ({error}); name a file that you may write to"
+                f"cache: {str(self.path)!r} cannot be used ({error}); "
+                "name a file that you may write to"
             ) from error
         except sqlite3.DatabaseError as error:
             connection.close()
             raise UserError(
-                f"cache: {str(self.path)!r} is no score cache or is damaged ({error}); name another file, or delete it if it was one"
+                f"cache: {str(self.path)!r} is no score cache or is damaged ({error}); "
+                "name another file, or delete it if it was one"
             ) from error
         except BaseException:
             connection.close()
@@ -113,8 +130,13 @@ class ScoreCache:
         return connection
 
     def _check(self, connection: sqlite3.Connection) -> bool:
-        """Whether the file is new; `UserError` when it is not a cache that this version can use."""
-        query = "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"  # one look, not three
+        """Return whether the file is new.
+
+        Raises:
+            UserError: it is not a cache that this version can use.
+        """
+        # One look, not three.
+        query = "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
         mark, version, tables = connection.execute(
             f"{query} FROM pragma_application_id, pragma_user_version"
         ).fetchone()
@@ -126,7 +148,8 @@ class ScoreCache:
             )
         if version > _SCHEMA:
             raise UserError(
-                f"cache: {str(self.path)!r} was written by a newer diffalign; update, or name another file"
+                f"cache: {str(self.path)!r} was written by a newer diffalign; "
+                "update, or name another file"
             )
         return False
 
@@ -139,18 +162,18 @@ class ScoreCache:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """SQLite's errors as a sentence."""
+        """Turn SQLite's errors into a sentence."""
         try:
             yield
         except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
             raise  # values of a wrong type: no reason to delete the file
         except sqlite3.OperationalError as error:
-            if "full" in str(error) or "disk I/O" in str(
-                error
-            ):  # the disk's fault: another exit code than a user's mistake
+            # The disk's fault has another exit code than a user's mistake.
+            if "full" in str(error) or "disk I/O" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from error
             raise UserError(
-                f"cache: {str(self.path)!r} cannot be used ({error}); check the disk, or run without a cache"
+                f"cache: {str(self.path)!r} cannot be used ({error}); "
+                "check the disk, or run without a cache"
             ) from error
         except sqlite3.DatabaseError as error:
             raise UserError(
@@ -172,25 +195,38 @@ class ScoreCache:
         return self._ids[fingerprint]
 
     def get_many(self, fingerprint: str, keys: Sequence[bytes]) -> dict[bytes, float]:
-        """The known ones of `keys`."""
-        found: dict[bytes, float] = {}
+        """Return the known ones of `keys` with their scores.
+
+        Args:
+            fingerprint (`str`): of the scorer.
+            keys (list of `bytes`): content keys.
+        """
+        scores: dict[bytes, float] = {}
         with self._guarded() as connection:
             number = self._id(connection, fingerprint, create=False)
             if number is None:
-                return found
+                return scores
             for start in range(0, len(keys), _CHUNK):
                 part = keys[start : start + _CHUNK]
                 marks = ",".join("?" * len(part))
-                found.update(
+                scores.update(
                     connection.execute(
-                        f"SELECT key, value FROM scores WHERE scorer = {number} AND key IN ({marks})",
+                        f"SELECT key, value FROM scores WHERE scorer = {number} AND key IN "
+                        f"({marks})",
                         part,
                     )
                 )
-        return found
+        return scores
 
     def put_many(self, fingerprint: str, values: Mapping[bytes, float]) -> None:
-        """Stores scores in one transaction. A missing score (NaN) is not stored: it may be there next time."""
+        """Store scores in one transaction.
+
+        A missing score (NaN) is not stored, for it may be there next time.
+
+        Args:
+            fingerprint (`str`): of the scorer.
+            values (`dict[bytes, float]`): content key -> score.
+        """
         with self._guarded() as connection:
             try:
                 with _transaction(connection):
@@ -206,21 +242,29 @@ class ScoreCache:
                 raise
 
     def pixel_digests(self, file_digests: Sequence[bytes]) -> dict[bytes, bytes]:
-        """Which pixels known files hold: file (or stamp) digest -> pixel digest."""
-        found: dict[bytes, bytes] = {}
+        """Look up which pixels known files hold.
+
+        Args:
+            file_digests (list of `bytes`): digests of files or of their stamps.
+
+        Returns:
+            file (or stamp) digest -> pixel digest, of the known ones.
+        """
+        pixels: dict[bytes, bytes] = {}
         with self._guarded() as connection:
             for start in range(0, len(file_digests), _CHUNK):
                 part = file_digests[start : start + _CHUNK]
-                found.update(
+                pixels.update(
                     connection.execute(
-                        f"SELECT file, pixels FROM files WHERE file IN ({','.join('?' * len(part))})",
+                        "SELECT file, pixels FROM files WHERE file IN "
+                        f"({','.join('?' * len(part))})",
                         part,
                     )
                 )
-        return found
+        return pixels
 
     def remember_files(self, digests: Mapping[bytes, bytes]) -> None:
-        """Notes which pixels files hold."""
+        """Note which pixels files hold: file digest -> pixel digest."""
         with self._guarded() as connection, _transaction(connection):
             connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", digests.items())
 
@@ -229,8 +273,11 @@ class ScoreCache:
             return int(connection.execute("SELECT count(*) FROM scores").fetchone()[0])
 
     def stats(self) -> dict[str, int]:
-        """Number of scores per fingerprint."""
-        query = "SELECT fingerprint, count(key) FROM fingerprints LEFT JOIN scores ON scorer = id GROUP BY id"
+        """Count the scores of each fingerprint."""
+        query = (
+            "SELECT fingerprint, count(key) FROM fingerprints "
+            "LEFT JOIN scores ON scorer = id GROUP BY id"
+        )
         with self._guarded() as connection:
             return dict(connection.execute(query))
 
@@ -254,15 +301,17 @@ def _make_tables(connection: sqlite3.Connection) -> None:
         "CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL)"
     )
     connection.execute(
-        "CREATE TABLE scores (scorer INTEGER, key BLOB, value REAL NOT NULL, PRIMARY KEY (scorer, key)) WITHOUT ROWID"
+        "CREATE TABLE scores (scorer INTEGER, key BLOB, value REAL NOT NULL, PRIMARY KEY "
+        "(scorer, key)) WITHOUT ROWID"
     )
     connection.execute(
         "CREATE TABLE files (file BLOB PRIMARY KEY, pixels BLOB NOT NULL) WITHOUT ROWID"
     )
 
 
-# SQLite keeps its locks on a file per process and believes that a fork still holds them. A fork that inherits an open connection would
-# write without any, and lose what it wrote when the parent closes the file. So nothing is open while a process forks.
+# SQLite keeps its locks on a file per process and believes that a fork still holds
+# them. A fork that inherits an open connection would write without any, and lose what
+# it wrote when the parent closes the file. So nothing is open while a process forks.
 _CACHES: weakref.WeakSet[ScoreCache] = weakref.WeakSet()
 _HELD: list[ScoreCache] = []
 

@@ -1,4 +1,7 @@
-"""Weights of reward models: found, read without unpickling, loaded strictly, checked."""
+"""Find the weights of reward models, read them without unpickling, and load them.
+
+Loading is strict: every tensor by name and shape.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,20 @@ def find_weights(
     *,
     revision: str | None = None,
 ) -> Path:
-    """The checkpoint file of a scorer.
+    """Find the checkpoint file of a scorer.
 
     Args:
-        model: a file, a folder that holds `filename` (or one single weights file), a Hub id ``user/name``, or None for the published.
-        filename: name inside a folder or Hub repository; default `spec.filename`.
-        revision: Hub revision; default `spec.revision`.
+        model (path or `str`, *optional*): a file, a folder that holds `filename` (or
+            one single weights file), or a Hub id ``user/name``. Defaults to the
+            published one.
+        spec (`ScorerSpec`): the scorer's card.
+        filename (`str`, *optional*): name inside a folder or Hub repository. Defaults
+            to `spec.filename`.
+        revision (`str`, *optional*): Hub revision. Defaults to `spec.revision`.
 
     Raises:
-        ConfigError: with the field `model`, when there is no such thing or the Hub cannot be reached.
+        ConfigError: with the field `model`, when there is no such thing or the Hub
+            cannot be reached.
     """
     filename = filename or spec.filename
     if model is not None:
@@ -54,7 +62,8 @@ def _hub_id(model: str | Path | None, spec: ScorerSpec) -> str:
     if name.startswith("https://"):
         raise ConfigError(
             "model",
-            f"{spec.filename} of {spec.key} is published at {name}; download it and pass model=FILE",
+            f"{spec.filename} of {spec.key} is published at {name}; "
+            "download it and pass model=FILE",
         )
     if not could_be_hub_id(name):
         raise ConfigError(
@@ -67,15 +76,16 @@ def _hub_id(model: str | Path | None, spec: ScorerSpec) -> str:
 def _in_folder(path: Path, spec: ScorerSpec, filename: str | None) -> Path:
     if filename is not None and (path / filename).is_file():
         return path / filename
-    found = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    if len(found) > 1:  # one set of weights in two formats: the one that cannot hold code
-        found = [p for p in found if p.suffix == ".safetensors"] or found
-    if len(found) != 1:
-        held = ", ".join(p.name for p in found) or "no weights file"
+    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if len(files) > 1:
+        # One set of weights in two formats: take the one that cannot hold code.
+        files = [p for p in files if p.suffix == ".safetensors"] or files
+    if len(files) != 1:
+        held = ", ".join(p.name for p in files) or "no weights file"
         raise ConfigError(
             "model", f"the folder {str(path)!r} holds {held}; pass the file of {spec.key} itself"
         )
-    return found[0]
+    return files[0]
 
 
 def _from_hub(name: str, spec: ScorerSpec, filename: str | None, revision: str | None) -> Path:
@@ -91,7 +101,10 @@ def _from_hub(name: str, spec: ScorerSpec, filename: str | None, revision: str |
 def _not_here(name: str, spec: ScorerSpec, filename: str | None, error: Exception) -> str:
     reason = " ".join(str(error).split())[:160]
     what = f"{filename} of {name!r}" if filename else repr(name)
-    return f"the weights of {spec.key}, {what}, are not on this machine and the Hub did not give them ({reason}); pass model=FILE_OR_FOLDER"
+    return (
+        f"the weights of {spec.key}, {what}, are not on this machine and the Hub did not "
+        f"give them ({reason}); pass model=FILE_OR_FOLDER"
+    )
 
 
 def find_folder(
@@ -101,7 +114,14 @@ def find_folder(
     needs: str = "config.json",
     revision: str | None = None,
 ) -> Path:
-    """The folder of a transformers model: local, or a snapshot of a Hub repository.
+    """Find the folder of a transformers model: local, or a snapshot of a Hub id.
+
+    Args:
+        model (path or `str`, *optional*): folder or Hub id. Defaults to the published
+            one.
+        spec (`ScorerSpec`): the scorer's card.
+        needs (`str`, *optional*, defaults to "config.json"): a file that must be in it.
+        revision (`str`, *optional*): Hub revision. Defaults to `spec.revision`.
 
     Raises:
         ConfigError: with the field `model`.
@@ -110,13 +130,16 @@ def find_folder(
         if not (Path(model) / needs).is_file():
             raise ConfigError(
                 "model",
-                f"the folder {str(model)!r} has no {needs}; {spec.key} reads a folder in transformers' format",
+                f"the folder {str(model)!r} has no {needs}; "
+                f"{spec.key} reads a folder in transformers' format",
             )
         return Path(model)
     if model is not None and Path(model).is_file():
         raise ConfigError(
             "model",
-            f"{str(model)!r} is a file; {spec.key} reads a folder in transformers' format (config.json beside the weights)",
+            f"{str(model)!r} is a file; "
+            f"{spec.key} reads a folder in transformers' format (config.json beside the "
+            "weights)",
         )
     name = _hub_id(model, spec)
     from huggingface_hub import snapshot_download
@@ -137,7 +160,7 @@ def find_folder(
 
 
 def read_config(value: Any, field: str = "config") -> dict[str, Any] | None:
-    """A configuration given as a mapping or as a JSON file.
+    """Read a configuration given as a mapping or as a JSON file. None stays None.
 
     Raises:
         ConfigError: another type, a missing file, no JSON object.
@@ -158,13 +181,17 @@ def read_config(value: Any, field: str = "config") -> dict[str, Any] | None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file on the CPU. Nothing is unpickled: a file that needs code to be read is refused.
+    """Read the tensors of a checkpoint file, to the CPU.
+
+    Nothing is unpickled: a file that needs code to be read is refused.
 
     Args:
-        path: safetensors, or a file of `torch.save` that holds a state dict, bare or under the key `state_dict`.
+        path (`Path`): safetensors, or a file of `torch.save` that holds a state dict,
+            bare or under the key `state_dict`.
 
     Raises:
-        UserError: with the file's name: it would run code, is damaged, or holds no tensors.
+        UserError: with the file's name: it would run code, is damaged, or holds no
+            tensors.
     """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -179,12 +206,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = _torch_load(path)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"model: {str(path)!r} is a pickle that holds more than tensors and would run code when loaded, so it is refused; "
+            f"model: {str(path)!r} is a pickle that holds more than tensors and would run "
+            "code when loaded, so it is refused; "
             "save its state_dict() in a trusted environment, best as safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"model: {str(path)!r} is no checkpoint ({' '.join(str(error).split())[:160]}); download it again"
+            f"model: {str(path)!r} is no checkpoint ({' '.join(str(error).split())[:160]}); "
+            "download it again"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -204,23 +233,23 @@ def _torch_load(path: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # the format before torch 1.6 cannot be mapped
+        # The format before torch 1.6 cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def rename(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under `prefix`, without it."""
+    """Return the entries whose names begin with `prefix`, without it."""
     return {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose parameters take no memory yet and whose buffers are real.
+    """Build a module whose parameters take no memory yet and whose buffers are real.
 
-    Buffers that no checkpoint holds, such as position ids, would stay on the meta device if they were built there, and embedding
-    look-ups with them return uninitialised memory without an error.
+    Buffers that no checkpoint holds, such as position ids, would stay on the meta
+    device if they were built there. Embedding look-ups with them return uninitialised
+    memory without an error.
     """
     from accelerate import init_empty_weights
 
@@ -231,12 +260,14 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Loads every tensor by name and shape, nothing missing and nothing left over; in `eval()`, without gradients.
+    """Load every tensor by name and shape, then freeze the module in `eval()`.
 
     Args:
-        module: from `build_empty`, or any module.
-        what: named in the message, e.g. ``imagereward's vision tower``.
-        dtype: of floating parameters and buffers; default float32.
+        module (`nn.Module`): from `build_empty`, or any module.
+        state (`dict[str, Tensor]`): nothing may be missing or left over.
+        what (`str`): named in the message, e.g. ``imagereward's vision tower``.
+        dtype (`torch.dtype`, *optional*, defaults to float32): of floating parameters
+            and buffers.
 
     Raises:
         UserError: naming the keys that are missing, left over or misshapen.
@@ -251,16 +282,18 @@ def load_strict(
             if expected[name].shape != state[name].shape
         ],
     }
-    found = [
+    complaints = [
         f"{kind} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for kind, names in problems.items()
         if names
     ]
-    if found:
+    if complaints:
         raise UserError(
-            f"model: the checkpoint does not fit {what}: it {'; it '.join(found)}; pass the matching checkpoint, or its architecture as config"
+            f"model: the checkpoint does not fit {what}: it {'; it '.join(complaints)}; "
+            "pass the matching checkpoint, or its architecture as config"
         )
-    # Copied one by one: what stays mapped to the file would crash the process when somebody overwrites that file.
+    # Copied one by one: what stays mapped to the file would crash the process when
+    # somebody overwrites that file.
     module.load_state_dict(
         {name: tensor.clone() for name, tensor in state.items()}, strict=True, assign=True
     )
@@ -269,10 +302,10 @@ def load_strict(
 
 
 def freeze(module: nn.Module, what: str) -> nn.Module:
-    """`eval()`, no gradients, and nothing on the meta device.
+    """Set `eval()`, turn gradients off, and check that nothing is on the meta device.
 
     Raises:
-        RuntimeError: a parameter or buffer has no memory; scores would be garbage.
+        RuntimeError: a parameter or buffer has no memory, so scores would be garbage.
     """
     module.eval().requires_grad_(False)
     meta = [
@@ -286,12 +319,13 @@ def freeze(module: nn.Module, what: str) -> nn.Module:
 
 
 def check_sha256(path: Path, spec: ScorerSpec) -> None:
-    """Checks published weights against the card.
+    """Check published weights against the card.
 
     Raises:
         UserError: the file is not the published one.
     """
     if spec.sha256 is not None and content_hash(path) != spec.sha256:
         raise UserError(
-            f"model: {str(path)!r} is not the published file of {spec.key} (its SHA-256 differs from {spec.sha256}); download it again"
+            f"model: {str(path)!r} is not the published file of {spec.key} (its SHA-256 "
+            f"differs from {spec.sha256}); download it again"
         )

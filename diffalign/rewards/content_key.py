@@ -17,14 +17,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-_DECODING = b"2:"  # changes when the same file would be decoded to other pixels, so that no cache answers from the former ones
-
-
+# Changes when the same file would be decoded to other pixels, so that no cache answers
+# from the former ones.
+_DECODING = b"2:"
 _SETTLED = 2.0  # seconds after which a file's change time is trusted
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """SHA-256 of a decoded image: mode, size, palette and transparency where it has them, and the pixels."""
+    """Hash a decoded image: mode, size and pixels.
+
+    Palette and transparency count where it has them.
+
+    Args:
+        image (`PIL.Image.Image`): any mode.
+
+    Returns:
+        `bytes`: SHA-256.
+    """
     image.load()  # loading brings palette and transparency into their final form
     digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
     if image.mode in ("P", "PA"):
@@ -38,7 +47,13 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def file_digest(source: bytes | str | Path) -> bytes:
-    """SHA-256 of an encoded file or of its bytes.
+    """Hash an encoded file or its bytes.
+
+    Args:
+        source (`bytes` or path): the file.
+
+    Returns:
+        `bytes`: SHA-256.
 
     Raises:
         UserError: a file that cannot be read.
@@ -54,9 +69,16 @@ def file_digest(source: bytes | str | Path) -> bytes:
 
 
 def stamp_digest(path: str | Path, now: float) -> bytes | None:
-    """A digest of a file's place, size and change times, by which an untouched file is known without reading it.
+    """Hash a file's place, size and change times, to know an untouched file unread.
 
-    None for a file touched within two seconds of `now`: a second change within the clock's tick would not show.
+    Args:
+        path (path): the file.
+        now (`float`): the time in seconds.
+
+    Returns:
+        `bytes` or None: None where there is no file, or it was touched within two
+        seconds
+            of `now`, since a second change within the clock's tick would not show.
     """
     try:
         status = os.stat(path)
@@ -66,23 +88,28 @@ def stamp_digest(path: str | Path, now: float) -> bytes | None:
         return None
     place = os.fspath(path)
     place = place if place.startswith("/") else os.path.abspath(place)
-    stamp = f"{place}\0{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+    stamp = (
+        f"{place}\0{status.st_dev}:{status.st_ino}:{status.st_size}"
+        f":{status.st_mtime_ns}:{status.st_ctime_ns}"
+    )
     return hashlib.sha256(_DECODING + stamp.encode("utf-8", "surrogateescape")).digest()
 
 
 def content_key(
     image: bytes, prompt: str | None, metadata: Mapping[str, Any] | None = None
 ) -> bytes:
-    """32 bytes that identify what is scored.
+    """Compute 32 bytes that identify what is scored.
 
     Args:
-        image: the image's digest.
-        prompt: taken in Unicode normal form C; None and ``""`` differ.
-        metadata: in any order of keys; None and ``{}`` are the same. Beside JSON values it may hold bytes, paths, dates, images, arrays
-            and tensors, all of which count in full.
+        image (`bytes`): the image's digest.
+        prompt (`str` or None): taken in Unicode normal form C. None and ``""`` differ.
+        metadata (mapping, *optional*): in any order of keys. None and ``{}`` are the
+            same. Beside JSON values it may hold bytes, paths, dates, images, arrays and
+            tensors, all of which count in full.
 
     Raises:
-        UserError: metadata whose content cannot be told, such as an object of another class.
+        UserError: metadata whose content cannot be told, such as an object of another
+            class.
     """
     digest = hashlib.sha256(b"%d:" % len(image) + image)
     text = (
@@ -100,13 +127,17 @@ def content_key(
             )
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"metadata: cannot be told apart from other metadata ({error}); give text, numbers, lists, mappings"
+                f"metadata: cannot be told apart from other metadata ({error}); "
+                "give text, numbers, lists, mappings"
             ) from error
     return digest.digest()
 
 
 def _as_json(value: Any) -> Any:
-    """What stands for a value that JSON has no form for. Never its printed form: large arrays print alike, and addresses change."""
+    """Return what stands for a value that JSON has no form for.
+
+    It is never the printed form: large arrays print alike, and addresses change.
+    """
     from PIL import Image
 
     if isinstance(value, (bytes, bytearray)):

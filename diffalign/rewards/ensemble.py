@@ -1,7 +1,9 @@
-"""Several scorers' numbers made one: pure functions of (groups, k images, n scorers) tensors, NaN = missing.
+"""Combine the scores of several scorers: pure functions of tensors (groups, k, n).
 
-A group is the images of one prompt. Raw scores of different scorers have different scales, so nothing here averages them unless their
-scale is declared: PickScore's standard deviation of about 1 would drown HPSv2's of about 0.01.
+A group is the images of one prompt, k of them, each with n scores. NaN is a missing
+score. Scores of different scorers have different scales: PickScore's standard deviation
+is about 1, HPSv2's about 0.01. So nothing here averages them unless their scale is
+declared.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ KINDS = ("mean", "min", "mean_minus_std")
 def apply_missing(
     scores: Tensor, policy: str = "renormalise", names: Sequence[str] | None = None
 ) -> Tensor:
-    """What becomes of images that some scorers could not score.
+    """Decide what becomes of images that some scorers could not score.
 
     Args:
-        scores: (groups, k, n).
-        policy: ``renormalise`` leaves them to the other scorers' weights, ``drop`` makes the whole image missing, ``fail`` refuses.
-            An image without any score is padding and no reason to fail.
+        scores (`Tensor`): (groups, k, n).
+        policy (`str`, *optional*, defaults to "renormalise"): ``renormalise`` leaves
+            them to the other scorers' weights, ``drop`` makes the whole image missing,
+            ``fail`` refuses. An image without any score is padding, which never fails.
+        names (list of `str`, *optional*): the scorers' names, for messages.
+
+    Returns:
+        `Tensor`: (groups, k, n).
 
     Raises:
         ConfigError: unknown policy.
-        UserError: under ``fail``, how many and of which scorers.
+        UserError: under ``fail``, how many are missing and of which scorers.
     """
     if policy not in MISSING:
         raise ConfigError(
@@ -51,32 +58,47 @@ def apply_missing(
         if count
     )
     raise UserError(
-        f"combine.missing: scores are missing ({what}); score again, or set missing to renormalise or drop"
+        f"combine.missing: scores are missing ({what}); "
+        "score again, or set missing to renormalise or drop"
     )
 
 
 def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
-    """RankDPO's phi: how often an image beats the others of its group, averaged over scorers (arXiv 2410.18013, section 3.2).
+    """Compute how often an image beats the others of its group, averaged over scorers.
 
-    phi_i = sum_r w_r / (k_r - 1) sum_{j != i} (1[s_i > s_j] + 1/2 1[s_i = s_j]) / sum_r w_r, over the scorers r that scored image i;
-    k_r images of the group have a score of r. Scale-free, and equal to (mean rank - 1) / (k - 1) where nothing is missing.
+    This is RankDPO's phi (arXiv 2410.18013, section 3.2):
+    phi_i = sum_r w_r b_ir / sum_r w_r over the scorers r that scored image i, where
+    b_ir = sum_{j != i} (1[s_i > s_j] + 1/2 1[s_i = s_j]) / (k_r - 1) and k_r images of
+    the group have a score of r. It does not depend on scales. Where nothing is missing
+    it equals (mean rank - 1) / (k - 1).
 
     Args:
-        scores: (groups, k, n), higher is better, NaN = missing.
-        weights: (n,), at least 0; None weighs all scorers the same.
+        scores (`Tensor`): (groups, k, n), higher is better.
+        weights (list of `float`, *optional*): (n,), at least 0. Defaults to equal ones.
 
     Returns:
-        phi (groups, k) in [0, 1]; NaN for an image without any score. Constant groups, and groups of one, give 1/2.
+        `Tensor`: phi (groups, k) in [0, 1]. NaN for an image without any score.
+            Constant groups, and groups of one, give 1/2.
+
+    Raises:
+        ConfigError: weights of another number, negative, or all 0.
+        UserError: scores of another shape.
+
+    Example:
+        ```python
+        scores = torch.tensor([[[0.9, 21.0], [0.5, 23.0], [0.1, 20.0]]])
+        assert win_rates(scores).tolist() == [[0.75, 0.75, 0.0]]
+        ```
     """
-    values, given, weight = _prepared(_grouped(scores), weights)
+    values, present, weight = _prepared(_grouped(scores), weights)
     # A comparison with NaN is False, so missing scores neither win nor tie.
     wins = (values[:, :, None] > values[:, None]).sum(2).double()
     ties = (values[:, :, None] == values[:, None]).sum(2) - 1  # an image ties with itself
-    others = given.sum(1, keepdim=True) - 1
+    others = present.sum(1, keepdim=True) - 1
     rate = torch.where(
         others > 0, (wins + 0.5 * ties) / others.clamp(min=1), torch.full_like(wins, 0.5)
     )
-    return _like(_average(rate, given, weight), scores)
+    return _like(_average(rate, present, weight), scores)
 
 
 def zscore(
@@ -86,27 +108,29 @@ def zscore(
     ddof: int = 0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """Weighted mean of (s - mean) / (std + eps) within each group; a constant group gives 0.
+    """Average (s - mean) / (std + eps) over the scorers, within each group.
 
     Args:
-        scores: (groups, k, n).
-        weights: (n,).
-        ddof: 0 divides the variance by k (numpy, Flow-Factory), 1 by k - 1 (TRL).
-        eps: added to the standard deviation, in the scores' own units.
+        scores (`Tensor`): (groups, k, n).
+        weights (list of `float`, *optional*): (n,). Defaults to equal ones.
+        ddof (`int`, *optional*, defaults to 0): 0 divides the variance by k (numpy,
+            Flow-Factory), 1 by k - 1 (TRL).
+        eps (`float`, *optional*, defaults to 1e-8): added to the standard deviation, in
+            the scores' own units.
 
     Returns:
-        (groups, k); NaN for an image without any score.
+        `Tensor`: (groups, k). 0 in a constant group, NaN for an image without any
+            score.
     """
-    values, given, weight = _prepared(_grouped(scores), weights)
-    count = given.sum(1, keepdim=True)
-    filled = values.masked_fill(~given, 0.0)
+    values, present, weight = _prepared(_grouped(scores), weights)
+    count = present.sum(1, keepdim=True)
+    filled = values.masked_fill(~present, 0.0)
     mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
-    low, high = _extremes(values, given)
-    centred = (filled - mean).masked_fill(
-        ~given | (low == high), 0.0
-    )  # a mean of equals may be off by its rounding
+    low, high = _extremes(values, present)
+    # A mean of equals may be off by its rounding.
+    centred = (filled - mean).masked_fill(~present | (low == high), 0.0)
     std = (centred.square().sum(1, keepdim=True) / (count - ddof).clamp(min=1)).sqrt()
-    return _like(_average(centred / (std + eps), given, weight), scores)
+    return _like(_average(centred / (std + eps), present, weight), scores)
 
 
 def weighted_sum(
@@ -116,42 +140,52 @@ def weighted_sum(
     affine: Sequence[tuple[float, float] | None] | str,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """sum_r w_r (s_r - mean_r) / std_r with declared scales, not divided by sum_r w_r.
+    """Add up w_r (s_r - mean_r) / std_r over the scorers r, with declared scales.
 
-    Where scores are missing the present weights are scaled up to the full sum, so that rows stay comparable.
+    The sum is not divided by the sum of the weights. Where scores are missing, the
+    present weights are scaled up to the full sum, so that rows stay comparable.
 
     Args:
-        scores: (groups, k, n).
-        weights: (n,).
-        affine: (mean, std) per scorer, or ``"none"`` to add raw scores on purpose.
-        names: the scorers' names, for messages.
+        scores (`Tensor`): (groups, k, n).
+        weights (list of `float`, *optional*): (n,). Defaults to equal ones.
+        affine (list of pairs or "none"): (mean, std) per scorer, or ``"none"`` to add
+            raw scores on purpose.
+        names (list of `str`, *optional*): the scorers' names, for messages.
 
     Returns:
-        (groups, k); NaN for an image without any score.
+        `Tensor`: (groups, k). NaN for an image without any score.
 
     Raises:
-        ConfigError: an unknown word, another number of scales, or a std that is not above 0.
+        ConfigError: an unknown word, another number of scales, or a std that is not
+            above 0.
         UserError: a scorer without a declared scale.
     """
     scaled = _scaled(scores, affine, names)
-    values, given, weight = _prepared(_grouped(scaled), weights)
-    return _like(_average(values, given, weight) * weight.sum(), scores)
+    values, present, weight = _prepared(_grouped(scaled), weights)
+    return _like(_average(values, present, weight) * weight.sum(), scores)
 
 
 def minmax(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
-    """Weighted mean of scores stretched to [0, 1] within each group; one outlier moves all others, so prefer `win_rates`."""
-    values, given, weight = _prepared(_grouped(scores), weights)
-    low, high = _extremes(values, given)
+    """Average scores that are stretched to [0, 1] within each group.
+
+    One outlier moves all others, so prefer `win_rates`. Arguments as there.
+    """
+    values, present, weight = _prepared(_grouped(scores), weights)
+    low, high = _extremes(values, present)
     span = torch.where(high > low, high - low, 1.0)
     stretched = torch.where(high > low, (values - low) / span, 0.5)
-    return _like(_average(stretched, given, weight), scores)
+    return _like(_average(stretched, present, weight), scores)
 
 
 def majority(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
-    """Which of two images most of the weight prefers: sign sum_r w_r sign(s_i - s_j); scorers that lack one of them abstain.
+    """Find which of two images most of the weight prefers.
+
+    Computes sign sum_r w_r sign(s_i - s_j). Scorers that lack one of the two abstain.
+    Arguments as `win_rates`.
 
     Returns:
-        float64 (groups, k, k), antisymmetric, in {-1, 0, 1}. May be cyclic: a over b, b over c, c over a.
+        `Tensor`: float64 (groups, k, k), antisymmetric, in {-1, 0, 1}. May be cyclic: a
+            over b, b over c, c over a.
     """
     values, _, weight = _prepared(_grouped(scores), weights)
     votes = _signs(values[:, :, None], values[:, None]) @ weight
@@ -160,7 +194,13 @@ def majority(scores: Tensor, weights: Sequence[float] | Tensor | None = None) ->
 
 
 def majority_score(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
-    """Copeland's score: the share of the other images of the group that an image beats by majority, ties one half; (groups, k)."""
+    """Compute Copeland's score: the share of the group that an image beats by majority.
+
+    A tie counts one half. Arguments as `win_rates`.
+
+    Returns:
+        `Tensor`: (groups, k). NaN for an image without any score.
+    """
     present = _prepared(_grouped(scores), weights)[1].any(-1)
     wins = (majority(scores, weights) + 1) / 2
     pairs = (present[:, :, None] & present[:, None]).to(wins.dtype)
@@ -173,15 +213,18 @@ def majority_score(scores: Tensor, weights: Sequence[float] | Tensor | None = No
 def unanimous(
     scores: Tensor, margins: Sequence[float] | Tensor | None = None, min_agree: int | None = None
 ) -> Tensor:
-    """Pairs on which enough scorers agree by a margin.
+    """Find pairs on which enough scorers agree by a margin.
 
     Args:
-        scores: (groups, k, n).
-        margins: (n,): least difference that counts, at least 0; with 0 any strict difference counts.
-        min_agree: number of scorers that must prefer i; None asks all n. More than half are asked for, so no pair is kept both ways.
+        scores (`Tensor`): (groups, k, n).
+        margins (list of `float`, *optional*): (n,), the least difference that counts,
+            at least 0. With 0, the default, any strict difference counts.
+        min_agree (`int`, *optional*): how many scorers must prefer i, more than half of
+            them, so that no pair is kept both ways. Defaults to all n.
 
     Returns:
-        bool (groups, k, k): image i is preferred over image j. A scorer that lacks one of the two does not agree.
+        `Tensor`: bool (groups, k, k), image i is preferred over image j. A scorer that
+            lacks one of the two does not agree.
 
     Raises:
         ConfigError: margins or a number of scorers that make no sense.
@@ -203,9 +246,8 @@ def unanimous(
         raise ConfigError(
             "combine.margins", f"expected {n} numbers of at least 0, got {margin.tolist()}"
         )
-    difference = (
-        values[:, :, None] - values[:, None]
-    )  # NaN where a score is missing, and then neither comparison holds
+    # NaN where a score is missing, and then neither comparison holds.
+    difference = values[:, :, None] - values[:, None]
     return ((difference >= margin) & (difference > 0)).sum(-1) >= needed
 
 
@@ -217,17 +259,26 @@ def conservative(
     ddof: int = 0,
     weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """An ensemble that over-optimisation cannot exploit through one member (Coste et al. 2023, arXiv 2310.02743).
+    """Combine an ensemble so that over-optimisation cannot exploit a single member.
+
+    After Coste et al. 2023 (arXiv 2310.02743).
 
     Args:
-        scores: (..., n), members on one scale; NaN = missing.
-        kind: ``mean``; ``min``, the worst case; ``mean_minus_std``, the mean minus `k` standard deviations across members.
-        k: at least 0.
-        ddof: of the standard deviation.
-        weights: of the members in mean and standard deviation; a member of weight 0 is left out of the worst case too.
+        scores (`Tensor`): (..., n), members on one scale.
+        kind (`str`, *optional*, defaults to "mean"): ``mean``, ``min`` (the worst case)
+            or ``mean_minus_std`` (the mean minus `k` standard deviations across
+            members).
+        k (`float`, *optional*, defaults to 1.0): at least 0.
+        ddof (`int`, *optional*, defaults to 0): of the standard deviation.
+        weights (list of `float`, *optional*): (n,), of mean and standard deviation. A
+            member of weight 0 is left out of the worst case too.
 
     Returns:
-        (...); NaN where every member is missing. One present member has a standard deviation of 0.
+        `Tensor`: (...). NaN where every member is missing. One present member has a
+            standard deviation of 0.
+
+    Raises:
+        ConfigError: unknown kind, or a negative `k`.
     """
     if kind not in KINDS:
         raise ConfigError(
@@ -236,32 +287,41 @@ def conservative(
         )
     if not k >= 0:
         raise ConfigError("combine.k", f"expected a number of at least 0, got {k!r}")
-    values, given, weight = _prepared(scores, weights)
+    values, present, weight = _prepared(scores, weights)
     if kind == "min":
-        found = values.masked_fill(~given, float("inf")).amin(-1)
-        return _like(found.masked_fill(~given.any(-1), float("nan")), scores)
-    mean = _average(values, given, weight)
+        worst = values.masked_fill(~present, float("inf")).amin(-1)
+        return _like(worst.masked_fill(~present.any(-1), float("nan")), scores)
+    mean = _average(values, present, weight)
     if kind == "mean":
         return _like(mean, scores)
-    share = weight * given
+    share = weight * present
     total = share.sum(-1)
-    spread = (share * (values - mean[..., None]).masked_fill(~given, 0.0).square()).sum(-1)
-    count = given.sum(-1)
+    spread = (share * (values - mean[..., None]).masked_fill(~present, 0.0).square()).sum(-1)
+    count = present.sum(-1)
     correction = count / (count - ddof).clamp(min=1) if ddof else torch.ones_like(total)
     return _like(mean - k * (spread / total * correction).sqrt(), scores)
 
 
 def kendalls_w(scores: Tensor) -> Tensor:
-    """Kendall's coefficient of concordance with the correction for ties: 1 when all scorers rank alike, near 0 when they do not.
+    """Compute Kendall's coefficient of concordance: do the scorers rank alike?
 
-    The cheapest sign of a broken scorer. Counted over the images that every scorer scored: with their ranks, equals sharing the mean
-    rank, W = 12 S / (n^2 (k^3 - k) - n T), where S is the squared spread of the images' rank sums and T sums t^3 - t over the ties.
+    It is 1 when all scorers rank alike and near 0 when they do not, which is the
+    cheapest sign of a broken scorer. It counts the images that every scorer scored.
+    With their ranks (equals share the mean rank) W = 12 S / (n^2 (k^3 - k) - n T). S is
+    the squared spread of the images' rank sums, T sums t^3 - t over the ties.
 
     Args:
-        scores: (groups, k, n).
+        scores (`Tensor`): (groups, k, n).
 
     Returns:
-        float64 (groups,); NaN with fewer than two scorers or two common images, or when no scorer tells any two images apart.
+        `Tensor`: float64 (groups,). NaN with fewer than two scorers or two common
+            images, or when no scorer tells any two images apart.
+
+    Example:
+        ```python
+        scores = torch.tensor([[[0.9, 21.0], [0.5, 20.0], [0.1, 19.0]]])
+        assert kendalls_w(scores).tolist() == [1.0]
+        ```
     """
     n = _grouped(scores).shape[-1]
     common = ~scores.isnan().any(-1, keepdim=True)
@@ -279,7 +339,16 @@ def kendalls_w(scores: Tensor) -> Tensor:
 
 
 def pairwise_agreement(scores: Tensor) -> Tensor:
-    """(n, n): of the image pairs of all groups that both scorers tell apart, the share that they order alike; NaN without any."""
+    """Compute for every two scorers the share of image pairs that they order alike.
+
+    It counts the pairs of all groups that both scorers tell apart.
+
+    Args:
+        scores (`Tensor`): (groups, k, n).
+
+    Returns:
+        `Tensor`: float64 (n, n). NaN where there is no such pair.
+    """
     values, _, _ = _prepared(_grouped(scores), None)
     k = scores.shape[1]
     first, second = torch.triu_indices(k, k, 1)
@@ -290,23 +359,26 @@ def pairwise_agreement(scores: Tensor) -> Tensor:
 
 
 def best_worst_pairs(combined: Tensor) -> tuple[Tensor, Tensor]:
-    """The best and the worst image of each group.
+    """Find the best and the worst image of each group.
+
+    Of equal best images the first is taken, of equal worst ones the last, so an image
+    never meets itself. A margin of 0 is a tie.
 
     Args:
-        combined: (groups, k), NaN = missing.
+        combined (`Tensor`): (groups, k), NaN = missing.
 
     Returns:
-        indices (groups, 2) int64, -1 where a group has fewer than two scored images; margins (groups,), NaN there. Of equal best ones
-        the first is taken, of equal worst ones the last, so an image never meets itself; a margin of 0 is a tie.
+        indices (groups, 2) int64, -1 where a group has fewer than two scored images,
+        and margins (groups,), NaN there.
     """
-    given = ~combined.isnan()
+    present = ~combined.isnan()
     limits = torch.finfo(combined.dtype)
     finite = combined.clamp(limits.min, limits.max)  # below, infinity stands for a missing score
-    best = finite.masked_fill(~given, float("-inf")).argmax(1)
-    worst = combined.shape[1] - 1 - finite.masked_fill(~given, float("inf")).flip(1).argmin(1)
+    best = finite.masked_fill(~present, float("-inf")).argmax(1)
+    worst = combined.shape[1] - 1 - finite.masked_fill(~present, float("inf")).flip(1).argmin(1)
     indices = torch.stack([best, worst], 1)
     margins = combined.gather(1, best[:, None])[:, 0] - combined.gather(1, worst[:, None])[:, 0]
-    few = given.sum(1) < 2
+    few = present.sum(1) < 2
     return indices.masked_fill(few[:, None], -1), margins.masked_fill(few, float("nan"))
 
 
@@ -333,18 +405,38 @@ def combine(
     k: float = 1.0,
     ddof: int = 0,
 ) -> Tensor:
-    """One of `METHODS` by name: (groups, k, n) -> (groups, k).
+    """Combine the scores of each image by one of `METHODS`.
 
-    ``mean``, ``min`` and ``mean_minus_std`` compare members on one scale, so they too ask for declared scales through `affine`.
+    Args:
+        scores (`Tensor`): (groups, k, n), higher is better, NaN = missing.
+        method (`str`, *optional*, defaults to "winrate"): one of `METHODS`.
+        weights (list of `float`, *optional*): (n,). Defaults to equal ones.
+        affine (list of pairs or "none", *optional*): (mean, std) per scorer. The
+            methods ``weighted_sum``, ``mean``, ``min`` and ``mean_minus_std`` need it,
+            since they compare members on one scale.
+        missing (`str`, *optional*, defaults to "renormalise"): see `apply_missing`.
+        names (list of `str`, *optional*): the scorers' names, for messages.
+        k (`float`, *optional*, defaults to 1.0): of ``mean_minus_std``.
+        ddof (`int`, *optional*, defaults to 0): of standard deviations.
+
+    Returns:
+        `Tensor`: (groups, k). NaN for an image without a score.
 
     Raises:
         ConfigError: unknown method.
         UserError: undeclared scales, or missing scores under ``missing="fail"``.
+
+    Example:
+        ```python
+        scores = torch.tensor([[[1.0, 21.0], [0.0, 23.0]]])  # one prompt, two images
+        assert combine(scores, "winrate", weights=[3.0, 1.0]).tolist() == [[0.75, 0.25]]
+        ```
     """
     if method not in METHODS:
         raise ConfigError(
             "combine.method",
-            f"unknown method {method!r}{suggestion(str(method), METHODS)}; there are {', '.join(METHODS)}",
+            f"unknown method {method!r}{suggestion(str(method), METHODS)}; "
+            f"there are {', '.join(METHODS)}",
         )
     scores = apply_missing(scores, missing, names)
     simple: dict[str, Any] = {"winrate": win_rates, "majority": majority_score, "minmax": minmax}
@@ -364,7 +456,7 @@ def combine(
 def _scaled(
     scores: Tensor, affine: Sequence[tuple[float, float] | None] | str, names: Sequence[str] | None
 ) -> Tensor:
-    """float64 (s - mean) / std; `UserError` where a scale is not declared, see `weighted_sum`."""
+    """Return (s - mean) / std in float64. Errors as `weighted_sum`."""
     values, n = scores.double(), scores.shape[-1]
     if isinstance(affine, str):
         if affine != "none":
@@ -381,8 +473,9 @@ def _scaled(
     undeclared = [name for name, scale in zip(called, affine, strict=True) if scale is None]
     if undeclared:
         raise UserError(
-            "combine.method: this method adds or compares scores of different scorers, which takes a common scale, and "
-            f"{', '.join(undeclared)} declares none; give each a normalize: {{kind: affine, mean: ..., std: ...}}, or "
+            "combine.method: this method adds or compares scores of different scorers, "
+            f"which takes a common scale, and {', '.join(undeclared)} declares none; "
+            "give each a normalize: {kind: affine, mean: ..., std: ...}, or "
             "normalize: none to take raw scores, or use winrate"
         )
     constants = torch.tensor(
@@ -399,7 +492,8 @@ def _scaled(
 def _grouped(scores: Tensor) -> Tensor:
     if scores.dim() != 3:
         raise UserError(
-            f"scores: expected (groups, images of a group, scorers), got shape {tuple(scores.shape)}"
+            "scores: expected (groups, images of a group, scorers), got shape "
+            f"{tuple(scores.shape)}"
         )
     return scores
 
@@ -407,7 +501,10 @@ def _grouped(scores: Tensor) -> Tensor:
 def _prepared(
     scores: Tensor, weights: Sequence[float] | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(float64 scores, which are given, float64 weights); what weighs nothing counts as missing."""
+    """Return float64 scores, which of them are present, and float64 weights.
+
+    Scores of weight 0 count as missing.
+    """
     n = scores.shape[-1]
     weight = (
         torch.ones(n, dtype=torch.float64)
@@ -427,23 +524,29 @@ def _prepared(
     return values, ~values.isnan(), weight
 
 
-def _extremes(values: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest given score of each group, (groups, 1, n)."""
-    low = values.masked_fill(~given, float("inf")).amin(1, keepdim=True)
-    return low, values.masked_fill(~given, float("-inf")).amax(1, keepdim=True)
+def _extremes(values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest present score of each group, (groups, 1, n)."""
+    low = values.masked_fill(~present, float("inf")).amin(1, keepdim=True)
+    return low, values.masked_fill(~present, float("-inf")).amax(1, keepdim=True)
 
 
 def _signs(first: Tensor, second: Tensor) -> Tensor:
-    """sign(first - second) as float64; 0 where one is NaN, or both are the same infinity."""
+    """Return sign(first - second) in float64.
+
+    It is 0 where one is NaN, or both are the same infinity.
+    """
     return (first > second).double() - (first < second).double()
 
 
 def _like(values: Tensor, scores: Tensor) -> Tensor:
-    """In the scores' precision, at least float32: counts and half precisions must not round the result."""
+    """Return values in the scores' precision, but at least float32.
+
+    Counts and half precisions must not round the result.
+    """
     return values.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _average(values: Tensor, given: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over the last dimension of what is given; NaN where nothing of any weight is."""
-    share = weight * given
-    return (values.masked_fill(~given, 0.0) * share).sum(-1) / share.sum(-1)
+def _average(values: Tensor, present: Tensor, weight: Tensor) -> Tensor:
+    """Average what is present over the last dimension, NaN where nothing weighs."""
+    share = weight * present
+    return (values.masked_fill(~present, 0.0) * share).sum(-1) / share.sum(-1)

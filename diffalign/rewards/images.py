@@ -1,7 +1,9 @@
-"""What users pass as images, read into PIL images; and the two ways from there into a network.
+"""Read what users pass as images into PIL images, and bring these into a network.
 
-The exact way resizes 8-bit PIL images as the published code of each scorer does. The differentiable way resizes float tensors with
-antialiasing, which differs from it by up to 2/255. The two are never mixed in one ranking.
+There are two ways into a network. The exact way resizes 8-bit PIL images as the
+published code of each scorer does. The differentiable way resizes float tensors with
+antialiasing, which differs from it by up to 2/255. The two are never mixed in one
+ranking.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ def _is_number(value: Any) -> bool:
 
 
 class UnreadableImage(UserError):
-    """An image that cannot be used; the sentence names its place in the list."""
+    """An image that cannot be used. The sentence names its place in the list."""
 
 
 @dataclass
 class ImageInput:
-    """One image as given, decoded when first needed: a known file is answered from the cache without decoding.
+    """One image as given, decoded when first needed.
+
+    So the cache can answer for a known file without decoding it.
 
     Attributes:
-        place: how messages name it, e.g. ``images[3]``.
+        place (`str`): how messages name it, e.g. ``images[3]``.
         source: a PIL image, or the path or bytes of an encoded file.
     """
 
@@ -55,22 +59,26 @@ class ImageInput:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image as 8-bit RGB, the pixels that training sees (`diffalign.runtime.decoding`).
+        """The decoded image as 8-bit RGB, with the pixels that training sees.
+
+        See `diffalign.runtime.decoding`.
 
         Raises:
             UnreadableImage: missing, damaged or of zero size.
         """
         if isinstance(self.source, Missing):
             raise UnreadableImage(f"{self.place}: there is no image: {self.source.reason}")
-        if self._image is None:
-            source = self._encoded if self._encoded is not None else self._open()
+        # Locals, since another thread may release the input meanwhile.
+        image, encoded = self._image, self._encoded
+        if image is None:
+            source = encoded if encoded is not None else self._open()
             try:
-                self._image = decoding.decode(source)
+                image = self._image = decoding.decode(source)
             except decoding.UnreadableImage as error:
                 raise UnreadableImage(
                     f"{self.place}: {self._name()} cannot be used: {error}; remove or repair it"
                 ) from error
-        return self._image
+        return image
 
     def _name(self) -> str:
         return repr(str(self.source)[:200]) if isinstance(self.source, (str, Path)) else "the image"
@@ -83,7 +91,7 @@ class ImageInput:
         return self.source
 
     def encoded(self) -> bytes:
-        """The encoded file's bytes, read once."""
+        """Return the encoded file's bytes, read once."""
         if self._encoded is None:
             self._encoded = (
                 bytes(self.source)
@@ -93,19 +101,22 @@ class ImageInput:
         return self._encoded
 
     def file_key(self) -> bytes | None:
-        """Digest of the encoded file; None for images that came decoded."""
+        """Hash the encoded file. None for images that came decoded."""
         return file_digest(self.encoded()) if self._is_file else None
 
     def stamp_key(self, now: float) -> bytes | None:
-        """Digest of an image file's place and change times; None where there is no such file or it has just been written."""
+        """Hash an image file's place and change times.
+
+        None where there is no such file or it has just been written.
+        """
         return stamp_digest(self.source, now) if isinstance(self.source, (str, Path)) else None
 
     def pixel_key(self) -> bytes:
-        """Digest of the decoded pixels."""
+        """Hash the decoded pixels."""
         return pixel_digest(self.image)
 
     def release(self) -> None:
-        """Forgets what was decoded from a file."""
+        """Forget what was decoded from a file."""
         self._encoded = None
         if self._is_file:
             self._image = None
@@ -116,15 +127,22 @@ class ImageInput:
 
 
 def read_images(images: Any) -> list[ImageInput]:
-    """Every accepted form as a list.
+    """Read every accepted form of images into a list.
+
+    Floats are rounded to 8 bits, so that an image in memory and its saved PNG get the
+    same number.
 
     Args:
-        images: a list of PIL images, paths, encoded bytes, `{"bytes", "path"}` cells of a dataset, or arrays and tensors (H, W),
-            (H, W, C) or (C, H, W), uint8 or float in [0, 1]; or one tensor or array of them, (N, 3, H, W). Floats are rounded to 8
-            bits, so that an image in memory and its saved PNG get the same number.
+        images: a list of PIL images, paths, encoded bytes, `{"bytes", "path"}` cells of
+            a dataset, or arrays and tensors (h, w), (h, w, c) or (c, h, w), uint8 or
+            float in [0, 1]. Or one tensor or array of them, (n, 3, h, w).
+
+    Returns:
+        list of `ImageInput`.
 
     Raises:
-        UserError: an empty list, one image where a list is meant, values that are not finite or out of range, another type or shape.
+        UserError: an empty list, one image where a list is meant, values that are not
+            finite or out of range, another type or shape.
     """
     from PIL import Image
 
@@ -159,13 +177,12 @@ def _read_one(image: Any, place: str) -> ImageInput:
 
 
 def _from_batch(batch: Any, place: str = "images") -> list[Any]:
-    """PIL images of an (N, 3, H, W) batch."""
+    """Split an (n, 3, h, w) batch into PIL images."""
     from PIL import Image
 
     if isinstance(batch, np.ndarray):
-        if (
-            batch.ndim == 4 and batch.dtype == np.uint8 and batch.shape[-1] in (3, 4)
-        ):  # (N, H, W, C), as pipelines return arrays
+        # (n, h, w, c), as pipelines return arrays.
+        if batch.ndim == 4 and batch.dtype == np.uint8 and batch.shape[-1] in (3, 4):
             return list(batch)
         batch = torch.from_numpy(batch)
     check_pixels(batch, place)
@@ -177,15 +194,23 @@ def _from_batch(batch: Any, place: str = "images") -> list[Any]:
 
 
 def quantise(pixels: Tensor) -> Tensor:
-    """Float pixels in [0, 1] as uint8: round(255 x), the rounding under which a saved PNG is the nearest image."""
+    """Round float pixels in [0, 1] to uint8: round(255 x).
+
+    Under this rounding a saved PNG is the nearest image.
+    """
     return (pixels.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_pixels(pixels: Tensor, place: str = "pixels") -> None:
-    """Checks an (N, 3, H, W) batch.
+    """Check an (n, 3, h, w) batch.
+
+    Args:
+        pixels (`Tensor`): uint8, or floats in [0, 1].
+        place (`str`, *optional*, defaults to "pixels"): how messages name it.
 
     Raises:
-        UserError: wrong shape or type, nothing in it, values not finite or outside [0, 1].
+        UserError: wrong shape or type, nothing in it, values not finite or outside [0,
+            1].
     """
     if not isinstance(pixels, Tensor):
         raise UserError(
@@ -204,7 +229,8 @@ def check_pixels(pixels: Tensor, place: str = "pixels") -> None:
     low, high = (float(value) for value in pixels.detach().aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UserError(
-            f"{place}: some values are not finite; a generator that returns NaN is to be mended, not scored"
+            f"{place}: some values are not finite; "
+            "a generator that returns NaN is to be mended, not scored"
         )
     if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(
@@ -223,14 +249,20 @@ class Preprocess:
     """How one family of scorers turns an image into a network's input, in both modes.
 
     Attributes:
-        size: side of the square input, in pixels.
-        mode: `crop`: shortest side to `size`, centre crop. `letterbox`: HPSv2's: the longest side to `size` on the float tensor, black
-            bars. `squash`: both sides to `size`, whatever the aspect.
-        rounding: where the centre crop of an odd margin begins: `floor` as transformers does, `half_even` as torchvision does.
-        rgb_first: convert to RGB before resizing (transformers, HPSv2) or after it (ImageReward).
-        antialias: of the letterbox's tensor resize. True is what torchvision computes since 0.17, False what it computed when HPSv2's
-            tables were made.
-        mean, std: per channel.
+        size (`int`): side of the square input, in pixels.
+        mode (`str`): ``crop``: shortest side to `size`, centre crop. ``letterbox``:
+            HPSv2's: the longest side to `size` on the float tensor, black bars.
+            ``squash``: both sides to `size`, whatever the aspect.
+        rounding (`str`): where the centre crop of an odd margin begins: ``floor`` as
+            transformers does, ``half_even`` as torchvision does.
+        rgb_first (`bool`): convert to RGB before resizing (transformers, HPSv2) or
+            after it (ImageReward).
+        antialias (`bool`): of the letterbox's tensor resize. True is what torchvision
+            computes since 0.17, False what it computed when HPSv2's tables were made.
+        mean, std (tuple of `float`): per channel.
+
+    Raises:
+        ConfigError: sizes or numbers that make no sense.
     """
 
     size: int = 224
@@ -265,7 +297,12 @@ class Preprocess:
                 )
 
     def exact(self, image: Image.Image) -> Tensor:
-        """(3, size, size): uint8 after a PIL resize, float after the letterbox."""
+        """Resize a PIL image as the published code does.
+
+        Returns:
+            `Tensor`: (3, size, size), uint8 after a PIL resize, float after the
+            letterbox.
+        """
         from PIL import Image
 
         if image.mode != "RGB" and (self.rgb_first or self.mode == "letterbox"):
@@ -285,26 +322,42 @@ class Preprocess:
         return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
     def tensor(self, pixels: Tensor) -> Tensor:
-        """(N, 3, size, size) floats from (N, 3, H, W) floats in [0, 1], differentiable."""
+        """Resize float pixels so that gradients flow back to them.
+
+        Args:
+            pixels (`Tensor`): (n, 3, h, w) in [0, 1].
+
+        Returns:
+            `Tensor`: (n, 3, size, size).
+        """
         if self.mode == "letterbox":
             return self.letterbox(pixels)
         height, width = (
             (self.size, self.size) if self.mode == "squash" else self._shortest(*pixels.shape[-2:])
         )
         if (height, width) != tuple(pixels.shape[-2:]):
-            # A bicubic kernel overshoots; 8-bit images cannot, so the clamp keeps the two modes close.
+            # A bicubic kernel overshoots. 8-bit images cannot, so the clamp keeps the
+            # two modes close.
             pixels = _resize(pixels, (height, width), antialias=True).clamp(0, 1)
         top, left = self._margin(height), self._margin(width)
         return pixels[..., top : top + self.size, left : left + self.size]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(..., 3, size, size) uint8 or floats in [0, 1] -> float32 (or wider), normalised per channel."""
+        """Normalise pixels per channel.
+
+        Args:
+            pixels (`Tensor`): (..., 3, size, size), uint8 or floats in [0, 1].
+
+        Returns:
+            `Tensor`: float32 or wider, of the same shape.
+        """
         mean, std = (
             torch.tensor(values, device=pixels.device)[:, None, None]
             for values in (self.mean, self.std)
         )
         if pixels.dtype == torch.uint8:
-            # In place, and along whole rows of interleaved colours: the plain formula costs as much as a small tower.
+            # In place, and along whole rows of interleaved colours: the plain formula
+            # costs as much as a small tower.
             last = pixels.movedim(-3, -1)
             rows = last.reshape(*last.shape[:-2], last.shape[-2] * 3).float().div_(255)
             rows.sub_(mean.flatten().repeat(last.shape[-2])).div_(
@@ -314,7 +367,11 @@ class Preprocess:
         return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
 
     def letterbox(self, pixels: Tensor) -> Tensor:
-        """Longest side to `size` by a bicubic tensor resize, black bars around; the odd pixel of the bars lies right and below."""
+        """Resize the longest side to `size`, with black bars around.
+
+        The resize is bicubic, on tensors. The odd pixel of the bars lies right and
+        below.
+        """
         height, width = pixels.shape[-2:]
         scale = self.size / max(height, width)
         if scale == 1.0 and height == width:
@@ -340,13 +397,16 @@ class Preprocess:
 
     @staticmethod
     def stack(images: Sequence[Tensor]) -> Tensor:
-        """One batch of prepared images; 8-bit ones stay in the order of memory in which PIL wrote them."""
+        """Stack prepared images to a batch (n, 3, size, size).
+
+        8-bit ones stay in the order of memory in which PIL wrote them.
+        """
         if images[0].dtype == torch.uint8:
             return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
         return torch.stack(list(images))
 
     def describe(self) -> str:
-        """A stable name of this preprocessing, part of fingerprints."""
+        """Return a stable name of this preprocessing, part of fingerprints."""
         parts = [
             self.mode,
             str(self.size),
@@ -362,7 +422,10 @@ _THIN = 32  # long side in short sides from which only the middle is resized
 
 
 def middle_of_thin(image: Image.Image) -> Image.Image:
-    """The middle of an image whose long side is more than 32 times the short one, so that resizing it takes bounded memory."""
+    """Crop the middle of an image whose long side is more than 32 times the short one.
+
+    So resizing it takes bounded memory. Other images stay as they are.
+    """
     short, longest = min(image.size), max(image.size)
     if longest <= _THIN * short:
         return image
@@ -374,7 +437,10 @@ def middle_of_thin(image: Image.Image) -> Image.Image:
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """(3, H, W) or (N, 3, H, W) resized as torchvision resizes tensors, which is this call behind its checks."""
+    """Resize (3, h, w) or (n, 3, h, w) as torchvision resizes tensors.
+
+    This is the call that torchvision makes behind its checks.
+    """
     batch = pixels if pixels.ndim == 4 else pixels[None]
     resized = F.interpolate(
         batch, size=list(size), mode="bicubic", align_corners=False, antialias=antialias
@@ -383,6 +449,6 @@ def _resize(pixels: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """uint8 (3, H, W) of an RGB image."""
+    """Return an RGB image as uint8 (3, h, w)."""
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(image.height, image.width, 3).permute(2, 0, 1)

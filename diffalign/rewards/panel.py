@@ -1,4 +1,7 @@
-"""Several scorers as one judge: each keeps its own column, and only those of role `train` are combined."""
+"""A panel: several scorers, a column for each, and the rule that combines them.
+
+Only scorers of role `train` are combined. Those of role `eval` are reported.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,19 @@ _CONFIG_KEYS = ("rewards", "combine", "placement", "cache", "device")
 
 @dataclass
 class PanelResult:
-    """What `Panel.score` returns.
+    """The scores of all scorers of a panel.
 
     Attributes:
-        columns: name -> float32 scores (N,) as the scorer gave them, NaN = missing; in the order of the panel.
-        errors: name -> {index: sentence} of the missing ones.
-        cached: name -> how many came from the cache.
+        columns (`dict[str, Tensor]`): name -> float32 scores (n,) as the scorer gave
+            them, NaN = missing, in the order of the panel.
+        errors (`dict`): name -> {index: sentence} of the missing ones.
+        cached (`dict[str, int]`): name -> how many came from the cache.
+
+    Example:
+        ```python
+        result = Panel("jpeg_compressibility").score([Image.new("RGB", (8, 8))])
+        assert result.columns["jpeg_compressibility"].shape == (1,)
+        ```
     """
 
     columns: dict[str, Tensor]
@@ -49,10 +59,14 @@ class Combined:
     """What `Panel.combine` returns.
 
     Attributes:
-        values: float32 (N,), higher is better whatever the scorers' directions; NaN for an image without a score.
-        agreement: plain values, None where undefined: `names`; `kendalls_w`, the mean over groups of the concordance of the combined
-            scorers, and `kendalls_w_per_group`, in the order in which groups first appear; `pairwise`, for every two of `names` (eval
-            scorers too) the share of image pairs that they order alike; `left_out`, groups too large to be compared.
+        values (`Tensor`): float32 (n,), higher is better whatever the scorers'
+            directions. NaN for an image without a score.
+        agreement (`dict`): plain values, None where undefined. `names` are the columns.
+            `kendalls_w` is the concordance of the combined scorers, averaged over
+            groups. `kendalls_w_per_group` lists it in the order in which groups first
+            appear. `pairwise` holds, for every two of `names` (eval scorers too), the
+            share of image pairs that they order alike. `left_out` counts the groups
+            that are too large to be compared.
     """
 
     values: Tensor
@@ -61,7 +75,7 @@ class Combined:
 
 @dataclass
 class _Slot:
-    """One scorer, loaded at most once, whatever number of entries uses it."""
+    """A scorer, loaded at most once, however many entries use it."""
 
     path: str
     entries: list[RewardEntry]
@@ -69,7 +83,7 @@ class _Slot:
     device: torch.device
     cache: Any = None
     scorer: Scorer | None = None
-    given: bool = False
+    loaded_by_caller: bool = False
 
 
 class Panel:
@@ -77,16 +91,30 @@ class Panel:
 
     Args:
         entries: whatever `parse_rewards` takes.
-        combine (`CombineConfig`, mapping or method name, *optional*): defaults to `winrate`.
-        placement (`str`, *optional*, defaults to `"resident"`): ``resident``: all are loaded and stay on the device. ``offload``: they
-            wait on the CPU and are moved for a call. ``exclusive``: a call loads one, scores everything it was given, frees it and
-            loads the next, so that five large scorers need the memory of the largest.
-        device: for entries without their own.
+        combine (`CombineConfig`, mapping or method name, *optional*): defaults to
+            `winrate`.
+        placement (`str`, *optional*, defaults to "resident"): ``resident``: all are
+            loaded and stay on the device. ``offload``: they wait on the CPU and are
+            moved for a call. ``exclusive``: a call loads one, scores everything it was
+            given, frees it and loads the next, so that five large scorers need the
+            memory of the largest.
+        device (`str` or `torch.device`, *optional*): for entries without their own.
         cache (`ScoreCache` or path, *optional*): for entries without their own.
-        trust_remote_code: allow scorers of ``./file.py:Class``, which runs that file.
+        trust_remote_code (`bool`, *optional*, defaults to False): allow scorers of
+            ``./file.py:Class``, which runs that file.
 
     Raises:
-        ConfigError: see `parse_rewards`; also options a scorer does not have, scales that the method needs and nobody declares.
+        ConfigError: see `parse_rewards`. Also options that a scorer does not have, and
+            scales that the method needs and nobody declares.
+
+    Example:
+        ```python
+        panel = Panel({"jpeg_compressibility": 1.0})
+        images = [Image.new("RGB", (8, 8)), Image.effect_noise((8, 8), 50)]
+        result = panel.score(images, ["a dot", "a dot"])
+        combined = panel.combine(result.columns, groups=["a dot", "a dot"])
+        assert combined.values.tolist() == [1.0, 0.0]
+        ```
     """
 
     def __init__(
@@ -100,7 +128,10 @@ class Panel:
         trust_remote_code: bool = False,
     ) -> None:
         if placement not in PLACEMENTS:
-            problem = f"expected {', '.join(PLACEMENTS)}, got {placement!r}{suggestion(str(placement), PLACEMENTS)}"
+            problem = (
+                f"expected {', '.join(PLACEMENTS)}, got "
+                f"{placement!r}{suggestion(str(placement), PLACEMENTS)}"
+            )
             raise ConfigError("placement", problem)
         self.placement, self.trust_remote_code = placement, trust_remote_code
         self.entries = parse_rewards(entries, trust_remote_code=trust_remote_code)
@@ -119,7 +150,13 @@ class Panel:
     def from_config(
         cls, value: Any, *, device: Any = None, trust_remote_code: bool = False
     ) -> Panel:
-        """A panel from ``{"rewards": ..., "combine": ..., "placement": ..., "cache": ..., "device": ...}`` or from a bare rewards value.
+        """Build a panel from the keys of a run file, or from a bare rewards value.
+
+        Args:
+            value: ``{"rewards": ..., "combine": ..., "placement": ..., "cache": ...,
+                "device": ...}``, or whatever `parse_rewards` takes.
+            device (*optional*): defaults to that of `value`.
+            trust_remote_code (`bool`, *optional*, defaults to False): as for `Panel`.
 
         Raises:
             ConfigError: unknown keys, and everything the constructor raises.
@@ -162,13 +199,17 @@ class Panel:
     def score(
         self, images: Any, prompts: Any = None, metadata: Any = None, *, on_error: str | None = None
     ) -> PanelResult:
-        """Scores images with every scorer. Arguments and errors as `Scorer.score`; `on_error` None takes each entry's own."""
+        """Score images with every scorer.
+
+        Arguments and errors as `Scorer.score`. `on_error` None takes each entry's own.
+        """
         sources = [(image.place, image.source) for image in read_images(images)]
-        found: dict[str, ScoreResult] = {}
+        results: dict[str, ScoreResult] = {}
         for slot in self._slots:
             with self._held(slot) as scorer:
                 for policy in dict.fromkeys(on_error or entry.on_error for entry in slot.entries):
-                    # Fresh inputs: what one scorer decoded shall not wait in memory for the others.
+                    # Fresh inputs: what one scorer decoded shall not wait in memory for
+                    # the others.
                     result = scorer.score(
                         [ImageInput(*source) for source in sources],
                         prompts,
@@ -180,22 +221,27 @@ class Panel:
                         for entry in slot.entries
                         if (on_error or entry.on_error) == policy
                     ]
-                    found.update(dict.fromkeys(users, result))
+                    results.update(dict.fromkeys(users, result))
         return PanelResult(
-            {name: found[name].values for name in self.names},
-            {name: found[name].errors for name in self.names},
-            {name: found[name].cached for name in self.names},
+            {name: results[name].values for name in self.names},
+            {name: results[name].errors for name in self.names},
+            {name: results[name].cached for name in self.names},
         )
 
     @contextmanager
     def using(self, name: str) -> Iterator[Scorer]:
-        """The scorer of one column, loaded and on its device while the block runs; for work that goes scorer by scorer.
+        """Lend the scorer of one column, loaded and on its device while the block runs.
+
+        This serves work that goes scorer by scorer.
+
+        Raises:
+            UserError: the panel has no such column.
 
         Example:
             ```python
             for name in panel.names:
                 with panel.using(name) as scorer:
-                    columns[name] = [scorer(images, prompts) for images, prompts in chunks]
+                    columns[name] = scorer(images, prompts)
             ```
         """
         slot = next(
@@ -203,15 +249,16 @@ class Panel:
         )
         if slot is None:
             raise UserError(
-                f"{name!r}: the panel has no such scorer{suggestion(name, self.names)}; it has {', '.join(self.names)}"
+                f"{name!r}: the panel has no such scorer{suggestion(name, self.names)}; "
+                f"it has {', '.join(self.names)}"
             )
         with self._held(slot) as scorer:
             yield scorer
 
     def close(self) -> None:
-        """Frees the scorers that the panel loaded."""
+        """Free the scorers that the panel loaded."""
         for slot in self._slots:
-            if slot.scorer is not None and not slot.given:
+            if slot.scorer is not None and not slot.loaded_by_caller:
                 slot.scorer.close()
                 slot.scorer = None
 
@@ -225,7 +272,7 @@ class Panel:
         try:
             yield scorer
         finally:
-            if self.placement == "exclusive" and not slot.given:
+            if self.placement == "exclusive" and not slot.loaded_by_caller:
                 scorer.close()
             elif self.placement != "resident":
                 scorer.offload()
@@ -237,9 +284,8 @@ class Panel:
             options["batch_size"] = entry.batch_size
         if slot.cache is not None:
             options["cache"] = self._cache(slot.cache)
-        if "on_error" in options_of(
-            self._class_of(entry)
-        ):  # a scorer that can fail by itself, as a remote one
+        # A scorer that can fail by itself, as a remote one.
+        if "on_error" in options_of(self._class_of(entry)):
             options["on_error"] = entry.on_error
         device = "cpu" if self.placement == "offload" else slot.device
         try:
@@ -261,15 +307,21 @@ class Panel:
     # Combining
 
     def combine(self, columns: Mapping[str, Any], groups: Sequence[Hashable]) -> Combined:
-        """One number per image from the columns of role `train`.
+        """Combine the columns of role `train` into one number per image.
 
         Args:
-            columns: name -> scores (N,), e.g. `PanelResult.columns`; columns of role `eval` may be missing.
-            groups: N group ids; the images of one id are compared with each other. Groups may differ in size.
+            columns (`dict`): name -> scores (n,), e.g. `PanelResult.columns`. Columns
+                of role `eval` may be missing.
+            groups (list): n group ids. The images of one id are compared with each
+                other. Groups may differ in size.
+
+        Returns:
+            `Combined`: the numbers, and how far the scorers agree.
 
         Raises:
-            UserError: columns missing or of another length, no scorer of role `train`, missing scores under ``missing: fail``, a group
-                too large for a method that compares all images with all.
+            UserError: columns missing or of another length, no scorer of role `train`,
+                missing scores under ``missing: fail``, or a group too large for a
+                method that compares all images with all.
         """
         names, weights = self._combined_entries()
         present = [name for name in self.names if name in columns or name in names]
@@ -280,7 +332,8 @@ class Panel:
         largest = max(map(len, members))
         if config.method in ("winrate", "majority") and largest > LARGEST_COMPARED:
             raise UserError(
-                f"combine.method: {config.method} compares all images of a group with all, and one has {largest}, more than "
+                f"combine.method: {config.method} compares all images of a group with all, "
+                f"and one has {largest}, more than "
                 f"{LARGEST_COMPARED}; use zscore, or smaller groups"
             )
         usable = ensemble.apply_missing(train[None], config.missing, names)[0]
@@ -300,8 +353,14 @@ class Panel:
     def agreed_pairs(
         self, columns: Mapping[str, Any], groups: Sequence[Hashable]
     ) -> list[tuple[int, int]]:
-        """Pairs (better, worse) of image indices within groups on which `combine.min_agree` scorers of role `train` agree by
-        `combine.margins`; by default all of them, by any difference."""
+        """List the pairs of images on which enough scorers agree.
+
+        `combine.min_agree` scorers of role `train` must agree by `combine.margins`. By
+        default all of them must, by any difference. Arguments as `combine`.
+
+        Returns:
+            pairs (better, worse) of image indices within groups, sorted.
+        """
         names, _ = self._combined_entries()
         scores = self.signed(columns, names, len(groups))
         margins = self.combine_config.margins_of(names)
@@ -316,12 +375,13 @@ class Panel:
         train = [entry for entry in self.entries if entry.role == "train"]
         if not train:
             raise UserError(
-                "rewards: all scorers have the role eval, so nothing can be combined; give one the role train"
+                "rewards: all scorers have the role eval, so nothing can be combined; "
+                "give one the role train"
             )
         return [entry.name for entry in train], [entry.weight for entry in train]
 
     def signed(self, columns: Mapping[str, Any], names: Sequence[str], count: int) -> Tensor:
-        """(N, n) float64, negated where lower is better."""
+        """Stack columns to float64 (count, n), negated where lower is better."""
         if count == 0:
             raise UserError("groups: is empty; give one group id per image")
         table = []
@@ -333,7 +393,8 @@ class Panel:
             column = torch.as_tensor(columns[name], dtype=torch.float64).cpu()
             if column.shape != (count,):
                 raise UserError(
-                    f"columns: {name} has shape {tuple(column.shape)}, expected one score for each of {count} group ids"
+                    f"columns: {name} has shape {tuple(column.shape)}, expected one score for "
+                    f"each of {count} group ids"
                 )
             table.append(column if self.specs[name].higher_is_better else -column)
         return torch.stack(table, -1)
@@ -354,7 +415,7 @@ class Panel:
                     entry.scorer.spec,
                     entry.scorer.device,
                     scorer=entry.scorer,
-                    given=True,
+                    loaded_by_caller=True,
                 )
                 slots.setdefault(f"given {id(entry.scorer)}", slot).entries.append(entry)
                 continue
@@ -366,8 +427,8 @@ class Panel:
                         f"{path}.args.{name}",
                         f"{entry.scorer} has no such option{suggestion(name, accepted)}",
                     )
-            own = entry.on_error if "on_error" in accepted else None
-            kept_in = entry.cache if entry.cache is not None else cache
+            on_error = entry.on_error if "on_error" in accepted else None
+            cache_of_entry = entry.cache if entry.cache is not None else cache
             try:
                 where = read_device(entry.device if entry.device is not None else device)
             except ConfigError as error:
@@ -383,24 +444,29 @@ class Panel:
                 where,
                 entry.dtype,
                 entry.batch_size,
-                own,
+                on_error,
             ]
             key = json.dumps(
-                [*facts, getattr(kept_in, "path", kept_in)], sort_keys=True, default=str
+                [*facts, getattr(cache_of_entry, "path", cache_of_entry)],
+                sort_keys=True,
+                default=str,
             )
             slots.setdefault(
-                key, _Slot(path, [], scorer_class.spec, where, kept_in)
+                key, _Slot(path, [], scorer_class.spec, where, cache_of_entry)
             ).entries.append(entry)
         return list(slots.values())
 
     def _cache(self, cache: Any) -> ScoreCache:
-        """One connection per file."""
+        """Return one cache object per file."""
         if isinstance(cache, ScoreCache):
             return cache
         return self._caches.setdefault(str(cache), ScoreCache(cache))
 
     def _scales(self) -> dict[str, tuple[float, float] | None]:
-        """Name -> (mean, std) of the signed scores; a mirrored score has a mirrored mean."""
+        """Return name -> (mean, std) of the signed scores.
+
+        A mirrored score has a mirrored mean.
+        """
         scales = {}
         for i, entry in enumerate(self.entries):
             spec = self.specs[entry.name]
@@ -414,7 +480,7 @@ class Panel:
         return scales
 
     def _check_combination(self) -> None:
-        """Tries the rule on nothing, so that a mistake in it is found before an hour of scoring."""
+        """Try the rule on zeros, to find a mistake in it before an hour of scoring."""
         names = self.train_names
         if names:
             self.combine(dict.fromkeys(names, torch.zeros(2)), [0, 0])
@@ -432,7 +498,8 @@ class Panel:
         for backbone, name in by_role["eval"].items():
             if backbone in by_role["train"]:
                 warnings.warn(
-                    f"rewards: {name} (eval) and {by_role['train'][backbone]} (train) both start from {backbone}, so {name} shares the "
+                    f"rewards: {name} (eval) and {by_role['train'][backbone]} (train) both "
+                    f"start from {backbone}, so {name} shares the "
                     "mistakes that training exploits; evaluate with another family too",
                     stacklevel=4,
                 )

@@ -1,4 +1,7 @@
-"""`rewards:` and `combine:` of a run file: which scorers judge, how much each weighs, and how their numbers become one."""
+"""`rewards:` and `combine:` of a run file.
+
+They say which scorers judge, how much each weighs, and how their numbers become one.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,16 @@ class RewardEntry:
     name: str = ""
     """Name of its column; by default the scorer's."""
     scorer: Any = None
-    """Name as `load_scorer` takes it, e.g. `pickscore`; in Python also a loaded `Scorer`. None takes `name`."""
+    """Name as `load_scorer` takes it, e.g. `pickscore`. In Python also a loaded
+    `Scorer`. None takes `name`.
+    """
     weight: float = 1.0
     """Weight in the combination, at least 0."""
     normalize: Any = None
-    """Scale for methods that add scores: `declared` is the scorer's own (an error where it declares none), `none` adds raw scores,
-    `{kind: affine, mean: ..., std: ...}` is yours. None takes the declared one where there is one."""
+    """Scale for methods that add scores: `declared` is the scorer's own (an error where
+    it declares none), `none` adds raw scores, `{kind: affine, mean: ..., std: ...}` is
+    yours. None takes the declared one where there is one.
+    """
     model: Any = None
     """Weights: file, folder or Hub id. None takes the published ones."""
     config: Any = None
@@ -48,9 +55,13 @@ class RewardEntry:
     cache: Any = None
     """File in which its scores are kept. None takes the panel's."""
     on_error: str = "raise"
-    """`raise` stops at an image that cannot be scored, `nan` makes it a missing score."""
+    """`raise` stops at an image that cannot be scored, `nan` makes it a missing
+    score.
+    """
     role: str = "train"
-    """`train` takes part in the combination; `eval` is computed and reported, and never combined."""
+    """`train` takes part in the combination. `eval` is computed and reported, and never
+    combined.
+    """
 
     def __post_init__(self) -> None:
         self.scorer = self.name if self.scorer is None else self.scorer
@@ -77,7 +88,8 @@ class RewardEntry:
             if value not in choices:
                 raise ConfigError(
                     name,
-                    f"expected {' or '.join(choices)}, got {value!r}{suggestion(str(value), choices)}",
+                    f"expected {' or '.join(choices)}, got "
+                    f"{value!r}{suggestion(str(value), choices)}",
                 )
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError("batch_size", f"expected int >= 1, got {self.batch_size}")
@@ -90,7 +102,9 @@ class RewardEntry:
         _affine_of(self.normalize)
 
     def affine(self, spec: ScorerSpec) -> tuple[float, float] | None:
-        """(mean, standard deviation) that put the scores on the common scale; None where nothing is declared.
+        """Return (mean, standard deviation) that put the scores on the common scale.
+
+        None where nothing is declared.
 
         Raises:
             ConfigError: `normalize: declared` for a scorer that declares none.
@@ -98,12 +112,14 @@ class RewardEntry:
         if self.normalize == "declared" and spec.affine is None:
             raise ConfigError(
                 "normalize",
-                f"{spec.key} declares no scale; write {{kind: affine, mean: ..., std: ...}}, or none to add raw scores",
+                f"{spec.key} declares no scale; write {{kind: affine, mean: ..., std: "
+                f"...}}, or none to add raw scores",
             )
         return spec.affine if self.normalize in (None, "declared") else _affine_of(self.normalize)
 
 
-# Fields that every scorer has; `scorer`, for one, may be an option too: the one that a remote server shall use.
+# Fields that every scorer has. `scorer`, for one, may be an option too: the one that a
+# remote server shall use.
 _LOADING = {"model", "config", "tokenizer", "device", "dtype", "batch_size", "cache", "on_error"}
 
 
@@ -136,17 +152,23 @@ def _affine_of(normalize: Any) -> tuple[float, float] | None:
 
 @dataclass
 class CombineConfig:
-    """`combine:` of a run file: how the scores of one prompt's images become one number per image."""
+    """`combine:` of a run file: how the scores of an image become one number."""
 
     method: str = "winrate"
-    """`winrate` (RankDPO's mean share of images beaten, free of scales), `zscore`, `majority`, `minmax`; or, on declared scales,
-    `weighted_sum`, `mean`, `min`, `mean_minus_std`."""
+    """`winrate` (RankDPO's mean share of images beaten, free of scales), `zscore`,
+    `majority`, `minmax`, or, on declared scales, `weighted_sum`, `mean`, `min`,
+    `mean_minus_std`.
+    """
     scope: str = "prompt"
     """What is compared with each other: the images of one prompt."""
     missing: str = "renormalise"
-    """An image that some scorers could not score: `renormalise` leaves it to the others, `drop` leaves it out, `fail` stops."""
+    """An image that some scorers could not score: `renormalise` leaves it to the
+    others, `drop` leaves it out, `fail` stops.
+    """
     margins: Any = None
-    """Least difference that counts as a preference in `Panel.agreed_pairs`: scorer name -> margin, or one number per scorer."""
+    """Least difference that counts as a preference in `Panel.agreed_pairs`: scorer
+    name -> margin, or one number per scorer.
+    """
     min_agree: int | None = None
     """How many scorers must prefer one image in `Panel.agreed_pairs`. None asks all."""
     k: float = 1.0
@@ -160,7 +182,8 @@ class CombineConfig:
             if value not in choices:
                 raise ConfigError(
                     name,
-                    f"expected {', '.join(choices)}, got {value!r}{suggestion(str(value), choices)}",
+                    f"expected {', '.join(choices)}, got "
+                    f"{value!r}{suggestion(str(value), choices)}",
                 )
         if not (math.isfinite(self.k) and self.k >= 0):
             raise ConfigError("k", f"expected a finite number of at least 0, got {self.k!r}")
@@ -170,10 +193,11 @@ class CombineConfig:
             raise ConfigError("min_agree", f"expected int >= 1, got {self.min_agree}")
 
     def margins_of(self, names: Sequence[str]) -> list[float] | None:
-        """One margin per scorer, in order.
+        """Return one margin per scorer, in order.
 
         Raises:
-            ConfigError: a name that is no scorer, another number of margins, or a margin that is no number of at least 0.
+            ConfigError: a name that is no scorer, another number of margins, or a
+                margin that is no number of at least 0.
         """
         margins = self.margins
         if margins is None:
@@ -183,7 +207,8 @@ class CombineConfig:
                 if name not in names:
                     raise ConfigError(
                         f"combine.margins.{name}",
-                        f"no such scorer{suggestion(str(name), names)}; there are {', '.join(names)}",
+                        f"no such scorer{suggestion(str(name), names)}; "
+                        f"there are {', '.join(names)}",
                     )
             margins = [margins.get(name, 0.0) for name in names]
         values = coerce(margins, list[float], "combine.margins")
@@ -192,7 +217,8 @@ class CombineConfig:
         ):
             raise ConfigError(
                 "combine.margins",
-                f"expected {len(names)} numbers of at least 0 ({', '.join(names)}), got {self.margins!r}",
+                f"expected {len(names)} numbers of at least 0 ({', '.join(names)}), got "
+                f"{self.margins!r}",
             )
         return values
 
@@ -200,16 +226,20 @@ class CombineConfig:
 def parse_rewards(
     value: Any, *, path: str = "rewards", trust_remote_code: bool = False
 ) -> list[RewardEntry]:
-    """Every accepted form of `rewards:` as entries.
+    """Read every accepted form of `rewards:` into entries.
 
     Args:
-        value: ``"imagereward, pickscore"``; a list of names; ``{pickscore: 0.7, hpsv2.1: 0.3}``, names with weights; or a list of
-            mappings with the fields of `RewardEntry`. In Python a list may also hold `RewardEntry` and loaded `Scorer` objects.
-        path: how messages name it.
-        trust_remote_code: allow scorers of ``./file.py:Class``.
+        value: ``"imagereward, pickscore"``, a list of names, ``{pickscore: 0.7,
+            hpsv2.1: 0.3}`` (names with weights), or a list of mappings with the fields
+            of `RewardEntry`. In Python a list may also hold `RewardEntry` and loaded
+            `Scorer` objects.
+        path (`str`, *optional*, defaults to "rewards"): how messages name it.
+        trust_remote_code (`bool`, *optional*, defaults to False): allow scorers of
+            ``./file.py:Class``.
 
     Raises:
-        ConfigError: with the path in front: unknown keys and scorers, wrong types and ranges, two entries of one name, no entry.
+        ConfigError: with the path in front: unknown keys and scorers, wrong types and
+            ranges, two entries of one name, no entry.
     """
     entries: list[RewardEntry] = []
     for where, entry in _entries(value, path):
@@ -236,7 +266,10 @@ def parse_rewards(
 
 
 def _entries(value: Any, path: str) -> list[tuple[str, RewardEntry]]:
-    """(path, entry) of each; everything about one entry is checked, nothing between entries."""
+    """Return (path, entry) of each.
+
+    Everything about one entry is checked, nothing between entries.
+    """
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
     if isinstance(value, (RewardEntry, Scorer)):
@@ -267,7 +300,8 @@ def _entry(item: Any, more: dict[str, Any], path: str) -> RewardEntry:
         ):
             raise ConfigError(
                 path,
-                f"expected a weight, got {more['weight']!r}; for more than weights write a list of entries",
+                f"expected a weight, got {more['weight']!r}; "
+                "for more than weights write a list of entries",
             )
         item = {"scorer": item, **more}
     if not isinstance(item, Mapping):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config.yaml_text import NotYaml, read_yaml_file, read_yaml_text, shown
 from ..errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    pass
 
 TABLE_COLUMNS = ("image", "row", "position", "role", "prompt", "combined")
 """Columns of a table of scores beside one per scorer."""
@@ -27,14 +24,20 @@ def panel_config(
     trust_remote_code: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `Panel.from_config` takes, from the options of a command: its rewards as entries with the command line's options in them.
+    """Build what `Panel.from_config` takes from the options of a command.
+
+    Its rewards are entries with the command line's options in them.
 
     Args:
-        scorers: names with commas between; or
-        file: YAML with `rewards` and `combine`, given as the option `file_option`.
-        scorer_args: YAML, options by scorer.
-        combine: method.
-        overrides: `on_error`, and `batch_size` and `dtype` for entries without their own.
+        scorers (`str` or None): names with commas between. Either this or `file`.
+        file (`Path` or None): YAML with `rewards` and `combine`.
+        file_option (`str`, *optional*, defaults to "--config"): the option that gave
+            `file`.
+        scorer_args (`str`, *optional*): YAML, options by scorer.
+        combine (`str`, *optional*): method.
+        trust_remote_code (`bool`, *optional*, defaults to False): as for `Panel`.
+        overrides (mapping, *optional*): `on_error`, and `batch_size` and `dtype` for
+            entries without their own.
 
     Raises:
         UserError: both or neither are given, or anything in them does not fit.
@@ -46,10 +49,12 @@ def panel_config(
         raise UserError(
             f"--scorers, {file_option}: give one of them, e.g. --scorers imagereward,pickscore"
         )
-    given = scorers if file is None else _read(file, file_option)
+    rewards = scorers if file is None else _read(file, file_option)
     overrides = overrides or {}
     config: dict[str, Any] = (
-        dict(given) if isinstance(given, Mapping) and "rewards" in given else {"rewards": given}
+        dict(rewards)
+        if isinstance(rewards, Mapping) and "rewards" in rewards
+        else {"rewards": rewards}
     )
     entries = parse_rewards(config["rewards"], trust_remote_code=trust_remote_code)
     extra = _mapping(scorer_args, "--scorer_args", "{pickscore: {model: FOLDER}}") or {}
@@ -66,17 +71,17 @@ def panel_config(
                 f"rewards[{i}].name",
                 f"{entry.name!r} is a column of the output; choose another name",
             )
-        own = extra.get(entry.name) or {}
-        if not isinstance(own, Mapping):
+        options = extra.get(entry.name) or {}
+        if not isinstance(options, Mapping):
             raise ConfigError(
-                f"--scorer_args.{entry.name}", f"expected a mapping of options, got {own!r}"
+                f"--scorer_args.{entry.name}", f"expected a mapping of options, got {options!r}"
             )
         values = {f: getattr(entry, f) for f in ("name", "scorer", *fields)}
-        values |= {key: value for key, value in own.items() if key in fields}
+        values |= {key: value for key, value in options.items() if key in fields}
         values["args"] = {
             **entry.args,
-            **{key: value for key, value in own.items() if key not in fields},
-            **(own.get("args") or {}),
+            **{key: value for key, value in options.items() if key not in fields},
+            **(options.get("args") or {}),
         }
         for key in ("batch_size", "dtype"):
             values[key] = overrides.get(key) if values[key] is None else values[key]

@@ -1,7 +1,8 @@
-"""Scorers by name: the built-in ones, registered ones, plug-ins, and classes by path.
+"""Find scorers by name: built in, registered, of plug-ins, and classes by path.
 
-A name is looked up as registry key or alias (case and ``-``/``_`` do not matter), then as entry point of the group
-``diffalign.scorers``, then as ``package.module:Class``, then - only when the user trusts it - as ``./file.py:Class``.
+A name is looked up as registry key or alias (case and ``-``/``_`` do not matter), then
+as entry point of the group ``diffalign.scorers``, then as ``package.module:Class``,
+then - only when the user trusts it - as ``./file.py:Class``.
 """
 
 from __future__ import annotations
@@ -73,17 +74,20 @@ def _fold(name: str) -> str:
 def register_scorer(
     name: str, *, override: bool = False, aliases: Sequence[str] = (), **spec_fields: Any
 ) -> Callable[[Any], Any]:
-    """Decorator that adds a scorer to the registry.
+    """Add a scorer to the registry: a decorator.
 
-    On a subclass of `Scorer` it registers the class (its `spec` is made from `spec_fields` unless it has one). On a plain function
-    ``(images, prompts, metadata) -> list of floats`` - any leading part of these arguments - or on any other class whose instances are
-    called so, it registers a scorer around it; the images are PIL images and None or NaN marks a missing score.
+    On a subclass of `Scorer` it registers the class, whose `spec` is made from
+    `spec_fields` unless it has one. On a plain function ``(images, prompts, metadata)
+    -> list of floats``, with any leading part of these arguments, or on any other class
+    whose instances are called so, it registers a scorer around it. The images are PIL
+    images. None or NaN marks a missing score.
 
     Args:
-        name: the key.
-        override: replace a scorer of that name.
-        aliases: further names.
-        **spec_fields: fields of `ScorerSpec`, e.g. ``requires=("image",)``, ``higher_is_better``, ``range``.
+        name (`str`): the key.
+        override (`bool`, *optional*, defaults to False): replace a scorer of that name.
+        aliases (list of `str`, *optional*): further names.
+        **spec_fields: fields of `ScorerSpec`, e.g. ``requires=("image",)``,
+            ``higher_is_better``, ``range``.
 
     Raises:
         ConfigError: the name is taken.
@@ -92,7 +96,11 @@ def register_scorer(
         ```python
         @register_scorer("brightness", requires=("image",))
         def brightness(images):
-            return [sum(image.convert("L").histogram()[128:]) / (image.width * image.height) for image in images]
+            return [sum(image.convert("L").histogram()[128:]) for image in images]
+
+
+        white = Image.new("RGB", (2, 2), "white")
+        assert load_scorer("brightness")([white]).item() == 4
         ```
     """
     names = [name, *aliases]
@@ -113,13 +121,34 @@ def register_scorer(
 
 
 def list_scorers() -> list[str]:
-    """The canonical names of all scorers: built in, registered, and of installed plug-ins (which are not imported)."""
+    """List the canonical names of all scorers: built in, registered, and of plug-ins.
+
+    Plug-ins are not imported for it.
+
+    Example:
+        ```python
+        assert "pickscore" in list_scorers()
+        ```
+    """
     names = {*_BUILT_IN, *(cls.spec.key for cls in _registered.values()), *_plug_ins()}
     return sorted(names)
 
 
 def get_spec(name: str, *, trust_remote_code: bool = False) -> ScorerSpec:
-    """The card of a scorer, without loading weights. Errors as `load_scorer`."""
+    """Return the card of a scorer, without loading weights.
+
+    Args:
+        name (`str`): as for `load_scorer`.
+        trust_remote_code (`bool`, *optional*, defaults to False): as for `load_scorer`.
+
+    Raises:
+        ConfigError: as `load_scorer`.
+
+    Example:
+        ```python
+        assert get_spec("pickscore").differentiable
+        ```
+    """
     return find_class(name, trust_remote_code=trust_remote_code)[0].spec
 
 
@@ -134,35 +163,54 @@ def load_scorer(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Scorer:
-    """Loads a scorer.
+    """Load a scorer.
 
     Args:
-        name: one of `list_scorers()`, an alias, ``open_clip:ViT-B-32``, ``package.module:Class`` or ``./file.py:Class``.
-        model: weights: a file or folder in the published format, or a Hub id; None takes the published ones.
-        config: overrides the architecture, as the scorer's own documentation says.
-        tokenizer: folder or file of the tokenizer; None takes the model's own.
-        device: ``auto`` (None), ``cpu``, ``cuda``, ``cuda:1``.
-        dtype: of the towers; None is float32, the reference.
-        trust_remote_code: allow ``./file.py:Class``, which runs that file.
-        **options: of the scorer, and `batch_size`, `cache` (a file in which scores are kept).
+        name (`str`): one of `list_scorers()`, an alias, ``open_clip:ViT-B-32``,
+            ``package.module:Class`` or ``./file.py:Class``.
+        model (path or `str`, *optional*): weights: a file or folder in the published
+            format, or a Hub id. Defaults to the published ones.
+        config (*optional*): overrides the architecture, as the scorer's own
+            documentation says.
+        tokenizer (path, *optional*): folder or file of the tokenizer. Defaults to the
+            model's own.
+        device (`str`, *optional*, defaults to "auto"): ``auto``, ``cpu``, ``cuda``,
+            ``cuda:1``.
+        dtype (`torch.dtype` or its name, *optional*, defaults to float32): of the
+            towers.
+        trust_remote_code (`bool`, *optional*, defaults to False): allow
+            ``./file.py:Class``, which runs that file.
+        **options: of the scorer, and `batch_size`, `cache` (a file in which scores are
+            kept).
+
+    Returns:
+        `Scorer`: ready to score.
 
     Raises:
-        ConfigError: unknown or ambiguous name, unknown option, weights that are not there.
+        ConfigError: unknown or ambiguous name, unknown option, weights that are not
+            there.
         UserError: weights that do not fit or are unsafe to load.
+
+    Example:
+        ```python
+        scorer = load_scorer("jpeg_compressibility", device="cpu")
+        assert scorer([Image.new("RGB", (64, 64))]).shape == (1,)
+        ```
     """
     scorer_class, fixed = find_class(name, trust_remote_code=trust_remote_code)
-    given = {"model": model, "config": config, "tokenizer": tokenizer}
+    files = {"model": model, "config": config, "tokenizer": tokenizer}
     accepted = options_of(scorer_class)
-    for field, value in {**given, **options}.items():
+    for field, value in {**files, **options}.items():
         if value is not None and field not in accepted:
             kinds = ", ".join(sorted(accepted - {"device", "dtype"}))
             raise ConfigError(
                 field, f"{scorer_class.spec.key} has no option of that name; it takes {kinds}"
             )
     values = {
-        field: value for field, value in {**given, **fixed, **options}.items() if value is not None
+        field: value for field, value in {**files, **fixed, **options}.items() if value is not None
     }
-    # Building without memory swaps a method of every torch module for all threads: two at once would find each other's weights missing.
+    # Building without memory swaps a method of every torch module for all threads: two
+    # at once would find each other's weights missing.
     with _LOADING:
         try:
             return scorer_class(device=device, dtype=dtype, **values)
@@ -174,14 +222,19 @@ def load_scorer(
             field = "config" if config is not None else "model"
             raise ConfigError(
                 field,
-                f"{scorer_class.spec.key} cannot be built from these files ({explained(error)[:200]}); compare them with the published ones",
+                f"{scorer_class.spec.key} cannot be built from these files "
+                f"({explained(error)[:200]}); compare them with the published ones",
             ) from error
 
 
 def find_class(
     name: str, *, trust_remote_code: bool = False
 ) -> tuple[type[Scorer], dict[str, Any]]:
-    """The class behind a name, and the options that the name itself holds (``open_clip:ViT-B-32``). Errors as `load_scorer`."""
+    """Find the class behind a name, and the options that the name itself holds.
+
+    ``open_clip:ViT-B-32`` for one names a class and an architecture. Arguments and
+    errors as `get_spec`.
+    """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError("scorer", f"expected a name, got {name!r}")
     folded = _fold(name)
@@ -190,7 +243,8 @@ def find_class(
         versions = ", ".join(_AMBIGUOUS[folded])
         raise ConfigError(
             "scorer",
-            f"{name!r} stands for several scorers whose numbers cannot be compared; name one of {versions}",
+            f"{name!r} stands for several scorers whose numbers cannot be compared; "
+            f"name one of {versions}",
         )
     if folded in table:
         return _resolve(table[folded]), {}
@@ -230,7 +284,8 @@ def _load_plug_in(point: EntryPoint) -> type[Scorer]:
     except Exception as error:  # whatever the plug-in does
         raise ConfigError(
             "scorer",
-            f"the plug-in {point.name!r} ({point.value}) cannot be imported: {error}; update or remove it",
+            f"the plug-in {point.name!r} ({point.value}) cannot be imported: {error}; "
+            "update or remove it",
         ) from error
     return _as_scorer_class(target, point.name, (), {})
 
@@ -243,9 +298,11 @@ def _from_path(name: str, trust: bool) -> type[Scorer]:
         if not trust:
             raise ConfigError(
                 "scorer",
-                f"{name!r} would run the code in {place}; read it, then pass trust_remote_code=True",
+                f"{name!r} would run the code in {place}; "
+                "read it, then pass trust_remote_code=True",
             )
-        # A file is run once: it may register scorers, and its classes are to stay the same objects.
+        # A file is run once: it may register scorers, and its classes are to stay the
+        # same objects.
         content = str(Path(place).resolve()).encode() + b"\0" + Path(place).read_bytes()
         module_name = f"diffalign_scorer_{hashlib.sha256(content).hexdigest()[:16]}"
         module = sys.modules.get(module_name) or _run_file(place, module_name, name)
@@ -279,7 +336,7 @@ def _import(action: Callable[[], Any], name: str) -> Any:
 
 
 def options_of(scorer_class: type[Scorer]) -> set[str]:
-    """The arguments that a scorer can be made with."""
+    """Return the names of the arguments that a scorer can be made with."""
     names: set[str] = set()
     for cls in scorer_class.__mro__:
         if "__init__" in cls.__dict__ and cls is not object:
@@ -312,7 +369,7 @@ def _first_line(target: Any) -> str:
 
 
 def _wrap(target: Any, spec: ScorerSpec) -> type[Scorer]:
-    """A scorer class around a function, or around a class whose instances are called like one."""
+    """Make a scorer class around a function, or around a class of callables."""
 
     class Wrapped(CallableScorer):
         pass
@@ -323,7 +380,15 @@ def _wrap(target: Any, spec: ScorerSpec) -> type[Scorer]:
 
 
 class CallableScorer(Scorer):
-    """A scorer around ``function(images, prompts, metadata)``, or any leading part of these arguments."""
+    """A scorer around a function of images, prompts and metadata, or fewer of them.
+
+    Args:
+        arguments (mapping, *optional*): of the class, where `target` is one.
+        **options: as for `Scorer`.
+
+    Raises:
+        ConfigError: `arguments` do not fit, or the instances cannot be called.
+    """
 
     target: Any
 
@@ -344,7 +409,8 @@ class CallableScorer(Scorer):
         if not callable(self.function):
             raise ConfigError(
                 "scorer",
-                f"{self.name}: instances of the class cannot be called; write __call__(images, prompts, metadata)",
+                f"{self.name}: instances of the class cannot be called; "
+                "write __call__(images, prompts, metadata)",
             )
         parameters = inspect.signature(self.function).parameters.values()
         positional = [
@@ -358,7 +424,8 @@ class CallableScorer(Scorer):
             source = inspect.getsource(self.target)
         except (OSError, TypeError):  # written in an interactive session
             source = getattr(self.target, "__qualname__", repr(self.target))
-        # Two functions from one factory have one source; what they closed over tells them apart (by address where there is no better).
+        # Two functions from one factory have one source. What they closed over tells
+        # them apart (by address where there is no better).
         cells = [
             repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()
         ]
@@ -369,22 +436,21 @@ class CallableScorer(Scorer):
         }
 
     def score_batch(self, items: list[Item]) -> Any:
-        given: tuple[Any, ...] = (
+        columns: tuple[Any, ...] = (
             [i.image for i in items],
             [i.prompt for i in items],
             [i.metadata for i in items],
         )
-        named = dict(zip(("images", "prompts", "metadata"), given, strict=True))
-        found = self.function(
-            *given[: self.count], **{name: named[name] for name in self.keyword_only & named.keys()}
-        )
-        if isinstance(found, Tensor):
-            found = found.detach().float().cpu().reshape(-1)
-        elif not isinstance(found, Sequence):
+        named = dict(zip(("images", "prompts", "metadata"), columns, strict=True))
+        keywords = {name: named[name] for name in self.keyword_only & named.keys()}
+        scores = self.function(*columns[: self.count], **keywords)
+        if isinstance(scores, Tensor):
+            scores = scores.detach().float().cpu().reshape(-1)
+        elif not isinstance(scores, Sequence):
             try:
-                found = list(found)
+                scores = list(scores)
             except TypeError:
                 raise UserError(
-                    f"{self.name}: returned {type(found).__name__}, expected one number per image"
+                    f"{self.name}: returned {type(scores).__name__}, expected one number per image"
                 ) from None
-        return found
+        return scores

@@ -1,4 +1,4 @@
-"""The card of a scorer: what its number means, where its weights come from, what may be done with them."""
+"""The card of a scorer: what its number means and where its weights come from."""
 
 from __future__ import annotations
 
@@ -13,26 +13,42 @@ class ScorerSpec:
     """What is known of a scorer without loading it.
 
     Attributes:
-        key: canonical name in the registry.
-        summary: one line: what the number is.
-        licence: of the weights.
-        version: of the definition; changes whenever the same image would get another number, and with it every cached value.
-        aliases: other names under which it is found.
-        weights: Hub repository of the published weights.
-        filename: the file inside it; None where the repository is a folder of the usual transformers files.
-        revision: commit of the weights; None where it could not be pinned.
-        sha256: of the file, checked on loading the published weights; None where it is not known.
-        requires: what a call must give, a subset of `image`, `prompt` and `metadata`.
-        range: values usually seen. Orientation, not a bound and not a normalisation.
-        higher_is_better: the direction; scorers of this package are all True.
-        affine: declared (mean, standard deviation) for `normalize`; None where none is published.
-        differentiable: `score_tensor` works.
-        parameters: number of weights.
-        backbone: the pre-trained network it starts from: two scorers with one backbone share their mistakes.
-        preprocess: how the image reaches the network.
-        text: how the prompt reaches the network.
-        dependencies: packages beyond the core.
-        citation: paper or source.
+        key (`str`): canonical name in the registry.
+        summary (`str`): one line: what the number is.
+        licence (`str`): of the weights.
+        version (`str`): of the definition. It changes whenever the same image would get
+            another number, and with it every cached value.
+        aliases (tuple of `str`): other names under which it is found.
+        weights (`str` or None): Hub repository of the published weights.
+        filename (`str` or None): the file inside it. None where the repository is a
+            folder of the usual transformers files.
+        revision (`str` or None): commit of the weights. None where it is not pinned.
+        sha256 (`str` or None): of the file, checked on loading the published weights.
+            None where it is not known.
+        requires (tuple of `str`): what a call must give: some of `image`, `prompt` and
+            `metadata`.
+        range (pair or None): values usually seen. Orientation, not a bound and not a
+            normalisation.
+        higher_is_better (`bool`): the direction. Scorers of this package are all True.
+        affine (pair or None): declared (mean, standard deviation) for `normalize`. None
+            where none is published.
+        differentiable (`bool`): `score_tensor` works.
+        parameters (`int` or None): number of weights.
+        backbone (`str` or None): the pre-trained network it starts from. Two scorers
+            with one backbone share their mistakes.
+        preprocess (`str`): how the image reaches the network.
+        text (`str`): how the prompt reaches the network.
+        dependencies (tuple of `str`): packages beyond the core.
+        citation (`str`): paper or source.
+
+    Raises:
+        ValueError: `requires` names something unknown.
+
+    Example:
+        ```python
+        spec = ScorerSpec("brightness", "mean pixel", requires=("image",))
+        assert spec.as_dict()["licence"] == "unknown"
+        ```
     """
 
     key: str
@@ -60,9 +76,10 @@ class ScorerSpec:
         unknown = set(self.requires) - set(REQUIREMENTS)
         if unknown:
             raise ValueError(
-                f"requires: {', '.join(sorted(unknown))} is unknown; a scorer requires some of {', '.join(REQUIREMENTS)}"
+                f"requires: {', '.join(sorted(unknown))} is unknown; "
+                f"a scorer requires some of {', '.join(REQUIREMENTS)}"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)

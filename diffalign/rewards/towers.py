@@ -1,4 +1,7 @@
-"""CLIP-type networks under both libraries that hold them: transformers' `CLIPModel` folders and open_clip checkpoints."""
+"""CLIP-type networks under both libraries that hold them.
+
+These are transformers' `CLIPModel` folders and open_clip checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,25 @@ from .spec import ScorerSpec
 
 
 def upcast(features: Tensor) -> Tensor:
-    """Half-precision features as float32: norms, dot products and heads are never computed in half precision."""
+    """Return half-precision features as float32.
+
+    Norms, dot products and heads are never computed in half precision.
+    """
     return features if features.dtype == torch.float64 else features.float()
 
 
 def unit(features: Tensor) -> Tensor:
-    """Rows of length 1, in float32 or wider."""
+    """Scale rows to length 1, in float32 or wider."""
     features = upcast(features)
     return features / features.norm(dim=-1, keepdim=True)
 
 
 def warn_truncated(prompt: str, limit: int, name: str) -> None:
-    """Says once per call site that the end of a prompt is not read."""
+    """Warn, once per call site, that the end of a prompt is not read."""
     shown = prompt[:60] + ("..." if len(prompt) > 60 else "")
     warnings.warn(
-        f"{name}: a prompt of {len(prompt)} characters ({shown!r}) is longer than {limit} tokens; its end is not read",
+        f"{name}: a prompt of {len(prompt)} characters ({shown!r}) is longer than {limit} "
+        "tokens; its end is not read",
         stacklevel=2,
     )
 
@@ -47,8 +54,21 @@ def tokenize(
     padding: str | bool = True,
     **options: Any,
 ) -> Any:
-    """Token ids and mask of a transformers tokenizer, truncated with a warning."""
-    found = tokenizer(
+    """Tokenize prompts with a transformers tokenizer, truncated with a warning.
+
+    Args:
+        tokenizer: of transformers.
+        prompts (list of `str`): n texts.
+        max_length (`int`): tokens that the network reads.
+        name (`str`): the scorer's, for the warning.
+        padding (`str` or `bool`, *optional*, defaults to True): as the tokenizer takes
+            it.
+        **options: of the tokenizer.
+
+    Returns:
+        token ids and mask, (n, length) each.
+    """
+    tokens = tokenizer(
         list(prompts),
         padding=padding,
         truncation=True,
@@ -56,29 +76,39 @@ def tokenize(
         return_tensors="pt",
         **options,
     )
-    for prompt, mask in zip(prompts, found["attention_mask"], strict=True):
-        # Only a full row can have been cut, and only a long text is worth counting again.
+    for prompt, mask in zip(prompts, tokens["attention_mask"], strict=True):
+        # Only a full row can have been cut, and only a long text is worth counting
+        # again.
         if (
             int(mask.sum()) == max_length
             and len(tokenizer(prompt, truncation=False, verbose=False, **options)["input_ids"])
             > max_length
         ):
             warn_truncated(prompt, max_length, name)
-    return found
+    return tokens
 
 
 class HFClip:
-    """A `CLIPModel` folder: config.json, weights, tokenizer and, where it has one, preprocessor_config.json.
+    """A `CLIPModel` folder of transformers.
+
+    It holds config.json, weights, tokenizer and, where it has one,
+    preprocessor_config.json.
 
     Args:
-        model: folder or Hub id; None takes `spec.weights`.
-        spec: of the scorer, for messages and the published weights.
-        config: fields that override the folder's config.json, e.g. ``{"text_config": {...}}``.
-        tokenizer: folder of the tokenizer; None takes the model's own.
-        dtype: of the towers.
+        model (path or `str`): folder or Hub id. None takes `spec.weights`.
+        spec (`ScorerSpec`): of the scorer, for messages and the published weights.
+        config (mapping or path, *optional*): fields that override the folder's
+            config.json, e.g. ``{"text_config": {...}}``.
+        tokenizer (path, *optional*): folder of the tokenizer. Defaults to the model's
+            own.
+        dtype (`torch.dtype`, *optional*, defaults to float32): of the towers.
 
     Attributes:
-        module (`CLIPModel`), tokenizer, preprocess (`Preprocess`), max_length (tokens), source (folder).
+        module (`CLIPModel`): the network.
+        tokenizer: of transformers.
+        preprocess (`Preprocess`): of the folder.
+        max_length (`int`): tokens that it reads.
+        source (`Path`): the folder.
     """
 
     def __init__(
@@ -105,9 +135,9 @@ class HFClip:
         )
 
     def text_inputs(self, prompts: Sequence[str], padding: str | bool = True) -> Any:
-        """Token ids and mask on the module's device."""
+        """Tokenize prompts: ids and mask on the module's device."""
         # A literal '<|endoftext|>' in a prompt is text, not the end of it.
-        found = tokenize(
+        tokens = tokenize(
             self.tokenizer,
             prompts,
             max_length=self.max_length,
@@ -115,10 +145,10 @@ class HFClip:
             padding=padding,
             split_special_tokens=True,
         )
-        return found.to(self.module.device)
+        return tokens.to(self.module.device)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Projected text features (n, d), not normalised."""
+        """Return projected text features (n, d), not normalised."""
         inputs = self.text_inputs(prompts)
         pooled = self.module.text_model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
@@ -126,14 +156,14 @@ class HFClip:
         return self.module.text_projection(pooled)
 
     def image(self, pixels: Tensor) -> Tensor:
-        """Projected image features (n, d), not normalised."""
+        """Return projected image features (n, d), not normalised."""
         return self.module.visual_projection(
             self.module.vision_model(pixel_values=pixels).pooler_output
         )
 
 
 def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with some fields, also inside its sections, replaced."""
+    """Replace some fields of a configuration, also inside its sections."""
     values = dict(base)
     for field, value in override.items():
         values[field] = {**values.get(field, {}), **value} if isinstance(value, Mapping) else value
@@ -143,11 +173,19 @@ def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
 def build_clip(
     config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, dtype: torch.dtype
 ) -> Any:
-    """A `CLIPModel` of this configuration with these weights."""
+    """Build a `CLIPModel` of this configuration with these weights.
+
+    Args:
+        config (mapping): `CLIPConfig` fields.
+        state (`dict[str, Tensor]`): every weight, by transformers' names.
+        name (`str`): the scorer's, for messages.
+        dtype (`torch.dtype`): of the network.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     module = checkpoints.build_empty(lambda: CLIPModel(CLIPConfig.from_dict(dict(config))))
-    # Position ids were stored by transformers before version 4.31; they are counted, not learned.
+    # Position ids were stored by transformers before version 4.31. They are counted, not
+    # learned.
     state = {
         key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")
     }
@@ -155,14 +193,26 @@ def build_clip(
 
 
 def clip_tokenizer(source: Any, module: Any, name: str) -> tuple[Any, int]:
-    """The `CLIPTokenizer` of a network and the number of tokens it reads; sets the token at which the network takes its features."""
+    """Load the `CLIPTokenizer` of a network.
+
+    Also sets the token at which the network takes its features.
+
+    Args:
+        source (path): folder or Hub id of the tokenizer.
+        module (`CLIPModel`): the network.
+        name (`str`): the scorer's, for messages.
+
+    Returns:
+        the tokenizer and the number of tokens that the network reads.
+    """
     from transformers import CLIPTokenizer
 
     tokenizer = load_tokenizer(CLIPTokenizer, source, name)
     text_config = module.config.text_config
     highest = max(tokenizer.get_vocab().values())
     check_vocabulary(highest, text_config.vocab_size, name)
-    # Its id in a config is often the legacy 2, which stands for 'the highest id', or a default that this vocabulary does not have.
+    # Its id in a config is often the legacy 2, which stands for 'the highest id', or a
+    # default that this vocabulary does not have.
     module.text_model.eos_token_id = (
         2 if tokenizer.eos_token_id == highest else tokenizer.eos_token_id
     )
@@ -170,7 +220,13 @@ def clip_tokenizer(source: Any, module: Any, name: str) -> tuple[Any, int]:
 
 
 def folder_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a transformers folder: safetensors first, shards by their index."""
+    """Read the tensors of a transformers folder.
+
+    Safetensors come first, shards by their index.
+
+    Raises:
+        ConfigError: the folder holds no weights.
+    """
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).is_file():
             return checkpoints.read_state(folder / stem)
@@ -184,15 +240,22 @@ def folder_state(folder: Path) -> dict[str, Tensor]:
             }
     raise ConfigError(
         "model",
-        f"the folder {str(folder)!r} has neither model.safetensors nor pytorch_model.bin; download it whole",
+        f"the folder {str(folder)!r} has neither model.safetensors nor pytorch_model.bin; "
+        "download it whole",
     )
 
 
 def load_tokenizer(cls: Any, source: Any, name: str) -> Any:
-    """A tokenizer from a folder, a vocabulary file or a Hub id.
+    """Load a tokenizer from a folder, a vocabulary file or a Hub id.
+
+    Args:
+        cls: tokenizer class of transformers.
+        source (path or `str`): where it is.
+        name (`str`): the scorer's, for messages.
 
     Raises:
-        ConfigError: with the field `tokenizer`: not there, or degenerate, which transformers returns without an error.
+        ConfigError: with the field `tokenizer`: not there, or degenerate, which
+            transformers returns without an error.
     """
     try:
         tokenizer = (
@@ -207,22 +270,34 @@ def load_tokenizer(cls: Any, source: Any, name: str) -> Any:
     if len(tokenizer) <= 8:  # the special tokens alone
         raise ConfigError(
             "tokenizer",
-            f"{str(source)!r} holds a vocabulary of {len(tokenizer)} entries; pass the folder with its vocabulary files",
+            f"{str(source)!r} holds a vocabulary of {len(tokenizer)} entries; "
+            "pass the folder with its vocabulary files",
         )
     return tokenizer
 
 
 def check_vocabulary(highest: int, size: int, name: str) -> None:
-    """Raises ConfigError when the tokenizer writes ids that the network has no embedding for."""
+    """Check that the network has an embedding for every id the tokenizer writes.
+
+    Raises:
+        ConfigError: it has none for the highest.
+    """
     if highest >= size:
         raise ConfigError(
             "tokenizer",
-            f"its ids go up to {highest}, but {name}'s text tower knows {size}; pass the tokenizer of this checkpoint",
+            f"its ids go up to {highest}, but {name}'s text tower knows {size}; "
+            "pass the tokenizer of this checkpoint",
         )
 
 
 def preprocess_of_folder(folder: Path, image_size: int) -> Preprocess:
-    """The exact preprocessing of a folder's preprocessor_config.json; the usual one for `image_size` where it has none."""
+    """Read the exact preprocessing of a folder's preprocessor_config.json.
+
+    A folder without one gets the usual preprocessing for `image_size`.
+
+    Raises:
+        ConfigError: the file crops to another size than the network reads.
+    """
     path = folder / "preprocessor_config.json"
     base = Preprocess(size=image_size)
     if not path.is_file():
@@ -236,7 +311,8 @@ def preprocess_of_folder(folder: Path, image_size: int) -> Preprocess:
     if side != image_size:
         raise ConfigError(
             "model",
-            f"{str(path)!r} crops to {side} pixels, but the network reads {image_size}; use the file of this checkpoint",
+            f"{str(path)!r} crops to {side} pixels, but the network reads {image_size}; "
+            "use the file of this checkpoint",
         )
     return replace(
         base,
@@ -250,13 +326,18 @@ class OpenClip:
     """An open_clip network from a checkpoint in open_clip's format.
 
     Args:
-        model: checkpoint file; folder or Hub id with open_clip_config.json; None takes the published weights of `tag`.
-        spec: of the scorer.
-        architecture: open_clip's model name, e.g. ``ViT-H-14``.
-        tag: open_clip's name of the published weights.
-        config: model config as a mapping or JSON file, bare or as in open_clip_config.json; overrides `architecture`.
-        tokenizer: a byte-pair file of open_clip (``.gz``), or a folder of a transformers tokenizer.
-        dtype: of the towers.
+        model (path or `str`): checkpoint file, or folder or Hub id with
+            open_clip_config.json. None takes the published weights of `tag`.
+        spec (`ScorerSpec`): of the scorer.
+        architecture (`str` or None): open_clip's model name, e.g. ``ViT-H-14``.
+        tag (`str`, *optional*): open_clip's name of the published weights.
+        filename (`str`, *optional*): name of the checkpoint inside a folder or Hub
+            repository.
+        config (mapping or path, *optional*): model config as a mapping or JSON file,
+            bare or as in open_clip_config.json. It overrides `architecture`.
+        tokenizer (path, *optional*): a byte-pair file of open_clip (``.gz``), or a
+            folder of a transformers tokenizer.
+        dtype (`torch.dtype`, *optional*, defaults to float32): of the towers.
     """
 
     def __init__(
@@ -300,24 +381,25 @@ class OpenClip:
         self.image_size = _square(self.config.get("vision_cfg", {}).get("image_size", 224))
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Text features (n, d), not normalised."""
+        """Return text features (n, d), not normalised."""
         ids = self.tokenizer(list(prompts))
         for prompt, row in zip(prompts, ids, strict=True):
-            # A full row that ends in text: open_clip writes the end-of-text token over whatever stood last.
+            # A full row that ends in text: open_clip writes the end-of-text token over
+            # whatever stood last.
             if len(prompt) > self.max_length and int((row != 0).sum()) == self.max_length:
                 warn_truncated(prompt, self.max_length, self.name)
         return self.module.encode_text(ids.to(next(self.module.parameters()).device))
 
     def image(self, pixels: Tensor) -> Tensor:
-        """Image features (n, d), not normalised."""
+        """Return image features (n, d), not normalised."""
         return self.module.encode_image(pixels)
 
 
 def architecture_config(architecture: str | None) -> dict[str, Any]:
-    """open_clip's configuration of a named architecture.
+    """Return open_clip's configuration of a named architecture.
 
     Raises:
-        ConfigError: no name, or an unknown one with close matches.
+        ConfigError: no name, or an unknown one, with close matches.
     """
     import difflib
 
@@ -327,16 +409,20 @@ def architecture_config(architecture: str | None) -> dict[str, Any]:
         raise ConfigError(
             "scorer", "open_clip needs an architecture: write open_clip:ViT-B-32, or pass config="
         )
-    found = open_clip.get_model_config(architecture)
-    if found is None:
+    config = open_clip.get_model_config(architecture)
+    if config is None:
         close = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError("scorer", f"open_clip has no architecture {architecture!r}{hint}")
-    return dict(found)
+    return dict(config)
 
 
 def build_open_clip(config: Mapping[str, Any]) -> nn.Module:
-    """An open_clip network of this configuration, without weights."""
+    """Build an open_clip network of this configuration, without weights.
+
+    Raises:
+        ConfigError: open_clip refuses the configuration.
+    """
     import copy
 
     import open_clip
@@ -353,42 +439,44 @@ def build_open_clip(config: Mapping[str, Any]) -> nn.Module:
     except (TypeError, AssertionError, KeyError) as error:
         raise ConfigError(
             "config",
-            f"open_clip cannot build a network from it ({error}); expected embed_dim, vision_cfg and text_cfg",
+            f"open_clip cannot build a network from it ({error}); "
+            "expected embed_dim, vision_cfg and text_cfg",
         ) from error
 
 
 def _plain_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Checkpoints of distributed training have ``module.`` before every name."""
+    """Take off the ``module.`` that checkpoints of distributed training have."""
     if state and all(name.startswith("module.") for name in state):
         return checkpoints.rename(state, "module.")
     return state
 
 
 def _published(architecture: str | None, tag: str) -> tuple[Path, dict[str, Any]]:
+    """Download the weights of a tag, and say how open_clip preprocesses for them."""
     from open_clip.pretrained import (
         download_pretrained,
         get_pretrained_cfg,
         list_pretrained_tags_by_model,
     )
 
-    found = get_pretrained_cfg(architecture, tag)
-    if not found:
+    published = get_pretrained_cfg(architecture, tag)
+    if not published:
         tags = ", ".join(list_pretrained_tags_by_model(architecture))
         raise ConfigError(
             "scorer",
             f"open_clip has no weights {tag!r} of {architecture}; there are {tags or 'none'}",
         )
     try:
-        path = download_pretrained(found)
+        path = download_pretrained(published)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
             "model",
-            f"the weights {tag!r} of {architecture} are not on this machine and cannot be downloaded ({reason}); pass model=FILE",
+            f"the weights {tag!r} of {architecture} are not on this machine and cannot be "
+            f"downloaded ({reason}); pass model=FILE",
         ) from error
-    return Path(path), {
-        k: found[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in found
-    }
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return Path(path), {name: published[name] for name in names if name in published}
 
 
 def _open_clip_tokenizer(open_clip: Any, source: Any, config: Mapping[str, Any], name: str) -> Any:

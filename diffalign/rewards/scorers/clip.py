@@ -319,7 +319,7 @@ class OpenClipScore(CosineScorer):
 
 
 def _preprocess(kind: str | None, clip: OpenClip) -> Preprocess:
-    """Build the named preprocessing; None takes what the weights were published with."""
+    """Build the named preprocessing, by default that of the published weights."""
     published = clip.preprocess_config
     # open_clip crops as torchvision does.
     values: dict[str, Any] = {"size": clip.image_size, "rounding": "half_even"}
