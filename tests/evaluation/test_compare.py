@@ -1,4 +1,4 @@
-"""`compare` and ``diffalign compare``: pairing, resuming, processes, what is written, mistakes."""
+"""`compare` and its command: pairing, resuming, processes, files, mistakes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def dark(images: list[Any]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of the embedded pipeline with random weights, strong enough to change images."""
+    """A LoRA of the embedded pipeline, with random weights that change images."""
     folder = tmp_path_factory.mktemp("lora")
     pipe = base_pipeline()
     torch.manual_seed(0)
@@ -79,8 +79,8 @@ def done(lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_same_model_on_both_sides_is_exactly_one_half(done: Any) -> None:
     for model in ("again", "off"):
         for scorer in done.scorers:
-            found = done.win_rate(model, scorer)
-            assert (found.rate, found.ties) == (0.5, 1.0)
+            won = done.win_rate(model, scorer)
+            assert (won.rate, won.ties) == (0.5, 1.0)
         for p in range(3):
             for n in range(2):
                 assert done.file(model, p, n).read_bytes() == done.file("base", p, n).read_bytes()
@@ -188,7 +188,7 @@ def test_other_families_and_steering(family: str, tmp_path: Path) -> None:
         lmbda=1.0,
         kernel="auto",
     )
-    found = compare(
+    comparison = compare(
         pipe,
         [steering, {"model": pipe, "name": "same"}],
         ["a cat", "a dog"],
@@ -196,12 +196,12 @@ def test_other_families_and_steering(family: str, tmp_path: Path) -> None:
         output_dir=tmp_path / "o",
         **TINY,
     )
-    assert found.tuned == ["tuned", "same"] or found.tuned == ["steered", "same"]
-    assert found.win_rate("same").rate == 0.5
+    assert comparison.tuned == ["tuned", "same"] or comparison.tuned == ["steered", "same"]
+    assert comparison.win_rate("same").rate == 0.5
     # Lower is better here, so the brighter steered images lose.
     assert (
-        found.mean(found.tuned[0])[0] >= found.mean("base")[0]
-        and found.win_rate(found.tuned[0]).rate <= 0.5
+        comparison.mean(comparison.tuned[0])[0] >= comparison.mean("base")[0]
+        and comparison.win_rate(comparison.tuned[0]).rate <= 0.5
     )
 
 
@@ -230,7 +230,7 @@ def test_images_without_a_score_are_left_out_and_counted(tmp_path: Path) -> None
         "a cat",
         "a large blue star in the center of a white background",
     ]
-    found = compare(
+    comparison = compare(
         "shapes",
         "again=shapes",
         prompts,
@@ -239,8 +239,11 @@ def test_images_without_a_score_are_left_out_and_counted(tmp_path: Path) -> None
         num_images=1,
         num_inference_steps=1,
     )
-    assert np.isnan(found.scores["base"]["shapes"][1, 0]) and found.win_rate("again").rate == 0.5
-    assert "shapes has no score for 1 images of base" in found.table()
+    assert (
+        np.isnan(comparison.scores["base"]["shapes"][1, 0])
+        and comparison.win_rate("again").rate == 0.5
+    )
+    assert "shapes has no score for 1 images of base" in comparison.table()
     with pytest.raises(
         UserError, match="shapes has no score for any image of base .*not of the shapes world"
     ):
@@ -259,13 +262,17 @@ def test_images_without_a_score_are_left_out_and_counted(tmp_path: Path) -> None
 
 
 def results(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "results.json").read_text())
-    found.pop("seconds")
-    return found
+    content = json.loads((folder / "results.json").read_text())
+    content.pop("seconds")
+    return content
 
 
 def assert_close_comparisons(one: Path, two: Path) -> None:
-    """Equal files, settings and counts; pixels within one level, and scores close: other processes may round otherwise."""
+    """Check that files, settings and counts are equal.
+
+    Pixels may differ by one level and scores a little, because other processes may
+    round otherwise.
+    """
     files = [
         sorted(p.relative_to(folder) for p in (folder / "images").rglob("*.png"))
         for folder in (one, two)
@@ -312,7 +319,8 @@ def test_killed_and_run_again_equals_uninterrupted(lora: Path, tmp_path: Path) -
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
     assert run(["compare", *arguments, "--output_dir", str(straight)]) == 0
-    # Killed in the middle of the second batch of the base, with an image that has been written and has no name yet.
+    # Killed in the middle of the second batch of the base, with an image that has been
+    # written and has no name yet.
     cut = image_name("base", 2, 1)
     command = [sys.executable, "-c", KILLED, cut, *arguments, "--output_dir", str(broken)]
     assert subprocess.run(command, capture_output=True, timeout=600).returncode == -9
@@ -383,7 +391,10 @@ main(["compare", *sys.argv[1:]])
 def test_processes_may_come_to_the_folder_in_any_order(
     lora: Path, tmp_path: Path, late: str
 ) -> None:
-    """The first one late: the other must not draw before the folder is claimed. The other one late: it finds a half-written claim."""
+    """If the first one is late, the other must not draw before the folder is claimed.
+
+    If the other one is late, it finds a half-written claim.
+    """
     script = tmp_path / "race.py"
     script.write_text(RACE)
     more = ["--tuned", f"tuned={lora}", *ARGUMENTS, "--output_dir", str(tmp_path / "o")]
@@ -425,11 +436,11 @@ def test_the_command_with_scales_and_steering(
     code = run(
         ["compare", "--tuned", str(lora), *more, *ARGUMENTS, "--output_dir", str(tmp_path / "o")]
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         code == 0
-        and f"| {lora.name}@0 | shapes-clip | 50.0 (50.0 to 50.0) |" in said
-        and "| steered |" in said
+        and f"| {lora.name}@0 | shapes-clip | 50.0 (50.0 to 50.0) |" in output
+        and "| steered |" in output
     )
     # A second run has nothing to draw, and says the same.
     shutil.rmtree(tmp_path / "o" / "parts")
@@ -447,7 +458,7 @@ def test_the_command_with_scales_and_steering(
         )
         == 0
     )
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize(
@@ -490,9 +501,9 @@ def test_mistakes(
         for a in pair
     ]
     assert run(["compare", *arguments, *small]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "Traceback" not in said
-    assert re.search(says, said), said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "Traceback" not in output
+    assert re.search(says, output), output
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -513,15 +524,15 @@ def test_a_folder_of_another_comparison_is_refused(done: Any) -> None:
 def test_names_of_models(lora: Path) -> None:
     base = parse_model("shapes", "base")
     assert base.name == "base"
-    found = parse_model(f"mine={lora}@0.5", "tuned", base=base)
-    assert (found.name, found.lora, found.lora_scale, found.model) == (
+    spec = parse_model(f"mine={lora}@0.5", "tuned", base=base)
+    assert (spec.name, spec.lora, spec.lora_scale, spec.model) == (
         "mine",
         str(lora),
         0.5,
         "shapes",
     )
     assert parse_model(str(lora), "tuned", base=base, taken=[lora.name]).name == f"{lora.name}-2"
-    assert parse_model(found, "tuned", base=base) == found
+    assert parse_model(spec, "tuned", base=base) == spec
     assert isinstance(
         parse_model({"steer": {"scorer": "shapes", "lmbda": 1}}, "tuned", base=base), ModelSpec
     )

@@ -16,15 +16,17 @@ from diffalign.shapes import held_out_prompts
 
 
 def test_the_embedded_set_is_the_held_out_one() -> None:
-    found = load_prompts("shapes")
-    assert found.prompts == held_out_prompts() and found.published
-    assert set(found.categories) == {"circle", "square", "triangle", "star", "cross"}
+    prompt_set = load_prompts("shapes")
+    assert prompt_set.prompts == held_out_prompts() and prompt_set.published
+    assert set(prompt_set.categories) == {"circle", "square", "triangle", "star", "cross"}
 
 
 def test_a_limit_thins_evenly() -> None:
-    found = load_prompts("shapes", limit=7)
-    assert len(found.prompts) == len(found.categories) == len(found.metadata) == 7
-    assert found.prompts[1] == held_out_prompts()[120 // 7] and "7 of 120" in found.notes[-1]
+    prompt_set = load_prompts("shapes", limit=7)
+    assert len(prompt_set.prompts) == len(prompt_set.categories) == len(prompt_set.metadata) == 7
+    assert (
+        prompt_set.prompts[1] == held_out_prompts()[120 // 7] and "7 of 120" in prompt_set.notes[-1]
+    )
     assert load_prompts("shapes", limit=1000).prompts == held_out_prompts()
 
 
@@ -48,10 +50,10 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
             ".jsonl": "\n".join(json.dumps(row) for row in TABLE),
         }[suffix]
         path.write_text(text, "utf-8")
-    found = load_prompts(path)
-    assert found.prompts == ["a cat", 'a "quoted" dog, twice'] and len(found.sha256) == 64
-    assert found.categories == ([None, None] if suffix == ".txt" else ["animals", "animals"])
-    assert found.notes == (
+    prompt_set = load_prompts(path)
+    assert prompt_set.prompts == ["a cat", 'a "quoted" dog, twice'] and len(prompt_set.sha256) == 64
+    assert prompt_set.categories == ([None, None] if suffix == ".txt" else ["animals", "animals"])
+    assert prompt_set.notes == (
         ["1 empty prompts left out", "1 repeated prompts taken once"] if suffix == ".txt" else []
     )
 
@@ -65,31 +67,31 @@ def test_a_named_set_in_several_files(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in NAMED["hpdv2"].files:
         (tmp_path / "benchmark").mkdir(exist_ok=True)
         (tmp_path / "benchmark" / name).write_text(json.dumps([f"{name} one", f"{name} two"]))
-    found = load_prompts("hpdv2", path=tmp_path)
+    prompt_set = load_prompts("hpdv2", path=tmp_path)
     assert (
-        len(found.prompts) == 8
-        and found.categories[2] == "concept-art"
-        and found.licence == "Apache-2.0"
+        len(prompt_set.prompts) == 8
+        and prompt_set.categories[2] == "concept-art"
+        and prompt_set.licence == "Apache-2.0"
     )
-    assert found.published is None  # nobody gave us the published checksum
+    assert prompt_set.published is None  # nobody gave us the published checksum
     monkeypatch.setenv("DIFFALIGN_PROMPTS", str(tmp_path))
-    assert load_prompts("hpdv2").sha256 == found.sha256
+    assert load_prompts("hpdv2").sha256 == prompt_set.sha256
 
 
 def test_another_file_under_a_published_name_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "PartiPrompts.tsv").write_text(
         "Prompt\tCategory\tChallenge\tNote\na cat\tAnimals\tBasic\t\n"
     )
-    found = load_prompts("partiprompts", path=tmp_path / "PartiPrompts.tsv")
-    assert found.published is False and "not the published file" in found.notes[-1]
-    assert found.categories == ["Animals"]
+    prompt_set = load_prompts("partiprompts", path=tmp_path / "PartiPrompts.tsv")
+    assert prompt_set.published is False and "not the published file" in prompt_set.notes[-1]
+    assert prompt_set.categories == ["Animals"]
 
 
 def test_metadata_stays_for_scorers_that_read_it(tmp_path: Path) -> None:
     row = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}
     (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(row) + "\n")
-    found = load_prompts("geneval", path=tmp_path)
-    assert found.categories == ["counting"] and found.metadata == [
+    prompt_set = load_prompts("geneval", path=tmp_path)
+    assert prompt_set.categories == ["counting"] and prompt_set.metadata == [
         {k: v for k, v in row.items() if k != "prompt"}
     ]
 

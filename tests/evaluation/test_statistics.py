@@ -38,7 +38,8 @@ def test_swapping_the_sides_mirrors_the_rate() -> None:
 
 @pytest.mark.parametrize("prompts", [20, 60])
 def test_the_interval_covers_the_truth_as_often_as_it_says(prompts: int) -> None:
-    # Images of a prompt share its difficulty: an interval that ignored the clusters would cover far too seldom.
+    # Images of a prompt share its difficulty. An interval that ignored the clusters
+    # would cover far too seldom.
     rng, hits, trials = np.random.default_rng(2), 0, 2000
     for trial in range(trials):
         difficulty = rng.normal(0.3, 0.5, (prompts, 1))
@@ -50,20 +51,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(prompts: int) -> None
 
 
 def test_the_win_rates_interval_covers_the_true_rate() -> None:
-    # Every prompt has a win probability of its own, mean 0.6; four images each, compared with a base that scores 0.
+    # Every prompt has a win probability of its own, 0.6 on average, and four images.
+    # They are compared with a base that scores 0.
     rng, hits, trials = np.random.default_rng(3), 0, 1500
     for _ in range(trials):
         share = rng.beta(3.0, 2.0, (30, 1))
         tuned = np.where(rng.random((30, 4)) < share, 1.0, -1.0)
-        found = win_rate(np.zeros((30, 4)), tuned)
-        hits += found.low <= 0.6 <= found.high
+        result = win_rate(np.zeros((30, 4)), tuned)
+        hits += result.low <= 0.6 <= result.high
     assert 0.93 <= hits / trials <= 0.97
 
 
 def test_unanimous_prompts_have_an_interval() -> None:
     """8 of 8 prompts won: from 67.6 % by Wilson (63.1 % exactly), not from 100 %."""
-    found = win_rate(np.zeros((8, 1)), np.ones((8, 1)))
-    assert found.rate == 1 and found.low == pytest.approx(0.67559, abs=1e-5) and found.high == 1
+    result = win_rate(np.zeros((8, 1)), np.ones((8, 1)))
+    assert result.rate == 1 and result.low == pytest.approx(0.67559, abs=1e-5) and result.high == 1
     lost = win_rate(np.ones((8, 4)), np.zeros((8, 4)))
     assert lost.rate == 0 and lost.high == pytest.approx(1 - 0.67559, abs=1e-5)
     split = np.tile([1.0, -1.0], (8, 1))
@@ -72,7 +74,10 @@ def test_unanimous_prompts_have_an_interval() -> None:
 
 @pytest.mark.parametrize("images", [3, 5, 6, 7])
 def test_prompts_that_agree_count_once_whatever_the_rounding(images: int) -> None:
-    """Two of `images` won everywhere: as many trials as prompts, though the variance is 1e-33 and not 0."""
+    """With two wins on every prompt there are as many trials as prompts.
+
+    This holds although rounding makes the variance 1e-33 and not 0.
+    """
     points = np.tile([1.0, 1.0, *[0.0] * (images - 2)], (20, 1))
     p, z, n = 2 / images, 1.959964, 20
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
@@ -91,13 +96,17 @@ def test_one_image_per_prompt_is_wilsons_interval_of_one_trial_less() -> None:
 
 
 def test_the_rate_lies_in_its_interval_when_scores_are_missing() -> None:
-    """One weighting: a prompt with four images counts as much as one with a single image."""
+    """A prompt with four images counts as much as one with a single image."""
     base = np.zeros((4, 4))
     tuned = np.array(
         [[-1.0] * 4, [1, np.nan, np.nan, np.nan], [-1.0] * 4, [1, np.nan, np.nan, np.nan]]
     )
-    found = win_rate(base, tuned)
-    assert found.rate == 0.5 and found.low < 0.5 < found.high and found.wins == found.losses == 0.5
+    result = win_rate(base, tuned)
+    assert (
+        result.rate == 0.5
+        and result.low < 0.5 < result.high
+        and result.wins == result.losses == 0.5
+    )
     rng = np.random.default_rng(5)
     for _ in range(200):
         points = np.where(rng.random((9, 4)) < 0.4, np.nan, rng.integers(0, 3, (9, 4)) / 2)
@@ -111,10 +120,12 @@ def test_the_rate_lies_in_its_interval_when_scores_are_missing() -> None:
 @pytest.mark.parametrize("images", [1, 2, 4])
 @pytest.mark.parametrize("clustering", [0.0, 0.3, 0.7])
 def test_coverage_from_eight_prompts_on(prompts: int, images: int, clustering: float) -> None:
-    """Rates from 5 to 95 %, images of a prompt alike to a degree: 93 to 97 % on average over the rates.
+    """Coverage is 93 to 97 % on average over rates from 5 to 95 %.
 
-    Single rates swing, as a count of a few prompts has few values; the next test shows that no
-    interval can avoid it."""
+    Images of one prompt are alike to a degree. Coverage at single rates swings more,
+    because a count of few prompts takes few values. The next test shows that no
+    interval can avoid it.
+    """
     rng, trials, covered = np.random.default_rng(7), 2000, []
     rates = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
     for rate in rates:
@@ -132,14 +143,15 @@ def test_coverage_from_eight_prompts_on(prompts: int, images: int, clustering: f
 
 
 def test_no_interval_of_eight_answers_covers_every_rate_with_93_to_97_percent() -> None:
-    """At a rate of 25 % every run of counts holds the truth in less than 93 % or more than 97 %."""
+    """At a rate of 25 % no run of counts holds the truth in 93 to 97 % of cases."""
     chances = [math.comb(8, x) * 0.25**x * 0.75 ** (8 - x) for x in range(9)]
     runs = [sum(chances[a:b]) for a in range(9) for b in range(a + 1, 10)]
     assert not [run for run in runs if 0.93 <= run <= 0.97]
 
 
 def test_the_expanded_level_is_students() -> None:
-    # 95 % t quantiles times sqrt(n / (n - 1)) as normal quantiles: 2.2281 for 11 prompts, 2.0003 for 61.
+    # The 95 % quantiles of the t distribution are 2.2281 for 11 prompts and 2.0003 for
+    # 61. Times sqrt(n / (n - 1)) they are the normal quantiles.
     for prompts, quantile in ((11, 2.2281), (61, 2.0003)):
         expected = 2 * NormalDist().cdf(quantile * (prompts / (prompts - 1)) ** 0.5) - 1
         assert expanded_level(0.95, prompts) == pytest.approx(expected, abs=2e-5)
@@ -148,8 +160,8 @@ def test_the_expanded_level_is_students() -> None:
 def test_missing_scores_leave_their_pairs_out() -> None:
     base = np.array([[0.0, 0.0], [0.0, np.nan], [np.nan, np.nan]])
     tuned = np.array([[1.0, -1.0], [1.0, 5.0], [5.0, 5.0]])
-    found = win_rate(base, tuned)
-    assert (found.rate, found.wins, found.losses) == (
+    result = win_rate(base, tuned)
+    assert (result.rate, result.wins, result.losses) == (
         3 / 4,
         3 / 4,
         1 / 4,
@@ -167,8 +179,8 @@ def test_the_sign_test_counts_prompts() -> None:
 
 
 def test_one_prompt_has_no_interval() -> None:
-    found = win_rate(np.zeros((1, 4)), np.ones((1, 4)))
-    assert found.rate == 1.0 and np.isnan(found.low)
+    result = win_rate(np.zeros((1, 4)), np.ones((1, 4)))
+    assert result.rate == 1.0 and np.isnan(result.low)
 
 
 def test_the_standard_error_counts_prompts_not_images() -> None:
