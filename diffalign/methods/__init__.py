@@ -1,4 +1,7 @@
-"""One file per paper. `METHODS` is the only list of them: a new method adds one line here and its own file."""
+"""The preference methods, one file per paper.
+
+A new method adds its file and one line to `METHODS`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ METHODS: dict[str, str] = {
     "self_npo": "self_npo:SelfNPO",
     "sft": "sft:SFT",
 }
-"""Name in a run file -> ``module:Prefix``; the module holds ``<Prefix>Config`` and ``<Prefix>Trainer``."""
+"""Module and class prefix of each method, by its name in a run file.
+
+The module holds the classes ``<Prefix>Config`` and ``<Prefix>Trainer``.
+"""
 
 
 def _load(method: str, suffix: str) -> type:
@@ -31,8 +37,18 @@ def _load(method: str, suffix: str) -> type:
 
 
 def config_class(method: str) -> type[TrainingConfig]:
+    """Import the config class of a method.
+
+    Args:
+        method (`str`): A key of `METHODS`.
+    """
     return _load(method, "Config")
 
 
 def trainer_class(method: str) -> type[Trainer]:
+    """Import the trainer class of a method.
+
+    Args:
+        method (`str`): A key of `METHODS`.
+    """
     return _load(method, "Trainer")

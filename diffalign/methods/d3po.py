@@ -1,14 +1,25 @@
-"""D3PO: Yang et al. 2023, "Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model", arXiv 2311.13231, eq. 14.
+"""D3PO: Yang et al. 2023, arXiv 2311.13231, eq. 14.
 
-    rho_i = clamp(exp(log p(x_prev | x_t, c) - log p_ref(x_prev | x_t, c)), 1 - eps, 1 + eps)     per step and image
-    loss  = -log sigmoid(beta h (log rho_0 - log rho_1)),   h = +1, -1 or 0: which image is preferred
+    r_i   = log p(x_prev | x_t, c) - log p_ref(x_prev | x_t, c)      per step and image
+    rho_i = clamp(exp(r_i), 1 - eps, 1 + eps)
+    loss  = -log sigmoid(beta h (log rho_0 - log rho_1))             h = +1, -1 or 0
 
-Trajectories are sampled by the policy with stochastic steps (DDIM with eta; the flow SDE for flow models, our extension), all
-images of a prompt from one initial noise. The preference of the final images, from scorers or from people, goes to every step. The
-log-probabilities are means over the elements of a latent, as in the official code; the paper's equation has no clamp. Under mean,
-beta 0.1 and eps 0.1 the loss lies in [0.6832, 0.7032]: a curve that looks flat at 0.693 is normal. Guidance is inside sampling and
-inside the training forward. Unlike the official code: every trained step runs through the prepared module (its gradients are
-synchronised), the step at t = 0 is left out instead of being NaN, and what the reference is, is stored.
+The policy samples trajectories with stochastic steps: DDIM with eta, or the flow SDE
+for flow models, which is our extension. All images of a prompt start from one noise.
+Scorers or people compare the final images, and every step of a trajectory gets that
+preference.
+
+The log-probabilities are means over the elements of a latent, as in the official code.
+The clamp is that of the code. The paper's equation has none. With the mean, beta 0.1
+and eps 0.1, the loss lies in [0.6832, 0.7032], so a curve that looks flat at 0.693 is
+normal. Guidance is part of sampling and of the training forward.
+
+Differences from the official code:
+
+- Every trained step runs through the prepared module, so its gradients are
+  synchronised.
+- The step at t = 0 is left out. In the official code it gives NaN.
+- A checkpoint stores what the reference is.
 """
 
 from __future__ import annotations
@@ -100,22 +111,47 @@ class D3POConfig(OnPolicyConfig):
 def d3po_loss(
     log_ratios: Tensor, preference: Tensor, *, beta: float = 0.1, clip_range: float = 0.1
 ) -> Tensor:
-    """Loss per pair and step, (g,).
+    """Compute the D3PO loss of pairs at one step (paper, eq. 14).
 
     Args:
-        log_ratios (`Tensor`): (g, 2), log p - log p_ref of the stored next state, per image.
-        preference (`Tensor`): (g,) in [-1, 1]: +1 if image 0 is preferred, -1 if image 1, 0 for a tie (loss log 2, no gradient);
-            averages of several people lie between.
-        beta, clip_range (`float`): see `D3POConfig`.
+        log_ratios (`Tensor`): log p - log p_ref of the stored next state, per image,
+            (g, 2).
+        preference (`Tensor`): In [-1, 1], (g,). +1 prefers image 0, -1 image 1, and 0
+            is a tie with loss log 2 and no gradient. Averages of several votes lie
+            between.
+        beta (`float`, *optional*, defaults to `0.1`): Strength of the pull to the
+            reference.
+        clip_range (`float`, *optional*, defaults to `0.1`): eps, the largest change of
+            a ratio.
+
+    Returns:
+        `Tensor`: Loss per pair, (g,).
     """
-    # exp of an unbounded sum over a latent would overflow before the clamp.
+    # A log-ratio summed over a latent is large, and exp would overflow.
     ratio = torch.exp(log_ratios.clamp(-20, 20)).clamp(1 - clip_range, 1 + clip_range)
     margin = ratio[:, 0].log() - ratio[:, 1].log()
     return softplus(-beta * preference.to(margin) * margin)
 
 
 class D3POTrainer(OnPolicyTrainer):
-    """Samples, has the images judged, and trains on the steps that led to them."""
+    """Trains on the steps of sampled trajectories, by preferences between their images.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import D3POConfig, D3POTrainer
+
+        trainer = D3POTrainer(
+            model="shapes",
+            args=D3POConfig(output_dir="runs/d3po", max_steps=2, num_inference_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+            scorers=["shapes"],
+        )
+        trainer.train()
+        ```
+    """
 
     method = "d3po"
     _name = "D3PO"
@@ -125,7 +161,8 @@ class D3POTrainer(OnPolicyTrainer):
         "id": "2311.13231",
         "citation": """@inproceedings{yang2024d3po,
   title     = {Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model},
-  author    = {Yang, Kai and Tao, Jian and Lyu, Jiafei and Ge, Chunjiang and Chen, Jiaxin and Li, Qimai and Shen, Weihan and Zhu, Xiaolong and Li, Xiu},
+  author    = {Yang, Kai and Tao, Jian and Lyu, Jiafei and Ge, Chunjiang and
+               Chen, Jiaxin and Li, Qimai and Shen, Weihan and Zhu, Xiaolong and Li, Xiu},
   booktitle = {CVPR},
   year      = {2024}
 }""",
@@ -147,30 +184,42 @@ class D3POTrainer(OnPolicyTrainer):
     args: D3POConfig
 
     def validate(self) -> None:
-        """Refuse a sampler without a stochastic step."""
+        """Check the scorers, and that the sampler has a stochastic step.
+
+        Raises:
+            ConfigError: There is no scorer, or one cannot be used.
+            UserError: No step of the sampler is stochastic.
+        """
         super().validate()
         if not len(self.usable_steps(self.sampling_grid())):
             raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
 
     @cached_property
     def trained_steps(self) -> int:
-        """How many steps of a trajectory are trained."""
+        """Number of trained steps per trajectory."""
         usable = len(self.usable_steps(self.sampling_grid()))
         return max(1, math.ceil(self.args.timestep_fraction * usable))
 
     @property
     def passes_per_batch(self) -> int:
-        """One pass per trained step."""
+        """One forward pass per trained step."""
         return self.trained_steps
 
     def usable_steps(self, grid: Grid) -> Tensor:
-        """Which steps of the sampler, (u,), can be trained on: those with a density."""
+        """Return the indices of the steps that have a density, (u,).
+
+        Args:
+            grid (`Grid`): Times of the sampler.
+        """
         return grid.trainable.nonzero()[:, 0]
 
     def finish(
         self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor
     ) -> Batch:
-        """Keeps what the steps are trained on: states, recorded log-probabilities, preferences, the order of the steps."""
+        """Add states, log-probabilities, preferences and the order of steps to a batch.
+
+        See `OnPolicyTrainer.finish`.
+        """
         usable = self.usable_steps(self.rollout.grid)
         orders = [
             usable[torch.randperm(len(usable), generator=g)] for g in batch.generators("step-order")
@@ -185,7 +234,13 @@ class D3POTrainer(OnPolicyTrainer):
         return dataclasses.replace(batch, extra=extra)
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """One step of every trajectory at a time; a row's own order, the same for its images."""
+        """Yield one step of every trajectory at a time.
+
+        Each group has its own order of steps, which its images share.
+
+        Args:
+            batch (`Batch`): What `finish` returned.
+        """
         grid = self.rollout.grid
         device, rows = batch.x0.device, torch.arange(len(batch))
         for number in range(self.trained_steps):
@@ -204,7 +259,16 @@ class D3POTrainer(OnPolicyTrainer):
             )
 
     def step_log_probs(self, batch: Batch, denoiser: Denoiser) -> Tensor:
-        """(g, k) log-probabilities of the stored next states; one state may have several of them."""
+        """Compute the log-probabilities of the stored next states.
+
+        Args:
+            batch (`Batch`): A micro-batch. Its `noisy` holds one state per image or one
+                per group.
+            denoiser (`Denoiser`): Policy or reference.
+
+        Returns:
+            `Tensor`: (g, k).
+        """
         assert batch.noisy is not None
         (g, k), states = batch.x0.shape[:2], batch.noisy.shape[1]
 
@@ -228,7 +292,7 @@ class D3POTrainer(OnPolicyTrainer):
                 self.args.guidance_scale,
             )
         output, sample = rows(output, k // states), rows(sample, k // states)
-        found = step_log_prob(
+        log_probs = step_log_prob(
             self.process,
             output,
             sample,
@@ -238,9 +302,10 @@ class D3POTrainer(OnPolicyTrainer):
             self.args.eta,
             self.args.reduce,
         )
-        return found.unflatten(0, (g, k))
+        return log_probs.unflatten(0, (g, k))
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the D3PO loss of all pairs of a group. See `Trainer.compute_loss`."""
         policy = self.step_log_probs(batch, self.policy)
         assert self.reference is not None
         with torch.no_grad():
@@ -258,7 +323,11 @@ class D3POTrainer(OnPolicyTrainer):
         )
 
     def judged(self, batch: Batch) -> list[tuple[str, Tensor]]:
-        """(scorer, its scores (g, k)) of the batch's images; none under people's votes."""
+        """Return the name and the scores (g, k) of each scorer. Empty if people vote.
+
+        Args:
+            batch (`Batch`): A micro-batch.
+        """
         columns = batch.extra["scores"].unbind(-1)
         return (
             []

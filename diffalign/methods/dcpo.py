@@ -1,11 +1,17 @@
-"""DCPO: Saeidi et al. 2025, "Dual Caption Preference Optimization for Diffusion Models", arXiv 2502.06023.
+"""DCPO: Saeidi et al. 2025, arXiv 2502.06023, Diffusion-DPO with a caption per image.
 
     z    = -(beta/2) [(m_w(z_w) - r_w(z_w)) - (m_l(z_l) - r_l(z_l))]
     loss = -log sigmoid(z)
 
-Diffusion-DPO with one caption per image: z_w describes the chosen image, z_l the rejected one (columns `chosen_prompt` and `rejected_prompt`; `diffalign data recaption` writes them). With equal captions it is
-Diffusion-DPO. ``captions: chosen`` is the control of the paper's last table: the better caption for both images, which isolates "a better caption" from "two captions".
-Unlike the official code, whose launcher compares a v-prediction model's output with the noise, the target is the model's own.
+z_w is the caption of the chosen image and z_l that of the rejected one, from the
+columns `chosen_prompt` and `rejected_prompt`. `diffalign data recaption` writes them.
+With equal captions the loss is Diffusion-DPO's.
+
+`captions: chosen` is the control of the paper's last table. It uses the better caption
+for both images, and so separates "a better caption" from "two captions".
+
+The target is the model's own. The official launcher compares a v-prediction model's
+output with the noise.
 """
 
 from __future__ import annotations
@@ -45,11 +51,19 @@ def dcpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Loss per pair, (g,): `diffusion_dpo_loss` of errors that were computed under each image's own caption.
+    """Compute the DCPO loss, which is `diffusion_dpo_loss` of two captions' errors.
 
     Args:
-        policy_errors, reference_errors (`Tensor`): (g, 2), chosen first, each under the caption of its image.
-        beta, loss_type, label_smoothing: see `diffusion_dpo_loss`.
+        policy_errors (`Tensor`): (g, 2), chosen first, each under its own caption.
+        reference_errors (`Tensor`): (g, 2), chosen first, each under its own caption.
+        beta (`float`): Strength of the pull to the reference.
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge` or
+            `ipo`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`): Assumed share of
+            flipped labels.
+
+    Returns:
+        `Tensor`: Loss per pair, (g,).
     """
     return diffusion_dpo_loss(
         policy_errors,
@@ -61,7 +75,23 @@ def dcpo_loss(
 
 
 class DCPOTrainer(DiffusionDPOTrainer):
-    """Trains on pairs with two captions against a frozen reference."""
+    """Trains on pairs with two captions, against a frozen reference.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import DCPOConfig, DCPOTrainer
+
+        trainer = DCPOTrainer(
+            model="shapes",
+            args=DCPOConfig(output_dir="runs/dcpo", max_steps=5),
+            train_dataset="runs/recaptioned/data",  # from `diffalign data recaption`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "dcpo"
     _name = "DCPO"
@@ -71,7 +101,8 @@ class DCPOTrainer(DiffusionDPOTrainer):
         "id": "2502.06023",
         "citation": """@article{saeidi2025dual,
   title   = {Dual Caption Preference Optimization for Diffusion Models},
-  author  = {Saeidi, Amir and Luo, Yiran and Chatterjee, Agneet and Hegde, Shamanthak and Pathiraja, Bimsara and Yang, Yezhou and Baral, Chitta},
+  author  = {Saeidi, Amir and Luo, Yiran and Chatterjee, Agneet and Hegde, Shamanthak and
+             Pathiraja, Bimsara and Yang, Yezhou and Baral, Chitta},
   journal = {Transactions on Machine Learning Research},
   year    = {2025}
 }""",
@@ -90,6 +121,11 @@ class DCPOTrainer(DiffusionDPOTrainer):
     args: DCPOConfig
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
+        """Read pairs with two captions. See `Trainer.read_dataset`.
+
+        Raises:
+            UserError: The data have one caption per pair.
+        """
         data = super().read_dataset(source, split)
         if not data.has_two_prompts:
             raise UserError(

@@ -1,18 +1,22 @@
-"""Diffusion-DPO: Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization", arXiv 2311.12908, eq. 14.
+"""Diffusion-DPO: Wallace et al. 2023, arXiv 2311.12908, eq. 14.
 
     z    = -(beta/2) [(m_w - m_l) - (r_w - r_l)]
     loss = -log sigmoid(z)                              (sigmoid)
            max(0, 1 - z)                                (hinge)
            ((r_w - r_l) - (m_w - m_l) - 1/beta)^2       (ipo)
-         + sft_weight m_w                               (optional anchor on the chosen image)
+         + sft_weight m_w                               (optional)
 
-m, r are the policy's and the reference's mean squared denoising errors of the chosen (w) and rejected (l) image at the same timestep
-and the same noise. T and omega of the paper are inside beta, as in its code. Noise and timestep are shared by a pair (code; the paper
-writes separate noises). Unlike the official code: errors in float32 under any autocast, v-prediction and flow targets, ties never
-train, no hidden learning-rate scaling.
+m and r are the mean squared denoising errors of policy and reference, for the chosen
+(w) and the rejected (l) image. All are taken at the same timestep and noise. The code
+shares both within a pair, while the paper writes separate noises. T and omega of the
+paper are inside beta, as in its code.
 
-The beta convention is that of the official code and of diffusers' SDXL script (1/2, mean errors). diffusers' SD script has no 1/2:
-its beta 2500 is 5000 here; there, too, its `ipo` margin 1/(2 beta') is 1/beta here.
+Differences from the official code: errors are float32 under any autocast, v-prediction
+and flow targets work, ties never train, and the learning rate is not scaled.
+
+beta follows the official code and diffusers' SDXL script, which have the 1/2 and mean
+errors. diffusers' SD script has no 1/2, so its beta 2500 is 5000 here. Its `ipo` margin
+1/(2 beta') is 1/beta here.
 """
 
 from __future__ import annotations
@@ -67,16 +71,22 @@ def diffusion_dpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Loss per pair, (g,).
+    """Compute the Diffusion-DPO loss (paper, eq. 14).
 
     Args:
-        policy_errors, reference_errors (`Tensor`): (g, 2), chosen first, from `denoising_errors` at identical noisy samples.
-        beta (`float`): see `DiffusionDPOConfig`.
-        loss_type (`str`): ``sigmoid``, ``hinge`` or ``ipo``.
-        label_smoothing (`float`): mixes in the loss of the swapped pair.
+        policy_errors (`Tensor`): (g, 2), chosen first, from `denoising_errors`.
+        reference_errors (`Tensor`): (g, 2), chosen first, at the same noisy samples.
+        beta (`float`): Strength of the pull to the reference.
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge` or
+            `ipo`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`): Share of the swapped
+            pair's loss.
+
+    Returns:
+        `Tensor`: Loss per pair, (g,).
 
     Raises:
-        ValueError: on an unknown loss type.
+        ValueError: Another loss type.
     """
     rewards = implicit_rewards(policy_errors, reference_errors, beta)
     z = rewards[:, 0] - rewards[:, 1]
@@ -98,7 +108,23 @@ def diffusion_dpo_loss(
 
 
 class DiffusionDPOTrainer(Trainer):
-    """Trains on pairs against a frozen reference: the base weights (adapters off for LoRA, a copy for full fine-tuning)."""
+    """Trains on pairs against a frozen reference, which is the base model by default.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer
+
+        trainer = DiffusionDPOTrainer(
+            model="shapes",
+            args=DiffusionDPOConfig(output_dir="runs/dpo", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "diffusion_dpo"
     _name = "Diffusion-DPO"
@@ -108,8 +134,9 @@ class DiffusionDPOTrainer(Trainer):
         "id": "2311.12908",
         "citation": """@inproceedings{wallace2024diffusion,
   title     = {Diffusion Model Alignment Using Direct Preference Optimization},
-  author    = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and Purushwalkam, Senthil
-               and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and Naik, Nikhil},
+  author    = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and
+               Lou, Aaron and Purushwalkam, Senthil and Ermon, Stefano and Xiong, Caiming and
+               Joty, Shafiq and Naik, Nikhil},
   booktitle = {CVPR},
   year      = {2024}
 }""",
@@ -130,6 +157,7 @@ class DiffusionDPOTrainer(Trainer):
     args: DiffusionDPOConfig
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the Diffusion-DPO loss. See `Trainer.compute_loss`."""
         policy, reference = self.errors(batch)
         assert reference is not None
         args = self.args

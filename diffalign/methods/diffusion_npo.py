@@ -1,9 +1,12 @@
-"""Diffusion-NPO: Wang et al. 2025, "Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion Models", arXiv 2505.11245.
+"""Diffusion-NPO: Wang et al. 2025, arXiv 2505.11245, Diffusion-DPO on swapped pairs.
 
     loss = Diffusion-DPO's, with chosen and rejected exchanged
 
-The result is a *negative* model: what people do not like, to be subtracted by `diffalign.generation.guidance` in the unconditional branch. This file is Diffusion-DPO inverted; any other pair or ranked
-method is inverted by ``data.invert_preferences: true``. The official SD1.5 script has no 1/2: its beta 500 is 1000 here.
+The result is a *negative* model, which draws what people do not like.
+`diffalign.generation.guidance` subtracts it in the unconditional branch of guidance.
+Any other pair or ranked method is inverted by `data.invert_preferences: true`.
+
+The official SD1.5 script has no 1/2, so its beta 500 is 1000 here.
 """
 
 from __future__ import annotations
@@ -23,7 +26,23 @@ class DiffusionNPOConfig(DiffusionDPOConfig):
 
 
 class DiffusionNPOTrainer(DiffusionDPOTrainer):
-    """Trains a negative model on pairs, the rejected image preferred."""
+    """Trains a negative model on pairs: it prefers the rejected image.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import DiffusionNPOConfig, DiffusionNPOTrainer
+
+        trainer = DiffusionNPOTrainer(
+            model="shapes",
+            args=DiffusionNPOConfig(output_dir="runs/npo", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "diffusion_npo"
     _name = "Diffusion-NPO"
@@ -33,8 +52,10 @@ class DiffusionNPOTrainer(DiffusionDPOTrainer):
         "Generation of Diffusion Models",
         "id": "2505.11245",
         "citation": """@inproceedings{wang2025diffusionnpo,
-  title     = {Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion Models},
-  author    = {Wang, Fu-Yun and Shui, Yunhao and Piao, Jingtan and Sun, Keqiang and Li, Hongsheng},
+  title     = {Diffusion-NPO: Negative Preference Optimization for Better Preference
+               Aligned Generation of Diffusion Models},
+  author    = {Wang, Fu-Yun and Shui, Yunhao and Piao, Jingtan and Sun, Keqiang and
+               Li, Hongsheng},
   booktitle = {ICLR},
   year      = {2025}
 }""",

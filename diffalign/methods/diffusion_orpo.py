@@ -1,10 +1,15 @@
-"""Diffusion-ORPO, after diffusers' research project `diffusion_orpo` (Hong et al. 2024, arXiv 2403.07691, carried over to denoising errors).
+"""Diffusion-ORPO: Hong et al. 2024, arXiv 2403.07691, eq. 6-7, on denoising errors.
 
     o    = m_l - m_w                            (sign: correct)
     loss = m_w - beta log sigmoid(o)
 
-m are the policy's mean squared denoising errors of the chosen (w) and rejected (l) image; no reference model. Errors fall as likelihoods rise, so the odds must have the minus sign above.
-The published script has o = m_w - m_l, which rewards a larger error of the chosen image; ``sign: legacy`` reproduces it. MaPO supersedes both.
+m are the policy's mean squared denoising errors of the chosen (w) and the rejected (l)
+image. There is no reference model. diffusers' research project `diffusion_orpo` carried
+the method over to diffusion.
+
+An error falls as the likelihood rises, so the odds need the minus sign above. The
+published script has o = m_w - m_l, which rewards a larger error of the chosen image.
+`sign: legacy` reproduces it. Its authors replaced the method by MaPO.
 """
 
 from __future__ import annotations
@@ -43,15 +48,18 @@ class DiffusionORPOConfig(TrainingConfig):
 def diffusion_orpo_loss(
     policy_errors: Tensor, *, beta: float = 0.1, sign: str = "correct"
 ) -> Tensor:
-    """Loss per pair, (g,).
+    """Compute the Diffusion-ORPO loss.
 
     Args:
         policy_errors (`Tensor`): (g, 2), chosen first.
-        beta (`float`): > 0.
-        sign (`str`): ``correct`` or ``legacy``.
+        beta (`float`, *optional*, defaults to `0.1`): Weight of the odds.
+        sign (`str`, *optional*, defaults to `"correct"`): `correct` or `legacy`.
+
+    Returns:
+        `Tensor`: Loss per pair, (g,).
 
     Raises:
-        ValueError: another sign.
+        ValueError: Another sign.
     """
     if sign not in SIGNS:
         raise ValueError(f"sign: expected one of {', '.join(SIGNS)}, got {sign!r}")
@@ -60,14 +68,30 @@ def diffusion_orpo_loss(
 
 
 class DiffusionORPOTrainer(Trainer):
-    """Trains on pairs without a reference."""
+    """Trains on pairs without a reference.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import DiffusionORPOConfig, DiffusionORPOTrainer
+
+        trainer = DiffusionORPOTrainer(
+            model="shapes",
+            args=DiffusionORPOConfig(output_dir="runs/orpo", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "diffusion_orpo"
     _name = "Diffusion-ORPO"
     _tag_names = ("diffusion-orpo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "ORPO: Monolithic Preference Optimization without Reference Model (carried over to "
-        "diffusion by diffusers' research project)",
+        "title": "ORPO: Monolithic Preference Optimization without Reference Model (carried "
+        "over to diffusion by diffusers' research project)",
         "id": "2403.07691",
         "citation": """@article{hong2024orpo,
   title   = {ORPO: Monolithic Preference Optimization without Reference Model},
@@ -89,7 +113,7 @@ class DiffusionORPOTrainer(Trainer):
     args: DiffusionORPOConfig
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the Diffusion-ORPO loss. See `Trainer.compute_loss`."""
         policy, _ = self.errors(batch)
-        return diffusion_orpo_loss(
-            policy, beta=self.args.beta, sign=self.args.sign
-        ), margin_metrics(policy)
+        loss = diffusion_orpo_loss(policy, beta=self.args.beta, sign=self.args.sign)
+        return loss, margin_metrics(policy)

@@ -1,12 +1,20 @@
-"""MaPO: Hong, Paul et al. 2024, "Margin-aware Preference Optimization for Aligning Diffusion Models without Reference", arXiv 2406.06424, eq. 9-11.
+"""MaPO: Hong, Paul et al. 2024, arXiv 2406.06424, eq. 9-11.
 
-    u(l)  = l / (exp(l) - 1)                                             1 at 0, falling
-    paper : loss = m_w - (1/beta) log sigmoid(phi(m_w) - phi(m_l)),      phi = beta u (scale) or u^beta (power)
-    code  : loss = m_w - beta log sigmoid(T [u(s m_w) - u(s m_l)]),      s = 0.5, T = 1000, beta = 0.1
+    u(l)  = l / (exp(l) - 1)                                          1 at 0, falling
+    paper : loss = m_w - (1/beta) log sigmoid(phi(m_w) - phi(m_l))
+            phi  = beta u (scale) or u^beta (power)
+    code  : loss = m_w - beta log sigmoid(T [u(s m_w) - u(s m_l)])
+            s    = 0.5, T = 1000, beta = 0.1
 
-m are the policy's mean squared denoising errors of the chosen (w) and rejected (l) image at the same timestep and noise; no reference model. The paper's text leaves open whether
-beta multiplies the link or is its power; at beta 1 both agree. The official code is the scale form with beta T at an inner scale s, its margin weighted a hundred times more
-than the paper's 1/beta. Unlike the official code: no NaN at an error of 0 (series), v-prediction and flow targets, ties never train.
+m are the policy's mean squared denoising errors of the chosen (w) and the rejected (l)
+image, at the same timestep and noise. There is no reference model.
+
+The paper does not say whether beta multiplies the link function or is its power. At
+beta 1 both agree. The official code is the scale form with beta T at an inner scale s,
+which weights the margin a hundred times more than the paper's 1/beta.
+
+Differences from the official code: an error of 0 gives no NaN because a series is used
+there, v-prediction and flow targets work, and ties never train.
 """
 
 from __future__ import annotations
@@ -54,9 +62,17 @@ class MaPOConfig(TrainingConfig):
 
 
 def mapo_link(errors: Tensor, scale: float = 1.0) -> Tensor:
-    """u(scale * errors) = q / (exp(q) - 1), in (0, 1], falling; any shape.
+    """Compute the link function u(q) = q / (exp(q) - 1) of q = scale * errors.
 
-    Under 1e-3 the series 1 - q/2 + q^2/12 stands for it: the expression is 0/0 at 0, and its gradient cancels near it.
+    Below 1e-3 it is the series 1 - q/2 + q^2/12, because the expression is 0/0 at 0 and
+    its gradient cancels near it.
+
+    Args:
+        errors (`Tensor`): Denoising errors, any shape.
+        scale (`float`, *optional*, defaults to `1.0`): Factor of the errors.
+
+    Returns:
+        `Tensor`: Values in (0, 1], of the same shape.
     """
     q = scale * errors
     small = q.abs() < 1e-3
@@ -65,15 +81,18 @@ def mapo_link(errors: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def mapo_loss(policy_errors: Tensor, *, beta: float, link_form: str = "scale") -> Tensor:
-    """The paper's loss per pair, (g,).
+    """Compute the loss of the paper (eq. 9-11).
 
     Args:
         policy_errors (`Tensor`): (g, 2), chosen first.
-        beta (`float`): > 0.
-        link_form (`str`): ``scale`` or ``power``.
+        beta (`float`): beta of the paper, > 0.
+        link_form (`str`, *optional*, defaults to `"scale"`): `scale` or `power`.
+
+    Returns:
+        `Tensor`: Loss per pair, (g,).
 
     Raises:
-        ValueError: another link form.
+        ValueError: Another link form.
     """
     u = mapo_link(policy_errors)
     if link_form == "scale":
@@ -92,29 +111,52 @@ def mapo_code_loss(
     inner_scale: float = 0.5,
     margin_scale: float = 1000.0,
 ) -> Tensor:
-    """The official implementation's loss per pair, (g,).
+    """Compute the loss of the official code.
 
     Args:
         policy_errors (`Tensor`): (g, 2), chosen first.
-        beta (`float`): weight of the margin.
-        inner_scale, margin_scale (`float`): s and T.
+        beta (`float`, *optional*, defaults to `0.1`): Weight of the margin.
+        inner_scale (`float`, *optional*, defaults to `0.5`): s.
+        margin_scale (`float`, *optional*, defaults to `1000.0`): T.
+
+    Returns:
+        `Tensor`: Loss per pair, (g,).
     """
     u = mapo_link(policy_errors, inner_scale)
     return policy_errors[:, 0] + beta * softplus(-margin_scale * (u[:, 0] - u[:, 1]))
 
 
 class MaPOTrainer(Trainer):
-    """Trains on pairs without a reference."""
+    """Trains on pairs without a reference.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import MaPOConfig, MaPOTrainer
+
+        trainer = MaPOTrainer(
+            model="shapes",
+            args=MaPOConfig(output_dir="runs/mapo", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "mapo"
     _name = "MaPO"
     _tag_names = ("mapo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "Margin-aware Preference Optimization for Aligning Diffusion Models without Reference",
+        "title": "Margin-aware Preference Optimization for Aligning Diffusion Models "
+        "without Reference",
         "id": "2406.06424",
         "citation": """@article{hong2024marginaware,
-  title   = {Margin-aware Preference Optimization for Aligning Diffusion Models without Reference},
-  author  = {Hong, Jiwoo and Paul, Sayak and Lee, Noah and Rasul, Kashif and Thorne, James and Jeong, Jongheon},
+  title   = {Margin-aware Preference Optimization for Aligning Diffusion Models without
+             Reference},
+  author  = {Hong, Jiwoo and Paul, Sayak and Lee, Noah and Rasul, Kashif and Thorne, James and
+             Jeong, Jongheon},
   journal = {arXiv preprint arXiv:2406.06424},
   year    = {2024}
 }""",
@@ -137,6 +179,7 @@ class MaPOTrainer(Trainer):
     args: MaPOConfig
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the MaPO loss. See `Trainer.compute_loss`."""
         policy, _ = self.errors(batch)
         args = self.args
         if args.form == "paper":
@@ -149,7 +192,15 @@ class MaPOTrainer(Trainer):
 
 
 def margin_metrics(policy_errors: Tensor) -> dict[str, Tensor]:
-    """Diagnostics of pairs without a reference, each (g,) and detached: errors, their margin and how often the chosen one is lower (a tie counts one half)."""
+    """Compute the metrics of pairs without a reference.
+
+    Args:
+        policy_errors (`Tensor`): (g, 2), chosen first.
+
+    Returns:
+        `dict[str, Tensor]`: Errors, their margin and the accuracy, each (g,), without
+        gradient. Equal errors count one half in the accuracy.
+    """
     policy = policy_errors.detach()
     margin = policy[:, 1] - policy[:, 0]
     return {

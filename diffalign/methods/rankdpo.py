@@ -1,14 +1,22 @@
-"""RankDPO: Karthik et al. 2024, "Scalable Ranked Preference Optimization for Text-to-Image Generation", arXiv 2410.18013, section 3.
+"""RankDPO: Karthik et al. 2024, arXiv 2410.18013, section 3.
 
-    s_i      = m_i - r_i                                         error change of image i
-    G_i      = 2^phi_i - 1,  D(tau) = log(1 + tau)               gain, and discount at the rank tau in the order of phi
-    Delta_ij = |G_i - G_j| |1/D(tau_i) - 1/D(tau_j)|
+    s_i      = m_i - r_i                                   error change of image i
+    G_i      = 2^phi_i - 1                                 gain
+    D_i      = log(1 + tau_i)                              discount at the rank tau_i
+    Delta_ij = |G_i - G_j| |1/D_i - 1/D_j|
     loss     = sum over phi_i > phi_j of Delta_ij (-log sigmoid(-(beta/2) (s_i - s_j)))
 
-phi in [0, 1] are the shares of pairwise comparisons an image wins over the other images and all scorers (`diffalign.rewards.win_rates`). The ranks are those of the data, not of the
-current model. All k images of a prompt share the timestep, each has its own noise; they go through the network in one batch. Ties have no gain difference and drop out; tied images
-share their average rank, so the order in the file does not matter. There is no official code: the 1/2 and the mean errors are Diffusion-DPO's convention, so that at k = 2 the loss is
-its loss times Delta_12; the paper prints neither constant. Lists may have different lengths.
+phi_i in [0, 1] is the share of comparisons that image i wins, over the other images and
+all scorers (`diffalign.rewards.win_rates`). tau_i is its rank in the order of phi. The
+ranks are those of the data, not those of the current model.
+
+All k images of a prompt share the timestep, and each has its own noise. They go through
+the network in one batch. Lists may have different lengths. Ties have no gain difference
+and drop out. Tied images share their average rank, so the order in the file does not
+matter.
+
+There is no official code. The 1/2 and the mean errors are Diffusion-DPO's convention,
+so that at k = 2 the loss is its loss times Delta_12. The paper prints neither constant.
 """
 
 from __future__ import annotations
@@ -61,7 +69,14 @@ class RankDPOConfig(TrainingConfig):
 
 
 def average_ranks(scores: Tensor) -> Tensor:
-    """Ranks (g, k) from 1 = best, ties sharing their average; NaN scores get NaN."""
+    """Compute the rank of each image. 1 is the best, and ties share their average rank.
+
+    Args:
+        scores (`Tensor`): (g, k), higher is better. NaN means no image.
+
+    Returns:
+        `Tensor`: (g, k), NaN where the score is NaN.
+    """
     higher = (scores[:, None, :] > scores[:, :, None]).sum(-1)
     equal = (scores[:, None, :] == scores[:, :, None]).sum(-1)
     ranks = higher + (equal + 1) / 2
@@ -69,11 +84,15 @@ def average_ranks(scores: Tensor) -> Tensor:
 
 
 def lambda_weights(scores: Tensor, log_base: str = "e") -> Tensor:
-    """Delta_ij where image i is preferred to j, else 0; (g, k) -> (g, k, k), data without gradient.
+    """Compute the weights Delta_ij of the pairs (paper, section 3).
 
     Args:
-        scores (`Tensor`): phi in [0, 1], NaN = no such image.
-        log_base (`str`): of the discount, ``e`` or ``2``.
+        scores (`Tensor`): phi in [0, 1], (g, k). NaN means no image.
+        log_base (`str`, *optional*, defaults to `"e"`): Base of the discount, `e` or
+            `2`.
+
+    Returns:
+        `Tensor`: (g, k, k), without gradient. 0 where image i is not preferred to j.
     """
     present = ~torch.isnan(scores)
     phi = torch.where(present, scores, torch.zeros_like(scores))
@@ -97,17 +116,23 @@ def rankdpo_loss(
     log_base: str = "e",
     normalize: str = "sum",
 ) -> Tensor:
-    """Loss per list, (g,).
+    """Compute the RankDPO loss (paper, section 3).
 
     Args:
-        policy_errors, reference_errors (`Tensor`): (g, k), from `denoising_errors` at identical noisy samples.
-        scores (`Tensor`): (g, k), phi in [0, 1], higher is better; NaN marks the padding of shorter lists, whose errors are not read.
-        beta (`float`): see `RankDPOConfig`.
-        log_base (`str`): ``e`` or ``2``.
-        normalize (`str`): ``sum``, ``mean`` or ``idcg``.
+        policy_errors (`Tensor`): (g, k), from `denoising_errors`.
+        reference_errors (`Tensor`): (g, k), at the same noisy samples.
+        scores (`Tensor`): phi in [0, 1], (g, k), higher is better. NaN marks the
+            padding of shorter lists, whose errors are not used.
+        beta (`float`): Strength of the pull to the reference.
+        log_base (`str`, *optional*, defaults to `"e"`): Base of the discount, `e` or
+            `2`.
+        normalize (`str`, *optional*, defaults to `"sum"`): `sum`, `mean` or `idcg`.
+
+    Returns:
+        `Tensor`: Loss per list, (g,).
 
     Raises:
-        ValueError: shapes that differ, a score outside [0, 1], an unknown option.
+        ValueError: Shapes differ, a score is outside [0, 1], or an option is unknown.
     """
     if policy_errors.shape != scores.shape or reference_errors.shape != scores.shape:
         raise ValueError(
@@ -144,15 +169,23 @@ def rankdpo_loss(
 
 
 def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
-    """Scores of any scale as phi in [0, 1], (g, k); NaN stays.
+    """Turn scores of any scale into phi in [0, 1].
 
     Args:
         scores (`Tensor`): (g, k), higher is better.
-        gains (`str`): ``given``, ``win_rate`` (share of the other images of the list that it beats, a tie counts one half), ``minmax``,
-            or ``auto``: ``given`` where all of these scores lie in [0, 1], else ``win_rate``.
+        gains (`str`, *optional*, defaults to `"auto"`): How.
+
+            - `given`: The scores are phi.
+            - `win_rate`: Share of the list's other images that an image beats. A tie
+              counts one half.
+            - `minmax`: Scaled to [0, 1] within the list.
+            - `auto`: `given` if all of these scores lie in [0, 1], else `win_rate`.
+
+    Returns:
+        `Tensor`: (g, k). NaN stays NaN.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: Another value of `gains`.
     """
     if gains not in GAINS:
         raise ValueError(f"gains: expected one of {', '.join(GAINS)}, got {gains!r}")
@@ -171,7 +204,23 @@ def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
 
 
 class RankDPOTrainer(Trainer):
-    """Trains on ranked lists against a frozen reference."""
+    """Trains on ranked lists against a frozen reference.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import RankDPOConfig, RankDPOTrainer
+
+        trainer = RankDPOTrainer(
+            model="shapes",
+            args=RankDPOConfig(output_dir="runs/rankdpo", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "rankdpo"
     _name = "RankDPO"
@@ -181,7 +230,8 @@ class RankDPOTrainer(Trainer):
         "id": "2410.18013",
         "citation": """@article{karthik2024scalable,
   title   = {Scalable Ranked Preference Optimization for Text-to-Image Generation},
-  author  = {Karthik, Shyamgopal and Coskun, Huseyin and Akata, Zeynep and Tulyakov, Sergey and Ren, Jian and Kag, Anil},
+  author  = {Karthik, Shyamgopal and Coskun, Huseyin and Akata, Zeynep and
+             Tulyakov, Sergey and Ren, Jian and Kag, Anil},
   journal = {arXiv preprint arXiv:2410.18013},
   year    = {2024}
 }""",
@@ -201,33 +251,40 @@ class RankDPOTrainer(Trainer):
     data_kind = "ranked"
     args: RankDPOConfig
     gains: str
-    """How scores become gains in this run."""
+    """How this run turns scores into gains."""
 
     def build_source(self) -> BatchSource:
-        """As usual; the gains are chosen now, since a resumed run may keep an older rule."""
+        """Build the source of batches, and decide how scores become gains.
+
+        It is decided here because a resumed run may keep the rule of an earlier
+        version.
+        """
         self.gains = self._chosen_gains()
         return super().build_source()
 
     def _chosen_gains(self) -> str:
-        """`gains` of the run: one choice for all of its lists."""
-        if (
-            self.args.gains != "auto" or self.sampler_rule == 1
-        ):  # runs of earlier versions choose per list
+        """Return the `gains` that all lists of the run use."""
+        # Runs of earlier versions choose for each list.
+        if self.args.gains != "auto" or self.sampler_rule == 1:
             return self.args.gains
         limits = None if self.data_config.online is not None else self.train_dataset.score_range()
         is_phi = limits is not None and limits[0] >= 0 and limits[1] <= 1
-        seen = (
+        reason = (
             "scores are not known beforehand"
             if limits is None
             else f"scores run from {limits[0]:g} to {limits[1]:g}"
         )
         self.notes.append(
             f"gains: {'the scores as they are' if is_phi else 'win rates within each list'} "
-            f"({seen})"
+            f"({reason})"
         )
         return "given" if is_phi else "win_rate"
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the RankDPO loss. See `Trainer.compute_loss`.
+
+        The metrics are those of the pair of best and worst image.
+        """
         policy, reference = self.errors(batch)
         assert reference is not None and batch.scores is not None
         args = self.args

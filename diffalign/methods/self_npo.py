@@ -1,14 +1,17 @@
-"""Self-NPO: Wang et al. 2025, "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning", arXiv 2505.11777.
+"""Self-NPO: Wang et al. 2025, arXiv 2505.11777.
 
-    x_t      = K sampler steps down an N-step grid, from noise or from a noised image
-    target   = x0_hat(x_t)                                   Tweedie's estimate of the truncated sample: over-smoothed
-    x_s      = (alpha_s/alpha_t) x_t + ... z,  s > t          re-noised, with exactly the process's marginal
-    loss     = |x0_hat_theta(x_s) - target|^2, or Huber's
+    x_t    = K sampler steps down an N-step grid, from noise or from a noised image
+    target = x0_hat(x_t)                              Tweedie's estimate, over-smoothed
+    x_s    = (alpha_s/alpha_t) x_t + ... z,  s > t    re-noised to the exact marginal
+    loss   = |x0_hat_theta(x_s) - target|^2, or Huber's
 
-The result is a *negative* model, learned without images or judgements from the model's own truncated samples, for the
-unconditional branch of guidance (`diffalign.generation.guidance`). The paper starts from noise and takes the square; the official code
-starts from real images, takes Huber's loss and lets the average of the student draw, with a negative guidance weight. Both are
-options here, for epsilon-, v- and flow-prediction.
+The result is a *negative* model for the unconditional branch of guidance
+(`diffalign.generation.guidance`). It learns from truncated samples of the model itself,
+without images or judgements.
+
+The paper starts from noise and takes the squared error. The official code starts from
+real images, takes Huber's loss, and samples with the student's average at a negative
+guidance weight. Both are options here, for epsilon-, v- and flow-prediction.
 """
 
 from __future__ import annotations
@@ -81,7 +84,15 @@ class SelfNPOConfig(TrainingConfig):
 
 
 def sampling_grid(process: NoisingProcess, steps: int) -> Tensor:
-    """Times from least to most noisy, (steps,): timesteps T/steps * i - 1, or shifted sigmas i / steps."""
+    """Build the times of the truncated sampler, from least to most noisy.
+
+    Args:
+        process (`NoisingProcess`): Noise schedule of the model.
+        steps (`int`): N, the number of steps.
+
+    Returns:
+        `Tensor`: (steps,). Timesteps T/steps * i - 1, or shifted sigmas i / steps.
+    """
     index = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     if process.prediction_type == "flow_matching":
         shift = getattr(process, "shift", 1.0)
@@ -91,18 +102,34 @@ def sampling_grid(process: NoisingProcess, steps: int) -> Tensor:
 
 
 def guided_output(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
-    """cond + weight (cond - uncond); at a weight of -1 the unconditional output."""
+    """Compute cond + weight (cond - uncond).
+
+    Args:
+        cond (`Tensor`): Conditional output, any shape.
+        uncond (`Tensor`): Unconditional output.
+        weight (`float`): Guidance weight. 0 is the conditional output and -1 the
+            unconditional.
+    """
     return cond + weight * (cond - uncond)
 
 
 def ddim_move(
     process: NoisingProcess, output: Tensor, sample: Tensor, times: Tensor, new_times: Tensor
 ) -> Tensor:
-    """One deterministic DDIM step (an Euler step for flows), per row; a row whose time does not change stays as it is.
+    """Take a deterministic DDIM step, or an Euler step for flow models.
+
+    See Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0. A row whose time does
+    not change stays as it is.
 
     Args:
-        output, sample: (n, ...).
-        times, new_times: (n,).
+        process (`NoisingProcess`): Noise schedule of the model.
+        output (`Tensor`): Output of the network, (n, C, h, w).
+        sample (`Tensor`): Latents before the step, (n, C, h, w).
+        times (`Tensor`): Times before the step, (n,).
+        new_times (`Tensor`): Times after the step, (n,).
+
+    Returns:
+        `Tensor`: Latents after the step, (n, C, h, w).
     """
     moved = process.add_noise(
         process.to_x0(output, sample, times), process.to_eps(output, sample, times), new_times
@@ -112,7 +139,16 @@ def ddim_move(
 
 
 def later_times(process: NoisingProcess, times: Tensor, uniforms: Tensor) -> Tensor:
-    """Times uniform on what is noisier: t+1, ..., T-1, or (t, 1). (n,) each."""
+    """Draw noisier times, uniform on t+1, ..., T-1 or on (t, 1).
+
+    Args:
+        process (`NoisingProcess`): Noise schedule of the model.
+        times (`Tensor`): t, (n,).
+        uniforms (`Tensor`): Random numbers in [0, 1), (n,).
+
+    Returns:
+        `Tensor`: (n,).
+    """
     if process.prediction_type == "flow_matching":
         return times + (1 - times) * uniforms.clamp(1e-6, 1 - 1e-6)
     last = process.num_timesteps - 1  # type: ignore[attr-defined]
@@ -122,15 +158,21 @@ def later_times(process: NoisingProcess, times: Tensor, uniforms: Tensor) -> Ten
 def self_npo_loss(
     predicted_x0: Tensor, target_x0: Tensor, *, kind: str = "huber", huber_c: float = 1e-3
 ) -> Tensor:
-    """Loss per sample, (n,): the mean over elements of d^2, or of sqrt(d^2 + c^2) - c.
+    """Compute the Self-NPO loss of predicted clean latents.
+
+    With d their difference it is the mean of d^2, or of sqrt(d^2 + c^2) - c.
 
     Args:
-        predicted_x0, target_x0 (`Tensor`): (n, ...) clean latents.
-        kind (`str`): ``mse`` or ``huber``.
-        huber_c (`float`): c.
+        predicted_x0 (`Tensor`): Prediction of the student, (n, C, h, w).
+        target_x0 (`Tensor`): Target, (n, C, h, w).
+        kind (`str`, *optional*, defaults to `"huber"`): `mse` or `huber`.
+        huber_c (`float`, *optional*, defaults to `1e-3`): c.
+
+    Returns:
+        `Tensor`: Loss per sample, (n,).
 
     Raises:
-        ValueError: another kind.
+        ValueError: Another kind.
     """
     if kind not in LOSS_TYPES:
         raise ValueError(f"kind: expected one of {', '.join(LOSS_TYPES)}, got {kind!r}")
@@ -142,17 +184,36 @@ def self_npo_loss(
 
 
 class SelfNPOTrainer(Trainer):
-    """Trains a negative model on truncated samples of the model itself."""
+    """Trains a negative model on truncated samples of the model itself.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import SelfNPOConfig, SelfNPOTrainer
+
+        trainer = SelfNPOTrainer(
+            model="shapes",
+            args=SelfNPOConfig(output_dir="runs/self_npo", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "self_npo"
     _name = "Self-NPO"
     _tag_names = ("self-npo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning",
+        "title": "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion "
+        "Fine-Tuning",
         "id": "2505.11777",
         "citation": """@inproceedings{wang2026selfnpo,
-  title     = {Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning},
-  author    = {Wang, Fu-Yun and Sun, Keqiang and Teng, Yao and Liu, Xihui and Yuan, Jiale and Song, Jiaming and Li, Hongsheng},
+  title     = {Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion
+               Fine-Tuning},
+  author    = {Wang, Fu-Yun and Sun, Keqiang and Teng, Yao and Liu, Xihui and Yuan, Jiale and
+               Song, Jiaming and Li, Hongsheng},
   booktitle = {AAAI},
   year      = {2026}
 }""",
@@ -175,18 +236,18 @@ class SelfNPOTrainer(Trainer):
     config_class = SelfNPOConfig
     data_kind = "prompt"
     can_be_online = False
-    reference_free = (
-        True  # the loss has none; `sampler: frozen_ref` needs the starting weights all the same
-    )
+    # The loss has no reference. With `sampler: frozen_ref` the starting weights sample.
+    reference_free = True
     args: SelfNPOConfig
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
+        """Read prompts, or images with `start: data`. See `Trainer.read_dataset`."""
         return as_preferences(
             source, self.data_config, "prompt" if self.args.start == "noise" else "single", split
         )
 
     def build_reference(self) -> Reference | None:
-        """The starting weights, where they draw the samples."""
+        """Build the frozen starting weights, if they draw the samples."""
         if self.args.sampler != "frozen_ref":
             return None
         is_lora, device = self.peft_config is not None, self.accelerator.device
@@ -201,7 +262,14 @@ class SelfNPOTrainer(Trainer):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """Runs the truncated sampler: `x0` becomes the target, `noisy` and `times` what the student sees."""
+        """Run the truncated sampler.
+
+        Args:
+            batch (`Batch`): Groups of the dataset.
+
+        Returns:
+            `Batch`: `x0` is the target, `noisy` and `times` are the student's input.
+        """
         args, process = self.args, self.process
         generators = batch.generators("self_npo")
         uniforms = torch.stack(
@@ -238,12 +306,12 @@ class SelfNPOTrainer(Trainer):
         )
 
     def _floor(self, grid: Tensor) -> Tensor:
-        """Where samples rest that have come to the end of the grid: timestep 0, or a twentieth of the first sigma."""
+        """Return the last time of the grid: 0, or a twentieth of the first sigma."""
         return torch.zeros((), dtype=grid.dtype) if not grid.is_floating_point() else grid[0] / 20
 
     @contextlib.contextmanager
     def _sampling_weights(self) -> Iterator[None]:
-        """The student's average in place of the student, without dropout."""
+        """Put the student's average into the network, without dropout."""
         if self.args.sampler != "ema" or self.ema is None:
             yield
             return
@@ -265,13 +333,13 @@ class SelfNPOTrainer(Trainer):
         weight = self.args.guidance_weight
         model_times = self.process.model_times(times).to(sample.device)
 
-        def predict(given: Mapping[str, Tensor]) -> Tensor:
+        def predict(branch: Mapping[str, Tensor]) -> Tensor:
             with self.accelerator.autocast():
                 if self.reference is not None:
-                    return self.reference.predict(sample, model_times, dict(given)).float()
-                return self.sampling_policy.predict(sample, model_times, dict(given)).float()
+                    return self.reference.predict(sample, model_times, dict(branch)).float()
+                return self.sampling_policy.predict(sample, model_times, dict(branch)).float()
 
-        # One pass where the other has no weight.
+        # A branch without weight is not run.
         if weight == 0:
             return predict(condition)
         if weight == -1:
@@ -279,6 +347,7 @@ class SelfNPOTrainer(Trainer):
         return guided_output(predict(condition), predict(unconditional), weight)
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the Self-NPO loss. See `Trainer.compute_loss`."""
         assert batch.noisy is not None
         noisy, target = batch.noisy[:, 0], batch.x0[:, 0]
         times = self.process.model_times(batch.times).to(noisy.device)

@@ -1,14 +1,19 @@
-"""SePPO: Zhang, Lan et al. 2024, "SePPO: Semi-Policy Preference Optimization for Diffusion Alignment", arXiv 2410.05255, eq. 7-14.
+"""SePPO: Zhang, Lan et al. 2024, arXiv 2410.05255, eq. 7-14.
 
-    ref  ~ one of the past checkpoints theta_0 ... theta_{k-1};   x_ref ~ p_ref(. | c)       sampled on-policy from it
-    d_w  = m_w - r_w,   d_ref = m_ref - r_ref                     error changes on the winner and on the reference's sample
-    a    = sign(-d_w), averaged draws, detached                   +1: the policy denoises the winner better than ref does
+    ref  ~ one of the past checkpoints theta_0 ... theta_{k-1},  x_ref ~ p_ref(. | c)
+    d_w  = m_w - r_w,  d_ref = m_ref - r_ref          error changes on winner and x_ref
+    a    = sign(-d_w), averaged over draws, detached
     loss = -log sigmoid(-(beta/2) (d_w - a d_ref))
 
-Winners alone are needed: the rival is the reference's own image. Where the policy is already better than that reference (a = +1) its
-image is a loser, as in Diffusion-DPO; where it is not (a = -1) the image is probably good and is learned from too. `anchor: indicator`
-drops it instead (a = 0). At the first step policy and reference are equal: sgn(0) is taken as +1 (`zero_anchor`). The training code is not
-public and the paper leaves beta, learning rate, sampler and noise sharing open; T and omega are inside beta, in Diffusion-DPO's convention.
+The data are winners alone. The rival x_ref is an image of the reference, which is a
+past checkpoint. If the policy denoises the winner better than the reference does (a =
++1), x_ref is the loser, as in Diffusion-DPO. Otherwise (a = -1) x_ref is probably good,
+and the policy learns from it too. `anchor: indicator` ignores it then (a = 0).
+
+At the first step policy and reference are equal, and sgn(0) is taken as +1
+(`zero_anchor`). The training code is not public. The paper leaves beta, learning rate,
+sampler and noise sharing open. T and omega are inside beta, in Diffusion-DPO's
+convention.
 """
 
 from __future__ import annotations
@@ -87,17 +92,21 @@ class SePPOConfig(TrainingConfig):
 
 
 def anchors(winner_changes: Tensor, kind: str = "sign", zero: float = 1.0) -> Tensor:
-    """a from the winner's error changes m - r, any shape, detached: +1 where the policy is better, -1 (or 0) where it is worse.
+    """Compute the anchor a from the winner's error change m - r.
 
     Args:
-        winner_changes (`Tensor`): averaged over draws by the caller.
-        kind (`str`): ``sign`` or ``indicator``.
-        zero (`float`): where the change is exactly 0.
+        winner_changes (`Tensor`): Error changes, averaged over draws, any shape.
+        kind (`str`, *optional*, defaults to `"sign"`): `sign` or `indicator`.
+        zero (`float`, *optional*, defaults to `1.0`): a where the change is 0.
+
+    Returns:
+        `Tensor`: +1 where the policy is better. -1 (or 0 with `indicator`) where it is
+        worse. No gradient, the same shape.
     """
     changes = winner_changes.detach()
     worse = torch.full_like(changes, -1.0 if kind == "sign" else 0.0)
-    found = torch.where(changes < 0, torch.ones_like(changes), worse)
-    return torch.where(changes == 0, torch.full_like(changes, zero), found)
+    values = torch.where(changes < 0, torch.ones_like(changes), worse)
+    return torch.where(changes == 0, torch.full_like(changes, zero), values)
 
 
 def seppo_loss(
@@ -109,17 +118,23 @@ def seppo_loss(
     zero_anchor: float = 1.0,
     anchor_values: Tensor | None = None,
 ) -> Tensor:
-    """Loss per group, (g,).
+    """Compute the SePPO loss (paper, eq. 7-14).
 
     Args:
-        policy_errors, reference_errors (`Tensor`): (g, 2), the winner and the reference's sample.
-        beta (`float`): see `SePPOConfig`.
-        anchor (`str`): ``sign`` or ``indicator``.
-        zero_anchor (`float`): a where the winner's errors are equal.
-        anchor_values (`Tensor`, *optional*): a, (g,), if it was found from other draws; +1 everywhere gives Diffusion-DPO's loss.
+        policy_errors (`Tensor`): (g, 2), the winner and the reference's image.
+        reference_errors (`Tensor`): (g, 2), at the same noisy samples.
+        beta (`float`): Strength of the pull to the reference.
+        anchor (`str`, *optional*, defaults to `"sign"`): `sign` or `indicator`.
+        zero_anchor (`float`, *optional*, defaults to `1.0`): a where the winner's
+            errors are equal.
+        anchor_values (`Tensor`, *optional*): a from other draws, (g,). +1 everywhere
+            gives Diffusion-DPO's loss. Defaults to a from these errors.
+
+    Returns:
+        `Tensor`: Loss per group, (g,).
 
     Raises:
-        ValueError: another anchor.
+        ValueError: Another anchor.
     """
     if anchor not in ANCHORS:
         raise ValueError(f"anchor: expected one of {', '.join(ANCHORS)}, got {anchor!r}")
@@ -130,7 +145,23 @@ def seppo_loss(
 
 
 class SePPOTrainer(Trainer):
-    """Trains on winners against images of its own past."""
+    """Trains on winners against images that past checkpoints of the policy draw.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import SePPOConfig, SePPOTrainer
+
+        trainer = SePPOTrainer(
+            model="shapes",
+            args=SePPOConfig(output_dir="runs/seppo", max_steps=2, num_inference_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "seppo"
     _name = "SePPO"
@@ -140,7 +171,8 @@ class SePPOTrainer(Trainer):
         "id": "2410.05255",
         "citation": """@article{zhang2024seppo,
   title   = {SePPO: Semi-Policy Preference Optimization for Diffusion Alignment},
-  author  = {Zhang, Daoan and Lan, Guangchen and Han, Dong-Jun and Yao, Wenlin and Pan, Xiaoman and Zhang, Hongming and Li, Mingxiao and others},
+  author  = {Zhang, Daoan and Lan, Guangchen and Han, Dong-Jun and Yao, Wenlin and
+             Pan, Xiaoman and Zhang, Hongming and Li, Mingxiao and others},
   journal = {arXiv preprint arXiv:2410.05255},
   year    = {2024}
 }""",
@@ -168,7 +200,7 @@ class SePPOTrainer(Trainer):
     args: SePPOConfig
 
     def build_reference(self) -> Reference:
-        """The pool of the policy's past weights."""
+        """Build the pool of past checkpoints."""
         return CheckpointPool(
             self.network, self.output_dir / "pool", self.args.pool_size, self.args.ref_strategy
         )
@@ -193,13 +225,20 @@ class SePPOTrainer(Trainer):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """Adds the reference's own image to every winner."""
+        """Add an image of the reference to every winner.
+
+        Args:
+            batch (`Batch`): g groups of one image.
+
+        Returns:
+            `Batch`: g groups of two images, the winner first.
+        """
         self.pool.choose(self.args.seed, self.state.global_step)
         empty = self.data_pipeline.builder.unconditional(batch.condition)
         main = self.accelerator.is_main_process
         assert self.reference is not None
         with sampling_mode(self.network), self.accelerator.autocast():
-            found = self.rollout(
+            drawn = self.rollout(
                 self.reference.predict,
                 batch,
                 1,
@@ -209,8 +248,8 @@ class SePPOTrainer(Trainer):
                 progress=main,
             )
         noise, weights = batch.noise, batch.weights
-        if found.broken is not None and found.broken.any():
-            lost = found.broken[:, 0]
+        if drawn.broken is not None and drawn.broken.any():
+            lost = drawn.broken[:, 0]
             self.accelerator.print(
                 f"{int(lost.sum())} of {len(lost)} images of the reference left out: not finite"
             )
@@ -224,7 +263,7 @@ class SePPOTrainer(Trainer):
             rival = torch.stack(draws)[:, None].to(noise.device)
         return dataclasses.replace(
             batch,
-            x0=torch.cat([batch.x0, found.final.to(batch.x0.device)], 1),
+            x0=torch.cat([batch.x0, drawn.final.to(batch.x0.device)], 1),
             noise=torch.cat([noise, rival], 1),
             weights=weights,
             condition={
@@ -233,6 +272,7 @@ class SePPOTrainer(Trainer):
         )
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the SePPO loss. See `Trainer.compute_loss`."""
         policy, reference = self.errors(batch)
         assert reference is not None
         args = self.args
@@ -250,7 +290,7 @@ class SePPOTrainer(Trainer):
 
     @torch.no_grad()
     def _averaged_change(self, batch: Batch, first: Tensor) -> Tensor:
-        """The winner's error change over `anchor_samples` draws, the training draw among them."""
+        """Average the winner's error change over the training draw and others."""
         winners = {
             name: value.unflatten(0, (len(batch), -1))[:, 0]
             for name, value in batch.condition.items()
@@ -279,5 +319,10 @@ class SePPOTrainer(Trainer):
         return total / self.args.anchor_samples
 
     def on_optimizer_step(self, step: int) -> None:
+        """Add the weights to the pool every `pool_save_steps`.
+
+        Args:
+            step (`int`): Optimizer steps done.
+        """
         if step % self.args.pool_save_steps == 0:
             self.pool.append(step, self.accelerator.is_main_process)

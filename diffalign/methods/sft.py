@@ -1,8 +1,9 @@
-"""Supervised fine-tuning on the chosen images: the baseline every preference paper compares with.
+"""Supervised fine-tuning on chosen images, the baseline of preference papers.
 
     loss = m_w
 
-m_w is the mean squared denoising error of the chosen (or only) image; no reference, no rejected image.
+m_w is the mean squared denoising error of the chosen or only image. There is no
+reference and no rejected image.
 """
 
 from __future__ import annotations
@@ -22,12 +23,35 @@ class SFTConfig(TrainingConfig):
 
 
 def sft_loss(policy_errors: Tensor) -> Tensor:
-    """The denoising error itself: (g, 1) -> (g,)."""
+    """Compute the SFT loss, which is the denoising error itself.
+
+    Args:
+        policy_errors (`Tensor`): (g, 1).
+
+    Returns:
+        `Tensor`: Loss per image, (g,).
+    """
     return policy_errors[:, 0]
 
 
 class SFTTrainer(Trainer):
-    """Trains on single images; of a pair or a ranked list it takes the best."""
+    """Trains on single images. Of a pair or a ranked list it takes the best.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import SFTConfig, SFTTrainer
+
+        trainer = SFTTrainer(
+            model="shapes",
+            args=SFTConfig(output_dir="runs/sft", max_steps=5),
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+        )
+        trainer.train()
+        ```
+    """
 
     method = "sft"
     _name = "SFT"
@@ -38,5 +62,6 @@ class SFTTrainer(Trainer):
     args: SFTConfig
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the SFT loss. See `Trainer.compute_loss`."""
         policy, _ = self.errors(batch)
         return sft_loss(policy), {"errors/chosen": policy[:, 0].detach()}

@@ -1,15 +1,21 @@
-"""SPO: Liang et al. 2024, "Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step", arXiv 2406.04314.
+"""SPO: Liang et al. 2024, arXiv 2406.04314, D3PO on the candidates of single steps.
 
-    x_{t-1}^1 ... x_{t-1}^n ~ p(. | x_t, c)                     candidates from one state; one of them, at random, is the next state
-    s_i  = score of the clean estimate x0(x_{t-1}^i)            by a scorer; of the image itself after the last step
-    kept if softmax(s_w, s_l)_w - softmax(s_w, s_l)_l > threshold                  w, l: best and worst candidate
-    loss = -log sigmoid(beta (log rho_w - log rho_l)),   rho = clamp(exp(log p - log p_ref), 1 - eps, 1 + eps) of D3PO
+    x_{t-1}^1 ... x_{t-1}^n ~ p(. | x_t, c)       a random one of them is the next state
+    s_i  = score of the clean estimate x0(x_{t-1}^i), or of the final image
+    w, l = best and worst candidate
+    train if softmax(s_w, s_l)_w - softmax(s_w, s_l)_l > threshold
+    loss = -log sigmoid(beta (log rho_w - log rho_l)),  rho as in D3PO
 
-The sibling of D3PO that compares single steps: the rivals start from the same state, so that a step answers for what it did and not for
-its trajectory. The official code scores clean estimates with a CLIP that was trained for it and knows the timestep; any scorer takes that
-place here, a function too. As that model's scores are logits, scores are multiplied by `score_scale` before the softmax. Early steps, whose
-estimates say little, are only sampled (`first_step`). In the official code the last two steps share one comparison, and with SDXL three
-steps do; here every step has its own. A step whose candidates are too alike counts as a tie: loss log 2, no gradient.
+The candidates of a step start from the same state, so a step is compared for its own
+effect and not for that of its trajectory. A step whose candidates are too alike is a
+tie with loss log 2 and no gradient. Early steps have poor estimates and are sampled
+without candidates (`first_step`).
+
+The official code scores clean estimates with a CLIP that was trained for it and knows
+the timestep. Any scorer or function takes its place here. The scores of that model are
+logits, so scores are multiplied by `score_scale` before the softmax. In the official
+code the last two steps share one comparison, three with SDXL. Here every step has its
+own.
 """
 
 from __future__ import annotations
@@ -76,28 +82,36 @@ class SPOConfig(OnPolicyConfig):
 
 
 def best_and_worst(scores: Tensor, threshold: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The pair of every group: indices (g, 2) of its best and worst candidate, and whether they are far enough apart, (g,).
+    """Find the best and the worst candidate of every group.
 
     Args:
-        scores (`Tensor`): (g, n), higher is better, NaN = missing and never chosen.
-        threshold (`float`): on softmax(best, worst)[0] - softmax(best, worst)[1] = tanh(scale (best - worst) / 2).
-        scale (`float`): of the scores.
+        scores (`Tensor`): (g, n), higher is better. NaN is missing and never chosen.
+        threshold (`float`): Least value of softmax(best, worst)[0] - softmax(best,
+            worst)[1], which is tanh(scale (best - worst) / 2).
+        scale (`float`, *optional*, defaults to `1.0`): Factor of the scores.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Indices of best and worst, (g, 2), and whether they
+        differ enough, (g,).
     """
     known = ~torch.isnan(scores)
     best = torch.where(known, scores, torch.full_like(scores, -torch.inf)).argmax(1)
     worst = torch.where(known, scores, torch.full_like(scores, torch.inf)).argmin(1)
     pair = torch.stack([best, worst], 1)
     gap = scores.gather(1, pair)
-    # A missing score makes the gap NaN, which is not above any threshold.
+    # A missing score makes the gap NaN, which exceeds no threshold.
     return pair, torch.tanh(scale * (gap[:, 0] - gap[:, 1]) / 2) > threshold
 
 
 def nearest_usable(drawn: Tensor, usable: Tensor) -> Tensor:
-    """The drawn candidate of each group, or the next usable one after it; the drawn one where none is usable.
+    """Replace a drawn candidate that cannot be used by the next one that can.
 
     Args:
-        drawn (`Tensor`): (g,) numbers below n.
-        usable (`Tensor`): (g, n) bool.
+        drawn (`Tensor`): Index of the drawn candidate, (g,).
+        usable (`Tensor`): Which candidates can be used, (g, n), bool.
+
+    Returns:
+        `Tensor`: Indices, (g,). The drawn one if no candidate can be used.
     """
     n = usable.shape[1]
     after = (drawn[:, None] + torch.arange(n, device=drawn.device)) % n
@@ -105,18 +119,40 @@ def nearest_usable(drawn: Tensor, usable: Tensor) -> Tensor:
 
 
 class SPOTrainer(D3POTrainer):
-    """Samples step by step from several candidates, and trains every step on its best against its worst."""
+    """Trains every sampler step on its best candidate against its worst.
+
+    Example:
+        ```python
+        from peft import LoraConfig
+
+        from diffalign import SPOConfig, SPOTrainer
+
+        args = SPOConfig(
+            output_dir="runs/spo", max_steps=2, num_inference_steps=5, first_step=1
+        )
+        trainer = SPOTrainer(
+            model="shapes",
+            args=args,
+            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            peft_config=LoraConfig(r=16, lora_alpha=16),
+            scorers=["shapes"],
+        )
+        trainer.train()
+        ```
+    """
 
     method = "spo"
     _name = "SPO"
     _tag_names = ("spo",)
     _paper: ClassVar[dict[str, str]] = {
-        "title": "Step-aware Preference Optimization: Aligning Preference with Denoising Performance "
-        "at Each Step",
+        "title": "Step-aware Preference Optimization: Aligning Preference with Denoising "
+        "Performance at Each Step",
         "id": "2406.04314",
         "citation": """@article{liang2024spo,
-  title   = {Step-aware Preference Optimization: Aligning Preference with Denoising Performance at Each Step},
-  author  = {Liang, Zhanhao and Yuan, Yuhui and Gu, Shuyang and Chen, Bohan and Hang, Tiankai and Li, Ji and Zheng, Liang},
+  title   = {Step-aware Preference Optimization: Aligning Preference with Denoising
+             Performance at Each Step},
+  author  = {Liang, Zhanhao and Yuan, Yuhui and Gu, Shuyang and Chen, Bohan and
+             Hang, Tiankai and Li, Ji and Zheng, Liang},
   journal = {arXiv preprint arXiv:2406.04314},
   year    = {2024}
 }""",
@@ -137,10 +173,24 @@ class SPOTrainer(D3POTrainer):
     args: SPOConfig  # type: ignore[assignment]
 
     def usable_steps(self, grid: Grid) -> Tensor:
+        """Return the indices of the steps that have candidates, (u,).
+
+        Args:
+            grid (`Grid`): Times of the sampler.
+        """
         steps = super().usable_steps(grid)
         return steps[steps >= self.args.first_step]
 
     def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+        """Sample a round step by step, and score the candidates of each step.
+
+        Args:
+            judge (`Judge`): Scores images.
+            batches (`list[Batch]`): Batches of prompts.
+
+        Returns:
+            `list[Batch]`: Batches to train on.
+        """
         size = max(1, self.args.rollout_batch_size // self.args.images_per_prompt)
         total = sum(map(len, batches)) * len(self.rollout.grid)
         done, check = [], RoundCheck(self.accelerator.print, judge)
@@ -165,32 +215,49 @@ class SPOTrainer(D3POTrainer):
         return done
 
     def _order(self, batch: Batch, decided: Tensor) -> Tensor:
-        """(g, trained steps) numbers among the usable steps: a random order, decided pairs first."""
+        """Return each group's steps to train, at random but decided pairs first.
+
+        The numbers, (g, trained steps), count the usable steps.
+        """
         orders = []
-        for kept, generator in zip(decided, batch.generators("step-order"), strict=True):
-            order = torch.randperm(len(kept), generator=generator)
-            orders.append(order[torch.argsort(kept[order].int(), descending=True, stable=True)])
+        for is_decided, generator in zip(decided, batch.generators("step-order"), strict=True):
+            order = torch.randperm(len(is_decided), generator=generator)
+            orders.append(
+                order[torch.argsort(is_decided[order].int(), descending=True, stable=True)]
+            )
         return torch.stack(orders)[:, : self.trained_steps]
 
     def _branch(
         self, judge: Judge, batch: Batch, rows: range, bar: Any, pictures: list[Any]
     ) -> dict[str, Tensor]:
-        """Samples some rows of a batch, with candidates from `first_step` on.
+        """Sample some rows of a batch, with candidates from `first_step` on.
 
-        A candidate that is not finite has no score and is not the next state. It is stored as zeros, in pairs that are undecided.
+        A candidate that is not finite has no score and is not the next state. It is
+        stored as zeros, in undecided pairs.
 
         Args:
-            pictures: takes the images of the last candidates, `Missing` where there is none.
+            judge (`Judge`): Scores images.
+            batch (`Batch`): Prompts.
+            rows (`range`): Rows of the batch.
+            bar: Progress bar.
+            pictures (`list`): Receives the images of the last candidates, some
+                `Missing`.
 
         Returns:
-            On the CPU, of g rows, u usable steps and n candidates: ``states`` (g, u, C, h, w), ``pairs`` (g, u, 2, C, h, w) and
-            ``log_probs`` (g, u, 2) of best and worst, ``decided`` (g, u), ``scores`` (g, n, m) of the last candidates.
+            `dict[str, Tensor]`: On the CPU, for g rows, u usable steps and n
+            candidates:
+
+            - `states`: (g, u, C, h, w).
+            - `pairs`: Best and worst candidate, (g, u, 2, C, h, w).
+            - `log_probs`: Of best and worst, (g, u, 2).
+            - `decided`: Whether the pair is trained, (g, u).
+            - `scores`: Of the last candidates, (g, n, m).
         """
         args, grid, process, device = self.args, self.rollout.grid, self.process, batch.x0.device
         n, g, shape = args.images_per_prompt, len(rows), batch.x0.shape[2:]
         index = torch.tensor(list(rows), device=device)
-        given = {name: value[index] for name, value in batch.condition.items()}
-        empty = self.data_pipeline.builder.unconditional(given)
+        condition_of_rows = {name: value[index] for name, value in batch.condition.items()}
+        empty = self.data_pipeline.builder.unconditional(condition_of_rows)
         prompts = [batch.prompts[row] for row in rows for _ in range(n)]
         starts, draws = (
             batch.generators(purpose)[rows.start : rows.stop] for purpose in ("spo-start", "spo")
@@ -199,13 +266,18 @@ class SPOTrainer(D3POTrainer):
         state = torch.stack([torch.randn(shape, generator=generator) for generator in starts]).to(
             device
         )
-        # Candidates of the state's last step, (g, n, ...), with (state, mean, std) of that step where it is compared.
+        # Candidates of the last step, (g, n, ...), and whether they are finite. Without
+        # candidates it is whether the state is.
         candidates: Tensor | None = None
-        finite = torch.ones(
-            g, 1, dtype=torch.bool, device=device
-        )  # of the candidates, or of the state where there are none
+        finite = torch.ones(g, 1, dtype=torch.bool, device=device)
+        # (state, mean, std) of the last step, if its candidates are compared.
         origin: tuple[Tensor, Tensor, Tensor] | None = None
-        kept: dict[str, list[Tensor]] = {"states": [], "pairs": [], "log_probs": [], "decided": []}
+        records: dict[str, list[Tensor]] = {
+            "states": [],
+            "pairs": [],
+            "log_probs": [],
+            "decided": [],
+        }
 
         def compare(images: list[Any]) -> Tensor:
             assert origin is not None and candidates is not None
@@ -219,9 +291,9 @@ class SPOTrainer(D3POTrainer):
             ).float()
             log_probs = torch.where(known, log_probs, torch.zeros_like(log_probs))
             for name, value in zip(
-                kept, (before, both, log_probs, decided & known.all(1).cpu()), strict=True
+                records, (before, both, log_probs, decided & known.all(1).cpu()), strict=True
             ):
-                kept[name].append(value.cpu())
+                records[name].append(value.cpu())
             return scores
 
         def draw(latents: Tensor) -> list[Any]:
@@ -236,7 +308,8 @@ class SPOTrainer(D3POTrainer):
             k = len(flat) // g
             times = t.expand(len(flat))
             condition, nothing = (
-                {name: v.repeat_interleave(k, 0) for name, v in c.items()} for c in (given, empty)
+                {name: v.repeat_interleave(k, 0) for name, v in c.items()}
+                for c in (condition_of_rows, empty)
             )
             output = guide(
                 self.sampling_policy.predict,
@@ -280,12 +353,16 @@ class SPOTrainer(D3POTrainer):
             compare(images) if origin is not None else judge(images, prompts).unflatten(0, (g, n))
         )
         return {
-            **{name: torch.stack(values, 1) for name, values in kept.items()},
+            **{name: torch.stack(values, 1) for name, values in records.items()},
             "scores": scores.float(),
         }
 
     def micro_batches(self, batch: Batch) -> Any:
-        """One step of every row at a time: its state, its best and worst candidate."""
+        """Yield one step of every row at a time, with best and worst candidate.
+
+        Args:
+            batch (`Batch`): What `score_round` returned.
+        """
         grid, device, rows = self.rollout.grid, batch.x0.device, torch.arange(len(batch))
         usable = self.usable_steps(grid)
         for number in range(self.trained_steps):
