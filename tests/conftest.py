@@ -1,6 +1,9 @@
 """No network, one thread unless OMP_NUM_THREADS says otherwise (equal calls repeat bit for bit), and `from tiny import ...` from every folder of tests."""
 
+from __future__ import annotations
+
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,11 +15,44 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `tools`
 sys.path.insert(0, str(Path(__file__).parent))  # `tiny`
 
 import pytest
+from tiers import holds_unit_tests, mark_tiers
+
+
+# Before pytest reads `-m`, which must find the marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_tiers(items)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # Importing every file takes longer than the unit tests do.
+    if config.option.markexpr == "unit" and not holds_unit_tests(collection_path):
+        return True
+    return None
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small quickstart."""
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small quickstart, made once for all workers. Do not write to it."""
     from commands import small_quickstart
+    from filelock import FileLock
 
-    return small_quickstart(tmp_path_factory.mktemp("home"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the workers have this folder in common
+    folder, done = base / "quickstart", base / "quickstart.done"
+    with FileLock(base / "quickstart.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            small_quickstart(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def home(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this worker's own that looks as after a small quickstart."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(quickstart, folder, symlinks=True, dirs_exist_ok=True)
+    return folder

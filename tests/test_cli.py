@@ -67,6 +67,7 @@ def fails(world: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -
     return said
 
 
+@pytest.mark.nightly
 def test_mistakes_through_the_installed_command(world: Path) -> None:
     (world / "bad.yaml").write_text(
         (world / "run.yaml").read_text().replace("max_steps", "max_stepz")
@@ -194,6 +195,7 @@ def test_an_unsupported_pipeline_is_named(
     assert "FluxPipeline" in said and "StableDiffusionXLPipeline" in said
 
 
+@pytest.mark.nightly
 def test_a_run_trains_is_not_overwritten_and_resumes(world: Path) -> None:
     output = world / "out"
     script = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -274,6 +276,7 @@ def test_import_and_help_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_data_commands(world: Path, tmp_path: Path) -> None:
     seen = command("data", "inspect", world / "pairs")
     assert seen.returncode == 0 and "6" in seen.stdout and "pair" in seen.stdout, seen.stderr
@@ -288,6 +291,7 @@ def test_data_commands(world: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
     lora = world / "out"
     if not (lora / "pytorch_lora_weights.safetensors").is_file():

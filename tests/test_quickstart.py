@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commands import SMALL, run
 from PIL import Image
+from tiers import by_default
 
 
 def test_it_leaves_what_it_says(home: Path) -> None:
@@ -42,6 +43,7 @@ def test_its_dataset_is_plain_parquet_of_training_prompts(home: Path) -> None:
     assert not set(rows["prompt"]) & set(held_out_prompts())
 
 
+@pytest.mark.nightly
 def test_a_second_run_says_what_is_there(home: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (home / "diffalign-quickstart").rglob("*")}
     again = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=home)
@@ -55,6 +57,7 @@ def test_a_second_run_says_what_is_there(home: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (home / "diffalign-quickstart").rglob("*")} == before
 
 
+@pytest.mark.nightly
 def test_an_interrupted_run_continues_from_what_is_there(home: Path) -> None:
     import shutil
 
@@ -76,6 +79,7 @@ def test_an_interrupted_run_continues_from_what_is_there(home: Path) -> None:
         assert after[name]["score"] == pytest.approx(before[name]["score"], abs=0.1)
 
 
+@by_default(values=1)
 @pytest.mark.parametrize(
     "flag", ["--seed -1", "--num_prompts 601", "--images_per_prompt 1", "--beta 0", "--max_steps x"]
 )

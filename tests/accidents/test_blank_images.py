@@ -428,6 +428,7 @@ def test_the_demo_says_that_there_is_no_image():
         engine.draw("m", request)
 
 
+@pytest.mark.nightly
 def test_the_sample_command_stops_when_nothing_can_be_used(tmp_path):
     pipe = build_pipeline("sd")
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("nan"))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiers import by_default
 from tiny import (
     assert_same_tensors,
     brightness,
@@ -96,6 +97,7 @@ ROUNDS = [
 ]
 
 
+@by_default(lambda stop: stop == 4)
 @pytest.mark.parametrize(("method", "options"), ROUNDS, ids=[name for name, _ in ROUNDS])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_run_stopped_inside_a_round_ends_bit_equal(method, options, stop, tmp_path):
@@ -132,6 +134,7 @@ def test_tensors_of_files_are_copies(tmp_path):
     )
 
 
+@by_default(values=2)
 @pytest.mark.parametrize("content", [b"", b"\0" * 200, b"PK\x03\x04 not a zip", b"<html>"])
 def test_a_damaged_random_state_is_refused(content, tmp_path):
     train(tmp_path, max_steps=2, save_steps=1)
@@ -176,6 +179,7 @@ STATES += [
 ]
 
 
+@by_default(values=3)
 @pytest.mark.parametrize("text", STATES)
 def test_a_state_that_no_trainer_wrote_is_refused(text, tmp_path):
     train(tmp_path, max_steps=1, save_steps=1)
@@ -197,6 +201,7 @@ class Poison(TrainerCallback):
             next(p for p in trainer.network.parameters() if p.requires_grad).data[0] = self.value
 
 
+@by_default()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("last", [2, 3])
 def test_bad_weights_never_replace_a_good_checkpoint(value, last, tmp_path):
@@ -269,6 +274,7 @@ def watched() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@by_default(values=1)
 @pytest.mark.parametrize("event", ["on_save"])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_work_after_a_checkpoint_is_made_up_for(event, stop, tmp_path):
@@ -286,6 +292,7 @@ def test_work_after_a_checkpoint_is_made_up_for(event, stop, tmp_path):
     assert_same_tensors(*(load_file(tmp_path / name / "best" / LORA) for name in ("whole", "cut")))
 
 
+@by_default(values=1)
 @pytest.mark.parametrize("left", [".best.old", ".best.new"])
 def test_the_best_weights_survive_a_kill_between_two_renames(left, tmp_path):
     fields: dict[str, Any] = {"max_steps": 2, "save_steps": 2}
@@ -297,6 +304,7 @@ def test_the_best_weights_survive_a_kill_between_two_renames(left, tmp_path):
     assert not (tmp_path / left).exists()
 
 
+@by_default(values=3)
 @pytest.mark.parametrize(
     "line",
     [
@@ -342,6 +350,7 @@ STARTS = [
 ]
 
 
+@by_default()
 @pytest.mark.parametrize("again", [None, "latest"])
 @pytest.mark.parametrize("left", STARTS)
 def test_a_run_without_a_checkpoint_starts_again_by_the_same_command(left, again, tmp_path):
@@ -353,6 +362,7 @@ def test_a_run_without_a_checkpoint_starts_again_by_the_same_command(left, again
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
 
 
+@by_default(values=1)
 @pytest.mark.parametrize("damage", ["torn", "empty", "text"])
 def test_damaged_reference_errors_are_computed_anew(damage, tmp_path):
     fields: dict[str, Any] = {
@@ -373,6 +383,7 @@ def test_damaged_reference_errors_are_computed_anew(damage, tmp_path):
     assert file.read_bytes() == content
 
 
+@by_default(lambda damage: damage)
 @pytest.mark.parametrize("damage", [False, True])
 def test_precomputing_goes_on_where_it_was_stopped(damage, tmp_path, monkeypatch):
     from diffalign.training import data_pipeline as prepare

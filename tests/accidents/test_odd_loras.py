@@ -22,6 +22,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiers import by_default
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign import NegativeGuidance, cli
@@ -169,6 +170,7 @@ def test_plain_files_of_three_layouts():
     assert classify(["unet.a.lora_A.weight"]).unpaired == "unet.a"
 
 
+@by_default()
 @pytest.mark.parametrize("kind", [kind for kind in ADDED if kind not in ("DoRA", "LoRA biases")])
 @pytest.mark.parametrize("command", ["sample", "merge", "negative"])
 def test_kinds_that_diffusers_drops_are_refused_by_name(kind, command, model, tmp_path, capsys):
@@ -494,6 +496,7 @@ def sample(model: Path, lora: str, folder: Path, **environment: str) -> tuple[in
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_a_lora_of_the_hub_is_looked_at_like_a_file(model, tmp_path):
     """Through the command, from a Hub on this machine, then from the cache alone."""
     home = {"HF_HOME": str(tmp_path / "home")}

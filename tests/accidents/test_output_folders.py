@@ -50,6 +50,7 @@ def test_a_folder_in_use_is_refused_and_free_after_a_kill(tmp_path, holder):
     assert not (tmp_path / "out" / LOCK).exists()
 
 
+@pytest.mark.nightly
 def test_every_command_with_an_output_folder_respects_the_lock(tmp_path, holder):
     picture(100, 1).save(tmp_path / "a.png")
     (tmp_path / "p.txt").write_text("a cat\n")
@@ -113,6 +114,7 @@ def test_folders_that_cannot_be_made_are_one_sentence(name, tmp_path):
         make_trainer(tmp_path / name, peft_config=lora_config()).train()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["x" * 300, "/proc/nothing", "dangling"])
 def test_odd_folders_on_the_command_line(name, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")

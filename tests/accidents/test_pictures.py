@@ -276,6 +276,7 @@ def test_cells_that_are_no_picture_are_described(cell):
     )
 
 
+@pytest.mark.nightly
 def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
     for side in ("chosen", "rejected"):
         (tmp_path / "pairs" / side).mkdir(parents=True)

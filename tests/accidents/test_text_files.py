@@ -7,6 +7,7 @@ import random
 
 import pytest
 from commands import run
+from tiers import by_default
 from tiny import picture
 
 from diffalign import load_preferences
@@ -203,6 +204,7 @@ def test_words_numbers_and_dates_of_a_table_are_prompts(tmp_path):
     assert dates[0].prompts[0] == "2026-11-25"
 
 
+@by_default(values=1)
 @pytest.mark.parametrize(
     "content", ["null\n", 'null\n{"prompt": "a"}\n', "[null]", "{}\n", '[{"prompt": "a"}, null]']
 )

@@ -221,6 +221,7 @@ def test_more_prompts_images_and_scorers_are_added_to_what_is_there(prompts, tmp
     assert "holds images drawn with --seed 0, not 1" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_two_processes_build_what_one_builds(tmp_path):
     arguments = [
         "--prompts",

@@ -315,6 +315,7 @@ main(["compare", *sys.argv[2:]])
 """
 
 
+@pytest.mark.nightly
 def test_killed_and_run_again_equals_uninterrupted(lora: Path, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
@@ -331,6 +332,7 @@ def test_killed_and_run_again_equals_uninterrupted(lora: Path, tmp_path: Path) -
     assert not list(broken.rglob("*.tmp"))
 
 
+@pytest.mark.nightly
 def test_two_processes_equal_one(lora: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["--tuned", f"tuned={lora}", *ARGUMENTS]
@@ -387,6 +389,7 @@ main(["compare", *sys.argv[1:]])
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("late", ["0", "1"])
 def test_processes_may_come_to_the_folder_in_any_order(
     lora: Path, tmp_path: Path, late: str

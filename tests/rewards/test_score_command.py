@@ -425,6 +425,7 @@ def _files(out: Path) -> list[bytes]:
     ]
 
 
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     run, _ = _own(tmp_path)
     log, out = tmp_path / "log", tmp_path / "out"
@@ -451,6 +452,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert _files(out) == _files(tmp_path / "uninterrupted")
 
 
+@pytest.mark.nightly
 def test_two_processes_write_what_one_writes(tmp_path, monkeypatch):
     run, folder = _own(tmp_path)
     launch = [sys.executable, *TORCHRUN, SCRIPT, *run]

@@ -57,7 +57,7 @@ def test_unbiased_for_every_population_size(k: int, groups: int, spread: float) 
     assert estimate.error * math.sqrt(groups) == pytest.approx(spread, rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("k", "groups", "spread"),
     [

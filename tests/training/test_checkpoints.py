@@ -206,6 +206,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     assert_close_tensors(trained_tensors(trainer), trained_tensors(whole), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_script("disk_full", folder)
@@ -285,6 +286,7 @@ def test_an_interrupted_trainer_can_be_told_to_go_on(tmp_path: Path) -> None:
     assert (output.global_step, output.interrupted_by) == (4, None)
 
 
+@pytest.mark.nightly
 def test_sigterm_from_outside(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(

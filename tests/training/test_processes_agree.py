@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from commands import torchrun
 from tiny import lora_config, make_trainer, pair_rows
@@ -15,6 +16,7 @@ from diffalign.training.group_reader import group_key, prompt_key
 SCRIPT = Path(__file__).with_name("agreeing_script.py")
 
 
+@pytest.mark.nightly
 def test_two_processes_agree(tmp_path: Path) -> None:
     done = torchrun(SCRIPT, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]

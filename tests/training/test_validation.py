@@ -183,6 +183,7 @@ def test_a_fresh_start_forgets_what_a_broken_one_left(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text())["value"] < 1e9
 
 
+@pytest.mark.nightly
 def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"a small red {shape} on the left of a gray background"}
