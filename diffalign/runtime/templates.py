@@ -1,4 +1,4 @@
-"""Fill in the jinja2 templates that the package carries: pages, model cards, dataset cards."""
+"""Fill in the jinja2 templates of the package: pages, model cards, dataset cards."""
 
 from __future__ import annotations
 
