@@ -430,6 +430,7 @@ def test_many_at_once_are_all_answered(server: Server) -> None:
         ] == [True] * 6
 
 
+@pytest.mark.nightly
 def test_a_login_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "auth").write_text("ann:secret\n")
     running = Server(tmp_path, "--auth_file", "auth", "--scorers", "shapes")

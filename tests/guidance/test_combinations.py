@@ -19,6 +19,7 @@ import torch
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from tiers import by_default
 from tiny import build_pipeline, make_trainer
 
 from diffalign import FKSteering, NegativeGuidance
@@ -552,6 +553,7 @@ def check(case: Case, files: Files, folder: Path) -> None:
     return check_images(found, decoded(case.family, expected))
 
 
+@by_default(values=16)
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_a_sample_of_all_combinations(case: Case, files: Files, tmp_path: Path) -> None:
     check(case, files, tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiers import by_default
 from tiny import all_tensors, assert_close_tensors, build_pipeline, lora_config, make_trainer
 
 from diffalign import cli
@@ -65,6 +66,7 @@ def merge(model: Path, out: Path, inputs: list[Path], *weights: float) -> int:
     )
 
 
+@by_default(values=1)
 @pytest.mark.parametrize("weights", [(), (0.3, 0.7), (1.0, -0.5)])
 def test_loras_are_summed_exactly(
     model: Path, loras: list[Path], tmp_path: Path, weights: tuple[float, ...]

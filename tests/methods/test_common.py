@@ -142,7 +142,9 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 
 
 # Methods that sample while they learn have no fixed set; their own tests show that they learn.
-@by_default(in_turns)
+@by_default(
+    lambda method, family, lora: method == METHOD_NAMES[0] and in_turns(method, family, lora)
+)
 @pytest.mark.parametrize("method", [m for m in METHOD_NAMES if m not in ("d3po", "seppo", "spo")])
 @every_family
 @lora_and_full
@@ -228,7 +230,11 @@ RESUMED = {
 }
 
 
-@by_default()
+@by_default(
+    lambda method, kind: (
+        method == METHOD_NAMES[0] or (kind == "lora" and method not in ("d3po", "seppo", "spo"))
+    )
+)
 @every_method
 @pytest.mark.parametrize("kind", list(RESUMED))
 def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, method: str, kind: str) -> None:

@@ -191,6 +191,7 @@ def test_resuming_in_the_middle_of_a_round(tmp_path: Path) -> None:
         assert_same_tensors(trained_tensors(resumed), trained_tensors(whole))
 
 
+@pytest.mark.nightly
 def test_it_learns_what_the_judge_wants(tmp_path: Path) -> None:
     """Brighter images, from an untrained network, over a few steps."""
     options = {

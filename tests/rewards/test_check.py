@@ -157,6 +157,7 @@ def test_remembered_prompts_and_merged_items_do_not_hide_a_fault():
     assert "batch size" in failed(check_scorer(scorer, images, prompts))
 
 
+@pytest.mark.nightly
 def test_mps_as_published_is_caught_and_mps_as_written_here_is_not(tmp_path, monkeypatch):
     scorer = load_tiny("mps", tmp_path)
     check_scorer(scorer).raise_if_failed()

@@ -10,6 +10,7 @@ from diffalign.cli.entry import run
 from diffalign.rewards.testing import doctor, reference
 
 
+@pytest.mark.nightly
 def test_all_stored_values_are_met(capsys, tmp_path):
     assert run(["doctor", "--json", str(tmp_path / "report.json")]) == 0
     said = capsys.readouterr().out
