@@ -144,8 +144,7 @@ class Backbone:
         components[self.network_name] = (
             network if network is not None else self._loaded.get(self.network_name)
         )
-        # A pipeline's sampler keeps state while it runs; the process of the run must
-        # not see it.
+        # A pipeline's sampler keeps state, which the run's schedule must not see.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
         if with_vae and components["vae"].dtype != self.dtype:
             components["vae"] = _reading_any_precision(components["vae"])

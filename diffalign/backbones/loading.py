@@ -29,7 +29,7 @@ from ..runtime.weight_files import (
 from .lora import unwrapped
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Loaded by plain pipelines for inference only; a training run has no use for them.
+# Plain pipelines load them for inference. A training run has no use for them.
 _NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -367,8 +367,7 @@ class ModelSource:
             else:
                 from huggingface_hub import hf_hub_download
 
-                # The path of a cached file holds the commit, which identifies the
-                # content.
+                # A cached file's path holds the commit, which identifies the content.
                 snapshot = Path(
                     hf_hub_download(self.name, "model_index.json", revision=self.revision)
                 ).parent.name

@@ -197,8 +197,8 @@ class VariancePreserving(_Process):
                 "prediction_type: expected epsilon, v_prediction or sample, got "
                 f"{prediction_type!r}"
             )
-        # float64 once: the differences of errors that preference losses live on must
-        # not inherit the table's rounding.
+        # In float64, as preference losses are made of small differences of errors,
+        # which must not inherit the table's rounding.
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
         self.prediction_type, self.clip_range = prediction_type, clip_range
         self.num_timesteps = len(alphas_cumprod)

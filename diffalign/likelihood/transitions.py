@@ -212,7 +212,7 @@ def flow_sde_step(
     """
     now, then = _wide(sigma, sample), _wide(sigma_prev, sample)
     velocity, x = model_output.to(now.dtype), sample.to(now.dtype)
-    # At sigma = 1 the diffusion is infinite; the published code takes the next sigma
+    # At sigma = 1 the diffusion is infinite. The published code takes the next sigma
     # there, in the denominator alone.
     bounded = torch.where(now >= 1, then, now)
     diffusion = eta * ((bounded if legacy_first_step else now) / (1 - bounded)).sqrt()

@@ -1,1 +1,1 @@
-"""What every room stands on: files, processes, devices, seeds, hashes, damaged weights."""
+"""Files, processes, devices, seeds, hashes and weight files, for all other packages."""

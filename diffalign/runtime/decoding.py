@@ -1,7 +1,8 @@
-"""The one way from an image file, bytes, array or PIL image to the pixels that are trained on, scored, labelled and shown.
+"""Decode an image file, bytes, array or PIL image into pixels.
 
-Pixels are 8-bit RGB: turned as EXIF says, transparency on white, 16-bit values by their high byte, float values from [0, 1], the
-first frame of an animation.
+Training, scoring, labelling and display all see the same pixels. They are 8-bit RGB,
+turned as EXIF says. Transparency is on white, 16-bit values count by their high byte,
+and float values are read from [0, 1]. Of an animation, the first frame is taken.
 """
 
 from __future__ import annotations
@@ -16,27 +17,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = (
-    *(
-        "PNG",
-        "JPEG",
-        "MPO",
-        "WEBP",
-        "AVIF",
-        "GIF",
-        "BMP",
-        "DIB",
-        "TIFF",
-        "PPM",
-        "JPEG2000",
-        "TGA",
-        "ICO",
-        "ICNS",
-        "PCX",
-        "PSD",
-    ),
-    *("SGI", "QOI", "DDS", "HEIF", "JXL"),
-)
-"""Formats that are read, where Pillow has them. Those that start other programs (EPS) or read no pixels (HDF5, GRIB) are not."""
+    "PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000",
+    "TGA", "ICO", "ICNS", "PCX", "PSD", "SGI", "QOI", "DDS", "HEIF", "JXL",
+)  # fmt: skip
+"""Formats that are read, where Pillow has them.
+
+Formats that start other programs (EPS) or read no pixels (HDF5, GRIB) are left out.
+"""
 
 MAX_PIXELS = 100_000_000
 """Pixels of the largest image that is read."""
@@ -51,12 +38,15 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class UnreadableImage(Exception):
-    """The image cannot be used. The message says why, without naming the image."""
+    """An image that cannot be used.
+
+    The message says why, without naming the image.
+    """
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The formats of `FORMATS` that this Pillow and its plugins can open."""
+    """List the formats of `FORMATS` that this Pillow and its plugins can open."""
     from PIL import Image
 
     Image.init()
@@ -64,7 +54,10 @@ def _formats() -> tuple[str, ...]:
 
 
 class _View(io.RawIOBase):
-    """A file over a buffer that reads no more of it than is asked for, such as the header of a memory-mapped image."""
+    """A file over a buffer that reads no more of it than is asked for.
+
+    Of a memory-mapped image, for example, only the header is read.
+    """
 
     def __init__(self, buffer: memoryview) -> None:
         self._buffer, self._place = buffer.cast("B"), 0
@@ -91,10 +84,14 @@ class _View(io.RawIOBase):
 
 
 def open_image(source: Any) -> Image.Image:
-    """An image whose pixels are not decoded yet.
+    """Open an image without decoding its pixels yet.
 
     Args:
-        source: a PIL image (returned as it is), a path, or the bytes of an encoded file or a view of them.
+        source: a PIL image (returned as it is), a path, or the bytes of an encoded file
+            or a view of them.
+
+    Returns:
+        `Image.Image`: with its size and mode known.
 
     Raises:
         UnreadableImage: no image of a known format, or too large.
@@ -115,7 +112,8 @@ def open_image(source: Any) -> Image.Image:
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
-            f"the image has {width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million; scale it down"
+            f"the image has {width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million; "
+            "scale it down"
         )
     if not width or not height:
         raise UnreadableImage(f"the image is empty, {width}x{height} pixels")
@@ -133,7 +131,10 @@ def _readable(source: Any) -> Any:
 
 
 def _not_an_image(source: Any) -> str:
-    """Says what the first bytes look like, since the usual reasons are a failed download and a repository without its large files."""
+    """Describe what the first bytes look like.
+
+    The usual reasons are a failed download and a repository without its large files.
+    """
     try:
         if isinstance(source, (str, Path)):
             with open(source, "rb") as file:
@@ -156,7 +157,14 @@ def _reason(error: Exception) -> str:
 
 
 def header(source: Any) -> tuple[tuple[int, int], str]:
-    """((height, width) as displayed, format such as `JPEG`), from the header alone.
+    """Read the size and format of an image from its header alone.
+
+    Args:
+        source: see `open_image`.
+
+    Returns:
+        `tuple[tuple[int, int], str]`: (height, width) as displayed, and the format,
+        such as ``JPEG``.
 
     Raises:
         UnreadableImage: not an image.
@@ -166,13 +174,12 @@ def header(source: Any) -> tuple[tuple[int, int], str]:
     opened = open_image(source)
     try:
         width, height = opened.size
-        # TIFF reports its size upright already. PngImageFile's own getexif decodes the whole image in search of EXIF behind its pixels.
-        turned = opened.format != "TIFF" and Image.Image.getexif(opened).get(_ORIENTATION, 1) in (
-            5,
-            6,
-            7,
-            8,
+        # TIFF reports its size upright already. PngImageFile's own getexif decodes the
+        # whole image in search of EXIF behind its pixels.
+        orientation = (
+            1 if opened.format == "TIFF" else Image.Image.getexif(opened).get(_ORIENTATION, 1)
         )
+        turned = orientation in (5, 6, 7, 8)
         kind = opened.format or "in memory"
     except Exception as error:
         raise UnreadableImage(f"image cannot be opened: {_reason(error)}") from error
@@ -183,13 +190,17 @@ def header(source: Any) -> tuple[tuple[int, int], str]:
 
 
 def decode(source: Any) -> Image.Image:
-    """The pixels as 8-bit RGB, see the top of this file.
+    """Decode an image into 8-bit RGB, as the top of this file says.
 
     Args:
         source: a PIL image, a path, or the bytes of an encoded file or a view of them.
 
+    Returns:
+        `Image.Image`: RGB.
+
     Raises:
-        UnreadableImage: no image, damaged, cut off, too large, or with values that have no 8-bit form.
+        UnreadableImage: no image, damaged, cut off, too large, or with values that have
+            no 8-bit form.
     """
     opened = open_image(source)
     try:
@@ -202,7 +213,13 @@ def decode(source: Any) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded PIL image as 8-bit RGB; the image itself where it is that already.
+    """Convert a decoded PIL image to 8-bit RGB.
+
+    Args:
+        image (`Image.Image`): any mode.
+
+    Returns:
+        `Image.Image`: the image itself where it is 8-bit RGB already.
 
     Raises:
         UnreadableImage: values that have no 8-bit form.
@@ -231,7 +248,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits of a deep grey image: 16, but for TIFF files of 9 to 15 bits, whose values Pillow does not scale."""
+    """Return the bits of a deep grey image.
+
+    They are 16, but for TIFF files of 9 to 15 bits, whose values Pillow does not scale.
+    """
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
     bits = bits[0] if isinstance(bits, tuple) else bits
@@ -239,7 +259,11 @@ def _bits(image: Image.Image) -> int:
 
 
 def _to_8_bit(image: Image.Image, bits: int) -> Image.Image:
-    """A grey image of 16 bits, of 32-bit integers up to 65535, or of floats in [0, 1] or [0, 255], as 8 bits."""
+    """Convert a deep grey image to 8 bits.
+
+    Its values are 16-bit integers, 32-bit integers up to 65535, or floats in [0, 1] or
+    [0, 255].
+    """
     import numpy as np
     from PIL import Image
 
@@ -250,22 +274,26 @@ def _to_8_bit(image: Image.Image, bits: int) -> Image.Image:
     top = 255 if image.mode == "F" else 65535
     if low < (-_OVERSHOOT if image.mode == "F" else 0) or high > top:
         raise UnreadableImage(
-            f"image has values from {low:g} to {high:g}, expected 0 to {top}; save it with 8 bits per channel"
+            f"image has values from {low:g} to {high:g}, expected 0 to {top}; save it with 8 bits "
+            "per channel"
         )
     if image.mode == "F":
         values = np.round(values * 255) if high <= 1 + _OVERSHOOT else values
-    elif (
-        image.mode != "I" or high > 255
-    ):  # 32-bit integers up to 255 are 8-bit values in a wide type
+    elif image.mode != "I" or high > 255:
+        # 32-bit integers up to 255 are 8-bit values in a wide type.
         values = values.astype(np.uint32) >> (bits - 8)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def from_array(array: Any) -> Image.Image:
-    """A PIL image of a numpy array or tensor.
+    """Convert a numpy array or tensor to a PIL image.
 
     Args:
-        array: uint8, or float in [0, 1] (rounded to 8 bits); (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+        array: uint8, or float in [0, 1] (rounded to 8 bits); (H, W), (H, W, C) or
+            (C, H, W) with 1, 3 or 4 channels.
+
+    Returns:
+        `Image.Image`: L, RGB or RGBA.
 
     Raises:
         UnreadableImage: another type or shape, or floats outside [0, 1].
@@ -277,11 +305,8 @@ def from_array(array: Any) -> Image.Image:
         try:
             array = array.detach().cpu()
             array = (array.float() if array.is_floating_point() else array).numpy()
-        except (
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # sparse, or on the meta device
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            # Sparse, or on the meta device.
             raise UnreadableImage(f"a tensor that cannot be read ({_reason(error)})") from error
     values = np.asarray(array)
     if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
@@ -310,13 +335,14 @@ def _from_unit(values: np.ndarray, described: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
         raise UnreadableImage(
-            f"{described} runs from {low:.3g} to {high:.3g}, expected [0, 1]; give [0, 255] as uint8"
+            f"{described} runs from {low:.3g} to {high:.3g}, expected [0, 1]; give [0, 255] as "
+            "uint8"
         )
     return np.round(values.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a numpy array or a tensor."""
+    """Tell whether a value is a numpy array or a tensor."""
     import numpy as np
 
     return isinstance(value, np.ndarray) or (hasattr(value, "detach") and hasattr(value, "cpu"))

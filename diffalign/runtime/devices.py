@@ -1,4 +1,4 @@
-"""Devices and precisions by name."""
+"""Read devices and precisions by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from ..errors import ConfigError
 
 
 def read_device(device: Any) -> torch.device:
-    """A device; None and `auto` take the GPU when there is one. Raises `ConfigError` for what is unknown or not there."""
+    """Read a device by name.
+
+    Args:
+        device (`str` or `torch.device`, *optional*): None and ``auto`` take the GPU
+            when there is one.
+
+    Returns:
+        `torch.device`: the device.
+
+    Raises:
+        ConfigError: an unknown device, or one that is not there.
+    """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,12 +46,22 @@ _DTYPES = {
 
 
 def read_dtype(dtype: Any) -> torch.dtype:
-    """A floating type by itself or by name; None is float32. Raises `ConfigError` for anything else."""
+    """Read a floating type by name.
+
+    Args:
+        dtype (`str` or `torch.dtype`, *optional*): None is float32.
+
+    Returns:
+        `torch.dtype`: the type.
+
+    Raises:
+        ConfigError: anything else.
+    """
     if dtype is None:
         return torch.float32
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ConfigError(
             "dtype", f"expected one of float32, bfloat16, float16, float64, got {dtype!r}"
         )
-    return found
+    return torch_dtype

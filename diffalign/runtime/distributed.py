@@ -1,4 +1,4 @@
-"""The processes of a command that draws or scores, started by torchrun or accelerate; or the only one."""
+"""The processes of a command, started by torchrun or accelerate, or the only one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import Any
 
 
 def process_rank() -> int:
-    """Number of this process among those of torchrun or accelerate, also before it has joined them; 0 is the first one, or the only one."""
+    """Return the number of this process among those of torchrun or accelerate.
+
+    It is known also before the process has joined them. 0 is the first one, or the only
+    one.
+    """
     return int(os.environ.get("RANK", "0"))
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is spread over processes (a `DTensor` of torch)."""
+    """Tell whether a tensor is spread over processes, as a `DTensor` of torch."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Any) -> Any:
-    """Gather a sharded tensor; a plain one is returned as it is.
+    """Gather a sharded tensor, and return a plain one as it is.
 
-    Gathering is collective: all processes must call this for the same tensors.
+    All processes must call this for the same tensors.
     """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -28,8 +32,12 @@ def whole(tensor: Any) -> Any:
 def reshard(network: Any) -> None:
     """Free the gathered weights of a sharded network, so that it gathers them anew.
 
-    After a forward pass the outermost parameters stay gathered until the backward pass, and changes
-    of the shards would not be seen. A network that is not sharded is left alone.
+    After a forward pass the outermost parameters stay gathered until the backward pass.
+    A change of the shards would not be seen until then. A network that is not sharded
+    is left alone.
+
+    Args:
+        network (`torch.nn.Module`): of FSDP, or any other.
     """
     for module in network.modules():
         if hasattr(module, "set_reshard_after_forward"):  # an `FSDPModule` of torch
@@ -40,10 +48,11 @@ _ENDED: list[Any] = []
 
 
 def end_training(accelerator: Any) -> None:
-    """`accelerator.end_training()`, safe while a trainer still holds its distributed network.
+    """End a run of accelerate while its trainer still holds the network.
 
-    The network's reducer would otherwise hold the last reference to the process group. It would end the group's threads while it
-    holds the interpreter's lock, which these threads may need to end: with torch 2.8 a finished run was seen to hang so.
+    The network's reducer would otherwise hold the last reference to the process group.
+    It would end the group's threads while it holds the interpreter's lock, which these
+    threads may need to end. With torch 2.8, a finished run was seen to hang so.
     """
     import torch
 
@@ -54,7 +63,14 @@ def end_training(accelerator: Any) -> None:
 
 @dataclass
 class Processes:
-    """This process among those of torchrun or accelerate; alone where there are none."""
+    """This process among those of torchrun or accelerate, alone where there are none.
+
+    Attributes:
+        rank (`int`): its number. 0 is the first one.
+        world (`int`): how many there are.
+        device (`str`): where it computes.
+        state (*optional*): the `PartialState` of accelerate. None where it is alone.
+    """
 
     rank: int
     world: int
@@ -63,7 +79,11 @@ class Processes:
 
     @classmethod
     def start(cls, device: Any) -> Processes:
-        """Joins the others."""
+        """Join the other processes.
+
+        Args:
+            device (`str`): ``cpu``, or what the only process computes on.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, device)
         from datetime import timedelta
@@ -71,14 +91,16 @@ class Processes:
         import torch
         from accelerate import PartialState
 
-        # Started by torchrun on a machine without accelerators, accelerate would let every process work for itself.
+        # Started by torchrun on a machine without accelerators, accelerate would let
+        # every process work for itself.
         on_cpu = device == "cpu" or not torch.accelerator.is_available()
-        # A process whose share was scored before waits for the others at the end, however long they need.
+        # A process whose share was scored before waits for the others at the end,
+        # however long they need.
         state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
         return cls(state.process_index, state.num_processes, str(state.device), state)
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """The items of all processes, in the order of their ranks."""
+        """Collect the items of all processes, in the order of their ranks."""
         if self.world == 1:
             return mine
         from accelerate.utils import gather_object
@@ -86,11 +108,11 @@ class Processes:
         return gather_object(mine)
 
     def wait(self) -> None:
-        """For all processes to come here."""
+        """Wait for all processes to come here."""
         if self.state is not None:
             self.state.wait_for_everyone()
 
     def stop(self) -> None:
-        """Leaves the others."""
+        """Leave the other processes."""
         if self.state is not None:
             self.state.destroy_process_group()

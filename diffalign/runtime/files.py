@@ -1,4 +1,4 @@
-"""Output folders of commands that can be run again, and files that are whole or not there."""
+"""Output folders of repeatable commands, and files that are never half-written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .distributed import process_rank
 
 
 def check_output_dir(folder: Path, marker: str) -> None:
-    """Refuses a folder with another command's files; the file `marker` tells one's own.
+    """Refuse a folder with another command's files.
+
+    Args:
+        folder (`Path`): the output folder, which need not exist.
+        marker (`str`): name of the file by which a command knows its own folders.
 
     Raises:
         UserError: it is a file, or holds something else.
@@ -26,7 +30,8 @@ def check_output_dir(folder: Path, marker: str) -> None:
             raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
     except (OSError, ValueError):  # a name that no folder can have
         make_folder(folder)
-    # A process of several may come here while the first one writes the marker, and a killed one may have left it half-written.
+    # A process of several may come here while the first one writes the marker, and a
+    # killed one may have left it half-written.
     unfinished = (_temporary(folder / marker, 0).name, LOCK)
     if (
         folder.is_dir()
@@ -39,33 +44,40 @@ def check_output_dir(folder: Path, marker: str) -> None:
 def claim_output_dir(
     folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()
 ) -> None:
-    """Takes a folder for a run with these settings, written as `marker`; a run with the same ones goes on in it.
+    """Claim an output folder for a run with these settings.
 
-    Several processes may call it, of which the first one writes; all must then wait for each other before they write anything else there.
+    The settings are written as `marker`. A run with the same ones goes on in the
+    folder. Several processes may call it. The first one writes, and all must then wait
+    for each other before they write anything else there.
 
     Args:
-        long: names of settings whose values are too long for a message.
+        folder (`Path`): the output folder.
+        marker (`str`): name of the file that holds the settings.
+        settings (`Mapping`): of the run.
+        long (`tuple[str, ...]`, *optional*): names of settings whose values are too
+            long for a message.
 
     Raises:
-        UserError: it is a file, holds something else, or a run with other settings.
+        UserError: it is a file, or holds something else or a run with other settings.
     """
     file = folder / marker
     check_output_dir(folder, marker)
-    wanted = json.loads(json.dumps(settings, default=str))
+    requested = json.loads(json.dumps(settings, default=str))
     if file.is_file():
         there = json.loads(file.read_text("utf-8"))
-        for name, value in wanted.items():
+        for name, value in requested.items():
             if there.get(name) != value:
-                said = (
+                difference = (
                     f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
                 )
                 raise UserError(
-                    f"--output_dir: {str(folder)!r} holds a run with {said}; use those settings or another folder"
+                    f"--output_dir: {str(folder)!r} holds a run with {difference}; use those "
+                    "settings or another folder"
                 )
         return
     if process_rank() == 0:
         make_folder(folder)
-        write_atomically(file, (json.dumps(wanted, indent=2) + "\n").encode())
+        write_atomically(file, (json.dumps(requested, indent=2) + "\n").encode())
 
 
 def _temporary(path: Path, rank: int) -> Path:
@@ -73,23 +85,29 @@ def _temporary(path: Path, rank: int) -> Path:
 
 
 LOCK = ".lock"
-"""The file by which a command holds its output folder, see `diffalign.runtime.folder_lock`."""
+"""The file by which a command holds its output folder, see `folder_lock`."""
 
 
 def make_folder(folder: Path, option: str = "--output_dir") -> bool:
-    """Makes an output folder.
+    """Make an output folder.
+
+    Args:
+        folder (`Path`): with the parents that are missing.
+        option (`str`, *optional*, defaults to `"--output_dir"`): how messages name it.
 
     Returns:
-        Whether it was made; False if it was there.
+        `bool`: whether it was made. False if it was there.
 
     Raises:
-        UserError: it cannot be made: a file, a dangling link, a name too long, a place that takes no folders.
+        UserError: it cannot be made: a file, a dangling link, a name too long, a place
+            that takes no folders.
     """
     try:
         if folder.is_symlink() and not folder.exists():
             target = os.readlink(folder)
             raise UserError(
-                f"{option}: {str(folder)!r} is a symbolic link to {target!r}, which is not there; make that folder first"
+                f"{option}: {str(folder)!r} is a symbolic link to {target!r}, which is not there; "
+                "make that folder first"
             )
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{option}: {str(folder)!r} is a file; name a folder")
@@ -107,7 +125,16 @@ def make_folder(folder: Path, option: str = "--output_dir") -> bool:
 
 
 def move_aside(folder: Path, option: str) -> Path:
-    """Renames a folder to ``<folder>.old-<n>`` and makes it anew. A symbolic link stays, and what it leads to is moved.
+    """Rename a folder to ``<folder>.old-<n>`` and make it anew.
+
+    A symbolic link stays, and the folder it leads to is moved.
+
+    Args:
+        folder (`Path`): the folder.
+        option (`str`): how messages name it.
+
+    Returns:
+        `Path`: the renamed folder.
 
     Raises:
         UserError: the command runs in it, or it is a mounted file system.
@@ -116,7 +143,8 @@ def move_aside(folder: Path, option: str) -> Path:
     if real == here or real in here.parents or os.path.ismount(real):
         where = "a mounted file system" if os.path.ismount(real) else "where this command runs"
         raise UserError(
-            f"{option}: {str(folder)!r} is {where}, so it cannot be moved aside; name another folder"
+            f"{option}: {str(folder)!r} is {where}, so it cannot be moved aside; name another "
+            "folder"
         )
     number = next(
         n for n in range(1, 10_000) if not real.with_name(f"{real.name}.old-{n}").exists()
@@ -130,7 +158,15 @@ def move_aside(folder: Path, option: str) -> Path:
 def save_tensors(
     tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file that is there whole or not at all, with the permissions of new files."""
+    """Write a safetensors file that is never half-written.
+
+    It has the permissions of new files.
+
+    Args:
+        tensors (`dict[str, Tensor]`): name -> tensor.
+        path (`Path`): the file.
+        metadata (`dict[str, str]`, *optional*): text entries of the header.
+    """
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -141,10 +177,17 @@ def save_tensors(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file, each tensor in memory of its own.
+    """Read a safetensors file, each tensor into memory of its own.
 
-    The tensors of a mapped file lie at any address, where a CPU may round otherwise than in memory that torch allocated. Computing with
-    copies keeps a resumed run bit-equal, and lets the file go.
+    The tensors of a mapped file lie at any address, where a CPU may round otherwise
+    than in memory that torch allocated. Computing with copies keeps a resumed run
+    bit-equal. It also frees the file.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `tuple[dict[str, Tensor], dict[str, str]]`: tensors and metadata.
     """
     from safetensors import safe_open
 
@@ -153,14 +196,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def save_image(image: Any, path: Path) -> None:
-    """A PNG that is there whole or not at all."""
+    """Write a PNG that is never half-written."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which then takes the place of `path`. If anything fails, what stood there stays."""
+    """Fill a temporary folder in a block, which then takes the place of a folder.
+
+    If anything fails, the old folder stays.
+
+    Args:
+        path (`Path`): the folder to replace.
+    """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -182,11 +231,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path, older_than: float = 0.0) -> None:
-    """Removes what a killed process left half-written.
+    """Remove what a killed process left half-written.
 
     Args:
-        folder: where to look.
-        older_than: seconds. Where other processes write too, only old files are known to belong to a dead one.
+        folder (`Path`): where to look.
+        older_than (`float`, *optional*, defaults to `0.0`): seconds. Where other
+            processes write too, only old files are known to belong to a dead one.
     """
     for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:
         with suppress(OSError):  # another process removed it
@@ -196,10 +246,14 @@ def remove_temporaries(folder: Path, older_than: float = 0.0) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which then takes the place of `path`: that is there whole or not at all.
+    """Write a temporary file in a block, which then takes the place of a file.
 
-    Processes of one run may write the same file at the same time. The temporary name holds their rank, and not the number that the system
-    gave them, so that what a killed run left behind is overwritten by the next one.
+    Readers thus never see half of it. Processes of one run may write the same file at
+    the same time. The temporary name holds their rank, and not the number that the
+    system gave them. The next run thus overwrites what a killed one left behind.
+
+    Args:
+        path (`Path`): the file to replace.
     """
     temporary = _temporary(path, process_rank())
     try:
@@ -211,6 +265,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file that is never half-written."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -1,4 +1,7 @@
-"""One command at a time in an output folder. The system frees the lock when the process ends, also after SIGKILL."""
+"""Let one command at a time into an output folder.
+
+The system frees the lock when the process ends, also after SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _FAR = 1 << 30  # place of the locked byte on Windows, behind the text that othe
 
 
 def _try_lock(file: int) -> bool:
-    """False when another process holds the lock. A file system without locks counts as free."""
+    """Try to take the lock, and return False when another process holds it.
+
+    A file system without locks counts as free.
+    """
     try:
         import fcntl
     except ImportError:
@@ -43,16 +49,17 @@ def _try_lock_on_windows(file: int) -> bool:
 
 
 class FolderLock:
-    """Holds an output folder for one command; makes the folder if it is not there.
+    """Holds an output folder for one command, and makes the folder if it is not there.
 
-    Only the first process of several takes the lock.
+    Of several processes, only the first one takes the lock.
 
     Args:
-        folder: the output folder.
-        option: how messages name it.
+        folder (`Path`): the output folder.
+        option (`str`, *optional*, defaults to `"--output_dir"`): how messages name it.
 
     Raises:
-        UserError: on entering, when another command is using the folder or it cannot be made.
+        UserError: on entering, when another command is using the folder or it cannot be
+            made.
     """
 
     _held: ClassVar[set[int]] = set()
@@ -63,6 +70,11 @@ class FolderLock:
         self._made: list[Path] = []
 
     def take(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UserError: another command is using the folder, or it cannot be made.
+        """
         if process_rank() > 0:
             return
         self._made = (
@@ -81,16 +93,18 @@ class FolderLock:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
                 raise UserError(
-                    f"{self.option}: {str(self.folder)!r} cannot be written to ({error.strerror}); name another folder"
+                    f"{self.option}: {str(self.folder)!r} cannot be written to "
+                    f"({error.strerror}); name another folder"
                 ) from error
             if not _try_lock(file):
                 holder = os.read(file, 200).decode("utf-8", "replace").strip()
                 os.close(file)
                 by = f" ({holder})" if holder else ""
                 raise UserError(
-                    f"{self.option}: {str(self.folder)!r} is in use by another run{by}; wait for its end, or name another folder"
+                    f"{self.option}: {str(self.folder)!r} is in use by another run{by}; wait for "
+                    "its end, or name another folder"
                 )
-            # Whoever held it may have removed the file between the opening and the locking.
+            # The holder may have removed the file between its opening and its locking.
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(file), os.stat(path)):
                     break
@@ -103,7 +117,7 @@ class FolderLock:
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def _is_short(self) -> bool:
-        """Whether the name can be asked for at all; if not, `make_folder` says why."""
+        """Tell whether the name can be asked for; `make_folder` says why not."""
         try:
             os.path.lexists(self.folder)
         except ValueError:
@@ -111,6 +125,7 @@ class FolderLock:
         return True
 
     def release(self) -> None:
+        """Free the lock, and remove the folder if it was made for it and is empty."""
         if self._file < 0:
             return
         self._held.discard(self._file)
@@ -131,7 +146,7 @@ class FolderLock:
 
 
 def _forget_in_child() -> None:
-    """A forked worker would keep the lock alive after its parent was killed."""
+    """Close the lock in a forked worker, which would outlive its parent with it."""
     for file in FolderLock._held:
         os.close(file)
     FolderLock._held.clear()

@@ -36,8 +36,8 @@ def content_hash(path: Path) -> str:
     """Hash the whole content of a file, or of a model's folder.
 
     Args:
-        path (`Path`): a file; or a folder, whose json, txt, merges and weights files count,
-            with their names.
+        path (`Path`): a file; or a folder, whose json, txt, merges and weights files
+            count, with their names.
 
     Returns:
         `str`: SHA-256, 64 hexadecimal digits.

@@ -1,7 +1,9 @@
-"""What a pipeline drew: images, and missing values where it drew none that can be used.
+"""Images that a pipeline drew, and placeholders for those that cannot be used.
 
-An image is missing when its pixels are not finite, when a safety checker painted it black, or when the pipeline failed for its prompt.
-A missing image has no score, never wins, and is counted. Images are never judged by their colour: a model may honestly draw black.
+An image is missing when its pixels are not finite, when a safety checker painted it
+black, or when the pipeline failed for its prompt. A missing image has no score, never
+wins, and is counted. Images are never judged by their colour, as a model may honestly
+draw black.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ FAILED = "failed"
 class Missing:
     """Stands where an image would be.
 
-    Attributes:
-        reason: `NOT_FINITE`, `BLOCKED`, `ABSENT`, or `FAILED` and why.
+    Args:
+        reason (`str`): `NOT_FINITE`, `BLOCKED`, `ABSENT`, or `FAILED` and why.
     """
 
     reason: str
@@ -45,10 +47,17 @@ class NoImages(UserError):
 
 @contextmanager
 def watched(pipe: Any) -> Iterator[list[bool]]:
-    """Looks at the pixels that a pipeline's call turns into images: the list holds, after the call, which images are finite.
+    """Record which images of a pipeline's call are finite, in a block.
 
-    The pipelines clamp pixels before they return them, so that infinite ones cannot be seen afterwards. The last call of the image
-    processor counts; a safety checker calls it before.
+    Pipelines clamp pixels before they return them, so that infinite ones cannot be seen
+    afterwards. The last call of the image processor counts, because a safety checker
+    calls it before.
+
+    Args:
+        pipe: of diffusers.
+
+    Yields:
+        `list[bool]`: filled by the call, one per image.
     """
     import torch
 
@@ -57,7 +66,8 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
     if processor is None or not hasattr(processor, "postprocess"):
         yield finite
         return
-    own = vars(processor).get("postprocess")  # the user's own, or that of a call around this one
+    # The user's function, or that of a call around this one.
+    previous = vars(processor).get("postprocess")
     plain = processor.postprocess
 
     def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,28 +81,32 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
     try:
         yield finite
     finally:
-        if own is None:
+        if previous is None:
             del processor.postprocess
         else:
-            processor.postprocess = own
+            processor.postprocess = previous
 
 
 def read_output(output: Any, expected: int, finite: Sequence[bool]) -> list[Any]:
-    """The images of a pipeline's output, `Missing` where one cannot be used.
+    """Read the images of a pipeline's output.
 
     Args:
         output: what the pipeline returned.
-        expected: how many images were asked for.
-        finite: from `watched`.
+        expected (`int`): how many images were asked for.
+        finite (sequence of `bool`): from `watched`.
+
+    Returns:
+        `list`: the images, `Missing` where one cannot be used.
 
     Raises:
-        UserError: another number of images, or something that is no output of a text-to-image pipeline.
+        UserError: another number of images, or no output of a text-to-image pipeline.
     """
     images = getattr(output, "images", None)
     if images is None or len(images) != expected:
         count = "none" if images is None else len(images)
         raise UserError(
-            f"pipe: expected {expected} images for {expected} prompts, got {count}; it must be a text-to-image pipeline"
+            f"pipe: expected {expected} images for {expected} prompts, got {count}; it must be a "
+            "text-to-image pipeline"
         )
     blocked = [False] * expected
     for field in ("nsfw_content_detected", "nsfw_detected", "watermark_detected"):
@@ -122,7 +136,15 @@ def _checked(image: Any) -> Any:
 
 
 def to_images(pixels: Tensor, processor: Any = None) -> list[Any]:
-    """Decoded pixels (n, 3, H, W) in [-1, 1] as PIL images, `Missing` where they are not finite."""
+    """Convert decoded pixels to images.
+
+    Args:
+        pixels (`Tensor`): (n, 3, H, W) in [-1, 1].
+        processor (*optional*): image processor of a pipeline.
+
+    Returns:
+        `list`: PIL images, `Missing` where pixels are not finite.
+    """
     import torch
 
     if processor is None:
@@ -141,36 +163,58 @@ def to_images(pixels: Tensor, processor: Any = None) -> list[Any]:
 
 
 def present(images: Sequence[Any]) -> list[int]:
-    """Places of the images that are there."""
+    """List the places of the images that are there."""
     return [i for i, image in enumerate(images) if not isinstance(image, Missing)]
 
 
 def left_out(images: Iterable[Any], total: int, whose: str = "") -> str:
-    """How many of `total` images are missing and why, in words; empty when none is."""
+    """Say how many images are missing, and why.
+
+    Args:
+        images (iterable): images and `Missing`.
+        total (`int`): of which they are a part.
+        whose (`str`, *optional*, defaults to `""`): name of the model.
+
+    Returns:
+        `str`: empty when none is missing.
+    """
     kinds = Counter(image.kind for image in images if isinstance(image, Missing))
     if not kinds:
         return ""
     reasons = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
-    return f"{sum(kinds.values())} of {total} images{f' of {whose}' if whose else ''} left out: {reasons}"
+    of_whom = f" of {whose}" if whose else ""
+    return f"{sum(kinds.values())} of {total} images{of_whom} left out: {reasons}"
 
 
 def check_any(images: Sequence[Any], whose: str) -> None:
-    """Raises `NoImages` when all images are missing; the sentence says what to do."""
+    """Refuse a model of which all images are missing.
+
+    Args:
+        images (sequence): images and `Missing`.
+        whose (`str`): name of the model.
+
+    Raises:
+        NoImages: says what to do.
+    """
     if not images or present(images):
         return
     kinds = {image.kind for image in images}
-    remedy = "draw in another precision, such as float32 or bfloat16 (an SDXL autoencoder overflows in float16)"
+    remedy = (
+        "draw in another precision, such as float32 or bfloat16 "
+        "(an SDXL autoencoder overflows in float16)"
+    )
     if kinds == {BLOCKED}:
         remedy = "give the pipeline without a safety checker, or other prompts"
     elif FAILED in kinds:
         remedy = next(image.reason for image in images if image.kind == FAILED)
     raise NoImages(
-        f"model {whose}: none of its {len(images)} images can be used: {left_out(images, len(images)).split(': ')[-1]}; {remedy}"
+        f"model {whose}: none of its {len(images)} images can be used: "
+        f"{left_out(images, len(images)).split(': ')[-1]}; {remedy}"
     )
 
 
 def placeholder(image: Any, side: int = 96) -> Any:
-    """The image, or a pale tile with the reason where it is missing."""
+    """Return the image, or a pale tile with the reason where it is missing."""
     if not isinstance(image, Missing):
         return image
     from PIL import Image, ImageDraw

@@ -1,11 +1,11 @@
 """Seeds: every number that starts a random generator is derived here.
 
-A draw belongs to a row of the data, to an image of a prompt or to a stream of a steering
-call, never to a batch, a process or a moment. One process, two processes and gradient
-accumulation therefore see the same draws, and a resumed run continues them without stored
-state.
+A draw belongs to a row of the data, to an image of a prompt or to a stream of a
+steering call, never to a batch, a process or a moment. One process, two processes and
+gradient accumulation therefore see the same draws, and a resumed run continues them
+without stored state.
 
-Published results depend on these formulas: a change of one changes every run that used it.
+Results depend on these formulas. A change of one changes every run that used it.
 """
 
 from __future__ import annotations

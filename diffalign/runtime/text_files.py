@@ -1,7 +1,8 @@
-"""The one reader of text, JSON, JSON lines and tables: prompts, captions, votes and datasets.
+"""Read text, JSON, JSON lines and tables: prompts, captions, votes and datasets.
 
-Text is UTF-8, or UTF-16 and UTF-32 with a byte order mark. A line ends at a line feed, a carriage return or both, and nowhere else.
-Cells of a .csv may hold line breaks; cells of a .tsv may not. Every fault names the file, the line and the remedy.
+Text is UTF-8, or UTF-16 and UTF-32 with a byte order mark. A line ends at a line feed,
+a carriage return or both, and nowhere else. Cells of a .csv may hold line breaks, cells
+of a .tsv may not. Every error names the file, the line and the remedy.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        number: counted from 1, without the header.
-        line: of the file, where it begins.
-        cells: column -> text; None for an empty cell.
+        number (`int`): counted from 1, without the header.
+        line (`int`): of the file, where it begins.
+        cells (`dict[str, str | None]`): column -> text. None for an empty cell.
     """
 
     number: int
@@ -57,17 +58,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A .csv or .tsv file."""
+    """The content of a .csv or .tsv file."""
 
     columns: list[str]
     rows: list[Row]
 
 
 def decode(data: bytes, name: str) -> str:
-    """Text from bytes, without its byte order mark.
+    """Decode bytes into text without its byte order mark.
+
+    Args:
+        data (`bytes`): of the file.
+        name (`str`): of the file, for messages.
+
+    Returns:
+        `str`: the text.
 
     Raises:
-        UserError: another encoding; names the line.
+        UserError: another encoding. Names the line.
     """
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -79,22 +87,28 @@ def decode(data: bytes, name: str) -> str:
             ) from None
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{name}: byte 0x{data[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8"
+            f"{name}: byte 0x{data[error.start]:02x} in line {line} is not UTF-8; save the file "
+            "as UTF-8"
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(
-            f"{name}: line {line} holds NUL characters, so it is no text file, or UTF-16 without a byte order mark; save it as UTF-8"
+            f"{name}: line {line} holds NUL characters, so it is no text file, or UTF-16 without "
+            "a byte order mark; save it as UTF-8"
         )
     return text
 
 
 def read_text(path: str | Path, what: str = "") -> str:
-    """The text of a file.
+    """Read a text file.
 
     Args:
-        path: the file.
-        what: put in front of messages, such as ``"--prompts: "``.
+        path (`str` or `Path`): the file.
+        what (`str`, *optional*, defaults to `""`): put in front of messages, such as
+            ``"--prompts: "``.
+
+    Returns:
+        `str`: its text.
 
     Raises:
         UserError: it cannot be read, or is no text.
@@ -111,21 +125,31 @@ def read_text(path: str | Path, what: str = "") -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text. Other separators, such as U+2028, belong to the line."""
+    """Split a text into lines.
+
+    Other separators, such as U+2028, belong to the line.
+    """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def read_lines(path: str | Path, what: str = "") -> list[str]:
-    """The lines of a text file."""
+    """Read the lines of a text file, see `read_text`."""
     return split_lines(read_text(path, what))
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
+
+    Args:
+        text (`str`): JSON.
+
+    Returns:
+        The value.
 
     Raises:
-        ValueError: with a short reason: no JSON, a key that occurs twice, too deep, half a character, a number of thousands of digits.
+        ValueError: with a short reason: no JSON, a key that occurs twice, too deep,
+            half a character, or a number of thousands of digits.
     """
     if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
         raise ValueError("nested too deeply")
@@ -155,7 +179,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(text: str) -> int:
-    """The deepest nesting, counted outside of texts."""
+    """Compute the deepest nesting, outside of texts."""
     depth = deepest = 0
     quoted = escaped = False
     for character in text:
@@ -173,10 +197,15 @@ def _depth(text: str) -> int:
 
 
 def read_json(path: str | Path, kind: type | None = None, what: str = "") -> Any:
-    """The value of a JSON file.
+    """Read a JSON file.
 
     Args:
-        kind: the type that it must have, such as `dict`.
+        path (`str` or `Path`): the file.
+        kind (`type`, *optional*): that the value must have, such as `dict`.
+        what (`str`, *optional*, defaults to `""`): put in front of messages.
+
+    Returns:
+        The value.
 
     Raises:
         UserError: it cannot be read, is no JSON, or of another type.
@@ -200,7 +229,14 @@ def _json_name(value: Any) -> str:
 
 
 def read_json_lines(path: str | Path, what: str = "") -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line that is not blank.
+    """Read a file of JSON lines.
+
+    Args:
+        path (`str` or `Path`): the file.
+        what (`str`, *optional*, defaults to `""`): put in front of messages.
+
+    Yields:
+        `tuple[int, Any]`: line number and value of every line that is not blank.
 
     Raises:
         UserError: the file cannot be read, or a line is no JSON.
@@ -214,20 +250,31 @@ def read_json_lines(path: str | Path, what: str = "") -> Iterator[tuple[int, Any
 
 
 def read_json_objects(path: str | Path, what: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `read_json_lines`, where every line must be an object."""
+    """Read a file of JSON lines that must all be objects, see `read_json_lines`."""
     for number, value in read_json_lines(path, what):
         if not isinstance(value, dict):
             raise UserError(
-                f'{what}{path}, line {number}: expected a JSON object such as {{"prompt": ...}}, got {_json_name(value)}'
+                f'{what}{path}, line {number}: expected a JSON object such as {{"prompt": ...}}, '
+                f"got {_json_name(value)}"
             )
         yield number, value
 
 
 def journal(path: str | Path) -> tuple[list[tuple[int, Any]], list[BadLine]]:
-    """The lines of a file that is appended to, such as votes: a line that is torn or no JSON is left out, and the others are read.
+    """Read a file that is appended to, such as votes.
+
+    A line that is torn or no JSON is left out.
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Returns:
+        `tuple[list[tuple[int, Any]], list[BadLine]]`: line numbers and values, and the
+        lines that were left out.
 
     Raises:
-        UserError: the file cannot be read, or is UTF-16, to which UTF-8 must not be appended.
+        UserError: the file cannot be read, or is UTF-16, to which UTF-8 must not be
+            appended.
     """
     try:
         data = Path(path).read_bytes()
@@ -250,12 +297,20 @@ def journal(path: str | Path) -> tuple[list[tuple[int, Any]], list[BadLine]]:
 
 
 def read_table(path: str | Path, what: str = "") -> Table:
-    """A .csv or .tsv file with a header.
+    """Read a .csv or .tsv file with a header.
 
     A .csv may have semicolons or tabs in place of commas, and a first line `sep=;`.
 
+    Args:
+        path (`str` or `Path`): the file.
+        what (`str`, *optional*, defaults to `""`): put in front of messages.
+
+    Returns:
+        `Table`: columns and rows.
+
     Raises:
-        UserError: it cannot be read; a column occurs twice; a quotation mark is never closed; a row has more cells than the header.
+        UserError: it cannot be read; a column occurs twice; a quotation mark is never
+            closed; a row has more cells than the header.
     """
     text = read_text(path, what)
     name, is_tsv = f"{what}{path}", str(path).lower().endswith(".tsv")
@@ -282,7 +337,8 @@ def read_table(path: str | Path, what: str = "") -> Table:
         extra = [cell for cell in cells[len(columns) :] if cell.strip()]
         if extra:
             raise UserError(
-                f"{name}: row {number} (line {line}) has {len(cells)} cells for {len(columns)} columns; put text that holds the "
+                f"{name}: row {number} (line {line}) has {len(cells)} cells for {len(columns)} "
+                "columns; put text that holds the "
                 "separator in quotation marks"
             )
         padded = [*cells, *[""] * (len(columns) - len(cells))]
@@ -312,7 +368,11 @@ _SENTINEL = "\ue000end of file\ue000"
 def _quoted_records(
     text: str, delimiter: str, skipped: int, name: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of the records of a .csv; a last line of our own ends up inside a cell when a quotation mark is never closed."""
+    """Read the records of a .csv as (line, cells).
+
+    A sentinel line is added at the end. It ends up inside a cell when a quotation mark
+    is never closed.
+    """
     newline = "" if text.endswith("\n") or text.endswith("\r") or not text else "\n"
     reader = csv.reader(
         io.StringIO(f"{text}{newline}{_SENTINEL}\n", newline=""), delimiter=delimiter
@@ -325,7 +385,8 @@ def _quoted_records(
                 return
             if any(_SENTINEL in cell for cell in cells):
                 raise UserError(
-                    f"{name}: the quotation mark in the row that begins in line {start} is never closed"
+                    f"{name}: the quotation mark in the row that begins in line {start} is never "
+                    "closed"
                 )
             if any(cell.strip() for cell in cells):
                 yield start, cells

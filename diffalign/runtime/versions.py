@@ -6,10 +6,14 @@ import platform
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """List the versions of Python and of the libraries that decide a result.
+
+    Returns:
+        `dict[str, str]`: library -> version, or ``not installed``.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in (
         "diffalign",
         "torch",
@@ -20,7 +24,7 @@ def versions() -> dict[str, str]:
         "datasets",
     ):
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = "not installed"
+    return numbers

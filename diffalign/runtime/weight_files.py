@@ -1,6 +1,7 @@
-"""Weight files looked at before they are loaded: what is damaged, missing or something else says so in one sentence.
+"""Check weight files before they are loaded.
 
-Only headers are read here, so that a file of many gigabytes costs nothing.
+What is damaged, missing or something else is reported in one sentence. Only headers are
+read, so that a file of many gigabytes costs nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Header:
     """The header of a safetensors file.
 
     Attributes:
-        shapes: name -> shape.
-        metadata: its text entries.
+        shapes (`dict[str, tuple[int, ...]]`): name -> shape.
+        metadata (`dict[str, str]`): its text entries.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -34,7 +35,15 @@ class Header:
 
 
 def what_is_wrong(path: Path) -> str | None:
-    """Why a file that should hold weights cannot be one; None where nothing speaks against it."""
+    """Say why a file cannot hold weights.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `str` or `None`: the reason, such as ``is empty; download it again``. None where
+            nothing speaks against it.
+    """
     try:
         if path.is_dir():
             return "is a folder, not a file"
@@ -62,7 +71,13 @@ def what_is_wrong(path: Path) -> str | None:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `Header`: shapes and metadata.
 
     Raises:
         ValueError: it has none, or the file is cut short.
@@ -98,25 +113,35 @@ def read_header(path: Path) -> Header:
 
 
 def check_file(path: Path, field: str) -> None:
-    """Raises `ConfigError` when a file cannot hold weights."""
+    """Refuse a file that cannot hold weights.
+
+    Args:
+        path (`Path`): the file.
+        field (`str`): how the message names the model.
+
+    Raises:
+        ConfigError: with the reason of `what_is_wrong`.
+    """
     reason = what_is_wrong(path)
     if reason is not None:
         raise ConfigError(field, f"{str(path)!r} {reason}")
 
 
 def check_component(folder: Path, field: str, variant: str | None = None) -> str | None:
-    """Looks at the weight files of one component of a pipeline folder.
+    """Check the weight files of one component of a pipeline folder.
 
     Args:
-        folder: of the component, with its config.json.
-        field: how messages name the model.
-        variant: the one that was asked for.
+        folder (`Path`): of the component, with its config.json.
+        field (`str`): how messages name the model.
+        variant (`str`, *optional*): the one that was asked for.
 
     Returns:
-        The variant to read: `variant` where the component has it, the one that is there where there are no plain files, else None.
+        `str` or `None`: the variant to read. It is `variant` where the component has
+            it, or the only one where there are no plain files.
 
     Raises:
-        ConfigError: a file is missing or damaged; the config is no JSON object; several variants and no plain files.
+        ConfigError: a file is missing or damaged; the config is no JSON object; several
+            variants and no plain files.
     """
     config = folder / "config.json"
     try:
@@ -131,9 +156,9 @@ def check_component(folder: Path, field: str, variant: str | None = None) -> str
         raise ConfigError(field, f"{str(config)!r} holds no JSON object; download it again")
     variants: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found = _VARIANT.match(path.name)
-        if found:
-            variants.setdefault(found.group(1) or found.group(2), []).append(path)
+        match = _VARIANT.match(path.name)
+        if match:
+            variants.setdefault(match.group(1) or match.group(2), []).append(path)
     if not variants:
         return variant  # pickles, or names that only the library knows
     if variant in variants:
@@ -145,13 +170,13 @@ def check_component(folder: Path, field: str, variant: str | None = None) -> str
     else:
         raise ConfigError(
             field,
-            f"{str(folder)!r} has the variants {', '.join(map(str, variants))} alone; choose one with variant",
+            f"{str(folder)!r} has the variants {', '.join(map(str, variants))} alone; choose one "
+            "with variant",
         )
     for path in variants[chosen]:
         check_file(path, field)
-    if all(
-        "-of-" in path.name for path in variants[chosen]
-    ):  # shards, of which the index says how many there must be
+    if all("-of-" in path.name for path in variants[chosen]):
+        # Shards, of which the index says how many there must be.
         for index in folder.glob("*.safetensors.index*.json"):
             if (chosen or "") in index.name and (
                 chosen is not None or index.name.endswith(".index.json")
@@ -170,29 +195,45 @@ def _check_index(index: Path, field: str) -> None:
 
 
 def check_filled(module: Any, field: str, name: str) -> None:
-    """Raises `ConfigError` when weights were missing in the file, so that they have no values or random ones."""
+    """Refuse a module whose weights were missing in the file.
+
+    They have no values then, or random ones.
+
+    Args:
+        module (`torch.nn.Module`): the loaded module.
+        field (`str`): how the message names the model.
+        name (`str`): how it names the module.
+
+    Raises:
+        ConfigError: names the weights.
+    """
     empty = [
         key for key, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta
     ]
     if empty:
         raise ConfigError(
             field,
-            f"{name} lacks the weights {', '.join(empty[:2])}; the files are incomplete: download them again",
+            f"{name} lacks the weights {', '.join(empty[:2])}; the files are incomplete: download "
+            "them again",
         )
 
 
 def load_transformers(cls: Any, place: str | Path, field: str, what: str, **options: Any) -> Any:
-    """A network of transformers with all of its weights.
+    """Load a network of transformers with all of its weights.
 
     Args:
         cls: the class, or one of transformers' Auto classes.
-        place: folder or Hub id.
-        field: how messages name the model.
-        what: what lacks weights, for the message.
+        place (`str` or `Path`): folder or Hub id.
+        field (`str`): how messages name the model.
+        what (`str`): what lacks weights, for the message.
         **options: of `from_pretrained`.
 
+    Returns:
+        `torch.nn.Module`: the network.
+
     Raises:
-        ConfigError: a file lacks weights. The library would draw them at random, with nothing but a table in its log.
+        ConfigError: a file lacks weights. The library would draw them at random, with
+            nothing but a table in its log.
     """
     from transformers.utils import logging
 
@@ -204,23 +245,31 @@ def load_transformers(cls: Any, place: str | Path, field: str, what: str, **opti
     if lacking:
         raise ConfigError(
             field,
-            f"{what} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: download them again",
+            f"{what} lacks the weights {', '.join(lacking[:2])}; the files are incomplete: "
+            "download them again",
         )
     return module
 
 
 def could_be_hub_id(name: str) -> bool:
-    """Whether a name that is no local file or folder has the form ``user/name`` of a Hub id."""
+    """Tell whether a name that is no local file or folder has the form of a Hub id.
+
+    The form is ``user/name``.
+    """
     return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
 def explained(error: BaseException) -> str:
-    """A library's error in one short line."""
+    """Shorten a library's error to one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def loading_errors() -> tuple[type[Exception], ...]:
-    """What libraries raise for files that are damaged, missing or of another model, and for configurations without sense."""
+    """List what libraries raise for files that cannot be loaded.
+
+    Such files are damaged, missing or of another model, or configurations without
+    sense.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -237,7 +286,7 @@ def loading_errors() -> tuple[type[Exception], ...]:
     return (*plain, SafetensorError, StrictDataclassError)
 
 
-# LoRA files -----------------------------------------------------------------------------------------------------------------
+# LoRA files ---------------------------------------------------------------------------
 
 _NETWORK_PREFIXES = ("unet.", "transformer.", "lora_unet_", "lora_transformer_")
 TEXT_PREFIXES = (
@@ -280,14 +329,15 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class LoraContent:
-    """What a LoRA file holds, from its names alone.
+    """What a LoRA file holds, read from its names alone.
 
     Attributes:
-        layers: number of layers of the denoiser.
-        text_encoders: number of layers of the text encoders.
-        kinds: kinds of weights beside plain LoRA matrices.
-        unpaired: a layer with one of its two matrices.
-        compiled: names of a compiled network, with `_orig_mod` in them.
+        layers (`int`): layers of the denoiser.
+        text_encoders (`int`): layers of the text encoders.
+        kinds (`tuple[str, ...]`): kinds of weights beside plain LoRA matrices.
+        unpaired (`str`, *optional*): a layer with one of its two matrices.
+        compiled (`bool`): whether names are of a compiled network, with `_orig_mod` in
+            them.
     """
 
     layers: int
@@ -298,7 +348,14 @@ class LoraContent:
 
 
 def classify(names: Iterable[str]) -> LoraContent:
-    """What the names of a LoRA file say."""
+    """Read what a LoRA file holds from its names.
+
+    Args:
+        names (iterable of `str`): of its tensors.
+
+    Returns:
+        `LoraContent`: layers and kinds.
+    """
     downs: set[str] = set()
     ups: set[str] = set()
     kinds: list[str] = []
@@ -320,11 +377,18 @@ def classify(names: Iterable[str]) -> LoraContent:
 
 
 USUAL_LORA = "pytorch_lora_weights.safetensors"
-"""What diffusers calls a LoRA's file."""
+"""The name that diffusers gives a LoRA's file."""
 
 
 def find_lora_file(place: Path, role: str) -> Path:
-    """The LoRA's file: itself, or the one of a folder.
+    """Find the file of a LoRA.
+
+    Args:
+        place (`Path`): the file, or a folder with one.
+        role (`str`): how messages name the LoRA.
+
+    Returns:
+        `Path`: the file.
 
     Raises:
         UserError: a folder without one, or with several.
@@ -339,18 +403,28 @@ def find_lora_file(place: Path, role: str) -> Path:
         return files[0]
     if not files:
         raise UserError(
-            f"{role}: the folder {str(place)!r} holds no LoRA for this model: there is no safetensors file in it"
+            f"{role}: the folder {str(place)!r} holds no LoRA for this model: there is no "
+            "safetensors file in it"
         )
     raise UserError(
-        f"{role}: the folder {str(place)!r} holds several files ({', '.join(f.name for f in files[:4])}); name one of them"
+        f"{role}: the folder {str(place)!r} holds several files "
+        f"({', '.join(f.name for f in files[:4])}); name one of them"
     )
 
 
 def fetch_lora_file(name: str, role: str) -> Path:
-    """The LoRA's file of a Hub id, fetched once and kept in the Hub's own cache.
+    """Download the file of a LoRA from the Hub, once, into the Hub's own cache.
+
+    Args:
+        name (`str`): Hub id.
+        role (`str`): how messages name the LoRA.
+
+    Returns:
+        `Path`: the file.
 
     Raises:
-        UserError: no such repository, none or several safetensors files in it, or no connection.
+        UserError: no such repository, none or several safetensors files in it, or no
+            connection.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
@@ -381,6 +455,7 @@ def fetch_lora_file(name: str, role: str) -> Path:
         raise
     except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
         raise UserError(
-            f"{role}: neither a local file or folder nor a LoRA on the Hub: {name!r} ({explained(error)[:200]})"
+            f"{role}: neither a local file or folder nor a LoRA on the Hub: {name!r} "
+            f"({explained(error)[:200]})"
         ) from error
     raise UserError(f"{role}: {name!r} holds {held}; download the file of one LoRA and name it")

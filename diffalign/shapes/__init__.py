@@ -23,9 +23,7 @@ SHAPES_MODEL = "shapes"
 
 
 def weights_dir() -> Path:
-    """Return the folder of the embedded `StableDiffusionPipeline`, for
-    `from_pretrained`.
-    """
+    """Return the folder of the embedded pipeline, for `from_pretrained`."""
     return Path(__file__).parent / "weights"
 
 

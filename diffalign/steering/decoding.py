@@ -125,7 +125,7 @@ class LatentDecoder:
             latents = latents * std / scaling + mean
         else:
             latents = latents / scaling + (config.get("shift_factor") or 0.0)
-        # Half-precision SDXL autoencoders overflow; the pipeline itself decodes in
+        # Half-precision SDXL autoencoders overflow. The pipeline itself decodes in
         # float32 then, and so do we.
         dtype = vae.dtype
         upcast = dtype == torch.float16 and config.get("force_upcast", False)

@@ -296,8 +296,8 @@ class ParticleWeights:
             x.gather(1, ancestors) for x in (self.applied, self.state, self.roots)
         )
         self._log = torch.where(needed[:, None], torch.zeros_like(self._log), self._log)
-        # A pending ratio was folded into the weights by the update before; it is zero
-        # here unless the caller skipped that.
+        # The update before has folded a pending ratio into the weights. It is zero here
+        # unless the caller skipped that.
         self._pending = self._pending.gather(1, ancestors)
         return ancestors
 
@@ -335,8 +335,7 @@ class ParticleWeights:
         top = total.amax(1, keepdim=True)
         dead = torch.isneginf(top)
         shifted = torch.where(dead, torch.zeros_like(total), total - top)
-        # A difference of two sums: where nothing was weighed it is zero to the last
-        # bit.
+        # Where nothing was weighed, this difference of sums is exactly zero.
         self.log_z = self.log_z + top[:, 0] + shifted.logsumexp(1) - self._log.logsumexp(1)
         self.degenerate |= dead[:, 0]
         self._log = shifted
@@ -356,8 +355,7 @@ class ParticleWeights:
             )
         missing = torch.isnan(rewards)
         blank = torch.zeros_like(missing) if blank is None else blank
-        # A group without an image is degenerate. One without scores is the scorer's
-        # fault.
+        # A group without images is degenerate, one without scores is an error.
         silent = missing.all(1) & ~blank.any(1)
         if silent.any():
             group = int(silent.nonzero()[0])

@@ -117,11 +117,9 @@ def _invert(weights: Tensor, points: Tensor) -> Tensor:
     """
     cumulated = weights.cumsum(1)
     cumulated = cumulated / cumulated[:, -1:]
-    # The right side: on the left one, a point on a boundary would pick a particle of
-    # weight zero.
+    # With the left side, a point on a boundary would pick a particle of weight zero.
     particles = torch.searchsorted(cumulated, points.contiguous(), right=True)
-    # A point that rounding put beyond the end belongs to the last particle that has
-    # weight.
+    # Points that rounding put beyond the end go to the last particle with weight.
     alive = weights > 0
     last = weights.shape[1] - 1 - alive.flip(1).to(torch.int8).argmax(1, keepdim=True)
     return torch.minimum(particles, last)

@@ -74,15 +74,14 @@ class Rewarder:
         Returns:
             `Rewarder`: with the same scorer, and counters at zero.
         """
+        from ..rewards.base import Scorer
+
         fresh = Rewarder(self.scorer, self.intermediate, self.batch_size)
         fresh.prompts = [prompt for prompt in prompts for _ in range(k)]
         fresh.metadata = None if metadata is None else [row for row in metadata for _ in range(k)]
         fresh.k = k
-        # Prompts are encoded in batches whose rounding depends on their size:
-        # remembered ones would make a call depend on those before it.
-        remembered = getattr(self.scorer, "_texts", None)
-        if remembered is not None:
-            remembered.clear()
+        if isinstance(self.scorer, Scorer):
+            self.scorer.forget_prompts()  # rounding must not depend on earlier calls
         return fresh
 
     def of_latents(self, x0: Tensor) -> Tensor:

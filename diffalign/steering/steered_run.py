@@ -294,7 +294,7 @@ class SteeredRun:
         )
         now, then = read_coordinates(self.scheduler, timestep, position)
         x0 = self._clean(arguments, position)
-        # DDIM keeps the model's noise estimate, whatever is clipped; other schedulers
+        # DDIM keeps the model's noise estimate, whatever is clipped. Other schedulers
         # derive it from the clipped prediction.
         keeps = self.options.predict_x0 is None and "DDIM" in type(self.scheduler).__name__
         raw = clean_prediction(self.scheduler, output, sample, now) if keeps else None
