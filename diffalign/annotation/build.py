@@ -41,13 +41,6 @@ def build(options: BuildOptions) -> None:
         ConfigError: An option has an unknown value. Nothing has been drawn yet.
         UserError: Prompts, models or scorers do not fit, or the folder holds another
             build.
-
-    Example:
-        ```python
-        options = BuildOptions("shapes", Path("data/built"), max_prompts=8)
-    options.scorers = "shapes"
-    build(options)
-        ```
     """
     _check_numbers(options)
     from ..rewards.panel import Panel

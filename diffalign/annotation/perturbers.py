@@ -149,9 +149,9 @@ class RulePerturber:
         ConfigError: The level is unknown.
 
     Example:
-        ```python
-        RulePerturber("weak")(["a red car"])  # a car of another colour
-        ```
+        >>> from diffalign.annotation.perturbers import RulePerturber
+        >>> RulePerturber("weak")(["a red car"])
+        ['a brown car']
     """
 
     def __init__(

@@ -113,9 +113,15 @@ def recaption(
             or the wrong number of texts.
 
     Example:
-        ```python
-        print(recaption("data/pairs", "data/dcpo", "p", perturber=RulePerturber()))
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.annotation.perturbers import RulePerturber
+        >>> from diffalign.data import load_preferences
+        >>> row = {"prompt": "a red car", "chosen": Image.new("RGB", (8, 8), "red")}
+        >>> row["rejected"] = Image.new("RGB", (8, 8), "blue")
+        >>> pairs = load_preferences([row], verbose=False)
+        >>> summary = recaption(pairs, "dcpo", "p", perturber=RulePerturber("weak"))
+        >>> load_preferences("dcpo/data", verbose=False)[0].prompts
+        ('a red car', 'a brown car')
     """
     if strategy not in STRATEGIES:
         raise ConfigError("strategy", f"expected one of {', '.join(STRATEGIES)}, got {strategy!r}")

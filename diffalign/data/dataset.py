@@ -45,10 +45,13 @@ class Group:
             kept tie.
 
     Example:
-        ```python
-        group = load_preferences("data/pairs.jsonl")[0]
-        chosen, rejected = group.open_images()
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import load_preferences
+        >>> row = {"prompt": "a cat", "chosen": Image.new("RGB", (64, 48))}
+        >>> row["rejected"] = Image.new("RGB", (64, 64))
+        >>> group = load_preferences([row], verbose=False)[0]
+        >>> group.prompts, group.image_sizes()
+        (('a cat', 'a cat'), [(48, 64), (64, 64)])
     """
 
     row_id: int
@@ -128,10 +131,11 @@ class LoadReport:
         notes (`list[str]`): What else was done to read the source.
 
     Example:
-        ```python
-        report = load_preferences("data/pairs.jsonl", verbose=False).report
-        print(report.summary())
-        ```
+        >>> from diffalign.data import load_preferences
+        >>> rows = [{"prompt": "a cat"}, {"prompt": "a dog"}, {"prompt": None}]
+        >>> dataset = load_preferences(rows, max_broken_fraction=0.5, verbose=False)
+        >>> dataset.report.rows, dataset.report.kept, dataset.report.broken
+        (3, 2, [(2, 'prompt is None, expected text')])
     """
 
     source: str
@@ -321,11 +325,16 @@ class PreferenceDataset:
         places (`ImagePlaces`): Where image cells may point to.
 
     Example:
-        ```python
-        dataset = load_preferences("data/ranked.parquet").as_kind("pair")
-        first = dataset[0]
-        print(len(dataset), first.prompts[0], first.image_sizes())
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import load_preferences
+        >>> colors = ("red", "green", "blue")
+        >>> images = [Image.new("RGB", (8, 8), color) for color in colors]
+        >>> rows = [{"prompt": "blue", "images": images, "scores": [2, 1, 3]}]
+        >>> dataset = load_preferences(rows, verbose=False)
+        >>> len(dataset), dataset.kind, dataset[0].scores
+        (1, 'ranked', (2.0, 1.0, 3.0))
+        >>> dataset.as_kind("pair")[0].scores
+        (3.0, 1.0)
     """
 
     def __init__(
@@ -344,7 +353,7 @@ class PreferenceDataset:
 
     @property
     def _columns(self) -> dict[str, str]:
-        """The roles that are read; without images once only prompts are asked for."""
+        """The roles that are read, without images when only prompts are asked for."""
         return self.layout.light_columns if self.kind == "prompt" else self.layout.mapping
 
     def _tables(self) -> Any:

@@ -63,6 +63,16 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
           (chosen = rejected), `size_mismatches`, `aspect_mismatches` and `unreadable`,
           each `{count, rows}`;
         * `reasons`, the first reasons for `unreadable`.
+
+    Example:
+        >>> from PIL import Image
+        >>> from diffalign.data import load_preferences
+        >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        >>> rows = [{"prompt": "red", "images": images, "scores": [2, 1]}]
+        >>> dataset = load_preferences(rows, verbose=False)
+        >>> result = inspect(dataset)
+        >>> result["sizes"], result["unreadable"]["count"]
+        ({'8x8': 2}, 0)
     """
     sizes, aspects, formats = Counter[str](), Counter[str](), Counter[str]()
     prompts = Counter[str]()
@@ -171,12 +181,14 @@ def format_inspection(result: dict[str, Any]) -> str:
         result (`dict`): What `inspect` returned.
 
     Example:
-        ```python
-        from diffalign.data.inspect import inspect
-
-        dataset = load_preferences("data/pairs.jsonl", verbose=False)
-        print(format_inspection(inspect(dataset)))
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import load_preferences
+        >>> from diffalign.data import format_inspection
+        >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        >>> rows = [{"prompt": "red", "images": images, "scores": [2, 1]}]
+        >>> dataset = load_preferences(rows, verbose=False)
+        >>> print(format_inspection(inspect(dataset)).splitlines()[2])
+        kind                     ranked
     """
 
     def histogram(counts: dict[str, int]) -> str:
@@ -311,10 +323,14 @@ def convert(
             of the kind.
 
     Example:
-        ```python
-        dataset = load_preferences("data/ranked.jsonl")
-        convert(dataset, "data/pairs", kind="pair")
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import convert, load_preferences
+        >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        >>> rows = [{"prompt": "red", "images": images, "scores": [2, 1]}]
+        >>> dataset = load_preferences(rows, verbose=False)
+        >>> folder = convert(dataset, "pairs", kind="pair")
+        >>> load_preferences("pairs", verbose=False).kind
+        'pair'
     """
     output = Path(output_dir).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -125,7 +125,7 @@ def _compared(
     weight: float = 1.0,
     prompt_roles: tuple[str, str] = ("prompt", "prompt"),
 ) -> Verdict:
-    """Judge two images by a number each; the larger one wins."""
+    """Judge two images by a number each, of which the larger wins."""
     if first == second:
         tie = Verdict("tie", image_roles=("jpg_0", "jpg_1"), weight=0.0)
         return _with_prompts(cells, prompt_roles, tie)
@@ -236,6 +236,6 @@ def number(value: Any) -> float | None:
 
 
 def _flag(value: Any) -> bool | None:
-    """Read yes or no from a cell: a boolean, 1 or 0, or words; else None."""
+    """Read yes or no from a cell: a boolean, 1 or 0, or words, else None."""
     flag = number(value)
     return bool(flag) if flag in (0.0, 1.0) else None

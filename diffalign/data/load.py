@@ -100,11 +100,14 @@ def load_preferences(
             ties, too broken, or not of `kind`.
 
     Example:
-        ```python
-        rows = [{"caption": "a cat", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 1}]
-        dataset = load_preferences(rows, verify_images="none")
-        assert dataset[0].prompts == ("a cat", "a cat")
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import load_preferences
+        >>> red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+        >>> row = {"caption": "a red image", "jpg_0": blue, "jpg_1": red, "label_0": 0}
+        >>> dataset = load_preferences([row], verbose=False)
+        >>> chosen, rejected = dataset[0].open_images()
+        >>> chosen.getpixel((0, 0))
+        (255, 0, 0)
     """
     _check_choice("ties", ties, TIES)
     _check_choice("verify_images", verify_images, VERIFY_IMAGES)

@@ -133,9 +133,9 @@ def load_prompts(
         UserError: There is no such set or file, or no prompt in it.
 
     Example:
-        ```python
-        prompts = load_prompts("shapes", limit=24).prompts
-        ```
+        >>> from diffalign.data.prompt_sets import load_prompts
+        >>> len(load_prompts("shapes", limit=24).prompts)
+        24
     """
     if limit is not None and limit < 1:
         raise ConfigError("max_prompts", f"expected int >= 1, got {limit}")

@@ -296,10 +296,10 @@ class Layout:
             or images and are not read.
 
     Example:
-        ```python
-        layout = recognise(["caption", "jpg_0", "jpg_1", "label_0"], {})
-        assert layout.kind == "pair" and layout.mapping["prompt"] == "caption"
-        ```
+        >>> from diffalign.data import recognise
+        >>> layout = recognise(["caption", "jpg_0", "jpg_1", "label_0"], {})
+        >>> layout.name, layout.kind, layout.mapping["prompt"]
+        ('pickapic', 'pair', 'caption')
     """
 
     name: str
@@ -372,10 +372,10 @@ def recognise(
             write.
 
     Example:
-        ```python
-        layout = recognise(["prompt", "images", "votes"], {"scores": "votes"})
-        assert layout.direction == "'votes': higher is better"
-        ```
+        >>> from diffalign.data import recognise
+        >>> layout = recognise(["prompt", "images", "votes"], {"scores": "votes"})
+        >>> layout.direction
+        "'votes': higher is better"
     """
     names = _renamed(columns, mapping)
     for spec in _SPECS:

@@ -90,6 +90,11 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         )
 
     def select(self, indices: Sequence[int]) -> NoReturn:
+        """Refuse to select groups, because a stream has no index.
+
+        Raises:
+            TypeError: Always.
+        """
         raise TypeError(
             "a streamed dataset has no index; load it without streaming to select groups"
         )

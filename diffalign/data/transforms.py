@@ -38,10 +38,11 @@ class Geometry(NamedTuple):
         target_size (`tuple[int, int]`): (height, width) of the result.
 
     Example:
-        ```python
-        _, geometry = GroupTransform((64, 64))([Image.new("RGB", (200, 100))])
-        assert geometry == Geometry((100, 200), (0, 32), (64, 64))
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import GroupTransform
+        >>> _, geometry = GroupTransform((64, 64))([Image.new("RGB", (200, 100))])
+        >>> geometry.original_size, geometry.crop_top_left, geometry.target_size
+        ((100, 200), (0, 32), (64, 64))
     """
 
     original_size: Size
@@ -64,9 +65,8 @@ def check_resolution(size: int | Size, factor: int, field: str = "data.resolutio
             nearest ones that are.
 
     Example:
-        ```python
-        check_resolution((512, 768), 8)
-        ```
+        >>> from diffalign.data import check_resolution
+        >>> check_resolution((512, 768), 8)
     """
     for side in (size,) if isinstance(size, int) else size:
         if side <= 0:
@@ -103,11 +103,12 @@ class GroupTransform:
         ConfigError: `mismatch` has an unknown value.
 
     Example:
-        ```python
-        transform = GroupTransform((64, 64))
-        pixels, geometry = transform([Image.new("RGB", (200, 100))] * 2)
-        assert pixels.shape == (2, 3, 64, 64)
-        ```
+        >>> from PIL import Image
+        >>> from diffalign.data import GroupTransform
+        >>> transform = GroupTransform((64, 64))
+        >>> pixels, geometry = transform([Image.new("RGB", (200, 100))] * 2)
+        >>> pixels.shape
+        torch.Size([2, 3, 64, 64])
     """
 
     def __init__(

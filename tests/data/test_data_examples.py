@@ -1,0 +1,27 @@
+"""The examples in the docstrings of `diffalign.data` and `diffalign.annotation` run."""
+
+from __future__ import annotations
+
+import doctest
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+MODULES = (
+    "annotation.perturbers",
+    "annotation.recaption",
+    "data.dataset",
+    "data.inspect",
+    "data.load",
+    "data.prompt_sets",
+    "data.schema",
+    "data.transforms",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(import_module(f"diffalign.{name}"), verbose=False)
+    assert result.attempted > 0 and result.failed == 0
