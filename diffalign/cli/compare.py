@@ -1,4 +1,4 @@
-"""``diffalign compare``: does the tuned model beat the base, on which prompts, and how sure is that?"""
+"""`diffalign compare`: compare tuned models with their base, image by image."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from ..runtime.distributed import process_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    what = "[NAME=]Hub id, folder, LoRA[@SCALE], or a YAML mapping such as '{lora: runs/a, lora_scale: 0.5}'"
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    what = (
+        "[NAME=]Hub id, folder, LoRA[@SCALE], or a YAML mapping such as "
+        "'{lora: runs/a, lora_scale: 0.5}'"
+    )
     parser.add_argument(
         "--base",
         default="shapes",
@@ -93,10 +100,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compares and prints the tables; see `compare`.
+    """Compare the models and print the tables.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: options that do not fit, before anything is drawn.
+        UserError: The options do not fit. Raised before anything is drawn.
     """
     for name, least in (
         ("max_prompts", 1),
@@ -130,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         from ..runtime.devices import read_dtype
 
         dtype = read_dtype(options.dtype)
-    found = compare(
+    comparison = compare(
         options.base,
         tuned,
         options.prompts,
@@ -140,35 +153,36 @@ def run(options: argparse.Namespace) -> int:
         **{name: value for name, value in call.items() if value is not None},
     )
     if process_rank() == 0:
-        print(found.table())
+        print(comparison.table())
         print(
-            f"\npage       {found.folder / 'report.html'}\npicture    {found.folder / 'grid.png'}"
+            f"\npage       {comparison.folder / 'report.html'}\n"
+            f"picture    {comparison.folder / 'grid.png'}"
         )
         print(
-            f"numbers    {found.folder / 'results.json'}\nper image  "
-            f"{found.folder / 'scores.parquet'}"
+            f"numbers    {comparison.folder / 'results.json'}\nper image  "
+            f"{comparison.folder / 'scores.parquet'}"
         )
     return 0
 
 
 def _tuned(options: argparse.Namespace) -> list[Any]:
-    """The models to compare with the base, LoRA scales and steering written out."""
+    """List the models to compare with the base, one per LoRA scale, steering last."""
     from ..evaluation.models import parse_model
 
     base = parse_model(options.base, "--base")
-    found: list[Any] = []
+    models: list[Any] = []
     scales = _numbers(options.lora_scales)
     for value in options.tuned:
         spec = parse_model(value, "--tuned", base=base)
         if scales and spec.lora is not None:
             plain = spec.name.split("@")[0]
-            found += [
+            models += [
                 {**vars(spec), "name": f"{plain}@{scale:g}", "lora_scale": scale}
                 for scale in scales
             ]
         else:
-            found.append(value)
-    if scales and not any(isinstance(value, dict) for value in found):
+            models.append(value)
+    if scales and not any(isinstance(value, dict) for value in models):
         raise ConfigError("--lora_scales", "there is no LoRA among --tuned")
     if options.steer is not None:
         steer: dict[str, Any] = {"scorer": options.steer, "num_particles": options.num_particles}
@@ -183,18 +197,22 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
         arguments = (
             read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
         )
-        own = arguments.get(options.steer) if isinstance(arguments, dict) else None
-        found.append(
+        scorer_options = arguments.get(options.steer) if isinstance(arguments, dict) else None
+        models.append(
             {
                 "name": "steered",
-                "steer": {**steer, "lmbda": options.lmbda, **({"scorer_args": own} if own else {})},
+                "steer": {
+                    **steer,
+                    "lmbda": options.lmbda,
+                    **({"scorer_args": scorer_options} if scorer_options else {}),
+                },
             }
         )
-    if not found:
+    if not models:
         raise UserError(
             "--tuned: name at least one model to compare with the base (or --steer SCORER)"
         )
-    return found
+    return models
 
 
 def _numbers(text: str | None) -> list[float]:

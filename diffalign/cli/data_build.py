@@ -1,4 +1,4 @@
-"""`diffalign data build`: draw images, score them, write pairs or ranked lists."""
+"""`diffalign data build`: draw images, score them, and write pairs or ranked lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from ..config.ranges import count, finite, not_negative, seed, side, steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument(
         "--prompts",
         required=True,
@@ -97,7 +101,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build the data. Errors as `diffalign.annotation.build.build`."""
+    """Build the data.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
+
+    Raises:
+        UserError: See `diffalign.annotation.build.build`.
+    """
     from ..annotation.build import build
 
     build(

@@ -1,4 +1,4 @@
-"""`diffalign data recaption`: write pairs with two captions for DCPO."""
+"""`diffalign data recaption`: write pairs with two captions, for DCPO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ..runtime.files import check_output_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument("source", help="pairs or ranked lists: Hub id, folder or file")
     parser.add_argument(
         "--output_dir",
@@ -83,10 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command.
+    """Write the recaptioned pairs.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: see `recaption`.
+        UserError: The options or the data do not fit.
     """
     columns = read_columns(options.columns)
     if options.strategy != "p" and not options.captioner:
@@ -97,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.batch_size < 1:
         raise ConfigError("--batch_size", f"expected int >= 1, got {options.batch_size}")
-    # The data first: a captioner of many gigabytes is not loaded for a path that is not there.
+    # The data come first, because a captioner may be large and the path may be wrong.
     dataset = read_pairs(options.source, split=options.split, columns=columns)
     check_output_dir(options.output_dir, TEXTS)
     captioner, perturber = _tools(options)
@@ -111,7 +121,8 @@ def run(options: argparse.Namespace) -> int:
             perturb=options.perturb,
             names=(
                 f"{options.captioner}|{options.instruction or ''}",
-                f"{options.perturber}|{options.level}|{options.seed}|{options.perturber_template or ''}",
+                f"{options.perturber}|{options.level}|{options.seed}|"
+                f"{options.perturber_template or ''}",
             ),
             batch_size=options.batch_size,
             max_empty_fraction=options.max_empty_fraction,
@@ -121,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tools(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(captioner, perturber), None where the strategy needs none."""
+    """Build captioner and perturber, None where the strategy needs none."""
     from ..annotation.captioners import make_captioner
     from ..annotation.perturbers import make_perturber
 
@@ -130,10 +141,12 @@ def _tools(options: argparse.Namespace) -> tuple[Any, Any]:
         "dtype": options.dtype,
         "trust_remote_code": options.trust_remote_code,
     }
-    asked = {"instruction": options.instruction} if options.instruction else {}
+    instruction = {"instruction": options.instruction} if options.instruction else {}
     template = {"template": options.perturber_template} if options.perturber_template else {}
     captioner = (
-        None if options.strategy == "p" else make_captioner(options.captioner, **placed, **asked)
+        None
+        if options.strategy == "p"
+        else make_captioner(options.captioner, **placed, **instruction)
     )
     if options.strategy == "c":
         return captioner, None

@@ -1,4 +1,4 @@
-"""``diffalign demo``: the page on this machine's models."""
+"""`diffalign demo`: serve the demo page with models of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ AUTH = "DIFFALIGN_DEMO_AUTH"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument("--base", default="shapes", help="Hub id, folder or shapes (default)")
     parser.add_argument(
         "--tuned",
@@ -100,10 +104,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serves until interrupted.
+    """Serve the page until it is interrupted, or export the votes.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: options, models or scorers that do not fit; gradio is missing.
+        UserError: Options, models or scorers do not fit, or gradio is missing.
     """
     for name, least in (
         ("port", 0),
@@ -220,7 +230,8 @@ def _prompts(options: argparse.Namespace, embedded: bool) -> list[str]:
             )
         from ..shapes.prompts import train_prompts
 
-        return train_prompts()  # votes may become training data: the held-out prompts stay held out
+        # Votes may become training data, so held-out prompts are not voted on.
+        return train_prompts()
     from ..data.prompt_sets import load_prompts
 
     return load_prompts(options.prompts, path=options.prompts_path).prompts

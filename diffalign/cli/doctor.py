@@ -10,6 +10,11 @@ from ..runtime.files import write_atomically
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument("--scorers", help="comma-separated names (default: all)")
     parser.add_argument(
         "--model",
@@ -35,7 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the report; 0 when nothing is wrong, else 1."""
+    """Check the scorers and print the report.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code. 1 if a check failed.
+    """
     from ..rewards.testing.doctor import examine
 
     findings = list(

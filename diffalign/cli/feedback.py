@@ -1,7 +1,8 @@
-"""``diffalign feedback``: people as judges of a run with ``train.feedback: people``.
+"""`diffalign feedback`: collect people's votes for a run with `train.feedback: people`.
 
-``collect`` runs until images want votes, and waits for them; ``status`` says what is there. ``diffalign train --config ...
---train.resume_from_checkpoint latest`` goes on from the votes; the next round asks again.
+`collect` trains until images need votes, and waits for them. `status` shows the rounds
+and votes of a run. `diffalign train` with `resume_from_checkpoint` goes on from the
+votes until the next round.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     collect = actions.add_parser(
         "collect", help="draw the next round's images and wait for votes", allow_abbrev=False
@@ -38,10 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Collects or reports.
+    """Collect votes or show their status.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: a run that asks nobody, votes that do not fit.
+        UserError: The run does not ask people, or the votes do not fit.
     """
     if options.action == "status":
         print(status(options.output_dir))
@@ -79,10 +90,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def status(output_dir: Path) -> str:
-    """Rounds, images and votes of a run.
+    """Describe the rounds, images and votes of a run.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+
+    Returns:
+        `str`: One line per round.
 
     Raises:
-        UserError: it has no rounds, or votes that do not fit.
+        UserError: There are no rounds, or the votes do not fit.
     """
     from ..training.online.feedback import MANIFEST, find_votes, read_manifest, read_votes
 
@@ -96,6 +113,6 @@ def status(output_dir: Path) -> str:
             continue
         groups = read_manifest(folder)
         images = sum(len(group["images"]) for group in groups)
-        said = read_votes(folder).summary() if find_votes(folder) else "no votes yet"
-        lines.append(f"{folder.name}: {len(groups)} prompts, {images} images; {said}")
+        votes = read_votes(folder).summary() if find_votes(folder) else "no votes yet"
+        lines.append(f"{folder.name}: {len(groups)} prompts, {images} images; {votes}")
     return "\n".join(lines)

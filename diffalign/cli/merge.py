@@ -1,4 +1,4 @@
-"""`diffalign merge`: add up LoRAs or full weights of several runs."""
+"""`diffalign merge`: add up the LoRAs or the full weights of several runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..generation.merge import _is_pipeline, _merge_pipelines, merge_loras
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument(
         "--inputs",
         nargs="+",
@@ -29,10 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Merges and writes.
+    """Merge the weights and write them.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: inputs that do not fit, weights of the wrong number, an output folder that is not empty.
+        UserError: The inputs or the number of weights do not fit, or the output folder
+            is not empty.
     """
     weights = options.weights or [1 / len(options.inputs)] * len(options.inputs)
     if len(weights) != len(options.inputs):

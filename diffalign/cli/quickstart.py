@@ -1,6 +1,7 @@
-"""The main job on the embedded default: make preferences, align, compare honestly. ``diffalign quickstart``.
+"""`diffalign quickstart`: make preferences, align the small default model, and compare.
 
-Every stage leaves its result on disk and is skipped when that result is there: an interrupted command goes on where it stopped.
+Every stage writes its result, and is skipped if the result is there. So an interrupted
+command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ from ..shapes.prompts import ATTRIBUTES, held_out_prompts, train_prompts
 from .quickstart_config import QuickstartConfig
 
 BASE_SEED = 10_000_000
-"""Evaluation seeds start here: far from those of the training images."""
+"""First seed of the evaluation, far from the seeds of the training images."""
 
 
 def run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
-    """Runs (or continues) the quickstart; returns what is in ``results.json``.
+    """Run the quickstart, or go on with it.
+
+    Args:
+        output_dir (`Path`): Folder of the quickstart.
+        config (`QuickstartConfig`): Its settings.
+
+    Returns:
+        `dict[str, Any]`: Content of `results.json`.
 
     Raises:
-        UserError: when the folder holds something else, or a quickstart with other settings.
+        UserError: The folder holds something else, or a quickstart with other settings.
     """
     with FolderLock(output_dir):
         return _run(output_dir, config)
@@ -55,7 +63,7 @@ def _run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _require(images: list[Any], name: str) -> None:
-    """Raises `UserError` when the embedded model drew an image that cannot be used."""
+    """Raise `UserError` if the embedded model drew an image that cannot be used."""
     from ..runtime.missing import left_out
 
     sentence = left_out(images, len(images), name)
@@ -64,15 +72,26 @@ def _require(images: list[Any], name: str) -> None:
 
 
 def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
-    """Takes the folder for these settings; returns the results when the run in it is complete."""
+    """Take the folder for a quickstart with these settings.
+
+    Args:
+        folder (`Path`): Created if it does not exist.
+        config (`QuickstartConfig`): Settings of the quickstart.
+
+    Returns:
+        `dict[str, Any]`, *optional*: The results, if the quickstart in it is finished.
+
+    Raises:
+        UserError: The folder holds something else, or a quickstart with other settings.
+    """
     settings = folder / "quickstart.json"
     if settings.is_file():
         there = json.loads(settings.read_text())
         different = {k: v for k, v in there.items() if dataclasses.asdict(config).get(k) != v}
         if different:
-            said = ", ".join(f"--{k} {v}" for k, v in different.items())
+            others = ", ".join(f"--{k} {v}" for k, v in different.items())
             raise UserError(
-                f"--output_dir: {str(folder)!r} holds a quickstart with {said}; use those "
+                f"--output_dir: {str(folder)!r} holds a quickstart with {others}; use those "
                 "settings or another folder"
             )
         results = folder / "results.json"
@@ -93,11 +112,27 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values as JSON, the whole file or none of it.
+
+    Args:
+        path (`Path`): The file.
+        values (`dict[str, Any]`): The values.
+    """
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
-    """Samples, judges and writes ``dataset/``: one ranked row (prompt, images, scores) per prompt, as parquet."""
+    """Draw and score images, and write them into `dataset/` as ranked lists.
+
+    There is one row per prompt, with prompt, images and scores, as parquet.
+
+    Args:
+        folder (`Path`): Folder of the quickstart.
+        config (`QuickstartConfig`): Its settings.
+
+    Returns:
+        `Path`: Folder of the dataset.
+    """
     import random
 
     from datasets import Dataset, Features, List, Value
@@ -149,7 +184,16 @@ def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
 
 
 def train(folder: Path, config: QuickstartConfig, dataset: Path) -> None:
-    """Diffusion-DPO on best against worst of each prompt, LoRA, latents and prompts cached; into ``lora/``."""
+    """Train a LoRA by Diffusion-DPO, on each prompt's best image against its worst.
+
+    Args:
+        folder (`Path`): Folder of the quickstart. The LoRA goes into `lora/`.
+        config (`QuickstartConfig`): Its settings.
+        dataset (`Path`): Folder of the dataset.
+
+    Raises:
+        Interrupted: A signal ended the training.
+    """
     from peft import LoraConfig
 
     from ..data import DataConfig, load_preferences
@@ -198,8 +242,8 @@ class Interrupted(RuntimeError):
     """A signal ended the run after a checkpoint.
 
     Args:
-        signal: its number.
-        remedy: how to go on.
+        signal (`int`): Number of the signal.
+        remedy (`str`): How to go on.
     """
 
     def __init__(self, signal: int, remedy: str) -> None:
@@ -208,7 +252,15 @@ class Interrupted(RuntimeError):
 
 
 def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
-    """Base against tuned on held-out prompts, image by image from the same noise."""
+    """Compare base and tuned model on held-out prompts, with the same seeds.
+
+    Args:
+        folder (`Path`): Folder of the quickstart.
+        config (`QuickstartConfig`): Its settings.
+
+    Returns:
+        `dict[str, Any]`: Accuracies, scores and the win rate.
+    """
     from ..evaluation.statistics import clustered_standard_error, win_rate
     from ..generation.grids import comparison_grid
     from ..generation.sampling import generate
@@ -261,7 +313,12 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any], folder: Path) -> str:
-    """The table, the files, the next command."""
+    """Format the results, the files and the next command.
+
+    Args:
+        results (`dict[str, Any]`): What `compare` returned.
+        folder (`Path`): Folder of the quickstart.
+    """
     base, tuned, wins = results["base"], results["tuned"], results["win_rate"]
     lines = [
         "",
@@ -292,6 +349,11 @@ def summary(results: dict[str, Any], folder: Path) -> str:
 
 
 def next_command(folder: Path) -> str:
+    """Return a command to run after the quickstart.
+
+    Args:
+        folder (`Path`): Folder of the quickstart.
+    """
     return (
         f"diffalign sample --model shapes --lora {folder / 'lora'} --prompt "
         "'a large yellow star on the right of a black background' --output_dir "

@@ -1,4 +1,4 @@
-"""``diffalign sample``: images of a model, with and without a LoRA, as files and as one picture."""
+"""`diffalign sample`: draw images of a model, with and without a LoRA."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from ..runtime.missing import check_any, left_out, present
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Writes ``<prompt>-<seed>.png`` files and, with a LoRA or a negative one, ``comparison.png``.
+    """Draw images and write them as `<prompt>-<seed>-<model>.png`.
+
+    With a LoRA or a negative model it also writes `comparison.png`.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
 
     Raises:
-        UserError: on a missing model or LoRA, or numbers out of range.
+        UserError: A model or LoRA is missing, or a number is out of range.
     """
     for name, lowest in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < lowest:

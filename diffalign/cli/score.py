@@ -1,4 +1,4 @@
-"""``diffalign score``: a table of scores for a folder of images or a dataset, resumable, on any number of processes."""
+"""`diffalign score`: score a folder of images or a dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument(
         "--images", required=True, help="folder of images, or a dataset: Hub id, folder or file"
     )
@@ -77,13 +81,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Scores, and writes scores.parquet, errors.jsonl and summary.json into the output folder.
+    """Score the images and write `scores.parquet`, `errors.jsonl` and `summary.json`.
 
-    Finished chunks lie in its `parts` folder under names made of the scorer's fingerprint and the content scored, so that an interrupted
-    run goes on, another scorer can be added, and a changed image, prompt, weight or setting is scored anew.
+    Finished chunks are in the folder `parts` of the output. Their names are made of the
+    scorer's fingerprint and the content. So an interrupted run goes on, another scorer
+    can be added, and a changed image, prompt, weight or setting is scored again.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: options, images, prompts or scorers that do not fit; an unreadable image under ``on_error=raise``.
+        UserError: Options, images, prompts or scorers do not fit, or an image cannot be
+            read under `on_error=raise`.
     """
     for name in ("chunk_size", "batch_size"):
         value = getattr(options, name)
@@ -121,7 +133,9 @@ def run(options: argparse.Namespace) -> int:
     specs = [
         get_spec(entry.scorer, trust_remote_code=options.trust_remote_code) for entry in entries
     ]
-    source.check(*([s.key for s in specs if need in s.requires] for need in ("prompt", "metadata")))
+    need_prompts = [spec.key for spec in specs if "prompt" in spec.requires]
+    need_metadata = [spec.key for spec in specs if "metadata" in spec.requires]
+    source.check(need_prompts, need_metadata)
     if options.output_dir.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
         raise UserError(
             f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder "
@@ -141,6 +155,3 @@ def run(options: argparse.Namespace) -> int:
             )
         )
     return 0
-
-
-# Options

@@ -1,4 +1,4 @@
-"""``diffalign scorers``: what there is, and the card of one."""
+"""`diffalign scorers`: list the scorers, or show the card of one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument("name", nargs="?", help="show everything about this one")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the list or one card."""
+    """Print the list of scorers, or the card of one.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
+    """
     from ..rewards.registry import get_spec, list_scorers
 
     if options.name:
@@ -22,7 +34,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table(names: list[str]) -> str:
-    """One line per scorer: name, what it needs, whether it has a gradient, what it is. A broken plug-in says so on its line."""
+    """Format a table of scorers: name, inputs, whether it has a gradient, summary.
+
+    A broken plug-in shows its error.
+
+    Args:
+        names (`list[str]`): Names of the scorers.
+    """
     from ..errors import UserError
     from ..rewards.registry import get_spec
 
@@ -46,14 +64,18 @@ def table(names: list[str]) -> str:
 
 
 def card(values: dict[str, Any]) -> str:
-    """Every field of a `ScorerSpec`, one per line."""
+    """Format the fields of a `ScorerSpec`, one per line.
+
+    Args:
+        values (`dict[str, Any]`): The fields.
+    """
     from ..runtime.decoding import RULE
 
     lines = [f"{field}: {_shown(value)}" for field, value in values.items()]
     place = 1 + next(
         (i for i, line in enumerate(lines) if line.startswith("preprocess:")), len(lines) - 1
     )
-    # Published scorers' code neither turns an image nor lays it on white.
+    # The published code does not rotate images or put them on white.
     lines.insert(place, f"pixels: {RULE}; the same as in training")
     return "\n".join(lines)
 

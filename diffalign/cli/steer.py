@@ -1,4 +1,4 @@
-"""``diffalign steer``: steered images for a list of prompts, beside best-of-n where asked, resumable over prompts."""
+"""`diffalign steer`: draw steered images for a list of prompts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from ..steering.result import SteeringResult
     from ..steering.reward_fn import Rewarder
 
-# Options that change no number: a run may go on with others.
+# Options that change no result, so a run may go on with other values.
 _FREE = ("output_dir", "device", "model_batch_size", "decode_batch_size", "command", "handler")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument(
         "--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)"
     )
@@ -143,12 +147,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Steers, and writes images, lineage pictures, ``grid.png``, ``results.json`` and, with --compare, ``table.md``.
+    """Steer, and write images, lineage pictures, `grid.png` and `results.json`.
 
-    Finished calls lie in `records`, so that an interrupted command goes on where it stopped.
+    `--compare` also draws best-of-n and writes `table.md`. Finished calls are in the
+    folder `records`, so an interrupted command goes on where it stopped.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
 
     Raises:
-        UserError: options, prompts, model or scorer that do not fit, before anything is drawn; a folder that holds another run.
+        UserError: Options, prompts, model or scorer do not fit, or the folder holds
+            another run. Raised before anything is drawn.
     """
     steps = _check(options)
     prompts = _prompts(options)
@@ -182,11 +194,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> tuple[float | int, ...] | None:
-    """Everything that shows without loading anything; returns the schedule."""
+    """Check everything that needs no model, and return the steps to resample at."""
     for name, least in (
-        ("max_prompts", 1), ("num_particles", 1), ("num_inference_steps", 1), ("height", 8), ("width", 8), ("seed", 0), ("num_seeds", 1),
-        ("prompts_per_call", 1), ("model_batch_size", 1), ("decode_batch_size", 1),
-    ):  # fmt: skip
+        ("max_prompts", 1),
+        ("num_particles", 1),
+        ("num_inference_steps", 1),
+        ("height", 8),
+        ("width", 8),
+        ("seed", 0),
+        ("num_seeds", 1),
+        ("prompts_per_call", 1),
+        ("model_batch_size", 1),
+        ("decode_batch_size", 1),
+    ):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
@@ -241,10 +261,10 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if (options.prompts is None) == (options.prompt is None):
         raise UserError("--prompts, --prompt: give one of them, e.g. --prompts prompts.txt")
     if options.prompt is not None:
-        given = [prompt for prompt in dict.fromkeys(options.prompt) if prompt.strip()]
-        if not given:
+        prompts = [prompt for prompt in dict.fromkeys(options.prompt) if prompt.strip()]
+        if not prompts:
             raise UserError("--prompt: the prompt is empty; write what the image should show")
-        return given[: options.max_prompts]
+        return prompts[: options.max_prompts]
     from ..data.prompt_sets import read_prompts
 
     if Path(options.prompts).suffix == ".txt" and not Path(options.prompts).is_file():
@@ -256,7 +276,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
-    """Name of each scorer, the reward first -> its options."""
+    """Return the options of each scorer by its name, the reward first."""
     from ..rewards.registry import get_spec
 
     names = [
@@ -264,15 +284,19 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
         *(name.strip() for name in (options.judges or "").split(",") if name.strip()),
     ]
     try:
-        given = read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
+        arguments = (
+            read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
+        )
     except NotYaml:
-        given = None
-    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+        arguments = None
+    if not isinstance(arguments, dict) or not all(
+        isinstance(value, dict) for value in arguments.values()
+    ):
         raise UserError(
             f"--scorer_args: expected a mapping such as '{{pickscore: {{model: FOLDER}}}}', "
             f"got {options.scorer_args!r}"
         )
-    unknown = [name for name in given if name not in names]
+    unknown = [name for name in arguments if name not in names]
     if unknown:
         raise ConfigError(
             f"--scorer_args.{unknown[0]}", f"no such scorer here; there are {', '.join(names)}"
@@ -287,14 +311,14 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
                 f"--scorer: {name} needs metadata for every prompt, which prompts alone do "
                 "not have; steer in Python with metadata="
             )
-    return {name: given.get(name, {}) for name in names}
+    return {name: arguments.get(name, {}) for name in names}
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> bool:
-    """Takes the folder for these settings; whether the run in it is complete.
+    """Take the folder for these settings, and return whether its run is finished.
 
     Raises:
-        UserError: it holds something else, or a run with other settings.
+        UserError: The folder holds something else, or a run with other settings.
     """
     claim_output_dir(folder, "settings.json", settings, long=("prompts",))
     return (folder / "results.json").is_file()
@@ -302,7 +326,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> bool:
 
 @dataclass
 class _Work:
-    """What is loaded, and how one call is made and written."""
+    """The loaded models, and one call of them."""
 
     options: argparse.Namespace
     steering: FKSteering
@@ -313,6 +337,7 @@ class _Work:
     def load(
         cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]
     ) -> _Work:
+        """Load the model, its decoder and the scorers."""
         from ..evaluation.best_of_n import read_judges
         from ..generation.pipelines import default_settings, load_for_scoring
         from ..rewards.registry import load_scorer
@@ -321,8 +346,10 @@ class _Work:
 
         device = read_device(options.device)
         scorers = [
-            load_scorer(name, device=device, trust_remote_code=options.trust_remote_code, **given)
-            for name, given in arguments.items()
+            load_scorer(
+                name, device=device, trust_remote_code=options.trust_remote_code, **own_args
+            )
+            for name, own_args in arguments.items()
         ]
         pipe = load_for_scoring(
             options.model,
@@ -333,7 +360,7 @@ class _Work:
         decoder = None
         if options.tiny_decoder:
             decoder = _tiny_decoder(options.tiny_decoder, pipe.vae.dtype).to(device)
-        own = options.kernel == "scheduler"
+        by_scheduler = options.kernel == "scheduler"
         steering = FKSteering(
             pipe,
             scorers[0],
@@ -344,8 +371,8 @@ class _Work:
             resample_steps=steps,
             scheme=options.scheme,
             ess_threshold=options.ess_threshold,
-            kernel=None if own else options.kernel,
-            eta=None if own else options.eta,
+            kernel=None if by_scheduler else options.kernel,
+            eta=None if by_scheduler else options.eta,
             decoder=decoder,
             model_batch_size=options.model_batch_size,
             decode_batch_size=options.decode_batch_size,
@@ -355,7 +382,7 @@ class _Work:
             for name in ("num_inference_steps", "guidance_scale", "height", "width")
         }
         call = {name: value for name, value in call.items() if value is not None} | (
-            {"eta": options.eta} if own and options.eta is not None else {}
+            {"eta": options.eta} if by_scheduler and options.eta is not None else {}
         )
         if options.model == "shapes":
             call = {**default_settings("shapes"), "num_inference_steps": 30, **call}
@@ -367,7 +394,15 @@ class _Work:
         )
 
     def do(self, units: list[tuple[int, int]], prompts: list[str], path: Path) -> None:
-        """One call of steering (and of best-of-n) for some (prompt, seed) units: files first, the record last."""
+        """Steer some prompts, and draw their best-of-n with `--compare`.
+
+        The record is written last, when all images are there.
+
+        Args:
+            units (`list[tuple[int, int]]`): Numbers of prompt and population.
+            prompts (`list[str]`): All prompts.
+            path (`Path`): File of the record.
+        """
         from ..evaluation.best_of_n import judge, population_seed
         from ..runtime.files import write_atomically
 
@@ -377,9 +412,8 @@ class _Work:
         sides = {"best_of_n": self.steering.best_of_n()} if self.options.compare else {}
         for arm, sampler in {**sides, "steering": self.steering}.items():
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # said once, at the end, for all prompts
+                # `_report` repeats them once, for all prompts.
+                warnings.simplefilter("ignore", UserWarning)
                 result = sampler(texts, seed=seeds, **self.call)
             judged = judge(result, self.judges)
             record["arms"][arm] = _arm_record(result, judged)
@@ -399,10 +433,10 @@ class _Work:
 
 
 def _tiny_decoder(name: str, dtype: Any) -> Any:
-    """The `AutoencoderTiny` of a folder or Hub id.
+    """Load an `AutoencoderTiny` from a folder or the Hub.
 
     Raises:
-        UserError: it is none, or it is damaged.
+        UserError: It is none, or it is damaged.
     """
     from diffusers import AutoencoderTiny
 
@@ -421,7 +455,7 @@ def _tiny_decoder(name: str, dtype: Any) -> Any:
 
 
 def _arm_record(result: SteeringResult, judged: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON keeps of one call, lists over its prompts."""
+    """Return what is stored of one call, as lists over its prompts."""
     return {
         "rewards": result.rewards.tolist(),
         "judges": {name: values.tolist() for name, values in judged.items()},
@@ -447,7 +481,7 @@ def _report(
     prompts: list[str],
     records: list[dict[str, Any]],
 ) -> str:
-    """Writes the overall files; returns what the command prints."""
+    """Write the files of the whole run, and return what the command prints."""
     from ..runtime.files import write_atomically
     from ..runtime.versions import versions
 
@@ -464,7 +498,7 @@ def _report(
         int((comparison.arms["steering"].roots == 1).sum()) if options.num_particles > 1 else 0
     )
     total = comparison.arms["steering"].roots.size
-    said = (
+    notes = (
         [
             f"{collapsed} of {total} populations descend from one initial noise; lower "
             "--lmbda to keep more"
@@ -473,7 +507,7 @@ def _report(
         else []
     )
     missing = sum(arm["nan_count"] for arm in steered)
-    said += [f"{missing} rewards were NaN and counted as minus infinity"] if missing else []
+    notes += [f"{missing} rewards were NaN and counted as minus infinity"] if missing else []
     results = {
         "settings": settings,
         "versions": versions(),
@@ -490,20 +524,20 @@ def _report(
         "totals": comparison.to_dict()
         if options.compare
         else {"seconds": comparison.arms["steering"].seconds},
-        "warnings": said,
+        "warnings": notes,
     }
     write_atomically(folder / "table.md", (table + "\n").encode())
     write_atomically(
         folder / "results.json", json.dumps(results, indent=1, allow_nan=True).encode()
     )
     return "\n".join(
-        [table, *said, f"wrote {folder}: images/, lineage/, grid.png, table.md, results.json"]
+        [table, *notes, f"wrote {folder}: images/, lineage/, grid.png, table.md, results.json"]
     )
 
 
 def _unit(values: dict[str, Any], row: int) -> dict[str, Any]:
-    """The entries of one population."""
-    kept = (
+    """Return the entries of one population."""
+    names = (
         "rewards",
         "log_weights",
         "log_z",
@@ -514,8 +548,8 @@ def _unit(values: dict[str, Any], row: int) -> dict[str, Any]:
         "ancestors",
         "degenerate",
     )
-    found = {name: values[name][row] for name in kept} | {"scored_steps": values["scored_steps"]}
-    return found | {"judges": {name: scores[row] for name, scores in values["judges"].items()}}
+    entries = {name: values[name][row] for name in names} | {"scored_steps": values["scored_steps"]}
+    return entries | {"judges": {name: scores[row] for name, scores in values["judges"].items()}}
 
 
 def _save(image: Any, path: Path) -> None:
@@ -526,7 +560,10 @@ def _save(image: Any, path: Path) -> None:
 def _comparison(
     options: argparse.Namespace, prompts: list[str], records: list[dict[str, Any]]
 ) -> BestOfNComparison:
-    """The records as arrays over prompts and seeds; without --compare, of steering alone."""
+    """Return the records as arrays over prompts and populations.
+
+    Without `--compare` they are of steering alone.
+    """
     import numpy as np
     from PIL import Image
 
@@ -582,7 +619,7 @@ def _plain_table(comparison: BestOfNComparison) -> str:
 
 
 def _particle_grid(options: argparse.Namespace, comparison: BestOfNComparison) -> Any:
-    """All particles of the first prompts, the best framed."""
+    """Draw all particles of the first prompts, with a frame around the best."""
     import numpy as np
     from PIL import Image
 

@@ -302,11 +302,12 @@ class Validation:
 
     def _diversity(self, images: list[Any]) -> float:
         count, distance = self.config.num_validation_images, Diversity()
-        groups = [
-            [image for image in images[i : i + count] if not isinstance(image, Missing)]
-            for i in range(0, len(images), count)
-        ]
-        distances = [distance(group) for group in groups if len(group) > 1]
+        distances = []
+        for start in range(0, len(images), count):
+            group = images[start : start + count]
+            drawn = [image for image in group if not isinstance(image, Missing)]
+            if len(drawn) > 1:
+                distances.append(distance(drawn))
         return float(np.mean(distances)) if distances else float("nan")
 
     def _draw(self, description: str) -> list[Any]:
