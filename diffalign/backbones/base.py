@@ -79,7 +79,7 @@ class Backbone:
         return self._loaded[name]
 
     def pipeline_scheduler(self, scheduler: Any) -> Any:
-        """Change a scheduler as the family's pipelines do; most leave it as it is."""
+        """Change a scheduler as the family's pipelines do. Most leave it as it is."""
         return scheduler
 
     def component_dtype(self, name: str) -> torch.dtype:
@@ -249,7 +249,7 @@ class Backbone:
         raise NotImplementedError
 
     def geometry_condition(self, geometries: Sequence[Any]) -> dict[str, Tensor]:
-        """Encode the size and crop of n images; most families need neither.
+        """Encode the size and crop of n images. Most families need neither.
 
         Args:
             geometries (sequence): one per image.

@@ -138,17 +138,11 @@ def check_not_merged(network: Any, role: str) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    merged = sorted(
-        {
-            name
-            for layer in network.modules()
-            if isinstance(layer, BaseTunerLayer)
-            for name in layer.merged_adapters
-        }
-    )
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    merged = {name for layer in layers for name in layer.merged_adapters}
     if merged:
         raise UserError(
-            f"{role}: the adapter {merged[0]!r} is fused into the pipeline's weights, so that no "
+            f"{role}: the adapter {min(merged)!r} is fused into the pipeline's weights, so that no "
             "other has an effect; call "
             "pipe.unload_lora_weights() first, which keeps the fused weights"
         )

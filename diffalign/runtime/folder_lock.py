@@ -117,7 +117,7 @@ class FolderLock:
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def _is_short(self) -> bool:
-        """Tell whether the name can be asked for; `make_folder` says why not."""
+        """Tell whether the system accepts the name. `make_folder` says why not."""
         try:
             os.path.lexists(self.folder)
         except ValueError:

@@ -58,8 +58,21 @@ def image_seed(seed: int, prompt: str, number: int) -> int:
     Returns:
         `int`: 48 bits.
     """
-    text = f"{seed}:{number}:".encode() + prompt.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
+    return text_seed(f"{seed}:{number}:{prompt}")
+
+
+def text_seed(text: str) -> int:
+    """Derive a seed from a text.
+
+    Args:
+        text (`str`): names what is drawn. Half characters (unpaired surrogates) are
+            allowed.
+
+    Returns:
+        `int`: 48 bits.
+    """
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
 def stream_seed(*parts: int | str | bytes) -> int:

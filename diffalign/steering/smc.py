@@ -291,7 +291,7 @@ class _Trace:
     ess: list[Tensor]
 
     def score(self, weights: ParticleWeights, rewards: Tensor) -> Tensor | None:
-        """Reweight and resample; return the ancestors, or None where nothing moves."""
+        """Reweight and resample. Return the ancestors, or None where nothing moves."""
         self.rewards.append(rewards)
         self.log_g.append(weights.update(rewards))
         self.ess.append(ess(weights.log_weights))

@@ -36,15 +36,25 @@ class PretrainConfig:
     """Settings of this command, whose defaults made the shipped weights."""
 
     seed: int = 0
+    """Seed of images, captions, initialisation and batches."""
     images_per_scene: int = 12
+    """Images rendered of each of the 720 scenes."""
     vae_steps: int = 5000
+    """Optimizer steps of the autoencoder."""
     vae_batch: int = 16
+    """Images per step of autoencoder and decoder."""
     vae_learning_rate: float = 1e-3
+    """Peak of their one-cycle schedules."""
     decoder_steps: int = 3000
+    """Further steps of the decoder alone."""
     denoiser_steps: int = 4500
+    """Optimizer steps of denoiser and text encoder."""
     denoiser_batch: int = 64
+    """Images per step of these."""
     denoiser_learning_rate: float = 1e-3
+    """Peak of their one-cycle schedule."""
     prompt_dropout: float = 0.1
+    """Share of captions that are left empty, for guidance."""
     caption_noise: float = 0.35
     """Share of captions in which shape and colour are drawn anew.
 
