@@ -1,1 +1,1 @@
-"""Draw images: pipelines, one seed per image, guidance, merged models, micro-batches, grids."""
+"""Draw images: load and merge models, sample with a seed each, guide, make grids."""

@@ -1,4 +1,7 @@
-"""Side-by-side pictures: base left, tuned right, same seeds, prompts beneath."""
+"""Make pictures that compare images: models side by side, or one image framed.
+
+The prompt stands beneath its images.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,16 @@ _INK = (25, 25, 25)
 def wrap_text(
     text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> list[str]:
-    """The text in lines of at most about `width` pixels."""
+    """Break a text into lines of at most about `width` pixels.
+
+    Args:
+        text (`str`): The text.
+        width (`int`): Pixels.
+        font (`ImageFont`): The font that it is drawn with.
+
+    Returns:
+        `list[str]`, at least one line.
+    """
     per_line = max(8, int(width / font.getlength("n")))
     return textwrap.wrap(text, per_line) or [""]
 
@@ -31,13 +43,21 @@ def comparison_grid(
     cell: int | None = None,
     columns: int = 1,
 ) -> Image.Image:
-    """One block per prompt: its images under the two models, same seed in the same place, the prompt beneath.
+    """Draw the images of two models side by side, one block per prompt.
+
+    The same place holds the same seed. The prompt stands beneath.
 
     Args:
-        rows: (prompt, base images, tuned images), equally many of each.
-        left, right (`str`): headings.
-        cell (`int`, *optional*): side of one image in the picture; at least 96, so that tiny images can be seen.
-        columns (`int`, *optional*, defaults to `1`): blocks beside each other.
+        rows (`Sequence[tuple[str, Sequence[Image], Sequence[Image]]]`): (prompt, base
+            images, tuned images), equally many of each.
+        left (`str`, *optional*, defaults to `"base"`): Heading of the first model.
+        right (`str`, *optional*, defaults to `"tuned"`): Heading of the second model.
+        cell (`int`, *optional*): Side of one image in the picture. None takes the
+            images' own height, but at least 96, so that tiny images can be seen.
+        columns (`int`, *optional*, defaults to `1`): Blocks beside each other.
+
+    Returns:
+        `PIL.Image.Image`.
     """
     return models_grid(
         [(prompt, sides) for prompt, *sides in rows], [left, right], cell=cell, columns=columns
@@ -55,15 +75,21 @@ def models_grid(
     cell: int | None = None,
     columns: int = 1,
 ) -> Image.Image:
-    """`comparison_grid` for any number of models.
+    """Draw the images of any number of models, as `comparison_grid` does for two.
 
     Args:
-        rows: (prompt, the images of every model), equally many of each.
-        headings: one per model.
+        rows (`Sequence[tuple[str, Sequence[Sequence[Image]]]]`): (prompt, the images of
+            every model), equally many of each.
+        headings (`Sequence[str]`): One per model.
+        cell (`int`, *optional*): Side of one image in the picture, see
+            `comparison_grid`.
+        columns (`int`, *optional*, defaults to `1`): Blocks beside each other.
+
+    Returns:
+        `PIL.Image.Image`.
     """
-    side = cell or max(
-        96, _first_height(image for _, sides in rows for images in sides for image in images)
-    )
+    images_of_all = (image for _, sides in rows for images in sides for image in images)
+    side = cell or max(96, _first_height(images_of_all))
     font = ImageFont.load_default(max(11, side // 9))
     line = int(font.size * 1.3) if isinstance(font, ImageFont.FreeTypeFont) else 14
     count = len(rows[0][1][0])
@@ -102,11 +128,18 @@ def models_grid(
 def framed_grid(
     rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell: int | None = None
 ) -> Image.Image:
-    """One row of images per prompt with one of them framed, the prompt beneath.
+    """Draw one row of images per prompt, with one of them framed.
+
+    The prompt stands beneath.
 
     Args:
-        rows: (prompt, images, index of the framed one).
-        cell (`int`, *optional*): side of one image in the picture; at least 96.
+        rows (`Sequence[tuple[str, Sequence[Image], int]]`): (prompt, images, index of
+            the framed one).
+        cell (`int`, *optional*): Side of one image in the picture, see
+            `comparison_grid`.
+
+    Returns:
+        `PIL.Image.Image`.
     """
     side = cell or max(96, _first_height(image for _, images, _ in rows for image in images))
     font = ImageFont.load_default(max(11, side // 9))

@@ -1,18 +1,22 @@
-"""Guidance with a negative model at inference.
+"""Classifier-free guidance with a negative model, as in Diffusion-NPO and Self-NPO.
 
-Diffusion-NPO (Wang et al. 2025, arXiv 2505.11245) and Self-NPO (Wang et al. 2025, arXiv 2505.11777):
+Diffusion-NPO (Wang et al. 2025, arXiv 2505.11245) and Self-NPO (Wang et al. 2025, arXiv
+2505.11777) guide with two models:
 
     eps       = eps_neg(x, c_neg) + g (eps_pos(x, c) - eps_neg(x, c_neg))
     theta_neg = theta + alpha (theta_pos - theta) + beta (theta_npo - theta)
 
-The two branches of classifier-free guidance run under different weights, on the same rows as ordinary guidance. The pipeline is
-unmodified: its network's forward is wrapped while guidance is on. With LoRAs one network serves both branches by switching adapters;
-with full weights a second network is merged once. alpha keeps both predictions correlated: at alpha 0 and large guidance the
-difference of two models adds noise.
+The two branches of guidance run under different weights, on the same rows as ordinary
+guidance. The pipeline stays unmodified: its network's forward is wrapped while guidance
+is on. With LoRAs one network serves both branches by switching adapters. With full
+weights a second network is merged once. alpha keeps both predictions correlated. At
+alpha 0 and large guidance the difference of two models adds noise.
 
-A pipeline puts its branches into one batch: the negative rows first, then the positive ones, then those of perturbed-attention
-guidance. Which row is which is known from its place in that batch, also when steering hands the batch on in parts. Passes of
-skip-layer and perturbed-attention guidance belong to the positive prompt and run under the positive weights.
+A pipeline puts its branches into one batch: the negative rows first, then the positive
+ones, then those of perturbed-attention guidance. A row's place in that batch tells its
+branch, also when steering runs the batch in parts. Passes of skip-layer and
+perturbed-attention guidance belong to the positive prompt and run under the positive
+weights.
 """
 
 from __future__ import annotations
@@ -45,11 +49,17 @@ from .micro_batches import call_rows, join_rows, perturbs_attention, pick_rows, 
 def negative_weights(
     base: Tensor, positive: Tensor, npo: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    """theta + alpha (theta_pos - theta) + beta (theta_npo - theta), in the base's dtype.
+    """Return theta + alpha (theta_pos - theta) + beta (theta_npo - theta).
 
     Args:
-        base, positive, npo (`Tensor`): of one shape.
-        alpha, beta (`float`): usually in [0, 1].
+        base (`Tensor`): theta, of any shape.
+        positive (`Tensor`): theta_pos, of the same shape.
+        npo (`Tensor`): theta_npo, of the same shape.
+        alpha (`float`): Share of the positive offset, usually in [0, 1].
+        beta (`float`): Share of the negative offset, usually in [0, 1].
+
+    Returns:
+        `Tensor` in the base's shape and dtype.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     theta, pos, neg = (x.to(base.device, wide) for x in (base, positive, npo))
@@ -57,26 +67,51 @@ def negative_weights(
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """eps_neg + scale (eps_pos - eps_neg)."""
+    """Return eps_neg + scale (eps_pos - eps_neg).
+
+    Args:
+        positive (`Tensor`): eps_pos, of any shape.
+        negative (`Tensor`): eps_neg, of the same shape.
+        scale (`float`): Guidance scale.
+    """
     return negative + scale * (positive - negative)
 
 
 class NegativeGuidance:
-    """A positive and a negative network on an unmodified diffusers pipeline with classifier-free guidance (SD, SDXL and SD3 classes).
+    """Guide a diffusers pipeline with a positive and a negative network.
 
-    ``with NegativeGuidance(pipe, negative="runs/npo"): pipe(prompt)``, or call it like the pipeline.
+    The pipeline stays unmodified. It must have classifier-free guidance (SD, SDXL and
+    SD3 classes). Use it as a context manager, or call it like the pipeline.
 
     Args:
-        pipe: the pipeline. LoRAs that are active on it belong to the positive branch.
-        positive (*optional*): LoRA (folder, file or Hub id) or a network of full weights; None is the pipeline's own network as it is.
-        negative: LoRA or network of the negative model, e.g. trained by `diffusion_npo` or `self_npo`.
-        alpha (`float`): share of the positive offset in the negative branch (the paper's choice is 1).
-        beta (`float`): share of the negative offset.
+        pipe (`DiffusionPipeline`): The pipeline. LoRAs that are active on it belong to
+            the positive branch.
+        positive (`str` or `torch.nn.Module`, *optional*): A LoRA (folder, file or Hub
+            id) or a network of full weights. None is the pipeline's own network as it
+            is.
+        negative (`str` or `torch.nn.Module`): LoRA or network of the negative model,
+            e.g. trained by `diffusion_npo` or `self_npo`.
+        alpha (`float`, *optional*, defaults to `1.0`): Share of the positive offset in
+            the negative branch. The paper uses 1.
+        beta (`float`, *optional*, defaults to `1.0`): Share of the negative offset.
 
     Raises:
-        ConfigError: alpha or beta is no number; outside [0, 1] is a warning.
-        UserError: a pipeline without classifier-free guidance, weights that do not fit, a LoRA beside full weights, adapters on the
-            pipeline that cannot be scaled (see `_check_adapters`).
+        ConfigError: alpha or beta is no number, or `negative` is missing. Values
+            outside [0, 1] are a warning.
+        UserError: The pipeline has no classifier-free guidance, weights do not fit, or
+            a LoRA stands beside full weights. When guidance starts: adapters on the
+            pipeline cannot be scaled, or guidance is on already.
+
+    Example:
+        >>> from diffalign.generation.guidance import NegativeGuidance, load_network
+        >>> from diffalign.generation.pipelines import load_pipeline
+        >>> pipe = load_pipeline("shapes", device="cpu")
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> prompt = "a large yellow star on the right of a black background"
+        >>> with NegativeGuidance(pipe, negative=load_network(pipe, "shapes")):
+        ...     image = pipe(prompt, num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
     """
 
     def __init__(
@@ -101,15 +136,10 @@ class NegativeGuidance:
         self.network_name = next(
             (n for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module)), ""
         )
-        if (
-            not self.network_name
-            or not hasattr(type(pipe), "do_classifier_free_guidance")
-            or not hasattr(pipe, "encode_prompt")
-            or "image_guidance_scale"
-            in inspect.signature(type(pipe).__call__).parameters  # three branches
-        ):
+        if not self.network_name or not _has_two_branches(pipe):
             raise UserError(
-                f"pipe: {type(pipe).__name__} has no classifier-free guidance with two branches in one batch; use an SD, SDXL or SD3 pipeline"
+                f"pipe: {type(pipe).__name__} has no classifier-free guidance with two branches "
+                "in one batch; use an SD, SDXL or SD3 pipeline"
             )
         self.pipe, self.positive, self.negative = pipe, positive, negative
         self.alpha, self.beta = float(alpha), float(beta)
@@ -120,16 +150,18 @@ class NegativeGuidance:
             check_same_network(self.network, positive, "positive")
         if (full[1] and positive is not None and not full[0]) or (full[0] and not full[1]):
             raise UserError(
-                "positive, negative: one is a LoRA and the other a network; merge the LoRA into a network first (diffalign merge)"
+                "positive, negative: one is a LoRA and the other a network; merge the LoRA "
+                "into a network first (diffalign merge)"
             )
         if full[1] and (active_adapters(self.network) or fixed_adapters(self.network)):
             raise UserError(
-                "negative: a network cannot be combined with LoRAs that are active on the pipeline; fuse them first (pipe.fuse_lora())"
+                "negative: a network cannot be combined with LoRAs that are active on the "
+                "pipeline; fuse them first (pipe.fuse_lora())"
             )
         self._branches: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._undo = ExitStack()
         self._images: int | None = None
-        """Images of the call that is running: rows of each branch."""
+        """Images of the running call, which is the number of rows of each branch."""
 
     @property
     def network(self) -> Any:
@@ -137,7 +169,7 @@ class NegativeGuidance:
         return getattr(self.pipe, self.network_name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's call under negative guidance."""
+        """Call the pipeline under negative guidance, with the pipeline's arguments."""
         with self:
             return self.pipe(*args, **kwargs)
 
@@ -165,11 +197,12 @@ class NegativeGuidance:
         self._undo.close()
 
     def _check_adapters(self) -> None:
-        """Refuses adapters on the pipeline that cannot be taken apart.
+        """Refuse adapters on the pipeline that cannot be scaled.
 
         Raises:
-            UserError: fused adapters that are still loaded; with alpha other than 1 a DoRA, whose effect is not proportional to its
-                weight; adapters of other kinds than LoRA.
+            UserError: Fused adapters are still loaded, there are adapters of other
+                kinds than LoRA, or there is a DoRA and alpha is not 1. A DoRA's effect
+                is not proportional to its weight.
         """
         check_not_merged(self.network, "negative")
         for name, kind in fixed_adapters(self.network).items():
@@ -180,12 +213,12 @@ class NegativeGuidance:
                     else "cannot be switched beside LoRAs"
                 )
                 raise UserError(
-                    f"negative: the adapter {name!r} on the pipeline is {kind}, whose effect {why}; fuse it first (pipe.fuse_lora(), "
-                    "pipe.unload_lora_weights())"
+                    f"negative: the adapter {name!r} on the pipeline is {kind}, whose effect "
+                    f"{why}; fuse it first (pipe.fuse_lora(), pipe.unload_lora_weights())"
                 )
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's call, every row under the weights of its branch."""
+        """Run the network's call, every row under the weights of its branch."""
         assert self._branches is not None
         negative, positive = self._branches
         if not self.pipe.do_classifier_free_guidance or kwargs.get("skip_layers") is not None:
@@ -204,14 +237,15 @@ class NegativeGuidance:
             or (self._images or 0) * branches not in (0, call.total)
         ):
             raise UserError(
-                f"pipe: expected the {branches} guidance branches of {self._images} images in one batch, got {call.total} rows; "
-                f"{type(self.pipe).__name__} cannot be used with negative guidance"
+                f"pipe: expected the {branches} guidance branches of {self._images} images in "
+                f"one batch, got {call.total} rows; {type(self.pipe).__name__} cannot be used "
+                "with negative guidance"
             )
         first_positive = int((call.index < call.total // branches).sum())
         if first_positive in (0, rows):
             return (negative if first_positive else positive)(*args, **kwargs)
         halves = (slice(0, first_positive), slice(first_positive, rows))
-        if perturbed:  # its attention layers divide the whole batch
+        if perturbed:  # its attention layers split the whole batch
             outs = [branch(*args, **kwargs) for branch in (negative, positive)]
             parts = [pick_rows(out, rows, half) for out, half in zip(outs, halves, strict=True)]
         else:
@@ -222,7 +256,7 @@ class NegativeGuidance:
         return join_rows(parts, [half.stop - half.start for half in halves])
 
     def _network_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """A second network with the merged weights, and the pipeline's own or the positive one."""
+        """Return two branches, of which the negative one is a network merged here."""
         merged = strip_adapters(copy.deepcopy(self.network))
         base = merged.state_dict()
         positive = base if self.positive is None else plain_state(self.positive)
@@ -235,13 +269,11 @@ class NegativeGuidance:
                 for name, weight in base.items()
             }
         )
-        own = (
-            self.network if self.positive is None else self.positive
-        ).forward  # before it is wrapped
-        return merged.forward, own
+        positive_network = self.network if self.positive is None else self.positive
+        return merged.forward, positive_network.forward  # before it is wrapped
 
     def _adapter_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """One network, its adapters switched before each half."""
+        """Return two branches of one network, which switch its adapters."""
         network = self.network
         pos = active_adapters(network)
         for role, weights in (("positive", self.positive), ("negative", self.negative)):
@@ -259,14 +291,15 @@ class NegativeGuidance:
             pos["guidance_positive"], neg["guidance_positive"] = 1.0, self.alpha
         neg["guidance_negative"] = self.beta
         network.enable_lora()
-        own = network.forward
+        unwrapped = network.forward
 
         def branch(adapters: Mapping[str, float]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                # Every adapter is named, with weight 0 where it has no part, so that switching never leaves one on.
+                # Every adapter is named, some with weight 0, so that none of the other
+                # branch stays on.
                 names = [*neg]
                 network.set_adapters(names, [adapters.get(name, 0.0) for name in names])
-                return own(*args, **kwargs)
+                return unwrapped(*args, **kwargs)
 
             return forward
 
@@ -276,8 +309,17 @@ class NegativeGuidance:
 _MARK = "_negative_guidance"
 
 
+def _has_two_branches(pipe: Any) -> bool:
+    """Whether a pipeline puts two guidance branches into one batch."""
+    return (
+        hasattr(type(pipe), "do_classifier_free_guidance")
+        and hasattr(pipe, "encode_prompt")
+        and "image_guidance_scale" not in inspect.signature(type(pipe).__call__).parameters
+    )
+
+
 def _counting(encode: Callable[..., Any], guidance: NegativeGuidance) -> Callable[..., Any]:
-    """A pipeline's `encode_prompt` that tells the guidance how many images the call draws."""
+    """Wrap `encode_prompt` so that the guidance knows how many images a call draws."""
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         encoded = encode(*args, **kwargs)
@@ -289,23 +331,36 @@ def _counting(encode: Callable[..., Any], guidance: NegativeGuidance) -> Callabl
 
 
 def load_negative(pipe: Any, source: str) -> Any:
-    """What `NegativeGuidance` takes as `negative`: the network of a pipeline folder, or a LoRA as it is named.
+    """Load what `NegativeGuidance` takes as `negative`.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        source (`str`): A pipeline folder, or a LoRA.
+
+    Returns:
+        The network of a pipeline folder. A LoRA's name stays as it is.
 
     Raises:
-        UserError: see `load_network`.
+        UserError: See `load_network`.
     """
     return load_network(pipe, source) if (Path(source) / "model_index.json").is_file() else source
 
 
 def check_same_network(base: Any, other: Any, role: str) -> None:
-    """Refuses networks of another architecture or prediction type.
+    """Refuse a network of another architecture.
+
+    Args:
+        base (`torch.nn.Module`): The pipeline's network.
+        other (`torch.nn.Module`): The other network.
+        role (`str`): What messages call the other network.
 
     Raises:
-        UserError: names the first difference.
+        UserError: The networks differ. The message names the first difference.
     """
     if type(base).__name__ != type(other).__name__:
         raise UserError(
-            f"{role}: a {type(other).__name__} cannot be combined with this pipeline's {type(base).__name__}"
+            f"{role}: a {type(other).__name__} cannot be combined with this pipeline's "
+            f"{type(base).__name__}"
         )
     check_same_states(plain_state(base), plain_state(other), role, "the pipeline's")
 
@@ -313,15 +368,22 @@ def check_same_network(base: Any, other: Any, role: str) -> None:
 def check_same_states(
     mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], role: str, whose: str
 ) -> None:
-    """Refuses weights of other names or shapes.
+    """Refuse weights of other names or shapes.
+
+    Args:
+        mine (`Mapping[str, Tensor]`): The weights to compare with.
+        theirs (`Mapping[str, Tensor]`): The weights to check.
+        role (`str`): What messages call the checked weights.
+        whose (`str`): Whose the first weights are, in words.
 
     Raises:
-        UserError: names the first difference.
+        UserError: They differ. The message names the first difference.
     """
     missing = sorted(set(mine) ^ set(theirs))
     if missing:
         raise UserError(
-            f"{role}: its architecture differs from {whose}, e.g. in {missing[0]}; use weights of the same model family"
+            f"{role}: its architecture differs from {whose}, e.g. in {missing[0]}; use weights "
+            "of the same model family"
         )
     for name, weight in mine.items():
         if weight.shape != theirs[name].shape:
@@ -332,10 +394,17 @@ def check_same_states(
 
 
 def load_network(pipe: Any, folder: str | Path) -> Any:
-    """The denoiser of a pipeline folder or Hub id, for `NegativeGuidance`, with the prediction type checked.
+    """Load the denoiser of a pipeline folder or Hub id for `NegativeGuidance`.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline that it must fit.
+        folder (`str` or `Path`): Pipeline folder or Hub id.
+
+    Returns:
+        `torch.nn.Module` on the device and in the dtype of the pipeline's network.
 
     Raises:
-        UserError: another prediction type or architecture.
+        UserError: It has another prediction type or architecture.
     """
     from ..backbones.loading import ModelSource
 
@@ -343,7 +412,8 @@ def load_network(pipe: Any, folder: str | Path) -> Any:
     name = next(n for n in NETWORKS if isinstance(getattr(pipe, n, None), torch.nn.Module))
     if not source.has(name):
         raise UserError(
-            f"negative: {str(folder)!r} has no {name}, this pipeline has one; use weights of the same model family"
+            f"negative: {str(folder)!r} has no {name}, this pipeline has one; use weights of "
+            "the same model family"
         )
     kinds = [
         str(config.get("prediction_type", "epsilon"))
@@ -351,7 +421,8 @@ def load_network(pipe: Any, folder: str | Path) -> Any:
     ]
     if kinds[0] != kinds[1]:
         raise UserError(
-            f"negative: it predicts {kinds[1]}, the pipeline's model {kinds[0]}; their outputs cannot be combined"
+            f"negative: it predicts {kinds[1]}, the pipeline's model {kinds[0]}; their outputs "
+            "cannot be combined"
         )
     network = getattr(pipe, name)
     other = source.load(name, network.dtype).to(network.device).eval()

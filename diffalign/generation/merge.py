@@ -1,8 +1,10 @@
-"""``diffalign merge``: weighted sums of LoRAs or of full weights, written as plain diffusers weights.
+"""Merge LoRAs or full weights by weighted sums, as `diffalign merge` does.
 
     theta = base + sum_i w_i (theta_i - base)
 
-With weights that sum to 1 this is interpolation, or a reward soup of several runs (Rame et al. 2023, arXiv 2306.04488). LoRAs are merged exactly: the sum of low-rank updates has the sum of their ranks.
+With weights that sum to 1 this is interpolation, or a reward soup of several runs (Rame
+et al. 2023, arXiv 2306.04488). LoRAs are merged exactly: the sum of low-rank updates
+has the sum of their ranks. The result is plain diffusers weights.
 """
 
 from __future__ import annotations
@@ -21,10 +23,19 @@ if TYPE_CHECKING:
 def merge_states(
     base: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 ) -> dict[str, Tensor]:
-    """base + sum_i w_i (theta_i - base), name by name, summed in float32 or wider.
+    """Return base + sum_i w_i (theta_i - base), summed in float32 or wider.
+
+    Args:
+        base (`Mapping[str, Tensor]`): Name -> weight.
+        others (`Sequence[Mapping[str, Tensor]]`): N mappings with the same names and
+            shapes.
+        weights (`Sequence[float]`): N factors.
+
+    Returns:
+        `dict[str, Tensor]` in the base's dtypes.
 
     Raises:
-        UserError: names or shapes that differ.
+        UserError: Names or shapes differ.
     """
     import torch
 
@@ -52,10 +63,16 @@ def _is_pipeline(name: str) -> bool:
 def merge_loras(
     model: str, loras: Sequence[str], weights: Sequence[float], output_dir: Path
 ) -> None:
-    """Writes ``pytorch_lora_weights.safetensors``: the exact weighted sum of the LoRAs' updates.
+    """Write the exact weighted sum of LoRAs as `pytorch_lora_weights.safetensors`.
+
+    Args:
+        model (`str`): The model that they belong to.
+        loras (`Sequence[str]`): N LoRAs.
+        weights (`Sequence[float]`): N factors.
+        output_dir (`Path`): Where the file goes.
 
     Raises:
-        UserError: one of them is no LoRA of the model.
+        UserError: One of them is no LoRA of the model.
     """
     import torch
 
@@ -83,22 +100,22 @@ def merge_loras(
 
 
 def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> (down, up) of an adapter, alpha / r folded into the second."""
+    """Return layer -> (down, up) of an adapter, with alpha / r multiplied into up."""
     from peft.tuners.lora import LoraLayer
 
-    found = {}
+    factors = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             scale = layer.scaling[adapter]
-            found[name] = (
+            factors[name] = (
                 layer.lora_A[adapter].weight.detach().clone(),
                 scale * layer.lora_B[adapter].weight.detach(),
             )
-    return found
+    return factors
 
 
 def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Leaves one adapter `default` on the network, its alpha equal to its rank in every layer."""
+    """Add an adapter `default` with these factors, its alpha equal to its rank."""
     from peft import LoraConfig
 
     ranks = {name: len(down) for name, (down, _) in factors.items()}
@@ -133,28 +150,24 @@ def _merge_pipelines(
         other = load_backbone(name)
         if other.network_name != backbone.network_name:
             raise UserError(
-                f"--inputs: {name!r} has a {other.network_name}, the base a {backbone.network_name}; merge weights of one model family"
+                f"--inputs: {name!r} has a {other.network_name}, the base a "
+                f"{backbone.network_name}; merge weights of one model family"
             )
         kinds = other.process.prediction_type, backbone.process.prediction_type
         if kinds[0] != kinds[1]:
             raise UserError(
-                f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of one model family"
+                f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of "
+                "one model family"
             )
         other.place(torch.device("cpu"), torch.float32)
         states.append(other.load_network(torch.float32).state_dict())
     merged = merge_states(network.state_dict(), states, weights)
-    bad = next(
-        (
-            name
-            for name, value in merged.items()
-            if value.is_floating_point() and not value.isfinite().all()
-        ),
-        None,
-    )
-    if bad is not None:
-        raise UserError(
-            f"--inputs: the sum is not finite in {bad}; one of the inputs was saved by a broken run"
-        )
+    for name, value in merged.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"--inputs: the sum is not finite in {name}; one of the inputs was saved by a "
+                "broken run"
+            )
     network.load_state_dict(merged)
     with replacing_folder(output_dir) as temporary:
         backbone.pipeline(network=network).save_pretrained(temporary)

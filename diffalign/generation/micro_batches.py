@@ -1,4 +1,8 @@
-"""Networks of a pipeline run in micro-batches, or on distinct particles only, and count their rows, for the duration of one call."""
+"""Run the network of a pipeline in micro-batches, or on distinct particles only.
+
+The rows are counted. This lasts for one call of the pipeline, which is as before
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,18 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 
-# Positions, shared by all rows: their first dimension may equal the batch by accident.
+# All rows share these positions. Their first dimension may equal the batch by accident.
 _SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
 
 
 def pick_rows(value: Any, batch: int, index: slice | Tensor) -> Any:
-    """The rows `index` of every tensor with `batch` rows inside a nest of lists, tuples and dicts."""
+    """Pick the rows `index` of every tensor inside a nest of lists, tuples and dicts.
+
+    Args:
+        value: The nest. Tensors whose first dimension is not `batch` stay as they are.
+        batch (`int`): Rows of the batch.
+        index (`slice` or `Tensor`): The rows to pick.
+    """
     if isinstance(value, Tensor):
         if value.ndim == 0 or value.shape[0] != batch:
             return value
@@ -32,7 +42,12 @@ def pick_rows(value: Any, batch: int, index: slice | Tensor) -> Any:
 
 
 def join_rows(parts: list[Any], sizes: list[int]) -> Any:
-    """One output of the outputs of micro-batches, concatenated where they have their rows."""
+    """Join the outputs of micro-batches, concatenating tensors that have their rows.
+
+    Args:
+        parts (`list`): M outputs of one structure.
+        sizes (`list[int]`): M numbers of rows.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         rows = all(p.ndim > 0 and p.shape[0] == n for p, n in zip(parts, sizes, strict=True))
@@ -46,17 +61,23 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
 
 
 def perturbs_attention(pipe: Any) -> bool:
-    """Whether the pipeline's call is under perturbed-attention guidance, whose attention layers divide the whole batch."""
+    """Whether the pipeline's call is under perturbed-attention guidance.
+
+    Its attention layers then split the whole batch.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+    """
     return bool(getattr(pipe, "do_perturbed_attention_guidance", False))
 
 
 @dataclass(frozen=True)
 class CallRows:
-    """Which rows of the pipeline's own batch a network is called with.
+    """The rows of the pipeline's own batch with which a network is called.
 
     Attributes:
-        total: rows of the batch.
-        index: (rows of the call,) int64, ascending.
+        total (`int`): Rows of the batch.
+        index (`Tensor`): (rows of the call,) int64, ascending.
     """
 
     total: int
@@ -67,7 +88,14 @@ _rows: ContextVar[CallRows | None] = ContextVar("rows of the network's call", de
 
 
 def call_rows(rows: int) -> CallRows:
-    """The rows of the call that is running, of which the network sees `rows`: all, unless `Batches` took it apart."""
+    """Return the rows of the running call: all of them, unless `Batches` split it.
+
+    Args:
+        rows (`int`): Rows that the network sees.
+
+    Returns:
+        `CallRows`.
+    """
     current = _rows.get()
     return CallRows(rows, torch.arange(rows)) if current is None else current
 
@@ -82,17 +110,24 @@ def _calling(total: int, index: Tensor) -> Iterator[None]:
 
 
 class Batches:
-    """How a network's forward is run: whole, in micro-batches, on distinct rows only; and what was run.
+    """Run a network's forward whole, in micro-batches, or on distinct rows only.
+
+    It counts what was run.
 
     Args:
-        rows (`int`): particles of the call; a batch holds a multiple of them (guidance doubles it).
-        size (`int`, *optional*): largest micro-batch; None runs the batch whole.
-        grouped (`int`): particles per group, whose text conditioning must be the same; 0 does not check.
-        whole: whether the network looks at the batch as a whole, as under perturbed-attention guidance; it then cannot be taken apart.
+        rows (`int`): Particles of the call. A batch holds a multiple of them (guidance
+            doubles it).
+        size (`int`, *optional*): Largest micro-batch. None runs the batch whole.
+        grouped (`int`, *optional*, defaults to `0`): Particles per group, whose text
+            conditioning must be the same. 0 does not check.
+        whole (`Callable[[], bool]`, *optional*): Whether the network looks at the batch
+            as a whole, as under perturbed-attention guidance. It then cannot be split.
 
     Attributes:
-        calls, computed: forward passes and rows of them.
-        same_as: (rows,) int64 or None: the first row with an equal state, for `mode="prune"`.
+        calls (`int`): Forward passes.
+        computed (`int`): Rows of them.
+        same_as (`Tensor`, *optional*): (rows,) int64, the first row with an equal
+            state. For `mode="prune"`.
     """
 
     def __init__(
@@ -109,6 +144,20 @@ class Batches:
     def forward(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Run the network's forward as these settings say.
+
+        Args:
+            original (`Callable`): The network's own forward.
+            args (`tuple`): Its arguments.
+            kwargs (`dict[str, Any]`): Its keyword arguments.
+
+        Returns:
+            What `original` returns for the whole batch.
+
+        Raises:
+            ConfigError: The batch must stay whole and is larger than `size`.
+            UserError: Rows of a group differ in their text conditioning.
+        """
         first = next(
             (
                 x
@@ -134,31 +183,37 @@ class Batches:
     def _split(
         self, original: Callable[..., Any], args: Any, kwargs: Any, total: int, index: Tensor
     ) -> Any:
-        """Runs the rows `index` of a batch of `total`, which are those in `args` and `kwargs`, in micro-batches."""
+        """Run some rows of a batch in micro-batches.
+
+        `args` and `kwargs` hold the rows `index` of a batch of `total`.
+        """
         batch = len(index)
         size = self.size or batch
         if size < batch and self.whole():
             raise ConfigError(
                 "model_batch_size",
-                f"perturbed-attention guidance needs all {batch} rows in one forward pass, got {size}; leave it out",
+                f"perturbed-attention guidance needs all {batch} rows in one forward pass, got "
+                f"{size}; leave it out",
             )
         self.calls += -(-batch // size)
         self.computed += batch
         parts, sizes = [], []
         for start in range(0, batch, size):
             part = slice(start, min(start + size, batch))
-            own = (
-                (args, kwargs)
-                if size >= batch
-                else (pick_rows(args, batch, part), pick_rows(kwargs, batch, part))
-            )
+            part_args, part_kwargs = args, kwargs
+            if size < batch:
+                part_args = pick_rows(args, batch, part)
+                part_kwargs = pick_rows(kwargs, batch, part)
             with _calling(total, index[part]):
-                parts.append(original(*own[0], **own[1]))
+                parts.append(original(*part_args, **part_kwargs))
             sizes.append(part.stop - part.start)
         return parts[0] if len(parts) == 1 else join_rows(parts, sizes)
 
     def _distinct(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(rows to compute, for every row the place of its result among them), over all guidance copies."""
+        """Return the rows to compute, and every row's place among them.
+
+        Both cover all guidance copies.
+        """
         assert self.same_as is not None
         offsets = torch.arange(batch // self.rows)[:, None] * self.rows
         distinct, back = torch.unique((self.same_as + offsets).flatten(), return_inverse=True)
@@ -170,15 +225,24 @@ class Batches:
         groups = embeddings.unflatten(0, (-1, self.grouped))
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise UserError(
-                "pipe: its rows are not one prompt's particles after the other, so they cannot be told apart; "
-                "steer one prompt per call (prompts_per_call=1)"
+                "pipe: its rows are not one prompt's particles after the other, so they cannot "
+                "be told apart; steer one prompt per call (prompts_per_call=1)"
             )
-        self.grouped = 0  # once is enough
+        self.grouped = 0  # one check is enough
 
 
 @contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any], **marks: Any) -> Iterator[None]:
-    """`function` in place of an object's method, with attributes `marks`; the object is as before afterwards, whatever happens."""
+    """Replace an object's method by `function` while the block runs.
+
+    The object is as before afterwards, whatever happens.
+
+    Args:
+        owner: The object.
+        name (`str`): Name of the method.
+        function (`Callable`): What is called in its place.
+        **marks: Attributes of the replacement.
+    """
     there, before = name in vars(owner), vars(owner).get(name)
 
     @functools.wraps(getattr(owner, name))
@@ -199,7 +263,13 @@ def replaced(owner: Any, name: str, function: Callable[..., Any], **marks: Any) 
 
 @contextmanager
 def batched(module: Any, name: str, batches: Batches) -> Iterator[None]:
-    """Puts `batches` in front of ``module.name`` on this instance and takes it away afterwards."""
+    """Run `module.name` through `batches` on this instance while the block runs.
+
+    Args:
+        module: The network.
+        name (`str`): Name of the method.
+        batches (`Batches`): How it is run.
+    """
     original = getattr(module, name)
     with replaced(module, name, lambda *args, **kwargs: batches.forward(original, args, kwargs)):
         yield

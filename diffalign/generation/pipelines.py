@@ -1,4 +1,4 @@
-"""Load pipelines for drawing: from the Hub, a folder or the embedded model, with a LoRA."""
+"""Load pipelines for drawing: from the Hub, a folder or the package, with a LoRA."""
 
 from __future__ import annotations
 
@@ -19,13 +19,29 @@ def load_pipeline(
     variant: str | None = None,
     **components: Any,
 ) -> Any:
-    """A plain diffusers pipeline from a Hub id, a folder or ``shapes``; safetensors only.
+    """Load a plain diffusers pipeline from safetensors.
 
     Args:
-        dtype: of its weights; None is bfloat16 on a GPU, else float32.
-        device: None and ``auto`` take the GPU if there is one.
-        variant: of the weights, such as ``fp16``; None takes the plain ones, or the variant that is there where there are none.
-        components: replace the pipeline's own, e.g. ``safety_checker=None``.
+        model (`str`): Hub id, folder or `shapes`.
+        dtype (`torch.dtype`, *optional*): Precision of its weights. None is bfloat16 on
+            a GPU, else float32.
+        device (`str` or `torch.device`, *optional*): None and `auto` take the GPU if
+            there is one.
+        variant (`str`, *optional*): Variant of the weights, such as `fp16`. None takes
+            the plain ones, or the variant that is there if there are none.
+        **components: Replacements of the pipeline's own parts, e.g.
+            `safety_checker=None`.
+
+    Returns:
+        `DiffusionPipeline` on the device.
+
+    Raises:
+        UserError: The model is not there, damaged or incomplete.
+
+    Example:
+        >>> from diffalign.generation.pipelines import load_pipeline
+        >>> type(load_pipeline("shapes", device="cpu")).__name__
+        'StableDiffusionPipeline'
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -59,7 +75,15 @@ def load_pipeline(
 
 
 def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> Any:
-    """`load_pipeline` without a safety checker: it paints images black, and a black image would be scored like any other."""
+    """Load a pipeline without its safety checker.
+
+    The checker paints images black, and a black image would be scored like any other.
+
+    Args:
+        model (`str`): Hub id, folder or `shapes`.
+        dtype (`torch.dtype`, *optional*): See `load_pipeline`.
+        device (`str` or `torch.device`, *optional*): See `load_pipeline`.
+    """
     index = getattr(ModelSource(model), "index", {})
     components: dict[str, Any] = (
         {"safety_checker": None, "requires_safety_checker": False}
@@ -70,7 +94,13 @@ def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> An
 
 
 def default_settings(model: Any) -> dict[str, Any]:
-    """Arguments of the pipeline's call that it would not choose by itself: those of the embedded one."""
+    """Return arguments of the pipeline's call that it would not choose by itself.
+
+    Only the embedded model has some.
+
+    Args:
+        model (`str`): Hub id, folder or `shapes`.
+    """
     if model == "shapes" and ModelSource(model).local:
         from ..shapes.sampling_defaults import SAMPLING
 
@@ -80,7 +110,14 @@ def default_settings(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None]:
-    """A LoRA on the pipeline while the block runs, beside those that are active on it."""
+    """Put a LoRA on the pipeline while the block runs, beside the active ones.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        weights: The LoRA: folder, file or Hub id.
+        scale (`float`): Its strength.
+        role (`str`): What messages call it.
+    """
     before = adapter_state(pipe)
     name = "diffalign_compared"
     with adapters_kept(pipe):
@@ -91,7 +128,7 @@ def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None
 
 
 def base_pipeline() -> Any:
-    """The embedded pipeline, plainly loaded."""
+    """Load the embedded pipeline, without the checks of `load_pipeline`."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 

@@ -1,4 +1,7 @@
-"""Batched sampling with one seed per image: the same noise whatever the batch size."""
+"""Sample images in batches with one seed per image.
+
+An image's noise depends on its seed alone, whatever the batch size.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,43 @@ def generate(
     progress: bool = True,
     **pipe_kwargs: Any,
 ) -> list[Any]:
-    """One image per (prompt, seed) from an unmodified diffusers pipeline.
+    """Draw one image per (prompt, seed) with an unmodified diffusers pipeline.
 
-    Every image has a CPU generator of its own, so initial and step noise depend on its seed alone: not on the batch size, the
-    device or its neighbours. The same (prompt, seed) under two models is therefore a paired sample.
+    Every image has a CPU generator of its own. So initial and step noise depend on its
+    seed alone, and not on the batch size, the device or other images. The same (prompt,
+    seed) under two models is therefore a paired sample.
 
     Args:
-        pipe: a text-to-image `DiffusionPipeline`.
-        prompts (`Sequence[str]`): one per image.
-        seeds (`Sequence[int]`): one per image.
-        batch_size (`int`): images per forward pass.
-        pipe_kwargs: handed to the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
+        pipe (`DiffusionPipeline`): A text-to-image pipeline.
+        prompts (`Sequence[str]`): N prompts.
+        seeds (`Sequence[int]`): N seeds.
+        batch_size (`int`, *optional*, defaults to `8`): Images per forward pass.
+        description (`str`, *optional*, defaults to `"sampling"`): Label of the progress
+            bar.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+        **pipe_kwargs: Arguments of the pipeline's call (`num_inference_steps`,
+            `guidance_scale`, ...).
 
     Returns:
-        `list[PIL.Image.Image]` in the order of `prompts`, with a `diffalign.runtime.missing.Missing` where an image is not finite, was blocked by a
-        safety checker, or could not be drawn.
+        `list[PIL.Image.Image]` in the order of `prompts`. A
+        `diffalign.runtime.missing.Missing` replaces an image that is not finite, was
+        blocked by a safety checker, or could not be drawn.
+
+    Raises:
+        ConfigError: The pipeline's scheduler has no timesteps for
+            `num_inference_steps`.
+        ValueError: There are not as many seeds as prompts.
+
+    Example:
+        >>> from diffalign.generation.pipelines import load_pipeline
+        >>> from diffalign.generation.sampling import generate
+        >>> pipe = load_pipeline("shapes", device="cpu")
+        >>> prompt = "a large yellow star on the right of a black background"
+        >>> images = generate(
+        ...     pipe, [prompt] * 2, seeds=[0, 1], num_inference_steps=2, progress=False
+        ... )
+        >>> [image.size for image in images]
+        [(64, 64), (64, 64)]
     """
     if len(prompts) != len(seeds):
         raise ValueError(
@@ -70,7 +95,11 @@ def generate(
 def _draw_batch(
     pipe: Any, prompts: list[str], generators: list[torch.Generator], settings: Mapping[str, Any]
 ) -> list[Any]:
-    """The images of a batch. Where the pipeline refuses it, its prompts are drawn one by one, so that one prompt costs one image."""
+    """Draw the images of a batch.
+
+    Where the pipeline refuses a batch, its prompts are drawn one by one, so that one
+    prompt costs one image.
+    """
     seeds = [generator.initial_seed() for generator in generators]
     try:
         with watched(pipe) as finite:
@@ -88,12 +117,22 @@ def _draw_batch(
             except ValueError as failure:
                 images.append(Missing(f"{FAILED}: {' '.join(str(failure).split())[:150]}"))
         if not present(images):
-            raise  # a mistake of the call, not of one prompt
+            raise  # the call is wrong, not one prompt
         return images
 
 
 def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps") -> None:
-    """Raises `ConfigError` for a number of steps for which the pipeline's scheduler has no timesteps."""
+    """Check that the pipeline's scheduler has timesteps for a number of steps.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        steps (`int`, *optional*): The number. None is not checked.
+        field (`str`, *optional*, defaults to `"num_inference_steps"`): The option that
+            the message names.
+
+    Raises:
+        ConfigError: It has none.
+    """
     scheduler = getattr(pipe, "scheduler", None)
     if steps is None:
         return
@@ -111,7 +150,7 @@ def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps"
             scheduler.set_timesteps(steps)
             times = torch.as_tensor(scheduler.timesteps)
             good = len(times) > 0 and (limit is None or float(times.max()) < limit)
-        except Exception:  # one that needs more than a number, which its pipeline gives it
+        except Exception:  # it needs arguments that only its pipeline has
             return
     if not good:
         most = f", at most {limit}" if limit is not None and steps >= limit else ""
@@ -122,24 +161,27 @@ def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps"
 
 def draw_files(
     draw: Callable[[list[str], list[int]], list[Any]],
-    wanted: Sequence[tuple[str, int, Path]],
+    images: Sequence[tuple[str, int, Path]],
     batch_size: int,
     processes: Processes,
     description: str,
 ) -> None:
-    """Draws the (prompt, seed, PNG file) that are not there yet, batches shared among processes; no file is ever half-written.
+    """Draw the images whose files are not there yet, shared among processes.
 
-    A batch is always the same images, also when some of them are there already, because the last bit of an image may depend on its batch.
+    No file is ever half-written. A batch always holds the same images, also when some
+    of them are there already, because the last bit of an image may depend on its batch.
 
     Args:
-        draw: (prompts, seeds) of a batch -> images; not called when nothing is missing.
+        draw (`Callable`): (prompts, seeds) of a batch -> images. It is not called when
+            nothing is missing.
+        images (`Sequence[tuple[str, int, Path]]`): (prompt, seed, PNG file) of every
+            image.
+        batch_size (`int`): Images per batch.
+        processes (`Processes`): The processes that share the work.
+        description (`str`): Label of the progress bar.
     """
-    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
-    mine = [
-        batch
-        for batch in batches[processes.rank :: processes.world]
-        if not all(is_drawn(path) for _, _, path in batch)
-    ]
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    mine = [batch for batch in batches[processes.rank :: processes.world] if not _all_drawn(batch)]
     total = sum(map(len, mine))
     with tqdm(
         total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine
@@ -153,8 +195,17 @@ def draw_files(
             bar.update(len(batch))
 
 
+def _all_drawn(images: Sequence[tuple[str, int, Path]]) -> bool:
+    return all(is_drawn(path) for _, _, path in images)
+
+
 def save_drawn(picture: Any, path: Path) -> None:
-    """The image, or a marker that says why it is missing."""
+    """Save an image, or a marker that says why it is missing.
+
+    Args:
+        picture (`PIL.Image.Image` or `Missing`): The image.
+        path (`Path`): The PNG file.
+    """
     if isinstance(picture, Missing):
         write_atomically(_marker(path), picture.reason.encode())
     else:
@@ -162,18 +213,28 @@ def save_drawn(picture: Any, path: Path) -> None:
 
 
 def _marker(path: Path) -> Path:
-    """Beside where an image would be: why it is missing."""
+    """Return the file beside an image's that says why the image is missing."""
     return path.with_suffix(".missing")
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether an image is there, or known to be missing. One that failed is tried again."""
+    """Whether an image is there, or known to be missing.
+
+    An image that failed is tried again.
+
+    Args:
+        path (`Path`): The PNG file.
+    """
     marker = _marker(path)
     return path.is_file() or (marker.is_file() and not marker.read_text("utf-8").startswith(FAILED))
 
 
 def drawn_file(path: Path) -> Any:
-    """A drawn file's path, or the `Missing` that stands in its place."""
+    """Return a drawn file's path, or the `Missing` that replaces it.
+
+    Args:
+        path (`Path`): The PNG file.
+    """
     if path.is_file():
         return path
     marker = _marker(path)
