@@ -1,1 +1,1 @@
-"""``diffalign demo``: models side by side from the same noise, blind votes that can be trained on, steering to watch."""
+"""The demo page: compare models, vote blindly and watch steering in a browser."""

@@ -1,4 +1,4 @@
-"""The page: three tabs over one engine."""
+"""Build and serve the demo page, which has three tabs over one engine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from .vote_tab import KEYS, Voting
 from .votes import VoteStore
 
 CSS = """
-#compare-slider img, #steer-slider img, #vote-image-left img, #vote-image-right img { image-rendering: pixelated }
+#compare-slider img, #steer-slider img, #vote-image-left img, #vote-image-right img {
+  image-rendering: pixelated
+}
 .gradio-container { max-width: 1100px !important }
 footer { display: none !important }
 """
 EXAMPLE = "a large yellow star on the right of a black background"
-KEEP_SECONDS = 1800  # of drawn images in the server's cache
+KEEP_SECONDS = 1800  # how long drawn images stay in the server's cache
 
 
 def build_app(
@@ -32,15 +34,25 @@ def build_app(
     example: str = EXAMPLE,
     export: bool = True,
 ) -> gr.Blocks:
-    """The demo as `gr.Blocks`.
+    """Build the demo as `gr.Blocks`.
 
     Args:
-        engine: models and scorers.
-        prompts: for blind votes.
-        votes: where they are kept; None keeps them in ``diffalign-votes``.
-        vote_pair: names of base and tuned; None takes the first and the last model.
-        example: the first prompt.
-        export: let visitors download all votes as a preference dataset.
+        engine (`Engine`): Models and scorers.
+        prompts (`Sequence[str]`, *optional*, defaults to `()`): Prompts for blind
+            votes.
+        votes (`VoteStore`, *optional*): Where votes are stored. None stores them in
+            `diffalign-votes`.
+        vote_pair (`tuple[str, str]`, *optional*): Names of base and tuned model. None
+            takes the first and the last model.
+        example (`str`, *optional*): The prompt that the page starts with.
+        export (`bool`, *optional*, defaults to `True`): Let visitors download all votes
+            as a preference dataset.
+
+    Returns:
+        `gr.Blocks`.
+
+    Raises:
+        UserError: There is nothing to vote on.
     """
     session = Session()
     voting = Voting(
@@ -66,15 +78,15 @@ def build_app(
 
 
 MAX_BODY = 4 << 20
-"""Bytes of the largest request: texts and numbers, and one vote."""
+"""Largest request in bytes. A request holds texts and numbers, or one vote."""
 
 
 class BodyLimit:
     """ASGI middleware that refuses large requests before anything parses them.
 
     Args:
-        app: the application behind it.
-        most: bytes of a body.
+        app: The application behind it.
+        most (`int`, *optional*, defaults to `MAX_BODY`): Largest body, in bytes.
     """
 
     def __init__(self, app: Any, most: int = MAX_BODY) -> None:
@@ -89,13 +101,13 @@ class BodyLimit:
         if not length.isdigit() or len(length) > 18 or int(length) > self.most:
             await self._refuse(send)
             return
-        seen = 0
+        received = 0
 
         async def counted() -> Any:
-            nonlocal seen
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:  # sent in chunks, without a length
+            received += len(message.get("body", b""))
+            if received > self.most:  # a body in chunks, without a length
                 return {"type": "http.disconnect"}
             return message
 
@@ -113,21 +125,27 @@ class BodyLimit:
 
 
 def launch(app: gr.Blocks, **options: Any) -> Any:
-    """Serves it: no uploads, no large requests, no files of the server, no web fonts."""
+    """Serve the page without uploads, large requests, server files or web fonts.
+
+    Args:
+        app (`gr.Blocks`): From `build_app`.
+        **options: Options of `gr.Blocks.launch`, which replace these defaults.
+    """
     from starlette.middleware import Middleware
 
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    given = {
+    defaults: dict[str, Any] = {
         "theme": theme,
         "css": CSS,
         "head": KEYS,
         "max_file_size": "1kb",
         "show_error": True,
         "footer_links": [],
+        "app_kwargs": {"middleware": [Middleware(BodyLimit)]},
+        "ssr_mode": False,
+        "mcp_server": False,
+        "enable_monitoring": False,
     }
-    given["app_kwargs"] = {"middleware": [Middleware(BodyLimit)]}
-    return app.launch(
-        **{**given, "ssr_mode": False, "mcp_server": False, "enable_monitoring": False, **options}
-    )
+    return app.launch(**{**defaults, **options})

@@ -1,4 +1,7 @@
-"""*Compare*: one prompt and seed under two models, with a slider between the images."""
+"""The *Compare* tab: one prompt and seed under two models.
+
+A slider lies between the images.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,17 @@ from typing import Any
 import gradio as gr
 
 from .engine import Engine, Request, bounded, enlarged
-from .ui import Session, inputs, said, score_table
+from .ui import Session, explained, inputs, score_table
 
 
 def build(engine: Engine, session: Session, example: str) -> None:
-    """The tab's components and events."""
+    """Add the tab's components and events to the page.
+
+    Args:
+        engine (`Engine`): Models and scorers.
+        session (`Session`): The visitors' jobs.
+        example (`str`): The first prompt.
+    """
     names = engine.names
     prompt, seed, steps, guidance, side = inputs(engine, names[0], example, "compare")
     with gr.Row():
@@ -59,15 +68,15 @@ def build(engine: Engine, session: Session, example: str) -> None:
         request: gr.Request,
         progress=gr.Progress(),  # noqa: B008
     ):
-        with said():
-            wanted = engine.read(prompt, seed, steps, guidance, side)
+        with explained():
+            image_request = engine.read(prompt, seed, steps, guidance, side)
             bounded("LoRA scale", scale, 0, engine.limits.lora_scale)
             for name in (left, right):
                 engine.pipe(name)
             images = []
             for i, name in enumerate((left, right)):
                 for kind, value in session.run(
-                    request, partial(engine.draw, name, wanted, lora_scale=scale)
+                    request, partial(engine.draw, name, image_request, lora_scale=scale)
                 ):
                     if kind == "step":
                         progress((i * value[1] + value[0], 2 * value[1]), desc=f"drawing {name}")
@@ -75,15 +84,17 @@ def build(engine: Engine, session: Session, example: str) -> None:
                         images.append(value)
             yield gr.skip(), gr.skip(), "scoring"
             table = score_table(
-                engine.score(images, wanted.prompt), [f"left: {left}", f"right: {right}"]
+                engine.score(images, image_request.prompt), [f"left: {left}", f"right: {right}"]
             )
-            yield tuple(enlarged(image) for image in images), table, _caption(wanted)
+            yield tuple(enlarged(image) for image in images), table, _caption(image_request)
 
-    given = [prompt, seed, steps, guidance, side, left, right, scale]
+    arguments = [prompt, seed, steps, guidance, side, left, right, scale]
     options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
     events = [
-        go.click(draw, given, [slider, scores, status], api_name="compare", **options),
-        prompt.submit(draw, given, [slider, scores, status], api_visibility="private", **options),
+        go.click(draw, arguments, [slider, scores, status], api_name="compare", **options),
+        prompt.submit(
+            draw, arguments, [slider, scores, status], api_visibility="private", **options
+        ),
     ]
     more = another.click(
         lambda seed: min(int(seed or 0) + 1, engine.limits.seed),
@@ -93,7 +104,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
         api_visibility="private",
     )
     events.append(
-        more.then(draw, given, [slider, scores, status], api_visibility="private", **options)
+        more.then(draw, arguments, [slider, scores, status], api_visibility="private", **options)
     )
     stop.click(session.cancel, None, status, cancels=events, queue=False, api_visibility="private")
 

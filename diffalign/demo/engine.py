@@ -1,4 +1,7 @@
-"""What the demo draws with: pipelines loaded once, their LoRAs switched, one picture at a time, every request checked."""
+"""Draw what the demo shows, with every request checked.
+
+Pipelines are loaded once and their LoRAs are switched. One picture is drawn at a time.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +28,37 @@ from .jobs import Job
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may ask for."""
+    """The largest values that a visitor may ask for."""
 
     prompt_chars: int = 400
-    """Characters of a prompt."""
+    """Longest prompt, in characters."""
     steps: int = 100
-    """Sampler steps."""
+    """Most sampler steps."""
     guidance: float = 20.0
-    """Guidance scale."""
+    """Largest guidance scale."""
     lora_scale: float = 2.0
-    """Strength of a LoRA."""
+    """Largest strength of a LoRA."""
     particles: int = 8
-    """Particles of a steered population."""
+    """Most particles of a steered population."""
     lmbda: float = 100.0
-    """Tilt of steering."""
+    """Strongest tilt of steering."""
     side: int = 1024
-    """Height and width in pixels."""
+    """Largest height and width, in pixels."""
     seed: int = 2**31 - 1
-    """Seed."""
+    """Largest seed."""
     queue: int = 64
-    """Requests that wait."""
+    """Longest queue of waiting requests."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is drawn; see `Engine.read`."""
+    """A request for an image, checked by `Engine.read`.
+
+    Attributes:
+        prompt (`str`): The prompt.
+        seed (`int`): The seed.
+        settings (`dict[str, Any]`): Arguments of the pipeline's call.
+    """
 
     prompt: str
     seed: int
@@ -57,16 +66,20 @@ class Request:
 
 
 class Engine:
-    """Draws with several models from the same noise.
+    """Draw with several models from the same noise.
 
     Args:
-        models: the base first.
-        scorers: names or loaded scorers whose numbers stand under the images.
-        limits: of requests.
-        device, dtype: of the models; None takes the GPU if there is one.
+        models (`Sequence[ModelSpec]`): The models, the base first.
+        scorers (`Sequence`, *optional*, defaults to `()`): Names of scorers or loaded
+            scorers, whose scores stand under the images.
+        limits (`Limits`, *optional*): Limits of requests.
+        device (`str` or `torch.device`, *optional*): Where the models run. None takes
+            the GPU if there is one.
+        dtype (`torch.dtype`, *optional*): Precision of the models. None is bfloat16 on
+            a GPU, else float32.
 
     Raises:
-        UserError: a model, LoRA or scorer that is not there or does not fit.
+        UserError: A model, LoRA or scorer is not there or does not fit.
     """
 
     def __init__(
@@ -83,8 +96,8 @@ class Engine:
         self.limits = limits or Limits()
         self.models = {model.name: model for model in models}
         self._pipes: dict[Any, Any] = {}
-        self._own: dict[int, dict[str, dict[str, float]]] = {}
-        """Adapters that a pipeline came with, and their weights."""
+        self._original_adapters: dict[int, dict[str, dict[str, float]]] = {}
+        """id of a pipeline -> the adapters that it came with, and their weights."""
         self._lock = threading.Lock()
         for i, model in enumerate(models):
             key = model.model if isinstance(model.model, str) else id(model.model)
@@ -96,7 +109,7 @@ class Engine:
                 )
                 pipe.set_progress_bar_config(disable=True)
                 self._pipes[key] = pipe
-                self._own[id(pipe)] = adapter_state(pipe)
+                self._original_adapters[id(pipe)] = adapter_state(pipe)
             if model.lora is not None:
                 load_lora(self._pipes[key], model.lora, f"model_{i}", model.name)
         self._adapters = {
@@ -118,14 +131,17 @@ class Engine:
 
     @property
     def names(self) -> list[str]:
-        """Of the models, the base first."""
+        """Names of the models, the base first."""
         return list(self.models)
 
     def pipe(self, name: str) -> Any:
-        """The pipeline of a model.
+        """Return the pipeline of a model.
+
+        Args:
+            name (`str`): Name of the model.
 
         Raises:
-            UserError: no such model.
+            UserError: There is no such model.
         """
         if name not in self.models:
             raise UserError(
@@ -135,10 +151,17 @@ class Engine:
         return self._pipes[model if isinstance(model, str) else id(model)]
 
     def defaults(self, name: str) -> dict[str, Any]:
-        """Steps, guidance and side that the model's pipeline would take."""
+        """Return steps, guidance and side that the model's pipeline takes by itself.
+
+        Args:
+            name (`str`): Name of the model.
+
+        Returns:
+            `dict` with `num_inference_steps`, `guidance_scale` and `side`.
+        """
         pipe, known = self.pipe(name), default_settings(self.models[name].model)
         parameters = inspect.signature(type(pipe).__call__).parameters
-        found = {
+        settings = {
             key: known.get(key, getattr(parameters.get(key), "default", None))
             for key in ("num_inference_steps", "guidance_scale")
         }
@@ -146,18 +169,27 @@ class Engine:
             getattr(pipe, "vae_scale_factor", 8)
         )
         return {
-            "num_inference_steps": found["num_inference_steps"] or 30,
-            "guidance_scale": found["guidance_scale"] or 1.0,
+            "num_inference_steps": settings["num_inference_steps"] or 30,
+            "guidance_scale": settings["guidance_scale"] or 1.0,
             "side": side,
         }
 
-    # Requests
-
     def read(self, prompt: Any, seed: Any, steps: Any, guidance: Any, side: Any = None) -> Request:
-        """Checks what a visitor sent.
+        """Check what a visitor sent.
+
+        Args:
+            prompt: The prompt, which must be text.
+            seed: A whole number.
+            steps: A whole number of sampler steps.
+            guidance: A number.
+            side (*optional*): Height and width in pixels. None takes the pipeline's
+                own.
+
+        Returns:
+            `Request`.
 
         Raises:
-            UserError: out of the limits, in one sentence.
+            UserError: A value is out of the limits.
         """
         limits = self.limits
         if not isinstance(prompt, str) or not prompt.strip():
@@ -171,17 +203,15 @@ class Engine:
             "guidance_scale": bounded("guidance", guidance, 0, limits.guidance),
         }
         if side is not None:
-            wanted = int(bounded("size", side, 64, limits.side, whole=True))
-            if wanted % 64:
-                raise UserError(f"size: expected a multiple of 64, got {wanted}")
-            settings |= {"height": wanted, "width": wanted}
+            pixels = int(bounded("size", side, 64, limits.side, whole=True))
+            if pixels % 64:
+                raise UserError(f"size: expected a multiple of 64, got {pixels}")
+            settings |= {"height": pixels, "width": pixels}
         return Request(
             " ".join(prompt.split()),
             int(bounded("seed", seed, 0, limits.seed, whole=True)),
             settings,
         )
-
-    # Drawing
 
     def draw(
         self,
@@ -191,11 +221,21 @@ class Engine:
         *,
         lora_scale: float | None = None,
     ) -> Image.Image:
-        """One image: the same initial and step noise under every model for the same seed.
+        """Draw one image.
+
+        The same seed gives the same initial and step noise under every model.
 
         Args:
-            job (*optional*): is told ``("step", (done, of))``, and may cancel.
-            lora_scale (*optional*): in place of the model's own.
+            name (`str`): Name of the model.
+            request (`Request`): From `read`.
+            job (`Job`, *optional*): Gets `("step", (done, of))`, and may cancel.
+            lora_scale (`float`, *optional*): LoRA strength in place of the model's own.
+
+        Returns:
+            `PIL.Image.Image`.
+
+        Raises:
+            UserError: The model is steered, or gives no image for this seed.
         """
         pipe, model = self.pipe(name), self.models[name]
         if model.steer is not None:
@@ -225,39 +265,60 @@ class Engine:
         return image
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
-        """Makes the model's own LoRA active, beside those that the pipeline came with."""
+        """Activate the model's LoRA, and the adapters that the pipeline came with."""
         if not any(self.pipe(other) is pipe for other in self._adapters):
             return
-        wanted: dict[str, Any] = {
-            adapter: dict(weights) for adapter, weights in self._own[id(pipe)].items()
+        adapters: dict[str, Any] = {
+            adapter: dict(weights) for adapter, weights in self._original_adapters[id(pipe)].items()
         }
         if name in self._adapters:
-            wanted[self._adapters[name]] = scale
-        if wanted:
+            adapters[self._adapters[name]] = scale
+        if adapters:
             pipe.enable_lora()
-            pipe.set_adapters(list(wanted), list(wanted.values()))
+            pipe.set_adapters(list(adapters), list(adapters.values()))
         else:
             pipe.disable_lora()
 
     def score(self, images: Sequence[Image.Image], prompt: str) -> dict[str, list[float | None]]:
-        """Scorer -> a number per image, None where it has none (and nothing else is lost)."""
+        """Score images with every scorer.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): B images.
+            prompt (`str`): Their prompt.
+
+        Returns:
+            `dict[str, list[float | None]]`: Scorer -> B scores, None where one is
+            missing.
+        """
         with self._lock:
-            found = {
+            scores = {
                 name: s.score(list(images), [prompt] * len(images), on_error="nan").values.tolist()
                 for name, s in self.scorers.items()
             }
         return {
             name: [None if math.isnan(value) else value for value in values]
-            for name, values in found.items()
+            for name, values in scores.items()
         }
 
     def steer(
         self, name: str, request: Request, *, scorer: str, num_particles: Any, lmbda: Any, job: Job
     ) -> tuple[Any, Image.Image]:
-        """(steering result, plain image of the same seed); every scored step is reported as ``("scored", StepTrace)``.
+        """Steer a population of particles, and draw the plain image of the same seed.
+
+        Args:
+            name (`str`): Name of the model.
+            request (`Request`): From `read`.
+            scorer (`str`): Name of the scorer that steers.
+            num_particles: A whole number of particles.
+            lmbda: Tilt, a number.
+            job (`Job`): Gets every scored step as `("scored", StepTrace)`.
+
+        Returns:
+            (steering result, plain image).
 
         Raises:
-            UserError: numbers out of the limits, no such scorer, a prompt it has no score for.
+            UserError: A number is out of the limits, there is no such scorer, it has no
+                score for the prompt, or there is no image for this seed.
         """
         from ..steering.fk_steering import FKSteering
 
@@ -273,7 +334,8 @@ class Engine:
         plain = self.draw(name, request, job=job)
         if self.score([plain], request.prompt)[scorer][0] is None:
             raise UserError(
-                f"prompt: {scorer} has no score for it; choose another scorer, or a prompt that it knows"
+                f"prompt: {scorer} has no score for it; choose another scorer, or a prompt that "
+                "it knows"
             )
         with self._lock, torch.inference_mode():
             self._switch(pipe, name, self.models[name].lora_scale)
@@ -288,16 +350,24 @@ class Engine:
             )
         if isinstance(result.best[0], Missing):
             raise UserError(
-                f"model {name}: no image for seed {request.seed}: {result.best[0].reason}; try another seed"
+                f"model {name}: no image for seed {request.seed}: {result.best[0].reason}; try "
+                "another seed"
             )
         return result, plain
 
 
 def bounded(name: str, value: Any, low: float, high: float, whole: bool = False) -> float:
-    """A number within limits.
+    """Return a number if it is within limits.
+
+    Args:
+        name (`str`): What the message calls it.
+        value: The number.
+        low (`float`): Smallest value.
+        high (`float`): Largest value.
+        whole (`bool`, *optional*, defaults to `False`): Accept whole numbers only.
 
     Raises:
-        UserError: it is none.
+        UserError: It is no such number.
     """
     good = (
         isinstance(value, (int, float))
@@ -326,7 +396,12 @@ def _step_callback(pipe: Any, job: Job | None, steps: int) -> Mapping[str, Any]:
 
 
 def enlarged(image: Image.Image, side: int = 320) -> Image.Image:
-    """Small images by a whole factor, so that their pixels can be seen."""
+    """Enlarge a small image by a whole factor, so that its pixels can be seen.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        side (`int`, *optional*, defaults to `320`): Largest side that it may reach.
+    """
     factor = max(1, side // max(image.size))
     return (
         image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""Work that reports while it runs and can be stopped: a thread with a queue."""
+"""Run work in a thread that reports while it runs and can be stopped."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 
 class Cancelled(Exception):
-    """The visitor does not want the result any more."""
+    """The visitor no longer wants the result."""
 
 
 class Job:
-    """Runs `work(job)` in a thread; iterating gives what it reports, and at last its result as ``("result", value)``.
+    """Run `work(job)` in a thread.
 
-    Leaving the iteration early, or `cancel`, ends the work at its next report.
+    Iterating starts the work and yields what it reports, and at last `("result",
+    value)`. Leaving the iteration early, or `cancel`, ends the work at its next report.
+
+    Args:
+        work (`Callable`): The work. It gets this job and calls `report`.
     """
 
     def __init__(self, work: Callable[[Job], Any]) -> None:
@@ -24,17 +28,21 @@ class Job:
         self._cancelled = threading.Event()
 
     def report(self, kind: str, value: Any) -> None:
-        """Called by the work.
+        """Report something. The work calls this.
+
+        Args:
+            kind (`str`): What is reported.
+            value: The report.
 
         Raises:
-            Cancelled: nobody listens any more.
+            Cancelled: Nobody wants the result.
         """
         if self._cancelled.is_set():
             raise Cancelled
         self._queue.put((kind, value))
 
     def cancel(self) -> None:
-        """Ends the work at its next report."""
+        """End the work at its next report."""
         self._cancelled.set()
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""*Steer*: a population of particles on its way, the best of it beside the plain image."""
+"""The *Steer* tab: a population of particles, and its best beside the plain image."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import gradio as gr
 
 from ..steering.lineage import trace_picture
 from .engine import Engine, enlarged
-from .ui import Session, inputs, said, score_table
+from .ui import Session, explained, inputs, score_table
 
 
 def build(engine: Engine, session: Session, example: str) -> None:
-    """The tab's components and events."""
+    """Add the tab's components and events to the page.
+
+    Args:
+        engine (`Engine`): Models and scorers.
+        session (`Session`): The visitors' jobs.
+        example (`str`): The first prompt.
+    """
     names = [name for name, model in engine.models.items() if model.steer is None]
     limits = engine.limits
     prompt, seed, steps, guidance, side = inputs(engine, names[0], example, "steer")
@@ -46,7 +52,8 @@ def build(engine: Engine, session: Session, example: str) -> None:
         go = gr.Button("Steer", variant="primary", elem_id="steer-go")
         stop = gr.Button("Stop", variant="stop", elem_id="steer-stop")
     status = gr.Markdown(
-        "The particles that promise most reward are multiplied, the others end. Every prompt costs that many images.",
+        "The particles that promise most reward are multiplied, the others end. Every prompt "
+        "costs that many images.",
         elem_id="steer-status",
     )
     trace = gr.Image(
@@ -79,38 +86,52 @@ def build(engine: Engine, session: Session, example: str) -> None:
         request: gr.Request,
         progress=gr.Progress(),  # noqa: B008
     ):
-        with said():
-            wanted = engine.read(prompt, seed, steps, guidance, side)
+        with explained():
+            image_request = engine.read(prompt, seed, steps, guidance, side)
             engine.pipe(model)
-            seen: list[Any] = []
+            trace_steps: list[Any] = []
 
             def work(job: Any) -> Any:
                 return engine.steer(
-                    model, wanted, scorer=scorer, num_particles=particles, lmbda=lmbda, job=job
+                    model,
+                    image_request,
+                    scorer=scorer,
+                    num_particles=particles,
+                    lmbda=lmbda,
+                    job=job,
                 )
 
             for kind, value in session.run(request, work):
                 if kind == "step":
                     progress(value, desc="plain image")
                 elif kind == "scored":
-                    seen.append(value)
+                    trace_steps.append(value)
                     alive = len(set(value.ancestors[0].tolist()))
-                    line = f"Step {value.index}: best predicted reward {value.rewards[0].max():.3f}, ESS {float(value.ess[0]):.2f}, {alive} particles go on."
-                    yield trace_picture(seen), gr.skip(), gr.skip(), line
+                    line = (
+                        f"Step {value.index}: best predicted reward "
+                        f"{value.rewards[0].max():.3f}, ESS {float(value.ess[0]):.2f}, "
+                        f"{alive} particles go on."
+                    )
+                    yield trace_picture(trace_steps), gr.skip(), gr.skip(), line
                 else:
                     result, plain = value
                     best = result.best[0]
                     table = score_table(
-                        engine.score([plain, best], wanted.prompt), ["plain", "best particle"]
+                        engine.score([plain, best], image_request.prompt),
+                        ["plain", "best particle"],
                     )
-                    line = f"Seed {wanted.seed}: {int(result.num_roots[0])} of {particles} initial noises survive, log Z {float(result.log_z[0]):.2f}."
+                    line = (
+                        f"Seed {image_request.seed}: {int(result.num_roots[0])} of "
+                        f"{particles} initial noises survive, log Z "
+                        f"{float(result.log_z[0]):.2f}."
+                    )
                     yield result.plot(0), (enlarged(plain), enlarged(best)), table, line
 
-    given = [prompt, seed, steps, guidance, side, model, scorer, particles, lmbda]
+    arguments = [prompt, seed, steps, guidance, side, model, scorer, particles, lmbda]
     outputs = [trace, slider, scores, status]
     options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
     events = [
-        go.click(steer, given, outputs, api_name="steer", **options),
-        prompt.submit(steer, given, outputs, api_visibility="private", **options),
+        go.click(steer, arguments, outputs, api_name="steer", **options),
+        prompt.submit(steer, arguments, outputs, api_visibility="private", **options),
     ]
     stop.click(session.cancel, None, status, cancels=events, queue=False, api_visibility="private")

@@ -1,4 +1,4 @@
-"""What the tabs share: inputs with bounds, one sentence for a mistake, the jobs of every visitor."""
+"""What the tabs share: bounded inputs, error messages and the visitors' jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .jobs import Cancelled, Job
 
 
 class Session:
-    """The running job of every visitor, so that *Stop* ends one's own and nobody else's."""
+    """Hold the running job of every visitor, so that *Stop* ends only one's own."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
@@ -24,11 +24,20 @@ class Session:
 
     @staticmethod
     def visitor(request: gr.Request) -> str:
-        """Who asks: a browser tab, or a client of the API."""
+        """Return who asks: a browser tab, or a client of the API.
+
+        Args:
+            request (`gr.Request`): The request.
+        """
         return str(request.session_hash or "api")
 
     def run(self, request: gr.Request, work: Callable[[Job], Any]) -> Iterator[tuple[str, Any]]:
-        """The reports of some work, as this visitor's job."""
+        """Run some work as this visitor's job, and yield its reports.
+
+        Args:
+            request (`gr.Request`): Tells the visitor.
+            work (`Callable`): See `Job`.
+        """
         job, visitor = Job(work), self.visitor(request)
         with self._lock:
             self._jobs[visitor] = job
@@ -40,7 +49,14 @@ class Session:
                     del self._jobs[visitor]
 
     def cancel(self, request: gr.Request) -> str:
-        """Stops this visitor's job."""
+        """Stop this visitor's job.
+
+        Args:
+            request (`gr.Request`): Tells the visitor.
+
+        Returns:
+            `str`: What happened, for the page.
+        """
         with self._lock:
             job = self._jobs.pop(self.visitor(request), None)
         if job is None:
@@ -50,8 +66,11 @@ class Session:
 
 
 @contextmanager
-def said() -> Iterator[None]:
-    """A mistake is shown as its one sentence; anything else is a failure without details of the server."""
+def explained() -> Iterator[None]:
+    """Show a user's error as its one sentence.
+
+    Any other error shows as a failure without details of the server.
+    """
     try:
         yield
     except UserError as error:
@@ -61,12 +80,25 @@ def said() -> Iterator[None]:
 
 
 def inputs(engine: Engine, name: str, example: str, tab: str) -> tuple[Any, ...]:
-    """Prompt, seed, steps, guidance, side, within the engine's limits."""
-    limits, own = engine.limits, engine.defaults(name)
+    """Add inputs for prompt, seed, steps, guidance and side, within the limits.
+
+    Args:
+        engine (`Engine`): Gives limits and defaults.
+        name (`str`): Model whose defaults are taken.
+        example (`str`): The first prompt.
+        tab (`str`): Prefix of the elements' ids.
+
+    Returns:
+        The five components.
+    """
+    limits, defaults = engine.limits, engine.defaults(name)
     sides = sorted(
-        {own["side"], *(s for s in (256, 512, 768, 1024) if s <= min(limits.side, own["side"]))}
+        {
+            defaults["side"],
+            *(s for s in (256, 512, 768, 1024) if s <= min(limits.side, defaults["side"])),
+        }
     )
-    start = min(own["num_inference_steps"], limits.steps)
+    start = min(defaults["num_inference_steps"], limits.steps)
     with gr.Row():
         prompt = gr.Textbox(
             example,
@@ -93,7 +125,7 @@ def inputs(engine: Engine, name: str, example: str, tab: str) -> tuple[Any, ...]
         guidance = gr.Slider(
             0,
             limits.guidance,
-            own["guidance_scale"],
+            defaults["guidance_scale"],
             step=0.1,
             label="Guidance",
             elem_id=f"{tab}-guidance",
@@ -101,7 +133,7 @@ def inputs(engine: Engine, name: str, example: str, tab: str) -> tuple[Any, ...]
         )
         side = gr.Dropdown(
             sides,
-            value=own["side"],
+            value=defaults["side"],
             label="Size",
             elem_id=f"{tab}-size",
             visible=len(sides) > 1,
@@ -111,7 +143,12 @@ def inputs(engine: Engine, name: str, example: str, tab: str) -> tuple[Any, ...]
 
 
 def score_table(scores: Mapping[str, Sequence[float | None]], columns: Sequence[str]) -> str:
-    """Markdown: a row per scorer, a column per image."""
+    """Format scores as a Markdown table with a row per scorer, a column per image.
+
+    Args:
+        scores (`Mapping[str, Sequence[float | None]]`): Scorer -> B scores.
+        columns (`Sequence[str]`): B headings.
+    """
     if not scores:
         return ""
     lines = [

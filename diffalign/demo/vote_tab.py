@@ -1,4 +1,7 @@
-"""*Blind vote*: two images, nobody says whose; every vote is on disk before the next pair comes."""
+"""The *Blind vote* tab: two images without the names of their models.
+
+Every vote is on disk before the next pair comes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import gradio as gr
 from ..errors import UserError
 from ..evaluation.formatting import rate
 from .engine import Engine, enlarged
-from .ui import Session, said
+from .ui import Session, explained
 from .votes import ANNOTATOR_CHARS, Pair, RoundVotes, VoteStore
 
 KEYS = """
@@ -24,42 +27,61 @@ document.addEventListener("keydown", (event) => {
   const at = document.activeElement;
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   if (at && (["INPUT", "TEXTAREA", "SELECT"].includes(at.tagName) || at.isContentEditable)) return;
-  const name = {"1": "left", "ArrowLeft": "left", "2": "right", "ArrowRight": "right", "0": "tie", "ArrowDown": "tie"}[event.key];
+  const name = {
+    "1": "left", "ArrowLeft": "left",
+    "2": "right", "ArrowRight": "right",
+    "0": "tie", "ArrowDown": "tie"
+  }[event.key];
   const button = name && document.getElementById("vote-" + name);
-  if (button && button.offsetParent !== null && !button.disabled) { event.preventDefault(); button.click(); }
+  if (button && button.offsetParent !== null && !button.disabled) {
+    event.preventDefault();
+    button.click();
+  }
 });
 </script>
 """
 
 
 class Voting:
-    """Draws pairs of two models for prompts in a shuffled order, or takes them from a round that waits for votes.
+    """Give visitors pairs to vote on, and take their votes.
+
+    The pairs are drawn with two models for random prompts, or come from a round that
+    waits for votes.
 
     Args:
-        engine: draws.
-        store: keeps the votes; a `RoundVotes` also gives the pairs.
-        prompts: to draw.
-        pair: names of the two models; the first is the base.
+        engine (`Engine`): Draws.
+        store (`VoteStore`): Stores the votes. A `RoundVotes` also gives the pairs.
+        prompts (`Sequence[str]`): Prompts to draw.
+        pair (`tuple[str, str]`): Names of the two models, the base first.
 
     Raises:
-        UserError: nothing to vote on.
+        UserError: There is nothing to vote on.
     """
 
     def __init__(
         self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]
     ) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
-        self._shown: dict[str, Pair] = {}  # by session; the browser never learns the sides
+        self._shown: dict[str, Pair] = {}  # by session, so that no browser learns the sides
         self._lock = threading.Lock()
         if not self.prompts and not self.from_round:
             raise UserError("--prompts: there is none to vote on")
 
     @property
     def from_round(self) -> bool:
+        """Whether the pairs come from a round that waits for votes."""
         return isinstance(self.store, RoundVotes)
 
     def new_pair(self, visitor: str, annotator: Any) -> Pair | None:
-        """The next pair of a visitor, remembered until its vote."""
+        """Return a visitor's next pair, and remember it until its vote.
+
+        Args:
+            visitor (`str`): Who asks.
+            annotator: The name that the visitor gave.
+
+        Returns:
+            `Pair`, or None when there is none left.
+        """
         pair = (
             self.store.next(annotator, random.Random())
             if isinstance(self.store, RoundVotes)
@@ -70,7 +92,7 @@ class Voting:
                 self._shown.pop(visitor, None)
             else:
                 self._shown[visitor] = pair
-                while len(self._shown) > 1000:  # visitors who left
+                while len(self._shown) > 1000:  # forget visitors who left
                     self._shown.pop(next(iter(self._shown)))
         return pair
 
@@ -78,7 +100,7 @@ class Voting:
         rng = random.SystemRandom()
         prompt, seed = rng.choice(self.prompts), rng.randrange(self.engine.limits.seed)
         base = self.engine.defaults(self.models[0])
-        wanted = self.engine.read(
+        image_request = self.engine.read(
             prompt[: self.engine.limits.prompt_chars],
             seed,
             base["num_inference_steps"],
@@ -86,14 +108,31 @@ class Voting:
         )
         sides = list(self.models)
         rng.shuffle(sides)
-        images = [self.engine.draw(name, wanted) for name in sides]
-        facts = {"seed": seed, **wanted.settings}
+        images = [self.engine.draw(name, image_request) for name in sides]
+        facts = {"seed": seed, **image_request.settings}
         return Pair(
-            uuid.uuid4().hex, wanted.prompt, (images[0], images[1]), (sides[0], sides[1]), facts
+            uuid.uuid4().hex,
+            image_request.prompt,
+            (images[0], images[1]),
+            (sides[0], sides[1]),
+            facts,
         )
 
     def vote(self, visitor: str, shown: Any, choice: str, annotator: Any) -> bool:
-        """Takes a vote on the pair that the visitor sees; False if it was for another one (a key pressed twice)."""
+        """Take a vote on the pair that the visitor sees.
+
+        Args:
+            visitor (`str`): Who votes.
+            shown: Id of the pair.
+            choice (`str`): `left`, `right` or `tie`.
+            annotator: The name that the visitor gave.
+
+        Returns:
+            `bool`: False if the vote was for another pair (a key pressed twice).
+
+        Raises:
+            UserError: There is no such choice.
+        """
         with self._lock:
             pair = self._shown.get(visitor)
             if pair is None or pair.id != shown:
@@ -102,25 +141,42 @@ class Voting:
         return self.store.add(pair, choice, annotator)
 
     def is_open(self, visitor: str) -> bool:
-        """Whether a visitor sees a pair that waits for a vote."""
+        """Whether a visitor sees a pair that waits for a vote.
+
+        Args:
+            visitor (`str`): Who is meant.
+        """
         with self._lock:
             return visitor in self._shown
 
     def state(self) -> str:
-        """One line on all votes."""
+        """Return one line about all votes."""
         if self.from_round:
-            votes = f"{len(self.store.votes)} votes in this round; go on training with `--train.resume_from_checkpoint latest`."
+            votes = (
+                f"{len(self.store.votes)} votes in this round; go on training with "
+                "`--train.resume_from_checkpoint latest`."
+            )
             return votes + self.store.remarks()
-        count, found = self.store.rate(*self.models)
+        count, win_rate = self.store.rate(*self.models)
         if not count:
             return "No votes yet." + self.store.remarks()
-        return f"{count} votes: **{self.models[1]}** wins {rate(found)} % against {self.models[0]}.{self.store.remarks()}"
+        return (
+            f"{count} votes: **{self.models[1]}** wins {rate(win_rate)} % against "
+            f"{self.models[0]}.{self.store.remarks()}"
+        )
 
 
 def build(voting: Voting, session: Session, export: bool) -> None:
-    """The tab's components and events."""
+    """Add the tab's components and events to the page.
+
+    Args:
+        voting (`Voting`): Gives pairs and takes votes.
+        session (`Session`): Knows the visitors.
+        export (`bool`): Let visitors download all votes as a preference dataset.
+    """
     gr.Markdown(
-        "Which image follows the prompt better? Keys: **1** or ← left, **2** or → right, **0** or ↓ tie."
+        "Which image follows the prompt better? Keys: **1** or ← left, **2** or → right, **0** "
+        "or ↓ tie."
     )
     with gr.Row():
         annotator = gr.Textbox(
@@ -154,7 +210,7 @@ def build(voting: Voting, session: Session, export: bool) -> None:
     options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
 
     def show(annotator: Any, request: gr.Request) -> list[Any]:
-        with said():
+        with explained():
             pair = voting.new_pair(session.visitor(request), annotator)
         if pair is None:
             return [
@@ -174,9 +230,8 @@ def build(voting: Voting, session: Session, export: bool) -> None:
         ]
 
     def show_next(annotator: Any, request: gr.Request) -> list[Any]:
-        if voting.is_open(
-            session.visitor(request)
-        ):  # the vote was for another pair: this one still waits for its own
+        if voting.is_open(session.visitor(request)):
+            # The vote was for another pair. This one still waits for its own.
             return [*[gr.skip()] * 4, *[gr.update(interactive=True)] * 3, gr.skip()]
         return show(annotator, request)
 
@@ -189,11 +244,11 @@ def build(voting: Voting, session: Session, export: bool) -> None:
         def take(
             shown: Any, annotator: Any, request: gr.Request, choice: str = choice
         ) -> list[Any]:
-            with said():
+            with explained():
                 voting.vote(session.visitor(request), shown, choice, annotator)
             return [*lock(), voting.state()]
 
-        # The vote waits for nobody's drawing, which the next pair does.
+        # The vote itself skips the queue of drawings, in which the next pair waits.
         button.click(
             take, [shown, annotator], [*buttons, status], queue=False, api_name=f"vote_{choice}"
         ).then(show_next, annotator, outputs, api_visibility="private", **options)
@@ -205,7 +260,7 @@ def build(voting: Voting, session: Session, export: bool) -> None:
             )
 
         def write() -> Any:
-            with said():
+            with explained():
                 folder = Path(tempfile.mkdtemp(prefix="diffalign-votes-"))
                 voting.store.export(folder / "votes.parquet")
             return gr.update(value=str(folder / "votes.parquet"), visible=True)

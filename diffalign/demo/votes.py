@@ -1,4 +1,7 @@
-"""Votes that survive whatever happens next: a line of JSON on disk before the visitor sees the next pair."""
+"""Store votes so that no crash loses one.
+
+A vote is a line of JSON, on disk before the visitor sees the next pair.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import random
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +38,15 @@ _PICTURE = re.compile(r"images/[0-9a-f]{24}\.png")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images of a prompt, sides shuffled.
+    """Two images of a prompt, with shuffled sides.
 
     Attributes:
-        id: unguessable.
-        prompt: of both.
-        images: left and right.
-        sides: what is left and right, never shown before the vote: model names, or image ids of a round.
-        facts: kept with the vote (seed, settings).
+        id (`str`): An id that nobody can guess.
+        prompt (`str`): The prompt of both.
+        images (`tuple[PIL.Image.Image, PIL.Image.Image]`): Left and right.
+        sides (`tuple[str, str]`): What is left and right: model names, or image ids of
+            a round. They are never shown before the vote.
+        facts (`Mapping[str, Any]`): What is stored with the vote (seed, settings).
     """
 
     id: str
@@ -51,18 +57,26 @@ class Pair:
 
 
 def read_annotator(text: Any) -> str:
-    """A name of at most 40 harmless characters; empty means anonymous."""
+    """Turn a visitor's name into at most 40 harmless characters.
+
+    Args:
+        text: The name. Empty means anonymous.
+    """
     return re.sub(r"[^\w .@-]", "", str(text or ""))[:ANNOTATOR_CHARS].strip()
 
 
 class VoteStore:
-    """``votes.jsonl`` and ``images/`` in a folder.
+    """Store votes in a folder, as `votes.jsonl` and `images/`.
 
     Args:
-        folder: created with the first vote; one that holds something else is refused.
+        folder (`Path`): The folder. It is created with the first vote.
+
+    Attributes:
+        votes (`list[dict[str, Any]]`): All votes.
+        left_out (`list[BadLine]`): Lines of the file that are no votes, and why.
 
     Raises:
-        UserError: see above.
+        UserError: The folder holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +88,6 @@ class VoteStore:
         self._lock = threading.Lock()
         self.votes: list[dict[str, Any]] = []
         self.left_out: list[BadLine] = []
-        """Lines of the file that are no votes, and why."""
         self._known: set[str] = set()
         entries, self.left_out = journal(self.file) if self.file.is_file() else ([], [])
         for number, entry in entries:
@@ -88,12 +101,13 @@ class VoteStore:
         if self.left_out:
             first = "; ".join(map(str, sorted(self.left_out, key=lambda line: line.number)[:3]))
             print(
-                f"{self.file}: {len(self.votes)} votes; {len(self.left_out)} lines left out ({first})",
+                f"{self.file}: {len(self.votes)} votes; {len(self.left_out)} lines left out "
+                f"({first})",
                 flush=True,
             )
 
     def _fault(self, entry: Any) -> str | None:
-        """Why an entry of the file is no vote of this store; None for one that is."""
+        """Return why an entry of the file is no vote of this store, or None."""
         reason = self._common_fault(entry, ("prompt", "left", "right"))
         if reason is not None:
             return reason
@@ -118,14 +132,22 @@ class VoteStore:
         return None if isinstance(entry["annotator"], str) else "annotator is no text"
 
     def remarks(self) -> str:
-        """What to say beside the number of votes; empty when every line is a vote."""
+        """Return a remark on the lines that are left out, empty if there are none."""
         return f" {len(self.left_out)} lines of the file are left out." if self.left_out else ""
 
     def add(self, pair: Pair, choice: str, annotator: Any) -> bool:
-        """Writes a vote durably; False if this pair has one already.
+        """Write a vote to the disk.
+
+        Args:
+            pair (`Pair`): What was voted on.
+            choice (`str`): `left`, `right` or `tie`.
+            annotator: The name that the visitor gave.
+
+        Returns:
+            `bool`: False if this pair has a vote already.
 
         Raises:
-            UserError: a choice that is none.
+            UserError: There is no such choice.
         """
         if choice not in CHOICES:
             raise UserError(f"vote: expected {', '.join(CHOICES)}, got {str(choice)[:40]!r}")
@@ -165,7 +187,10 @@ class VoteStore:
         }
 
     def _keep(self, image: Image.Image) -> str:
-        """An image under the name of its content, there before the vote that speaks of it."""
+        """Store an image under a digest of its content, and return its name.
+
+        It is there before the vote that names it.
+        """
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         name = f"images/{hashlib.sha256(buffer.getvalue()).hexdigest()[:24]}.png"
@@ -175,7 +200,18 @@ class VoteStore:
         return name
 
     def rate(self, base: str, tuned: str) -> tuple[int, WinRate]:
-        """(votes on this pair of models, win-rate of `tuned`); prompts count, not votes."""
+        """Compute how often one model wins against another.
+
+        Every prompt counts the same, however many votes it has.
+
+        Args:
+            base (`str`): Name of the base model.
+            tuned (`str`): Name of the tuned model.
+
+        Returns:
+            `tuple[int, WinRate]`: The number of votes on this pair of models, and the
+            win rate of `tuned`.
+        """
         points: dict[str, list[float]] = {}
         with self._lock:
             votes = [
@@ -189,18 +225,24 @@ class VoteStore:
                 0.5 if won is None else float(won == tuned)
             )
         most = max(map(len, points.values()), default=0)
-        table = np.array([own + [math.nan] * (most - len(own)) for own in points.values()]).reshape(
-            len(points), most
-        )
+        padded = [row + [math.nan] * (most - len(row)) for row in points.values()]
+        table = np.array(padded).reshape(len(points), most)
         return len(votes), rate_of(table)
 
     def export(self, path: Path) -> int:
-        """Writes the decided votes as preference pairs that `diffalign train` reads; returns how many.
+        """Write the decided votes as preference pairs that `diffalign train` reads.
 
-        Votes whose pictures are lost or damaged are left out; their ids are then in `lost`.
+        Votes whose pictures are lost or damaged are left out. Their ids are then in
+        `lost`.
+
+        Args:
+            path (`Path`): The parquet file.
+
+        Returns:
+            `int`: The number of pairs.
 
         Raises:
-            UserError: there is none.
+            UserError: There is none.
         """
         from datasets import Dataset, Features, Value
         from datasets import Image as ImageFeature
@@ -234,7 +276,8 @@ class VoteStore:
             rows["annotator"].append(vote["annotator"])
         if not rows["prompt"]:
             raise UserError(
-                f"votes: the pictures of all {len(decided)} votes are lost or damaged; put {self.folder / 'images'} back"
+                f"votes: the pictures of all {len(decided)} votes are lost or damaged; put "
+                f"{self.folder / 'images'} back"
             )
         texts = {
             name: Value("string")
@@ -247,7 +290,7 @@ class VoteStore:
         return len(rows["prompt"])
 
     def _picture(self, name: str) -> bytes | None:
-        """A picture's file; None when it is gone or is not what the vote was given for."""
+        """Return a picture's file, or None when it is gone or was changed."""
         try:
             content = (self.folder / name).read_bytes()
         except OSError:
@@ -255,14 +298,28 @@ class VoteStore:
         return content if hashlib.sha256(content).hexdigest().startswith(Path(name).stem) else None
 
 
+@dataclass(frozen=True)
+class _OpenPair:
+    """Two images of a round that may be shown."""
+
+    prompt: str
+    sides: tuple[Mapping[str, Any], Mapping[str, Any]]
+
+    @property
+    def ids(self) -> frozenset[str]:
+        return frozenset(side["id"] for side in self.sides)
+
+
 class RoundVotes(VoteStore):
-    """Votes on the images of a round that a run with ``train.feedback: people`` waits for, beside its manifest.
+    """Store votes on the images of a round that a run waits for.
+
+    Such a run has `train.feedback: people`. The votes lie beside the round's manifest.
 
     Args:
-        folder: ``<output_dir>/feedback/round-NNNN``.
+        folder (`Path`): `<output_dir>/feedback/round-NNNN`.
 
     Raises:
-        UserError: no round.
+        UserError: The folder holds no round.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -270,21 +327,22 @@ class RoundVotes(VoteStore):
 
         if not (folder / MANIFEST).is_file():
             raise UserError(
-                f"--feedback: {str(folder)!r} holds no round of images; start the run with diffalign feedback collect"
+                f"--feedback: {str(folder)!r} holds no round of images; start the run with "
+                "diffalign feedback collect"
             )
         self.groups: Sequence[Mapping[str, Any]] = read_manifest(folder)
         self._unreadable: set[str] = set()
         self._open(folder, "votes-demo.jsonl")
 
     def _record(self, pair: Pair, choice: str, annotator: str) -> dict[str, Any]:
-        """As `training.feedback.read_votes` reads it."""
-        said = {"left": "a", "right": "b", "tie": "tie"}[choice]
+        """Return a vote as `diffalign.training.online.feedback.read_votes` reads it."""
+        preference = {"left": "a", "right": "b", "tie": "tie"}[choice]
         facts = {"id": pair.id, "time": round(time.time(), 3), "annotator": annotator}
         return {
             **facts,
             "image_a": pair.sides[0],
             "image_b": pair.sides[1],
-            "preference": said,
+            "preference": preference,
             "prompt": pair.prompt,
         }
 
@@ -295,6 +353,7 @@ class RoundVotes(VoteStore):
         return reason
 
     def remarks(self) -> str:
+        """Return a remark on lines that are left out and on unreadable images."""
         lost = (
             f" {len(self._unreadable)} images cannot be opened; their pairs are not shown."
             if self._unreadable
@@ -303,49 +362,46 @@ class RoundVotes(VoteStore):
         return super().remarks() + lost
 
     def next(self, annotator: Any, rng: random.Random) -> Pair | None:
-        """A pair that this annotator has not judged, of those with the fewest votes; None when there is none left."""
+        """Return a pair that this annotator has not judged, with the fewest votes.
+
+        Args:
+            annotator: The name that the visitor gave.
+            rng (`random.Random`): Chooses among them.
+
+        Returns:
+            `Pair`, or None when there is none left.
+        """
         who = read_annotator(annotator)
         with self._lock:
             votes = [(frozenset((v["image_a"], v["image_b"])), v["annotator"]) for v in self.votes]
-        mine = {pair for pair, name in votes if name == who}
-        count: dict[frozenset[str], int] = {}
-        for pair, _ in votes:
-            count[pair] = count.get(pair, 0) + 1
-        open_pairs = [
-            (group, a, b)
-            for group in self.groups
-            for i, a in enumerate(group["images"])
-            for b in group["images"][i + 1 :]
-            if frozenset((a["id"], b["id"])) not in mine
-        ]
-        while open_pairs := [
-            p
-            for p in open_pairs
-            if p[1]["id"] not in self._unreadable and p[2]["id"] not in self._unreadable
-        ]:
-            fewest = min(count.get(frozenset((a["id"], b["id"])), 0) for _, a, b in open_pairs)
-            group, *sides = rng.choice(
-                [
-                    p
-                    for p in open_pairs
-                    if count.get(frozenset((p[1]["id"], p[2]["id"])), 0) == fewest
-                ]
-            )
+        judged = {pair for pair, name in votes if name == who}
+        count = Counter(pair for pair, _ in votes)
+        open_pairs = [pair for pair in self._pairs() if pair.ids not in judged]
+        while open_pairs := [pair for pair in open_pairs if not pair.ids & self._unreadable]:
+            fewest = min(count[pair.ids] for pair in open_pairs)
+            pair = rng.choice([pair for pair in open_pairs if count[pair.ids] == fewest])
+            sides = list(pair.sides)
             rng.shuffle(sides)
             images = [self._image(side) for side in sides]
             if images[0] is not None and images[1] is not None:
                 names = (sides[0]["id"], sides[1]["id"])
                 return Pair(
                     f"{rng.getrandbits(64):016x}",
-                    group["prompt"],
+                    pair.prompt,
                     (images[0], images[1]),
                     names,
                     {},
                 )
         return None
 
+    def _pairs(self) -> Iterator[_OpenPair]:
+        """Yield every pair of images of one prompt in this round."""
+        for group in self.groups:
+            for first, second in combinations(group["images"], 2):
+                yield _OpenPair(group["prompt"], (first, second))
+
     def _image(self, side: Mapping[str, Any]) -> Image.Image | None:
-        """An image of the round; None, and remembered, when its file is gone or damaged."""
+        """Read an image of the round. Remember a damaged one, and return None."""
         try:
             return decoding.decode(self.folder / side["file"])
         except decoding.UnreadableImage:
