@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import MODELS, load_tiny
 from PIL import Image
+from tiers import by_default
 
 from diffalign import load_scorer
 from diffalign.rewards.checkpoints import read_state
@@ -240,6 +241,7 @@ def test_pickscore_scores_and_gradient(tmp_path, images):
 # HPSv2
 
 
+@by_default(values=1)
 @pytest.mark.parametrize(
     ("name", "antialias"), [("hpsv2_legacy", False), ("hpsv2_antialias", True)]
 )
@@ -294,6 +296,7 @@ def test_hpsv2_converts_what_breaks_the_published_code(tmp_path, images):
 # MPS
 
 
+@by_default(values=1)
 @pytest.mark.parametrize("threshold", [0.3, 0.01])
 def test_mps_scores_and_selected_tokens(threshold, tmp_path, images):
     expected = fixture("mps")

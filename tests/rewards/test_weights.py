@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import MODELS, load_tiny
 from PIL import Image
+from tiers import by_default
 
 from diffalign import UserError, load_scorer
 from diffalign.rewards import checkpoints as loading
@@ -31,6 +32,7 @@ def test_nothing_is_left_on_the_meta_device_and_nothing_trains(name, tmp_path):
             assert not tensor.is_meta and not tensor.requires_grad
 
 
+@by_default(values=2)
 @pytest.mark.parametrize("name", ["imagereward", "pickscore", "hpsv2.1", "mps", "aesthetic-v2"])
 def test_missing_extra_and_misshapen_keys_are_named(name, tmp_path):
     arguments = MODELS[name](tmp_path)

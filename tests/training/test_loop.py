@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from tiers import by_default
 from tiny import (
     FAMILIES,
     all_tensors,
@@ -180,6 +181,7 @@ def test_a_loss_that_is_not_finite_names_rows_and_timesteps(tmp_path: Path) -> N
     assert_same_tensors(all_tensors(trainer.network), all_tensors(build_pipeline("sd").unet))
 
 
+@by_default()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_bf16_keeps_trainable_weights_and_errors_in_float32(
@@ -213,6 +215,7 @@ def test_bf16_errors_are_near_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(found["bf16"], found["no"], rtol=2e-2, atol=0)
 
 
+@by_default(values=1)
 @pytest.mark.parametrize(
     ("method", "family"), [("diffusion_dpo", "sd"), ("diffusion_dpo", "sdxl"), ("sft", "sd3")]
 )
