@@ -56,7 +56,7 @@ class Scorer:
                 return [numpy.asarray(item.image).mean() for item in items]
 
 
-        Brightness()(images)  # tensor([93.1, 127.4])
+        assert Brightness()([Image.new("RGB", (8, 8), "white")]).item() == 255
         ```
     """
 

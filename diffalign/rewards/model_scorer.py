@@ -37,25 +37,23 @@ class ModelScorer(Scorer):
 
     Example:
         ```python
-        class Similarity(ModelScorer):
-            spec = ScorerSpec(key="similarity", summary="cosine", differentiable=True)
-
-            def __init__(self, **options):
-                super().__init__(**options)
-                self.clip = load_my_clip().to(self.device, self.dtype)
-                self.preprocess = Preprocess(size=224)
-
-            def towers(self):
-                return [self.clip]
+        class Redness(ModelScorer):
+            spec = ScorerSpec(
+                "redness", "how red", requires=("image",), differentiable=True
+            )
+            preprocess = Preprocess(size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
 
             def text_features(self, prompts):
-                return (self.clip.encode_text(prompts),)
+                return (torch.zeros(len(prompts)),)
 
             def image_features(self, pixels):
-                return self.clip.encode_image(pixels)
+                return pixels.mean((2, 3))
 
             def similarity(self, image, text):
-                return torch.cosine_similarity(image.float(), text[0].float())
+                return image[:, 0] - image[:, 1:].mean(1)
+
+
+        assert Redness()([Image.new("RGB", (8, 8), "red")]).item() == 1
         ```
     """
 

@@ -43,9 +43,9 @@ class ScoreResult:
 
     Example:
         ```python
-        result = scorer.score(images, prompts, on_error="nan")
-        for index, reason in result.errors.items():
-            print(f"image {index} has no score: {reason}")
+        scorer = load_scorer("jpeg_compressibility")
+        result = scorer.score([b"no image"], on_error="nan")
+        assert result.values.isnan().all() and "cannot be used" in result.errors[0]
         ```
     """
 

@@ -184,8 +184,8 @@ def build_clip(
     from transformers import CLIPConfig, CLIPModel
 
     module = checkpoints.build_empty(lambda: CLIPModel(CLIPConfig.from_dict(dict(config))))
-    # Position ids were stored by transformers before version 4.31. They are counted, not
-    # learned.
+    # Position ids were stored by transformers before version 4.31. They are counted,
+    # not learned.
     state = {
         key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")
     }

@@ -1,4 +1,7 @@
-"""LAION's aesthetic predictors: a linear map (v1) and a stack of linear layers (v2) on the unit image feature of CLIP ViT-L/14."""
+"""LAION's aesthetic predictors on the unit image feature of CLIP ViT-L/14.
+
+Version 1 is a linear map, version 2 a stack of linear layers.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,19 @@ _CLIP = "openai/clip-vit-large-patch14"
 
 
 class AestheticV2(ModelScorer):
-    """head(v / |v|) with the image feature v of CLIP ViT-L/14; people's ratings from 1 to 10. The prompt plays no part.
+    """Predicted rating of an image's look, 1 to 10: head(v / |v|).
+
+    v is the image feature of CLIP ViT-L/14. The prompt plays no part.
 
     Args:
-        model: the published head, `sac+logos+ava1-l14-linearMSE.pth`, or a folder that holds it.
-        config: ``{"clip": folder or Hub id of the CLIP ViT-L/14}``; None takes the one in the head's own folder, else OpenAI's from the
-            Hub.
-        tokenizer: not used; the folder of the CLIP's tokenizer if it lies elsewhere.
+        model (path, *optional*): the published head,
+            `sac+logos+ava1-l14-linearMSE.pth`, or a folder that holds it.
+        config (mapping, *optional*): ``{"clip": folder or Hub id of the CLIP
+            ViT-L/14}``. Defaults to the one in the head's own folder, else OpenAI's
+            from the Hub.
+        tokenizer (path, *optional*): folder of the CLIP's tokenizer if it lies
+            elsewhere. It is not used.
+        **options: as for `ModelScorer`.
     """
 
     spec = ScorerSpec(
@@ -56,7 +65,8 @@ class AestheticV2(ModelScorer):
         if set(values) - {"clip"}:
             raise ConfigError(
                 "config",
-                f"unknown key {sorted(set(values) - {'clip'})[0]!r}; {self.name} takes clip, the folder of its CLIP",
+                f"unknown key {sorted(set(values) - {'clip'})[0]!r}; "
+                f"{self.name} takes clip, the folder of its CLIP",
             )
         self.source = checkpoints.find_weights(model, self.spec)
         state = checkpoints.read_state(self.source)
@@ -72,7 +82,7 @@ class AestheticV2(ModelScorer):
             module.to(self.device)
 
     def build_head(self, state: dict[str, Tensor], width: int, dtype: torch.dtype) -> nn.Module:
-        """The head from its published tensors."""
+        """Build the head from its published tensors."""
         return build_head(_without_prefix(state), width, dtype, f"{self.name}'s head")
 
     def towers(self) -> Iterable[nn.Module]:
@@ -99,7 +109,10 @@ class AestheticV2(ModelScorer):
 
 
 class AestheticV1(AestheticV2):
-    """w . v / |v| + b; the first predictor, under which LAION-Aesthetics was filtered. Arguments as `AestheticV2`."""
+    """The first predictor, w . v / |v| + b, under which LAION-Aesthetics was filtered.
+
+    Arguments as `AestheticV2`.
+    """
 
     spec = replace(
         AestheticV2.spec,

@@ -1,7 +1,9 @@
-"""GenEval (Ghosh et al. 2023, arXiv 2310.11513): does the image hold what the prompt names? Clauses over detected objects.
+"""GenEval: does the image hold what the prompt names?
 
-The detector is yours: any callable from an image to detections, or detections that came with the metadata. The published one, a
-Mask2Former of mmdetection, lives in an environment of its own and can serve through the `remote` scorer.
+After Ghosh et al. 2023, arXiv 2310.11513. A prompt comes with clauses over detected
+objects. The detector is yours: any callable from an image to detections, or detections
+that came with the metadata. The published one, a Mask2Former of mmdetection, lives in
+an environment of its own and can serve through the `remote` scorer.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ class Detection:
     """One detected object.
 
     Attributes:
-        label: class name, as the metadata spells it.
-        score: confidence in [0, 1].
-        box: (left, top, right, bottom) in pixels.
-        mask: (H, W) array that is true on the object; None where there is none.
-        color: one of `COLORS` where the detector already knows it.
+        label (`str`): class name, as the metadata spells it.
+        score (`float`): confidence in [0, 1].
+        box (4 floats): (left, top, right, bottom) in pixels.
+        mask: (h, w) array that is true on the object. None where there is none.
+        color (`str` or None): one of `COLORS` where the detector already knows it.
     """
 
     label: str
@@ -64,21 +66,35 @@ ColorClassifier = Callable[[Any, Sequence[Detection], str], Sequence[str]]
 
 
 def keep_detections(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
-    """Confident detections by class, best first: above 0.3 (0.9 when objects are counted), at most 16 of a class."""
+    """Sort confident detections by class, best first, at most 16 of a class.
+
+    Confident means above 0.3, or above 0.9 when objects are counted.
+
+    Args:
+        detections (list of `Detection`): all of an image.
+        tag (`str`): the prompt's, one of `TAGS`.
+    """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    kept: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda found: -found.score):
-        same = kept.setdefault(detection.label, [])
+    by_class: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda one: -one.score):
+        same = by_class.setdefault(detection.label, [])
         if detection.score > threshold and len(same) < MAX_OBJECTS:
             same.append(detection)
-    return {label: found for label, found in kept.items() if found}
+    return {label: objects for label, objects in by_class.items() if objects}
 
 
 def relative_position(box: Sequence[float], target: Sequence[float]) -> set[str]:
-    """Where `box` lies relative to `target`: a subset of `RELATIONS`, empty inside the dead zone.
+    """Say where `box` lies relative to `target`.
 
-    Centres are compared; a tenth of the summed widths (heights) is taken off the distance, and a direction counts when it makes up more
-    than half of the distance between the centres.
+    Centres are compared. A tenth of the summed widths (heights) is taken off the
+    distance. A direction counts when it makes up more than half of the distance between
+    the centres.
+
+    Args:
+        box, target (4 floats): (left, top, right, bottom).
+
+    Returns:
+        a subset of `RELATIONS`, empty inside the dead zone.
     """
     reduced, offsets = [], []
     for axis in (0, 1):
@@ -89,8 +105,8 @@ def relative_position(box: Sequence[float], target: Sequence[float]) -> set[str]
     if all(abs(value) < 1e-3 for value in reduced):
         return set()
     dx, dy = (value / math.hypot(*offsets) for value in reduced)
-    found = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, true in found.items() if true}
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, true in holds.items() if true}
 
 
 def evaluate_clauses(
@@ -101,52 +117,61 @@ def evaluate_clauses(
     exact_count: bool = False,
     as_published: bool = False,
 ) -> ClauseResult:
-    """Checks the `include` and `exclude` clauses of a prompt.
+    """Check the `include` and `exclude` clauses of a prompt.
 
     Args:
-        objects: class -> confident detections, best first (`keep_detections`).
-        metadata: ``{"include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier clause]}], "exclude": [...]}``.
-        colors: (detections, class) -> colour of each; only asked when a clause names one.
-        exact_count: more objects than asked for fail too (flow_grpo trains on this), instead of only fewer.
-        as_published: credits exactly as flow_grpo's reward counts them: below 0 for many surplus objects, a failed position followed by
-            a full credit all the same, nothing for `exclude`. Otherwise a credit is in [0, 1] and stands for one demand: a count, a
-            colour, a position, an exclusion.
+        objects (`dict`): class -> confident detections, best first (`keep_detections`).
+        metadata (mapping): ``{"include": [...], "exclude": [...]}`` with clauses
+            ``{"class", "count", "color"?, "position"?}``. A position is a relation and
+            the index of an earlier clause.
+        colors (function): (detections, class) -> colour of each. Only called when a
+            clause names one.
+        exact_count (`bool`, *optional*, defaults to False): more objects than asked for
+            fail too (flow_grpo trains on this), instead of only fewer.
+        as_published (`bool`, *optional*, defaults to False): credits exactly as
+            flow_grpo's
+            reward counts them: below 0 for many surplus objects, a failed position
+                followed
+            by a full credit all the same, nothing for `exclude`. Otherwise a credit is
+            in [0, 1] and stands for one demand: a count, a colour, a position, an
+            exclusion.
     """
     credits, reasons = list[float](), list[str]()
     matched: list[list[Detection] | None] = []
     for clause in _clauses(metadata, "include"):
         label, count = clause["class"], int(clause["count"])
         everything = list(objects.get(label, ()))
-        found = everything if exact_count else everything[:count]
-        credit = 1 - abs(count - len(found)) / count
+        counted = everything if exact_count else everything[:count]
+        credit = 1 - abs(count - len(counted)) / count
         credits.append(credit if as_published else max(credit, 0.0))
-        failed = len(found) != count
+        failed = len(counted) != count
         if failed:
             reasons.append(
-                f"expected {label}{'==' if exact_count else '>='}{count}, found {len(found)}"
+                f"expected {label}{'==' if exact_count else '>='}{count}, found {len(counted)}"
             )
             demands = ("color" in clause) + ("position" in clause)
             credits += [0.0] * (min(demands, 1) if as_published else demands)
         elif "color" in clause:
-            seen = list(colors(found, label))
-            right = seen.count(clause["color"])
+            names = list(colors(counted, label))
+            right = names.count(clause["color"])
             credits.append(right / count)
             if right < count:
                 failed = True
                 credits += [0.0] * ("position" in clause and not as_published)
                 others = ", ".join(
-                    f"{seen.count(color)} {color}" for color in COLORS if color in seen
+                    f"{names.count(color)} {color}" for color in COLORS if color in names
                 )
                 reasons.append(
-                    f"expected {clause['color']} {label}>={count}, found {right} {clause['color']}; and {others}"
+                    f"expected {clause['color']} {label}>={count}, found {right} "
+                    f"{clause['color']}; and {others}"
                 )
         if "position" in clause and not failed:
-            problem = _misplaced(found, clause, matched)
+            problem = _misplaced(counted, clause, matched)
             failed = problem is not None
             no_target = matched[int(clause["position"][1])] is None
             credits += [0.0] * failed + [1.0] * (not failed or (as_published and not no_target))
             reasons += [problem] if problem is not None else []
-        matched.append(None if failed else found)
+        matched.append(None if failed else counted)
     for clause in _clauses(metadata, "exclude"):
         number = len(objects.get(clause["class"], ()))
         if not as_published:
@@ -157,7 +182,10 @@ def evaluate_clauses(
 
 
 def _clauses(metadata: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    """The clauses of a kind. Tables such as Parquet hold None for what a clause does not have."""
+    """Return the clauses of a kind.
+
+    Tables such as Parquet hold None for what a clause does not have.
+    """
     return [
         {name: value for name, value in clause.items() if value is not None}
         for clause in metadata.get(kind) or ()
@@ -165,24 +193,26 @@ def _clauses(metadata: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def _misplaced(
-    found: Sequence[Detection], clause: Mapping[str, Any], matched: Sequence[list[Detection] | None]
+    objects: Sequence[Detection],
+    clause: Mapping[str, Any],
+    matched: Sequence[list[Detection] | None],
 ) -> str | None:
-    """Why a position clause fails, or None."""
+    """Say why a position clause fails, or return None."""
     relation, index = clause["position"]
     targets = matched[int(index)]
     if targets is None:
         return f"no target for {clause['class']} to be {relation}"
-    for one in found:
+    for one in objects:
         for target in targets:
-            seen = relative_position(one.box, target.box)
-            if relation not in seen:
-                said = " and ".join(name for name in RELATIONS if name in seen)
-                return f"expected {clause['class']} {relation} target, found {said} target"
+            relations = relative_position(one.box, target.box)
+            if relation not in relations:
+                actual = " and ".join(name for name in RELATIONS if name in relations)
+                return f"expected {clause['class']} {relation} target, found {actual} target"
     return None
 
 
 def check_metadata(metadata: Mapping[str, Any], place: str = "metadata") -> None:
-    """Checks one prompt's clauses.
+    """Check one prompt's clauses.
 
     Raises:
         UserError: naming the clause and what it lacks.
@@ -192,7 +222,8 @@ def check_metadata(metadata: Mapping[str, Any], place: str = "metadata") -> None
         empty = kind == "include" and not value and not metadata.get("exclude")
         if empty or not isinstance(value, Sequence) or isinstance(value, str):
             raise UserError(
-                f"{place}.{kind}: expected a list of clauses such as {{'class': 'cat', 'count': 1}}, got {value!r}"
+                f"{place}.{kind}: expected a list of clauses such as {{'class': "
+                f"'cat', 'count': 1}}, got {value!r}"
             )
         for i, clause in enumerate(metadata.get(kind) or ()):
             where = f"{place}.{kind}[{i}]"
@@ -219,21 +250,33 @@ def check_metadata(metadata: Mapping[str, Any], place: str = "metadata") -> None
                 )
                 if not good or not isinstance(position[1], int) or not 0 <= position[1] < i:
                     raise UserError(
-                        f"{where}.position: expected [one of {', '.join(RELATIONS)}, index of an earlier clause], got {position!r}"
+                        f"{where}.position: expected [one of {', '.join(RELATIONS)}, index of "
+                        f"an earlier clause], got {position!r}"
                     )
 
 
 class GenEval(Scorer):
-    """1 when every clause of the prompt holds, else 0; or partial credit.
+    """1 when every clause of the prompt holds, else 0. Or partial credit.
+
+    A detector's scores are kept in a cache only when it can be told from another: when
+    it is a function of a module, or has a method ``fingerprint() -> str``. The same
+    holds for a classifier.
 
     Args:
-        detector: callable from a PIL image to `Detection`s (or mappings with its fields), or its ``package.module:name``. None: the
-            metadata brings them under `detections`. Its scores are kept in a cache only when it can be told from another: when it is a
-            function of a module, or has a method ``fingerprint() -> str``; so for the classifier.
-        color_classifier: `ColorClassifier`, needed by prompts that name colours unless the detections have a `color`.
-        mode: ``geneval``: the published rule; surplus objects are allowed. ``strict``: counts must be equal, as flow_grpo trains.
-            ``partial``: the mean credit of its demands, each in [0, 1]. ``partial_published``: flow_grpo's reward to the letter, see
+        detector (callable or `str`, *optional*): from a PIL image to `Detection`s (or
+            mappings with its fields), or its ``package.module:name``. By default the
+            metadata brings them under `detections`.
+        color_classifier (`ColorClassifier` or `str`, *optional*): needed by prompts
+            that name colours unless the detections have a `color`.
+        mode (`str`, *optional*, defaults to "geneval"): ``geneval``: the published
+            rule, which allows surplus objects. ``strict``: counts must be equal, as
+            flow_grpo trains. ``partial``: the mean credit of its demands, each in [0,
+            1]. ``partial_published``: flow_grpo's reward to the letter, see
             `evaluate_clauses`.
+        **options: as for `Scorer`.
+
+    Raises:
+        ConfigError: an unknown mode, or something that cannot be imported or called.
     """
 
     spec = ScorerSpec(
@@ -286,25 +329,28 @@ class GenEval(Scorer):
         return values, notes
 
     def evaluate(self, item: Item) -> ClauseResult:
-        """The clauses of one image, with reasons."""
-        given = item.metadata.get("detections")
-        if given is None and self.detector is None:
+        """Check the clauses of one image, with reasons."""
+        detections = item.metadata.get("detections")
+        if detections is None and self.detector is None:
             raise _Unknown("no detections: give metadata['detections'] or a detector")
         image = item.image
-        seen = given if given is not None else self.detector(image)  # type: ignore[misc]
-        if not isinstance(seen, Iterable) or isinstance(seen, (str, Mapping)):
+        if detections is None:
+            detections = self.detector(image)  # type: ignore[misc]
+        if not isinstance(detections, Iterable) or isinstance(detections, (str, Mapping)):
             raise UserError(
-                f"detections: expected a list of {{label, score, box}}, got {type(seen).__name__}"
+                "detections: expected a list of {label, score, box}, "
+                f"got {type(detections).__name__}"
             )
-        found = [_detection(one) for one in seen]
-        objects = keep_detections(found, str(item.metadata.get("tag", "")))
+        tag = str(item.metadata.get("tag", ""))
+        objects = keep_detections([_detection(one) for one in detections], tag)
 
         def colors(detections: Sequence[Detection], label: str) -> Sequence[str]:
             if all(one.color is not None for one in detections):
                 return [str(one.color) for one in detections]
             if self.color_classifier is None:
                 raise _Unknown(
-                    "the prompt names a colour, and there is neither a colour in the detections nor a color_classifier"
+                    "the prompt names a colour, and there is neither a colour in the "
+                    "detections nor a color_classifier"
                 )
             return self.color_classifier(image, detections, label)
 
@@ -318,10 +364,13 @@ class GenEval(Scorer):
 
 
 class ClipColorClassifier:
-    """Zero-shot colours by any CLIP-type scorer: the box, everything but the object painted gray, against three templates per colour.
+    """Zero-shot colours by any CLIP-type scorer.
+
+    It looks at the box, with everything but the object painted gray, and compares it
+    with three templates per colour.
 
     Args:
-        scorer: a loaded `ModelScorer` such as ``load_scorer("clip-l14")``.
+        scorer (`ModelScorer`): loaded, such as ``load_scorer("clip-l14")``.
     """
 
     templates = (
@@ -334,7 +383,7 @@ class ClipColorClassifier:
         self.scorer = scorer
 
     def fingerprint(self) -> str | None:
-        """That of its scorer; None for an object that has none."""
+        """Return that of its scorer, None for an object that has none."""
         return self.scorer.fingerprint() if isinstance(self.scorer, Scorer) else None
 
     def __call__(self, image: Any, detections: Sequence[Detection], label: str) -> list[str]:
@@ -359,7 +408,7 @@ class ClipColorClassifier:
 
 
 def _crop(image: Any, one: Detection) -> Any:
-    """The box of an object, everything else in it gray; never empty."""
+    """Crop the box of an object, paint everything else in it gray. Never empty."""
     import numpy as np
     from PIL import Image
 
@@ -367,7 +416,8 @@ def _crop(image: Any, one: Detection) -> Any:
         mask = np.asarray(one.mask, dtype=bool)
         if mask.shape != (image.height, image.width):
             raise UserError(
-                f"detections: the mask of {one.label} is {mask.shape}, the image ({image.height}, {image.width})"
+                f"detections: the mask of {one.label} is {mask.shape}, the image "
+                f"({image.height}, {image.width})"
             )
         image = Image.composite(
             image, Image.new("RGB", image.size, "#999"), Image.fromarray(mask.astype("uint8") * 255)
@@ -377,7 +427,7 @@ def _crop(image: Any, one: Detection) -> Any:
 
 
 class _Unknown(Exception):
-    """This image cannot be judged; the sentence says why."""
+    """This image cannot be judged. The sentence says why."""
 
 
 def _detection(value: Any) -> Detection:
@@ -415,15 +465,19 @@ def _callable(value: Any, field_name: str) -> Any:
 
 
 def _identity(value: Any) -> str | None:
-    """What tells a detector or classifier from others, an empty text for none at all; None where it cannot be known, as for closures and
-    objects with settings of their own."""
+    """Return what tells a detector or classifier from others.
+
+    An empty text stands for none at all. None means that it cannot be known, as for
+    closures and objects with settings of their own.
+    """
     if value is None:
         return ""
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    qualified = getattr(value, "__qualname__", type(value).__qualname__)
+    name = f"{getattr(value, '__module__', '')}.{qualified}"
     fingerprint = getattr(value, "fingerprint", None)
     if callable(fingerprint):
-        found = fingerprint()
-        return f"{name} {found}" if isinstance(found, str) else None
+        text = fingerprint()
+        return f"{name} {text}" if isinstance(text, str) else None
     if not inspect.isfunction(value) or "<" in name or value.__closure__:
         return None
     try:

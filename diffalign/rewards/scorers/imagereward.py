@@ -1,8 +1,9 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977) on transformers' own BLIP classes.
 
-A BLIP vision tower, a BERT that attends to it, and an affine head on the first token, normalised to about N(0, 1). Two defaults of
-transformers are silently wrong for it (the vision tower's layer-norm epsilon and the text tower's number of heads), so every value
-of the architecture is written down here.
+It is a BLIP vision tower, a BERT that attends to it, and an affine head on the first
+token, normalised to about N(0, 1). Two defaults of transformers are silently wrong for
+it: the vision tower's layer-norm epsilon and the text tower's number of heads. So every
+value of the architecture is written down here.
 """
 
 from __future__ import annotations
@@ -50,28 +51,29 @@ _TEXT = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
-    # Builds the cross-attention; the causal mask that decoders have is not wanted and is switched off in the call.
+    # Builds the cross-attention. The causal mask that decoders have is not wanted and
+    # is switched off in the call.
     "is_decoder": True,
-    # The published configuration has 0.1, which an accidental train() would turn into noise.
+    # The published configuration has 0.1, which an accidental train() would turn into
+    # noise.
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-_HEAD = (
-    0,
-    2,
-    4,
-    6,
-    7,
-)  # the linear layers; 1, 3 and 5 are dropouts, and there are no activations between them
+# The linear layers. 1, 3 and 5 are dropouts, and there are no activations between them.
+_HEAD = (0, 2, 4, 6, 7)
 
 
 class ImageReward(ModelScorer):
-    """(head(h_CLS) - 0.16717...) / 1.03333...; about N(0, 1) over the prompts it was trained on.
+    """(head(h_CLS) - MEAN) / STD, about N(0, 1) over the prompts it was trained on.
 
     Args:
-        model: the published `ImageReward.pt` (a bare state dict), or a folder or Hub id that holds it.
-        config: ``{"vision": BlipVisionConfig fields, "text": BlipTextConfig fields}`` that override the published architecture.
-        tokenizer: folder or `vocab.txt` of BERT base uncased; None takes the vocabulary beside the weights, else the Hub's.
+        model (path or `str`, *optional*): the published `ImageReward.pt` (a bare state
+            dict), or a folder or Hub id that holds it.
+        config (mapping or path, *optional*): ``{"vision": BlipVisionConfig fields,
+            "text": BlipTextConfig fields}`` that override the published architecture.
+        tokenizer (path, *optional*): folder or `vocab.txt` of BERT base uncased.
+            Defaults to the vocabulary beside the weights, else the Hub's.
+        **options: as for `ModelScorer`.
     """
 
     spec = ScorerSpec(
@@ -118,11 +120,13 @@ class ImageReward(ModelScorer):
         if vocab_size == _TEXT["vocab_size"] and len(tokenizer) != _BERT_ENTRIES:
             raise ConfigError(
                 "tokenizer",
-                f"{str(source)!r} has {len(tokenizer)} entries, BERT base uncased has {_BERT_ENTRIES}; pass its folder or vocab.txt",
+                f"{str(source)!r} has {len(tokenizer)} entries, BERT base uncased has "
+                f"{_BERT_ENTRIES}; pass its folder or vocab.txt",
             )
         check_vocabulary(len(tokenizer) - 1, vocab_size, self.name)
         if vocab_size >= len(tokenizer) + 2:
-            # BLIP's two extra entries. They are never written, but a prompt that spells them is read so by the published code.
+            # BLIP's two extra entries. They are never written, but a prompt that spells
+            # them is read so by the published code.
             tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
         return tokenizer
 
@@ -141,10 +145,10 @@ class ImageReward(ModelScorer):
         }
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        found = tokenize(
+        tokens = tokenize(
             self.tokenizer, prompts, max_length=MAX_LENGTH, name=self.name, padding="max_length"
         )
-        return found["input_ids"].to(self.device), found["attention_mask"].to(self.device)
+        return tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         # Not the pooled output, which goes through the last layer norm twice.
@@ -159,38 +163,45 @@ class ImageReward(ModelScorer):
 
 
 def architecture(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Complete vision and text configurations from the published ones and overrides.
+    """Complete the published vision and text configurations with overrides.
+
+    Args:
+        config (mapping or path or None): overrides under `vision` and `text`.
+
+    Returns:
+        the vision and the text configuration.
 
     Raises:
-        ConfigError: a section other than `vision` and `text`, or a field the configuration classes do not have.
+        ConfigError: another section, or a field the configuration classes do not have.
     """
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    given = checkpoints.read_config(config) or {}
-    unknown = sorted(set(given) - {"vision", "text"})
+    overrides = checkpoints.read_config(config) or {}
+    unknown = sorted(set(overrides) - {"vision", "text"})
     if unknown:
         raise ConfigError(
             "config", f"unknown section {unknown[0]!r}; imagereward takes vision and text"
         )
-    found = []
+    sections = []
     for section, base, cls in (
         ("vision", _VISION, BlipVisionConfig),
         ("text", _TEXT, BlipTextConfig),
     ):
-        values = given.get(section) or {}
+        values = overrides.get(section) or {}
         if not isinstance(values, Mapping):
             raise ConfigError(f"config.{section}", f"expected a mapping, got {values!r}")
         known = set(cls().to_dict())
         for field in values:
             if field not in known:
                 raise ConfigError(f"config.{section}.{field}", f"{cls.__name__} has no such field")
-        found.append({**base, **values})
-    vision, text = found
+        sections.append({**base, **values})
+    vision, text = sections
     text.setdefault("encoder_hidden_size", vision["hidden_size"])
     if text["encoder_hidden_size"] != vision["hidden_size"]:
         raise ConfigError(
             "config.text.encoder_hidden_size",
-            f"is {text['encoder_hidden_size']}, but the vision tower is {vision['hidden_size']} wide",
+            f"is {text['encoder_hidden_size']}, but the vision tower is "
+            f"{vision['hidden_size']} wide",
         )
     text["is_decoder"] = True
     return vision, text
@@ -202,7 +213,17 @@ def build(
     text: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(vision tower, text tower, head) from a state dict in the published format; every key is used or known to be unused.
+    """Build the networks from a state dict in the published format.
+
+    Every key is used or known to be unused.
+
+    Args:
+        state (`dict[str, Tensor]`): by the published names.
+        vision, text (mapping): configurations, see `architecture`.
+        dtype (`torch.dtype`, *optional*, defaults to float32): of the towers.
+
+    Returns:
+        vision tower, text tower, head.
 
     Raises:
         UserError: keys missing, left over or misshapen.
@@ -231,7 +252,16 @@ def build_head(
     dtype: torch.dtype = torch.float32,
     what: str = "imagereward's head",
 ) -> nn.Module:
-    """The affine stack of linear layers, their inner widths read from the tensors (published: 1024, 128, 64, 16, 1)."""
+    """Build the affine stack of linear layers, with inner widths read from the tensors.
+
+    The published widths are 1024, 128, 64, 16, 1.
+
+    Args:
+        state (`dict[str, Tensor]`): of the head.
+        width (`int`): of its input.
+        dtype (`torch.dtype`, *optional*, defaults to float32): of the head.
+        what (`str`, *optional*): how messages name it.
+    """
     sizes = [
         width,
         *(int(state[f"{i}.weight"].shape[0]) if f"{i}.weight" in state else 1 for i in _HEAD),
@@ -243,7 +273,10 @@ def build_head(
 
 
 def _fused_attention(attention: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-    """`BlipAttention` by torch's fused kernel: transformers has only the written-out form, which keeps all attention weights."""
+    """Run `BlipAttention` by torch's fused kernel.
+
+    Transformers has only the written-out form, which keeps all attention weights.
+    """
     n, length, width = hidden_states.shape
     q, k, v = (
         attention.qkv(hidden_states)
@@ -267,15 +300,18 @@ _BLOCK_NAMES = (
     (".attn.qkv.", ".self_attn.qkv."),
     (".attn.proj.", ".self_attn.projection."),
 )
-# The image-text-contrastive projections are stored and never used; position ids are counted, not learned.
+# The image-text-contrastive projections are stored and never used. Position ids are
+# counted, not learned.
 _UNUSED = ("vision_proj.", "text_proj.", "text_encoder.embeddings.position_ids")
 
 
 def split_keys(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The published names under `vision`, `text` and `head` in transformers' names; `dropped` holds the five unused tensors.
+    """Sort a state dict into `vision`, `text` and `head`, by transformers' names.
 
-    Pure renaming: no tensor is split, transposed or reshaped. A name that fits nothing goes under `text`, where the strict loader
-    names it.
+    This is pure renaming: no tensor is split, transposed or reshaped. `dropped` holds
+        the
+    five unused tensors. A name that fits nothing goes under `text`, where the strict
+    loader names it.
     """
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}, "dropped": {}}
     for full, value in state.items():

@@ -1,4 +1,7 @@
-"""How well an image compresses: a reward without a model, for smoke tests of whatever optimises rewards (DDPO, arXiv 2305.13301)."""
+"""How well an image compresses: a reward without a model.
+
+It serves smoke tests of whatever optimises rewards (DDPO, arXiv 2305.13301).
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,25 @@ QUALITY = 95
 
 
 def jpeg_bytes(image: Any) -> int:
-    """Size of the image as JPEG of quality 95 with Pillow's default chroma subsampling."""
+    """Return an image's size as JPEG of quality 95, Pillow's default subsampling."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)
     return buffer.getbuffer().nbytes
 
 
 class JpegIncompressibility(Scorer):
-    """Bytes as JPEG over `scale`; the numbers depend on the libjpeg that Pillow was built with.
+    """Bytes as JPEG over `scale`.
+
+    The numbers depend on the libjpeg that Pillow was built with.
 
     Args:
-        scale: bytes per unit. 1000 gives kilobytes (DDPO, d3po); 500000 gives flow_grpo's compressibility, kilobytes over 500.
+        scale (`float`, *optional*, defaults to 1000.0): bytes per unit. 1000 gives
+            kilobytes (DDPO, d3po). 500000 gives flow_grpo's compressibility, kilobytes
+            over 500.
+        **options: as for `Scorer`.
+
+    Raises:
+        ConfigError: `scale` is not above 0.
     """
 
     spec = ScorerSpec(

@@ -1,7 +1,9 @@
 """MPS, the Multi-dimensional Preference Score (Zhang et al. 2024, arXiv 2405.14705).
 
-A CLIP ViT-H/14 whose image tokens attend to those prompt tokens that a condition sentence selects. The published code divides the
-selection by its maximum over the whole batch, which makes a score depend on the images beside it; here the maximum is each sample's.
+It is a CLIP ViT-H/14 whose image tokens attend to those prompt tokens that a condition
+sentence selects. The published code divides the selection by its maximum over the whole
+batch, which makes a score depend on the images beside it. Here the maximum is each
+sample's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from ..spec import ScorerSpec
 from ..towers import build_clip, clip_tokenizer, merged, preprocess_of_folder, tokenize, unit
 
 CONDITION = (
-    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
+    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
+    "structure, instance, texture, quantity, "
     "attributes, position, number, location, word, things."
 )
 """The published condition for the overall preference."""
@@ -49,17 +52,31 @@ _CLIP_H14: dict[str, Any] = {
 
 
 class MPS(ModelScorer):
-    """exp(logit_scale) cos(t_EOS, image token 0 after cross-attention to the selected prompt tokens).
+    """exp(logit_scale) * cos(end-of-text feature, image token 0).
+
+    The image token comes after cross-attention to the selected prompt tokens.
 
     Args:
-        model: a state dict of the published module (names ``model.*`` and ``cross_model.*``), as a file, or a folder or Hub id that
-            holds it. The published file is a pickled module, which would run code: save its `state_dict()` first.
-        config: `CLIPConfig` fields (or ``{"clip": ...}``, or a config.json) of a reduced checkpoint; the sizes of the cross-attention
+        model (path or `str`): a state dict of the published module (names ``model.*``
+            and ``cross_model.*``), as a file, or a folder or Hub id that holds it. The
+            published
+            file is a pickled module, which would run code: save its `state_dict()`
+                first.
+        config (mapping or path, *optional*): `CLIPConfig` fields (or ``{"clip": ...}``,
+            or a config.json) of a reduced checkpoint. The sizes of the cross-attention
             are read from its tensors.
-        tokenizer: folder of the tokenizer; None takes the one beside the weights, else LAION's from the Hub.
-        condition: words whose meaning selects prompt tokens.
-        threshold: a prompt token is kept when its similarity to the condition, over the sample's largest, is above this. 0.3 is what
-            the published evaluation scripts use (and the benchmark numbers), 0.01 what the README's model code has.
+        tokenizer (path, *optional*): folder of the tokenizer. Defaults to the one
+            beside the weights, else LAION's from the Hub.
+        condition (`str`, *optional*): words whose meaning selects prompt tokens.
+            Defaults to the published ones for the overall preference.
+        threshold (`float`, *optional*, defaults to 0.3): a prompt token is selected
+            when its similarity to the condition, over the sample's largest, is above
+            this. 0.3 is what the published evaluation scripts use (and the benchmark
+            numbers), 0.01 what the README's model code has.
+        **options: as for `ModelScorer`.
+
+    Raises:
+        ConfigError: no model, or an option that makes no sense.
     """
 
     spec = ScorerSpec(
@@ -95,7 +112,8 @@ class MPS(ModelScorer):
         if model is None:
             raise ConfigError(
                 "model",
-                "mps is published as a pickled module, which would run code; save its state_dict() and pass model=FILE",
+                "mps is published as a pickled module, which would run code; "
+                "save its state_dict() and pass model=FILE",
             )
         self.source = checkpoints.find_weights(model, self.spec)
         folder = self.source.parent
@@ -140,9 +158,15 @@ class MPS(ModelScorer):
         }
 
     def _tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Projected features of all tokens (n, length, d) and of the end-of-text token (n, d)."""
-        # Padded to the full length and without a mask, as published: padding takes part.
-        found = tokenize(
+        """Encode prompts with all their tokens.
+
+        Returns:
+            projected features of all tokens (n, length, d) and of the end-of-text token
+            (n, d).
+        """
+        # Padded to the full length and without a mask, as published: padding takes
+        # part.
+        tokens = tokenize(
             self.tokenizer,
             prompts,
             max_length=self.max_length,
@@ -150,7 +174,7 @@ class MPS(ModelScorer):
             padding="max_length",
             split_special_tokens=True,
         )
-        outputs = self.clip.text_model(input_ids=found["input_ids"].to(self.clip.device))
+        outputs = self.clip.text_model(input_ids=tokens["input_ids"].to(self.clip.device))
         return self.clip.text_projection(outputs.last_hidden_state), self.clip.text_projection(
             outputs.pooler_output
         )
@@ -168,21 +192,22 @@ class MPS(ModelScorer):
         )
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        tokens, end, kept = text
-        attended = self.cross(image, tokens, kept)
+        tokens, end, selected = text
+        attended = self.cross(image, tokens, selected)
         return self.clip.logit_scale.to(end.dtype).exp() * (end * unit(attended[:, 0])).sum(-1)
 
 
 def select_tokens(tokens: Tensor, condition: Tensor, threshold: float) -> Tensor:
-    """Which prompt tokens the condition selects.
+    """Find which prompt tokens the condition selects.
 
     Args:
-        tokens: (n, length, d).
-        condition: (m, d).
-        threshold: of max_k <token, condition_k> over its maximum within the sample.
+        tokens (`Tensor`): (n, length, d).
+        condition (`Tensor`): (m, d).
+        threshold (`float`): of max_k <token, condition_k> over its maximum within the
+            sample.
 
     Returns:
-        bool (n, length).
+        `Tensor`: bool (n, length).
     """
     similarity = (tokens @ condition.T).amax(-1)
     return similarity / similarity.amax(-1, keepdim=True) > threshold
@@ -207,7 +232,17 @@ class _SwiGLU(nn.Module):
 
 
 def _multi_query(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of many query heads over one key and value head: q (n, i, heads * d), k and v (n, j, d), mask (n, 1, 1, j)."""
+    """Attend with many query heads over one key and value head.
+
+    Args:
+        q (`Tensor`): (n, i, heads * d).
+        k, v (`Tensor`): (n, j, d).
+        heads (`int`): of the queries.
+        mask (`Tensor`, *optional*): bool (n, 1, 1, j).
+
+    Returns:
+        `Tensor`: (n, i, heads * d).
+    """
     n, i, _ = q.shape
     q = q.view(n, i, heads, -1).transpose(1, 2)
     out = F.scaled_dot_product_attention(
@@ -220,7 +255,10 @@ def _multi_query(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | Non
 
 
 class _CrossAttention(nn.Module):
-    """Image tokens attend to the selected prompt tokens; a gated feed-forward runs beside."""
+    """Image tokens attend to the selected prompt tokens.
+
+    A gated feed-forward runs beside.
+    """
 
     def __init__(self, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
         super().__init__()
@@ -235,11 +273,11 @@ class _CrossAttention(nn.Module):
             nn.Linear(ff_mult * dim, dim, bias=False),
         )
 
-    def forward(self, x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, selected: Tensor) -> Tensor:
         x = self.norm(x)
         k, v = self.to_kv(context).chunk(2, dim=-1)
         return self.to_out(
-            _multi_query(self.to_q(x), k, v, self.heads, kept[:, None, None, :])
+            _multi_query(self.to_q(x), k, v, self.heads, selected[:, None, None, :])
         ) + self.ff(x)
 
 
@@ -249,7 +287,10 @@ class _Rotary(nn.Module):
         self.register_buffer("inv_freq", 1.0 / (10000 ** (torch.arange(0, dim, 2).float() / dim)))
 
     def forward(self, x: Tensor, heads: int) -> Tensor:
-        """Rotates (n, length, heads * d) by position; the halves of d are the two coordinates."""
+        """Rotate (n, length, heads * d) by position.
+
+        The halves of d are the two coordinates.
+        """
         n, length, width = x.shape
         angles = (
             torch.arange(length, device=x.device, dtype=torch.float32)[:, None]
@@ -265,7 +306,10 @@ class _Rotary(nn.Module):
 
 
 class _ParallelBlock(nn.Module):
-    """Self-attention with rotary positions and a gated feed-forward, both from one projection."""
+    """Self-attention with rotary positions beside a gated feed-forward.
+
+    Both come from one projection.
+    """
 
     def __init__(self, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
         super().__init__()
@@ -297,7 +341,7 @@ class _Residual(nn.Module):
 
 
 class CrossModel(nn.Module):
-    """Layers of cross-attention to the prompt and self-attention among the image's tokens."""
+    """Layers of cross-attention to the prompt and self-attention among image tokens."""
 
     def __init__(self, dim: int, layers: int, dim_head: int, heads: int, ff_mult: int) -> None:
         super().__init__()
@@ -307,15 +351,30 @@ class CrossModel(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, image: Tensor, text: Tensor, kept: Tensor) -> Tensor:
-        """(n, tokens, d) of image tokens, from image (n, tokens, d), text (n, length, d), kept (n, length) bool."""
-        for cross, own in self.layers:  # type: ignore[misc]
-            image = own(cross(image, text, kept))
+    def forward(self, image: Tensor, text: Tensor, selected: Tensor) -> Tensor:
+        """Run all layers.
+
+        Args:
+            image (`Tensor`): (n, tokens, d).
+            text (`Tensor`): (n, length, d).
+            selected (`Tensor`): bool (n, length), the prompt tokens that count.
+
+        Returns:
+            `Tensor`: image tokens (n, tokens, d).
+        """
+        for cross, block in self.layers:  # type: ignore[misc]
+            image = block(cross(image, text, selected))
         return image
 
 
 def build_cross_model(state: Mapping[str, Tensor], dtype: torch.dtype) -> CrossModel:
-    """The cross-attention network, its sizes read from the tensors (published: 4 layers, 1024 wide, 16 heads of 64)."""
+    """Build the cross-attention network, with sizes read from the tensors.
+
+    The published one has 4 layers, 1024 wide, with 16 heads of 64.
+
+    Raises:
+        ConfigError: it is not the state dict of the published module.
+    """
     names = checkpoints.rename(state, "cross_model.")
     first = "layers.0.0.fn."
     try:
@@ -328,7 +387,8 @@ def build_cross_model(state: Mapping[str, Tensor], dtype: torch.dtype) -> CrossM
     except KeyError as error:
         raise ConfigError(
             "model",
-            f"the checkpoint has no cross_model.{error.args[0]}; expected the state dict of the published module",
+            f"the checkpoint has no cross_model.{error.args[0]}; "
+            "expected the state dict of the published module",
         ) from None
     layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("layers."))
     module = checkpoints.build_empty(lambda: CrossModel(dim, layers, dim_head, heads, ff_mult))

@@ -1,4 +1,4 @@
-"""The programmatic verifier of the shapes world as a scorer: exact, and known to nothing else."""
+"""The programmatic verifier of the shapes world as a scorer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from ..spec import ScorerSpec
 
 
 class ShapesScorer(Scorer):
-    """The share of right attributes in [0, 1], of which the last twentieth is the sharpness of the shape.
+    """The share of right attributes in [0, 1].
+
+    The last twentieth of it is the sharpness of the shape.
 
     Args:
-        graded: False gives 1 when every attribute is right and 0 otherwise.
+        graded (`bool`, *optional*, defaults to True): False gives 1 when every
+            attribute is right and 0 otherwise.
+        **options: as for `Scorer`.
+
+    Raises:
+        ConfigError: `graded` is no truth value.
     """
 
     spec = ScorerSpec(

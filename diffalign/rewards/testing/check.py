@@ -1,8 +1,10 @@
-"""Does a scorer keep its promises? For authors of plug-ins, and for this package's own tests.
+"""Check whether a scorer keeps its promises.
 
-The model behind a scorer is called directly, past everything that would hide a fault: equal items are not merged, nothing comes from a
-cache, and all prompts of a batch are encoded together. A score that depends on what else is in the batch - as MPS's does in its
-published code - is found that way and no other.
+It serves authors of plug-ins and this package's own tests. The model behind a scorer is
+called directly, past everything that would hide a fault: equal items are not merged,
+nothing comes from a cache, and all prompts of a batch are encoded together. A score
+that depends on what else is in the batch, as MPS's does in its published code, is found
+that way and no other.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ PROMPTS = (
     "bowl of soup",
     "three green apples and one yellow banana on a white table",
 )
-"""The default prompts: different in length and content, so that padding and batch statistics would show."""
+"""The default prompts.
+
+They differ in length and content, so that padding and batch statistics would show.
+"""
 _SIZES = (
     (96, 72),
     (64, 64),
@@ -41,7 +46,8 @@ _SIZES = (
     (130, 50),
     (64, 64),
     (57, 83),
-)  # width, height of the default images
+)
+"""Width and height of the default images."""
 
 
 @dataclass
@@ -66,13 +72,14 @@ class CheckReport:
         return all(check.status != "failed" for check in self.checks)
 
     def raise_if_failed(self) -> None:
-        """Raises `UserError` with the sentences of the failed checks."""
+        """Raise `UserError` with the sentences of the failed checks."""
         failed = [
             f"{check.name}: {check.sentence}" for check in self.checks if check.status == "failed"
         ]
         if failed:
             raise UserError(
-                f"{self.scorer} fails {len(failed)} of {len(self.checks)} checks; {'; '.join(failed)}"
+                f"{self.scorer} fails {len(failed)} of {len(self.checks)} checks; "
+                f"{'; '.join(failed)}"
             )
 
     def __str__(self) -> str:
@@ -83,11 +90,11 @@ class CheckReport:
 
 
 class _Skip(Exception):
-    """This check does not apply; the message says why."""
+    """This check does not apply. The message says why."""
 
 
 class _Fail(Exception):
-    """This check failed; the message says how."""
+    """This check failed. The message says how."""
 
 
 def check_scorer(
@@ -98,36 +105,61 @@ def check_scorer(
     *,
     tolerance: float = 1e-4,
 ) -> CheckReport:
-    """Checks a scorer on a handful of images.
+    """Check a scorer on a handful of images.
 
-    The checks: `length`, one number per image; `finite`, no missing and no infinite one; `repeatable`, twice the same call gives the
-    same; `duplicates`, an image given twice in a batch gets one score; `permutation`, the order of a batch does not matter; `batch
-    size`, batches of 1, 3 and all give the same; `public call`, `score` returns what the model says; `input form`, PIL image, uint8
-    array and PNG bytes give the same; `gradient`, where declared: finite, not zero, none from other images, and uphill raises the
-    score; `modes`, the differentiable score is near the exact one.
+    The checks, by name:
+
+    - `length`: one number per image.
+    - `finite`: no missing and no infinite one.
+    - `repeatable`: twice the same call gives the same.
+    - `duplicates`: an image given twice in a batch gets one score.
+    - `permutation`: the order of a batch does not matter.
+    - `batch size`: batches of 1, 3 and all give the same.
+    - `public call`: `score` returns what the model says.
+    - `input form`: PIL image, uint8 array and PNG bytes give the same.
+    - `gradient`, where declared: finite, not zero, none from other images, and uphill
+      raises the score.
+    - `modes`: the differentiable score is near the exact one.
 
     Args:
-        scorer: to be checked; it is left as it is.
-        images: at least four different ones, in any form of `read_images`; None draws smooth random images of several sizes, and
-            pictures of the shapes world for its scorers.
-        prompts: one per image, different from each other; None takes sentences of different lengths.
-        metadata: one mapping per image, for scorers that require it.
-        tolerance: largest difference, relative to the largest score, that counts as rounding. Half-precision towers need about 2e-2.
+        scorer (`Scorer`): to be checked. It is left as it is.
+        images (*optional*): at least four different ones, in any form of `read_images`.
+            By default smooth random images of several sizes, and pictures of the shapes
+            world for its scorers.
+        prompts (list of `str`, *optional*): one per image, different from each other.
+            By default sentences of different lengths.
+        metadata (list of mappings, *optional*): one per image, for scorers that require
+            it.
+        tolerance (`float`, *optional*, defaults to 1e-4): largest difference, relative
+            to the largest score, that counts as rounding. Half-precision towers need
+            about 2e-2.
+
+    Returns:
+        `CheckReport`: the outcome of each check.
 
     Raises:
-        UserError: fewer than four images, a scorer that requires metadata without any given, or input that no scorer would take.
+        UserError: fewer than four images, a scorer that requires metadata without any
+            given, or input that no scorer would take.
+
+    Example:
+        ```python
+        report = check_scorer(load_scorer("jpeg_compressibility"))
+        assert report.ok, report
+        ```
     """
     if images is None:
         if "metadata" in scorer.spec.requires and metadata is None:
             raise UserError(
-                f"metadata: {scorer.name} needs metadata that fit the images; give images, prompts and metadata"
+                f"metadata: {scorer.name} needs metadata that fit the images; "
+                "give images, prompts and metadata"
             )
         images, drawn = _default_images(scorer)
         prompts = drawn if prompts is None else prompts
     pictures = [item.image for item in read_images(images)]
     if len(pictures) < 4:
         raise UserError(
-            f"images: expected at least 4, got {len(pictures)}; fewer do not show what depends on the batch"
+            f"images: expected at least 4, got {len(pictures)}; "
+            "fewer do not show what depends on the batch"
         )
     prompts = list((PROMPTS * len(pictures))[: len(pictures)] if prompts is None else prompts)
     bench = _Bench(scorer, pictures, prompts, metadata, tolerance)
@@ -171,7 +203,10 @@ def _without_cache(scorer: Scorer) -> Iterator[None]:
 
 
 class _Bench:
-    """The checks, each a method that returns a sentence, or raises `_Fail` or `_Skip` with one."""
+    """The checks.
+
+    Each is a method that returns a sentence, or raises `_Fail` or `_Skip` with one.
+    """
 
     def __init__(
         self,
@@ -202,7 +237,10 @@ class _Bench:
         )
 
     def _picked(self, values: Any, order: Sequence[int]) -> Any:
-        """Those of one value per image; a list of another length goes on as it is, for the scorer to refuse."""
+        """Pick values in an order, where there is one per image.
+
+        A list of another length goes on as it is, for the scorer to refuse.
+        """
         return (
             values
             if values is None or len(values) != len(self.pictures)
@@ -210,7 +248,11 @@ class _Bench:
         )
 
     def raw(self, order: Sequence[int] | None = None) -> Tensor:
-        """Scores (n,) float64 of one batch in one forward pass, nothing remembered and nothing merged."""
+        """Score one batch in one forward pass, nothing remembered and nothing merged.
+
+        Returns:
+            `Tensor`: (n,) float64.
+        """
         items = self.items(order)
         scorer = self.scorer
         with torch.no_grad(), torch.autocast(scorer.device.type, enabled=False):
@@ -220,14 +262,15 @@ class _Bench:
                 scorer.device
             )
             text = scorer.text_features([item.prompt for item in items])
-            found = scorer.similarity(
+            scores = scorer.similarity(
                 scorer.image_features(scorer.preprocess.normalise(pixels).to(scorer.dtype)), text
             )
-        if found.shape != (len(items),):
+        if scores.shape != (len(items),):
             raise UserError(
-                f"{scorer.name}: returned scores of shape {tuple(found.shape)} for {len(items)} images"
+                f"{scorer.name}: returned scores of shape {tuple(scores.shape)} for "
+                f"{len(items)} images"
             )
-        return found.double().cpu()
+        return scores.double().cpu()
 
     @property
     def values(self) -> Tensor:
@@ -235,18 +278,19 @@ class _Bench:
             raise _Skip("there are no scores to compare")
         return self._values
 
-    def compare(self, found: Tensor, expected: Tensor, what: str) -> float:
-        """Largest difference; NaN equals NaN."""
+    def compare(self, scores: Tensor, expected: Tensor, what: str) -> float:
+        """Return the largest difference, where NaN equals NaN, or fail."""
         scale = float(expected.nan_to_num(0.0).abs().max()) or 1.0
-        difference = (found.double() - expected.double()).abs()
+        difference = (scores.double() - expected.double()).abs()
         difference = torch.where(
-            found.isnan() & expected.isnan(), torch.zeros_like(difference), difference
+            scores.isnan() & expected.isnan(), torch.zeros_like(difference), difference
         )
         worst = float(difference.nan_to_num(float("inf")).max())
         if not worst <= self.tolerance * scale:
             i = int(difference.nan_to_num(float("inf")).argmax())
             raise _Fail(
-                f"{what}: image {i} scores {float(found[i]):.6g} instead of {float(expected[i]):.6g}"
+                f"{what}: image {i} scores {float(scores[i]):.6g} instead of "
+                f"{float(expected[i]):.6g}"
             )
         return worst
 
@@ -266,13 +310,14 @@ class _Bench:
 
     def repeatable(self) -> str:
         self._needs_determinism()
-        return f"the same call twice differs by at most {self.compare(self.raw(), self.values, 'called again'):.2g}"
+        worst = self.compare(self.raw(), self.values, "called again")
+        return f"the same call twice differs by at most {worst:.2g}"
 
     def duplicates(self) -> str:
         self._needs_determinism()
         order = [*range(len(self.values)), 0, 1, 0]
-        found = self.raw(order)
-        worst = self.compare(found, self.values[order], "with images given twice in a batch")
+        scores = self.raw(order)
+        worst = self.compare(scores, self.values[order], "with images given twice in a batch")
         return f"images given twice differ by at most {worst:.2g}"
 
     def permutation(self) -> str:
@@ -282,20 +327,20 @@ class _Bench:
             list(range(len(self.values)))[::-1],
             torch.randperm(len(self.values), generator=_generator()).tolist(),
         ):
-            found = torch.empty_like(self.values)
-            found[order] = self.raw(order)
-            worst = max(worst, self.compare(found, self.values, "in another order"))
+            scores = torch.empty_like(self.values)
+            scores[order] = self.raw(order)
+            worst = max(worst, self.compare(scores, self.values, "in another order"))
         return f"other orders of the batch differ by at most {worst:.2g}"
 
     def batch_size(self) -> str:
         self._needs_determinism()
         worst, count = 0.0, len(self.values)
         for size in (1, 3):
-            found = torch.cat(
+            scores = torch.cat(
                 [self.raw(range(count)[start : start + size]) for start in range(0, count, size)]
             )
             worst = max(
-                worst, self.compare(found, self.values, f"in batches of {size} instead of {count}")
+                worst, self.compare(scores, self.values, f"in batches of {size} instead of {count}")
             )
         return f"batches of 1, 3 and {count} differ by at most {worst:.2g}"
 
@@ -309,8 +354,8 @@ class _Bench:
         expected = self._score(self.pictures)
         rgb = [picture.convert("RGB") for picture in self.pictures]
         same_mode = [picture.mode == "RGB" for picture in self.pictures]
-        kept = [i for i, same in enumerate(same_mode) if same]
-        if not kept:
+        unchanged = [i for i, same in enumerate(same_mode) if same]
+        if not unchanged:
             raise _Skip("no image is RGB, and arrays hold nothing else")
         worst = 0.0
         for name, form in (
@@ -320,7 +365,9 @@ class _Bench:
             worst = max(
                 worst,
                 self.compare(
-                    self._score(form)[kept], expected[kept], f"as {name} instead of PIL images"
+                    self._score(form)[unchanged],
+                    expected[unchanged],
+                    f"as {name} instead of PIL images",
                 ),
             )
         return f"PIL images, uint8 arrays and PNG bytes differ by at most {worst:.2g}"
@@ -345,10 +392,17 @@ class _Bench:
         if float(first[1:].abs().max()) > self.tolerance * float(first[:1].abs().max()):
             raise _Fail("the score of one image has a gradient with respect to another")
         self._check_uphill(pixels.detach(), prompts, gradient)
-        return f"finite, norms from {float(norms.min()):.2g} to {float(norms.max()):.2g}, uphill raises the score"
+        return (
+            f"finite, norms from {float(norms.min()):.2g} to {float(norms.max()):.2g}, "
+            "uphill raises the score"
+        )
 
     def _check_uphill(self, pixels: Tensor, prompts: list[str], gradient: Tensor) -> None:
-        """A step along the gradient must raise each score; several lengths, as short ones drown in rounding and long ones leave the slope."""
+        """Check that a step along the gradient raises each score.
+
+        It tries several lengths: short steps drown in rounding, long ones leave the
+            slope.
+        """
         direction = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         risen = torch.zeros(len(pixels), dtype=torch.bool)
         with torch.no_grad():
@@ -360,11 +414,15 @@ class _Bench:
                 risen |= (up > down).cpu()
         if not bool(risen.all()):
             raise _Fail(
-                f"a step along the gradient does not raise the score of image {int((~risen).nonzero()[0])}"
+                "a step along the gradient does not raise the score of image "
+                f"{int((~risen).nonzero()[0])}"
             )
 
     def modes(self) -> str:
-        """The two modes resize differently, by up to 2/255: near means a tenth of what tells the images apart."""
+        """Compare the two modes, which resize differently, by up to 2/255.
+
+        Near means a tenth of what tells the images apart.
+        """
         pixels, prompts = self._tensor_input()
         eight_bit = quantise(pixels)
         with torch.no_grad():
@@ -390,7 +448,10 @@ class _Bench:
         ).values.double()
 
     def _tensor_input(self) -> tuple[Tensor, list[str]]:
-        """Three images as floats of one size, away from 0 and 1 so that a step stays inside."""
+        """Return three images as floats of one size.
+
+        They stay away from 0 and 1, so that a step stays inside.
+        """
         if not self.scorer.differentiable:
             raise _Skip("the scorer declares no gradient")
         _ = self.values

@@ -1,8 +1,9 @@
 """``diffalign doctor``: do the scorers on this machine give the numbers they should?
 
-Three kinds of checks. *shapes-clip* on drawn images against stored values. Every neural scorer on its tiny random checkpoint against the
-numbers that the published code gave on it. And published weights, where they are on this machine, against the few numbers that their
-authors made public.
+There are three kinds of checks: *shapes-clip* on drawn images against stored values,
+every neural scorer on its tiny random checkpoint against the numbers that the published
+code gave on it, and published weights, where they are on this machine, against the few
+numbers that their authors made public.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from ...errors import ConfigError, UserError
 
 REFERENCE = Path(__file__).parent / "reference.json"
 
-# Public numbers: files as the authors' repositories have them, the prompt, the values, and how far they may be off. The authors' GPU
-# ran ImageReward in float32 and HPSv2 under float16 autocast, on JPEG and WebP decoders of their time.
+# Public numbers: files as the authors' repositories have them, the prompt, the values,
+# and how far they may be off. The authors' GPU ran ImageReward in float32 and HPSv2
+# under float16 autocast, on JPEG and WebP decoders of their time.
 PUBLIC: dict[str, dict[str, Any]] = {
     "imagereward": {
         "files": ["1.webp", "2.webp", "3.webp", "4.webp"],
@@ -62,8 +64,9 @@ def examine(
     """Check scorers against known numbers, one finding after another.
 
     Args:
-        scorers (`str`, *optional*): names with commas between; None takes all.
-        models, tokenizers (`Sequence[str]`): NAME=PATH of published weights, and of tokenizers that lie elsewhere.
+        scorers (`str`, *optional*): names with commas between. Defaults to all.
+        models, tokenizers (`Sequence[str]`, *optional*): NAME=PATH of published
+            weights, and of tokenizers that lie elsewhere.
         assets (`Path`, *optional*): folder with the authors' example images.
         device (*optional*): as for `load_scorer`.
 
@@ -72,8 +75,8 @@ def examine(
     """
     from .. import registry
 
-    wanted = [name.strip() for name in scorers.split(",")] if scorers else None
-    keys = [registry.get_spec(name).key for name in wanted] if wanted else None
+    names = [name.strip() for name in scorers.split(",")] if scorers else None
+    keys = [registry.get_spec(name).key for name in names] if names else None
     weights, folders = _pairs(models, "--model"), _pairs(tokenizers, "--tokenizer")
     stored = json.loads(REFERENCE.read_text("utf-8"))
     for key, expected in stored.items():
@@ -99,38 +102,49 @@ def examine(
 def _pairs(values: Sequence[str], field: str) -> dict[str, str]:
     from .. import registry
 
-    found = {}
+    paths = {}
     for text in values:
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise UserError(f"{field}: expected NAME=PATH, got {text!r}")
-        found[registry.get_spec(name).key] = path
-    return found
+        paths[registry.get_spec(name).key] = path
+    return paths
 
 
 def _compare_stored(key: str, expected: Mapping[str, Any], device: Any) -> Finding:
-    """The scorer on the stored images and prompts."""
+    """Compare the scorer on the stored images and prompts."""
     check = f"against {expected['source']}"
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # some of the prompts are longer than the scorers read, on purpose
-            found = stored_scores(key, expected, Path(folder), device)
+            # Some of the prompts are longer than the scorers read, on purpose.
+            warnings.simplefilter("ignore", UserWarning)
+            scores = stored_scores(key, expected, Path(folder), device)
     except Exception as error:  # a report goes on where a scorer breaks
         return Finding(
             key, check, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         )
-    differences = [abs(a - b) for a, b in zip(found, expected["values"], strict=True)]
+    differences = [abs(a - b) for a, b in zip(scores, expected["values"], strict=True)]
     largest = math.nan if any(math.isnan(d) for d in differences) else max(differences)
-    detail = f"{len(differences)} values, largest difference {largest:.1e}, allowed {expected['tolerance']:.0e}"
+    detail = (
+        f"{len(differences)} values, largest difference {largest:.1e}, "
+        f"allowed {expected['tolerance']:.0e}"
+    )
     return Finding(key, check, largest <= expected["tolerance"], detail)
 
 
 def stored_scores(
     key: str, expected: Mapping[str, Any], folder: Path, device: Any = None
 ) -> list[float]:
-    """Scores of the images and prompts that `expected` names, on the embedded weights or the tiny checkpoint."""
+    """Score the images and prompts that `expected` names.
+
+    It uses the embedded weights or the tiny checkpoint.
+
+    Args:
+        key (`str`): of the scorer.
+        expected (mapping): entry of reference.json, with `pairs` and maybe `options`.
+        folder (`Path`): where the tiny checkpoint is written.
+        device (*optional*): as for `load_scorer`.
+    """
     from ..registry import load_scorer
     from . import reference
 
@@ -149,7 +163,10 @@ def stored_scores(
 
 
 def _is_cached(key: str) -> bool:
-    """Whether the published weights lie in the Hub's cache; nothing is downloaded."""
+    """Return whether the published weights lie in the Hub's cache.
+
+    Nothing is downloaded.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     from .. import registry
@@ -157,16 +174,20 @@ def _is_cached(key: str) -> bool:
     spec = registry.get_spec(key)
     if spec.weights is None or spec.weights.startswith("https://"):
         return False
-    found = try_to_load_from_cache(
+    path = try_to_load_from_cache(
         spec.weights, spec.filename or "model.safetensors", revision=spec.revision
     )
-    return isinstance(found, str)
+    return isinstance(path, str)
 
 
 def _published(
     key: str, model: str | None, tokenizer: str | None, assets: Path | None, device: Any
 ) -> Iterator[Finding]:
-    """Published weights: they load, their scores lie where they usually do, and they reproduce the public numbers."""
+    """Check published weights.
+
+    They load, their scores lie where they usually do, and they reproduce the public
+    numbers.
+    """
     from ...runtime.hashing import content_hash
     from ..registry import load_scorer
     from . import reference
@@ -213,9 +234,9 @@ def _published(
             f"not compared: give --assets with {', '.join(public['files'])} ({public['source']})",
         )
         return
-    found = scorer([str(file) for file in files], [public["prompt"]] * len(files)).tolist()
-    largest = max(abs(a - b) for a, b in zip(found, public["values"], strict=True))
-    listed = ", ".join(f"{value:.4f}" for value in found)
+    values = scorer([str(file) for file in files], [public["prompt"]] * len(files)).tolist()
+    largest = max(abs(a - b) for a, b in zip(values, public["values"], strict=True))
+    listed = ", ".join(f"{value:.4f}" for value in values)
     yield Finding(
         key,
         f"public numbers ({public['source']})",

@@ -1,4 +1,4 @@
-"""Every neural scorer on its tiny random checkpoint, as a user would load the published one; images drawn in code."""
+"""Load every neural scorer on its tiny random checkpoint. Images are drawn in code."""
 
 from __future__ import annotations
 
@@ -60,23 +60,29 @@ MODELS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "mps": _mps,
     "shapes-clip": lambda folder: {},
 }
-"""Scorer -> writes its tiny checkpoint into a folder and returns the arguments of `load_scorer`. shapes-clip carries its own."""
+"""Scorer -> a function that writes its tiny checkpoint into a folder.
+
+It returns the arguments of `load_scorer`. shapes-clip carries its own weights.
+"""
 
 
 def arguments(name: str, folder: Path) -> dict[str, Any]:
-    """Arguments of `load_scorer` for the tiny checkpoint of `name`, written into `folder`."""
+    """Write the tiny checkpoint of `name`, return the arguments of `load_scorer`."""
     return MODELS[name](folder / name)
 
 
 def drawn_images(prompts: Sequence[str]) -> list[Image.Image]:
-    """The shapes world's rendering of prompts, without variation."""
+    """Draw prompts of the shapes world, without variation."""
     from ...shapes import parse_prompt, render
 
     return [render(parse_prompt(prompt)) for prompt in prompts]
 
 
 def sample_images() -> list[Image.Image]:
-    """Nine odd images of several sizes, as the published code sees them: in RGB, their transparency dropped."""
+    """Return nine odd images of several sizes, as the published code sees them.
+
+    They are in RGB, their transparency dropped.
+    """
     return [image.convert("RGB") for image in models.sample_images().values()]
 
 

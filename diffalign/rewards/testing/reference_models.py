@@ -1,11 +1,15 @@
-"""Tiny random checkpoints of the reward models, in the formats their authors distribute, and odd inputs to score.
+"""Tiny random checkpoints of the reward models, and odd inputs to score.
 
-Everything is drawn from `numpy.random.RandomState`, whose stream is frozen, and uses no transcendental function, so the weights and
-images are bit-identical on every machine. The file runs both here and in the old environments of `originals/`, where the authors'
-code turned these same weights into the numbers under `fixtures/`; it therefore needs only numpy, torch and PIL.
+The checkpoints have the formats that the authors distribute. Everything is drawn from
+`numpy.random.RandomState`, whose stream is frozen, and uses no transcendental function,
+so the weights and images are bit-identical on every machine. The file runs both here
+and in the old environments of `originals/`, where the authors' code turned these same
+weights into the numbers under `fixtures/`. It therefore needs only numpy, torch and
+PIL.
 
-Weights are scaled so that mistakes show: scores differ by much more than 0.1 from image to image, the inputs of several LayerNorms
-have variances near their epsilon, and the numbers of heads are not the libraries' defaults though these would divide the widths.
+Weights are scaled so that mistakes show. Scores differ by much more than 0.1 from image
+to image, the inputs of several LayerNorms have variances near their epsilon, and the
+numbers of heads are not the libraries' defaults though these would divide the widths.
 """
 
 from __future__ import annotations
@@ -37,13 +41,17 @@ PROMPTS = [
     "<start_of_text> a <end_of_text>",
     "unaffable supercalifragilisticexpialidocious 1234567890 3.14",
     "zero\u200bwidth \u00a0nbsp \ufeffbom e\u0301 decomposed Ⅷ",
-    "a [DEC] cat [ENC] dog",  # words of their own only because the original ImageReward adds them to BERT's
+    # Words of their own only because the original ImageReward adds them to BERT's.
+    "a [DEC] cat [ENC] dog",
     " ".join(["a very long prompt about a red cat and two blue dogs in the house"] * 22),
 ]
 
 
 def sample_images() -> dict[str, Image.Image]:
-    """Images of odd sizes and modes, by a name ``MODE_WIDTHxHEIGHT``: smooth colour fields with noise, different in contrast."""
+    """Draw images of odd sizes and modes, by a name ``MODE_WIDTHxHEIGHT``.
+
+    They are smooth colour fields with noise, different in contrast.
+    """
     images = {}
     sizes = [
         ("RGB", 300, 200),
@@ -65,7 +73,10 @@ def sample_images() -> dict[str, Image.Image]:
 
 
 def random_pixels(seed: int, width: int, height: int, channels: int) -> np.ndarray:
-    """(height, width, channels) uint8: a coarse random grid interpolated linearly in integers, plus noise."""
+    """Draw uint8 pixels (height, width, channels).
+
+    A coarse random grid is interpolated linearly in integers, plus noise.
+    """
     rng = np.random.RandomState(1000 + seed)
     cells = 2 + seed % 4
     coarse = rng.randint(0, 256, (cells + 1, cells + 1, channels)).astype(np.int64)
@@ -78,7 +89,10 @@ def random_pixels(seed: int, width: int, height: int, channels: int) -> np.ndarr
 
 
 def random_features(seed: int = 0, count: int = 8, width: int = 768) -> np.ndarray:
-    """(count, width) float32 with norms that differ, standing in for CLIP embeddings."""
+    """Draw float32 rows (count, width) with norms that differ.
+
+    They stand in for CLIP embeddings.
+    """
     rng = np.random.RandomState(seed)
     return (
         rng.standard_normal((count, width)) * np.linspace(0.1, 3.0, count)[:, None] + 0.2
@@ -86,7 +100,10 @@ def random_features(seed: int = 0, count: int = 8, width: int = 768) -> np.ndarr
 
 
 def random_model_input(seed: int = 0, count: int = 2, size: int = 224) -> np.ndarray:
-    """(count, 3, size, size) float32 as after normalisation; input of the gradient fixtures."""
+    """Draw float32 pixels (count, 3, size, size) as after normalisation.
+
+    They are the input of the gradient fixtures.
+    """
     return np.random.RandomState(seed).standard_normal((count, 3, size, size)).astype(np.float32)
 
 
@@ -119,21 +136,35 @@ PROJECTION = 8  # of ImageReward's unused contrastive heads; 256 in the original
 
 
 def imagereward_config() -> dict[str, Any]:
-    """Sizes of the tiny ImageReward under transformers' names. LayerNorm epsilons are the original's, 1e-6 and 1e-12."""
+    """Return the sizes of the tiny ImageReward under transformers' names.
+
+    LayerNorm epsilons are the original's, 1e-6 and 1e-12.
+    """
     return {
         "vision": {
-            "image_size": 224, "patch_size": 16, "hidden_size": 32, "intermediate_size": 128,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "layer_norm_eps": 1e-6,
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "layer_norm_eps": 1e-6,
         },
         "text": {
-            "vocab_size": len(bert_vocabulary()) + 2, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 64, "encoder_hidden_size": 32, "layer_norm_eps": 1e-12,
+            "vocab_size": len(bert_vocabulary()) + 2,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "encoder_hidden_size": 32,
+            "layer_norm_eps": 1e-12,
         },
-    }  # fmt: skip
+    }
 
 
 def imagereward_med_config() -> dict[str, Any]:
-    """`med_config.json`, which the original reads beside its checkpoint."""
+    """Return `med_config.json`, which the original reads beside its checkpoint."""
     text = {
         name: value
         for name, value in imagereward_config()["text"].items()
@@ -156,7 +187,11 @@ def imagereward_med_config() -> dict[str, Any]:
 
 
 def imagereward_state(seed: int = 0) -> dict[str, np.ndarray]:
-    """State dict of ImageReward.pt: `blip.visual_encoder`, `blip.text_encoder`, the two unused projections, `mlp`."""
+    """Draw the state dict of ImageReward.pt.
+
+    It holds `blip.visual_encoder`, `blip.text_encoder`, the two unused projections,
+    `mlp`.
+    """
     vision, text = imagereward_config().values()
     draw = _Draw(seed)
     width, patch = vision["hidden_size"], vision["patch_size"]
@@ -224,7 +259,10 @@ def _imagereward_text(draw: _Draw, text: dict[str, Any]) -> None:
 
 
 def clip_config(hidden_act: str = "gelu", projection_dim: int = 16) -> dict[str, Any]:
-    """`config.json` of a tiny CLIPModel as PickScore_v1 has it: exact GELU, legacy eos_token_id 2, full vocabulary."""
+    """Return `config.json` of a tiny CLIPModel as PickScore_v1 has it.
+
+    It has exact GELU, the legacy eos_token_id 2 and the full vocabulary.
+    """
     shared = {
         "hidden_act": hidden_act,
         "layer_norm_eps": 1e-5,
@@ -232,23 +270,44 @@ def clip_config(hidden_act: str = "gelu", projection_dim: int = 16) -> dict[str,
         "attention_dropout": 0.0,
     }
     text = {
-        "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 49408,
-        "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "model_type": "clip_text_model",
-    }  # fmt: skip
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "model_type": "clip_text_model",
+    }
     vision = {
-        "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": 224, "patch_size": 14, "num_channels": 3, "model_type": "clip_vision_model",
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 224,
+        "patch_size": 14,
+        "num_channels": 3,
+        "model_type": "clip_vision_model",
+    }
     return {
-        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": projection_dim, "logit_scale_init_value": 2.6592,
-        "text_config": {**text, **shared}, "vision_config": {**vision, **shared},
-    }  # fmt: skip
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": projection_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": {**text, **shared},
+        "vision_config": {**vision, **shared},
+    }
 
 
 def clip_state(
     seed: int = 0, config: dict[str, Any] | None = None, position_ids: bool = True
 ) -> dict[str, np.ndarray]:
-    """State dict of transformers' CLIPModel; with the `position_ids` buffers that files before transformers 4.31 hold."""
+    """Draw the state dict of transformers' CLIPModel.
+
+    It has the `position_ids` buffers that files before transformers 4.31 hold.
+    """
     config, draw = config or clip_config(), _Draw(seed)
     text, vision, shared = config["text_config"], config["vision_config"], config["projection_dim"]
     draw.state["logit_scale"] = np.asarray(4.6052, dtype=np.float32)
@@ -294,12 +353,12 @@ def _clip_layers(draw: _Draw, name: str, config: dict[str, Any], gain: float) ->
 
 
 def pickscore_state(seed: int = 1) -> dict[str, np.ndarray]:
-    """State dict of PickScore_v1, a CLIPModel of `clip_config()`."""
+    """Draw the state dict of PickScore_v1, a CLIPModel of `clip_config()`."""
     return clip_state(seed)
 
 
 def hpsv2_config() -> dict[str, Any]:
-    """open_clip's model config of the tiny HPSv2, with the same sizes as `clip_config()`."""
+    """Return open_clip's model config of the tiny HPSv2, sized as `clip_config()`."""
     return {
         "embed_dim": 16,
         "vision_cfg": {
@@ -320,7 +379,10 @@ def hpsv2_config() -> dict[str, Any]:
 
 
 def hpsv2_state(seed: int = 2) -> dict[str, np.ndarray]:
-    """State dict of open_clip's CLIP as in `HPS_v2_compressed.pt` (there it lies under the key `state_dict`)."""
+    """Draw the state dict of open_clip's CLIP as in `HPS_v2_compressed.pt`.
+
+    There it lies under the key `state_dict`.
+    """
     state, out = clip_state(seed, position_ids=False), {}
     layers = {
         "layer_norm1": "ln_1",
@@ -363,14 +425,19 @@ def hpsv2_state(seed: int = 2) -> dict[str, np.ndarray]:
     return out
 
 
-MPS_CONDITION_IDS = [  # tokens of its sentence "light, color, clarity, ..."
-    267, 269, 884, 1395, 1710, 1739, 1844, 2225, 2653, 2842, 3140, 3500, 4372, 4657, 5285, 6448,
-    8408, 11844, 16505, 21323, 26920, 34572, 34886, 38570, 40763, 49406, 49407,
+# Tokens of its sentence "light, color, clarity, ...".
+MPS_CONDITION_IDS = [
+    267, 269, 884, 1395, 1710, 1739, 1844, 2225, 2653, 2842, 3140, 3500, 4372, 4657,
+    5285, 6448, 8408, 11844, 16505, 21323, 26920, 34572, 34886, 38570, 40763, 49406,
+    49407,
 ]  # fmt: skip
 
 
 def mps_config() -> dict[str, Any]:
-    """Sizes of the tiny MPS: the CLIP under `clip`, arguments of the original Cross_model under `cross`."""
+    """Return the sizes of the tiny MPS.
+
+    The CLIP is under `clip`, the arguments of the original Cross_model under `cross`.
+    """
     return {
         "clip": clip_config(),
         "cross": {"dim": 16, "layer_num": 2, "dim_head": 8, "heads": 4, "ff_mult": 4},
@@ -378,10 +445,14 @@ def mps_config() -> dict[str, Any]:
 
 
 def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
-    """State dict of MPS' module: the CLIPModel under `model.`, the cross-attention layers under `cross_model.`."""
+    """Draw the state dict of MPS' module.
+
+    The CLIPModel is under `model.`, the cross-attention layers under `cross_model.`.
+    """
     config, draw = mps_config(), _Draw(seed + 100)
     clip = clip_state(seed, config["clip"])
-    # Words lie along one axis, those of MPS' condition sentence all on its positive side, so that each threshold drops some of a prompt.
+    # Words lie along one axis, those of MPS' condition sentence all on its positive
+    # side, so that each threshold drops some of a prompt.
     side = draw.rng.standard_normal(len(clip["text_model.embeddings.token_embedding.weight"]))
     side[MPS_CONDITION_IDS] = 1.5
     axis = np.tile([1.0, -1.0], config["clip"]["text_config"]["hidden_size"] // 2)
@@ -392,8 +463,8 @@ def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
     dim, head = config["cross"]["dim"], config["cross"]["dim_head"]
     inner, hidden = head * config["cross"]["heads"], dim * config["cross"]["ff_mult"]
     for i in range(config["cross"]["layer_num"]):
-        cross, own = f"cross_model.layers.{i}.0.fn", f"cross_model.layers.{i}.1.fn"
-        for part in (cross, own):
+        cross, block = f"cross_model.layers.{i}.0.fn", f"cross_model.layers.{i}.1.fn"
+        for part in (cross, block):
             draw.normal(f"{part}.norm.weight", dim, mean=1.0, std=0.2)
             draw.state[f"{part}.norm.bias"] = np.zeros(
                 dim, dtype=np.float32
@@ -404,17 +475,20 @@ def mps_state(seed: int = 3) -> dict[str, np.ndarray]:
         draw.linear(f"{cross}.ff.0", 2 * hidden, dim, gain=1.5, bias=False)
         draw.linear(f"{cross}.ff.2", dim, hidden, bias=False)
         rates = 1.0 / (10000 ** (torch.arange(0, head, 2).float() / head))
-        draw.state[f"{own}.rotary_emb.inv_freq"] = rates.numpy()
+        draw.state[f"{block}.rotary_emb.inv_freq"] = rates.numpy()
         draw.linear(
-            f"{own}.fused_attn_ff_proj", inner + 2 * head + 2 * hidden, dim, gain=1.5, bias=False
+            f"{block}.fused_attn_ff_proj", inner + 2 * head + 2 * hidden, dim, gain=1.5, bias=False
         )
-        draw.linear(f"{own}.attn_out", dim, inner, gain=1.5, bias=False)
-        draw.linear(f"{own}.ff_out.1", dim, hidden, bias=False)
+        draw.linear(f"{block}.attn_out", dim, inner, gain=1.5, bias=False)
+        draw.linear(f"{block}.ff_out.1", dim, hidden, bias=False)
     return draw.state
 
 
 def aesthetic_v1_state(seed: int = 4, width: int = 768) -> dict[str, np.ndarray]:
-    """`sa_0_4_vit_l_14_linear.pth`: one linear layer over the normalised CLIP embedding."""
+    """Draw `sa_0_4_vit_l_14_linear.pth`.
+
+    It is one linear layer over the normalised CLIP embedding.
+    """
     draw = _Draw(seed)
     draw.normal("weight", 1, width)
     draw.normal("bias", 1, mean=5.0)
@@ -422,7 +496,10 @@ def aesthetic_v1_state(seed: int = 4, width: int = 768) -> dict[str, np.ndarray]
 
 
 def aesthetic_v2_state(seed: int = 5, width: int = 768) -> dict[str, np.ndarray]:
-    """`sac+logos+ava1-l14-linearMSE.pth`: five linear layers over the normalised CLIP embedding."""
+    """Draw `sac+logos+ava1-l14-linearMSE.pth`.
+
+    It is five linear layers over the normalised CLIP embedding.
+    """
     draw, sizes = _Draw(seed), (width, 1024, 128, 64, 16, 1)
     for index, inp, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):  # noqa: B905
         draw.linear(f"layers.{index}", out, inp, gain=8.0 if index == 0 else 1.0)
@@ -430,20 +507,23 @@ def aesthetic_v2_state(seed: int = 5, width: int = 768) -> dict[str, np.ndarray]
 
 
 def bert_vocabulary() -> list[str]:
-    """A small uncased BERT vocabulary; the special tokens have their ids of bert-base-uncased (0, 100, 101, 102, 103)."""
+    """Return a small uncased BERT vocabulary.
+
+    The special tokens have their ids of bert-base-uncased (0, 100, 101, 102, 103).
+    """
     specials = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = [chr(c) for c in range(33, 127) if not "A" <= chr(c) <= "Z"] + list(
         "’“”—一只色的猫東京γατкошка"
     )
-    words = ["the", "of", "and", "in", "a", "photo", "painting", "red", "blue", "cat", "dog", "house", "two", "oil", "canvas",
-             "on", "long", "very", "prompt", "about", "fine", "it", "be", "ca", "na", "super", "un", "spaces"]  # fmt: skip
+    words = "the of and in a photo painting red blue cat dog house two oil canvas on long"
+    words += " very prompt about fine it be ca na super un spaces"
     pieces = ["##s", "##ing", "##able", "##ff", "##un", "##fe", "##ive", "##cal", "##12", "##dog"]
     continued = [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
-    return list(dict.fromkeys([*specials, *characters, *words, *pieces, *continued]))
+    return list(dict.fromkeys([*specials, *characters, *words.split(), *pieces, *continued]))
 
 
 def write_bert_tokenizer(folder: Path) -> Path:
-    """A folder for BertTokenizer.from_pretrained."""
+    """Write a folder for BertTokenizer.from_pretrained."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n", encoding="utf-8")
     config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
@@ -452,17 +532,19 @@ def write_bert_tokenizer(folder: Path) -> Path:
 
 
 def bpe_file() -> Path:
-    """CLIP's published merges, which the package open_clip_torch carries."""
+    """Find CLIP's published merges, which the package open_clip_torch carries."""
     import open_clip
 
     return Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
 
 
 def write_clip_tokenizer(folder: Path, bpe: Path | None = None) -> Path:
-    """A folder for CLIPTokenizer.from_pretrained with the full published vocabulary of 49408 tokens.
+    """Write a folder for CLIPTokenizer with all 49408 published tokens.
 
     Args:
-        bpe: `bpe_simple_vocab_16e6.txt.gz`; default: the one inside open_clip_torch.
+        folder (`Path`): where to.
+        bpe (`Path`, *optional*): `bpe_simple_vocab_16e6.txt.gz`. Defaults to the one
+            inside open_clip_torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = gzip.decompress((bpe or bpe_file()).read_bytes()).decode("utf-8").split("\n")
@@ -497,22 +579,34 @@ def write_clip_tokenizer(folder: Path, bpe: Path | None = None) -> Path:
 
 
 def preprocessor_config() -> dict[str, Any]:
-    """`preprocessor_config.json` of PickScore_v1 and of LAION's CLIP-H."""
+    """Return `preprocessor_config.json` of PickScore_v1 and LAION's CLIP-H."""
     return {
-        "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224}, "do_rescale": True, "rescale_factor": 0.00392156862745098,
-        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "do_convert_rgb": True, "image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor",
-    }  # fmt: skip
+        "do_resize": True,
+        "size": {"shortest_edge": 224},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "do_rescale": True,
+        "rescale_factor": 0.00392156862745098,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+    }
 
 
 def tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The state as torch tensors that own their memory."""
+    """Return the state as torch tensors that own their memory."""
     return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
 
 
 def write_imagereward(folder: Path, seed: int = 0) -> Path:
-    """`ImageReward.pt` and `med_config.json`; the tokenizer of bert-base-uncased's kind under `tokenizer`. Returns the .pt file."""
+    """Write `ImageReward.pt` and `med_config.json`, return the .pt file.
+
+    The tokenizer of bert-base-uncased's kind is under `tokenizer`.
+    """
     write_bert_tokenizer(folder / "tokenizer")
     torch.save(tensors(imagereward_state(seed)), folder / "ImageReward.pt")
     (folder / "med_config.json").write_text(json.dumps(imagereward_med_config()), encoding="utf-8")
@@ -520,7 +614,11 @@ def write_imagereward(folder: Path, seed: int = 0) -> Path:
 
 
 def write_hpsv2(folder: Path, seed: int = 2, name: str = "HPS_v2_compressed.pt") -> Path:
-    """The checkpoint, open_clip's `model_config.json` and a CLIP `tokenizer`. Returns the .pt file."""
+    """Write the checkpoint, open_clip's `model_config.json` and a CLIP `tokenizer`.
+
+    Returns:
+        `Path`: the .pt file.
+    """
     write_clip_tokenizer(folder / "tokenizer")
     torch.save(
         {"epoch": 1, "name": "tiny", "state_dict": tensors(hpsv2_state(seed))}, folder / name
@@ -530,7 +628,10 @@ def write_hpsv2(folder: Path, seed: int = 2, name: str = "HPS_v2_compressed.pt")
 
 
 def write_clip_folder(folder: Path, state: dict[str, np.ndarray], config: dict[str, Any]) -> Path:
-    """A complete transformers folder: config.json, model.safetensors, tokenizer and preprocessor files."""
+    """Write a complete transformers folder.
+
+    It holds config.json, model.safetensors, tokenizer and preprocessor files.
+    """
     from safetensors.numpy import save_file
 
     write_clip_tokenizer(folder)
@@ -543,21 +644,25 @@ def write_clip_folder(folder: Path, state: dict[str, np.ndarray], config: dict[s
 
 
 def write_pickscore(folder: Path, seed: int = 1) -> Path:
-    """The folder of PickScore_v1."""
+    """Write the folder of PickScore_v1."""
     return write_clip_folder(folder, pickscore_state(seed), clip_config())
 
 
 def write_clip(
     folder: Path, seed: int = 6, hidden_act: str = "quick_gelu", projection_dim: int = 16
 ) -> Path:
-    """The folder of an OpenAI CLIP (quick GELU)."""
+    """Write the folder of an OpenAI CLIP (quick GELU)."""
     return write_clip_folder(
         folder, clip_state(seed, config := clip_config(hidden_act, projection_dim)), config
     )
 
 
 def write_mps(folder: Path, seed: int = 3) -> Path:
-    """The module's tensors as `mps.safetensors`, `mps_config.json` and a CLIP `tokenizer`. Returns the safetensors file."""
+    """Write `mps.safetensors`, `mps_config.json` and a CLIP `tokenizer`.
+
+    Returns:
+        `Path`: the safetensors file.
+    """
     from safetensors.numpy import save_file
 
     write_clip_tokenizer(folder / "tokenizer")
@@ -567,7 +672,11 @@ def write_mps(folder: Path, seed: int = 3) -> Path:
 
 
 def write_aesthetic(folder: Path, version: int = 2, width: int = 768) -> Path:
-    """The head of version 1 or 2 under its published file name. Returns the .pth file."""
+    """Write the head of version 1 or 2 under its published file name.
+
+    Returns:
+        `Path`: the .pth file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = "sa_0_4_vit_l_14_linear.pth" if version == 1 else "sac+logos+ava1-l14-linearMSE.pth"
     state = aesthetic_v1_state(width=width) if version == 1 else aesthetic_v2_state(width=width)

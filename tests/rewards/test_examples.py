@@ -1,0 +1,31 @@
+"""The examples in the docstrings of `diffalign.rewards` run as they stand."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from diffalign import rewards
+from diffalign.rewards import registry
+from diffalign.rewards.images import Preprocess
+
+
+@pytest.mark.parametrize("name", rewards.__all__)
+def test_the_example_of_a_public_name_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    text = inspect.getdoc(getattr(rewards, name)) or ""
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert examples
+    names = {each: getattr(rewards, each) for each in rewards.__all__}
+    names |= {"torch": torch, "numpy": numpy, "Image": Image, "Preprocess": Preprocess}
+    for example in examples:
+        exec(inspect.cleandoc(example), dict(names))
