@@ -235,12 +235,13 @@ class _AdapterSnapshot:
         self.trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
         for layer in network.modules():
             if isinstance(layer, BaseTunerLayer):
-                values = {
+                values: dict[str, Any] = {
                     "_active_adapter": layer._active_adapter,
                     "_disable_adapters": layer._disable_adapters,
                 }
-                if isinstance(getattr(layer, "scaling", None), dict):
-                    values["scaling"] = dict(layer.scaling)
+                scaling = getattr(layer, "scaling", None)
+                if isinstance(scaling, dict):
+                    values["scaling"] = dict(scaling)
                 self.layers.append((layer, values))
 
     def restore(self) -> None:

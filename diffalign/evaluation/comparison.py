@@ -163,7 +163,7 @@ class Comparison:
         """Name the PNG of one image of a prompt."""
         return self.folder / image_name(model, prompt, number)
 
-    def images(self, model: str, prompt: int) -> list[Image.Image]:
+    def images(self, model: str, prompt: int) -> list[Any]:
         """Open the images of one prompt.
 
         Returns:

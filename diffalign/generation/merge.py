@@ -106,10 +106,12 @@ def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
     factors = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            lora_a: Any = layer.lora_A[adapter]
+            lora_b: Any = layer.lora_B[adapter]
             scale = layer.scaling[adapter]
             factors[name] = (
-                layer.lora_A[adapter].weight.detach().clone(),
-                scale * layer.lora_B[adapter].weight.detach(),
+                lora_a.weight.detach().clone(),
+                scale * lora_b.weight.detach(),
             )
     return factors
 

@@ -111,6 +111,8 @@ class HFClip:
         source (`Path`): the folder.
     """
 
+    module: Any
+
     def __init__(
         self,
         model: Any,
@@ -339,6 +341,8 @@ class OpenClip:
             folder of a transformers tokenizer.
         dtype (`torch.dtype`, *optional*, defaults to float32): of the towers.
     """
+
+    module: Any
 
     def __init__(
         self,

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .prompts import all_scenes
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from typing import Any
+
+from transformers import CLIPTokenizer
 
 MAX_LENGTH = 16
 _END_OF_WORD = "</w>"
@@ -59,4 +61,6 @@ def build_tokenizer() -> CLIPTokenizer:
     entries += [left + right for left, right in merges]
     entries = [*dict.fromkeys(entries), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(entries)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+    # The constructor reads pairs, though its annotation says text.
+    pairs: Any = merges
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_LENGTH)

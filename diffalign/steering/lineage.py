@@ -235,11 +235,12 @@ def _paste(
         )
         return
     scale = side / max(picture.size)
-    size = tuple(max(1, round(x * scale)) for x in picture.size)
+    width, height = picture.size
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     nearest = side >= 1.5 * max(picture.size)
     shown = picture.convert("RGB").resize(
         size, Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
-    )  # type: ignore[arg-type]
+    )
     if dim:
         shown = Image.blend(shown, Image.new("RGB", shown.size, _BACKGROUND), 0.65)
     canvas.paste(shown, (at[0] + (side - shown.width) // 2, at[1] + (side - shown.height) // 2))

@@ -205,10 +205,11 @@ class SteeringResult:
                     index=rows[0].index, timestep=rows[0].timestep, thumbnails=pictures, **values
                 )
             )
+        tensors: dict[str, Any] = {name: joined(name) for name in _TENSORS}
         return cls(
             prompts=[prompt for part in parts for prompt in part.prompts],
             images=[row for part in parts for row in part.images],
-            **{name: joined(name) for name in _TENSORS},
+            **tensors,
             steps=steps,
             counts={key: sum(part.counts[key] for part in parts) for key in parts[0].counts},
             seconds={key: sum(part.seconds[key] for part in parts) for key in parts[0].seconds},

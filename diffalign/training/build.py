@@ -143,9 +143,8 @@ def _set_magnitudes(network: Any, precision: str) -> None:
     """
     from peft.tuners.lora import LoraLayer
 
-    for layer in network.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
         for name, part in getattr(layer, "lora_magnitude_vector", {}).items():
             weight = layer.get_base_layer().weight
             if not weight.is_floating_point():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,13 @@ LOG2_MESSAGE = (
 
 
 _EMPTY = torch.empty(0)
-_WITHOUT_TENSORS = {"x0": _EMPTY, "noise": _EMPTY, "condition": {}, "noisy": None, "extra": {}}
+_WITHOUT_TENSORS: dict[str, Any] = {
+    "x0": _EMPTY,
+    "noise": _EMPTY,
+    "condition": {},
+    "noisy": None,
+    "extra": {},
+}
 """Replacements for the large tensors of a batch that is kept for a message."""
 
 

@@ -258,8 +258,8 @@ class RunRecord:
                 "init": "gaussian" if config.init_lora_weights == "gaussian" else "default",
                 "use_dora": config.use_dora,
                 "use_rslora": config.use_rslora,
-                "rank_pattern": dict(config.rank_pattern),
-                "alpha_pattern": dict(config.alpha_pattern),
+                "rank_pattern": dict(config.rank_pattern or {}),
+                "alpha_pattern": dict(config.alpha_pattern or {}),
             }
         values["data"] = dataclasses.asdict(self.data_config)
         # How a call resumed or overwrote does not belong to the run.

@@ -232,7 +232,7 @@ def build(
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     parts = split_keys(state)
-    tower = checkpoints.build_empty(lambda: BlipVisionModel(BlipVisionConfig(**vision)))
+    tower: Any = checkpoints.build_empty(lambda: BlipVisionModel(BlipVisionConfig(**vision)))
     encoder = checkpoints.build_empty(
         lambda: BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
     )

@@ -216,6 +216,8 @@ def select_tokens(tokens: Tensor, condition: Tensor, threshold: float) -> Tensor
 class _LayerNorm(nn.Module):
     """Layer norm whose bias is a stored zero, not a parameter."""
 
+    bias: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -282,6 +284,8 @@ class _CrossAttention(nn.Module):
 
 
 class _Rotary(nn.Module):
+    inv_freq: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("inv_freq", 1.0 / (10000 ** (torch.arange(0, dim, 2).float() / dim)))
@@ -343,6 +347,8 @@ class _Residual(nn.Module):
 class CrossModel(nn.Module):
     """Layers of cross-attention to the prompt and self-attention among image tokens."""
 
+    layers: Any
+
     def __init__(self, dim: int, layers: int, dim_head: int, heads: int, ff_mult: int) -> None:
         super().__init__()
         shape = (dim, dim_head, heads, ff_mult)
@@ -362,7 +368,7 @@ class CrossModel(nn.Module):
         Returns:
             `Tensor`: image tokens (n, tokens, d).
         """
-        for cross, block in self.layers:  # type: ignore[misc]
+        for cross, block in self.layers:
             image = block(cross(image, text, selected))
         return image
 
