@@ -1,8 +1,11 @@
-"""The demo as a script, for Spaces and for ``python demo/app.py --tuned runs/mine``: the same program as ``diffalign demo``."""
+"""Run `diffalign demo` as a script, for Spaces.
+
+python demo/app.py --tuned runs/mine
+"""
 
 import sys
 
-from diffalign.cli.entry import main
+from diffalign.cli import main
 
 if __name__ == "__main__":
     main(["demo", *sys.argv[1:]])

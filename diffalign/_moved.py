@@ -1,7 +1,8 @@
-"""Old module paths that still work, with a deprecation warning, until version 0.3.
+"""Keep old module paths working until version 0.3, with a deprecation warning.
 
-One table of moved modules and one of names that moved out of modules which are still there. A finder on
-`sys.meta_path` looks them up when they are asked for, so that nothing is imported beforehand.
+There is one table of moved modules, and one of names that moved out of modules which
+still exist. A finder on `sys.meta_path` looks them up when they are asked for, so that
+nothing is imported beforehand.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""The target of ``torchrun --nproc_per_node 2 scripts/build_dataset.py --prompts ...``: the same program as ``diffalign data build``."""
+"""Run `diffalign data build` under a launcher.
+
+torchrun --nproc_per_node 2 scripts/build_dataset.py --prompts ...
+"""
 
 import sys
 
-from diffalign.cli.entry import main
+from diffalign.cli import main
 
 if __name__ == "__main__":
     main(["data", "build", *sys.argv[1:]])

@@ -1,8 +1,11 @@
-"""The target of ``torchrun --nproc_per_node 2 scripts/score.py --images ...``: the same program as ``diffalign score``."""
+"""Run `diffalign score` under a launcher.
+
+torchrun --nproc_per_node 2 scripts/score.py --images ...
+"""
 
 import sys
 
-from diffalign.cli.entry import main
+from diffalign.cli import main
 
 if __name__ == "__main__":
     main(["score", *sys.argv[1:]])

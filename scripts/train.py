@@ -1,8 +1,11 @@
-"""The target of ``accelerate launch scripts/train.py --config configs/...``: the same program as ``diffalign train``."""
+"""Run `diffalign train` under a launcher.
+
+accelerate launch scripts/train.py --config configs/...
+"""
 
 import sys
 
-from diffalign.cli.entry import main
+from diffalign.cli import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])
