@@ -3,11 +3,11 @@
     python tools/compare_commits.py BEFORE AFTER [--work FOLDER] [--parts PART ...]
 
 Each commit is checked out into a git worktree, and the same commands run in it: 20 steps
-of every method's configs/*/shapes.yaml, `diffalign compare`, steering with fixed seeds,
+of every method's configs/*/shapes.yaml, `diffalign compare`, steering with fixed seeds
 and the scores of every embedded scorer. The parts are data, train, compare, steer and
 scores. Nothing is stored in the repository, since other processors round differently. A
-part that is finished is kept in --work, so that an interrupted comparison goes on. Exits
-with 1 where something differs.
+finished part is kept in --work, so that an interrupted comparison goes on. Exits with 1
+where something differs.
 """
 
 from __future__ import annotations
