@@ -1,4 +1,7 @@
-"""No network, one thread unless OMP_NUM_THREADS says otherwise (equal calls repeat bit for bit), and `from tiny import ...` from every folder of tests."""
+"""No network, one thread unless OMP_NUM_THREADS says otherwise, and the tiers of tests.
+
+Equal calls repeat bit for bit with one thread. Every folder of tests may `from tiny import ...`.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +53,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def home(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this worker's own that looks as after a small quickstart."""
-    folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(quickstart, folder, symlinks=True, dirs_exist_ok=True)
-    return folder
+@pytest.fixture
+def home(quickstart: Path, tmp_path: Path) -> Path:
+    """A folder that looks as after a small quickstart, and belongs to this test."""
+    return Path(shutil.copytree(quickstart, tmp_path / "home", symlinks=True))

@@ -1,12 +1,14 @@
-"""Every block of the README and of the pages runs: commands, Python, YAML, the notebook; links lead somewhere."""
+"""Every block of the README and the pages runs; links lead somewhere."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,23 @@ import pytest
 import yaml
 from commands import ROOT, run
 
+import diffalign.cli.entry
 from diffalign.recipe import load_run
+from diffalign.rewards import registry
 
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
-ELSEWHERE = ("pip install", "ruff ", "mypy")  # .ci/run reads the README's and runs them
+ELSEWHERE = (
+    "pip install",
+    "ruff ",
+    "mypy",
+    "pytest",
+    "lint-imports",
+    ".ci/run",
+)  # .ci/run reads the README's and runs them
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -41,17 +52,99 @@ def test_only_languages_that_are_run() -> None:
     assert found <= {"bash", "python", "yaml", "text"}
 
 
+def command_lines(document: str) -> list[str]:
+    lines = [line for block in blocks(document, "bash") for line in block.strip().splitlines()]
+    return [line for line in lines if not line.startswith(ELSEWHERE)]
+
+
+# What makes a documented command quick. At night they run as they are written.
+QUICK = {
+    "train": {"--train.max_steps": 1, "--train.per_device_train_batch_size": 4},
+    "sample": {"--num_inference_steps": 2},
+    "compare": {"--max_prompts": 2, "--num_inference_steps": 2},
+    "steer": {"--max_prompts": 2, "--num_inference_steps": 4},
+    "data build": {"--max_prompts": 4, "--num_inference_steps": 4},
+}
+
+
+def quick(arguments: list[str]) -> list[str]:
+    """The arguments of a command, and after them the smaller sizes, which win."""
+    name = " ".join(arguments[: 2 if arguments[0] == "data" else 1])
+    sizes = dict(QUICK.get(name, {}))
+    if name == "train":
+        recipe = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+        if "validation" in recipe:
+            sizes |= {
+                "--validation.num_validation_images": 1,
+                "--validation.num_inference_steps": 2,
+            }
+    return [*arguments, *(str(part) for size in sizes.items() for part in size)]
+
+
+def run_quickly(document: str) -> None:
+    """Run a document's commands in this process and folder."""
+    for line in command_lines(document):
+        program, *arguments = shlex.split(line)
+        if program == "diffalign" and arguments != ["demo"]:
+            assert diffalign.cli.entry.run(quick(arguments)) == 0, line
+
+
+def program_text(document: str) -> str:
+    """All Python of a document: a later block may use what an earlier one named."""
+    return "\n".join(blocks(document, "python"))
+
+
+@pytest.mark.parametrize("document", sorted({*having("bash"), *having("python")}))
+def test_a_document_runs_in_one_process(
+    home: Path, document: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    run_quickly(document)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    module = types.ModuleType("document")
+    monkeypatch.setitem(sys.modules, "document", module)
+    exec(compile(program_text(document), document, "exec", dont_inherit=True), vars(module))
+
+
+# One small run of each command in a process of its own, which imports in another order.
+# Tests elsewhere start `quickstart`, `train`, `env`, `steer`, `demo` and `serve-scorer`.
+LORA = "diffalign-quickstart/lora"
+DATASET = "diffalign-quickstart/dataset"
+PROMPT = "a small red circle on the left of a gray background"
+ALONE = {
+    "sample": f"--lora {LORA} --num_inference_steps 2 --prompt '{PROMPT}'",
+    "merge": f"--model shapes --inputs {LORA} {LORA} --weights 0.5 0.5",
+    "compare": f"--tuned {LORA} --max_prompts 2 --num_images 1 --num_inference_steps 2",
+    "score": f"--images {DATASET} --scorers shapes",
+    "data build": "--prompts shapes --max_prompts 2 --scorers shapes --num_inference_steps 2",
+    "data convert": f"{DATASET} --kind pair",
+    "data recaption": f"{DATASET} --strategy h --captioner shapes --perturber shapes",
+    "data inspect": DATASET,
+    "scorers": "pickscore",
+    "doctor": "--scorers shapes",
+}
+
+
+@pytest.mark.parametrize("command", ALONE)
+def test_each_command_runs_in_a_process_of_its_own(
+    home: Path, command: str, tmp_path: Path
+) -> None:
+    arguments = shlex.split(ALONE[command])
+    if command not in ("data inspect", "scorers", "doctor"):
+        arguments += ["--output_dir", str(tmp_path / "out")]
+    done = run("diffalign", *command.split(), *arguments, cwd=home)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("document", having("bash"))
 def test_commands_run(home: Path, document: str) -> None:
-    for block in blocks(document, "bash"):
-        for line in block.strip().splitlines():
-            if line.startswith(ELSEWHERE):
-                continue
-            if line == "diffalign demo":
-                serves(home)
-                continue
-            done = run("bash", "-euc", line, cwd=home)
-            assert done.returncode == 0, (line, done.stderr)
+    for line in command_lines(document):
+        if line == "diffalign demo":
+            serves(home)
+            continue
+        done = run("bash", "-euc", line, cwd=home)
+        assert done.returncode == 0, (line, done.stderr)
 
 
 def serves(folder: Path) -> None:
@@ -62,7 +155,7 @@ def serves(folder: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        # A shell lets what it starts in the background ignore Ctrl-C, and so these tests and all that they start.
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -76,10 +169,12 @@ def serves(folder: Path) -> None:
             demo.kill()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("document", having("python"))
-def test_python_runs(home: Path, document: str) -> None:
-    # One after the other, as a reader would paste them: what an earlier block named is there in a later one.
-    done = run(sys.executable, "-c", "\n".join(blocks(document, "python")), cwd=home)
+def test_python_runs(home: Path, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    run_quickly(document)  # the Python of docs/guidance.md reads what its commands wrote
+    done = run(sys.executable, "-c", program_text(document), cwd=home)
     assert done.returncode == 0, done.stderr
 
 
@@ -100,6 +195,7 @@ def test_yaml_is_part_of_a_run_file(document: str, tmp_path: Path) -> None:
         load_run(tmp_path / "run.yaml", [])
 
 
+@pytest.mark.nightly
 def test_the_notebook_runs(home: Path) -> None:
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
