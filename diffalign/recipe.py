@@ -1,27 +1,25 @@
-"""Run files: strict loading of YAML into dataclass sections, dotted overrides, saving.
+"""Run files: strict loading of YAML into sections, dotted overrides, saving.
 
-The YAML is the Python call written down. Unknown keys are errors with a suggestion, wrong types and ranges carry the YAML path, and
-``1e-5`` - which YAML reads as text - is the number it looks like.
+The YAML is the Python call written down. Unknown keys are errors with a suggestion.
+Messages about wrong values start with the YAML path. ``1e-5``, which YAML reads as
+text, is the number that it looks like.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .config.section import _key, build_section, coerce, suggestion
+from .config.section import build_section, coerce, config_section, short_key, suggestion
 from .config.yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
 from .data.config import DataConfig
 from .errors import ConfigError, UserError
-from .methods import trainer_class
+from .methods import METHODS, config_class, trainer_class
+from .training.config import TrainingConfig
 from .training.sections import HubConfig, LoraSection, ValidationConfig
-
-if TYPE_CHECKING:
-    from .training.config import TrainingConfig
 
 __all__ = [
     "HubConfig",
@@ -36,16 +34,17 @@ __all__ = [
 ]
 
 
-@dataclass
+@config_section
 class RunConfig:
     """A whole run file."""
 
     method: str
     """One of diffalign's methods, e.g. `diffusion_dpo`."""
     model: str
-    """Hub id or local folder of a diffusers pipeline, or `shapes` for the embedded one."""
+    """Hub id or local folder of a diffusers pipeline, or `shapes` for the embedded
+    one."""
     train: TrainingConfig
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     revision: str | None = None
     """Git revision of the model on the Hub."""
     variant: str | None = None
@@ -53,28 +52,17 @@ class RunConfig:
     vae: str | None = None
     """A different autoencoder (Hub id or folder), e.g. the fp16-safe one of SDXL."""
     ref_model: str | None = None
-    """Another reference model than the starting weights (Hub id or folder), of the same family, prediction type and schedule."""
+    """Model to stay close to (Hub id or folder), of the same family, prediction type
+    and schedule. Defaults to the starting weights."""
     lora: LoraSection | None = None
     validation: ValidationConfig | None = None
     hub: HubConfig | None = None
     rewards: dict[str, Any] | None = None
-    """Who judges, for methods that sample while they learn: a panel, `{rewards: ..., combine: ...}`, or its rewards alone."""
+    """Who judges, for methods that sample while they learn: a panel, `{rewards: ...,
+    combine: ...}`, or its rewards alone."""
 
 
-_TOP_LEVEL = (
-    "method",
-    "model",
-    "revision",
-    "variant",
-    "vae",
-    "ref_model",
-    "lora",
-    "data",
-    "train",
-    "validation",
-    "hub",
-    "rewards",
-)
+_TOP_LEVEL = tuple(f.name for f in dataclasses.fields(RunConfig))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -86,16 +74,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     values = read_yaml_file(path, "--config")
     if not isinstance(values, dict):
         raise UserError(
-            f"--config: {path} must hold keys such as method, model, data and train, not {type(values).__name__}"
+            f"--config: {path} must hold keys such as method, model, data and train, "
+            f"not {type(values).__name__}"
         )
     return values
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Dotted command-line options over a mapping: ``["--train.beta", "2000", "--data.resolution=512"]``.
+    """Dotted command-line options over a mapping.
+
+    Args:
+        values: of a run file.
+        overrides: such as ``["--train.beta", "2000", "--data.resolution=512"]``.
 
     Raises:
-        UserError: on an option without a value, or one that goes through a value that is no section.
+        UserError: on an option without a value, or one that goes through a value that
+            is no section.
     """
     values = dict(values)
     pending = list(overrides)
@@ -109,9 +103,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 raise UserError(f"{option}: expected a value after it")
             text = pending.pop(0)
         if name.split(".")[0] not in _TOP_LEVEL:
-            raise UserError(
-                f"{option}: unknown option{suggestion(name, _TOP_LEVEL)}; sections are {', '.join(_TOP_LEVEL)}"
-            )
+            hint = suggestion(name, _TOP_LEVEL)
+            raise UserError(f"{option}: unknown option{hint}; sections are {', '.join(_TOP_LEVEL)}")
         try:
             value = read_yaml_text(text, option.partition("=")[0])
         except NotYaml:  # a path or a sentence that YAML would have to be told about
@@ -119,7 +112,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         *sections, last = name.split(".")
         if not all((*sections, last)):
             raise UserError(
-                f"{option.partition('=')[0]}: expected a name between the dots, such as --train.beta"
+                f"{option.partition('=')[0]}: expected a name between the dots, "
+                "such as --train.beta"
             )
         target = values
         for section in sections:
@@ -138,53 +132,30 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: on anything unknown, missing, of the wrong type or out of range.
     """
-    from .methods import METHODS, config_class
-
     for key in values:
         if key not in _TOP_LEVEL:
-            raise ConfigError(
-                _key(key),
-                f"unknown key{suggestion(_key(key), _TOP_LEVEL)}; a run file takes {', '.join(_TOP_LEVEL)}",
-            )
+            name = short_key(key)
+            hint = suggestion(name, _TOP_LEVEL)
+            raise ConfigError(name, f"unknown key{hint}; a run file takes {', '.join(_TOP_LEVEL)}")
     for key in ("method", "model"):
         if not isinstance(values.get(key), str):
             raise ConfigError(key, f"expected a name, got {shown(values.get(key))}")
     method = values["method"]
     if method not in METHODS:
+        hint = suggestion(method, METHODS)
         raise ConfigError(
-            "method",
-            f"unknown method {shown(method)}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}",
+            "method", f"unknown method {shown(method)}{hint}; there are {', '.join(METHODS)}"
         )
-    optional: dict[str, Callable[[Any], Any]] = {
-        "lora": lambda v: build_section(LoraSection, v, "lora"),
-        "validation": lambda v: build_section(ValidationConfig, v, "validation"),
-        "hub": lambda v: build_section(HubConfig, v, "hub"),
-        "rewards": panel_section,
-        **{
-            name: functools.partial(coerce, annotation=str, path=name)
-            for name in ("revision", "variant", "vae", "ref_model")
-        },
-    }
-    return RunConfig(
-        method=method,
-        model=values["model"],
-        train=build_section(config_class(method), _section(values, "train"), "train"),
-        data=build_section(DataConfig, _section(values, "data"), "data"),
-        **{
-            name: build(values[name])
-            for name, build in optional.items()
-            if values.get(name) is not None
-        },
-    )
-
-
-def _section(values: dict[str, Any], name: str) -> Any:
-    """An absent section and one without keys (`train:`) take the defaults."""
-    return {} if values.get(name) is None else values[name]
+    # An absent section and one without keys (`train:`) take the defaults.
+    values = {key: value for key, value in values.items() if value is not None}
+    values["train"] = build_section(config_class(method), values.get("train", {}), "train")
+    if "rewards" in values:
+        values["rewards"] = panel_section(values["rewards"])
+    return RunConfig(**values)
 
 
 def panel_section(value: Any) -> dict[str, Any]:
-    """The `rewards:` of a run file as the mapping that `diffalign.rewards.Panel.from_config` takes.
+    """The `rewards:` of a run file as the mapping that `Panel.from_config` takes.
 
     Raises:
         ConfigError: entries that are none.
@@ -202,12 +173,19 @@ def panel_section(value: Any) -> dict[str, Any]:
 
 
 def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run file with overrides applied. Errors as `read_yaml`, `apply_overrides` and `run_from_dict`."""
+    """A run file with overrides applied.
+
+    Raises:
+        UserError: as `read_yaml`, `apply_overrides` and `run_from_dict`.
+    """
     return run_from_dict(apply_overrides(read_yaml(path) if path else {}, overrides))
 
 
 def run_to_dict(run: RunConfig) -> dict[str, Any]:
-    """Plain nested values; absent sections are left out. `run_from_dict` reads them back to an equal `RunConfig`."""
+    """Plain nested values, which `run_from_dict` reads back to an equal `RunConfig`.
+
+    Absent sections are left out.
+    """
     return {key: value for key, value in dataclasses.asdict(run).items() if value is not None}
 
 

@@ -8,20 +8,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.section import field_docs
+from diffalign.config.section import field_docs, split_source
 from diffalign.methods import METHODS, config_class, trainer_class
 from diffalign.training.config import TrainingConfig
 
 HEAD = """# The papers behind the methods
 
-Made by `python -m tools.papers` from the classes; every method lives in one file of `diffalign/methods`. A method's
-own options are listed with our default and where it comes from; the options that all methods share are in [training.md](training.md).
-The values that papers and official scripts train with are in `configs/<method>/*.yaml`, each with its source.
+Made by `python -m tools.papers` from the classes; every method lives in one file of
+`diffalign/methods`. A method's own options are listed with our default and where it comes from;
+the options that all methods share are in [training.md](training.md). The values that papers and
+official scripts train with are in `configs/<method>/*.yaml`, each with its source.
 """
 
 
 def own_fields(method: str) -> list[tuple[str, Any]]:
-    """(name, default) of what the method adds to, or sets otherwise than, the common options."""
+    """(name, default) of options that the method adds or gives another default."""
     common = {field.name: _default(field) for field in dataclasses.fields(TrainingConfig)}
     found = [(field.name, _default(field)) for field in dataclasses.fields(config_class(method))]
     return [
@@ -52,7 +53,7 @@ def section(method: str) -> str:
     if fields:
         lines += ["", "| option | default | meaning | source of the default |", "|---|---|---|---|"]
         for name, default in fields:
-            cells = [f"`{name}`", f"`{default}`", docs[name], trainer._sources[name]]
+            cells = [f"`{name}`", f"`{default}`", *split_source(docs[name])]
             lines.append(f"| {' | '.join(cell.replace('|', 'or') for cell in cells)} |")
     if trainer._not_public:
         lines += ["", f"Not public: {trainer._not_public[0].lower()}{trainer._not_public[1:]}"]

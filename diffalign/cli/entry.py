@@ -10,12 +10,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..config.ranges import count, finite, seed, steps
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..runtime.distributed import process_rank
 
 _PERMISSION = (
@@ -146,7 +147,20 @@ def _one_line(message: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes in arguments are `UserError`s, and read like all other mistakes."""
+    """Mistakes in arguments are `UserError`s, and read like all other mistakes.
+
+    Attributes:
+        fill: adds the arguments. It is called when the command is the one that was asked
+            for, so that no other command's modules are imported.
+    """
+
+    fill: Callable[[Parser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -169,14 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="align the embedded model on a CPU in minutes and measure it",
         allow_abbrev=False,
     )
-    quick.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("diffalign-quickstart"),
-        help="default: diffalign-quickstart",
-    )
-    _add_quickstart_options(quick)
-    quick.set_defaults(handler=_quickstart)
+    quick.fill = _add_quickstart_options
 
     train = commands.add_parser(
         "train",
@@ -320,28 +327,32 @@ _MODULE_COMMANDS = (
     ("demo", "demo", "a page with models side by side, blind votes and steering"),
     ("steer", "steer", "steer a model towards a reward while it samples (Feynman-Kac particles)"),
 )
-
-
-def _add_module_commands(commands: Any, data_actions: Any) -> None:
-    from importlib import import_module
-
-    build = (
+_DATA_COMMANDS = (
+    (
         "build",
         "data_build",
         "make preference data: draw images, score them, write pairs or ranked lists",
-    )
-    recaption = (
+    ),
+    (
         "recaption",
         "data_recaption",
         "write pairs with two captions for DCPO: captioned, perturbed or both",
-    )
-    for parent, entries in ((commands, _MODULE_COMMANDS), (data_actions, (build, recaption))):
-        for name, module_name, text in entries:
-            module = import_module(f".{module_name}", __package__)
+    ),
+)
+
+
+def _add_module_commands(commands: Any, data_actions: Any) -> None:
+    for parent, entries in ((commands, _MODULE_COMMANDS), (data_actions, _DATA_COMMANDS)):
+        for name, module, text in entries:
             parser = parent.add_parser(name, help=text, allow_abbrev=False)
-            module.add_arguments(parser)
-            handler = _locked if name in _LOCKED else _plain
-            parser.set_defaults(handler=functools.partial(handler, module.run))
+            parser.fill = functools.partial(_add_module_arguments, name, module)
+
+
+def _add_module_arguments(name: str, module_name: str, parser: Parser) -> None:
+    module = import_module(f".{module_name}", __package__)
+    module.add_arguments(parser)
+    handler = _locked if name in _LOCKED else _plain
+    parser.set_defaults(handler=functools.partial(handler, module.run))
 
 
 # Commands whose output folder belongs to one process, and the others that it started, at a time.
@@ -363,21 +374,23 @@ def _locked(
         return run(options)
 
 
-def _add_quickstart_options(parser: argparse.ArgumentParser) -> None:
+def _add_quickstart_options(parser: Parser) -> None:
     import dataclasses
 
     from ..config.section import field_docs
     from .quickstart_config import QuickstartConfig
 
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-quickstart"),
+        help="default: diffalign-quickstart",
+    )
     docs = field_docs(QuickstartConfig)
     for field in dataclasses.fields(QuickstartConfig):
-        kind = {"int": int, "float": float}[str(field.type)]
-        parser.add_argument(
-            f"--{field.name}",
-            type=kind,
-            default=field.default,
-            help=f"{docs[field.name]} Default {field.default}.".replace("%", "%%"),
-        )
+        text = f"{docs[field.name]} Default {field.default}."
+        parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"))
+    parser.set_defaults(handler=_quickstart)
 
 
 def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
@@ -385,9 +398,11 @@ def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
     from .quickstart_config import QuickstartConfig
 
     values = vars(options)
-    config = QuickstartConfig(
-        **{name: values[name] for name in QuickstartConfig.__dataclass_fields__}
-    )
+    names = QuickstartConfig.__dataclass_fields__
+    try:
+        config = QuickstartConfig(**{name: values[name] for name in names})
+    except ConfigError as error:
+        raise ConfigError(f"--{error.field}", error.problem) from None
     quickstart.run(options.output_dir, config)
     return 0
 

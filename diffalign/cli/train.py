@@ -1,4 +1,4 @@
-"""From a run file to a finished run: what ``diffalign train`` does."""
+"""`diffalign train`: from a run file to a finished run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def train_run(run: RunConfig, dry_run: bool = False) -> int:
         return 128 + output.interrupted_by
     if output.waiting_for is not None:
         trainer.accelerator.print(
-            f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it), then go on with "
-            "--train.resume_from_checkpoint latest"
+            f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it), "
+            "then go on with --train.resume_from_checkpoint latest"
         )
         return 0
     trainer.accelerator.print(f"done: {trainer.output_dir}")

@@ -1,14 +1,22 @@
-"""Ranges of numbers, for fields of a section and for options of a command. Every number is checked where it is read."""
+"""Which values are allowed: ranges and choices, for sections and for options.
+
+A field of a section carries one in its annotation, as `beta: Positive[float]`. An
+option of a command takes one as its `type`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from .yaml_text import shown
+
+T = TypeVar("T")
 
 LARGEST = 1e30
 """Largest size of a float: larger ones overflow in float32 wherever they are used."""
@@ -18,7 +26,10 @@ COUNT = 10**9
 
 
 def as_float(value: Any) -> float | None:
-    """A number, or the number that a text spells, as a float; None for anything else. Python's `1_000` is no number in a text."""
+    """A number, or the number that a text spells, as a float; None for anything else.
+
+    Python's `1_000` is no number in a text.
+    """
     if isinstance(value, str) and "_" in value:
         return None
     if not isinstance(value, (int, float, str)):
@@ -29,16 +40,18 @@ def as_float(value: Any) -> float | None:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Range:
     """Which numbers are allowed.
 
     Attributes:
         low, high: bounds.
-        kind: `int` or `float`.
+        kind: `int` or `float`. A field of a section takes it from its annotation.
         above: `low` itself is not allowed.
         below: `high` itself is not allowed.
-        capped: `high` is only where numbers stop to make sense; a message names it when it was passed.
+        capped: `high` is only where numbers stop to make sense. A message names it when
+            it was passed.
+        words: what a message says in place of the bounds, e.g. "a share from 0 to 1".
     """
 
     low: float
@@ -47,6 +60,10 @@ class Range:
     above: bool = False
     below: bool = False
     capped: bool = False
+    words: str = ""
+
+    def __repr__(self) -> str:
+        return f"<{self.words or self.expected()}>"
 
     def expected(self, value: Any = None) -> str:
         """The range in words, as a message about `value` needs them."""
@@ -58,13 +75,13 @@ class Range:
                 if self.low == -self.high
                 else f"{name} {'>' if self.above else '>='} {self.low:g}"
             )
-            too_large = (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and abs(value) > self.high
-            )
-            return f"{words} and <= {high}" if too_large else words
-        return f"{name} in {'(' if self.above else '['}{self.low:g}, {high}{')' if self.below else ']'}"
+            return f"{words} and <= {high}" if self._is_too_large(value) else words
+        left, right = "(" if self.above else "[", ")" if self.below else "]"
+        return f"{name} in {left}{self.low:g}, {high}{right}"
+
+    def _is_too_large(self, value: Any) -> bool:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and abs(value) > self.high
 
     def holds(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -93,10 +110,78 @@ class Range:
             raise argparse.ArgumentTypeError(f"expected {self.expected(value)}, got {shown(value)}")
         return value
 
+    def require(self, value: Any) -> Any:
+        """The number in a field of a section, which has the right type already.
 
-def count(least: int = 1, most: int = COUNT) -> Range:
+        Raises:
+            UserError: it is out of range; the section puts the field's path in front.
+        """
+        high = COUNT if isinstance(value, int) and self.high == LARGEST else self.high
+        limits = replace(self, kind=type(value), high=high)
+        if limits.holds(value):
+            return value
+        if isinstance(value, float) and not math.isfinite(value):
+            expected = "a finite number"
+        elif self.capped and limits._is_too_large(value):
+            expected = f"at most {high:g}"
+        else:
+            expected = self.words or limits.expected()
+        raise UserError(f"expected {expected}, got {shown(value)}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.require, handler(source))
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Which values are allowed, where `Literal` cannot list them.
+
+    Attributes:
+        choices: the values.
+        words: what a message says in place of the list.
+    """
+
+    choices: tuple[Any, ...]
+    words: str = ""
+
+    def require(self, value: Any) -> Any:
+        """The value.
+
+        Raises:
+            UserError: it is none of the choices.
+        """
+        if value in self.choices:
+            return value
+        raise UserError(not_a_choice(value, self.choices, self.words))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.require, handler(source))
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'beta'?)`` when a known name is close, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def not_a_choice(value: Any, choices: Sequence[Any], words: str = "") -> str:
+    """The message about a value that is none of the choices, with a remedy."""
+    names = [str(choice) for choice in choices]
+    expected = words or f"one of {', '.join(names)}"
+    if isinstance(value, str):
+        remedy = suggestion(value, names)
+    else:  # the name 2 is a number to YAML
+        remedy = "; write it in quotes" if str(value) in names else ""
+    return f"expected {expected}, got {shown(value)}{remedy}"
+
+
+def count(least: int = 1, most: int = COUNT, words: str = "") -> Range:
     """Whole numbers from `least` on."""
-    return Range(least, most, int, capped=True)
+    return Range(least, most, int, capped=True, words=words)
 
 
 positive = Range(0.0, LARGEST, above=True, capped=True)
@@ -107,3 +192,20 @@ seed = Range(0, 2**63 - 1, int, capped=True)
 steps = count(1, 1000)
 side = count(8, 16_384)
 port = Range(0, 65_535, int, capped=True)
+
+Positive = Annotated[T, positive]
+"""`Positive[float]`: above 0, at most 1e30."""
+NotNegative = Annotated[T, not_negative]
+"""`NotNegative[float]`: 0 or above, at most 1e30."""
+Share = Annotated[float, share]
+"""From 0 to 1, both included."""
+Decay = Annotated[float, Range(0.0, 1.0, below=True)]
+"""From 0 to 1, without 1."""
+Count = Annotated[int, count()]
+"""1 to 10^9."""
+BatchSize = Annotated[int, count(1, 65_536)]
+"""1 to 65,536: images or groups at once."""
+Steps = Annotated[int, steps]
+"""Steps of a sampler, 1 to 1000."""
+Seed = Annotated[int, seed]
+"""0 to 2^63 - 1."""

@@ -1,7 +1,8 @@
-"""The one YAML reader: run files, options and mappings on the command line. Every fault is one sentence.
+"""The one YAML reader, for run files, options and mappings on the command line.
 
-It reads YAML 1.2's plain values: `no`, `1:30`, `010`, `0x1F` and `2026-11-25` are text. Tags, repeated keys, deep nesting and aliases
-that multiply are refused.
+It reads YAML 1.2's plain values: `no`, `1:30`, `010`, `0x1F` and `2026-11-25` are text.
+Tags, repeated keys, deep nesting and aliases that multiply are refused. Every error is
+one sentence.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ _LARGEST_FILE = 1 << 20  # bytes
 
 
 class NotYaml(UserError):
-    """The text is no YAML at all. On the command line it may then be meant as plain text."""
+    """The text is no YAML at all. On the command line it may be meant as plain text."""
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's plain values and limits."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # filled below, with fewer kinds than the base class's
+    # Filled below, with fewer kinds than the base class's.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -71,7 +73,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
     list("-+0123456789."),
 )
@@ -108,12 +111,13 @@ def read_yaml_text(text: str, where: str) -> Any:
         raise NotYaml(f"{where}: is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{where}: a value cannot be read ({' '.join(str(error).split())[:100]}); write it in quotes"
+            f"{where}: a value cannot be read ({' '.join(str(error).split())[:100]}); "
+            "write it in quotes"
         ) from None
 
 
 def _check_nodes(root: Any) -> None:
-    """Refuses tags, and aliases that contain themselves or that multiply what they name."""
+    """Refuses tags, aliases that contain themselves, and aliases that multiply."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -147,7 +151,8 @@ def read_yaml_file(path: str | Path, option: str) -> Any:
     """The value of a YAML file.
 
     Raises:
-        UserError: the file is missing, too large, not UTF-8, or as for `read_yaml_text`.
+        UserError: the file is missing, too large or not UTF-8, or as for
+            `read_yaml_text`.
     """
     name = shown(str(path), 200)
     try:
@@ -170,14 +175,14 @@ def read_yaml_file(path: str | Path, option: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes every value out, and quotes what a YAML 1.1 reader would take for something else."""
+    """Writes every value out, with quotes where YAML 1.1 reads something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def dump_yaml(values: Any) -> str:
-    """YAML text that `read_yaml_text` and other readers read back as the same values."""
+    """YAML text that `read_yaml_text` and other readers read back unchanged."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -188,7 +193,10 @@ _SHORT.maxlong = 40
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value in a message: its repr on one line, cut where it is long, without walking through all of a large one."""
+    """A value in a message: its repr on one line, cut where it is long.
+
+    It does not walk through all of a large value.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 400:
         return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
     if isinstance(value, str):

@@ -1,138 +1,127 @@
-"""The `data:` section of a run file. Imports nothing heavy: the command line builds its help from it."""
+"""The `data:` section of a run file.
+
+It imports no torch: the command line makes its help from it.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Literal, get_args
 
-from diffalign.config.ranges import Range, count, finite, side
+from diffalign.config.ranges import BatchSize, Count, Range, count
+from diffalign.config.section import config_section
 from diffalign.config.yaml_text import read_yaml_text, shown
 from diffalign.errors import ConfigError, UserError
 
-TIES = ("drop", "keep")
-VERIFY_IMAGES = ("header", "full", "none")
-MISMATCH = ("drop", "letterbox")
+Ties = Literal["drop", "keep"]
+VerifyImages = Literal["header", "full", "none"]
+Mismatch = Literal["drop", "letterbox"]
+TIES, VERIFY_IMAGES, MISMATCH = get_args(Ties), get_args(VerifyImages), get_args(Mismatch)
 
 
-_ONLINE_RANGES = {
-    "every": count(),
-    "k": count(2, 65_536),
-    "num_inference_steps": count(2, 1000),
-    "rollout_batch_size": count(1, 65_536),
-    "guidance_scale": finite,
-    "eta": Range(0.0, 10.0),
-}
-
-
-@dataclass
+@config_section
 class OnlineConfig:
-    """`data.online`: train an offline method on what the policy draws, judged by scorers; the dataset gives the prompts."""
+    """`data.online`: train an offline method on images that the policy draws.
 
-    every: int = 10
+    Scorers judge the images. The dataset gives the prompts.
+    """
+
+    every: Count = 10
     """Optimizer steps between two rounds of sampling."""
-    k: int = 8
-    """Images per prompt; a pair method takes the best and the worst of them, a ranked one all."""
+    k: Annotated[int, count(2, 65_536)] = 8
+    """Images per prompt; a pair method takes the best and the worst of them, a ranked
+    one all."""
     scorers: list[str] = field(default_factory=list)
     """Names of the scorers that judge, unless the run has a rewards section."""
-    num_inference_steps: int = 20
+    num_inference_steps: Annotated[int, count(2, 1000)] = 20
     """Steps of the sampler."""
     guidance_scale: float = 5.0
     """Classifier-free guidance while sampling."""
-    eta: float = 1.0
-    """Stochasticity of the sampler's steps; 0 is deterministic, the images then differ by their initial noise."""
-    rollout_batch_size: int = 8
+    eta: Annotated[float, Range(0.0, 10.0)] = 1.0
+    """Stochasticity of the sampler's steps. 0 is deterministic; the images then differ
+    by their initial noise."""
+    rollout_batch_size: BatchSize = 8
     """Images sampled at once."""
 
-    def __post_init__(self) -> None:
-        for name, allowed in _ONLINE_RANGES.items():
-            allowed.check(f"online.{name}", getattr(self, name))
 
-
-@dataclass
+@config_section
 class DataConfig:
-    """Where the preference data come from and how their images are brought to the model's size."""
+    """Where the preference data come from, and how images get the model's size."""
 
     dataset_name: str | None = None
     """Hub id, local folder, or a .parquet, .jsonl, .json, .csv or .tar file."""
     dataset_config: str | None = None
     """Name of the dataset's configuration (subset) on the Hub."""
     dataset_revision: str | None = None
-    """Branch, tag or commit of the Hub dataset; pin it for a run that can be repeated."""
+    """Branch, tag or commit of the Hub dataset; pin it for a run that can be
+    repeated."""
     dataset_train_split: str = "train"
-    """Split to train on; slices such as train[:1000] work for Hub ids, folders and files."""
+    """Split to train on; slices such as train[:1000] work for Hub ids, folders and
+    files."""
     dataset_test_split: str | None = None
     """Split for the loss on held-out groups; none by default."""
     dataset_streaming: bool = False
     """Read rows as they come instead of preparing the whole dataset first."""
     train_data_dir: str | None = None
-    """Folder with chosen/ and rejected/ (or w/ and l/) or an imagefolder; with dataset_name, where its image paths start."""
+    """Folder with chosen/ and rejected/ (or w/ and l/) or an imagefolder; with
+    dataset_name, where its image paths start."""
     allow_remote_images: bool = False
-    """Fetch web addresses in image columns: public http and https addresses only, each once, kept under ~/.cache/diffalign."""
+    """Fetch web addresses in image columns: public http and https addresses only, each
+    once, kept under ~/.cache/diffalign."""
     allow_outside_paths: bool = False
-    """Open image files outside the dataset's folder, named by absolute paths or `..`; set it for a dataset that you trust."""
+    """Open image files outside the dataset's folder, named by absolute paths or `..`.
+    Set it for a dataset that you trust."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Canonical column name -> your column name, e.g. {prompt: text, chosen: winner, rejected: loser}."""
+    """Canonical column name -> your column name, e.g. {prompt: text, chosen: winner,
+    rejected: loser}."""
     score_columns: list[str] = field(default_factory=list)
-    """Columns of scores per image, one per scorer; a ranked row's scores are then its win rates over them (RankDPO's phi)."""
+    """Columns of scores per image, one per scorer. A ranked row's scores are then its
+    win rates over them (RankDPO's phi)."""
     invert_preferences: bool = False
-    """Prefer what was rejected: pairs exchanged, scores negated; any method then trains a negative model (Diffusion-NPO)."""
-    ties: str = "drop"
-    """drop removes tied groups (counted and printed); keep gives them weight 0. A tie never makes a loser."""
-    verify_images: str = "header"
-    """header opens every image once and reads its size, full decodes it, none trusts the data."""
-    max_broken_fraction: float = 0.05
-    """Largest share of unusable rows that is skipped; above it loading stops and names the first of them."""
+    """Prefer what was rejected: pairs exchanged, scores negated. Any method then trains
+    a negative model (Diffusion-NPO)."""
+    ties: Ties = "drop"
+    """drop removes tied groups (counted and printed); keep gives them weight 0. Ties
+    contribute no gradient."""
+    verify_images: VerifyImages = "header"
+    """header opens every image once and reads its size, full decodes it, none trusts
+    the data."""
+    max_broken_fraction: Annotated[float, Range(0.0, 1.0, words="a share from 0 to 1")] = 0.05
+    """Largest share of unusable rows that is skipped. Above it loading stops and names
+    the first of them."""
     online: OnlineConfig | None = None
-    """A section: regenerate pairs or lists from the current policy while training; the dataset gives the prompts."""
-    resolution: int | None = None
+    """A section: draw pairs or lists with the current policy while training. The
+    dataset gives the prompts."""
+    resolution: Annotated[int, count(1, 16_384, "a number of pixels above 0")] | None = None
     """Side of the square training images in pixels; none = the model's own."""
     center_crop: bool = True
-    """Crop the middle; false crops at a random place, the same one for all images of a group."""
+    """Crop the middle; false crops at a random place, the same one for all images of a
+    group."""
     random_flip: bool = False
     """Mirror half of the groups; all images of a group together."""
     aspect_ratio_buckets: str | None = None
-    """Sizes to choose from per group, as height,width pairs: "512,512;640,384". Replaces resolution."""
-    mismatch: str = "drop"
-    """What becomes of a group whose images differ in aspect ratio, under buckets: drop it, or letterbox its images."""
+    """Sizes to choose from per group, as height,width pairs: "512,512;640,384".
+    Replaces resolution."""
+    mismatch: Mismatch = "drop"
+    """What becomes of a group whose images differ in aspect ratio, under buckets: drop
+    it, or letterbox its images."""
     cache_latents: str | None = None
     """Folder for the encoded images; none = encode in every epoch."""
     cache_text_embeddings: str | None = None
     """Folder for the encoded prompts; none = encode in every epoch."""
-    num_workers: int = 0
+    num_workers: Annotated[int, count(0, 512, "0 or more")] = 0
     """Processes that read and decode images; 0 = the training process itself."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.online, dict):  # a section, written down in Python
-            from ..config.section import build_section
-
-            self.online = build_section(OnlineConfig, self.online, "online")
-        _choice("ties", self.ties, TIES)
-        _choice("verify_images", self.verify_images, VERIFY_IMAGES)
-        _choice("mismatch", self.mismatch, MISMATCH)
-        if not 0 <= self.max_broken_fraction <= 1:
+        if self.aspect_ratio_buckets is None:
+            return
+        parse_buckets(self.aspect_ratio_buckets)
+        if self.resolution is not None:
             raise ConfigError(
-                "max_broken_fraction",
-                f"expected a share from 0 to 1, got {shown(self.max_broken_fraction)}",
+                "aspect_ratio_buckets",
+                "give either resolution or aspect_ratio_buckets, not both",
             )
-        if self.resolution is not None and not 0 < self.resolution <= side.high:
-            limit = f" and at most {side.high:g}" if self.resolution > 0 else ""
-            raise ConfigError(
-                "resolution",
-                f"expected a number of pixels above 0{limit}, got {shown(self.resolution)}",
-            )
-        if not 0 <= self.num_workers <= 512:
-            raise ConfigError(
-                "num_workers",
-                f"expected 0 or more{', and at most 512' if self.num_workers > 0 else ''}, got {shown(self.num_workers)}",
-            )
-        if self.aspect_ratio_buckets is not None:
-            parse_buckets(self.aspect_ratio_buckets)
-            if self.resolution is not None:
-                raise ConfigError(
-                    "aspect_ratio_buckets",
-                    "give either resolution or aspect_ratio_buckets, not both",
-                )
 
 
 def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[int, int]]:
@@ -147,7 +136,8 @@ def parse_buckets(text: str, field: str = "aspect_ratio_buckets") -> list[tuple[
         if match is None:
             raise ConfigError(
                 field,
-                f'expected height,width pairs such as "512,512;640,384", got {shown(pair)} in {shown(text)}',
+                f'expected height,width pairs such as "512,512;640,384", got {shown(pair)} '
+                f"in {shown(text)}",
             )
         bucket = (int(match[1]), int(match[2]))
         if bucket in buckets:
@@ -172,8 +162,3 @@ def read_columns(text: str | None) -> dict[str, str] | None:
             f"--columns: expected a mapping such as '{{prompt: text}}', got {shown(text)}"
         )
     return columns
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(name, f"expected one of {', '.join(choices)}, got {shown(value)}")

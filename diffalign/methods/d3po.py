@@ -27,14 +27,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..config.ranges import OneOf, Positive, Range, count
+from ..config.section import config_section
 from ..errors import ConfigError, UserError
 from ..training.batch import Batch
 from ..training.denoiser import Denoiser
@@ -42,53 +43,43 @@ from ..training.online.judge import COMPARE
 from ..training.online.on_policy import OnPolicyConfig, OnPolicyTrainer
 from ..training.online.rollout import Grid, Trajectories, guide, step_log_prob
 
-REFERENCES = ("fixed", "iterated")
-FEEDBACK = ("scorers", "people")
 
-
-@dataclass
+@config_section
 class D3POConfig(OnPolicyConfig):
     """`train:` for `method: d3po`."""
 
-    beta: float = 0.1
-    """Strength of the pull to the reference, on log-probabilities."""
-    clip_range: float = 0.1
-    """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no gradient."""
-    reduce: str = "mean"
-    """mean (official code) | sum over the elements of a latent; sum wants a beta smaller by their number."""
-    timestep_fraction: float = 1.0
-    """Share of a trajectory's steps that is trained, drawn anew per row."""
-    compare: str = "pareto"
-    """pareto: better in every score | combined: by the panel's combined score."""
-    reference: str = "fixed"
-    """fixed: the starting weights | iterated: the policy at the beginning of each round, as in the paper's human-feedback runs."""
-    feedback: str = "scorers"
-    """scorers | people: images are written out and the run waits for votes."""
+    images_per_prompt: Annotated[int, count(2, 65_536)] = 2  # one image has no rival
+    beta: Positive[float] = 0.1
+    """Strength of the pull to the reference, on log-probabilities. Source: official
+    code, 0.1."""
+    clip_range: Annotated[float, Range(0.0, 1.0, above=True, below=True)] = 0.1
+    """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no
+    gradient. Source: official code, 0.1 (0.2 in its first version); the paper's eq. 14
+    has none."""
+    reduce: Literal["mean", "sum"] = "mean"
+    """mean (official code) | sum over the elements of a latent. With `sum`, divide
+    `beta` by the number of elements. Source: official code."""
+    timestep_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
+    """Share of a trajectory's steps that is trained, drawn anew per row. Source:
+    official code, all steps."""
+    compare: Annotated[str, OneOf(COMPARE)] = "pareto"
+    """pareto: better in every score | combined: by the panel's combined score. Source:
+    official reward script."""
+    reference: Literal["fixed", "iterated"] = "fixed"
+    """fixed: the starting weights | iterated: the policy at the beginning of each
+    round, as in the paper's human-feedback runs. Source: official reward script; the
+    human-feedback script iterates."""
+    feedback: Literal["scorers", "people"] = "scorers"
+    """scorers | people: images are written out and the run waits for votes. Source:
+    ours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("reduce", ("mean", "sum")),
-            ("compare", COMPARE),
-            ("reference", REFERENCES),
-            ("feedback", FEEDBACK),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        self._check("beta", lambda v: v > 0, "> 0")
-        self._check("clip_range", lambda v: 0 < v < 1, "in (0, 1)")
-        self._check("timestep_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
         if self.eta == 0:
             raise ConfigError(
                 "eta",
-                "0 makes the sampler deterministic, whose steps have no probability; give eta > 0 (official 1)",
-            )
-        if self.images_per_prompt < 2:
-            raise ConfigError(
-                "images_per_prompt",
-                f"expected int >= 2, got {self.images_per_prompt}: one image has no rival",
+                "0 makes the sampler deterministic, whose steps have no probability; give eta > 0 "
+                "(official 1)",
             )
 
     @property
@@ -166,16 +157,6 @@ class D3POTrainer(OnPolicyTrainer):
   booktitle = {CVPR},
   year      = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        **OnPolicyTrainer._sources,
-        "beta": "official code, 0.1",
-        "clip_range": "official code, 0.1 (0.2 in its first version); the paper's eq. 14 has none",
-        "reduce": "official code",
-        "timestep_fraction": "official code, all steps",
-        "compare": "official reward script",
-        "reference": "official reward script; the human-feedback script iterates",
-        "feedback": "ours",
     }
     _not_public: ClassVar[str] = (
         "How many annotators judged each pair, and the images of the paper's human studies."

@@ -16,31 +16,27 @@ output with the noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..config.ranges import Positive
+from ..config.section import config_section
 from ..data import PreferenceDataset
-from ..errors import ConfigError, UserError
+from ..errors import UserError
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer, diffusion_dpo_loss
 
-CAPTIONS = ("both", "chosen")
 
-
-@dataclass
+@config_section
 class DCPOConfig(DiffusionDPOConfig):
     """`train:` for `method: dcpo`; beta 5000 as in the paper (its study: 500 to 5000)."""
 
-    captions: str = "both"
-    """both: each image under its own caption; chosen: both under the chosen image's, the control."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.captions not in CAPTIONS:
-            raise ConfigError(
-                "captions", f"expected one of {', '.join(CAPTIONS)}, got {self.captions!r}"
-            )
+    beta: Positive[float] = 5000.0
+    """Source: paper, headline rows of table 9, 5000 (it studies 500 to 5000; the
+    script's default is 500)."""
+    captions: Literal["both", "chosen"] = "both"
+    """both: each image under its own caption; chosen: both under the chosen image's,
+    the control. Source: paper, last row of its tables, for the control."""
 
 
 def dcpo_loss(
@@ -106,11 +102,6 @@ class DCPOTrainer(DiffusionDPOTrainer):
   journal = {Transactions on Machine Learning Research},
   year    = {2025}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        **DiffusionDPOTrainer._sources,
-        "beta": "paper, headline rows of table 9, 5000 (it studies 500 to 5000; the script's default is 500)",
-        "captions": "paper, last row of its tables, for the control",
     }
     _not_public: ClassVar[str] = (
         "Whether the published numbers were trained with the launcher's mistaken target (a "

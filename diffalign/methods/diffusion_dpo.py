@@ -21,46 +21,42 @@ errors. diffusers' SD script has no 1/2, so its beta 2500 is 5000 here. Its `ipo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..errors import ConfigError
+from ..config.ranges import NotNegative, Positive, Range
+from ..config.section import config_section
 from ..likelihood import implicit_rewards
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
 from ..training.trainer import Trainer
 
-LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+LossType = Literal["sigmoid", "hinge", "ipo"]
+LOSS_TYPES = get_args(LossType)
 
 
-@dataclass
+@config_section
 class DiffusionDPOConfig(TrainingConfig):
     """`train:` for `method: diffusion_dpo`."""
 
-    beta: float = 5000.0
-    """Strength of the pull to the reference, on per-image mean errors with the 1/2 (paper: 2000 for SD1.5, 5000 for SDXL).
-    2 x the beta of diffusers' SD script; N x that of sum-of-squares codes. Flow models want 100 to 2000."""
-    loss_type: str = "sigmoid"
-    """sigmoid | hinge | ipo."""
-    label_smoothing: float = 0.0
-    """Assumed share of flipped labels, in [0, 0.5)."""
-    sft_weight: float = 0.0
-    """Weight of the chosen image's own error, an anchor against both errors rising."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss_type not in LOSS_TYPES:
-            raise ConfigError(
-                "loss_type", f"expected one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
-            )
-        self._check("beta", lambda v: v > 0, "> 0")
-        self._check("label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
-        self._check("sft_weight", lambda v: v >= 0, ">= 0")
+    beta: Positive[float] = 5000.0
+    """Strength of the pull to the reference, on per-image mean errors with the 1/2
+    (paper: 2000 for SD1.5, 5000 for SDXL). 2 x the beta of diffusers' SD script; N x
+    that of sum-of-squares codes. Flow models want 100 to 2000. Source: released
+    launchers, 5000; the paper's main table has 2000 for SD1.5 and 5000 for SDXL."""
+    loss_type: LossType = "sigmoid"
+    """sigmoid | hinge | ipo. Source: paper, eq. 14; hinge and ipo as in diffusers'
+    research project."""
+    label_smoothing: Annotated[float, Range(0.0, 0.5, below=True)] = 0.0
+    """Assumed share of flipped labels, in [0, 0.5). Source: ours (conservative DPO of
+    Mitchell 2023); 0 is the paper's loss."""
+    sft_weight: NotNegative[float] = 0.0
+    """Weight of the chosen image's own error, an anchor against both errors rising.
+    Source: ours, against both errors rising; 0 is the paper's loss."""
 
 
 def diffusion_dpo_loss(
@@ -140,12 +136,6 @@ class DiffusionDPOTrainer(Trainer):
   booktitle = {CVPR},
   year      = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        "beta": "released launchers, 5000; the paper's main table has 2000 for SD1.5 and 5000 for SDXL",
-        "loss_type": "paper, eq. 14; hinge and ipo as in diffusers' research project",
-        "label_smoothing": "ours (conservative DPO of Mitchell 2023); 0 is the paper's loss",
-        "sft_weight": "ours, against both errors rising; 0 is the paper's loss",
     }
     _not_public: ClassVar[str] = (
         "Which learning rate made the released weights: the paper's formula gives 8.19e-9 at "

@@ -11,18 +11,21 @@ The official SD1.5 script has no 1/2, so its beta 500 is 1000 here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
+from ..config.ranges import Positive
+from ..config.section import config_section
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 
 
-@dataclass
+@config_section
 class DiffusionNPOConfig(DiffusionDPOConfig):
     """`train:` for `method: diffusion_npo`."""
 
-    beta: float = 2000.0
-    """In Diffusion-DPO's convention (official: SDXL 2000; SD1.5 500 without the 1/2, 1000 here)."""
+    beta: Positive[float] = 2000.0
+    """In Diffusion-DPO's convention (official: SDXL 2000; SD1.5 500 without the 1/2,
+    1000 here). Source: official scripts: SDXL 2000; SD1.5 500 without the 1/2, which is
+    1000 here."""
 
 
 class DiffusionNPOTrainer(DiffusionDPOTrainer):
@@ -59,10 +62,6 @@ class DiffusionNPOTrainer(DiffusionDPOTrainer):
   booktitle = {ICLR},
   year      = {2025}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        **DiffusionDPOTrainer._sources,
-        "beta": "official scripts: SDXL 2000; SD1.5 500 without the 1/2, which is 1000 here",
     }
     _not_public: ClassVar[str] = (
         "The training file that the official README names; the inversion of the SPO variant."

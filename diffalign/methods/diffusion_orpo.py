@@ -14,35 +14,32 @@ published script has o = m_w - m_l, which rewards a larger error of the chosen i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..errors import ConfigError
+from ..config.ranges import Positive
+from ..config.section import config_section
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.trainer import Trainer
 from .mapo import margin_metrics
 
-SIGNS = ("correct", "legacy")
+Sign = Literal["correct", "legacy"]
+SIGNS = get_args(Sign)
 
 
-@dataclass
+@config_section
 class DiffusionORPOConfig(TrainingConfig):
     """`train:` for `method: diffusion_orpo`."""
 
-    beta: float = 0.1
-    """Weight of the odds (the script's 0.1)."""
-    sign: str = "correct"
-    """correct | legacy: the published script's, which prefers the rejected image's error to be the lower one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sign not in SIGNS:
-            raise ConfigError("sign", f"expected one of {', '.join(SIGNS)}, got {self.sign!r}")
-        self._check("beta", lambda v: v > 0, "> 0")
+    beta: Positive[float] = 0.1
+    """Weight of the odds (the script's 0.1). Source: published script, 0.1."""
+    sign: Sign = "correct"
+    """correct | legacy: the published script's, which prefers the rejected image's
+    error to be the lower one. Source: ours: the published script's sign rewards a
+    larger error of the chosen image."""
 
 
 def diffusion_orpo_loss(
@@ -99,10 +96,6 @@ class DiffusionORPOTrainer(Trainer):
   journal = {arXiv preprint arXiv:2403.07691},
   year    = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        "beta": "published script, 0.1",
-        "sign": "ours: the published script's sign rewards a larger error of the chosen image",
     }
     _not_public: ClassVar[str] = (
         "No paper derives the diffusion form; its authors replaced it by MaPO."

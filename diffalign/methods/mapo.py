@@ -19,46 +19,41 @@ there, v-prediction and flow targets work, and ties never train.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..errors import ConfigError
+from ..config.ranges import Positive
+from ..config.section import config_section
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.trainer import Trainer
 
-FORMS = ("code", "paper")
-LINK_FORMS = ("scale", "power")
+LinkForm = Literal["scale", "power"]
+LINK_FORMS = get_args(LinkForm)
 
 
-@dataclass
+@config_section
 class MaPOConfig(TrainingConfig):
     """`train:` for `method: mapo`."""
 
-    form: str = "code"
-    """code: the official implementation's loss; paper: equations 9 to 11. beta means different things in them."""
-    beta: float = 0.1
-    """code: weight of the margin (official 0.1). paper: 8 general, 32 culture, 64 safety and style, 1024 personalization."""
-    link_form: str = "scale"
-    """Of the paper form, where the text is ambiguous: scale (beta u) | power (u^beta)."""
-    inner_scale: float = 0.5
-    """s of the code form, its `snr_value`."""
-    margin_scale: float = 1000.0
-    """T of the code form, its number of training timesteps."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in (("form", FORMS), ("link_form", LINK_FORMS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        for name in ("beta", "inner_scale", "margin_scale"):
-            self._check(name, lambda v: v > 0, "> 0")
+    form: Literal["code", "paper"] = "code"
+    """code: the official implementation's loss; paper: equations 9 to 11. beta means
+    different things in them. Source: official code; `paper` for eq. 9-11."""
+    beta: Positive[float] = 0.1
+    """code: weight of the margin (official 0.1). paper: 8 general, 32 culture, 64
+    safety and style, 1024 personalization. Source: official code, 0.1; paper form:
+    section 4, 8 to 1024 by task."""
+    link_form: LinkForm = "scale"
+    """Of the paper form, where the text is ambiguous: scale (beta u) | power (u^beta).
+    Source: official code multiplies, which is the scale form."""
+    inner_scale: Positive[float] = 0.5
+    """s of the code form, its `snr_value`. Source: official code, `snr_value` 0.5."""
+    margin_scale: Positive[float] = 1000.0
+    """T of the code form, its number of training timesteps. Source: official code, the
+    1000 training timesteps."""
 
 
 def mapo_link(errors: Tensor, scale: float = 1.0) -> Tensor:
@@ -160,13 +155,6 @@ class MaPOTrainer(Trainer):
   journal = {arXiv preprint arXiv:2406.06424},
   year    = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        "form": "official code; `paper` for eq. 9-11",
-        "beta": "official code, 0.1; paper form: section 4, 8 to 1024 by task",
-        "link_form": "official code multiplies, which is the scale form",
-        "inner_scale": "official code, `snr_value` 0.5",
-        "margin_scale": "official code, the 1000 training timesteps",
     }
     _not_public: ClassVar[str] = (
         "How beta enters the link function (the text allows a factor or a power), and why "

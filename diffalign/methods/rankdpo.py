@@ -22,14 +22,14 @@ so that at k = 2 the loss is its loss times Delta_12. The paper prints neither c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..errors import ConfigError
+from ..config.ranges import Positive
+from ..config.section import config_section
 from ..likelihood import implicit_rewards
 from ..rewards.ensemble import win_rates
 from ..training.batch import Batch
@@ -37,35 +37,34 @@ from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
 from ..training.trainer import BatchSource, Trainer
 
-GAINS = ("auto", "given", "win_rate", "minmax")
-LOG_BASES = ("e", "2")
-NORMALIZE = ("sum", "mean", "idcg")
+Gains = Literal["auto", "given", "win_rate", "minmax"]
+LogBase = Literal["e", "2"]
+Normalize = Literal["sum", "mean", "idcg"]
+GAINS, LOG_BASES, NORMALIZE = get_args(Gains), get_args(LogBase), get_args(Normalize)
 
 
-@dataclass
+@config_section
 class RankDPOConfig(TrainingConfig):
     """`train:` for `method: rankdpo`."""
 
     shared_noise: bool = False
-    """One noise per image, as in the paper; true shares one within a list."""
-    beta: float = 5000.0
-    """Strength of the pull to the reference, in Diffusion-DPO's convention (1/2, mean errors); not stated in the paper."""
-    gains: str = "auto"
-    """How scores become phi in [0, 1]: given (they are phi), win_rate (wins within the list), minmax (per list), auto (given where
-    all scores of the dataset lie in [0, 1], else win_rate, also for streams and images drawn online; one choice for all lists)."""
-    log_base: str = "e"
-    """Of the discount: e | 2. The paper's e; 2 only multiplies the loss by ln 2."""
-    normalize: str = "sum"
-    """sum over pairs (paper) | mean over them | idcg: divided by the list's ideal discounted gain."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in (("gains", GAINS), ("log_base", LOG_BASES), ("normalize", NORMALIZE)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        self._check("beta", lambda v: v > 0, "> 0")
+    """One noise per image, as in the paper; true shares one within a list. Source:
+    paper: the images share the timestep alone."""
+    beta: Positive[float] = 5000.0
+    """Strength of the pull to the reference, in Diffusion-DPO's convention (1/2, mean
+    errors); not stated in the paper. Source: not stated in the paper; Diffusion-DPO's
+    for SDXL."""
+    gains: Gains = "auto"
+    """How scores become phi in [0, 1]: given (they are phi), win_rate (wins within the
+    list), minmax (per list), auto (given where all scores of the dataset lie in [0, 1],
+    else win_rate, also for streams and images drawn online; one choice for all lists).
+    Source: paper, section 3.1: win rates over all comparisons and reward models."""
+    log_base: LogBase = "e"
+    """Of the discount: e | 2. The paper's e; 2 only multiplies the loss by ln 2.
+    Source: paper, eq. 9."""
+    normalize: Normalize = "sum"
+    """sum over pairs (paper) | mean over them | idcg: divided by the list's ideal
+    discounted gain. Source: paper: the sum over pairs."""
 
 
 def average_ranks(scores: Tensor) -> Tensor:
@@ -235,13 +234,6 @@ class RankDPOTrainer(Trainer):
   journal = {arXiv preprint arXiv:2410.18013},
   year    = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        "beta": "not stated in the paper; Diffusion-DPO's for SDXL",
-        "gains": "paper, section 3.1: win rates over all comparisons and reward models",
-        "log_base": "paper, eq. 9",
-        "normalize": "paper: the sum over pairs",
-        "shared_noise": "paper: the images share the timestep alone",
     }
     _not_public: ClassVar[str] = (
         "Code, learning rate, beta, and the two constants of the loss (1/2, mean or sum over "

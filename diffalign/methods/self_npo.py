@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..config.ranges import Count, Positive, Share, count
+from ..config.section import config_section
 from ..data import PreferenceDataset
 from ..errors import ConfigError
 from ..likelihood.schedules import NoisingProcess
@@ -33,53 +35,58 @@ from ..training.data_pipeline import as_preferences
 from ..training.reference import Reference, build_reference
 from ..training.trainer import Trainer
 
-STARTS = ("noise", "data")
-LOSS_TYPES = ("mse", "huber")
-SAMPLERS = ("frozen_ref", "ema")
+LossType = Literal["mse", "huber"]
+LOSS_TYPES = get_args(LossType)
 
 
-@dataclass
+@config_section
 class SelfNPOConfig(TrainingConfig):
-    """`train:` for `method: self_npo`; defaults are the paper's (from noise, squared error, 5 steps)."""
+    """`train:` for `method: self_npo`; the defaults are the paper's.
 
-    start: str = "noise"
-    """noise (paper): prompts are all it needs; data (official code): noised images, so the data must hold some."""
-    loss_type: str = "mse"
-    """mse (paper) | huber (official code), in the space of clean latents."""
-    huber_c: float = 1e-3
-    """Where Huber's loss turns from square to straight."""
-    num_inference_steps: int = 25
-    """Steps of the whole sampling grid."""
-    truncation_steps: int = 5
-    """Of these, how many are run before the sample is cut off."""
+    It starts from noise, takes the squared error and runs 5 steps.
+    """
+
+    start: Literal["noise", "data"] = "noise"
+    """noise (paper): prompts are all it needs; data (official code): noised images, so
+    the data must hold some. Source: paper; the official code starts from noised
+    images."""
+    loss_type: LossType = "mse"
+    """mse (paper) | huber (official code), in the space of clean latents. Source:
+    paper; the official code has Huber's loss."""
+    huber_c: Positive[float] = 1e-3
+    """Where Huber's loss turns from square to straight. Source: official code."""
+    num_inference_steps: Annotated[int, count(2, 1000)] = 25
+    """Steps of the whole sampling grid. Source: official code, 25 DDIM steps."""
+    truncation_steps: Count = 5
+    """Of these, how many are run before the sample is cut off. Source: official code,
+    5."""
     guidance_weight: float = 0.0
-    """w of cond + w (cond - uncond) while sampling: 0 conditional, -1 unconditional (official SD1.5), -5 (official SDXL)."""
-    sampler: str = "frozen_ref"
-    """Who samples: frozen_ref, the starting weights | ema (official code), the average of the student; needs use_ema."""
-    ema_decay: float = 0.999
-    """Decay of the student's average."""
+    """w of cond + w (cond - uncond) while sampling: 0 conditional, -1 unconditional
+    (official SD1.5), -5 (official SDXL). Source: ours: the model's own conditional
+    prediction; official code -1 (SD1.5) and -5 (SDXL)."""
+    sampler: Literal["frozen_ref", "ema"] = "frozen_ref"
+    """Who samples: frozen_ref, the starting weights | ema (official code), the average
+    of the student; needs use_ema. Source: ours: the model itself; the official code
+    draws with the average of the student, decay 0.999."""
+    ema_decay: Share = 0.999
+    """Decay of the student's average. Source: official code, 0.999."""
     ema_warmup: bool = False
-    """false (official code): the average starts at the base weights and moves at one rate; true: diffusers' quick start."""
+    """false (official code): the average starts at the base weights and moves at one
+    rate; true: diffusers' quick start. Source: official code: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("start", STARTS), ("loss_type", LOSS_TYPES), ("sampler", SAMPLERS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    name, f"expected one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        self._check("huber_c", lambda v: v > 0, "> 0")
-        self._check("num_inference_steps", lambda v: isinstance(v, int) and v >= 2, "an int >= 2")
-        self._check("truncation_steps", lambda v: isinstance(v, int) and v >= 1, "an int >= 1")
         if self.truncation_steps >= self.num_inference_steps:
             raise ConfigError(
                 "truncation_steps",
-                f"{self.truncation_steps} of {self.num_inference_steps} steps truncate nothing; give fewer than num_inference_steps",
+                f"{self.truncation_steps} of {self.num_inference_steps} steps truncate nothing; "
+                "give fewer than num_inference_steps",
             )
         if self.sampler == "ema" and not self.use_ema:
             raise ConfigError(
                 "sampler",
-                "ema draws with the average of the weights; set use_ema: true (official decay 0.999)",
+                "ema draws with the average of the weights; set use_ema: true (official decay "
+                "0.999)",
             )
 
 
@@ -217,17 +224,6 @@ class SelfNPOTrainer(Trainer):
   booktitle = {AAAI},
   year      = {2026}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        "start": "paper; the official code starts from noised images",
-        "loss_type": "paper; the official code has Huber's loss",
-        "huber_c": "official code",
-        "num_inference_steps": "official code, 25 DDIM steps",
-        "truncation_steps": "official code, 5",
-        "guidance_weight": "ours: the model's own conditional prediction; official code -1 (SD1.5) and -5 (SDXL)",
-        "sampler": "ours: the model itself; the official code draws with the average of the student, decay 0.999",
-        "ema_decay": "official code, 0.999",
-        "ema_warmup": "official code: none",
     }
     _not_public: ClassVar[str] = (
         "The image folder of the official run; whether the published weights come from the "

@@ -19,14 +19,15 @@ convention.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..config.ranges import BatchSize, Count, NotNegative, OneOf, Positive, count
+from ..config.section import config_section
 from ..errors import ConfigError
 from ..likelihood import implicit_rewards, sample_times
 from ..training.batch import Batch
@@ -37,54 +38,48 @@ from ..training.online.rollout import Rollout, SamplerConfig, sampling_mode
 from ..training.reference import Reference
 from ..training.trainer import Trainer
 
-ANCHORS = ("sign", "indicator")
+Anchor = Literal["sign", "indicator"]
+ANCHORS = get_args(Anchor)
 
 
-@dataclass
+@config_section
 class SePPOConfig(TrainingConfig):
     """`train:` for `method: seppo`."""
 
-    beta: float = 2000.0
-    """Strength of the pull to the reference, in Diffusion-DPO's convention; not public."""
-    ref_strategy: str = "random"
-    """Which past checkpoint is the reference of a step: random (the method) | initial | latest."""
-    pool_save_steps: int = 30
-    """A checkpoint joins the pool every so many optimizer steps."""
-    pool_size: int = 8
-    """Checkpoints in the pool; beyond, the oldest but the initial one leaves."""
-    anchor: str = "sign"
-    """sign: a is +1 or -1 | indicator: 1 or 0."""
-    anchor_samples: int = 1
-    """Draws of (noise, timestep) over which the anchor criterion is averaged; the paper takes the training draw alone."""
-    zero_anchor: float = 1.0
-    """a where policy and reference are equal, as at the first step: 1 or 0."""
-    num_inference_steps: int = 50
-    """Steps of the sampler that draws the reference's images."""
+    beta: Positive[float] = 2000.0
+    """Strength of the pull to the reference, in Diffusion-DPO's convention; not public.
+    Source: not public; Diffusion-DPO's for SD1.5."""
+    ref_strategy: Annotated[str, OneOf(STRATEGIES)] = "random"
+    """Which past checkpoint is the reference of a step: random (the method) | initial |
+    latest. Source: paper: random; the others are its ablations."""
+    pool_save_steps: Count = 30
+    """A checkpoint joins the pool every so many optimizer steps. Source: paper, every
+    30 updates."""
+    pool_size: Annotated[int, count(2)] = 8
+    """Checkpoints in the pool; beyond, the oldest but the initial one leaves. Source:
+    paper, 7 rounds and the initial model."""
+    anchor: Anchor = "sign"
+    """sign: a is +1 or -1 | indicator: 1 or 0. Source: paper; indicator is its
+    ablation."""
+    anchor_samples: Count = 1
+    """Draws of (noise, timestep) over which the anchor criterion is averaged; the paper
+    takes the training draw alone. Source: paper: one draw."""
+    zero_anchor: Annotated[float, OneOf((0.0, 1.0))] = 1.0
+    """a where policy and reference are equal, as at the first step: 1 or 0. Source:
+    ours: the paper does not say what sgn(0) is."""
+    num_inference_steps: Annotated[int, count(2, 1000)] = 50
+    """Steps of the sampler that draws the reference's images. Source: not public; the
+    baseline's 50."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance while sampling."""
-    eta: float = 0.0
-    """Stochasticity of the sampler."""
-    rollout_batch_size: int = 8
-    """Images sampled at once."""
+    """Classifier-free guidance while sampling. Source: official test script, 7.5."""
+    eta: NotNegative[float] = 0.0
+    """Stochasticity of the sampler. Source: not public; the baseline's deterministic
+    sampler."""
+    rollout_batch_size: BatchSize = 8
+    """Images sampled at once. Source: ours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("ref_strategy", STRATEGIES),
-            ("anchor", ANCHORS),
-            ("zero_anchor", (0.0, 1.0)),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    name,
-                    f"expected one of {', '.join(map(str, known))}, got {getattr(self, name)!r}",
-                )
-        self._check("beta", lambda v: v > 0, "> 0")
-        for name in ("pool_save_steps", "anchor_samples", "rollout_batch_size"):
-            self._check(name, lambda v: v >= 1, ">= 1")
-        for name in ("pool_size", "num_inference_steps"):
-            self._check(name, lambda v: v >= 2, ">= 2")
-        self._check("eta", lambda v: v >= 0, ">= 0")
         if self.precompute_ref_errors:
             raise ConfigError(
                 "precompute_ref_errors", "the reference changes while training; set it to false"
@@ -176,19 +171,6 @@ class SePPOTrainer(Trainer):
   journal = {arXiv preprint arXiv:2410.05255},
   year    = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        "beta": "not public; Diffusion-DPO's for SD1.5",
-        "ref_strategy": "paper: random; the others are its ablations",
-        "pool_save_steps": "paper, every 30 updates",
-        "pool_size": "paper, 7 rounds and the initial model",
-        "anchor": "paper; indicator is its ablation",
-        "anchor_samples": "paper: one draw",
-        "zero_anchor": "ours: the paper does not say what sgn(0) is",
-        "num_inference_steps": "not public; the baseline's 50",
-        "guidance_scale": "official test script, 7.5",
-        "eta": "not public; the baseline's deterministic sampler",
-        "rollout_batch_size": "ours",
     }
     _not_public: ClassVar[str] = (
         "Training code, beta, learning rate, the sampler of the reference's images, and "

@@ -8,16 +8,15 @@ reference and no rejected image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from ..config.section import config_section
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.trainer import Trainer
 
 
-@dataclass
+@config_section
 class SFTConfig(TrainingConfig):
     """`train:` for `method: sft`."""
 

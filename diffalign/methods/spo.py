@@ -21,60 +21,62 @@ own.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..config.ranges import Decay, NotNegative, Positive, Range, count, positive
+from ..config.section import config_section
 from ..errors import ConfigError
 from ..runtime.missing import NOT_FINITE, Missing
 from ..training.batch import Batch
 from ..training.online.judge import Judge
-from ..training.online.on_policy import OnPolicyConfig, OnPolicyTrainer
+from ..training.online.on_policy import OnPolicyConfig
 from ..training.online.policy_sampler import RoundCheck
 from ..training.online.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
 from .d3po import D3POTrainer
 
+_NO_CANDIDATES = "float > 0: candidates of a deterministic sampler are all the same"
 
-@dataclass
+
+@config_section
 class SPOConfig(OnPolicyConfig):
     """`train:` for `method: spo`."""
 
-    beta: float = 10.0
-    """Strength of the pull to the reference, on log-probabilities."""
-    clip_range: float = 0.1
-    """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no gradient."""
-    reduce: str = "mean"
-    """mean (official code) | sum over the elements of a latent; sum wants a beta smaller by their number."""
-    images_per_prompt: int = 4
-    """Candidates for every step, and images drawn for each prompt in an evaluation."""
-    first_step: int = 4
-    """Steps that are sampled without candidates, counted from the noisiest."""
-    threshold: float = 0.3
-    """How much better the best candidate must be than the worst, as a difference of softmax probabilities, in [0, 1)."""
-    score_scale: float = 1.0
-    """Scores are multiplied by it before the softmax: what makes logits of them."""
-    timestep_fraction: float = 1.0
-    """Share of the compared steps that is trained, drawn anew per row, those with a decided pair first."""
+    images_per_prompt: Annotated[int, count(2, 65_536, "int >= 2: one candidate has no rival")] = 4
+    """Candidates for every step, and images drawn for each prompt in an evaluation.
+    Source: official code, 4 (2 for SDXL)."""
+    eta: Annotated[float, dataclasses.replace(positive, words=_NO_CANDIDATES)] = 1.0
+    beta: Positive[float] = 10.0
+    """Strength of the pull to the reference, on log-probabilities. Source: official
+    code, 10."""
+    clip_range: Annotated[float, Range(0.0, 1.0, above=True, below=True)] = 0.1
+    """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no
+    gradient. Source: official code, 0.1."""
+    reduce: Literal["mean", "sum"] = "mean"
+    """mean (official code) | sum over the elements of a latent. With `sum`, divide
+    `beta` by the number of elements. Source: official code."""
+    first_step: NotNegative[int] = 4
+    """Steps that are sampled without candidates, counted from the noisiest. Source:
+    official code, 4 of 20."""
+    threshold: Decay = 0.3
+    """How much better the best candidate must be than the worst, as a difference of
+    softmax probabilities, in [0, 1). Source: official code, 0.3 (0.4 for SDXL)."""
+    score_scale: Positive[float] = 1.0
+    """Scores are multiplied by it before the softmax: what makes logits of them.
+    Source: ours; 1 for a model whose scores are logits, as the official one."""
+    timestep_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
+    """Share of the compared steps that is trained, drawn anew per row, those with a
+    decided pair first. Source: official code, all steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce not in ("mean", "sum"):
-            raise ConfigError("reduce", f"expected one of mean, sum, got {self.reduce!r}")
-        self._check("beta", lambda v: v > 0, "> 0")
-        self._check("clip_range", lambda v: 0 < v < 1, "in (0, 1)")
-        self._check("threshold", lambda v: 0 <= v < 1, "in [0, 1)")
-        self._check("score_scale", lambda v: v > 0, "> 0")
-        self._check("timestep_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
-        self._check(
-            "eta", lambda v: v > 0, "> 0: candidates of a deterministic sampler are all the same"
-        )
-        self._check("images_per_prompt", lambda v: v >= 2, ">= 2: one candidate has no rival")
-        self._check(
-            "first_step", lambda v: 0 <= v < self.num_inference_steps, "in [0, num_inference_steps)"
-        )
+        if self.first_step >= self.num_inference_steps:
+            raise ConfigError(
+                "first_step", f"expected int in [0, num_inference_steps), got {self.first_step}"
+            )
 
     @property
     def reduction_of_log_probs(self) -> str:
@@ -156,17 +158,6 @@ class SPOTrainer(D3POTrainer):
   journal = {arXiv preprint arXiv:2406.04314},
   year    = {2024}
 }""",
-    }
-    _sources: ClassVar[dict[str, str]] = {
-        **OnPolicyTrainer._sources,
-        "beta": "official code, 10",
-        "clip_range": "official code, 0.1",
-        "reduce": "official code",
-        "images_per_prompt": "official code, 4 (2 for SDXL)",
-        "first_step": "official code, 4 of 20",
-        "threshold": "official code, 0.3 (0.4 for SDXL)",
-        "score_scale": "ours; 1 for a model whose scores are logits, as the official one",
-        "timestep_fraction": "official code, all steps",
     }
     _not_public: ClassVar[str] = ""
     config_class = SPOConfig  # type: ignore[assignment]

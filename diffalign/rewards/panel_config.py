@@ -5,39 +5,39 @@ They say which scorers judge, how much each weighs, and how their numbers become
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal
 
-from ..config.section import build_section, coerce, suggestion
+from ..config.ranges import Count, OneOf, not_negative
+from ..config.section import build_section, coerce, config_section, suggestion
 from ..errors import ConfigError
 from .base import Scorer
 from .ensemble import METHODS, MISSING
 from .registry import find_class
 from .spec import ScorerSpec
 
-ROLES = ("train", "eval")
 PLACEMENTS = ("resident", "offload", "exclusive")
 
 
-@dataclass
+_Weight = Annotated[float, replace(not_negative, words="a finite number of at least 0")]
+
+
+@config_section
 class RewardEntry:
     """One entry of `rewards:`."""
 
     name: str = ""
     """Name of its column; by default the scorer's."""
     scorer: Any = None
-    """Name as `load_scorer` takes it, e.g. `pickscore`. In Python also a loaded
-    `Scorer`. None takes `name`.
-    """
-    weight: float = 1.0
+    """Name as `load_scorer` takes it, e.g. `pickscore`; in Python also a loaded
+    `Scorer`. None takes `name`."""
+    weight: _Weight = 1.0
     """Weight in the combination, at least 0."""
     normalize: Any = None
-    """Scale for methods that add scores: `declared` is the scorer's own (an error where
+    """Scale for methods that add scores. `declared` is the scorer's own (an error where
     it declares none), `none` adds raw scores, `{kind: affine, mean: ..., std: ...}` is
-    yours. None takes the declared one where there is one.
-    """
+    yours. None takes the declared one where there is one."""
     model: Any = None
     """Weights: file, folder or Hub id. None takes the published ones."""
     config: Any = None
@@ -50,18 +50,16 @@ class RewardEntry:
     """Where it runs, e.g. `cuda:1`. None takes the panel's."""
     dtype: Any = None
     """Precision of its towers, e.g. `bfloat16`. None is float32, the reference."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images per forward pass. None takes the scorer's default."""
     cache: Any = None
     """File in which its scores are kept. None takes the panel's."""
-    on_error: str = "raise"
+    on_error: Annotated[str, OneOf(("raise", "nan"), "raise or nan")] = "raise"
     """`raise` stops at an image that cannot be scored, `nan` makes it a missing
-    score.
-    """
-    role: str = "train"
-    """`train` takes part in the combination. `eval` is computed and reported, and never
-    combined.
-    """
+    score."""
+    role: Literal["train", "eval"] = "train"
+    """`train` takes part in the combination; `eval` is computed and reported, and never
+    combined."""
 
     def __post_init__(self) -> None:
         self.scorer = self.name if self.scorer is None else self.scorer
@@ -79,20 +77,6 @@ class RewardEntry:
         elif not isinstance(self.scorer, str) or not self.scorer.strip():
             raise ConfigError("scorer", f"expected a name such as pickscore, got {self.scorer!r}")
         self.name = self.name or str(self.scorer)
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ConfigError(
-                "weight", f"expected a finite number of at least 0, got {self.weight!r}"
-            )
-        for name, choices in (("on_error", ("raise", "nan")), ("role", ROLES)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(
-                    name,
-                    f"expected {' or '.join(choices)}, got "
-                    f"{value!r}{suggestion(str(value), choices)}",
-                )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError("batch_size", f"expected int >= 1, got {self.batch_size}")
         misplaced = sorted(_LOADING & self.args.keys())
         if misplaced:
             raise ConfigError(
@@ -143,54 +127,33 @@ def _affine_of(normalize: Any) -> tuple[float, float] | None:
     if normalize.get("kind") != "affine":
         raise ConfigError("normalize.kind", f"expected affine, got {normalize.get('kind')!r}")
     values = [coerce(normalize.get(key), float, f"normalize.{key}") for key in ("mean", "std")]
-    if not math.isfinite(values[0]):
-        raise ConfigError("normalize.mean", f"expected a finite number, got {values[0]!r}")
-    if not (math.isfinite(values[1]) and values[1] > 0):
+    if values[1] <= 0:
         raise ConfigError("normalize.std", f"expected a finite number above 0, got {values[1]!r}")
     return values[0], values[1]
 
 
-@dataclass
+@config_section
 class CombineConfig:
     """`combine:` of a run file: how the scores of an image become one number."""
 
-    method: str = "winrate"
+    method: Annotated[str, OneOf(METHODS)] = "winrate"
     """`winrate` (RankDPO's mean share of images beaten, free of scales), `zscore`,
-    `majority`, `minmax`, or, on declared scales, `weighted_sum`, `mean`, `min`,
-    `mean_minus_std`.
-    """
-    scope: str = "prompt"
+    `majority`, `minmax`; or, on declared scales, `weighted_sum`, `mean`, `min`,
+    `mean_minus_std`."""
+    scope: Literal["prompt"] = "prompt"
     """What is compared with each other: the images of one prompt."""
-    missing: str = "renormalise"
+    missing: Annotated[str, OneOf(MISSING)] = "renormalise"
     """An image that some scorers could not score: `renormalise` leaves it to the
-    others, `drop` leaves it out, `fail` stops.
-    """
+    others, `drop` leaves it out, `fail` stops."""
     margins: Any = None
-    """Least difference that counts as a preference in `Panel.agreed_pairs`: scorer
-    name -> margin, or one number per scorer.
-    """
-    min_agree: int | None = None
+    """Least difference that counts as a preference in `Panel.agreed_pairs`: scorer name
+    -> margin, or one number per scorer."""
+    min_agree: Count | None = None
     """How many scorers must prefer one image in `Panel.agreed_pairs`. None asks all."""
-    k: float = 1.0
+    k: _Weight = 1.0
     """Standard deviations that `mean_minus_std` takes off."""
-    ddof: int = 0
+    ddof: Annotated[int, OneOf((0, 1))] = 0
     """0 divides variances by n, 1 by n - 1."""
-
-    def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("missing", MISSING), ("scope", ("prompt",))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(
-                    name,
-                    f"expected {', '.join(choices)}, got "
-                    f"{value!r}{suggestion(str(value), choices)}",
-                )
-        if not (math.isfinite(self.k) and self.k >= 0):
-            raise ConfigError("k", f"expected a finite number of at least 0, got {self.k!r}")
-        if self.ddof not in (0, 1):
-            raise ConfigError("ddof", f"expected 0 or 1, got {self.ddof!r}")
-        if self.min_agree is not None and self.min_agree < 1:
-            raise ConfigError("min_agree", f"expected int >= 1, got {self.min_agree}")
 
     def margins_of(self, names: Sequence[str]) -> list[float] | None:
         """Return one margin per scorer, in order.
@@ -212,9 +175,7 @@ class CombineConfig:
                     )
             margins = [margins.get(name, 0.0) for name in names]
         values = coerce(margins, list[float], "combine.margins")
-        if len(values) != len(names) or not all(
-            math.isfinite(value) and value >= 0 for value in values
-        ):
+        if len(values) != len(names) or min(values, default=0.0) < 0:
             raise ConfigError(
                 "combine.margins",
                 f"expected {len(names)} numbers of at least 0 ({', '.join(names)}), got "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ..config.ranges import Range, count, finite, seed, steps
+from ..config.ranges import BatchSize, Count, Decay, Range, Seed, Steps, count
+from ..config.section import config_section
 from ..config.yaml_text import shown
 from ..errors import ConfigError
 
@@ -14,45 +15,37 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-@dataclass
-class LoraSection:
-    """`lora:` of a run file; the names are peft's. An absent section means full fine-tuning."""
+_Rank = Annotated[int, count(1, 65_536)]
+_Alpha = Annotated[int | float, Range(0.0, 1e9, above=True, below=True, words="a number above 0")]
 
-    r: int = 16
+
+@config_section
+class LoraSection:
+    """`lora:` of a run file, with peft's names. Without it all weights are trained."""
+
+    r: _Rank = 16
     """Rank."""
-    alpha: int | float | None = None
+    alpha: _Alpha | None = None
     """Scale numerator; the update is multiplied by alpha / r. None takes r."""
-    dropout: float = 0.0
+    dropout: Decay = 0.0
     """Dropout on the input of the adapters while training."""
     target_modules: list[str] | str | None = None
-    """Names (or one regular expression) of the layers that get adapters. None takes the model family's attention projections."""
-    init: str = "gaussian"
-    """How A is drawn: `gaussian` (diffusers' choice) or `default` (peft's Kaiming-uniform); B starts at zero in both."""
+    """Names (or one regular expression) of the layers that get adapters. None takes the
+    model family's attention projections."""
+    init: Literal["gaussian", "default"] = "gaussian"
+    """How A is drawn: `gaussian` (diffusers' choice) or `default` (peft's
+    Kaiming-uniform). B starts at zero in both."""
     use_dora: bool = False
     """Weight-decomposed LoRA."""
     use_rslora: bool = False
     """Rank-stabilised scaling alpha / sqrt(r)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, _Rank] = field(default_factory=dict)
     """Other ranks for layers whose names match, e.g. `{to_q: 8}`."""
-    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    alpha_pattern: dict[str, _Alpha] = field(default_factory=dict)
     """Other alphas for layers whose names match."""
 
     def __post_init__(self) -> None:
-        count(1, 65_536).check("r", self.r)
-        if self.alpha is not None and not 0 < self.alpha < 1e9:
-            raise ConfigError("alpha", f"expected a number above 0, got {shown(self.alpha)}")
-        for name, rank in self.rank_pattern.items():
-            count(1, 65_536).check(f"rank_pattern.{name}", rank)
-        for name, alpha in self.alpha_pattern.items():
-            if not 0 < alpha < 1e9:
-                raise ConfigError(
-                    f"alpha_pattern.{name}", f"expected a number above 0, got {shown(alpha)}"
-                )
         _check_targets(self.target_modules)
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("dropout", f"expected float in [0, 1), got {self.dropout}")
-        if self.init not in ("gaussian", "default"):
-            raise ConfigError("init", f"expected gaussian or default, got {self.init!r}")
 
     def to_peft(self) -> LoraConfig:
         from peft import LoraConfig
@@ -82,42 +75,38 @@ def _check_targets(targets: Any) -> None:
     if targets is not None and (not targets or not all(targets)):
         raise ConfigError(
             "target_modules",
-            f"expected names of layers, got {shown(targets)}; leave it out for the attention layers",
+            f"expected names of layers, got {shown(targets)}; leave it out for the attention "
+            "layers",
         )
 
 
-_VALIDATION_RANGES: dict[str, Range] = {
-    "max_prompts": count(),
-    "num_validation_images": count(1, 65_536),
-    "validation_steps": count(),
-    "validation_seed": seed,
-    "num_inference_steps": steps,
-    "guidance_scale": finite,
-}
-
-
-@dataclass
+@config_section
 class ValidationConfig:
-    """`validation:` of a run file: base against tuned on the same seeds while training, as a picture and, with `scorers`, as numbers. An
-    absent section means none."""
+    """`validation:` of a run file: images of base and tuned model while training.
+
+    Both draw from the same seeds. With `scorers` the images are scored. Without the
+    section there is no validation.
+    """
 
     validation_prompts: list[str] = field(default_factory=list)
     """Prompts to draw."""
     prompts: str | None = None
-    """In place of `validation_prompts`: a prompt set or file as for `diffalign compare`, e.g. `shapes` or `partiprompts`."""
-    max_prompts: int | None = None
+    """In place of `validation_prompts`: a prompt set or file as for `diffalign
+    compare`, e.g. `shapes` or `partiprompts`."""
+    max_prompts: Count | None = None
     """Use so many of `prompts`, evenly over the set."""
     scorers: list[str] = field(default_factory=list)
-    """Scorers of the drawn images; logged with the win-rate against the base and its interval. Take others than those that train."""
+    """Scorers of the drawn images; logged with the win-rate against the base and its
+    interval. Take others than those that train."""
     keep_best: str | None = None
     """One of `scorers`: the weights with its highest mean are kept in `best/`."""
-    num_validation_images: int = 2
+    num_validation_images: BatchSize = 2
     """Images per prompt."""
-    validation_steps: int = 200
+    validation_steps: Count = 200
     """Draw every so many optimizer steps, and at the end."""
-    validation_seed: int = 0
+    validation_seed: Seed = 0
     """Seed of the first image; image i of a prompt has seed + i under both models."""
-    num_inference_steps: int | None = None
+    num_inference_steps: Steps | None = None
     """Sampler steps; None takes the pipeline's default."""
     guidance_scale: float | None = None
     """Guidance; None takes the pipeline's default."""
@@ -130,14 +119,10 @@ class ValidationConfig:
                 "validation_prompts",
                 "expected at least one prompt; leave the whole section out for no validation",
             )
-        for name, allowed in _VALIDATION_RANGES.items():
-            value = getattr(self, name)
-            if value is not None:
-                allowed.check(name, value)
         if self.keep_best is not None and self.keep_best not in self.scorers:
+            names = ", ".join(self.scorers) or "none"
             raise ConfigError(
-                "keep_best",
-                f"expected one of scorers ({', '.join(self.scorers) or 'none'}), got {self.keep_best!r}",
+                "keep_best", f"expected one of scorers ({names}), got {self.keep_best!r}"
             )
 
     def pipe_kwargs(self) -> dict[str, Any]:
@@ -148,7 +133,7 @@ class ValidationConfig:
         return {name: value for name, value in named.items() if value is not None}
 
 
-@dataclass
+@config_section
 class HubConfig:
     """`hub:` of a run file."""
 

@@ -5,14 +5,16 @@ They draw rounds of images, which scorers or people judge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...config.ranges import BatchSize, Count, NotNegative, Steps
+from ...config.section import config_section
 from ...errors import ConfigError, UserError
 from ..batch import Batch
 from ..config import TrainingConfig
@@ -26,40 +28,36 @@ from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .source import RolloutSource
 
 
-@dataclass
+@config_section
 class OnPolicyConfig(TrainingConfig):
     """Options of methods that sample while they learn."""
 
-    images_per_prompt: int = 2
-    """Images drawn for each prompt; all their pairs are compared."""
-    num_inference_steps: int = 20
-    """Steps of the sampler, all kept."""
+    images_per_prompt: BatchSize = 2
+    """Images drawn for each prompt; all their pairs are compared. Source: official
+    reward script, 2; its human-feedback script 7."""
+    num_inference_steps: Steps = 20
+    """Steps of the sampler, all kept. Source: official code, 20."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance, in sampling and in training alike; 1 or below for none."""
-    eta: float = 1.0
-    """Stochasticity of the sampler's steps: DDIM's eta, or the noise level of the flow SDE (0.7 is usual there)."""
+    """Classifier-free guidance, in sampling and in training alike; 1 or below for none.
+    Source: official code, 5.0."""
+    eta: NotNegative[float] = 1.0
+    """Stochasticity of the sampler's steps: DDIM's eta, or the noise level of the flow
+    SDE (0.7 is usual there). Source: official code, 1.0."""
     shared_init: bool = True
-    """One initial noise for all images of a prompt."""
-    rollout_batch_size: int = 8
-    """Images sampled at once."""
-    steps_per_round: int = 1
-    """Optimizer steps whose samples are drawn at once, by the policy at the beginning of the round."""
-    num_inner_epochs: int = 1
-    """Passes over the samples of a round."""
+    """One initial noise for all images of a prompt. Source: official code."""
+    rollout_batch_size: BatchSize = 8
+    """Images sampled at once. Source: ours."""
+    steps_per_round: Count = 1
+    """Optimizer steps whose samples are drawn at once, by the policy at the beginning
+    of the round. Source: ours: 1 samples for every optimizer step."""
+    num_inner_epochs: Count = 1
+    """Passes over the samples of a round. Source: official code, 1."""
     scorers: list[str] = field(default_factory=list)
-    """Names of the scorers that judge; a run file's `rewards:` section, or the trainer's `scorers`, says more."""
+    """Names of the scorers that judge; a run file's `rewards:` section, or the
+    trainer's `scorers`, says more. Source: ours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "images_per_prompt",
-            "num_inference_steps",
-            "rollout_batch_size",
-            "steps_per_round",
-            "num_inner_epochs",
-        ):
-            self._check(name, lambda v: v >= 1, ">= 1")
-        self._check("eta", lambda v: v >= 0, ">= 0")
         if self.precompute_ref_errors:
             raise ConfigError(
                 "precompute_ref_errors",
@@ -93,17 +91,6 @@ class OnPolicyTrainer(Trainer):
     data_kind = "prompt"
     can_be_online = False  # it samples by itself
     error_beta = False
-    _sources: ClassVar[dict[str, str]] = {
-        "images_per_prompt": "official reward script, 2; its human-feedback script 7",
-        "num_inference_steps": "official code, 20",
-        "guidance_scale": "official code, 5.0",
-        "eta": "official code, 1.0",
-        "shared_init": "official code",
-        "rollout_batch_size": "ours",
-        "steps_per_round": "ours: 1 samples for every optimizer step",
-        "num_inner_epochs": "official code, 1",
-        "scorers": "ours",
-    }
     args: OnPolicyConfig
     judge: Judge | None
     """Scores the images. None if people vote."""
