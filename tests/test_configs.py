@@ -1,4 +1,4 @@
-"""Run files: every shipped one parses strictly, every `shapes.yaml` trains, and a config survives its round trip."""
+"""Run files: shipped ones parse, `shapes.yaml` trains, configs survive round trips."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import yaml
 from tiers import by_default
 from tiny import method_rows
 
+from diffalign import cli
 from diffalign.cli.train import train_run
 from diffalign.config.section import build_section, coerce, field_docs
 from diffalign.data import DataConfig, convert, load_preferences
@@ -125,6 +126,13 @@ def test_overrides_reach_and_create_sections() -> None:
     assert values == {"train": {"seed": 2}, "lora": {"r": 8, "target_modules": ["to_k", "to_q"]}}
     with pytest.raises(UserError, match="not a section"):
         apply_overrides({"model": "x"}, ["--model.name", "y"])
+
+
+def test_print_config_writes_a_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", str(FILES[0]), "--train.seed", "7"]
+    assert cli.run(["train", *options, "--print_config"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert load_run(tmp_path / "run.yaml") == load_run(FILES[0], ["--train.seed", "7"])
 
 
 def test_unknown_keys_suggest_the_nearest() -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.section import field_docs, split_source
+from diffalign.config.section import default_of, field_docs, split_source
 from diffalign.methods import METHODS, config_class, trainer_class
 from diffalign.training.config import TrainingConfig
 
@@ -23,15 +23,11 @@ official scripts train with are in `configs/<method>/*.yaml`, each with its sour
 
 def own_fields(method: str) -> list[tuple[str, Any]]:
     """(name, default) of options that the method adds or gives another default."""
-    common = {field.name: _default(field) for field in dataclasses.fields(TrainingConfig)}
-    found = [(field.name, _default(field)) for field in dataclasses.fields(config_class(method))]
+    common = {field.name: default_of(field) for field in dataclasses.fields(TrainingConfig)}
+    found = [(field.name, default_of(field)) for field in dataclasses.fields(config_class(method))]
     return [
         (name, default) for name, default in found if name not in common or common[name] != default
     ]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc,operator]
 
 
 def section(method: str) -> str:

@@ -1,4 +1,8 @@
-"""The command line. Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a failure, 128 + n after signal n."""
+"""The command line.
+
+Exit codes: 0 done; 2 the user's mistake, told in one sentence without a traceback; 1 a
+failure; 128 + n after signal n.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ _PERMISSION = (
     errno.ELOOP,
 )
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FREE_SPACE = "free some space and run the command again"
 _PATIENCE = 5  # seconds
 
 
@@ -44,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _calm_progress_bars() -> None:
-    """Where output goes to a file, a bar writes a line now and then, and those of the libraries none."""
+    """In a file, our bars write a line now and then, and the libraries' bars none."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -68,27 +74,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in _PERMISSION:
             return _say(
-                f"cannot write {error.filename!r} ({error.strerror}); name a folder that you may write to",
+                f"cannot write {error.filename!r} ({error.strerror}); "
+                "name a folder that you may write to",
                 2,
             )
         if error.errno in _NO_SPACE:
             return _say(
-                f"cannot write {error.filename or 'a file'} ({error.strerror}); free some space and run the command again",
+                f"cannot write {error.filename or 'a file'} ({error.strerror}); {_FREE_SPACE}",
                 1,
             )
         if _no_space(error):
-            return _say(
-                "cannot write a file (no space left on device); free some space and run the command again",
-                1,
-            )
+            return _say(f"cannot write a file (no space left on device); {_FREE_SPACE}", 1)
         raise
     except Exception as error:
         expected = {"CheckpointError", "NonFiniteLoss", "NonFiniteWeights"}
         if type(error).__name__ not in expected and _no_space(error):
-            return _say(
-                "cannot write a file (no space left on device); free some space and run the command again",
-                1,
-            )
+            return _say(f"cannot write a file (no space left on device); {_FREE_SPACE}", 1)
         if type(error).__name__ == "Interrupted":
             return _say(str(error), 128 + error.signal)  # type: ignore[attr-defined]
         if type(error).__name__ in expected:
@@ -97,19 +98,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 _FULL = re.compile(
-    r"No space left on device|File too large|Disk quota exceeded|database or disk is full|requested and \d+ written"
-    r"|inline_container.cc.*unexpected pos",
+    r"No space left on device|File too large|Disk quota exceeded|database or disk is full"
+    r"|requested and \d+ written|inline_container.cc.*unexpected pos",
     re.IGNORECASE,
 )
-_WRITERS = (
-    "safetensors",
-    "sqlite3",
-    "pyarrow",
-)  # libraries whose errors are no OSError when the disk is full
+# Libraries whose errors are no OSError when the disk is full.
+_WRITERS = ("safetensors", "sqlite3", "pyarrow")
 
 
 def _no_space(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is a library's way to say that the disk is full."""
+    """Whether an error, or one of its causes, says that the disk is full."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -127,7 +125,8 @@ def _say(message: str, code: int) -> int:
     if rank > 0:
         if code > 128:
             return code  # a signal, which all processes got
-        # Mostly all meet the same mistake, and the launcher ends this process as soon as the first one has said it. If not, it is this one's own.
+        # Mostly all processes meet the same mistake, and the launcher ends this one
+        # as soon as the first has reported it. If not, the mistake is this one's own.
         time.sleep(_PATIENCE)
         message = f"process {rank}: {message}"
     print(f"diffalign: {_one_line(message)}", file=sys.stderr, flush=True)
@@ -138,7 +137,10 @@ _LONGEST = 1500  # characters of a message
 
 
 def _one_line(message: str) -> str:
-    """A message as one printable line: names from files may hold line breaks and control characters, and be long."""
+    """A message as one printable line.
+
+    Names from files may be long, and hold line breaks and control characters.
+    """
     text = "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in message)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
@@ -150,8 +152,8 @@ class Parser(argparse.ArgumentParser):
     """Mistakes in arguments are `UserError`s, and read like all other mistakes.
 
     Attributes:
-        fill: adds the arguments. It is called when the command is the one that was asked
-            for, so that no other command's modules are imported.
+        fill: adds the arguments. It is called for the command that is run, so that
+            no other command's modules are imported.
     """
 
     fill: Callable[[Parser], None] | None = None
@@ -194,6 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("-h", "--help", action="store_true")
     train.add_argument("--config", type=Path)
     train.add_argument("--dry_run", action="store_true")
+    train.add_argument("--print_config", action="store_true")
     train.add_argument("--accelerate_config")
     train.add_argument("--num_processes", type=count())
     train.set_defaults(handler=_train)
@@ -212,7 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument(
         "--negative_lora",
-        help="negative model (Diffusion-NPO, Self-NPO) for the unconditional branch: LoRA, or pipeline folder of full weights",
+        help="negative model (Diffusion-NPO, Self-NPO) for the unconditional branch: LoRA, "
+        "or pipeline folder of full weights",
     )
     sample.add_argument(
         "--alpha",
@@ -260,7 +264,8 @@ def build_parser() -> argparse.ArgumentParser:
         action.add_argument("--split", default="train", help="default: train")
         action.add_argument(
             "--columns",
-            help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'",
+            help="canonical names to your columns, e.g. '{prompt: text, chosen: good, "
+            "rejected: bad}'",
         )
         action.add_argument(
             "--ties", default="drop", choices=("drop", "keep"), help="default: drop"
@@ -355,7 +360,7 @@ def _add_module_arguments(name: str, module_name: str, parser: Parser) -> None:
     parser.set_defaults(handler=functools.partial(handler, module.run))
 
 
-# Commands whose output folder belongs to one process, and the others that it started, at a time.
+# Commands whose output folder belongs to one run at a time.
 _LOCKED = ("compare", "score", "steer", "build", "recaption")
 
 
@@ -408,16 +413,21 @@ def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    from ..recipe import load_run
+    from ..config.yaml_text import dump_yaml
+    from ..recipe import load_run, run_to_dict
 
     if options.help:
         print(_train_help(overrides))
         return 0
     if options.config is None and not overrides:
         raise UserError(
-            "--config: name a run file, e.g. diffalign train --config configs/diffusion_dpo/shapes.yaml"
+            "--config: name a run file, e.g. diffalign train --config "
+            "configs/diffusion_dpo/shapes.yaml"
         )
     run_config = load_run(options.config, overrides)
+    if options.print_config:
+        print(dump_yaml(run_to_dict(run_config)), end="")
+        return 0
     if options.accelerate_config or (options.num_processes or 1) > 1:
         return _launch(options, overrides)
     from .train import train_run
@@ -447,27 +457,35 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train_help(overrides: list[str]) -> str:
+    """All options of a run file, or with `--method NAME` those of one method."""
     from ..config.section import section_help
     from ..data.config import DataConfig
     from ..methods import METHODS, config_class
     from ..training.sections import HubConfig, LoraSection, ValidationConfig
 
+    method = dict(pairwise(overrides)).get("--method")
     text = [
-        "usage: diffalign train --config FILE [--dry_run] [--accelerate_config NAME] [--num_processes N] [--SECTION.FIELD VALUE ...]",
+        "usage: diffalign train --config FILE [--dry_run] [--print_config]",
+        "                       [--accelerate_config NAME] [--num_processes N]",
+        "                       [--SECTION.FIELD VALUE ...]",
         "",
-        "Any field of a run file can be given on the command line, e.g. --model FOLDER --train.beta 2000 --lora.r 8.",
+        "Any field of a run file can be given on the command line, e.g. --model FOLDER",
+        "--train.beta 2000 --lora.r 8.",
         "--dry_run does one batch forward and backward and says what the run would be.",
+        "--print_config writes the whole run file, with options and defaults, and ends.",
+        "--method NAME --help shows the options of one method.",
         f"methods: {', '.join(METHODS)}",
     ]
-    for cls, name in (
-        (LoraSection, "lora"),
-        (DataConfig, "data"),
-        (ValidationConfig, "validation"),
-        (HubConfig, "hub"),
-    ):
+    sections = {
+        "lora": LoraSection,
+        "data": DataConfig,
+        "validation": ValidationConfig,
+        "hub": HubConfig,
+    }
+    for name, cls in sections.items():
         text += ["", f"{name}:", section_help(cls, name)]
-    for method in METHODS:
-        text += ["", f"train (method: {method}):", section_help(config_class(method), "train")]
+    for name in [method] if method in METHODS else METHODS:
+        text += ["", f"train (method: {name}):", section_help(config_class(name), "train")]
     return "\n".join(text)
 
 
@@ -489,7 +507,8 @@ def _data(options: argparse.Namespace, rest: list[str]) -> int:
         split=options.split,
         columns=read_columns(options.columns),
         ties=options.ties,
-        # Inspecting must show what is broken, so nothing is too broken to be looked at; it decodes by itself.
+        # Inspecting shows what is broken, so no share of broken rows is too large. It
+        # decodes by itself.
         max_broken_fraction=1.0 if inspecting else 0.05,
         verify_images="header" if inspecting else "full",
         allow_remote_images=options.allow_remote_images,

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -358,10 +359,18 @@ def split_source(text: str) -> tuple[str, str]:
     return meaning, source.removesuffix(".")
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def section_help(cls: type, path: str) -> str:
-    """One line per field: option, default and its docstring."""
+    """For each field: option, default and its docstring."""
     docs, lines = field_docs(cls), []
-    for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc,operator]
-        lines.append(f"  --{path}.{f.name} (default {default!r})\n      {docs.get(f.name, '')}")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        lines.append(f"  --{path}.{field.name} (default {default_of(field)!r})")
+        text = textwrap.fill(docs.get(field.name, ""), 82, break_on_hyphens=False)
+        lines.append(textwrap.indent(text, " " * 6))
     return "\n".join(lines)
