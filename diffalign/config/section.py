@@ -184,7 +184,7 @@ def _field(annotation: Any) -> Any:
 def check_fields(section: Any) -> None:
     """Reads the fields of a section whose class is under `@dataclass` alone.
 
-    Classes of users may be so; under `@config_section` the fields are checked already.
+    Under `@config_section` they are checked already, and this does nothing.
 
     Raises:
         ConfigError: as when a section is built.
@@ -248,6 +248,8 @@ def _as_config_error(annotation: Any, error: ValidationError, path: str = "") ->
         return ConfigError(path, str(cause))
     if cause is not None:
         return cause
+    if line["type"].startswith("missing"):
+        return ConfigError(path, "expected a value, for it has no default")
     return ConfigError(path, _wrong_type(annotation, line["input"]))
 
 
@@ -266,9 +268,10 @@ def _place(annotation: Any, location: list[Any], path: str) -> tuple[str, Any]:
             annotation = arguments[1]
         elif origin is list:
             annotation = arguments[0]
-        path += (
-            f"[{part}]" if origin is list else f".{short_key(part)}" if path else short_key(part)
-        )
+        if origin is list:
+            path += f"[{part}]"
+        else:
+            path += f".{short_key(part)}" if path else short_key(part)
     return path, annotation
 
 
