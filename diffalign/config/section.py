@@ -107,6 +107,8 @@ def _lossless(annotation: Any, has_range: bool = False) -> Any:
         return Annotated[annotation, _LOSSLESS, finite]
     if annotation in (int, float, bool, str):
         return Annotated[annotation, _LOSSLESS]
+    if origin is Annotated and _LOSSLESS in arguments:
+        return annotation
     if origin is Annotated:
         has_range = any(isinstance(extra, Range) for extra in arguments[1:])
         return Annotated[(_lossless(arguments[0], has_range), *arguments[1:])]  # type: ignore[return-value]
