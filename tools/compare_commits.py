@@ -2,7 +2,7 @@
 
     python tools/compare_commits.py BEFORE AFTER [--work FOLDER] [--parts PART ...]
 
-Each commit is checked out into a git worktree, and the same commands run in it: 20 steps
+Each commit is checked out into a git worktree. The same commands run in it: 20 steps
 of every method's configs/*/shapes.yaml, `diffalign compare`, steering with fixed seeds
 and the scores of every embedded scorer. The parts are data, train, compare, steer and
 scores. Nothing is stored in the repository, since other processors round differently. A
@@ -135,7 +135,8 @@ def base_pipeline() -> Any:
     """The embedded pipeline, wherever this commit keeps its loader."""
     from importlib import import_module
 
-    for module in ("diffalign.generation.pipelines", "diffalign.cli.quickstart"):
+    for place in ("generation.pipelines", "shapes.quickstart"):
+        module = f"diffalign.{place}"
         try:
             return import_module(module).base_pipeline()
         except (ImportError, AttributeError):

@@ -29,7 +29,7 @@ from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer, diffusion_dp
 
 @config_section
 class DCPOConfig(DiffusionDPOConfig):
-    """`train:` for `method: dcpo`; beta 5000 as in the paper (its study: 500 to 5000)."""
+    """`train:` for `method: dcpo`."""
 
     beta: Positive[float] = 5000.0
     """Source: paper, headline rows of table 9, 5000 (it studies 500 to 5000; the

@@ -151,7 +151,7 @@ class SePPOTrainer(Trainer):
         trainer = SePPOTrainer(
             model="shapes",
             args=SePPOConfig(output_dir="runs/seppo", max_steps=2, num_inference_steps=5),
-            train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
+            train_dataset="diffalign-quickstart/dataset",
             peft_config=LoraConfig(r=16, lora_alpha=16),
         )
         trainer.train()

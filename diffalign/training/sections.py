@@ -50,9 +50,10 @@ class LoraSection:
     def to_peft(self) -> LoraConfig:
         from peft import LoraConfig
 
+        alpha: Any = self.r if self.alpha is None else self.alpha  # floats work as well
         return LoraConfig(
             r=self.r,
-            lora_alpha=self.r if self.alpha is None else self.alpha,
+            lora_alpha=alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             init_lora_weights="gaussian" if self.init == "gaussian" else True,

@@ -76,7 +76,7 @@ class OnPolicyConfig(TrainingConfig):
 
     @property
     def compared_by(self) -> str:
-        """How the scores of two images are compared, see `diffalign.training.online.judge.COMPARE`."""
+        """How the scores of two images are compared, see `COMPARE` of `judge.py`."""
         return "combined"
 
     @property
