@@ -150,7 +150,9 @@ class SePPOTrainer(Trainer):
 
         trainer = SePPOTrainer(
             model="shapes",
-            args=SePPOConfig(output_dir="runs/seppo", max_steps=2, num_inference_steps=5),
+            args=SePPOConfig(
+                output_dir="runs/seppo", max_steps=2, num_inference_steps=5
+            ),
             train_dataset="diffalign-quickstart/dataset",
             peft_config=LoraConfig(r=16, lora_alpha=16),
         )
