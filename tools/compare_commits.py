@@ -13,12 +13,12 @@ where something differs.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,28 +146,22 @@ def base_pipeline() -> Any:
 
 def scores(folder: Path) -> None:
     """Scores of the built images by every scorer that works without a download."""
+    import pyarrow.parquet as pq
     from PIL import Image
 
     from diffalign import list_scorers, load_scorer
 
-    manifest = [json.loads(line) for line in (folder / "data" / "ranked" / "metadata.jsonl").open()]
-    items: list[tuple[Path, str]] = []
-    for row in manifest[:12]:
-        items += [(folder / "data" / "ranked" / name, row["prompt"]) for name in image_names(row)]
-    results: dict[str, Any] = {}
+    table = pq.read_table(next((folder / "data" / "ranked").glob("*.parquet")))
+    images, prompts = [], []
+    for row in table.slice(0, 12).to_pylist():
+        for cell in row["images"]:
+            images.append(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+            prompts.append(row["prompt"])
+    results: dict[str, list[float]] = {}
     for name in list_scorers():
-        if not name.startswith(("shapes", "jpeg")):
-            continue
-        images = [Image.open(path).convert("RGB") for path, _ in items]
-        values = load_scorer(name).score(images, [prompt for _, prompt in items])
-        results[name] = [float(value) for value in getattr(values, "scores", values)]
+        if name.startswith(("shapes", "jpeg")):
+            results[name] = [float(value) for value in load_scorer(name)(images, prompts)]
     (folder / "scores.json").write_text(json.dumps(results))
-
-
-def image_names(row: dict[str, Any]) -> Iterator[str]:
-    for key, value in row.items():
-        if "file_name" in key:
-            yield from value if isinstance(value, list) else [value]
 
 
 def probe(folder: Path, parts: list[str]) -> None:
@@ -194,6 +188,7 @@ def plain(value: Any) -> Any:
 
 def differences(first: Path, second: Path, parts: list[str]) -> list[str]:
     """What is not bit-equal between two folders of results."""
+    import pyarrow.parquet as pq
     from safetensors.numpy import load_file
 
     found: list[str] = []
@@ -201,7 +196,7 @@ def differences(first: Path, second: Path, parts: list[str]) -> list[str]:
     for folder in (first, second):
         patterns = []
         if "data" in parts:
-            patterns += ["data/**/*.png", "data/**/*.jsonl", "recaptioned/**/*.jsonl"]
+            patterns += ["data/**/*.png", "data/ranked/*.parquet", "recaptioned/data/*.parquet"]
         if "train" in parts:
             patterns += ["train/*/pytorch_lora_weights.safetensors"]
         if "compare" in parts:
@@ -220,8 +215,10 @@ def differences(first: Path, second: Path, parts: list[str]) -> list[str]:
         elif name.endswith(".json"):
             one, two = (plain(json.loads(path.read_text())) for path in (a, b))
             found += [name] if one != two else []
-        elif name.endswith(".jsonl") or name.endswith(".png"):
-            found += [name] if a.read_bytes() != b.read_bytes() else []
+        elif name.endswith(".parquet"):
+            found += [name] if not pq.read_table(a).equals(pq.read_table(b)) else []
+        elif a.read_bytes() != b.read_bytes():
+            found += [name]
     print(f"{len(names)} files compared")
     return found if names else ["nothing was compared"]
 
