@@ -147,8 +147,6 @@ class Trainer:
     _name: ClassVar[str] = "Trainer"
     _tag_names: ClassVar[tuple[str, ...]] = ()
     _paper: ClassVar[dict[str, str]] = {}
-    _sources: ClassVar[dict[str, str]] = {}
-    """Source of each default that the method sets."""
     _not_public: ClassVar[str] = ""
     """What neither the paper nor its code says."""
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
