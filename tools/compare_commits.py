@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,16 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("data", "train", "compare", "steer", "scores")
 STEPS = 20
 PROMPTS, IMAGES = 48, 4
-UNEQUAL_BY_NATURE = ("seconds", "time", "versions", "date", "path", "output_dir", "folder")
+UNEQUAL_BY_NATURE = (
+    "seconds",
+    "time",
+    "versions",
+    "date",
+    "path",
+    "output_dir",
+    "folder",
+    "described",
+)
 """Keys of result files that hold clocks and places."""
 
 
@@ -176,13 +186,19 @@ def probe(folder: Path, parts: list[str]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value without what may differ: clocks, versions and places."""
+    """Leave out what may differ: clocks, versions, places, and fingerprints of files.
+
+    safetensors writes the metadata of a file in an order that changes from run to run, so
+    that the hash of a LoRA changes while its tensors are equal.
+    """
     if isinstance(value, dict):
         return {
             key: plain(item)
             for key, item in value.items()
             if not any(word in str(key) for word in UNEQUAL_BY_NATURE)
         }
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value):
+        return None
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
