@@ -188,8 +188,8 @@ def probe(folder: Path, parts: list[str]) -> None:
 def plain(value: Any) -> Any:
     """Leave out what may differ: clocks, versions, places, and fingerprints of files.
 
-    safetensors writes the metadata of a file in an order that changes from run to run, so
-    that the hash of a LoRA changes while its tensors are equal.
+    safetensors writes the metadata of a file in an order that changes from run to run,
+    so the hash of a LoRA changes while its tensors are equal.
     """
     if isinstance(value, dict):
         return {
