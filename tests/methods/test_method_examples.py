@@ -23,10 +23,10 @@ RECAPTION = [
 
 
 @pytest.fixture(scope="module")
-def folder(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks as after a small quickstart, for this file alone."""
     folder = tmp_path_factory.mktemp("examples")
-    shutil.copytree(home / "diffalign-quickstart", folder / "diffalign-quickstart")
+    shutil.copytree(quickstart / "diffalign-quickstart", folder / "diffalign-quickstart")
     return folder
 
 

@@ -491,7 +491,7 @@ def test_two_processes_write_what_one_writes(tmp_path, monkeypatch):
         (["--scorers", "shapes", "--config", "x.yaml"], "give one of them"),
         (["--config", "x.yaml"], "there is no file 'x.yaml'"),
         (["--scorers", "shapes", "--chunk_size", "0"], "--chunk_size: expected int >= 1, got 0"),
-        (["--scorers", "shapes", "--combine", "average"], "combine.method: expected winrate"),
+        (["--scorers", "shapes", "--combine", "average"], "combine.method: expected one of winrate"),
         (["--scorers", "shapes", "--combine", "weighted_sum", "--scorer_args", "{shapes: {normalize: z}}"], "--scorer_args.shapes.normalize"),
         (["--scorers", "shapes", "--scorer_args", "graded"], "--scorer_args: expected a mapping"),
         (["--scorers", "shapes", "--scorer_args", "{clip: {}}"], "--scorer_args.clip: no such scorer; there are shapes"),
