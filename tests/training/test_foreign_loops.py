@@ -82,7 +82,7 @@ class Loop:
         def watched(batch: Any) -> Any:
             loss = compute(batch)
             kept = copy.deepcopy(batch)
-            pool = getattr(self.trainer, "reference", None)
+            pool = getattr(self.trainer, "reference_model", None)
             kept.extra["member"] = getattr(pool, "current", None)
             self.batches.append((kept, loss[0].detach().clone()))
             return loss
