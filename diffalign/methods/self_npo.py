@@ -32,7 +32,7 @@ from ..likelihood.schedules import NoisingProcess
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.data_pipeline import as_preferences
-from ..training.reference import Reference, build_reference
+from ..training.reference import Reference
 from ..training.trainer import Trainer
 
 LossType = Literal["mse", "huber"]
@@ -244,17 +244,7 @@ class SelfNPOTrainer(Trainer):
 
     def build_reference(self) -> Reference | None:
         """Build the frozen starting weights, if they draw the samples."""
-        if self.args.sampler != "frozen_ref":
-            return None
-        is_lora, device = self.peft_config is not None, self.accelerator.device
-        return build_reference(
-            self.backbone,
-            self.network,
-            self.ref_backbone,
-            is_lora,
-            device,
-            self.args.offload_reference,
-        )
+        return self.fixed_reference() if self.args.sampler == "frozen_ref" else None
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:

@@ -29,19 +29,19 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def reshard(network: Any) -> None:
-    """Free the gathered weights of a sharded network, so that it gathers them anew.
+def sharded_modules(network: Any) -> list[Any]:
+    """List the modules that hold shards of a network.
 
     After a forward pass the outermost parameters stay gathered until the backward pass.
-    A change of the shards would not be seen until then. A network that is not sharded
-    is left alone.
+    A change of the shards is seen once these modules are told to `reshard`.
 
     Args:
         network (`torch.nn.Module`): of FSDP, or any other.
+
+    Returns:
+        `list`: torch's `FSDPModule`s. Empty for a network that is not sharded.
     """
-    for module in network.modules():
-        if hasattr(module, "set_reshard_after_forward"):  # an `FSDPModule` of torch
-            module.reshard()
+    return [module for module in network.modules() if hasattr(module, "set_reshard_after_forward")]
 
 
 _ENDED: list[Any] = []

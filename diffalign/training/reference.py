@@ -15,7 +15,7 @@ from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError, UserError
-from ..runtime.distributed import is_sharded, reshard, whole
+from ..runtime.distributed import is_sharded, sharded_modules, whole
 
 
 class Reference(Protocol):
@@ -158,15 +158,18 @@ class SnapshotReference:
     def __init__(self, network: Any) -> None:
         self.network, self.dropout_off = network, DropoutOff(network)
         self.weights: dict[str, Tensor] = {}
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.shards: list[Any] = []
 
     def start(self) -> None:
-        """Take the first snapshot."""
-        self.take()
+        """Take the first snapshot.
 
-    @property
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters, read anew because sharding replaces the objects."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        The trainable parameters are listed now, because sharding replaces the objects.
+        """
+        network = self.network
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.shards = sharded_modules(network)
+        self.take()
 
     def take(self) -> None:
         """Copy the current weights of the network."""
@@ -182,14 +185,15 @@ class SnapshotReference:
         Args:
             weights (`dict[str, Tensor]`): One tensor per trainable parameter.
         """
-        reshard(self.network)
-        parameters = self.parameters
-        current = {name: _put(p, weights[name]) for name, p in parameters.items()}
+        for module in self.shards:
+            module.reshard()
+        current = {name: _put(p, weights[name]) for name, p in self.parameters.items()}
         try:
             yield
         finally:
-            reshard(self.network)
-            for name, p in parameters.items():
+            for module in self.shards:
+                module.reshard()
+            for name, p in self.parameters.items():
                 _put(p, current[name])
 
     def predict(

@@ -362,8 +362,10 @@ class Trainer:
         Returns:
             `Reference`, *optional*: None for a method without a reference.
         """
-        if self.reference_free:
-            return None
+        return None if self.reference_free else self.fixed_reference()
+
+    def fixed_reference(self) -> Reference:
+        """Build the starting weights, or `ref_model`, as a fixed reference."""
         is_lora, device = self.peft_config is not None, self.accelerator.device
         return build_reference(
             self.backbone,
@@ -687,7 +689,8 @@ class Trainer:
                 undone = self.checkpoints.undone(checkpoint, self.state.due)
                 self.checkpoints.retire_later(self.state.global_step)
             run = self.make_run()
-            call = self._caller([ProgressCallback()] if self.accelerator.is_main_process else [])
+            progress = [ProgressCallback()] if self.accelerator.is_main_process else []
+            call = functools.partial(self._call, more=progress)
             callbacks = in_order(
                 log=MetricLog(self.accelerator, self.output_dir),
                 guard=DivergenceGuard(self.args.divergence_patience, self.accelerator.print),
@@ -922,9 +925,6 @@ class Trainer:
         return report
 
     # Hooks of the user's callbacks ----------------------------------------------------
-
-    def _caller(self, more: Sequence[TrainerCallback]) -> Any:
-        return functools.partial(self._call, more=more)
 
     def _call(self, hook: str, more: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         for callback in [*self.callbacks, *more]:
