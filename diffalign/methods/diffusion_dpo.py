@@ -58,6 +58,11 @@ class DiffusionDPOConfig(TrainingConfig):
     """Weight of the chosen image's own error, an anchor against both errors rising.
     Source: ours, against both errors rising; 0 is the paper's loss."""
 
+    @property
+    def error_beta(self) -> float | None:
+        """`beta`. See `TrainingConfig.error_beta`."""
+        return self.beta
+
 
 def diffusion_dpo_loss(
     policy_errors: Tensor,

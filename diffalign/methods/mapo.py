@@ -55,6 +55,11 @@ class MaPOConfig(TrainingConfig):
     """T of the code form, its number of training timesteps. Source: official code, the
     1000 training timesteps."""
 
+    @property
+    def error_beta(self) -> float | None:
+        """`beta`. See `TrainingConfig.error_beta`."""
+        return self.beta
+
 
 def mapo_link(errors: Tensor, scale: float = 1.0) -> Tensor:
     """Compute the link function u(q) = q / (exp(q) - 1) of q = scale * errors.

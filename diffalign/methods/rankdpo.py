@@ -33,9 +33,10 @@ from ..config.section import config_section
 from ..likelihood import implicit_rewards
 from ..rewards.ensemble import win_rates
 from ..training.batch import Batch
+from ..training.batch_source import BatchSource
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
-from ..training.trainer import BatchSource, Trainer
+from ..training.trainer import Trainer
 
 Gains = Literal["auto", "given", "win_rate", "minmax"]
 LogBase = Literal["e", "2"]
@@ -65,6 +66,11 @@ class RankDPOConfig(TrainingConfig):
     normalize: Normalize = "sum"
     """sum over pairs (paper) | mean over them | idcg: divided by the list's ideal
     discounted gain. Source: paper: the sum over pairs."""
+
+    @property
+    def error_beta(self) -> float | None:
+        """`beta`. See `TrainingConfig.error_beta`."""
+        return self.beta
 
 
 def average_ranks(scores: Tensor) -> Tensor:

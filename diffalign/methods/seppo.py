@@ -35,6 +35,7 @@ from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
 from ..training.online.checkpoint_pool import STRATEGIES, CheckpointPool
 from ..training.online.rollout import Rollout, SamplerConfig, sampling_mode
+from ..training.online.source import RoundSource
 from ..training.reference import Reference
 from ..training.trainer import Trainer
 
@@ -84,6 +85,11 @@ class SePPOConfig(TrainingConfig):
             raise ConfigError(
                 "precompute_ref_errors", "the reference changes while training; set it to false"
             )
+
+    @property
+    def error_beta(self) -> float | None:
+        """`beta`. See `TrainingConfig.error_beta`."""
+        return self.beta
 
 
 def anchors(winner_changes: Tensor, kind: str = "sign", zero: float = 1.0) -> Tensor:
@@ -207,8 +213,28 @@ class SePPOTrainer(Trainer):
         assert isinstance(self.reference_model, CheckpointPool)
         return self.reference_model
 
-    @torch.no_grad()
+    def build_source(self) -> RoundSource:
+        """Build a source that draws the reference's images of one optimizer step."""
+        return RoundSource(self._round, self.args.gradient_accumulation_steps)
+
+    def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
+        """Choose the reference of a step and draw its images."""
+        self.pool.choose(self.args.seed, self.state.global_step)
+        return [self.with_rivals(batch) for batch in batches]
+
     def prepare(self, batch: Batch) -> Batch:
+        """Draw the reference's images for an evaluation.
+
+        Args:
+            batch (`Batch`): Groups of one image. Groups of two, as in training, stay.
+        """
+        if batch.k > 1:
+            return batch
+        self.pool.choose(self.args.seed, self.state.global_step)
+        return self.with_rivals(batch)
+
+    @torch.no_grad()
+    def with_rivals(self, batch: Batch) -> Batch:
         """Add an image of the reference to every winner.
 
         Args:
@@ -217,7 +243,6 @@ class SePPOTrainer(Trainer):
         Returns:
             `Batch`: g groups of two images, the winner first.
         """
-        self.pool.choose(self.args.seed, self.state.global_step)
         empty = self.data_pipeline.builder.unconditional(batch.condition)
         main = self.accelerator.is_main_process
         assert self.reference is not None

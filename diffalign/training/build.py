@@ -23,7 +23,9 @@ from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError
+from ..likelihood import NoisingProcess, VariancePreserving, with_zero_terminal_snr
 from .config import TrainingConfig
+from .data_pipeline import DataPipeline
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -233,3 +235,38 @@ def set_attention(network: Any, backend: str) -> None:
 def trainable_parameters(network: Any) -> list[Parameter]:
     """Return the parameters of `network` that receive gradients."""
     return [p for p in network.parameters() if p.requires_grad]
+
+
+def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
+    """Compute the number of optimizer steps of a run.
+
+    Args:
+        args (`TrainingConfig`): Settings of the run.
+        data (`DataPipeline`): The training data.
+
+    Raises:
+        ConfigError: A stream needs `max_steps`.
+    """
+    if args.max_steps is not None:
+        return args.max_steps
+    if data.streaming:
+        raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
+    groups = len(data.dataset) * (args.num_train_epochs or 1)
+    return -int(-groups // data.global_batch)
+
+
+def training_schedule(process: NoisingProcess, args: TrainingConfig, rule: int) -> NoisingProcess:
+    """Return the noise schedule of the training images.
+
+    It is the model's own. For SDXL-Turbo's timesteps it is rescaled to zero terminal
+    SNR, as in Diffusion-DPO's code.
+
+    Args:
+        process (`NoisingProcess`): Noise schedule of the model.
+        args (`TrainingConfig`): Settings of the run.
+        rule (`int`): See `SAMPLER_RULE`. Rule 1 does not rescale.
+    """
+    is_turbo = args.timestep_sampling == "turbo" and rule > 1
+    if is_turbo and isinstance(process, VariancePreserving):
+        return with_zero_terminal_snr(process)
+    return process

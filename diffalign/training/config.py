@@ -143,3 +143,11 @@ class TrainingConfig:
             raise ConfigError("max_steps", "set either max_steps or num_train_epochs, not both")
         if not self.output_dir:
             raise ConfigError("output_dir", "expected a folder, got an empty name")
+
+    @property
+    def error_beta(self) -> float | None:
+        """The `beta` that multiplies denoising errors. None for methods without one.
+
+        Its strength depends on the size of a latent, so the run prints what it means.
+        """
+        return None

@@ -50,10 +50,9 @@ def measure_rounding(
     network: Any,
     backbone: Backbone,
     data: DataPipeline,
-    beta: float,
-    precision: str,
+    *,
     is_lora: bool,
-) -> str:
+) -> str | None:
     """Describe how much half precision moves the logits of a run.
 
     One batch goes through the same weights in the run's precision and in float32. Under
@@ -64,13 +63,15 @@ def measure_rounding(
         network: The network itself.
         backbone (`Backbone`): The model.
         data (`DataPipeline`): The training data.
-        beta (`float`): beta of the loss.
-        precision (`str`): Name of the run's precision.
         is_lora (`bool`): Whether the base weights are in the run's precision.
 
     Returns:
-        `str`: A sentence for the user.
+        `str`, *optional*: A sentence for the user. None in full precision, and for a
+        method whose beta does not multiply errors.
     """
+    precision, beta = data.args.mixed_precision, data.args.error_beta
+    if precision == "no" or beta is None:
+        return None
     device = data.accelerator.device
     try:
         spread, pairs = _rounding(policy, network, backbone, data, beta, is_lora)

@@ -21,8 +21,10 @@ from ..config.yaml_text import dump_yaml
 from ..data import DataConfig, PreferenceDataset
 from ..runtime.files import write_atomically
 from ..runtime.versions import versions
+from .build import trainable_parameters
 from .checkpoint import STATE_FILE
 from .config import TrainingConfig
+from .data_pipeline import DataPipeline
 from .diagnostics import beta_message
 from .online.rollout import SAMPLER_RULE
 from .sections import HubConfig, ValidationConfig
@@ -110,6 +112,30 @@ class BuiltFacts:
     dropped_sizes: int
     reference: str | None
 
+    @classmethod
+    def of(
+        cls, network: Any, data: DataPipeline, max_steps: int, reference: str | None
+    ) -> BuiltFacts:
+        """Collect the facts.
+
+        Args:
+            network: The network that trains.
+            data (`DataPipeline`): The training data.
+            max_steps (`int`): Optimizer steps of the run.
+            reference (`str`, *optional*): Description of the reference model.
+        """
+        return cls(
+            trainable=sum(p.numel() for p in trainable_parameters(network)),
+            total=sum(p.numel() for p in network.parameters()),
+            size=data.transform.sizes[0],
+            num_processes=data.accelerator.num_processes,
+            global_batch=data.global_batch,
+            max_steps=max_steps,
+            rows=None if data.streaming else len(data.dataset),
+            dropped_sizes=data.dropped_sizes,
+            reference=reference,
+        )
+
     @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps per pass over the data. None if it is streamed."""
@@ -126,7 +152,6 @@ class RunRecord:
         paper (`dict[str, str]`): Title, arXiv id and BibTeX of the method's paper.
         method (`str`): Name in a run file. For another trainer class, the name of the
             class.
-        error_beta (`bool`): Whether `beta` multiplies denoising errors.
         args (`TrainingConfig`): Settings of the training.
         data_config (`DataConfig`): Settings of the data.
         validation (`ValidationConfig`, *optional*): Settings of the validation.
@@ -152,7 +177,6 @@ class RunRecord:
     tags: tuple[str, ...]
     paper: dict[str, str]
     method: str
-    error_beta: bool
     args: TrainingConfig
     data_config: DataConfig
     validation: ValidationConfig | None
@@ -234,11 +258,9 @@ class RunRecord:
                 f" from {self.ref_backbone.source.name}" if self.ref_backbone is not None else ""
             )
             lines.append(f"reference: {built.reference}{other}")
-        beta = vars(args).get("beta")  # of methods that have one
-        if beta is not None and self.error_beta:
-            lines.append(
-                beta_message(beta, self.backbone.latent_shape(height, width), args.reduction)
-            )
+        if args.error_beta is not None:
+            shape = self.backbone.latent_shape(height, width)
+            lines.append(beta_message(args.error_beta, shape, args.reduction))
         return lines
 
     def values(self) -> dict[str, Any]:

@@ -202,3 +202,16 @@ def tracker_options(args: TrainingConfig) -> dict[str, Any]:
         if args.run_name and args.report_to in ("wandb", "trackio")
         else {}
     )
+
+
+def start_trackers(accelerator: Accelerator, args: TrainingConfig) -> None:
+    """Start the tracker that `report_to` names.
+
+    Args:
+        accelerator (`Accelerator`): Processes of the run.
+        args (`TrainingConfig`): Settings of the run.
+    """
+    if args.report_to != "none":
+        accelerator.init_trackers(
+            args.project, config=tracker_config(args), init_kwargs=tracker_options(args)
+        )

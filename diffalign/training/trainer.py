@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,19 @@ from torch import Tensor
 from ..backbones import Backbone, load_backbone
 from ..data import DataConfig, PreferenceDataset
 from ..errors import ConfigError, UserError
-from ..likelihood import RectifiedFlow, VariancePreserving, with_zero_terminal_snr
+from ..likelihood import NoisingProcess, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank
 from ..runtime.folder_lock import FolderLock
 from .batch import Batch
-from .build import DTYPES, build_accelerator, build_network, trainable_parameters
+from .batch_source import BatchSource, DatasetSource
+from .build import (
+    DTYPES,
+    build_accelerator,
+    build_network,
+    planned_steps,
+    trainable_parameters,
+    training_schedule,
+)
 from .callbacks import (
     ProgressCallback,
     TrainerCallback,
@@ -51,7 +59,7 @@ from .export import push_to_hub, save_model
 from .loop import Run, fit
 from .online.online_data import OnlineData, online_judge, online_sampler
 from .online.policy_sampler import PolicySampler
-from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, make_grid
+from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
 from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_optimizer, build_schedule, update_ema
 from .periodic import in_order
@@ -60,49 +68,11 @@ from .run_folder import begin
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
 from .sections import HubConfig, ValidationConfig
 from .signals import StopSignals
-from .tracking import MetricLog, MetricWindow, tracker_config, tracker_options
+from .tracking import MetricLog, MetricWindow, start_trackers
 from .validation import Validation, check_validation
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-class BatchSource(Protocol):
-    """Where the batches of a run come from.
-
-    A source may also have `save(folder, rank)` and `load(folder, rank, device)`. Then
-    it is saved in every checkpoint. It needs them if `samples_seen` alone does not give
-    its position.
-    """
-
-    def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
-        """Yield the batches of this process without end.
-
-        Args:
-            data (`DataPipeline`): Reads the dataset.
-            samples_seen (`int`): Groups consumed so far, over all processes.
-        """
-        ...
-
-
-class DatasetSource:
-    """Yields batches of the dataset's own images.
-
-    Args:
-        precomputed (`ReferenceErrors`, *optional*): Reference errors, set on every
-            batch.
-    """
-
-    def __init__(self, precomputed: ReferenceErrors | None = None) -> None:
-        self.precomputed = precomputed
-
-    def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
-        """Yield batches of this process without end. See `BatchSource.batches`."""
-        for examples in data.batches(samples_seen):
-            batch = data.builder(examples)
-            if self.precomputed is not None:
-                self.precomputed.attach(batch, examples)
-            yield batch
 
 
 class Trainer:
@@ -156,8 +126,6 @@ class Trainer:
     """Whether the method prefers the rejected images."""
     can_be_online: ClassVar[bool] = True
     """Whether the method can train on images drawn online."""
-    error_beta: ClassVar[bool] = True
-    """Whether `beta` multiplies denoising errors, and so depends on the latent size."""
 
     # Configuration
     args: TrainingConfig
@@ -172,7 +140,7 @@ class Trainer:
 
     # Swappable parts
     backbone: Backbone
-    process: Any
+    process: NoisingProcess
     ref_backbone: Backbone | None
     optimizers: tuple[Any, Any]
     callbacks: list[TrainerCallback]
@@ -188,7 +156,7 @@ class Trainer:
     reference: Denoiser | None
     data_pipeline: DataPipeline
     optimizer: Any
-    schedule: Any
+    lr_scheduler: Any
     ema: Any
     checkpoints: CheckpointManager
     record: RunRecord
@@ -310,7 +278,6 @@ class Trainer:
             paper=self._paper,
             # A user's subclass of a method has no name in a run file.
             method=vars(type(self)).get("method", type(self).__name__),
-            error_beta=self.error_beta,
             args=self.args,
             data_config=self.data_config,
             validation=self.validation_config,
@@ -443,6 +410,17 @@ class Trainer:
         """Number of micro-batches per batch."""
         return 1
 
+    def evaluation_metrics(self, data: DataPipeline) -> dict[str, float]:
+        """Measure the policy on evaluation data. The default averages the loss.
+
+        Args:
+            data (`DataPipeline`): The evaluation data.
+
+        Returns:
+            `dict[str, float]`: The averages, named `eval/...`.
+        """
+        return evaluate(self, data, self.network, self.accelerator)
+
     # The core, as methods call it -----------------------------------------------------
 
     def errors(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -474,20 +452,13 @@ class Trainer:
             return self.reference.errors(batch)
 
     @cached_property
-    def noising(self) -> Any:
+    def noising(self) -> NoisingProcess:
         """Noise schedule of the training images.
 
         It is the model's own, rescaled to zero terminal SNR for SDXL-Turbo's timesteps,
         as in Diffusion-DPO's code.
         """
-        turbo = self.args.timestep_sampling == "turbo" and isinstance(
-            self.process, VariancePreserving
-        )
-        return (
-            with_zero_terminal_snr(self.process)
-            if turbo and self.sampler_rule > 1
-            else self.process
-        )
+        return training_schedule(self.process, self.args, self.sampler_rule)
 
     def make_grid(self, steps: int, eta: float) -> Grid:
         """Build the times of the run's sampler.
@@ -499,15 +470,8 @@ class Trainer:
         Returns:
             `Grid`: Times from noisy to clean.
         """
-        height, width = build_transform(self.data_config, self.backbone).sizes[0]
-        factor = self.backbone.size_factor
-        patches = (height // factor) * (width // factor)
-        rule = self.sampler_rule
-        offset = int(self.backbone.given_scheduler.get("steps_offset", 0)) if rule == 1 else None
-        scheduler = self.backbone.scheduler
-        return make_grid(
-            self.process, scheduler, steps, eta, patches=patches, rule=rule, offset=offset
-        )
+        size = build_transform(self.data_config, self.backbone).sizes[0]
+        return grid_for_size(self.backbone, size, steps, eta, self.sampler_rule)
 
     def policy_sampler(self, config: SamplerConfig, description: str = "sampling") -> PolicySampler:
         """Build a sampler that draws with the policy. Call `setup` first.
@@ -551,7 +515,13 @@ class Trainer:
         )
         self.notes += self.data_pipeline.fill_caches()
         self._build_optimizer()
-        self.record.built = self._built_facts()
+        model = self.reference_model
+        self.record.built = BuiltFacts.of(
+            self.network,
+            self.data_pipeline,
+            self.state.max_steps,
+            None if model is None or self.reference_free else model.description,
+        )
         self.checkpoints = CheckpointManager(
             self.accelerator,
             self.backbone,
@@ -587,11 +557,11 @@ class Trainer:
         optimizer = (
             make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
         )
-        self.state.max_steps = self._max_steps()
+        self.state.max_steps = planned_steps(args, self.data_pipeline)
         if make_schedule:
-            self.schedule = make_schedule(optimizer)
+            self.lr_scheduler = make_schedule(optimizer)
         else:
-            self.schedule = build_schedule(optimizer, args, self.state.max_steps)
+            self.lr_scheduler = build_schedule(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         if self.reference_model is not None:
             self.reference_model.start()
@@ -600,30 +570,6 @@ class Trainer:
         averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
         # Sharding replaces the parameters, so they are read anew.
         self.ema = build_ema(trainable_parameters(self.network), averaging, self.accelerator.device)
-
-    def _built_facts(self) -> BuiltFacts:
-        data, model = self.data_pipeline, self.reference_model
-        reference = None if model is None or self.reference_free else model.description
-        return BuiltFacts(
-            trainable=sum(p.numel() for p in trainable_parameters(self.network)),
-            total=sum(p.numel() for p in self.network.parameters()),
-            size=data.transform.sizes[0],
-            num_processes=self.accelerator.num_processes,
-            global_batch=data.global_batch,
-            max_steps=self.state.max_steps,
-            rows=None if data.streaming else len(data.dataset),
-            dropped_sizes=data.dropped_sizes,
-            reference=reference,
-        )
-
-    def _max_steps(self) -> int:
-        args, data = self.args, self.data_pipeline
-        if args.max_steps is not None:
-            return args.max_steps
-        if data.streaming:
-            raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
-        groups = len(data.dataset) * (args.num_train_epochs or 1)
-        return -int(-groups // data.global_batch)
 
     # Public verbs ---------------------------------------------------------------------
 
@@ -662,7 +608,7 @@ class Trainer:
         self.sampler_rule = self.record.sampler_rule = rule
         if isinstance(self.process, RectifiedFlow):
             self.process.legacy_first_step = rule == 1
-        elif rule == 1:
+        elif isinstance(self.process, VariancePreserving) and rule == 1:
             self.process.clip_range = None
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
@@ -682,7 +628,7 @@ class Trainer:
             steps = self.state.max_steps
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
             self.state.max_steps = steps
-            self.schedule.last_epoch = self.state.global_step
+            self.lr_scheduler.last_epoch = self.state.global_step
         self._announce(checkpoint)
         with StopSignals() as signals:
             if checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve():
@@ -726,7 +672,7 @@ class Trainer:
             network=self.prepared,
             parameters=functools.partial(trainable_parameters, self.network),
             optimizer=self.optimizer,
-            learning_rate=self.schedule,
+            learning_rate=self.lr_scheduler,
             batches=self.source.batches(data, self.state.samples_seen),
             state=self.state,
             control=self.control,
@@ -769,24 +715,19 @@ class Trainer:
 
     def _measure_rounding(self) -> None:
         """Note how much half precision moves the margins of the run."""
-        args, data = self.args, self.data_pipeline
         paired = self.data_kind in ("pair", "ranked") and not self.reference_free
-        fixed = self.data_config.online is None and not data.streaming
-        beta = vars(args).get("beta")  # of methods that have one
-        if (
-            args.mixed_precision == "no"
-            or beta is None
-            or not (paired and fixed and self.error_beta)
-        ):
+        fixed = self.data_config.online is None and not self.data_pipeline.streaming
+        if not (paired and fixed and self.accelerator.is_main_process):
             return
-        if self.accelerator.is_main_process:
-            is_lora = self.peft_config is not None
-            policy, network = self.sampling_policy, self.network
-            self.notes.append(
-                measure_rounding(
-                    policy, network, self.backbone, data, beta, args.mixed_precision, is_lora
-                )
-            )
+        sentence = measure_rounding(
+            self.sampling_policy,
+            self.network,
+            self.backbone,
+            self.data_pipeline,
+            is_lora=self.peft_config is not None,
+        )
+        if sentence is not None:
+            self.notes.append(sentence)
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Print the facts of the run, write its config and start the trackers."""
@@ -801,10 +742,7 @@ class Trainer:
             )
         if self.accelerator.is_main_process:
             record.write_config(self.output_dir)
-        if self.args.report_to != "none":
-            options = tracker_options(self.args)
-            config = tracker_config(self.args)
-            self.accelerator.init_trackers(self.args.project, config=config, init_kwargs=options)
+        start_trackers(self.accelerator, self.args)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
@@ -821,19 +759,15 @@ class Trainer:
         Raises:
             ConfigError: There are no evaluation data.
         """
-        data = self.evaluation_data(
-            eval_dataset, precompute_ref_errors=False, proportion_empty_prompts=0.0
-        )
-        metrics = evaluate(self, data, self.network, self.accelerator)
+        metrics = self.evaluation_metrics(self.evaluation_data(eval_dataset))
         self._call("on_evaluate", metrics=metrics)
         return metrics
 
-    def evaluation_data(self, eval_dataset: Any = None, **options: Any) -> DataPipeline:
-        """Prepare the evaluation data, without caches.
+    def evaluation_data(self, eval_dataset: Any = None) -> DataPipeline:
+        """Prepare the evaluation data, without caches and without dropped prompts.
 
         Args:
             eval_dataset (*optional*): Data to use instead of the trainer's.
-            options: Fields of `args` to replace.
 
         Returns:
             `DataPipeline`: The data.
@@ -851,7 +785,9 @@ class Trainer:
         config = dataclasses.replace(
             self.data_config, cache_latents=None, cache_text_embeddings=None
         )
-        args = dataclasses.replace(self.args, **options)
+        args = dataclasses.replace(
+            self.args, precompute_ref_errors=False, proportion_empty_prompts=0.0
+        )
         return DataPipeline(groups, config, args, self.backbone, self.accelerator)
 
     def save_model(self, output_dir: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import field
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from ...config.section import config_section
 from ...errors import ConfigError, UserError
 from ..batch import Batch
 from ..config import TrainingConfig
+from ..data_pipeline import DataPipeline
 from ..reference import Reference, SnapshotReference
 from ..tracking import MetricWindow
 from ..trainer import Trainer
@@ -90,7 +90,6 @@ class OnPolicyTrainer(Trainer):
 
     data_kind = "prompt"
     can_be_online = False  # it samples by itself
-    error_beta = False
     args: OnPolicyConfig
     judge: Judge | None
     """Scores the images. None if people vote."""
@@ -255,14 +254,13 @@ class OnPolicyTrainer(Trainer):
 
     # Evaluation -----------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+    def evaluation_metrics(self, data: DataPipeline) -> dict[str, float]:
         """Average the scores of images that the policy draws for evaluation prompts.
 
         The initial noise is the same in every evaluation.
 
         Args:
-            eval_dataset (*optional*): Data to use instead of the trainer's.
+            data (`DataPipeline`): The evaluation prompts.
 
         Returns:
             `dict[str, float]`: The averages, named `eval/...`.
@@ -270,15 +268,14 @@ class OnPolicyTrainer(Trainer):
         Raises:
             UserError: People vote in this run, so there is no scorer.
         """
-        pipeline = self.evaluation_data(eval_dataset)
         if self.judge is None:
             raise UserError(
                 "train.feedback: people cannot judge an evaluation; draw images with "
                 "diffalign sample"
             )
         window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.judge)
-        for examples in pipeline.passes():
-            batch = pipeline.builder(examples)
+        for examples in data.passes():
+            batch = data.builder(examples)
             drawn, scores = self.sample(batch, purpose="evaluation")
             check.add(batch, chain.from_iterable(drawn.images), scores)
             window.add(
@@ -290,6 +287,4 @@ class OnPolicyTrainer(Trainer):
                 }
             )
         check.finish()
-        result = {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
-        self._call("on_evaluate", metrics=result)
-        return result
+        return {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}

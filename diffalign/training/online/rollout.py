@@ -183,6 +183,33 @@ def make_grid(
     return Grid(sigmas[:-1], sigmas[1:], torch.full((len(sigmas) - 1,), eta > 0))
 
 
+def grid_for_size(
+    backbone: Backbone, size: tuple[int, int], steps: int, eta: float, rule: int = SAMPLER_RULE
+) -> Grid:
+    """Build the times of a model's own sampler for images of one size.
+
+    Args:
+        backbone (`Backbone`): The model.
+        size (`tuple[int, int]`): Height and width of the images.
+        steps (`int`): Number of steps.
+        eta (`float`): Stochasticity of a step.
+        rule (`int`, *optional*, defaults to `2`): See `SAMPLER_RULE`.
+    """
+    height, width = size
+    factor = backbone.size_factor
+    patches = (height // factor) * (width // factor)
+    offset = int(backbone.given_scheduler.get("steps_offset", 0)) if rule == 1 else None
+    return make_grid(
+        backbone.process,
+        backbone.scheduler,
+        steps,
+        eta,
+        patches=patches,
+        rule=rule,
+        offset=offset,
+    )
+
+
 def dynamic_shift(scheduler: Any, patches: int) -> float:
     """Compute mu of a flow scheduler with dynamic shifting.
 

@@ -1,8 +1,6 @@
-"""The source of batches that the policy draws itself.
+"""Sources of batches that are drawn in rounds.
 
-A round of batches is drawn by the current policy and trained on batch by batch. Every
-checkpoint holds the rest of its round. A run stopped in the middle goes on with the
-same images.
+A round of images is drawn by the policy or its reference and trained on batch by batch.
 """
 
 from __future__ import annotations
@@ -24,17 +22,20 @@ _DICTS = ("condition", "extra")
 _PLAIN = ("row_ids", "prompts", "epochs", "seed")
 
 
-class RolloutSource:
-    """Yields batches of images that the policy draws round by round.
+class RoundSource:
+    """Yields batches that are drawn round by round from batches of the dataset.
+
+    Its position is `samples_seen`. So each round must have as many batches as it was
+    made from, and end with an optimizer step.
 
     Args:
-        make (`Callable`): Turns the number of a round and its batches of prompts into
-            batches to train on.
-        batches_per_round (`int`): Batches of prompts per round and process.
+        make (`Callable`): Turns the number of a round and its batches of the dataset
+            into batches to train on.
+        batches_per_round (`int`): Batches of the dataset per round and process.
 
     Attributes:
         number (`int`): Rounds begun.
-        drawn (`int`): Batches of prompts that this process has used.
+        drawn (`int`): Batches of the dataset that this process has used.
     """
 
     def __init__(
@@ -44,13 +45,25 @@ class RolloutSource:
         self.queue: list[Batch] = []
         self.number = self.drawn = 0
 
+    def go_to(self, data: DataPipeline, samples_seen: int) -> None:
+        """Set the position.
+
+        Args:
+            data (`DataPipeline`): Gives the size of a batch.
+            samples_seen (`int`): Groups consumed so far, over all processes.
+        """
+        size = data.args.per_device_train_batch_size * data.accelerator.num_processes
+        self.drawn = samples_seen // size
+        self.number = self.drawn // self.batches_per_round
+
     def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
         """Yield batches without end. A new round begins when the last one is used up.
 
         Args:
-            data (`DataPipeline`): Gives the prompts.
-            samples_seen (`int`): Not used. The source knows its own position.
+            data (`DataPipeline`): Reads the dataset.
+            samples_seen (`int`): Groups consumed so far, over all processes.
         """
+        self.go_to(data, samples_seen)
         source = self.unsampled(data)
         while True:
             if not self.queue:
@@ -61,13 +74,24 @@ class RolloutSource:
             yield self.queue.pop(0)
 
     def unsampled(self, data: DataPipeline) -> Iterator[Batch]:
-        """Return the batches of prompts from the current position on.
+        """Return the batches of the dataset from the current position on.
 
         Args:
-            data (`DataPipeline`): Gives the prompts.
+            data (`DataPipeline`): Reads the dataset.
         """
         start = self.drawn * data.args.per_device_train_batch_size * data.accelerator.num_processes
         return (data.builder(examples) for examples in data.batches(start))
+
+
+class RolloutSource(RoundSource):
+    """Yields batches of images that the policy draws round by round.
+
+    Every checkpoint holds the rest of its round. A run stopped in the middle goes on
+    with the same images. See `RoundSource` for the arguments.
+    """
+
+    def go_to(self, data: DataPipeline, samples_seen: int) -> None:
+        """Do nothing, because the source knows its own position."""
 
     def save(self, folder: Path, rank: int) -> None:
         """Write the rest of the round into a checkpoint, one file per process.
