@@ -25,7 +25,7 @@ COUNT = 10**9
 """Largest count."""
 
 
-def as_float(value: Any) -> float | None:
+def as_float(value: object) -> float | None:
     """A number, or the number that a text spells, as a float; None for anything else.
 
     Python's `1_000` is no number in a text.
@@ -65,7 +65,7 @@ class Range:
     def __repr__(self) -> str:
         return f"<{self.words or self.expected()}>"
 
-    def expected(self, value: Any = None) -> str:
+    def expected(self, value: object = None) -> str:
         """The range in words, as a message about `value` needs them."""
         name = self.kind.__name__
         high = f"{self.high:.0f}" if self.kind is int else f"{self.high:g}"
@@ -79,11 +79,12 @@ class Range:
         left, right = "(" if self.above else "[", ")" if self.below else "]"
         return f"{name} in {left}{self.low:g}, {high}{right}"
 
-    def _is_too_large(self, value: Any) -> bool:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and abs(value) > self.high
+    def _is_too_large(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return abs(value) > self.high
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         if self.kind is int and not isinstance(value, int):
@@ -93,12 +94,12 @@ class Range:
         low = value > self.low if self.above else value >= self.low
         return low and (value < self.high if self.below else value <= self.high)
 
-    def check(self, field: str, value: Any) -> None:
+    def check(self, field: str, value: object) -> None:
         """Raises `ConfigError` naming the field, the range and the value."""
         if not self.holds(value):
             raise ConfigError(field, f"expected {self.expected(value)}, got {shown(value)}")
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str) -> int | float:
         """As the `type` of an argument."""
         try:
             value = int(text) if self.kind is int else float(text)
@@ -110,7 +111,7 @@ class Range:
             raise argparse.ArgumentTypeError(f"expected {self.expected(value)}, got {shown(value)}")
         return value
 
-    def require(self, value: Any) -> Any:
+    def require(self, value: T) -> T:
         """The number in a field of a section, which has the right type already.
 
         Raises:
@@ -143,10 +144,10 @@ class OneOf:
         words: what a message says in place of the list.
     """
 
-    choices: tuple[Any, ...]
+    choices: tuple[object, ...]
     words: str = ""
 
-    def require(self, value: Any) -> Any:
+    def require(self, value: T) -> T:
         """The value.
 
         Raises:
@@ -168,7 +169,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def not_a_choice(value: Any, choices: Sequence[Any], words: str = "") -> str:
+def not_a_choice(value: object, choices: Sequence[object], words: str = "") -> str:
     """The message about a value that is none of the choices, with a remedy."""
     names = [str(choice) for choice in choices]
     expected = words or f"one of {', '.join(names)}"

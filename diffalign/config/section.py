@@ -46,7 +46,7 @@ _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1's
 
 
-def _read_number(kind: type, value: Any) -> Any:
+def _read_number(kind: type, value: object) -> object:
     """The number that a value or text is, without loss; else the value as it is."""
     if isinstance(value, bool):
         return value
@@ -291,7 +291,7 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def _unknown_key(cls: Any, key: Any, path: str) -> ConfigError:
+def _unknown_key(cls: Any, key: object, path: str) -> ConfigError:
     cls = _plain(cls)
     names, key = _names(cls), short_key(key)
     problem = (
@@ -300,7 +300,7 @@ def _unknown_key(cls: Any, key: Any, path: str) -> ConfigError:
     return ConfigError(f"{path}.{key}" if path else key, problem)
 
 
-def _wrong_type(annotation: Any, value: Any) -> str:
+def _wrong_type(annotation: Any, value: object) -> str:
     expected = _plain(annotation)
     if typing.get_origin(expected) is Literal:
         return not_a_choice(value, typing.get_args(expected))
@@ -325,7 +325,7 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def short_key(key: Any) -> str:
+def short_key(key: object) -> str:
     """A key of a run file in a message: one line, cut where it is long."""
     text = " ".join(str(key).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import reprlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = self._nodes = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
         self._nodes += 1
         if self._depth > _DEEPEST:
@@ -48,8 +49,8 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys: set[Any] = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys: set[str] = set()
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
@@ -116,12 +117,12 @@ def read_yaml_text(text: str, where: str) -> Any:
         ) from None
 
 
-def _check_nodes(root: Any) -> None:
+def _check_nodes(root: yaml.Node) -> None:
     """Refuses tags, aliases that contain themselves, and aliases that multiply."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
-    def size(node: Any) -> int:
+    def size(node: yaml.Node) -> int:
         if id(node) in open_nodes:
             raise UserError("a value contains itself")
         if id(node) in sizes:
@@ -177,11 +178,11 @@ def read_yaml_file(path: str | Path, option: str) -> Any:
 class _Dumper(yaml.SafeDumper):
     """Writes every value out, with quotes where YAML 1.1 reads something else."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
-def dump_yaml(values: Any) -> str:
+def dump_yaml(values: object) -> str:
     """YAML text that `read_yaml_text` and other readers read back unchanged."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
@@ -192,7 +193,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlong = 40
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def shown(value: object, limit: int = 80) -> str:
     """A value in a message: its repr on one line, cut where it is long.
 
     It does not walk through all of a large value.

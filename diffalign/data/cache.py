@@ -11,12 +11,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..errors import UserError
 from ..runtime.files import remove_temporaries, save_tensors
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 _SEPARATOR = "|"
 _DEAD_AFTER = 3600.0  # seconds; an older half-written file was left by a dead process
@@ -47,7 +50,7 @@ class TensorCache:
         """
         from safetensors import safe_open
 
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, safe_open] = {}
         self._index: dict[str, tuple[Path, list[str]]] = {}
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             try:

@@ -14,17 +14,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffalign.data import images as image_cells
-from diffalign.data.images import NO_FOLDERS, ImagePlaces
-from diffalign.data.judgements import Verdict, judge
+from diffalign.data.images import NO_FOLDERS, ImagePlaces, Undecoded
+from diffalign.data.judgements import Verdict, classify_row
 from diffalign.data.schema import KINDS, Layout
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
+    import datasets
     import numpy as np
+    import pyarrow
     from PIL import Image
+
+T = TypeVar("T")
 
 LISTED_BROKEN_ROWS = 20
 
@@ -56,7 +60,7 @@ class Group:
 
     row_id: int
     prompts: tuple[str, ...]
-    images: list[Any]
+    images: list[Undecoded]
     scores: tuple[float, ...] | None = None
     weight: float = 1.0
 
@@ -98,7 +102,7 @@ class Group:
         """
         return [self._or_name_row(image_cells.header, image)[0] for image in self.images]
 
-    def _or_name_row(self, function: Callable[[Any], Any], image: Any) -> Any:
+    def _or_name_row(self, function: Callable[[Undecoded], T], image: Undecoded) -> T:
         try:
             return function(image)
         except image_cells.BrokenImage as error:
@@ -289,7 +293,7 @@ def build_group(
     return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight)
 
 
-def lazy_cell(scalar: Any) -> Any:
+def lazy_cell(scalar: pyarrow.Scalar) -> Any:
     """Convert a pyarrow scalar to Python values without copying image bytes.
 
     Bytes become a view of the (memory-mapped) table.
@@ -339,7 +343,7 @@ class PreferenceDataset:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: datasets.Dataset,
         layout: Layout,
         report: LoadReport,
         row_ids: np.ndarray | None,
@@ -356,7 +360,7 @@ class PreferenceDataset:
         """The roles that are read, without images when only prompts are asked for."""
         return self.layout.light_columns if self.kind == "prompt" else self.layout.mapping
 
-    def _tables(self) -> Any:
+    def _tables(self) -> datasets.Dataset:
         """The needed columns as Arrow: undecoded, whatever their feature types are."""
         if "_arrow" not in self.__dict__:
             self._arrow = self.dataset.select_columns(
@@ -375,7 +379,7 @@ class PreferenceDataset:
         light = {role: cells[role] for role in self.layout.light_columns}
         images = {role: cells[role] for role in self.layout.image_columns if role in cells}
         try:
-            group = build_group(self.layout, judge(self.layout, light), row_id, images, self.places)
+            group = build_group(self.layout, classify_row(self.layout, light), row_id, images, self.places)
         except image_cells.BrokenImage as error:
             raise UserError(f"dataset row {row_id}: {error}") from error
         return self._viewed(group)
@@ -480,15 +484,11 @@ class PreferenceDataset:
             columns = {role: table[column].to_pylist() for role, column in light.items()}
             for offset in range(len(table)):
                 if start + offset in row_ids:
-                    verdict = judge(
+                    verdict = classify_row(
                         self.layout, {role: values[offset] for role, values in columns.items()}
                     )
-                    group = Group(
-                        start + offset,
-                        verdict.prompts,
-                        [None] * len(verdict.prompts),
-                        verdict.scores,
-                    )
+                    unread: list[Any] = [None] * len(verdict.prompts)
+                    group = Group(start + offset, verdict.prompts, unread, verdict.scores)
                     scores = self._viewed(group).scores or ()
                     all_scores += [s for s in scores if s is not None and not math.isnan(s)]
             start += len(table)

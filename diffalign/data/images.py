@@ -10,7 +10,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffalign.runtime import decoding
 from diffalign.runtime.decoding import UnreadableImage as BrokenImage
@@ -22,6 +22,7 @@ __all__ = [
     "NO_FOLDERS",
     "BrokenImage",
     "ImagePlaces",
+    "Undecoded",
     "content_hash",
     "decode",
     "header",
@@ -31,6 +32,10 @@ __all__ = [
 ]
 
 _SAMPLE = 4096  # bytes read from either end of an image for the dataset's fingerprint
+
+
+Undecoded: TypeAlias = "dict[str, Any] | Image.Image"
+"""`{"bytes": bytes | None, "path": str | None}`, or a PIL image, see `resolve`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ NO_FOLDERS = ImagePlaces()
 """For embedded images, and paths from the working directory."""
 
 
-def resolve(cell: Any, places: ImagePlaces) -> Any:
+def resolve(cell: object, places: ImagePlaces) -> Undecoded:
     """Turn a dataset's cell into an undecoded image.
 
     Args:
@@ -94,7 +99,7 @@ def resolve(cell: Any, places: ImagePlaces) -> Any:
     return _resolved_path(str(path), places)
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}; for one image per cell give the image itself"
     return f"{str(value)[:50]!r}, a value of type {type(value).__name__}"
@@ -180,7 +185,7 @@ def _resolved_address(path: str, places: ImagePlaces) -> str:
     )
 
 
-def raw_bytes(image: Any) -> bytes:
+def raw_bytes(image: Undecoded) -> bytes:
     """Return the encoded content of an image. A PIL image is encoded as PNG.
 
     Args:
@@ -208,7 +213,7 @@ def raw_bytes(image: Any) -> bytes:
         raise BrokenImage(f"cannot be read: {error}") from error
 
 
-def _source(image: Any) -> Any:
+def _source(image: Undecoded) -> decoding.ImageSource:
     """Return what `diffalign.runtime.decoding` opens.
 
     A view of a memory-mapped file stays a view, so that only the part that Pillow asks
@@ -221,7 +226,7 @@ def _source(image: Any) -> Any:
     return raw_bytes(image) if "://" in image["path"] else image["path"]
 
 
-def header(image: Any) -> tuple[tuple[int, int], str]:
+def header(image: Undecoded) -> tuple[tuple[int, int], str]:
     """Read an image's size and format from its header alone.
 
     Args:
@@ -236,7 +241,7 @@ def header(image: Any) -> tuple[tuple[int, int], str]:
     return decoding.header(_source(image))
 
 
-def decode(image: Any) -> Image.Image:
+def decode(image: Undecoded) -> Image.Image:
     """Decode an image to 8-bit RGB, see `diffalign.runtime.decoding`.
 
     Args:
@@ -248,7 +253,7 @@ def decode(image: Any) -> Image.Image:
     return decoding.decode(_source(image))
 
 
-def content_hash(image: Any) -> str:
+def content_hash(image: Undecoded) -> str:
     """Return the sha256 of the encoded file, as hexadecimal digits.
 
     Args:
@@ -260,7 +265,7 @@ def content_hash(image: Any) -> str:
     return hashlib.sha256(raw_bytes(image)).hexdigest()
 
 
-def sampled_digest(image: Any) -> bytes:
+def sampled_digest(image: Undecoded) -> bytes:
     """Return a cheap digest of an image: of its size and its first and last 4 KiB.
 
     The place of the file does not matter.

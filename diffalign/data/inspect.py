@@ -76,7 +76,7 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
     """
     sizes, aspects, formats = Counter[str](), Counter[str](), Counter[str]()
     prompts = Counter[str]()
-    seen_groups, seen_images = set[tuple[Any, ...]](), set[bytes]()
+    seen_groups, seen_images = set[tuple[object, ...]](), set[bytes]()
     names = (
         "duplicate_groups",
         "duplicate_images",
@@ -424,7 +424,7 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     import datasets
     import pyarrow.parquet
 
-    types: dict[str, Any] = {
+    types: dict[str, object] = {
         name: datasets.Value("string") for name in ("prompt", "chosen_prompt", "rejected_prompt")
     }
     types |= {name: datasets.Image() for name in ("chosen", "rejected", "image")} | {

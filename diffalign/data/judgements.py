@@ -43,7 +43,7 @@ class Verdict:
     second_wins: bool | None = None
 
 
-def judge(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
+def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
     """Decide prompts, order, tie and weight of one row from its light cells.
 
     Args:
@@ -210,14 +210,14 @@ _NO_VALUE = ("", "none", "null", "nan", "na", "n/a")
 _TRUE, _FALSE = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(value: object) -> bool:
     """Whether a cell holds no value, in any way in which tables write that."""
     if isinstance(value, str):
         return value.strip().lower() in _NO_VALUE
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """Read a finite number from a cell.
 
     Args:
@@ -235,7 +235,7 @@ def number(value: Any) -> float | None:
     return finite if finite is not None and math.isfinite(finite) else None
 
 
-def _flag(value: Any) -> bool | None:
+def _flag(value: object) -> bool | None:
     """Read yes or no from a cell: a boolean, 1 or 0, or words, else None."""
     flag = number(value)
     return bool(flag) if flag in (0.0, 1.0) else None

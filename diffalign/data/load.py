@@ -13,22 +13,26 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffalign.data.config import TIES, VERIFY_IMAGES
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset
 from diffalign.data.images import ImagePlaces
 from diffalign.data.judgements import number
 from diffalign.data.schema import Layout, recognise
-from diffalign.data.sources import open_source
+from diffalign.data.sources import Rows, SourceLike, open_source
 from diffalign.data.verify import usable_rows
 from diffalign.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 __all__ = ["Group", "LoadReport", "PreferenceDataset", "load_preferences"]
 
 
 def load_preferences(
-    source: Any,
+    source: SourceLike,
     *,
     split: str = "train",
     config: str | None = None,
@@ -147,17 +151,17 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(f"data.{name}", f"expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _is_stream(data: Any) -> bool:
+def _is_stream(data: Rows) -> bool:
     import datasets
 
     return not isinstance(data, datasets.Dataset)
 
 
-def _is_empty(data: Any) -> bool:
+def _is_empty(data: Rows) -> bool:
     return not _is_stream(data) and len(data) == 0
 
 
-def _column_names(data: Any, source: str) -> Sequence[str]:
+def _column_names(data: Rows, source: str) -> Sequence[str]:
     """Return the column names, from the first row of a stream that has no features."""
     from diffalign.data.streaming import guarded
 
@@ -165,12 +169,12 @@ def _column_names(data: Any, source: str) -> Sequence[str]:
 
 
 def _with_layout(
-    data: Any,
+    data: Rows,
     names: Sequence[str],
     columns: Mapping[str, str],
     kind: str | None,
     report: LoadReport,
-) -> tuple[Any, Layout]:
+) -> tuple[Rows, Layout]:
     """Recognise the layout, gather rows of one image into lists, and report both."""
     # Kinds of one image or none take rows of one image as they are.
     gathers = kind not in ("single", "prompt")
@@ -189,7 +193,7 @@ def _with_layout(
 
 
 def _verified(
-    data: Any,
+    data: Rows,
     layout: Layout,
     report: LoadReport,
     places: ImagePlaces,
@@ -228,7 +232,7 @@ def _tell(report: LoadReport, verbose: bool) -> None:
 _LOOKED_AT = 100  # rows of a stream without features
 
 
-def list_columns(data: Any) -> dict[str, bool]:
+def list_columns(data: Rows) -> dict[str, bool]:
     """Say which columns of a `datasets` object hold lists.
 
     Args:
@@ -258,7 +262,9 @@ def list_columns(data: Any) -> dict[str, bool]:
     return kinds
 
 
-def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layout]:
+def with_lists(
+    data: datasets.Dataset, layout: Layout, report: LoadReport
+) -> tuple[datasets.Dataset, Layout]:
     """Gather rows of one image with a rank or score into one list per prompt.
 
     Images with the same `prompt_id` (or, without that column, the same prompt) make a
@@ -288,7 +294,7 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
         if name != "image"
     }
     by = layout.mapping.get("prompt_id", layout.mapping["prompt"])
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     unranked = 0
     for row, prompt in enumerate(light["prompt"]):
         if number(light[role][row]) is None:
@@ -330,7 +336,7 @@ def with_lists(data: Any, layout: Layout, report: LoadReport) -> tuple[Any, Layo
     return gathered, recognise(["prompt", "images", role], {})
 
 
-def _cells(table: Any, name: str, order: list[int]) -> Any:
+def _cells(table: datasets.Dataset, name: str, order: list[int]) -> pyarrow.Array:
     """Return the cells of a column in another order, undecoded."""
     import pyarrow
 
@@ -340,7 +346,7 @@ def _cells(table: Any, name: str, order: list[int]) -> Any:
     )
 
 
-def _are_numbers(values: Any) -> bool:
+def _are_numbers(values: object) -> bool:
     return isinstance(values, (list, tuple)) and all(
         v is None or isinstance(v, (int, float)) for v in values
     )
@@ -354,8 +360,8 @@ WIN_RATES = "win_rates"
 
 
 def with_win_rates(
-    data: Any, score_columns: Sequence[str], columns: Mapping[str, str]
-) -> tuple[Any, dict[str, str]]:
+    data: Rows, score_columns: Sequence[str], columns: Mapping[str, str]
+) -> tuple[Rows, dict[str, str]]:
     """Add a column of win rates over several columns of scores.
 
     Args:

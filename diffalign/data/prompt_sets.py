@@ -276,7 +276,7 @@ def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
 
         try:
             names = pq.read_schema(path).names
-            rows: Any = pq.read_table(
+            rows = pq.read_table(
                 path, columns=[n for n in names if not n.startswith("jpg_")]
             ).to_pylist()
         except (OSError, ValueError) as error:
@@ -306,7 +306,7 @@ def _values(path: Path, suffix: str, what: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"entry {i}", row) for i, row in enumerate(rows, start=1))
 
 
-def _row(row: Any, path: Path, place: str) -> Mapping[str, Any]:
+def _row(row: object, path: Path, place: str) -> Mapping[str, Any]:
     if isinstance(row, str):
         return {"prompt": row}
     if not isinstance(row, Mapping):
@@ -359,7 +359,7 @@ def _without_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in row.items() if key != "prompt"}
 
 
-def _category_key(row: Mapping[str, Any]) -> Any:
+def _category_key(row: Mapping[str, Any]) -> str | None:
     """Return the row's first filled column that names a category."""
     for name in CATEGORY_KEYS:
         key = next((key for key in row if str(key).lower() == name and row[key]), None)

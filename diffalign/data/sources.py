@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.tables import read_tables
 from diffalign.errors import UserError
 from diffalign.runtime import decoding, text_files
+
+if TYPE_CHECKING:
+    import datasets
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -26,6 +29,15 @@ CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's scripts write .caption
 PAIR_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
+Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
+"""Rows to look up, or a stream of them."""
+
+SourceLike: TypeAlias = (
+    "str | Path | Rows | datasets.DatasetDict | Sequence[Mapping[str, Any]] | None"
+)
+"""A Hub id, a path, a `datasets` object or a list of rows, see `load_preferences`."""
+
+
 @dataclass
 class Source:
     """An opened source.
@@ -37,13 +49,13 @@ class Source:
             rows may point to.
     """
 
-    dataset: Any
+    dataset: Rows
     name: str
     places: ImagePlaces = NO_FOLDERS
 
 
 def open_source(
-    source: Any,
+    source: SourceLike,
     *,
     split: str = "train",
     config: str | None = None,
@@ -106,7 +118,7 @@ def open_source(
     )
 
 
-def _in_memory(source: Any, split: str, streaming: bool) -> Any:
+def _in_memory(source: object, split: str, streaming: bool) -> Rows:
     import datasets
 
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
@@ -144,7 +156,7 @@ def _in_memory(source: Any, split: str, streaming: bool) -> Any:
     )
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     """Turn an array or tensor of pixels into a PIL image, also within a list."""
     if decoding.is_array(value) and value.ndim >= 2:
         try:
@@ -176,7 +188,7 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
     )
 
 
-def _part(dataset: Any, split: str) -> Any:
+def _part(dataset: datasets.Dataset, split: str) -> datasets.Dataset:
     """Return the slice of `train[:100]`, or everything for another name.
 
     A file has one split.
@@ -361,7 +373,7 @@ def _image_folders(files: Sequence[Path]) -> tuple[Path, ...]:
     )
 
 
-def _plain_tar(dataset: Any) -> Any:
+def _plain_tar(dataset: Rows) -> Rows:
     """Turn WebDataset's fields into plain columns.
 
     `chosen.png` becomes `chosen`, `prompt.txt` becomes `prompt`, and the keys of `json`
@@ -389,7 +401,7 @@ def _lift_json(row: dict[str, Any]) -> dict[str, Any]:
     return {f"json.{name}": value for name, value in row["json"].items()}
 
 
-def _load(name: str, builder: str, split: str, *, config: str | None = None, **kwargs: Any) -> Any:
+def _load(name: str, builder: str, split: str, *, config: str | None = None, **kwargs: Any) -> Rows:
     import datasets
 
     try:
@@ -401,7 +413,7 @@ def _load(name: str, builder: str, split: str, *, config: str | None = None, **k
         raise UserError(f"dataset {name!r}: {' '.join(str(cause).split())[:600]}") from error
 
 
-def _hub(name: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+def _hub(name: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Rows:
     import datasets
 
     alternatives = (

@@ -7,21 +7,26 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset, build_group
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
-from diffalign.data.judgements import judge
+from diffalign.data.judgements import classify_row
 from diffalign.data.schema import Layout
 from diffalign.data.verify import check_image
 from diffalign.errors import UserError
 
+if TYPE_CHECKING:
+    import datasets
+
+T = TypeVar("T")
+
 _JUDGED_AFTER = 100  # rows; the share of broken ones says little before
 
 
-def guarded(rows: Iterable[Any], name: str) -> Iterator[Any]:
+def guarded(rows: Iterable[T], name: str) -> Iterator[T]:
     """Yield the rows of a stream, and explain its readers' errors in one sentence.
 
     Args:
@@ -64,7 +69,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: datasets.IterableDataset,
         layout: Layout,
         report: LoadReport,
         places: ImagePlaces = NO_FOLDERS,
@@ -124,7 +129,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
 
     def _admitted(self, row_id: int, row: dict[str, Any]) -> Group | None:
         """Return the group of a row, or None for a row that is left out."""
-        verdict = judge(
+        verdict = classify_row(
             self.layout,
             {role: row.get(column) for role, column in self.layout.light_columns.items()},
         )

@@ -12,15 +12,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
 from diffalign.runtime import text_files
 
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
 _CHUNK = 10_000
 
 
-def read_tables(paths: Sequence[Path], name: str) -> Any:
+def read_tables(paths: Sequence[Path], name: str) -> datasets.Dataset:
     """Read the rows of text files, one file after the other.
 
     Args:
@@ -101,7 +105,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _list(path: Path, text: str) -> list[Any]:
+def _list(path: Path, text: str) -> list[object]:
     try:
         values = text_files.parse_json(text)
     except ValueError as error:
@@ -120,7 +124,7 @@ def _whole(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: object, where: str) -> dict[str, Any]:
     """Turn a value into a row: `null` has no cells, text is a prompt."""
     if value is None:
         return {}
@@ -133,7 +137,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _array(values: list[Any], column: str) -> Any:
+def _array(values: Sequence[object], column: str) -> pyarrow.Array:
     """Convert a column to Arrow, with one type for all its cells.
 
     The types are text, whole numbers, numbers, booleans, lists and structures. In a
@@ -172,18 +176,18 @@ _TEXT_ROLES = (
 )
 
 
-def _as_text(value: Any, column: str) -> str | None:
+def _as_text(value: object, column: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     is_content = any(word in column.lower() for word in _TEXT_ROLES)
     return None if is_content or not isinstance(value, (bool, int, float)) else json.dumps(value)
 
 
-def _one_number_type(value: Any) -> Any:
+def _one_number_type(value: object) -> object:
     return value
 
 
-def _with_floats(value: Any) -> Any:
+def _with_floats(value: object) -> object:
     """Turn numbers into floats, also within lists and structures.
 
     This is for numbers that are mixed, or too large for whole ones.
@@ -197,5 +201,5 @@ def _with_floats(value: Any) -> Any:
     )
 
 
-def _as_json(value: Any) -> str:
+def _as_json(value: object) -> str:
     return json.dumps(value)

@@ -123,7 +123,7 @@ class GroupTransform:
                 "data.mismatch", f"expected one of {', '.join(MISMATCH)}, got {mismatch!r}"
             )
         self.bucketed = not isinstance(size[0], int)
-        sizes: Any = size if self.bucketed else [size]
+        sizes: Sequence[Any] = size if self.bucketed else [size]
         self.sizes: list[Size] = [(height, width) for height, width in sizes]
         self.center_crop, self.random_flip, self.mismatch = center_crop, random_flip, mismatch
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffalign.data import images as image_cells
 from diffalign.data.dataset import LoadReport, build_group, lazy_cell
-from diffalign.data.images import ImagePlaces
-from diffalign.data.judgements import judge
+from diffalign.data.images import ImagePlaces, Undecoded
+from diffalign.data.judgements import classify_row
 from diffalign.data.schema import Layout
 
 if TYPE_CHECKING:
+    import datasets
     import numpy as np
+    import pyarrow
 
 _BATCH = 256
 _SHOW_PROGRESS_FROM = 20_000  # rows
 
 
-def check_image(image: Any, verify: str) -> None:
+def check_image(image: Undecoded, verify: str) -> None:
     """Check that an image can be used.
 
     Args:
@@ -34,7 +36,7 @@ def check_image(image: Any, verify: str) -> None:
 
 
 def usable_rows(
-    dataset: Any, layout: Layout, report: LoadReport, places: ImagePlaces, verify: str
+    dataset: datasets.Dataset, layout: Layout, report: LoadReport, places: ImagePlaces, verify: str
 ) -> np.ndarray:
     """Find the rows to use, and count all others in the report.
 
@@ -71,7 +73,7 @@ def usable_rows(
             for offset in range(len(table)):
                 row_id = report.rows
                 report.rows += 1
-                verdict = judge(layout, {role: values[offset] for role, values in light.items()})
+                verdict = classify_row(layout, {role: values[offset] for role, values in light.items()})
                 if not report.admit(row_id, verdict):
                     continue
                 try:
@@ -97,7 +99,7 @@ def _lists(layout: Layout) -> dict[str, str]:
     return {role: column for role, column in layout.image_columns.items() if role == "images"}
 
 
-def _check_length(table: Any, layout: Layout, offset: int, expected: int) -> None:
+def _check_length(table: pyarrow.Table, layout: Layout, offset: int, expected: int) -> None:
     """Refuse a ranked row whose images and scores differ in number.
 
     This is checked even where images are trusted.

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+    from torch import Tensor
 
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000",
@@ -30,6 +31,9 @@ MAX_PIXELS = 100_000_000
 
 RULE = "upright as EXIF says, transparency on white, 16 bit by the high byte, first frame"
 """What `to_rgb` does, in the words of a scorer's card."""
+
+ImageSource: TypeAlias = "Image.Image | str | Path | bytes | memoryview"
+"""A PIL image, a path, or the bytes of an encoded file or a view of them."""
 
 _ORIENTATION = 0x0112
 _OVERSHOOT = 1e-3  # of floats beyond [0, 1], which rounding would not show
@@ -83,7 +87,7 @@ class _View(io.RawIOBase):
         return len(part)
 
 
-def open_image(source: Any) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """Open an image without decoding its pixels yet.
 
     Args:
@@ -120,7 +124,7 @@ def open_image(source: Any) -> Image.Image:
     return opened
 
 
-def _readable(source: Any) -> Any:
+def _readable(source: str | Path | bytes | memoryview) -> str | Path | IO[bytes]:
     if isinstance(source, (str, Path)):
         return source
     return (
@@ -130,7 +134,7 @@ def _readable(source: Any) -> Any:
     )
 
 
-def _not_an_image(source: Any) -> str:
+def _not_an_image(source: str | Path | bytes | memoryview) -> str:
     """Describe what the first bytes look like.
 
     The usual reasons are a failed download and a repository without its large files.
@@ -156,7 +160,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def header(source: Any) -> tuple[tuple[int, int], str]:
+def header(source: ImageSource) -> tuple[tuple[int, int], str]:
     """Read the size and format of an image from its header alone.
 
     Args:
@@ -189,7 +193,7 @@ def header(source: Any) -> tuple[tuple[int, int], str]:
     return ((width, height) if turned else (height, width)), kind
 
 
-def decode(source: Any) -> Image.Image:
+def decode(source: ImageSource) -> Image.Image:
     """Decode an image into 8-bit RGB, as the top of this file says.
 
     Args:
@@ -285,7 +289,7 @@ def _to_8_bit(image: Image.Image, bits: int) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def from_array(array: Any) -> Image.Image:
+def from_array(array: np.ndarray | Tensor) -> Image.Image:
     """Convert a numpy array or tensor to a PIL image.
 
     Args:
@@ -341,7 +345,7 @@ def _from_unit(values: np.ndarray, described: str) -> np.ndarray:
     return np.round(values.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> TypeGuard[np.ndarray | Tensor]:
     """Tell whether a value is a numpy array or a tensor."""
     import numpy as np
 

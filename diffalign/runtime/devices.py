@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..errors import ConfigError
+from .protocols import DeviceLike, DtypeLike
 
 
-def read_device(device: Any) -> torch.device:
+def read_device(device: DeviceLike) -> torch.device:
     """Read a device by name.
 
     Args:
@@ -45,7 +44,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def read_dtype(dtype: Any) -> torch.dtype:
+def read_dtype(dtype: DtypeLike) -> torch.dtype:
     """Read a floating type by name.
 
     Args:

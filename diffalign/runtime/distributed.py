@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .protocols import DeviceLike
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator, PartialState
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
 def process_rank() -> int:
@@ -16,20 +25,20 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Tell whether a tensor is spread over processes, as a `DTensor` of torch."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Any) -> Any:
+def whole(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor, and return a plain one as it is.
 
     All processes must call this for the same tensors.
     """
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sharded_modules(network: Any) -> list[Any]:
+def sharded_modules(network: torch.nn.Module) -> list[Any]:
     """List the modules that hold shards of a network.
 
     After a forward pass the outermost parameters stay gathered until the backward pass.
@@ -44,10 +53,10 @@ def sharded_modules(network: Any) -> list[Any]:
     return [module for module in network.modules() if hasattr(module, "set_reshard_after_forward")]
 
 
-_ENDED: list[Any] = []
+_ENDED: list[object] = []
 
 
-def end_training(accelerator: Any) -> None:
+def end_training(accelerator: Accelerator) -> None:
     """End a run of accelerate while its trainer still holds the network.
 
     The network's reducer would otherwise hold the last reference to the process group.
@@ -62,7 +71,7 @@ def end_training(accelerator: Any) -> None:
 
 
 @dataclass
-class Processes:
+class DistributedContext:
     """This process among those of torchrun or accelerate, alone where there are none.
 
     Attributes:
@@ -74,11 +83,11 @@ class Processes:
 
     rank: int
     world: int
-    device: Any
-    state: Any = None
+    device: DeviceLike
+    state: PartialState | None = None
 
     @classmethod
-    def start(cls, device: Any) -> Processes:
+    def start(cls, device: DeviceLike) -> DistributedContext:
         """Join the other processes.
 
         Args:
@@ -99,7 +108,7 @@ class Processes:
         state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
         return cls(state.process_index, state.num_processes, str(state.device), state)
 
-    def gather(self, mine: list[Any]) -> list[Any]:
+    def gather(self, mine: list[T]) -> list[T]:
         """Collect the items of all processes, in the order of their ranks."""
         if self.world == 1:
             return mine

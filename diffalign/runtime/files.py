@@ -9,10 +9,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .distributed import process_rank
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 
 def check_output_dir(folder: Path, marker: str) -> None:
@@ -156,7 +160,7 @@ def move_aside(folder: Path, option: str) -> Path:
 
 
 def save_tensors(
-    tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file that is never half-written.
 
@@ -176,7 +180,7 @@ def save_tensors(
         os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files for their owner alone
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file, each tensor into memory of its own.
 
     The tensors of a mapped file lie at any address, where a CPU may round otherwise
@@ -195,7 +199,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def save_image(image: Any, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG that is never half-written."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")

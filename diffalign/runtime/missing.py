@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 NOT_FINITE = "not finite"
@@ -41,12 +42,16 @@ class Missing:
         return FAILED if self.reason.startswith(FAILED) else self.reason
 
 
+MaybeImage: TypeAlias = "Image.Image | Missing"
+"""A drawn image, or what stands in its place."""
+
+
 class NoImages(UserError):
     """All images of a model are missing."""
 
 
 @contextmanager
-def watched(pipe: Any) -> Iterator[list[bool]]:
+def watched(pipe: object) -> Iterator[list[bool]]:
     """Record which images of a pipeline's call are finite, in a block.
 
     Pipelines clamp pixels before they return them, so that infinite ones cannot be seen
@@ -87,7 +92,7 @@ def watched(pipe: Any) -> Iterator[list[bool]]:
             processor.postprocess = previous
 
 
-def read_output(output: Any, expected: int, finite: Sequence[bool]) -> list[Any]:
+def read_output(output: object, expected: int, finite: Sequence[bool]) -> list[MaybeImage]:
     """Read the images of a pipeline's output.
 
     Args:
@@ -135,7 +140,7 @@ def _checked(image: Any) -> Any:
     return image if good else Missing(NOT_FINITE)
 
 
-def to_images(pixels: Tensor, processor: Any = None) -> list[Any]:
+def to_images(pixels: Tensor, processor: Any = None) -> list[MaybeImage]:
     """Convert decoded pixels to images.
 
     Args:
@@ -162,12 +167,12 @@ def to_images(pixels: Tensor, processor: Any = None) -> list[Any]:
     ]
 
 
-def present(images: Sequence[Any]) -> list[int]:
+def present(images: Sequence[object]) -> list[int]:
     """List the places of the images that are there."""
     return [i for i, image in enumerate(images) if not isinstance(image, Missing)]
 
 
-def left_out(images: Iterable[Any], total: int, whose: str = "") -> str:
+def left_out(images: Iterable[object], total: int, whose: str = "") -> str:
     """Say how many images are missing, and why.
 
     Args:
@@ -186,7 +191,7 @@ def left_out(images: Iterable[Any], total: int, whose: str = "") -> str:
     return f"{sum(kinds.values())} of {total} images{of_whom} left out: {reasons}"
 
 
-def check_any(images: Sequence[Any], whose: str) -> None:
+def check_any(images: Sequence[object], whose: str) -> None:
     """Refuse a model of which all images are missing.
 
     Args:
@@ -198,7 +203,8 @@ def check_any(images: Sequence[Any], whose: str) -> None:
     """
     if not images or present(images):
         return
-    kinds = {image.kind for image in images}
+    gone = [image for image in images if isinstance(image, Missing)]
+    kinds = {image.kind for image in gone}
     remedy = (
         "draw in another precision, such as float32 or bfloat16 "
         "(an SDXL autoencoder overflows in float16)"
@@ -206,14 +212,14 @@ def check_any(images: Sequence[Any], whose: str) -> None:
     if kinds == {BLOCKED}:
         remedy = "give the pipeline without a safety checker, or other prompts"
     elif FAILED in kinds:
-        remedy = next(image.reason for image in images if image.kind == FAILED)
+        remedy = next(image.reason for image in gone if image.kind == FAILED)
     raise NoImages(
         f"model {whose}: none of its {len(images)} images can be used: "
         f"{left_out(images, len(images)).split(': ')[-1]}; {remedy}"
     )
 
 
-def placeholder(image: Any, side: int = 96) -> Any:
+def placeholder(image: MaybeImage, side: int = 96) -> Image.Image:
     """Return the image, or a pale tile with the reason where it is missing."""
     if not isinstance(image, Missing):
         return image

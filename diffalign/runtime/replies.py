@@ -9,7 +9,12 @@ import functools
 import http.client
 import io
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import socket
+
+    from _typeshed import WriteableBuffer
 
 _PART = 1 << 16
 
@@ -20,13 +25,15 @@ class _TimedReader(io.RawIOBase):
     A byte now and then does not prolong it, as it does with a socket's own timeout.
     """
 
-    def __init__(self, raw: Any, sock: Any, deadline: float, seconds: float) -> None:
+    def __init__(
+        self, raw: io.RawIOBase, sock: socket.socket, deadline: float, seconds: float
+    ) -> None:
         self.raw, self.sock, self.deadline, self.seconds = raw, sock, deadline, seconds
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
         left = self.deadline - time.monotonic()
         try:
             if left > 0:
@@ -43,7 +50,7 @@ class _TimedReader(io.RawIOBase):
 
 class _TimedResponse(http.client.HTTPResponse):
     def __init__(
-        self, sock: Any, *args: Any, deadline: float, seconds: float, **options: Any
+        self, sock: socket.socket, *args: Any, deadline: float, seconds: float, **options: Any
     ) -> None:
         super().__init__(sock, *args, **options)
         self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline, seconds))

@@ -223,7 +223,7 @@ def read_json(path: str | Path, kind: type | None = None, what: str = "") -> Any
     return value
 
 
-def _json_name(value: Any) -> str:
+def _json_name(value: object) -> str:
     names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
 

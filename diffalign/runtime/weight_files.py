@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _LARGEST_HEADER = 100 << 20
 _VARIANT = re.compile(
@@ -194,7 +197,7 @@ def _check_index(index: Path, field: str) -> None:
         check_file(index.with_name(name), field)
 
 
-def check_filled(module: Any, field: str, name: str) -> None:
+def check_filled(module: torch.nn.Module, field: str, name: str) -> None:
     """Refuse a module whose weights were missing in the file.
 
     They have no values then, or random ones.
