@@ -70,7 +70,7 @@ MODULES = {
     "rewards.vlm_judge": "rewards.scorers.vlm_judge",
     "shapes.pretrain": "shapes.sampling_defaults",
     "shapes.pretrain_text": "shapes.text_denoiser",
-    "shapes.quickstart": "cli.quickstart",
+    "shapes.quickstart": "cli.quickstart_stages",
     "shapes.quickstart_config": "cli.quickstart_config",
     "steering.compare": "evaluation.best_of_n",
     "steering.coordinates": "steering.noise_levels",

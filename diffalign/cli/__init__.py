@@ -1,4 +1,4 @@
-"""The `diffalign` command: `entry.py`, and one file per subcommand."""
+"""The `diffalign` command: `entry.py` with the table, and one file per subcommand."""
 
 from .entry import main, run
 

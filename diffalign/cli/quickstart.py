@@ -1,361 +1,55 @@
-"""`diffalign quickstart`: make preferences, align the small default model, and compare.
-
-Every stage writes its result, and is skipped if the result is there. So an interrupted
-command goes on where it stopped.
-"""
+"""`diffalign quickstart`: align the embedded model on a CPU and measure it."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json
-import os
-import shutil
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from ..errors import UserError
-from ..generation.pipelines import base_pipeline
-from ..runtime.files import LOCK, save_image, write_atomically
-from ..runtime.folder_lock import FolderLock
-from ..shapes.prompts import ATTRIBUTES, held_out_prompts, train_prompts
+from ..config.section import field_docs
+from ..errors import ConfigError
 from .quickstart_config import QuickstartConfig
 
-BASE_SEED = 10_000_000
-"""First seed of the evaluation, far from the seeds of the training images."""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-quickstart"),
+        help="default: diffalign-quickstart",
+    )
+    docs = field_docs(QuickstartConfig)
+    for field in dataclasses.fields(QuickstartConfig):
+        text = f"{docs[field.name]} Default {field.default}."
+        parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"))
 
 
-def run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> int:
     """Run the quickstart, or go on with it.
 
     Args:
-        output_dir (`Path`): Folder of the quickstart.
-        config (`QuickstartConfig`): Its settings.
+        options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `dict[str, Any]`: Content of `results.json`.
+        `int`: Exit code.
 
     Raises:
-        UserError: The folder holds something else, or a quickstart with other settings.
+        UserError: An option is out of range, or the folder holds something else, or a
+            quickstart with other settings.
     """
-    with FolderLock(output_dir):
-        return _run(output_dir, config)
+    from .quickstart_stages import run as run_stages
 
-
-def _run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
-    started = time.perf_counter()
-    finished = claim(output_dir, config)
-    if finished is not None:
-        print(f"{output_dir} holds a finished quickstart; nothing was run again")
-        print(summary(finished, output_dir))
-        return finished
-    dataset = make_preferences(output_dir, config)
-    train(output_dir, config, dataset)
-    results = compare(output_dir, config)
-    results["settings"] = dataclasses.asdict(config)
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(output_dir / "results.json", results)
-    print(summary(results, output_dir))
-    return results
-
-
-def _require(images: list[Any], name: str) -> None:
-    """Raise `UserError` if the embedded model drew an image that cannot be used."""
-    from ..runtime.missing import left_out
-
-    sentence = left_out(images, len(images), name)
-    if sentence:
-        raise UserError(f"{sentence}; the weights are damaged: use another folder")
-
-
-def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
-    """Take the folder for a quickstart with these settings.
-
-    Args:
-        folder (`Path`): Created if it does not exist.
-        config (`QuickstartConfig`): Settings of the quickstart.
-
-    Returns:
-        `dict[str, Any]`, *optional*: The results, if the quickstart in it is finished.
-
-    Raises:
-        UserError: The folder holds something else, or a quickstart with other settings.
-    """
-    settings = folder / "quickstart.json"
-    if settings.is_file():
-        there = json.loads(settings.read_text())
-        different = {k: v for k, v in there.items() if dataclasses.asdict(config).get(k) != v}
-        if different:
-            others = ", ".join(f"--{k} {v}" for k, v in different.items())
-            raise UserError(
-                f"--output_dir: {str(folder)!r} holds a quickstart with {others}; use those "
-                "settings or another folder"
-            )
-        results = folder / "results.json"
-        if results.is_file():
-            return json.loads(results.read_text())
-        print(f"continuing the quickstart in {folder}")
-        return None
-    if folder.exists() and (
-        not folder.is_dir()
-        or any(p.name not in (LOCK, ".quickstart.json.tmp") for p in folder.iterdir())
-    ):
-        raise UserError(
-            f"--output_dir: {str(folder)!r} exists and is no quickstart; name another folder"
+    values = vars(options)
+    try:
+        config = QuickstartConfig(
+            **{field.name: values[field.name] for field in dataclasses.fields(QuickstartConfig)}
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings, dataclasses.asdict(config))
-    return None
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write values as JSON, the whole file or none of it.
-
-    Args:
-        path (`Path`): The file.
-        values (`dict[str, Any]`): The values.
-    """
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
-    """Draw and score images, and write them into `dataset/` as ranked lists.
-
-    There is one row per prompt, with prompt, images and scores, as parquet.
-
-    Args:
-        folder (`Path`): Folder of the quickstart.
-        config (`QuickstartConfig`): Its settings.
-
-    Returns:
-        `Path`: Folder of the dataset.
-    """
-    import random
-
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as ImageFeature
-
-    from ..generation.sampling import generate
-    from ..shapes.sampling_defaults import SAMPLING
-    from ..shapes.verifier import score
-
-    target = folder / "dataset"
-    if target.is_dir():
-        print(f"preferences: {target} is there")
-        return target
-    prompts = train_prompts()
-    random.Random(config.seed).shuffle(prompts)
-    prompts, k = prompts[: config.num_prompts], config.images_per_prompt
-    repeated = [prompt for prompt in prompts for _ in range(k)]
-    first = config.seed * len(train_prompts()) * 100
-    images = generate(
-        base_pipeline(),
-        repeated,
-        range(first, first + len(repeated)),
-        batch_size=64,
-        description="1/3 sampling from the base",
-        **SAMPLING,
-    )
-    _require(images, "base")
-    scores = score(images, repeated)
-    rows = {
-        "prompt": prompts,
-        "images": [images[i * k : (i + 1) * k] for i in range(len(prompts))],
-        "scores": scores.reshape(-1, k).tolist(),
-    }
-    features = Features(
-        {
-            "prompt": Value("string"),
-            "images": List(ImageFeature()),
-            "scores": List(Value("float64")),
-        }
-    )
-    temporary = folder / ".dataset.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    Dataset.from_dict(rows, features=features).to_parquet(
-        temporary / "train-00000-of-00001.parquet"
-    )
-    os.replace(temporary, target)
-    return target
-
-
-def train(folder: Path, config: QuickstartConfig, dataset: Path) -> None:
-    """Train a LoRA by Diffusion-DPO, on each prompt's best image against its worst.
-
-    Args:
-        folder (`Path`): Folder of the quickstart. The LoRA goes into `lora/`.
-        config (`QuickstartConfig`): Its settings.
-        dataset (`Path`): Folder of the dataset.
-
-    Raises:
-        Interrupted: A signal ended the training.
-    """
-    from peft import LoraConfig
-
-    from ..data import DataConfig, load_preferences
-    from ..methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-    from ..training.checkpoint import LORA_FILE, list_checkpoints
-
-    output_dir = folder / "lora"
-    if (output_dir / LORA_FILE).is_file():
-        print(f"training: {output_dir} is there")
-        return
-    args = DiffusionDPOConfig(
-        output_dir=str(output_dir),
-        seed=config.seed,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        beta=config.beta,
-        learning_rate=config.learning_rate,
-        lr_scheduler="cosine",
-        warmup_steps=min(20, config.max_steps // 10),
-        proportion_empty_prompts=0.1,
-        save_steps=100,
-        save_total_limit=1,
-    )
-    cache = str(folder / "cache")
-    trainer = DiffusionDPOTrainer(
-        model="shapes",
-        args=args,
-        train_dataset=load_preferences(str(dataset), verbose=False),
-        peft_config=LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian"),
-        data=DataConfig(
-            dataset_name=str(dataset), cache_latents=cache, cache_text_embeddings=cache
-        ),
-    )
-    print("2/3 training")
-    output = trainer.train(
-        resume_from_checkpoint="latest" if list_checkpoints(output_dir) else None
-    )
-    if output.interrupted_by is not None:
-        raise Interrupted(
-            output.interrupted_by,
-            f"run the same command again to go on from step {output.global_step}",
-        )
-
-
-class Interrupted(RuntimeError):
-    """A signal ended the run after a checkpoint.
-
-    Args:
-        signal (`int`): Number of the signal.
-        remedy (`str`): How to go on.
-    """
-
-    def __init__(self, signal: int, remedy: str) -> None:
-        super().__init__(f"interrupted: {remedy}")
-        self.signal = signal
-
-
-def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
-    """Compare base and tuned model on held-out prompts, with the same seeds.
-
-    Args:
-        folder (`Path`): Folder of the quickstart.
-        config (`QuickstartConfig`): Its settings.
-
-    Returns:
-        `dict[str, Any]`: Accuracies, scores and the win rate.
-    """
-    from ..evaluation.statistics import clustered_standard_error, win_rate
-    from ..generation.grids import comparison_grid
-    from ..generation.sampling import generate
-    from ..shapes.sampling_defaults import SAMPLING
-    from ..shapes.verifier import attribute_table, score
-
-    prompts = held_out_prompts()[: config.eval_prompts]
-    count = config.eval_images
-    repeated = [prompt for prompt in prompts for _ in range(count)]
-    seeds = range(
-        BASE_SEED + config.seed * len(repeated), BASE_SEED + (config.seed + 1) * len(repeated)
-    )
-    pipe = base_pipeline()
-    images: dict[str, list[Image.Image]] = {}
-    results: dict[str, Any] = {}
-    for name in ("base", "tuned"):
-        if name == "tuned":
-            pipe.load_lora_weights(str(folder / "lora"))
-        images[name] = generate(
-            pipe,
-            repeated,
-            seeds,
-            batch_size=64,
-            description=f"3/3 held-out prompts, {name}",
-            **SAMPLING,
-        )
-        _require(images[name], name)
-        table = attribute_table(images[name], repeated)
-        correct = np.array([row["all"] for row in table], dtype=float).reshape(-1, count)
-        results[name] = {
-            "accuracy": float(correct.mean()),
-            "accuracy_standard_error": clustered_standard_error(correct),
-            "attributes": {a: float(np.mean([row[a] for row in table])) for a in ATTRIBUTES},
-            "score": float(score(images[name], repeated).mean()),
-        }
-    scores = {name: score(images[name], repeated).reshape(-1, count) for name in images}
-    results["win_rate"] = dataclasses.asdict(win_rate(scores["base"], scores["tuned"]))
-    results["prompts"], results["images_per_prompt"] = len(prompts), count
-    shown = [
-        (
-            prompts[i],
-            images["base"][i * count : (i + 1) * count],
-            images["tuned"][i * count : (i + 1) * count],
-        )
-        for i in range(0, len(prompts), max(1, len(prompts) // 8))
-    ][:8]
-    grid: Image.Image = comparison_grid(shown, cell=96, columns=2)
-    save_image(grid, folder / "comparison.png")
-    return results
-
-
-def summary(results: dict[str, Any], folder: Path) -> str:
-    """Format the results, the files and the next command.
-
-    Args:
-        results (`dict[str, Any]`): What `compare` returned.
-        folder (`Path`): Folder of the quickstart.
-    """
-    base, tuned, wins = results["base"], results["tuned"], results["win_rate"]
-    lines = [
-        "",
-        f"held-out prompts: {results['prompts']} x {results['images_per_prompt']} images, "
-        "same seeds under both models",
-        f"{'':<14}{'base':>16}{'tuned':>16}",
-        f"{'all correct':<14}"
-        + "".join(
-            f"{m['accuracy']:>9.1%} ± {m['accuracy_standard_error']:.1%}" for m in (base, tuned)
-        ),
-        *(
-            f"{a:<14}{base['attributes'][a]:>16.1%}{tuned['attributes'][a]:>16.1%}"
-            for a in base["attributes"]
-        ),
-        f"win-rate of tuned over base {wins['rate']:.1%}, 95 % interval {wins['low']:.1%} to "
-        f"{wins['high']:.1%} "
-        f"(wins {wins['wins']:.1%}, ties {wins['ties']:.1%}, losses {wins['losses']:.1%})",
-        "",
-        f"picture    {folder / 'comparison.png'}",
-        f"numbers    {folder / 'results.json'}",
-        f"LoRA       {folder / 'lora' / 'pytorch_lora_weights.safetensors'}",
-        f"dataset    {folder / 'dataset'}",
-        f"log        {folder / 'lora' / 'logs' / 'metrics.jsonl'}",
-        "",
-        "next: " + next_command(folder),
-    ]
-    return "\n".join(lines)
-
-
-def next_command(folder: Path) -> str:
-    """Return a command to run after the quickstart.
-
-    Args:
-        folder (`Path`): Folder of the quickstart.
-    """
-    return (
-        f"diffalign sample --model shapes --lora {folder / 'lora'} --prompt "
-        "'a large yellow star on the right of a black background' --output_dir "
-        f"{folder / 'samples'}"
-    )
+    except ConfigError as error:
+        raise ConfigError(f"--{error.field}", error.problem) from None
+    run_stages(options.output_dir, config)
+    return 0

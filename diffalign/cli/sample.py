@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from ..config.ranges import count, finite, seed, steps
 from ..errors import ConfigError
-from ..generation.grids import comparison_grid
-from ..generation.pipelines import default_settings, load_pipeline
-from ..generation.sampling import generate
 from ..runtime.files import make_folder, save_image
 from ..runtime.missing import check_any, left_out, present
 
 
-def sample(options: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    parser.add_argument(
+        "--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)"
+    )
+    parser.add_argument(
+        "--lora", help="folder or Hub id of LoRA weights; base images are drawn beside"
+    )
+    parser.add_argument(
+        "--lora_scale", type=finite, default=1.0, help="strength of the LoRA (default 1.0)"
+    )
+    parser.add_argument(
+        "--negative_lora",
+        help="negative model (Diffusion-NPO, Self-NPO) for the unconditional branch: LoRA, "
+        "or pipeline folder of full weights",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=finite,
+        default=1.0,
+        help="share of --lora in the negative branch (default 1.0)",
+    )
+    parser.add_argument(
+        "--beta", type=finite, default=1.0, help="share of --negative_lora in it (default 1.0)"
+    )
+    parser.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    parser.add_argument(
+        "--num_images", type=count(), default=4, help="images per prompt (default 4)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the first image (default 0)")
+    parser.add_argument(
+        "--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)"
+    )
+    parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
+    parser.add_argument(
+        "--batch_size", type=count(), default=4, help="images per forward pass (default 4)"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("diffalign-samples"),
+        help="default: diffalign-samples",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     """Draw images and write them as `<prompt>-<seed>-<model>.png`.
 
     With a LoRA or a negative model it also writes `comparison.png`.
@@ -21,9 +71,16 @@ def sample(options: argparse.Namespace) -> None:
     Args:
         options (`argparse.Namespace`): Options of the command.
 
+    Returns:
+        `int`: Exit code.
+
     Raises:
         UserError: A model or LoRA is missing, or a number is out of range.
     """
+    from ..generation.grids import comparison_grid
+    from ..generation.pipelines import default_settings, load_pipeline
+    from ..generation.sampling import generate
+
     for name, lowest in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < lowest:
             raise ConfigError(
@@ -87,3 +144,4 @@ def sample(options: argparse.Namespace) -> None:
         f"wrote {sum(len(present(images)) for images in sides.values())} images to "
         f"{options.output_dir}"
     )
+    return 0

@@ -16,7 +16,7 @@ import torch
 from commands import run
 from tiny import lora_config, make_trainer, picture
 
-from diffalign.cli import entry
+from diffalign.cli import exit_codes
 from diffalign.data.cache import TensorCache
 from diffalign.errors import UserError
 from diffalign.rewards.cache import ScoreCache
@@ -170,16 +170,16 @@ def small_files():
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, small_files):
     with pytest.raises(Exception) as caught:
         save_tensors({"a": torch.zeros(9000)}, tmp_path / "a.safetensors")
-    assert entry._no_space(caught.value)
+    assert exit_codes.no_space(caught.value)
     cache = TensorCache(tmp_path / "cache")
     cache.add("k", {"a": torch.zeros(9000)})
     with pytest.raises(Exception) as caught:
         cache.flush()
-    assert entry._no_space(caught.value)
+    assert exit_codes.no_space(caught.value)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     with pytest.raises(Exception) as caught:
         torch.save(torch.zeros(9000), tmp_path / "t.pt")
-    assert entry._no_space(caught.value)
+    assert exit_codes.no_space(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, small_files):
 )
 def test_libraries_words_for_a_full_disk(error):
     assert (
-        entry._no_space(error) and entry._no_space(RuntimeError("x").with_traceback(None)) is False
+        exit_codes.no_space(error)
+        and exit_codes.no_space(RuntimeError("x").with_traceback(None)) is False
     )
     wrapped = ValueError("outer")
     wrapped.__cause__ = error
-    assert entry._no_space(wrapped)
-    assert not entry._no_space(UserError("no space left on this page"))
+    assert exit_codes.no_space(wrapped)
+    assert not exit_codes.no_space(UserError("no space left on this page"))
 
 
 def test_a_full_score_cache_is_no_mistake_of_the_user(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diffalign import cli
-from diffalign.cli import entry
+from diffalign.cli import exit_codes
 from diffalign.config.ranges import Range, count, finite, positive, share
 from diffalign.config.yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
 from diffalign.errors import ConfigError, UserError
@@ -394,7 +394,7 @@ def test_values_in_messages_are_short():
 
 
 def test_messages_are_one_printable_line(capsys):
-    assert entry._say("a\nb\x1b[31m" + "x" * 10_000, 2) == 2
+    assert exit_codes.say("a\nb\x1b[31m" + "x" * 10_000, 2) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "\x1b" not in said and len(said) < 2000
 

@@ -1,0 +1,41 @@
+"""`diffalign data convert`: write any layout as canonical parquet."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data import convert, load_preferences
+from .data_source import add_source_arguments, source_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    add_source_arguments(parser)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--kind",
+        choices=("pair", "ranked", "single", "prompt"),
+        help="default: the source's own",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read a dataset and write it as parquet.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
+
+    Raises:
+        UserError: The source cannot be read, or the output folder is not empty.
+    """
+    dataset = load_preferences(**source_arguments(options))
+    print(f"wrote {convert(dataset, options.output_dir, kind=options.kind)}")
+    return 0

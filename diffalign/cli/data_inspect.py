@@ -1,0 +1,56 @@
+"""`diffalign data inspect`: what is in a dataset, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data import format_inspection, load_preferences
+from ..data.inspect import first_group_picture, inspect
+from .data_source import add_source_arguments, source_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--verify_images",
+        default="full",
+        choices=("full", "header"),
+        help="default: full, which decodes",
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help="write the first group as a PNG, the preferred image on the left",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is in a dataset, and write a picture of its first group.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    # No share of broken rows is too large here: they are what is looked for. Images are
+    # decoded by `inspect`.
+    dataset = load_preferences(
+        **source_arguments(options),
+        max_broken_fraction=1.0,
+        verify_images="header",
+        verbose=False,
+    )
+    print(format_inspection(inspect(dataset, decode=options.verify_images == "full")))
+    if options.picture is not None:
+        print(f"wrote {first_group_picture(dataset, options.picture)}")
+    return 0
