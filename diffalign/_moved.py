@@ -83,14 +83,15 @@ MODULES = {
     "training.feedback": "training.online.feedback",
     "training.feedback_command": "cli.feedback",
     "training.hub": "training.export",
-    "training.judge": "training.online.judge",
+    "training.judge": "training.online.reward_function",
     "training.loader": "training.batch_builder",
     "training.on_policy": "training.online.on_policy",
+    "training.online.judge": "training.online.reward_function",
     "training.pool": "training.online.checkpoint_pool",
     "training.prepare": "training.data_pipeline",
     "training.rng": "runtime.seeds",
     "training.rollout": "training.online.rollout",
-    "training.rounds": "training.online.rounds",
+    "training.rounds": "training.online.source",
     "training.run": "cli.train",
     "training.verbs": "training.evaluate",
     "weight_files": "runtime.weight_files",
@@ -101,6 +102,10 @@ MODULES = {
 NAMES = {
     "backbones.loading": {
         "module_hash": "runtime.hashing",
+    },
+    "cli": {
+        "Parser": "cli.entry",
+        "build_parser": "cli.entry",
     },
     "config": {
         "HubConfig": "training.sections",
@@ -122,8 +127,16 @@ NAMES = {
     },
     "data.build": {
         "Drawn": "annotation.drawn",
+        "FORMATS": "annotation.drawn",
         "Generator": "annotation.drawn",
+        "SELECTIONS": "annotation.drawn",
         "read_prompts": "data.prompt_sets",
+    },
+    "data.judgements": {
+        "judge": "data.judgements:classify_row",
+    },
+    "evaluation.best_of_n": {
+        "judge": "evaluation.best_of_n:score_arms",
     },
     "evaluation.compare": {
         "Array": "evaluation.comparison",
@@ -137,8 +150,29 @@ NAMES = {
         "load_pipeline": "generation.pipelines",
         "with_lora": "generation.pipelines",
     },
+    "evaluation.report": {
+        "SOME_PROMPTS": "evaluation.formatting",
+        "few_prompts": "evaluation.formatting",
+        "number": "evaluation.formatting",
+        "percent": "evaluation.formatting",
+    },
     "evaluation.sampling": {
         "image_seed": "runtime.seeds",
+    },
+    "likelihood": {
+        "NoisingProcess": "likelihood.schedules:NoiseSchedule",
+        "process_from_scheduler": "likelihood.schedules:schedule_from_scheduler",
+    },
+    "likelihood.processes": {
+        "NoisingProcess": "likelihood.schedules:NoiseSchedule",
+        "process_from_scheduler": "likelihood.schedules:schedule_from_scheduler",
+    },
+    "likelihood.schedules": {
+        "NoisingProcess": "likelihood.schedules:NoiseSchedule",
+        "process_from_scheduler": "likelihood.schedules:schedule_from_scheduler",
+    },
+    "processes": {
+        "Processes": "runtime.distributed:DistributedContext",
     },
     "rewards.cache": {
         "content_key": "rewards.content_key",
@@ -151,6 +185,12 @@ NAMES = {
     },
     "rewards.score_command": {
         "panel_config": "rewards.panel_file",
+    },
+    "rewards.server": {
+        "TOKEN": "rewards.serving.service",
+    },
+    "runtime.distributed": {
+        "Processes": "runtime.distributed:DistributedContext",
     },
     "shapes.quickstart": {
         "base_pipeline": "generation.pipelines",
@@ -169,30 +209,25 @@ NAMES = {
         "averaged": "training.optimizer",
         "build_ema": "training.optimizer",
         "build_optimizer": "training.optimizer",
-        "build_schedule": "training.optimizer",
+        "build_schedule": "training.optimizer:build_lr_scheduler",
         "update_ema": "training.optimizer",
     },
     "training.checkpoint": {
         "lora_state": "backbones.lora",
     },
     "training.hub": {
-        "announce": "training.run_record",
         "begin": "training.run_folder",
         "digest": "training.run_record",
-        "draw_settings": "training.run_record",
         "dry_run_report": "training.run_record",
-        "not_repeated": "training.run_record",
         "peak_memory": "training.run_record",
-        "run_facts": "training.run_record",
-        "run_identity": "training.run_record",
-        "run_values": "training.run_record",
         "sampler_rule": "training.run_record",
-        "steps_per_epoch": "training.run_record",
         "tracker_config": "training.tracking",
         "tracker_options": "training.tracking",
         "versions": "runtime.versions",
         "write_card": "training.model_card",
-        "write_config": "training.run_record",
+    },
+    "training.judge": {
+        "Judge": "training.online.reward_function:RewardFunction",
     },
     "training.loader": {
         "Example": "training.group_reader",
@@ -206,15 +241,29 @@ NAMES = {
         "prompt_key": "training.group_reader",
     },
     "training.online": {
-        "Online": "training.online.source",
-        "RoundCheck": "training.online.source",
-        "sample_and_score": "training.online.source",
+        "RoundCheck": "training.online.policy_sampler",
+    },
+    "training.online.judge": {
+        "Judge": "training.online.reward_function:RewardFunction",
+    },
+    "training.optimizer": {
+        "build_schedule": "training.optimizer:build_lr_scheduler",
+    },
+    "training.rounds": {
+        "Rounds": "training.online.source:RolloutSource",
     },
     "training.run": {
         "build_trainer": "recipe",
     },
+    "training.trainer": {
+        "BatchSource": "training.batch_source",
+        "DatasetSource": "training.batch_source",
+    },
 }
-"""Module as it was called -> name -> the module that holds it now."""
+"""Module as it was called -> name -> the module that holds it now.
+
+`module:name` where the name has changed, too.
+"""
 
 
 def _getter(old: str) -> Callable[[str], Any]:
@@ -224,8 +273,9 @@ def _getter(old: str) -> Callable[[str], Any]:
         new = NAMES.get(old, {}).get(name, None if name.startswith("__") else MODULES.get(old))
         if new is None:
             raise AttributeError(f"module 'diffalign.{old}' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"diffalign.{new}"), name)
-        _warn(f"diffalign.{old}.{name}", f"diffalign.{new}.{name}")
+        module, _, other = new.partition(":")
+        value = getattr(importlib.import_module(f"diffalign.{module}"), other or name)
+        _warn(f"diffalign.{old}.{name}", f"diffalign.{module}.{other or name}")
         return value
 
     return get

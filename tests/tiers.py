@@ -1,10 +1,11 @@
 """Which tests run when: `unit` in a minute, the default in five, `nightly` the rest.
 
-A test belongs to the default unless it carries the mark `nightly`. `conftest.py` sets that mark
-and the mark `unit` when the tests are collected, by three rules.
+A test belongs to the default unless it carries the mark `nightly`. `conftest.py` sets
+that mark and the mark `unit` when the tests are collected, by three rules.
 
 - `@pytest.mark.nightly` on a test or a file: all of it runs at night.
-- `@by_default()` on a parametrised test: a few cases run by default, the others at night.
+- `@by_default()` on a parametrised test: a few cases run by default, the others at
+  night.
 - `UNIT` names the files, and single tests of files, that are pure functions.
 """
 
@@ -19,7 +20,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-# File below `tests/` -> the tests in it that are pure functions. `()` means all of them.
+# File below `tests/` -> the tests in it that are pure functions. `()`: all of them.
 UNIT: dict[str, tuple[str, ...]] = {
     "accidents/test_run_files.py": (
         "test_paths_that_are_no_file",
@@ -51,6 +52,7 @@ UNIT: dict[str, tuple[str, ...]] = {
     ),
     "methods/test_dcpo_npo.py": ("test_dcpo_golden_values", "test_inverted_preferences"),
     "methods/test_diffusion_dpo.py": (),
+    "methods/test_hooks.py": (),
     "methods/test_mapo.py": (),
     "methods/test_papers.py": (),
     "methods/test_rankdpo.py": (
@@ -140,9 +142,9 @@ def by_default(keep: Callable[..., bool] | None = None, *, values: int | None = 
     """Mark a parametrised test: a few of its cases run by default, the others at night.
 
     Args:
-        keep: Takes parameters of a case by name and says whether the case runs by default.
-            Without it, a case does if at most one of its parameters differs from the first
-            value in its list. So each value is met, but not each combination.
+        keep: Takes parameters of a case by name and says whether the case runs by
+        default. Without it, a case does if at most one of its parameters differs from
+        the first value in its list. So each value is met, but not each combination.
         values: Of each parameter, only so many first values run by default.
 
     Example:
@@ -196,7 +198,7 @@ def parameter_names(case: pytest.Item) -> list[tuple[str, ...]]:
 
 
 def parameter_places(cases: list[pytest.Item], names: tuple[str, ...]) -> list[int]:
-    """The place of each case's values among the different ones of all cases, 0 for the first."""
+    """The place of each case's values among the different ones of all cases, from 0."""
     seen: dict[tuple[int, ...], int] = {}
     found = [tuple(id(case.callspec.params[name]) for name in names) for case in cases]
     return [seen.setdefault(values, len(seen)) for values in found]

@@ -24,7 +24,7 @@ from .drawn import BuildOptions, Drawn, Generator
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
-    from ..runtime.distributed import Processes
+    from ..runtime.distributed import DistributedContext
 
 # Prompts scored at once. They do not depend on the number of processes, and so neither
 # does the rounding of the scores.
@@ -45,7 +45,7 @@ def build(options: BuildOptions) -> None:
     _check_numbers(options)
     from ..rewards.panel import Panel
     from ..rewards.panel_file import panel_config
-    from ..runtime.distributed import Processes
+    from ..runtime.distributed import DistributedContext
 
     config = panel_config(
         scorers=options.scorers,
@@ -65,7 +65,7 @@ def build(options: BuildOptions) -> None:
             "one image per prompt leaves nothing to compare; draw at least 2, or name a second "
             "model",
         )
-    processes = Processes.start(options.device)
+    processes = DistributedContext.start(options.device)
     panel = Panel.from_config(
         config, device=processes.device, trust_remote_code=options.trust_remote_code
     )
@@ -113,7 +113,7 @@ def _check_numbers(options: BuildOptions) -> None:
         )
 
 
-def _check_panel(panel: Panel, processes: Processes) -> None:
+def _check_panel(panel: Panel, processes: DistributedContext) -> None:
     """Load each scorer once, so that faults show before hours of drawing."""
     if not panel.train_names:
         raise UserError(
@@ -214,7 +214,10 @@ def claim(options: BuildOptions, generators: Sequence[Generator]) -> None:
 
 
 def draw(
-    generator: Generator, images: Sequence[Drawn], options: BuildOptions, processes: Processes
+    generator: Generator,
+    images: Sequence[Drawn],
+    options: BuildOptions,
+    processes: DistributedContext,
 ) -> None:
     """Draw the images that are not there yet.
 
@@ -222,7 +225,7 @@ def draw(
         generator (`Generator`): The model that draws.
         images (`Sequence[Drawn]`): Its images.
         options (`BuildOptions`): Settings of the pipeline's call.
-        processes (`Processes`): The processes that share the work.
+        processes (`DistributedContext`): The processes that share the work.
     """
     from ..generation.sampling import draw_files, generate
 
@@ -281,13 +284,15 @@ def _pipeline(
     return pipe, settings
 
 
-def score(panel: Panel, images: Sequence[Drawn], processes: Processes) -> dict[str, list[float]]:
+def score(
+    panel: Panel, images: Sequence[Drawn], processes: DistributedContext
+) -> dict[str, list[float]]:
     """Score all images, one scorer after the other.
 
     Args:
         panel (`Panel`): The scorers.
         images (`Sequence[Drawn]`): N images.
-        processes (`Processes`): The processes that share the work.
+        processes (`DistributedContext`): The processes that share the work.
 
     Returns:
         `dict[str, list[float]]`: Column -> N scores, NaN where one is missing.

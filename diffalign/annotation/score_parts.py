@@ -18,7 +18,7 @@ from ..runtime.files import write_atomically
 if TYPE_CHECKING:
     from ..rewards.base import Scorer
     from ..rewards.panel import Panel
-    from ..runtime.distributed import Processes
+    from ..runtime.distributed import DistributedContext
     from .score_source import Chunk, Record
 
 
@@ -93,12 +93,12 @@ class ScoreWork:
         return Table(records, columns, errors, self.fingerprints)
 
 
-def score_share(work: ScoreWork, processes: Processes) -> list[Any]:
+def score_share(work: ScoreWork, processes: DistributedContext) -> list[Any]:
     """Score this process's chunks, one scorer after the other.
 
     Args:
         work (`ScoreWork`): The chunks.
-        processes (`Processes`): The processes that share the work.
+        processes (`DistributedContext`): The processes that share the work.
 
     Returns:
         `list`: What `ScoreWork.add` takes.
@@ -131,12 +131,12 @@ def score_share(work: ScoreWork, processes: Processes) -> list[Any]:
     return shares
 
 
-def score_all(work: ScoreWork, processes: Processes) -> Table:
+def score_all(work: ScoreWork, processes: DistributedContext) -> Table:
     """Score everything, each process its share.
 
     Args:
         work (`ScoreWork`): The chunks.
-        processes (`Processes`): The processes that share the work.
+        processes (`DistributedContext`): The processes that share the work.
 
     Returns:
         `Table`: The whole table, in every process.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..likelihood import NoisingProcess, process_from_scheduler
+from ..likelihood import NoiseSchedule, schedule_from_scheduler
 from ..runtime.missing import to_images
 from .loading import ModelSource
 
@@ -33,7 +33,7 @@ class Backbone:
         lora_targets (`list[str]`): default target modules of a LoRA.
         upcast_vae (`tuple[torch.dtype, ...]`): precisions of a run in which the
             autoencoder runs in float32, unless its config has `force_upcast: false`.
-        process (`NoisingProcess`): the model's noise schedule.
+        schedule (`NoiseSchedule`): the model's noise schedule.
     """
 
     network_name: ClassVar[str] = "unet"
@@ -48,10 +48,15 @@ class Backbone:
         self.given_scheduler: dict[str, Any] = {}
         """Configuration of the model's scheduler, before `pipeline_scheduler`."""
         self._pipe: Any = None
-        self.process: NoisingProcess = process_from_scheduler(self.scheduler)
+        self.schedule: NoiseSchedule = schedule_from_scheduler(self.scheduler)
         vae = source.component_config("vae")
         self.vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.latent_channels = vae["latent_channels"]
+
+    @property
+    def process(self) -> NoiseSchedule:
+        """Name of `schedule` before version 0.2. It goes in version 0.3."""
+        return self.schedule
 
     # Components -----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..config.ranges import count
 from ..errors import ConfigError, UserError
 from ..rewards.panel_file import _mapping, panel_config
-from ..runtime.distributed import Processes
+from ..runtime.distributed import DistributedContext
 
 if TYPE_CHECKING:
     from ..rewards.panel_config import RewardEntry
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         for name in ("placement", "cache")
         if getattr(options, name) is not None
     }
-    processes = Processes.start(options.device)
+    processes = DistributedContext.start(options.device)
     from ..annotation.score_parts import ScoreWork, score_all
     from ..annotation.score_report import write_report
     from ..annotation.score_source import open_images

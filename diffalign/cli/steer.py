@@ -403,7 +403,7 @@ class _Work:
             prompts (`list[str]`): All prompts.
             path (`Path`): File of the record.
         """
-        from ..evaluation.best_of_n import judge, population_seed
+        from ..evaluation.best_of_n import population_seed, score_arms
         from ..runtime.files import write_atomically
 
         seeds = [self.options.seed + population_seed(s, i) for i, s in units]
@@ -415,7 +415,7 @@ class _Work:
                 # `_report` repeats them once, for all prompts.
                 warnings.simplefilter("ignore", UserWarning)
                 result = sampler(texts, seed=seeds, **self.call)
-            judged = judge(result, self.judges)
+            judged = score_arms(result, self.judges)
             record["arms"][arm] = _arm_record(result, judged)
             self._write_images(arm, units, result)
         write_atomically(path, json.dumps(record).encode())

@@ -379,7 +379,9 @@ class PreferenceDataset:
         light = {role: cells[role] for role in self.layout.light_columns}
         images = {role: cells[role] for role in self.layout.image_columns if role in cells}
         try:
-            group = build_group(self.layout, classify_row(self.layout, light), row_id, images, self.places)
+            group = build_group(
+                self.layout, classify_row(self.layout, light), row_id, images, self.places
+            )
         except image_cells.BrokenImage as error:
             raise UserError(f"dataset row {row_id}: {error}") from error
         return self._viewed(group)

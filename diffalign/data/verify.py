@@ -73,7 +73,9 @@ def usable_rows(
             for offset in range(len(table)):
                 row_id = report.rows
                 report.rows += 1
-                verdict = classify_row(layout, {role: values[offset] for role, values in light.items()})
+                verdict = classify_row(
+                    layout, {role: values[offset] for role, values in light.items()}
+                )
                 if not report.admit(row_id, verdict):
                     continue
                 try:

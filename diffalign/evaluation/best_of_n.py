@@ -269,7 +269,7 @@ def compare_best_of_n(
             for arm, sampler in sides.items():
                 population_seeds = [population_seed(number, i) for i in range(len(texts))]
                 result = sampler(texts, seed=population_seeds, metadata=metadata, **pipe_kwargs)
-                parts[arm].append((result, judge(result, named, metadata)))
+                parts[arm].append((result, score_arms(result, named, metadata)))
                 bar.update()
     return BestOfNComparison(
         texts, numbers, steering.num_particles, {arm: _arm(rounds) for arm, rounds in parts.items()}
@@ -321,7 +321,7 @@ def read_judges(judges: Mapping[str, Any] | Sequence[str] | None) -> dict[str, R
     return {name: Rewarder(scorer) for name, scorer in table.items()}
 
 
-def judge(
+def score_arms(
     result: SteeringResult, judges: Mapping[str, Rewarder], metadata: Any = None
 ) -> dict[str, Array]:
     """Score all images of a result by every judge.

@@ -19,7 +19,7 @@ from PIL import Image
 from ..data.prompt_sets import PromptSet, load_prompts
 from ..errors import ConfigError, UserError
 from ..generation.sampling import draw_files, drawn_file
-from ..runtime.distributed import Processes
+from ..runtime.distributed import DistributedContext
 from ..runtime.files import claim_output_dir
 from ..runtime.missing import Missing, check_any, left_out
 from ..runtime.seeds import image_seed
@@ -122,7 +122,7 @@ def compare(
     prompt_set = load_prompts(prompts, path=prompts_path, limit=max_prompts)
     texts = prompt_set.prompts
     models = read_models(base, tuned)
-    processes = Processes.start(device)
+    processes = DistributedContext.start(device)
     folder = Path(output_dir)
     panel = _panel(scorers, prompt_set, processes)
     distance = Diversity(diversity, device=processes.device)
@@ -202,7 +202,7 @@ def read_models(base: Any, tuned: Any) -> list[ModelSpec]:
     return models
 
 
-def _panel(scorers: Any, prompts: PromptSet, processes: Processes) -> Panel:
+def _panel(scorers: Any, prompts: PromptSet, processes: DistributedContext) -> Panel:
     """Load the scorers.
 
     Raises:
@@ -239,7 +239,7 @@ def _draw(
     batch_size: int,
     settings: Mapping[str, Any],
     dtype: Any,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> None:
     """Draw the images of one model that are not there yet."""
     from contextlib import ExitStack
@@ -281,7 +281,12 @@ def _missing(model: str, prompts: int, count: int, folder: Path) -> str:
 
 
 def _scores(
-    model: str, prompts: PromptSet, folder: Path, count: int, panel: Panel, processes: Processes
+    model: str,
+    prompts: PromptSet,
+    folder: Path,
+    count: int,
+    panel: Panel,
+    processes: DistributedContext,
 ) -> dict[str, Array]:
     """Score the images of one model, and keep finished chunks in the folder.
 
@@ -319,7 +324,7 @@ def _diversity(
     prompts: PromptSet,
     folder: Path,
     count: int,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> Array:
     """Compute the diversity of every prompt, (P,). Processes share the prompts."""
     total = len(prompts.prompts)

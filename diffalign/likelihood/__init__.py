@@ -13,10 +13,10 @@ from .errors import (
     min_snr_weight,
 )
 from .schedules import (
-    NoisingProcess,
+    NoiseSchedule,
     RectifiedFlow,
     VariancePreserving,
-    process_from_scheduler,
+    schedule_from_scheduler,
     with_zero_terminal_snr,
 )
 from .timesteps import TIMESTEP_SAMPLERS, refiner_timesteps, sample_times, turbo_timesteps
@@ -30,7 +30,7 @@ from .transitions import (
 
 __all__ = [
     "TIMESTEP_SAMPLERS",
-    "NoisingProcess",
+    "NoiseSchedule",
     "RectifiedFlow",
     "VariancePreserving",
     "convert_errors",
@@ -44,9 +44,9 @@ __all__ = [
     "group_noise",
     "implicit_rewards",
     "min_snr_weight",
-    "process_from_scheduler",
     "refiner_timesteps",
     "sample_times",
+    "schedule_from_scheduler",
     "turbo_timesteps",
     "with_zero_terminal_snr",
 ]

@@ -2,7 +2,7 @@
 
 Two families cover today's models. `VariancePreserving` (SD1, SD2, SDXL) is x_t =
 alpha_t x0 + sigma_t eps on integer timesteps. `RectifiedFlow` (SD3, Flux) is x_s = (1 -
-s) x0 + s eps on s in (0, 1]. Both have the methods of `NoisingProcess`, so that no
+s) x0 + s eps on s in (0, 1]. Both have the methods of `NoiseSchedule`, so that no
 trainer knows which of them it runs on.
 
 A time below is an integer timestep (variance preserving) or a float sigma (flow). Times
@@ -57,7 +57,7 @@ def implied_x0_eps(
     )
 
 
-class NoisingProcess(Protocol):
+class NoiseSchedule(Protocol):
     """A noise schedule, as the trainers and methods use it.
 
     Attributes:
@@ -66,8 +66,8 @@ class NoisingProcess(Protocol):
 
     Example:
         ```python
-        def loudest(process: NoisingProcess, times: Tensor) -> Tensor:
-            return process.snr(times).argmin()
+        def loudest(schedule: NoiseSchedule, times: Tensor) -> Tensor:
+            return schedule.snr(times).argmin()
 
         assert loudest(RectifiedFlow(), torch.tensor([0.1, 0.9])) == 1
         ```
@@ -177,11 +177,11 @@ class VariancePreserving(_Process):
 
     Example:
         ```python
-        process = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
+        schedule = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
         x0, noise = torch.zeros(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
         times = torch.tensor([500])
-        noisy = process.add_noise(x0, noise, times)
-        again = process.to_x0(noise, noisy, times)
+        noisy = schedule.add_noise(x0, noise, times)
+        again = schedule.to_x0(noise, noisy, times)
         torch.testing.assert_close(again, x0, atol=1e-5, rtol=0)
         ```
     """
@@ -259,8 +259,8 @@ class RectifiedFlow(_Process):
 
     Example:
         ```python
-        process = RectifiedFlow(shift=3.0)
-        alpha, sigma = process.alpha_sigma(torch.tensor([0.25]))
+        schedule = RectifiedFlow(shift=3.0)
+        alpha, sigma = schedule.alpha_sigma(torch.tensor([0.25]))
         assert (alpha.item(), sigma.item()) == (0.75, 0.25)
         ```
     """
@@ -297,31 +297,31 @@ class RectifiedFlow(_Process):
         return sample + _over(1 - times.double(), sample) * output
 
 
-def with_zero_terminal_snr(process: VariancePreserving) -> VariancePreserving:
+def with_zero_terminal_snr(schedule: VariancePreserving) -> VariancePreserving:
     """Rescale a schedule so that its last timestep is pure noise.
 
     sqrt(alpha_bar) is shifted and scaled such that its first value stays (Lin et al.
     2023, arXiv 2305.08891, algorithm 1).
 
     Args:
-        process (`VariancePreserving`): the schedule, which stays as it is.
+        schedule (`VariancePreserving`): the schedule, which stays as it is.
 
     Returns:
         `VariancePreserving`: the rescaled one.
 
     Example:
         ```python
-        process = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
-        process = with_zero_terminal_snr(process)
-        assert process.snr(torch.tensor([999])) == 0
+        schedule = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
+        schedule = with_zero_terminal_snr(schedule)
+        assert schedule.snr(torch.tensor([999])) == 0
         ```
     """
-    root = process.alphas_cumprod.sqrt()
+    root = schedule.alphas_cumprod.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return VariancePreserving(root.square(), process.prediction_type, process.clip_range)
+    return VariancePreserving(root.square(), schedule.prediction_type, schedule.clip_range)
 
 
-def process_from_scheduler(scheduler: Any) -> NoisingProcess:
+def schedule_from_scheduler(scheduler: Any) -> NoiseSchedule:
     """Read the noise schedule from a diffusers scheduler.
 
     Its prediction type is the model's true one, which is never forced to epsilon.
@@ -330,7 +330,7 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
         scheduler: of diffusers, of the kind of DDPM or of flow matching.
 
     Returns:
-        `NoisingProcess`: a `VariancePreserving` or a `RectifiedFlow`.
+        `NoiseSchedule`: a `VariancePreserving` or a `RectifiedFlow`.
 
     Raises:
         UserError: a scheduler of another formulation (EDM, consistency, ...), or an
@@ -340,8 +340,9 @@ def process_from_scheduler(scheduler: Any) -> NoisingProcess:
         ```python
         from diffusers import DDIMScheduler
 
-        process = process_from_scheduler(DDIMScheduler(prediction_type="v_prediction"))
-        assert process.prediction_type == "v_prediction"
+        scheduler = DDIMScheduler(prediction_type="v_prediction")
+        schedule = schedule_from_scheduler(scheduler)
+        assert schedule.prediction_type == "v_prediction"
         ```
     """
     config = scheduler.config

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedules import NoisingProcess, RectifiedFlow, VariancePreserving
+from .schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
 
 TIMESTEP_SAMPLERS = ("uniform", "logit_normal", "turbo", "refiner")
 
@@ -49,7 +49,7 @@ def refiner_timesteps(timesteps: Tensor) -> Tensor:
 
 
 def sample_times(
-    process: NoisingProcess,
+    schedule: NoiseSchedule,
     uniforms: Tensor,
     sampler: str = "uniform",
     logit_mean: float = 0.0,
@@ -58,7 +58,7 @@ def sample_times(
     """Map uniform numbers to times of a noise schedule.
 
     Args:
-        process (`NoisingProcess`): decides what a time is.
+        schedule (`NoiseSchedule`): decides what a time is.
         uniforms (`Tensor`): (n,) in [0, 1).
         sampler (`str`, *optional*, defaults to `"uniform"`): ``uniform``;
             ``logit_normal``, the sigmoid of N(logit_mean, logit_std^2) (Esser et al.
@@ -89,16 +89,16 @@ def sample_times(
         # The inverse normal distribution is infinite at 0.
         quantiles = torch.special.ndtri(uniforms.clamp(1e-9, 1 - 1e-9))
         uniforms = torch.sigmoid(logit_mean + logit_std * quantiles)
-    if isinstance(process, RectifiedFlow):
+    if isinstance(schedule, RectifiedFlow):
         if sampler in ("turbo", "refiner"):
             raise ValueError(
                 f"timestep_sampling: {sampler!r} belongs to SDXL, not to flow-matching models; "
                 "use uniform or logit_normal"
             )
-        sigma = uniforms.clamp(min=1 / process.num_timesteps)
-        return process.shift * sigma / (1 + (process.shift - 1) * sigma)
-    assert isinstance(process, VariancePreserving)
-    timesteps = (uniforms * process.num_timesteps).long().clamp(max=process.num_timesteps - 1)
+        sigma = uniforms.clamp(min=1 / schedule.num_timesteps)
+        return schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)
+    assert isinstance(schedule, VariancePreserving)
+    timesteps = (uniforms * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     if sampler == "turbo":
         return turbo_timesteps(timesteps)
     return refiner_timesteps(timesteps) if sampler == "refiner" else timesteps

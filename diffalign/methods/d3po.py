@@ -39,8 +39,8 @@ from ..config.section import config_section
 from ..errors import ConfigError, UserError
 from ..training.batch import Batch
 from ..training.denoiser import Denoiser
-from ..training.online.judge import COMPARE
 from ..training.online.on_policy import OnPolicyConfig, OnPolicyTrainer
+from ..training.online.reward_function import COMPARE
 from ..training.online.rollout import Grid, Trajectories, guide, step_log_prob
 
 
@@ -265,7 +265,7 @@ class D3POTrainer(OnPolicyTrainer):
         with self.accelerator.autocast():
             output = guide(
                 denoiser.predict,
-                self.process,
+                self.schedule,
                 sample,
                 rows(times, states),
                 condition,
@@ -274,7 +274,7 @@ class D3POTrainer(OnPolicyTrainer):
             )
         output, sample = rows(output, k // states), rows(sample, k // states)
         log_probs = step_log_prob(
-            self.process,
+            self.schedule,
             output,
             sample,
             batch.x0.flatten(0, 1),
@@ -312,8 +312,8 @@ class D3POTrainer(OnPolicyTrainer):
         columns = batch.extra["scores"].unbind(-1)
         return (
             []
-            if self.judge is None
-            else list(zip(self.judge.names(len(columns)), columns, strict=True))
+            if self.reward_function is None
+            else list(zip(self.reward_function.names(len(columns)), columns, strict=True))
         )
 
     @torch.no_grad()

@@ -165,4 +165,4 @@ class DiffusionDPOTrainer(Trainer):
         )
         if args.sft_weight:
             loss = loss + args.sft_weight * policy[:, 0]
-        return loss, pair_metrics(policy, reference, args.beta, self.process.fraction(batch.times))
+        return loss, pair_metrics(policy, reference, args.beta, self.schedule.fraction(batch.times))

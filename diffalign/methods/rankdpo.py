@@ -300,6 +300,6 @@ class RankDPOTrainer(Trainer):
             policy.gather(1, ends),
             reference.gather(1, ends),
             args.beta,
-            self.process.fraction(batch.times),
+            self.schedule.fraction(batch.times),
         )
         return loss, metrics

@@ -28,7 +28,7 @@ from ..config.ranges import Count, Positive, Share, count
 from ..config.section import config_section
 from ..data import PreferenceDataset
 from ..errors import ConfigError
-from ..likelihood.schedules import NoisingProcess
+from ..likelihood.schedules import NoiseSchedule
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.data_pipeline import as_preferences
@@ -90,21 +90,21 @@ class SelfNPOConfig(TrainingConfig):
             )
 
 
-def sampling_grid(process: NoisingProcess, steps: int) -> Tensor:
+def sampling_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Build the times of the truncated sampler, from least to most noisy.
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         steps (`int`): N, the number of steps.
 
     Returns:
         `Tensor`: (steps,). Timesteps T/steps * i - 1, or shifted sigmas i / steps.
     """
     index = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    if process.prediction_type == "flow_matching":
-        shift = getattr(process, "shift", 1.0)
+    if schedule.prediction_type == "flow_matching":
+        shift = getattr(schedule, "shift", 1.0)
         return shift * index / (1 + (shift - 1) * index)
-    count = process.num_timesteps  # type: ignore[attr-defined]
+    count = schedule.num_timesteps  # type: ignore[attr-defined]
     return (count * index).round().long() - 1
 
 
@@ -121,7 +121,7 @@ def guided_output(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
 
 
 def ddim_move(
-    process: NoisingProcess, output: Tensor, sample: Tensor, times: Tensor, new_times: Tensor
+    schedule: NoiseSchedule, output: Tensor, sample: Tensor, times: Tensor, new_times: Tensor
 ) -> Tensor:
     """Take a deterministic DDIM step, or an Euler step for flow models.
 
@@ -129,7 +129,7 @@ def ddim_move(
     not change stays as it is.
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         output (`Tensor`): Output of the network, (n, C, h, w).
         sample (`Tensor`): Latents before the step, (n, C, h, w).
         times (`Tensor`): Times before the step, (n,).
@@ -138,27 +138,27 @@ def ddim_move(
     Returns:
         `Tensor`: Latents after the step, (n, C, h, w).
     """
-    moved = process.add_noise(
-        process.to_x0(output, sample, times), process.to_eps(output, sample, times), new_times
+    moved = schedule.add_noise(
+        schedule.to_x0(output, sample, times), schedule.to_eps(output, sample, times), new_times
     )
     still = (times == new_times).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
     return torch.where(still, sample, moved.to(sample.dtype))
 
 
-def later_times(process: NoisingProcess, times: Tensor, uniforms: Tensor) -> Tensor:
+def later_times(schedule: NoiseSchedule, times: Tensor, uniforms: Tensor) -> Tensor:
     """Draw noisier times, uniform on t+1, ..., T-1 or on (t, 1).
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         times (`Tensor`): t, (n,).
         uniforms (`Tensor`): Random numbers in [0, 1), (n,).
 
     Returns:
         `Tensor`: (n,).
     """
-    if process.prediction_type == "flow_matching":
+    if schedule.prediction_type == "flow_matching":
         return times + (1 - times) * uniforms.clamp(1e-6, 1 - 1e-6)
-    last = process.num_timesteps - 1  # type: ignore[attr-defined]
+    last = schedule.num_timesteps - 1  # type: ignore[attr-defined]
     return times + 1 + (uniforms * (last - times)).long().clamp(max=last - 1 - times)
 
 
@@ -256,7 +256,7 @@ class SelfNPOTrainer(Trainer):
         Returns:
             `Batch`: `x0` is the target, `noisy` and `times` are the student's input.
         """
-        args, process = self.args, self.process
+        args, schedule = self.args, self.schedule
         generators = batch.generators("self_npo")
         uniforms = torch.stack(
             [torch.rand(2, generator=g, dtype=torch.float64) for g in generators]
@@ -264,25 +264,25 @@ class SelfNPOTrainer(Trainer):
         again = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators]).to(
             batch.x0.device
         )
-        grid = sampling_grid(process, args.num_inference_steps)
+        grid = sampling_grid(schedule, args.num_inference_steps)
         index = torch.full((len(batch),), len(grid) - 1)
         if args.start == "data":
             index = (uniforms[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)
         times = grid[index]
         sample = batch.noise[:, 0]
         if args.start == "data":
-            sample = process.add_noise(batch.x0[:, 0], sample, times)
+            sample = schedule.add_noise(batch.x0[:, 0], sample, times)
         unconditional = self.data_pipeline.builder.unconditional(batch.condition)
         with self._sampling_weights():
             for step in range(1, args.truncation_steps + 1):
                 below = index - step
                 new_times = torch.where(below >= 0, grid[below.clamp(min=0)], self._floor(grid))
                 output = self._sampler_output(sample, times, batch.condition, unconditional)
-                sample, times = ddim_move(process, output, sample, times, new_times), new_times
+                sample, times = ddim_move(schedule, output, sample, times, new_times), new_times
             output = self._sampler_output(sample, times, batch.condition, unconditional)
-        target = process.to_x0(output, sample, times)
-        later = later_times(process, times, uniforms[:, 1])
-        noisy = process.renoise(sample, times, later, again)
+        target = schedule.to_x0(output, sample, times)
+        later = later_times(schedule, times, uniforms[:, 1])
+        noisy = schedule.renoise(sample, times, later, again)
         return replace(
             batch,
             x0=target[:, None].float(),
@@ -317,7 +317,7 @@ class SelfNPOTrainer(Trainer):
         unconditional: Mapping[str, Tensor],
     ) -> Tensor:
         weight = self.args.guidance_weight
-        model_times = self.process.model_times(times).to(sample.device)
+        model_times = self.schedule.model_times(times).to(sample.device)
 
         def predict(branch: Mapping[str, Tensor]) -> Tensor:
             with self.accelerator.autocast():
@@ -336,10 +336,10 @@ class SelfNPOTrainer(Trainer):
         """Compute the Self-NPO loss. See `Trainer.compute_loss`."""
         assert batch.noisy is not None
         noisy, target = batch.noisy[:, 0], batch.x0[:, 0]
-        times = self.process.model_times(batch.times).to(noisy.device)
+        times = self.schedule.model_times(batch.times).to(noisy.device)
         with self.accelerator.autocast():
             output = self.policy.predict(noisy, times, batch.condition)
-        student = self.process.to_x0(output.float(), noisy, batch.times)
+        student = self.schedule.to_x0(output.float(), noisy, batch.times)
         loss = self_npo_loss(student, target, kind=self.args.loss_type, huber_c=self.args.huber_c)
         with torch.no_grad():
             error = self_npo_loss(student, target, kind="mse")

@@ -204,7 +204,7 @@ class SePPOTrainer(Trainer):
         )
         grid = self.make_grid(sampler.num_inference_steps, sampler.eta)
         return Rollout(
-            self.backbone, self.process, sampler, "sampling from the reference", grid=grid
+            self.backbone, self.schedule, sampler, "sampling from the reference", grid=grid
         )
 
     @property
@@ -290,7 +290,7 @@ class SePPOTrainer(Trainer):
             change = self._averaged_change(batch, change)
         a = anchors(change, args.anchor, args.zero_anchor)
         loss = seppo_loss(policy, reference, beta=args.beta, anchor=args.anchor, anchor_values=a)
-        metrics = pair_metrics(policy, reference, args.beta, self.process.fraction(batch.times))
+        metrics = pair_metrics(policy, reference, args.beta, self.schedule.fraction(batch.times))
         return loss, {
             **metrics,
             "anchor/better": (a > 0).to(policy),
@@ -314,7 +314,7 @@ class SePPOTrainer(Trainer):
                 :, None
             ]
             times = sample_times(
-                self.process, uniforms, sampling, self.args.logit_mean, self.args.logit_std
+                self.schedule, uniforms, sampling, self.args.logit_mean, self.args.logit_std
             )
             drawn = dataclasses.replace(
                 batch,

@@ -32,9 +32,9 @@ from ..config.section import config_section
 from ..errors import ConfigError
 from ..runtime.missing import NOT_FINITE, Missing
 from ..training.batch import Batch
-from ..training.online.judge import Judge
 from ..training.online.on_policy import OnPolicyConfig
 from ..training.online.policy_sampler import RoundCheck
+from ..training.online.reward_function import RewardFunction
 from ..training.online.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
 from .d3po import D3POTrainer
 
@@ -172,11 +172,11 @@ class SPOTrainer(D3POTrainer):
         steps = super().usable_steps(grid)
         return steps[steps >= self.args.first_step]
 
-    def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+    def score_round(self, reward_function: RewardFunction, batches: list[Batch]) -> list[Batch]:
         """Sample a round step by step, and score the candidates of each step.
 
         Args:
-            judge (`Judge`): Scores images.
+            reward_function (`RewardFunction`): Scores images.
             batches (`list[Batch]`): Batches of prompts.
 
         Returns:
@@ -184,7 +184,7 @@ class SPOTrainer(D3POTrainer):
         """
         size = max(1, self.args.rollout_batch_size // self.args.images_per_prompt)
         total = sum(map(len, batches)) * len(self.rollout.grid)
-        done, check = [], RoundCheck(self.accelerator.print, judge)
+        done, check = [], RoundCheck(self.accelerator.print, reward_function)
         main = self.accelerator.is_main_process
         with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
             for batch in batches:
@@ -194,7 +194,9 @@ class SPOTrainer(D3POTrainer):
                 ]
                 pictures: list[Any] = []
                 with torch.no_grad(), sampling_mode(self.network), self.accelerator.autocast():
-                    parts = [self._branch(judge, batch, part, bar, pictures) for part in rows]
+                    parts = [
+                        self._branch(reward_function, batch, part, bar, pictures) for part in rows
+                    ]
                 extra = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 check.add(batch, pictures, extra["scores"].double())
                 done.append(
@@ -219,7 +221,12 @@ class SPOTrainer(D3POTrainer):
         return torch.stack(orders)[:, : self.trained_steps]
 
     def _branch(
-        self, judge: Judge, batch: Batch, rows: range, bar: Any, pictures: list[Any]
+        self,
+        reward_function: RewardFunction,
+        batch: Batch,
+        rows: range,
+        bar: Any,
+        pictures: list[Any],
     ) -> dict[str, Tensor]:
         """Sample some rows of a batch, with candidates from `first_step` on.
 
@@ -227,7 +234,7 @@ class SPOTrainer(D3POTrainer):
         stored as zeros, in undecided pairs.
 
         Args:
-            judge (`Judge`): Scores images.
+            reward_function (`RewardFunction`): Scores images.
             batch (`Batch`): Prompts.
             rows (`range`): Rows of the batch.
             bar: Progress bar.
@@ -244,7 +251,7 @@ class SPOTrainer(D3POTrainer):
             - `decided`: Whether the pair is trained, (g, u).
             - `scores`: Of the last candidates, (g, n, m).
         """
-        args, grid, process, device = self.args, self.rollout.grid, self.process, batch.x0.device
+        args, grid, schedule, device = self.args, self.rollout.grid, self.schedule, batch.x0.device
         n, g, shape = args.images_per_prompt, len(rows), batch.x0.shape[2:]
         index = torch.tensor(list(rows), device=device)
         condition_of_rows = {name: value[index] for name, value in batch.condition.items()}
@@ -272,8 +279,10 @@ class SPOTrainer(D3POTrainer):
 
         def compare(images: list[Any]) -> Tensor:
             assert origin is not None and candidates is not None
-            scores = judge(images, prompts).unflatten(0, (g, n))
-            pair, decided = best_and_worst(judge.combined(scores), args.threshold, args.score_scale)
+            scores = reward_function(images, prompts).unflatten(0, (g, n))
+            pair, decided = best_and_worst(
+                reward_function.combined(scores), args.threshold, args.score_scale
+            )
             places = torch.arange(g)[:, None]
             both, known = candidates[places, pair], finite[places, pair]
             before, mean, std = origin
@@ -304,7 +313,7 @@ class SPOTrainer(D3POTrainer):
             )
             output = guide(
                 self.sampling_policy.predict,
-                process,
+                schedule,
                 flat,
                 times,
                 condition,
@@ -313,7 +322,7 @@ class SPOTrainer(D3POTrainer):
             )
             if candidates is not None:
                 if origin is not None:
-                    clean = process.to_x0(output, flat, times)
+                    clean = schedule.to_x0(output, flat, times)
                     compare(draw(clean.float()))
                 chosen = torch.stack(
                     [torch.randint(n, (), generator=generator) for generator in draws]
@@ -324,7 +333,7 @@ class SPOTrainer(D3POTrainer):
                     output.unflatten(0, (g, n))[places, chosen],
                 )
                 finite = finite[places, chosen][:, None]
-            mean, std = transition(process, output, state, times[:g], after.expand(g), args.eta)
+            mean, std = transition(schedule, output, state, times[:g], after.expand(g), args.eta)
             many = n if step >= args.first_step else 1
             noise = torch.stack(
                 [torch.randn((many, *shape), generator=generator) for generator in draws]
@@ -341,7 +350,9 @@ class SPOTrainer(D3POTrainer):
         images = draw(candidates.flatten(0, 1))
         pictures += images
         scores = (
-            compare(images) if origin is not None else judge(images, prompts).unflatten(0, (g, n))
+            compare(images)
+            if origin is not None
+            else reward_function(images, prompts).unflatten(0, (g, n))
         )
         return {
             **{name: torch.stack(values, 1) for name, values in records.items()},

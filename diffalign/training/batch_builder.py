@@ -54,7 +54,7 @@ class BatchBuilder:
         self.backbone, self.args, self.device, self.prompts = backbone, args, device, prompts
         self._empty: dict[str, Tensor] | None = None
         sampling = args.timestep_sampling
-        flow = backbone.process.prediction_type == "flow_matching"
+        flow = backbone.schedule.prediction_type == "flow_matching"
         self.sampling = ("logit_normal" if flow else "uniform") if sampling == "auto" else sampling
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -76,7 +76,7 @@ class BatchBuilder:
         # does not move the timesteps.
         uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in draws])
         times = sample_times(
-            self.backbone.process, uniforms[:, 0], self.sampling, args.logit_mean, args.logit_std
+            self.backbone.schedule, uniforms[:, 0], self.sampling, args.logit_mean, args.logit_std
         )
         mean, std = self._latents(examples)
         shape = mean.shape[1:]

@@ -23,7 +23,7 @@ from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError
-from ..likelihood import NoisingProcess, VariancePreserving, with_zero_terminal_snr
+from ..likelihood import NoiseSchedule, VariancePreserving, with_zero_terminal_snr
 from .config import TrainingConfig
 from .data_pipeline import DataPipeline
 
@@ -255,18 +255,18 @@ def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
     return -int(-groups // data.global_batch)
 
 
-def training_schedule(process: NoisingProcess, args: TrainingConfig, rule: int) -> NoisingProcess:
+def training_schedule(schedule: NoiseSchedule, args: TrainingConfig, rule: int) -> NoiseSchedule:
     """Return the noise schedule of the training images.
 
     It is the model's own. For SDXL-Turbo's timesteps it is rescaled to zero terminal
     SNR, as in Diffusion-DPO's code.
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         args (`TrainingConfig`): Settings of the run.
         rule (`int`): See `SAMPLER_RULE`. Rule 1 does not rescale.
     """
     is_turbo = args.timestep_sampling == "turbo" and rule > 1
-    if is_turbo and isinstance(process, VariancePreserving):
-        return with_zero_terminal_snr(process)
-    return process
+    if is_turbo and isinstance(schedule, VariancePreserving):
+        return with_zero_terminal_snr(schedule)
+    return schedule

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..likelihood import NoisingProcess, denoising_errors, min_snr_weight
+from ..likelihood import NoiseSchedule, denoising_errors, min_snr_weight
 from .batch import Batch
 
 Forward = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -23,7 +23,7 @@ class Denoiser:
         forward (`Callable`): Runs the network on noisy latents (n, C, H, W), model
             times (n,) and the condition. Returns (n, C, H, W).
         dtype (`torch.dtype`): Latents and condition are cast to it.
-        process (`NoisingProcess`): Adds noise to training images.
+        schedule (`NoiseSchedule`): Adds noise to training images.
         autocast (`Callable`): Returns the context in which `errors` runs the network.
         snr_gamma (`float`, *optional*): Min-SNR weighting of the errors (Hang et al.
             2023, arXiv 2303.09556). None means no weighting.
@@ -35,13 +35,13 @@ class Denoiser:
         self,
         forward: Forward,
         dtype: torch.dtype,
-        process: NoisingProcess,
+        schedule: NoiseSchedule,
         autocast: Callable[[], AbstractContextManager[None]],
         *,
         snr_gamma: float | None = None,
         reduction: str = "mean",
     ) -> None:
-        self.forward, self.dtype, self.process, self.autocast = forward, dtype, process, autocast
+        self.forward, self.dtype, self.schedule, self.autocast = forward, dtype, schedule, autocast
         self.snr_gamma, self.reduction = snr_gamma, reduction
 
     def predict(self, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -70,15 +70,15 @@ class Denoiser:
         g, k = len(batch), batch.k
         x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
         times = batch.times.repeat_interleave(k)
-        process = self.process
-        noisy = process.add_noise(x0, noise, times)
+        schedule = self.schedule
+        noisy = schedule.add_noise(x0, noise, times)
         with self.autocast():
             prediction = self.predict(
-                noisy, process.model_times(times).to(noisy.device), batch.condition
+                noisy, schedule.model_times(times).to(noisy.device), batch.condition
             )
         weight = None
         if self.snr_gamma is not None:
-            weight = min_snr_weight(process.snr(times), self.snr_gamma, process.prediction_type)
+            weight = min_snr_weight(schedule.snr(times), self.snr_gamma, schedule.prediction_type)
             weight = weight.to(noisy.device)
-        target = process.target(x0, noise, times)
+        target = schedule.target(x0, noise, times)
         return denoising_errors(prediction, target, weight, self.reduction).unflatten(0, (g, k))

@@ -108,7 +108,7 @@ def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> to
     )
 
 
-def build_schedule(
+def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: TrainingConfig, max_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Build diffusers' learning-rate schedule, counted in optimizer steps.

@@ -307,19 +307,21 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
             f"{name} is of another model family than the policy "
             f"({theirs.pipeline_class_name}, {mine.pipeline_class_name})",
         )
-    kinds = ref_backbone.process.prediction_type, backbone.process.prediction_type
+    kinds = ref_backbone.schedule.prediction_type, backbone.schedule.prediction_type
     if kinds[0] != kinds[1]:
         raise ConfigError(
             "ref_model",
             f"{name} predicts {kinds[0]}, the policy {kinds[1]}; their errors cannot be compared",
         )
-    schedules = [getattr(part.process, "alphas_cumprod", None) for part in (ref_backbone, backbone)]
+    schedules = [
+        getattr(part.schedule, "alphas_cumprod", None) for part in (ref_backbone, backbone)
+    ]
     if schedules[0] is not None and schedules[1] is not None:
         same = len(schedules[0]) == len(schedules[1]) and torch.allclose(
             schedules[0], schedules[1], rtol=1e-4, atol=1e-7
         )
     else:
-        same = ref_backbone.process.num_timesteps == backbone.process.num_timesteps
+        same = ref_backbone.schedule.num_timesteps == backbone.schedule.num_timesteps
     if not same:
         raise ConfigError(
             "ref_model",

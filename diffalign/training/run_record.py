@@ -234,7 +234,7 @@ class RunRecord:
         args, built = self.args, self.built
         height, width = built.size
         kind = "LoRA" if self.peft_config is not None else "full fine-tuning"
-        prediction = self.backbone.process.prediction_type
+        prediction = self.backbone.schedule.prediction_type
         epoch = "" if built.rows is None else f", {built.steps_per_epoch} per epoch"
         lines = [
             f"{self.name} on {self.backbone.source.name} ({prediction}), {kind}: "

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backbones import Backbone, load_backbone
 from ..data import DataConfig, PreferenceDataset
 from ..errors import ConfigError, UserError
-from ..likelihood import NoisingProcess, RectifiedFlow, VariancePreserving
+from ..likelihood import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank
 from ..runtime.folder_lock import FolderLock
 from .batch import Batch
@@ -57,11 +57,11 @@ from .diagnostics import LOG2_MESSAGE, DivergenceGuard, FiniteCheck
 from .evaluate import evaluate, measure_rounding
 from .export import push_to_hub, save_model
 from .loop import Run, fit
-from .online.online_data import OnlineData, online_judge, online_sampler
+from .online.online_data import OnlineData, online_reward_function, online_sampler
 from .online.policy_sampler import PolicySampler
 from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
 from .online.source import RolloutSource
-from .optimizer import averaged, build_ema, build_optimizer, build_schedule, update_ema
+from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
 from .periodic import in_order
 from .reference import Reference, build_reference, check_reference
 from .run_folder import begin
@@ -105,7 +105,7 @@ class Trainer:
         variant (`str`, *optional*): Variant of the weight files, such as `fp16`.
         vae (*optional*): Another autoencoder, as a name or an object.
         scorers (*optional*): Scorers for methods that sample while they learn. See
-            `diffalign.training.online.judge.Judge`.
+            `diffalign.training.online.reward_function.RewardFunction`.
 
     Raises:
         ConfigError, UserError: Model, data or settings are wrong. Raised before weights
@@ -140,7 +140,7 @@ class Trainer:
 
     # Swappable parts
     backbone: Backbone
-    process: NoisingProcess
+    schedule: NoiseSchedule
     ref_backbone: Backbone | None
     optimizers: tuple[Any, Any]
     callbacks: list[TrainerCallback]
@@ -207,7 +207,7 @@ class Trainer:
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
-        self.process = self.backbone.process
+        self.schedule = self.backbone.schedule
         build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
         self._read_data(train_dataset, eval_dataset)
         check_data(self.train_dataset, self.data_config, self.args)
@@ -354,7 +354,7 @@ class Trainer:
             return DatasetSource()
         online = OnlineData(
             config,
-            online_judge(config, self.scorers),
+            online_reward_function(config, self.scorers),
             self.policy_sampler(online_sampler(config), "sampling online data"),
             self.data_kind,
             self.inverted,
@@ -452,13 +452,13 @@ class Trainer:
             return self.reference.errors(batch)
 
     @cached_property
-    def noising(self) -> NoisingProcess:
+    def noising(self) -> NoiseSchedule:
         """Noise schedule of the training images.
 
         It is the model's own, rescaled to zero terminal SNR for SDXL-Turbo's timesteps,
         as in Diffusion-DPO's code.
         """
-        return training_schedule(self.process, self.args, self.sampler_rule)
+        return training_schedule(self.schedule, self.args, self.sampler_rule)
 
     def make_grid(self, steps: int, eta: float) -> Grid:
         """Build the times of the run's sampler.
@@ -482,9 +482,14 @@ class Trainer:
                 progress bar.
         """
         grid = self.make_grid(config.num_inference_steps, config.eta)
-        rollout = Rollout(self.backbone, self.process, config, description, grid=grid)
+        rollout = Rollout(self.backbone, self.schedule, config, description, grid=grid)
         builder = self.data_pipeline.builder
         return PolicySampler(rollout, self.sampling_policy, self.network, builder, self.accelerator)
+
+    @property
+    def process(self) -> NoiseSchedule:
+        """Name of `schedule` before version 0.2. It goes in version 0.3."""
+        return self.schedule
 
     # Building -------------------------------------------------------------------------
 
@@ -561,7 +566,7 @@ class Trainer:
         if make_schedule:
             self.lr_scheduler = make_schedule(optimizer)
         else:
-            self.lr_scheduler = build_schedule(optimizer, args, self.state.max_steps)
+            self.lr_scheduler = build_lr_scheduler(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         if self.reference_model is not None:
             self.reference_model.start()
@@ -606,10 +611,10 @@ class Trainer:
                 "anything else is called"
             )
         self.sampler_rule = self.record.sampler_rule = rule
-        if isinstance(self.process, RectifiedFlow):
-            self.process.legacy_first_step = rule == 1
-        elif isinstance(self.process, VariancePreserving) and rule == 1:
-            self.process.clip_range = None
+        if isinstance(self.schedule, RectifiedFlow):
+            self.schedule.legacy_first_step = rule == 1
+        elif isinstance(self.schedule, VariancePreserving) and rule == 1:
+            self.schedule.clip_range = None
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
         self.setup()

@@ -52,12 +52,12 @@ def validation_prompts(config: ValidationConfig) -> list[str]:
     )
 
 
-def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
+def check_validation(config: ValidationConfig, training_scorers: Any) -> list[str]:
     """Check everything about a validation that needs no weights.
 
     Args:
         config (`ValidationConfig`): Settings of the validation.
-        judge: Scorers that train the model, if it samples while it learns.
+        training_scorers: Scorers that train the model, if it samples while it learns.
 
     Returns:
         `list[str]`: Notes for the user.
@@ -80,7 +80,7 @@ def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
                 f"validation.scorers: {entry.name} needs metadata for every prompt, which "
                 "prompts alone do not have"
             )
-    training = {name for name in config.scorers if name in _judging(judge)}
+    training = {name for name in config.scorers if name in _deciding(training_scorers)}
     if config.keep_best is None or config.keep_best not in training:
         return few
     return [
@@ -90,9 +90,9 @@ def check_validation(config: ValidationConfig, judge: Any) -> list[str]:
     ]
 
 
-def _judging(judge: Any) -> set[str]:
+def _deciding(scorers: Any) -> set[str]:
     """Return the names of the scorers that decide in training."""
-    entries = judge.get("rewards", []) if isinstance(judge, dict) else judge
+    entries = scorers.get("rewards", []) if isinstance(scorers, dict) else scorers
     names = set()
     for entry in [entries] if isinstance(entries, (str, dict)) else entries or []:
         if isinstance(entry, str):

@@ -1,9 +1,11 @@
-"""Kills a command at chosen moments and repeats it as a user would: `python crash_moments.py SCENARIO MOMENTS FOLDER`.
+"""Kills a command at chosen moments and repeats it as a user would:
+`python crash_moments.py SCENARIO MOMENTS FOLDER`.
 
-A forked child counts writes, renames, removals and new folders below its output folder by a Python audit hook and sends itself SIGKILL
-before the n-th; a file that it has open then is cut to two thirds. Afterwards the same command runs again (training with `latest`), and
-the results are compared with those of an uninterrupted run. Writes of compiled libraries are not counted.
-"""
+A forked child counts writes, renames, removals and new folders below its output folder
+by a Python audit hook and sends itself SIGKILL before the n-th; a file that it has open
+then is cut to two thirds. Afterwards the same command runs again (training with
+`latest`), and the results are compared with those of an uninterrupted run. Writes of
+compiled libraries are not counted."""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def table(folder: Path, images: int = 2, rows: int = 12, ragged: bool = False) -
         for j, file in enumerate(files):
             Image.new("RGB", (64, 64), (20 * i, 60 * j, 200 - 10 * i)).save(folder / file)
         row: dict[str, Any] = {
-            "prompt": f"a {('small', 'large')[i % 2]} {_COLORS[i % 4]} {_SHAPES[i % 3]} on the left of a gray background"
+            "prompt": (
+                f"a {('small', 'large')[i % 2]} {_COLORS[i % 4]} {_SHAPES[i % 3]} on the left of a "
+                "gray background"
+            )
         }
         pair = {"chosen": files[0], "rejected": files[1]}
         lines.append(
@@ -269,7 +274,7 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
 
 
 def child(arguments: list[str], out: Path, moment: int, log: Path) -> tuple[int, int]:
-    """(exit code, events) of the command; killed before the event `moment`, 0 for never."""
+    """(exit code, events) of the command, killed before event `moment` (0: never)."""
     count_file = log.with_suffix(".count")
     pid = os.fork()
     if pid:
@@ -313,7 +318,8 @@ def child(arguments: list[str], out: Path, moment: int, log: Path) -> tuple[int,
 
 
 def _tear(place: str) -> None:
-    """Cuts the files that are open for writing to two thirds, as a kill in the middle of a write leaves them."""
+    """Cuts the files that are open for writing to two thirds, as a kill in the middle
+    of a write leaves them."""
     for link in Path("/proc/self/fd").iterdir() if Path("/proc/self/fd").is_dir() else ():
         try:
             target = os.readlink(link)
@@ -324,7 +330,7 @@ def _tear(place: str) -> None:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Everything that a run must leave alike: tensors, log rows, tables, numbers. Times are left out."""
+    """What a run must leave alike: tensors, log rows, tables, numbers; no times."""
     result: dict[str, Any] = {}
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         name = path.relative_to(out).as_posix()
@@ -362,7 +368,8 @@ def _timeless(value: Any) -> Any:
 
 
 def differences(name: str, moments: int, work: Path) -> list[str]:
-    """What went otherwise in a scenario, killed at so many moments evenly over its events; empty if nothing did."""
+    """What went otherwise in a scenario, killed at so many moments evenly over its
+    events; empty if nothing did."""
     table(work / "pairs")
     table(work / "lists", 3, ragged=True)
     sentences = [

@@ -1,4 +1,4 @@
-"""NaN, blocked and failed images are missing values: counted, named, and never the winner."""
+"""NaN, blocked and failed images are missing: counted, named, never the winner."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from diffalign.generation.grids import framed_grid, models_grid
 from diffalign.generation.sampling import draw_files, drawn_file
 from diffalign.methods.spo import nearest_usable
 from diffalign.runtime import missing as drawn
-from diffalign.runtime.distributed import Processes
+from diffalign.runtime.distributed import DistributedContext
 from diffalign.runtime.missing import ABSENT, BLOCKED, NOT_FINITE, Missing, NoImages
 from diffalign.steering.particle_weights import ParticleWeights
-from diffalign.training.online.judge import Judge
+from diffalign.training.online.reward_function import RewardFunction
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2}
-ALONE = Processes(0, 1, "cpu")
+ALONE = DistributedContext(0, 1, "cpu")
 
 
 def poisoned(family: str = "sd", value: float = float("nan"), rows: tuple[int, ...] = (1,)) -> Any:
@@ -124,7 +124,8 @@ def test_words():
     ]
     assert (
         drawn.left_out(images, 6, "m")
-        == "5 of 6 images of m left out: not finite (2), failed (2), blocked by the safety checker (1)"
+        == "5 of 6 images of m left out: not finite (2), failed (2), blocked by the safety "
+        "checker (1)"
     )
     assert drawn.left_out(images[:1], 1) == ""
     with pytest.raises(
@@ -145,7 +146,7 @@ def test_scorers_have_no_score_for_a_missing_image():
 
 
 def test_functions_that_judge_never_see_one():
-    judge = Judge([brightness])
+    judge = RewardFunction([brightness])
     scores = judge([Image.new("RGB", (8, 8), "white"), Missing(NOT_FINITE)], ["a", "b"])
     assert scores.isnan().flatten().tolist() == [False, True]
     assert judge([Missing(NOT_FINITE)] * 2, ["a", "b"]).isnan().all()
@@ -308,7 +309,8 @@ def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
 
 @pytest.mark.parametrize("call", [0, 4, 5, 9])
 def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypatch, capsys):
-    """SPO: neither as the best or worst, nor as the state that the next candidates start from."""
+    """SPO: neither as the best or worst, nor as the state that the next candidates
+    start from."""
     options = {
         "per_device_train_batch_size": 2,
         "num_inference_steps": 6,
@@ -348,7 +350,7 @@ def test_a_candidate_that_is_not_finite_is_never_chosen(call, tmp_path, monkeypa
 
 @pytest.mark.parametrize("method", ["spo", "d3po"])
 def test_one_lost_prompt_does_not_end_a_round(method, tmp_path, capsys):
-    """Of a round of two batches with one prompt each, the images of the first are all missing."""
+    """A round of two batches, one prompt each: the first one's images are missing."""
     trainer = make_trainer(
         tmp_path,
         method=method,

@@ -1,4 +1,5 @@
-"""Weights and models that are truncated, missing or something else: one sentence, exit code 2, in every command that opens them."""
+"""Weights and models that are truncated, missing or something else: one sentence, exit
+code 2, in every command that opens them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from diffalign import cli
 from diffalign.backbones.loading import ModelSource
 from diffalign.errors import ConfigError, UserError
 from diffalign.generation.pipelines import load_pipeline
-from diffalign.likelihood.schedules import process_from_scheduler
+from diffalign.likelihood.schedules import schedule_from_scheduler
 from diffalign.runtime.weight_files import read_header, what_is_wrong
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -227,7 +228,7 @@ def test_schedulers_of_other_formulations(name):
     if cls is None:
         pytest.skip("not in this version")
     with pytest.raises(UserError, match=f"the scheduler {name} .*not supported"):
-        process_from_scheduler(cls())
+        schedule_from_scheduler(cls())
 
 
 def test_continuous_times_and_unknown_predictions():
@@ -237,12 +238,12 @@ def test_continuous_times_and_unknown_predictions():
     ):
         if scheduler.config.get("timestep_type") == "continuous":
             with pytest.raises(UserError, match="not supported"):
-                process_from_scheduler(scheduler)
+                schedule_from_scheduler(scheduler)
         else:
-            assert process_from_scheduler(scheduler).prediction_type == "epsilon"
+            assert schedule_from_scheduler(scheduler).prediction_type == "epsilon"
             scheduler.register_to_config(prediction_type="noise")
             with pytest.raises(UserError, match="prediction_type 'noise'"):
-                process_from_scheduler(scheduler)
+                schedule_from_scheduler(scheduler)
 
 
 def test_names_that_are_no_place(tmp_path, capsys):
@@ -258,7 +259,8 @@ def test_names_that_are_no_place(tmp_path, capsys):
 
 @pytest.mark.nightly
 def test_mutated_weight_files(whole, tmp_path):
-    """600 mutated files: a header that fits its file, or one sentence; a broken index never a traceback."""
+    """600 mutated files: a header that fits its file, or one sentence; a broken index
+    never a traceback."""
     data = (whole / TEXT).read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     generator, refused = random.Random(0), 0

@@ -1,4 +1,5 @@
-"""Resuming in the corners: inside a round, after damage, between a checkpoint and the work that comes after it."""
+"""Resuming in the corners: inside a round, after damage, between a checkpoint and the
+work that comes after it."""
 
 from __future__ import annotations
 
@@ -268,7 +269,8 @@ def _forget_sizes(folder: Path) -> None:
 def watched() -> dict[str, Any]:
     return {
         "validation": ValidationConfig(
-            validation_prompts=["a small red circle"], validation_steps=2, num_inference_steps=2, num_validation_images=1,
+            validation_prompts=["a small red circle"], validation_steps=2, num_inference_steps=2,
+            num_validation_images=1,
             scorers=["jpeg_incompressibility"], keep_best="jpeg_incompressibility",
         )
     }  # fmt: skip

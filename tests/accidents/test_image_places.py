@@ -1,4 +1,5 @@
-"""Where a dataset's cells may point to: not to the web, not out of its folder, unless the user says so."""
+"""Where a dataset's cells may point to: not to the web, not out of its folder, unless
+the user says so."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from diffalign.runtime.decoding import UnreadableImage
 
 @pytest.fixture
 def served(tmp_path):
-    """A picture on this machine's loopback address, the requests it got, and other pages."""
+    """A picture on the loopback address, the requests it got, and other pages."""
     picture(200, 1).save(tmp_path / "a.png")
     asked: list[str] = []
 
@@ -48,7 +49,7 @@ def served(tmp_path):
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """As if the loopback address were public, so that fetching itself can be tried without a network."""
+    """As if the loopback address were public: to try fetching without a network."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
     real = remote_images.public_address

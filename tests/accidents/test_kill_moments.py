@@ -1,4 +1,5 @@
-"""Killed at any moment and started again, a command ends as if it had never been killed. 120 moments in all."""
+"""Killed at any moment and started again, a command ends as if it had never been
+killed. 120 moments in all."""
 
 import os
 import subprocess

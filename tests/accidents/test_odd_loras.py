@@ -1,4 +1,4 @@
-"""LoRA files of other kinds: applied exactly, or refused by name, and never a trace of a refused one."""
+"""LoRA files of other kinds: applied exactly, or refused by name without a trace."""
 
 from __future__ import annotations
 

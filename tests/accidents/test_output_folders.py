@@ -1,4 +1,4 @@
-"""Output folders: one run at a time, odd names and links, full disks, readers that go away."""
+"""Output folders: one run at a time, odd names, links, full disks, lost pipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from diffalign.rewards.cache import ScoreCache
 from diffalign.runtime.files import LOCK, make_folder, move_aside, replacing_folder, save_tensors
 from diffalign.runtime.folder_lock import FolderLock
 
-HOLD = "import sys, time\nfrom pathlib import Path\nfrom diffalign.runtime.folder_lock import FolderLock\nFolderLock(Path(sys.argv[1])).take()\nprint('held', flush=True)\ntime.sleep(600)"
+HOLD = (
+    "import sys, time\nfrom pathlib import Path\nfrom diffalign.runtime.folder_lock import "
+    "FolderLock\nFolderLock(Path(sys.argv[1])).take()\nprint('held', flush=True)\ntime.sleep(600)"
+)
 
 
 @pytest.fixture

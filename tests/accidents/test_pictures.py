@@ -1,4 +1,5 @@
-"""One decode: every valid picture is read, as the same pixels, by training, labelling, scoring and showing."""
+"""One decode: every valid picture is read, as the same pixels, by training, labelling,
+scoring and showing."""
 
 from __future__ import annotations
 
@@ -303,7 +304,7 @@ def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
 
 @pytest.mark.nightly
 def test_mutated_pictures_decode_or_say_why():
-    """600 mutated files of every format: an image of the size that the header says, or one sentence."""
+    """600 mutated files per format: an image of its header's size, or one sentence."""
     generator = random.Random(0)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 40, 3), dtype=np.uint8))
     reasons: list[str] = []

@@ -1,7 +1,7 @@
 """Systems that lack Unix modules, and words that frighten without cause.
 
-The modules are blocked for the package alone: its dependencies ask the system which one it is, and this one is Unix.
-"""
+The modules are blocked for the package alone: its dependencies ask the system which one
+it is, and this one is Unix."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def python(then: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "mapo"])
 def test_the_package_trains_without_unix_modules(method, tmp_path):
-    then = f"from tiny import make_trainer, lora_config\nmake_trainer('run', method={method!r}, peft_config=lora_config(), max_steps=1).train()"
+    then = (
+        f"from tiny import make_trainer, lora_config\nmake_trainer('run', method={method!r}, "
+        "peft_config=lora_config(), max_steps=1).train()"
+    )
     done = python(then, tmp_path)
     assert done.returncode == 0 and done.stdout.strip().endswith("fine"), done.stderr[-2000:]
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").is_file()
@@ -56,7 +59,8 @@ def test_every_module_is_imported_without_them(tmp_path):
 
 def test_commands_without_them(tmp_path):
     done = python(
-        "from diffalign.cli.entry import run\nassert run(['env']) == 0\nassert run(['scorers']) == 0",
+        "from diffalign.cli.entry import run\nassert run(['env']) == 0\nassert run(['scorers']) == "
+        "0",
         tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]

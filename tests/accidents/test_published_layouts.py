@@ -1,4 +1,5 @@
-"""Published datasets, read by their own columns: every layout is recognised the right way round or refused with a sentence."""
+"""Published datasets, read by their own columns: every layout is recognised the right
+way round or refused with a sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tiny import picture
 
 from diffalign import load_preferences
 from diffalign.data.inspect import first_group_picture, format_inspection, inspect
-from diffalign.data.judgements import judge
+from diffalign.data.judgements import classify_row
 from diffalign.data.schema import recognise
 from diffalign.errors import ConfigError, UserError
 
@@ -128,14 +129,14 @@ def test_votes_of_people_as_counts():
 @pytest.mark.parametrize("vote", ["tievote", "bothbad_vote"])
 def test_genai_bench_ties_contribute_no_pair(vote):
     layout = recognise(list(LAYOUTS["genai_bench"]), {})
-    assert judge(layout, {"prompt": "p", "vote_type": vote}).status == "tie"
-    assert "expected one of leftvote" in judge(layout, {"prompt": "p", "vote_type": "left"}).reason
+    assert classify_row(layout, {"prompt": "p", "vote_type": vote}).status == "tie"
+    assert "expected one of leftvote" in classify_row(layout, {"prompt": "p", "vote_type": "left"}).reason
 
 
 def test_imagereward_ranks_may_tie_and_skip_values():
     layout = recognise(["prompt", "generations", "ranking"], {})
-    assert judge(layout, {"prompt": "p", "rank": [1, 2, 1, 5]}).scores == (-1, -2, -1, -5)
-    assert judge(layout, {"prompt": "p", "rank": [2, 2]}).status == "tie"
+    assert classify_row(layout, {"prompt": "p", "rank": [1, 2, 1, 5]}).scores == (-1, -2, -1, -5)
+    assert classify_row(layout, {"prompt": "p", "rank": [2, 2]}).status == "tie"
 
 
 def test_rows_of_one_image_become_lists_by_their_prompt_id():
@@ -186,7 +187,7 @@ def test_ranks_are_never_read_as_scores(column):
 @pytest.mark.parametrize("value", [0, 0.0, "0", "False", "false", "no", False])
 def test_rows_that_nobody_judged_are_left_out_however_a_table_writes_it(value):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "has_label"], {})
-    assert judge(layout, {"prompt": "p", "label_0": 0, "has_label": value}).status == "unlabelled"
+    assert classify_row(layout, {"prompt": "p", "label_0": 0, "has_label": value}).status == "unlabelled"
 
 
 @pytest.mark.parametrize(
@@ -204,22 +205,22 @@ def test_rows_that_nobody_judged_are_left_out_however_a_table_writes_it(value):
 def test_labels_as_tables_write_them(label, first_wins):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "has_label"], {})
     for judged in ("True", "yes", 1, True, None, "", "nan"):
-        verdict = judge(layout, {"prompt": "p", "label_0": label, "has_label": judged})
+        verdict = classify_row(layout, {"prompt": "p", "label_0": label, "has_label": judged})
         assert (verdict.status, verdict.second_wins) == ("keep", not first_wins)
 
 
 @pytest.mark.parametrize("value", [None, "", "None", "null", "nan", float("nan"), "N/A"])
 def test_missing_labels_in_any_spelling(value):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0"], {})
-    assert judge(layout, {"prompt": "p", "label_0": value}).status == "unlabelled"
+    assert classify_row(layout, {"prompt": "p", "label_0": value}).status == "unlabelled"
 
 
 @pytest.mark.parametrize("value", ["left", 2, -1, [1], {"a": 1}, "1_0", 10**400, "9" * 5000])
 def test_labels_that_are_none_are_broken_and_short(value):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "has_label"], {})
-    verdict = judge(layout, {"prompt": "p", "label_0": value})
+    verdict = classify_row(layout, {"prompt": "p", "label_0": value})
     assert verdict.status == "broken" and len(verdict.reason) < 200
-    assert judge(layout, {"prompt": "p", "label_0": 1, "has_label": value}).status in (
+    assert classify_row(layout, {"prompt": "p", "label_0": 1, "has_label": value}).status in (
         "broken",
         "unlabelled",
     )
@@ -385,7 +386,7 @@ def test_numbers_beside_words_in_a_column_stay_judgements(tmp_path):
     report = load(tmp_path / "a.jsonl").report
     assert (report.first_wins, report.second_wins, report.unlabelled) == (1, 1, 1)
     layout = recognise(list(LAYOUTS["genai_bench"]), {})
-    assert judge(layout, {"prompt": "p", "vote_type": ["leftvote"]}).status == "broken"
+    assert classify_row(layout, {"prompt": "p", "vote_type": ["leftvote"]}).status == "broken"
 
 
 ODD_CELLS = [
@@ -414,7 +415,7 @@ ODD_CELLS = [
 
 
 def mutated_rows(name: str, generator: random.Random) -> tuple[list[dict[str, Any]], set[int]]:
-    """Eight rows of a layout with faults, and which rows still hold what the layout says."""
+    """Eight rows of a layout with faults, and which rows still hold what it says."""
     rows = [dict(LAYOUTS[name]) for _ in range(8)]
     for i, row in enumerate(rows):
         row.update(
@@ -461,7 +462,7 @@ def mutated_rows(name: str, generator: random.Random) -> tuple[list[dict[str, An
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_layouts_are_read_the_right_way_or_refused(name):
-    """80 per layout, 640 in all: a sentence, or pairs of which no untouched one is the wrong way round."""
+    """80 per layout, 640 in all: a sentence, or pairs, no untouched one reversed."""
     generator, refused, read = random.Random(name), 0, 0
     for number in range(80):
         rows, whole = mutated_rows(name, generator)

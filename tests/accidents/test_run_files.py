@@ -1,4 +1,4 @@
-"""Run files, options and numbers: every value is read, or refused in one sentence before any work."""
+"""Run files, options, numbers: read, or refused in one sentence before any work."""
 
 from __future__ import annotations
 
@@ -259,7 +259,8 @@ FIELDS = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_number_of_every_method_is_checked_where_it_is_read(method):
-    """3,000 combinations of field and value: accepted finite and in range, or one sentence that names the field."""
+    """3,000 combinations of field and value: accepted finite and in range, or one
+    sentence that names the field."""
     for name in (field for owner, field in FIELDS if owner == method):
         for value in NUMBERS:
             try:

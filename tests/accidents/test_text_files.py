@@ -1,4 +1,4 @@
-"""Prompts, captions and tables in the encodings and shapes in which people have them."""
+"""Prompts, captions and tables in the encodings and shapes that people have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A torn or foreign line, or a lost picture, costs that vote and is counted; nothing else."""
+"""A torn or foreign line, or a lost picture, costs that vote alone and is counted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ BAD_LINES = [
     b"{}",
     b'{"id": "q"}',
     b'{"id": ["x"], "vote": "left"}',
-    b'{"id": "x", "prompt": "p", "left": "a", "right": "b", "vote": "up", "left_image": "", "right_image": ""}',
-    b'{"id": "y", "prompt": "p", "left": "a", "right": "b", "vote": "left", "left_image": "/etc/passwd", "right_image": "../x"}',
+    b'{"id": "x", "prompt": "p", "left": "a", "right": "b", "vote": "up", '
+    b'"left_image": "", "right_image": ""}',
+    b'{"id": "y", "prompt": "p", "left": "a", "right": "b", "vote": "left", '
+    b'"left_image": "/etc/passwd", "right_image": "../x"}',
     b"\xff\xfe broken",
     b'{"id": "z", "prompt": "caf\xc3',
     b"[" * 3000,
@@ -149,7 +151,8 @@ def test_a_foreign_vote_costs_that_vote(bad, form, round_folder):
 
 def test_votes_of_tables_are_text(round_folder):
     (round_folder / "votes.csv").write_text(
-        "image_a,image_b,preference,annotator\ng0-0,g0-1,a,007\ng1-0,g1-1,-1,007\ng1-0,g1-1,true,x\n"
+        "image_a,image_b,preference,annotator\ng0-0,g0-1,a,007\ng1-0,g1-1,-1,007\n"
+        "g1-0,g1-1,true,x\n"
     )
     found = read_votes(round_folder)
     assert found.preference[("g1-0", "g1-1")] == -1.0 and (

@@ -1,4 +1,4 @@
-"""`diffalign data build` end to end on real pipelines, and the rules by which scores become labels."""
+"""`diffalign data build` end to end on real pipelines, and how scores become labels."""
 
 from __future__ import annotations
 

@@ -40,7 +40,10 @@ def test_buckets():
 
 def test_importing_the_config_imports_nothing_heavy():
     heavy = "torch datasets PIL numpy diffusers transformers"
-    code = f"import sys, diffalign.data, diffalign.data.config; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    code = (
+        f"import sys, diffalign.data, diffalign.data.config; print([m for m in {heavy.split()!r} "
+        "if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -28,7 +28,10 @@ def fingerprint(path, **kwargs):
 
 def test_equal_in_another_process(rows):
     path = rows()
-    code = f"from diffalign.data import load_preferences as l; print(l({str(path)!r}, verbose=False).fingerprint)"
+    code = (
+        f"from diffalign.data import load_preferences as l; print(l({str(path)!r}, "
+        "verbose=False).fingerprint)"
+    )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()

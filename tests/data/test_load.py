@@ -17,7 +17,7 @@ def load(source, **kwargs):
 
 @pytest.fixture
 def pickapic(png):
-    """Rows of which 0 prefers the first (red) image, 1 the second (blue), 2 is a tie, 3 has no label."""
+    """Row 0 prefers the first (red) image, 1 the second (blue); 2 ties, 3 has none."""
     labels = [(1.0, 0.0, True), (0.0, 1.0, True), (0.5, 0.5, True), (1.0, 0.0, False)]
     return [
         {
@@ -80,8 +80,8 @@ def test_the_report_is_printed_once(pickapic, capsys):
     load_preferences(pickapic)
     printed = capsys.readouterr().out
     assert (
-        "layout pickapic (prompt = caption, jpg_0, jpg_1, label_0, label_1, has_label), kind pair; 2 of 4 rows used"
-        in printed
+        "layout pickapic (prompt = caption, jpg_0, jpg_1, label_0, label_1, has_label), kind pair; "
+        "2 of 4 rows used" in printed
     )
     assert "1 ties dropped" in printed and "1 rows without a label dropped" in printed
     assert json.dumps(load(pickapic).report.as_dict())

@@ -1,4 +1,4 @@
-"""``diffalign data recaption``: the three strategies, captioners and perturbers, resuming, mistakes."""
+"""`diffalign data recaption`: strategies, captioners, perturbers, resumes, errors."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ def test_the_shapes_captioner() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny random models with real tokenizers: BLIP, LLaVA (asked through its chat template), T5 and GPT-2."""
+    """Tiny random models with real tokenizers: BLIP, LLaVA (asked through its chat
+    template), T5 and GPT-2."""
     import transformers as t
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -262,8 +263,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     t.LlavaForConditionalGeneration(llava).save_pretrained(folder / "llava")
     chat = (
-        "{% for m in messages %}{{ m['role'] | upper }} : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT :"
+        "{% for m in messages %}{{ m['role'] | upper }} : {% for c in m['content'] %}{% if "
+        "c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor "
+        "%} ASSISTANT :"
     )
     pictures = t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
     t.LlavaProcessor(
@@ -375,7 +377,7 @@ def test_the_command_with_models_and_own_code(
 
 @pytest.mark.parametrize("strategy", ["c", "h"])
 def test_a_broken_image_costs_its_pair(strategy: str, tmp_path: Path) -> None:
-    """Its header is whole, its pixels are not; the row is named, the others are captioned."""
+    """A whole header, broken pixels: the row is named, the others are captioned."""
     folder = tmp_path / "pairs"
     folder.mkdir()
     rows = []

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from diffalign.data.judgements import judge
+from diffalign.data.judgements import classify_row
 from diffalign.data.schema import LAYOUTS, recognise
 from diffalign.errors import ConfigError, UserError
 
@@ -58,7 +58,7 @@ def test_mapping_renames_and_wins_over_names():
     )
     assert layout.name == "pickapic"
     ranked = recognise(["t", "files", "place"], {"prompt": "t", "images": "files", "rank": "place"})
-    assert judge(ranked, {"prompt": "p", "rank": [1, 2]}).scores == (-1, -2)
+    assert classify_row(ranked, {"prompt": "p", "rank": [1, 2]}).scores == (-1, -2)
 
 
 def test_unknown_columns_show_the_mapping_to_write():
@@ -87,7 +87,7 @@ def test_a_wrong_mapping_is_named():
 
 def _label(**cells):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"], {})
-    return judge(
+    return classify_row(
         layout, {"prompt": "p", "label_0": None, "label_1": None, "has_label": None} | cells
     )
 
@@ -118,28 +118,28 @@ def test_unlabelled_and_broken_rows():
 
 def test_two_captions_swap_with_their_images():
     layout = recognise(["caption_0", "caption_1", "jpg_0", "jpg_1", "label_0"], {})
-    verdict = judge(layout, {"caption_0": "zero", "caption_1": "one", "label_0": 0})
+    verdict = classify_row(layout, {"caption_0": "zero", "caption_1": "one", "label_0": 0})
     assert (verdict.prompts, verdict.image_roles) == (("one", "zero"), ("jpg_1", "jpg_0"))
 
 
 def test_scores_and_ranks():
     layout = recognise(["prompt", "file_path", "rank"], {})
-    verdict = judge(layout, {"prompt": "p", "rank": [3, 1, 2]})
+    verdict = classify_row(layout, {"prompt": "p", "rank": [3, 1, 2]})
     assert verdict.scores == (-3, -1, -2)  # the best rank has the highest score
     layout = recognise(["prompt", "image_path", "human_preference"], {})
-    assert judge(layout, {"prompt": "p", "human_preference": [0, 1]}).scores == (0, 1)
+    assert classify_row(layout, {"prompt": "p", "human_preference": [0, 1]}).scores == (0, 1)
     layout = recognise(["prompt", "images", "scores"], {})
-    assert judge(layout, {"prompt": "p", "scores": [2.0, 2.0]}).status == "tie"
+    assert classify_row(layout, {"prompt": "p", "scores": [2.0, 2.0]}).status == "tie"
     assert (
-        judge(layout, {"prompt": "p", "scores": [2.0]}).reason
+        classify_row(layout, {"prompt": "p", "scores": [2.0]}).reason
         == "has 1 scores, expected at least 2"
     )
-    assert "not a finite number" in judge(layout, {"prompt": "p", "scores": [1.0, math.nan]}).reason
-    assert judge(layout, {"prompt": "p", "scores": None}).status == "unlabelled"
+    assert "not a finite number" in classify_row(layout, {"prompt": "p", "scores": [1.0, math.nan]}).reason
+    assert classify_row(layout, {"prompt": "p", "scores": None}).status == "unlabelled"
 
 
 def test_weights():
     layout = recognise(["prompt", "chosen", "rejected", "weight"], {})
-    assert judge(layout, {"prompt": "p", "weight": 0.25}).weight == 0.25
-    assert judge(layout, {"prompt": "p", "weight": None}).weight == 1.0
-    assert "weight is -1" in judge(layout, {"prompt": "p", "weight": -1}).reason
+    assert classify_row(layout, {"prompt": "p", "weight": 0.25}).weight == 0.25
+    assert classify_row(layout, {"prompt": "p", "weight": None}).weight == 1.0
+    assert "weight is -1" in classify_row(layout, {"prompt": "p", "weight": -1}).reason

@@ -10,7 +10,7 @@ from diffalign.errors import ConfigError, UserError
 
 
 def ramp(height, width):
-    """Red grows to the right, green downwards, both from 0 to 255 over the whole image whatever its size."""
+    """Red grows to the right, green downwards, both from 0 to 255 whatever the size."""
     array = np.zeros((height, width, 3), np.uint8)
     array[..., 0] = np.linspace(0, 255, width)[None, :]
     array[..., 1] = np.linspace(0, 255, height)[:, None]
@@ -49,7 +49,7 @@ def test_a_flipped_image_of_the_size_is_its_mirror():
 
 
 def test_nothing_is_stretched():
-    """A disc stays a disc, in images that are wider, higher, larger or smaller than the target."""
+    """A disc stays a disc in images wider, higher, larger, smaller than the target."""
     for height, width in ((40, 80), (80, 40), (128, 128), (20, 30)):
         y, x = np.mgrid[:height, :width] + 0.5
         disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(height, width) * 0.4) ** 2
@@ -72,7 +72,7 @@ def test_all_images_of_a_group_get_the_same_relative_crop_and_flip(center_crop):
 
 
 def test_crop_coordinates_point_at_the_crop():
-    """The resized (after a flip: mirrored) image, cropped where the geometry says, is the result."""
+    """The result is the resized (flipped) image, cropped where the geometry says."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 100, 3), dtype=np.uint8))
     transform = GroupTransform((32, 32), center_crop=False, random_flip=True)
     resized = image.resize((80, 32), Image.Resampling.LANCZOS)

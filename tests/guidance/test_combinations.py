@@ -1,8 +1,9 @@
-"""Every way of drawing x every kind of weights x every kind of guidance x micro-batches equals one loop by hand, or is refused.
+"""Every way of drawing x every kind of weights x every kind of guidance x micro-batches
+equals one loop by hand, or is refused.
 
-The loop by hand runs separate networks whose weights are fused, one image at a time, and combines their outputs as the papers and the
-pipelines say. The combinations are generated; the default tests run a sample of them, the nightly ones all.
-"""
+The loop by hand runs separate networks whose weights are fused, one image at a time,
+and combines their outputs as the papers and the pipelines say. The combinations are
+generated; the default tests run a sample of them, the nightly ones all."""
 
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ CASES = [
 SAMPLE = random.Random(0).sample(CASES, 48)
 
 
-# Weights --------------------------------------------------------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------
 
 
 def network_name(pipe: Any) -> str:
@@ -228,7 +229,7 @@ def shares(case: Case) -> tuple[float, float]:
     return (0.5, 0.8) if "half" in case.guidance else (1.0, 1.0)
 
 
-# The loop by hand -----------------------------------------------------------------------------------------------------------
+# The loop by hand ---------------------------------------------------------------------
 
 
 def settings(case: Case) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def decoded(family: str, latents: torch.Tensor) -> list[Any]:
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
-# The package ----------------------------------------------------------------------------------------------------------------
+# The package --------------------------------------------------------------------------
 
 
 def guided_pipe(case: Case, files: Files) -> tuple[Any, NegativeGuidance | None]:
@@ -346,7 +347,8 @@ def guided_pipe(case: Case, files: Files) -> tuple[Any, NegativeGuidance | None]
     alpha, beta = shares(case)
     if case.weights == "full":
         base = network_of(build_pipeline(case.family))
-        # theta + alpha (theta_pos - theta) + beta (theta_npo - theta): the base is the pipeline's, the positive one is given.
+        # theta + alpha (theta_pos - theta) + beta (theta_npo - theta): the base is the
+        # pipeline's, the positive one is given.
         pipe = build_pipeline(case.family)
         pipe.set_progress_bar_config(disable=True)
         positive, npo = shaken(network_of(build_pipeline(case.family)), 1), shaken(base, 2)
@@ -439,7 +441,8 @@ def model_spec(case: Case, files: Files) -> ModelSpec:
     if case.weights == "full":
         shaken(network_of(pipe), 1)
         if "negative" in case.guidance:
-            # Compare's negative pipeline meets the pipeline's own weights: the base is the positive model itself.
+            # Compare's negative pipeline meets the pipeline's own weights: the base is
+            # the positive model itself.
             folder = files.root / case.family / "npo"
             other = build_pipeline(case.family)
             shaken(network_of(other), 2)
@@ -449,7 +452,8 @@ def model_spec(case: Case, files: Files) -> ModelSpec:
 
 
 def trained(case: Case, folder: Path) -> tuple[Any, Any]:
-    """A run whose weights have moved, and its network with the adapter in its weights, read back from the saved run."""
+    """A run whose weights have moved, and its network with the adapter in its weights,
+    read back from the saved run."""
     options = {"lora": {}, "dora": {"use_dora": True}}.get(case.weights)
     config = (
         None
@@ -498,7 +502,7 @@ def check_run(case: Case, folder: Path) -> None:
     sampler = SamplerConfig(STEPS, values["guidance_scale"], 0.0, size, shared_init=False)
     with sampling_mode(trainer.network):
         empty = trainer.data_pipeline.builder.unconditional(batch.condition)
-        rollout = Rollout(trainer.backbone, trainer.process, sampler)
+        rollout = Rollout(trainer.backbone, trainer.schedule, sampler)
         found = rollout(
             trainer.sampling_policy.predict, batch, 1, empty, decode=False, progress=False
         )

@@ -1,4 +1,5 @@
-"""Guidance with a negative model: the formula, the branches, rows, LoRAs and full weights, and that the pipeline is left as it was."""
+"""Guidance with a negative model: the formula, the branches, rows, LoRAs and full
+weights, and that the pipeline is left as it was."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def test_golden_values() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_branches_run_under_their_own_weights(family: str) -> None:
-    """By hand: each half of every batch through the network it belongs to; the rows are those of ordinary guidance."""
+    """By hand: each half of every batch through the network it belongs to; the rows are
+    those of ordinary guidance."""
     pipe = build_pipeline(family)
     name = name_of(pipe)
     positive, npo = shaken(pipe, 1), shaken(pipe, 2)
@@ -162,7 +164,7 @@ def test_without_guidance_only_the_positive_network_runs(scale: float) -> None:
 
 
 def test_loras_share_one_network_and_equal_merged_weights(loras: dict[str, Path]) -> None:
-    """One base under two adapters against two full networks with the same weights fused in."""
+    """One base under two adapters against two networks with those weights fused in."""
 
     def fused(*parts: tuple[str, float]) -> Any:
         other = build_pipeline("sd")
@@ -255,7 +257,8 @@ def test_mistakes(loras: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_loras_with_other_targets_keep_every_layer(loras: dict[str, Path], tmp_path: Path) -> None:
-    """Attention and convolution in one file beside attention only in the other: equal to weights fused one at a time."""
+    """Attention and convolution in one file beside attention only in the other: equal
+    to weights fused one at a time."""
     other = lora_config(r=2, alpha=6, target_modules=["to_q", "to_k", "conv_in"])
     make_trainer(tmp_path / "other", peft_config=other, max_steps=3, learning_rate=5e-2).train()
 
@@ -447,7 +450,8 @@ def test_other_kinds_of_adapters_are_refused(kind: str, loras: dict[str, Path]) 
 
 @pytest.mark.parametrize("size", [None, 2])
 def test_perturbed_attention_runs_under_the_positive_weights(size: int | None) -> None:
-    """Three branches in one batch, whose attention layers divide it: against one pass per branch by hand."""
+    """Three branches in one batch, whose attention layers divide it: against one pass
+    per branch by hand."""
     parts = build_pipeline("sd")
     pipe = StableDiffusionPAGPipeline(**parts.components, pag_applied_layers="mid")
     pipe.set_progress_bar_config(disable=True)
@@ -510,6 +514,7 @@ def test_a_pipeline_that_calls_its_network_once_per_branch_is_refused() -> None:
     pipe = Separate(**parts.components, requires_safety_checker=False)
     with pytest.raises(
         UserError,
-        match="expected the 2 guidance branches of 2 images in one batch, got 2 rows; Separate cannot",
+        match="expected the 2 guidance branches of 2 images in one batch, got 2 rows; Separate "
+        "cannot",
     ):
         NegativeGuidance(pipe, negative=shaken(pipe, 1))(PROMPT)

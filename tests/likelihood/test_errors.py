@@ -1,4 +1,5 @@
-"""Denoising errors, their weights and conversions, shared noise: golden values of methods.md section 15 and analytic facts."""
+"""Denoising errors, their weights and conversions, shared noise: golden values of
+methods.md section 15 and analytic facts."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def close(found: torch.Tensor, expected: object, dtype: torch.dtype) -> None:
 
 
 def process(prediction_type: str = "epsilon") -> VariancePreserving:
-    """Timestep 0 has alpha = .8 and sigma = .6; timestep 1 has alpha = .6 and sigma = .8."""
+    """Timestep 0 has alpha = .8 and sigma = .6; timestep 1 has alpha = .6 and
+    sigma = .8."""
     return VariancePreserving(torch.tensor([0.64, 0.36], dtype=torch.float64), prediction_type)
 
 
@@ -138,7 +140,7 @@ def test_g15_conversions(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_conversions_agree_with_predictions_of_every_kind(prediction_type: str) -> None:
-    """One imperfect network, read in its own space and through the x0 and the noise it implies."""
+    """One imperfect network, read in its own space and by the x0 and noise implied."""
     generator = torch.Generator().manual_seed(0)
     x0, noise, output = (
         torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(3)

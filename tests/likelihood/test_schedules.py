@@ -1,4 +1,4 @@
-"""Noising processes and times, against the golden values, diffusers' schedulers and closed forms."""
+"""Noising processes and times against golden values, diffusers and closed forms."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from diffalign.likelihood import (
     RectifiedFlow,
     VariancePreserving,
     min_snr_weight,
-    process_from_scheduler,
     refiner_timesteps,
     sample_times,
+    schedule_from_scheduler,
     turbo_timesteps,
     with_zero_terminal_snr,
 )
@@ -72,7 +72,7 @@ def test_renoise_of_the_flow(dtype: torch.dtype) -> None:
 
 def test_renoise_keeps_the_marginal_and_refuses_to_denoise() -> None:
     for process, t, s in (
-        (process_from_scheduler(scheduler()), torch.tensor([100]), torch.tensor([700])),
+        (schedule_from_scheduler(scheduler()), torch.tensor([100]), torch.tensor([700])),
         (RectifiedFlow(), torch.tensor([0.2]), torch.tensor([0.9])),
     ):
         (alpha, sigma), (new_alpha, new_sigma) = process.alpha_sigma(t), process.alpha_sigma(s)
@@ -90,7 +90,7 @@ def test_renoise_keeps_the_marginal_and_refuses_to_denoise() -> None:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_variance_preserving_is_diffusers_own(prediction_type: str) -> None:
     theirs = scheduler(prediction_type)
-    vp = process_from_scheduler(theirs)
+    vp = schedule_from_scheduler(theirs)
     assert isinstance(vp, VariancePreserving) and vp.prediction_type == prediction_type
     x0, noise = samples(torch.float32)
     times = torch.tensor([0, 20, 500, 999])
@@ -129,7 +129,7 @@ def test_any_output_means_one_sample_and_one_noise() -> None:
 
 def test_flow_is_diffusers_own() -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    flow = process_from_scheduler(theirs)
+    flow = schedule_from_scheduler(theirs)
     assert (
         isinstance(flow, RectifiedFlow)
         and flow.shift == 3.0
@@ -155,7 +155,7 @@ def test_zero_terminal_snr_stays_finite_where_it_can() -> None:
         rescale_betas_zero_snr=True,
         prediction_type="v_prediction",
     )
-    vp = process_from_scheduler(theirs)
+    vp = schedule_from_scheduler(theirs)
     x0, noise = samples()
     times = torch.full((4,), 999)
     target = vp.target(x0, noise, times)
@@ -164,7 +164,7 @@ def test_zero_terminal_snr_stays_finite_where_it_can() -> None:
 
 
 def test_process_computes_in_float32_or_wider_and_returns_the_input_type() -> None:
-    vp = process_from_scheduler(scheduler())
+    vp = schedule_from_scheduler(scheduler())
     x0, noise = samples(torch.float32)
     noisy = vp.add_noise(x0.bfloat16(), noise.bfloat16(), torch.tensor([20] * 4))
     assert noisy.dtype == torch.bfloat16
@@ -181,13 +181,13 @@ def test_g17_timestep_maps() -> None:
     assert turbo_timesteps(torch.arange(5)).tolist() == [249, 499, 749, 999, 249]
     assert refiner_timesteps(torch.tensor([999, 200, 0, 199])).tolist() == [199, 0, 0, 199]
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    vp = process_from_scheduler(scheduler())
+    vp = schedule_from_scheduler(scheduler())
     assert set(sample_times(vp, grid, "turbo").tolist()) == {249, 499, 749, 999}
     assert set(sample_times(vp, grid, "refiner").tolist()) == set(range(200))
 
 
 def test_uniform_timesteps_hit_every_timestep_equally_often() -> None:
-    vp = process_from_scheduler(scheduler())
+    vp = schedule_from_scheduler(scheduler())
     grid = torch.arange(4000, dtype=torch.float64) / 4000
     times = sample_times(vp, grid)
     assert times.dtype == torch.int64
@@ -215,7 +215,7 @@ def test_logit_normal_quantiles() -> None:
     assert float(found) == pytest.approx(float(torch.sigmoid(torch.tensor(2.5))), abs=1e-6)
     edges = sample_times(RectifiedFlow(shift=3.0), torch.tensor([0.0, 1.0]), "logit_normal")
     assert torch.isfinite(edges).all() and float(edges.min()) > 0 and float(edges.max()) <= 1
-    vp = process_from_scheduler(scheduler())
+    vp = schedule_from_scheduler(scheduler())
     assert sample_times(vp, half, "logit_normal").tolist() == [500]
     low, high = sample_times(vp, torch.tensor([0.0, 1.0]), "logit_normal").tolist()
     assert 0 <= low < 10 and 990 < high <= 999
@@ -228,7 +228,7 @@ def test_samplers_that_a_flow_does_not_have(sampler: str) -> None:
 
 
 def test_fraction_says_how_noisy_a_time_is() -> None:
-    vp = process_from_scheduler(scheduler())
+    vp = schedule_from_scheduler(scheduler())
     torch.testing.assert_close(
         vp.fraction(torch.tensor([0, 500, 999])),
         torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64),
@@ -244,7 +244,7 @@ def test_zero_terminal_snr_is_that_of_the_official_turbo_code() -> None:
 
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     plain, theirs = DDIMScheduler(**options), DDIMScheduler(**options, rescale_betas_zero_snr=True)
-    process = process_from_scheduler(plain)
+    process = schedule_from_scheduler(plain)
     rescaled = with_zero_terminal_snr(process)
     places = torch.tensor([249, 499, 749, 999])
     assert process.alpha_sigma(places)[0].tolist() == pytest.approx(

@@ -1,4 +1,4 @@
-"""Log-probabilities of sampling steps: golden values G5 and G14, diffusers' DDIM step, gradients."""
+"""Sampling steps' log-probabilities: golden G5 and G14, diffusers' DDIM, gradients."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def test_g5_in_every_parameterisation(dtype: torch.dtype, prediction_type: str) 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_step_is_that_of_diffusers(prediction_type: str, eta: float) -> None:
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, prediction_type=prediction_type
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        steps_offset=1, prediction_type=prediction_type
     )  # fmt: skip
     scheduler.set_timesteps(10)
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +164,8 @@ def test_g14_flow_sde_log_prob(dtype: torch.dtype) -> None:
 
 
 def test_flow_sde_takes_the_next_sigma_at_one() -> None:
-    """In the denominator alone, as Flow-GRPO's code: 1 -> 0.9 at eta 0.7 has a diffusion of 2.213594. Earlier versions replaced both."""
+    """In the denominator alone, as Flow-GRPO's code: 1 -> 0.9 at eta 0.7 has a
+    diffusion of 2.213594. Earlier versions replaced both."""
     sample, velocity = torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     for legacy, diffusion in ((False, 2.2135943621), (True, 0.7 * math.sqrt(0.9 / 0.1))):
         mean, std = flow_sde_step(

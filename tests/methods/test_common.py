@@ -1,4 +1,4 @@
-"""What every method promises for every model family, LoRA and full fine-tuning alike."""
+"""What every method promises for every model family, with LoRA and full weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from diffalign.methods import METHODS, config_class, trainer_class
 from diffalign.recipe import load_run, run_to_dict
 from diffalign.training.callbacks import TrainerCallback
 
-# Diffusion-DPO is first: by default it meets all families and settings, the other methods one.
+# Diffusion-DPO is first: it meets all families and settings by default, others one.
 METHOD_NAMES = sorted(METHODS, key=lambda name: name != "diffusion_dpo")
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +43,7 @@ lora_and_full = pytest.mark.parametrize("lora", [True, False], ids=["lora", "ful
 
 
 def in_turns(method: str, family: str, lora: bool) -> bool:
-    """Every method meets one family, every family Diffusion-DPO; LoRA and full take turns."""
+    """Every method meets one family, every family Diffusion-DPO; LoRA, full by turns."""
     number, kind = METHOD_NAMES.index(method), FAMILIES.index(family)
     if number == kind == 0:
         return True
@@ -95,7 +95,8 @@ def test_steps_train_all_that_is_trainable_and_nothing_else(
     }
     frozen = {name: all_tensors(part) for name, part in parts.items()}
     trainer = make_trainer(
-        tmp_path / "run", family, method, model=model, peft_config=lora_config() if lora else None, max_steps=2, options={"callbacks": [snapshots]}
+        tmp_path / "run", family, method, model=model, peft_config=lora_config() if lora else None,
+        max_steps=2, options={"callbacks": [snapshots]}
     )  # fmt: skip
     trainer.train()
     start, first, second = snapshots.weights
@@ -141,7 +142,7 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
     assert metrics["rewards/accuracies"].tolist() == [0.5, 0.5]
 
 
-# Methods that sample while they learn have no fixed set; their own tests show that they learn.
+# Methods that sample while they learn have no fixed set; their own tests show it.
 @by_default(
     lambda method, family, lora: method == METHOD_NAMES[0] and in_turns(method, family, lora)
 )
@@ -151,7 +152,8 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 def test_loss_falls_on_a_separable_set(
     tmp_path: Path, method: str, family: str, lora: bool
 ) -> None:
-    # A random UNet says little about brightness through its attention: its convolutions get adapters, too.
+    # A random UNet says little about brightness through its attention: its convolutions
+    # get adapters, too.
     targets = (
         None if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1", "conv2", "conv_out"]
     )
@@ -188,7 +190,8 @@ def test_loss_falls_on_a_separable_set(
 def test_trained_weights_draw_the_same_in_plain_diffusers(
     tmp_path: Path, method: str, family: str, lora: bool
 ) -> None:
-    """Also where a LoRA holds attention and convolutions, whose keys diffusers names in two ways."""
+    """Also where a LoRA holds attention and convolutions, whose keys diffusers names in
+    two ways."""
     base = draw(build_pipeline(family))
     targets = ATTENTION_TARGETS if family == "sd3" else [*ATTENTION_TARGETS, "conv_in", "conv1"]
     config = lora_config(target_modules=targets) if lora else None
@@ -328,7 +331,8 @@ def test_untrained_weights_are_exactly_the_reference_in_evaluation(
 @lora_and_full
 def test_config_yaml_is_the_run(tmp_path: Path, method: str, lora: bool) -> None:
     trainer = make_trainer(
-        tmp_path / "run", "sd", method, peft_config=lora_config(dropout=0.1) if lora else None, max_steps=1, learning_rate=3e-7, snr_gamma=5.0
+        tmp_path / "run", "sd", method, peft_config=lora_config(dropout=0.1) if lora else None,
+        max_steps=1, learning_rate=3e-7, snr_gamma=5.0
     )  # fmt: skip
     trainer.train()
     run = load_run(tmp_path / "run" / "config.yaml")

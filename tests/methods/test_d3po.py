@@ -1,4 +1,5 @@
-"""D3PO: golden values, gradients, log-probabilities, rollouts, rounds that resume in the middle, judges, mistakes."""
+"""D3PO: golden values, gradients, log-probabilities, rollouts, rounds that resume in
+the middle, judges, mistakes."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ from diffalign import D3POConfig
 from diffalign.errors import ConfigError, UserError
 from diffalign.likelihood.transitions import ddim_step_log_prob
 from diffalign.methods.d3po import d3po_loss
-from diffalign.training.online.judge import Judge, pareto_preferences, preferences
+from diffalign.training.online.reward_function import (
+    RewardFunction,
+    pareto_preferences,
+    preferences,
+)
 from diffalign.training.online.rollout import step_log_prob
 
 F64 = torch.float64
@@ -95,7 +100,7 @@ def test_gradients() -> None:
 @pytest.mark.parametrize("family", ["sd", "sd_v", "sd3"])
 def test_log_probability_gradients_against_finite_differences(tmp_path: Path, family: str) -> None:
     trainer = small(tmp_path, family)
-    process, grid = trainer.process, trainer.sampling_grid()
+    process, grid = trainer.schedule, trainer.sampling_grid()
     draw = torch.Generator().manual_seed(3)
     output, sample, after = (torch.randn(2, 4, 3, 3, generator=draw, dtype=F64) for _ in range(3))
     times, next_times = grid.times[1].expand(2), grid.next_times[1].expand(2)
@@ -271,23 +276,25 @@ def test_it_learns_what_the_judge_wants(tmp_path: Path) -> None:
 def test_judges(tmp_path: Path) -> None:
     images = [row["chosen"] for row in pair_rows(4)]
     prompts = ["a small red circle on the left of a gray background"] * 4
-    single = Judge(brightness)(images, prompts)
-    assert single.shape == (4, 1) and Judge("shapes")(images, prompts).shape == (4, 1)
-    both = Judge([brightness, lambda i, p: -brightness(i, p)])(images, prompts)
+    single = RewardFunction(brightness)(images, prompts)
+    assert single.shape == (4, 1) and RewardFunction("shapes")(images, prompts).shape == (4, 1)
+    both = RewardFunction([brightness, lambda i, p: -brightness(i, p)])(images, prompts)
     assert both.shape == (4, 2) and pareto_preferences(both[None]).abs().sum() == 0
-    panel = Judge({"rewards": ["shapes", "jpeg_compressibility"], "combine": "zscore"})
+    panel = RewardFunction({"rewards": ["shapes", "jpeg_compressibility"], "combine": "zscore"})
     scores = panel(images, prompts)
     assert scores.shape == (4, 2) and panel.combined(scores[None]).shape == (1, 4)
-    watched = Judge({"rewards": ["jpeg_compressibility", {"scorer": "shapes", "role": "eval"}]})
+    watched = RewardFunction(
+        {"rewards": ["jpeg_compressibility", {"scorer": "shapes", "role": "eval"}]}
+    )
     scores = watched(images, prompts)
     assert watched.names(2) == ["jpeg_compressibility", "shapes"] and watched.deciding == 1
     assert torch.equal(
         preferences(watched, scores[None], "pareto"), pareto_preferences(scores[None, :, :1])
     )
     with pytest.raises(UserError, match=r"expected 4 scores for 4 images, got shape \(3, 1\)"):
-        Judge(lambda i, p: torch.zeros(3))(images, prompts)
+        RewardFunction(lambda i, p: torch.zeros(3))(images, prompts)
     with pytest.raises(ConfigError, match="scorers: expected scorers"):
-        Judge([3])
+        RewardFunction([3])
 
 
 def test_missing_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -334,12 +341,12 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_scoring_beside_sampling() -> None:
     """A thread and turns give the same scores in the same order."""
-    from diffalign.training.online.judge import ScoreAhead
+    from diffalign.training.online.reward_function import ScoreAhead
 
     images = [row["chosen"] for row in pair_rows(6)]
     found = []
     for parallel in (False, True):
-        ahead = ScoreAhead(Judge(brightness), ["x"] * 6, parallel)
+        ahead = ScoreAhead(RewardFunction(brightness), ["x"] * 6, parallel)
         for first in (0, 4):
             ahead(first, images[first : first + 4])
         found.append(ahead.result())

@@ -121,7 +121,15 @@ def test_npo_is_dpo_with_exchanged_pairs(tmp_path: Path) -> None:
 
 
 def test_a_negative_model_prefers_what_was_rejected(tmp_path: Path) -> None:
-    npo = make_trainer(tmp_path / "run", method="diffusion_npo", max_steps=16, learning_rate=3e-3, per_device_train_batch_size=4, precompute_ref_errors=True, ref_error_draws=1)  # fmt: skip
+    npo = make_trainer(
+        tmp_path / "run",
+        method="diffusion_npo",
+        max_steps=16,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        precompute_ref_errors=True,
+        ref_error_draws=1,
+    )
     npo.train()
     metrics = npo.evaluate(pair_rows())
     assert metrics["eval/rewards/accuracies"] > 0.5

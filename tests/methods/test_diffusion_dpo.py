@@ -1,4 +1,4 @@
-"""Diffusion-DPO: the golden values of methods.md section 15 and the facts that hold for any errors."""
+"""Diffusion-DPO: golden values of methods.md section 15, and facts for any errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_g1_is_not_the_log_sigmoid_of_the_mean() -> None:
 
 
 def test_g1_in_float32() -> None:
-    """Rounding the errors themselves to float32 moves z by beta * 1e-8; the arithmetic after that adds nothing that counts."""
+    """Rounding the errors themselves to float32 moves z by beta * 1e-8; the arithmetic
+    after that adds nothing that counts."""
     policy, reference = g1(torch.float32)
     loss = diffusion_dpo_loss(policy, reference, beta=5000)
     assert loss.dtype == torch.float32

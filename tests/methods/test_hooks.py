@@ -1,4 +1,4 @@
-"""A method overrides the hooks of the trainer and nothing else, and declares what it sets."""
+"""A method overrides only the hooks of the trainer, and declares what it sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the trainers and of `TrainerCallback` run as they stand."""
+"""The docstring examples of the trainers and of `TrainerCallback` run as they stand."""
 
 from __future__ import annotations
 

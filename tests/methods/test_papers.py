@@ -1,4 +1,4 @@
-"""docs/papers.md is what the classes say, and every option of a method names its source."""
+"""docs/papers.md is what the classes say; every option of a method names its source."""
 
 from __future__ import annotations
 

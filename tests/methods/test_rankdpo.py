@@ -1,4 +1,4 @@
-"""RankDPO: golden values, weights, ties, ragged lists, and where its scores come from."""
+"""RankDPO: golden values, weights, ties, ragged lists, where scores come from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from diffalign.methods.rankdpo import average_ranks, lambda_weights, phi_from_sc
 from diffalign.rewards import win_rates
 
 REWARDS = torch.tensor(
-    [[0.28, 0.60, 21.5, 0.80, 0.9], [0.27, 0.70, 22.0, 0.75, 1.1], [0.25, 0.50, 21.0, 0.85, 0.2], [0.26, 0.40, 20.5, 0.60, 0.2]],
+    [[0.28, 0.60, 21.5, 0.80, 0.9], [0.27, 0.70, 22.0, 0.75, 1.1], [0.25, 0.50, 21.0, 0.85, 0.2],
+     [0.26, 0.40, 20.5, 0.60, 0.2]],
     dtype=torch.float64,
 )  # fmt: skip
 PHI = torch.tensor([[11, 12, 5, 1]], dtype=torch.float64) / 15
@@ -50,7 +51,8 @@ def test_golden_value() -> None:
     for (i, j), value in expected.items():
         assert float(weights[i, j]) == pytest.approx(value, abs=1e-9)
     assert int((weights > 0).sum()) == 6
-    # Its scorers' votes: two images tie on one scorer, which win_rates counts one half instead of nothing.
+    # Its scorers' votes: two images tie on one scorer, which win_rates counts one half
+    # instead of nothing.
     assert win_rates(REWARDS[None])[0].tolist() == pytest.approx(
         [11 / 15, 12 / 15, 5.5 / 15, 1.5 / 15]
     )
@@ -168,7 +170,8 @@ def test_lists_of_different_lengths_train_and_draw_what_their_row_draws(tmp_path
     single = first_batch(alone)
     place = batch.row_ids.index(single.row_ids[0])
     k = single.k
-    # The autoencoder encodes other numbers of images at once, whose last bits may differ; the noise is drawn per row.
+    # The autoencoder encodes other numbers of images at once, whose last bits may
+    # differ; the noise is drawn per row.
     torch.testing.assert_close(batch.x0[place, :k], single.x0[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(batch.noise[place, :k], single.noise[0])
     assert batch.times[place] == single.times[0]
@@ -251,7 +254,7 @@ def test_mistakes(make, words: str) -> None:
 def test_gains_are_chosen_once_for_the_dataset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """HPS-like scores that happen to lie in [0, 1] in one list weigh as those of the other lists do."""
+    """HPS-like scores that lie in [0, 1] in one list weigh as the other lists' do."""
     low, high = {"scores": [0.28, 0.27, 0.25]}, {"scores": [1.4, -0.2, 0.3]}
     rows = [{**row, **(low if i % 2 else high)} for i, row in enumerate(ranked_rows(4))]
     trainer = make_trainer(tmp_path / "a", method="rankdpo", rows=rows, max_steps=1)

@@ -1,4 +1,5 @@
-"""Self-NPO: golden values, the truncated sampler by hand in every parametrisation, marginals, prompts alone, EMA, mistakes."""
+"""Self-NPO: golden values, the truncated sampler by hand in every parametrisation,
+marginals, prompts alone, EMA, mistakes."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_gradient_is_the_formulas(loss_type: str) -> None:
     [VariancePreserving(torch.linspace(0.999, 0.005, 1000, dtype=F64)), RectifiedFlow(shift=3.0)],
 )
 def test_the_renoised_marginal_is_the_processes_own(process: Any) -> None:
-    """x_t of a known x0, moved by an exact sampler and re-noised: mean and variance are those of x_s, at every time."""
+    """x_t of a known x0, moved by an exact sampler and re-noised: mean and variance are
+    those of x_s, at every time."""
     count = 40_000
     generator = torch.Generator().manual_seed(1)
     x0, eps, z = (torch.randn(count, 1, generator=generator, dtype=F64) for _ in range(3))
@@ -128,7 +130,7 @@ def test_targets_are_those_of_the_sampler_by_hand(
     )
     raw = first_batch(trainer)
     batch = trainer.prepare(raw)
-    process, n = trainer.process, len(raw)
+    process, n = trainer.schedule, len(raw)
     draws = raw.generators("self_npo")
     u = torch.stack([torch.rand(2, generator=g, dtype=F64) for g in draws])
     grid = sampling_grid(process, 5)
@@ -246,7 +248,8 @@ def test_mistakes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_average_has_one_rate_or_diffusers_quick_start(tmp_path: Path, warmup: bool) -> None:
-    """After 20 equal steps the published average has gone 1.98 % of the way to the newest weights' mean; diffusers' almost all of it."""
+    """After 20 equal steps the published average has gone 1.98 % of the way to the
+    newest weights' mean; diffusers' almost all of it."""
     from diffalign.training.build import trainable_parameters
     from diffalign.training.optimizer import build_ema, update_ema
 

@@ -1,4 +1,4 @@
-"""SePPO: golden values, anchors, the pool of past checkpoints, on-policy samples, resuming, mistakes."""
+"""SePPO: golden values, anchors, past checkpoints, own samples, resuming, mistakes."""
 
 from __future__ import annotations
 

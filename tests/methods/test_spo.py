@@ -1,4 +1,5 @@
-"""SPO: choosing pairs, candidates of one state, their log-probabilities, rows of their own, learning, mistakes."""
+"""SPO: choosing pairs, candidates of one state, their log-probabilities, rows of their
+own, learning, mistakes."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def small(folder: Path, family: str = "sd", **options: Any) -> Any:
 
 
 def test_the_pair_of_a_step() -> None:
-    """Best against worst, kept where the two's softmax probabilities differ by more than the threshold."""
+    """Best against worst, kept where the two's softmax probabilities differ by more
+    than the threshold."""
     scores = torch.tensor(
         [
             [0.1, 0.9, 0.5],
@@ -106,14 +108,14 @@ def test_rivals_come_from_one_state_and_are_judged_by_their_clean_estimate(
                 with torch.no_grad():
                     output = guide(
                         trainer.sampling_policy.predict,
-                        trainer.process,
+                        trainer.schedule,
                         latents,
                         times,
                         batch.condition,
                         empty,
                         2.0,
                     )
-                latents = trainer.process.to_x0(output, latents, times)
+                latents = trainer.schedule.to_x0(output, latents, times)
             found.append(brightness(trainer.backbone.decode_latents(latents.float()), None))
         assert (found[0] >= found[1] - 0.01).all() and (found[0] > found[1]).any()
         if step + 1 == len(grid):
@@ -122,7 +124,8 @@ def test_rivals_come_from_one_state_and_are_judged_by_their_clean_estimate(
 
 
 def test_a_row_depends_on_itself_alone(tmp_path: Path) -> None:
-    """Not on the batch or the chunks. Candidates are judged by their place: no rounding shall decide who wins."""
+    """Not on the batch or the chunks. Candidates are judged by their place: no rounding
+    shall decide who wins."""
     judged = {
         "images_per_prompt": 3,
         "options": {"scorers": [lambda images, prompts: torch.arange(len(images)).double() % 3]},

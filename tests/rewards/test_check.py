@@ -1,4 +1,5 @@
-"""`check_scorer` on sound scorers, and on ones that are broken on purpose: each fault must be found, and by the check meant for it."""
+"""`check_scorer` on sound scorers, and on ones that are broken on purpose: each fault
+must be found, and by the check meant for it."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ class BatchMax(Linear):
 
 
 class TextBatchMax(Linear):
-    """Divides its text features by the largest of the batch, as MPS's published code divides its token selection."""
+    """Divides its text features by the largest of the batch, as MPS's published code
+    divides its token selection."""
 
     def text_features(self, prompts):
         (lengths,) = super().text_features(prompts)
@@ -145,7 +147,8 @@ def test_broken_neural_scorers_are_caught(broken, found):
 
 
 def test_remembered_prompts_and_merged_items_do_not_hide_a_fault():
-    """What the caller sees may look sound, since every unique prompt is encoded once: the model is asked directly."""
+    """What the caller sees may look sound, since every unique prompt is encoded once:
+    the model is asked directly."""
     scorer = TextBatchMax()
     images = [Image.new("RGB", (20, 20), (i * 30, 10, 200 - i * 20)) for i in range(5)]
     prompts = ["a", "bb", "cccc", "dd", "eeeee"]
@@ -232,7 +235,7 @@ def test_a_scorer_that_reads_the_encoded_file_is_caught():
 
 
 def test_declared_randomness_skips_what_cannot_hold():
-    class Judge(Scorer):
+    class RewardFunction(Scorer):
         """A judge with a mood."""
 
         spec = ScorerSpec(key="check-judge", summary="random", requires=("image",))
@@ -241,7 +244,7 @@ def test_declared_randomness_skips_what_cannot_hold():
         def score_batch(self, items: list[Item]):
             return torch.rand(len(items))
 
-    report = check_scorer(Judge())
+    report = check_scorer(RewardFunction())
     assert report.ok
     assert states(report)["batch size"] == states(report)["repeatable"] == "skipped"
     assert states(report)["length"] == states(report)["finite"] == "passed"

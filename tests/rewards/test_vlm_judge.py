@@ -80,7 +80,7 @@ def test_yes_no_probabilities():
     assert math.isnan(yes_no_probability([]))
 
 
-class Judge(BaseHTTPRequestHandler):
+class RewardFunction(BaseHTTPRequestHandler):
     """Answers from the image's mean, after some failures."""
 
     seen: ClassVar[list] = []
@@ -126,7 +126,7 @@ class Judge(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def judge():
-    handler = type("Own", (Judge,), {"seen": [], "failures": 0})
+    handler = type("Own", (RewardFunction,), {"seen": [], "failures": 0})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler

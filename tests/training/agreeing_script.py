@@ -1,4 +1,5 @@
-"""What two processes must agree on though they have seen different things: `agreeing_script.py <folder>`, under torchrun."""
+"""What two processes must agree on though they have seen different things:
+`agreeing_script.py <folder>`, under torchrun."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def online(folder: Path) -> None:
-    """Interrupted between two logs, with a round's scores still to be logged, and resumed."""
+    """Interrupted between two logs, a round's scores not yet logged, and resumed."""
     data = {
         "online": {
             "every": 4,
@@ -97,7 +98,7 @@ def online(folder: Path) -> None:
 
 
 def votes(folder: Path) -> None:
-    """Votes that come while the processes ask for them, and votes that nobody can read."""
+    """Votes that come while the processes ask for them, and unreadable votes."""
     options = {"method": "d3po", "peft_config": lora_config(), "max_steps": 1, "feedback": "people"}
     trainer = make_trainer(folder / "votes", **options)
     output = trainer.train()

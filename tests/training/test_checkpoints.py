@@ -1,4 +1,4 @@
-"""Checkpoints survive kills, full disks and wrong hands; interrupted runs go on where they stopped."""
+"""Checkpoints survive kills, full disks and wrong hands; interrupted runs go on."""
 
 from __future__ import annotations
 
@@ -202,7 +202,8 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     assert not list(folder.glob(".tmp*"))
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
-    # The first step was taken by another process, which may have had another number of threads.
+    # The first step was taken by another process, which may have had another number of
+    # threads.
     assert_close_tensors(trained_tensors(trainer), trained_tensors(whole), rtol=1e-4, atol=1e-6)
 
 
@@ -229,7 +230,10 @@ def test_failed_save_without_an_earlier_checkpoint(
     monkeypatch.setattr(trainer.checkpoints, "_seal", full)
     with pytest.raises(
         CheckpointError,
-        match=r"checkpoint-1 could not be written \(.*No space left.*there is no earlier checkpoint",
+        match=(
+            r"checkpoint-1 could not be written \(.*No space left.*"
+            "there is no earlier checkpoint"
+        ),
     ):
         trainer.train()
     assert not list(tmp_path.glob("*checkpoint*"))
@@ -290,7 +294,8 @@ def test_an_interrupted_trainer_can_be_told_to_go_on(tmp_path: Path) -> None:
 def test_sigterm_from_outside(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "announce", str(tmp_path / "run")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, SCRIPT, "announce", str(tmp_path / "run")], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:

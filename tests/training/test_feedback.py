@@ -1,4 +1,4 @@
-"""People as judges: what is written, what votes may look like, and that the run goes on from them."""
+"""People as judges: what is written, what votes may look like, how the run goes on."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_votes_train_as_the_same_scores_would(waiting: Path) -> None:
 
 
 def test_nothing_is_drawn_twice(waiting: Path) -> None:
-    """A second start without votes, and one after a death between images and manifest."""
+    """A second start without votes; one after a death between images and manifest."""
     run = waiting.parents[1]
     before = {p.name: p.stat().st_mtime_ns for p in (waiting / "images").iterdir()}
     assert asking(run, resume_from_checkpoint="latest").train().waiting_for == waiting

@@ -1,8 +1,8 @@
-"""Whole optimizer steps and saved files against plain loops around diffusers, peft and torch.
+"""Whole optimizer steps and saved files against plain loops around diffusers, peft and
+torch.
 
-The loops below share no code with the package but the recorded draws (latents, noise, timesteps).
-Captions are encoded by the pipelines' own `encode_prompt`. Nightly.
-"""
+The loops below share no code with the package but the recorded draws (latents, noise,
+timesteps). Captions are encoded by the pipelines' own `encode_prompt`. Nightly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def name_of(pipe: Any) -> str:
 
 
 class Loop:
-    """A hand-written training loop: its networks, optimizer and the draws of a recorded run."""
+    """A hand-written loop: its networks, optimizer and a recorded run's draws."""
 
     rtol = 2e-4  # of losses
 
@@ -140,7 +140,7 @@ class Loop:
         return network(noisy, times, encoder_hidden_states=embeds, return_dict=False, **more)[0]
 
     def errors(self, network: Any, batch: Any, texts: list[str]) -> Tensor:
-        """Mean squared errors (g, k); `texts` has g * k captions, those of a group after one another."""
+        """Mean squared errors (g, k); `texts` has g * k captions, group after group."""
         k, scheduler = batch.x0.shape[1], self.pipe.scheduler
         x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
         times = batch.times.repeat_interleave(k)
@@ -169,7 +169,7 @@ class Loop:
         return nothing + scale * (full - nothing)
 
     def run(self, loss_of: Callable[[Any], Tensor], passes: int = 1) -> None:
-        """Trains on the recorded batches and compares losses, gradients' norms and weights."""
+        """Trains on the recorded batches; compares losses, gradient norms, weights."""
         assert len(self.batches) == STEPS * passes
         for number, (batch, recorded) in enumerate(self.batches):
             loss = loss_of(batch)
@@ -368,7 +368,7 @@ def test_rankdpo_on_ragged_lists_with_ties(family: str, lora: bool, tmp_path: Pa
 def ddim_log_prob(
     scheduler: Any, output: Tensor, x: Tensor, after: Tensor, times: Tensor, steps: int, eta: float
 ) -> Tensor:
-    """log p of a stored next state by diffusers' own DDIM step, as the D3PO repository takes it."""
+    """log p of a stored next state by diffusers' DDIM step, as in D3PO's repository."""
     scheduler.set_timesteps(steps)
     found = []
     for i, t in enumerate(times.tolist()):
@@ -394,7 +394,7 @@ def flow_log_prob(
 
 
 def step_losses(loop: Loop, batch: Any, steps: int, eta: float, beta: float, clip: float) -> Tensor:
-    """D3PO's loss of one step of a recorded trajectory, averaged over the pairs of a prompt."""
+    """D3PO's loss of one recorded step, averaged over the pairs of a prompt."""
     g, k = batch.x0.shape[:2]
     states = batch.noisy.expand(g, k, *batch.noisy.shape[2:]).flatten(0, 1)
     after, times = batch.x0.flatten(0, 1), batch.times.repeat_interleave(k)
@@ -478,7 +478,7 @@ def test_seppo(family: str, lora: bool, anchor: str, tmp_path: Path) -> None:
 def truncated_targets(
     loop: Loop, raw: Any, start: str, weight: float, steps: int, truncation: int
 ) -> Iterator[tuple[Tensor, Any]]:
-    """(target, time) of every row by a plain DDIM (Euler) loop with the starting weights."""
+    """(target, time) of every row by a DDIM (Euler) loop with the starting weights."""
     flow, bars = loop.family == "sd3", getattr(loop.pipe.scheduler, "alphas_cumprod", None)
 
     def alpha_sigma(t: Any) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""The loop and what surrounds it: order of the data, metrics, guards, precision, buckets, validation, refusals."""
+"""The loop and what surrounds it: order of the data, metrics, guards, precision,
+buckets, validation, refusals."""
 
 from __future__ import annotations
 
@@ -175,8 +176,8 @@ def test_a_loss_that_is_not_finite_names_rows_and_timesteps(tmp_path: Path) -> N
     with pytest.raises(NonFiniteLoss) as error:
         trainer.train()
     assert (
-        f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps [{poisoned['time']}]"
-        in str(error.value)
+        f"step 1: the loss is not finite for dataset rows [{poisoned['row']}] at timesteps "
+        f"[{poisoned['time']}]" in str(error.value)
     )
     assert_same_tensors(all_tensors(trainer.network), all_tensors(build_pipeline("sd").unet))
 
@@ -522,7 +523,7 @@ def test_another_model_can_be_the_reference(tmp_path: Path) -> None:
 
 
 def truncated_rows(broken: int) -> list[dict[str, Any]]:
-    """Pairs of which some have an image whose header is right and whose pixels are missing."""
+    """Pairs, some with an image whose header is right and whose pixels are missing."""
     import io
 
     rows = pair_rows(8, 64)

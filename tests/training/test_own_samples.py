@@ -1,4 +1,4 @@
-"""Rollouts are drawn on the pipeline's own grid, and runs of earlier versions go on with theirs."""
+"""Rollouts use the pipeline's own grid; runs of earlier versions go on with theirs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusers import (
 )
 from tiny import build_pipeline, lora_config, make_trainer
 
-from diffalign.likelihood.schedules import RectifiedFlow, clip_range, process_from_scheduler
+from diffalign.likelihood.schedules import RectifiedFlow, clip_range, schedule_from_scheduler
 from diffalign.training.online.rollout import Rollout, SamplerConfig, make_grid, sampling_mode
 
 PROMPTS = ("a small red circle", "a large blue star")
@@ -42,19 +42,20 @@ GRIDS: list[tuple[str, dict[str, Any]]] = [
 def rollout_of(
     folder: Path, family: str, changes: dict[str, Any], steps: int
 ) -> tuple[Any, Any, Any]:
-    """(pipeline, batch, trajectories) of a run with guidance and a deterministic sampler."""
+    """(pipeline, batch, trajectories) of a deterministic run with guidance."""
     pipe = build_pipeline(family)
     cls = FlowMatchEulerDiscreteScheduler if family == "sd3" else DDIMScheduler
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
     trainer = make_trainer(
-        folder, family, "d3po", model=pipe, num_inference_steps=steps, rows=[{"prompt": p} for p in PROMPTS], eta=0.5,
+        folder, family, "d3po", model=pipe, num_inference_steps=steps,
+        rows=[{"prompt": p} for p in PROMPTS], eta=0.5,
         per_device_train_batch_size=2, peft_config=lora_config(),
     )  # fmt: skip
     trainer.setup()
     batch = next(trainer.source.unsampled(trainer.data_pipeline))
     rollout = Rollout(
         trainer.backbone,
-        trainer.process,
+        trainer.schedule,
         SamplerConfig(steps, 3.0, 0.0, 8, shared_init=False),
         grid=trainer.make_grid(steps, 0.0),
     )
@@ -76,7 +77,8 @@ def test_a_rollout_is_what_the_pipeline_draws(
     pipe, batch, found = rollout_of(tmp_path, family, changes, steps)
     with torch.no_grad():
         drawn = pipe(
-            list(batch.prompts), latents=found.states[:, 0, 0], num_inference_steps=steps, guidance_scale=3.0, height=32, width=32,
+            list(batch.prompts), latents=found.states[:, 0, 0], num_inference_steps=steps,
+            guidance_scale=3.0, height=32, width=32,
             output_type="latent",
         ).images  # fmt: skip
     torch.testing.assert_close(
@@ -85,7 +87,7 @@ def test_a_rollout_is_what_the_pipeline_draws(
 
 
 def test_grids_by_numbers() -> None:
-    """The audit's values: 20 trailing steps begin at 999, where leading ones begin at 951."""
+    """20 trailing steps begin at 999, where leading ones begin at 951."""
     base = build_pipeline("sd").scheduler.config
     for spacing, first, second in (
         ("leading", 951, 901),
@@ -93,17 +95,17 @@ def test_grids_by_numbers() -> None:
         ("linspace", 999, 949),
     ):
         scheduler = DDIMScheduler.from_config(base, timestep_spacing=spacing)
-        grid = make_grid(process_from_scheduler(scheduler), scheduler, 20, 1.0)
+        grid = make_grid(schedule_from_scheduler(scheduler), scheduler, 20, 1.0)
         assert grid.times[0] == first and grid.next_times[0] == second
     for cls in (
         PNDMScheduler,
         EulerDiscreteScheduler,
     ):  # what a pipeline of diffusers has by default
         scheduler = cls.from_config(base)
-        grid = make_grid(process_from_scheduler(scheduler), scheduler, 20, 1.0)
+        grid = make_grid(schedule_from_scheduler(scheduler), scheduler, 20, 1.0)
         assert grid.times[0] == 951
     ends = make_grid(
-        process_from_scheduler(scheduler),
+        schedule_from_scheduler(scheduler),
         DDIMScheduler.from_config(base, steps_offset=0, set_alpha_to_one=True),
         4,
         1.0,
@@ -121,9 +123,9 @@ def test_flow_solvers_name_their_shift_otherwise() -> None:
     unipc = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    process = process_from_scheduler(unipc)
+    process = schedule_from_scheduler(unipc)
     assert isinstance(process, RectifiedFlow) and process.shift == 3.0
-    euler = process_from_scheduler(FlowMatchEulerDiscreteScheduler(shift=2.5))
+    euler = schedule_from_scheduler(FlowMatchEulerDiscreteScheduler(shift=2.5))
     assert isinstance(euler, RectifiedFlow) and euler.shift == 2.5
 
 
@@ -174,7 +176,7 @@ def test_a_checkpoint_of_an_earlier_version_samples_as_before(family: str, tmp_p
         assert first_time(new) != first_time(old)
     else:
         assert (
-            old.process.legacy_first_step
-            and again.process.legacy_first_step
-            and not new.process.legacy_first_step
+            old.schedule.legacy_first_step
+            and again.schedule.legacy_first_step
+            and not new.schedule.legacy_first_step
         )

@@ -24,7 +24,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 
 
 def test_a_process_that_looks_late_encodes_its_own_share(tmp_path: Path) -> None:
-    """It sees what the first one has written; together they must still encode everything, and nothing twice."""
+    """It sees what the first one has written; together they must still encode
+    everything, and nothing twice."""
     trainer = make_trainer(tmp_path / "run", peft_config=lora_config(), rows=pair_rows(8))
     trainer.setup()
     reader, backbone = trainer.data_pipeline.reader, trainer.backbone

@@ -1,4 +1,5 @@
-"""References and what identifies a run: no dropout, the same kind of model, caches and checkpoints that know whose values they hold."""
+"""References and what identifies a run: no dropout, the same kind of model, caches and
+checkpoints that know whose values they hold."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ REFERENCES = [
 def test_a_reference_never_drops_anything(
     method: str, options: dict[str, Any], lora: bool, tmp_path: Path
 ) -> None:
-    """Two predictions at one point are bit-equal, and the policy still has its dropout afterwards."""
+    """Two predictions at one point are bit-equal; the policy keeps its dropout."""
     pipe = build_pipeline("sd")
     for block in pipe.unet.modules():
         if isinstance(block, torch.nn.Dropout):
@@ -268,15 +269,17 @@ def test_what_the_config_cannot_hold_is_named(tmp_path: Path) -> None:
     trainer.train()
     first = (tmp_path / "b" / "config.yaml").read_text().splitlines()[0]
     assert first == (
-        "# This file alone does not repeat the run: it was given the model, a pipeline object, ref_model, a pipeline object, the data, "
-        "passed as train_dataset, optimizers, peft_config.exclude_modules in Python."
+        "# This file alone does not repeat the run: it was given the model, a pipeline object, "
+        "ref_model, a pipeline object, the data, passed as train_dataset, optimizers, "
+        "peft_config.exclude_modules in Python."
     )
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_a_bf16_run_starts_at_log_2(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Policy and reference are equal before the first step, also with DoRA, whose norms peft rounds."""
+    """Policy and reference are equal before the first step, also with DoRA, whose norms
+    peft rounds."""
     config = lora_config(
         target_modules=["to_q", "to_k", "conv_in"] if family == "sd" else None, **options
     )
@@ -324,7 +327,7 @@ def test_a_bf16_run_says_how_much_is_rounding(
 def test_the_rounding_is_measured_within_one_bucket(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows of different sizes cannot be one batch; what cannot be measured never ends a run."""
+    """Rows of different sizes are no batch; the unmeasurable never ends a run."""
     from tiny import picture
 
     rows = [
@@ -358,7 +361,7 @@ def test_the_rounding_is_measured_within_one_bucket(
 
 
 def test_the_autoencoders_identity_is_that_of_the_given_one(tmp_path: Path) -> None:
-    """Not of what a bf16 run has cast it to: a resume that casts it later is the same run."""
+    """Not of what bf16 has cast it to: a resume that casts it later is the same run."""
     crop = {"center_crop": True, "random_flip": False, "cache_latents": str(tmp_path / "cache")}
     options: dict[str, Any] = {
         "peft_config": lora_config(),

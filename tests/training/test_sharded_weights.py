@@ -1,4 +1,4 @@
-"""Snapshots, averages and saved weights are right for parameters that are sharded (FSDP2, one process)."""
+"""Snapshots, averages and saved weights of sharded parameters (FSDP2, one process)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The weights a run reaches depend on the data and the settings, not on how the work is cut, cached or repeated."""
+"""The weights a run reaches depend on the data and the settings, not on how the work is
+cut, cached or repeated."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from diffalign.training.callbacks import TrainerCallback
 from diffalign.training.reference import FrozenCopyReference
 
 SCRIPT = Path(__file__).with_name("script.py")
-# Adam divides by the gradient's size; a large epsilon keeps it from magnifying the rounding of gradients near zero.
+# Adam divides by the gradient's size; a large epsilon keeps it from magnifying the
+# rounding of gradients near zero.
 STEADY: dict[str, Any] = {"adam_epsilon": 1e-3}
 
 
@@ -82,7 +84,8 @@ def test_draws_of_a_row_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     for size in (1, 4):
         recorder = Batches()
         make_trainer(
-            tmp_path / str(size), per_device_train_batch_size=size, max_steps=8 // size, proportion_empty_prompts=0.5, options={"callbacks": [recorder]}
+            tmp_path / str(size), per_device_train_batch_size=size, max_steps=8 // size,
+            proportion_empty_prompts=0.5, options={"callbacks": [recorder]}
         ).train()  # fmt: skip
         seen[size] = recorder.draws
     assert sorted(row for row, _, _ in seen[1]) == list(range(8))
@@ -274,7 +277,15 @@ def test_kept_ties_do_not_train(tmp_path: Path) -> None:
         for i in range(2)
     ]
     recorder = Batches()
-    trainer = train(tmp_path / "a", rows=rows[:3], data={"ties": "keep"}, max_steps=1, per_device_train_batch_size=3, max_grad_norm=None, options={"callbacks": [recorder]})  # fmt: skip
+    trainer = train(
+        tmp_path / "a",
+        rows=rows[:3],
+        data={"ties": "keep"},
+        max_steps=1,
+        per_device_train_batch_size=3,
+        max_grad_norm=None,
+        options={"callbacks": [recorder]},
+    )
     batch = first_batch(
         make_trainer(
             tmp_path / "b", rows=rows[:3], data={"ties": "keep"}, per_device_train_batch_size=3
@@ -306,7 +317,8 @@ def test_kept_ties_do_not_train(tmp_path: Path) -> None:
 
 
 def test_turbo_trains_on_a_schedule_that_ends_in_noise(tmp_path: Path) -> None:
-    """Batches at 249, 499, 749 and 999 are noised with the rescaled schedule; the sampler's own stays as it is."""
+    """Batches at 249, 499, 749 and 999 are noised with the rescaled schedule; the
+    sampler's own stays as it is."""
     trainer = make_trainer(
         tmp_path,
         "sdxl",
@@ -319,7 +331,7 @@ def test_turbo_trains_on_a_schedule_that_ends_in_noise(tmp_path: Path) -> None:
     assert set(batch.times.tolist()) <= {249, 499, 749, 999}
     assert (
         float(trainer.noising.alphas_cumprod[-1]) == 0
-        and float(trainer.process.alphas_cumprod[-1]) > 0
+        and float(trainer.schedule.alphas_cumprod[-1]) > 0
     )
     seen: list[torch.Tensor] = []
     predict = trainer.backbone.predict

@@ -1,4 +1,5 @@
-"""Validation by numbers: the evaluation's own code, the best weights kept, resuming, two processes, mistakes."""
+"""Validation by numbers: the evaluation's own code, the best weights kept, resuming,
+two processes, mistakes."""
 
 from __future__ import annotations
 
@@ -199,10 +200,14 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
             )
             (tmp_path / "data" / side / f"{name}.txt").write_text(row["prompt"])
     arguments = [
-        "--config", "configs/diffusion_dpo/shapes.yaml", "--data.dataset_name", str(tmp_path / "data"), "--train.max_steps", "2",
-        "--data.cache_latents", "null", "--data.cache_text_embeddings", "null", "--train.save_steps", "100",
-        "--validation.validation_prompts", "[]", "--validation.prompts", "shapes", "--validation.max_prompts", "2", "--validation.validation_steps", "1",
-        "--validation.scorers", "[shapes]", "--validation.keep_best", "shapes", "--validation.num_inference_steps", "2",
+        "--config", "configs/diffusion_dpo/shapes.yaml",
+        "--data.dataset_name", str(tmp_path / "data"), "--train.max_steps", "2",
+        "--data.cache_latents", "null", "--data.cache_text_embeddings", "null",
+        "--train.save_steps", "100",
+        "--validation.validation_prompts", "[]", "--validation.prompts", "shapes",
+        "--validation.max_prompts", "2", "--validation.validation_steps", "1",
+        "--validation.scorers", "[shapes]", "--validation.keep_best", "shapes",
+        "--validation.num_inference_steps", "2",
     ]  # fmt: skip
     launch = [sys.executable, *TORCHRUN, "scripts/train.py"]
     two = [
@@ -240,7 +245,8 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
         for n in ("one", "two")
     ]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2]
-    # Close, as the images differ in last digits; one attribute that is read otherwise moves the mean by almost a tenth.
+    # Close, as the images differ in last digits; one attribute that is read otherwise
+    # moves the mean by almost a tenth.
     assert logs[0][-1]["validation/shapes"] == pytest.approx(
         logs[1][-1]["validation/shapes"], abs=0.1
     )
@@ -254,7 +260,8 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
     [
         (
             {"keep_best": "pickscore"},
-            "keep_best: expected one of scorers .validation-brightness, validation-darkness., got 'pickscore'",
+            "keep_best: expected one of scorers .validation-brightness, "
+            "validation-darkness., got 'pickscore'",
         ),
         ({"validation_prompts": []}, "validation_prompts: expected at least one"),
         ({"prompts": "shapes"}, "prompts: give validation_prompts or prompts, not both"),

@@ -22,8 +22,8 @@ from ..reference import Reference, SnapshotReference
 from ..tracking import MetricWindow
 from ..trainer import Trainer
 from . import feedback
-from .judge import Judge, preferences
 from .policy_sampler import PolicySampler, RoundCheck
+from .reward_function import RewardFunction, preferences
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .source import RolloutSource
 
@@ -76,7 +76,8 @@ class OnPolicyConfig(TrainingConfig):
 
     @property
     def compared_by(self) -> str:
-        """How the scores of two images are compared, see `COMPARE` of `judge.py`."""
+        """How the scores of two images are compared, see `COMPARE` of
+        `reward_function.py`."""
         return "combined"
 
     @property
@@ -91,7 +92,7 @@ class OnPolicyTrainer(Trainer):
     data_kind = "prompt"
     can_be_online = False  # it samples by itself
     args: OnPolicyConfig
-    judge: Judge | None
+    reward_function: RewardFunction | None
     """Scores the images. None if people vote."""
 
     # Building -------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class OnPolicyTrainer(Trainer):
         Raises:
             ConfigError: There is no scorer, or one cannot be used.
         """
-        self.judge = None
+        self.reward_function = None
         if self.args.feedback_of_people:
             return
         scorers = self.scorers if self.scorers is not None else self.args.scorers
@@ -128,7 +129,7 @@ class OnPolicyTrainer(Trainer):
                 f"{self._name} needs a judge: name scorers, give a rewards section, or set "
                 "train.feedback: people",
             )
-        self.judge = Judge(scorers)
+        self.reward_function = RewardFunction(scorers)
 
     @cached_property
     def sampler(self) -> PolicySampler:
@@ -162,28 +163,31 @@ class OnPolicyTrainer(Trainer):
             self.reference_model.take()
         judged = (
             self._asked(number, batches)
-            if self.judge is None
-            else self.score_round(self.judge, batches)
+            if self.reward_function is None
+            else self.score_round(self.reward_function, batches)
         )
         return judged * self.args.num_inner_epochs
 
-    def score_round(self, judge: Judge, batches: list[Batch]) -> list[Batch]:
+    def score_round(self, reward_function: RewardFunction, batches: list[Batch]) -> list[Batch]:
         """Draw a round of images and score them.
 
         Args:
-            judge (`Judge`): Scores the images.
+            reward_function (`RewardFunction`): Scores the images.
             batches (`list[Batch]`): Batches of prompts.
 
         Returns:
             `list[Batch]`: Batches to train on.
         """
-        check, done = RoundCheck(self.accelerator.print, judge), []
+        check, done = RoundCheck(self.accelerator.print, reward_function), []
         for batch in batches:
             trajectories, scores = self.sample(batch)
             check.add(batch, chain.from_iterable(trajectories.images), scores)
             done.append(
                 self.finish(
-                    batch, trajectories, preferences(judge, scores, self.args.compared_by), scores
+                    batch,
+                    trajectories,
+                    preferences(reward_function, scores, self.args.compared_by),
+                    scores,
                 )
             )
         check.finish()
@@ -250,7 +254,7 @@ class OnPolicyTrainer(Trainer):
             (g, k, m).
         """
         k = self.args.images_per_prompt
-        return self.sampler(batch, k, self.judge, purpose)
+        return self.sampler(batch, k, self.reward_function, purpose)
 
     # Evaluation -----------------------------------------------------------------------
 
@@ -268,12 +272,12 @@ class OnPolicyTrainer(Trainer):
         Raises:
             UserError: People vote in this run, so there is no scorer.
         """
-        if self.judge is None:
+        if self.reward_function is None:
             raise UserError(
                 "train.feedback: people cannot judge an evaluation; draw images with "
                 "diffalign sample"
             )
-        window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.judge)
+        window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.reward_function)
         for examples in data.passes():
             batch = data.builder(examples)
             drawn, scores = self.sample(batch, purpose="evaluation")
@@ -282,7 +286,7 @@ class OnPolicyTrainer(Trainer):
                 {
                     n: c.float().nanmean(1)
                     for n, c in zip(
-                        self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True
+                        self.reward_function.names(scores.shape[-1]), scores.unbind(-1), strict=True
                     )
                 }
             )

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...data.config import OnlineConfig
 from ...errors import ConfigError
 from ..batch import Batch
-from .judge import Judge
 from .policy_sampler import PolicySampler, RoundCheck
+from .reward_function import RewardFunction
 from .rollout import SamplerConfig
 
 
@@ -37,7 +37,7 @@ def online_sampler(config: OnlineConfig) -> SamplerConfig:
     )
 
 
-def online_judge(config: OnlineConfig, scorers: object) -> Judge:
+def online_reward_function(config: OnlineConfig, scorers: object) -> RewardFunction:
     """Build the judge of `data.online`.
 
     Args:
@@ -52,7 +52,7 @@ def online_judge(config: OnlineConfig, scorers: object) -> Judge:
         raise ConfigError(
             "data.online.scorers", "name at least one scorer, or give a rewards section"
         )
-    return Judge(names)
+    return RewardFunction(names)
 
 
 class OnlineData:
@@ -60,7 +60,7 @@ class OnlineData:
 
     Args:
         config (`OnlineConfig`): The section.
-        judge (`Judge`): Scores the images.
+        reward_function (`RewardFunction`): Scores the images.
         sampler (`PolicySampler`): Draws the images.
         kind (`str`): Kind of the method's groups: `pair`, `ranked` or `single`.
         inverted (`bool`): Whether the method prefers the rejected images.
@@ -73,7 +73,7 @@ class OnlineData:
     def __init__(
         self,
         config: OnlineConfig,
-        judge: Judge,
+        reward_function: RewardFunction,
         sampler: PolicySampler,
         kind: str,
         inverted: bool,
@@ -81,7 +81,7 @@ class OnlineData:
         say: Callable[[str], None],
         log: Callable[[dict[str, Tensor]], None],
     ) -> None:
-        self.config, self.judge, self.sampler = config, judge, sampler
+        self.config, self.reward_function, self.sampler = config, reward_function, sampler
         self.kind, self.inverted, self.shared_noise = kind, inverted, shared_noise
         self.say, self.log = say, log
 
@@ -95,9 +95,11 @@ class OnlineData:
         Returns:
             `list[Batch]`: Batches to train on.
         """
-        check, groups = RoundCheck(self.say, self.judge), []
+        check, groups = RoundCheck(self.say, self.reward_function), []
         for batch in batches:
-            trajectories, scores = self.sampler(batch, self.config.k, self.judge, "online")
+            trajectories, scores = self.sampler(
+                batch, self.config.k, self.reward_function, "online"
+            )
             check.add(batch, chain.from_iterable(trajectories.images), scores)
             groups.append(self._judged(batch, trajectories.final, scores))
         check.finish()
@@ -105,7 +107,7 @@ class OnlineData:
 
     def _judged(self, batch: Batch, latents: Tensor, scores: Tensor) -> Batch:
         """Build pairs, lists or single images from scored latents."""
-        combined = self.judge.combined(scores)
+        combined = self.reward_function.combined(scores)
         if self.inverted:
             combined = -combined
         low = torch.where(torch.isnan(combined), torch.full_like(combined, math.inf), combined)
@@ -120,7 +122,7 @@ class OnlineData:
         scored = torch.isfinite(combined).any(1).float()
         k = chosen.shape[1]
         device = batch.x0.device
-        columns = zip(self.judge.names(scores.shape[-1]), scores.unbind(-1), strict=True)
+        columns = zip(self.reward_function.names(scores.shape[-1]), scores.unbind(-1), strict=True)
         means = {f"online/{name}": column.float().nanmean(1) for name, column in columns}
         self.log({**means, "online/ties": 1 - decided})
         return dataclasses.replace(

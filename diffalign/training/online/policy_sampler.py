@@ -14,7 +14,7 @@ from ...runtime.missing import Missing, check_any, left_out
 from ..batch import Batch
 from ..batch_builder import BatchBuilder
 from ..denoiser import Denoiser
-from .judge import Judge, ScoreAhead
+from .reward_function import RewardFunction, ScoreAhead
 from .rollout import Rollout, Trajectories, sampling_mode
 
 
@@ -42,7 +42,7 @@ class PolicySampler:
         self.builder, self.accelerator = builder, accelerator
 
     def __call__(
-        self, batch: Batch, k: int, judge: Judge | None, purpose: str
+        self, batch: Batch, k: int, reward_function: RewardFunction | None, purpose: str
     ) -> tuple[Trajectories, Tensor]:
         """Draw k trajectories for every prompt, and score them.
 
@@ -51,7 +51,7 @@ class PolicySampler:
         Args:
             batch (`Batch`): g prompts.
             k (`int`): Trajectories per prompt.
-            judge (`Judge`, *optional*): Scores the images.
+            reward_function (`RewardFunction`, *optional*): Scores the images.
             purpose (`str`): Name of the random streams.
 
         Returns:
@@ -61,8 +61,8 @@ class PolicySampler:
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
         ahead = (
             None
-            if judge is None
-            else ScoreAhead(judge, prompts, self.accelerator.device.type == "cuda")
+            if reward_function is None
+            else ScoreAhead(reward_function, prompts, self.accelerator.device.type == "cuda")
         )
         with sampling_mode(self.network), self.accelerator.autocast():
             main = self.accelerator.is_main_process
@@ -86,11 +86,12 @@ class RoundCheck:
 
     Args:
         say (`Callable[[str], None]`): Prints a sentence.
-        judge (`Judge`, *optional*): Scores the images. None if people vote.
+        reward_function (`RewardFunction`, *optional*): Scores the images. None if
+            people vote.
     """
 
-    def __init__(self, say: Callable[[str], None], judge: Judge | None) -> None:
-        self.say, self.judge = say, judge
+    def __init__(self, say: Callable[[str], None], reward_function: RewardFunction | None) -> None:
+        self.say, self.reward_function = say, reward_function
         self.pictures: list[Any] = []
         self.prompts: list[str] = []
         self.silent: list[bool] = []
@@ -104,9 +105,11 @@ class RoundCheck:
             scores (`Tensor`): Its scores, (g, k, m).
         """
         self.pictures += [image if isinstance(image, Missing) else None for image in pictures]
-        if self.judge is not None:
+        if self.reward_function is not None:
             self.prompts += batch.prompts
-            self.silent += torch.isnan(scores[..., : self.judge.deciding]).all(1).any(1).tolist()
+            self.silent += (
+                torch.isnan(scores[..., : self.reward_function.deciding]).all(1).any(1).tolist()
+            )
 
     def finish(self) -> None:
         """Report what is missing.

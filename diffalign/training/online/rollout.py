@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ...backbones import Backbone
 from ...errors import ConfigError
-from ...likelihood.schedules import NoisingProcess, RectifiedFlow, VariancePreserving
+from ...likelihood.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ...likelihood.transitions import MIN_STD, ddim_step, flow_sde_step, gaussian_log_prob
 from ...runtime.missing import NOT_FINITE, Missing
 from ..batch import Batch
@@ -120,7 +120,7 @@ such a run goes on with it.
 
 
 def make_grid(
-    process: NoisingProcess,
+    schedule: NoiseSchedule,
     scheduler: Any,
     steps: int,
     eta: float,
@@ -135,7 +135,7 @@ def make_grid(
     shifted sigmas of a flow scheduler.
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         scheduler: Scheduler of the pipeline. Its spacing, offset and last alpha are
             used, as in D3PO's code.
         steps (`int`): Number of steps, at most the model's timesteps.
@@ -151,8 +151,8 @@ def make_grid(
     Raises:
         ConfigError: There are more steps than timesteps.
     """
-    if isinstance(process, VariancePreserving):
-        count = process.num_timesteps
+    if isinstance(schedule, VariancePreserving):
+        count = schedule.num_timesteps
         if steps > count:
             raise ConfigError(
                 "num_inference_steps",
@@ -200,7 +200,7 @@ def grid_for_size(
     patches = (height // factor) * (width // factor)
     offset = int(backbone.given_scheduler.get("steps_offset", 0)) if rule == 1 else None
     return make_grid(
-        backbone.process,
+        backbone.schedule,
         backbone.scheduler,
         steps,
         eta,
@@ -226,7 +226,7 @@ def dynamic_shift(scheduler: Any, patches: int) -> float:
 
 
 def transition(
-    process: NoisingProcess,
+    schedule: NoiseSchedule,
     output: Tensor,
     sample: Tensor,
     times: Tensor,
@@ -236,7 +236,7 @@ def transition(
     """Compute the Gaussian of a sampler step.
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         output (`Tensor`): Output of the network, (n, C, h, w).
         sample (`Tensor`): Latents before the step, (n, C, h, w).
         times (`Tensor`): Times before the step, (n,).
@@ -247,18 +247,18 @@ def transition(
         `tuple[Tensor, Tensor]`: Mean (n, C, h, w), and a standard deviation that
         broadcasts to it.
     """
-    if isinstance(process, VariancePreserving):
-        now, then = process.alphas_cumprod[times], process.alphas_cumprod[next_times.clamp(min=0)]
+    if isinstance(schedule, VariancePreserving):
+        now, then = schedule.alphas_cumprod[times], schedule.alphas_cumprod[next_times.clamp(min=0)]
         return ddim_step(
             model_output=output,
             sample=sample,
             alpha_bar=now,
             alpha_bar_prev=torch.where(next_times < 0, torch.ones_like(then), then),
             eta=eta,
-            prediction_type=process.prediction_type,
-            clip_range=process.clip_range,
+            prediction_type=schedule.prediction_type,
+            clip_range=schedule.clip_range,
         )
-    first = isinstance(process, RectifiedFlow) and process.legacy_first_step
+    first = isinstance(schedule, RectifiedFlow) and schedule.legacy_first_step
     return flow_sde_step(
         model_output=output,
         sample=sample,
@@ -270,7 +270,7 @@ def transition(
 
 
 def step_log_prob(
-    process: NoisingProcess,
+    schedule: NoiseSchedule,
     output: Tensor,
     sample: Tensor,
     next_sample: Tensor,
@@ -284,7 +284,7 @@ def step_log_prob(
     The gradient flows through `output` alone.
 
     Args:
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         output (`Tensor`): Output of the network, (n, C, h, w).
         sample (`Tensor`): Latents before the step, (n, C, h, w).
         next_sample (`Tensor`): Latents after the step, (n, C, h, w).
@@ -300,13 +300,13 @@ def step_log_prob(
     Raises:
         ValueError: The step is deterministic.
     """
-    mean, std = transition(process, output, sample, times, next_times, eta)
+    mean, std = transition(schedule, output, sample, times, next_times, eta)
     return gaussian_log_prob(next_sample, mean, std, reduce)
 
 
 def guide(
     predict: Predict,
-    process: NoisingProcess,
+    schedule: NoiseSchedule,
     sample: Tensor,
     times: Tensor,
     condition: Mapping[str, Tensor],
@@ -320,7 +320,7 @@ def guide(
 
     Args:
         predict (`Callable`): Runs the network on latents, model times and condition.
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         sample (`Tensor`): Noisy latents, (n, C, h, w).
         times (`Tensor`): Times, (n,).
         condition (`Mapping[str, Tensor]`): n rows each.
@@ -332,7 +332,7 @@ def guide(
     Returns:
         `Tensor`: (n, C, h, w), float32.
     """
-    model_times = process.model_times(times).to(sample.device)
+    model_times = schedule.model_times(times).to(sample.device)
     if unconditional is None or scale <= 1:
         return predict(sample, model_times, dict(condition)).float()
     both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
@@ -346,7 +346,7 @@ class Rollout:
 
     Args:
         backbone (`Backbone`): Decodes the latents.
-        process (`NoisingProcess`): Noise schedule of the model.
+        schedule (`NoiseSchedule`): Noise schedule of the model.
         config (`SamplerConfig`): Settings of the sampler.
         description (`str`, *optional*, defaults to `"sampling"`): Text of the progress
             bar.
@@ -356,17 +356,17 @@ class Rollout:
     def __init__(
         self,
         backbone: Backbone,
-        process: NoisingProcess,
+        schedule: NoiseSchedule,
         config: SamplerConfig,
         description: str = "sampling",
         *,
         grid: Grid | None = None,
     ) -> None:
-        self.backbone, self.process = backbone, process
+        self.backbone, self.schedule = backbone, schedule
         self.config, self.description = config, description
         steps = config.num_inference_steps
         self.grid = (
-            make_grid(process, backbone.scheduler, steps, config.eta) if grid is None else grid
+            make_grid(schedule, backbone.scheduler, steps, config.eta) if grid is None else grid
         )
 
     @torch.no_grad()
@@ -469,14 +469,14 @@ class Rollout:
             times, next_times = t.expand(n), after.expand(n)
             output = guide(
                 predict,
-                self.process,
+                self.schedule,
                 sample,
                 times,
                 condition,
                 unconditional,
                 config.guidance_scale,
             )
-            mean, std = transition(self.process, output, sample, times, next_times, config.eta)
+            mean, std = transition(self.schedule, output, sample, times, next_times, config.eta)
             sample = mean.float()
             if bool((std > 0).any()):
                 noise = torch.stack([torch.randn(sample.shape[1:], generator=g) for g in streams])

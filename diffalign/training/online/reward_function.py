@@ -37,7 +37,7 @@ def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) ->
     return scores
 
 
-class Judge:
+class RewardFunction:
     """Scores images with scorers, a panel of scorers or functions.
 
     Args:
@@ -186,11 +186,11 @@ def pareto_preferences(scores: Tensor) -> Tensor:
     return better.to(scores.dtype) - worse.to(scores.dtype)
 
 
-def preferences(judge: Judge, scores: Tensor, compare: str) -> Tensor:
+def preferences(reward_function: RewardFunction, scores: Tensor, compare: str) -> Tensor:
     """Compare images by Pareto dominance or by their combined score.
 
     Args:
-        judge (`Judge`): Combines scores.
+        reward_function (`RewardFunction`): Combines scores.
         scores (`Tensor`): (g, k, m), higher is better.
         compare (`str`): `pareto` or `combined`.
 
@@ -204,7 +204,9 @@ def preferences(judge: Judge, scores: Tensor, compare: str) -> Tensor:
     if compare not in COMPARE:
         raise ConfigError("compare", f"expected one of {', '.join(COMPARE)}, got {compare!r}")
     return pareto_preferences(
-        scores[..., : judge.deciding] if compare == "pareto" else judge.combined(scores)[..., None]
+        scores[..., : reward_function.deciding]
+        if compare == "pareto"
+        else reward_function.combined(scores)[..., None]
     )
 
 
@@ -212,20 +214,20 @@ class ScoreAhead:
     """Scores images while the next ones are sampled.
 
     Args:
-        judge (`Callable`): Scores images.
+        reward_function (`Callable`): Scores images.
         prompts (`Sequence[str]`): One prompt per image.
         parallel (`bool`): Score in a thread of its own. On a CPU this saves no time.
     """
 
     def __init__(
         self,
-        judge: Callable[[Sequence[Any], Sequence[str]], Tensor],
+        reward_function: Callable[[Sequence[Any], Sequence[str]], Tensor],
         prompts: Sequence[str],
         parallel: bool,
     ) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        self.judge, self.prompts = judge, list(prompts)
+        self.reward_function, self.prompts = reward_function, list(prompts)
         self.pool = ThreadPoolExecutor(1) if parallel else None
         self.parts: list[Any] = []
 
@@ -238,9 +240,9 @@ class ScoreAhead:
         """
         prompts = self.prompts[first : first + len(images)]
         self.parts.append(
-            self.pool.submit(self.judge, images, prompts)
+            self.pool.submit(self.reward_function, images, prompts)
             if self.pool
-            else self.judge(images, prompts)
+            else self.reward_function(images, prompts)
         )
 
     def result(self) -> Tensor:
