@@ -1,10 +1,11 @@
-"""The demo under load: start, first image, twenty visitors at once, memory over two hundred requests.
+"""The demo under load: start, first image, twenty visitors at once, memory over two
+hundred requests.
 
     python benchmarks/demo.py [--requests 200] [--output benchmarks/demo.md]
 
-`diffalign demo` runs as a process of its own on the embedded pipeline; requests are those of the page (two images of 20 steps with scores),
-sent through gradio's client. Needs Linux (memory is read from /proc). About five minutes on two cores.
-"""
+`diffalign demo` runs as a process of its own on the embedded pipeline; requests are
+those of the page (two images of 20 steps with scores), sent through gradio's client.
+Needs Linux (memory is read from /proc). About five minutes on two cores."""
 
 from __future__ import annotations
 
@@ -109,7 +110,8 @@ def main() -> None:
         f"| {AT_ONCE} requests at once: answered | {AT_ONCE} of {AT_ONCE} |",
         f"| ... all within, s | {facts['all']:.1f} |",
         "",
-        f"Resident memory after the {AT_ONCE} and then after every {every} of {options.requests} more requests, MiB: "
+        f"Resident memory after the {AT_ONCE} and then after every {every} of {options.requests} "
+        "more requests, MiB: "
         + ", ".join(f"{x:.0f}" for x in memory)
         + f". From the second to the last: {memory[-1] - memory[1]:+.0f}.",
     ]

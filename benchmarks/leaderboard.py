@@ -1,17 +1,21 @@
 """Every method and steering on the shapes world: quality against compute.
 
-    python benchmarks/leaderboard.py [--seeds 3] [--methods NAME ...] [--jobs 2] [--work FOLDER] [--output benchmarks/leaderboard.md]
+    python benchmarks/leaderboard.py [--seeds 3] [--methods NAME ...] [--jobs 2]
+        [--work FOLDER] [--output benchmarks/leaderboard.md]
 
-Each method is trained as its `configs/<method>/shapes.yaml` says, from `--seeds` seeds, under one budget: at most 260,000 passes of one row
-through the network, everything counted (a pass with backward as three; drawing the training images, with guidance, as well). A recipe that
-would take more is shortened. Then one `diffalign.compare` draws 60 held-out prompts, four images each, under the base and all trained
-models from the same noise: verifier, accuracy (all five attributes right), the learned reward `shapes-clip`, diversity. Steering and best of
-four are no training but four (and more) times the work of every image. Negative models are compared in a second run at the base's best
-guidance scale, 4. Memory is the peak resident size of a process that trains three steps.
+Each method is trained as its `configs/<method>/shapes.yaml` says, from `--seeds` seeds,
+under one budget: at most 260,000 passes of one row through the network, everything
+counted (a pass with backward as three; drawing the training images, with guidance, as
+well). A recipe that would take more is shortened. Then one `diffalign.compare` draws 60
+held-out prompts, four images each, under the base and all trained models from the same
+noise: verifier, accuracy (all five attributes right), the learned reward `shapes-clip`,
+diversity. Steering and best of four are no training but four (and more) times the work
+of every image. Negative models are compared in a second run at the base's best guidance
+scale, 4. Memory is the peak resident size of a process that trains three steps.
 
-Methods train side by side, --jobs at a time, each in a process of its own with its share of the cores. The runs lie in --work, which
-`benchmarks/methods.py` shares: what one has trained the other does not train again. Interrupted, it goes on.
-"""
+Methods train side by side, --jobs at a time, each in a process of its own with its
+share of the cores. The runs lie in --work, which `benchmarks/methods.py` shares: what
+one has trained the other does not train again. Interrupted, it goes on."""
 
 from __future__ import annotations
 
@@ -78,7 +82,7 @@ SCORERS = [
 
 
 class Rows:
-    """Counts rows through a network: 3 for a pass that is followed by a backward, 1 without."""
+    """Counts rows through a network: 3 for a pass with a backward, 1 without."""
 
     def __init__(self, network: Any) -> None:
         self.count = 0
@@ -141,7 +145,8 @@ def measured(name: str, work: Path) -> dict[str, float]:
 
 
 def train_apart(options: argparse.Namespace) -> None:
-    """Trains every method in a process of its own, `--jobs` at a time; dear ones first, so that no core waits at the end."""
+    """Trains every method in a process of its own, `--jobs` at a time; dear ones first,
+    so that no core waits at the end."""
     expected = {
         "Online Diffusion-DPO": 6,
         "D3PO": 5,
@@ -169,7 +174,7 @@ def train_apart(options: argparse.Namespace) -> None:
 
 
 def drawn_rows(arm: Arm) -> int:
-    """Rows that made the arm's training images; rendered ones and prompts alone cost none."""
+    """Rows that made the arm's training images; rendered ones and prompts cost none."""
     return DRAWN if arm.from_images and arm.dataset != "rendered" else 0
 
 
@@ -203,7 +208,7 @@ def trained(name: str, seed: int, work: Path) -> dict[str, Any]:
 def judged(
     work: Path, results: dict[str, list[dict[str, Any]]]
 ) -> tuple[Comparison, Comparison | None]:
-    """All models on the test prompts: at the usual guidance, and the negative ones at the base's best."""
+    """All models on the test prompts: at usual guidance, negative ones at the best."""
     prompts = held_out_prompts()[60:]
     options: dict[str, Any] = {"num_images": 4, "batch_size": BATCH, "seed": 77}
     positive, negative = [], []
@@ -241,7 +246,8 @@ def judged(
 
 
 def row(name: str, models: list[str], c: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, means over seeds; the win-rate's interval pools the seeds, prompts being the units."""
+    """One line of the table, means over seeds; the win-rate's interval pools the seeds,
+    prompts being the units."""
     from diffalign.evaluation.statistics import win_rate
 
     def pooled(scorer: str) -> Any:
@@ -296,7 +302,10 @@ def report(work: Path, results: dict[str, list[dict[str, Any]]]) -> list[dict[st
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| method | accuracy % | win-rate % by the verifier | per seed | win-rate % by shapes-clip | diversity | passes, thousand | training, s (steps) | peak, MiB |",
+        (
+            "| method | accuracy % | win-rate % by the verifier | per seed | win-rate % by "
+            "shapes-clip | diversity | passes, thousand | training, s (steps) | peak, MiB |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -317,13 +326,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         cost.append("" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}")
         mark = " (negative model)" if r["kind"] == "negative" else ""
         lines.append(
-            f"| {r['name']}{mark} | {r['accuracy']:.1f} | {win} | {each} | {learned} | {r['diversity']:.3f} | {' | '.join(cost)} |"
+            f"| {r['name']}{mark} | {r['accuracy']:.1f} | {win} | {each} | {learned} | "
+            f"{r['diversity']:.3f} | {' | '.join(cost)} |"
         )
     return lines
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Win-rate with its interval against network passes; steering as lines, since it costs nothing before the first image."""
+    """Win-rate with its interval against network passes; steering as lines, since it
+    costs nothing before the first image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -412,9 +423,10 @@ def main() -> None:
         "",
         *table(rows),
         "",
-        "Intervals are over prompts, seeds pooled. Negative models are judged against the base at guidance "
-        f"{NEGATIVE_SCALE:g}, all others at 2. Seconds are those of the training runs as they ran, side by side. "
-        "Passes leave out decoding and judging, which is most of SPO's time here: it decodes every candidate of every step.",
+        "Intervals are over prompts, seeds pooled. Negative models are judged against the base at "
+        f"guidance {NEGATIVE_SCALE:g}, all others at 2. Seconds are those of the training runs as "
+        "they ran, side by side. Passes leave out decoding and judging, which is most of SPO's "
+        "time here: it decodes every candidate of every step.",
     ]
     options.output.write_text("\n".join(body) + "\n")
     print("\n".join(body))

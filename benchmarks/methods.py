@@ -1,16 +1,20 @@
 """The methods on the shapes world, with equal evaluation.
 
-    python benchmarks/methods.py [--seeds 3] [--methods NAME ...] [--work FOLDER] [--output benchmarks/methods.md]
+    python benchmarks/methods.py [--seeds 3] [--methods NAME ...] [--work FOLDER]
+        [--output benchmarks/methods.md]
 
-600 training prompts, six images each from the base, judged by the verifier (`diffalign data build`); DCPO gets the recaptioned copy
-(`diffalign data recaption`), Self-NPO the prompts alone, SePPO rendered winners, D3PO, SPO and online Diffusion-DPO the prompts and a judge.
-Every method is trained as its `configs/<method>/shapes.yaml` says, from three seeds. Settings were chosen on the first 60 held-out prompts;
-what is reported are the other 60, eight images each, with the same noise as the base: accuracy (all five attributes right) and the share of
-pairs that the verifier's graded score gives to the trained model (ties count one half), with an interval clustered by prompt.
-Negative models are used in guidance, and compared with the base at its own best guidance scale; both scales are those that win most often
-against the base at its usual scale on the first 60. Finished parts lie in --work: an interrupted run goes on, and two processes can share
-the work by --methods. About three hours.
-"""
+600 training prompts, six images each from the base, judged by the verifier
+(`diffalign data build`); DCPO gets the recaptioned copy (`diffalign data recaption`),
+Self-NPO the prompts alone, SePPO rendered winners, D3PO, SPO and online Diffusion-DPO
+the prompts and a judge. Every method is trained as its `configs/<method>/shapes.yaml`
+says, from three seeds. Settings were chosen on the first 60 held-out prompts; what is
+reported are the other 60, eight images each, with the same noise as the base: accuracy
+(all five attributes right) and the share of pairs that the verifier's graded score
+gives to the trained model (ties count one half), with an interval clustered by prompt.
+Negative models are used in guidance, and compared with the base at its own best
+guidance scale; both scales are those that win most often against the base at its usual
+scale on the first 60. Finished parts lie in --work: an interrupted run goes on, and two
+processes can share the work by --methods. About three hours."""
 
 from __future__ import annotations
 
@@ -49,7 +53,8 @@ OFFICIAL = ("--train.start", "data", "--train.loss_type", "huber", "--train.guid
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: a file of configs/, the dataset, options over both, and how it is judged."""
+    """What is trained: a file of configs/, the dataset, options over both, and how it
+    is judged."""
 
     config: str
     dataset: str = "data/ranked"
@@ -58,7 +63,7 @@ class Arm:
 
     @property
     def from_images(self) -> bool:
-        """Whether the images of the dataset are read, so that their latents are worth keeping."""
+        """Whether the dataset's images are read, so that latents are worth keeping."""
         return self.kind != "online" and not (
             self.config.startswith("self_npo") and not self.overrides
         )
@@ -188,7 +193,7 @@ def final(pipe: Any, scale: float | None = None) -> dict[str, Any]:
 
 
 def base_results(work: Path) -> dict[str, Any]:
-    """The base at the sampler's own guidance scale and at the best one, which the first 60 prompts choose."""
+    """The base at the usual guidance scale and at the best on the first 60 prompts."""
     sweep = {
         scale: kept(
             work / "base" / f"tuning-{scale}.json", lambda s=scale: tuning(base_pipeline(), s)
@@ -207,7 +212,7 @@ def base_results(work: Path) -> dict[str, Any]:
 
 
 def best_scale(sweep: dict[float, dict[str, Any]], usual: dict[str, Any]) -> float:
-    """The guidance scale with the highest win-rate against the base at its usual one."""
+    """The guidance scale that wins most often against the base at its usual one."""
     base = np.array(usual["scores"])
     return max(sweep, key=lambda scale: win_rate(base, np.array(sweep[scale]["scores"])).rate)
 
@@ -284,8 +289,9 @@ def rate(base: dict[str, Any], result: dict[str, Any]) -> tuple[str, bool]:
 
 def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        f"Base at its usual guidance scale {SAMPLING['guidance_scale']:g}: accuracy {accuracy(base['default'])} %. At its best, "
-        f"{base['best_scale']:g}: {accuracy(base['best'])} %.",
+        f"Base at its usual guidance scale {SAMPLING['guidance_scale']:g}: accuracy "
+        f"{accuracy(base['default'])} %. At its best, {base['best_scale']:g}: "
+        f"{accuracy(base['best'])} %.",
         "",
         "| method | seed | accuracy % | win-rate against the base % | training, s (steps) |",
         "|---|---|---|---|---|",
@@ -296,14 +302,19 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
         for seed, result in enumerate(seeds):
             shown, _ = rate(base["default"], result)
             lines.append(
-                f"| {name} | {seed} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |"
+                f"| {name} | {seed} | {accuracy(result)} | {shown} | {result['seconds']:.0f} "
+                f"({result['steps']}) |"
             )
     lines += [
         "",
-        "Negative models in the unconditional branch (`NegativeGuidance`, alpha irrelevant without a positive model, beta 1), against "
-        f"the base at its best guidance scale, {base['best_scale']:g}:",
+        "Negative models in the unconditional branch (`NegativeGuidance`, alpha irrelevant without "
+        "a positive model, beta 1), against the base at its best guidance scale, "
+        f"{base['best_scale']:g}:",
         "",
-        "| method | seed | guidance scale | accuracy % | win-rate against the base at its best % | training, s (steps) |",
+        (
+            "| method | seed | guidance scale | accuracy % | win-rate against the base at its best "
+            "% | training, s (steps) |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for name, seeds in results.items():
@@ -312,7 +323,8 @@ def table(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> lis
         for seed, result in enumerate(seeds):
             shown, _ = rate(base["best"], result)
             lines.append(
-                f"| {name} | {seed} | {result['best_scale']:g} | {accuracy(result)} | {shown} | {result['seconds']:.0f} ({result['steps']}) |"
+                f"| {name} | {seed} | {result['best_scale']:g} | {accuracy(result)} | {shown} | "
+                f"{result['seconds']:.0f} ({result['steps']}) |"
             )
     lines += [
         "",
@@ -359,18 +371,21 @@ def verdicts(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> 
         if ARMS[name].kind == "negative":
             good = [rate(base["best"], result)[1] for result in seeds]
             lines.append(
-                f"- {name} against the base at its best scale: the interval lies above 50 % for {sum(good)} of {len(good)} seeds."
+                f"- {name} against the base at its best scale: the interval lies above 50 % for "
+                f"{sum(good)} of {len(good)} seeds."
             )
     return lines
 
 
 def reading(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What the negative models change, image by image, over all seeds: attributes, and sharpness where both are right."""
+    """What the negative models change, image by image, over all seeds: attributes, and
+    sharpness where both are right."""
     lines = [
         "",
-        "What a negative model changes against the base at its best scale, over all seeds: images that become fully right and that are no "
-        "longer, and how often the image is the sharper one where both are fully right (the graded score then differs by the shape's "
-        "sharpness alone):",
+        "What a negative model changes against the base at its best scale, over all seeds: images "
+        "that become fully right and that are no longer, and how often the image is the sharper "
+        "one where both are fully right (the graded score then differs by the shape's sharpness "
+        "alone):",
         "",
         "| method | become right % | no longer right % | sharper where both are right % |",
         "|---|---|---|---|",
@@ -387,10 +402,13 @@ def reading(base: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> l
         lines.append(f"| {name} | {gained:.1f} | {lost:.1f} | {100 * sharper.mean():.1f} |")
     lines += [
         "",
-        "In this world what is wrong at the base's best scale is an attribute that the pre-training captions had wrong. Self-NPO's negative "
-        "model differs from the base by smoothness, not by attributes: it can push images towards sharpness, and does so at the price of some "
-        "attributes, which evens out. A negative model trained on preferences (Diffusion-NPO) is asked without a prompt, where it knows "
-        "nothing of the prompt's attributes either. On the base's own sampling defaults, at guidance 2, the plain scale is the stronger knob.",
+        "In this world what is wrong at the base's best scale is an attribute that the "
+        "pre-training captions had wrong. Self-NPO's negative model differs from the base by "
+        "smoothness, not by attributes: it can push images towards sharpness, and does so at the "
+        "price of some attributes, which evens out. A negative model trained on preferences "
+        "(Diffusion-NPO) is asked without a prompt, where it knows nothing of the prompt's "
+        "attributes either. On the base's own sampling defaults, at guidance 2, the plain scale is "
+        "the stronger knob.",
     ]
     return lines
 
@@ -464,7 +482,10 @@ def main() -> None:
         print("a part of the methods: no report written")
         return
     judged_arms = [name for name in ARMS if ARMS[name].kind == "online"]
-    facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]} with {torch.get_num_threads()} threads"
+    facts = (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, torch "
+        f"{torch.__version__.split('+')[0]} with {torch.get_num_threads()} threads"
+    )
     assert __doc__ is not None
     body = [
         "# The methods on the shapes world",

@@ -1,13 +1,16 @@
-"""What the offline methods cost beside Diffusion-DPO, and negative guidance beside ordinary guidance, measured side by side.
+"""What the offline methods cost beside Diffusion-DPO, and negative guidance beside
+ordinary guidance, measured side by side.
 
     python benchmarks/methods_cost.py [--output benchmarks/methods_cost.md]
 
-- RankDPO: one optimizer step on lists of four images against the bare forward work of the same images (one no-gradient pass of the
-  reference, one pass of the policy with its backward, at the same batch) and against a Diffusion-DPO step on as many images in
+- RankDPO: one optimizer step on lists of four images against the bare forward work of
+  the same images (one no-gradient pass of the reference, one pass of the policy with
+  its backward, at the same batch) and against a Diffusion-DPO step on as many images in
   pairs. A global hook on the network counts calls and rows.
-- MaPO: peak resident memory of full fine-tuning against Diffusion-DPO with its frozen copy, each in a process of its own, on a random
-  UNet of 54 M parameters.
-- Negative guidance: network rows and time of the embedded pipeline with a negative LoRA, with a negative network, and without.
+- MaPO: peak resident memory of full fine-tuning against Diffusion-DPO with its frozen
+  copy, each in a process of its own, on a random UNet of 54 M parameters.
+- Negative guidance: network rows and time of the embedded pipeline with a negative
+  LoRA, with a negative network, and without.
 
 Variants take turns; medians are reported. About five minutes.
 """
@@ -37,7 +40,7 @@ LISTS, IMAGES = 8, 4
 
 
 def rows(count: int, kind: str) -> list[dict[str, Any]]:
-    """Rendered shapes images with made-up judgements: what they show does not matter for time."""
+    """Rendered shapes images with made-up judgements, which do not matter for time."""
     from diffalign.shapes.prompts import parse_prompt, train_prompts
     from diffalign.shapes.renderer import render
 
@@ -99,7 +102,8 @@ class Step:
         return time.perf_counter() - started
 
     def bare(self) -> float:
-        """The network's work on the same images: the reference without gradient, the policy with its backward."""
+        """The network's work on the same images: the reference without gradient, the
+        policy with its backward."""
         trainer = self.trainer
         batch = next(self.run.batches)
         times = batch.times.repeat_interleave(batch.k)
@@ -130,14 +134,17 @@ def rankdpo(rounds: int) -> list[str]:
         calls = list(ranked.calls)
     median = {name: statistics.median(values) for name, values in times.items()}
     return [
-        f"RankDPO, {LISTS} lists of {IMAGES} images (LoRA, embedded pipeline, cached latents): network calls per step {len(calls)}, rows "
-        f"{' + '.join(map(str, calls))}.",
+        f"RankDPO, {LISTS} lists of {IMAGES} images (LoRA, embedded pipeline, cached latents): "
+        f"network calls per step {len(calls)}, rows {' + '.join(map(str, calls))}.",
         "",
         "| | seconds per step | ratio |",
         "|---|---|---|",
         f"| bare forward work of the images | {median['bare']:.3f} | 1.00 |",
         f"| RankDPO step | {median['ranked']:.3f} | {median['ranked'] / median['bare']:.2f} |",
-        f"| Diffusion-DPO step, as many images in pairs | {median['pairs']:.3f} | {median['pairs'] / median['bare']:.2f} |",
+        (
+            f"| Diffusion-DPO step, as many images in pairs | {median['pairs']:.3f} | "
+            f"{median['pairs'] / median['bare']:.2f} |"
+        ),
         "",
     ]
 
@@ -169,7 +176,10 @@ def mapo() -> list[str]:
     count = found["mapo"]["parameters"] / 1e6
     ratio = found["mapo"]["peak"] / found["diffusion_dpo"]["peak"]
     return [
-        f"Full fine-tuning of a random UNet of {count:.0f} M parameters, 4 pairs per step, float32 AdamW, peak resident memory of the process:",
+        (
+            f"Full fine-tuning of a random UNet of {count:.0f} M parameters, 4 pairs per step, "
+            "float32 AdamW, peak resident memory of the process:"
+        ),
         "",
         "| | MiB | ratio |",
         "|---|---|---|",
@@ -243,7 +253,10 @@ def guidance(rounds: int) -> list[str]:
                     negative.__exit__(None, None, None)
     base = statistics.median(times["ordinary guidance"])
     lines = [
-        f"Guidance, {len(prompts)} prompts of the embedded pipeline in one call, {SAMPLING['num_inference_steps']} steps:",
+        (
+            f"Guidance, {len(prompts)} prompts of the embedded pipeline in one call, "
+            f"{SAMPLING['num_inference_steps']} steps:"
+        ),
         "",
         "| | network rows | seconds | ratio |",
         "|---|---|---|---|",
@@ -267,7 +280,10 @@ def main() -> None:
         peak(options.peak)
         return
     assert __doc__ is not None
-    facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]} with {torch.get_num_threads()} threads"
+    facts = (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, torch "
+        f"{torch.__version__.split('+')[0]} with {torch.get_num_threads()} threads"
+    )
     body = [
         "# The cost of the offline methods",
         "",

@@ -1,8 +1,9 @@
-"""What `benchmarks/methods.py` needs for the methods that sample while they learn: winners, learned rewards, curves.
+"""What `benchmarks/methods.py` needs for the methods that sample while they learn:
+winners, learned rewards, curves.
 
-The learned reward is `shapes-clip`, made from noisy labels on purpose. The ensemble has two more of the same recipe with other seeds
-(`python -m tools.shapes.pretrain_reward`), so that what one of them is wrong about the others need not be.
-"""
+The learned reward is `shapes-clip`, made from noisy labels on purpose. The ensemble has
+two more of the same recipe with other seeds (`python -m tools.shapes.pretrain_reward`),
+so that what one of them is wrong about the others need not be."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def render_winners(folder: Path) -> None:
 
 
 def trained_reward(folder: Path, seed: int, **settings: int) -> Path:
-    """The folder of a reward of `shapes-clip`'s recipe, with other settings; trains it if it is not there."""
+    """The folder of a reward of `shapes-clip`'s recipe, with other settings; trains it
+    if it is not there."""
     from tools.shapes import pretrain_reward
 
     if not (folder / "accuracy.json").is_file():
@@ -60,7 +62,8 @@ def learned_rewards(work: Path) -> list[tuple[str, str | None]]:
 
 
 def ensemble(work: Path) -> str:
-    """The ensemble's `rewards:` section: the mean minus one standard deviation, on the scale of the base's images."""
+    """The ensemble's `rewards:` section: the mean minus one standard deviation, on the
+    scale of the base's images."""
     rows = pq.read_table(work / "data" / "scores.parquet").to_pylist()[:1200]
     prompts = [row["prompt"] for row in rows]
     images = [str(work / "data" / row["image"]) for row in rows]
@@ -91,7 +94,8 @@ def filled(overrides: Sequence[str], work: Path) -> list[str]:
 
 
 def held_out(name: str, seed: int, work: Path, draw: Any) -> dict[str, list[list[float]]]:
-    """Scores of the test images by the verifier and all learned rewards, (prompts, images) each.
+    """Scores of the test images by the verifier and all learned rewards, (prompts,
+    images) each.
 
     Args:
         name: of the arm, or empty for the base.
@@ -107,7 +111,8 @@ def held_out(name: str, seed: int, work: Path, draw: Any) -> dict[str, list[list
 
 
 def curves(work: Path, arms: dict[str, list[Path]]) -> dict[str, list[dict[str, list[float]]]]:
-    """arm -> per seed: step and the means of every judge over the round's samples, from the runs' logs."""
+    """arm -> per seed: step and the means of every judge over the round's samples, from
+    the runs' logs."""
     found: dict[str, list[dict[str, list[float]]]] = {}
     for name, folders in arms.items():
         for folder in folders:
@@ -127,7 +132,7 @@ def curves(work: Path, arms: dict[str, list[Path]]) -> dict[str, list[dict[str, 
 
 
 def plot(found: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
-    """The reward that decides (left) and the verifier (right) over training, a line per run."""
+    """The deciding reward (left) and the verifier (right), a line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,7 +165,8 @@ def plot(found: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
 
 
 def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Win-rates on the test prompts by the reward that trained, by two that did not, and by the verifier."""
+    """Win-rates on the test prompts by the reward that trained, by two that did not,
+    and by the verifier."""
     from diffalign.evaluation.statistics import win_rate
 
     judges = list(base)
@@ -172,10 +178,14 @@ def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]
     }
     lines = [
         "",
-        "Over-optimisation: the same test images, win-rate % against the base by the verifier, by the embedded `shapes-clip`, and by two rewards "
-        "of the same recipe from other seeds, which only the ensemble was trained with:",
+        "Over-optimisation: the same test images, win-rate % against the base by the verifier, by "
+        "the embedded `shapes-clip`, and by two rewards of the same recipe from other seeds, which "
+        "only the ensemble was trained with:",
         "",
-        f"| arm | seed | {' | '.join(names[j] for j in judges)} | shapes-clip's win-rate less the verifier's |",
+        (
+            f"| arm | seed | {' | '.join(names[j] for j in judges)} | shapes-clip's win-rate less "
+            "the verifier's |"
+        ),
         f"|---|---|{'---|' * (len(judges) + 1)}",
     ]
     for name, runs in arms.items():
@@ -191,13 +201,20 @@ def over_optimisation(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]
 
 READING = [
     "",
-    "Within these recipes the learned reward and the verifier still rise together (picture); a reward that rises while the verifier falls was not seen in training, and a run "
-    "with a learning rate three times as high and a weak pull to the reference lost both; it is seen where images are picked harder and by a weaker reward "
-    "([over_optimisation.md](over_optimisation.md)). What exploitation there is shows in the last column: trained by `shapes-clip`, D3PO wins "
-    "more by that reward than by the verifier, and less by the rewards of other seeds, which know other errors; trained by the verifier it is the other way round. The "
-    "conservative ensemble (mean minus one standard deviation of the three rewards) closes the gap in two of three seeds; one of its seeds gains nothing at all (the "
-    "accuracy rises, the sharpness that the graded score counts falls), so that over three seeds it is safer, not better. SPO, which compares steps instead of whole "
-    "trajectories, learns more from the same verifier in half of D3PO's optimizer steps. SePPO beats the base from winners alone, and does not beat plain fine-tuning on the "
-    "same winners. Seconds of D3PO with the verifier, SPO, online Diffusion-DPO and SePPO are those of the leaderboard's runs, one thread each with one other run beside it; "
-    "those of the other D3PO arms were measured with more jobs on the same two cores.",
+    "Within these recipes the learned reward and the verifier still rise together (picture); a "
+    "reward that rises while the verifier falls was not seen in training, and a run with a "
+    "learning rate three times as high and a weak pull to the reference lost both; it is seen "
+    "where images are picked harder and by a weaker reward "
+    "([over_optimisation.md](over_optimisation.md)). What exploitation there is shows in the last "
+    "column: trained by `shapes-clip`, D3PO wins more by that reward than by the verifier, and "
+    "less by the rewards of other seeds, which know other errors; trained by the verifier it is "
+    "the other way round. The conservative ensemble (mean minus one standard deviation of the "
+    "three rewards) closes the gap in two of three seeds; one of its seeds gains nothing at all "
+    "(the accuracy rises, the sharpness that the graded score counts falls), so that over three "
+    "seeds it is safer, not better. SPO, which compares steps instead of whole trajectories, "
+    "learns more from the same verifier in half of D3PO's optimizer steps. SePPO beats the base "
+    "from winners alone, and does not beat plain fine-tuning on the same winners. Seconds of D3PO "
+    "with the verifier, SPO, online Diffusion-DPO and SePPO are those of the leaderboard's runs, "
+    "one thread each with one other run beside it; those of the other D3PO arms were measured with "
+    "more jobs on the same two cores.",
 ]

@@ -1,9 +1,10 @@
 """`diffalign quickstart` for several seeds, one after the other.
 
-    python benchmarks/quickstart.py [--seeds 0 1 2 3 4] [--work DIR] [--output benchmarks/quickstart.md]
+    python benchmarks/quickstart.py [--seeds 0 1 2 3 4] [--work DIR]
+        [--output benchmarks/quickstart.md]
 
-Every run is the command itself in a fresh folder with its default settings. With --work finished runs are kept and not repeated.
-"""
+Every run is the command itself in a fresh folder with its default settings. With --work
+finished runs are kept and not repeated."""
 
 from __future__ import annotations
 
@@ -45,8 +46,9 @@ def row(seed: int, r: dict[str, Any]) -> str:
     base, tuned, wins = r["base"], r["tuned"], r["win_rate"]
     return (
         f"| {seed} | {base['accuracy']:.1%} ± {base['accuracy_standard_error']:.1%} "
-        f"| {tuned['accuracy']:.1%} ± {tuned['accuracy_standard_error']:.1%} | {100 * (tuned['accuracy'] - base['accuracy']):+.1f} "
-        f"| {wins['rate']:.1%} | {wins['low']:.1%} to {wins['high']:.1%} | {r['command_seconds']:.0f} s |"
+        f"| {tuned['accuracy']:.1%} ± {tuned['accuracy_standard_error']:.1%} | "
+        f"{100 * (tuned['accuracy'] - base['accuracy']):+.1f} | {wins['rate']:.1%} | "
+        f"{wins['low']:.1%} to {wins['high']:.1%} | {r['command_seconds']:.0f} s |"
     )
 
 
@@ -68,13 +70,16 @@ def main() -> None:
     first = next(iter(found.values()))
     settings = ", ".join(f"{k} {v}" for k, v in first["settings"].items() if k != "seed")
     text = (
-        f"# Quickstart, {len(found)} seeds\n\nMade by `python benchmarks/quickstart.py` on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}). Each row is `diffalign quickstart --seed N` in a fresh folder: {settings}. Held-out prompts "
-        f"({first['prompts']} x {first['images_per_prompt']} images, the same seeds under both models), judged by the verifier; standard "
-        "errors and the 95 % interval of the win-rate are clustered by prompt. The time is the whole command. Learning rate and "
-        "beta were chosen among four settings on these same held-out prompts (training data of seed 0, other sampling seeds), so the "
-        "gains are not free of selection.\n\n"
-        "| seed | base, all correct | tuned, all correct | points | win-rate | 95 % interval | time |\n|---|---|---|---|---|---|---|\n"
+        f"# Quickstart, {len(found)} seeds\n\nMade by `python benchmarks/quickstart.py` on "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}). Each row is `diffalign quickstart "
+        f"--seed N` in a fresh folder: {settings}. Held-out prompts ({first['prompts']} x "
+        f"{first['images_per_prompt']} images, the same seeds under both models), judged by the "
+        "verifier; standard errors and the 95 % interval of the win-rate are clustered by prompt. "
+        "The time is the whole command. Learning rate and beta were chosen among four settings on "
+        "these same held-out prompts (training data of seed 0, other sampling seeds), so the gains "
+        "are not free of selection.\n\n"
+        "| seed | base, all correct | tuned, all correct | points | win-rate | 95 % interval | "
+        "time |\n|---|---|---|---|---|---|---|\n"
         + "\n".join(row(seed, r) for seed, r in found.items())
         + "\n\n| attribute | base | tuned |\n|---|---|---|\n"
         + "\n".join(

@@ -1,4 +1,5 @@
-"""A random UNet of some 50 M parameters on the embedded pipeline: for figures that a tiny network would not show."""
+"""A random UNet of some 50 M parameters on the embedded pipeline: for figures that a
+tiny network would not show."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Throughput of a rollout beside the plain diffusers pipeline, same batch, steps and guidance.
+"""Throughput of a rollout beside the plain diffusers pipeline, same batch, steps and
+guidance.
 
     python benchmarks/rollout.py [--output benchmarks/rollout.md]
 
-A rollout stores every state with its log-probability and decodes the images; the pipeline (DDIM, eta 1) only draws them. Prompts are
-encoded in both. The embedded pipeline and one with a random UNet of some 50 M parameters; variants take turns, medians are reported.
-"""
+A rollout stores every state with its log-probability and decodes the images; the
+pipeline (DDIM, eta 1) only draws them. Prompts are encoded in both. The embedded
+pipeline and one with a random UNet of some 50 M parameters; variants take turns,
+medians are reported."""
 
 from __future__ import annotations
 
@@ -90,7 +92,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     assert __doc__ is not None
     threads = torch.get_num_threads()
-    facts = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]} with {threads} threads"
+    facts = (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, torch "
+        f"{torch.__version__.split('+')[0]} with {threads} threads"
+    )
     lines = [
         "# Throughput of a rollout",
         "",
@@ -106,7 +111,8 @@ def main() -> None:
     for name, large, images, steps in (("embedded", False, 16, 20), ("random UNet", True, 8, 10)):
         plain, rollout = measure(large, images, steps, options.rounds)
         lines.append(
-            f"| {name} | {images} | {steps} | {images / plain:.2f} | {images / rollout:.2f} | {rollout / plain:.2f}x |"
+            f"| {name} | {images} | {steps} | {images / plain:.2f} | {images / rollout:.2f} | "
+            f"{rollout / plain:.2f}x |"
         )
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -1,20 +1,23 @@
-"""Images per second of the reward scorers: a batched call beside scoring one by one, and the cache beside scoring.
+"""Images per second of the reward scorers: a batched call beside scoring one by one,
+and the cache beside scoring.
 
     python benchmarks/scoring.py [--full] [--rounds 9] [--output benchmarks/scoring.md]
 
-64 PNG files with 8 distinct prompts: 64x64 for shapes-clip and tiny weights, 512x512 for towers of full size. Weights are random, in
-the published formats, written to a temporary folder and loaded by `load_scorer`: tiny ones always, towers of full size (ViT-L/14,
-ViT-H/14, BLIP ViT-L with BERT) with --full, which takes about half an hour on two cores and 12 GiB of memory. The ways take turns
-within each round, with towers of full size after every 8 images, and medians over rounds count:
+64 PNG files with 8 distinct prompts: 64x64 for shapes-clip and tiny weights, 512x512
+for towers of full size. Weights are random, in the published formats, written to a
+temporary folder and loaded by `load_scorer`: tiny ones always, towers of full size
+(ViT-L/14, ViT-H/14, BLIP ViT-L with BERT) with --full, which takes about half an hour
+on two cores and 12 GiB of memory. The ways take turns within each round, with towers of
+full size after every 8 images, and medians over rounds count:
 
 * batched: one call `scorer(images, prompts)`;
 * one by one: 64 calls of the same scorer with one image each;
-* README loop: what PickScore's and CLIP's own READMEs do, processor and model on one image and one prompt at a time, on transformers;
-  only where it runs on the installed versions.
+* README loop: what PickScore's and CLIP's own READMEs do, processor and model on one
+  image and one prompt at a time, on transformers; only where it runs on the installed
+  versions.
 
-The shares say where the time of a batched call goes; reading and resizing run in threads beside the towers, so they can add up to
-more than the whole.
-"""
+The shares say where the time of a batched call goes; reading and resizing run in
+threads beside the towers, so they can add up to more than the whole."""
 
 from __future__ import annotations
 
@@ -97,7 +100,8 @@ def staged(scorer: Any, call: Callable[[], Any]) -> tuple[dict[str, float], floa
 
 
 def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] | None:
-    """One image and one prompt at a time through transformers' own processor and model, without our code."""
+    """One image and one prompt at a time through transformers' own processor and model,
+    without our code."""
     clip = getattr(scorer, "clip", None)
     if type(clip).__name__ != "HFClip" or scorer.heads():
         return None
@@ -131,7 +135,8 @@ def readme_loop(scorer: Any) -> Callable[[list[Image.Image], list[str]], None] |
 def measure(
     label: str, scorer: Any, files: list[bytes], rounds: int, block: int | None = None
 ) -> dict[str, Any]:
-    """Medians over rounds of each way's images per second. The ways take turns after every `block` images, or after all of them."""
+    """Medians over rounds of each way's images per second. The ways take turns after
+    every `block` images, or after all of them."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(files))]
     if scorer.name.startswith("shapes"):
         from diffalign.shapes import train_prompts
@@ -200,7 +205,8 @@ def measure_cache(
     scored = statistics.median(timed(lambda: plain(paths, prompts)) for _ in range(rounds))
     known = statistics.median(timed(lambda: scorer(paths, prompts)) for _ in range(rounds))
     print(
-        f"1,000 images: scored in {scored:.3f} s, known in {known:.4f} s, {scored / known:.0f} times faster",
+        f"1,000 images: scored in {scored:.3f} s, known in {known:.4f} s, {scored / known:.0f} "
+        "times faster",
         flush=True,
     )
     return scored, known
@@ -218,7 +224,7 @@ def tiny_scorers(folder: Path) -> list[tuple[str, Any]]:
 
 
 def full_scorers(folder: Path) -> list[tuple[str, Callable[[], Any]]]:
-    """Loaders of the published architectures with random weights in the published formats."""
+    """Loaders of the published architectures and formats with random weights."""
     return [
         ("clip-l14, ViT-L/14", lambda: full_clip("clip-l14", folder / "l14", VIT_L14)),
         ("imagereward, BLIP ViT-L/16 + BERT", lambda: full_imagereward(folder / "blip-l")),
@@ -303,7 +309,10 @@ def full_imagereward(folder: Path) -> Any:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| scorer | batched, images/s | one by one | ratio | README loop | ratio | read and resize | text | vision | head |",
+        (
+            "| scorer | batched, images/s | one by one | ratio | README loop | ratio | read and "
+            "resize | text | vision | head |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -358,14 +367,16 @@ def main() -> None:
     lines = [
         "# Speed of the reward scorers",
         "",
-        f"Made by `python benchmarks/scoring.py{' --full' if options.full else ''}` on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), float32, torch {torch.__version__}. 64 images, 8 distinct prompts, micro-batches of 8; medians of "
-        f"{options.rounds} rounds ({options.full_rounds} for towers of full size). What each column is stands at the head of the script.",
+        f"Made by `python benchmarks/scoring.py{' --full' if options.full else ''}` on "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), float32, torch {torch.__version__}. "
+        f"64 images, 8 distinct prompts, micro-batches of 8; medians of {options.rounds} rounds "
+        f"({options.full_rounds} for towers of full size). What each column is stands at the head "
+        "of the script.",
         "",
         *table(rows),
         "",
-        f"The cache answers 1,000 known 64x64 PNG files in {known * 1000:.0f} ms; shapes-clip scores them in {scored:.2f} s: "
-        f"{scored / known:.0f} times faster.",
+        f"The cache answers 1,000 known 64x64 PNG files in {known * 1000:.0f} ms; shapes-clip "
+        f"scores them in {scored:.2f} s: {scored / known:.0f} times faster.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)

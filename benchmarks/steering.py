@@ -1,12 +1,15 @@
-"""Feynman-Kac steering against best-of-n on the shapes world, with the same model rows and the same noise.
+"""Feynman-Kac steering against best-of-n on the shapes world, with the same model rows
+and the same noise.
 
-    python benchmarks/steering.py [--seeds 8] [--prompts 24] [--work FOLDER] [--output benchmarks/steering.md]
+    python benchmarks/steering.py [--seeds 8] [--prompts 24] [--work FOLDER]
+        [--output benchmarks/steering.md]
 
-24 held-out prompts times 8 seeds, four particles each, the embedded pipeline with DDIM eta 1 and 30 steps. Best-of-n draws the same four images
-without resampling (bit-equal initial and step noise) and takes the one of highest reward; steering takes its particle of highest reward. *Accuracy* is the
-verifier's: all five attributes right. Differences are paired by prompt and seed, their standard errors clustered by prompt. Finished arms lie in
---work as JSON: an interrupted run goes on. About half an hour.
-"""
+24 held-out prompts times 8 seeds, four particles each, the embedded pipeline with DDIM
+eta 1 and 30 steps. Best-of-n draws the same four images without resampling (bit-equal
+initial and step noise) and takes the one of highest reward; steering takes its particle
+of highest reward. *Accuracy* is the verifier's: all five attributes right. Differences
+are paired by prompt and seed, their standard errors clustered by prompt. Finished arms
+lie in --work as JSON: an interrupted run goes on. About half an hour."""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ from diffalign.shapes.verifier import attribute_table
 
 K, STEPS = 4, 30
 PLAIN: dict[str, Any] = {"lmbda": 1.0, "resample_steps": ()}
-# (guidance, reward, options): the first of each guidance is best-of-n, drawn once and judged by both rewards.
+# (guidance, reward, options): the first of each guidance is best-of-n, drawn once and
+# judged by both rewards.
 ARMS: list[tuple[float, str, dict[str, Any]]] = [
     (2.0, "", PLAIN),
     (2.0, "shapes", {"lmbda": 5.0}),
@@ -73,7 +77,8 @@ def run_arm(
     options: dict[str, Any],
     scorers: dict[str, Any],
 ) -> dict[str, Any]:
-    """Accuracy of every particle and every reward, (prompts, seeds, K) as lists, and what the arm cost."""
+    """Accuracy of every particle and every reward, (prompts, seeds, K) as lists, and
+    what the arm cost."""
     rows: dict[str, list[Any]] = {
         name: [] for name in ("accuracy", "shapes", "shapes-clip", "roots", "min_ess", "lmbda")
     }
@@ -125,7 +130,10 @@ def table(
 ) -> list[str]:
     """One table: best-of-n and the arms of one reward at one guidance."""
     lines = [
-        "| | best: accuracy % | against best-of-n | mean of K: accuracy % | against best-of-n | best reward, difference | roots of 4 | smallest ESS | seconds |",
+        (
+            "| | best: accuracy % | against best-of-n | mean of K: accuracy % | against best-of-n "
+            "| best reward, difference | roots of 4 | smallest ESS | seconds |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     plain_arm = found[key(guidance, "", PLAIN)]
@@ -146,10 +154,12 @@ def table(
         low = f"{np.mean(arm['min_ess']):.2f}"
         if "ess_target" in options:
             text += f" (lmbda chosen: median {np.median(arm['lmbda']):.1f})"
+        reward = f"{d_reward.mean():+.3f} ± {clustered_standard_error(d_reward):.3f}"
         lines.append(
-            f"| {text} | {100 * top.mean():.1f} | {'' if same else with_error(d_top)} | {100 * mean.mean():.1f} | {'' if same else with_error(d_mean)} "
-            f"| {'' if same else f'{d_reward.mean():+.3f} ± {clustered_standard_error(d_reward):.3f}'} | {np.mean(arm['roots']):.2f} "
-            f"| {'' if same else low} | {arm['seconds']['total']:.0f} |"
+            f"| {text} | {100 * top.mean():.1f} | {'' if same else with_error(d_top)} | "
+            f"{100 * mean.mean():.1f} | {'' if same else with_error(d_mean)} | "
+            f"{'' if same else reward} | {np.mean(arm['roots']):.2f} | {'' if same else low} | "
+            f"{arm['seconds']['total']:.0f} |"
         )
     return lines
 
@@ -164,9 +174,19 @@ def report(found: dict[str, dict[str, Any]], prompts: int, seeds: int) -> str:
     lines = [
         "# Steering against best-of-n",
         "",
-        f"Made by `python benchmarks/steering.py --seeds {seeds} --prompts {prompts}` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}. The first",
-        f"{prompts} held-out prompts of the shapes world, {seeds} seeds each, K = 4, DDIM eta 1, {STEPS} steps, five scored steps from 20 to 80 %, the",
-        "embedded pipeline. Every arm runs the same number of model rows from the same noise. Differences in points of accuracy (all five attributes right by",
+        (
+            f"Made by `python benchmarks/steering.py --seeds {seeds} --prompts {prompts}` on "
+            f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}. The "
+            "first"
+        ),
+        (
+            f"{prompts} held-out prompts of the shapes world, {seeds} seeds each, K = 4, DDIM eta "
+            f"1, {STEPS} steps, five scored steps from 20 to 80 %, the"
+        ),
+        (
+            "embedded pipeline. Every arm runs the same number of model rows from the same noise. "
+            "Differences in points of accuracy (all five attributes right by"
+        ),
         "the verifier), paired by prompt and seed, ± one standard error clustered by prompt.",
     ]
     for guidance in (2.0, 1.0):
@@ -182,8 +202,16 @@ def report(found: dict[str, dict[str, Any]], prompts: int, seeds: int) -> str:
             ]
     lines += [
         "",
-        "Lambda was not tuned on other prompts: the tables show every value that was run. *best* is the particle of highest reward, *mean of K* the average over all four particles",
-        "without weights. *roots*: how many of the four initial noises still have descendants. Seconds are of the whole arm with decoding and scoring, on a machine that did other work besides.",
+        (
+            "Lambda was not tuned on other prompts: the tables show every value that was run. "
+            "*best* is the particle of highest reward, *mean of K* the average over all four "
+            "particles"
+        ),
+        (
+            "without weights. *roots*: how many of the four initial noises still have descendants. "
+            "Seconds are of the whole arm with decoding and scoring, on a machine that did other "
+            "work besides."
+        ),
     ]
     return "\n".join(lines) + "\n"
 

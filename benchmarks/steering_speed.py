@@ -1,12 +1,16 @@
-"""Wall time of steering beside the plain pipeline at the same model rows, taking turns in one run.
+"""Wall time of steering beside the plain pipeline at the same model rows, taking turns
+in one run.
 
-    python benchmarks/steering_speed.py [--rounds 7] [--output benchmarks/steering_speed.md]
+    python benchmarks/steering_speed.py [--rounds 7]
+        [--output benchmarks/steering_speed.md]
 
 The embedded pipeline, DDIM eta 1, 30 steps, guidance 2, 4 prompts x 4 particles. Ways:
 
 * plain: the diffusers pipeline, ``num_images_per_prompt=4``;
-* free reward: steering that scores five steps with the mean of the predicted latent and the end with a constant, decodes nothing in between and resamples always;
-* full autoencoder: steering by `shapes-clip`, five scored steps decoded by the pipeline's own autoencoder;
+* free reward: steering that scores five steps with the mean of the predicted latent and
+  the end with a constant, decodes nothing in between and resamples always;
+* full autoencoder: steering by `shapes-clip`, five scored steps decoded by the
+  pipeline's own autoencoder;
 * one call per prompt: the same with ``prompts_per_call=1``.
 
 Ratios are medians over rounds of the times within one round.
@@ -91,18 +95,37 @@ def main() -> None:
         [
             "# Speed of steering",
             "",
-            f"Made by `python benchmarks/steering_speed.py --rounds {options.rounds}` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__},",
-            f"{torch.get_num_threads()} threads. The embedded pipeline, 4 prompts x 4 particles, 30 steps with guidance: 960 model rows in every way.",
+            (
+                f"Made by `python benchmarks/steering_speed.py --rounds {options.rounds}` on "
+                f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__},"
+            ),
+            (
+                f"{torch.get_num_threads()} threads. The embedded pipeline, 4 prompts x 4 "
+                "particles, 30 steps with guidance: 960 model rows in every way."
+            ),
             "",
             "| ratio of wall times | median (range over rounds) |",
             "|---|---|",
-            f"| steering with a free reward and no decoding / plain pipeline | {ratio('free', 'plain')} |",
-            f"| steering by `shapes-clip`, five scored steps through the full autoencoder / plain pipeline | {ratio('full', 'plain')} |",
-            f"| one call per prompt / all prompts in one call, same steering | {ratio('single', 'full')} |",
+            (
+                "| steering with a free reward and no decoding / plain pipeline | "
+                f"{ratio('free', 'plain')} |"
+            ),
+            (
+                "| steering by `shapes-clip`, five scored steps through the full autoencoder / "
+                f"plain pipeline | {ratio('full', 'plain')} |"
+            ),
+            (
+                "| one call per prompt / all prompts in one call, same steering | "
+                f"{ratio('single', 'full')} |"
+            ),
             "",
-            f"With the full autoencoder, decoding took {100 * statistics.median(shares['decode']):.1f} % and scoring {100 * statistics.median(shares['reward']):.1f} % of the call "
-            "(five intermediate scorings of 16 images and the last one; the last decode is the pipeline's own and not counted). The plain pipeline took "
-            f"{statistics.median(times['plain']):.2f} s. The embedded autoencoder is large for its tiny denoiser; with other models `result.seconds` says what the shares are.",
+            "With the full autoencoder, decoding took "
+            f"{100 * statistics.median(shares['decode']):.1f} % and scoring "
+            f"{100 * statistics.median(shares['reward']):.1f} % of the call (five intermediate "
+            "scorings of 16 images and the last one; the last decode is the pipeline's own and not "
+            f"counted). The plain pipeline took {statistics.median(times['plain']):.2f} s. The "
+            "embedded autoencoder is large for its tiny denoiser; with other models "
+            "`result.seconds` says what the shares are.",
             "",
         ]
     )

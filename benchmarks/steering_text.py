@@ -1,11 +1,14 @@
-"""Steering of the embedded masked text denoiser against best-of-n, with the same network rows and the same noise.
+"""Steering of the embedded masked text denoiser against best-of-n, with the same
+network rows and the same noise.
 
-    python benchmarks/steering_text.py [--groups 500] [--output benchmarks/steering_text.md]
+    python benchmarks/steering_text.py [--groups 500]
+        [--output benchmarks/steering_text.md]
 
-Captions of the shapes world, 16 sampler steps, K = 4, default schedule. The reward counts what a text says of "a small blue star on a black background"
-(0 to 4 words, each in about a quarter of the captions or less). Best-of-n: the same four texts without resampling. *captions*: the share
-of all K texts that are captions of the world word for word, which the reward knows nothing of. About a minute on two cores.
-"""
+Captions of the shapes world, 16 sampler steps, K = 4, default schedule. The reward
+counts what a text says of "a small blue star on a black background" (0 to 4 words, each
+in about a quarter of the captions or less). Best-of-n: the same four texts without
+resampling. *captions*: the share of all K texts that are captions of the world word for
+word, which the reward knows nothing of. About a minute on two cores."""
 
 from __future__ import annotations
 
@@ -66,13 +69,26 @@ def main() -> None:
     lines = [
         "# Text steering against best-of-n",
         "",
-        f"Made by `python benchmarks/steering_text.py --groups {options.groups}` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}. The embedded masked denoiser,",
-        f"{options.groups} populations of 4 texts, {STEPS} steps, five scored ones; the reward counts the words {', '.join(WORDS)} (0 to 4). The same noise and network rows",
+        (
+            f"Made by `python benchmarks/steering_text.py --groups {options.groups}` on "
+            f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}. The "
+            "embedded masked denoiser,"
+        ),
+        (
+            f"{options.groups} populations of 4 texts, {STEPS} steps, five scored ones; the reward "
+            f"counts the words {', '.join(WORDS)} (0 to 4). The same noise and network rows"
+        ),
         "in every arm; differences are paired, ± one standard error over populations.",
         "",
-        "| | best reward | against best-of-n | mean of 4 | against best-of-n | captions | roots of 4 |",
+        (
+            "| | best reward | against best-of-n | mean of 4 | against best-of-n | captions | "
+            "roots of 4 |"
+        ),
         "|---|---|---|---|---|---|---|",
-        f"| best-of-n | {best.mean():.3f} | | {mean.mean():.3f} | | {100 * captions(plain):.1f} % | 4.00 |",
+        (
+            f"| best-of-n | {best.mean():.3f} | | {mean.mean():.3f} | | "
+            f"{100 * captions(plain):.1f} % | 4.00 |"
+        ),
     ]
     for arm in ARMS:
         found = sample(options.groups, **arm)
@@ -82,8 +98,9 @@ def main() -> None:
             for key, value in arm.items()
         )
         lines.append(
-            f"| {name} | {top.mean():.3f} | {mean_with_error(top - best)} | {middle.mean():.3f} | {mean_with_error(middle - mean)} "
-            f"| {100 * captions(found):.1f} % | {float(found.smc.num_roots.double().mean()):.2f} |"
+            f"| {name} | {top.mean():.3f} | {mean_with_error(top - best)} | {middle.mean():.3f} | "
+            f"{mean_with_error(middle - mean)} | {100 * captions(found):.1f} % | "
+            f"{float(found.smc.num_roots.double().mean()):.2f} |"
         )
     z = [
         float(sample(options.groups, lmbda=1.0, resample_steps=steps).log_z.exp().mean())
@@ -91,7 +108,10 @@ def main() -> None:
     ]
     lines += [
         "",
-        f"Two estimates of Z = E[exp(r)] that must agree: {z[0]:.2f} from plain samples with terminal weights, {z[1]:.2f} from steering (lmbda 1).",
+        (
+            f"Two estimates of Z = E[exp(r)] that must agree: {z[0]:.2f} from plain samples with "
+            f"terminal weights, {z[1]:.2f} from steering (lmbda 1)."
+        ),
         "",
     ]
     options.output.write_text("\n".join(lines))

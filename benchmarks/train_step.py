@@ -1,13 +1,16 @@
-"""Speed and memory of one optimizer step of LoRA Diffusion-DPO: this package beside diffusers' research script, in one run.
+"""Speed and memory of one optimizer step of LoRA Diffusion-DPO: this package beside
+diffusers' research script, in one run.
 
-    python benchmarks/train_step.py --peer path/to/train_diffusion_dpo.py [--output benchmarks/train_step.md]
+    python benchmarks/train_step.py --peer path/to/train_diffusion_dpo.py
+        [--output benchmarks/train_step.md]
 
-The peer is `examples/research_projects/diffusion_dpo/train_diffusion_dpo.py` of huggingface/diffusers, which the user downloads;
-without --peer only our own variants are measured. Every variant is a process of its own that trains the same LoRA on the same pairs
-in Pick-a-Pic columns with the same batch. A global optimizer hook notes the time after each step and the process's peak resident
-memory, in our processes and the peer's alike; the median of the steps after the warm-up counts. Variants take turns, so that a slow
-minute of the machine hits all of them.
-"""
+The peer is `examples/research_projects/diffusion_dpo/train_diffusion_dpo.py` of
+huggingface/diffusers, which the user downloads; without --peer only our own variants
+are measured. Every variant is a process of its own that trains the same LoRA on the
+same pairs in Pick-a-Pic columns with the same batch. A global optimizer hook notes the
+time after each step and the process's peak resident memory, in our processes and the
+peer's alike; the median of the steps after the warm-up counts. Variants take turns, so
+that a slow minute of the machine hits all of them."""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ VARIANTS = {
 
 
 def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
-    """Runs `script` as its own main program, notes every optimizer step, and leaves after the last."""
+    """Runs `script` as its own main program, notes every optimizer step, and leaves
+    after the last."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     times: list[float] = []
@@ -95,7 +99,8 @@ def make_pairs(folder: Path, count: int, size: int) -> None:
 
 
 def make_midsize(folder: Path) -> int:
-    """The shapes pipeline with a random UNet of more than 50 M parameters; returns the count."""
+    """The shapes pipeline with a random UNet of more than 50 M parameters; returns the
+    count."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
@@ -263,14 +268,21 @@ def main() -> None:
             work / "midsize",
         )
         parts.append(
-            f"## A random UNet of {parameters / 1e6:.0f} M parameters, 4 pairs of 128x128 per step\n\n{table(rows)}"
+            f"## A random UNet of {parameters / 1e6:.0f} M parameters, 4 pairs of 128x128 per "
+            f"step\n\n{table(rows)}"
         )
-    command = f"python benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} --rounds {options.rounds}"
+    command = (
+        "python "
+        f"benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} "
+        f"--rounds {options.rounds}"
+    )
     text = (
-        f"# One optimizer step of LoRA Diffusion-DPO\n\nMade by `{command}` on {os.cpu_count()} CPU cores ({platform.machine()}), float32. "
-        "Medians over steps and rounds; variants took turns. The step is measured from the end of one optimizer step to the end of the "
-        "next: reading, decoding, encoding, policy, reference, backward. Filling the caches and computing the reference errors happens "
-        "once before training and is not in it: it costs one encoding of every image, and one reference pass over the data per draw.\n\n"
+        f"# One optimizer step of LoRA Diffusion-DPO\n\nMade by `{command}` on {os.cpu_count()} "
+        f"CPU cores ({platform.machine()}), float32. Medians over steps and rounds; variants took "
+        "turns. The step is measured from the end of one optimizer step to the end of the next: "
+        "reading, decoding, encoding, policy, reference, backward. Filling the caches and "
+        "computing the reference errors happens once before training and is not in it: it costs "
+        "one encoding of every image, and one reference pass over the data per draw.\n\n"
         + "\n\n".join(parts)
         + "\n"
     )

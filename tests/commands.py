@@ -1,4 +1,4 @@
-"""The installed command as a user runs it, and the small quickstart whose folder the documents' commands need."""
+"""The installed command as a user runs it, and the documents' small quickstart."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def torchrun(script: Path, *arguments: object, timeout: int) -> subprocess.Compl
 
 
 def small_quickstart(folder: Path) -> Path:
-    """A working folder in which a small quickstart ran; the recipes and scripts of the repository are beside it."""
+    """A working folder in which a small quickstart ran; the recipes and scripts of the
+    repository are beside it."""
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     done = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=folder)

@@ -6,7 +6,7 @@ import random
 
 
 def damaged(data: bytes, generator: random.Random, longest: int) -> bytes:
-    """The bytes with one to four faults: a byte changed, or up to `longest` bytes gone."""
+    """The bytes with one to four faults: one changed, or up to `longest` gone."""
     changed = bytearray(data)
     for _ in range(generator.randint(1, 4)):
         place = generator.randrange(len(changed))

@@ -1,4 +1,5 @@
-"""The installed command: what a user's mistakes look like. One sentence, exit code 2, no traceback, nothing left behind."""
+"""The installed command: what a user's mistakes look like. One sentence, exit code 2,
+no traceback, nothing left behind."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(world: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs `diffalign train` in this process with the run file and options; returns the one sentence."""
+    """Runs `diffalign train` in this process with the run file and options; returns the
+    one sentence."""
     before = {p for p in world.rglob("*")}
     code = diffalign.cli.entry.run(
         ["train", "--config", str(world / "run.yaml"), *map(str, arguments)]
@@ -270,7 +272,8 @@ def test_help_names_every_field_and_needs_no_config() -> None:
 def test_import_and_help_load_no_torch() -> None:
     code = (
         "import sys, diffalign, diffalign.cli.entry; diffalign.cli.entry.build_parser(); "
-        "sys.exit(','.join(m for m in ('torch', 'diffusers', 'transformers', 'datasets', 'gradio', 'wandb') if m in sys.modules) or 0)"
+        "sys.exit(','.join(m for m in ('torch', 'diffusers', 'transformers', 'datasets', 'gradio', "
+        "'wandb') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -297,8 +300,9 @@ def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
     if not (lora / "pytorch_lora_weights.safetensors").is_file():
         assert command("train", "--config", world / "run.yaml").returncode == 0
     done = command(
-        "sample", "--model", world / "model", "--lora", lora, "--lora_scale", 0, "--prompt", "a red circle", "--num_images", 2,
-        "--num_inference_steps", 2, "--output_dir", tmp_path / "s",
+        "sample", "--model", world / "model", "--lora", lora, "--lora_scale", 0,
+        "--prompt", "a red circle", "--num_images", 2, "--num_inference_steps", 2,
+        "--output_dir", tmp_path / "s",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in (tmp_path / "s").iterdir())

@@ -107,7 +107,7 @@ def test_a_document_runs_in_one_process(
 
 
 # One small run of each command in a process of its own, which imports in another order.
-# Tests elsewhere start `quickstart`, `train`, `env`, `steer`, `demo` and `serve-scorer`.
+# Other tests start `quickstart`, `train`, `env`, `steer`, `demo` and `serve-scorer`.
 LORA = "diffalign-quickstart/lora"
 DATASET = "diffalign-quickstart/dataset"
 PROMPT = "a small red circle on the left of a gray background"

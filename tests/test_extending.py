@@ -1,4 +1,4 @@
-"""A method, a scorer and a model family as CONTRIBUTING.md says: one file and one line each."""
+"""A method, scorer and family as CONTRIBUTING.md says: one file, one line each."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ def test_a_method(package: Path) -> None:
         from diffalign.cli import run
 
         Dataset.from_list(pair_rows(4, size=64)).to_parquet("pairs.parquet")
-        options = {"data.dataset_name": "pairs.parquet", "train.output_dir": "run", "train.max_steps": 2,
-                   "train.per_device_train_batch_size": 2, "train.beta": 500, "lora.r": 4}
+        options = {"data.dataset_name": "pairs.parquet", "train.output_dir": "run",
+                   "train.max_steps": 2, "train.per_device_train_batch_size": 2,
+                   "train.beta": 500, "lora.r": 4}
         parts = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         assert run(["train", "--method", "slic", "--model", "shapes", *parts]) == 0
         assert "method: slic" in open("run/config.yaml").read()

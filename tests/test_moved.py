@@ -35,7 +35,7 @@ def test_an_old_name_is_the_new_object(old: str, name: str) -> None:
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:
-    """Each imported module of ours without `diffalign.`, and each name with its module."""
+    """Each imported module of ours without `diffalign.`; each name with its module."""
     package, text = path.relative_to(ROOT).parent.parts, path.read_text("utf-8")
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))

@@ -63,7 +63,7 @@ def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
 
 @pytest.mark.nightly
 def test_it_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
-    """The environment sees the dependencies of the running one, but not the source tree."""
+    """The environment sees the running one's dependencies, but not the source tree."""
     venv.create(tmp_path / "venv", with_pip=False)
     site = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
     zipfile.ZipFile(wheel).extractall(site)

@@ -1,4 +1,4 @@
-"""The quickstart in small, through the installed command; what it leaves, and running it again."""
+"""The quickstart in small, by the installed command; what it leaves; a second run."""
 
 from __future__ import annotations
 

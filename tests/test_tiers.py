@@ -1,4 +1,5 @@
-"""The tiers: the table of unit tests is up to date, and `by_default` leaves the right cases for the night."""
+"""The tiers: the table of unit tests is up to date, and `by_default` leaves the right
+cases for the night."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def test_the_table_names_tests_that_exist(file: str) -> None:
 
 
 def cases(*lists: tuple[str, list[tuple[str, ...]]]) -> list[Any]:
-    """The cases of a test with one `parametrize` per argument: names, and their values."""
+    """The cases of a test with one `parametrize` per argument: names and values."""
     marks = [pytest.mark.parametrize(names, values).mark for names, values in lists]
     made = []
     for values in product(*(values for _, values in lists)):

@@ -1,4 +1,5 @@
-"""Tiny randomly initialised pipelines of every supported family, and tiny preference data, built in code."""
+"""Tiny randomly initialised pipelines of every supported family, and tiny preference
+data, built in code."""
 
 from __future__ import annotations
 
@@ -71,13 +72,15 @@ def _unet(cross: int, **options: Any) -> UNet2DConditionModel:
 
 def _ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction_type,
     )  # fmt: skip
 
 
 def build_pipeline(family: str, seed: int = 0) -> Any:
-    """A pipeline of `FAMILIES`: SD1 (epsilon), SD2 (v), SDXL (two encoders, size conditioning), SD3 (flow matching)."""
+    """A pipeline of `FAMILIES`: SD1 (epsilon), SD2 (v), SDXL (two encoders, size
+    conditioning), SD3 (flow matching)."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     if family in ("sd", "sd_v"):
@@ -159,7 +162,8 @@ def pair_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
 def ranked_rows(
     count: int = 8, size: int = RESOLUTION, lengths: tuple[int, ...] = (3,)
 ) -> list[dict[str, Any]]:
-    """Separable lists: the brighter, the better; row i has ``lengths[i % len(lengths)]`` images."""
+    """Separable lists: the brighter, the better; row i has ``lengths[i %
+    len(lengths)]`` images."""
     rows = []
     for i, row in enumerate(pair_rows(count, size)):
         k = lengths[i % len(lengths)]
@@ -176,7 +180,14 @@ def ranked_rows(
 
 def captioned_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """The pairs of `pair_rows` with a caption for each image."""
-    return [{**row, "chosen_prompt": row["prompt"], "rejected_prompt": "a small green cross on the right of a black background"} for row in pair_rows(count, size)]  # fmt: skip
+    return [
+        {
+            **row,
+            "chosen_prompt": row["prompt"],
+            "rejected_prompt": "a small green cross on the right of a black background",
+        }
+        for row in pair_rows(count, size)
+    ]
 
 
 def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
@@ -192,7 +203,8 @@ def brightness(images: Any, prompts: Any) -> Any:
 
 
 def by_place(images: Any, prompts: Any) -> Any:
-    """A judge that looks at no pixel: candidates of one prompt by their place, so that no rounding decides who wins."""
+    """A judge that looks at no pixel: candidates of one prompt by their place, so that
+    no rounding decides who wins."""
     return torch.arange(len(images)).double() % 2
 
 
@@ -217,7 +229,8 @@ def make_trainer(
     options: dict[str, Any] | None = None,
     **args: Any,
 ) -> Any:
-    """A trainer of the tiny pipeline: `data` and `args` are config fields, `options` are arguments of the trainer itself."""
+    """A trainer of the tiny pipeline: `data` and `args` are config fields, `options`
+    are arguments of the trainer itself."""
     from diffalign import DataConfig
     from diffalign.methods import config_class, trainer_class
 

@@ -1,4 +1,4 @@
-"""The demo in a real headless browser, used as a person would; and its routes, used as nobody should."""
+"""The demo in a real headless browser; and its routes, used as nobody should."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ class Visitor:
         self.until(
             lambda: (
                 self.driver.execute_script(
-                    "return document.querySelector('button[role=tab][aria-selected=true]').innerText"
+                    "return "
+                    "document.querySelector('button[role=tab][aria-selected=true]').innerText"
                 )
                 == text
             )
@@ -242,7 +243,8 @@ def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visito
     visitor.at("vote-export").click()
     visitor.until(lambda: visitor.at("vote-download").is_displayed())
     link = visitor.driver.execute_script(
-        "const e = document.getElementById('vote-download'); return (e.closest('a') || e.querySelector('a') || e).href"
+        "const e = document.getElementById('vote-download'); return (e.closest('a') || "
+        "e.querySelector('a') || e).href"
     )
     if link:
         path = server.folder / "down.parquet"

@@ -1,4 +1,5 @@
-"""Votes on disk: durable, once per pair, readable as training data; and those of a round that waits for people."""
+"""Votes on disk: durable, once per pair, readable as training data; and those of a
+round that waits for people."""
 
 from __future__ import annotations
 

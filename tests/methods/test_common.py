@@ -43,7 +43,8 @@ lora_and_full = pytest.mark.parametrize("lora", [True, False], ids=["lora", "ful
 
 
 def in_turns(method: str, family: str, lora: bool) -> bool:
-    """Every method meets one family, every family Diffusion-DPO; LoRA, full by turns."""
+    """Every method meets one family, every family Diffusion-DPO; LoRA and full take
+    turns."""
     number, kind = METHOD_NAMES.index(method), FAMILIES.index(family)
     if number == kind == 0:
         return True

@@ -1,4 +1,5 @@
-"""The common tests of every scorer: one finite number per image that depends on nothing else, and a true gradient."""
+"""The common tests of every scorer: one finite number per image that depends on nothing
+else, and a true gradient."""
 
 from __future__ import annotations
 

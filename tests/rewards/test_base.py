@@ -1,4 +1,5 @@
-"""What every scorer does around its model: bad input, duplicates, batches, memory, missing values, the two modes."""
+"""What every scorer does around its model: bad input, duplicates, batches, memory,
+missing values, the two modes."""
 
 from __future__ import annotations
 
@@ -238,7 +239,8 @@ def test_a_scorer_that_returns_the_wrong_number_is_named():
         (
             [np.full((4, 4, 3), 7.0)],
             ["a"],
-            r"images\[0\]: an array of float64 with shape \(4, 4, 3\) runs from 7 to 7, expected \[0, 1\]",
+            r"images\[0\]: an array of float64 with shape \(4, 4, 3\) runs from 7 to 7, "
+            r"expected \[0, 1\]",
         ),
         ([np.zeros((4, 4, 3), np.int64)], ["a"], r"images\[0\]: an array of int64 .* is no image"),
         (torch.full((1, 3, 4, 4), float("nan")), ["a"], "some values are not finite"),
@@ -305,7 +307,7 @@ def test_options_are_checked():
 
 
 def test_a_changed_file_is_never_answered_from_the_cache(tmp_path):
-    """Neither right after it was written nor when it is old and its size is the same."""
+    """Neither right after writing nor when the file is old and its size is the same."""
     import os
 
     path = tmp_path / "a.bmp"  # every picture of one size has the same number of bytes

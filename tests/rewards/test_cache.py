@@ -1,4 +1,4 @@
-"""The score cache: what it keeps apart, several processes at once, files that are something else."""
+"""The score cache: what it keeps apart, several processes at once, foreign files."""
 
 from __future__ import annotations
 
@@ -319,7 +319,8 @@ def _make_and_write(path, writer, barrier):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_processes_that_make_one_file_at_once(tmp_path):
-    # Forks, as they start within a moment: turning on write-ahead mode fails at once when another process does the same.
+    # Forks, as they start within a moment: turning on write-ahead mode fails at once
+    # when another process does the same.
     context = multiprocessing.get_context("fork")
     for attempt in range(8):
         path, barrier = tmp_path / str(attempt) / "c.db", context.Barrier(6)
@@ -358,7 +359,8 @@ def test_threads_take_turns(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_keeps_what_it_writes_after_its_parent_closed(tmp_path):
-    # SQLite believes that the fork of an open connection holds its parent's locks; see _before_fork.
+    # SQLite believes that the fork of an open connection holds its parent's locks; see
+    # _before_fork.
     cache = ScoreCache(tmp_path / "c.db")
     cache.put_many("f", {key(0): 0.0})
     (read, wrote), (wait, closed) = os.pipe(), os.pipe()

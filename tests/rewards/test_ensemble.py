@@ -235,7 +235,8 @@ def test_kendalls_w():
     opposed = torch.stack([torch.arange(4.0), -torch.arange(4.0)], -1)[None]
     assert ensemble.kendalls_w(same).tolist() == [1.0]
     assert ensemble.kendalls_w(opposed).tolist() == [0.0]
-    # three judges rank four: 1234, 2143, 1243 -> S = sum (R - 7.5)^2 with R = 4, 5, 10, 11 = 37; W = 12 * 37 / (9 * 60)
+    # three judges rank four: 1234, 2143, 1243
+    # -> S = sum (R - 7.5)^2 with R = 4, 5, 10, 11 = 37; W = 12 * 37 / (9 * 60)
     ranks = torch.tensor([[[1.0, 2.0, 1.0], [2.0, 1.0, 2.0], [3.0, 4.0, 4.0], [4.0, 3.0, 3.0]]])
     torch.testing.assert_close(
         ensemble.kendalls_w(ranks), torch.tensor([12 * 37 / 540], dtype=torch.float64)
@@ -243,7 +244,8 @@ def test_kendalls_w():
     # with ties, ranks 1, 2.5, 2.5, 4 twice: still perfect agreement
     tied = torch.stack([torch.tensor([1.0, 2.0, 2.0, 3.0])] * 2, -1)[None]
     torch.testing.assert_close(ensemble.kendalls_w(tied), torch.tensor([1.0], dtype=torch.float64))
-    # one judge ties two: ranks 1.5, 1.5, 3 and 1, 2, 3 -> R = 2.5, 3.5, 6, S = 6.5; W = 12 * 6.5 / (4 * 24 - 2 * 6)
+    # one judge ties two: ranks 1.5, 1.5, 3 and 1, 2, 3
+    # -> R = 2.5, 3.5, 6, S = 6.5; W = 12 * 6.5 / (4 * 24 - 2 * 6)
     half = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]])
     torch.testing.assert_close(
         ensemble.kendalls_w(half), torch.tensor([78 / 84], dtype=torch.float64)
@@ -273,7 +275,8 @@ def test_pairwise_agreement():
             [[1.0, 0.0], [2.0, 5.0], [2.0, 5.0]],
         ]
     )
-    # over all groups, pairs that both tell apart: (1, 2) alike; (1, 2) not; (1, 2) and (1, 3) alike
+    # over all groups, pairs that both tell apart:
+    # (1, 2) alike; (1, 2) not; (1, 2) and (1, 3) alike
     assert ensemble.pairwise_agreement(two)[0, 1] == 3 / 4
 
 

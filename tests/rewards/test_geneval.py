@@ -1,4 +1,4 @@
-"""GenEval's clauses against what the published evaluation said of the same detections."""
+"""GenEval's clauses against the published evaluation of the same detections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Our scorers against the published code: numbers that `originals/` wrote by running it on the same tiny random weights."""
+"""Our scorers against the published code: numbers that `originals/` wrote by running it
+on the same tiny random weights."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def arrays(name: str):
 
 
 def all_pairs(scorer, images, prompts) -> torch.Tensor:
-    """(images, prompts) scores in one call. The published code drops transparency, while this package lays it on white."""
+    """(images, prompts) scores in one call. The published code drops transparency,
+    while this package lays it on white."""
     flat = [opaque(image) for image in images for _ in prompts]
     return scorer(flat, list(prompts) * len(images)).reshape(len(images), len(prompts))
 
@@ -61,7 +63,7 @@ def pixel_digests(scorer, images) -> list[str]:
 
 
 def gradient_of(scorer, inputs: torch.Tensor, prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and their gradient with respect to normalised inputs of the tower's own size."""
+    """Scores and their gradient in normalised inputs of the tower's own size."""
     leaf = inputs.clone().requires_grad_(True)
     scores = scorer.similarity(
         scorer.image_features(leaf), scorer.prompt_features(prompts, len(prompts))
@@ -90,7 +92,8 @@ def test_imagereward_tokens_and_pixels_are_exact(tmp_path, images):
 def test_imagereward_rewards(tmp_path, images):
     expected = fixture("imagereward")
     single = all_pairs(load_tiny("imagereward", tmp_path), images.values(), expected["prompts"])
-    # The published code resizes in the image's own mode, palette and transparency too; this package resizes the RGB they show.
+    # The published code resizes in the image's own mode, palette and transparency too;
+    # this package resizes the RGB they show.
     same = [i for i, image in enumerate(images.values()) if image.mode in ("RGB", "L")]
     assert len(same) == len(images) - 3
     assert float((single - torch.tensor(expected["rewards_fp32"]))[same].abs().max()) <= 5e-5
@@ -98,7 +101,8 @@ def test_imagereward_rewards(tmp_path, images):
     wide = []
     with torch.no_grad():
         for image in images.values():
-            # The published pixels are normalised in float32; only then does everything go on in float64.
+            # The published pixels are normalised in float32; only then does everything
+            # go on in float64.
             features = scorer.image_features(
                 scorer.preprocess.normalise(scorer.preprocess.exact(image)[None]).double()
             )
@@ -152,8 +156,10 @@ def test_all_625_keys_of_the_full_size_are_mapped():
     for name, module in modules.items():
         found = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         assert found == {key: tuple(value.shape) for key, value in parts[name].items()}
-    assert {key: tuple(value.shape) for key, value in parts["head"].items() if key.endswith("weight")} == {
-        "0.weight": (1024, 768), "2.weight": (128, 1024), "4.weight": (64, 128), "6.weight": (16, 64), "7.weight": (1, 16),
+    assert {key: tuple(value.shape) for key,
+     value in parts["head"].items() if key.endswith("weight")} == {
+        "0.weight": (1024, 768), "2.weight": (128, 1024), "4.weight": (64, 128),
+        "6.weight": (16, 64), "7.weight": (1, 16),
     }  # fmt: skip
     counts = [
         sum(value.numel() for value in parts[name].values())
@@ -172,7 +178,7 @@ def test_all_625_keys_of_the_full_size_are_mapped():
     ],
 )
 def test_the_silent_mistakes_would_show(config, tmp_path, images):
-    """transformers' defaults load without complaint and are wrong; the fixture must tell."""
+    """transformers' defaults load silently and are wrong; the fixture must tell."""
     expected = fixture("imagereward")
     arguments = MODELS["imagereward"](tmp_path)
     merged = {
@@ -203,7 +209,8 @@ def test_pickscore_tokens_and_pixels_are_exact(tmp_path, images):
         if i not in spelled(expected["prompts"])
     }
     assert {i: found[i] for i in rows} == rows
-    # A prompt that spells a control token is text, as under CLIP's own tokenizer; transformers' would end the prompt there.
+    # A prompt that spells a control token is text, as under CLIP's own tokenizer;
+    # transformers' would end the prompt there.
     own = fixture("hpsv2_antialias")["input_ids"]
     assert all(
         found[i] == [token for token in own[i] if token] for i in spelled(expected["prompts"])
@@ -282,7 +289,8 @@ def test_hpsv2_gradient(tmp_path):
 
 
 def test_hpsv2_converts_what_breaks_the_published_code(tmp_path, images):
-    """RGBA goes into its first convolution with four channels; ours is the picture on white."""
+    """RGBA goes into its first convolution with four channels; ours is the picture on
+    white."""
     assert set(fixture("hpsv2_antialias")["errors"]) == {"RGBA_180x260"}
     scorer = load_tiny("hpsv2.1", tmp_path)
     picture = images["RGBA_180x260"]
@@ -309,7 +317,7 @@ def test_mps_scores_and_selected_tokens(threshold, tmp_path, images):
     near = (tokens @ scorer._condition.T).amax(-1)
     similarity = near / near.amax(-1, keepdim=True)
     np.testing.assert_allclose(similarity[kept], arrays("mps")["similarity"][kept], atol=2e-5)
-    # In one batch of all images and prompts, where the published code gives single ones.
+    # In one batch of all images and prompts; the published code gives single ones.
     found = all_pairs(scorer, images.values(), expected["prompts"])
     assert (
         float(

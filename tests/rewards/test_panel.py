@@ -1,4 +1,4 @@
-"""Panels: the forms of `rewards:`, mistakes in them, where scorers live, and what is combined."""
+"""Panels: the forms of `rewards:`, mistakes, where scorers live, what is combined."""
 
 from __future__ import annotations
 
@@ -362,7 +362,8 @@ def test_missing_scores_follow_the_policy(policy, expected):
     result = panel.score([picture(0, level=20), picture(0, level=200)], on_error="nan")
     assert torch.isnan(result.columns["panel-gap"]).tolist() == [True, False]
     values = panel.combine(result.columns, [0, 0]).values.tolist()
-    # the one image that both scored wins for panel-a and, alone, is one half for panel-gap; under drop it is alone for both
+    # the one image that both scored wins for panel-a and, alone, is one half for
+    # panel-gap; under drop it is alone for both
     assert [None if v != v else v for v in values] == expected
 
 

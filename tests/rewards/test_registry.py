@@ -1,4 +1,5 @@
-"""Names: built in, registered, plug-ins, paths; what is unknown, ambiguous, taken or untrusted."""
+"""Names: built in, registered, plug-ins, paths; what is unknown, ambiguous, taken or
+untrusted."""
 
 from __future__ import annotations
 
@@ -17,8 +18,10 @@ from diffalign.rewards.base import Scorer
 from diffalign.rewards.spec import ScorerSpec
 
 NAMES = [
-    "imagereward", "pickscore", "hpsv2.0", "hpsv2.1", "clip-l14", "clip-h14", "aesthetic-v1", "aesthetic-v2", "mps",
-    "jpeg_compressibility", "jpeg_incompressibility", "geneval", "vlm_judge", "remote", "shapes", "shapes-clip",
+    "imagereward", "pickscore", "hpsv2.0", "hpsv2.1", "clip-l14", "clip-h14", "aesthetic-v1",
+    "aesthetic-v2", "mps",
+    "jpeg_compressibility", "jpeg_incompressibility", "geneval", "vlm_judge", "remote", "shapes",
+    "shapes-clip",
 ]  # fmt: skip
 
 

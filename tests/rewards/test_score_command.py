@@ -1,4 +1,5 @@
-"""``diffalign score``: folders and datasets, missing scores, resuming, several processes, and mistakes."""
+"""`diffalign score`: folders, datasets, missing scores, resuming, several processes,
+and mistakes."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def png(image: Image.Image) -> bytes:
 
 
 def image_folder(folder: Path, count: int = 6) -> Path:
-    """Images whose prompts, beside them, are those of every second scene, so that each prompt has two."""
+    """Images whose prompts, beside them, are those of every second scene, so that each
+    prompt has two."""
     folder.mkdir(parents=True)
     for i in range(count):
         render(SCENES[i], random.Random(i)).save(folder / f"{i:02d}.png")
@@ -267,7 +269,8 @@ def test_combination_and_options_from_a_file_and_from_the_command_line(tmp_path)
     folder, out = image_folder(tmp_path / "images", 4), tmp_path / "out"
     config = tmp_path / "rewards.yaml"
     config.write_text(
-        "rewards:\n  - {name: bright, scorer: score-brightness, normalize: {kind: affine, mean: 100, std: 10}}\n"
+        "rewards:\n  - {name: bright, scorer: score-brightness, "
+        "normalize: {kind: affine, mean: 100, std: 10}}\n"
         "  - {scorer: shapes, role: eval}\ncombine: weighted_sum\n"
     )
     score("--images", folder, "--config", config, "--output_dir", out)
@@ -400,7 +403,8 @@ def _environment(log: Path, **more: str) -> dict[str, str]:
 
 
 def _own(tmp_path: Path) -> tuple[list[str], Path]:
-    """A folder of images and a run over it with a scorer of the user's own file, without its output folder."""
+    """A folder of images and a run over it with a scorer of the user's own file,
+    without its output folder."""
     (tmp_path / "own.py").write_text(OWN_SCORER)
     config = tmp_path / "rewards.yaml"
     config.write_text(
@@ -486,20 +490,27 @@ def test_two_processes_write_what_one_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--scorers", "shape"], r"rewards\[0\].scorer: unknown scorer 'shape'; did you mean shapes"),
+        (["--scorers", "shape"],
+         r"rewards\[0\].scorer: unknown scorer 'shape'; did you mean shapes"),
         ([], "--scorers, --config: give one of them"),
         (["--scorers", "shapes", "--config", "x.yaml"], "give one of them"),
         (["--config", "x.yaml"], "there is no file 'x.yaml'"),
         (["--scorers", "shapes", "--chunk_size", "0"], "--chunk_size: expected int >= 1, got 0"),
-        (["--scorers", "shapes", "--combine", "average"], "combine.method: expected one of winrate"),
-        (["--scorers", "shapes", "--combine", "weighted_sum", "--scorer_args", "{shapes: {normalize: z}}"], "--scorer_args.shapes.normalize"),
+        (["--scorers", "shapes", "--combine", "average"],
+         "combine.method: expected one of winrate"),
+        (["--scorers", "shapes", "--combine", "weighted_sum",
+          "--scorer_args", "{shapes: {normalize: z}}"], "--scorer_args.shapes.normalize"),
         (["--scorers", "shapes", "--scorer_args", "graded"], "--scorer_args: expected a mapping"),
-        (["--scorers", "shapes", "--scorer_args", "{clip: {}}"], "--scorer_args.clip: no such scorer; there are shapes"),
-        (["--scorers", "shapes", "--scorer_args", "{shapes: {grade: 1}}"], "args.grade: .*did you mean 'graded'"),
+        (["--scorers", "shapes", "--scorer_args", "{clip: {}}"],
+         "--scorer_args.clip: no such scorer; there are shapes"),
+        (["--scorers", "shapes", "--scorer_args", "{shapes: {grade: 1}}"],
+         "args.grade: .*did you mean 'graded'"),
         (["--scorers", "shapes", "--placement", "gpu"], "placement: expected resident"),
         (["--scorers", "shapes", "--device", "abacus"], "device: expected auto"),
-        (["--scorers", "shapes", "--prompt", "x", "--prompts", "y"], "--prompt and --prompts: give one"),
-        (["--scorers", "shapes", "--prompts", "none.txt"], "--prompts: there is no file 'none.txt'"),
+        (["--scorers", "shapes", "--prompt", "x", "--prompts", "y"],
+         "--prompt and --prompts: give one"),
+        (["--scorers", "shapes", "--prompts", "none.txt"],
+         "--prompts: there is no file 'none.txt'"),
         (["--scorers", "shapes", "--columns", "prompt"], "--columns: expected a mapping"),
     ],
 )  # fmt: skip

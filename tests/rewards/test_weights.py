@@ -1,4 +1,5 @@
-"""Weights that are missing, foreign, damaged or dangerous are refused in one sentence; what is loaded is whole."""
+"""Weights that are missing, foreign, damaged or dangerous are refused in one sentence;
+what is loaded is whole."""
 
 from __future__ import annotations
 
@@ -223,7 +224,7 @@ def test_long_prompts_are_truncated_with_a_warning(tmp_path):
 
 
 def test_folders_as_they_come(tmp_path):
-    """Vocabulary files without settings beside them; a CLIP and its aesthetic head in one folder."""
+    """Vocabulary files without settings; CLIP and its aesthetic head in one folder."""
     arguments = MODELS["imagereward"](tmp_path / "a")
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -327,7 +328,8 @@ def test_a_config_without_sense_is_one_sentence(section, field, value, tmp_path,
 
 
 def senseless(values, generator):
-    """A JSON object with one or two of its fields, at any depth, set to something odd or left out."""
+    """A JSON object with one or two of its fields, at any depth, set to something odd
+    or left out."""
     changed = json.loads(json.dumps(values, default=str))
     odd = [0, -1, 1, 7, 10**9, 1e30, "x", None, [], {}, True, 0.5, "gelu"]
     for _ in range(generator.randint(1, 2)):

@@ -1,4 +1,4 @@
-"""The committed weights: plain diffusers loads them and they draw what they should, imperfectly."""
+"""The committed weights: plain diffusers loads them; they draw well, if imperfectly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The committed learned reward: plain transformers loads it, it is good but not perfect, and its maker repeats itself."""
+"""The committed learned reward: plain transformers loads it, it is good but not
+perfect, and its maker repeats itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines for steering: those of `tiny`, a Flux, and the schedulers that sample at random."""
+"""Tiny pipelines for steering: those of `tiny`, a Flux, and random schedulers."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def flux(seed: int = 0) -> Any:
 
 
 def call_options(name: str, prompts: int = 2) -> dict[str, Any]:
-    """What the pipeline's call needs beside prompts, for two cheap steps of a tiny image."""
+    """What the call needs beside prompts, for two cheap steps of a tiny image."""
     if name != "flux":
         return {"height": 32, "width": 32, "guidance_scale": 2.0}
     generator = torch.Generator().manual_seed(0)

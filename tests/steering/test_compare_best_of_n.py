@@ -1,4 +1,5 @@
-"""Steering against best-of-n: paired noise, equal rows, standard errors, judges that choose nothing."""
+"""Steering against best-of-n: paired noise, equal rows, standard errors, judges that
+choose nothing."""
 
 from __future__ import annotations
 

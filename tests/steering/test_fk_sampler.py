@@ -1,4 +1,5 @@
-"""`FKSteering` on unmodified pipelines: bit-equality with the plain pipeline, streams, chunks, scheduler state, families."""
+"""`FKSteering` on unmodified pipelines: bit-equality with the plain pipeline, streams,
+chunks, scheduler state, families."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ def test_without_generator_and_seed_the_global_one_decides() -> None:
 
 
 def test_a_users_generator_is_read_as_the_pipeline_reads_it() -> None:
-    """Resampling draws from its own stream, so the generator ends in the state a plain call leaves."""
+    """Resampling draws from its own stream, so the generator ends in the state a plain
+    call leaves."""
     pipe = family("sd")
     call = {"num_inference_steps": 5, "eta": 1.0} | call_options("sd")
     plain, ours = gen(9), gen(9)
@@ -165,7 +167,13 @@ def test_a_tiny_decoder_inside_and_the_real_one_at_the_end() -> None:
 
     torch.manual_seed(0)
     pipe = family("sd")
-    tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4)  # fmt: skip
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
     plain, with_tiny = (
         steer(pipe, resample_steps=(), call={"eta": 1.0}),
         steer(pipe, resample_steps=(), decoder=tiny, call={"eta": 1.0}),
@@ -180,7 +188,8 @@ def test_a_tiny_decoder_inside_and_the_real_one_at_the_end() -> None:
 
 
 def test_intermediate_images_are_those_of_the_vae() -> None:
-    """At the last step of a run without fresh noise x0hat is the returned sample, and so is its image."""
+    """At the last step of a run without fresh noise x0hat is the returned sample, and
+    so is its image."""
     pipe = family("sd")
     seen: list[Image.Image] = []
 

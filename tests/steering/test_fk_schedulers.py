@@ -1,4 +1,5 @@
-"""Families and schedulers under `FKSteering`: what is stochastic, what is refused, histories, clean predictions, our kernels."""
+"""Families and schedulers under `FKSteering`: what is stochastic, what is refused,
+histories, clean predictions, our kernels."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ def test_deterministic_samplers_are_refused_and_pruned(scheduler: str) -> None:
 
 
 def test_pruning_computes_distinct_particles_and_nothing_changes() -> None:
-    """Rows that are copies are computed once; the images are those of their root in a plain run."""
+    """Copied rows are computed once; images are those of their root in a plain run."""
     pipe = family("sd")
     result = steer(pipe, mode="prune")
     plain = steer(pipe, resample_steps=())
@@ -120,7 +121,8 @@ def test_second_order_schedulers_are_scored_once_per_interval() -> None:
 
 
 def test_solver_history_follows_the_particles() -> None:
-    """Order-2 sde-dpmsolver++ keeps the last model output: a run permuted by hand, history and all, gives the same latents."""
+    """Order-2 sde-dpmsolver++ keeps the last model output: a run permuted by hand,
+    history and all, gives the same latents."""
     pipe = with_scheduler(
         family("sd"),
         "DPMSolverMultistepScheduler",
@@ -270,7 +272,8 @@ def test_clean_prediction_of_flow_matching() -> None:
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_ancestral", "dpm_sde_1"])
 def test_our_ddim_kernel_is_theirs_at_eta_one(scheduler: str) -> None:
-    """One formula: DDIM eta 1 in variance-preserving coordinates, Euler ancestral in exploding ones, order-1 sde-dpmsolver++."""
+    """One formula: DDIM eta 1 in variance-preserving coordinates, Euler ancestral in
+    exploding ones, order-1 sde-dpmsolver++."""
     cls, options, call = STOCHASTIC[scheduler]
     made = with_scheduler(build_pipeline("sd"), cls, **options).scheduler
     made.set_timesteps(10)

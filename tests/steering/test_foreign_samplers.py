@@ -1,4 +1,4 @@
-"""Our kernels, densities and decodings against samplers and decoders of diffusers. Nightly."""
+"""Our kernels, densities and decodings against diffusers' own. Nightly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ GRIDS: list[tuple[str, str, dict[str, Any]]] = [
 def test_a_kernel_without_noise_is_the_deterministic_sampler(
     name: str, scheduler: str, options: dict[str, Any]
 ) -> None:
-    """At eta near 0 a step is first-order DPM-Solver, Euler or the flow's Euler on the same grid."""
+    """At eta near 0 a step is first-order DPM-Solver, Euler or the flow's Euler on the
+    same grid."""
     pipe = with_scheduler(family(name), scheduler, **options)
     call: dict[str, Any] = {"num_inference_steps": 8, "output_type": "latent"}
     generator = torch.Generator().manual_seed(3)
@@ -68,7 +69,7 @@ def test_a_kernel_without_noise_is_the_deterministic_sampler(
     ("kernel", "eta"), [("ddim", 1.0), ("ancestral", 1.0), ("euler_maruyama", 0.7)]
 )
 def test_flow_kernels_keep_a_gaussian(kernel: str, eta: float) -> None:
-    """Data N(0.5, 0.64), exact velocity, 400 steps: the samples have that mean and variance."""
+    """Data N(0.5, 0.64), exact velocity, 400 steps: the samples have these moments."""
     mean, variance = 0.5, 0.64
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(200_000, 1, generator=generator, dtype=torch.float64)
@@ -87,7 +88,8 @@ def test_flow_kernels_keep_a_gaussian(kernel: str, eta: float) -> None:
 
 @pytest.mark.parametrize("name", ["sd", "sd_v", "sdxl", "sd3", "flux"])
 def test_intermediate_images_are_the_pipelines_decoding(name: str) -> None:
-    """The picture of a latent by steering's decoder and by the pipeline, to the last grey level."""
+    """The picture of a latent by steering's decoder and by the pipeline, to the last
+    grey level."""
     pipe = family(name)
     call = {"num_inference_steps": 3, "output_type": "latent", **call_options(name, 2)}
     prompts = {} if name == "flux" else {"prompt": PROMPTS}
@@ -116,7 +118,7 @@ def test_intermediate_images_are_the_pipelines_decoding(name: str) -> None:
 
 
 def test_noise_of_rows_epochs_and_seeds_is_independent(tmp_path: Any) -> None:
-    """No two streams of noise are correlated beyond what chance gives the largest of many pairs."""
+    """No two noise streams correlate beyond what chance gives the largest of many."""
     rows = [{"prompt": PROMPTS[i % 2]} for i in range(300)]
     draws = []
     for seed in (0, 1):

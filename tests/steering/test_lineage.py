@@ -27,14 +27,19 @@ def tree(k: int = 3, steps: int = 2, thumbnails: bool = True) -> SteeringResult:
         )
         traces.append(
             StepTrace(
-                index=3 * j, timestep=900.0 - j, rewards=torch.arange(k)[None].double(), log_potentials=torch.zeros(1, k).double(),
-                log_weights=torch.full((1, k), -math.log(k)).double(), ess=torch.tensor([1.5]).double(), ancestors=ancestors,
+                index=3 * j, timestep=900.0 - j, rewards=torch.arange(k)[None].double(),
+                log_potentials=torch.zeros(1, k).double(),
+                log_weights=torch.full((1, k), -math.log(k)).double(),
+                ess=torch.tensor([1.5]).double(), ancestors=ancestors,
                 resampled=torch.tensor([j == steps - 1]), thumbnails=pictures,
             )
         )  # fmt: skip
     return SteeringResult(
         prompts=[
-            "a large yellow star on the right of a black background, and a long tail of words to wrap"
+            (
+                "a large yellow star on the right of a black background, and a long tail of words "
+                "to wrap"
+            )
         ],
         images=[[Image.new("RGB", (20, 20), (0, 0, 40 * slot % 256)) for slot in range(k)]],
         rewards=torch.arange(k)[None].double(),

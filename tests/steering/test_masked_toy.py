@@ -1,4 +1,5 @@
-"""A masked chain small enough to enumerate, steered through `MaskedDiffusion`; and uniform diffusion likewise."""
+"""A masked chain small enough to enumerate, steered through `MaskedDiffusion`; and
+uniform diffusion likewise."""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def uniform_number(tokens: Tensor) -> Tensor:
 
 
 def uniform_law() -> Tensor:
-    """Enumerates the scheduler's kernel: draw x0, then go to it, stay, or jump at random, independently per position."""
+    """Enumerates the scheduler's kernel: draw x0, then go to it, stay, or jump at
+    random, independently per position."""
     law = torch.full((UV**UL,), 1 / UV**UL).double()
     probabilities = ULOGITS.softmax(-1)
     for i in range(UN):

@@ -1,4 +1,4 @@
-"""Resampling vectors and variances, potentials and weights in closed form, invariances."""
+"""Resampling vectors and variances, closed potentials and weights, invariances."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_counts_are_unbiased_with_known_variances(scheme: str, variances: list[f
     counts = torch.nn.functional.one_hot(picks, 4).sum(1).double()
     expected = torch.tensor(variances, dtype=torch.float64)
     assert torch.all((counts.mean(0) - 4 * W[0]).abs() <= 4 * (expected / draws).sqrt() + 1e-12)
-    # the fourth moment of counts in {0..4} bounds the error of a variance by 4 / sqrt(draws) per standard error
+    # the fourth moment of counts in {0..4} bounds the error of a variance by
+    # 4 / sqrt(draws) per standard error
     assert torch.all((counts.var(0) - expected).abs() < 4 * 2.0 / math.sqrt(draws))
 
 
@@ -161,7 +162,8 @@ def steered(function=lambda x: x, groups: int = 40, **options):
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_product_identity(potential: str) -> None:
-    """Along every surviving lineage the potentials multiply to exp(lambda r): from the ancestor log, not from the running sum."""
+    """Along every surviving lineage the potentials multiply to exp(lambda r): from the
+    ancestor log, not from the running sum."""
     result = steered(potential=potential)
     slots = torch.arange(4).expand(40, 4)
     total = torch.zeros(40, 4).double()

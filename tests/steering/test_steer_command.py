@@ -1,4 +1,4 @@
-"""``diffalign steer``: what it writes, that it goes on where it stopped, and its mistakes."""
+"""`diffalign steer`: what it writes, going on where it stopped, and mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from PIL import Image
 from diffalign import cli
 from diffalign.cli import steer as steer_command
 
-PROMPTS = ["a small red circle on the left of a gray background", "a large blue star in the center of a white background", "a small green cross on the right of a black background"]  # fmt: skip
+PROMPTS = [
+    "a small red circle on the left of a gray background",
+    "a large blue star in the center of a white background",
+    "a small green cross on the right of a black background",
+]
 
 
 @pytest.fixture
@@ -156,13 +160,15 @@ def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
         str(prompts),
     ]
     done = subprocess.run(
-        [*command, "--num_inference_steps", "4", "--num_particles", "3", "--output_dir", "out"], cwd=tmp_path, capture_output=True, text=True,
+        [*command, "--num_inference_steps", "4", "--num_particles", "3", "--output_dir", "out"],
+        cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "steering: 100%" in done.stderr and (tmp_path / "out" / "grid.png").is_file()
     wrong = subprocess.run(
-        [*command, "--lmbda", "2", "--output_dir", "other"], cwd=tmp_path, capture_output=True, text=True,
+        [*command, "--lmbda", "2", "--output_dir", "other"], cwd=tmp_path, capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "not both" in wrong.stderr
@@ -176,8 +182,10 @@ def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
         (["--lmbda", "nan"], "--lmbda: expected float >= 0"),
         (["--ess_target", "0.5"], "--lmbda: give lmbda or ess_target, not both"),
         (["--num_particles", "0"], "--num_particles: expected int >= 1, got 0"),
-        (["--num_particles", "1", "--resample_steps", "2"], "--num_particles: 1 particle cannot be resampled"),
-        (["--num_particles", "1", "--compare"], "--num_particles: a comparison with best-of-n needs at least 2"),
+        (["--num_particles", "1", "--resample_steps", "2"],
+         "--num_particles: 1 particle cannot be resampled"),
+        (["--num_particles", "1", "--compare"],
+         "--num_particles: a comparison with best-of-n needs at least 2"),
         (["--resample_steps", "0.2,x"], "--resample_steps: expected numbers with commas between"),
         (["--resample_steps", "6"], "--resample_steps: 6 lies outside the run of 6 steps"),
         (["--resample_steps", "1.5"], "--resample_steps: a fraction of the run lies in"),

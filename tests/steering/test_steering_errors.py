@@ -1,4 +1,5 @@
-"""Mistakes are one clear sentence, and nothing is left behind: scheduler, model and autoencoder are as they were."""
+"""Mistakes are one clear sentence, and nothing is left behind: scheduler, model and
+autoencoder are as they were."""
 
 from __future__ import annotations
 

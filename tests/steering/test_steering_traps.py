@@ -1,4 +1,4 @@
-"""What pipelines in the wild bring along: precisions, adapters, hooks, grids, callbacks, other tasks."""
+"""What pipelines in the wild have: precisions, adapters, hooks, grids, other tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DDIM = {"call": {"eta": 1.0}}
 
 
 def check(result: Any) -> Any:
-    """Steered for real: something was resampled, the product is closed, the images are there."""
+    """Steered for real: resampled, the product closed, the images there."""
     assert any(step.resampled.any() for step in result.steps)
     torch.testing.assert_close(result.applied, 4.0 * result.rewards, rtol=0, atol=1e-6)
     assert all(isinstance(image, Image.Image) for row in result.images for image in row)
@@ -68,7 +68,8 @@ def test_compiled_and_sliced() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"final_sigmas_type": "sigma_min"}, {"euler_at_final": True}, {"solver_order": 3}],
+    [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True},
+     {"final_sigmas_type": "sigma_min"}, {"euler_at_final": True}, {"solver_order": 3}],
 )  # fmt: skip
 def test_solver_grids(options: dict[str, Any]) -> None:
     check(
@@ -205,7 +206,8 @@ def test_inpainting() -> None:
         )
     )
     found = FKSteering(pipe, brightness, num_particles=4, lmbda=4.0, ess_threshold=1.0)(
-        PROMPTS[0], seed=0, image=Image.new("RGB", (32, 32), "gray"), mask_image=Image.new("L", (32, 32), 255), height=32, width=32,
+        PROMPTS[0], seed=0, image=Image.new("RGB", (32, 32), "gray"),
+        mask_image=Image.new("L", (32, 32), 255), height=32, width=32,
         num_inference_steps=5, eta=1.0, strength=1.0,
     )  # fmt: skip
     check(found)
@@ -233,7 +235,7 @@ def test_two_threads_do_not_mix() -> None:
 
 
 def test_nothing_is_kept_after_a_call() -> None:
-    """The same object may be called again and again, and holds no particles in between."""
+    """The same object may be called repeatedly, and holds no particles in between."""
     import gc
     import weakref
 

@@ -1,4 +1,5 @@
-"""Text models and `FKTextSteering`: frozen tokens, clamped prompts, streams, mistakes, and the embedded denoiser."""
+"""Text models and `FKTextSteering`: frozen tokens, clamped prompts, streams, mistakes,
+and the embedded denoiser."""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ def test_templates_are_clamped() -> None:
 
 
 def test_scoring_does_not_advance_the_noise() -> None:
-    """More draws of clean texts, or none, and the same sampler noise: with lambda 0 the texts are the same."""
+    """More draws of clean texts, or none, and the same sampler noise: with lambda 0 the
+    texts are the same."""
     texts = [
         run(
             model(num_x0_samples=n),
@@ -168,15 +170,26 @@ def test_text_reward_scores_distinct_texts_once() -> None:
         (lambda: model(num_x0_samples=0), "num_x0_samples: expected int >= 1"),
         (lambda: model(batch_size=-1), "batch_size: expected int >= 1"),
         (lambda: model(template=torch.zeros(3)), "template: expected 6 tokens, got 3"),
-        (lambda: model(template=torch.zeros(3, L)).init(2, 2, None), r"template: expected one, or one per group \(2\)"),
-        (lambda: UniformDiffusion(logits, DDIMScheduler(), vocab_size=3, length=2, num_steps=2), "expected a DiscreteDDIMScheduler"),
-        (lambda: UniformDiffusion(logits, DiscreteDDIMScheduler(), vocab_size=1, length=2, num_steps=2), "vocab_size: expected int >= 2"),
-        (lambda: MaskedDiffusion(lambda t: t, mask_token_id=1, length=2, num_steps=1).prepare(TokenState(torch.ones(1, 1, 2)), 0), "denoiser: expected logits"),
-        (lambda: FKTextSteering(logits, None, len, lmbda=1.0), "give denoiser and tokenizer, or None for both"),
-        (lambda: FKTextSteering(None, None, 3, lmbda=1.0), "scorer: expected a function of a list of texts"),
-        (lambda: FKTextSteering(None, None, len, lmbda=-1.0), "lmbda: expected a finite number >= 0"),
-        (lambda: FKTextSteering(None, None, len, lmbda=1.0, num_particles=1, resample_steps=(1,)), "1 particle cannot be resampled"),
-        (lambda: FKTextSteering(None, None, len, lmbda=1.0)(["a " * 40]), "prompts: .* tokens, the whole text only 16"),
+        (lambda: model(template=torch.zeros(3, L)).init(2, 2, None),
+         r"template: expected one, or one per group \(2\)"),
+        (lambda: UniformDiffusion(logits, DDIMScheduler(), vocab_size=3, length=2, num_steps=2),
+         "expected a DiscreteDDIMScheduler"),
+        (lambda: UniformDiffusion(
+            logits, DiscreteDDIMScheduler(), vocab_size=1, length=2, num_steps=2),
+         "vocab_size: expected int >= 2"),
+        (lambda: MaskedDiffusion(lambda t: t, mask_token_id=1, length=2, num_steps=1).prepare(
+            TokenState(torch.ones(1, 1, 2)), 0),
+         "denoiser: expected logits"),
+        (lambda: FKTextSteering(logits, None, len, lmbda=1.0),
+         "give denoiser and tokenizer, or None for both"),
+        (lambda: FKTextSteering(None, None, 3, lmbda=1.0),
+         "scorer: expected a function of a list of texts"),
+        (lambda: FKTextSteering(None, None, len, lmbda=-1.0),
+         "lmbda: expected a finite number >= 0"),
+        (lambda: FKTextSteering(None, None, len, lmbda=1.0, num_particles=1, resample_steps=(1,)),
+         "1 particle cannot be resampled"),
+        (lambda: FKTextSteering(None, None, len, lmbda=1.0)(["a " * 40]),
+         "prompts: .* tokens, the whole text only 16"),
         (lambda: FKTextSteering(None, None, len, lmbda=1.0)([]), "prompts: expected at least one"),
     ],
 )  # fmt: skip
@@ -235,7 +248,10 @@ def test_prompts_stay_as_they_are() -> None:
 
 
 def test_the_command_that_made_it(tmp_path: Path) -> None:
-    pretrain_text.main(["--output_dir", str(tmp_path / "out"), "--steps", "30", "--batch_size", "16", "--eval_samples", "100", "--hidden_size", "16", "--layers", "1"])  # fmt: skip
+    pretrain_text.main([
+        "--output_dir", str(tmp_path / "out"), "--steps", "30", "--batch_size", "16",
+        "--eval_samples", "100", "--hidden_size", "16", "--layers", "1",
+    ])  # fmt: skip
     model, tokenizer = load_text_denoiser(tmp_path / "out")
     assert model.config.vocab_size == len(tokenizer) + 1
     assert "captions of the world" in (tmp_path / "out" / "README.md").read_text()
@@ -245,7 +261,8 @@ def test_the_command_that_made_it(tmp_path: Path) -> None:
 
 
 def test_the_training_loss_is_the_elbo() -> None:
-    """The mean over masks of the weighted loss of a factorised model is its exact cross-entropy."""
+    """The mean over masks of the weighted loss of a factorised model is its exact
+    cross-entropy."""
     tokens = torch.tensor([[0, 1]])
     scores = torch.randn(1, 2, 4, generator=gen(0)).double()
     exact = -(scores[..., :3].float().log_softmax(-1)).gather(-1, tokens[..., None]).mean()

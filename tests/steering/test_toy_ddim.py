@@ -1,4 +1,5 @@
-"""Linear-Gaussian data through the real `DDIMScheduler`, under `smc.run` and under `FKSteering` on a pipeline."""
+"""Linear-Gaussian data through the real `DDIMScheduler`, under `smc.run` and under
+`FKSteering` on a pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ MEAN, VARIANCE = 0.5, 0.64
 
 def scheduler(steps: int) -> DDIMScheduler:
     made = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        set_alpha_to_one=False, clip_sample=False
     )  # fmt: skip
     made.set_timesteps(steps)
     return made
@@ -51,7 +53,8 @@ def terminal_moments(steps: int) -> tuple[float, float]:
 
 
 class LinearGaussian:
-    """The chain as a particle model; `guidance` > 0 tilts the proposal along the reward r(x) = x and returns its log ratio."""
+    """The chain as a particle model; `guidance` > 0 tilts the proposal along the reward
+    r(x) = x and returns its log ratio."""
 
     def __init__(self, steps: int, guidance: float = 0.0, forget: bool = False) -> None:
         self.scheduler = scheduler(steps)
@@ -137,7 +140,8 @@ def test_a_tilted_proposal_with_its_ratio_is_unbiased(guidance: float) -> None:
     mean, variance = terminal_moments(20)
     z = math.exp(mean + variance / 2)
     result = run(
-        LinearGaussian(20, guidance), lambda x: x, groups=30_000, num_particles=4, lmbda=1.0, resample_steps=(4, 8, 12, 16),
+        LinearGaussian(20, guidance), lambda x: x, groups=30_000, num_particles=4, lmbda=1.0,
+        resample_steps=(4, 8, 12, 16),
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
     assert unbiased(result, torch.ones_like, z).agrees(1.0)
@@ -147,7 +151,8 @@ def test_a_tilted_proposal_with_its_ratio_is_unbiased(guidance: float) -> None:
 def test_a_tilted_proposal_without_its_ratio_must_fail() -> None:
     mean, variance = terminal_moments(20)
     result = run(
-        LinearGaussian(20, 1.0, forget=True), lambda x: x, groups=30_000, num_particles=4, lmbda=1.0, resample_steps=(4, 8, 12, 16),
+        LinearGaussian(20, 1.0, forget=True), lambda x: x, groups=30_000, num_particles=4,
+        lmbda=1.0, resample_steps=(4, 8, 12, 16),
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
     estimate = unbiased(result, torch.ones_like, math.exp(mean + variance / 2))
@@ -155,7 +160,7 @@ def test_a_tilted_proposal_without_its_ratio_must_fail() -> None:
 
 
 class GaussianPipeline:
-    """A pipeline as diffusers writes them, whose images are numbers: the latents themselves."""
+    """A pipeline as diffusers writes them, whose images are the latents' numbers."""
 
     def __init__(self, steps: int = 50) -> None:
         self.scheduler = scheduler(steps)
@@ -222,7 +227,8 @@ def estimates(result: Any, z: float) -> tuple[Estimate, Estimate]:
     ],
 )
 def test_steering_a_pipeline_is_exact(options: dict[str, Any]) -> None:
-    """Patched scheduler, one group per prompt: the whole sampler, not only its core, has the tilted law of the chain."""
+    """Patched scheduler, one group per prompt: the whole sampler, not only its core,
+    has the tilted law of the chain."""
     mean, variance = terminal_moments(50)
     result = steer_pipeline(**options)
     total, first = estimates(result, math.exp(mean + variance / 2))
@@ -232,7 +238,8 @@ def test_steering_a_pipeline_is_exact(options: dict[str, Any]) -> None:
 
 
 def test_the_returned_latent_is_scored_and_not_its_prediction() -> None:
-    """A last step with fresh noise: log Z of x0hat would be 2.116371, that of the returned sample is 2.118820."""
+    """A last step with fresh noise: log Z of x0hat would be 2.116371, that of the
+    returned sample is 2.118820."""
     result = steer_pipeline(200, lmbda=2.0)
     images = torch.tensor(result.images, dtype=torch.float64)
     assert torch.equal(result.rewards, images)

@@ -1,4 +1,5 @@
-"""A Gaussian mixture with exact kernels, tilted in closed form; and the controls that must fail."""
+"""A Gaussian mixture with exact kernels, tilted in closed form; and the controls that
+must fail."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_large_populations_agree_on_the_tilted_mean(potential: str) -> None:
 
 
 def test_a_floor_under_intermediate_rewards_does_not_move_the_target() -> None:
-    """Noisy or clipped intermediate rewards change variance only: the terminal weight closes the product."""
+    """Noisy or clipped intermediate rewards change variance only: the terminal weight
+    closes the product."""
     z, mean = mixture_moments(0.5)
     noise = gen(77)
 
@@ -155,7 +157,7 @@ def test_a_floor_under_intermediate_rewards_does_not_move_the_target() -> None:
 
 
 def test_weights_dropped_when_not_resampling_must_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault of the published code: a step that does not resample throws its weights away."""
+    """The published code's fault: a step without resampling throws its weights away."""
     original = weights_module.ParticleWeights.resample
 
     def forgetful(self):
@@ -171,7 +173,8 @@ def test_weights_dropped_when_not_resampling_must_fail(monkeypatch: pytest.Monke
 
 
 def test_ess_target_gives_the_law_of_the_lambda_it_chose() -> None:
-    """With many particles the chosen lambda hardly varies, and the weighted population follows it."""
+    """With many particles the chosen lambda hardly varies, and the weighted population
+    follows it."""
     result = run(
         Mixture(),
         lambda x: x,
@@ -186,7 +189,7 @@ def test_ess_target_gives_the_law_of_the_lambda_it_chose() -> None:
 
 
 def test_roots_predicted_from_the_stored_weights() -> None:
-    """Replaying the scheme on the stored weights gives the observed number of surviving roots."""
+    """Replaying the scheme on the stored weights gives the observed number of roots."""
     from diffalign.steering.smc import resample
 
     groups = 4000

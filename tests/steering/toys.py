@@ -15,7 +15,8 @@ WEIGHTS = torch.tensor([0.7, 0.3], dtype=torch.float64)
 
 
 class Mixture:
-    """Exact reverse kernels of a two-component Gaussian mixture, so the chain's law is the mixture for any number of steps.
+    """Exact reverse kernels of a two-component Gaussian mixture, so the chain's law is
+    the mixture for any number of steps.
 
     Args:
         num_steps: steps.
@@ -92,6 +93,6 @@ class Estimate:
 
 
 def unbiased(result: Any, function: Any, lmbda_z: float) -> Estimate:
-    """Zhat * sum_k W_k f(x_k) / Z over groups: its mean is the tilted expectation of f, without bias."""
+    """Zhat * sum_k W_k f(x_k) / Z over groups: an unbiased tilted expectation of f."""
     per_group = result.log_z.exp() * (result.weights * function(result.particles)).sum(1)
     return Estimate.of(per_group / lmbda_z)

@@ -1,10 +1,11 @@
-"""Writes diffalign/rewards/reference.json, what `diffalign doctor` compares with, from ../fixtures and from the scorers themselves.
+"""Writes diffalign/rewards/reference.json, what `diffalign doctor` compares with, from
+../fixtures and from the scorers themselves.
 
     python tests/rewards/originals/collect.py
 
-Numbers come from the published code where a fixture has them; clip-l14, clip-h14, open_clip and shapes-clip have no published code of
-their own to run here, so theirs are what this package computed when the file was written.
-"""
+Numbers come from the published code where a fixture has them; clip-l14, clip-h14,
+open_clip and shapes-clip have no published code of their own to run here, so theirs are
+what this package computed when the file was written."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ FIXTURES = ROOT / "tests" / "rewards" / "fixtures"
 
 # Every image, and prompts that no tokenizer disagrees about.
 PAIRS = [[0, 0], [1, 1], [2, 2], [3, 4], [5, 5], [6, 6], [7, 9], [8, 15]]
-# ImageReward's code resizes images in their own mode; this package resizes what they show. These have transparency or a palette.
+# ImageReward's code resizes images in their own mode; this package resizes what they
+# show. These have transparency or a palette.
 OTHER_MODES = {"imagereward": (5, 6)}
 SCENES = [[i, j] for i in range(4) for j in (i, (i + 1) % 4)]
 
@@ -51,7 +53,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     for key, (file, field, tolerance, options) in PUBLISHED.items():
         numbers = json.loads((FIXTURES / f"{file}.json").read_text())
-        source = f"{numbers['source']['repository']} at {numbers['source']['commit'][:7]} on tiny random weights"
+        source = (
+            f"{numbers['source']['repository']} at {numbers['source']['commit'][:7]} on tiny "
+            "random weights"
+        )
         pairs = [[i, j] for i, j in PAIRS if i not in OTHER_MODES.get(key, ())]
         values = [numbers[field][i][j] for i, j in pairs]
         found[key] = {

@@ -1,4 +1,5 @@
-"""Shared by the generators: arguments, stand-ins for imports that the numbers do not need, definitions out of scripts, output."""
+"""Shared by the generators: arguments, stand-ins for imports that the numbers do not
+need, definitions out of scripts, output."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def bare_package(name: str, folder: Path) -> None:
 
 
 def definitions(file: Path, names: set, namespace: dict[str, Any]) -> dict[str, Any]:
-    """Runs only the named classes and functions of a script, notebook or README whose top level cannot run here."""
+    """Runs only the named classes and functions of a script, notebook or README whose
+    top level cannot run here."""
     code = file.read_text()
     if file.suffix == ".ipynb":
         code = "\n".join(

@@ -1,7 +1,9 @@
-"""Numbers of the original LAION aesthetic heads on random heads and random features. Run in the old environment, see README.md.
+"""Numbers of the original LAION aesthetic heads on random heads and random features.
+Run in the old environment, see README.md.
 
-`--source` is the checkout of improved-aesthetic-predictor (v2), `--first` that of aesthetic-predictor (v1). Both repositories also hold the
-published weights; their hashes and outputs on the same features are stored for a check by whoever has the files.
+`--source` is the checkout of improved-aesthetic-predictor (v2), `--first` that of
+aesthetic-predictor (v1). Both repositories also hold the published weights; their
+hashes and outputs on the same features are stored for a check by whoever has the files.
 """
 
 from __future__ import annotations
@@ -61,10 +63,13 @@ def main() -> None:
     }
     results = {"v1": run_v1(published["v1"]), "v2": run_v2(published["v2"])}
     sources = {
-        "v1": common.source_of(options.first, "LAION-AI/aesthetic-predictor", note="function of asthetics_predictor.ipynb"),
+        "v1": common.source_of(options.first, "LAION-AI/aesthetic-predictor",
+         note="function of asthetics_predictor.ipynb"),
         "v2": common.source_of(
             options.source, "christophschuhmann/improved-aesthetic-predictor",
-            note="class MLP and function normalized of simple_inference.py, LightningModule replaced by nn.Module",
+            note=
+                "class MLP and function normalized of simple_inference.py, LightningModule "
+                "replaced by nn.Module",
         ),
     }  # fmt: skip
     numbers = {

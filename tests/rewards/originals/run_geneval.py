@@ -1,8 +1,10 @@
-"""Verdicts of GenEval's own evaluate_image() on hand-made detections. Run in the old environment, see README.md.
+"""Verdicts of GenEval's own evaluate_image() on hand-made detections. Run in the old
+environment, see README.md.
 
-Only the detector and the colour classifier are replaced: they return what a case says. Thresholds are GenEval's defaults. Detections
-are (class, score, x0, y0, x1, y1[, colour]); scores of one class differ, since the original breaks ties in no defined order.
-"""
+Only the detector and the colour classifier are replaced: they return what a case says.
+Thresholds are GenEval's defaults. Detections are (class, score, x0, y0, x1, y1[,
+colour]); scores of one class differ, since the original breaks ties in no defined
+order."""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def include(name, count=1, **more):
 
 
 def detections(name, boxes, scores, colors=()):
-    """One class: boxes with their scores and, for colour cases, what the classifier would say."""
+    """One class: boxes, scores and, for colour cases, what the classifier would say."""
     colors = list(colors) + [None] * (len(boxes) - len(colors))
     return [
         {"class": name, "score": s, "box": list(b), "color": c}
@@ -263,11 +265,15 @@ def main() -> None:
             }
             results.append(
                 {
-                    "name": name, "metadata": metadata, "detections": found, "correct": bool(result["correct"]),
+                    "name": name, "metadata": metadata, "detections": found,
+                    "correct": bool(result["correct"]),
                     "reason": result["reason"], "kept": kept,
                 }
             )  # fmt: skip
-    note = "evaluate_image() with default thresholds; detector and colour classifier stubbed. Two relations in a reason come in any order"
+    note = (
+        "evaluate_image() with default thresholds; detector and colour classifier stubbed. Two "
+        "relations in a reason come in any order"
+    )
     numbers = {
         "source": common.source_of(options.source, "djghosh13/geneval", "pandas", note=note),
         "cases": results,

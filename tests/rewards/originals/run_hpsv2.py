@@ -1,8 +1,8 @@
 """Numbers of the original HPSv2 on the tiny checkpoint.
 
-Run twice: in the old environment, whose torchvision resizes tensors without antialiasing, as when HPSv2 was published (`--name hpsv2_legacy`),
-and in a current one, where the same code antialiases (`--name hpsv2_antialias`). See README.md.
-"""
+Run twice: in the old environment, whose torchvision resizes tensors without
+antialiasing, as when HPSv2 was published (`--name hpsv2_legacy`), and in a current one,
+where the same code antialiases (`--name hpsv2_antialias`). See README.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "ViT-tiny.json").write_text(json.dumps(checkpoints.hpsv2_config()))
         factory.add_model_config(folder / "ViT-tiny.json")
-        # img_score's own call, with the tiny architecture and without the LAION weights that it replaces anyway
+        # img_score's own call, with the tiny architecture and without the LAION weights
+        # that it replaces anyway
         model, _, preprocess = original.create_model_and_transforms(
             "ViT-tiny",
             None,
@@ -55,11 +56,16 @@ def main() -> None:
             except RuntimeError as error:  # RGBA reaches the network with four channels
                 scores.append(None)
                 errors[name] = f"{type(error).__name__}: {error}"[:200]
-    note = "tiny random weights of diffalign/rewards/testing/reference_models.py; clint and turtle stubbed; CPU, so its autocast does nothing"
+    note = (
+        "tiny random weights of diffalign/rewards/testing/reference_models.py; clint and turtle "
+        "stubbed; CPU, so its autocast does nothing"
+    )
     ids = tokenizer.tokenize(prompts)
     numbers = {
-        "source": common.source_of(options.source, "tgxs002/HPSv2", "torchvision", "ftfy", "regex", note=note),
-        "images": list(images), "prompts": prompts, "input_ids": [row[: row.nonzero().max() + 1].tolist() for row in ids],
+        "source": common.source_of(options.source, "tgxs002/HPSv2", "torchvision", "ftfy", "regex",
+         note=note),
+        "images": list(images), "prompts": prompts,
+        "input_ids": [row[: row.nonzero().max() + 1].tolist() for row in ids],
         "scores": scores, "errors": errors,
     }  # fmt: skip
     pixels = {name: preprocess(image) for name, image in images.items() if name not in errors}
@@ -70,7 +76,10 @@ def main() -> None:
     pairs = (out["image_features"] * out["text_features"]).sum(-1)
     pairs.sum().backward()
     numbers["gradient"] = {
-        "pixels": "random_model_input(2) as the normalised input, of the sum of the scores of the two pairs", "prompts": [0, 1],
+        "pixels": (
+            "random_model_input(2) as the normalised input, of the sum of the scores of the two "
+            "pairs"
+        ), "prompts": [0, 1],
         "scores": pairs.tolist(), "norm": float(inputs.grad.norm()),
     }  # fmt: skip
     arrays["gradient"] = common.strided(inputs.grad.numpy())

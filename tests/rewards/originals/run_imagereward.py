@@ -1,4 +1,5 @@
-"""Numbers of the original ImageReward on the tiny checkpoint. Run in the old environment, see README.md."""
+"""Numbers of the original ImageReward on the tiny checkpoint. Run in the old
+environment, see README.md."""
 
 from __future__ import annotations
 
@@ -11,11 +12,14 @@ import common
 import numpy as np
 import torch
 
-FULL_MED_CONFIG = {  # sizes of bert-base with BLIP's two extra tokens, as in the published med_config.json
-    "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768,
-    "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512,
-    "model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2,
-    "vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True,
+# sizes of bert-base with BLIP's two extra tokens, as in the published med_config.json
+FULL_MED_CONFIG = {
+    "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
+    "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 768,
+    "add_cross_attention": True,
 }  # fmt: skip
 
 
@@ -36,7 +40,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         checkpoints.write_imagereward(folder)
-        # the original asks the hub for the vocabulary by name, and hard-codes ViT-L; both are replaced by the tiny ones
+        # the original asks the hub for the vocabulary by name, and hard-codes ViT-L;
+        # both are replaced by the tiny ones
         load = BertTokenizer.from_pretrained
         blip.BertTokenizer = type(
             "Local",
@@ -46,7 +51,8 @@ def main() -> None:
         full_vit = blip_pretrain.create_vit
         blip_pretrain.create_vit = lambda *a, **k: (
             blip.VisionTransformer(
-                img_size=224, patch_size=vision["patch_size"], embed_dim=vision["hidden_size"], depth=vision["num_hidden_layers"],
+                img_size=224, patch_size=vision["patch_size"], embed_dim=vision["hidden_size"],
+                depth=vision["num_hidden_layers"],
                 num_heads=vision["num_attention_heads"], drop_path_rate=0.1,
             ),
             vision["hidden_size"],
@@ -64,7 +70,10 @@ def main() -> None:
         blip_pretrain.create_vit = full_vit
         (folder / "full.json").write_text(json.dumps(FULL_MED_CONFIG))
         full = original.ImageReward(med_config=str(folder / "full.json"), device="cpu").state_dict()
-    note = "tiny random weights of diffalign/rewards/testing/reference_models.py; clip stubbed; BertTokenizer from the tiny vocabulary"
+    note = (
+        "tiny random weights of diffalign/rewards/testing/reference_models.py; clip stubbed; "
+        "BertTokenizer from the tiny vocabulary"
+    )
     source = common.source_of(
         options.source,
         "THUDM/ImageReward",
@@ -103,11 +112,13 @@ def measure(model, checkpoints):
     numbers = {
         "images": list(images), "prompts": prompts, "input_ids": tokens.input_ids.tolist(),
         "attended": tokens.attention_mask.sum(1).tolist(), "rewards_fp32": fp32,
-        "rank": {"prompt": 0, "ranking": ranking, "rewards": ranked}, "pixels_sha256": [common.sha256(p) for p in pixels],
+        "rank": {"prompt": 0, "ranking": ranking, "rewards": ranked},
+        "pixels_sha256": [common.sha256(p) for p in pixels],
     }  # fmt: skip
     gradient = leaf.grad.numpy()
     numbers["score_gard"] = {
-        "pixels": "random_model_input(0) as the normalised input", "prompts": [0, 1], "rewards": rewards.flatten().tolist(),
+        "pixels": "random_model_input(0) as the normalised input", "prompts": [0, 1],
+        "rewards": rewards.flatten().tolist(),
         "gradient_norm": float(np.linalg.norm(gradient.astype(np.float64))),
     }  # fmt: skip
     arrays = {

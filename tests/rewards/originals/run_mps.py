@@ -1,7 +1,8 @@
-"""Numbers of the original MPS on the tiny checkpoint, in fp32 and fp64. Run in the old environment, see README.md.
+"""Numbers of the original MPS on the tiny checkpoint, in fp32 and fp64. Run in the old
+environment, see README.md.
 
-The original casts images and the mask to fp16; here `Tensor.half` does nothing, so that the CPU can run it and the numbers are exact.
-"""
+The original casts images and the mask to fp16; here `Tensor.half` does nothing, so that
+the CPU can run it and the numbers are exact."""
 
 from __future__ import annotations
 
@@ -72,9 +73,12 @@ def main() -> None:
     numbers = {
         "source": common.source_of(
             options.source, "Kwai-Kolors/MPS", "transformers", "einops",
-            note="tiny random weights of diffalign/rewards/testing/reference_models.py; batches of one prompt; Tensor.half made the identity",
+            note=
+                "tiny random weights of diffalign/rewards/testing/reference_models.py; batches of "
+                "one prompt; Tensor.half made the identity",
         ),
-        "images": list(images), "prompts": prompts, "condition": condition, "condition_ids": ids[-1].tolist(),
+        "images": list(images), "prompts": prompts, "condition": condition,
+        "condition_ids": ids[-1].tolist(),
         "input_ids": [row.tolist() for row in ids[:-1]],
         "scores_threshold_0.3": benchmark(), "scores_threshold_0.01": published(pixels),
     }  # fmt: skip
@@ -91,7 +95,10 @@ def main() -> None:
     score = pair(model, ids[:1], ids[-1:], inputs)
     score.sum().backward()
     numbers["gradient_fp64"] = {
-        "pixels": "random_model_input(3) as the normalised input, two images of prompt 0, of the sum of the scores, threshold 0.01",
+        "pixels": (
+            "random_model_input(3) as the normalised input, two images of prompt 0, of the sum of "
+            "the scores, threshold 0.01"
+        ),
         "scores": score.tolist(), "norm": float(inputs.grad.norm()),
     }  # fmt: skip
     arrays["gradient_fp64"] = common.strided(inputs.grad.numpy())
@@ -115,7 +122,8 @@ def main() -> None:
 
 
 def pair(model, text, condition, images):
-    """Scores of two images of one prompt as the README computes them from the module's outputs."""
+    """Scores of two images of one prompt as the README computes them from the module's
+    outputs."""
     text_f, first, second = model(text, images, condition)
     unit = [f / f.norm(dim=-1, keepdim=True) for f in (text_f, first, second)]
     return torch.cat([model.logit_scale.exp() * torch.diag(unit[0] @ f.T) for f in unit[1:]])
@@ -128,7 +136,8 @@ def forward(model, row, condition, images):
 
 
 def kept(model, ids):
-    """Per prompt how many of the 77 tokens pass 0.3 and 0.01, and the similarities themselves, by the module's text tower."""
+    """Per prompt how many of the 77 tokens pass 0.3 and 0.01, and the similarities
+    themselves, by the module's text tower."""
     with torch.no_grad():
         features, _ = model.get_text_features(ids)
         sims = (features[:-1] @ features[-1].T).amax(-1)  # (prompts, 77)

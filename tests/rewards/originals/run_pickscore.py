@@ -1,4 +1,5 @@
-"""Numbers of PickScore's README code on the tiny checkpoint. Run in the old environment, see README.md."""
+"""Numbers of PickScore's README code on the tiny checkpoint. Run in the old
+environment, see README.md."""
 
 from __future__ import annotations
 
@@ -53,10 +54,14 @@ def main() -> None:
     numbers = {
         "source": common.source_of(
             options.source, "yuvalkirstain/PickScore", "transformers", "tokenizers",
-            note="code of README.md on tiny random weights of diffalign/rewards/testing/reference_models.py; CLIPTokenizerFast, CLIPImageProcessor",
+            note=
+                "code of README.md on tiny random weights of "
+                "diffalign/rewards/testing/reference_models.py; CLIPTokenizerFast, "
+                "CLIPImageProcessor",
         ),
         "images": list(images), "prompts": prompts, "tokenizer": type(tokenizer).__name__,
-        "input_ids": trimmed(tokens), "scores": scores.T.tolist(), "logit_scale": float(model.logit_scale),
+        "input_ids": trimmed(tokens), "scores": scores.T.tolist(),
+        "logit_scale": float(model.logit_scale),
         "readme_probabilities": [calc_probs(prompt, list(images.values())) for prompt in prompts],
         "pixels_sha256": [common.sha256(p) for p in raw],
     }  # fmt: skip
@@ -67,7 +72,10 @@ def main() -> None:
     pairs = model.logit_scale.exp() * (text_emb * image_emb).sum(-1)
     pairs.sum().backward()
     numbers["gradient"] = {
-        "pixels": "random_model_input(1) as the normalised input, of the sum of the scores of the two pairs", "prompts": [0, 1],
+        "pixels": (
+            "random_model_input(1) as the normalised input, of the sum of the scores of the two "
+            "pairs"
+        ), "prompts": [0, 1],
         "scores": pairs.tolist(), "norm": float(inputs.grad.norm()),
     }  # fmt: skip
     arrays["gradient"] = common.strided(inputs.grad.numpy())
