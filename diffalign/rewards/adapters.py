@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import Scorer
+from .images import Images
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def as_ddpo(scorer: Scorer) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
@@ -41,11 +45,14 @@ def as_ddpo(scorer: Scorer) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """
 
     def reward(
-        images: Any, prompts: Any = None, metadata: Any = None
+        images: Images,
+        prompts: Sequence[str] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        has_metadata = metadata is not None and len(metadata) > 0
         result = scorer.score(
-            _channels_first(images), _texts(prompts), list(metadata) if has_metadata else None
+            _channels_first(images),
+            _texts(prompts),
+            list(metadata) if metadata is not None and len(metadata) > 0 else None,
         )
         return result.values, {"errors": result.errors}
 
@@ -175,13 +182,13 @@ def as_flow_factory(scorer: Scorer) -> FlowFactoryReward:
     return FlowFactoryReward(scorer)
 
 
-def _named(function: Callable[..., Any], scorer: Scorer) -> Callable[..., Any]:
+def _named(function: Callable[P, R], scorer: Scorer) -> Callable[P, R]:
     """Name a reward after its scorer, as trainers log its function's name."""
     function.__name__ = function.__qualname__ = scorer.name
     return function
 
 
-def _channels_first(images: Any) -> Any:
+def _channels_first(images: Images) -> Images:
     """Bring images into a form that `Scorer.score` takes.
 
     A uint8 tensor (n, h, w, 3) becomes (n, 3, h, w), half-precision arrays become

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
 from ..runtime.devices import read_device, read_dtype
+from ..runtime.protocols import DeviceLike, DtypeLike
 from .cache import ScoreCache
+from .images import Images
 from .scoring import BatchScores, Item, ScoreResult, score
 from .spec import ScorerSpec
 
@@ -66,8 +68,8 @@ class Scorer:
     def __init__(
         self,
         *,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike = None,
+        dtype: DtypeLike = None,
         batch_size: int | None = None,
         cache: ScoreCache | str | Path | None = None,
     ) -> None:
@@ -115,7 +117,7 @@ class Scorer:
             batch_size (`int`): items per micro-batch.
         """
 
-    def prepare_item(self, item: Item) -> Any:
+    def prepare_item(self, item: Item) -> object:
         """Do an item's work on the CPU. It runs in a thread, one batch ahead on a GPU.
 
         Returns:
@@ -147,7 +149,7 @@ class Scorer:
 
     def __call__(
         self,
-        images: Any,
+        images: Images,
         prompts: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         *,
@@ -161,7 +163,7 @@ class Scorer:
 
     def score(
         self,
-        images: Any,
+        images: Images,
         prompts: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         *,
@@ -212,7 +214,7 @@ class Scorer:
             self._fingerprint = (self.dtype, digest)
         return self._fingerprint[1]
 
-    def to(self, device: Any = None, dtype: Any = None) -> Scorer:
+    def to(self, device: DeviceLike = None, dtype: DtypeLike = None) -> Scorer:
         """Move the networks.
 
         Args:

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 
@@ -57,7 +56,7 @@ class ScoreCache:
         self._ids: dict[str, int] = {}
         _CACHES.add(self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[ScoreCache], tuple[Path]]:
         return type(self), (self.path,)  # a connection must not cross a process boundary
 
     def __bool__(self) -> bool:
@@ -66,7 +65,7 @@ class ScoreCache:
     def __enter__(self) -> ScoreCache:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..runtime import text_files
 from ..runtime.hashing import WEIGHT_SUFFIXES, content_hash
 from ..runtime.weight_files import could_be_hub_id
 from .spec import ScorerSpec
+
+ConfigLike: TypeAlias = "Mapping[str, Any] | str | Path | None"
+"""Overrides of an architecture: a mapping, or a JSON file that holds one."""
 
 
 def find_weights(
@@ -159,7 +162,7 @@ def find_folder(
     return Path(folder)
 
 
-def read_config(value: Any, field: str = "config") -> dict[str, Any] | None:
+def read_config(value: object, field: str = "config") -> dict[str, Any] | None:
     """Read a configuration given as a mapping or as a JSON file. None stays None.
 
     Raises:

@@ -8,8 +8,7 @@ declared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -439,7 +438,11 @@ def combine(
             f"there are {', '.join(METHODS)}",
         )
     scores = apply_missing(scores, missing, names)
-    simple: dict[str, Any] = {"winrate": win_rates, "majority": majority_score, "minmax": minmax}
+    simple: dict[str, Callable[..., Tensor]] = {
+        "winrate": win_rates,
+        "majority": majority_score,
+        "minmax": minmax,
+    }
     if method in simple:
         return simple[method](scores, weights)
     if method == "zscore":

@@ -9,10 +9,10 @@ ranking.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _LARGEST_SIDE = 8192
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -53,7 +53,7 @@ class ImageInput:
     """
 
     place: str
-    source: Any
+    source: decoding.ImageSource | Missing
     _image: Image.Image | None = field(default=None, repr=False)
     _encoded: bytes | None = field(default=None, repr=False)
 
@@ -126,7 +126,16 @@ class ImageInput:
         return isinstance(self.source, (str, Path, bytes, memoryview))
 
 
-def read_images(images: Any) -> list[ImageInput]:
+ImageLike: TypeAlias = (
+    "decoding.ImageSource | np.ndarray | Tensor | Mapping[str, Any] | ImageInput | Missing"
+)
+"""One image in any form that `read_images` takes."""
+
+Images: TypeAlias = "Iterable[ImageLike] | np.ndarray | Tensor"
+"""A list of images, or one batch of them."""
+
+
+def read_images(images: Images) -> list[ImageInput]:
     """Read every accepted form of images into a list.
 
     Floats are rounded to 8 bits, so that an image in memory and its saved PNG get the
@@ -149,15 +158,15 @@ def read_images(images: Any) -> list[ImageInput]:
     if isinstance(images, (Image.Image, str, Path, bytes)):
         raise UserError(f"images: expected a list, got one {type(images).__name__}; write [image]")
     if isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype != object):
-        images = _from_batch(images)
-    elif not isinstance(images, Sequence):
-        images = list(images)
-    if len(images) == 0:
+        rows: Sequence[ImageLike] = _from_batch(images)
+    else:
+        rows = images if isinstance(images, Sequence) else list(images)
+    if len(rows) == 0:
         raise UserError("images: the list is empty; give at least one image")
-    return [_read_one(image, f"images[{i}]") for i, image in enumerate(images)]
+    return [_read_one(image, f"images[{i}]") for i, image in enumerate(rows)]
 
 
-def _read_one(image: Any, place: str) -> ImageInput:
+def _read_one(image: object, place: str) -> ImageInput:
     from PIL import Image
 
     if isinstance(image, dict):
@@ -176,7 +185,7 @@ def _read_one(image: Any, place: str) -> ImageInput:
     )
 
 
-def _from_batch(batch: Any, place: str = "images") -> list[Any]:
+def _from_batch(batch: np.ndarray | Tensor, place: str = "images") -> list[ImageLike]:
     """Split an (n, 3, h, w) batch into PIL images."""
     from PIL import Image
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
 from ..runtime.devices import read_dtype
+from ..runtime.protocols import DeviceLike, DtypeLike
 from .base import Scorer
-from .images import ImageInput, Preprocess, check_pixels, read_images
+from .images import ImageInput, Images, Preprocess, check_pixels, read_images
 from .scoring import Item, make_items
 
 _TEXTS_KEPT = 512  # prompts whose features stay in memory between calls
@@ -170,7 +171,7 @@ class ModelScorer(Scorer):
     # Embeddings and networks
 
     @torch.no_grad()
-    def embed(self, images: Any) -> Tensor:
+    def embed(self, images: Images) -> Tensor:
         """Embed images as `image_features` does.
 
         Args:
@@ -199,7 +200,7 @@ class ModelScorer(Scorer):
     def modules(self) -> Iterable[nn.Module]:
         return [*self.towers(), *self.heads()]
 
-    def to(self, device: Any = None, dtype: Any = None) -> Scorer:
+    def to(self, device: DeviceLike = None, dtype: DtypeLike = None) -> Scorer:
         """Move the networks, and forget what they made of earlier prompts.
 
         Arguments as `Scorer.to`.

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,14 +19,18 @@ from torch import Tensor
 from ..config.section import build_section, suggestion
 from ..errors import ConfigError, UserError
 from ..runtime.devices import read_device
+from ..runtime.protocols import DeviceLike
 from . import ensemble
 from .agreement import LARGEST_COMPARED, agreement, group_members, stacks
 from .base import Scorer, ScoreResult
 from .cache import ScoreCache
-from .images import ImageInput, read_images
+from .images import ImageInput, Images, read_images
 from .panel_config import PLACEMENTS, CombineConfig, RewardEntry, parse_rewards
 from .registry import find_class, load_scorer, options_of
 from .spec import ScorerSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["CombineConfig", "Combined", "Panel", "PanelResult", "RewardEntry", "parse_rewards"]
 
@@ -73,6 +78,10 @@ class Combined:
     agreement: dict[str, Any]
 
 
+Column: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
+"""The scores of one scorer, one per image."""
+
+
 @dataclass
 class _Slot:
     """A scorer, loaded at most once, however many entries use it."""
@@ -81,7 +90,7 @@ class _Slot:
     entries: list[RewardEntry]
     spec: ScorerSpec
     device: torch.device
-    cache: Any = None
+    cache: ScoreCache | str | Path | None = None
     scorer: Scorer | None = None
     loaded_by_caller: bool = False
 
@@ -119,12 +128,12 @@ class Panel:
 
     def __init__(
         self,
-        entries: Any,
+        entries: object,
         combine: CombineConfig | Mapping[str, Any] | str | None = None,
         *,
         placement: str = "resident",
-        device: Any = None,
-        cache: Any = None,
+        device: DeviceLike = None,
+        cache: ScoreCache | str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if placement not in PLACEMENTS:
@@ -148,7 +157,7 @@ class Panel:
 
     @classmethod
     def from_config(
-        cls, value: Any, *, device: Any = None, trust_remote_code: bool = False
+        cls, value: object, *, device: DeviceLike = None, trust_remote_code: bool = False
     ) -> Panel:
         """Build a panel from the keys of a run file, or from a bare rewards value.
 
@@ -197,7 +206,12 @@ class Panel:
     # Scoring
 
     def score(
-        self, images: Any, prompts: Any = None, metadata: Any = None, *, on_error: str | None = None
+        self,
+        images: Images,
+        prompts: Sequence[str] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        on_error: str | None = None,
     ) -> PanelResult:
         """Score images with every scorer.
 
@@ -306,7 +320,7 @@ class Panel:
 
     # Combining
 
-    def combine(self, columns: Mapping[str, Any], groups: Sequence[Hashable]) -> Combined:
+    def combine(self, columns: Mapping[str, Column], groups: Sequence[Hashable]) -> Combined:
         """Combine the columns of role `train` into one number per image.
 
         Args:
@@ -351,7 +365,7 @@ class Panel:
         return Combined(values.float(), agreement(scores, present, train, members))
 
     def agreed_pairs(
-        self, columns: Mapping[str, Any], groups: Sequence[Hashable]
+        self, columns: Mapping[str, Column], groups: Sequence[Hashable]
     ) -> list[tuple[int, int]]:
         """List the pairs of images on which enough scorers agree.
 
@@ -380,7 +394,7 @@ class Panel:
             )
         return [entry.name for entry in train], [entry.weight for entry in train]
 
-    def signed(self, columns: Mapping[str, Any], names: Sequence[str], count: int) -> Tensor:
+    def signed(self, columns: Mapping[str, Column], names: Sequence[str], count: int) -> Tensor:
         """Stack columns to float64 (count, n), negated where lower is better."""
         if count == 0:
             raise UserError("groups: is empty; give one group id per image")
@@ -401,10 +415,10 @@ class Panel:
 
     # Making
 
-    def _class_of(self, entry: RewardEntry) -> Any:
+    def _class_of(self, entry: RewardEntry) -> type[Scorer]:
         return find_class(entry.scorer, trust_remote_code=self.trust_remote_code)[0]
 
-    def _make_slots(self, device: Any, cache: Any) -> list[_Slot]:
+    def _make_slots(self, device: DeviceLike, cache: ScoreCache | str | Path | None) -> list[_Slot]:
         slots: dict[str, _Slot] = {}
         for i, entry in enumerate(self.entries):
             path = f"rewards[{i}]"
@@ -456,7 +470,7 @@ class Panel:
             ).entries.append(entry)
         return list(slots.values())
 
-    def _cache(self, cache: Any) -> ScoreCache:
+    def _cache(self, cache: ScoreCache | str | Path) -> ScoreCache:
         """Return one cache object per file."""
         if isinstance(cache, ScoreCache):
             return cache

@@ -107,7 +107,7 @@ class RewardEntry:
 _LOADING = {"model", "config", "tokenizer", "device", "dtype", "batch_size", "cache", "on_error"}
 
 
-def _affine_of(normalize: Any) -> tuple[float, float] | None:
+def _affine_of(normalize: object) -> tuple[float, float] | None:
     if normalize in (None, "declared"):
         return None
     if normalize == "none":
@@ -185,7 +185,7 @@ class CombineConfig:
 
 
 def parse_rewards(
-    value: Any, *, path: str = "rewards", trust_remote_code: bool = False
+    value: object, *, path: str = "rewards", trust_remote_code: bool = False
 ) -> list[RewardEntry]:
     """Read every accepted form of `rewards:` into entries.
 
@@ -226,7 +226,7 @@ def parse_rewards(
     return entries
 
 
-def _entries(value: Any, path: str) -> list[tuple[str, RewardEntry]]:
+def _entries(value: object, path: str) -> list[tuple[str, RewardEntry]]:
     """Return (path, entry) of each.
 
     Everything about one entry is checked, nothing between entries.
@@ -250,7 +250,7 @@ def _entries(value: Any, path: str) -> list[tuple[str, RewardEntry]]:
     return [(f"{path}[{i}]", _entry(item, {}, f"{path}[{i}]")) for i, item in enumerate(value)]
 
 
-def _entry(item: Any, more: dict[str, Any], path: str) -> RewardEntry:
+def _entry(item: object, more: dict[str, Any], path: str) -> RewardEntry:
     if isinstance(item, RewardEntry):
         return item
     if isinstance(item, (str, Scorer)):

@@ -17,15 +17,22 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.weight_files import explained, loading_errors
 from .base import Item, Scorer
+from .checkpoints import ConfigLike
+from .scoring import BatchScores
 from .spec import ScorerSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ENTRY_POINTS = "diffalign.scorers"
 _LOADING = threading.RLock()  # a scorer may load another
@@ -66,6 +73,9 @@ _ALIASES = {
 }
 _registered: dict[str, type[Scorer]] = {}
 
+T = TypeVar("T")
+Target = TypeVar("Target", bound=Callable[..., Any])
+
 
 def _fold(name: str) -> str:
     return name.strip().lower().replace("-", "_")
@@ -73,7 +83,7 @@ def _fold(name: str) -> str:
 
 def register_scorer(
     name: str, *, override: bool = False, aliases: Sequence[str] = (), **spec_fields: Any
-) -> Callable[[Any], Any]:
+) -> Callable[[Target], Target]:
     """Add a scorer to the registry: a decorator.
 
     On a subclass of `Scorer` it registers the class, whose `spec` is made from
@@ -111,7 +121,7 @@ def register_scorer(
                 f"a scorer called {each!r} exists; choose another name or pass override=True",
             )
 
-    def register(target: Any) -> Any:
+    def register(target: Target) -> Target:
         scorer_class = _as_scorer_class(target, name, tuple(aliases), spec_fields)
         for each in names:
             _registered[_fold(each)] = scorer_class
@@ -155,10 +165,10 @@ def get_spec(name: str, *, trust_remote_code: bool = False) -> ScorerSpec:
 def load_scorer(
     name: str,
     model: str | Path | None = None,
-    config: Any = None,
+    config: ConfigLike = None,
     tokenizer: str | Path | None = None,
-    device: Any = None,
-    dtype: Any = None,
+    device: DeviceLike = None,
+    dtype: DtypeLike = None,
     *,
     trust_remote_code: bool = False,
     **options: Any,
@@ -262,12 +272,14 @@ def find_class(
     raise ConfigError("scorer", f"unknown scorer {name!r}; {hint}there are {', '.join(known)}")
 
 
-def _table() -> dict[str, Any]:
-    built_in: dict[str, Any] = {_fold(key): target for key, target in _BUILT_IN.items()}
+def _table() -> dict[str, str | type[Scorer]]:
+    built_in: dict[str, str | type[Scorer]] = {
+        _fold(key): target for key, target in _BUILT_IN.items()
+    }
     return built_in | {alias: _BUILT_IN[key] for alias, key in _ALIASES.items()} | _registered
 
 
-def _resolve(target: Any) -> type[Scorer]:
+def _resolve(target: str | type[Scorer]) -> type[Scorer]:
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         return getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
@@ -313,7 +325,7 @@ def _from_path(name: str, trust: bool) -> type[Scorer]:
     return _as_scorer_class(getattr(module, attribute), attribute, (), {})
 
 
-def _run_file(place: str, module_name: str, name: str) -> Any:
+def _run_file(place: str, module_name: str, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(module_name, place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -326,7 +338,7 @@ def _run_file(place: str, module_name: str, name: str) -> Any:
     return module
 
 
-def _import(action: Callable[[], Any], name: str) -> Any:
+def _import(action: Callable[[], T], name: str) -> T:
     try:
         return action()
     except Exception as error:  # whatever the user's file does
@@ -348,7 +360,7 @@ def options_of(scorer_class: type[Scorer]) -> set[str]:
 
 
 def _as_scorer_class(
-    target: Any, name: str, aliases: tuple[str, ...], spec_fields: Mapping[str, Any]
+    target: object, name: str, aliases: tuple[str, ...], spec_fields: Mapping[str, Any]
 ) -> type[Scorer]:
     if isinstance(target, type) and issubclass(target, Scorer):
         if "spec" not in vars(target) or spec_fields:
@@ -364,11 +376,11 @@ def _as_scorer_class(
     return _wrap(target, ScorerSpec(key=name, aliases=aliases, **fields))
 
 
-def _first_line(target: Any) -> str:
+def _first_line(target: object) -> str:
     return (inspect.getdoc(target) or str(getattr(target, "__name__", ""))).split("\n")[0]
 
 
-def _wrap(target: Any, spec: ScorerSpec) -> type[Scorer]:
+def _wrap(target: Callable[..., Any], spec: ScorerSpec) -> type[Scorer]:
     """Make a scorer class around a function, or around a class of callables."""
 
     class Wrapped(CallableScorer):
@@ -435,8 +447,8 @@ class CallableScorer(Scorer):
             "arguments": self.arguments,
         }
 
-    def score_batch(self, items: list[Item]) -> Any:
-        columns: tuple[Any, ...] = (
+    def score_batch(self, items: list[Item]) -> BatchScores:
+        columns: tuple[list[Image.Image] | list[str] | list[dict[str, Any]], ...] = (
             [i.image for i in items],
             [i.prompt for i in items],
             [i.metadata for i in items],

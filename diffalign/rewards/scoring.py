@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 from .cache import ScoreCache
 from .content_key import content_key
-from .images import ImageInput, UnreadableImage, read_images
+from .images import ImageInput, Images, UnreadableImage, read_images
 from .spec import ScorerSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _LARGEST = torch.finfo(torch.float32).max
 _T = TypeVar("_T")
@@ -71,7 +74,7 @@ class Item:
     prepared: Any = None
 
     @property
-    def image(self) -> Any:
+    def image(self) -> Image.Image:
         """The decoded PIL image, 8-bit RGB."""
         return self.input.image
 
@@ -97,7 +100,7 @@ class BatchScorer(Protocol):
     def deterministic(self) -> bool: ...
     def fingerprint(self) -> str: ...
     def prepare_prompts(self, prompts: Sequence[str], batch_size: int) -> None: ...
-    def prepare_item(self, item: Item) -> Any: ...
+    def prepare_item(self, item: Item) -> object: ...
     def score_batch(self, items: list[Item]) -> BatchScores: ...
 
 
@@ -136,7 +139,7 @@ class _Call:
 
 def score(
     scorer: BatchScorer,
-    images: Any,
+    images: Images,
     prompts: Sequence[str] | None = None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     *,
@@ -184,7 +187,10 @@ def score(
 
 
 def make_items(
-    scorer: BatchScorer, inputs: Sequence[ImageInput], prompts: Any, metadata: Any
+    scorer: BatchScorer,
+    inputs: Sequence[ImageInput],
+    prompts: Sequence[str] | None,
+    metadata: Sequence[Mapping[str, Any]] | None,
 ) -> list[Item]:
     """Pair each image with its prompt and metadata.
 
@@ -344,7 +350,7 @@ def _score_in_batches(
     ahead = scorer.device.type != "cpu"
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
-        def prepare(number: int) -> dict[bytes, Future[Any]]:
+        def prepare(number: int) -> dict[bytes, Future[object]]:
             batch = batches[number] if number < len(batches) else []
             return {key: pool.submit(scorer.prepare_item, items[key]) for key in batch}
 

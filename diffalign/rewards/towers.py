@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
 from . import checkpoints
+from .checkpoints import ConfigLike
 from .images import Preprocess
 from .spec import ScorerSpec
 
@@ -115,11 +116,11 @@ class HFClip:
 
     def __init__(
         self,
-        model: Any,
+        model: str | Path | None,
         spec: ScorerSpec,
         *,
-        config: Any = None,
-        tokenizer: Any = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name = spec.key
@@ -194,7 +195,7 @@ def build_clip(
     return checkpoints.load_strict(module, state, f"{name}'s CLIPModel", dtype=dtype)
 
 
-def clip_tokenizer(source: Any, module: Any, name: str) -> tuple[Any, int]:
+def clip_tokenizer(source: str | Path, module: Any, name: str) -> tuple[Any, int]:
     """Load the `CLIPTokenizer` of a network.
 
     Also sets the token at which the network takes its features.
@@ -247,7 +248,7 @@ def folder_state(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def load_tokenizer(cls: Any, source: Any, name: str) -> Any:
+def load_tokenizer(cls: Any, source: str | Path, name: str) -> Any:
     """Load a tokenizer from a folder, a vocabulary file or a Hub id.
 
     Args:
@@ -346,14 +347,14 @@ class OpenClip:
 
     def __init__(
         self,
-        model: Any,
+        model: str | Path | None,
         spec: ScorerSpec,
         *,
         architecture: str | None,
         tag: str | None = None,
         filename: str | None = None,
-        config: Any = None,
-        tokenizer: Any = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         import open_clip
@@ -483,7 +484,9 @@ def _published(architecture: str | None, tag: str) -> tuple[Path, dict[str, Any]
     return Path(path), {name: published[name] for name in names if name in published}
 
 
-def _open_clip_tokenizer(open_clip: Any, source: Any, config: Mapping[str, Any], name: str) -> Any:
+def _open_clip_tokenizer(
+    open_clip: Any, source: str | Path | None, config: Mapping[str, Any], name: str
+) -> Any:
     text = config.get("text_cfg", {})
     length = text.get("context_length", 77)
     options = text.get("tokenizer_kwargs", {})

@@ -92,7 +92,7 @@ def watched(pipe: object) -> Iterator[list[bool]]:
             processor.postprocess = previous
 
 
-def read_output(output: object, expected: int, finite: Sequence[bool]) -> list[MaybeImage]:
+def read_output(output: object, expected: int, finite: Sequence[bool]) -> list[Any]:
     """Read the images of a pipeline's output.
 
     Args:

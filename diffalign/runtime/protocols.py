@@ -64,6 +64,31 @@ class Pipeline(Protocol):
         """Choose how its progress bar looks, or `disable` it."""
 
 
+class LoraPipeline(Pipeline, Protocol):
+    """A pipeline on which LoRAs can be switched."""
+
+    def set_adapters(self, adapter_names: list[str], adapter_weights: list[Any]) -> None:
+        """Switch these adapters on with these strengths, and all others off."""
+
+    def enable_lora(self) -> None:
+        """Let the adapters that are on take part."""
+
+
+class GuidedPipeline(Pipeline, Protocol):
+    """A pipeline that runs two branches of guidance in one batch.
+
+    Attributes:
+        encode_prompt: turns texts into embeddings. Guidance puts a wrapper in its
+            place.
+    """
+
+    encode_prompt: Callable[..., Any]
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call is guided."""
+
+
 class Tokenizer(Protocol):
     """A tokenizer of transformers, as steering of text uses it."""
 

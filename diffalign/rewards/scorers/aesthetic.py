@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from .. import checkpoints
+from ..checkpoints import ConfigLike
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
 from ..towers import HFClip, unit
@@ -58,7 +60,11 @@ class AestheticV2(ModelScorer):
     )
 
     def __init__(
-        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+        self,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         values = checkpoints.read_config(config) or {}

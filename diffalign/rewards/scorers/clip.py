@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from .. import checkpoints
+from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
@@ -31,7 +33,7 @@ class ClipScorer(ModelScorer):
     """
 
     clip: HFClip | OpenClip
-    config: Any = None
+    config: ConfigLike = None
     prefix: str = ""
     clamp_min: float | None = None
 
@@ -69,11 +71,13 @@ class ClipScorer(ModelScorer):
             cosine = cosine.clamp(min=self.clamp_min)
         return self.factor(image.dtype) * cosine
 
-    def tower_precision(self) -> AbstractContextManager[Any]:
+    def tower_precision(self) -> AbstractContextManager[object]:
         """Return the context in which the towers run. By default it changes nothing."""
         return nullcontext()
 
-    def load_folder(self, model: Any, config: Any, tokenizer: Any) -> None:
+    def load_folder(
+        self, model: str | Path | None, config: ConfigLike, tokenizer: str | Path | None
+    ) -> None:
         """Load a `CLIPModel` folder or Hub id and move it to the device."""
         self.clip = HFClip(model, self.spec, config=config, tokenizer=tokenizer, dtype=self.dtype)
         self.preprocess, self.config = self.clip.preprocess, config
@@ -114,7 +118,11 @@ class PickScore(ClipScorer):
     )
 
     def __init__(
-        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+        self,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.load_folder(model, config, tokenizer)
@@ -146,7 +154,11 @@ class ShapesClip(PickScore):
     )
 
     def __init__(
-        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+        self,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
+        **options: Any,
     ) -> None:
         if model is None:
             from ...shapes import reward_weights_dir
@@ -223,7 +235,11 @@ class ClipL14(CosineScorer):
     )
 
     def __init__(
-        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+        self,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.load_folder(model, config, tokenizer)
@@ -277,9 +293,9 @@ class OpenClipScore(CosineScorer):
 
     def __init__(
         self,
-        model: Any = None,
-        config: Any = None,
-        tokenizer: Any = None,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
         *,
         architecture: str | None = None,
         preprocess: str | None = None,
@@ -313,7 +329,7 @@ class OpenClipScore(CosineScorer):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "precision": self.precision}
 
-    def tower_precision(self) -> AbstractContextManager[Any]:
+    def tower_precision(self) -> AbstractContextManager[object]:
         half = self.precision == "amp_fp16" and self.device.type == "cuda"
         return torch.autocast("cuda", torch.float16, enabled=half)
 
@@ -416,9 +432,9 @@ class HPSv21(OpenClipScore):
 
     def __init__(
         self,
-        model: Any = None,
-        config: Any = None,
-        tokenizer: Any = None,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
         *,
         antialias: bool | None = None,
         preprocess: str | None = None,

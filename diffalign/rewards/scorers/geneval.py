@@ -14,11 +14,17 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...errors import ConfigError, UserError
 from ..base import Item, Scorer
 from ..spec import ScorerSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from ..model_scorer import ModelScorer
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -42,7 +48,7 @@ class Detection:
     label: str
     score: float
     box: tuple[float, float, float, float]
-    mask: Any = None
+    mask: np.ndarray | None = None
     color: str | None = None
 
 
@@ -61,7 +67,7 @@ class ClauseResult:
     credits: list[float] = field(default_factory=list)
 
 
-ColorClassifier = Callable[[Any, Sequence[Detection], str], Sequence[str]]
+ColorClassifier: TypeAlias = "Callable[[Image.Image, Sequence[Detection], str], Sequence[str]]"
 """(image, detections, class name) -> one of `COLORS` per detection."""
 
 
@@ -293,7 +299,9 @@ class GenEval(Scorer):
     def __init__(
         self,
         *,
-        detector: Callable[[Any], Sequence[Any]] | str | None = None,
+        detector: Callable[[Image.Image], Iterable[Detection | Mapping[str, Any]]]
+        | str
+        | None = None,
         color_classifier: ColorClassifier | str | None = None,
         mode: str = "geneval",
         **options: Any,
@@ -379,14 +387,16 @@ class ClipColorClassifier:
         "a photo of a {color} object",
     )
 
-    def __init__(self, scorer: Any) -> None:
+    def __init__(self, scorer: ModelScorer) -> None:
         self.scorer = scorer
 
     def fingerprint(self) -> str | None:
         """Return that of its scorer, None for an object that has none."""
         return self.scorer.fingerprint() if isinstance(self.scorer, Scorer) else None
 
-    def __call__(self, image: Any, detections: Sequence[Detection], label: str) -> list[str]:
+    def __call__(
+        self, image: Image.Image, detections: Sequence[Detection], label: str
+    ) -> list[str]:
         import torch
 
         from ..towers import unit
@@ -407,7 +417,7 @@ class ClipColorClassifier:
         return [COLORS[i] for i in best.tolist()]
 
 
-def _crop(image: Any, one: Detection) -> Any:
+def _crop(image: Image.Image, one: Detection) -> Image.Image:
     """Crop the box of an object, paint everything else in it gray. Never empty."""
     import numpy as np
     from PIL import Image
@@ -450,7 +460,7 @@ def _detection(value: Any) -> Detection:
         ) from error
 
 
-def _callable(value: Any, field_name: str) -> Any:
+def _callable(value: object, field_name: str) -> Callable[..., Any] | None:
     if isinstance(value, str):
         module, _, name = value.partition(":")
         try:
@@ -464,7 +474,7 @@ def _callable(value: Any, field_name: str) -> Any:
     return value
 
 
-def _identity(value: Any) -> str | None:
+def _identity(value: object) -> str | None:
     """Return what tells a detector or classifier from others.
 
     An empty text stands for none at all. None means that it cannot be known, as for

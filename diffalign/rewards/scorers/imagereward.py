@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from .. import checkpoints
+from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
@@ -94,7 +96,11 @@ class ImageReward(ModelScorer):
     )
 
     def __init__(
-        self, model: Any = None, config: Any = None, tokenizer: Any = None, **options: Any
+        self,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         vision, text = architecture(config)
@@ -113,7 +119,7 @@ class ImageReward(ModelScorer):
         for module in self.modules():
             module.to(self.device)
 
-    def _load_tokenizer(self, source: Any, vocab_size: int) -> Any:
+    def _load_tokenizer(self, source: str | Path, vocab_size: int) -> Any:
         from transformers import BertTokenizer
 
         tokenizer = load_tokenizer(BertTokenizer, source, self.name)
@@ -162,7 +168,7 @@ class ImageReward(ModelScorer):
         return (self.head(upcast(hidden[:, 0])).squeeze(-1) - MEAN) / STD
 
 
-def architecture(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def architecture(config: ConfigLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """Complete the published vision and text configurations with overrides.
 
     Args:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ..base import Item, Scorer
 from ..spec import ScorerSpec
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 QUALITY = 95
 
 
-def jpeg_bytes(image: Any) -> int:
+def jpeg_bytes(image: Image.Image) -> int:
     """Return an image's size as JPEG of quality 95, Pillow's default subsampling."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)

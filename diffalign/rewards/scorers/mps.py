@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...runtime.protocols import DeviceLike, DtypeLike
 from .. import checkpoints
+from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
@@ -95,9 +97,9 @@ class MPS(ModelScorer):
 
     def __init__(
         self,
-        model: Any = None,
-        config: Any = None,
-        tokenizer: Any = None,
+        model: str | Path | None = None,
+        config: ConfigLike = None,
+        tokenizer: str | Path | None = None,
         *,
         condition: str = CONDITION,
         threshold: float = 0.3,
@@ -143,7 +145,7 @@ class MPS(ModelScorer):
     def towers(self) -> Iterable[nn.Module]:
         return [self.clip, self.cross]
 
-    def to(self, device: Any = None, dtype: Any = None) -> MPS:
+    def to(self, device: DeviceLike = None, dtype: DtypeLike = None) -> MPS:
         self._condition = None
         super().to(device, dtype)
         return self
@@ -403,7 +405,7 @@ def build_cross_model(state: Mapping[str, Tensor], dtype: torch.dtype) -> CrossM
     return module  # type: ignore[return-value]
 
 
-def _clip_config(config: Any, folder: Path) -> dict[str, Any]:
+def _clip_config(config: ConfigLike, folder: Path) -> dict[str, Any]:
     if config is None and (folder / "config.json").is_file():
         config = folder / "config.json"
     if isinstance(config, (str, Path)) and Path(config).is_dir():

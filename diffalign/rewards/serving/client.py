@@ -24,6 +24,8 @@ from ...errors import ConfigError, UserError
 from ...runtime import decoding
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     import httpx
     from PIL import Image
 
@@ -78,7 +80,7 @@ def check_url(url: Any, field: str = "url") -> str:
     return url.rstrip("/")
 
 
-def check_calls(timeout: Any, retries: Any, concurrency: Any, on_error: Any) -> None:
+def check_calls(timeout: object, retries: object, concurrency: object, on_error: object) -> None:
     """Check the options that say how a server is asked.
 
     Args:
@@ -104,7 +106,7 @@ def check_calls(timeout: Any, retries: Any, concurrency: Any, on_error: Any) -> 
 
 def request_json(
     url: str,
-    payload: Any = None,
+    payload: object = None,
     *,
     timeout: float = 30.0,
     retries: int = 3,
@@ -255,7 +257,12 @@ class _Deadline:
         self._timer.start()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         import httpx
 
         self._timer.cancel()

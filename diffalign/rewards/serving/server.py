@@ -25,6 +25,8 @@ from .app import ROUTES, create_app
 from .service import Limits, ScoringService
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from ..base import Scorer
 
 _READ_SECONDS = 30.0  # between two parts of a request
@@ -120,7 +122,7 @@ class ScorerServer:
         OSError: The port is taken or the host is not of this machine.
     """
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=_WAITING)
         self.server_address = self._socket.getsockname()

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...errors import ConfigError, UserError
 from ...runtime import decoding
@@ -35,7 +35,7 @@ _FEW_VALUES = 100_000
 _PIXELS_AT_ONCE = 1 << 25  # decoded before they are scored: 128 MiB of RGBA
 _PLACE = re.compile(r"""(['"])(?:[~/]|[A-Za-z]:\\)[^'"]*\1|(?<![\w:/.])/[^\s'",;)]+""")
 
-ReadyItem = tuple[int, Any, str, dict[str, Any]]
+ReadyItem: TypeAlias = "tuple[int, Image.Image, str, dict[str, Any]]"
 """Place in the request, decoded image, prompt and metadata of an item."""
 
 Row = tuple[int, float | None, str | None]
@@ -114,7 +114,7 @@ class ScoringService:
             "limits": asdict(self.limits),
         }
 
-    def items(self, body: bytes | bytearray) -> list[Any]:
+    def items(self, body: bytes | bytearray) -> list[object]:
         """Parse a request and check everything that concerns all of its items.
 
         Args:
@@ -158,7 +158,7 @@ class ScoringService:
             )
         return items
 
-    def score(self, items: list[Any]) -> dict[str, Any]:
+    def score(self, items: list[object]) -> dict[str, Any]:
         """Decode and score items, a limited number of pixels at a time.
 
         Two calls at once would need twice the memory, so the caller makes one at a
@@ -240,7 +240,7 @@ class ScoringService:
             raise failures[0]
         return rows
 
-    def _read(self, item: Any) -> tuple[Image.Image, str, dict[str, Any]]:
+    def _read(self, item: object) -> tuple[Image.Image, str, dict[str, Any]]:
         """Check and decode one item.
 
         Raises:
@@ -265,7 +265,7 @@ class ScoringService:
             raise ValueError("metadata: expected an object")
         return image, prompt, metadata
 
-    def _image(self, text: Any) -> Image.Image:
+    def _image(self, text: object) -> Image.Image:
         """Decode an image from base64.
 
         Raises:

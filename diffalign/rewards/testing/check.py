@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,14 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..base import Item, Scorer
-from ..images import quantise, read_images
+from ..images import Images, quantise, read_images
 from ..model_scorer import ModelScorer
 from ..scoring import checked_scores, make_items
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T")
 
 PROMPTS = (
     "a photo of a red cat on a wooden chair",
@@ -99,7 +104,7 @@ class _Fail(Exception):
 
 def check_scorer(
     scorer: Scorer,
-    images: Any = None,
+    images: Images | None = None,
     prompts: Sequence[str] | None = None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     *,
@@ -211,9 +216,9 @@ class _Bench:
     def __init__(
         self,
         scorer: Scorer,
-        pictures: list[Any],
+        pictures: list[Image.Image],
         prompts: list[str],
-        metadata: Any,
+        metadata: Sequence[Mapping[str, Any]] | None,
         tolerance: float,
     ) -> None:
         self.scorer, self.pictures, self.prompts, self.metadata = (
@@ -236,7 +241,7 @@ class _Bench:
             self._picked(self.metadata, order),
         )
 
-    def _picked(self, values: Any, order: Sequence[int]) -> Any:
+    def _picked(self, values: Sequence[T] | None, order: Sequence[int]) -> Sequence[T] | None:
         """Pick values in an order, where there is one per image.
 
         A list of another length goes on as it is, for the scorer to refuse.
@@ -442,7 +447,7 @@ class _Bench:
             raise _Skip("the scorer declares that it is not deterministic")
         _ = self.values
 
-    def _score(self, images: list[Any]) -> Tensor:
+    def _score(self, images: Images) -> Tensor:
         return self.scorer.score(
             images, self.prompts, self.metadata, on_error="nan"
         ).values.double()
@@ -462,7 +467,7 @@ class _Bench:
         return (pixels * 0.9 + 0.05).to(self.scorer.device), list(self.prompts[:3])
 
 
-def _default_images(scorer: Scorer) -> tuple[list[Any], list[str]]:
+def _default_images(scorer: Scorer) -> tuple[list[Image.Image], list[str]]:
     from PIL import Image
 
     if scorer.spec.key.startswith("shapes"):
@@ -481,7 +486,7 @@ def _default_images(scorer: Scorer) -> tuple[list[Any], list[str]]:
     return images, list(PROMPTS)
 
 
-def _png(image: Any) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, UserError
+from ...runtime.protocols import DeviceLike
 
 REFERENCE = Path(__file__).parent / "reference.json"
 
@@ -59,7 +60,7 @@ def examine(
     models: Sequence[str] = (),
     tokenizers: Sequence[str] = (),
     assets: Path | None = None,
-    device: Any = None,
+    device: DeviceLike = None,
 ) -> Iterator[Finding]:
     """Check scorers against known numbers, one finding after another.
 
@@ -111,7 +112,7 @@ def _pairs(values: Sequence[str], field: str) -> dict[str, str]:
     return paths
 
 
-def _compare_stored(key: str, expected: Mapping[str, Any], device: Any) -> Finding:
+def _compare_stored(key: str, expected: Mapping[str, Any], device: DeviceLike) -> Finding:
     """Compare the scorer on the stored images and prompts."""
     check = f"against {expected['source']}"
     try:
@@ -133,7 +134,7 @@ def _compare_stored(key: str, expected: Mapping[str, Any], device: Any) -> Findi
 
 
 def stored_scores(
-    key: str, expected: Mapping[str, Any], folder: Path, device: Any = None
+    key: str, expected: Mapping[str, Any], folder: Path, device: DeviceLike = None
 ) -> list[float]:
     """Score the images and prompts that `expected` names.
 
@@ -181,7 +182,7 @@ def _is_cached(key: str) -> bool:
 
 
 def _published(
-    key: str, model: str | None, tokenizer: str | None, assets: Path | None, device: Any
+    key: str, model: str | None, tokenizer: str | None, assets: Path | None, device: DeviceLike
 ) -> Iterator[Finding]:
     """Check published weights.
 
