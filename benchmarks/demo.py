@@ -5,7 +5,8 @@ hundred requests.
 
 `diffalign demo` runs as a process of its own on the embedded pipeline; requests are
 those of the page (two images of 20 steps with scores), sent through gradio's client.
-Needs Linux (memory is read from /proc). About five minutes on two cores."""
+Needs Linux (memory is read from /proc). About five minutes on two cores.
+"""
 
 from __future__ import annotations
 

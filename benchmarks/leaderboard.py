@@ -15,7 +15,8 @@ scale, 4. Memory is the peak resident size of a process that trains three steps.
 
 Methods train side by side, --jobs at a time, each in a process of its own with its
 share of the cores. The runs lie in --work, which `benchmarks/methods.py` shares: what
-one has trained the other does not train again. Interrupted, it goes on."""
+one has trained the other does not train again. Interrupted, it goes on.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ gives to the trained model (ties count one half), with an interval clustered by 
 Negative models are used in guidance, and compared with the base at its own best
 guidance scale; both scales are those that win most often against the base at its usual
 scale on the first 60. Finished parts lie in --work: an interrupted run goes on, and two
-processes can share the work by --methods. About three hours."""
+processes can share the work by --methods. About three hours.
+"""
 
 from __future__ import annotations
 

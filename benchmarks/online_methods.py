@@ -3,7 +3,8 @@ winners, learned rewards, curves.
 
 The learned reward is `shapes-clip`, made from noisy labels on purpose. The ensemble has
 two more of the same recipe with other seeds (`python -m tools.shapes.pretrain_reward`),
-so that what one of them is wrong about the others need not be."""
+so that what one of them is wrong about the others need not be.
+"""
 
 from __future__ import annotations
 

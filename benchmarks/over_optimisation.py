@@ -1,14 +1,21 @@
-"""Over-optimisation: learned rewards rise while the verifier falls, and what a conservative ensemble changes.
+"""Over-optimisation: learned rewards rise while the verifier falls, and what a
+conservative ensemble changes.
 
-    python benchmarks/over_optimisation.py [--images 64] [--members 4] [--work FOLDER] [--output benchmarks/over_optimisation.md]
+    python benchmarks/over_optimisation.py [--images 64] [--members 4] [--work FOLDER]
+        [--output benchmarks/over_optimisation.md]
 
-The purest optimiser of a reward is to draw n images of a prompt and to keep the one that the reward likes best: it needs no training, and n says
-how hard it optimises. The embedded pipeline draws --images images for each of 60 held-out prompts; for n = 1, 2, 4, ... a judge picks the best of
-n, and the verifier, which stands for what people want, says how good the picked image is. The mean over all choices of n images is computed
-exactly from the ranks. The judges: the embedded learned reward `shapes-clip`; --members rewards learned from few and noisy preferences
-(`python -m tools.shapes.pretrain_reward --warmup_steps 100 --num_prompts 40`: 240 pairs each, another seed each), one at a time; their mean;
-their mean less one standard deviation (`combine: {method: mean_minus_std}`); and the verifier itself, which is as good as picking can be.
-Rewards are on the scale of the base's images, in standard deviations. Intervals are 95 %, clustered by prompt. Goes on where it stopped.
+The purest optimiser of a reward is to draw n images of a prompt and to keep the one
+that the reward likes best: it needs no training, and n says how hard it optimises. The
+embedded pipeline draws --images images for each of 60 held-out prompts; for n = 1, 2,
+4, ... a judge picks the best of n, and the verifier, which stands for what people want,
+says how good the picked image is. The mean over all choices of n images is computed
+exactly from the ranks. The judges: the embedded learned reward `shapes-clip`; --members
+rewards learned from few and noisy preferences
+(`python -m tools.shapes.pretrain_reward --warmup_steps 100 --num_prompts 40`: 240 pairs
+each, another seed each), one at a time; their mean; their mean less one standard
+deviation (`combine: {method: mean_minus_std}`); and the verifier itself, which is as
+good as picking can be. Rewards are on the scale of the base's images, in standard
+deviations. Intervals are 95 %, clustered by prompt. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from diffalign.evaluation.statistics import clustered_bootstrap
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.generation.sampling import draw_files, generate
 from diffalign.rewards import combine, load_scorer
-from diffalign.runtime.distributed import Processes
+from diffalign.runtime.distributed import DistributedContext
 from diffalign.runtime.files import write_atomically
 from diffalign.runtime.seeds import image_seed
 from diffalign.shapes.prompts import held_out_prompts
@@ -66,7 +73,7 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
             pipes.append(base_pipeline())
         return generate(pipes[0], texts, seeds, batch_size=len(texts), progress=False, **SAMPLING)
 
-    draw_files(draw, wanted, 128, Processes(0, 1, None), "drawing")
+    draw_files(draw, wanted, 128, DistributedContext(0, 1, None), "drawing")
 
     def scores(name: str, key: str, **options: str) -> Array:
         def judge() -> list[list[float]]:
@@ -87,9 +94,11 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
 
 
 def best_of(judge: Array, value: Array, n: int) -> Array:
-    """(prompts,): mean `value` of the image that `judge` likes best, over all choices of n of the images of a prompt.
+    """(prompts,): mean `value` of the image that `judge` likes best, over all choices
+    of n of the images of a prompt.
 
-    The image with rank r (from 0, by the judge) is the best of a choice if the other n - 1 are among the r below it.
+    The image with rank r (from 0, by the judge) is the best of a choice if the other
+    n - 1 are among the r below it.
     """
     count = judge.shape[1]
     weights = np.array([comb(rank, n - 1) / comb(count, n) for rank in range(count)])
@@ -100,7 +109,8 @@ def best_of(judge: Array, value: Array, n: int) -> Array:
 def curves(
     scores: dict[str, Array], members: list[str], powers: list[int]
 ) -> dict[str, dict[str, Array]]:
-    """Judge -> its own reward and the verifier, (len(powers), prompts) each; of single rewards the mean over all of them."""
+    """Judge -> its own reward and the verifier, (len(powers), prompts) each; of single
+    rewards the mean over all of them."""
     scale = {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
     units = {name: (values - scale[name][0]) / scale[name][1] for name, values in scores.items()}
     stacked = torch.from_numpy(np.stack([scores[name] for name in members], axis=-1))
@@ -157,7 +167,10 @@ def tables(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
     four, last = powers.index(4), len(powers) - 1
     lines += [
         "",
-        "What harder optimisation changes in the verifier, and what it leaves of the gain over an image that nobody picked:",
+        (
+            "What harder optimisation changes in the verifier, and what it leaves of the gain over "
+            "an image that nobody picked:"
+        ),
         "",
     ]
     lines += [
@@ -167,7 +180,8 @@ def tables(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
     for name, curve in found.items():
         v = curve["verifier"]
         lines.append(
-            f"| {name} | {said(v[four] - v[0])} | {said(v[last] - v[four])} | {said(v[last] - v[0])} |"
+            f"| {name} | {said(v[four] - v[0])} | {said(v[last] - v[four])} | "
+            f"{said(v[last] - v[0])} |"
         )
     lines += ["", f"Against {ONE}, verifier of the picked image, same images:", ""]
     lines += [f"| picked by | n = 4 | n = {powers[last]} |", "|---|---|---|"]
@@ -249,8 +263,8 @@ def main() -> None:
     ]
     body += [
         "Of held-out pairs that differ in an attribute, `shapes-clip` orders "
-        f"{100 * full['pairwise_accuracy']['attributes']['rate']:.1f} % as the verifier does, the rewards from few preferences "
-        f"{', '.join(f'{100 * a:.1f}' for a in accuracy)} %.",
+        f"{100 * full['pairwise_accuracy']['attributes']['rate']:.1f} % as the verifier does, the "
+        f"rewards from few preferences {', '.join(f'{100 * a:.1f}' for a in accuracy)} %.",
         "",
         f"![own reward and verifier of the best of n]({picture.name})",
         "",

@@ -4,7 +4,8 @@
         [--output benchmarks/quickstart.md]
 
 Every run is the command itself in a fresh folder with its default settings. With --work
-finished runs are kept and not repeated."""
+finished runs are kept and not repeated.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ guidance.
 A rollout stores every state with its log-probability and decodes the images; the
 pipeline (DDIM, eta 1) only draws them. Prompts are encoded in both. The embedded
 pipeline and one with a random UNet of some 50 M parameters; variants take turns,
-medians are reported."""
+medians are reported.
+"""
 
 from __future__ import annotations
 

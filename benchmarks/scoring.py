@@ -17,7 +17,8 @@ full size after every 8 images, and medians over rounds count:
   versions.
 
 The shares say where the time of a batched call goes; reading and resizing run in
-threads beside the towers, so they can add up to more than the whole."""
+threads beside the towers, so they can add up to more than the whole.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ eta 1 and 30 steps. Best-of-n draws the same four images without resampling (bit
 initial and step noise) and takes the one of highest reward; steering takes its particle
 of highest reward. *Accuracy* is the verifier's: all five attributes right. Differences
 are paired by prompt and seed, their standard errors clustered by prompt. Finished arms
-lie in --work as JSON: an interrupted run goes on. About half an hour."""
+lie in --work as JSON: an interrupted run goes on. About half an hour.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ Captions of the shapes world, 16 sampler steps, K = 4, default schedule. The rew
 counts what a text says of "a small blue star on a black background" (0 to 4 words, each
 in about a quarter of the captions or less). Best-of-n: the same four texts without
 resampling. *captions*: the share of all K texts that are captions of the world word for
-word, which the reward knows nothing of. About a minute on two cores."""
+word, which the reward knows nothing of. About a minute on two cores.
+"""
 
 from __future__ import annotations
 

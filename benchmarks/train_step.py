@@ -10,7 +10,8 @@ are measured. Every variant is a process of its own that trains the same LoRA on
 same pairs in Pick-a-Pic columns with the same batch. A global optimizer hook notes the
 time after each step and the process's peak resident memory, in our processes and the
 peer's alike; the median of the steps after the warm-up counts. Variants take turns, so
-that a slow minute of the machine hits all of them."""
+that a slow minute of the machine hits all of them.
+"""
 
 from __future__ import annotations
 

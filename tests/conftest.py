@@ -1,10 +1,12 @@
 """No network, one thread unless OMP_NUM_THREADS says otherwise, and the tiers of tests.
 
-Equal calls repeat bit for bit with one thread. Every folder of tests may `from tiny import ...`.
+Equal calls repeat bit for bit with one thread. Every folder of tests may
+`from tiny import ...`.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -20,11 +22,21 @@ sys.path.insert(0, str(Path(__file__).parent))  # `tiny`
 import pytest
 from tiers import holds_unit_tests, mark_tiers
 
+gc.disable()  # until all files are imported; their modules are no garbage
+
 
 # Before pytest reads `-m`, which must find the marks.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_tiers(items)
+
+
+def pytest_collection_finish() -> None:
+    # A full collection would look at half a million objects of imported modules again
+    # and again.
+    gc.freeze()
+    gc.set_threshold(5000, 10, 10)
+    gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -36,7 +48,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small quickstart, made once for all workers. Do not write to it."""
+    """The folder of a small quickstart, made once for all workers. Read only."""
     from commands import small_quickstart
     from filelock import FileLock
 

@@ -5,7 +5,8 @@ A forked child counts writes, renames, removals and new folders below its output
 by a Python audit hook and sends itself SIGKILL before the n-th; a file that it has open
 then is cut to two thirds. Afterwards the same command runs again (training with
 `latest`), and the results are compared with those of an uninterrupted run. Writes of
-compiled libraries are not counted."""
+compiled libraries are not counted.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Systems that lack Unix modules, and words that frighten without cause.
 
 The modules are blocked for the package alone: its dependencies ask the system which one
-it is, and this one is Unix."""
+it is, and this one is Unix.
+"""
 
 from __future__ import annotations
 

@@ -130,7 +130,10 @@ def test_votes_of_people_as_counts():
 def test_genai_bench_ties_contribute_no_pair(vote):
     layout = recognise(list(LAYOUTS["genai_bench"]), {})
     assert classify_row(layout, {"prompt": "p", "vote_type": vote}).status == "tie"
-    assert "expected one of leftvote" in classify_row(layout, {"prompt": "p", "vote_type": "left"}).reason
+    assert (
+        "expected one of leftvote"
+        in classify_row(layout, {"prompt": "p", "vote_type": "left"}).reason
+    )
 
 
 def test_imagereward_ranks_may_tie_and_skip_values():
@@ -187,7 +190,10 @@ def test_ranks_are_never_read_as_scores(column):
 @pytest.mark.parametrize("value", [0, 0.0, "0", "False", "false", "no", False])
 def test_rows_that_nobody_judged_are_left_out_however_a_table_writes_it(value):
     layout = recognise(["caption", "jpg_0", "jpg_1", "label_0", "has_label"], {})
-    assert classify_row(layout, {"prompt": "p", "label_0": 0, "has_label": value}).status == "unlabelled"
+    assert (
+        classify_row(layout, {"prompt": "p", "label_0": 0, "has_label": value}).status
+        == "unlabelled"
+    )
 
 
 @pytest.mark.parametrize(

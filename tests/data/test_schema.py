@@ -134,7 +134,10 @@ def test_scores_and_ranks():
         classify_row(layout, {"prompt": "p", "scores": [2.0]}).reason
         == "has 1 scores, expected at least 2"
     )
-    assert "not a finite number" in classify_row(layout, {"prompt": "p", "scores": [1.0, math.nan]}).reason
+    assert (
+        "not a finite number"
+        in classify_row(layout, {"prompt": "p", "scores": [1.0, math.nan]}).reason
+    )
     assert classify_row(layout, {"prompt": "p", "scores": None}).status == "unlabelled"
 
 

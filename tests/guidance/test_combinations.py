@@ -3,7 +3,8 @@ equals one loop by hand, or is refused.
 
 The loop by hand runs separate networks whose weights are fused, one image at a time,
 and combines their outputs as the papers and the pipelines say. The combinations are
-generated; the default tests run a sample of them, the nightly ones all."""
+generated; the default tests run a sample of them, the nightly ones all.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 Modes: `plain`; `kill` dies by SIGKILL in the second save, just before the checkpoint
 gets its name; `disk_full` cannot write files above 20 kB from step 2 on; `announce`
 prints a line after every step, slowly enough to be signalled; `methods` trains every
-method, each in a folder of its own."""
+method, each in a folder of its own.
+"""
 
 from __future__ import annotations
 

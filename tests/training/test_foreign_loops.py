@@ -2,7 +2,8 @@
 torch.
 
 The loops below share no code with the package but the recorded draws (latents, noise,
-timesteps). Captions are encoded by the pipelines' own `encode_prompt`. Nightly."""
+timesteps). Captions are encoded by the pipelines' own `encode_prompt`. Nightly.
+"""
 
 from __future__ import annotations
 

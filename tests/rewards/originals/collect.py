@@ -5,7 +5,8 @@
 
 Numbers come from the published code where a fixture has them; clip-l14, clip-h14,
 open_clip and shapes-clip have no published code of their own to run here, so theirs are
-what this package computed when the file was written."""
+what this package computed when the file was written.
+"""
 
 from __future__ import annotations
 

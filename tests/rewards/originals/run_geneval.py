@@ -4,7 +4,8 @@ environment, see README.md.
 Only the detector and the colour classifier are replaced: they return what a case says.
 Thresholds are GenEval's defaults. Detections are (class, score, x0, y0, x1, y1[,
 colour]); scores of one class differ, since the original breaks ties in no defined
-order."""
+order.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Run twice: in the old environment, whose torchvision resizes tensors without
 antialiasing, as when HPSv2 was published (`--name hpsv2_legacy`), and in a current one,
-where the same code antialiases (`--name hpsv2_antialias`). See README.md."""
+where the same code antialiases (`--name hpsv2_antialias`). See README.md.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 environment, see README.md.
 
 The original casts images and the mask to fp16; here `Tensor.half` does nothing, so that
-the CPU can run it and the numbers are exact."""
+the CPU can run it and the numbers are exact.
+"""
 
 from __future__ import annotations
 
