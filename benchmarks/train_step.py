@@ -3,14 +3,17 @@ diffusers' research script, in one run.
 
     python benchmarks/train_step.py --peer path/to/train_diffusion_dpo.py
         [--output benchmarks/train_step.md]
+    python benchmarks/train_step.py --before COMMIT
 
 The peer is `examples/research_projects/diffusion_dpo/train_diffusion_dpo.py` of
 huggingface/diffusers, which the user downloads; without --peer only our own variants
-are measured. Every variant is a process of its own that trains the same LoRA on the
-same pairs in Pick-a-Pic columns with the same batch. A global optimizer hook notes the
-time after each step and the process's peak resident memory, in our processes and the
-peer's alike; the median of the steps after the warm-up counts. Variants take turns, so
-that a slow minute of the machine hits all of them.
+are measured. --before measures an earlier commit of ours, too, from a git worktree.
+
+Every variant is a process of its own that trains the same LoRA on the same pairs in
+Pick-a-Pic columns with the same batch. A global optimizer hook notes the time after
+each step and the process's peak resident memory, in our processes and the peer's alike;
+the median of the steps after the warm-up counts. Variants take turns, so that a slow
+minute of the machine hits all of them.
 """
 
 from __future__ import annotations
@@ -173,6 +176,16 @@ def peer_arguments(
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
+def worktree(commit: str, folder: Path) -> Path:
+    """A checkout of the commit."""
+    subprocess.run(
+        ["git", "-C", str(ROOT), "worktree", "add", "--detach", str(folder), commit],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
 def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tuple[float, float]:
     """(median seconds per step, peak MiB) of one process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -186,9 +199,13 @@ def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tup
             str(script),
             *arguments,
         ]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
+        # `scripts/train.py` of a worktree must import the package beside it.
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(script.resolve().parents[1]),
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if not result.is_file():
             sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         values = json.loads(result.read_text())
@@ -197,7 +214,14 @@ def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tup
 
 
 def compare(
-    model: str, size: int, batch: int, steps: int, rounds: int, peer: Path | None, work: Path
+    model: str,
+    size: int,
+    batch: int,
+    steps: int,
+    rounds: int,
+    peer: Path | None,
+    trees: dict[str, Path],
+    work: Path,
 ) -> list[tuple[str, float, float]]:
     """(variant, samples per second, peak MiB), medians over rounds."""
     data = work / "pairs"
@@ -207,11 +231,13 @@ def compare(
         if peer is not None:
             arguments = peer_arguments(model, data, work / f"peer{number}", batch, size, steps)
             found.setdefault("peer", []).append(measure(peer, arguments, steps, 5))
-        for name, features in VARIANTS.items():
-            place = work / f"{'-'.join(features) or 'plain'}{number}"
+        variants = [(label, tree, f) for f in VARIANTS.items() for label, tree in trees.items()]
+        for label, tree, (variant, features) in variants:
+            name = variant + label
+            place = work / f"{'-'.join(features) or 'plain'}{label.replace(' ', '-')}{number}"
             arguments = our_arguments(model, data, place, batch, size, steps, features)
             found.setdefault(name, []).append(
-                measure(ROOT / "scripts" / "train.py", arguments, steps, 5)
+                measure(tree / "scripts" / "train.py", arguments, steps, 5)
             )
             print(
                 f"{name}: {batch / found[name][-1][0]:.1f} pairs/s, {found[name][-1][1]:.0f} MiB",
@@ -244,6 +270,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", type=Path)
+    parser.add_argument("--before", metavar="COMMIT", help="an earlier commit to measure, too")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
@@ -253,9 +280,19 @@ def main() -> None:
 
     parts = []
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work, trees = Path(folder), {"": ROOT}
+        if options.before:
+            before = worktree(options.before, work / "before")
+            trees = {f" at {options.before}": before, "": ROOT}
         rows = compare(
-            str(weights_dir()), 64, 16, options.steps, options.rounds, options.peer, work / "shapes"
+            str(weights_dir()),
+            64,
+            16,
+            options.steps,
+            options.rounds,
+            options.peer,
+            trees,
+            work / "shapes",
         )
         parts.append(f"## The shapes pipeline, 16 pairs of 64x64 per step\n\n{table(rows)}")
         parameters = make_midsize(work / "midsize-model")
@@ -266,6 +303,7 @@ def main() -> None:
             options.midsize_steps,
             options.rounds,
             options.peer,
+            trees,
             work / "midsize",
         )
         parts.append(
@@ -274,7 +312,8 @@ def main() -> None:
         )
     command = (
         "python "
-        f"benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''} "
+        f"benchmarks/train_step.py{' --peer train_diffusion_dpo.py' if options.peer else ''}"
+        f"{f' --before {options.before}' if options.before else ''} "
         f"--rounds {options.rounds}"
     )
     text = (
@@ -288,6 +327,7 @@ def main() -> None:
         + "\n"
     )
     print(text)
+    subprocess.run(["git", "-C", str(ROOT), "worktree", "prune"], check=True)
     if options.output:
         options.output.write_text(text)
 

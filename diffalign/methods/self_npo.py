@@ -28,7 +28,7 @@ from ..config.ranges import Count, Positive, Share, count
 from ..config.section import config_section
 from ..data import PreferenceDataset
 from ..errors import ConfigError
-from ..likelihood.schedules import NoiseSchedule
+from ..likelihood.schedules import NoiseSchedule, RectifiedFlow
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.data_pipeline import as_preferences
@@ -101,11 +101,10 @@ def sampling_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
         `Tensor`: (steps,). Timesteps T/steps * i - 1, or shifted sigmas i / steps.
     """
     index = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    if schedule.prediction_type == "flow_matching":
-        shift = getattr(schedule, "shift", 1.0)
+    if isinstance(schedule, RectifiedFlow):
+        shift = schedule.shift
         return shift * index / (1 + (shift - 1) * index)
-    count = schedule.num_timesteps  # type: ignore[attr-defined]
-    return (count * index).round().long() - 1
+    return (schedule.num_timesteps * index).round().long() - 1
 
 
 def guided_output(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
@@ -156,9 +155,9 @@ def later_times(schedule: NoiseSchedule, times: Tensor, uniforms: Tensor) -> Ten
     Returns:
         `Tensor`: (n,).
     """
-    if schedule.prediction_type == "flow_matching":
+    if isinstance(schedule, RectifiedFlow):
         return times + (1 - times) * uniforms.clamp(1e-6, 1 - 1e-6)
-    last = schedule.num_timesteps - 1  # type: ignore[attr-defined]
+    last = schedule.num_timesteps - 1
     return times + 1 + (uniforms * (last - times)).long().clamp(max=last - 1 - times)
 
 

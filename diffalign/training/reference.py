@@ -15,6 +15,7 @@ from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError, UserError
+from ..likelihood import VariancePreserving
 from ..runtime.distributed import is_sharded, sharded_modules, whole
 
 
@@ -313,15 +314,13 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
             "ref_model",
             f"{name} predicts {kinds[0]}, the policy {kinds[1]}; their errors cannot be compared",
         )
-    schedules = [
-        getattr(part.schedule, "alphas_cumprod", None) for part in (ref_backbone, backbone)
-    ]
-    if schedules[0] is not None and schedules[1] is not None:
-        same = len(schedules[0]) == len(schedules[1]) and torch.allclose(
-            schedules[0], schedules[1], rtol=1e-4, atol=1e-7
-        )
-    else:
-        same = ref_backbone.schedule.num_timesteps == backbone.schedule.num_timesteps
+    theirs_schedule, my_schedule = ref_backbone.schedule, backbone.schedule
+    same = theirs_schedule.num_timesteps == my_schedule.num_timesteps
+    if isinstance(theirs_schedule, VariancePreserving) and isinstance(
+        my_schedule, VariancePreserving
+    ):
+        alphas = theirs_schedule.alphas_cumprod, my_schedule.alphas_cumprod
+        same = same and torch.allclose(*alphas, rtol=1e-4, atol=1e-7)
     if not same:
         raise ConfigError(
             "ref_model",
