@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,24 @@ from ..config.ranges import count, finite, seed, steps
 from ..errors import ConfigError
 from ..runtime.files import make_folder, save_image
 from ..runtime.missing import check_any, left_out, present
+
+
+class _Renamed(argparse.Action):
+    """An old name of an option. It works until version 0.3, and says its new name."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        print(
+            f"diffalign: {option_string} is now called --{self.dest}; the old name goes in "
+            "version 0.3",
+            file=sys.stderr,
+        )
+        setattr(namespace, self.dest, values)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or pipeline folder of full weights",
     )
     parser.add_argument(
-        "--alpha",
+        "--positive_share",
         type=finite,
         default=1.0,
         help="share of --lora in the negative branch (default 1.0)",
     )
     parser.add_argument(
-        "--beta", type=finite, default=1.0, help="share of --negative_lora in it (default 1.0)"
+        "--negative_share",
+        type=finite,
+        default=1.0,
+        help="share of --negative_lora in it (default 1.0)",
     )
+    for old, new in (("--alpha", "positive_share"), ("--beta", "negative_share")):
+        # The default would overwrite that of the new name.
+        parser.add_argument(
+            old,
+            dest=new,
+            type=finite,
+            action=_Renamed,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
     parser.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"
     )
@@ -112,7 +144,13 @@ def run(options: argparse.Namespace) -> int:
         from ..generation.guidance import NegativeGuidance, load_negative
 
         negative = load_negative(pipe, options.negative_lora)
-        with NegativeGuidance(pipe, negative=negative, alpha=options.alpha, beta=options.beta):
+        guidance = NegativeGuidance(
+            pipe,
+            negative=negative,
+            alpha=options.positive_share,
+            beta=options.negative_share,
+        )
+        with guidance:
             sides["tuned"] = generate(
                 pipe,
                 prompts,
