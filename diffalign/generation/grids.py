@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..runtime.missing import Missing, placeholder
+from ..runtime.missing import MaybeImage, Missing, placeholder
 
 _MARGIN = 8
 _BACKGROUND = (255, 255, 255)
@@ -36,7 +35,7 @@ def wrap_text(
 
 
 def comparison_grid(
-    rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]],
+    rows: Sequence[tuple[str, Sequence[MaybeImage], Sequence[MaybeImage]]],
     *,
     left: str = "base",
     right: str = "tuned",
@@ -64,12 +63,12 @@ def comparison_grid(
     )
 
 
-def _first_height(images: Iterable[Any]) -> int:
+def _first_height(images: Iterable[MaybeImage]) -> int:
     return next((image.height for image in images if not isinstance(image, Missing)), 96)
 
 
 def models_grid(
-    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
+    rows: Sequence[tuple[str, Sequence[Sequence[MaybeImage]]]],
     headings: Sequence[str],
     *,
     cell: int | None = None,
@@ -126,7 +125,7 @@ def models_grid(
 
 
 def framed_grid(
-    rows: Sequence[tuple[str, Sequence[Image.Image], int]], *, cell: int | None = None
+    rows: Sequence[tuple[str, Sequence[MaybeImage], int]], *, cell: int | None = None
 ) -> Image.Image:
     """Draw one row of images per prompt, with one of them framed.
 

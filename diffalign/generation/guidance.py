@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ from ..backbones.lora import (
     strip_adapters,
 )
 from ..errors import ConfigError, UserError
-from .micro_batches import call_rows, join_rows, perturbs_attention, pick_rows, replaced
+from ..runtime.protocols import GuidedPipeline, Pipeline
+from .micro_batches import Forward, call_rows, join_rows, perturbs_attention, pick_rows, replaced
 
 
 def negative_weights(
@@ -116,9 +117,9 @@ class NegativeGuidance:
 
     def __init__(
         self,
-        pipe: Any,
-        positive: Any = None,
-        negative: Any = None,
+        pipe: GuidedPipeline,
+        positive: str | torch.nn.Module | None = None,
+        negative: str | torch.nn.Module | None = None,
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -144,9 +145,9 @@ class NegativeGuidance:
         self.pipe, self.positive, self.negative = pipe, positive, negative
         self.alpha, self.beta = float(alpha), float(beta)
         full = [isinstance(x, torch.nn.Module) for x in (positive, negative)]
-        if full[1]:
+        if isinstance(negative, torch.nn.Module):
             check_same_network(self.network, negative, "negative")
-        if full[0]:
+        if isinstance(positive, torch.nn.Module):
             check_same_network(self.network, positive, "positive")
         if (full[1] and positive is not None and not full[0]) or (full[0] and not full[1]):
             raise UserError(
@@ -158,7 +159,7 @@ class NegativeGuidance:
                 "negative: a network cannot be combined with LoRAs that are active on the "
                 "pipeline; fuse them first (pipe.fuse_lora())"
             )
-        self._branches: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self._branches: tuple[Forward, Forward] | None = None
         self._undo = ExitStack()
         self._images: int | None = None
         """Images of the running call, which is the number of rows of each branch."""
@@ -192,7 +193,7 @@ class NegativeGuidance:
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._branches = None
         self._undo.close()
 
@@ -255,7 +256,7 @@ class NegativeGuidance:
             ]
         return join_rows(parts, [half.stop - half.start for half in halves])
 
-    def _network_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _network_branches(self) -> tuple[Forward, Forward]:
         """Return two branches, of which the negative one is a network merged here."""
         merged = strip_adapters(copy.deepcopy(self.network))
         base = merged.state_dict()
@@ -269,10 +270,10 @@ class NegativeGuidance:
                 for name, weight in base.items()
             }
         )
-        positive_network = self.network if self.positive is None else self.positive
+        positive_network: Any = self.network if self.positive is None else self.positive
         return merged.forward, positive_network.forward  # before it is wrapped
 
-    def _adapter_branches(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _adapter_branches(self) -> tuple[Forward, Forward]:
         """Return two branches of one network, which switch its adapters."""
         network = self.network
         pos = active_adapters(network)
@@ -293,7 +294,7 @@ class NegativeGuidance:
         network.enable_lora()
         unwrapped = network.forward
 
-        def branch(adapters: Mapping[str, float]) -> Callable[..., Any]:
+        def branch(adapters: Mapping[str, float]) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 # Every adapter is named, some with weight 0, so that none of the other
                 # branch stays on.
@@ -309,7 +310,7 @@ class NegativeGuidance:
 _MARK = "_negative_guidance"
 
 
-def _has_two_branches(pipe: Any) -> bool:
+def _has_two_branches(pipe: object) -> bool:
     """Whether a pipeline puts two guidance branches into one batch."""
     return (
         hasattr(type(pipe), "do_classifier_free_guidance")
@@ -318,7 +319,7 @@ def _has_two_branches(pipe: Any) -> bool:
     )
 
 
-def _counting(encode: Callable[..., Any], guidance: NegativeGuidance) -> Callable[..., Any]:
+def _counting(encode: Forward, guidance: NegativeGuidance) -> Forward:
     """Wrap `encode_prompt` so that the guidance knows how many images a call draws."""
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -330,7 +331,7 @@ def _counting(encode: Callable[..., Any], guidance: NegativeGuidance) -> Callabl
     return encode_prompt
 
 
-def load_negative(pipe: Any, source: str) -> Any:
+def load_negative(pipe: Pipeline, source: str) -> str | torch.nn.Module:
     """Load what `NegativeGuidance` takes as `negative`.
 
     Args:
@@ -346,7 +347,7 @@ def load_negative(pipe: Any, source: str) -> Any:
     return load_network(pipe, source) if (Path(source) / "model_index.json").is_file() else source
 
 
-def check_same_network(base: Any, other: Any, role: str) -> None:
+def check_same_network(base: torch.nn.Module, other: torch.nn.Module, role: str) -> None:
     """Refuse a network of another architecture.
 
     Args:
@@ -393,7 +394,7 @@ def check_same_states(
             )
 
 
-def load_network(pipe: Any, folder: str | Path) -> Any:
+def load_network(pipe: Pipeline, folder: str | Path) -> torch.nn.Module:
     """Load the denoiser of a pipeline folder or Hub id for `NegativeGuidance`.
 
     Args:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..runtime.files import replacing_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -99,7 +100,7 @@ def merge_loras(
         backbone.save_lora(str(temporary), network, state)
 
 
-def _factors(network: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(network: torch.nn.Module, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Return layer -> (down, up) of an adapter, with alpha / r multiplied into up."""
     from peft.tuners.lora import LoraLayer
 
@@ -155,7 +156,7 @@ def _merge_pipelines(
                 f"--inputs: {name!r} has a {other.network_name}, the base a "
                 f"{backbone.network_name}; merge weights of one model family"
             )
-        kinds = other.process.prediction_type, backbone.process.prediction_type
+        kinds = other.schedule.prediction_type, backbone.schedule.prediction_type
         if kinds[0] != kinds[1]:
             raise UserError(
                 f"--inputs: {name!r} predicts {kinds[0]}, the base {kinds[1]}; merge weights of "

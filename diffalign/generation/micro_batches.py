@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+
+Forward: TypeAlias = Callable[..., Any]
+"""A network's forward, or another method that is replaced while a block runs."""
 
 # All rows share these positions. Their first dimension may equal the batch by accident.
 _SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
@@ -60,7 +63,7 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
     return first
 
 
-def perturbs_attention(pipe: Any) -> bool:
+def perturbs_attention(pipe: object) -> bool:
     """Whether the pipeline's call is under perturbed-attention guidance.
 
     Its attention layers then split the whole batch.
@@ -141,9 +144,7 @@ class Batches:
         self.calls = self.computed = 0
         self.same_as: Tensor | None = None
 
-    def forward(
-        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def forward(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the network's forward as these settings say.
 
         Args:
@@ -181,7 +182,12 @@ class Batches:
         return self._split(original, args, kwargs, batch, torch.arange(batch))
 
     def _split(
-        self, original: Callable[..., Any], args: Any, kwargs: Any, total: int, index: Tensor
+        self,
+        original: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        total: int,
+        index: Tensor,
     ) -> Any:
         """Run some rows of a batch in micro-batches.
 
@@ -219,7 +225,7 @@ class Batches:
         distinct, back = torch.unique((self.same_as + offsets).flatten(), return_inverse=True)
         return distinct, back
 
-    def _check_groups(self, embeddings: Any, batch: int) -> None:
+    def _check_groups(self, embeddings: object, batch: int) -> None:
         if not self.grouped or not isinstance(embeddings, Tensor) or embeddings.shape[0] != batch:
             return
         groups = embeddings.unflatten(0, (-1, self.grouped))
@@ -232,7 +238,7 @@ class Batches:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, function: Callable[..., Any], **marks: Any) -> Iterator[None]:
+def replaced(owner: object, name: str, function: Forward, **marks: object) -> Iterator[None]:
     """Replace an object's method by `function` while the block runs.
 
     The object is as before afterwards, whatever happens.
@@ -262,7 +268,7 @@ def replaced(owner: Any, name: str, function: Callable[..., Any], **marks: Any) 
 
 
 @contextmanager
-def batched(module: Any, name: str, batches: Batches) -> Iterator[None]:
+def batched(module: torch.nn.Module, name: str, batches: Batches) -> Iterator[None]:
     """Run `module.name` through `batches` on this instance while the block runs.
 
     Args:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..backbones.loading import ModelSource
 from ..backbones.lora import adapter_state, adapters_kept, load_lora
 from ..runtime.weight_files import check_filled
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.protocols import DeviceLike, LoraPipeline
+
 
 def load_pipeline(
     model: str,
     *,
-    dtype: Any = None,
-    device: Any = None,
+    dtype: torch.dtype | None = None,
+    device: DeviceLike = None,
     variant: str | None = None,
     **components: Any,
 ) -> Any:
@@ -74,7 +80,9 @@ def load_pipeline(
         return pipe.to(place)
 
 
-def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> Any:
+def load_for_scoring(
+    model: str, *, dtype: torch.dtype | None = None, device: DeviceLike = None
+) -> Any:
     """Load a pipeline without its safety checker.
 
     The checker paints images black, and a black image would be scored like any other.
@@ -93,7 +101,7 @@ def load_for_scoring(model: str, *, dtype: Any = None, device: Any = None) -> An
     return load_pipeline(model, dtype=dtype, device=device, **components)
 
 
-def default_settings(model: Any) -> dict[str, Any]:
+def default_settings(model: object) -> dict[str, Any]:
     """Return arguments of the pipeline's call that it would not choose by itself.
 
     Only the embedded model has some.
@@ -109,7 +117,7 @@ def default_settings(model: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def with_lora(pipe: Any, weights: Any, scale: float, role: str) -> Iterator[None]:
+def with_lora(pipe: LoraPipeline, weights: str | Path, scale: float, role: str) -> Iterator[None]:
     """Put a LoRA on the pipeline while the block runs, beside the active ones.
 
     Args:

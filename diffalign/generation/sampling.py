@@ -16,14 +16,15 @@ from tqdm.auto import tqdm
 from ..config.ranges import count
 from ..errors import ConfigError, UserError
 from ..runtime.files import save_image, write_atomically
-from ..runtime.missing import ABSENT, FAILED, Missing, present, read_output, watched
+from ..runtime.missing import ABSENT, FAILED, MaybeImage, Missing, present, read_output, watched
 
 if TYPE_CHECKING:
-    from ..runtime.distributed import Processes
+    from ..runtime.distributed import DistributedContext
+    from ..runtime.protocols import Pipeline
 
 
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -93,7 +94,10 @@ def generate(
 
 
 def _draw_batch(
-    pipe: Any, prompts: list[str], generators: list[torch.Generator], settings: Mapping[str, Any]
+    pipe: Pipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    settings: Mapping[str, Any],
 ) -> list[Any]:
     """Draw the images of a batch.
 
@@ -121,7 +125,7 @@ def _draw_batch(
         return images
 
 
-def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps") -> None:
+def check_steps(pipe: object, steps: int | None, field: str = "num_inference_steps") -> None:
     """Check that the pipeline's scheduler has timesteps for a number of steps.
 
     Args:
@@ -160,10 +164,10 @@ def check_steps(pipe: Any, steps: int | None, field: str = "num_inference_steps"
 
 
 def draw_files(
-    draw: Callable[[list[str], list[int]], list[Any]],
+    draw: Callable[[list[str], list[int]], list[MaybeImage]],
     images: Sequence[tuple[str, int, Path]],
     batch_size: int,
-    processes: Processes,
+    processes: DistributedContext,
     description: str,
 ) -> None:
     """Draw the images whose files are not there yet, shared among processes.
@@ -177,7 +181,7 @@ def draw_files(
         images (`Sequence[tuple[str, int, Path]]`): (prompt, seed, PNG file) of every
             image.
         batch_size (`int`): Images per batch.
-        processes (`Processes`): The processes that share the work.
+        processes (`DistributedContext`): The processes that share the work.
         description (`str`): Label of the progress bar.
     """
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
@@ -199,7 +203,7 @@ def _all_drawn(images: Sequence[tuple[str, int, Path]]) -> bool:
     return all(is_drawn(path) for _, _, path in images)
 
 
-def save_drawn(picture: Any, path: Path) -> None:
+def save_drawn(picture: MaybeImage, path: Path) -> None:
     """Save an image, or a marker that says why it is missing.
 
     Args:
@@ -229,7 +233,7 @@ def is_drawn(path: Path) -> bool:
     return path.is_file() or (marker.is_file() and not marker.read_text("utf-8").startswith(FAILED))
 
 
-def drawn_file(path: Path) -> Any:
+def drawn_file(path: Path) -> Path | Missing:
     """Return a drawn file's path, or the `Missing` that replaces it.
 
     Args:

@@ -10,7 +10,7 @@ Nothing here is checked at run time, and importing this file loads no library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ class Scheduler(Protocol):
 
     What it knows of noise (`sigmas`, `alphas_cumprod`, `step_index`) differs from class
     to class and is not part of this.
-
-    Attributes:
-        step: one step of the sampler. Steering puts a hook in its place.
     """
 
-    step: Callable[..., Any]
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one step of the sampler. What it takes and returns is the class's."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -75,14 +73,10 @@ class LoraPipeline(Pipeline, Protocol):
 
 
 class GuidedPipeline(Pipeline, Protocol):
-    """A pipeline that runs two branches of guidance in one batch.
+    """A pipeline that runs two branches of guidance in one batch."""
 
-    Attributes:
-        encode_prompt: turns texts into embeddings. Guidance puts a wrapper in its
-            place.
-    """
-
-    encode_prompt: Callable[..., Any]
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Turn texts into embeddings."""
 
     @property
     def do_classifier_free_guidance(self) -> bool:
