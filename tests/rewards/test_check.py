@@ -235,7 +235,7 @@ def test_a_scorer_that_reads_the_encoded_file_is_caught():
 
 
 def test_declared_randomness_skips_what_cannot_hold():
-    class RewardFunction(Scorer):
+    class Judge(Scorer):
         """A judge with a mood."""
 
         spec = ScorerSpec(key="check-judge", summary="random", requires=("image",))
@@ -244,7 +244,7 @@ def test_declared_randomness_skips_what_cannot_hold():
         def score_batch(self, items: list[Item]):
             return torch.rand(len(items))
 
-    report = check_scorer(RewardFunction())
+    report = check_scorer(Judge())
     assert report.ok
     assert states(report)["batch size"] == states(report)["repeatable"] == "skipped"
     assert states(report)["length"] == states(report)["finite"] == "passed"

@@ -80,7 +80,7 @@ def test_yes_no_probabilities():
     assert math.isnan(yes_no_probability([]))
 
 
-class RewardFunction(BaseHTTPRequestHandler):
+class Judge(BaseHTTPRequestHandler):
     """Answers from the image's mean, after some failures."""
 
     seen: ClassVar[list] = []
@@ -126,7 +126,7 @@ class RewardFunction(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def judge():
-    handler = type("Own", (RewardFunction,), {"seen": [], "failures": 0})
+    handler = type("Own", (Judge,), {"seen": [], "failures": 0})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler
