@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -97,7 +97,7 @@ class TensorCache:
             for field in fields
         }
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A mapping must not cross a process boundary, so data-loader workers open the
         # files themselves.
         return {**self.__dict__, "_files": {}}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -44,6 +45,9 @@ class Missing:
 
 MaybeImage: TypeAlias = "Image.Image | Missing"
 """A drawn image, or what stands in its place."""
+
+PipelineImage: TypeAlias = "Image.Image | np.ndarray | Tensor | Missing"
+"""An image in any form in which pipelines return one, or what stands in its place."""
 
 
 class NoImages(UserError):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -22,6 +23,9 @@ DeviceLike: TypeAlias = "torch.device | str | None"
 
 DtypeLike: TypeAlias = "torch.dtype | str | None"
 """A floating type or its name. None leaves the choice to us."""
+
+Numbers: TypeAlias = "Sequence[float] | np.ndarray | Tensor"
+"""One number per item, as a user's function returns them."""
 
 
 class Scheduler(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..runtime.missing import to_images
+from ..runtime.missing import MaybeImage, to_images
 
 
 class LatentDecoder:
@@ -58,7 +58,7 @@ class LatentDecoder:
         self.processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()
         self.decoded = 0
 
-    def images(self, x0: Tensor) -> list[Any]:
+    def images(self, x0: Tensor) -> list[MaybeImage]:
         """Decode latents into images.
 
         Args:
@@ -72,7 +72,7 @@ class LatentDecoder:
                 without a known image autoencoder.
         """
         latents = self._unpack(x0)
-        images: list[Any] = []
+        images: list[MaybeImage] = []
         with torch.no_grad():
             for start in range(0, len(latents), self.batch_size):
                 pixels = self._decode(latents[start : start + self.batch_size])

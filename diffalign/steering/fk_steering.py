@@ -22,9 +22,11 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 from ..generation.micro_batches import Batches, batched, perturbs_attention
 from ..runtime.missing import watched
+from ..runtime.protocols import Numbers, Pipeline
 from .decoding import LatentDecoder
 from .kernels import check_kernel
 from .noise_levels import check_reachable, refuse_replaced_noise
+from .resampling import Generators
 from .result import SteeringResult
 from .reward_fn import Rewarder
 from .schedule import check_schedule
@@ -113,8 +115,8 @@ class FKSteering:
 
     def __init__(
         self,
-        pipe: Any,
-        scorer: Any,
+        pipe: Pipeline,
+        scorer: str | Callable[..., Numbers],
         *,
         num_particles: int = 4,
         lmbda: float | Sequence[float] | Tensor | None = None,
@@ -126,7 +128,7 @@ class FKSteering:
         adaptive_tempering: float | None = None,
         temperatures: Sequence[float] | None = None,
         decoder: Any = None,
-        intermediate_reward: Callable[[Tensor, list[str]], Any] | None = None,
+        intermediate_reward: Callable[[Tensor, list[str]], Numbers] | None = None,
         predict_x0: Callable[[Any, Tensor, Any, Tensor], Tensor] | None = None,
         kernel: str | None = None,
         eta: float | None = None,
@@ -279,9 +281,9 @@ class FKSteering:
     def _check_call(
         self,
         texts: list[str],
-        generator: Any,
-        seed: Any,
-        metadata: Any,
+        generator: Generators,
+        seed: int | Sequence[int] | None,
+        metadata: Sequence[Mapping[str, Any]] | None,
         pipe_kwargs: Mapping[str, Any],
     ) -> None:
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -346,7 +348,7 @@ class FKSteering:
         self,
         texts: list[str],
         streams: Streams,
-        metadata: Any,
+        metadata: Sequence[Mapping[str, Any]] | None,
         pipe_kwargs: dict[str, Any],
         weighting: dict[str, Any],
         on_step: Callable[[StepTrace], None] | None,
@@ -379,8 +381,9 @@ class FKSteering:
             for name in MODELS:
                 if isinstance(getattr(self.pipe, name, None), torch.nn.Module):
                     stack.enter_context(batched(getattr(self.pipe, name), "forward", models))
-            if isinstance(getattr(self.pipe, "vae", None), torch.nn.Module):
-                stack.enter_context(batched(self.pipe.vae, "decode", decodes))
+            vae = getattr(self.pipe, "vae", None)
+            if isinstance(vae, torch.nn.Module):
+                stack.enter_context(batched(vae, "decode", decodes))
             if hasattr(self.pipe, "_num_timesteps"):
                 # A number left over from another call must not be read.
                 self.pipe._num_timesteps = None
@@ -412,7 +415,7 @@ class FKSteering:
         return arguments
 
 
-def _seeds(seed: Any, generator: Any, prompts: int) -> list[int] | None:
+def _seeds(seed: Any, generator: Generators, prompts: int) -> list[int] | None:
     if generator is not None:
         return None
     if seed is None:

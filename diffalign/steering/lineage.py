@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -19,6 +19,9 @@ _BACKGROUND, _INK, _PALE, _STRONG, _BEST = (
     (24, 140, 60),
 )
 _MARGIN = 14
+
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Population(Protocol):
@@ -205,7 +208,7 @@ class _Tree:
                 )
 
     @staticmethod
-    def fonts(side: int) -> tuple[Any, Any]:
+    def fonts(side: int) -> tuple[Font, Font]:
         return ImageFont.load_default(max(11, side // 7)), ImageFont.load_default(max(9, side // 9))
 
     @staticmethod

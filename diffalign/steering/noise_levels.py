@@ -12,14 +12,17 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..likelihood.schedules import clip_range
+from ..runtime.protocols import Pipeline, Scheduler
 from ..runtime.seeds import seeded
+
+T = TypeVar("T")
 
 UNREACHABLE = {
     "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",
@@ -46,7 +49,7 @@ class Coordinates:
     kind: str
 
 
-def _names(scheduler: Any) -> list[str]:
+def _names(scheduler: object) -> list[str]:
     return [cls.__name__ for cls in type(scheduler).__mro__]
 
 
@@ -68,7 +71,7 @@ def _kind(scheduler: Any) -> str | None:
     return None
 
 
-def step_index(scheduler: Any, timestep: Any) -> int:
+def step_index(scheduler: Any, timestep: Tensor | float) -> int:
     """Return the scheduler's position in its sigmas.
 
     Args:
@@ -81,7 +84,7 @@ def step_index(scheduler: Any, timestep: Any) -> int:
 
 
 def read_coordinates(
-    scheduler: Any, timestep: Any, position: int
+    scheduler: Any, timestep: Tensor | float, position: int
 ) -> tuple[Coordinates, Coordinates]:
     """Read the noise levels at both ends of a step.
 
@@ -203,7 +206,7 @@ def as_clipped(scheduler: Any, x0: Tensor) -> Tensor:
     return x0 if limit is None else x0.clamp(-limit, limit)
 
 
-def check_reachable(pipe: Any) -> None:
+def check_reachable(pipe: Pipeline) -> None:
     """Refuse a pipeline with state of each particle that cannot be reordered.
 
     Args:
@@ -234,7 +237,7 @@ def check_reachable(pipe: Any) -> None:
             )
 
 
-def refuse_replaced_noise(scheduler: Any) -> None:
+def refuse_replaced_noise(scheduler: Scheduler) -> None:
     """Refuse flow matching with ``stochastic_sampling=True``.
 
     Such a sampler never converges to the model's distribution.
@@ -253,7 +256,7 @@ def refuse_replaced_noise(scheduler: Any) -> None:
         )
 
 
-def detached(scheduler: Any) -> Any:
+def detached(scheduler: T) -> T:
     """Copy a scheduler as its class made it, without a hook on its ``step``."""
     clone = object.__new__(type(scheduler))
     clone.__dict__.update(
@@ -262,7 +265,7 @@ def detached(scheduler: Any) -> Any:
     return clone
 
 
-def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 0) -> bool:
+def is_stochastic(scheduler: Scheduler, arguments: Mapping[str, Any], position: int = 0) -> bool:
     """Test whether a scheduler adds noise as it is called.
 
     Two steps are taken twice, with different seeds, on copies of the scheduler. Two,
@@ -297,6 +300,6 @@ def is_stochastic(scheduler: Any, arguments: Mapping[str, Any], position: int = 
     return not torch.equal(*outcomes)
 
 
-def step_parameters(scheduler: Any) -> list[str]:
+def step_parameters(scheduler: Scheduler) -> list[str]:
     """List the names of the arguments of the scheduler's step."""
     return list(inspect.signature(type(scheduler).step).parameters)

@@ -64,7 +64,7 @@ class SteeringResult:
     seconds: dict[str, float]
     nan_count: int = 0
     warnings: list[str] = field(default_factory=list)
-    seed: Any = None
+    seed: list[int] | None = None
     kernel: str | None = None
 
     @property

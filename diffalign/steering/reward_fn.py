@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..runtime.missing import present
+from ..runtime.missing import PipelineImage, present
+from ..runtime.protocols import Numbers
 
 
 class Rewarder:
@@ -34,8 +35,8 @@ class Rewarder:
 
     def __init__(
         self,
-        scorer: Any,
-        intermediate: Callable[..., Any] | None = None,
+        scorer: str | Callable[..., Numbers],
+        intermediate: Callable[[Tensor, list[str]], Numbers] | None = None,
         batch_size: int | None = None,
     ) -> None:
         if isinstance(scorer, str):
@@ -105,7 +106,7 @@ class Rewarder:
         self.calls += 1
         return values.unflatten(0, (-1, self.k))
 
-    def of_images(self, images: Sequence[Any]) -> Tensor:
+    def of_images(self, images: Sequence[PipelineImage]) -> Tensor:
         """Score images, prompt after prompt.
 
         Args:
@@ -128,7 +129,7 @@ class Rewarder:
         self.seconds += time.perf_counter() - started
         return values.unflatten(0, (-1, self.k))
 
-    def _of_present(self, images: Sequence[Any], places: list[int]) -> Tensor:
+    def _of_present(self, images: Sequence[PipelineImage], places: list[int]) -> Tensor:
         """Score the images at these places, (n,)."""
         from ..rewards.base import Scorer
 
@@ -154,7 +155,7 @@ class Rewarder:
         return torch.cat(parts)
 
     @staticmethod
-    def _read(values: Any, expected: int, who: str) -> Tensor:
+    def _read(values: object, expected: int, who: str) -> Tensor:
         try:
             rewards = torch.as_tensor(values).detach().to("cpu", torch.float64)
         except (TypeError, ValueError, RuntimeError):
@@ -171,7 +172,7 @@ class Rewarder:
         return rewards
 
 
-def _as_pil(images: Sequence[Any]) -> Sequence[Any]:
+def _as_pil(images: Sequence[Any]) -> Sequence[PipelineImage]:
     """Convert float images of a pipeline's ``np`` or ``pt`` output to PIL images.
 
     Arrays are (h, w, c), tensors are (c, h, w). Anything else is returned as it is.

@@ -10,13 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 from ..errors import UserError
 
-Handler = Callable[[dict[str, Any], Callable[..., Any]], Any]
+Step: TypeAlias = Callable[..., Any]
+"""The step of a scheduler, bound to it."""
+
+Handler: TypeAlias = Callable[[dict[str, Any], Step], Any]
+"""(arguments of the step by name, the scheduler's own step) -> output of the step."""
 
 
 class SteeredStep:
@@ -27,7 +31,7 @@ class SteeredStep:
         handler: called with the arguments by name and with `original`.
     """
 
-    def __init__(self, original: Callable[..., Any], handler: Handler) -> None:
+    def __init__(self, original: Step, handler: Handler) -> None:
         self.original, self.handler = original, handler
         self.__signature__ = inspect.signature(original)
         self.__name__, self.__doc__ = "step", original.__doc__
@@ -39,7 +43,7 @@ class SteeredStep:
                 arguments |= arguments.pop(name, {})
         return self.handler(arguments, self.original)
 
-    def __deepcopy__(self, memo: Any) -> _CopiedStep:
+    def __deepcopy__(self, memo: object) -> _CopiedStep:
         return _CopiedStep(self.__signature__)
 
 
@@ -80,7 +84,7 @@ def steered(scheduler: Any, handler: Handler) -> Iterator[None]:
         del scheduler.step
 
 
-def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
+def permute_buffers(scheduler: object, index: Tensor, like: Tensor) -> list[str]:
     """Reorder every tensor of a scheduler that has one row per particle.
 
     Such tensors are solver histories and halves of a second-order step.
@@ -95,7 +99,7 @@ def permute_buffers(scheduler: Any, index: Tensor, like: Tensor) -> list[str]:
         `list[str]`: names of the reordered attributes.
     """
 
-    def mine(value: Any) -> bool:
+    def mine(value: object) -> TypeGuard[Tensor]:
         return (
             isinstance(value, Tensor)
             and value.ndim == like.ndim

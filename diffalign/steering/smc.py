@@ -59,13 +59,13 @@ class ParticleModel(Protocol):
 
     num_steps: int
 
-    def init(self, groups: int, num_particles: int, generator: Any) -> Any:
+    def init(self, groups: int, num_particles: int, generator: Generators) -> Any:
         """Draw the initial state of groups x num_particles particles."""
 
     def predict_x0(self, state: Any, i: int) -> Any:
         """Predict the clean samples at step i."""
 
-    def propose(self, state: Any, i: int, generator: Any) -> Any:
+    def propose(self, state: Any, i: int, generator: Generators) -> Any:
         """Draw the next state, or the next state and log p - log tau (groups, k)."""
 
     def index(self, state: Any, ancestors: Tensor) -> Any:
@@ -273,7 +273,7 @@ def run(
     return trace.result(particles, final, weights, steps)
 
 
-def _is_tilted(before: Any, proposed: Any) -> bool:
+def _is_tilted(before: object, proposed: object) -> bool:
     """Tell a proposal of (state, log ratio) from a state that is itself a tuple."""
     if not isinstance(proposed, tuple) or len(proposed) != 2:
         return False
@@ -329,7 +329,7 @@ class _Trace:
         )
 
 
-def _collect(rewards: Any, how: str, weights: ParticleWeights) -> Tensor:
+def _collect(rewards: Tensor, how: str, weights: ParticleWeights) -> Tensor:
     rewards = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
     if rewards.ndim == 3:
         if torch.isposinf(rewards).any():

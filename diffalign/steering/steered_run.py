@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..generation.micro_batches import Batches
-from ..runtime.missing import Missing, check_any, read_output
+from ..runtime.missing import MaybeImage, Missing, check_any, read_output
+from ..runtime.protocols import Pipeline
 from ..runtime.seeds import seeded, state_key, stream_seed
 from .decoding import LatentDecoder
 from .kernels import AUTO, draw, transition
@@ -28,10 +29,13 @@ from .resampling import ess
 from .result import SteeringResult
 from .reward_fn import Rewarder
 from .schedule import check_temperatures, schedule
-from .scheduler_hook import permute_buffers
+from .scheduler_hook import Step, permute_buffers
 from .smc import ParticleWeights
 from .step_trace import StepTrace
 from .streams import Streams
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 THUMBNAIL = 96
 
@@ -40,7 +44,7 @@ THUMBNAIL = 96
 class SteeringOptions:
     """The options of `FKSteering` that a `SteeredRun` needs, explained there."""
 
-    pipe: Any
+    pipe: Pipeline
     num_particles: int
     resample_steps: Sequence[int | float] | None
     predict_x0: Callable[[Any, Tensor, Any, Tensor], Tensor] | None
@@ -101,7 +105,7 @@ class SteeredRun:
         self.latents: Tensor | None = None
         self.decode_seconds = 0.0
 
-    def step(self, arguments: dict[str, Any], original: Callable[..., Any]) -> Any:
+    def step(self, arguments: dict[str, Any], original: Step) -> Any:
         """Replace the scheduler's step: score and resample first, then propose.
 
         Args:
@@ -238,7 +242,7 @@ class SteeredRun:
         if self.on_step is not None:
             self.on_step(self.trace[-1])
 
-    def _blank(self, images: Sequence[Any]) -> Tensor:
+    def _blank(self, images: Sequence[object]) -> Tensor:
         """Return where there is no image, bool (groups, k)."""
         return torch.tensor([isinstance(image, Missing) for image in images]).unflatten(
             0, (self.groups, self.k)
@@ -268,9 +272,7 @@ class SteeredRun:
             first = {int(value): row for row, value in reversed(list(enumerate(lineage.tolist())))}
             self.models.same_as = torch.tensor([first[int(value)] for value in lineage])
 
-    def _propose(
-        self, arguments: dict[str, Any], original: Callable[..., Any], position: int
-    ) -> Any:
+    def _propose(self, arguments: dict[str, Any], original: Step, position: int) -> Any:
         if self.kernel is not None:
             return self._own_step(arguments, position)
         device = arguments["sample"].device
@@ -316,7 +318,7 @@ class SteeredRun:
         return SchedulerOutput(prev_sample=moved)
 
     def result(
-        self, output: Any, prompts: list[str], seconds: float, finite: Sequence[bool] = ()
+        self, output: object, prompts: list[str], seconds: float, finite: Sequence[bool] = ()
     ) -> SteeringResult:
         """Finish the weights with the rewards of the returned images.
 
@@ -382,7 +384,7 @@ class SteeredRun:
         )
 
 
-def _thumbnail(image: Any) -> Any:
+def _thumbnail(image: MaybeImage) -> Image.Image | None:
     if isinstance(image, Missing):
         return None
     small = image.copy()

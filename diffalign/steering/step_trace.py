@@ -35,4 +35,4 @@ class StepTrace:
     ess: Tensor
     ancestors: Tensor
     resampled: Tensor
-    thumbnails: list[list[Image.Image]] | None = None
+    thumbnails: list[list[Image.Image | None]] | None = None

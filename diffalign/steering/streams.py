@@ -50,14 +50,19 @@ class Streams:
             its scheduler.
     """
 
-    initial: Any
+    initial: Generators
     steps: list[torch.Generator]
     resampling: Generators
     replace: bool
 
     @classmethod
     def make(
-        cls, generator: Any, seeds: list[int] | None, resampling: Any, k: int, groups: int
+        cls,
+        generator: Any,
+        seeds: list[int] | None,
+        resampling: Generators,
+        k: int,
+        groups: int,
     ) -> Streams:
         """Make the streams from the user's generator, or from one seed per prompt.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..runtime.protocols import Numbers, Tokenizer
 from ..runtime.seeds import stream
 from .resampling import Generators, resample
 from .schedule import check_schedule
@@ -47,7 +48,9 @@ class TextReward:
     """
 
     def __init__(
-        self, decode: Callable[[list[list[int]]], Sequence[str]], scorer: Callable[[list[str]], Any]
+        self,
+        decode: Callable[[list[list[int]]], Sequence[str]],
+        scorer: Callable[[list[str]], Numbers],
     ) -> None:
         self.decode, self.scorer = decode, scorer
         self.calls = self.scored = 0
@@ -176,8 +179,8 @@ class FKTextSteering:
     def __init__(
         self,
         denoiser: Denoiser | None,
-        tokenizer: Any,
-        scorer: Callable[[list[str]], Any],
+        tokenizer: Tokenizer | None,
+        scorer: Callable[[list[str]], Numbers],
         *,
         num_particles: int = 4,
         num_steps: int = 16,

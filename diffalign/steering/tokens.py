@@ -255,7 +255,9 @@ class MaskedDiffusion(TokenModel):
         now = state.tokens[:, :, None].expand_as(drawn)
         return torch.where(now == self.mask_token_id, drawn, now)
 
-    def propose(self, state: TokenState, i: int, generator: Generators) -> Any:
+    def propose(
+        self, state: TokenState, i: int, generator: Generators
+    ) -> TokenState | tuple[TokenState, Tensor]:
         """Reveal masked positions.
 
         Returns:
@@ -351,12 +353,16 @@ class UniformDiffusion(TokenModel):
             tokens = self._per_group(self._correct, generator, self.logits(tokens), tokens, i)
         return TokenState(tokens)
 
-    def _step(self, logits: Tensor, i: int, tokens: Tensor, generator: Any) -> Tensor:
+    def _step(
+        self, logits: Tensor, i: int, tokens: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         return self.scheduler.step(
             logits, i, tokens, temperature=self.temperature, generator=generator
         ).prev_sample
 
-    def _correct(self, logits: Tensor, i: int, tokens: Tensor, generator: Any) -> Tensor:
+    def _correct(
+        self, logits: Tensor, i: int, tokens: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         return self.scheduler.step_correct(
             logits / self.temperature, i, tokens, generator=generator
         ).prev_sample
