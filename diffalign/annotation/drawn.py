@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.hashing import text_hash
 from ..runtime.seeds import image_seed
 
 SELECTIONS = ("best_worst", "best_vs_rest", "all", "unanimous")
@@ -80,7 +80,7 @@ class Drawn:
         self, group: int, prompt: str, model: str, number: int, options: BuildOptions
     ) -> None:
         self.group, self.prompt, self.model, self.number = group, prompt, model, number
-        digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = text_hash(prompt)
         self.seed = image_seed(options.seed, prompt, number)
         # The name is a digest, because a prompt can hold any characters.
         self.path: Path = (

@@ -6,13 +6,14 @@ found nothing to change: the pair is then left out and counted.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, UserError
+from ..runtime.hashing import text_hash
+from ..runtime.seeds import text_seed
 from .captioners import _placement, load_callable, load_part
 
 LEVELS = ("weak", "medium", "strong")
@@ -323,10 +324,10 @@ class TransformersPerturber:
             self.template.replace("{lexical}", lexical).replace("{text}", text) for text in texts
         ]
         inputs = self.tokenizer(requests, padding=True, return_tensors="pt").to(self.model.device)
-        digest = hashlib.sha256(repr((self.seed, self.level, list(texts))).encode()).digest()
+        seed = text_seed(repr((self.seed, self.level, list(texts))))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(int.from_bytes(digest[:6], "big"))
+            torch.manual_seed(seed)
             tokens = self.model.generate(
                 **inputs, do_sample=True, top_p=0.75, max_new_tokens=self.max_length
             )
@@ -386,6 +387,4 @@ def make_perturber(
 
 
 def _drawn(seed: int, level: str, text: str) -> random.Random:
-    return random.Random(
-        hashlib.sha256(f"{seed}:{level}:{text}".encode("utf-8", "surrogatepass")).digest()
-    )
+    return random.Random(bytes.fromhex(text_hash(f"{seed}:{level}:{text}")))

@@ -14,7 +14,6 @@ on, and another strategy in the same folder reuses the captions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
 from ..runtime.files import check_output_dir
+from ..runtime.hashing import text_hash
 
 if TYPE_CHECKING:
     from ..data.dataset import PreferenceDataset
@@ -202,7 +202,7 @@ class TextStore:
         Args:
             *parts (`str`): Everything that decides the text.
         """
-        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return text_hash("\0".join(parts))[:32]
 
     def add(self, keys: Sequence[str], texts: Sequence[str]) -> None:
         """Store texts. They are on the disk when this returns.

@@ -6,7 +6,6 @@ So finished work is not done again, and nothing outdated is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.files import write_atomically
+from ..runtime.hashing import text_hash
 
 if TYPE_CHECKING:
     from ..rewards.base import Scorer
@@ -157,7 +157,7 @@ def part_name(scorer: Scorer, content: str) -> str:
         scorer (`Scorer`): The scorer.
         content (`str`): Fingerprint of the chunk.
     """
-    digest = hashlib.sha256(f"{scorer.fingerprint()}:{content}".encode()).hexdigest()[:24]
+    digest = text_hash(f"{scorer.fingerprint()}:{content}")[:24]
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', scorer.name)}-{scorer.fingerprint()}-{digest}.json"
 
 

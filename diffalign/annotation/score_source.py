@@ -5,7 +5,6 @@ Both are read chunk by chunk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..data.sources import IMAGE_SUFFIXES, PAIR_FOLDERS
 from ..errors import UserError
 from ..rewards.images import ImageInput
 from ..runtime import text_files
+from ..runtime.hashing import text_hash
 
 SIDECARS = ("captions.json", "prompts.jsonl", "metadata.jsonl")
 _PROMPT_KEYS = ("prompt", "text", "caption")
@@ -66,15 +66,15 @@ class Chunk:
 
         That is the images' bytes, prompts and metadata.
         """
-        digest = hashlib.sha256()
+        facts = []
         for i, (record, image) in enumerate(zip(self.records, self.inputs, strict=True)):
             extra = self.metadata[i] if self.metadata else None
-            digest.update(
+            facts.append(
                 json.dumps(
                     [record.prompt, extra, _content(image.source)], sort_keys=True, default=str
-                ).encode()
+                )
             )
-        return digest.hexdigest()
+        return text_hash(*facts)
 
 
 def _content(source: Any) -> str:

@@ -5,7 +5,6 @@ Nothing here decodes an image before it is asked to.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffalign.runtime import decoding
 from diffalign.runtime.decoding import UnreadableImage as BrokenImage
+from diffalign.runtime.hashing import bytes_digest, bytes_hash
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -262,7 +262,7 @@ def content_hash(image: Undecoded) -> str:
     Raises:
         BrokenImage: The file cannot be read.
     """
-    return hashlib.sha256(raw_bytes(image)).hexdigest()
+    return bytes_hash(raw_bytes(image))
 
 
 def sampled_digest(image: Undecoded) -> bytes:
@@ -283,7 +283,7 @@ def sampled_digest(image: Undecoded) -> bytes:
     else:
         content = raw_bytes(image)
         size, head, tail = len(content), content[:_SAMPLE], content[-_SAMPLE:]
-    return hashlib.sha256(b"%d:" % size + head + tail).digest()
+    return bytes_digest(b"%d:" % size, head, tail)
 
 
 def _is_file(path: Path) -> bool:

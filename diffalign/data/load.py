@@ -7,7 +7,6 @@ its rows.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import warnings
@@ -23,6 +22,7 @@ from diffalign.data.schema import Layout, recognise
 from diffalign.data.sources import Rows, SourceLike, open_source
 from diffalign.data.verify import usable_rows
 from diffalign.errors import ConfigError, UserError
+from diffalign.runtime.hashing import text_hash
 
 if TYPE_CHECKING:
     import datasets
@@ -325,7 +325,7 @@ def with_lists(
     }
     gathered = datasets.Dataset(
         datasets.table.InMemoryTable(pyarrow.table(lists)),
-        fingerprint=hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16],
+        fingerprint=text_hash(data._fingerprint)[:16],
     )
     alone = len(data) - unranked - len(order)
     report.notes.append(

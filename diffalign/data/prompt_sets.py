@@ -8,7 +8,6 @@ Their checksum shows whether they are the published ones.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from ..config.section import suggestion
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
+from ..runtime.hashing import bytes_hash, text_hash
 
 PROMPT_KEYS = ("prompt", "prompts", "caption", "text")
 CATEGORY_KEYS = ("category", "tag", "challenge", "style", "type")
@@ -168,7 +168,7 @@ def _embedded() -> PromptSet:
     from ..shapes.prompts import held_out_prompts, parse_prompt
 
     prompts = held_out_prompts()
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    digest = text_hash("\n".join(prompts))
     categories: list[str | None] = [parse_prompt(prompt).shape for prompt in prompts]
     return PromptSet(
         EMBEDDED,
@@ -195,14 +195,12 @@ def _named(name: str, path: str | Path | None) -> PromptSet:
     alone = place.is_file() and len(known.files) == 1
     files = [place] if alone else [_below(place, name, file) for file in known.files]
     rows: list[Mapping[str, Any]] = []
-    digest = hashlib.sha256()
     for file in files:
         file_rows = _rows(file)
         if len(files) > 1:
             file_rows = [{"category": file.stem, **row} for row in file_rows]
         rows += file_rows
-        digest.update(file.read_bytes())
-    prompt_set = _finish(name, rows, digest.hexdigest())
+    prompt_set = _finish(name, rows, bytes_hash(*(file.read_bytes() for file in files)))
     prompt_set.licence, prompt_set.source = known.licence, known.source
     prompt_set.published = None if known.sha256 is None else prompt_set.sha256 == known.sha256
     if prompt_set.published is False:
@@ -238,7 +236,7 @@ def _file(path: Path, name: str) -> PromptSet:
             f"--prompts: {name!r} is neither a file{hint} nor a prompt set; there are "
             f"{', '.join(names)}, or give a file of {', '.join(SUFFIXES)}"
         )
-    return _finish(path.name, _rows(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    return _finish(path.name, _rows(path), bytes_hash(path.read_bytes()))
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
@@ -351,7 +349,7 @@ def _finish(name: str, rows: Iterable[Mapping[str, Any]], digest: str) -> Prompt
         key = _category_key(row)
         categories.append(None if key is None else str(row[key]))
     metadata = [_without_prompt(row) for row in row_of.values()]
-    digest = digest or hashlib.sha256("\n".join(row_of).encode()).hexdigest()
+    digest = digest or text_hash("\n".join(row_of))
     return PromptSet(name, list(row_of), categories, metadata, sha256=digest, notes=notes)
 
 

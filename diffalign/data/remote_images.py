@@ -6,7 +6,6 @@ only public addresses are fetched, over http and https, with limits of size and 
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import ipaddress
 import os
@@ -18,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from diffalign.runtime.decoding import UnreadableImage
 from diffalign.runtime.files import write_atomically
+from diffalign.runtime.hashing import text_hash
 from diffalign.runtime.replies import TimedConnection, read_reply
 
 MAX_BYTES = 64 << 20
@@ -48,7 +48,7 @@ def fetch(url: str) -> Path:
         UnreadableImage: Offline mode is on, the address is not public, or the answer is
             late, too large or a refusal.
     """
-    file = cache_folder() / hashlib.sha256(url.encode()).hexdigest()
+    file = cache_folder() / text_hash(url)
     if not file.is_file():
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             raise UnreadableImage(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -17,6 +16,7 @@ from diffalign.data.judgements import classify_row
 from diffalign.data.schema import Layout
 from diffalign.data.verify import check_image
 from diffalign.errors import UserError
+from diffalign.runtime.hashing import text_hash
 
 if TYPE_CHECKING:
     import datasets
@@ -163,7 +163,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             sorted(self.layout.mapping.items()),
             self.kind,
         ]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return text_hash(repr(parts))
 
     def __copy__(self) -> StreamingPreferenceDataset:
         view = object.__new__(type(self))

@@ -8,7 +8,6 @@ value, shift columns when a row is too long, and crash the process at a line tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
 from diffalign.runtime import text_files
+from diffalign.runtime.hashing import bytes_digest, bytes_hash
 
 if TYPE_CHECKING:
     import datasets
@@ -41,10 +41,10 @@ def read_tables(paths: Sequence[Path], name: str) -> datasets.Dataset:
     import pyarrow
 
     rows: list[dict[str, Any]] = []
-    digest = hashlib.sha256()
+    digests: list[bytes] = []
     for path in paths:
         content = path.read_bytes()
-        digest.update(hashlib.sha256(content).digest())
+        digests.append(bytes_digest(content))
         rows += _rows(path, content)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if not columns:
@@ -55,7 +55,7 @@ def read_tables(paths: Sequence[Path], name: str) -> datasets.Dataset:
     except (pyarrow.ArrowInvalid, UnicodeEncodeError) as error:
         raise UserError(f"dataset {name!r}: {' '.join(str(error).split())[:300]}") from error
     return datasets.Dataset(
-        datasets.table.InMemoryTable(table), fingerprint=digest.hexdigest()[:16]
+        datasets.table.InMemoryTable(table), fingerprint=bytes_hash(*digests)[:16]
     )
 
 

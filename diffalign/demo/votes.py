@@ -5,7 +5,6 @@ A vote is a line of JSON, on disk before the visitor sees the next pair.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from ..errors import UserError
 from ..evaluation.statistics import WinRate, rate_of
 from ..runtime import decoding
 from ..runtime.files import check_output_dir, replacing, write_atomically
+from ..runtime.hashing import bytes_hash
 from ..runtime.text_files import BadLine, journal
 
 VOTES = "votes.jsonl"
@@ -193,7 +193,7 @@ class VoteStore:
         """
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        name = f"images/{hashlib.sha256(buffer.getvalue()).hexdigest()[:24]}.png"
+        name = f"images/{bytes_hash(buffer.getvalue())[:24]}.png"
         if not (self.folder / name).is_file():
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / name, buffer.getvalue())
@@ -295,7 +295,7 @@ class VoteStore:
             content = (self.folder / name).read_bytes()
         except OSError:
             return None
-        return content if hashlib.sha256(content).hexdigest().startswith(Path(name).stem) else None
+        return content if bytes_hash(content).startswith(Path(name).stem) else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ steered.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from ..errors import ConfigError, UserError
 from ..generation.guidance import NegativeGuidance, load_negative
 from ..generation.pipelines import default_settings, load_for_scoring, with_lora
 from ..generation.sampling import generate
-from ..runtime.hashing import module_hash
+from ..runtime.hashing import module_hash, text_hash
 from ..runtime.seeds import image_seed
 from ..runtime.weight_files import could_be_hub_id
 
@@ -99,7 +98,7 @@ class ModelSpec:
         if steer is not None and not isinstance(steer, Mapping):
             steer = vars(steer).get("weighting")
         text += repr((self.lora_scale, self.alpha, self.beta, steer))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return text_hash(text)[:16]
 
 
 def parse_model(

@@ -7,7 +7,6 @@ two differ slightly and are never mixed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
 from ..runtime.devices import read_device, read_dtype
+from ..runtime.hashing import text_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
 from .cache import ScoreCache
 from .images import Images
@@ -210,7 +210,7 @@ class Scorer:
                 **self.identity(),
             }
             text = json.dumps(facts, sort_keys=True, default=str)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            digest = text_hash(text)[:16]
             self._fingerprint = (self.dtype, digest)
         return self._fingerprint[1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import unicodedata
@@ -12,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..runtime.hashing import bytes_digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,15 +35,14 @@ def pixel_digest(image: Image.Image) -> bytes:
         `bytes`: SHA-256.
     """
     image.load()  # loading brings palette and transparency into their final form
-    digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
+    parts = [f"{image.mode}:{image.width}x{image.height}:".encode()]
     if image.mode in ("P", "PA"):
         palette = image.palette
-        digest.update(palette.tobytes() if palette is not None else b"")
+        parts.append(palette.tobytes() if palette is not None else b"")
     transparency = image.info.get("transparency")
     if transparency is not None:
-        digest.update(repr(transparency).encode())
-    digest.update(image.tobytes())
-    return digest.digest()
+        parts.append(repr(transparency).encode())
+    return bytes_digest(*parts, image.tobytes())
 
 
 def file_digest(source: bytes | str | Path) -> bytes:
@@ -59,9 +58,9 @@ def file_digest(source: bytes | str | Path) -> bytes:
         UserError: a file that cannot be read.
     """
     if isinstance(source, bytes):
-        return hashlib.sha256(_DECODING + source).digest()
+        return bytes_digest(_DECODING, source)
     try:
-        return hashlib.sha256(_DECODING + Path(source).read_bytes()).digest()
+        return bytes_digest(_DECODING, Path(source).read_bytes())
     except OSError as error:
         raise UserError(
             f"images: {str(source)!r} cannot be read ({error.strerror}); name an image file"
@@ -92,7 +91,7 @@ def stamp_digest(path: str | Path, now: float) -> bytes | None:
         f"{place}\0{status.st_dev}:{status.st_ino}:{status.st_size}"
         f":{status.st_mtime_ns}:{status.st_ctime_ns}"
     )
-    return hashlib.sha256(_DECODING + stamp.encode("utf-8", "surrogateescape")).digest()
+    return bytes_digest(_DECODING, stamp.encode("utf-8", "surrogateescape"))
 
 
 def content_key(
@@ -111,7 +110,6 @@ def content_key(
         UserError: metadata whose content cannot be told, such as an object of another
             class.
     """
-    digest = hashlib.sha256(b"%d:" % len(image) + image)
     text = (
         b""
         if prompt is None
@@ -119,10 +117,10 @@ def content_key(
             "utf-8", "surrogatepass"
         )
     )
-    digest.update(b"%d:%d:" % (prompt is not None, len(text)) + text)
+    parts = [b"%d:" % len(image), image, b"%d:%d:" % (prompt is not None, len(text)), text]
     if metadata:
         try:
-            digest.update(
+            parts.append(
                 json.dumps(metadata, sort_keys=True, ensure_ascii=True, default=_as_json).encode()
             )
         except (TypeError, ValueError) as error:
@@ -130,7 +128,7 @@ def content_key(
                 f"metadata: cannot be told apart from other metadata ({error}); "
                 "give text, numbers, lists, mappings"
             ) from error
-    return digest.digest()
+    return bytes_digest(*parts)
 
 
 def _as_json(value: Any) -> Any:

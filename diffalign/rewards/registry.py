@@ -8,7 +8,6 @@ then - only when the user trusts it - as ``./file.py:Class``.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..runtime.hashing import bytes_hash, text_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.weight_files import explained, loading_errors
 from .base import Item, Scorer
@@ -316,7 +316,7 @@ def _from_path(name: str, trust: bool) -> type[Scorer]:
         # A file is run once: it may register scorers, and its classes are to stay the
         # same objects.
         content = str(Path(place).resolve()).encode() + b"\0" + Path(place).read_bytes()
-        module_name = f"diffalign_scorer_{hashlib.sha256(content).hexdigest()[:16]}"
+        module_name = f"diffalign_scorer_{bytes_hash(content)[:16]}"
         module = sys.modules.get(module_name) or _run_file(place, module_name, name)
     else:
         module = _import(lambda: importlib.import_module(place), name)
@@ -442,7 +442,7 @@ class CallableScorer(Scorer):
             repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()
         ]
         return {
-            "source": hashlib.sha256(source.encode()).hexdigest(),
+            "source": text_hash(source),
             "closure": cells,
             "arguments": self.arguments,
         }

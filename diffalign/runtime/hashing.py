@@ -32,6 +32,30 @@ def text_hash(*texts: str) -> str:
     return digest.hexdigest()
 
 
+def bytes_digest(*parts: bytes) -> bytes:
+    """Hash bytes, one part after the other.
+
+    Args:
+        *parts (`bytes`): their boundaries do not count.
+
+    Returns:
+        `bytes`: SHA-256, 32 of them.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def bytes_hash(*parts: bytes) -> str:
+    """Hash bytes, as `bytes_digest` does.
+
+    Returns:
+        `str`: 64 hexadecimal digits.
+    """
+    return bytes_digest(*parts).hex()
+
+
 def content_hash(path: Path) -> str:
     """Hash the whole content of a file, or of a model's folder.
 

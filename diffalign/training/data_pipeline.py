@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..data import (
 from ..data.cache import TensorCache
 from ..errors import ConfigError, UserError
 from ..runtime.files import read_tensors, save_tensors
+from ..runtime.hashing import text_hash
 from .batch import Batch
 from .batch_builder import BatchBuilder
 from .config import TrainingConfig
@@ -192,7 +192,7 @@ class DataPipeline:
     def _latent_cache(self) -> TensorCache | None:
         if not self.config.cache_latents or self.dataset.kind == "prompt":
             return None
-        transform = hashlib.sha256(self.transform.fingerprint.encode()).hexdigest()[:16]
+        transform = text_hash(self.transform.fingerprint)[:16]
         precision = str(self.backbone.component_dtype("vae")).removeprefix("torch.")
         key = f"latents-{self.backbone.source.fingerprint('vae')}-{transform}-{precision}"
         return TensorCache(Path(self.config.cache_latents) / key)

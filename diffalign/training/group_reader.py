@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..data.cache import TensorCache
 from ..data.transforms import Geometry, GroupTransform
 from ..errors import UserError
+from ..runtime.hashing import text_hash
 from ..runtime.seeds import row_generator
 
 
@@ -137,7 +137,7 @@ def group_key(hashes: Sequence[str]) -> str:
     Args:
         hashes (`Sequence[str]`): Hash of each image.
     """
-    return hashlib.sha256("+".join(hashes).encode()).hexdigest()
+    return text_hash("+".join(hashes))
 
 
 class StreamReader(torch.utils.data.IterableDataset):
@@ -179,4 +179,4 @@ class StreamReader(torch.utils.data.IterableDataset):
 
 def prompt_key(prompt: str) -> str:
     """Return the cache key of a prompt."""
-    return hashlib.sha256(prompt.encode()).hexdigest()
+    return text_hash(prompt)

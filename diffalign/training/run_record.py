@@ -7,7 +7,6 @@ resumes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from ..backbones import Backbone
 from ..config.yaml_text import dump_yaml
 from ..data import DataConfig, PreferenceDataset
 from ..runtime.files import write_atomically
+from ..runtime.hashing import text_hash
 from ..runtime.versions import versions
 from .build import trainable_parameters
 from .checkpoint import STATE_FILE
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 def digest(values: Any) -> str:
     """Return a short hash of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return text_hash(json.dumps(values, sort_keys=True, default=str))[:16]
 
 
 @dataclass

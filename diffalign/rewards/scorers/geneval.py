@@ -8,7 +8,6 @@ an environment of its own and can serve through the `remote` scorer.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import math
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...errors import ConfigError, UserError
+from ...runtime.hashing import text_hash
 from ..base import Item, Scorer
 from ..spec import ScorerSpec
 
@@ -491,6 +491,6 @@ def _identity(value: object) -> str | None:
     if not inspect.isfunction(value) or "<" in name or value.__closure__:
         return None
     try:
-        return f"{name} {hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]}"
+        return f"{name} {text_hash(inspect.getsource(value))[:16]}"
     except OSError:  # written in an interactive session
         return None

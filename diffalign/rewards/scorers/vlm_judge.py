@@ -7,7 +7,6 @@ A reply that cannot be read is a missing score, never a 0.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...errors import ConfigError
+from ...runtime.hashing import text_hash
 from ..base import Item, Scorer
 from ..serving.client import ServerFailure, check_calls, check_url, png_base64, request_json
 from ..spec import ScorerSpec
@@ -206,7 +206,7 @@ class VLMJudge(Scorer):
             self.headers["Authorization"] = f"Bearer {key}"
 
     def identity(self) -> dict[str, Any]:
-        question = hashlib.sha256(self.template.encode()).hexdigest()
+        question = text_hash(self.template)
         return {
             "model": self.judge_model,
             "kind": self.kind,
