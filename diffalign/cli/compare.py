@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diversity",
         default="pixel",
-        help="pixel (default), or a scorer with an image embedding, e.g. clip-b32",
+        help="pixel (default), or a scorer with an image embedding, e.g. clip-l14",
     )
     parser.add_argument(
         "--num_images", type=count(), default=4, help="images per prompt (default 4)"

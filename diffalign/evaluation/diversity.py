@@ -52,7 +52,7 @@ class Diversity:
     Args:
         kind (`str` or scorer, defaults to ``pixel``): The distance. ``pixel`` is the
             root mean squared difference at 64x64. With a scorer that has an image
-            embedding, by name (such as ``clip-b32``) or loaded, it is one minus the
+            embedding, by name (such as ``clip-l14``) or loaded, it is one minus the
             cosine of two embeddings.
         device (*optional*): Where a scorer given by name runs. Defaults to the GPU if
             there is one.

@@ -193,7 +193,7 @@ class ModelScorer(Scorer):
         if embeddings.ndim != 2:
             raise UserError(
                 f"{self.name} has no single embedding per image; "
-                "take a CLIP scorer such as clip-b32 or pickscore"
+                "take a CLIP scorer such as clip-l14 or pickscore"
             )
         return embeddings
 
