@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..likelihood import NoiseSchedule, schedule_from_scheduler
-from ..runtime.missing import to_images
+from ..runtime.missing import MaybeImage, to_images
 from .loading import ModelSource
 
 ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -130,7 +131,7 @@ class Backbone:
             )
         return self._loaded[self.network_name]
 
-    def pipeline(self, *, with_vae: bool = True, network: Any = None) -> Any:
+    def pipeline(self, *, with_vae: bool = True, network: Module | None = None) -> Any:
         """Build a plain diffusers pipeline around the components.
 
         Text encoders are loaded for it, and the autoencoder.
@@ -225,7 +226,7 @@ class Backbone:
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> list[Any]:
+    def decode_latents(self, latents: Tensor) -> list[MaybeImage]:
         """Decode latents into images, as the family's pipelines do it.
 
         Args:
@@ -265,7 +266,7 @@ class Backbone:
         return {}
 
     def predict(
-        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+        self, network: Module, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
         """Run the network at noisy latents.
 
@@ -283,7 +284,7 @@ class Backbone:
 
     # Weights --------------------------------------------------------------------------
 
-    def save_lora(self, folder: str, network: Any, state: dict[str, Tensor]) -> None:
+    def save_lora(self, folder: str, network: Module, state: dict[str, Tensor]) -> None:
         """Write ``pytorch_lora_weights.safetensors``, as diffusers reads it.
 
         Args:

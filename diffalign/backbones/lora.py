@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..errors import UserError
 from ..runtime.distributed import whole
@@ -41,7 +42,7 @@ def denoiser(pipe: Any) -> Any:
     )
 
 
-def active_adapters(network: Any) -> dict[str, float]:
+def active_adapters(network: Module) -> dict[str, float]:
     """List the LoRAs that are active on a network, with their weights.
 
     Args:
@@ -66,7 +67,7 @@ def active_adapters(network: Any) -> dict[str, float]:
     return weights
 
 
-def _is_rank_stabilised(network: Any, layer: Any, name: str) -> bool:
+def _is_rank_stabilised(network: Module, layer: Any, name: str) -> bool:
     flags = getattr(layer, "use_rslora", None)
     if isinstance(flags, Mapping) and name in flags:
         return bool(flags[name])
@@ -88,7 +89,7 @@ def adapter_state(pipe: Any) -> dict[str, dict[str, float]]:
     return state
 
 
-def fixed_adapters(network: Any) -> dict[str, str]:
+def fixed_adapters(network: Module) -> dict[str, str]:
     """List the active adapters whose effect is not proportional to their weight.
 
     They are DoRA and other kinds than LoRA.
@@ -124,7 +125,7 @@ def fixed_adapters(network: Any) -> dict[str, str]:
     return kinds
 
 
-def check_not_merged(network: Any, role: str) -> None:
+def check_not_merged(network: Module, role: str) -> None:
     """Refuse a network with adapters that are fused into its weights and still there.
 
     peft then ignores every other adapter without a word.
@@ -148,7 +149,7 @@ def check_not_merged(network: Any, role: str) -> None:
         )
 
 
-def plain_state(network: Any) -> dict[str, torch.Tensor]:
+def plain_state(network: Module) -> dict[str, torch.Tensor]:
     """Read the weights of a network without its adapters.
 
     Returns:
@@ -167,7 +168,7 @@ def plain_state(network: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def strip_adapters(network: Any) -> Any:
+def strip_adapters(network: Module) -> Any:
     """Take all adapters off a network, in place.
 
     Returns:
@@ -184,7 +185,7 @@ def strip_adapters(network: Any) -> Any:
     return network
 
 
-def _unwrap(network: Any, path: str, layer: Any) -> None:
+def _unwrap(network: Module, path: str, layer: Any) -> None:
     parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, layer.get_base_layer())
 
@@ -421,7 +422,7 @@ def _check_values(file: Path, role: str) -> None:
 
 
 def _check_loaded(
-    network: Any, name: str, content: LoraContent | None, role: str, weights: Any
+    network: Module, name: str, content: LoraContent | None, role: str, weights: Any
 ) -> None:
     """Refuse a file of which a part did not arrive in the network."""
     from peft.tuners.lora import LoraLayer
@@ -486,7 +487,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def lora_state(network: Any) -> dict[str, Tensor]:
+def lora_state(network: Module) -> dict[str, Tensor]:
     """Read the weights of a network's adapter, with every key in peft's form.
 
     The form is ``...lora_A.weight``. diffusers' `convert_state_dict_to_diffusers`

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from .base import Backbone
 
@@ -37,7 +38,7 @@ class StableDiffusionBackbone(Backbone):
         return {"prompt_embeds": embeds}
 
     def predict(
-        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+        self, network: Module, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
         """Run the UNet at noisy latents, see `Backbone.predict`."""
         return network(

@@ -6,10 +6,10 @@ It is trained by flow matching.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from .base import Backbone
 
@@ -34,7 +34,7 @@ class StableDiffusion3Backbone(Backbone):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def predict(
-        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+        self, network: Module, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
         """Run the transformer at noisy latents, see `Backbone.predict`."""
         return network(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from .base import Backbone
 
@@ -46,7 +47,7 @@ class StableDiffusionXLBackbone(Backbone):
         return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
 
     def predict(
-        self, network: Any, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+        self, network: Module, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
         """Run the UNet at noisy latents, see `Backbone.predict`."""
         added = {

@@ -260,6 +260,7 @@ class NegativeGuidance:
         """Return two branches, of which the negative one is a network merged here."""
         merged = strip_adapters(copy.deepcopy(self.network))
         base = merged.state_dict()
+        assert not isinstance(self.positive, str) and not isinstance(self.negative, str)
         positive = base if self.positive is None else plain_state(self.positive)
         npo = plain_state(self.negative)
         merged.load_state_dict(

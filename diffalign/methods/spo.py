@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..config.ranges import Decay, NotNegative, Positive, Range, count, positive
 from ..config.section import config_section
 from ..errors import ConfigError
-from ..runtime.missing import NOT_FINITE, Missing
+from ..runtime.missing import NOT_FINITE, MaybeImage, Missing
 from ..training.batch import Batch
 from ..training.online.on_policy import OnPolicyConfig
 from ..training.online.policy_sampler import RoundCheck
@@ -192,7 +192,7 @@ class SPOTrainer(D3POTrainer):
                     range(first, min(first + size, len(batch)))
                     for first in range(0, len(batch), size)
                 ]
-                pictures: list[Any] = []
+                pictures: list[MaybeImage] = []
                 with torch.no_grad(), sampling_mode(self.network), self.accelerator.autocast():
                     parts = [
                         self._branch(reward_function, batch, part, bar, pictures) for part in rows
@@ -225,8 +225,8 @@ class SPOTrainer(D3POTrainer):
         reward_function: RewardFunction,
         batch: Batch,
         rows: range,
-        bar: Any,
-        pictures: list[Any],
+        bar: tqdm,
+        pictures: list[MaybeImage],
     ) -> dict[str, Tensor]:
         """Sample some rows of a batch, with candidates from `first_step` on.
 
@@ -277,7 +277,7 @@ class SPOTrainer(D3POTrainer):
             "decided": [],
         }
 
-        def compare(images: list[Any]) -> Tensor:
+        def compare(images: list[MaybeImage]) -> Tensor:
             assert origin is not None and candidates is not None
             scores = reward_function(images, prompts).unflatten(0, (g, n))
             pair, decided = best_and_worst(
@@ -296,7 +296,7 @@ class SPOTrainer(D3POTrainer):
                 records[name].append(value.cpu())
             return scores
 
-        def draw(latents: Tensor) -> list[Any]:
+        def draw(latents: Tensor) -> list[MaybeImage]:
             images = self.backbone.decode_latents(latents)
             return [
                 image if good else Missing(NOT_FINITE)

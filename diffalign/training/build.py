@@ -17,7 +17,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from ..backbones import Backbone
 from ..backbones.lora import unwrapped
@@ -137,7 +137,7 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
 
 
 @torch.no_grad()
-def _set_magnitudes(network: Any, precision: str) -> None:
+def _set_magnitudes(network: Module, precision: str) -> None:
     """Set DoRA's magnitudes to the norms that this precision's forward pass computes.
 
     peft rounds them to the precision of the base weights. In bf16 the policy would then
@@ -232,7 +232,7 @@ def set_attention(network: Any, backend: str) -> None:
         ) from error
 
 
-def trainable_parameters(network: Any) -> list[Parameter]:
+def trainable_parameters(network: Module) -> list[Parameter]:
     """Return the parameters of `network` that receive gradients."""
     return [p for p in network.parameters() if p.requires_grad]
 

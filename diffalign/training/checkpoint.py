@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.nn import Module
 
 from ..backbones import Backbone
 from ..backbones.lora import lora_state
@@ -146,7 +147,7 @@ def check_archives(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def load_lora_state(network: Any, backbone: Backbone, folder: Path) -> None:
+def load_lora_state(network: Module, backbone: Backbone, folder: Path) -> None:
     """Load saved adapter weights into a network, bit for bit.
 
     Args:
@@ -203,7 +204,7 @@ class CheckpointPart(Protocol):
     def save(self, folder: Path, rank: int) -> None:
         """Write the part of process `rank` into a checkpoint's folder."""
 
-    def load(self, folder: Path, rank: int, device: Any) -> None:
+    def load(self, folder: Path, rank: int, device: torch.device) -> None:
         """Read the part of process `rank` from a checkpoint's folder."""
 
 

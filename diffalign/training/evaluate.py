@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import Module
 
 from ..backbones import Backbone
 from ..likelihood import implicit_rewards
@@ -21,7 +21,7 @@ from .tracking import MetricWindow
 
 
 def evaluate(
-    task: Task, data: DataPipeline, network: Any, accelerator: Accelerator
+    task: Task, data: DataPipeline, network: Module, accelerator: Accelerator
 ) -> dict[str, float]:
     """Average the loss and the metrics over all groups of a dataset.
 
@@ -47,7 +47,7 @@ def evaluate(
 
 def measure_rounding(
     policy: Denoiser,
-    network: Any,
+    network: Module,
     backbone: Backbone,
     data: DataPipeline,
     *,
@@ -93,7 +93,7 @@ def measure_rounding(
 @torch.no_grad()
 def _rounding(
     policy: Denoiser,
-    network: Any,
+    network: Module,
     backbone: Backbone,
     data: DataPipeline,
     beta: float,

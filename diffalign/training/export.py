@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch.nn import Module
 
 from ..backbones.lora import lora_state
 from ..errors import ConfigError
@@ -21,7 +22,7 @@ def save_model(
     record: RunRecord,
     accelerator: Accelerator,
     network: Any,
-    prepared: Any,
+    prepared: Module,
     metrics: Mapping[str, Any],
     folder: Path,
 ) -> None:

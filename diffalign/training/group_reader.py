@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data import PreferenceDataset
 from ..data.cache import TensorCache
+from ..data.dataset import Group
 from ..data.transforms import Geometry, GroupTransform
 from ..errors import UserError
 from ..runtime.hashing import text_hash
@@ -59,7 +60,11 @@ class GroupReader(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, dataset: Any, transform: GroupTransform, seed: int, max_broken_fraction: float = 0.05
+        self,
+        dataset: PreferenceDataset,
+        transform: GroupTransform,
+        seed: int,
+        max_broken_fraction: float = 0.05,
     ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.max_broken_fraction = max_broken_fraction
@@ -93,7 +98,7 @@ class GroupReader(torch.utils.data.Dataset):
                 f"data.max_broken_fraction: {reason}"
             )
 
-    def read(self, group: Any, epoch: int) -> Example:
+    def read(self, group: Group, epoch: int) -> Example:
         """Read one group, from the cache or from its images.
 
         Args:
@@ -155,7 +160,13 @@ class StreamReader(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self, dataset: Any, reader: GroupReader, start: int, batch_size: int, rank: int, world: int
+        self,
+        dataset: PreferenceDataset,
+        reader: GroupReader,
+        start: int,
+        batch_size: int,
+        rank: int,
+        world: int,
     ) -> None:
         self.dataset, self.reader = dataset, reader
         self.start, self.batch_size, self.rank, self.world = start, batch_size, rank, world

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from .batch import Batch
 from .callbacks import TrainerControl, TrainerState
@@ -70,7 +70,7 @@ class Run:
 
     args: TrainingConfig
     accelerator: Accelerator
-    network: Any
+    network: Module
     parameters: Callable[[], list[Parameter]]
     optimizer: Any
     learning_rate: Any

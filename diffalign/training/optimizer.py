@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from ..errors import ConfigError
 from .build import trainable_parameters
@@ -41,7 +41,7 @@ def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.d
 
 
 @contextmanager
-def averaged(ema: Any, network: Any) -> Iterator[None]:
+def averaged(ema: Any, network: Module) -> Iterator[None]:
     """Put the averaged weights into the network while the block runs.
 
     Args:
@@ -132,7 +132,7 @@ def build_lr_scheduler(
     )
 
 
-def update_ema(ema: Any, parameters: list[Any], device: Any, offload: bool) -> None:
+def update_ema(ema: Any, parameters: list[Any], device: torch.device, offload: bool) -> None:
     """Update the average of the weights.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..backbones import Backbone
 from ..backbones.lora import unwrapped
@@ -48,7 +49,7 @@ class Reference(Protocol):
         """
 
 
-def without_dropout(network: Any) -> Any:
+def without_dropout(network: Module) -> Any:
     """Put a network into training mode, with its dropout off.
 
     `eval()` would not do. diffusers' residual blocks choose memory layouts by the mode,
@@ -75,7 +76,7 @@ class DropoutOff:
         network: Its dropout layers are listed now. Later ones are not turned off.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Module) -> None:
         self.layers = [
             module
             for module in network.modules()
@@ -104,7 +105,7 @@ class AdapterOffReference:
 
     description = "adapter-off (the base weights under the LoRA)"
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.network, self.dropout_off = network, DropoutOff(network)
@@ -156,7 +157,7 @@ class SnapshotReference:
 
     description = "the policy at the beginning of the round (iterated)"
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Module) -> None:
         self.network, self.dropout_off = network, DropoutOff(network)
         self.weights: dict[str, Tensor] = {}
         self.parameters: dict[str, torch.nn.Parameter] = {}
@@ -218,7 +219,7 @@ class SnapshotReference:
         if rank == 0:
             save_file(tensors, folder / "reference.safetensors")
 
-    def load(self, folder: Path, rank: int, device: Any) -> None:
+    def load(self, folder: Path, rank: int, device: torch.device) -> None:
         """Read the weights from a checkpoint.
 
         Args:
@@ -254,7 +255,11 @@ class FrozenCopyReference:
     """
 
     def __init__(
-        self, network: Any, device: torch.device, offload: bool = False, copy_weights: bool = True
+        self,
+        network: Module,
+        device: torch.device,
+        offload: bool = False,
+        copy_weights: bool = True,
     ) -> None:
         self.network = without_dropout(
             (copy.deepcopy(network) if copy_weights else network).requires_grad_(False)
@@ -345,7 +350,7 @@ def check_reference(backbone: Backbone, ref_backbone: Backbone) -> None:
 
 def build_reference(
     backbone: Backbone,
-    network: Any,
+    network: Module,
     ref_backbone: Backbone | None,
     is_lora: bool,
     device: torch.device,

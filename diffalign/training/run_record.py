@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Module
 
 from ..backbones import Backbone
 from ..config.yaml_text import dump_yaml
@@ -114,7 +115,7 @@ class BuiltFacts:
 
     @classmethod
     def of(
-        cls, network: Any, data: DataPipeline, max_steps: int, reference: str | None
+        cls, network: Module, data: DataPipeline, max_steps: int, reference: str | None
     ) -> BuiltFacts:
         """Collect the facts.
 

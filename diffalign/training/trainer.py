@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn import Module
 
 from ..backbones import Backbone, load_backbone
 from ..data import DataConfig, PreferenceDataset
@@ -149,8 +150,8 @@ class Trainer:
 
     # Runtime, set by `setup`
     accelerator: Accelerator
-    network: Any
-    prepared: Any
+    network: Module
+    prepared: Module
     policy: Denoiser
     sampling_policy: Denoiser
     reference: Denoiser | None

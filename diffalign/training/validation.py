@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
+from torch.nn import Module
 
 from ..backbones import Backbone
 from ..data.prompt_sets import load_prompts
@@ -29,7 +30,7 @@ from ..evaluation.statistics import nanmean, win_rate
 from ..generation.grids import comparison_grid
 from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..runtime.files import write_atomically
-from ..runtime.missing import Missing, check_any, left_out, present
+from ..runtime.missing import MaybeImage, Missing, check_any, left_out, present
 from .sections import ValidationConfig
 from .tracking import MetricLog
 
@@ -147,7 +148,7 @@ class Validation:
         output_dir: Path,
         accelerator: Accelerator,
         backbone: Backbone,
-        network: Any,
+        network: Module,
         averaged_weights: Callable[[], AbstractContextManager[None]],
         save_model: Callable[[str], None],
     ) -> None:
@@ -276,7 +277,7 @@ class Validation:
         return result
 
     @cached_property
-    def base_images(self) -> list[Any]:
+    def base_images(self) -> list[MaybeImage]:
         """Images of the starting weights."""
         files = [
             drawn_file(self.folder / "base" / f"{i:04d}.png") for i in range(len(self.prompts))
@@ -290,7 +291,7 @@ class Validation:
         """Scores of `base_images` by scorer, (prompts, images), higher is better."""
         return self._scores(self.base_images)
 
-    def _scores(self, images: list[Any]) -> dict[str, Any]:
+    def _scores(self, images: list[MaybeImage]) -> dict[str, Any]:
         assert self.panel is not None
         columns = self.panel.score(images, self.prompts, on_error="nan").columns
         signs = {name: 1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in columns}
@@ -300,7 +301,7 @@ class Validation:
             for name, values in columns.items()
         }
 
-    def _diversity(self, images: list[Any]) -> float:
+    def _diversity(self, images: list[MaybeImage]) -> float:
         count, distance = self.config.num_validation_images, Diversity()
         distances = []
         for start in range(0, len(images), count):
@@ -310,7 +311,7 @@ class Validation:
                 distances.append(distance(drawn))
         return float(np.mean(distances)) if distances else float("nan")
 
-    def _draw(self, description: str) -> list[Any]:
+    def _draw(self, description: str) -> list[MaybeImage]:
         network = self.network
         training = network.training
         network.eval()

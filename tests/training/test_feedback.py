@@ -23,6 +23,8 @@ from tiny import (
 
 from diffalign import cli
 from diffalign.errors import UserError
+from diffalign.methods.d3po import D3POTrainer
+from diffalign.runtime.missing import NOT_FINITE, Missing
 from diffalign.training.online.feedback import read_votes, round_folder
 
 
@@ -102,6 +104,29 @@ def test_votes_train_as_the_same_scores_would(waiting: Path) -> None:
     )
     scored.train()
     assert_same_tensors(trained_tensors(trainer), trained_tensors(scored))
+
+
+def test_nobody_is_asked_about_a_missing_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+
+    def broken(trainer: D3POTrainer, batch: Any, purpose: str = "rollout") -> Any:
+        drawn, scores = sample(trainer, batch, purpose)
+        drawn.images[0][1] = Missing(NOT_FINITE)
+        drawn.images[1][:2] = [Missing(NOT_FINITE)] * 2
+        return drawn, scores
+
+    sample = D3POTrainer.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(D3POTrainer, "sample", broken)
+        waiting = asking(run).train().waiting_for
+    assert "3 of 6 images of this round" in capsys.readouterr().out
+    groups = json.loads((waiting / "manifest.json").read_text())["groups"]
+    assert [[i["id"][-1] for i in group["images"]] for group in groups] == [["0", "2"]]
+    assert len(list((waiting / "images").iterdir())) == 3
+    vote_for_bright(waiting)
+    assert asking(run, resume_from_checkpoint="latest").train().global_step == 1
 
 
 def test_nothing_is_drawn_twice(waiting: Path) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ...errors import UserError
 from ...runtime.distributed import whole
@@ -39,7 +39,7 @@ class CheckpointPool(SnapshotReference):
 
     description = "a pool of past checkpoints"
 
-    def __init__(self, network: Any, folder: Path, size: int, strategy: str) -> None:
+    def __init__(self, network: Module, folder: Path, size: int, strategy: str) -> None:
         super().__init__(network)
         self.folder, self.size, self.strategy = folder, size, strategy
         self.members: list[int] = [0]
@@ -119,7 +119,7 @@ class CheckpointPool(SnapshotReference):
                 json.dumps({"members": self.members, "current": self.current})
             )
 
-    def load(self, folder: Path, rank: int, device: Any) -> None:
+    def load(self, folder: Path, rank: int, device: torch.device) -> None:
         """Read the members from a checkpoint and their weights from the pool's files.
 
         Args:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...runtime.files import save_image, save_tensors, write_atomically
+from ...runtime.missing import Missing
 from ...runtime.templates import render
 from ...runtime.text_files import journal, read_json, read_table
 from ..batch import Batch
@@ -101,8 +102,8 @@ def write_round(
 ) -> None:
     """Write the images, trajectories and manifest of a round.
 
-    The manifest comes last, so a folder that has one is complete. All processes must
-    call this.
+    The manifest comes last, so a folder that has one is complete. Missing images, and
+    prompts with fewer than two images, are not in it. All processes must call this.
 
     Args:
         folder (`Path`): Folder of the round.
@@ -123,9 +124,12 @@ def write_round(
         ):
             entries = []
             for i, image in enumerate(images):
+                if isinstance(image, Missing):
+                    continue
                 save_image(image, folder / "images" / f"{name}-{i}.png")
                 entries.append({"id": f"{name}-{i}", "file": f"images/{name}-{i}.png"})
-            groups.append({"id": name, "prompt": prompt, "images": entries})
+            if len(entries) > 1:
+                groups.append({"id": name, "prompt": prompt, "images": entries})
         whole = dataclasses.replace(
             batch, extra={"states": drawn.states, "log_probs": drawn.log_probs}
         )
@@ -156,7 +160,7 @@ def write_round(
     wait()
 
 
-def read_round(folder: Path, rank: int, device: Any) -> list[Batch]:
+def read_round(folder: Path, rank: int, device: torch.device) -> list[Batch]:
     """Read the batches of one process.
 
     Args:

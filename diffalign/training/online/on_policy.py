@@ -209,7 +209,12 @@ class OnPolicyTrainer(Trainer):
             ]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not (folder / feedback.MANIFEST).is_file():
-            drawn = [self.sample(batch)[0] for batch in batches]
+            drawn, check = [], RoundCheck(self.accelerator.print, None)
+            for batch in batches:
+                trajectories, scores = self.sample(batch)
+                check.add(batch, chain.from_iterable(trajectories.images), scores)
+                drawn.append(trajectories)
+            check.finish()
             feedback.write_round(
                 folder, batches, drawn, rank, world, self.accelerator.wait_for_everyone
             )

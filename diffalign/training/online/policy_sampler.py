@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import Module
 
 from ...errors import UserError
-from ...runtime.missing import Missing, check_any, left_out
+from ...runtime.missing import MaybeImage, Missing, check_any, left_out
 from ..batch import Batch
 from ..batch_builder import BatchBuilder
 from ..denoiser import Denoiser
@@ -34,7 +34,7 @@ class PolicySampler:
         self,
         rollout: Rollout,
         policy: Denoiser,
-        network: Any,
+        network: Module,
         builder: BatchBuilder,
         accelerator: Accelerator,
     ) -> None:
@@ -92,11 +92,11 @@ class RoundCheck:
 
     def __init__(self, say: Callable[[str], None], reward_function: RewardFunction | None) -> None:
         self.say, self.reward_function = say, reward_function
-        self.pictures: list[Any] = []
+        self.pictures: list[Missing | None] = []
         self.prompts: list[str] = []
         self.silent: list[bool] = []
 
-    def add(self, batch: Batch, pictures: Iterable[Any], scores: Tensor) -> None:
+    def add(self, batch: Batch, pictures: Iterable[MaybeImage], scores: Tensor) -> None:
         """Add the images and scores of a batch.
 
         Args:

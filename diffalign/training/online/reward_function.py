@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, UserError
-from ...runtime.missing import present
+from ...runtime.missing import MaybeImage, present
 
 COMPARE = ("pareto", "combined")
 
 
-def _of_present(function: Any, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+def _of_present(function: Any, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
     """Return a function's scores of the images that exist, NaN for missing ones."""
     places = present(images)
     if len(places) == len(images):
@@ -55,7 +55,7 @@ class RewardFunction:
         ConfigError: `scorers` is empty or none of these.
     """
 
-    def __init__(self, scorers: Any, device: Any = None) -> None:
+    def __init__(self, scorers: Any, device: torch.device | str | None = None) -> None:
         from ...rewards.panel import Panel
 
         self.panel: Any = None
@@ -74,7 +74,7 @@ class RewardFunction:
             self.deciding = len(self.panel.train_names)
 
     @staticmethod
-    def _member(scorer: Any, device: Any) -> Any:
+    def _member(scorer: Any, device: torch.device | str | None) -> Any:
         from ...rewards.registry import load_scorer
 
         if isinstance(scorer, str):
@@ -86,7 +86,7 @@ class RewardFunction:
             )
         return scorer
 
-    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
         """Score images.
 
         Args:
@@ -124,7 +124,7 @@ class RewardFunction:
         return [f"score_{i}" for i in range(count)]
 
     @staticmethod
-    def _scores(member: Any, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+    def _scores(member: Any, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
         from ...rewards.base import Scorer
 
         if isinstance(member, Scorer):
@@ -221,7 +221,7 @@ class ScoreAhead:
 
     def __init__(
         self,
-        reward_function: Callable[[Sequence[Any], Sequence[str]], Tensor],
+        reward_function: Callable[[Sequence[MaybeImage], Sequence[str]], Tensor],
         prompts: Sequence[str],
         parallel: bool,
     ) -> None:
@@ -231,7 +231,7 @@ class ScoreAhead:
         self.pool = ThreadPoolExecutor(1) if parallel else None
         self.parts: list[Any] = []
 
-    def __call__(self, first: int, images: list[Any]) -> None:
+    def __call__(self, first: int, images: list[MaybeImage]) -> None:
         """Score a chunk of images.
 
         Args:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+from torch.nn import Module
 from tqdm.auto import tqdm
 
 from ...backbones import Backbone
 from ...errors import ConfigError
 from ...likelihood.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ...likelihood.transitions import MIN_STD, ddim_step, flow_sde_step, gaussian_log_prob
-from ...runtime.missing import NOT_FINITE, Missing
+from ...runtime.missing import NOT_FINITE, MaybeImage, Missing
 from ..batch import Batch
 from ..reference import without_dropout
 
@@ -102,7 +103,7 @@ class Trajectories:
 
     states: Tensor
     log_probs: Tensor
-    images: list[list[Any]]
+    images: list[list[MaybeImage]]
     broken: Tensor | None = None
 
     @property
@@ -379,7 +380,7 @@ class Rollout:
         *,
         purpose: str = "rollout",
         decode: bool = True,
-        on_images: Callable[[int, list[Any]], None] | None = None,
+        on_images: Callable[[int, list[MaybeImage]], None] | None = None,
         progress: bool = True,
     ) -> Trajectories:
         """Draw k trajectories for every prompt of a batch.
@@ -461,7 +462,7 @@ class Rollout:
         condition: Mapping[str, Tensor],
         unconditional: Mapping[str, Tensor] | None,
         streams: list[torch.Generator],
-        bar: Any,
+        bar: tqdm,
     ) -> tuple[Tensor, Tensor]:
         config, grid, n = self.config, self.grid, len(sample)
         states, log_probs = [sample.float().cpu()], []
@@ -491,7 +492,7 @@ class Rollout:
 
 
 @contextmanager
-def sampling_mode(network: Any) -> Any:
+def sampling_mode(network: Module) -> Any:
     """Turn the dropout of a network off while the block runs.
 
     Args:

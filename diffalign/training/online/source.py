@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import UserError
@@ -112,7 +113,7 @@ class RolloutSource(RoundSource):
             tensors, folder / f"rollout-{rank}.safetensors", metadata={"rounds": json.dumps(facts)}
         )
 
-    def load(self, folder: Path, rank: int, device: Any) -> None:
+    def load(self, folder: Path, rank: int, device: torch.device) -> None:
         """Read the rest of the round from a checkpoint.
 
         Args:
@@ -149,7 +150,7 @@ def flat_tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def batch_from(
-    tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], device: Any
+    tensors: dict[str, Tensor], prefix: str, plain: dict[str, Any], device: torch.device
 ) -> Batch:
     """Build a batch from the tensors that `flat_tensors` returned.
 
