@@ -25,6 +25,8 @@ from .drawn import BuildOptions, Drawn, Generator
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
     from ..runtime.distributed import DistributedContext
+    from ..runtime.missing import MaybeImage
+    from ..runtime.protocols import DeviceLike
 
 # Prompts scored at once. They do not depend on the number of processes, and so neither
 # does the rounding of the scores.
@@ -229,9 +231,9 @@ def draw(
     """
     from ..generation.sampling import draw_files, generate
 
-    loaded: list[Any] = []
+    loaded: list[Any] = []  # the pipeline, and arguments of its call
 
-    def pictures(prompts: list[str], seeds: list[int]) -> list[Any]:
+    def pictures(prompts: list[str], seeds: list[int]) -> list[MaybeImage]:
         if not loaded:
             loaded.extend(_pipeline(generator, options, processes.device))
         return generate(
@@ -263,7 +265,7 @@ def missing_notes(images: Sequence[Drawn]) -> list[str]:
 
 
 def _pipeline(
-    generator: Generator, options: BuildOptions, device: Any
+    generator: Generator, options: BuildOptions, device: DeviceLike
 ) -> tuple[Any, dict[str, Any]]:
     """Return (pipeline, arguments of its call)."""
     import torch

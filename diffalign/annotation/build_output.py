@@ -18,6 +18,8 @@ from ..runtime.files import replacing, replacing_folder, save_image, write_atomi
 from ..runtime.templates import render
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..rewards.panel import Panel
     from .drawn import BuildOptions, Drawn, Generator
 
@@ -369,7 +371,7 @@ def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -
     )
 
 
-def sheet(images: Sequence[Drawn], labels: Labels) -> Any:
+def sheet(images: Sequence[Drawn], labels: Labels) -> Image.Image:
     """Draw some prompts, one per row, with their images from best to worst.
 
     Every image has its combined score and its model beneath.

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, UserError
+from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.weight_files import check_component, explained, load_transformers, loading_errors
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
+    from transformers import BatchFeature
 
 # The captioner sees the prompt too, as the paper's Q(x | c) does.
 INSTRUCTION = (
@@ -98,8 +101,8 @@ class TransformersCaptioner:
         *,
         instruction: str = INSTRUCTION,
         max_new_tokens: int = 77,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike = None,
+        dtype: DtypeLike = None,
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -141,7 +144,7 @@ class TransformersCaptioner:
             text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)
         ]
 
-    def _questions(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
+    def _questions(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> BatchFeature:
         texts = []
         for prompt in prompts:
             # str.format would fail at braces in a prompt.
@@ -233,7 +236,7 @@ def load_callable(name: str, field: str, trust: bool) -> Any:
     return loaded
 
 
-def _placement(device: Any, dtype: Any) -> tuple[Any, Any]:
+def _placement(device: DeviceLike, dtype: DtypeLike) -> tuple[torch.device, torch.dtype]:
     from ..runtime.devices import read_device, read_dtype
 
     place = read_device(device)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, UserError
 from ..runtime.hashing import text_hash
+from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.seeds import text_seed
 from .captioners import _placement, load_callable, load_part
 
@@ -281,8 +282,8 @@ class TransformersPerturber:
         *,
         template: str | None = None,
         max_length: int = 256,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike = None,
+        dtype: DtypeLike = None,
     ) -> None:
         from transformers import (
             AutoConfig,

@@ -28,13 +28,17 @@ from ..runtime.hashing import text_hash
 
 if TYPE_CHECKING:
     from ..data.dataset import PreferenceDataset
+    from ..data.sources import SourceLike
 
 STRATEGIES = ("c", "p", "h")
 TEXTS = "texts.jsonl"
 
 
 def read_pairs(
-    source: Any, *, split: str = "train", columns: dict[str, str] | None = None
+    source: PreferenceDataset | SourceLike,
+    *,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
 ) -> PreferenceDataset:
     """Read a source as pairs. A ranked list becomes its best against its worst image.
 
@@ -54,9 +58,11 @@ def read_pairs(
     from ..data.dataset import PreferenceDataset
     from ..data.load import load_preferences
 
-    dataset = source
-    if not isinstance(source, PreferenceDataset):
-        dataset = load_preferences(source, split=split, columns=columns, verbose=False)
+    dataset = (
+        source
+        if isinstance(source, PreferenceDataset)
+        else load_preferences(source, split=split, columns=columns, verbose=False)
+    )
     if dataset.kind not in ("pair", "ranked"):
         raise UserError(
             f"source: {dataset.report.source} holds {dataset.kind} data; recaptioning needs "
@@ -71,7 +77,7 @@ def read_pairs(
 
 
 def recaption(
-    source: Any,
+    source: PreferenceDataset | SourceLike,
     output_dir: str | Path,
     strategy: str,
     *,
@@ -158,7 +164,7 @@ def recaption(
     return _write(dataset, pairs, broken, folder, strategy, max_empty_fraction)
 
 
-def _name(tool: Any) -> str:
+def _name(tool: object) -> str:
     if tool is None:
         return ""
     return str(
@@ -222,7 +228,7 @@ class TextStore:
 
 
 def _captions(
-    dataset: Any,
+    dataset: PreferenceDataset,
     sides: Sequence[int],
     captioner: Callable[..., Sequence[str]],
     name: str,
@@ -300,7 +306,7 @@ def _batches(keys: Sequence[str], texts: TextStore, size: int, label: str) -> It
             bar.update(len(batch))
 
 
-def _checked(answers: Any, count: int, role: str, name: str) -> list[str]:
+def _checked(answers: object, count: int, role: str, name: str) -> list[str]:
     if isinstance(answers, str) or not isinstance(answers, Sequence) or len(answers) != count:
         number = (
             "nothing"
@@ -320,7 +326,7 @@ def _checked(answers: Any, count: int, role: str, name: str) -> list[str]:
 
 
 def _write(
-    dataset: Any,
+    dataset: PreferenceDataset,
     pairs: Sequence[tuple[str, str]],
     broken: dict[int, str],
     folder: Path,

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..runtime.files import write_atomically
 from ..runtime.hashing import text_hash
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..rewards.base import Scorer
     from ..rewards.panel import Panel
     from ..runtime.distributed import DistributedContext
-    from .score_source import Chunk, Record
+    from .score_source import Chunk, DatasetSource, FolderSource, Record
+
+Share: TypeAlias = "tuple[int, list[Record]] | tuple[str, str, dict[int, str]]"
+"""What one process found: (chunk, its records), or (column, fingerprint, files)."""
 
 
 @dataclass
@@ -56,14 +59,14 @@ class ScoreWork:
     """
 
     panel: Panel
-    source: Any
+    source: FolderSource | DatasetSource
     chunks: list[range]
     parts: Path
     records: dict[int, list[Record]] = field(default_factory=dict)
     files: dict[tuple[str, int], str] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
-    def add(self, share: Any) -> None:
+    def add(self, share: Share) -> None:
         """Add what one process found.
 
         Args:
@@ -93,7 +96,7 @@ class ScoreWork:
         return Table(records, columns, errors, self.fingerprints)
 
 
-def score_share(work: ScoreWork, processes: DistributedContext) -> list[Any]:
+def score_share(work: ScoreWork, processes: DistributedContext) -> list[Share]:
     """Score this process's chunks, one scorer after the other.
 
     Args:
@@ -108,7 +111,7 @@ def score_share(work: ScoreWork, processes: DistributedContext) -> list[Any]:
     mine = range(processes.rank, len(work.chunks), processes.world)
     total = sum(len(work.chunks[number]) for number in mine)
     contents: dict[int, str] = {}
-    shares: list[Any] = []
+    shares: list[Share] = []
     for entry in work.panel.entries:
         files: dict[int, str] = {}
         unit = "image" if work.source.kind in ("folder", "single") else "row"

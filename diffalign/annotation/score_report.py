@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Hashable
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,16 @@ from .score_parts import Table
 
 if TYPE_CHECKING:
     from ..rewards.panel import Combined, Panel
-    from .score_source import Record
+    from .score_source import DatasetSource, FolderSource, Record
 
 
 def write_report(
-    table: Table, panel: Panel, source: Any, folder: Path, *, combine_asked: bool
+    table: Table,
+    panel: Panel,
+    source: FolderSource | DatasetSource,
+    folder: Path,
+    *,
+    combine_asked: bool,
 ) -> str:
     """Write `scores.parquet`, `errors.jsonl` and `summary.json`.
 
@@ -94,7 +100,7 @@ def write_report(
     return _text(summary, folder)
 
 
-def _group_of(i: int, record: Record, kind: str) -> Any:
+def _group_of(i: int, record: Record, kind: str) -> Hashable:
     if kind in ("pair", "ranked"):
         return ("row", record.row)
     return ("image", i) if record.prompt is None else ("prompt", record.prompt)
@@ -143,7 +149,7 @@ def _against_labels(values: np.ndarray, better: np.ndarray, worse: np.ndarray) -
     }
 
 
-def _write_errors(table: Table, source: Any, path: Path) -> None:
+def _write_errors(table: Table, source: FolderSource | DatasetSource, path: Path) -> None:
     lines = [{"row": row, "error": reason} for row, reason in source.skipped]
     for name, errors in table.errors.items():
         for i, sentence in sorted(errors.items()):
@@ -166,7 +172,7 @@ def _write_scores(table: Table, combined: Combined | None, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {
+    columns: dict[str, list[str | int | None]] = {
         name: [getattr(record, name) for record in table.records] for name in TABLE_COLUMNS[:-1]
     }
     types = {"row": pa.int64(), "position": pa.int32()}
@@ -231,7 +237,7 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     return "\n".join(text)
 
 
-def _number(value: Any) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.images import BrokenImage, content_hash
 from ..data.load import load_preferences
@@ -18,6 +18,11 @@ from ..errors import UserError
 from ..rewards.images import ImageInput
 from ..runtime import text_files
 from ..runtime.hashing import text_hash
+
+if TYPE_CHECKING:
+    from ..data.dataset import PreferenceDataset
+    from ..data.images import Undecoded
+    from ..runtime.decoding import ImageSource
 
 SIDECARS = ("captions.json", "prompts.jsonl", "metadata.jsonl")
 _PROMPT_KEYS = ("prompt", "text", "caption")
@@ -193,7 +198,7 @@ class DatasetSource:
         UserError: The dataset holds prompts only.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: PreferenceDataset) -> None:
         self._dataset, self.name, self.kind, self.rows = (
             dataset,
             dataset.report.source,
@@ -225,11 +230,10 @@ class DatasetSource:
         records, inputs = [], []
         for group in (self._dataset[row] for row in rows):
             roles = _ROLES.get(self.kind, ("",) * len(group.images))
-            labels = group.scores or {"pair": (1.0, 0.0)}.get(
-                self.kind, (None,) * len(group.images)
-            )
+            unlabelled: tuple[float | None, ...] = (None,) * len(group.images)
+            labels = group.scores or ((1.0, 0.0) if self.kind == "pair" else unlabelled)
             if group.weight == 0:  # a tie is no judgement
-                labels = (None,) * len(group.images)
+                labels = unlabelled
             for position, image in enumerate(group.images):
                 name = self._name(image) or f"row {group.row_id}, image {position}"
                 prompt = group.prompts[position]
@@ -239,7 +243,7 @@ class DatasetSource:
                 inputs.append(ImageInput(f"row {group.row_id}, image {position}", _plain(image)))
         return Chunk(records, inputs)
 
-    def _name(self, image: Any) -> str | None:
+    def _name(self, image: Undecoded) -> str | None:
         path = image.get("path") if isinstance(image, Mapping) else None
         for folder in self._dataset.places.folders:
             if path is not None and Path(path).is_relative_to(folder):
@@ -263,7 +267,7 @@ class DatasetSource:
             )
 
 
-def _plain(image: Any) -> Any:
+def _plain(image: Undecoded) -> ImageSource:
     if not isinstance(image, Mapping):
         return image
     return image["bytes"] if image["bytes"] is not None else image["path"]
