@@ -94,9 +94,9 @@ class ModelSpec:
                 text += f"-{content_hash(Path(part))}"
             else:
                 text += f"-{part}"
-        steer = self.steer
-        if steer is not None and not isinstance(steer, Mapping):
-            steer = vars(steer).get("weighting")
+        steer: object = self.steer
+        if self.steer is not None and not isinstance(self.steer, Mapping):
+            steer = self.steer.fingerprint()
         text += repr((self.lora_scale, self.alpha, self.beta, steer))
         return text_hash(text)[:16]
 

@@ -6,9 +6,13 @@ stored result look foreign.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
+import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -117,3 +121,72 @@ def module_hash(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def value_hash(value: object) -> str:
+    """Hash what an option is: a plain value, a tensor, a network or a function.
+
+    Args:
+        value: anything. An object with a method `fingerprint` counts by it. Of a
+            function its code, its defaults and what it closed over count, but not the
+            globals that it reads. Another object counts by its printed form, which by
+            default holds its address.
+
+    Returns:
+        `str`: SHA-256, 64 hexadecimal digits.
+    """
+    return text_hash(repr(_facts(value, ())))
+
+
+def _facts(value: Any, outer: tuple[int, ...]) -> object:
+    """Return what tells a value from others, in a form whose printing is complete.
+
+    Args:
+        value: anything.
+        outer: the addresses of the values that hold it.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    if id(value) in outer:  # a function that closed over itself
+        return "outer"
+    outer = (*outer, id(value))
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, Mapping):
+        return sorted((str(key), repr(_facts(each, outer))) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_facts(each, outer) for each in value]
+    if callable(getattr(value, "fingerprint", None)):
+        return kind, value.fingerprint()
+    if hasattr(value, "state_dict"):
+        return kind, repr(value), module_hash(value)
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy and torch
+        return kind, str(value.dtype), repr(value.tolist())
+    if isinstance(value, functools.partial):
+        return [_facts(each, outer) for each in (value.func, value.args, value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [_facts(each, outer) for each in (value.__self__, value.__func__)]
+    if isinstance(value, types.FunctionType):
+        return _function_facts(value, outer)
+    return kind, repr(value)
+
+
+def _function_facts(function: types.FunctionType, outer: tuple[int, ...]) -> object:
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # written in an interactive session
+        source = ""
+    code = function.__code__
+    # Two lambdas of one line have one source.
+    constants = [each for each in code.co_consts if not isinstance(each, types.CodeType)]
+    closure = []
+    for cell in function.__closure__ or ():
+        try:
+            closure.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            closure.append(None)
+    return [
+        f"{function.__module__}.{function.__qualname__}",
+        source,
+        [code.co_code, repr(constants), code.co_names],
+        _facts([function.__defaults__, function.__kwdefaults__, closure], outer),
+    ]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..generation.micro_batches import Batches, batched, perturbs_attention
+from ..runtime.hashing import value_hash
 from ..runtime.missing import watched
 from ..runtime.protocols import Numbers, Pipeline
 from .decoding import LatentDecoder
@@ -277,6 +278,38 @@ class FKSteering:
         plain.resample_steps, plain.mode = (), "resample"
         plain.weighting = {**self.weighting, "temperatures": None}
         return plain
+
+    def fingerprint(self) -> str:
+        """Hash everything that decides the images, beside the pipeline's weights.
+
+        Batch sizes are a part, since they change how numbers are rounded.
+
+        Returns:
+            `str`: 64 hexadecimal digits. Rewards, decoders and other functions count as
+            in `diffalign.runtime.hashing.value_hash`.
+        """
+        scheduler = self.pipe.scheduler
+        config = dict(getattr(scheduler, "config", {}))
+        config.pop("_diffusers_version", None)
+        return value_hash(
+            {
+                **self.weighting,
+                "num_particles": self.num_particles,
+                "resample_steps": self.resample_steps,
+                "scorer": self.rewarder.scorer,
+                "intermediate_reward": self.rewarder.intermediate,
+                "decoder": self.decoder,
+                "predict_x0": self.predict_x0,
+                "kernel": self.kernel,
+                "eta": self.eta,
+                "mode": self.mode,
+                "model_batch_size": self.model_batch_size,
+                "decode_batch_size": self.decode_batch_size,
+                "reward_batch_size": self.rewarder.batch_size,
+                "prompts_per_call": self.prompts_per_call,
+                "scheduler": [type(scheduler).__qualname__, config],
+            }
+        )
 
     def _check_call(
         self,
