@@ -23,6 +23,7 @@ from ..generation.guidance import NegativeGuidance, load_negative
 from ..generation.pipelines import default_settings, load_for_scoring
 from ..generation.sampling import generate
 from ..runtime.missing import Missing
+from ..runtime.protocols import DeviceLike
 from .jobs import Job
 
 
@@ -88,8 +89,8 @@ class Engine:
         scorers: Sequence[Any] = (),
         *,
         limits: Limits | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         from ..rewards.registry import load_scorer
 
@@ -174,7 +175,9 @@ class Engine:
             "side": side,
         }
 
-    def read(self, prompt: Any, seed: Any, steps: Any, guidance: Any, side: Any = None) -> Request:
+    def read(
+        self, prompt: object, seed: object, steps: object, guidance: object, side: object = None
+    ) -> Request:
         """Check what a visitor sent.
 
         Args:
@@ -301,7 +304,14 @@ class Engine:
         }
 
     def steer(
-        self, name: str, request: Request, *, scorer: str, num_particles: Any, lmbda: Any, job: Job
+        self,
+        name: str,
+        request: Request,
+        *,
+        scorer: str,
+        num_particles: object,
+        lmbda: object,
+        job: Job,
     ) -> tuple[Any, Image.Image]:
         """Steer a population of particles, and draw the plain image of the same seed.
 
@@ -356,7 +366,7 @@ class Engine:
         return result, plain
 
 
-def bounded(name: str, value: Any, low: float, high: float, whole: bool = False) -> float:
+def bounded(name: str, value: object, low: float, high: float, whole: bool = False) -> float:
     """Return a number if it is within limits.
 
     Args:
@@ -369,16 +379,16 @@ def bounded(name: str, value: Any, low: float, high: float, whole: bool = False)
     Raises:
         UserError: It is no such number.
     """
-    good = (
+    if (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
         and math.isfinite(value)
         and low <= value <= high
-    )
-    if not good or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number"
-        raise UserError(f"{name}: expected {kind} from {low:g} to {high:g}, got {str(value)[:40]}")
-    return value
+        and (not whole or value == int(value))
+    ):
+        return value
+    kind = "a whole number" if whole else "a number"
+    raise UserError(f"{name}: expected {kind} from {low:g} to {high:g}, got {str(value)[:40]}")
 
 
 def _step_callback(pipe: Any, job: Job | None, steps: int) -> Mapping[str, Any]:

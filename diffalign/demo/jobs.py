@@ -22,12 +22,12 @@ class Job:
         work (`Callable`): The work. It gets this job and calls `report`.
     """
 
-    def __init__(self, work: Callable[[Job], Any]) -> None:
+    def __init__(self, work: Callable[[Job], object]) -> None:
         self._work = work
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._cancelled = threading.Event()
 
-    def report(self, kind: str, value: Any) -> None:
+    def report(self, kind: str, value: object) -> None:
         """Report something. The work calls this.
 
         Args:

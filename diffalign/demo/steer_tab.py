@@ -8,6 +8,7 @@ import gradio as gr
 
 from ..steering.lineage import trace_picture
 from .engine import Engine, enlarged
+from .jobs import Job
 from .ui import Session, explained, inputs, score_table
 
 
@@ -91,7 +92,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
             engine.pipe(model)
             trace_steps: list[Any] = []
 
-            def work(job: Any) -> Any:
+            def work(job: Job) -> object:
                 return engine.steer(
                     model,
                     image_request,

@@ -31,7 +31,7 @@ class Session:
         """
         return str(request.session_hash or "api")
 
-    def run(self, request: gr.Request, work: Callable[[Job], Any]) -> Iterator[tuple[str, Any]]:
+    def run(self, request: gr.Request, work: Callable[[Job], object]) -> Iterator[tuple[str, Any]]:
         """Run some work as this visitor's job, and yield its reports.
 
         Args:

@@ -72,7 +72,7 @@ class Voting:
         """Whether the pairs come from a round that waits for votes."""
         return isinstance(self.store, RoundVotes)
 
-    def new_pair(self, visitor: str, annotator: Any) -> Pair | None:
+    def new_pair(self, visitor: str, annotator: object) -> Pair | None:
         """Return a visitor's next pair, and remember it until its vote.
 
         Args:
@@ -118,7 +118,7 @@ class Voting:
             facts,
         )
 
-    def vote(self, visitor: str, shown: Any, choice: str, annotator: Any) -> bool:
+    def vote(self, visitor: str, shown: object, choice: str, annotator: object) -> bool:
         """Take a vote on the pair that the visitor sees.
 
         Args:
@@ -209,7 +209,7 @@ def build(voting: Voting, session: Session, export: bool) -> None:
     outputs = [prompt, shown, *images, *buttons, status]
     options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
 
-    def show(annotator: Any, request: gr.Request) -> list[Any]:
+    def show(annotator: object, request: gr.Request) -> list[Any]:
         with explained():
             pair = voting.new_pair(session.visitor(request), annotator)
         if pair is None:
@@ -229,7 +229,7 @@ def build(voting: Voting, session: Session, export: bool) -> None:
             voting.state(),
         ]
 
-    def show_next(annotator: Any, request: gr.Request) -> list[Any]:
+    def show_next(annotator: object, request: gr.Request) -> list[Any]:
         if voting.is_open(session.visitor(request)):
             # The vote was for another pair. This one still waits for its own.
             return [*[gr.skip()] * 4, *[gr.update(interactive=True)] * 3, gr.skip()]
@@ -242,7 +242,7 @@ def build(voting: Voting, session: Session, export: bool) -> None:
     for button, choice in zip(buttons, ("left", "tie", "right"), strict=True):
 
         def take(
-            shown: Any, annotator: Any, request: gr.Request, choice: str = choice
+            shown: object, annotator: object, request: gr.Request, choice: str = choice
         ) -> list[Any]:
             with explained():
                 voting.vote(session.visitor(request), shown, choice, annotator)

@@ -56,7 +56,7 @@ class Pair:
     facts: Mapping[str, Any]
 
 
-def read_annotator(text: Any) -> str:
+def read_annotator(text: object) -> str:
     """Turn a visitor's name into at most 40 harmless characters.
 
     Args:
@@ -120,7 +120,7 @@ class VoteStore:
                 )
         return None
 
-    def _common_fault(self, entry: Any, texts: tuple[str, ...]) -> str | None:
+    def _common_fault(self, entry: object, texts: tuple[str, ...]) -> str | None:
         if not isinstance(entry, dict):
             return "no vote"
         for name in ("id", *texts):
@@ -135,7 +135,7 @@ class VoteStore:
         """Return a remark on the lines that are left out, empty if there are none."""
         return f" {len(self.left_out)} lines of the file are left out." if self.left_out else ""
 
-    def add(self, pair: Pair, choice: str, annotator: Any) -> bool:
+    def add(self, pair: Pair, choice: str, annotator: object) -> bool:
         """Write a vote to the disk.
 
         Args:
@@ -361,7 +361,7 @@ class RoundVotes(VoteStore):
         )
         return super().remarks() + lost
 
-    def next(self, annotator: Any, rng: random.Random) -> Pair | None:
+    def next(self, annotator: object, rng: random.Random) -> Pair | None:
         """Return a pair that this annotator has not judged, with the fewest votes.
 
         Args:
