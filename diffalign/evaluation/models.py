@@ -174,10 +174,10 @@ def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
                 f"expected a model, a LoRA, a mapping or a pipeline, got {type(value).__name__}",
             )
         return {"model": value}
-    return _read_text(str(value), base)
+    return _read_text(str(value), field, base)
 
 
-def _read_text(text: str, base: ModelSpec | None) -> dict[str, Any]:
+def _read_text(text: str, field: str, base: ModelSpec | None) -> dict[str, Any]:
     """Read ``[NAME=]SOURCE[@SCALE]``. The name of an existing file is never split."""
     fields: dict[str, Any] = {}
     named = re.match(r"([A-Za-z0-9._-]+)=(.+)", text)
@@ -189,7 +189,7 @@ def _read_text(text: str, base: ModelSpec | None) -> dict[str, Any]:
             text, fields["lora_scale"] = scaled.group(1), float(scaled.group(2))
         except ValueError:
             raise ConfigError(
-                "tuned", f"expected a number behind '@', got {shown(scaled.group(2))}"
+                field, f"expected a number behind '@', got {shown(scaled.group(2))}"
             ) from None
     place = Path(text).expanduser()
     is_lora = place.suffix == ".safetensors" or (
