@@ -62,7 +62,9 @@ class TensorCache:
                 ) from error
             for name in names:
                 key, _, field = name.rpartition(_SEPARATOR)
-                self._index.setdefault(key, (path, []))[1].append(field)
+                shard, fields = self._index.setdefault(key, (path, []))
+                if shard == path:  # two processes may have stored one key
+                    fields.append(field)
 
     def __contains__(self, key: str) -> bool:
         return key in self._index or key in self._pending
@@ -105,10 +107,15 @@ class TensorCache:
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Store tensors under a key, and write a shard when enough are pending.
 
+        A key says what its tensors were computed from. So nothing happens when it is
+        stored already.
+
         Args:
             key (`str`): The key.
             tensors (`dict[str, Tensor]`): Name -> tensor, on any device.
         """
+        if key in self:
+            return
         self._pending[key] = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
