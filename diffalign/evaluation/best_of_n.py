@@ -8,10 +8,10 @@ own maximum over K, that would flatter both sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,17 @@ from ..steering.result import SteeringResult
 from ..steering.reward_fn import Rewarder
 from .statistics import nanmean
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ..runtime.protocols import Numbers
+
 Array = npt.NDArray[np.float64]
 ARMS = ("best_of_n", "steering")
 REWARD = "reward"
+Judge: TypeAlias = "str | Callable[..., Numbers]"
+"""A scorer, its name, or a function of images and prompts."""
 COUNTS = ("model_rows", "decodes", "scored_images", "reward_calls")
 
 
@@ -190,7 +198,7 @@ class BestOfNComparison:
         }
         return content
 
-    def grid(self, rows: int = 24) -> Any:
+    def grid(self, rows: int = 24) -> Image.Image:
         """Draw the best images of both sides next to each other, as one picture.
 
         Args:
@@ -221,7 +229,7 @@ def compare_best_of_n(
     prompts: str | Sequence[str],
     *,
     seeds: int | Sequence[int] = 1,
-    judges: Mapping[str, Any] | Sequence[str] | None = None,
+    judges: Mapping[str, Judge] | Sequence[str] | None = None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     progress: bool = True,
     **pipe_kwargs: Any,
@@ -277,7 +285,7 @@ def compare_best_of_n(
 
 
 @contextmanager
-def quiet_bars(pipe: Any) -> Iterator[None]:
+def quiet_bars(pipe: object) -> Iterator[None]:
     """Switch off the pipeline's own progress bar. One bar for all calls is enough."""
     if not hasattr(pipe, "set_progress_bar_config"):
         yield
@@ -303,7 +311,7 @@ def population_seed(seed: int, prompt: int) -> int:
     return seed * 1_000_003 + prompt
 
 
-def read_judges(judges: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Rewarder]:
+def read_judges(judges: Mapping[str, Judge] | Sequence[str] | None) -> dict[str, Rewarder]:
     """Load judges.
 
     Args:
@@ -322,7 +330,9 @@ def read_judges(judges: Mapping[str, Any] | Sequence[str] | None) -> dict[str, R
 
 
 def score_arms(
-    result: SteeringResult, judges: Mapping[str, Rewarder], metadata: Any = None
+    result: SteeringResult,
+    judges: Mapping[str, Rewarder],
+    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Array]:
     """Score all images of a result by every judge.
 
@@ -346,7 +356,7 @@ def _arm(rounds: list[tuple[SteeringResult, dict[str, Array]]]) -> ArmScores:
     """Put the rounds of one side together, one per seed."""
     results = [result for result, _ in rounds]
 
-    def stacked(values: Sequence[Any]) -> Array:
+    def stacked(values: Sequence[Tensor | Array]) -> Array:
         return np.stack([np.asarray(value, dtype=np.float64) for value in values], axis=1)
 
     scores = {REWARD: stacked([result.rewards for result in results])}

@@ -25,19 +25,24 @@ from ..runtime.missing import Missing, check_any, left_out
 from ..runtime.seeds import image_seed
 from .comparison import Array, Comparison, image_name
 from .diversity import PIXEL, Diversity
-from .models import ModelSpec, opened, parse_model
+from .models import Draw, ModelLike, ModelSpec, opened, parse_model
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..rewards.base import Scorer
     from ..rewards.panel import Panel
+    from ..runtime.missing import MaybeImage
+    from ..runtime.protocols import DeviceLike
 
 MARKER = "compare.json"
 
 
 def compare(
-    base: Any,
-    tuned: Any,
+    base: ModelLike,
+    tuned: ModelLike | Sequence[ModelLike],
     prompts: str | Iterable[str] = "shapes",
-    scorers: Any = None,
+    scorers: object = None,
     *,
     output_dir: str | Path = "diffalign-comparison",
     num_images: int = 4,
@@ -45,9 +50,9 @@ def compare(
     max_prompts: int | None = None,
     prompts_path: str | Path | None = None,
     batch_size: int = 8,
-    diversity: Any = PIXEL,
-    device: Any = None,
-    dtype: Any = None,
+    diversity: str | Scorer = PIXEL,
+    device: DeviceLike = None,
+    dtype: torch.dtype | None = None,
     verbose: bool = False,
     **pipe_kwargs: Any,
 ) -> Comparison:
@@ -178,7 +183,7 @@ def compare(
     return comparison
 
 
-def read_models(base: Any, tuned: Any) -> list[ModelSpec]:
+def read_models(base: ModelLike, tuned: ModelLike | Sequence[ModelLike]) -> list[ModelSpec]:
     """Read the base and the tuned models, and give each a name of its own.
 
     Args:
@@ -202,7 +207,7 @@ def read_models(base: Any, tuned: Any) -> list[ModelSpec]:
     return models
 
 
-def _panel(scorers: Any, prompts: PromptSet, processes: DistributedContext) -> Panel:
+def _panel(scorers: object, prompts: PromptSet, processes: DistributedContext) -> Panel:
     """Load the scorers.
 
     Raises:
@@ -238,7 +243,7 @@ def _draw(
     seed: int,
     batch_size: int,
     settings: Mapping[str, Any],
-    dtype: Any,
+    dtype: torch.dtype | None,
     processes: DistributedContext,
 ) -> None:
     """Draw the images of one model that are not there yet."""
@@ -250,9 +255,9 @@ def _draw(
         for n in range(count)
     ]
     with ExitStack() as stack:
-        draw_function: list[Any] = []
+        draw_function: list[Draw] = []
 
-        def draw(texts: list[str], seeds: list[int]) -> list[Any]:
+        def draw(texts: list[str], seeds: list[int]) -> list[MaybeImage]:
             if not draw_function:  # so a model whose images are all there is never loaded
                 draw_function.append(
                     stack.enter_context(

@@ -18,7 +18,7 @@ from ..data.prompt_sets import PromptSet
 from ..errors import ConfigError
 from ..generation.sampling import drawn_file
 from ..runtime.files import write_atomically
-from ..runtime.missing import Missing
+from ..runtime.missing import MaybeImage, Missing
 from .formatting import few_prompts, number, percent, rate
 from .models import ModelSpec
 from .statistics import WinRate, clustered_bootstrap, nanmean, sign_test, win_rate
@@ -163,7 +163,7 @@ class Comparison:
         """Name the PNG of one image of a prompt."""
         return self.folder / image_name(model, prompt, number)
 
-    def images(self, model: str, prompt: int) -> list[Any]:
+    def images(self, model: str, prompt: int) -> list[MaybeImage]:
         """Open the images of one prompt.
 
         Returns:

@@ -6,13 +6,17 @@ Alignment often raises the reward by making images more alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..rewards.base import Scorer
+    from ..runtime.protocols import DeviceLike
 
 Array = npt.NDArray[np.float64]
 PIXEL = "pixel"
@@ -71,7 +75,7 @@ class Diversity:
         0.0
     """
 
-    def __init__(self, kind: Any = PIXEL, *, device: Any = None) -> None:
+    def __init__(self, kind: str | Scorer = PIXEL, *, device: DeviceLike = None) -> None:
         self.name = kind if isinstance(kind, str) else kind.name
         self._features: Callable[[Sequence[Image.Image]], Array] = pixel_features
         self._distances = pixel_distances

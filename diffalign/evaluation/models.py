@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..backbones.loading import ModelSource
 from ..backbones.lora import adapter_state, denoiser
@@ -27,7 +27,17 @@ from ..runtime.hashing import module_hash, text_hash
 from ..runtime.seeds import image_seed
 from ..runtime.weight_files import could_be_hub_id
 
-Draw = Callable[..., list[Any]]
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.missing import MaybeImage
+    from ..runtime.protocols import DeviceLike, Pipeline
+    from ..steering.fk_steering import FKSteering
+
+ModelLike: TypeAlias = "str | Path | Mapping[str, Any] | ModelSpec | FKSteering | Pipeline"
+"""What describes a model, see `parse_model`."""
+
+Draw: TypeAlias = "Callable[..., list[MaybeImage]]"
 """(prompts, seeds, **arguments of the pipeline's call) -> one image each."""
 
 
@@ -56,7 +66,7 @@ class ModelSpec:
     negative: str | None = None
     alpha: float = 1.0
     beta: float = 1.0
-    steer: Any = None
+    steer: Mapping[str, Any] | FKSteering | None = None
 
     @property
     def described(self) -> str:
@@ -102,7 +112,7 @@ class ModelSpec:
 
 
 def parse_model(
-    value: Any, field: str, *, base: ModelSpec | None = None, taken: Sequence[str] = ()
+    value: ModelLike, field: str, *, base: ModelSpec | None = None, taken: Sequence[str] = ()
 ) -> ModelSpec:
     """Read what describes a model.
 
@@ -155,7 +165,7 @@ def parse_model(
     return ModelSpec(**{**values, "name": name})
 
 
-def _values(value: Any, field: str, base: ModelSpec | None) -> dict[str, Any]:
+def _values(value: ModelLike, field: str, base: ModelSpec | None) -> dict[str, Any]:
     """Read the fields of a `ModelSpec`, as far as they are stated."""
     from ..steering.fk_steering import FKSteering
 
@@ -246,7 +256,11 @@ def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
 
 @contextmanager
 def opened(
-    spec: ModelSpec, *, device: Any = None, dtype: Any = None, field: str = "model"
+    spec: ModelSpec,
+    *,
+    device: DeviceLike = None,
+    dtype: torch.dtype | None = None,
+    field: str = "model",
 ) -> Iterator[Draw]:
     """Load a model and give the function that draws with it.
 
@@ -278,7 +292,9 @@ def opened(
             )
         if spec.steer is None:
 
-            def draw(prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[Any]:
+            def draw(
+                prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+            ) -> list[MaybeImage]:
                 return generate(
                     pipe,
                     prompts,
@@ -292,13 +308,15 @@ def opened(
             return
         steering = _steering(pipe, spec.steer, field)
 
-        def steered(prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[Any]:
+        def steered(
+            prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+        ) -> list[MaybeImage]:
             return draw_steered(steering, prompts, seeds, **{**defaults, **settings})
 
         yield steered
 
 
-def _steering(pipe: Any, steer: Any, field: str) -> Any:
+def _steering(pipe: Pipeline, steer: Mapping[str, Any] | FKSteering, field: str) -> FKSteering:
     """Make an `FKSteering` from its arguments; one that is made already is returned.
 
     Raises:
@@ -321,7 +339,7 @@ def _steering(pipe: Any, steer: Any, field: str) -> Any:
 
 
 def draw_steered(
-    steering: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+    steering: FKSteering, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
 ) -> list[Any]:
     """Draw a population for every prompt and seed, and return its best particle.
 

@@ -13,6 +13,8 @@ from .comparison import all_tables, notes, tables
 from .formatting import rate
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .comparison import Comparison
     from .statistics import WinRate
 
@@ -65,7 +67,7 @@ def _records(c: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _grid(c: Comparison) -> Any:
+def _grid(c: Comparison) -> Image.Image:
     """Draw some prompts under all models, evenly spread over the prompts."""
     step = max(1, len(c.prompts.prompts) // GRID_ROWS)
     picks = list(range(0, len(c.prompts.prompts), step))[:GRID_ROWS]

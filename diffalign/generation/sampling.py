@@ -20,7 +20,7 @@ from ..runtime.missing import ABSENT, FAILED, MaybeImage, Missing, present, read
 
 if TYPE_CHECKING:
     from ..runtime.distributed import DistributedContext
-    from ..runtime.protocols import Pipeline
+    from ..runtime.protocols import Pipeline, Scheduler
 
 
 def generate(
@@ -137,7 +137,7 @@ def check_steps(pipe: object, steps: int | None, field: str = "num_inference_ste
     Raises:
         ConfigError: It has none.
     """
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Scheduler | None = getattr(pipe, "scheduler", None)
     if steps is None:
         return
     count().check(field, steps)

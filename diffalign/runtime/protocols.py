@@ -55,6 +55,9 @@ class Pipeline(Protocol):
 
     Its networks (`unet` or `transformer`, `vae`, text encoders) differ from family to
     family. Ask for them with `getattr`.
+
+    Attributes:
+        scheduler: a `Scheduler`, of which some code reads members of its class.
     """
 
     scheduler: Any
