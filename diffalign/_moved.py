@@ -256,8 +256,8 @@ NAMES = {
         "build_trainer": "recipe",
     },
     "training.trainer": {
-        "BatchSource": "training.batch_source",
-        "DatasetSource": "training.batch_source",
+        "BatchSource": "training.loop",
+        "DatasetSource": "training.loop",
     },
 }
 """Module as it was called -> name -> the module that holds it now.

@@ -33,9 +33,9 @@ from ..config.section import config_section
 from ..likelihood import implicit_rewards
 from ..rewards.ensemble import win_rates
 from ..training.batch import Batch
-from ..training.batch_source import BatchSource
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
+from ..training.loop import BatchSource
 from ..training.trainer import Trainer
 
 Gains = Literal["auto", "given", "win_rate", "minmax"]
@@ -46,7 +46,16 @@ GAINS, LOG_BASES, NORMALIZE = get_args(Gains), get_args(LogBase), get_args(Norma
 
 @config_section
 class RankDPOConfig(TrainingConfig):
-    """`train:` for `method: rankdpo`."""
+    """`train:` for `method: rankdpo`.
+
+    Example:
+        ```python
+        from diffalign import RankDPOConfig
+
+        args = RankDPOConfig(output_dir="runs/rankdpo", gains="win_rate")
+        assert args.normalize == "sum"
+        ```
+    """
 
     shared_noise: bool = False
     """One noise per image, as in the paper; true shares one within a list. Source:

@@ -11,7 +11,16 @@ from ..errors import ConfigError
 
 @config_section
 class TrainingConfig:
-    """Arguments of the one training loop; every method's config inherits them."""
+    """Arguments of the one training loop; every method's config inherits them.
+
+    Example:
+        ```python
+        from diffalign.training.config import TrainingConfig
+
+        args = TrainingConfig(max_steps=2000, gradient_accumulation_steps=4)
+        assert args.lr_scheduler == "constant"
+        ```
+    """
 
     output_dir: str = "diffalign-out"
     """Folder of the run: weights, checkpoints, logs, samples, config.yaml, model

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, and callbacks that do everything periodic."""
+"""The training loop: batches, optimizer steps, and callbacks for everything periodic."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn import Module, Parameter
 from .batch import Batch
 from .callbacks import TrainerControl, TrainerState
 from .config import TrainingConfig
+from .data_pipeline import DataPipeline, ReferenceErrors
 from .diagnostics import FiniteCheck
 from .tracking import MetricWindow
 
@@ -41,6 +42,44 @@ class Task(Protocol):
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def on_optimizer_step(self, step: int) -> None: ...
+
+
+class BatchSource(Protocol):
+    """Where the batches of a run come from.
+
+    A source may also have `save(folder, rank)` and `load(folder, rank, device)`. Then
+    it is saved in every checkpoint. It needs them if `samples_seen` alone does not give
+    its position.
+    """
+
+    def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
+        """Yield the batches of this process without end.
+
+        Args:
+            data (`DataPipeline`): Reads the dataset.
+            samples_seen (`int`): Groups consumed so far, over all processes.
+        """
+        ...
+
+
+class DatasetSource:
+    """Yields batches of the dataset's own images.
+
+    Args:
+        precomputed (`ReferenceErrors`, *optional*): Reference errors, set on every
+            batch.
+    """
+
+    def __init__(self, precomputed: ReferenceErrors | None = None) -> None:
+        self.precomputed = precomputed
+
+    def batches(self, data: DataPipeline, samples_seen: int) -> Iterator[Batch]:
+        """Yield batches of this process without end. See `BatchSource.batches`."""
+        for examples in data.batches(samples_seen):
+            batch = data.builder(examples)
+            if self.precomputed is not None:
+                self.precomputed.attach(batch, examples)
+            yield batch
 
 
 @dataclass

@@ -21,7 +21,16 @@ _Alpha = Annotated[int | float, Range(0.0, 1e9, above=True, below=True, words="a
 
 @config_section
 class LoraSection:
-    """`lora:` of a run file, with peft's names. Without it all weights are trained."""
+    """`lora:` of a run file, with peft's names. Without it all weights are trained.
+
+    Example:
+        ```python
+        from diffalign.training.sections import LoraSection
+
+        lora = LoraSection(r=8, rank_pattern={"to_q": 4})
+        assert lora.to_peft().lora_alpha == 8
+        ```
+    """
 
     r: _Rank = 16
     """Rank."""
@@ -87,6 +96,14 @@ class ValidationConfig:
 
     Both draw from the same seeds. With `scorers` the images are scored. Without the
     section there is no validation.
+
+    Example:
+        ```python
+        from diffalign import ValidationConfig
+
+        validation = ValidationConfig(prompts="shapes", scorers=["shapes"])
+        assert validation.validation_steps == 200
+        ```
     """
 
     validation_prompts: list[str] = field(default_factory=list)
@@ -136,7 +153,16 @@ class ValidationConfig:
 
 @config_section
 class HubConfig:
-    """`hub:` of a run file."""
+    """`hub:` of a run file.
+
+    Example:
+        ```python
+        from diffalign.training.sections import HubConfig
+
+        hub = HubConfig(push_to_hub=True, hub_model_id="user/name")
+        assert hub.hub_model_id == "user/name"
+        ```
+    """
 
     push_to_hub: bool = False
     """Upload the result when training ends."""

@@ -28,7 +28,6 @@ from ..likelihood import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank
 from ..runtime.folder_lock import FolderLock
 from .batch import Batch
-from .batch_source import BatchSource, DatasetSource
 from .build import (
     DTYPES,
     build_accelerator,
@@ -57,7 +56,7 @@ from .denoiser import Denoiser
 from .diagnostics import LOG2_MESSAGE, DivergenceGuard, FiniteCheck
 from .evaluate import evaluate, measure_rounding
 from .export import push_to_hub, save_model
-from .loop import Run, fit
+from .loop import BatchSource, DatasetSource, Run, fit
 from .online.online_data import OnlineData, online_reward_function, online_sampler
 from .online.policy_sampler import PolicySampler
 from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
