@@ -1,4 +1,4 @@
-"""The training loop: batches, optimizer steps, and callbacks for everything periodic."""
+"""The training loop: batches, optimizer steps and callbacks for what is periodic."""
 
 from __future__ import annotations
 
