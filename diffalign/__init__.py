@@ -1,6 +1,13 @@
 """diffalign: text-to-image diffusion models that follow human preferences.
 
 Every name is imported on first use: ``import diffalign`` itself loads no torch.
+
+Example:
+    ```python
+    import diffalign
+
+    print(diffalign.__version__)
+    ```
 """
 
 from __future__ import annotations

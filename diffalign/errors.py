@@ -10,6 +10,16 @@ class UserError(ValueError):
     """A mistake of the user.
 
     The message is one sentence that names the field, the value and the remedy.
+
+    Example:
+        ```python
+        from diffalign import UserError, load_scorer
+
+        try:
+            load_scorer("pikscore")
+        except UserError as error:
+            assert "pickscore" in str(error)
+        ```
     """
 
 
@@ -20,6 +30,17 @@ class ConfigError(UserError):
         field (`str`): path of the field, such as ``beta`` or ``train.beta``. The loader
             puts the section in front.
         problem (`str`): what was expected, what there was, and what to do.
+
+    Example:
+        ```python
+        from diffalign import SFTConfig
+        from diffalign.errors import ConfigError
+
+        try:
+            SFTConfig(learning_rate=-1)
+        except ConfigError as error:
+            assert error.field == "learning_rate"
+        ```
     """
 
     def __init__(self, field: str, problem: str) -> None:

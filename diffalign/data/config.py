@@ -47,7 +47,20 @@ class OnlineConfig:
 
 @config_section
 class DataConfig:
-    """Where the preference data come from, and how images get the model's size."""
+    """Where the preference data come from, and how images get the model's size.
+
+    Example:
+        ```python
+        from diffalign import DataConfig
+
+        data = DataConfig(
+            dataset_name="diffalign-quickstart/dataset",
+            resolution=512,
+            cache_latents="cache",
+        )
+        assert data.ties == "drop"
+        ```
+    """
 
     dataset_name: str | None = None
     """Hub id, local folder, or a .parquet, .jsonl, .json, .csv or .tar file."""

@@ -46,7 +46,16 @@ from ..training.online.rollout import Grid, Trajectories, guide, step_log_prob
 
 @config_section
 class D3POConfig(OnPolicyConfig):
-    """`train:` for `method: d3po`."""
+    """`train:` for `method: d3po`.
+
+    Example:
+        ```python
+        from diffalign import D3POConfig
+
+        args = D3POConfig(output_dir="runs/d3po", images_per_prompt=4, max_steps=2000)
+        assert args.compare == "pareto"
+        ```
+    """
 
     images_per_prompt: Annotated[int, count(2, 65_536)] = 2  # one image has no rival
     beta: Positive[float] = 0.1

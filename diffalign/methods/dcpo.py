@@ -29,7 +29,16 @@ from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer, diffusion_dp
 
 @config_section
 class DCPOConfig(DiffusionDPOConfig):
-    """`train:` for `method: dcpo`."""
+    """`train:` for `method: dcpo`.
+
+    Example:
+        ```python
+        from diffalign import DCPOConfig
+
+        args = DCPOConfig(output_dir="runs/dcpo", captions="chosen", max_steps=2000)
+        assert args.beta == 5000
+        ```
+    """
 
     beta: Positive[float] = 5000.0
     """Source: paper, headline rows of table 9, 5000 (it studies 500 to 5000; the

@@ -41,7 +41,16 @@ LOSS_TYPES = get_args(LossType)
 
 @config_section
 class DiffusionDPOConfig(TrainingConfig):
-    """`train:` for `method: diffusion_dpo`."""
+    """`train:` for `method: diffusion_dpo`.
+
+    Example:
+        ```python
+        from diffalign import DiffusionDPOConfig
+
+        args = DiffusionDPOConfig(output_dir="runs/dpo", beta=2000, max_steps=2000)
+        assert args.loss_type == "sigmoid"
+        ```
+    """
 
     beta: Positive[float] = 5000.0
     """Strength of the pull to the reference, on per-image mean errors with the 1/2

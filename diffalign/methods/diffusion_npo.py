@@ -20,7 +20,17 @@ from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 
 @config_section
 class DiffusionNPOConfig(DiffusionDPOConfig):
-    """`train:` for `method: diffusion_npo`."""
+    """`train:` for `method: diffusion_npo`.
+
+    Example:
+        ```python
+        from diffalign import DiffusionNPOConfig
+
+        # A negative model guides with the empty prompt, so it must have seen it.
+        args = DiffusionNPOConfig(output_dir="runs/npo", proportion_empty_prompts=0.2)
+        assert args.beta == 2000
+        ```
+    """
 
     beta: Positive[float] = 2000.0
     """In Diffusion-DPO's convention (official: SDXL 2000; SD1.5 500 without the 1/2,

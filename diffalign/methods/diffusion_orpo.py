@@ -32,7 +32,16 @@ SIGNS = get_args(Sign)
 
 @config_section
 class DiffusionORPOConfig(TrainingConfig):
-    """`train:` for `method: diffusion_orpo`."""
+    """`train:` for `method: diffusion_orpo`.
+
+    Example:
+        ```python
+        from diffalign import DiffusionORPOConfig
+
+        args = DiffusionORPOConfig(output_dir="runs/orpo", beta=0.1, max_steps=2000)
+        assert args.sign == "correct"
+        ```
+    """
 
     beta: Positive[float] = 0.1
     """Weight of the odds (the script's 0.1). Source: published script, 0.1."""

@@ -37,7 +37,16 @@ LINK_FORMS = get_args(LinkForm)
 
 @config_section
 class MaPOConfig(TrainingConfig):
-    """`train:` for `method: mapo`."""
+    """`train:` for `method: mapo`.
+
+    Example:
+        ```python
+        from diffalign import MaPOConfig
+
+        args = MaPOConfig(output_dir="runs/mapo", form="paper", beta=8, max_steps=2000)
+        assert args.link_form == "scale"
+        ```
+    """
 
     form: Literal["code", "paper"] = "code"
     """code: the official implementation's loss; paper: equations 9 to 11. beta means

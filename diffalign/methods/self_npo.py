@@ -44,6 +44,14 @@ class SelfNPOConfig(TrainingConfig):
     """`train:` for `method: self_npo`; the defaults are the paper's.
 
     It starts from noise, takes the squared error and runs 5 steps.
+
+    Example:
+        ```python
+        from diffalign import SelfNPOConfig
+
+        args = SelfNPOConfig(output_dir="runs/self-npo", truncation_steps=10)
+        assert args.truncation_steps < args.num_inference_steps
+        ```
     """
 
     start: Literal["noise", "data"] = "noise"

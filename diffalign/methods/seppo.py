@@ -45,7 +45,16 @@ ANCHORS = get_args(Anchor)
 
 @config_section
 class SePPOConfig(TrainingConfig):
-    """`train:` for `method: seppo`."""
+    """`train:` for `method: seppo`.
+
+    Example:
+        ```python
+        from diffalign import SePPOConfig
+
+        args = SePPOConfig(output_dir="runs/seppo", pool_save_steps=10, max_steps=2000)
+        assert args.ref_strategy == "random"
+        ```
+    """
 
     beta: Positive[float] = 2000.0
     """Strength of the pull to the reference, in Diffusion-DPO's convention; not public.

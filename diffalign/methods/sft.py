@@ -18,7 +18,16 @@ from ..training.trainer import Trainer
 
 @config_section
 class SFTConfig(TrainingConfig):
-    """`train:` for `method: sft`."""
+    """`train:` for `method: sft`.
+
+    Example:
+        ```python
+        from diffalign import SFTConfig
+
+        args = SFTConfig(output_dir="runs/sft", learning_rate=1e-4, max_steps=2000)
+        assert args.per_device_train_batch_size == 1
+        ```
+    """
 
 
 def sft_loss(policy_errors: Tensor) -> Tensor:

@@ -43,7 +43,16 @@ _NO_CANDIDATES = "float > 0: candidates of a deterministic sampler are all the s
 
 @config_section
 class SPOConfig(OnPolicyConfig):
-    """`train:` for `method: spo`."""
+    """`train:` for `method: spo`.
+
+    Example:
+        ```python
+        from diffalign import SPOConfig
+
+        args = SPOConfig(output_dir="runs/spo", images_per_prompt=2, threshold=0.4)
+        assert args.first_step < args.num_inference_steps
+        ```
+    """
 
     images_per_prompt: Annotated[int, count(2, 65_536, "int >= 2: one candidate has no rival")] = 4
     """Candidates for every step, and images drawn for each prompt in an evaluation.

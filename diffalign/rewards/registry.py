@@ -104,6 +104,11 @@ def register_scorer(
 
     Example:
         ```python
+        from PIL import Image
+
+        from diffalign import load_scorer, register_scorer
+
+
         @register_scorer("brightness", requires=("image",))
         def brightness(images):
             return [sum(image.convert("L").histogram()[128:]) for image in images]
@@ -137,6 +142,8 @@ def list_scorers() -> list[str]:
 
     Example:
         ```python
+        from diffalign import list_scorers
+
         assert "pickscore" in list_scorers()
         ```
     """
@@ -203,6 +210,10 @@ def load_scorer(
 
     Example:
         ```python
+        from PIL import Image
+
+        from diffalign import load_scorer
+
         scorer = load_scorer("jpeg_compressibility", device="cpu")
         assert scorer([Image.new("RGB", (64, 64))]).shape == (1,)
         ```

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import doctest
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from docstrings import run_module_examples
 
 MODULES = (
     "annotation.perturbers",
     "annotation.recaption",
+    "data.config",
     "data.dataset",
     "data.inspect",
     "data.load",
@@ -23,5 +24,4 @@ MODULES = (
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = doctest.testmod(import_module(f"diffalign.{name}"), verbose=False)
-    assert result.attempted > 0 and result.failed == 0
+    run_module_examples(import_module(f"diffalign.{name}"))

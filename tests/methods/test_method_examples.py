@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import shutil
-import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
+from docstrings import run_examples
 
 import diffalign
 from diffalign.cli import run
@@ -30,13 +27,6 @@ def folder(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def examples(thing: Any) -> list[str]:
-    """The Python blocks of a docstring."""
-    text = inspect.getdoc(thing) or ""
-    blocks = re.findall(r"^ *```python\n(.*?)^ *```$", text, flags=re.M | re.S)
-    return [textwrap.dedent(block) for block in blocks]
-
-
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_example_of_a_trainer_trains(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -44,20 +34,14 @@ def test_the_example_of_a_trainer_trains(
     monkeypatch.chdir(folder)
     if name == "DCPOTrainer":
         assert run(RECAPTION) == 0
-    [block] = examples(getattr(diffalign, name))
-    names: dict[str, Any] = {}
-    exec(block, names)
-    trainer = names["trainer"]
+    trainer = run_examples(getattr(diffalign, name))["trainer"]
     assert trainer.state.global_step == trainer.args.max_steps
     assert (trainer.output_dir / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_example_of_a_callback_stops_a_run() -> None:
-    [block] = examples(TrainerCallback)
-    names: dict[str, Any] = {}
-    exec(block, names)
     control = TrainerControl()
-    callback = names["StopWhenLearned"]()
+    callback = run_examples(TrainerCallback)["StopWhenLearned"]()
     callback.on_log(None, None, control, logs={"train/loss": 0.7})
     assert not control.should_training_stop
     callback.on_log(None, None, control, logs={"rewards/accuracies": 0.95})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from docstrings import run_examples
 from PIL import Image
 
 from diffalign import rewards
@@ -22,10 +21,6 @@ def test_the_example_of_a_public_name_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", {})
-    text = inspect.getdoc(getattr(rewards, name)) or ""
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert examples
     names = {each: getattr(rewards, each) for each in rewards.__all__}
     names |= {"torch": torch, "numpy": numpy, "Image": Image, "Preprocess": Preprocess}
-    for example in examples:
-        exec(inspect.cleandoc(example), dict(names))
+    run_examples(getattr(rewards, name), names)

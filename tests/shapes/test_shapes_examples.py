@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-
 import pytest
+from docstrings import run_examples
 
 from diffalign import shapes
 
 
 @pytest.mark.parametrize("name", ["Scene", "parse_prompt", "render", "verify"])
 def test_the_example_runs(name: str) -> None:
-    text = inspect.getdoc(getattr(shapes, name)) or ""
-    blocks = re.findall(r"^ *```python\n(.*?)^ *```$", text, flags=re.M | re.S)
-    assert blocks
-    for block in blocks:
-        exec(textwrap.dedent(block), dict(vars(shapes)))
+    run_examples(getattr(shapes, name), vars(shapes))

@@ -1,23 +1,14 @@
-"""The examples in the docstrings of the steering classes run as they stand."""
+"""The example in the docstring of `FKTextSteering` runs as it stands.
+
+That of `FKSteering` is run in tests/test_public_examples.py.
+"""
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-from typing import Any
+from docstrings import run_examples
 
-import pytest
-
-from diffalign import FKSteering
 from diffalign.steering.text import FKTextSteering
 
 
-@pytest.mark.parametrize("sampler", [FKSteering, FKTextSteering])
-def test_the_example_runs(sampler: Any) -> None:
-    blocks = re.findall(
-        r"^ *```python\n(.*?)^ *```$", inspect.getdoc(sampler) or "", flags=re.M | re.S
-    )
-    assert blocks
-    for block in blocks:
-        exec(textwrap.dedent(block), {})
+def test_the_example_runs() -> None:
+    run_examples(FKTextSteering)
