@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 
 
@@ -11,8 +12,6 @@ def versions() -> dict[str, str]:
     Returns:
         `dict[str, str]`: library -> version, or ``not installed``.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
     numbers = {"python": platform.python_version()}
     for package in (
         "diffalign",
@@ -23,8 +22,15 @@ def versions() -> dict[str, str]:
         "peft",
         "datasets",
     ):
-        try:
-            numbers[package] = version(package)
-        except PackageNotFoundError:
-            numbers[package] = "not installed"
+        numbers[package] = _version(package)
     return numbers
+
+
+@functools.cache  # Reading the metadata of seven packages takes as long as a small batch.
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
