@@ -26,7 +26,6 @@ from mutations import damaged
 from PIL import Image
 
 from diffalign import load_scorer
-from diffalign.demo.app import BodyLimit
 from diffalign.errors import ConfigError, UserError
 from diffalign.rewards.serving import server as scorer_server
 from diffalign.rewards.serving import service as scoring_service
@@ -491,6 +490,8 @@ def asked(headers, chunks):
 
     async def send(message):
         sent.append(message)
+
+    from diffalign.demo.app import BodyLimit  # with gradio, which takes seconds
 
     asyncio.run(BodyLimit(app, most=100)({"type": "http", "headers": headers}, receive, send))
     return sent[0]["status"], seen

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import pytest
 
 from diffalign import load_preferences
 
-pytest.importorskip("gradio")
+if not find_spec("gradio"):  # importing it takes seconds
+    pytest.skip("no gradio on this machine", allow_module_level=True)
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -195,6 +197,7 @@ def test_compare(visitor: Visitor) -> None:
     visitor.until(lambda: set(visitor.sources("compare-slider")).isdisjoint(before))
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_compare_by_keyboard_alone(visitor: Visitor) -> None:
     visitor.tab("Compare")
@@ -205,6 +208,7 @@ def test_compare_by_keyboard_alone(visitor: Visitor) -> None:
     visitor.until(lambda: "Seed 7," in visitor.at("compare-status").text)
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_steer(visitor: Visitor) -> None:
     visitor.tab("Steer")
@@ -216,6 +220,7 @@ def test_steer(visitor: Visitor) -> None:
     visitor.picture("steer")
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visitor: Visitor) -> None:
     visitor.show_pair("ann")
@@ -254,6 +259,7 @@ def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visito
         )
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_two_visitors_at_once_do_not_mix(server: Server, visitor: Visitor) -> None:
     other = Visitor(server.url)
@@ -277,6 +283,7 @@ def test_two_visitors_at_once_do_not_mix(server: Server, visitor: Visitor) -> No
         other.driver.quit()
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_a_narrow_screen(server: Server) -> None:
     one = Visitor(server.url, width=500)
@@ -293,6 +300,7 @@ def test_a_narrow_screen(server: Server) -> None:
         one.driver.quit()
 
 
+@pytest.mark.nightly
 @needs_browser
 def test_html_in_texts_does_nothing(server: Server, visitor: Visitor) -> None:
     visitor.open(server.url)
@@ -416,6 +424,7 @@ def test_uploads_of_any_size_are_refused(server: Server) -> None:
     assert error.value.code == 413
 
 
+@pytest.mark.nightly
 def test_many_at_once_are_all_answered(server: Server) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
