@@ -43,7 +43,8 @@ def test_every_reward_file_parses_without_loading_weights(path: Path) -> None:
     assert path.read_text().startswith("#"), "recipes are commented"
 
 
-@by_default(lambda method: method not in ("d3po", "seppo", "spo"))  # docs/online.md trains them
+# methods/test_method_examples.py trains the others on the shapes world.
+@by_default(lambda method: method not in ("d3po", "seppo", "spo"))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) -> None:
     data = convert(load_preferences(method_rows(method, 4, 64), verbose=False), tmp_path / "data")

@@ -82,6 +82,7 @@ def test_a_method(package: Path) -> None:
     assert "SLiC on shapes" in said and "done: run" in said
 
 
+@pytest.mark.nightly
 def test_a_scorer(package: Path) -> None:
     file = package / "rewards" / "scorers" / "brightness.py"
     file.write_text(example("A reward is a function, or one file"))
@@ -104,6 +105,7 @@ def test_a_scorer(package: Path) -> None:
     assert "mean of the pixels" in said
 
 
+@pytest.mark.nightly
 def test_a_model_family(package: Path) -> None:
     (package / "backbones" / "toy.py").write_text(example("A model family is one file"))
     table = package / "backbones" / "__init__.py"

@@ -98,7 +98,7 @@ ROUNDS = [
 ]
 
 
-@by_default(lambda method, stop: stop == 4 and method not in ("sft", "rankdpo"))
+@by_default(lambda method, stop: stop == 4 and method in ("diffusion_dpo", "spo"))
 @pytest.mark.parametrize(("method", "options"), ROUNDS, ids=[name for name, _ in ROUNDS])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_run_stopped_inside_a_round_ends_bit_equal(method, options, stop, tmp_path):
@@ -352,7 +352,7 @@ STARTS = [
 ]
 
 
-@by_default()
+@by_default(values=3)
 @pytest.mark.parametrize("again", [None, "latest"])
 @pytest.mark.parametrize("left", STARTS)
 def test_a_run_without_a_checkpoint_starts_again_by_the_same_command(left, again, tmp_path):

@@ -527,6 +527,7 @@ def test_a_lora_of_the_hub_is_looked_at_like_a_file(model, tmp_path):
     assert code == 2 and "nor a LoRA on the Hub" in said and "Traceback" not in said
 
 
+@pytest.mark.nightly
 def test_a_lora_of_the_hub_that_cannot_be_used_is_refused_by_name(model, tmp_path):
     loha = renamed(
         peft_file(model, tmp_path / "plain"),

@@ -14,6 +14,8 @@ import pytest
 from commands import run
 from tiny import build_pipeline, lora_config, make_trainer
 
+import diffalign.cli.entry
+
 BLOCKED = ["resource", "fcntl", "termios", "pwd", "grp", "syslog"]
 
 SCRIPT = """
@@ -42,6 +44,7 @@ def python(then: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["diffusion_dpo", "mapo"])
 def test_the_package_trains_without_unix_modules(method, tmp_path):
     then = (
@@ -53,11 +56,13 @@ def test_the_package_trains_without_unix_modules(method, tmp_path):
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.nightly
 def test_every_module_is_imported_without_them(tmp_path):
     done = python("", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.nightly
 def test_commands_without_them(tmp_path):
     done = python(
         "from diffalign.cli.entry import run\nassert run(['env']) == 0\nassert run(['scorers']) == "
@@ -67,6 +72,7 @@ def test_commands_without_them(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.nightly
 def test_a_lora_without_a_text_encoder_is_no_warning(tmp_path):
     build_pipeline("sd").save_pretrained(tmp_path / "m")
     make_trainer(tmp_path / "run", peft_config=lora_config(), max_steps=1).train()
@@ -92,6 +98,7 @@ def test_a_lora_without_a_text_encoder_is_no_warning(tmp_path):
         assert word not in done.stderr + done.stdout
 
 
+@pytest.mark.nightly
 def test_progress_in_a_file_is_short(tmp_path):
     done = run(
         "diffalign",
@@ -112,7 +119,9 @@ def test_progress_in_a_file_is_short(tmp_path):
     assert (done.stdout + done.stderr).count("base") <= 4 and "Loading weights" not in done.stderr
 
 
-def test_the_reasons_of_broken_rows_reach_the_user(tmp_path):
+def test_the_reasons_of_broken_rows_reach_the_user(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "image": "img\\\\\\\\gone.png"}\n' * 3)
-    done = run("diffalign", "data", "inspect", "a.jsonl", cwd=tmp_path)
-    assert done.returncode == 2 and "does not exist" in done.stderr and "row 0" in done.stderr
+    assert diffalign.cli.entry.run(["data", "inspect", "a.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "does not exist" in said and "row 0" in said

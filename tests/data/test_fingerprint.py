@@ -26,6 +26,7 @@ def fingerprint(path, **kwargs):
     return load_preferences(path, verbose=False, **kwargs).fingerprint
 
 
+@pytest.mark.nightly
 def test_equal_in_another_process(rows):
     path = rows()
     code = (

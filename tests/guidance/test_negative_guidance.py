@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from tiers import by_default
 from tiny import all_tensors, build_pipeline, lora_config, make_trainer, pair_rows
 
 from diffalign import FKSteering, NegativeGuidance, cli
@@ -365,6 +366,7 @@ def adapters_of(pipe: Any) -> dict[str, Any]:
     }
 
 
+@by_default()
 @pytest.mark.parametrize("carried", ["nothing", "active", "two", "disabled", "pattern"])
 @pytest.mark.parametrize("ends", ["well", "inside", "before"])
 def test_adapters_names_and_scales_are_as_before(

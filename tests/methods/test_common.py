@@ -145,7 +145,9 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 
 # Methods that sample while they learn have no fixed set; their own tests show it.
 @by_default(
-    lambda method, family, lora: method == METHOD_NAMES[0] and in_turns(method, family, lora)
+    lambda method, family, lora: (
+        method == METHOD_NAMES[0] and (family, lora) in (("sd", True), ("sd3", False))
+    )
 )
 @pytest.mark.parametrize("method", [m for m in METHOD_NAMES if m not in ("d3po", "seppo", "spo")])
 @every_family
@@ -184,7 +186,9 @@ def test_loss_falls_on_a_separable_set(
         assert after["eval/rewards/margins"] > 0
 
 
-@by_default(in_turns)
+@by_default(
+    lambda method, family, lora: method == METHOD_NAMES[0] and in_turns(method, family, lora)
+)
 @every_method
 @every_family
 @lora_and_full

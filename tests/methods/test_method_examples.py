@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from docstrings import run_examples
+from tiers import by_default
 
 import diffalign
 from diffalign.cli import run
@@ -27,6 +28,8 @@ def folder(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# By default those that test_configs.py does not train, and one of the others.
+@by_default(lambda name: name.removesuffix("Trainer") in ("DiffusionDPO", "D3PO", "SePPO", "SPO"))
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_example_of_a_trainer_trains(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch

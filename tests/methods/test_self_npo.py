@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import by_default
 from tiny import build_pipeline, first_batch, lora_config, make_trainer, pair_rows, trained_tensors
 
 from diffalign import SelfNPOConfig
@@ -111,6 +112,7 @@ def test_grids_and_later_times() -> None:
     assert torch.equal(ddim_move(vp, torch.randn(2, 3, dtype=F64), x, same, same), x)
 
 
+@by_default()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start", ["noise", "data"])
 @pytest.mark.parametrize("weight", [0.0, -1.0, -5.0])
@@ -164,6 +166,7 @@ def test_targets_are_those_of_the_sampler_by_hand(
     assert not torch.equal(batch.x0, raw.x0)
 
 
+@by_default(lambda family: family in ("sd", "sd3"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_alone_are_enough(tmp_path: Path, family: str) -> None:
     rows = [{"prompt": row["prompt"]} for row in pair_rows()]

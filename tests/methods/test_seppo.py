@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiers import by_default
 from tiny import (
     FAMILIES,
     assert_same_tensors,
@@ -137,6 +138,7 @@ def test_the_pool(tmp_path: Path) -> None:
     assert trainer.pool.choose(0, 4) == trainer.pool.choose(0, 4)
 
 
+@by_default(values=1)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_resuming_takes_the_pool_along(tmp_path: Path, lora: bool) -> None:
     options = {
@@ -165,6 +167,7 @@ def test_resuming_takes_the_pool_along(tmp_path: Path, lora: bool) -> None:
         ).train()
 
 
+@by_default(lambda family, lora: (family, lora) in (("sd", True), ("sd3", False)))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_it_learns_the_winners(tmp_path: Path, family: str, lora: bool) -> None:

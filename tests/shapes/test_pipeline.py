@@ -53,8 +53,8 @@ def test_the_base_draws_recognisable_shapes(pipe) -> None:  # type: ignore[no-un
     from diffalign.shapes import verify
     from diffalign.shapes.sampling_defaults import SAMPLING
 
-    prompts = held_out_prompts()[:32]
-    images = generate(pipe, prompts, range(32), batch_size=32, progress=False, **SAMPLING)
+    prompts = held_out_prompts()[:16]
+    images = generate(pipe, prompts, range(16), batch_size=16, progress=False, **SAMPLING)
     assert np.mean([verify(image).shape is not None for image in images]) > 0.8
     assert 0.2 < np.mean([row["all"] for row in attribute_table(images, prompts)]) < 0.95
 

@@ -162,6 +162,7 @@ def test_labels_are_bradley_terry_with_flips() -> None:
     ).all()
 
 
+@pytest.mark.nightly
 def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

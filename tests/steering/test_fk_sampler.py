@@ -21,6 +21,7 @@ from families import (
     with_scheduler,
 )
 from PIL import Image
+from tiers import by_default
 from tiny import build_pipeline
 
 from diffalign import FKSteering
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 # Equal to the plain pipeline
 
 
+@by_default()
 @pytest.mark.parametrize("scheduler", [name for name in STOCHASTIC])
 @pytest.mark.parametrize("listed", [False, True])
 def test_lambda_zero_is_the_plain_pipeline_bit_by_bit(scheduler: str, listed: bool) -> None:

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from diffusers import DiscreteDDIMScheduler
+from tiers import by_default
 from torch import Tensor
 from toys import Estimate
 
@@ -125,6 +126,7 @@ def test_the_enumeration_gives_the_known_numbers() -> None:
     assert tilted(1.5)[:2] == pytest.approx((26.967209, 3.735660), abs=1e-5)
 
 
+@by_default(lambda k, n: (k, n) != (4, 4))
 @pytest.mark.parametrize(
     ("k", "n", "options"),
     [

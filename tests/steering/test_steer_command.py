@@ -128,6 +128,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("--prompts", prompts, "--prompts_per_call", 2, "--num_seeds", 2)
+    arguments += ("--num_inference_steps", 3, "--num_particles", 2)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert steer(straight, *arguments) == 0
     original, calls = steer_command._Work.do, []
@@ -146,6 +147,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     assert files(straight) == files(broken) and numbers(straight) == numbers(broken)
 
 
+@pytest.mark.nightly
 def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
     command = [
         sys.executable,

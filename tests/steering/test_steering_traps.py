@@ -59,6 +59,7 @@ def test_lora_chunks_and_offloading_hooks() -> None:
     assert vars(pipe.unet)["forward"] is hook
 
 
+@pytest.mark.nightly
 def test_compiled_and_sliced() -> None:
     pipe = family("sd")
     pipe.vae.enable_slicing()

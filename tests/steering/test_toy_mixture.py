@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiers import by_default
 from toys import Estimate, Mixture, mixture_moments, unbiased
 
 from diffalign.steering import particle_weights as weights_module
@@ -45,6 +46,7 @@ def test_closed_form(lmbda: float, z: float, mean: float) -> None:
     assert mixture_moments(lmbda) == pytest.approx((z, mean), abs=1e-6)
 
 
+@by_default(lambda k: k in (1, 4))
 @pytest.mark.parametrize(
     ("k", "groups", "spread"),
     [(1, 100_000, 1.241), (2, 50_000, 0.877), (4, 50_000, 0.631), (16, 20_000, 0.318)],
@@ -87,6 +89,7 @@ def test_the_full_table_of_sizes(k: int, groups: int, spread: float) -> None:
     )
 
 
+@by_default()
 @pytest.mark.parametrize("potential", ["diff", "max", "sum", "rt", "max_inc", "tempered"])
 @pytest.mark.parametrize("threshold", [0.5, None])
 def test_all_potentials_share_one_target(potential: str, threshold: float | None) -> None:
@@ -104,6 +107,7 @@ def test_all_schemes_when_always_resampling(scheme: str) -> None:
     assert unbiased(result, lambda x: x, z).agrees(mean)
 
 
+@by_default(values=1)
 @pytest.mark.parametrize(
     ("potential", "target", "threshold", "lmbda"),
     [

@@ -15,6 +15,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from tiers import by_default
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign.likelihood.schedules import RectifiedFlow, clip_range, schedule_from_scheduler
@@ -67,6 +68,7 @@ def rollout_of(
     return trainer.backbone.pipeline(network=trainer.network), batch, found
 
 
+@by_default()
 @pytest.mark.parametrize("steps", [4, 7])
 @pytest.mark.parametrize(
     ("family", "changes"), GRIDS, ids=lambda value: str(value).replace(" ", "")
