@@ -156,6 +156,9 @@ NAMES = {
         "number": "evaluation.formatting",
         "percent": "evaluation.formatting",
     },
+    "evaluation.sample_command": {
+        "sample": "cli.sample:run",
+    },
     "evaluation.sampling": {
         "image_seed": "runtime.seeds",
     },
