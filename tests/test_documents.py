@@ -101,7 +101,7 @@ def quick_text(document: str) -> str:
     return re.sub(r"\bnum_inference_steps=\d+", "num_inference_steps=4", text)
 
 
-@by_default(lambda document: document in ("README.md", "CONTRIBUTING.md", "docs/building-data.md"))
+@by_default(lambda document: document != "docs/online.md")  # methods/ trains its methods
 @pytest.mark.parametrize("document", sorted({*having("bash"), *having("python")}))
 def test_a_document_runs_in_one_process(
     home: Path, document: str, monkeypatch: pytest.MonkeyPatch
@@ -114,8 +114,9 @@ def test_a_document_runs_in_one_process(
     exec(compile(quick_text(document), document, "exec", dont_inherit=True), vars(module))
 
 
-# One small run of each command in a process of its own, which imports in another order.
-# Other tests start `quickstart`, `train`, `env`, `steer`, `demo` and `serve-scorer`.
+# One small run of each command; at night in a process of its own, which imports in
+# another order. By default other tests start `quickstart`, `demo`, `serve-scorer` and
+# `scorers`, and run `train`, `env` and `steer`.
 LORA = "diffalign-quickstart/lora"
 DATASET = "diffalign-quickstart/dataset"
 PROMPT = "a small red circle on the left of a gray background"
@@ -149,7 +150,7 @@ def test_each_command_runs(
     assert diffalign.cli.entry.run(alone(command, tmp_path)) == 0
 
 
-@by_default(lambda command: command == "sample")
+@pytest.mark.nightly
 @pytest.mark.parametrize("command", ALONE)
 def test_each_command_runs_in_a_process_of_its_own(
     home: Path, command: str, tmp_path: Path

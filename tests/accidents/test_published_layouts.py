@@ -12,11 +12,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from commands import run
 from PIL import Image
 from tiny import picture
 
 from diffalign import load_preferences
+from diffalign.cli.entry import run
 from diffalign.data.inspect import first_group_picture, format_inspection, inspect
 from diffalign.data.judgements import classify_row
 from diffalign.data.schema import recognise
@@ -296,7 +296,7 @@ def test_rich_human_feedback_says_that_its_ratings_are_not_read():
         assert load(rows).kind == "single"
 
 
-def test_the_direction_is_shown_with_a_picture(tmp_path):
+def test_the_direction_is_shown_with_a_picture(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for j, value in enumerate((BAD, GOOD)):
         picture(value, j).save(tmp_path / f"images/{j}.png")
@@ -313,12 +313,9 @@ def test_the_direction_is_shown_with_a_picture(tmp_path):
         Image.open(first_group_picture(data, tmp_path / "out" / "first.png")).convert("L")
     )
     assert shown[100, 20:240].mean() > 180 > 80 > shown[100, 290:500].mean()
-    done = run(
-        "diffalign", "data", "inspect", tmp_path / "test.json", "--picture", "p.png", cwd=tmp_path
-    )
-    assert (
-        done.returncode == 0 and (tmp_path / "p.png").is_file() and "lower is better" in done.stdout
-    )
+    file, shown = str(tmp_path / "test.json"), tmp_path / "p.png"
+    assert run(["data", "inspect", file, "--picture", str(shown)]) == 0
+    assert shown.is_file() and "lower is better" in capsys.readouterr().out
 
 
 def test_the_first_group_is_shown_with_its_own_scores(tmp_path):
