@@ -56,6 +56,7 @@ def run(package: Path, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_a_method(package: Path) -> None:
     block = example("A method is one file")
     (package / "methods" / "slic.py").write_text(block[: block.index("\ntrainer = ")])

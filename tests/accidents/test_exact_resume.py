@@ -98,7 +98,7 @@ ROUNDS = [
 ]
 
 
-@by_default(lambda method, stop: stop == 4 and method in ("diffusion_dpo", "spo"))
+@by_default(lambda method, stop: stop == 4 and method == "diffusion_dpo")
 @pytest.mark.parametrize(("method", "options"), ROUNDS, ids=[name for name, _ in ROUNDS])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_run_stopped_inside_a_round_ends_bit_equal(method, options, stop, tmp_path):
@@ -455,6 +455,7 @@ class Stop(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.nightly
 def test_a_signal_while_saving_leaves_the_evaluation_to_the_resumed_run(tmp_path):
     fields: dict[str, Any] = {
         "max_steps": 6,

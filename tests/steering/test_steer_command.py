@@ -124,6 +124,7 @@ def test_without_comparison_particles_are_shown(
     assert "best_of_n" not in results["populations"][0]
 
 
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_with_the_same_bytes(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

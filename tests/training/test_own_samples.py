@@ -138,6 +138,7 @@ def test_only_schedulers_that_clip_are_followed() -> None:
     assert clip_range(euler) is None
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_checkpoint_of_an_earlier_version_samples_as_before(family: str, tmp_path: Path) -> None:
     pipe = build_pipeline(family)

@@ -107,6 +107,7 @@ def test_references_of_another_kind_are_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_precomputed_errors_belong_to_their_reference_and_autoencoder(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "precompute_ref_errors": True,
