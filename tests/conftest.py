@@ -20,15 +20,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `tools`
 sys.path.insert(0, str(Path(__file__).parent))  # `tiny`
 
 import pytest
-from tiers import holds_unit_tests, mark_tiers
+from tiers import holds_unit_tests, mark_tiers, split_off
 
 gc.disable()  # until all files are imported; their modules are no garbage
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="K/N", help="run the K-th of N parts of the tests")
+
+
 # Before pytest reads `-m`, which must find the marks.
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_tiers(items)
+    if config.option.part:
+        kept, left = split_off(items, config.option.part)
+        items[:] = kept
+        config.hook.pytest_deselected(items=left)
 
 
 def pytest_collection_finish() -> None:

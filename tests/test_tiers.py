@@ -57,3 +57,16 @@ def test_only_the_first_values_are_met() -> None:
 
 def test_a_rule_of_ones_own() -> None:
     assert by_default(cases(METHODS, FAMILIES), lambda size: size == "2") == ["ay2", "by2", "cy2"]
+
+
+def test_parts_hold_every_test_once() -> None:
+    items: list[Any] = [SimpleNamespace(nodeid=f"tests/test_x.py::test_{i}") for i in range(100)]
+    parts = [tiers.split_off(items, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(i.nodeid for kept, _ in parts for i in kept) == sorted(i.nodeid for i in items)
+    assert all(len(kept) + len(left) == 100 and len(kept) > 20 for kept, left in parts)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "x/3", "1/", "-1/3"])
+def test_parts_that_do_not_exist(part: str) -> None:
+    with pytest.raises(pytest.UsageError, match="--part: expected K/N"):
+        tiers.split_off([], part)

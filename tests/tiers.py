@@ -12,6 +12,7 @@ that mark and the mark `unit` when the tests are collected, by three rules.
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,28 @@ def parameter_places(cases: list[pytest.Item], names: tuple[str, ...]) -> list[i
     seen: dict[tuple[int, ...], int] = {}
     found = [tuple(id(case.callspec.params[name]) for name in names) for case in cases]
     return [seen.setdefault(values, len(seen)) for values in found]
+
+
+def split_off(items: list[pytest.Item], part: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Split tests into those of one part and the rest.
+
+    Args:
+        items: The tests, of any tier.
+        part: `K/N`, the K-th of N parts, K from 1. The name of a test says in which
+            part it is, so that new tests leave the others where they are.
+
+    Raises:
+        UsageError: It is no such part.
+    """
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise pytest.UsageError(f"--part: expected K/N with K from 1 to N, got {part!r}")
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        place = zlib.crc32(item.nodeid.encode("utf-8", "surrogatepass")) % int(count)
+        (kept if place == int(number) - 1 else left).append(item)
+    return kept, left
 
 
 def is_unit(item: pytest.Item) -> bool:
