@@ -51,6 +51,7 @@ _EXPORTS = {
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
     "compare": "evaluation.compare",
+    "compare_guidance": "evaluation.guidance_curves",
     "FKSteering": "steering.fk_steering",
     "NegativeGuidance": "generation.guidance",
     "UserError": "errors",
@@ -86,6 +87,7 @@ __all__ = [
     "ValidationConfig",
     "__version__",
     "compare",
+    "compare_guidance",
     "list_scorers",
     "load_preferences",
     "load_scorer",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from .data.load import load_preferences
     from .errors import UserError
     from .evaluation.compare import compare
+    from .evaluation.guidance_curves import compare_guidance
     from .generation.guidance import NegativeGuidance
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer

@@ -80,6 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)"
     )
     parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
+    parser.add_argument(
+        "--guidance_scales",
+        help="draw every model at each of these, e.g. 1,2,3,5,7, and compare each at its best",
+    )
     parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
     parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
     parser.add_argument(
@@ -121,9 +125,14 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
-    tuned = _tuned(options)
-    from ..evaluation.compare import compare
+    scales = _numbers(options.guidance_scales, "--guidance_scales", "1,2,3,5,7")
+    if options.guidance_scales is not None:
+        if options.guidance_scale is not None:
+            raise ConfigError("--guidance_scale", "--guidance_scales says all scales; leave it out")
+        from ..evaluation.guidance_curves import read_scales
 
+        scales = read_scales(scales, "--guidance_scales")
+    tuned = _tuned(options)
     call = {
         name: getattr(options, name)
         for name in ("num_inference_steps", "guidance_scale", "height", "width")
@@ -143,25 +152,27 @@ def run(options: argparse.Namespace) -> int:
         from ..runtime.devices import read_dtype
 
         dtype = read_dtype(options.dtype)
-    comparison = compare(
-        options.base,
-        tuned,
-        options.prompts,
-        _scorers(options),
-        dtype=dtype,
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
         **{name: getattr(options, name) for name in names},
         **{name: value for name, value in call.items() if value is not None},
-    )
+    }
+    models = (options.base, tuned, options.prompts, _scorers(options))
+    if scales:
+        from ..evaluation.guidance_curves import compare_guidance
+
+        table = compare_guidance(*models, guidance_scales=scales, **arguments).table()
+    else:
+        from ..evaluation.compare import compare
+
+        table = compare(*models, **arguments).table()
     if process_rank() == 0:
-        print(comparison.table())
-        print(
-            f"\npage       {comparison.folder / 'report.html'}\n"
-            f"picture    {comparison.folder / 'grid.png'}"
-        )
-        print(
-            f"numbers    {comparison.folder / 'results.json'}\nper image  "
-            f"{comparison.folder / 'scores.parquet'}"
-        )
+        folder = options.output_dir
+        print(table)
+        print(f"\npage       {folder / 'report.html'}\npicture    {folder / 'grid.png'}")
+        if scales:
+            print(f"curves     {folder / 'guidance.svg'}")
+        print(f"numbers    {folder / 'results.json'}\nper image  {folder / 'scores.parquet'}")
     return 0
 
 
@@ -171,7 +182,7 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
 
     base = parse_model(options.base, "--base")
     models: list[Any] = []
-    scales = _numbers(options.lora_scales)
+    scales = _numbers(options.lora_scales, "--lora_scales", "0,0.5,1")
     for value in options.tuned:
         spec = parse_model(value, "--tuned", base=base)
         if scales and spec.lora is not None:
@@ -215,12 +226,17 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
     return models
 
 
-def _numbers(text: str | None) -> list[float]:
+def _numbers(text: str | None, option: str, example: str) -> list[float]:
+    """Read numbers with commas between.
+
+    Raises:
+        ConfigError: Something else is there. The message names the option.
+    """
     try:
         return [float(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:
         raise ConfigError(
-            "--lora_scales", f"expected numbers with commas between, e.g. 0,0.5,1, got {text!r}"
+            option, f"expected numbers with commas between, e.g. {example}, got {text!r}"
         ) from None
 
 

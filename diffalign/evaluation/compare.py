@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +115,67 @@ def compare(
         >>> result.win_rate("again").rate
         0.5
     """
+    comparison, is_main = measure(
+        read_models(base, tuned),
+        prompts,
+        scorers,
+        output_dir=output_dir,
+        num_images=num_images,
+        seed=seed,
+        max_prompts=max_prompts,
+        prompts_path=prompts_path,
+        batch_size=batch_size,
+        diversity=diversity,
+        device=device,
+        dtype=dtype,
+        **pipe_kwargs,
+    )
+    if is_main:
+        from .report import write
+
+        write(comparison)
+        if verbose:
+            print(comparison.table())
+    return comparison
+
+
+def measure(
+    models: Sequence[ModelSpec],
+    prompts: str | Iterable[str],
+    scorers: object,
+    *,
+    output_dir: str | Path,
+    num_images: int = 4,
+    seed: int = 0,
+    max_prompts: int | None = None,
+    prompts_path: str | Path | None = None,
+    batch_size: int = 8,
+    diversity: str | Scorer = PIXEL,
+    device: DeviceLike = None,
+    dtype: torch.dtype | None = None,
+    check: Callable[[PromptSet], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    **pipe_kwargs: Any,
+) -> tuple[Comparison, bool]:
+    """Draw and score the images of all models, and write no report.
+
+    Args:
+        models (`Sequence[ModelSpec]`): The models, with different names. The arguments
+            of a pipeline's call may differ in their `guidance_scale`.
+        check (`Callable`, *optional*): Called with the prompts before anything is
+            drawn. It may raise a `UserError`.
+        identity (`Mapping[str, Any]`, *optional*): What a folder must have been made
+            with to be gone on with, in place of the models' fingerprints.
+
+    The other arguments are those of `compare`.
+
+    Returns:
+        `tuple[Comparison, bool]`: The scores, and whether this process is the one that
+        writes.
+
+    Raises:
+        UserError: See `compare`.
+    """
     for name, least, value in (
         ("num_images", 1, num_images),
         ("seed", 0, seed),
@@ -125,14 +189,17 @@ def compare(
                 name, "both sides need the same noise and prompts; give seed= and prompts= instead"
             )
     prompt_set = load_prompts(prompts, path=prompts_path, limit=max_prompts)
+    if check is not None:
+        check(prompt_set)
     texts = prompt_set.prompts
-    models = read_models(base, tuned)
     processes = DistributedContext.start(device)
     folder = Path(output_dir)
     panel = _panel(scorers, prompt_set, processes)
     distance = Diversity(diversity, device=processes.device)
+    if identity is None:
+        identity = {"models": {model.name: model.fingerprint() for model in models}}
     settings = {
-        "models": {model.name: model.fingerprint() for model in models},
+        **identity,
         "prompts": [prompt_set.name, prompt_set.sha256, len(texts)],
         "num_images": num_images,
         "seed": seed,
@@ -143,8 +210,11 @@ def compare(
     claim_output_dir(folder, MARKER, settings, long=("models", "prompts"))
     processes.wait()
     started = time.perf_counter()
-    for model in models:
-        _draw(model, texts, folder, num_images, seed, batch_size, pipe_kwargs, dtype, processes)
+    # Models that differ in their guidance alone are loaded once.
+    for _, group in groupby(models, lambda m: replace(m, name="", guidance_scale=None)):
+        _draw(
+            list(group), texts, folder, num_images, seed, batch_size, pipe_kwargs, dtype, processes
+        )
     processes.wait()
     names = [model.name for model in models]
     missing = {name: _missing(name, len(texts), num_images, folder) for name in names}
@@ -159,7 +229,7 @@ def compare(
     from ..runtime.versions import versions
 
     comparison = Comparison(
-        models,
+        list(models),
         prompt_set,
         num_images,
         scores,
@@ -174,13 +244,7 @@ def compare(
             "missing": {name: sentence for name, sentence in missing.items() if sentence},
         },
     )
-    if processes.rank == 0:
-        from .report import write
-
-        write(comparison)
-        if verbose:
-            print(comparison.table())
-    return comparison
+    return comparison, processes.rank == 0
 
 
 def read_models(base: ModelLike, tuned: ModelLike | Sequence[ModelLike]) -> list[ModelSpec]:
@@ -236,7 +300,7 @@ def _panel(scorers: object, prompts: PromptSet, processes: DistributedContext) -
 
 
 def _draw(
-    model: ModelSpec,
+    models: Sequence[ModelSpec],
     prompts: list[str],
     folder: Path,
     count: int,
@@ -246,27 +310,38 @@ def _draw(
     dtype: torch.dtype | None,
     processes: DistributedContext,
 ) -> None:
-    """Draw the images of one model that are not there yet."""
+    """Draw the missing images of one model, at one or several guidance scales."""
     from contextlib import ExitStack
 
-    images = [
-        (prompt, image_seed(seed, prompt, n), folder / image_name(model.name, p, n))
-        for p, prompt in enumerate(prompts)
-        for n in range(count)
-    ]
     with ExitStack() as stack:
         draw_function: list[Draw] = []
 
-        def draw(texts: list[str], seeds: list[int]) -> list[MaybeImage]:
+        def draw(texts: list[str], seeds: list[int], **arguments: Any) -> list[MaybeImage]:
             if not draw_function:  # so a model whose images are all there is never loaded
+                first = models[0]
                 draw_function.append(
                     stack.enter_context(
-                        opened(model, device=processes.device, dtype=dtype, field=model.name)
+                        opened(first, device=processes.device, dtype=dtype, field=first.name)
                     )
                 )
-            return draw_function[0](texts, seeds, **settings)
+            return draw_function[0](texts, seeds, **arguments)
 
-        draw_files(draw, images, batch_size, processes, f"drawing, {model.name}")
+        for model in models:
+            images = [
+                (prompt, image_seed(seed, prompt, n), folder / image_name(model.name, p, n))
+                for p, prompt in enumerate(prompts)
+                for n in range(count)
+            ]
+            arguments = dict(settings)
+            if model.guidance_scale is not None:
+                arguments["guidance_scale"] = model.guidance_scale
+            draw_files(
+                partial(draw, **arguments),
+                images,
+                batch_size,
+                processes,
+                f"drawing, {model.name}",
+            )
 
 
 def _missing(model: str, prompts: int, count: int, folder: Path) -> str:

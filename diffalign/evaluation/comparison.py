@@ -135,11 +135,11 @@ class Comparison:
             (mean, low, high), with the 95 % interval clustered by prompt.
         """
         values = self.scores[model][self.scorers[0] if scorer is None else scorer]
-        return _mean(values)
+        return mean_of(values)
 
     def mean_diversity(self, model: str) -> tuple[float, float, float]:
         """Average the diversity of one model: (mean, low, high)."""
-        return _mean(self.diversity[model][:, None])
+        return mean_of(self.diversity[model][:, None])
 
     def categories(self, model: str, scorer: str | None = None) -> dict[str, tuple[int, WinRate]]:
         """Compute the win-rate against the base for every category of prompts.
@@ -213,13 +213,13 @@ class Comparison:
             name = model.name
             content["models"][name] = {
                 "described": model.described,
-                "scores": {s: _interval(self.mean(name, s)) for s in self.scorers},
+                "scores": {s: interval(self.mean(name, s)) for s in self.scorers},
                 "missing": {s: int(np.isnan(self.scores[name][s]).sum()) for s in self.scorers},
-                "diversity": {"kind": self.diversity_kind, **_interval(self.mean_diversity(name))},
+                "diversity": {"kind": self.diversity_kind, **interval(self.mean_diversity(name))},
             }
         for name in self.tuned:
             content["comparisons"][name] = {s: self._against_base(name, s) for s in self.scorers}
-        return _plain(content)
+        return plain(content)
 
     def _against_base(self, model: str, scorer: str) -> dict[str, Any]:
         """Collect what one scorer says of one model against the base."""
@@ -243,18 +243,21 @@ def image_name(model: str, prompt: int, number: int) -> str:
     return f"images/{model}/{prompt:05d}-{number:03d}.png"
 
 
-def _mean(values: Array) -> tuple[float, float, float]:
+def mean_of(values: Array) -> tuple[float, float, float]:
+    """Average (P, N) values: (mean, low, high), the interval clustered by prompt."""
     per_prompt = nanmean(values)
     return (float(nanmean(per_prompt[None])[0]), *clustered_bootstrap(values))
 
 
-def _interval(values: tuple[float, float, float]) -> dict[str, float]:
+def interval(values: tuple[float, float, float]) -> dict[str, float]:
+    """Name the parts of (mean, low, high)."""
     return dict(zip(("mean", "low", "high"), values, strict=True))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return values for JSON, None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -336,8 +339,13 @@ def notes(c: Comparison) -> list[str]:
 
 def tables(c: Comparison) -> str:
     """Write all tables and notes as markdown."""
+    return markdown(all_tables(c), notes(c))
+
+
+def markdown(sections: list[Table], sentences: list[str]) -> str:
+    """Write tables, and sentences below them, as markdown."""
     lines = []
-    for title, header, rows in all_tables(c):
+    for title, header, rows in sections:
         lines += [f"**{title}**", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    return "\n".join([*lines, *notes(c)])
+    return "\n".join([*lines, *sentences])

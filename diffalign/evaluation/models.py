@@ -57,6 +57,8 @@ class ModelSpec:
         steer (`dict` or `FKSteering`, *optional*): Arguments of `FKSteering` with its
             ``scorer``, or an `FKSteering`. The best particle of every population is the
             image.
+        guidance_scale (`float`, *optional*): Guidance of this model alone. Defaults to
+            that of the call.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ModelSpec:
     alpha: float = 1.0
     beta: float = 1.0
     steer: Mapping[str, Any] | FKSteering | None = None
+    guidance_scale: float | None = None
 
     @property
     def described(self) -> str:
@@ -84,6 +87,8 @@ class ModelSpec:
             else:
                 options = f"num_particles {self.steer.num_particles}"
             parts.append(f"steered ({options}), best particle")
+        if self.guidance_scale is not None:
+            parts.append(f"guidance {self.guidance_scale:g}")
         return ", ".join(parts)
 
     def fingerprint(self) -> str:
@@ -108,6 +113,8 @@ class ModelSpec:
         if self.steer is not None and not isinstance(self.steer, Mapping):
             steer = self.steer.fingerprint()
         text += repr((self.lora_scale, self.alpha, self.beta, steer))
+        if self.guidance_scale is not None:
+            text += f"-guidance {self.guidance_scale}"
         return text_hash(text)[:16]
 
 
@@ -149,6 +156,13 @@ def parse_model(
         if not finite.holds(number):
             raise ConfigError(f"{field}.{key}", f"expected a number, got {shown(number)}")
         values[key] = float(number)
+    guidance = values.get("guidance_scale")
+    if guidance is not None:
+        if not finite.holds(guidance):
+            raise ConfigError(
+                f"{field}.guidance_scale", f"expected a number, got {shown(guidance)}"
+            )
+        values["guidance_scale"] = float(guidance)
     _check_files(values, field)
     name = str(values.get("name") or _name(values, base))
     if not re.fullmatch(r"[A-Za-z0-9._@-]+", name) or name.startswith("."):

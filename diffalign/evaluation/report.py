@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..generation.grids import models_grid
-from ..runtime.files import write_atomically
+from ..runtime.files import save_image, write_atomically
 from ..runtime.templates import render
 from .comparison import all_tables, notes, tables
 from .formatting import rate
@@ -33,17 +34,16 @@ def write(c: Comparison) -> None:
     from .comparison import save_results
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(_records(c)), buffer)
+    pq.write_table(pa.Table.from_pylist(records(c)), buffer)
     write_atomically(c.folder / "scores.parquet", buffer.getvalue())
-    picture = io.BytesIO()
-    _grid(c).save(picture, "png")
-    write_atomically(c.folder / "grid.png", picture.getvalue())
+    names = [model.name for model in c.models]
+    save_image(grid(c, names, names), c.folder / "grid.png")
     write_atomically(c.folder / "table.md", (tables(c) + "\n").encode())
     write_atomically(c.folder / "report.html", page(c).encode())
     save_results(c)
 
 
-def _records(c: Comparison) -> list[dict[str, Any]]:
+def records(c: Comparison) -> list[dict[str, Any]]:
     """Collect the rows of ``scores.parquet``, one per image."""
     from ..runtime.seeds import image_seed
     from .comparison import image_name
@@ -67,15 +67,19 @@ def _records(c: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _grid(c: Comparison) -> Image.Image:
-    """Draw some prompts under all models, evenly spread over the prompts."""
+def grid(c: Comparison, names: Sequence[str], headings: Sequence[str]) -> Image.Image:
+    """Draw some prompts under some models, evenly spread over the prompts.
+
+    Args:
+        c (`Comparison`): Holds the images.
+        names (`Sequence[str]`): Names of the models.
+        headings (`Sequence[str]`): One per model.
+    """
     step = max(1, len(c.prompts.prompts) // GRID_ROWS)
     picks = list(range(0, len(c.prompts.prompts), step))[:GRID_ROWS]
-    count = min(c.num_images, GRID_IMAGES if len(c.models) < 4 else 1)
-    rows = [(c.prompts.prompts[p], [c.images(m.name, p)[:count] for m in c.models]) for p in picks]
-    return models_grid(
-        rows, [m.name for m in c.models], columns=2 if len(c.models) * count <= 4 else 1
-    )
+    count = min(c.num_images, GRID_IMAGES if len(names) < 4 else 1)
+    rows = [(c.prompts.prompts[p], [c.images(name, p)[:count] for name in names]) for p in picks]
+    return models_grid(rows, headings, columns=2 if len(names) * count <= 4 else 1)
 
 
 def page(c: Comparison) -> str:

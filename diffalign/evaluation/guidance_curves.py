@@ -1,0 +1,397 @@
+"""Compare models over guidance scales, each at its own best one.
+
+Guidance raises the scores of a model, and a tuned model may do no more than that. So
+the question is whether the tuned model at its best guidance beats the base at its best
+guidance. The best scale of each model is chosen on one half of the prompts, and the
+models are compared on the other half.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config.ranges import finite
+from ..config.yaml_text import shown
+from ..data.prompt_sets import PromptSet
+from ..errors import ConfigError
+from ..runtime.files import write_atomically
+from .compare import measure, read_models
+from .comparison import Array, Comparison, Table, interval, markdown, mean_of, notes, plain
+from .formatting import few_prompts, number, rate
+from .models import ModelLike, ModelSpec
+from .statistics import WinRate, nanmean, sign_test, win_rate
+
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
+LEAST_PROMPTS = 4
+"""With fewer prompts, neither half has two of them."""
+
+
+def compare_guidance(
+    base: ModelLike,
+    tuned: ModelLike | Sequence[ModelLike],
+    prompts: str | Iterable[str] = "shapes",
+    scorers: object = None,
+    *,
+    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
+    output_dir: str | Path = "diffalign-comparison",
+    verbose: bool = False,
+    **options: Any,
+) -> GuidanceCurves:
+    """Compare models at several guidance scales, and each at its own best one.
+
+    Every model draws the same prompts from the same noise at every scale. Finished
+    images and scores stay in `output_dir`, as in `compare`, and scales can be added.
+
+    Args:
+        base: Model that the others are compared with, see `compare`.
+        tuned: One model or a sequence of them, see `compare`.
+        prompts (`str` or `Iterable[str]`, defaults to ``shapes``): At least four, see
+            `compare`. The best scales are chosen on the first, third, ... of them, and
+            reported on the others.
+        scorers (*optional*): See `compare`. The first one chooses the best scales.
+        guidance_scales (`Sequence[float]`): At least two different scales. Defaults to
+            1, 2, 3, 5 and 7.
+        output_dir (`str` or `Path`, defaults to ``diffalign-comparison``): Folder for
+            the results.
+        verbose (`bool`, defaults to `False`): Print the tables.
+        options: The other arguments of `compare`, such as `num_images`, `seed`,
+            `max_prompts` and `num_inference_steps`.
+
+    Returns:
+        `GuidanceCurves` with the scores. Tables, pictures and a report are in
+        `output_dir`.
+
+    Raises:
+        UserError: Models, prompts, scorers or scales do not fit, which is found before
+            anything is drawn.
+
+    Example:
+        >>> from diffalign import compare_guidance
+        >>> curves = compare_guidance(
+        ...     "shapes",
+        ...     "again=shapes",
+        ...     guidance_scales=[1, 3],
+        ...     max_prompts=4,
+        ...     num_images=1,
+        ...     num_inference_steps=2,
+        ...     output_dir="guidance",
+        ... )
+        >>> curves.best("again") == curves.best("base"), curves.win_rate("again").rate
+        (True, 0.5)
+    """
+    if "guidance_scale" in options:
+        raise ConfigError("guidance_scale", "guidance_scales says all scales; leave it out")
+    scales = read_scales(guidance_scales)
+    arms = read_models(base, tuned)
+    for arm in arms:
+        if arm.guidance_scale is not None:
+            raise ConfigError(
+                f"{arm.name}.guidance_scale", "guidance_scales says all scales; leave it out"
+            )
+    models = [
+        dataclasses.replace(arm, name=model_name(arm.name, scale), guidance_scale=scale)
+        for arm in arms
+        for scale in scales
+    ]
+    comparison, is_main = measure(
+        models,
+        prompts,
+        scorers,
+        output_dir=output_dir,
+        check=_enough_prompts,
+        # Without the scales, so that some can be added later.
+        identity={"models": {arm.name: arm.fingerprint() for arm in arms}, "curves": True},
+        **options,
+    )
+    curves = GuidanceCurves(comparison, arms, scales)
+    if is_main:
+        from .guidance_report import write
+
+        write(curves)
+        if verbose:
+            print(curves.table())
+    return curves
+
+
+def read_scales(scales: Sequence[float], field: str = "guidance_scales") -> list[float]:
+    """Check guidance scales.
+
+    Args:
+        scales (`Sequence[float]`): The scales.
+        field (`str`, *optional*): Name of the option, for error messages.
+
+    Returns:
+        `list[float]`: The scales, smallest first.
+
+    Raises:
+        ConfigError: They are not at least two different numbers.
+    """
+    numbers = list(scales) if isinstance(scales, Sequence) and not isinstance(scales, str) else []
+    if not all(finite.holds(scale) for scale in numbers) or len(set(numbers)) < 2:
+        raise ConfigError(
+            field, f"expected at least two different numbers, e.g. 1,3,5, got {shown(scales)}"
+        )
+    return sorted({float(scale) for scale in numbers})
+
+
+def _enough_prompts(prompts: PromptSet) -> None:
+    if len(prompts.prompts) < LEAST_PROMPTS:
+        raise ConfigError(
+            "prompts",
+            f"the best guidance is chosen on one half of them and reported on the other, which "
+            f"needs at least {LEAST_PROMPTS}, got {len(prompts.prompts)}",
+        )
+
+
+def model_name(arm: str, scale: float) -> str:
+    """Name a model at one guidance scale, as in its folder of images."""
+    return f"{arm}@g{scale:g}"
+
+
+@dataclass
+class GuidanceCurves:
+    """The result of `compare_guidance`.
+
+    Attributes:
+        comparison (`Comparison`): The scores of all models at all scales. Its models
+            are named ``NAME@gSCALE``.
+        arms (`list[ModelSpec]`): The base first, then the tuned models.
+        scales (`list[float]`): The guidance scales, smallest first.
+
+    Example:
+        >>> from diffalign import compare_guidance
+        >>> curves = compare_guidance(
+        ...     "shapes",
+        ...     "again=shapes",
+        ...     guidance_scales=[1, 3],
+        ...     max_prompts=4,
+        ...     num_images=1,
+        ...     num_inference_steps=2,
+        ...     output_dir="guidance",
+        ... )
+        >>> [scale for scale, *_ in curves.curve("again")]
+        [1.0, 3.0]
+    """
+
+    comparison: Comparison
+    arms: list[ModelSpec]
+    scales: list[float]
+
+    @property
+    def base(self) -> str:
+        """The name of the model that the others are compared with."""
+        return self.arms[0].name
+
+    @property
+    def tuned(self) -> list[str]:
+        """The names of the other models."""
+        return [arm.name for arm in self.arms[1:]]
+
+    @property
+    def folder(self) -> Path:
+        """Holds the images, tables and the report."""
+        return self.comparison.folder
+
+    @property
+    def scorers(self) -> list[str]:
+        """The names of the scorers. The first one chooses the best scales."""
+        return self.comparison.scorers
+
+    def signed(self, arm: str, scale: float, scorer: str | None = None) -> Array:
+        """Return the scores of a model at one scale, (P, N), higher is better.
+
+        Args:
+            arm (`str`): Name of the model.
+            scale (`float`): One of `scales`.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Raises:
+            ConfigError: There is no such model, scale or scorer.
+        """
+        known = [a.name for a in self.arms]
+        if arm not in known:
+            raise ConfigError("model", f"expected one of {', '.join(known)}, got {arm!r}")
+        if scale not in self.scales:
+            scales = ", ".join(f"{s:g}" for s in self.scales)
+            raise ConfigError("guidance_scale", f"expected one of {scales}, got {scale!r}")
+        return self.comparison.signed(model_name(arm, scale), scorer)
+
+    def best(self, arm: str) -> float:
+        """Return the scale with the highest mean on the prompts that choose.
+
+        These are the first, third, fifth, ... of the prompts. Of equal scales the
+        smallest is the best.
+
+        Args:
+            arm (`str`): Name of the model.
+        """
+        rows = [self.signed(arm, scale)[::2] for scale in self.scales]
+        means = np.array([nanmean(nanmean(scores)[None])[0] for scores in rows])
+        return self.scales[int(np.argmax(np.where(np.isnan(means), -np.inf, means)))]
+
+    def at_best(self, arm: str, scorer: str | None = None) -> Array:
+        """Return the scores at the model's best scale on the prompts that report.
+
+        Args:
+            arm (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Returns:
+            Scores of the second, fourth, sixth, ... prompt, higher is better.
+        """
+        return self.signed(arm, self.best(arm), scorer)[1::2]
+
+    def win_rate(self, arm: str, scorer: str | None = None) -> WinRate:
+        """Compute how often a model beats the base, both at their best scales."""
+        return win_rate(self.at_best(self.base, scorer), self.at_best(arm, scorer))
+
+    def sign_test(self, arm: str, scorer: str | None = None) -> float:
+        """Compute the p value of the sign test over prompts for `win_rate`."""
+        return sign_test(self.at_best(self.base, scorer), self.at_best(arm, scorer))
+
+    def gain(self, arm: str, scorer: str | None = None) -> tuple[float, float, float]:
+        """Compute the mean difference to the base, both at their best scales.
+
+        Returns:
+            (mean, low, high), positive where the model is better, with the 95 %
+            interval clustered by prompt.
+        """
+        return mean_of(self.at_best(arm, scorer) - self.at_best(self.base, scorer))
+
+    def win_rate_at(self, arm: str, scale: float, scorer: str | None = None) -> WinRate:
+        """Compute how often a model beats the base at one scale, on all prompts."""
+        return win_rate(self.signed(self.base, scale, scorer), self.signed(arm, scale, scorer))
+
+    def curve(
+        self, arm: str, scorer: str | None = None
+    ) -> list[tuple[float, tuple[float, float, float], float]]:
+        """Return quality and diversity of a model at every scale, on all prompts.
+
+        Args:
+            arm (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+
+        Returns:
+            Per scale: the scale, the mean score with its 95 % interval, and the mean
+            diversity. Scores are as the scorer gave them.
+        """
+        names = [(scale, model_name(arm, scale)) for scale in self.scales]
+        c = self.comparison
+        return [(scale, c.mean(name, scorer), c.mean_diversity(name)[0]) for scale, name in names]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Collect everything but images and single scores, for JSON."""
+        c = self.comparison
+        content: dict[str, Any] = {
+            "prompts": c.prompts.facts(),
+            "num_images": c.num_images,
+            "base": self.base,
+            "guidance_scales": self.scales,
+            "models": {},
+            "comparisons": {},
+            **c.facts,
+        }
+        for arm in self.arms:
+            content["models"][arm.name] = {
+                "described": arm.described,
+                "best_guidance_scale": self.best(arm.name),
+                "scores": {
+                    scorer: {
+                        f"{scale:g}": interval(mean)
+                        for scale, mean, _ in self.curve(arm.name, scorer)
+                    }
+                    for scorer in self.scorers
+                },
+                "diversity": {f"{scale:g}": value for scale, _, value in self.curve(arm.name)},
+            }
+        for name in self.tuned:
+            content["comparisons"][name] = {
+                scorer: {
+                    **dataclasses.asdict(self.win_rate(name, scorer)),
+                    "sign_test": self.sign_test(name, scorer),
+                    "gain": interval(self.gain(name, scorer)),
+                    "at_equal_guidance": {
+                        f"{scale:g}": dataclasses.asdict(self.win_rate_at(name, scale, scorer))
+                        for scale in self.scales
+                    },
+                }
+                for scorer in self.scorers
+            }
+        return plain(content)
+
+    def table(self) -> str:
+        """Write the tables of the report as markdown."""
+        return markdown(all_tables(self), all_notes(self))
+
+
+def all_tables(curves: GuidanceCurves) -> list[Table]:
+    """Make the tables that the markdown and the page show."""
+    first = curves.scorers[0]
+    header = [
+        "model",
+        "guidance",
+        "scorer",
+        "win-rate % (95 %)",
+        "difference (95 %)",
+        "sign test p",
+    ]
+    rows = [
+        [
+            name,
+            f"{curves.best(name):g}",
+            scorer,
+            rate(curves.win_rate(name, scorer)),
+            number(*curves.gain(name, scorer)),
+            f"{curves.sign_test(name, scorer):.2g}",
+        ]
+        for name in curves.tuned
+        for scorer in curves.scorers
+    ]
+    at_best = f"Each at its best guidance, against {curves.base} at {curves.best(curves.base):g}"
+    result: list[Table] = [(at_best, header, rows)]
+    columns = ["model", *(f"guidance {scale:g}" for scale in curves.scales)]
+    for scorer in curves.scorers:
+        means = [
+            [arm.name, *(number(*mean) for _, mean, _ in curves.curve(arm.name, scorer))]
+            for arm in curves.arms
+        ]
+        result.append((f"Mean of {scorer} (95 %)", columns, means))
+    spread = [
+        [arm.name, *(number(value) for _, _, value in curves.curve(arm.name))]
+        for arm in curves.arms
+    ]
+    if curves.comparison.num_images > 1:
+        result.append((f"Diversity ({curves.comparison.diversity_kind})", columns, spread))
+    equal = [
+        [name, *(rate(curves.win_rate_at(name, scale)) for scale in curves.scales)]
+        for name in curves.tuned
+    ]
+    title = f"At equal guidance, win-rate % against {curves.base} by {first} (95 %)"
+    result.append((title, columns, equal))
+    return result
+
+
+def all_notes(curves: GuidanceCurves) -> list[str]:
+    """Say what a reader must know of the numbers."""
+    total = len(curves.comparison.prompts.prompts)
+    half = [f"First table: {sentence}" for sentence in few_prompts(total // 2)]
+    return [
+        "The best guidance of each model is the one with the highest mean of "
+        f"{curves.scorers[0]} on {(total + 1) // 2} of the prompts (the first, third, ...). The "
+        f"first table is of the other {total // 2}, the other tables are of all.",
+        *half,
+        *notes(curves.comparison),
+    ]
+
+
+def save_results(curves: GuidanceCurves) -> None:
+    """Write ``results.json``, last, because it says that the comparison is complete."""
+    content = json.dumps(curves.to_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
+    write_atomically(curves.folder / "results.json", content.encode())
