@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..config.ranges import count, finite, not_negative, seed, side, steps
+from ..config.ranges import count, finite, not_negative, read_scales, seed, side, steps
 from ..config.yaml_text import read_yaml_text
 from ..errors import ConfigError, UserError
 from ..runtime.distributed import process_rank
@@ -129,8 +129,6 @@ def run(options: argparse.Namespace) -> int:
     if options.guidance_scales is not None:
         if options.guidance_scale is not None:
             raise ConfigError("--guidance_scale", "--guidance_scales says all scales; leave it out")
-        from ..evaluation.guidance_curves import read_scales
-
         scales = read_scales(scales, "--guidance_scales")
     tuned = _tuned(options)
     call = {

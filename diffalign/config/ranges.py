@@ -210,3 +210,24 @@ Steps = Annotated[int, steps]
 """Steps of a sampler, 1 to 1000."""
 Seed = Annotated[int, seed]
 """0 to 2^63 - 1."""
+
+
+def read_scales(scales: Sequence[float], field: str = "guidance_scales") -> list[float]:
+    """Check guidance scales.
+
+    Args:
+        scales (`Sequence[float]`): The scales.
+        field (`str`, *optional*): Name of the option, for error messages.
+
+    Returns:
+        `list[float]`: The scales, smallest first.
+
+    Raises:
+        ConfigError: They are not at least two different numbers.
+    """
+    numbers = list(scales) if isinstance(scales, Sequence) and not isinstance(scales, str) else []
+    if not all(finite.holds(scale) for scale in numbers) or len(set(numbers)) < 2:
+        raise ConfigError(
+            field, f"expected at least two different numbers, e.g. 1,3,5, got {shown(scales)}"
+        )
+    return sorted({float(scale) for scale in numbers})

@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.ranges import finite
-from ..config.yaml_text import shown
-from ..data.prompt_sets import PromptSet
+from ..config.ranges import read_scales
 from ..errors import ConfigError
 from ..runtime.files import write_atomically
 from .compare import measure, read_models
@@ -31,6 +29,8 @@ from .statistics import WinRate, nanmean, sign_test, win_rate
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
 LEAST_PROMPTS = 4
 """With fewer prompts, neither half has two of them."""
+CHOOSING, REPORTING = slice(0, None, 2), slice(1, None, 2)
+"""The prompts that choose a model's best scale, and those that it is compared on."""
 
 
 def compare_guidance(
@@ -105,7 +105,7 @@ def compare_guidance(
         prompts,
         scorers,
         output_dir=output_dir,
-        check=_enough_prompts,
+        check=lambda prompt_set: check_prompts(len(prompt_set.prompts)),
         # Without the scales, so that some can be added later.
         identity={"models": {arm.name: arm.fingerprint() for arm in arms}, "curves": True},
         **options,
@@ -120,34 +120,32 @@ def compare_guidance(
     return curves
 
 
-def read_scales(scales: Sequence[float], field: str = "guidance_scales") -> list[float]:
-    """Check guidance scales.
-
-    Args:
-        scales (`Sequence[float]`): The scales.
-        field (`str`, *optional*): Name of the option, for error messages.
-
-    Returns:
-        `list[float]`: The scales, smallest first.
+def check_prompts(count: int, field: str = "prompts") -> None:
+    """Refuse too few prompts.
 
     Raises:
-        ConfigError: They are not at least two different numbers.
+        ConfigError: One half of the prompts cannot choose for the other.
     """
-    numbers = list(scales) if isinstance(scales, Sequence) and not isinstance(scales, str) else []
-    if not all(finite.holds(scale) for scale in numbers) or len(set(numbers)) < 2:
+    if count < LEAST_PROMPTS:
         raise ConfigError(
-            field, f"expected at least two different numbers, e.g. 1,3,5, got {shown(scales)}"
+            field,
+            "the best guidance is chosen on one half of them and reported on the other, which "
+            f"needs at least {LEAST_PROMPTS}, got {count}",
         )
-    return sorted({float(scale) for scale in numbers})
 
 
-def _enough_prompts(prompts: PromptSet) -> None:
-    if len(prompts.prompts) < LEAST_PROMPTS:
-        raise ConfigError(
-            "prompts",
-            f"the best guidance is chosen on one half of them and reported on the other, which "
-            f"needs at least {LEAST_PROMPTS}, got {len(prompts.prompts)}",
-        )
+def best_index(scores: Sequence[Array]) -> int:
+    """Find the scale with the highest mean on the prompts that choose.
+
+    Args:
+        scores (`Sequence[ndarray]`): Scores at each scale, (P, N), higher is better.
+            NaN means missing.
+
+    Returns:
+        `int`: The index of the scale, the first of equal ones.
+    """
+    means = np.array([nanmean(nanmean(values[CHOOSING])[None])[0] for values in scores])
+    return int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
 
 
 def model_name(arm: str, scale: float) -> str:
@@ -232,9 +230,7 @@ class GuidanceCurves:
         Args:
             arm (`str`): Name of the model.
         """
-        rows = [self.signed(arm, scale)[::2] for scale in self.scales]
-        means = np.array([nanmean(nanmean(scores)[None])[0] for scores in rows])
-        return self.scales[int(np.argmax(np.where(np.isnan(means), -np.inf, means)))]
+        return self.scales[best_index([self.signed(arm, scale) for scale in self.scales])]
 
     def at_best(self, arm: str, scorer: str | None = None) -> Array:
         """Return the scores at the model's best scale on the prompts that report.
@@ -246,7 +242,7 @@ class GuidanceCurves:
         Returns:
             Scores of the second, fourth, sixth, ... prompt, higher is better.
         """
-        return self.signed(arm, self.best(arm), scorer)[1::2]
+        return self.signed(arm, self.best(arm), scorer)[REPORTING]
 
     def win_rate(self, arm: str, scorer: str | None = None) -> WinRate:
         """Compute how often a model beats the base, both at their best scales."""

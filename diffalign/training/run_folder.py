@@ -49,8 +49,8 @@ def _remove_leftovers(folder: Path) -> None:
     (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
     for pattern in (
         "samples/step-*.png",
-        "samples/base/*.png",
-        "samples/base/*.missing",
+        "samples/base*/*.png",
+        "samples/base*/*.missing",
         "pool/*.safetensors",
     ):
         for path in folder.glob(pattern):

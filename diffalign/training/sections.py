@@ -6,7 +6,7 @@ import re
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ..config.ranges import BatchSize, Count, Decay, Range, Seed, Steps, count
+from ..config.ranges import BatchSize, Count, Decay, Range, Seed, Steps, count, read_scales
 from ..config.section import config_section
 from ..config.yaml_text import shown
 from ..errors import ConfigError
@@ -128,8 +128,18 @@ class ValidationConfig:
     """Sampler steps; None takes the pipeline's default."""
     guidance_scale: float | None = None
     """Guidance; None takes the pipeline's default."""
+    guidance_scales: list[float] = field(default_factory=list)
+    """In place of `guidance_scale`: draw and score at each of these, e.g. [1, 3, 7].
+    The best one of each model is chosen by the first scorer on half of the prompts, and
+    the models are compared at these on the other half."""
 
     def __post_init__(self) -> None:
+        if self.guidance_scales:
+            self.guidance_scales = read_scales(self.guidance_scales)
+            if self.guidance_scale is not None:
+                raise ConfigError("guidance_scale", "guidance_scales says all scales; leave it out")
+            if not self.scorers:
+                raise ConfigError("guidance_scales", "name scorers, which choose the best scale")
         if self.prompts is not None and self.validation_prompts:
             raise ConfigError("prompts", "give validation_prompts or prompts, not both")
         if not self.validation_prompts and self.prompts is None:
@@ -144,6 +154,7 @@ class ValidationConfig:
             )
 
     def pipe_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call."""
         named = {
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,

@@ -26,7 +26,8 @@ from ..data.prompt_sets import load_prompts
 from ..errors import UserError
 from ..evaluation.diversity import Diversity
 from ..evaluation.formatting import few_prompts
-from ..evaluation.statistics import nanmean, win_rate
+from ..evaluation.guidance_curves import REPORTING, best_index, check_prompts
+from ..evaluation.statistics import Array, nanmean, win_rate
 from ..generation.grids import comparison_grid
 from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..runtime.files import write_atomically
@@ -70,6 +71,8 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
     from ..rewards.registry import get_spec
 
     prompts = validation_prompts(config)
+    if config.guidance_scales:
+        check_prompts(len(prompts), "validation.prompts")
     few = (
         [f"validation: {sentence}" for sentence in few_prompts(len(prompts))]
         if config.scorers
@@ -89,6 +92,11 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
         f"validation: {config.keep_best} also judges the training, so it cannot show "
         "over-optimisation; keep the best by another scorer",
     ]
+
+
+def _mean(values: Array) -> float:
+    """Average all values that are not NaN."""
+    return float(nanmean(values.reshape(1, -1))[0])
 
 
 def _deciding(scorers: Any) -> set[str]:
@@ -125,8 +133,9 @@ class Validation:
     """Validates one run. Every process has one, and the main process draws and scores.
 
     Images of the starting weights are drawn once, before the first step, into
-    `samples/base`. No second model is needed later, and a resumed run reads them back.
-    The best weights are in `best/`, with their step and score in `validation.json`.
+    `samples/base` (`samples/base@g3` at a guidance of 3 of several). No second model is
+    needed later, and a resumed run reads them back. The best weights are in `best/`,
+    with their step and score in `validation.json`.
 
     Args:
         config (`ValidationConfig`): Settings of the validation.
@@ -160,6 +169,7 @@ class Validation:
         count, seed = self.config.num_validation_images, self.config.validation_seed
         self.prompts = [p for p in self.distinct for _ in range(count)]
         self.seeds = [seed + i for _ in self.distinct for i in range(count)]
+        self.scales: list[float | None] = [*config.guidance_scales] or [None]
         self.panel: Panel | None = None
         if self.config.scorers and self.main:
             from ..rewards.panel import Panel
@@ -182,21 +192,27 @@ class Validation:
             fresh (`bool`): Whether the run is new. Files of an earlier run are then
                 removed.
         """
-        folder = self.folder / "base"
+        folders = [self.base_folder(scale) for scale in self.scales]
         if self.main and fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
             for name in (BEST, f".{BEST}.new", f".{BEST}.old"):
                 shutil.rmtree(self.output_dir / name, ignore_errors=True)
         elif self.main:
             self._recover()
-        files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
-        if not self.main or all(is_drawn(file) for file in files):
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        images = self._draw("validation (base)")
-        check_any(images, "before training")
-        for file, image in zip(files, images, strict=True):
-            save_drawn(image, file)
+        for folder, scale in zip(folders, self.scales, strict=True):
+            files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
+            if not self.main or all(is_drawn(file) for file in files):
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            images = self._draw("validation (base)", scale)
+            check_any(images, "before training")
+            for file, image in zip(files, images, strict=True):
+                save_drawn(image, file)
+
+    def base_folder(self, scale: float | None) -> Path:
+        """Name the folder with images of the starting weights at one guidance scale."""
+        return self.folder / ("base" if scale is None else f"base@g{scale:g}")
 
     def run(self, step: int, log: MetricLog) -> None:
         """Draw, score and log. With `keep_best`, save the weights if they are the best.
@@ -233,7 +249,10 @@ class Validation:
         Returns:
             `Validated`: The grid and the metrics.
         """
-        tuned, base = self._draw("validation"), self.base_images
+        drawn = [self._draw("validation", scale) for scale in self.scales]
+        scores = [self._scores(images) for images in drawn] if self.panel is not None else []
+        best, base_best = self._best_scale(scores), self._best_scale(self.base_scores)
+        tuned, base = drawn[best], self.base_images[base_best]
         missing = left_out(tuned, len(tuned), f"step {step}")
         if missing:
             self.accelerator.print(missing)
@@ -249,49 +268,69 @@ class Validation:
         temporary = result.path.with_name(f"{result.path.name}.tmp")
         result.grid.save(temporary, "png")
         os.replace(temporary, result.path)
-        if self.panel is not None:
-            scores = self._scores(tuned)
-            for name, values in scores.items():
-                rate = win_rate(self.base_scores[name], values)
-                sign = 1.0 if self.panel.specs[name].higher_is_better else -1.0
-                mean = float(nanmean(values.reshape(1, -1))[0])
+        if self.panel is None:
+            return result
+        several = len(self.scales) > 1
+        reported = REPORTING if several else slice(None)
+        for name in scores[best]:
+            sign = 1.0 if self.panel.specs[name].higher_is_better else -1.0
+            values, base_values = scores[best][name], self.base_scores[base_best][name]
+            values, base_values = values[reported], base_values[reported]
+            rate, mean = win_rate(base_values, values), _mean(values)
+            result.metrics |= {
+                f"validation/{name}": sign * mean,
+                f"validation/{name}/base": sign * _mean(base_values),
+                f"validation/{name}/win_rate": rate.rate,
+                f"validation/{name}/win_rate_low": rate.low,
+                f"validation/{name}/win_rate_high": rate.high,
+            }
+            if several:
                 result.metrics |= {
-                    f"validation/{name}": sign * mean,
-                    f"validation/{name}/base": sign
-                    * float(nanmean(self.base_scores[name].reshape(1, -1))[0]),
-                    f"validation/{name}/win_rate": rate.rate,
-                    f"validation/{name}/win_rate_low": rate.low,
-                    f"validation/{name}/win_rate_high": rate.high,
+                    f"validation/{name}/guidance_{scale:g}": sign * _mean(at_scale[name])
+                    for scale, at_scale in zip(self.config.guidance_scales, scores, strict=True)
                 }
-                if name == self.config.keep_best:
-                    # If images are missing, the mean is that of the others alone.
-                    # NaN is never better.
-                    result.value = (
-                        float("nan") if len(present(tuned)) < len(present(base)) else mean
-                    )
-            if count > 1:
-                result.metrics |= {
-                    "validation/diversity": self._diversity(tuned),
-                    "validation/diversity/base": self._diversity(base),
-                }
+            if name == self.config.keep_best:
+                # If images are missing, the mean is that of the others alone. NaN is
+                # never better.
+                result.value = float("nan") if len(present(tuned)) < len(present(base)) else mean
+        if several:
+            result.metrics |= {
+                "validation/guidance": self.config.guidance_scales[best],
+                "validation/guidance/base": self.config.guidance_scales[base_best],
+            }
+        if count > 1:
+            result.metrics |= {
+                "validation/diversity": self._diversity(tuned),
+                "validation/diversity/base": self._diversity(base),
+            }
         return result
 
+    def _best_scale(self, scores: list[dict[str, Array]]) -> int:
+        """Choose the best guidance scale by the first scorer, 0 without scores."""
+        return best_index([each[self.config.scorers[0]] for each in scores]) if scores else 0
+
     @cached_property
-    def base_images(self) -> list[MaybeImage]:
-        """Images of the starting weights."""
-        files = [
-            drawn_file(self.folder / "base" / f"{i:04d}.png") for i in range(len(self.prompts))
-        ]
+    def base_images(self) -> list[list[MaybeImage]]:
+        """Images of the starting weights at each guidance scale."""
         return [
-            file if isinstance(file, Missing) else Image.open(file).convert("RGB") for file in files
+            [
+                file if isinstance(file, Missing) else Image.open(file).convert("RGB")
+                for file in (drawn_file(folder / f"{i:04d}.png") for i in range(len(self.prompts)))
+            ]
+            for folder in map(self.base_folder, self.scales)
         ]
 
     @cached_property
-    def base_scores(self) -> dict[str, Any]:
-        """Scores of `base_images` by scorer, (prompts, images), higher is better."""
-        return self._scores(self.base_images)
+    def base_scores(self) -> list[dict[str, Array]]:
+        """Scores of `base_images` by scorer, (prompts, images), higher is better.
 
-    def _scores(self, images: list[MaybeImage]) -> dict[str, Any]:
+        Empty without scorers.
+        """
+        if self.panel is None:
+            return []
+        return [self._scores(images) for images in self.base_images]
+
+    def _scores(self, images: list[MaybeImage]) -> dict[str, Array]:
         assert self.panel is not None
         columns = self.panel.score(images, self.prompts, on_error="nan").columns
         signs = {name: 1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in columns}
@@ -311,7 +350,8 @@ class Validation:
                 distances.append(distance(drawn))
         return float(np.mean(distances)) if distances else float("nan")
 
-    def _draw(self, description: str) -> list[MaybeImage]:
+    def _draw(self, description: str, scale: float | None = None) -> list[MaybeImage]:
+        guidance = {} if scale is None else {"guidance_scale": scale}
         network = self.network
         training = network.training
         network.eval()
@@ -325,7 +365,7 @@ class Validation:
                     self.seeds,
                     batch_size=8,
                     description=description,
-                    **self.config.pipe_kwargs(),
+                    **self.config.pipe_kwargs() | guidance,
                 )
         finally:
             network.train(training)

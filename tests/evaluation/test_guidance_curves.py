@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from diffalign import cli, compare, compare_guidance
+from diffalign.config.ranges import read_scales
 from diffalign.data.prompt_sets import load_prompts
 from diffalign.errors import ConfigError
 from diffalign.evaluation.comparison import Comparison
-from diffalign.evaluation.guidance_curves import GuidanceCurves, model_name, read_scales
+from diffalign.evaluation.guidance_curves import GuidanceCurves, model_name
 from diffalign.evaluation.guidance_report import headline, page, picture_of
 from diffalign.evaluation.models import ModelSpec, parse_model
 from diffalign.evaluation.statistics import win_rate

@@ -81,7 +81,7 @@ def test_numbers_are_the_evaluations(straight: Any) -> None:
     again = straight._build_validation()
     with straight.averaged_weights():
         tuned = again._draw("again")
-    base = again.base_images
+    base = again.base_images[0]
     scores = [np.array(brightness(images)).reshape(3, 2) for images in (base, tuned)]
     expected = win_rate(scores[0], scores[1])
     last = metrics(straight.output_dir)[-1]
@@ -96,6 +96,37 @@ def test_numbers_are_the_evaluations(straight: Any) -> None:
     assert last["validation/diversity"] == pytest.approx(
         np.mean([Diversity()(tuned[i : i + 2]) for i in (0, 2, 4)])
     )
+
+
+def test_each_model_is_judged_at_its_best_guidance(tmp_path: Path) -> None:
+    prompts = ["a cat", "a dog", "two birds", "a red car"]
+    settings = config(
+        validation_prompts=prompts, num_validation_images=2, guidance_scales=[6.0, 1.0]
+    )
+    assert settings.guidance_scales == [1.0, 6.0]
+    trainer = make_trainer(tmp_path / "run", options={"validation": settings}, **OPTIONS)
+    trainer.train()
+    again = trainer._build_validation()
+    shape, last = (4, 2), metrics(trainer.output_dir)[-1]
+    with trainer.averaged_weights():
+        drawn = [again._draw("again", scale) for scale in (1.0, 6.0)]
+    tuned, base = (
+        [np.array(brightness(images)).reshape(shape) for images in each]
+        for each in (drawn, again.base_images)
+    )
+    best, base_best = (int(np.argmax([s[::2].mean() for s in each])) for each in (tuned, base))
+    assert last["validation/guidance"] == [1.0, 6.0][best]
+    assert last["validation/guidance/base"] == [1.0, 6.0][base_best]
+    name = "validation/validation-brightness"
+    for scale, scores in zip(("1", "6"), tuned, strict=True):
+        assert last[f"{name}/guidance_{scale}"] == pytest.approx(scores.mean())
+    reported, base_reported = tuned[best][1::2], base[base_best][1::2]
+    assert last[name] == pytest.approx(reported.mean())
+    assert last[f"{name}/base"] == pytest.approx(base_reported.mean())
+    assert last[f"{name}/win_rate"] == win_rate(base_reported, reported).rate
+    samples = trainer.output_dir / "samples"
+    assert sorted(p.name for p in samples.glob("base*")) == ["base@g1", "base@g6"]
+    assert not np.array_equal(base[0], base[1])  # guidance changes the images
 
 
 def test_the_best_weights_are_kept(straight: Any) -> None:
@@ -266,6 +297,15 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
         ({"validation_prompts": []}, "validation_prompts: expected at least one"),
         ({"prompts": "shapes"}, "prompts: give validation_prompts or prompts, not both"),
         ({"max_prompts": 0}, "max_prompts: expected int >= 1, got 0"),
+        ({"guidance_scales": [3.0]}, "guidance_scales: expected at least two different numbers"),
+        (
+            {"guidance_scales": [1.0, 3.0], "guidance_scale": 2.0},
+            "guidance_scale: guidance_scales says all scales",
+        ),
+        (
+            {"guidance_scales": [1.0, 3.0], "scorers": [], "keep_best": None},
+            "guidance_scales: name scorers, which choose the best scale",
+        ),
     ],
 )
 def test_configs_that_do_not_fit(changes: dict[str, Any], says: str) -> None:
@@ -278,6 +318,9 @@ def test_mistakes_before_weights_are_loaded() -> None:
         check_validation(ValidationConfig(["a cat"], scorers=["pickscor"]), None)
     with pytest.raises(UserError, match="neither a file"):
         check_validation(ValidationConfig(prompts="nowhere"), None)
+    scales = ValidationConfig(["a cat"] * 3, scorers=["shapes"], guidance_scales=[1, 3])
+    with pytest.raises(UserError, match="validation.prompts: .* needs at least 4, got 3"):
+        check_validation(scales, None)
     with pytest.raises(UserError, match="geneval needs metadata"):
         check_validation(ValidationConfig(["a cat"], scorers=["geneval"]), None)
 
