@@ -72,7 +72,7 @@ UNIT: dict[str, tuple[str, ...]] = {
     "methods/test_self_npo.py": (
         "test_golden_values",
         "test_gradient_is_the_formulas",
-        "test_the_renoised_marginal_is_the_processes_own",
+        "test_the_renoised_marginal_is_the_schedules_own",
         "test_grids_and_later_times",
     ),
     "methods/test_seppo.py": (
@@ -144,8 +144,9 @@ def by_default(keep: Callable[..., bool] | None = None, *, values: int | None = 
 
     Args:
         keep: Takes parameters of a case by name and says whether the case runs by
-        default. Without it, a case does if at most one of its parameters differs from
-        the first value in its list. So each value is met, but not each combination.
+            default. Without it, a case does if at most one of its parameters differs
+            from the first value in its list. So each value is met, but not each
+            combination.
         values: Of each parameter, only so many first values run by default.
 
     Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -56,7 +57,12 @@ class Backbone:
 
     @property
     def process(self) -> NoiseSchedule:
-        """Name of `schedule` before version 0.2. It goes in version 0.3."""
+        """Deprecated name of `schedule`. It goes in version 0.3."""
+        warnings.warn(
+            "process is now called schedule; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         return self.schedule
 
     # Components -----------------------------------------------------------------------

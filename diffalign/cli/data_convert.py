@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data import convert, load_preferences
 from .data_source import add_source_arguments, source_arguments
 
 
@@ -36,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: The source cannot be read, or the output folder is not empty.
     """
+    from ..data import convert, load_preferences
+
     dataset = load_preferences(**source_arguments(options))
     print(f"wrote {convert(dataset, options.output_dir, kind=options.kind)}")
     return 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data import format_inspection, load_preferences
-from ..data.inspect import first_group_picture, inspect
 from .data_source import add_source_arguments, source_arguments
 
 
@@ -42,8 +40,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: The source cannot be read.
     """
-    # No share of broken rows is too large here: they are what is looked for. Images are
-    # decoded by `inspect`.
+    from ..data import format_inspection, load_preferences
+    from ..data.inspect import first_group_picture, inspect
+
+    # Inspecting shows what is broken, so any share of broken rows is accepted. Images
+    # are decoded by `inspect`.
     dataset = load_preferences(
         **source_arguments(options),
         max_broken_fraction=1.0,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..data.config import read_columns
-
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the source.
@@ -45,6 +43,8 @@ def source_arguments(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: `--columns` cannot be read.
     """
+    from ..data.config import read_columns
+
     return {
         "source": options.source,
         "split": options.split,

@@ -33,7 +33,8 @@ Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 """Rows to look up, or a stream of them."""
 
 SourceLike: TypeAlias = (
-    "str | Path | Rows | datasets.DatasetDict | Sequence[Mapping[str, Any]] | None"
+    "str | Path | Rows | datasets.DatasetDict | datasets.IterableDatasetDict "
+    "| Sequence[Mapping[str, Any]] | None"
 )
 """A Hub id, a path, a `datasets` object or a list of rows, see `load_preferences`."""
 

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 ARMS = ("best_of_n", "steering")
 REWARD = "reward"
-Judge: TypeAlias = "str | Callable[..., Numbers]"
-"""A scorer, its name, or a function of images and prompts."""
 COUNTS = ("model_rows", "decodes", "scored_images", "reward_calls")
+
+JudgeLike: TypeAlias = "str | Callable[..., Numbers]"
+"""A scorer, its name, or a function of images and prompts."""
 
 
 @dataclass
@@ -229,7 +230,7 @@ def compare_best_of_n(
     prompts: str | Sequence[str],
     *,
     seeds: int | Sequence[int] = 1,
-    judges: Mapping[str, Judge] | Sequence[str] | None = None,
+    judges: Mapping[str, JudgeLike] | Sequence[str] | None = None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     progress: bool = True,
     **pipe_kwargs: Any,
@@ -311,7 +312,7 @@ def population_seed(seed: int, prompt: int) -> int:
     return seed * 1_000_003 + prompt
 
 
-def read_judges(judges: Mapping[str, Judge] | Sequence[str] | None) -> dict[str, Rewarder]:
+def read_judges(judges: Mapping[str, JudgeLike] | Sequence[str] | None) -> dict[str, Rewarder]:
     """Load judges.
 
     Args:

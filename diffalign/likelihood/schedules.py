@@ -104,7 +104,7 @@ class NoiseSchedule(Protocol):
         """Carry noisy samples to noisier times, (n, ...)."""
 
 
-class _Process:
+class _Schedule:
     """What both families compute from (alpha, sigma) alone."""
 
     def alpha_sigma(self, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class _Process:
         return _over(ratio, sample) * sample + _over(variance.clamp(min=0).sqrt(), sample) * noise
 
 
-class VariancePreserving(_Process):
+class VariancePreserving(_Schedule):
     """The schedule of Stable Diffusion 1, 2 and XL: alpha_t^2 + sigma_t^2 = 1.
 
     alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t), at the timesteps t
@@ -242,7 +242,7 @@ class VariancePreserving(_Process):
         return implied_x0_eps(output, sample, alpha, sigma, self.prediction_type)[1]
 
 
-class RectifiedFlow(_Process):
+class RectifiedFlow(_Schedule):
     """The schedule of Stable Diffusion 3 and Flux: straight lines from images to noise.
 
     x_s = (1 - s) x0 + s eps at sigmas s in (0, 1], and the network predicts the

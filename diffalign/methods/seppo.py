@@ -223,11 +223,11 @@ class SePPOTrainer(Trainer):
         return self.reference_model
 
     def build_source(self) -> RoundSource:
-        """Build a source that draws the reference's images of one optimizer step."""
-        return RoundSource(self._round, self.args.gradient_accumulation_steps)
+        """Build a source that draws the reference's images batch by batch."""
+        return RoundSource(self._round, 1)
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
-        """Choose the reference of a step and draw its images."""
+        """Choose the reference of the optimizer step and draw its images."""
         self.pool.choose(self.args.seed, self.state.global_step)
         return [self.with_rivals(batch) for batch in batches]
 

@@ -9,7 +9,7 @@ ranking.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -127,7 +127,7 @@ class ImageInput:
 
 
 ImageLike: TypeAlias = (
-    "decoding.ImageSource | np.ndarray | Tensor | Mapping[str, Any] | ImageInput | Missing"
+    "decoding.ImageSource | np.ndarray | Tensor | dict[str, Any] | ImageInput | Missing"
 )
 """One image in any form that `read_images` takes."""
 

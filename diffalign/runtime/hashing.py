@@ -1,4 +1,4 @@
-"""Hashes of contents: texts, files, folders and loaded modules.
+"""Hashes of contents: texts, bytes, files, folders, modules, functions and options.
 
 They name cached results and identify models in checkpoints: a change of one makes every
 stored result look foreign.
@@ -139,7 +139,7 @@ def value_hash(value: object) -> str:
 
 
 def _facts(value: Any, outer: tuple[int, ...]) -> object:
-    """Return what tells a value from others, in a form whose printing is complete.
+    """Describe a value by plain values, whose `repr` holds all that distinguishes it.
 
     Args:
         value: anything.
@@ -155,6 +155,10 @@ def _facts(value: Any, outer: tuple[int, ...]) -> object:
         return sorted((str(key), repr(_facts(each, outer))) for key, each in value.items())
     if isinstance(value, (list, tuple)):
         return [_facts(each, outer) for each in value]
+    if isinstance(value, (set, frozenset)):  # its order differs between processes
+        return kind, sorted(repr(_facts(each, outer)) for each in value)
+    if isinstance(value, type):
+        return "class", f"{value.__module__}.{value.__qualname__}"
     if callable(getattr(value, "fingerprint", None)):
         return kind, value.fingerprint()
     if hasattr(value, "state_dict"):
@@ -175,9 +179,6 @@ def _function_facts(function: types.FunctionType, outer: tuple[int, ...]) -> obj
         source = inspect.getsource(function)
     except (OSError, TypeError):  # written in an interactive session
         source = ""
-    code = function.__code__
-    # Two lambdas of one line have one source.
-    constants = [each for each in code.co_consts if not isinstance(each, types.CodeType)]
     closure = []
     for cell in function.__closure__ or ():
         try:
@@ -187,6 +188,16 @@ def _function_facts(function: types.FunctionType, outer: tuple[int, ...]) -> obj
     return [
         f"{function.__module__}.{function.__qualname__}",
         source,
-        [code.co_code, repr(constants), code.co_names],
+        # Two lambdas of one line have one source.
+        _code_facts(function.__code__),
         _facts([function.__defaults__, function.__kwdefaults__, closure], outer),
     ]
+
+
+def _code_facts(code: types.CodeType) -> object:
+    """Describe code, and the code of functions and comprehensions within it."""
+    constants = [
+        _code_facts(each) if isinstance(each, types.CodeType) else repr(_facts(each, ()))
+        for each in code.co_consts
+    ]
+    return [code.co_code, constants, code.co_names]

@@ -289,8 +289,13 @@ class FKSteering:
             in `diffalign.runtime.hashing.value_hash`.
         """
         scheduler = self.pipe.scheduler
-        config = dict(getattr(scheduler, "config", {}))
-        config.pop("_diffusers_version", None)
+        # diffusers' own notes begin with an underscore. One lists a set, whose order
+        # differs from process to process.
+        config = {
+            name: value
+            for name, value in getattr(scheduler, "config", {}).items()
+            if not name.startswith("_")
+        }
         return value_hash(
             {
                 **self.weighting,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -453,11 +454,7 @@ class Trainer:
 
     @cached_property
     def noising(self) -> NoiseSchedule:
-        """Noise schedule of the training images.
-
-        It is the model's own, rescaled to zero terminal SNR for SDXL-Turbo's timesteps,
-        as in Diffusion-DPO's code.
-        """
+        """Noise schedule of the training images, see `training_schedule`."""
         return training_schedule(self.schedule, self.args, self.sampler_rule)
 
     def make_grid(self, steps: int, eta: float) -> Grid:
@@ -488,7 +485,12 @@ class Trainer:
 
     @property
     def process(self) -> NoiseSchedule:
-        """Name of `schedule` before version 0.2. It goes in version 0.3."""
+        """Deprecated name of `schedule`. It goes in version 0.3."""
+        warnings.warn(
+            "process is now called schedule; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         return self.schedule
 
     # Building -------------------------------------------------------------------------

@@ -83,11 +83,11 @@ def test_g1b_from_tensors_to_the_gradient(
 ) -> None:
     x0 = torch.tensor([[1, 0, -1, 0.5], [0, 1, 0.5, -0.5]], dtype=dtype)
     noise = torch.tensor([[0.5, -0.5, 1, 0]], dtype=dtype).expand(2, 4)
-    process, times = (
+    schedule, times = (
         VariancePreserving(torch.tensor([0.64], dtype=torch.float64)),
         torch.zeros(2, dtype=torch.long),
     )
-    noisy, target = process.add_noise(x0, noise, times), process.target(x0, noise, times)
+    noisy, target = schedule.add_noise(x0, noise, times), schedule.target(x0, noise, times)
     k = torch.tensor(0.5, dtype=dtype, requires_grad=True)
     policy = denoising_errors(k * noisy, target, reduction=reduction)[None]
     reference = denoising_errors(0.4 * noisy, target, reduction=reduction)[None]

@@ -36,14 +36,14 @@ def table(*alphas: float) -> VariancePreserving:
 
 
 def test_golden_values() -> None:
-    process = table(0.8, 0.6)
+    schedule = table(0.8, 0.6)
     t, s = torch.tensor([0]), torch.tensor([1])
     x_t, z = tensor(1, -0.5), tensor(0.2, -1)
-    target = process.to_x0(tensor(0.3, 0.1), x_t, t)
+    target = schedule.to_x0(tensor(0.3, 0.1), x_t, t)
     assert target[0].tolist() == pytest.approx([1.025, -0.7])
-    x_s = process.renoise(x_t, t, s, z)
+    x_s = schedule.renoise(x_t, t, s, z)
     assert x_s[0].tolist() == pytest.approx([0.882287565553, -1.036437827766], abs=1e-11)
-    student = process.to_x0(tensor(0.4, -0.3), x_s, s)
+    student = schedule.to_x0(tensor(0.4, -0.3), x_s, s)
     assert student[0].tolist() == pytest.approx([0.937145942589, -1.327396379610], abs=1e-11)
     assert float(self_npo_loss(student, target)) == pytest.approx(0.356628462519, abs=1e-11)
     assert float(self_npo_loss(student, target, kind="mse")) == pytest.approx(
@@ -67,27 +67,27 @@ def test_gradient_is_the_formulas(loss_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "process",
+    "schedule",
     [VariancePreserving(torch.linspace(0.999, 0.005, 1000, dtype=F64)), RectifiedFlow(shift=3.0)],
 )
-def test_the_renoised_marginal_is_the_processes_own(process: Any) -> None:
+def test_the_renoised_marginal_is_the_schedules_own(schedule: Any) -> None:
     """x_t of a known x0, moved by an exact sampler and re-noised: mean and variance are
     those of x_s, at every time."""
     count = 40_000
     generator = torch.Generator().manual_seed(1)
     x0, eps, z = (torch.randn(count, 1, generator=generator, dtype=F64) for _ in range(3))
     x0 = 0.5 + 0.2 * x0
-    grid = sampling_grid(process, 25)
+    grid = sampling_grid(schedule, 25)
     for index in (4, 12, 24):
         t, u = grid[index].repeat(count), grid[index - 3].repeat(count)
-        x_t = process.add_noise(x0, eps, t)
-        oracle = process.target(x0, eps, t)  # what a perfect network says
-        moved = ddim_move(process, oracle, x_t, t, u)
-        torch.testing.assert_close(moved, process.add_noise(x0, eps, u))
-        s = later_times(process, u, torch.rand(count, generator=generator, dtype=F64))
+        x_t = schedule.add_noise(x0, eps, t)
+        oracle = schedule.target(x0, eps, t)  # what a perfect network says
+        moved = ddim_move(schedule, oracle, x_t, t, u)
+        torch.testing.assert_close(moved, schedule.add_noise(x0, eps, u))
+        s = later_times(schedule, u, torch.rand(count, generator=generator, dtype=F64))
         assert (s > u).all()
-        x_s = process.renoise(moved, u, s, z)
-        alpha, sigma = process.alpha_sigma(s)
+        x_s = schedule.renoise(moved, u, s, z)
+        alpha, sigma = schedule.alpha_sigma(s)
         noise = (x_s - alpha[:, None] * x0) / sigma[:, None]  # standard normal, whatever s
         assert abs(float(noise.mean())) < 4 / math.sqrt(count)
         assert abs(float(noise.var()) - 1) < 4 * math.sqrt(2 / count)
@@ -132,25 +132,25 @@ def test_targets_are_those_of_the_sampler_by_hand(
     )
     raw = first_batch(trainer)
     batch = trainer.prepare(raw)
-    process, n = trainer.schedule, len(raw)
+    schedule, n = trainer.schedule, len(raw)
     draws = raw.generators("self_npo")
     u = torch.stack([torch.rand(2, generator=g, dtype=F64) for g in draws])
-    grid = sampling_grid(process, 5)
+    grid = sampling_grid(schedule, 5)
     index = [4] * n if start == "noise" else [int(x * 5) for x in u[:, 0]]
     empty = {**raw.condition, **trainer.data_pipeline.builder.encode([""] * n)}
     for i in range(n):
         x, t = raw.noise[i : i + 1, 0], grid[index[i]].reshape(1)
         if start == "data":
-            x = process.add_noise(raw.x0[i : i + 1, 0], x, t)
+            x = schedule.add_noise(raw.x0[i : i + 1, 0], x, t)
         for step in (1, 2, 3, None):
-            model_t = process.model_times(t)
+            model_t = schedule.model_times(t)
             with torch.no_grad():
                 cond, uncond = (
                     trainer.reference.predict(x, model_t, {k: v[i : i + 1] for k, v in c.items()})
                     for c in (raw.condition, empty)
                 )
             out = cond + weight * (cond - uncond)
-            clean, eps = process.to_x0(out, x, t), process.to_eps(out, x, t)
+            clean, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
             if step is None:
                 break
             low = (
@@ -158,7 +158,7 @@ def test_targets_are_those_of_the_sampler_by_hand(
             )
             new = (grid[index[i] - step] if index[i] >= step else low).reshape(1)
             if not torch.equal(new, t):
-                x, t = process.add_noise(clean, eps, new), new
+                x, t = schedule.add_noise(clean, eps, new), new
         torch.testing.assert_close(batch.x0[i, 0], clean[0].float(), rtol=1e-3, atol=1e-3)
         assert batch.times[i] > t[0]
     loss, metrics = trainer.compute_loss(batch)

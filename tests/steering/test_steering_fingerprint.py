@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +101,55 @@ def test_a_function_that_holds_itself_is_hashed() -> None:
         return inner
 
     assert value_hash(outer()) == value_hash(outer())
+
+
+def in_process(program: str, hash_seed: int) -> str:
+    """What a program prints in a process with another order of sets."""
+    folders = [
+        str(Path(__file__).parents[2]),
+        str(Path(__file__).parent),
+        str(Path(__file__).parents[1]),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": str(hash_seed),
+            "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+SETS = """
+from diffalign.runtime.hashing import value_hash
+def reward(images, prompts):
+    return [p in {"a", "b", "c", "d", "e"} for p in prompts]
+print(value_hash([reward, {"one", "two", "three"}]))
+"""
+SAMPLER = """
+from families import brightness, family
+from diffalign import FKSteering
+sampler = FKSteering(family("sd"), brightness, num_particles=4, lmbda=4.0, kernel="ddim")
+print(sampler.fingerprint())
+"""
+
+
+@pytest.mark.parametrize("program", [SETS, pytest.param(SAMPLER, marks=pytest.mark.nightly)])
+def test_equal_in_processes_that_order_sets_differently(program: str) -> None:
+    assert in_process(program, 1) == in_process(program, 2)
+
+
+def test_code_within_code_counts() -> None:
+    def written(text: str) -> Any:
+        names: dict[str, Any] = {}
+        exec(f"def reward(images, prompts): return {text}", names)  # without a source
+        return names["reward"]
+
+    texts = ("[2 * len(p) for p in prompts]", "[3 * len(p) for p in prompts]", "(lambda: 2)()")
+    hashes = {value_hash(written(text)) for text in texts}
+    assert len(hashes) == 3 and value_hash(written(texts[0])) in hashes
+    assert value_hash(torch.nn.Linear) != value_hash(torch.nn.Conv2d)  # classes are values, too

@@ -129,6 +129,21 @@ def test_nobody_is_asked_about_a_missing_image(
     assert asking(run, resume_from_checkpoint="latest").train().global_step == 1
 
 
+def test_a_round_with_nothing_to_vote_on_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(trainer: D3POTrainer, batch: Any, purpose: str = "rollout") -> Any:
+        drawn, scores = sample(trainer, batch, purpose)
+        drawn.images = [[images[0], *[Missing(NOT_FINITE)] * 2] for images in drawn.images]
+        return drawn, scores
+
+    sample = D3POTrainer.sample
+    monkeypatch.setattr(D3POTrainer, "sample", broken)
+    with pytest.raises(UserError, match="no prompt with two images that can be used"):
+        asking(tmp_path / "run").train()
+    assert not list((tmp_path / "run").rglob("manifest.json"))
+
+
 def test_nothing_is_drawn_twice(waiting: Path) -> None:
     """A second start without votes; one after a death between images and manifest."""
     run = waiting.parents[1]

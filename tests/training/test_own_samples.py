@@ -125,8 +125,8 @@ def test_flow_solvers_name_their_shift_otherwise() -> None:
     unipc = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    process = schedule_from_scheduler(unipc)
-    assert isinstance(process, RectifiedFlow) and process.shift == 3.0
+    schedule = schedule_from_scheduler(unipc)
+    assert isinstance(schedule, RectifiedFlow) and schedule.shift == 3.0
     euler = schedule_from_scheduler(FlowMatchEulerDiscreteScheduler(shift=2.5))
     assert isinstance(euler, RectifiedFlow) and euler.shift == 2.5
 

@@ -1,1 +1,1 @@
-"""Training on images that the policy draws itself: rollouts, judges, people, rounds."""
+"""Training on images that the policy draws: rollouts, rewards, people, rounds."""

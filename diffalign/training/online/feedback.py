@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def write_round(
     trajectories: Sequence[Trajectories],
     rank: int,
     world: int,
-    wait: Any,
+    wait: Callable[[], object],
 ) -> None:
     """Write the images, trajectories and manifest of a round.
 
@@ -113,6 +113,9 @@ def write_round(
         world (`int`): Number of processes.
         wait: Function that waits for all processes, such as
             `accelerator.wait_for_everyone`.
+
+    Raises:
+        UserError: No prompt has two images. It is raised on all processes.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     groups: list[dict[str, Any]] = []
@@ -146,10 +149,16 @@ def write_round(
     save_tensors(tensors, folder / f"rollout-{rank}.safetensors", metadata=facts)
     write_atomically(folder / f".groups-{rank}.json", json.dumps(groups).encode())
     wait()
+    everyone = [
+        g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())
+    ]
+    wait()  # until all have read what the first process removes
+    if not everyone:
+        raise UserError(
+            "this round has no prompt with two images that can be used, so there is nothing to "
+            "vote on; use float32 or bfloat16 weights, or give more images_per_prompt"
+        )
     if rank == 0:
-        everyone = [
-            g for r in range(world) for g in json.loads((folder / f".groups-{r}.json").read_text())
-        ]
         write_atomically(folder / "index.html", _page(everyone).encode())
         write_atomically(
             folder / MANIFEST,

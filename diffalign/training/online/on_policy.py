@@ -114,7 +114,7 @@ class OnPolicyTrainer(Trainer):
         return self.make_grid(self.args.num_inference_steps, self.args.eta)
 
     def validate(self) -> None:
-        """Build the judge, so that a run without a usable scorer ends early.
+        """Build the reward function, so that a run without a usable scorer ends early.
 
         Raises:
             ConfigError: There is no scorer, or one cannot be used.

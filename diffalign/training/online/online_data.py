@@ -38,7 +38,7 @@ def online_sampler(config: OnlineConfig) -> SamplerConfig:
 
 
 def online_reward_function(config: OnlineConfig, scorers: object) -> RewardFunction:
-    """Build the judge of `data.online`.
+    """Build the reward function of `data.online`.
 
     Args:
         config (`OnlineConfig`): The section.

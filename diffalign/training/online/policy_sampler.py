@@ -56,7 +56,7 @@ class PolicySampler:
 
         Returns:
             `tuple[Trajectories, Tensor]`: The trajectories, and scores (g, k, m).
-            Without a judge the scores are NaN, (g, k, 1).
+            Without a reward function they are NaN, (g, k, 1).
         """
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
         ahead = (

@@ -27,7 +27,7 @@ class RoundSource:
     """Yields batches that are drawn round by round from batches of the dataset.
 
     Its position is `samples_seen`. So each round must have as many batches as it was
-    made from, and end with an optimizer step.
+    made from, and an optimizer step must end with a round.
 
     Args:
         make (`Callable`): Turns the number of a round and its batches of the dataset
