@@ -62,7 +62,7 @@ def command_lines(document: str) -> list[str]:
 QUICK = {
     "train": {"--train.max_steps": 1, "--train.per_device_train_batch_size": 4},
     "sample": {"--num_inference_steps": 2},
-    "compare": {"--max_prompts": 2, "--num_inference_steps": 2},
+    "compare": {"--max_prompts": 4, "--num_inference_steps": 2},
     "steer": {"--max_prompts": 2, "--num_inference_steps": 4},
     "data build": {"--max_prompts": 4, "--num_inference_steps": 4},
 }
