@@ -10,7 +10,7 @@ from ..runtime.files import save_image, write_atomically
 from ..runtime.templates import render
 from .formatting import number, rate
 from .guidance_curves import GuidanceCurves, all_notes, all_tables, model_name, save_results
-from .report import grid, records
+from .report import grid, origin, records
 
 _COLOURS = ("#6e7781", "#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700")
 _WIDTH, _HEIGHT = 380, 260
@@ -50,12 +50,6 @@ def write(curves: GuidanceCurves) -> None:
 
 def page(curves: GuidanceCurves) -> str:
     """Fill in the page of the report. Texts are escaped."""
-    c = curves.comparison
-    settings = c.facts["settings"]
-    arguments = ", ".join(f"{name} {value}" for name, value in settings["arguments"].items())
-    prompts = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}"
-    if c.prompts.licence:
-        prompts += f", {c.prompts.licence}"
     return render(
         "evaluation/templates/guidance_report.html",
         title=f"{', '.join(curves.tuned)} against {curves.base}, each at its best guidance",
@@ -63,10 +57,9 @@ def page(curves: GuidanceCurves) -> str:
         chart=_chart(curves),
         tables=all_tables(curves),
         notes=all_notes(curves),
+        grid_title="Some prompts, each model at its best guidance",
         models=curves.arms,
-        prompts=prompts,
-        seed=settings["seed"],
-        settings=arguments or "the pipelines' defaults",
+        **origin(curves.comparison),
     )
 
 

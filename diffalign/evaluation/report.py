@@ -88,11 +88,6 @@ def page(c: Comparison) -> str:
     Images are linked by their names inside the folder. Texts are escaped, so HTML in a
     prompt shows as text.
     """
-    settings = c.facts["settings"]
-    arguments = ", ".join(f"{name} {value}" for name, value in settings["arguments"].items())
-    prompts = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}"
-    if c.prompts.licence:
-        prompts += f", {c.prompts.licence}"
     return render(
         "evaluation/templates/report.html",
         title=f"{', '.join(c.tuned)} against {c.base}",
@@ -101,11 +96,24 @@ def page(c: Comparison) -> str:
         tables=all_tables(c),
         notes=notes(c),
         galleries=_galleries(c),
+        grid_title="Some prompts",
         models=c.models,
-        prompts=prompts,
-        seed=settings["seed"],
-        settings=arguments or "the pipelines' defaults",
+        **origin(c),
     )
+
+
+def origin(c: Comparison) -> dict[str, Any]:
+    """Collect what the page says of prompts, seed and settings."""
+    settings = c.facts["settings"]
+    arguments = ", ".join(f"{name} {value}" for name, value in settings["arguments"].items())
+    prompts = f"{c.prompts.name}, sha256 {c.prompts.sha256[:16]}"
+    if c.prompts.licence:
+        prompts += f", {c.prompts.licence}"
+    return {
+        "prompts": prompts,
+        "seed": settings["seed"],
+        "settings": arguments or "the pipelines' defaults",
+    }
 
 
 def headline(c: Comparison) -> str:
