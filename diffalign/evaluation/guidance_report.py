@@ -67,6 +67,7 @@ def headline(curves: GuidanceCurves) -> str:
     """Say in one sentence per model how it does at its best guidance."""
     base, scorer = curves.base, curves.scorers[0]
     against = f"{base} at {curves.best(base):g}"
+    count = len(curves.comparison.prompts.prompts) // 2
     sentences = []
     for name in curves.tuned:
         won = curves.win_rate(name)
@@ -78,7 +79,7 @@ def headline(curves: GuidanceCurves) -> str:
             verdict = "shows no significant difference to"
         sentences.append(
             f"{name} at guidance {curves.best(name):g} {verdict} {against}: {rate(won)} % by "
-            f"{scorer}."
+            f"{scorer} ({count} prompts)."
         )
     return " ".join(sentences)
 
