@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -68,7 +70,16 @@ def small_quickstart(folder: Path) -> Path:
     repository are beside it."""
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
-    done = run(sys.executable, "-m", "diffalign", "quickstart", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "win-rate of tuned over base" in done.stdout and "next: diffalign sample" in done.stdout
+    from diffalign import cli
+
+    # In this process, which has imported everything already.
+    before, printed = Path.cwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed):
+            assert cli.run(["quickstart", *SMALL]) == 0
+    finally:
+        os.chdir(before)
+    text = printed.getvalue()
+    assert "win-rate of tuned over base" in text and "next: diffalign sample" in text
     return folder
