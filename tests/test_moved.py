@@ -58,3 +58,14 @@ def test_the_repository_uses_new_paths() -> None:
             assert module not in MODULES, where
             assert f"{module}.{name}".lstrip(".") not in MODULES, where
             assert name not in NAMES.get(module, {}), where
+
+
+def test_the_old_attribute_is_the_new_one() -> None:
+    from diffalign.backbones import load_backbone
+    from diffalign.likelihood import RectifiedFlow
+
+    backbone = load_backbone("shapes")
+    with pytest.warns(DeprecationWarning, match="process is now called schedule"):
+        assert backbone.process is backbone.schedule
+    backbone.process = flow = RectifiedFlow()  # type: ignore[assignment]
+    assert backbone.schedule is flow

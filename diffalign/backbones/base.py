@@ -65,6 +65,10 @@ class Backbone:
         )
         return self.schedule
 
+    @process.setter
+    def process(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+
     # Components -----------------------------------------------------------------------
 
     @property
