@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from ..data import convert, load_preferences
 
-    dataset = load_preferences(**source_arguments(options))
+    # Broken pictures must not be in what is written.
+    dataset = load_preferences(**source_arguments(options), verify_images="full")
     print(f"wrote {convert(dataset, options.output_dir, kind=options.kind)}")
     return 0

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import run
 from PIL import Image, features
 from tiny import picture
 
-from diffalign import load_preferences, load_scorer
+from diffalign import cli, load_preferences, load_scorer
 from diffalign.data.transforms import GroupTransform
 from diffalign.errors import UserError
 from diffalign.rewards.images import Preprocess, read_images
@@ -277,8 +276,12 @@ def test_cells_that_are_no_picture_are_described(cell):
     )
 
 
-@pytest.mark.nightly
-def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
+def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path, monkeypatch, capsys):
+    def printed(*arguments):
+        assert cli.run(["data", *arguments]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
     for side in ("chosen", "rejected"):
         (tmp_path / "pairs" / side).mkdir(parents=True)
         for i in range(30):
@@ -289,16 +292,11 @@ def test_inspect_decodes_and_convert_leaves_broken_pictures_behind(tmp_path):
         file
     )
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
-    done = run("diffalign", "data", "inspect", "pairs", cwd=tmp_path)
-    assert (
-        done.returncode == 0
-        and "1 (rows 7)" in done.stdout
-        and "row 7: image cannot be" in done.stdout
-    )
-    quick = run("diffalign", "data", "inspect", "pairs", "--verify_images", "header", cwd=tmp_path)
-    assert "headers only" in quick.stdout
-    done = run("diffalign", "data", "convert", "pairs", "--output_dir", "out", cwd=tmp_path)
-    assert done.returncode == 0 and "1 broken rows skipped (row 7" in done.stdout
+    whole = printed("inspect", "pairs")
+    assert "1 (rows 7)" in whole and "row 7: image cannot be" in whole
+    assert "headers only" in printed("inspect", "pairs", "--verify_images", "header")
+    converted = printed("convert", "pairs", "--output_dir", "out")
+    assert "1 broken rows skipped (row 7" in converted
     assert len(load_preferences(tmp_path / "out", verbose=False)) == 29
 
 
