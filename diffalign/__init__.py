@@ -51,7 +51,7 @@ _EXPORTS = {
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
     "compare": "evaluation.compare",
-    "compare_guidance": "evaluation.guidance_curves",
+    "compare_guidance": "evaluation.guidance_sweep",
     "FKSteering": "steering.fk_steering",
     "NegativeGuidance": "generation.guidance",
     "UserError": "errors",
@@ -99,7 +99,7 @@ if TYPE_CHECKING:
     from .data.load import load_preferences
     from .errors import UserError
     from .evaluation.compare import compare
-    from .evaluation.guidance_curves import compare_guidance
+    from .evaluation.guidance_sweep import compare_guidance
     from .generation.guidance import NegativeGuidance
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer

@@ -157,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
     }
     models = (options.base, tuned, options.prompts, _scorers(options))
     if scales:
-        from ..evaluation.guidance_curves import compare_guidance
+        from ..evaluation.guidance_sweep import compare_guidance
 
         table = compare_guidance(*models, guidance_scales=scales, **arguments).table()
     else:

@@ -13,7 +13,7 @@ _EXPORTS = {
     "WinRate": "evaluation.statistics",
     "clustered_bootstrap": "evaluation.statistics",
     "clustered_standard_error": "evaluation.statistics",
-    "compare_guidance": "evaluation.guidance_curves",
+    "compare_guidance": "evaluation.guidance_sweep",
     "comparison_grid": "generation.grids",
     "generate": "generation.sampling",
     "load_prompts": "data.prompt_sets",
