@@ -98,7 +98,7 @@ ROUNDS = [
 ]
 
 
-@by_default(lambda method, stop: stop == 4 and method == "diffusion_dpo")
+@pytest.mark.nightly
 @pytest.mark.parametrize(("method", "options"), ROUNDS, ids=[name for name, _ in ROUNDS])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_run_stopped_inside_a_round_ends_bit_equal(method, options, stop, tmp_path):

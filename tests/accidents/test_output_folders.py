@@ -230,6 +230,7 @@ def test_files_of_a_cache_can_be_read_by_others(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.nightly
 @by_default(values=1)
 @pytest.mark.parametrize(
     "arguments", [["scorers"], ["train", "--help"], ["env"], ["compare", "--help"]]

@@ -204,6 +204,7 @@ def test_words_numbers_and_dates_of_a_table_are_prompts(tmp_path):
     assert dates[0].prompts[0] == "2026-11-25"
 
 
+@pytest.mark.nightly
 @by_default(values=1)
 @pytest.mark.parametrize(
     "content", ["null\n", 'null\n{"prompt": "a"}\n', "[null]", "{}\n", '[{"prompt": "a"}, null]']

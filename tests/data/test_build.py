@@ -125,6 +125,7 @@ def test_from_prompts_to_a_trained_step(prompts, tmp_path, capsys):
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.nightly
 def test_two_models_share_seeds_and_a_lora_is_a_model_of_its_own(prompts, tmp_path, capsys):
     folder = tmp_path / "models" / "mine"
     build_pipeline("sd").save_pretrained(folder)
@@ -185,6 +186,7 @@ def test_two_models_share_seeds_and_a_lora_is_a_model_of_its_own(prompts, tmp_pa
     assert "chosen, rejected: mine" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     arguments = ("--num_images", "3", "--batch_size", "2")

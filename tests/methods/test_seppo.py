@@ -138,6 +138,7 @@ def test_the_pool(tmp_path: Path) -> None:
     assert trainer.pool.choose(0, 4) == trainer.pool.choose(0, 4)
 
 
+@pytest.mark.nightly
 @by_default(values=1)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_resuming_takes_the_pool_along(tmp_path: Path, lora: bool) -> None:

@@ -171,6 +171,7 @@ def test_candidates_that_are_too_alike_teach_nothing(tmp_path: Path) -> None:
     assert all(not p.grad.any() for p in trainer.network.parameters() if p.requires_grad)
 
 
+@pytest.mark.nightly
 def test_resuming_in_the_middle_of_a_round(tmp_path: Path) -> None:
     options = {
         "steps_per_round": 2,

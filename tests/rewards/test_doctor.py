@@ -37,6 +37,7 @@ def test_values_that_differ_are_named(capsys, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.nightly
 def test_given_weights_are_loaded_and_compared(capsys, tmp_path):
     model = reference.arguments("pickscore", tmp_path)["model"]
     assert run(["doctor", "--scorers", "pickscore", "--model", f"pickscore={model}"]) == 0

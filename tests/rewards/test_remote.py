@@ -346,6 +346,7 @@ def test_many_clients_at_once_get_their_own_scores():
     assert found == [[float(start + i) for i in range(6)] for start in (0, 50, 100, 150)]
 
 
+@pytest.mark.nightly
 def test_the_command_serves_until_it_is_told_to_stop():
     code = "from diffalign.cli.entry import main; main()"
     command = [

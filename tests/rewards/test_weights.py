@@ -192,6 +192,7 @@ def test_configurations_are_checked(tmp_path):
         load_scorer("pickscore", model=folder)
 
 
+@pytest.mark.nightly
 def test_the_fingerprint_follows_the_content_and_the_settings(tmp_path):
     first = load_tiny("pickscore", tmp_path)
     shutil.copytree(tmp_path / "pickscore", tmp_path / "copy")
@@ -254,6 +255,7 @@ def test_folders_as_they_come(tmp_path):
     )
 
 
+@pytest.mark.nightly
 def test_half_precision_towers_stay_close_and_heads_stay_wide(tmp_path):
     images = [image for image in checkpoints.sample_images().values() if image.mode == "RGB"]
     prompts = checkpoints.PROMPTS[:2] * len(images)

@@ -43,6 +43,7 @@ def steering(**options) -> FKSteering:
     )
 
 
+@pytest.mark.nightly
 def test_both_sides_share_noise_and_rows() -> None:
     sampler = steering()
     found = compare_best_of_n(sampler, PROMPTS, seeds=3, judges={"red": redness}, **CALL)

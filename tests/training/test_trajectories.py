@@ -187,6 +187,7 @@ def test_another_reference_model(tmp_path: Path) -> None:
     torch.testing.assert_close(own.errors(first_batch(own))[0], reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_precomputed_reference_errors_change_nothing_and_are_kept(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "max_steps": 8,
