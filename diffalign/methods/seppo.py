@@ -227,8 +227,6 @@ class SePPOTrainer(Trainer):
         return RoundSource(self._round, 1)
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
-        """Choose the reference of the optimizer step and draw its images."""
-        self.pool.choose(self.args.seed, self.state.global_step)
         return [self.with_rivals(batch) for batch in batches]
 
     def prepare(self, batch: Batch) -> Batch:
@@ -239,12 +237,11 @@ class SePPOTrainer(Trainer):
         """
         if batch.k > 1:
             return batch
-        self.pool.choose(self.args.seed, self.state.global_step)
         return self.with_rivals(batch)
 
     @torch.no_grad()
     def with_rivals(self, batch: Batch) -> Batch:
-        """Add an image of the reference to every winner.
+        """Choose the reference of the optimizer step and add its image to every winner.
 
         Args:
             batch (`Batch`): g groups of one image.
@@ -252,6 +249,7 @@ class SePPOTrainer(Trainer):
         Returns:
             `Batch`: g groups of two images, the winner first.
         """
+        self.pool.choose(self.args.seed, self.state.global_step)
         empty = self.data_pipeline.builder.unconditional(batch.condition)
         main = self.accelerator.is_main_process
         assert self.reference is not None
