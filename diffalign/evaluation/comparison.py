@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -261,7 +261,16 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_results(comparison: Comparison) -> None:
+class Result(Protocol):
+    """What `compare` and `compare_guidance` return, as far as it is written as JSON."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def save_results(comparison: Result) -> None:
     """Write ``results.json``.
 
     It must be written last, because it says that the comparison is complete.

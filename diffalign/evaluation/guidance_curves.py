@@ -7,7 +7,6 @@ compared on the other half.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..runtime.files import write_atomically
 from .comparison import Array, Comparison, Table, interval, markdown, mean_of, notes, plain
 from .formatting import few_prompts, number, rate
 from .models import ModelSpec
@@ -188,7 +186,10 @@ class GuidanceCurves:
         """
         names = [(scale, model_name(arm, scale)) for scale in self.scales]
         c = self.comparison
-        return [(scale, c.mean(name, scorer), c.mean_diversity(name)[0]) for scale, name in names]
+        return [
+            (scale, c.mean(name, scorer), float(nanmean(c.diversity[name][None])[0]))
+            for scale, name in names
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Collect everything but images and single scores, for JSON."""
@@ -267,11 +268,11 @@ def all_tables(curves: GuidanceCurves) -> list[Table]:
             for arm in curves.arms
         ]
         result.append((f"Mean of {scorer} (95 %)", columns, means))
-    spread = [
-        [arm.name, *(number(value) for _, _, value in curves.curve(arm.name))]
-        for arm in curves.arms
-    ]
     if curves.comparison.num_images > 1:
+        spread = [
+            [arm.name, *(number(value) for _, _, value in curves.curve(arm.name))]
+            for arm in curves.arms
+        ]
         result.append((f"Diversity ({curves.comparison.diversity_kind})", columns, spread))
     equal = [
         [name, *(rate(curves.win_rate_at(name, scale)) for scale in curves.scales)]
@@ -293,9 +294,3 @@ def all_notes(curves: GuidanceCurves) -> list[str]:
         *half,
         *notes(curves.comparison),
     ]
-
-
-def save_results(curves: GuidanceCurves) -> None:
-    """Write ``results.json``, last, because it says that the comparison is complete."""
-    content = json.dumps(curves.to_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
-    write_atomically(curves.folder / "results.json", content.encode())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import NamedTuple
 
-from ..runtime.files import save_image, write_atomically
+from ..runtime.files import write_atomically
 from ..runtime.templates import render
 from .formatting import number, rate
-from .guidance_curves import GuidanceCurves, all_notes, all_tables, model_name, save_results
-from .report import grid, origin, records
+from .guidance_curves import GuidanceCurves, all_notes, all_tables, model_name
+from .report import grid, origin, records, write_files
 
 _COLOURS = ("#6e7781", "#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700")
 _WIDTH, _HEIGHT = 380, 260
@@ -22,30 +21,20 @@ def write(curves: GuidanceCurves) -> None:
     These are ``scores.parquet``, ``grid.png``, ``guidance.svg``, ``table.md``,
     ``report.html`` and, last, ``results.json``.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = curves.folder
     places = {
         model_name(arm.name, scale): {"arm": arm.name, "guidance_scale": scale}
         for arm in curves.arms
         for scale in curves.scales
     }
     rows = [{**places[row["model"]], **row} for row in records(curves.comparison)]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    write_atomically(folder / "scores.parquet", buffer.getvalue())
     best = [(arm.name, curves.best(arm.name)) for arm in curves.arms]
     picture = grid(
         curves.comparison,
         [model_name(*place) for place in best],
         [f"{name}, guidance {scale:g}" for name, scale in best],
     )
-    save_image(picture, folder / "grid.png")
-    write_atomically(folder / "guidance.svg", picture_of(curves).encode())
-    write_atomically(folder / "table.md", (curves.table() + "\n").encode())
-    write_atomically(folder / "report.html", page(curves).encode())
-    save_results(curves)
+    write_atomically(curves.folder / "guidance.svg", picture_of(curves).encode())
+    write_files(curves, rows, picture, curves.table(), page(curves))
 
 
 def page(curves: GuidanceCurves) -> str:
@@ -71,12 +60,8 @@ def headline(curves: GuidanceCurves) -> str:
     sentences = []
     for name in curves.tuned:
         won = curves.win_rate(name)
-        if won.low > 0.5:
-            verdict = "wins against"
-        elif won.high < 0.5:
-            verdict = "loses against"
-        else:
-            verdict = "shows no significant difference to"
+        neither = "shows no significant difference to"
+        verdict = {1: "wins against", -1: "loses against", 0: neither}[won.verdict]
         sentences.append(
             f"{name} at guidance {curves.best(name):g} {verdict} {against}: {rate(won)} % by "
             f"{scorer} ({count} prompts)."

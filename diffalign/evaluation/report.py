@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..generation.grids import models_grid
 from ..runtime.files import save_image, write_atomically
 from ..runtime.templates import render
-from .comparison import all_tables, notes, tables
+from .comparison import all_tables, notes, save_results, tables
 from .formatting import rate
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .comparison import Comparison
+    from .comparison import Comparison, Result
     from .statistics import WinRate
 
 GRID_ROWS, GRID_IMAGES = 8, 4
@@ -28,19 +28,32 @@ def write(c: Comparison) -> None:
     These are ``scores.parquet``, ``grid.png``, ``table.md``, ``report.html`` and, last,
     ``results.json``.
     """
+    names = [model.name for model in c.models]
+    write_files(c, records(c), grid(c, names, names), tables(c), page(c))
+
+
+def write_files(
+    result: Result, rows: list[dict[str, Any]], picture: Image.Image, table: str, html: str
+) -> None:
+    """Write the files of a comparison into its folder, the results last.
+
+    Args:
+        result (`Result`): Says the folder and the results.
+        rows (`list[dict[str, Any]]`): Rows of ``scores.parquet``.
+        picture (`PIL.Image.Image`): ``grid.png``.
+        table (`str`): ``table.md``.
+        html (`str`): ``report.html``.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from .comparison import save_results
-
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records(c)), buffer)
-    write_atomically(c.folder / "scores.parquet", buffer.getvalue())
-    names = [model.name for model in c.models]
-    save_image(grid(c, names, names), c.folder / "grid.png")
-    write_atomically(c.folder / "table.md", (tables(c) + "\n").encode())
-    write_atomically(c.folder / "report.html", page(c).encode())
-    save_results(c)
+    folder, buffer = result.folder, io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    write_atomically(folder / "scores.parquet", buffer.getvalue())
+    save_image(picture, folder / "grid.png")
+    write_atomically(folder / "table.md", (table + "\n").encode())
+    write_atomically(folder / "report.html", html.encode())
+    save_results(result)
 
 
 def records(c: Comparison) -> list[dict[str, Any]]:
@@ -121,12 +134,8 @@ def headline(c: Comparison) -> str:
     sentences = []
     for model in c.tuned:
         won = c.win_rate(model)
-        if won.low > 0.5:
-            verdict = "wins"
-        elif won.high < 0.5:
-            verdict = "loses"
-        else:
-            verdict = f"shows no significant difference ({len(c.prompts.prompts)} prompts)"
+        neither = f"shows no significant difference ({len(c.prompts.prompts)} prompts)"
+        verdict = {1: "wins", -1: "loses", 0: neither}[won.verdict]
         sentences.append(f"{model} {verdict}: {rate(won)} % by {c.scorers[0]}.")
     return " ".join(sentences)
 
@@ -178,9 +187,7 @@ def _chart(c: Comparison) -> _Chart:
 
 def _colour(won: WinRate) -> str:
     """Choose green for a win, red for a loss, grey for neither."""
-    if won.low > 0.5:
-        return "#1a7f37"
-    return "#cf222e" if won.high < 0.5 else "#6e7781"
+    return {1: "#1a7f37", -1: "#cf222e", 0: "#6e7781"}[won.verdict]
 
 
 def _short(text: str, length: int) -> str:

@@ -48,6 +48,11 @@ class WinRate:
     ties: float
     losses: float
 
+    @property
+    def verdict(self) -> int:
+        """1 for a significant win, -1 for a significant loss, 0 for neither."""
+        return int(self.low > 0.5) - int(self.high < 0.5)
+
 
 def expanded_level(level: float, prompts: int) -> float:
     """Widen the level of a percentile interval for few prompts.
