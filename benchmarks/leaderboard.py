@@ -1,21 +1,26 @@
-"""Every method and steering on the shapes world: quality against compute.
+"""Every method and steering on an embedded model, each at its own best guidance.
 
-    python benchmarks/leaderboard.py [--seeds 3] [--methods NAME ...] [--jobs 2]
-        [--work FOLDER] [--output benchmarks/leaderboard.md]
+    python benchmarks/leaderboard.py [--model shapes] [--seeds 3] [--methods NAME ...]
+        [--jobs 2] [--work FOLDER] [--output benchmarks/leaderboard.md]
 
-Each method is trained as its `configs/<method>/shapes.yaml` says, from `--seeds` seeds,
-under one budget: at most 260,000 passes of one row through the network, everything
-counted (a pass with backward as three; drawing the training images, with guidance, as
-well). A recipe that would take more is shortened. Then one `diffalign.compare` draws 60
-held-out prompts, four images each, under the base and all trained models from the same
-noise: verifier, accuracy (all five attributes right), the learned reward `shapes-clip`,
-diversity. Steering and best of four are no training but four (and more) times the work
-of every image. Negative models are compared in a second run at the base's best guidance
-scale, 4. Memory is the peak resident size of a process that trains three steps.
+The 600 training prompts are split once: 540 make the training data, 60 choose. The base
+draws six images of each of the 540 at its default guidance, and the verifier's graded
+score ranks them (`diffalign data build`). DCPO gets a recaptioned copy, the methods
+that sample for themselves get the prompts and the verifier. Each method is trained as
+its `configs/<method>/shapes.yaml` says, from --seeds seeds, under one budget: at most
+260,000 passes of one row through the network, everything counted (a pass with backward
+as three; drawing the training images, with guidance, as well). A recipe that would take
+more is shortened.
 
-Methods train side by side, --jobs at a time, each in a process of its own with its
-share of the cores. The runs lie in --work, which `benchmarks/methods.py` shares: what
-one has trained the other does not train again. Interrupted, it goes on.
+Every model then draws the 60 prompts that choose, one image each, at guidance 1, 1.5,
+2, 3, 5 and 7. The scale with the highest mean score is its best one. There it draws the
+120 held-out prompts, four images each, from the same noise as the base at the base's
+best scale. The settings of the recipes were chosen on the same 60 prompts, never on the
+held-out ones. Steering and best of four are no training but four times the work of
+every image. Memory is the peak resident size of a process that trains three steps.
+
+Models are trained and judged --jobs at a time, each in a process of its own with its
+share of the cores. Finished parts lie in --work: interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -28,58 +33,139 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import methods
 import numpy as np
-import online_methods
+import numpy.typing as npt
 import torch
-from methods import ROOT, Arm, folder_name, kept
 from tqdm import tqdm
 
-from diffalign import compare
-from diffalign.evaluation.comparison import Comparison
+from diffalign.cli import entry
+from diffalign.evaluation.compare import read_models
+from diffalign.evaluation.diversity import Diversity
+from diffalign.evaluation.models import opened
+from diffalign.evaluation.statistics import win_rate
 from diffalign.recipe import build_trainer, load_run
-from diffalign.shapes.prompts import held_out_prompts
+from diffalign.rewards import load_scorer
+from diffalign.runtime.files import write_atomically
+from diffalign.shapes.prompts import held_out_prompts, train_prompts
+from diffalign.shapes.sampling_defaults import SAMPLING
+from diffalign.shapes.verifier import attribute_table, score
 
+ROOT = Path(__file__).parents[1]
 BUDGET = 260_000
-DRAWN = (
-    600 * 6 * 20 * 2
-)  # rows that drew data/ranked: prompts x images x steps x (conditional, unconditional)
-NEGATIVE_SCALE = 4.0
+CHOICE = 60
+IMAGES_PER_PROMPT = 6
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+IMAGES = 4
+CHOICE_SEED, REPORT_SEED = 41_000_000, 42_000_000
 BATCH = 60
-LEADERS: dict[str, Arm] = {
-    **{name: methods.ARMS[name] for name in ("SFT", "Diffusion-DPO", "MaPO", "DCPO", "RankDPO")},
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained and how it is judged.
+
+    Args:
+        config: file of configs/, or None for what needs no training.
+        data: folder below the working folder: ranked, recaptioned or rendered.
+        kind: ``lora``, ``negative`` (used in guidance), ``online`` (draws its own
+            images) or ``sampling`` (no training).
+        spec: for ``sampling``, how `compare` would be told the model.
+        overrides: options over the config.
+    """
+
+    config: str | None
+    data: str = "ranked"
+    kind: str = "lora"
+    spec: tuple[tuple[str, Any], ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+def steered(scorer: str, **options: Any) -> Arm:
+    steer = {"scorer": scorer, "num_particles": 4, **options}
+    return Arm(None, kind="sampling", spec=(("steer", steer),))
+
+
+ARMS: dict[str, Arm] = {
+    "Diffusion-DPO": Arm("diffusion_dpo/shapes"),
+    "DCPO": Arm("dcpo/shapes", "recaptioned"),
+    "RankDPO": Arm("rankdpo/shapes"),
+    "MaPO": Arm("mapo/shapes"),
     "Diffusion-ORPO": Arm("diffusion_orpo/shapes"),
-    "SePPO": methods.ARMS["SePPO"],
-    "D3PO": methods.ARMS["D3PO, verifier"],
-    "SPO": methods.ARMS["SPO, verifier"],
-    "Online Diffusion-DPO": methods.ARMS["Online Diffusion-DPO"],
-    "Self-NPO": methods.ARMS["Self-NPO"],
-    "Diffusion-NPO": methods.ARMS["Diffusion-NPO"],
+    "SFT": Arm("sft/shapes"),
+    "SePPO": Arm("seppo/shapes"),
+    "D3PO": Arm("d3po/shapes", kind="online"),
+    "SPO": Arm("spo/shapes", kind="online"),
+    "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
+    "Self-NPO": Arm("self_npo/shapes", kind="negative"),
+    "Diffusion-NPO": Arm("diffusion_npo/shapes", kind="negative"),
+    "best of 4 (verifier)": steered("shapes", lmbda=1.0, resample_steps=()),
+    "FK steering, 4 particles (verifier)": steered("shapes", lmbda=20.0),
+    "FK steering, 4 particles (shapes-clip)": steered("shapes-clip", lmbda=5.0),
 }
-SAME = {"D3PO": "D3PO, verifier", "SPO": "SPO, verifier"}  # as methods.py calls it
-STEERED: dict[str, dict[str, Any]] = {
-    "best of 4 (verifier)": {
-        "scorer": "shapes",
-        "num_particles": 4,
-        "lmbda": 1.0,
-        "resample_steps": (),
-    },
-    "FK steering, 4 particles (verifier)": {"scorer": "shapes", "num_particles": 4, "lmbda": 20.0},
-    "FK steering, 4 particles (shapes-clip)": {
-        "scorer": "shapes-clip",
-        "num_particles": 4,
-        "lmbda": 5.0,
-    },
-}
-SCORERS = [
-    {"name": "verifier", "scorer": "shapes"},
-    {"name": "accuracy", "scorer": "shapes", "args": {"graded": False}},
-    {"name": "shapes-clip", "scorer": "shapes-clip"},
-]
+MUST_WIN = ("Diffusion-DPO", "DCPO", "RankDPO", "D3PO", "SPO")
+SLOW_FIRST = ("Online Diffusion-DPO", "D3PO", "SPO", "SePPO", "MaPO", "RankDPO")
+
+
+def folder_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns, from the file where it is there already."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(value).encode())
+    return value
+
+
+def choice_prompts() -> list[str]:
+    return train_prompts()[-CHOICE:]
+
+
+# The data
+
+
+def make_data(work: Path, model: str) -> None:
+    """The ranked dataset and its recaptioned copy."""
+    prompts = work / "prompts.txt"
+    work.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("\n".join(train_prompts()[:-CHOICE]) + "\n")
+    build = ["data", "build", "--prompts", str(prompts), "--models", model, "--scorers", "shapes"]
+    build += ["--num_images", str(IMAGES_PER_PROMPT), "--batch_size", "60"]
+    recaption = ["data", "recaption", str(work / "data" / "ranked"), "--strategy", "h"]
+    recaption += ["--captioner", "shapes", "--perturber", "shapes"]
+    for command, result, folder in (
+        (build, dataset(work, "ranked"), work / "data"),
+        (recaption, dataset(work, "recaptioned"), work / "recaptioned"),
+    ):
+        if not result.is_dir():
+            code = entry.run([*command, "--output_dir", str(folder)])
+            if code:
+                raise SystemExit(code)
+
+
+def dataset(work: Path, name: str) -> Path:
+    return {"ranked": work / "data" / "ranked", "recaptioned": work / "recaptioned" / "data"}[name]
+
+
+def drawn_rows(arm: Arm) -> int:
+    """Rows that made the arm's training images, conditional and unconditional."""
+    if arm.kind in ("online", "sampling") or (arm.config or "").startswith("self_npo"):
+        return 0
+    prompts = len(train_prompts()) - CHOICE
+    return prompts * IMAGES_PER_PROMPT * SAMPLING["num_inference_steps"] * 2
+
+
+# Training
 
 
 class Rows:
@@ -90,38 +176,48 @@ class Rows:
         network.register_forward_hook(self._seen, with_kwargs=True)
 
     def _seen(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        sample = args[0] if args else kwargs["sample"]
+        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         result = output[0] if isinstance(output, tuple) else output.sample
         self.count += len(sample) * (3 if result.requires_grad else 1)
 
 
-def probe(name: str, work: Path) -> dict[str, float]:
+def run_of(name: str, options: argparse.Namespace, seed: int, **more: Any) -> Any:
+    """The recipe of an arm, with this benchmark's data and folders."""
+    arm = ARMS[name]
+    work: Path = options.work
+    values: dict[str, Any] = {
+        "model": options.model,
+        "data.dataset_name": dataset(work, arm.data),
+        "data.cache_text_embeddings": work / "cache",
+        "train.output_dir": run_folder(work, name, seed),
+        "train.seed": seed,
+        "train.overwrite_output_dir": "true",
+        "train.save_steps": 100_000,
+        "train.logging_steps": 4 if arm.kind == "online" else 50,
+    }
+    if arm.kind != "online" and not (arm.config or "").startswith("self_npo"):
+        values["data.cache_latents"] = work / "cache"
+    values |= more
+    arguments = [str(x) for key, value in values.items() for x in (f"--{key}", value)]
+    run = load_run(ROOT / "configs" / f"{arm.config}.yaml", [*arguments, *arm.overrides])
+    run.validation = None
+    return run
+
+
+def run_folder(work: Path, name: str, seed: int) -> Path:
+    return work / "runs" / f"{folder_name(name)}-{seed}"
+
+
+def probe(name: str, options: argparse.Namespace) -> dict[str, float]:
     """In this process: three steps; rows per step and the peak resident size."""
     import resource
     import tempfile
 
-    arm = LEADERS[name]
     with tempfile.TemporaryDirectory() as folder:
-        overrides = online_methods.filled(arm.overrides, work)
-        options = {
-            "data.dataset_name": work / arm.dataset,
-            "train.output_dir": f"{folder}/run",
-            "train.max_steps": 3,
-        }
-        options |= {
-            "train.save_steps": 1000,
-            "data.cache_latents": f"{folder}/cache",
-            "data.cache_text_embeddings": f"{folder}/cache",
-        }
-        if not arm.from_images:
-            del options["data.cache_latents"]
-        if "online" in arm.config:
-            options["data.online.every"] = 3
-        run = load_run(
-            ROOT / "configs" / f"{arm.config}.yaml",
-            [str(x) for k, v in options.items() for x in (f"--{k}", v)] + overrides,
-        )
-        run.validation = None
+        more: dict[str, Any] = {"train.output_dir": f"{folder}/run", "train.max_steps": 3}
+        if "online" in (ARMS[name].config or ""):
+            more["data.online.every"] = 3
+        run = run_of(name, options, 0, **more)
         trainer = build_trainer(run)
         trainer.setup()
         counted = Rows(trainer.network)
@@ -132,247 +228,281 @@ def probe(name: str, work: Path) -> dict[str, float]:
     }
 
 
-def measured(name: str, work: Path) -> dict[str, float]:
-    """`probe` in a process of its own, once."""
-    command = [sys.executable, __file__, "--probe", name, "--work", str(work)]
-
-    def run() -> Any:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return kept(work / "probes" / f"{folder_name(name)}.json", run)
-
-
-def train_apart(options: argparse.Namespace) -> None:
-    """Trains every method in a process of its own, `--jobs` at a time; dear ones first,
-    so that no core waits at the end."""
-    expected = {
-        "Online Diffusion-DPO": 6,
-        "D3PO": 5,
-        "SPO": 4,
-        "SePPO": 4,
-        "MaPO": 3,
-        "Diffusion-ORPO": 2,
-        "RankDPO": 2,
-    }
-    names = sorted(options.methods, key=lambda name: -expected.get(name, 0))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))
+def train(name: str, options: argparse.Namespace, seed: int, facts: dict[str, Any]) -> Any:
+    """Trains one arm within the budget."""
+    recipe = run_of(name, options, seed).train.max_steps
+    room = int((BUDGET - drawn_rows(ARMS[name])) / facts["rows_per_step"])
+    run = run_of(name, options, seed, **{"train.max_steps": min(recipe, room)})
+    trainer = build_trainer(run)
+    started = time.perf_counter()
+    output = trainer.train()
+    if output.interrupted_by is not None:  # a half-trained arm must not be kept as a finished one
+        raise SystemExit(128 + output.interrupted_by)
+    steps = trainer.state.global_step
+    return {
+        "seconds": time.perf_counter() - started,
+        "steps": steps,
+        "recipe_steps": recipe,
+        "rows": drawn_rows(ARMS[name]) + facts["rows_per_step"] * steps,
     }
 
-    def one(name: str) -> None:
-        command = [sys.executable, __file__, "--train_only", "--jobs", "1", "--methods", name]
-        command += ["--seeds", str(options.seeds), "--work", str(options.work)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
 
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(names), unit="method") as bar:
-        for _ in pool.map(one, names):
+# Judging
+
+
+def spec_of(name: str, options: argparse.Namespace, seed: int) -> Any:
+    if name == "base":
+        return read_models(options.model, [f"again={options.model}"])[0]
+    arm = ARMS[name]
+    described: dict[str, Any] = {"name": folder_name(name), **dict(arm.spec)}
+    if arm.kind != "sampling":
+        key = "negative" if arm.kind == "negative" else "lora"
+        described[key] = str(run_folder(options.work, name, seed))
+    return read_models(options.model, [described])[1]
+
+
+def drawing(draw: Any, prompts: list[str], first: int, scale: float) -> list[Any]:
+    images: list[Any] = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        seeds = range(first + start, first + start + len(part))
+        settings = {**SAMPLING, "guidance_scale": scale}
+        images += draw(part, list(seeds), **settings)
+    return images
+
+
+def judge(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The best guidance on the choosing prompts, and everything about the held-out
+    images there."""
+    started = time.perf_counter()
+    with opened(spec_of(name, options, seed)) as draw:
+        choice = {}
+        for scale in SCALES:
+            images = drawing(draw, choice_prompts(), CHOICE_SEED, scale)
+            choice[f"{scale:g}"] = float(score(images, choice_prompts()).mean())
+        best = float(max(choice, key=choice.__getitem__))
+        prompts = [prompt for prompt in held_out_prompts() for _ in range(IMAGES)]
+        drawn_at = time.perf_counter()
+        images = drawing(draw, prompts, REPORT_SEED, best)
+        drawing_seconds = time.perf_counter() - drawn_at
+    table = attribute_table(images, prompts)
+
+    def shaped(values: Iterable[float]) -> list[list[float]]:
+        return np.asarray(list(values), dtype=np.float64).reshape(-1, IMAGES).tolist()
+
+    distance = Diversity()
+    groups = [images[i : i + IMAGES] for i in range(0, len(images), IMAGES)]
+    return {
+        "choice": choice,
+        "best": best,
+        "scores": shaped(score(images, prompts)),
+        "right": shaped(row["all"] for row in table),
+        "style": shaped(row["style"] for row in table),
+        "learned": shaped(load_scorer("shapes-clip")(images, prompts).tolist()),
+        "diversity": float(np.mean([distance(group) for group in groups])),
+        "seconds_per_image": drawing_seconds / len(images),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+# Running
+
+
+def units(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """(arm, seed), the slow ones first, so that no core waits at the end."""
+    pairs = [("base", 0)]
+    for name in options.methods:
+        seeds = 1 if ARMS[name].kind == "sampling" else options.seeds
+        pairs += [(name, seed) for seed in range(seeds)]
+    order = {name: i for i, name in enumerate(SLOW_FIRST)}
+    return sorted(pairs, key=lambda pair: (order.get(pair[0], len(order)), pair[1]))
+
+
+def result_file(options: argparse.Namespace, name: str, seed: int) -> Path:
+    return options.work / "results" / f"{folder_name(name)}-{seed}.json"
+
+
+def do_unit(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Trains and judges one arm and seed, in this process."""
+    results = options.work / "results"
+    facts: dict[str, Any] = {}
+    if name != "base" and ARMS[name].kind != "sampling":
+        facts = kept(
+            options.work / "probes" / f"{folder_name(name)}.json",
+            lambda: json.loads(alone(options, "--probe", name).splitlines()[-1]),
+        )
+        facts |= kept(
+            results / f"{folder_name(name)}-{seed}-train.json",
+            lambda: train(name, options, seed, facts),
+        )
+    kept(result_file(options, name, seed), lambda: {**facts, **judge(name, options, seed)})
+
+
+def alone(options: argparse.Namespace, *arguments: object) -> str:
+    """Runs this file in a process of its own, with its share of the cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    command = [sys.executable, __file__, "--model", options.model, "--work", options.work]
+    done = subprocess.run(
+        [str(x) for x in (*command, "--jobs", options.jobs, *arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))}: {done.stderr[-3000:]}")
+    return done.stdout
+
+
+def run_all(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    pairs = units(options)
+    waiting = [pair for pair in pairs if not result_file(options, *pair).is_file()]
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(waiting), unit="model") as bar:
+        for _ in pool.map(lambda p: alone(options, "--unit", p[0], p[1]), waiting):
             bar.update()
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in ("base", *options.methods):
+        seeds = sorted(seed for arm, seed in pairs if arm == name)
+        results[name] = [json.loads(result_file(options, name, s).read_text()) for s in seeds]
+    return results
 
 
-def drawn_rows(arm: Arm) -> int:
-    """Rows that made the arm's training images; rendered ones and prompts cost none."""
-    return DRAWN if arm.from_images and arm.dataset != "rendered" else 0
+# The report
 
 
-def trained(name: str, seed: int, work: Path) -> dict[str, Any]:
-    """Trains one model within the budget; returns folder, rows, seconds, steps."""
-    arm, facts = LEADERS[name], measured(name, work)
-    recipe = load_run(
-        ROOT / "configs" / f"{arm.config}.yaml", ["--data.dataset_name", "x"]
-    ).train.max_steps
-    steps = min(recipe, int((BUDGET - drawn_rows(arm)) / facts["rows_per_step"]))
-    shown = SAME.get(name, name)
-    methods.ARMS[shown] = Arm(arm.config, arm.dataset, arm.overrides, arm.kind)
-    if steps < recipe:
-        shown = f"{name} within the budget"
-        methods.ARMS[shown] = Arm(
-            arm.config, arm.dataset, (*arm.overrides, "--train.max_steps", str(steps)), arm.kind
-        )
-    found = kept(
-        work / "results" / f"{folder_name(shown)}-{seed}-train.json",
-        lambda: methods.train(shown, seed, work),
-    )
-    rows = drawn_rows(arm) + facts["rows_per_step"] * found["steps"]
-    return {
-        **found,
-        "rows": rows,
-        "folder": str(work / "runs" / f"{folder_name(shown)}-{seed}"),
-        "peak_mib": facts["peak_mib"],
-    }
+def percent(values: Any) -> float:
+    return 100 * float(np.mean(values))
 
 
-def judged(
-    work: Path, results: dict[str, list[dict[str, Any]]]
-) -> tuple[Comparison, Comparison | None]:
-    """All models on the test prompts: at usual guidance, negative ones at the best."""
-    prompts = held_out_prompts()[60:]
-    options: dict[str, Any] = {"num_images": 4, "batch_size": BATCH, "seed": 77}
-    positive, negative = [], []
-    for name, runs in results.items():
-        for seed, run in enumerate(runs):
-            kind = "negative" if LEADERS[name].kind == "negative" else "lora"
-            (negative if kind == "negative" else positive).append(
-                {"name": f"{folder_name(name)}-{seed}", kind: run["folder"]}
-            )
-    steered = [{"name": folder_name(name), "steer": options} for name, options in STEERED.items()]
-    label = (
-        "-".join(sorted(folder_name(n) for n in results)) if set(results) != set(LEADERS) else "all"
-    )
-    first = compare(
-        "shapes",
-        [*positive, *steered],
-        prompts,
-        SCORERS,
-        output_dir=work / f"leaderboard-{label}",
-        **options,
-    )
-    second = None
-    if negative:
-        folder = work / f"leaderboard-{label}-negative"
-        second = compare(
-            "shapes",
-            negative,
-            prompts,
-            SCORERS,
-            output_dir=folder,
-            guidance_scale=NEGATIVE_SCALE,
-            **options,
-        )
-    return first, second
+def interval(rate: Any) -> str:
+    return f"{100 * rate.rate:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
 
 
-def row(name: str, models: list[str], c: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, means over seeds; the win-rate's interval pools the seeds,
-    prompts being the units."""
-    from diffalign.evaluation.statistics import win_rate
-
-    def pooled(scorer: str) -> Any:
-        base = np.concatenate([c.signed(c.base, scorer)] * len(models), axis=1)
-        return win_rate(base, np.concatenate([c.signed(model, scorer) for model in models], axis=1))
-
-    found = pooled("verifier")
-    return {
-        "name": name,
-        "accuracy": 100 * float(np.mean([c.mean(m, "accuracy")[0] for m in models])),
-        "win": found,
-        "each": [100 * c.win_rate(m, "verifier").rate for m in models],
-        "learned": pooled("shapes-clip"),
-        "diversity": float(np.mean([c.mean_diversity(m)[0] for m in models])),
-        **facts,
-    }
+def rates(base: dict[str, Any], runs: list[dict[str, Any]], key: str = "scores") -> list[Any]:
+    return [win_rate(np.array(base[key]), np.array(run[key])) for run in runs]
 
 
-def report(work: Path, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    first, second = judged(work, results)
-    rows = []
-    for name, runs in results.items():
-        c = second if LEADERS[name].kind == "negative" else first
-        assert c is not None
-        facts = {
-            "rows": np.mean([r["rows"] for r in runs]),
-            "seconds": np.mean([r["seconds"] for r in runs]),
-        }
-        facts |= {
-            "steps": runs[0]["steps"],
-            "peak_mib": runs[0]["peak_mib"],
-            "kind": LEADERS[name].kind,
-        }
-        rows.append(
-            row(name, [f"{folder_name(name)}-{seed}" for seed in range(len(runs))], c, facts)
-        )
-    for name in STEERED:
-        rows.append(
-            row(
-                name,
-                [folder_name(name)],
-                first,
-                {"rows": 0, "seconds": 0, "steps": 0, "peak_mib": None, "kind": "sampling"},
-            )
-        )
-    for c, name in ((first, "base, guidance 2"), (second, f"base, guidance {NEGATIVE_SCALE:g}")):
-        if c is not None:
-            facts = {"rows": 0, "seconds": 0, "steps": 0, "peak_mib": None, "kind": "base"}
-            rows.append(row(name, [c.base], c, facts))
-    return rows
+def pooled(base: dict[str, Any], runs: list[dict[str, Any]], key: str) -> Any:
+    """All seeds together, prompts being the units."""
+    tuned = np.concatenate([np.array(run[key]) for run in runs], axis=1)
+    return win_rate(np.concatenate([np.array(base[key])] * len(runs), axis=1), tuned)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    base = results["base"][0]
     lines = [
-        (
-            "| method | accuracy % | win-rate % by the verifier | per seed | win-rate % by "
-            "shapes-clip | diversity | passes, thousand | training, s (steps) | peak, MiB |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | best guidance | win-rate % against the base at its best | per seed | "
+        "all correct % | preferred style % | score | win-rate % by shapes-clip | diversity | "
+        "passes, thousand | training, s (steps) | peak, MiB | ms an image |",
+        "|---" * 13 + "|",
     ]
-    for r in rows:
-        win, learned = (
-            f"{100 * w.rate:.1f} ({100 * w.low:.1f}-{100 * w.high:.1f})"
-            for w in (r["win"], r["learned"])
-        )
-        each = (
-            " / ".join(f"{x:.1f}" for x in r["each"])
-            if r["kind"] not in ("base", "sampling")
-            else ""
-        )
-        cost = (
-            [f"{r['rows'] / 1000:.0f}", f"{r['seconds']:.0f} ({r['steps']})"]
-            if r["steps"]
-            else ["", ""]
-        )
-        cost.append("" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}")
-        mark = " (negative model)" if r["kind"] == "negative" else ""
-        lines.append(
-            f"| {r['name']}{mark} | {r['accuracy']:.1f} | {win} | {each} | {learned} | "
-            f"{r['diversity']:.3f} | {' | '.join(cost)} |"
-        )
+    for name, runs in results.items():
+        kind = "base" if name == "base" else ARMS[name].kind
+        each = " / ".join(interval(rate) for rate in rates(base, runs)) if len(runs) > 1 else ""
+        trained = kind not in ("base", "sampling")
+        cost = ["", "", ""]
+        if trained:
+            cost = [
+                f"{np.mean([run['rows'] for run in runs]) / 1000:.0f}",
+                f"{np.mean([run['seconds'] for run in runs]):.0f} ({runs[0]['steps']})",
+                f"{runs[0]['peak_mib']:.0f}",
+            ]
+        cells = [
+            f"{name} (negative model)" if kind == "negative" else name,
+            ", ".join(f"{run['best']:g}" for run in runs),
+            "" if kind == "base" else interval(pooled(base, runs, "scores")),
+            each,
+            f"{percent([run['right'] for run in runs]):.1f}",
+            f"{percent([run['style'] for run in runs]):.1f}",
+            f"{np.mean([run['scores'] for run in runs]):.3f}",
+            "" if kind == "base" else interval(pooled(base, runs, "learned")),
+            f"{np.mean([run['diversity'] for run in runs]):.3f}",
+            *cost,
+            f"{1000 * np.mean([run['seconds_per_image'] for run in runs]):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Win-rate with its interval against network passes; steering as lines, since it
-    costs nothing before the first image."""
+def curves(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Mean score by guidance on the prompts that choose."""
+    lines = [
+        "",
+        f"Mean score by guidance on the {CHOICE} prompts that choose, over the seeds:",
+        "",
+        f"| method | {' | '.join(f'{scale:g}' for scale in SCALES)} |",
+        "|---" * (len(SCALES) + 1) + "|",
+    ]
+    for name, runs in results.items():
+        means = [np.mean([run["choice"][f"{scale:g}"] for run in runs]) for scale in SCALES]
+        lines.append(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return lines
+
+
+def verdicts(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    base, lines = results["base"][0], [""]
+    for name in MUST_WIN:
+        above = [rate.low > 0.5 for rate in rates(base, results.get(name, []))]
+        if above:
+            lines.append(
+                f"- {name} beats the base at its best (the interval lies above 50 %) in "
+                f"{sum(above)} of {len(above)} seeds."
+            )
+    if {"Diffusion-DPO", "RankDPO"} <= set(results):
+        pairs = zip(results["Diffusion-DPO"], results["RankDPO"], strict=True)
+        shown = ", ".join(interval(rates(dpo, [rank])[0]) for dpo, rank in pairs)
+        lines.append(f"- RankDPO against Diffusion-DPO, per seed: {shown}.")
+    return lines
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Win-rate against passes, and score against diversity."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    trained_rows = [r for r in rows if r["steps"]]
-    for r in trained_rows:
-        colour = (
-            "#8250df"
-            if r["kind"] == "negative"
-            else "#1a7f37"
-            if r["kind"] == "online" or r["name"] == "SePPO"
-            else "#1f6feb"
+    colours = {
+        "lora": "#1f6feb",
+        "online": "#1a7f37",
+        "negative": "#8250df",
+        "sampling": "#6e7781",
+        "base": "#d1242f",
+    }
+    base = results["base"][0]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    for name, runs in results.items():
+        kind = "base" if name == "base" else ARMS[name].kind
+        x = float(np.mean([run["diversity"] for run in runs]))
+        y = float(np.mean([run["scores"] for run in runs]))
+        right.plot(x, y, "o", color=colours[kind])
+        right.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        if kind == "base":
+            continue
+        rate = pooled(base, runs, "scores")
+        if kind == "sampling":
+            left.axhline(100 * rate.rate, color=colours[kind], lw=1, ls="--")
+            left.annotate(
+                name, (0, 100 * rate.rate), xytext=(2, 2), fontsize=8, textcoords="offset points"
+            )
+            continue
+        rows = float(np.mean([run["rows"] for run in runs])) / 1000
+        low, high = 100 * (rate.rate - rate.low), 100 * (rate.high - rate.rate)
+        left.errorbar(
+            rows, 100 * rate.rate, yerr=[[low], [high]], fmt="o", color=colours[kind], capsize=3
         )
-        y, x = 100 * r["win"].rate, r["rows"] / 1000
-        axes.errorbar(
-            x,
-            y,
-            yerr=[[y - 100 * r["win"].low], [100 * r["win"].high - y]],
-            fmt="o",
-            color=colour,
-            capsize=3,
+        left.annotate(
+            name, (rows, 100 * rate.rate), xytext=(5, 4), textcoords="offset points", fontsize=8
         )
-        axes.annotate(r["name"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
-    for r, style in zip(
-        [r for r in rows if r["kind"] == "sampling"], (":", "--", "-."), strict=False
-    ):
-        axes.axhline(100 * r["win"].rate, color="#6e7781", ls=style, lw=1.2, label=r["name"])
-    axes.axhline(50, color="black", lw=0.8)
-    axes.set(
+    left.axhline(50, color="black", lw=0.8)
+    left.set_xlim(left=0)
+    left.set(
         xlabel="passes of a row through the network, thousand (drawing the data included)",
-        ylabel="win-rate against the base, % (verifier)",
+        ylabel="win-rate against the base, each at its best guidance, %",
     )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left")
-    axes.margins(x=0.12)
+    right.set(xlabel="diversity (pixel distance of a prompt's images)", ylabel="mean score")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.12)
     figure.savefig(path, dpi=110)
 
 
@@ -380,32 +510,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("shapes", "shapes-flow"), default="shapes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(LEADERS), choices=list(LEADERS))
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="methods that train at the same time"
-    )
-    parser.add_argument("--train_only", action="store_true", help="train and stop")
-    parser.add_argument("--probe", choices=list(LEADERS), help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, default=Path("runs/methods-benchmark"))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "leaderboard.md")
+    parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--probe", choices=list(ARMS), help=argparse.SUPPRESS)
+    parser.add_argument("--unit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.work = options.work or Path(f"runs/leaderboard-{options.model}")
+    suffix = "" if options.model == "shapes" else "_flow"
+    output = options.output or ROOT / "benchmarks" / f"leaderboard{suffix}.md"
     warnings.simplefilter("ignore")
     if options.probe:
-        print(json.dumps(probe(options.probe, options.work)))
+        print(json.dumps(probe(options.probe, options)))
+        return
+    if options.unit:
+        do_unit(options.unit[0], int(options.unit[1]), options)
         return
     started, fresh = time.perf_counter(), not options.work.exists()
-    methods.make_data(options.work)
-    if options.jobs > 1:
-        train_apart(options)
-    results = {
-        name: [trained(name, seed, options.work) for seed in range(options.seeds)]
-        for name in options.methods
-    }
-    if options.train_only:
-        return
-    rows = report(options.work, results)
-    plot(rows, options.output.with_suffix(".png"))
+    make_data(options.work, options.model)
+    results = run_all(options)
+    picture = output.with_suffix(".png")
+    plot(results, picture)
     minutes = (time.perf_counter() - started) / 60
     # A run that found some of its work done says nothing about the time of a whole one.
     whole = f", {minutes:.0f} minutes from nothing to this table" if fresh else ""
@@ -414,22 +542,23 @@ def main() -> None:
     )
     assert __doc__ is not None
     body = [
-        "# Leaderboard of the shapes world",
+        f"# Leaderboard of `{options.model}`",
         "",
         *__doc__.split("\n\n", 1)[1].rstrip().split("\n"),
         "",
-        f"Measured on {facts}; {options.seeds} seeds, {options.jobs} methods at a time{whole}.",
+        f"Measured on {facts}; {options.seeds} seeds, {options.jobs} models at a time{whole}.",
         "",
-        f"![quality against compute]({options.output.with_suffix('.png').name})",
+        f"![quality against compute and diversity]({picture.name})",
         "",
-        *table(rows),
+        *table(results),
+        *curves(results),
+        *verdicts(results),
         "",
-        "Intervals are over prompts, seeds pooled. Negative models are judged against the base at "
-        f"guidance {NEGATIVE_SCALE:g}, all others at 2. Seconds are those of the training runs as "
-        "they ran, side by side. Passes leave out decoding and judging, which is most of SPO's "
-        "time here: it decodes every candidate of every step.",
+        "Intervals are 95 %, clustered by prompt; the win-rate column pools the seeds. Training "
+        "seconds are those of the runs as they ran, side by side. Passes leave out decoding and "
+        "judging, which is most of SPO's time here: it decodes every candidate of every step.",
     ]
-    options.output.write_text("\n".join(body) + "\n")
+    output.write_text("\n".join(body) + "\n")
     print("\n".join(body))
 
 

@@ -15,7 +15,13 @@ rewards learned from few and noisy preferences
 each, another seed each), one at a time; their mean; their mean less one standard
 deviation (`combine: {method: mean_minus_std}`); and the verifier itself, which is as
 good as picking can be. Rewards are on the scale of the base's images, in standard
-deviations. Intervals are 95 %, clustered by prompt. Goes on where it stopped.
+deviations. Intervals are 95 %, clustered by prompt.
+
+The second picture is of training: online Diffusion-DPO (`configs/diffusion_dpo/
+shapes_online.yaml`, with --steps steps) optimises the first of the rewards from few
+preferences, the conservative ensemble of all of them, and the verifier. Every round
+samples from the policy for training prompts. Its log has the mean of the optimised
+reward and of the verifier over these samples. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,23 +35,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from methods import ROOT, kept
-from online_methods import trained_reward
+from leaderboard import ROOT, folder_name, kept
 
 from diffalign.evaluation.statistics import clustered_bootstrap
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.generation.sampling import draw_files, generate
+from diffalign.recipe import build_trainer, load_run
 from diffalign.rewards import combine, load_scorer
 from diffalign.runtime.distributed import DistributedContext
 from diffalign.runtime.files import write_atomically
 from diffalign.runtime.seeds import image_seed
-from diffalign.shapes.prompts import held_out_prompts
+from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.sampling_defaults import SAMPLING
 
 FEW = {"warmup_steps": 100, "num_prompts": 40}
 FIRST_SEED = 11
 ONE = "one reward from few preferences"
 Array = npt.NDArray[np.float64]
+
+
+def trained_reward(folder: Path, seed: int, **settings: int) -> Path:
+    """The folder of a reward of `shapes-clip`'s recipe, with other settings; trains it
+    if it is not there."""
+    from tools.shapes import pretrain_reward
+
+    if not (folder / "accuracy.json").is_file():
+        options = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+        pretrain_reward.main(["--seed", str(seed), *options, "--output_dir", str(folder)])
+    return folder
 
 
 def learned_from_few(work: Path, members: int) -> dict[str, Path]:
@@ -229,22 +246,149 @@ def plot(found: dict[str, dict[str, Array]], powers: list[int], path: Path) -> N
     figure.savefig(path, dpi=110)
 
 
+# Training
+
+
+def reward_sections(
+    scores: dict[str, Array], members: dict[str, Path]
+) -> dict[str, dict[str, Any]]:
+    """Arm -> its `rewards:` section; rewards are on the scale of the base's images."""
+    truth = {"name": "verifier", "scorer": "shapes", "role": "eval"}
+    entries = [
+        {
+            "name": name,
+            "scorer": "shapes-clip",
+            "model": str(folder),
+            "normalize": {
+                "kind": "affine",
+                "mean": float(scores[name].mean()),
+                "std": float(scores[name].std()),
+            },
+        }
+        for name, folder in members.items()
+    ]
+    method = {"method": "mean_minus_std", "k": 1.0}
+    return {
+        ONE: {"rewards": [entries[0], truth]},
+        f"mean of {len(entries)} less one standard deviation": {
+            "rewards": [*entries, truth],
+            "combine": method,
+        },
+        "verifier": {"rewards": [{"name": "verifier", "scorer": "shapes"}]},
+    }
+
+
+def train(section: dict[str, Any], name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Trains one arm, if it has not been trained, and returns its folder."""
+    folder = options.work / "runs" / f"{folder_name(name)}-{seed}"
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        return folder
+    prompts = options.work / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in train_prompts()))
+    values = {
+        "rewards": json.dumps(section),
+        "data.dataset_name": prompts,
+        "data.cache_text_embeddings": options.work / "cache",
+        "train.output_dir": folder,
+        "train.seed": seed,
+        "train.max_steps": options.steps,
+        "train.overwrite_output_dir": "true",
+        "train.save_steps": 100_000,
+        "train.logging_steps": 10,
+    }
+    arguments = [str(x) for key, value in values.items() for x in (f"--{key}", value)]
+    run = load_run(ROOT / "configs" / "diffusion_dpo" / "shapes_online.yaml", arguments)
+    output = build_trainer(run).train()
+    if output.interrupted_by is not None:
+        raise SystemExit(128 + output.interrupted_by)
+    return folder
+
+
+def rounds(folder: Path) -> dict[str, list[float]]:
+    """Step, optimised reward and verifier of every round's samples, from the log."""
+    lines = [json.loads(x) for x in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "online/verifier" in line]
+    learned = [key for key in lines[0] if key.startswith("online/few-") and "/ties" not in key]
+    return {
+        "step": [line["step"] for line in lines],
+        "own": [
+            float(np.mean([line[key] for key in learned or ["online/verifier"]])) for line in lines
+        ],
+        "verifier": [line["online/verifier"] for line in lines],
+    }
+
+
+def plot_training(found: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
+    """The optimised reward (left) and the verifier (right) of the same samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for (name, runs), colour in zip(found.items(), ("#d1242f", "#1a7f37", "#6e7781"), strict=True):
+        for i, run in enumerate(runs):
+            label = name if i == 0 else None
+            if name != "verifier":
+                left.plot(run["step"], run["own"], color=colour, label=label)
+            right.plot(run["step"], run["verifier"], color=colour, label=label)
+    left.set(title="optimised reward of the samples (mean of its members)", xlabel="step")
+    right.set(title="verifier of the same samples", xlabel="step")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9
+    )
+    figure.savefig(path, dpi=110)
+
+
+def training_table(found: dict[str, list[dict[str, list[float]]]]) -> list[str]:
+    lines = [
+        "",
+        "Training, verifier of the samples: at the first round, at its highest and at the end "
+        "(means of three rounds), and the optimised reward at the end less that at the first "
+        "round:",
+        "",
+        "| optimised | seed | first | highest (step) | last | optimised reward |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in found.items():
+        for seed, run in enumerate(runs):
+            smooth = np.convolve(run["verifier"], np.ones(3) / 3, "valid")
+            top = int(smooth.argmax())
+            own = np.mean(run["own"][-3:]) - np.mean(run["own"][:3])
+            lines.append(
+                f"| {name} | {seed} | {smooth[0]:.3f} | {smooth[top]:.3f} ({run['step'][top + 1]}) "
+                f"| {smooth[-1]:.3f} | {own:+.2f} |"
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--work", type=Path, default=Path("runs/methods-benchmark"))
+    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--seeds", type=int, default=2, help="of training")
+    parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")
     options = parser.parse_args()
     if options.images < 8 or options.members < 2:
         parser.error("--images: at least 8; --members: at least 2")
     members = learned_from_few(options.work, options.members)
     powers = [2**i for i in range(options.images.bit_length()) if 2**i <= options.images]
-    found = curves(scored(options.work, options.images, members), list(members), powers)
+    scores = scored(options.work, options.images, members)
+    found = curves(scores, list(members), powers)
     picture = options.output.with_suffix(".png")
     plot(found, powers, picture)
+    trained = {
+        name: [rounds(train(section, name, seed, options)) for seed in range(options.seeds)]
+        for name, section in reward_sections(scores, members).items()
+    }
+    training_picture = picture.with_stem(f"{picture.stem}_training")
+    plot_training(trained, training_picture)
     accuracy = [
         json.loads((folder / "accuracy.json").read_text())["pairwise_accuracy"]["attributes"][
             "rate"
@@ -269,6 +413,9 @@ def main() -> None:
         f"![own reward and verifier of the best of n]({picture.name})",
         "",
         *tables(found, powers),
+        "",
+        f"![optimised reward and verifier over training]({training_picture.name})",
+        *training_table(trained),
     ]
     write_atomically(options.output, ("\n".join(body) + "\n").encode())
     print("\n".join(body))

@@ -30,6 +30,8 @@ SMALL = [
     "6",
     "--batch_size",
     "4",
+    "--choice_prompts",
+    "3",
     "--eval_prompts",
     "8",
     "--eval_images",
@@ -81,5 +83,5 @@ def small_quickstart(folder: Path) -> Path:
     finally:
         os.chdir(before)
     text = printed.getvalue()
-    assert "win-rate of tuned over base" in text and "next: diffalign sample" in text
+    assert "tuned at its best guidance against base" in text and "next: diffalign sample" in text
     return folder

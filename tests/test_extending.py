@@ -14,7 +14,7 @@ import pytest
 import diffalign
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = ("weights", "reward_weights", "lora_weights", "text_weights")
+WEIGHTS = ("weights", "flow_weights", "reward_weights", "lora_weights", "text_weights")
 
 
 def example(heading: str) -> str:

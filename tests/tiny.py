@@ -20,9 +20,20 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffalign.generation.pipelines import base_pipeline
 from diffalign.shapes.tokenizer import build_tokenizer
 
-FAMILIES = ("sd", "sd_v", "sdxl", "sd3")
+FAMILIES = ("sd", "sd_v", "sdxl", "sd3", "shapes-flow")
+FLOW = ("sd3", "shapes-flow")
+"""Flow matching. ``shapes-flow`` is the embedded model, the others are random."""
+
+
+def learning_rate(family: str, lora: bool) -> float:
+    """Rates with which a few steps learn: trained weights bear smaller ones."""
+    rate = 1e-2 if lora else 3e-3
+    return rate / 10 if family == "shapes-flow" else rate
+
+
 RESOLUTION = 32
 
 
@@ -80,7 +91,9 @@ def _ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 def build_pipeline(family: str, seed: int = 0) -> Any:
     """A pipeline of `FAMILIES`: SD1 (epsilon), SD2 (v), SDXL (two encoders, size
-    conditioning), SD3 (flow matching)."""
+    conditioning), SD3 (flow matching), or the embedded SD3."""
+    if family == "shapes-flow":
+        return base_pipeline(family)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     if family in ("sd", "sd_v"):

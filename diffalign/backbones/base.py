@@ -252,6 +252,11 @@ class Backbone:
         ]
         return to_images(pixels.float())
 
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """Arguments with which the pipeline's call encodes as `encode_prompts` does."""
+        return {}
+
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into tensors.
 

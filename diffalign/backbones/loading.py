@@ -26,6 +26,7 @@ from ..runtime.weight_files import (
     load_transformers,
     loading_errors,
 )
+from ..shapes.models import embedded_name, weights_dir
 from .lora import unwrapped
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -37,7 +38,8 @@ class ModelSource:
     """The place that a pipeline's components are loaded from.
 
     Args:
-        model: Hub id, folder, ``"shapes"`` or a loaded `DiffusionPipeline`.
+        model: Hub id, folder, name of an embedded model or a loaded
+            `DiffusionPipeline`.
         revision (`str`, *optional*): Git revision on the Hub.
         variant (`str`, *optional*): of the weights, such as ``fp16``.
         vae (`str` or module, *optional*): another autoencoder.
@@ -57,6 +59,7 @@ class ModelSource:
     ) -> None:
         self.revision, self.variant, self.vae = revision, variant, vae
         self._vae_config: dict[str, Any] | None = None
+        self.embedded = embedded_name(model)
         self.pipe = None if isinstance(model, (str, Path)) else model
         if self.pipe is not None:
             if not hasattr(self.pipe, "components"):
@@ -65,14 +68,13 @@ class ModelSource:
                     "expected a Hub id, a folder or a DiffusionPipeline, got "
                     f"{type(model).__name__}",
                 )
-            self.name = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
+            # A pipeline that was loaded from a `Path` remembers it as one.
+            self.name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
             self.pipeline_class_name = type(self.pipe).__name__
             return
         self.name = str(model)
-        if self.name == "shapes" and not Path("shapes").is_dir():
-            from ..shapes import weights_dir
-
-            self.location, self.local = str(weights_dir()), True
+        if self.embedded is not None:
+            self.location, self.local = str(weights_dir(self.embedded)), True
         else:
             self.location, self.local = self.name, Path(self.name).is_dir()
         self.index = self._read_index()

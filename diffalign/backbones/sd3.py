@@ -6,11 +6,14 @@ It is trained by flow matching.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..shapes.sampling_defaults import sampling_settings
 from .base import Backbone
 
 
@@ -25,11 +28,34 @@ class StableDiffusion3Backbone(Backbone):
         """The number of which image sides must be multiples: whole patches."""
         return self.vae_scale * self.source.component_config("transformer").get("patch_size", 2)
 
+    def _encoding_pipe(self) -> Any:
+        """Build a pipeline with text encoders only, see `Backbone`.
+
+        Without a T5 encoder, diffusers reads the width of the zeros in its place from
+        the config of the transformer, which itself need not be loaded.
+        """
+        pipe = super()._encoding_pipe()
+        if pipe.text_encoder_3 is None and pipe.transformer is None:
+            config = self.source.component_config("transformer")
+            pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+        return pipe
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """For the embedded model the number of T5 tokens, see `sampling_settings`."""
+        settings = sampling_settings(self.source.embedded) if self.source.embedded else {}
+        return {k: v for k, v in settings.items() if k == "max_sequence_length"}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and ``pooled_prompt_embeds``."""
         embeds, _, pooled, _ = self._encoding_pipe().encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            **self.prompt_settings,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

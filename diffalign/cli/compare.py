@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         default="shapes",
-        help="the model to compare with: Hub id, folder or shapes (default)",
+        help="the model to compare with: Hub id, folder, shapes (default) or shapes-flow",
     )
     parser.add_argument(
         "--tuned", action="append", default=[], help=f"{what}; may be given several times"

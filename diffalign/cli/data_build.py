@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models",
         nargs="+",
         default=["shapes"],
-        help="Hub ids or folders of pipelines (default: shapes)",
+        help="Hub ids, folders, shapes (default) or shapes-flow",
     )
     parser.add_argument(
         "--lora",

@@ -10,6 +10,7 @@ from typing import Any
 from ..config.ranges import count, port, steps
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
+from ..shapes.models import FLOW_MODEL, embedded_name
 
 AUTH = "DIFFALIGN_DEMO_AUTH"
 
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): Parser of the command.
     """
-    parser.add_argument("--base", default="shapes", help="Hub id, folder or shapes (default)")
+    parser.add_argument(
+        "--base", default="shapes", help="Hub id, folder, shapes (default) or shapes-flow"
+    )
     parser.add_argument(
         "--tuned",
         action="append",
@@ -171,8 +174,9 @@ def _app(options: argparse.Namespace) -> Any:
     from ..evaluation.compare import read_models
     from ..runtime.devices import read_dtype
 
-    embedded = options.base == "shapes"
-    tuned = options.tuned or ([_embedded_lora()] if embedded else [])
+    embedded = embedded_name(options.base) is not None
+    has_lora = embedded and options.base != FLOW_MODEL
+    tuned = options.tuned or ([_embedded_lora()] if has_lora else [])
     if not tuned:
         raise UserError("--tuned: name at least one model to show beside the base")
     models = read_models(options.base, tuned)

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", type=float, nargs="+", help="one per input (default: equal shares)"
     )
     parser.add_argument(
-        "--model", required=True, help="the base: Hub id or folder of a pipeline, or shapes"
+        "--model",
+        required=True,
+        help="the base: Hub id or folder of a pipeline, shapes or shapes-flow",
     )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="where the merged weights go"

@@ -26,6 +26,10 @@ from .quickstart_config import QuickstartConfig
 
 BASE_SEED = 10_000_000
 """First seed of the evaluation, far from the seeds of the training images."""
+CHOICE_SEED = 15_000_000
+"""First seed of the images that choose the guidance scales."""
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+"""The scales among which each model's best one is chosen."""
 
 
 def run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
@@ -121,6 +125,21 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
+def shuffled_prompts(config: QuickstartConfig) -> list[str]:
+    """List the training prompts in the order in which this run takes them.
+
+    The first ones get preferences. The last ones choose the guidance.
+
+    Args:
+        config (`QuickstartConfig`): Its seed orders them.
+    """
+    import random
+
+    prompts = train_prompts()
+    random.Random(config.seed).shuffle(prompts)
+    return prompts
+
+
 def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
     """Draw and score images, and write them into `dataset/` as ranked lists.
 
@@ -133,31 +152,27 @@ def make_preferences(folder: Path, config: QuickstartConfig) -> Path:
     Returns:
         `Path`: Folder of the dataset.
     """
-    import random
-
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
     from ..generation.sampling import generate
-    from ..shapes.sampling_defaults import SAMPLING
+    from ..shapes.sampling_defaults import sampling_settings
     from ..shapes.verifier import score
 
     target = folder / "dataset"
     if target.is_dir():
         print(f"preferences: {target} is there")
         return target
-    prompts = train_prompts()
-    random.Random(config.seed).shuffle(prompts)
-    prompts, k = prompts[: config.num_prompts], config.images_per_prompt
+    prompts, k = shuffled_prompts(config)[: config.num_prompts], config.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(k)]
     first = config.seed * len(train_prompts()) * 100
     images = generate(
-        base_pipeline(),
+        base_pipeline(config.model),
         repeated,
         range(first, first + len(repeated)),
         batch_size=64,
         description="1/3 sampling from the base",
-        **SAMPLING,
+        **sampling_settings(config.model),
     )
     _require(images, "base")
     scores = score(images, repeated)
@@ -219,7 +234,7 @@ def train(folder: Path, config: QuickstartConfig, dataset: Path) -> None:
     )
     cache = str(folder / "cache")
     trainer = DiffusionDPOTrainer(
-        model="shapes",
+        model=config.model,
         args=args,
         train_dataset=load_preferences(str(dataset), verbose=False),
         peft_config=LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian"),
@@ -251,20 +266,55 @@ class Interrupted(RuntimeError):
         self.signal = signal
 
 
+def choice_scores(pipe: Any, name: str, config: QuickstartConfig) -> dict[str, float]:
+    """Score a model at every guidance scale, on prompts that are used for nothing else.
+
+    Args:
+        pipe (`DiffusionPipeline`): The model.
+        name (`str`): What progress bar and messages call it.
+        config (`QuickstartConfig`): Settings of the quickstart.
+
+    Returns:
+        `dict[str, float]`: Scale -> mean graded score of the verifier.
+    """
+    from ..generation.sampling import generate
+    from ..shapes.sampling_defaults import sampling_settings
+    from ..shapes.verifier import score
+
+    prompts = shuffled_prompts(config)[-config.choice_prompts :]
+    first = CHOICE_SEED + config.seed * len(prompts)
+    means = {}
+    for scale in GUIDANCE_SCALES:
+        images = generate(
+            pipe,
+            prompts,
+            range(first, first + len(prompts)),
+            batch_size=64,
+            description=f"3/3 guidance {scale:g}, {name}",
+            **{**sampling_settings(config.model), "guidance_scale": scale},
+        )
+        _require(images, name)
+        means[f"{scale:g}"] = float(score(images, prompts).mean())
+    return means
+
+
 def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
-    """Compare base and tuned model on held-out prompts, with the same seeds.
+    """Compare base and tuned model, each at its own best guidance, with the same seeds.
+
+    The best guidance is chosen on training prompts without preferences. The models are
+    compared on held-out prompts.
 
     Args:
         folder (`Path`): Folder of the quickstart.
         config (`QuickstartConfig`): Its settings.
 
     Returns:
-        `dict[str, Any]`: Accuracies, scores and the win rate.
+        `dict[str, Any]`: Guidance scales, accuracies, scores and the win rate.
     """
     from ..evaluation.statistics import clustered_standard_error, win_rate
     from ..generation.grids import comparison_grid
     from ..generation.sampling import generate
-    from ..shapes.sampling_defaults import SAMPLING
+    from ..shapes.sampling_defaults import sampling_settings
     from ..shapes.verifier import attribute_table, score
 
     prompts = held_out_prompts()[: config.eval_prompts]
@@ -273,30 +323,36 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
     seeds = range(
         BASE_SEED + config.seed * len(repeated), BASE_SEED + (config.seed + 1) * len(repeated)
     )
-    pipe = base_pipeline()
+    pipe = base_pipeline(config.model)
     images: dict[str, list[Image.Image]] = {}
+    scores: dict[str, Any] = {}
     results: dict[str, Any] = {}
     for name in ("base", "tuned"):
         if name == "tuned":
             pipe.load_lora_weights(str(folder / "lora"))
+        choice = choice_scores(pipe, name, config)
+        scale = float(max(choice, key=choice.__getitem__))
         images[name] = generate(
             pipe,
             repeated,
             seeds,
             batch_size=64,
             description=f"3/3 held-out prompts, {name}",
-            **SAMPLING,
+            **{**sampling_settings(config.model), "guidance_scale": scale},
         )
         _require(images[name], name)
         table = attribute_table(images[name], repeated)
         correct = np.array([row["all"] for row in table], dtype=float).reshape(-1, count)
+        scores[name] = score(images[name], repeated).reshape(-1, count)
         results[name] = {
+            "guidance_scale": scale,
+            "choice_scores": choice,
             "accuracy": float(correct.mean()),
             "accuracy_standard_error": clustered_standard_error(correct),
             "attributes": {a: float(np.mean([row[a] for row in table])) for a in ATTRIBUTES},
-            "score": float(score(images[name], repeated).mean()),
+            "style": float(np.mean([row["style"] for row in table])),
+            "score": float(scores[name].mean()),
         }
-    scores = {name: score(images[name], repeated).reshape(-1, count) for name in images}
     results["win_rate"] = dataclasses.asdict(win_rate(scores["base"], scores["tuned"]))
     results["prompts"], results["images_per_prompt"] = len(prompts), count
     shown = [
@@ -307,7 +363,14 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
         )
         for i in range(0, len(prompts), max(1, len(prompts) // 8))
     ][:8]
-    grid: Image.Image = comparison_grid(shown, cell=96, columns=2)
+    headings = {
+        name: f"{name}, guidance {r['guidance_scale']:g}"
+        for name, r in results.items()
+        if name in images
+    }
+    grid: Image.Image = comparison_grid(
+        shown, left=headings["base"], right=headings["tuned"], cell=96, columns=2
+    )
     save_image(grid, folder / "comparison.png")
     return results
 
@@ -320,11 +383,20 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         folder (`Path`): Folder of the quickstart.
     """
     base, tuned, wins = results["base"], results["tuned"], results["win_rate"]
+    scales = list(base["choice_scores"])
     lines = [
         "",
+        "mean score by guidance, on training prompts without preferences",
+        f"{'guidance':<14}" + "".join(f"{scale:>8}" for scale in scales),
+        *(
+            f"{name:<14}" + "".join(f"{results[name]['choice_scores'][s]:>8.3f}" for s in scales)
+            for name in ("base", "tuned")
+        ),
+        "",
         f"held-out prompts: {results['prompts']} x {results['images_per_prompt']} images, "
-        "same seeds under both models",
+        "same seeds under both models, each at its best guidance",
         f"{'':<14}{'base':>16}{'tuned':>16}",
+        f"{'guidance':<14}{base['guidance_scale']:>16g}{tuned['guidance_scale']:>16g}",
         f"{'all correct':<14}"
         + "".join(
             f"{m['accuracy']:>9.1%} ± {m['accuracy_standard_error']:.1%}" for m in (base, tuned)
@@ -333,8 +405,11 @@ def summary(results: dict[str, Any], folder: Path) -> str:
             f"{a:<14}{base['attributes'][a]:>16.1%}{tuned['attributes'][a]:>16.1%}"
             for a in base["attributes"]
         ),
-        f"win-rate of tuned over base {wins['rate']:.1%}, 95 % interval {wins['low']:.1%} to "
-        f"{wins['high']:.1%} "
+        f"{'style':<14}{base['style']:>16.1%}{tuned['style']:>16.1%}",
+        f"{'score':<14}{base['score']:>16.3f}{tuned['score']:>16.3f}",
+        "",
+        "tuned at its best guidance against base at its best guidance:",
+        f"win-rate {wins['rate']:.1%}, 95 % interval {wins['low']:.1%} to {wins['high']:.1%} "
         f"(wins {wins['wins']:.1%}, ties {wins['ties']:.1%}, losses {wins['losses']:.1%})",
         "",
         f"picture    {folder / 'comparison.png'}",
@@ -343,19 +418,20 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         f"dataset    {folder / 'dataset'}",
         f"log        {folder / 'lora' / 'logs' / 'metrics.jsonl'}",
         "",
-        "next: " + next_command(folder),
+        "next: " + next_command(folder, results["settings"]["model"]),
     ]
     return "\n".join(lines)
 
 
-def next_command(folder: Path) -> str:
+def next_command(folder: Path, model: str) -> str:
     """Return a command to run after the quickstart.
 
     Args:
         folder (`Path`): Folder of the quickstart.
+        model (`str`): The model that it aligned.
     """
     return (
-        f"diffalign sample --model shapes --lora {folder / 'lora'} --prompt "
+        f"diffalign sample --model {model} --lora {folder / 'lora'} --prompt "
         "'a large yellow star on the right of a black background' --output_dir "
         f"{folder / 'samples'}"
     )

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (`argparse.ArgumentParser`): Parser of the command.
     """
     parser.add_argument(
-        "--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)"
+        "--model",
+        default="shapes",
+        help="Hub id or folder of a pipeline, shapes (default) or shapes-flow",
     )
     parser.add_argument(
         "--lora", help="folder or Hub id of LoRA weights; base images are drawn beside"

@@ -16,6 +16,7 @@ from ..errors import ConfigError, UserError
 from ..runtime.files import claim_output_dir, save_image
 from ..runtime.missing import Missing
 from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
+from ..shapes.models import embedded_name
 
 if TYPE_CHECKING:
     from ..evaluation.best_of_n import BestOfNComparison
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (`argparse.ArgumentParser`): Parser of the command.
     """
     parser.add_argument(
-        "--model", default="shapes", help="Hub id or folder of a pipeline, or shapes (default)"
+        "--model",
+        default="shapes",
+        help="Hub id or folder of a pipeline, shapes (default) or shapes-flow",
     )
     parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
     parser.add_argument(
@@ -175,7 +178,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     work = _Work.load(options, steps, arguments)
     units = [(i, s) for s in range(options.num_seeds) for i in range(len(prompts))]
-    size = options.prompts_per_call or (8 if options.model == "shapes" else 1)
+    size = options.prompts_per_call or (1 if embedded_name(options.model) is None else 8)
     chunks = [units[start : start + size] for start in range(0, len(units), size)]
     from tqdm.auto import tqdm
 
@@ -384,8 +387,8 @@ class _Work:
         call = {name: value for name, value in call.items() if value is not None} | (
             {"eta": options.eta} if by_scheduler and options.eta is not None else {}
         )
-        if options.model == "shapes":
-            call = {**default_settings("shapes"), "num_inference_steps": 30, **call}
+        if embedded_name(options.model) is not None:
+            call = {**default_settings(options.model), "num_inference_steps": 30, **call}
         return cls(
             options,
             steering,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..runtime.files import replacing_folder
+from ..shapes.models import embedded_name
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def merge_states(
 
 
 def _is_pipeline(name: str) -> bool:
-    return name == "shapes" or (Path(name) / "model_index.json").is_file()
+    return embedded_name(name) is not None or (Path(name) / "model_index.json").is_file()
 
 
 def merge_loras(

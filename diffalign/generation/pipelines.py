@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..backbones.loading import ModelSource
 from ..backbones.lora import adapter_state, adapters_kept, load_lora
 from ..runtime.weight_files import check_filled
+from ..shapes.models import SHAPES_MODEL, embedded_name, weights_dir
+from ..shapes.sampling_defaults import sampling_settings
 
 if TYPE_CHECKING:
     import torch
@@ -65,14 +67,20 @@ def load_pipeline(
         for name in source.component_names()
         if source.from_transformers(name)
     }
+    # A pipeline that was saved without a part, such as Stable Diffusion 3 without its
+    # T5 encoder, loads only if the part is named.
+    absent = {
+        name: None
+        for name, value in source.index.items()
+        if isinstance(value, list) and value[0] is None
+    }
     with source.explaining(None):
         pipe = DiffusionPipeline.from_pretrained(
             source.location,
             dtype=dtype,
             use_safetensors=True,
             variant=source.pipeline_variant(),
-            **parts,
-            **components,
+            **{**absent, **parts, **components},
         )
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
@@ -104,16 +112,13 @@ def load_for_scoring(
 def default_settings(model: object) -> dict[str, Any]:
     """Return arguments of the pipeline's call that it would not choose by itself.
 
-    Only the embedded model has some.
+    Only the embedded models have some.
 
     Args:
-        model (`str`): Hub id, folder or `shapes`.
+        model (`str`): Hub id, folder or name of an embedded model.
     """
-    if model == "shapes" and ModelSource(model).local:
-        from ..shapes.sampling_defaults import SAMPLING
-
-        return dict(SAMPLING)
-    return {}
+    name = embedded_name(model)
+    return {} if name is None else sampling_settings(name)
 
 
 @contextmanager
@@ -135,13 +140,15 @@ def with_lora(pipe: LoraPipeline, weights: str | Path, scale: float, role: str) 
         yield
 
 
-def base_pipeline() -> Any:
-    """Load the embedded pipeline, without the checks of `load_pipeline`."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
+def base_pipeline(model: str = SHAPES_MODEL) -> Any:
+    """Load an embedded pipeline, without the checks of `load_pipeline`.
 
-    from ..shapes import weights_dir
+    Args:
+        model (`str`, *optional*, defaults to `"shapes"`): `shapes` or `shapes-flow`.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return StableDiffusionPipeline.from_pretrained(weights_dir())
+    return DiffusionPipeline.from_pretrained(weights_dir(model))

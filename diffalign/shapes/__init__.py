@@ -1,4 +1,4 @@
-"""The shapes world: a tiny but real text-to-image pipeline with an exact judge.
+"""The shapes world: two tiny but real text-to-image pipelines with an exact judge.
 
 It has prompts, a renderer and a verifier. Every method of the package can be trained
 and judged on it, on a CPU in minutes.
@@ -6,8 +6,11 @@ and judged on it, on a CPU in minutes.
 
 from pathlib import Path
 
+from .models import EMBEDDED_MODELS, FLOW_MODEL, SHAPES_MODEL, weights_dir
 from .prompts import (
     ATTRIBUTES,
+    PREFERRED_STYLE,
+    STYLES,
     Scene,
     all_scenes,
     held_out_prompts,
@@ -17,14 +20,6 @@ from .prompts import (
 )
 from .renderer import render
 from .verifier import Verdict, attribute_table, score, verify
-
-SHAPES_MODEL = "shapes"
-"""The name under which `model:` accepts the embedded pipeline."""
-
-
-def weights_dir() -> Path:
-    """Return the folder of the embedded pipeline, for `from_pretrained`."""
-    return Path(__file__).parent / "weights"
 
 
 def reward_weights_dir() -> Path:
@@ -53,7 +48,11 @@ def text_weights_dir() -> Path:
 
 __all__ = [
     "ATTRIBUTES",
+    "EMBEDDED_MODELS",
+    "FLOW_MODEL",
+    "PREFERRED_STYLE",
     "SHAPES_MODEL",
+    "STYLES",
     "Scene",
     "Verdict",
     "all_scenes",

@@ -26,6 +26,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
 }
 
+STYLES = ("flat", "lit")
+"""How a background can look. Captions never mention it."""
+PREFERRED_STYLE = "lit"
+"""The style that people prefer in this world."""
+
 _PLACE = {"left": "on the left", "center": "in the center", "right": "on the right"}
 _PATTERN = re.compile(
     r"^a (?P<size>\w+) (?P<color>\w+) (?P<shape>\w+) (?:on|in) the (?P<position>\w+) "

@@ -1,4 +1,4 @@
-"""Draw a scene as an image: one filled shape on a plain background.
+"""Draw a scene as an image: one filled shape on a background, flat or lit from above.
 
 Edges are smooth by supersampling.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from .prompts import Scene
+from .prompts import STYLES, Scene
 
 RESOLUTION = 64
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -33,6 +34,8 @@ BACKGROUND_PALETTE: dict[str, tuple[int, int, int]] = {
 HALF_SIDE = {"small": (9.5, 11.0), "large": (16.0, 18.0)}
 CENTER_X = {"left": (20.0, 22.0), "center": (31.0, 33.0), "right": (42.0, 44.0)}
 CENTER_Y = (29.0, 35.0)
+LIGHT = 28.0
+"""Grey levels that the style ``lit`` adds at the top and subtracts at the bottom."""
 _SUPERSAMPLING = 4
 
 
@@ -78,16 +81,29 @@ def shape_polygon(shape: str, half_side: float) -> list[tuple[float, float]]:
     raise ValueError(f"shape: {shape!r} cannot be drawn")
 
 
-def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
+def _background(name: str, style: str) -> Image.Image:
+    light = np.linspace(LIGHT, -LIGHT, RESOLUTION) if style == "lit" else np.zeros(RESOLUTION)
+    rows = np.array(BACKGROUND_PALETTE[name], dtype=np.float64) + light[:, None]
+    pixels = np.broadcast_to(rows.round().clip(0, 255)[:, None], (RESOLUTION, RESOLUTION, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def render(scene: Scene, rng: random.Random | None = None, style: str = "flat") -> Image.Image:
     """Draw an image of a scene.
 
     Args:
         scene (`Scene`): what to draw.
         rng (`random.Random`, *optional*): varies size and place within the ranges of
             the attributes. None takes the midpoints.
+        style (`str`, *optional*, defaults to `"flat"`): one of `STYLES`. ``flat`` fills
+            the background with one colour. ``lit`` makes it lighter towards the top
+            and darker towards the bottom.
 
     Returns:
         `Image.Image`: RGB, 64x64.
+
+    Raises:
+        ValueError: unknown style.
 
     Example:
         ```python
@@ -99,10 +115,12 @@ def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
     def draw(low: float, high: float) -> float:
         return (low + high) / 2 if rng is None else rng.uniform(low, high)
 
+    if style not in STYLES:
+        raise ValueError(f"style: {style!r} is not one of {', '.join(STYLES)}")
     half_side, x, y = draw(*HALF_SIDE[scene.size]), draw(*CENTER_X[scene.position]), draw(*CENTER_Y)
     s = _SUPERSAMPLING
-    canvas = Image.new(
-        "RGB", (RESOLUTION * s, RESOLUTION * s), BACKGROUND_PALETTE[scene.background]
+    canvas = _background(scene.background, style).resize(
+        (RESOLUTION * s, RESOLUTION * s), Image.Resampling.NEAREST
     )
     outline = [((px + x) * s, (py + y) * s) for px, py in shape_polygon(scene.shape, half_side)]
     ImageDraw.Draw(canvas).polygon(outline, fill=PALETTE[scene.color])

@@ -1,4 +1,4 @@
-"""The vocabulary of the shapes world as a real `CLIPTokenizer`.
+"""The vocabulary of the shapes world as a real `CLIPTokenizer` and `T5Tokenizer`.
 
 Each word of the grammar is one token. Letters serve all other words.
 """
@@ -10,14 +10,14 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from .models import MAX_LENGTH
 from .prompts import all_scenes
 
 if TYPE_CHECKING:
     from typing import Any
 
-from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, T5Tokenizer
 
-MAX_LENGTH = 16
 _END_OF_WORD = "</w>"
 
 
@@ -45,6 +45,13 @@ def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
+_LETTERS = (*string.ascii_lowercase, *string.digits, ",", ".", "-")
+
+
+def _words() -> list[str]:
+    return sorted({word for scene in all_scenes() for word in scene.prompt.split()})
+
+
 def build_tokenizer() -> CLIPTokenizer:
     """Build the tokenizer.
 
@@ -54,13 +61,27 @@ def build_tokenizer() -> CLIPTokenizer:
     """
     from transformers import CLIPTokenizer
 
-    words = sorted({word for scene in all_scenes() for word in scene.prompt.split()})
-    letters = [*string.ascii_lowercase, *string.digits, ",", ".", "-"]
-    merges = _byte_pair_merges(words)
-    entries = letters + [letter + _END_OF_WORD for letter in letters]
+    merges = _byte_pair_merges(_words())
+    entries = [*_LETTERS, *(letter + _END_OF_WORD for letter in _LETTERS)]
     entries += [left + right for left, right in merges]
     entries = [*dict.fromkeys(entries), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(entries)}
     # The constructor reads pairs, though its annotation says text.
     pairs: Any = merges
     return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_LENGTH)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """Build the tokenizer of the T5 encoder.
+
+    Returns:
+        `T5Tokenizer`: about 65 pieces, with `model_max_length` 16. A prompt of the
+            grammar takes 11 or 12 tokens.
+    """
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    # A piece is the likelier, the higher its score: whole words before letters.
+    words = [("\u2581" + word, -1.0) for word in _words()]
+    letters = [(letter, -10.0) for letter in ("\u2581", *_LETTERS)]
+    return T5Tokenizer(vocab=[*special, *words, *letters], extra_ids=0, model_max_length=MAX_LENGTH)

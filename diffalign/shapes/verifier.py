@@ -2,8 +2,9 @@
 
 Nothing is learned. The background is the median colour of the border, and the object is
 what differs from it. The colour is the nearest one of the palette. The shape is the
-template with the best intersection over union inside the object's bounding box.
-Rendered images are read without error.
+template with the best intersection over union inside the object's bounding box. The
+style is ``lit`` where the top of the image is lighter than its bottom. Rendered images
+are read without error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .prompts import ATTRIBUTES, Scene, parse_prompt
+from .prompts import ATTRIBUTES, PREFERRED_STYLE, Scene, parse_prompt
 from .renderer import BACKGROUND_PALETTE, PALETTE, RESOLUTION, shape_polygon
 
 _OBJECT_DISTANCE = 60.0
@@ -24,6 +25,12 @@ _SIZE_THRESHOLD = 27.0
 _POSITION_THRESHOLDS = (26.5, 37.5)
 _MIN_SHAPE_IOU = 0.6
 _MAX_COLOR_DISTANCE = 110.0
+# No object reaches these rows. Rendered images differ there by 0 or by at least 35.
+_STYLE_ROWS = 6
+_STYLE_THRESHOLD = 18.0
+
+ATTRIBUTE_WEIGHT, STYLE_WEIGHT, SHARPNESS_WEIGHT = 0.8, 0.15, 0.05
+"""What attributes, style and sharpness count in the graded score of `score`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Verdict:
 
     Args:
         size, color, shape, position, background (`str`, *optional*): the attributes.
+        style (`str`): ``flat`` or ``lit``. Prompts do not name it.
         shape_iou (`float`, *optional*, defaults to `0.0`): intersection over union of
             the object with the template of `shape`.
     """
@@ -44,6 +52,7 @@ class Verdict:
     shape: str | None
     position: str | None
     background: str | None
+    style: str
     shape_iou: float = 0.0
 
     def matches(self, scene: Scene) -> dict[str, bool]:
@@ -117,12 +126,14 @@ def verify(image: Image.Image) -> Verdict:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     back = np.median(border, axis=0)
     background = _nearest(back, BACKGROUND_PALETTE)
+    lightening = pixels[:_STYLE_ROWS].mean() - pixels[-_STYLE_ROWS:].mean()
+    style = "lit" if lightening > _STYLE_THRESHOLD else "flat"
     mask = np.linalg.norm(pixels - back, axis=-1) > _OBJECT_DISTANCE
     if mask.sum() < _MIN_PIXELS:
-        return Verdict(None, None, None, None, background)
+        return Verdict(None, None, None, None, background, style)
     mask = _largest_component(mask)
     if mask.sum() < _MIN_PIXELS:
-        return Verdict(None, None, None, None, background)
+        return Verdict(None, None, None, None, background, style)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = int(bottom - top), int(right - left)
@@ -142,20 +153,22 @@ def verify(image: Image.Image) -> Verdict:
         shape if ious[shape] >= _MIN_SHAPE_IOU else None,
         position,
         background,
+        style,
         ious[shape],
     )
 
 
 def attribute_table(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, bool]]:
-    """Judge which attributes of its prompt each image has.
+    """Judge which attributes of its prompt each image has, and whether it looks good.
 
     Args:
         images (sequence of `Image.Image`): n of them.
         prompts (sequence of `str`): one per image, of the grammar.
 
     Returns:
-        `list[dict[str, bool]]`: per image, attribute -> whether it is right, and the
-        key ``all``.
+        `list[dict[str, bool]]`: per image, attribute -> whether it is right. The key
+        ``all`` says whether all of these are. The key ``style`` says whether the style
+        is the preferred one, which ``all`` does not ask for.
 
     Raises:
         ValueError: the lengths differ, or a prompt is not of the grammar.
@@ -166,17 +179,21 @@ def attribute_table(images: Sequence[Image.Image], prompts: Sequence[str]) -> li
         )
     table = []
     for image, prompt in zip(images, prompts, strict=True):
-        row = verify(image).matches(parse_prompt(prompt))
-        table.append({**row, "all": all(row.values())})
+        verdict = verify(image)
+        row = verdict.matches(parse_prompt(prompt))
+        style = verdict.style == PREFERRED_STYLE
+        table.append({**row, "all": all(row.values()), "style": style})
     return table
 
 
 def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Grade images between 0 and 1.
 
-    The grade is 0.95 times the share of right attributes, plus 0.05 times the sharpness
-    of the shape (its intersection over union with the template) where the shape is
-    right. An image is above 0.95 if and only if all of its attributes are right.
+    The grade has three parts: 0.8 times the share of the five attributes that are
+    right, 0.15 where the style is the preferred one, and 0.05 times the sharpness of
+    the shape (its intersection over union with the template) where the shape is right.
+    An image is above 0.95 if and only if all of its attributes are right and its style
+    is the preferred one.
 
     Args:
         images (sequence of `Image.Image`): n of them.
@@ -193,5 +210,9 @@ def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         scene, verdict = parse_prompt(prompt), verify(image)
         right = verdict.matches(scene)
         share = sum(right.values()) / len(right)
-        scores.append(0.95 * share + 0.05 * (verdict.shape_iou if right["shape"] else 0.0))
+        scores.append(
+            ATTRIBUTE_WEIGHT * share
+            + STYLE_WEIGHT * (verdict.style == PREFERRED_STYLE)
+            + SHARPNESS_WEIGHT * (verdict.shape_iou if right["shape"] else 0.0)
+        )
     return np.array(scores, dtype=np.float64)

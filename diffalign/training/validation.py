@@ -365,7 +365,7 @@ class Validation:
                     self.seeds,
                     batch_size=8,
                     description=description,
-                    **self.config.pipe_kwargs() | guidance,
+                    **self.backbone.prompt_settings | self.config.pipe_kwargs() | guidance,
                 )
         finally:
             network.train(training)

@@ -270,6 +270,7 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
                 "4",
             ),
             *("--batch_size", "4", "--eval_prompts", "4", "--eval_images", "1"),
+            *("--choice_prompts", "2"),
         ],
     }
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_pipeline
 
 from diffalign import cli
+from diffalign.backbones import load_backbone
 from diffalign.backbones.loading import ModelSource
 from diffalign.errors import ConfigError, UserError
 from diffalign.generation.pipelines import load_pipeline
@@ -279,3 +281,17 @@ def test_mutated_weight_files(whole, tmp_path):
         if reason is None:
             read_header(file)
     assert refused > 100
+
+
+def test_stable_diffusion_3_without_its_t5_encoder(tmp_path):
+    """It is saved without the part, which plain `from_pretrained` then asks for."""
+    pipe = build_pipeline("sd3")
+    pipe.save_pretrained(tmp_path / "m")
+    loaded = load_pipeline(str(tmp_path / "m"), device="cpu")
+    assert loaded.text_encoder_3 is None and loaded.transformer is not None
+    encoded = load_backbone(str(tmp_path / "m")).encode_prompts(["a cat"])
+    expected, _, pooled, _ = pipe.encode_prompt(
+        ["a cat"], None, None, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(encoded["prompt_embeds"], expected)
+    torch.testing.assert_close(encoded["pooled_prompt_embeds"], pooled)

@@ -14,6 +14,7 @@ from tiny import (
     FAMILIES,
     assert_same_tensors,
     first_batch,
+    learning_rate,
     lora_config,
     make_trainer,
     pair_rows,
@@ -174,7 +175,7 @@ def test_resuming_takes_the_pool_along(tmp_path: Path, lora: bool) -> None:
 def test_it_learns_the_winners(tmp_path: Path, family: str, lora: bool) -> None:
     """Their denoising error falls, at draws that were not trained on."""
     config = lora_config(r=8, alpha=16) if lora else None
-    rate = 1e-2 if lora else 3e-3
+    rate = learning_rate(family, lora)
     options = {
         "max_steps": 16,
         "pool_save_steps": 4,

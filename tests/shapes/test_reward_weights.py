@@ -93,7 +93,7 @@ def test_right_images_mostly_beat_images_with_one_wrong_attribute(model: Any) ->
     from tools.shapes.reward_card import one_wrong
 
     prompts, hits = held_out_prompts()[:40], []
-    for name in ATTRIBUTES:
+    for name in (*ATTRIBUTES, "style"):
         images = one_wrong(prompts, name, seed=7)
         right, wrong = (
             [Image.fromarray(image) for image in images[:, column]] for column in (0, 1)
@@ -127,7 +127,10 @@ def test_the_card_states_the_measured_figures() -> None:
     results = json.loads((reward_weights_dir() / "accuracy.json").read_text())
     card = (reward_weights_dir() / "README.md").read_text()
     accuracy = results["pairwise_accuracy"]["all"]
-    assert 0.75 <= accuracy["rate"] <= 0.90 and accuracy["pairs"] >= 2000
+    assert 0.65 <= accuracy["rate"] <= 0.90 and accuracy["pairs"] >= 2000
+    # It has learned both parts of the preferences: follow the prompt, and look good.
+    assert results["pairwise_accuracy"]["attributes"]["low"] > 0.8
+    assert results["pairwise_accuracy"]["style"]["low"] > 0.6
     assert accuracy["low"] < accuracy["rate"] < accuracy["high"]
     for share in (*results["pairwise_accuracy"].values(), *results["attribute_accuracy"].values()):
         assert f"{share['rate']:.1%} | {share['low']:.1%} to {share['high']:.1%}" in card

@@ -4,11 +4,11 @@ Run ``python -m tools.shapes.pretrain_reward --output_dir OUT``.
 
 It is a small real `transformers.CLIPModel`, made as PickScore was (Kirstain et al.
 2023, arXiv 2305.01569). Contrastive pre-training on captioned images (here: rendered
-ones) comes first. The preference loss follows, a two-way cross-entropy on the
-difference of ``exp(logit_scale) * cos(text, image)`` between two images of one prompt.
-The preferences are the verifier's, made noisy on purpose, on images of the embedded
-pipeline for training prompts. The reward is imperfect and can be hacked, as rewards
-learned from people can.
+ones, in both styles) comes first. The preference loss follows, a two-way cross-entropy
+on the difference of ``exp(logit_scale) * cos(text, image)`` between two images of one
+prompt. The preferences are the verifier's, made noisy on purpose, on images of the
+embedded pipeline for training prompts. The reward is imperfect and can be hacked, as
+rewards learned from people can.
 
 The command draws its data into ``OUT/drawn``, so that an interrupted run goes on. It
 trains, measures on held-out prompts and writes model, tokenizer, preprocessor settings,
@@ -37,7 +37,13 @@ from tqdm.auto import tqdm
 from diffalign.errors import ConfigError, UserError
 from diffalign.rewards.images import CLIP_MEAN, CLIP_STD
 from diffalign.runtime.files import replacing
-from diffalign.shapes.prompts import held_out_prompts, parse_prompt, train_prompts
+from diffalign.shapes.prompts import (
+    ATTRIBUTES,
+    STYLES,
+    held_out_prompts,
+    parse_prompt,
+    train_prompts,
+)
 from diffalign.shapes.renderer import RESOLUTION, render
 from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -90,7 +96,7 @@ class RewardPretrainConfig:
     temperature: float = 0.05
     """Temperature of the Bradley-Terry labels, in units of the verifier's graded score.
 
-    One attribute is 0.19 of it.
+    One attribute is 0.16 of it, the style 0.15.
     """
     label_flips: float = 0.1
     """Share of labels that are turned round after that."""
@@ -100,7 +106,7 @@ class RewardPretrainConfig:
     """Rendered images per step, each with another prompt."""
     warmup_learning_rate: float = 1e-3
     """Peak of its one-cycle schedule."""
-    train_steps: int = 200
+    train_steps: int = 500
     """Steps on the preferences."""
     train_batch: int = 24
     """Prompts per step. Each brings all of its images and pairs."""
@@ -310,6 +316,23 @@ def verifier_scores(pixels: Pixels, prompts: Sequence[str]) -> Floats:
     return score(images, [prompt for prompt in prompts for _ in range(k)]).reshape(-1, k)
 
 
+def verifier_parts(pixels: Pixels, prompts: Sequence[str]) -> tuple[Floats, Floats]:
+    """Read what the score is made of.
+
+    Returns:
+        `tuple`: numbers of right attributes, and whether the style is the preferred
+        one, each (prompts, images per prompt).
+    """
+    from diffalign.shapes.verifier import attribute_table
+
+    k = pixels.shape[1]
+    images = [Image.fromarray(image) for image in pixels.reshape(-1, *pixels.shape[2:])]
+    table = attribute_table(images, [prompt for prompt in prompts for _ in range(k)])
+    right = np.array([sum(row[name] for name in ATTRIBUTES) for row in table], dtype=np.float64)
+    style = np.array([row["style"] for row in table], dtype=np.float64)
+    return right.reshape(-1, k), style.reshape(-1, k)
+
+
 def pairs_of(images_per_prompt: int) -> npt.NDArray[np.int64]:
     """List the pairs of images a < b of a prompt, (pairs, 2)."""
     return np.array(list(itertools.combinations(range(images_per_prompt), 2)))
@@ -376,7 +399,10 @@ def contrastive_loss(
         `Tensor`: a scalar.
     """
     batch = rng.sample(list(prompts), min(size, len(prompts)))
-    pixels = np.stack([np.asarray(render(parse_prompt(prompt), rng)) for prompt in batch])
+    # The style says nothing about the prompt. Preferences alone teach the taste.
+    pixels = np.stack(
+        [np.asarray(render(parse_prompt(prompt), rng, rng.choice(STYLES))) for prompt in batch]
+    )
     out = model(input_ids=token_ids(tokenizer, batch), pixel_values=preprocess(pixels))
     logits, right = scale * out.text_embeds @ out.image_embeds.T, torch.arange(len(batch))
     cross_entropy = torch.nn.functional.cross_entropy
@@ -548,7 +574,8 @@ def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
     print(f"trained in {time.perf_counter() - started:.0f} s")
     save(folder, model.eval(), tokenizer)
 
-    results = measure(folder, config, held_out, held_out_pixels, warm, truth, labels)
+    parts = verifier_parts(pixels, prompts)
+    results = measure(folder, config, held_out, held_out_pixels, warm, truth, parts, labels)
     (folder / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
     write_card(folder, config, results)
     return results

@@ -16,18 +16,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from diffalign.shapes.prompts import ATTRIBUTES, Scene, parse_prompt
+from diffalign.shapes.prompts import ATTRIBUTES, PREFERRED_STYLE, STYLES, Scene, parse_prompt
 from diffalign.shapes.renderer import render
 from tools.shapes import pretrain_reward as reward
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
-ONE_ATTRIBUTE = 0.1
-"""Difference of verifier scores above which the numbers of right attributes differ.
-
-An attribute is 0.19 of the score, the sharpness 0.05.
-"""
 ATTACK_STEPS, ATTACK_BOUND = 60, 48 / 255
 """Gradient ascent on the pixels: signed steps of 2/255, and the largest change."""
 
@@ -61,7 +56,35 @@ def share_with_interval(
     }
 
 
-def pairwise_accuracy(predicted: Floats, truth: Floats) -> dict[str, Any]:
+def kinds_of_pairs(truth: Floats, parts: tuple[Floats, Floats]) -> dict[str, Any]:
+    """Tell pairs apart by what the verifier prefers one image for.
+
+    Args:
+        truth (`np.ndarray`): the verifier's scores, (prompts, images per prompt).
+        parts (`tuple`): of `verifier_parts`.
+
+    Returns:
+        `dict`: kind -> bool (prompts, pairs). ``all`` are the pairs with different
+            scores, ``attributes`` those of one style with different numbers of right
+            attributes, ``style`` those of different styles with equal numbers,
+            ``conflict`` those where more right attributes stand against the preferred
+            style, and ``sharpness`` those that differ in nothing else.
+    """
+    pairs = reward.pairs_of(truth.shape[1])
+    score, right, style = (x[:, pairs[:, 0]] - x[:, pairs[:, 1]] for x in (truth, *parts))
+    strict = np.abs(score) > 1e-9
+    return {
+        "all": strict,
+        "attributes": strict & (right != 0) & (style == 0),
+        "style": strict & (right == 0) & (style != 0),
+        "conflict": strict & (right * style < 0),
+        "sharpness": strict & (right == 0) & (style == 0),
+    }
+
+
+def pairwise_accuracy(
+    predicted: Floats, truth: Floats, parts: tuple[Floats, Floats]
+) -> dict[str, Any]:
     """Compute how often the reward prefers the image that the verifier prefers.
 
     A tie of the reward is half a hit.
@@ -69,17 +92,15 @@ def pairwise_accuracy(predicted: Floats, truth: Floats) -> dict[str, Any]:
     Args:
         predicted, truth (`np.ndarray`): scores of reward and verifier,
             (prompts, images per prompt).
+        parts (`tuple`): of `verifier_parts`.
 
     Returns:
-        `dict`: ``all`` counts the pairs with different verifier scores, ``attributes``
-            those with different numbers of right attributes, and ``sharpness`` the
-            others, which differ in the last hundredths of the score.
+        `dict`: kind of `kinds_of_pairs` -> share with interval.
     """
     pairs = reward.pairs_of(truth.shape[1])
     gap, difference = (s[:, pairs[:, 0]] - s[:, pairs[:, 1]] for s in (predicted, truth))
     hits = np.where(gap == 0, 0.5, np.sign(gap) == np.sign(difference)).astype(np.float64)
-    strict, large = np.abs(difference) > 1e-9, np.abs(difference) > ONE_ATTRIBUTE
-    sets = {"all": strict, "attributes": large, "sharpness": strict & ~large}
+    sets = kinds_of_pairs(truth, parts)
     return {name: share_with_interval(hits, counted) for name, counted in sets.items()}
 
 
@@ -88,7 +109,7 @@ def one_wrong(prompts: Sequence[str], name: str, seed: int = 0) -> Pixels:
 
     Args:
         prompts (sequence of `str`): the prompts.
-        name (`str`): the attribute.
+        name (`str`): the attribute. ``style`` renders the preferred style and another.
         seed (`int`, *optional*, defaults to `0`): varies images and values.
 
     Returns:
@@ -96,17 +117,22 @@ def one_wrong(prompts: Sequence[str], name: str, seed: int = 0) -> Pixels:
     """
     rng, images = random.Random(f"{seed}-{name}"), []
     for prompt in prompts:
-        scene = parse_prompt(prompt)
-        value = rng.choice([v for v in ATTRIBUTES[name] if v != getattr(scene, name)])
-        wrong = Scene(**{**asdict(scene), name: value})
-        images.append([np.asarray(render(s, rng)) for s in (scene, wrong)])
+        scene, style = parse_prompt(prompt), rng.choice(STYLES)
+        kinds = [(scene, style), (scene, style)]
+        if name == "style":
+            others = [s for s in STYLES if s != PREFERRED_STYLE]
+            kinds = [(scene, PREFERRED_STYLE), (scene, rng.choice(others))]
+        else:
+            value = rng.choice([v for v in ATTRIBUTES[name] if v != getattr(scene, name)])
+            kinds[1] = (Scene(**{**asdict(scene), name: value}), style)
+        images.append([np.asarray(render(s, rng, style)) for s, style in kinds])
     return np.array(images)
 
 
 def attribute_accuracy(
     model: Any, tokenizer: Any, prompts: Sequence[str], repeats: int = 4
 ) -> dict[str, Any]:
-    """Compute how often a right image wins against one with a wrong attribute.
+    """Compute how often a right image wins against one with a wrong attribute or style.
 
     Args:
         model (`CLIPModel`): the reward.
@@ -115,10 +141,10 @@ def attribute_accuracy(
         repeats (`int`, *optional*, defaults to `4`): pairs per prompt.
 
     Returns:
-        `dict`: attribute -> share with interval.
+        `dict`: attribute or ``style`` -> share with interval.
     """
     out = {}
-    for name in ATTRIBUTES:
+    for name in (*ATTRIBUTES, "style"):
         hits = []
         for seed in range(repeats):
             images = one_wrong(prompts, name, seed)
@@ -176,7 +202,9 @@ def exploit(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) 
     from diffalign.shapes.verifier import attribute_table, score
 
     rng = random.Random(0)
-    perfect = np.stack([np.asarray(render(parse_prompt(prompt), rng)) for prompt in prompts])
+    perfect = np.stack(
+        [np.asarray(render(parse_prompt(prompt), rng, PREFERRED_STYLE)) for prompt in prompts]
+    )
     out: dict[str, Any] = {
         "steps": ATTACK_STEPS,
         "bound": round(ATTACK_BOUND * 255),
@@ -203,6 +231,7 @@ def measure(
     pixels: Pixels,
     warm: Floats,
     train_truth: Floats,
+    train_parts: tuple[Floats, Floats],
     labels: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
     """Collect everything in ``accuracy.json``, for a model in a folder.
@@ -215,6 +244,7 @@ def measure(
             64, 64, 3).
         warm (`np.ndarray`): their scores after the contrastive stage alone.
         train_truth (`np.ndarray`): verifier scores of the training images.
+        train_parts (`tuple`): their `verifier_parts`.
         labels (`np.ndarray`): the noisy labels of their pairs.
 
     Returns:
@@ -226,7 +256,7 @@ def measure(
         CLIPModel.from_pretrained(folder).eval(),
         CLIPTokenizer.from_pretrained(folder),
     )
-    truth = reward.verifier_scores(pixels, prompts)
+    truth, parts = reward.verifier_scores(pixels, prompts), reward.verifier_parts(pixels, prompts)
     predicted = reward.score_pixels(model, tokenizer, pixels, prompts).double().numpy()
     pairs = reward.pairs_of(train_truth.shape[1])
     label_gap = np.where(labels, 1.0, -1.0) * (
@@ -234,7 +264,7 @@ def measure(
     )
     agrees = (label_gap > 0).astype(np.float64)
     guidance = np.array(reward.guidance_scales(pixels.shape[1]))
-    best, right = predicted.argmax(1), truth > 0.95
+    best, right = predicted.argmax(1), parts[0] == len(ATTRIBUTES)
     base_column = int(np.flatnonzero(guidance == 2.0)[0]) if (guidance == 2.0).any() else 0
     return {
         "command": "python -m tools.shapes.pretrain_reward --output_dir OUT",
@@ -247,11 +277,11 @@ def measure(
         "bytes": (folder / "model.safetensors").stat().st_size,
         "logit_scale": model.logit_scale.exp().item(),
         "labels_agreeing_with_verifier": {
-            "all": share_with_interval(agrees, np.abs(label_gap) > 1e-9),
-            "attributes": share_with_interval(agrees, np.abs(label_gap) > ONE_ATTRIBUTE),
+            name: share_with_interval(agrees, counted)
+            for name, counted in kinds_of_pairs(train_truth, train_parts).items()
         },
-        "pairwise_accuracy": pairwise_accuracy(predicted, truth),
-        "pairwise_accuracy_before_preferences": pairwise_accuracy(warm, truth),
+        "pairwise_accuracy": pairwise_accuracy(predicted, truth, parts),
+        "pairwise_accuracy_before_preferences": pairwise_accuracy(warm, truth, parts),
         "attribute_accuracy": attribute_accuracy(model, tokenizer, prompts),
         "score_by_guidance": {
             str(g): {
@@ -265,6 +295,8 @@ def measure(
             "mean_all_correct": float(right.mean()),
             "best_all_correct": float(right[np.arange(len(right)), best].mean()),
             "possible_all_correct": float(right.any(1).mean()),
+            "mean_style": float(parts[1].mean()),
+            "best_style": float(parts[1][np.arange(len(right)), best].mean()),
         },
         "exploit": exploit(model, tokenizer, pixels[:, base_column], prompts),
     }
@@ -296,7 +328,7 @@ Made by `{command}` (seed {seed}):
 The labels are noisy *on purpose*: Bradley-Terry on the verifier's graded score, P(a) = sigmoid((s_a
 - s_b) / {temperature}), then {flips:.0%} turned round, drawn once per pair. {labels_all} of the
 labels agree with the verifier ({labels_attributes} where the images differ in the number of right
-attributes).
+attributes alone, {labels_style} where they differ in their style alone).
 
 ## Accuracy on held-out prompts
 
@@ -308,19 +340,20 @@ held-out prompts, the same guidance scales); 95 % bootstrap intervals that draw 
 {pair_rows}
 
 The last kind differs only in hundredths of the verifier's score (how closely the outline fits, or
-*which* attribute is wrong): close to a coin toss. After stage 1 alone the first two were {warm_all}
-and {warm_attributes}: what stage 2 adds is mostly the scale, which makes differences of scores
-logits of a noisy preference. The default settings (steps, temperature, anchor) were chosen with an
-eye on the held-out figures of seed 0.
+*which* attribute is wrong): close to a coin toss. After stage 1 alone, which shows both styles
+alike, the first three were {warm_all}, {warm_attributes} and {warm_style}: stage 2 teaches the
+taste, and the scale that makes differences of scores logits of a noisy preference. The default
+settings (steps, temperature, anchor) were chosen with an eye on the held-out figures of seed 0.
 
-Rendered images, the right one against one with a single attribute wrong:
+Rendered images, the right one against one with a single attribute wrong, or with the other style:
 
 | attribute | accuracy | interval |
 |---|---|---|
 {attribute_rows}
 
 The best of {best_images} images by this reward has all attributes right in {best_right} of the
-prompts (an image at random: {mean_right}; at least one of the {best_images}: {possible_right}).
+prompts (an image at random: {mean_right}; at least one of the {best_images}: {possible_right}) and
+the preferred style in {best_style} (an image at random: {mean_style}).
 
 ## Use and limits
 
@@ -362,7 +395,9 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
     hacked, labels = results["exploit"], results["labels_agreeing_with_verifier"]
     kinds = {
         "all": "verifier scores differ",
-        "attributes": "number of right attributes differs",
+        "attributes": "only the number of right attributes differs",
+        "style": "only the style differs",
+        "conflict": "more right attributes against the preferred style",
         "sharpness": "only the rest of the score differs",
     }
     ignored = min(attributes, key=lambda name: attributes[name]["rate"])
@@ -387,6 +422,7 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
         flips=config.label_flips,
         labels_all=percent(labels["all"]["rate"]),
         labels_attributes=percent(labels["attributes"]["rate"]),
+        labels_style=percent(labels["style"]["rate"]),
         held_out_images=config.eval_prompts * config.eval_images_per_prompt,
         eval_k=config.eval_images_per_prompt,
         pair_rows="\n".join(_row(kinds[name], accuracy[name], True) for name in kinds),
@@ -395,6 +431,9 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
         warm_attributes=percent(
             results["pairwise_accuracy_before_preferences"]["attributes"]["rate"]
         ),
+        warm_style=percent(results["pairwise_accuracy_before_preferences"]["style"]["rate"]),
+        best_style=percent(best["best_style"]),
+        mean_style=percent(best["mean_style"]),
         best_images=best["images"],
         best_right=percent(best["best_all_correct"]),
         mean_right=percent(best["mean_all_correct"]),
