@@ -15,9 +15,11 @@ more is shortened.
 Every model then draws the 60 prompts that choose, one image each, at guidance 1, 1.5,
 2, 3, 5 and 7. The scale with the highest mean score is its best one. There it draws the
 120 held-out prompts, four images each, from the same noise as the base at the base's
-best scale. The settings of the recipes were chosen on the same 60 prompts, never on the
-held-out ones. Steering and best of four are no training but four times the work of
-every image. Memory is the peak resident size of a process that trains three steps.
+best scale. The settings of the recipes come from an earlier embedded world, where some
+were chosen on half of the held-out prompts. On this one those of Diffusion-DPO were
+compared on the choosing prompts. Steering and best of four are no training but four
+times the work of every image. Memory is the peak resident size of a process that trains
+three steps.
 
 Models are trained and judged --jobs at a time, each in a process of its own with its
 share of the cores. Finished parts lie in --work: interrupted, it goes on.
