@@ -303,7 +303,7 @@ def judge(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "learned": shaped(load_scorer("shapes-clip")(images, prompts).tolist()),
         "diversity": float(np.mean([distance(group) for group in groups])),
         "seconds_per_image": drawing_seconds / len(images),
-        "seconds": time.perf_counter() - started,
+        "judging_seconds": time.perf_counter() - started,
     }
 
 
