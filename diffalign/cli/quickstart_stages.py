@@ -363,14 +363,8 @@ def compare(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
         )
         for i in range(0, len(prompts), max(1, len(prompts) // 8))
     ][:8]
-    headings = {
-        name: f"{name}, guidance {r['guidance_scale']:g}"
-        for name, r in results.items()
-        if name in images
-    }
-    grid: Image.Image = comparison_grid(
-        shown, left=headings["base"], right=headings["tuned"], cell=96, columns=2
-    )
+    base, tuned = (f"{name}, guidance {results[name]['guidance_scale']:g}" for name in images)
+    grid: Image.Image = comparison_grid(shown, left=base, right=tuned, cell=96, columns=2)
     save_image(grid, folder / "comparison.png")
     return results
 

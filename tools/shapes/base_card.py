@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from diffusers import DiffusionPipeline
 
+from diffalign.evaluation.statistics import clustered_standard_error
 from diffalign.generation.sampling import generate
 from diffalign.shapes.prompts import ATTRIBUTES, PREFERRED_STYLE, all_scenes, held_out_prompts
 from diffalign.shapes.sampling_defaults import sampling_settings
@@ -83,10 +84,10 @@ def measure(name: str, pipe: DiffusionPipeline, guidance_scale: float, count: in
     )
     table = attribute_table(images, prompts)
     means = {key: float(np.mean([row[key] for row in table])) for key in table[0]}
-    correct = np.array([row["all"] for row in table], dtype=float).reshape(-1, count).mean(1)
+    correct = np.array([row["all"] for row in table], dtype=float).reshape(-1, count)
     return {
         **means,
-        "all_standard_error": float(correct.std(ddof=1) / np.sqrt(len(correct))),
+        "all_standard_error": clustered_standard_error(correct),
         "score": float(score(images, prompts).mean()),
     }
 

@@ -7,6 +7,7 @@ and there is something to align.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -128,8 +129,12 @@ def captions_of(config: PretrainConfig, scenes: list[Scene]) -> list[str]:
     return [noisy_caption(scene, rng, config.confusion, config.caption_noise) for scene in scenes]
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
-    """Encode texts into token ids, (N, 16)."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Encode texts into token ids, (N, 16), padded to the full length."""
     return tokenizer(
-        texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+        list(texts),
+        padding="max_length",
+        max_length=MAX_LENGTH,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids

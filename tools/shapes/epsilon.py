@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffalign.shapes.prompts import Scene
 from diffalign.shapes.renderer import RESOLUTION
-from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
+from diffalign.shapes.tokenizer import build_tokenizer
 from tools.shapes.autoencoder import encode
 from tools.shapes.captioned_images import PretrainConfig, captions_of, token_ids
-from tools.shapes.training import fit
+from tools.shapes.training import clip_text_config, fit
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -33,20 +33,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Build the text encoder, for the entries of a tokenizer."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(clip_text_config(tokenizer, projection_dim=64))
 
 
 def build_scheduler() -> DDIMScheduler:

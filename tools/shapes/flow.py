@@ -11,7 +11,6 @@ from diffusers import (
 )
 from torch import Tensor
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -24,10 +23,10 @@ from diffalign.shapes.renderer import RESOLUTION
 from diffalign.shapes.tokenizer import MAX_LENGTH, build_t5_tokenizer, build_tokenizer
 from tools.shapes.autoencoder import encode
 from tools.shapes.captioned_images import PretrainConfig, captions_of, token_ids
-from tools.shapes.training import fit
+from tools.shapes.training import TEXT_WIDTH, clip_text_config, fit
 
-TEXT_WIDTH, PROJECTION = 64, 32
-"""Width of each of the two CLIP text encoders, and of its pooled output."""
+PROJECTION = 32
+"""Width of the pooled output of each of the two CLIP text encoders."""
 T5_TOKENS = (MAX_LENGTH, 256)
 """Tokens of the T5 encoder: the package's number and that of diffusers.
 
@@ -57,20 +56,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """Build one of the two CLIP text encoders, for the entries of a tokenizer."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=128,
-            projection_dim=PROJECTION,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(clip_text_config(tokenizer, projection_dim=PROJECTION))
 
 
 def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:

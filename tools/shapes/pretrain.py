@@ -25,15 +25,13 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.training_utils import set_seed
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from diffalign.shapes.models import EMBEDDED_MODELS
 from diffalign.shapes.tokenizer import build_tokenizer
 from tools.shapes import epsilon, flow
 from tools.shapes.autoencoder import refine_decoder, train_vae
 from tools.shapes.base_card import measure_and_write
 from tools.shapes.captioned_images import PretrainConfig, rendered_set
 from tools.shapes.training import save_pipeline
-
-PIPELINES = {"weights": "shapes", "flow_weights": "shapes-flow"}
-"""Folder of each pipeline below ``OUT`` and in ``diffalign/shapes``, and its name."""
 
 TEXT_ENCODERS = {
     "text_encoder": CLIPTextModelWithProjection,
@@ -121,7 +119,7 @@ class Stages:
             self._load("flow", "transformer", SD3Transformer2DModel),
             tuple(self._load("flow", name, kind) for name, kind in TEXT_ENCODERS.items()),
         )
-        for pipe, (place, name) in zip((first, second), PIPELINES.items(), strict=True):
+        for pipe, (name, place) in zip((first, second), EMBEDDED_MODELS.items(), strict=True):
             save_pipeline(pipe, self.folder / place)
             measure_and_write(self.folder / place, name, self.config)
 
@@ -152,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     config = PretrainConfig(**options)
     if measure_only:
-        for place, name in PIPELINES.items():
+        for name, place in EMBEDDED_MODELS.items():
             measure_and_write(folder / place, name, config)
         return
     stages = Stages(folder, config)

@@ -46,6 +46,7 @@ from diffalign.shapes.prompts import (
 )
 from diffalign.shapes.renderer import RESOLUTION, render
 from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
+from tools.shapes.captioned_images import token_ids
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -182,20 +183,6 @@ def build_model(tokenizer: Any) -> Any:
         "projection_dim": 64,
     }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
-
-
-def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Encode prompts into token ids, (N, 16).
-
-    They are padded with the end token, which does not reach the pooled one.
-    """
-    options: dict[str, Any] = {
-        "padding": "max_length",
-        "max_length": MAX_LENGTH,
-        "truncation": True,
-        "return_tensors": "pt",
-    }
-    return tokenizer(list(prompts), **options).input_ids
 
 
 def preprocess(pixels: Pixels) -> Tensor:

@@ -11,8 +11,29 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTokenizer
 
+from diffalign.shapes.tokenizer import MAX_LENGTH
 from tools.shapes.captioned_images import PretrainConfig
+
+TEXT_WIDTH = 64
+"""Width of every CLIP text encoder."""
+
+
+def clip_text_config(tokenizer: CLIPTokenizer, projection_dim: int) -> CLIPTextConfig:
+    """Describe a CLIP text encoder for the entries of a tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=128,
+        projection_dim=projection_dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def fit(
