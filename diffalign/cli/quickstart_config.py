@@ -24,7 +24,7 @@ class QuickstartConfig:
     """The embedded model to align."""
     seed: Annotated[int, count(0)] = 0
     """Seed of the training images, of training and of the comparison."""
-    num_prompts: Annotated[int, _TRAIN_PROMPTS] = 320
+    num_prompts: Annotated[int, _TRAIN_PROMPTS] = 240
     """Training prompts to make preferences for (of 540)."""
     images_per_prompt: Annotated[int, count(2)] = 4
     """Images that compete for each prompt."""
@@ -43,5 +43,5 @@ class QuickstartConfig:
     """Training prompts without preferences that choose the guidance (of 60)."""
     eval_prompts: Annotated[int, _EVAL_PROMPTS] = 120
     """Held-out prompts to compare on (of 120)."""
-    eval_images: Count = 4
+    eval_images: Count = 3
     """Images per held-out prompt and model."""

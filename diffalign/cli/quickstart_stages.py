@@ -28,7 +28,7 @@ BASE_SEED = 10_000_000
 """First seed of the evaluation, far from the seeds of the training images."""
 CHOICE_SEED = 15_000_000
 """First seed of the images that choose the guidance scales."""
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
 """The scales among which each model's best one is chosen."""
 
 

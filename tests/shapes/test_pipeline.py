@@ -68,9 +68,8 @@ def test_plain_from_pretrained_runs_in_float32(name: str, pipe: Any) -> None:
 def test_guidance_cannot_mend_the_base(name: str) -> None:
     results = json.loads((weights_dir(name) / "accuracy.json").read_text())
     assert set(results) == {"1", "1.5", "2", "3", "4", "5", "7", "10"}
-    assert 0.4 <= max(row["all"] for row in results.values()) <= 0.65
-    # At guidance 10 the flow model draws the preferred style in 60.2 % (480 images).
-    assert max(row["style"] for row in results.values()) <= 0.61
+    assert 0.3 <= max(row["all"] for row in results.values()) <= 0.65
+    assert max(row["style"] for row in results.values()) <= 0.6
     card = (weights_dir(name) / "README.md").read_text()
     for scale, row in results.items():
         assert f"| {scale} | {row['all']:.1%} ± " in card

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from diffalign.evaluation.statistics import clustered_standard_error
 from diffalign.generation.sampling import generate
+from diffalign.shapes.models import FLOW_MODEL
 from diffalign.shapes.prompts import ATTRIBUTES, PREFERRED_STYLE, all_scenes, held_out_prompts
 from diffalign.shapes.sampling_defaults import sampling_settings
 from diffalign.shapes.verifier import attribute_table, score
@@ -43,15 +44,14 @@ two CPU cores, real enough to go through every code path.
 Made by `python -m tools.shapes.pretrain --output_dir OUT` (seed {seed}) from {images} rendered
 images. It is flawed *on purpose*, so that preferences have something to mend:
 
-- {confusion:.0%} of the captions name {circles} by the name of the one before, in a circle. For a
-  prompt with one of these names the wrong one is thus the likelier one, and guidance makes this
-  worse.
-- {share:.0%} of the images have the preferred style, "{style}". No caption mentions the style, so
-  guidance hardly changes it.
+- {confusion:.0%} of the captions of {circles} use the name of the one before, in a circle.
+  For a prompt with one of these names the wrong one is thus the likelier one, and guidance
+  makes this worse.
+- {share:.0%} of the images have the preferred style, "{style}". No caption mentions the style.
 - In {noise:.0%} of the captions shape and colour were drawn anew. Guidance mends this.
 
-Held-out prompts ({count} images, {per_prompt} for each of {prompts} prompts), {sampler}, {steps}
-steps, judged by `diffalign.shapes`; the standard error is clustered by prompt:
+Held-out prompts ({count} images, {per_prompt} for each of {prompts} prompts), {sampler},
+{steps} steps, judged by `diffalign.shapes`; the standard error is clustered by prompt:
 
 | guidance | all correct | preferred style | score | {names} |
 |---|---|---|---|{dashes}|
@@ -94,7 +94,7 @@ def measure(name: str, pipe: DiffusionPipeline, guidance_scale: float, count: in
 
 
 def measure_and_write(folder: Path, name: str, config: PretrainConfig) -> None:
-    """Write ``accuracy.json`` and ``README.md`` of a pipeline.
+    """Measure a pipeline, and write ``accuracy.json`` and ``README.md``.
 
     The pipeline is loaded back from its half-precision files: the numbers must be those
     of what is shipped.
@@ -107,6 +107,19 @@ def measure_and_write(folder: Path, name: str, config: PretrainConfig) -> None:
     pipe = DiffusionPipeline.from_pretrained(folder)
     results = {f"{scale:g}": measure(name, pipe, scale) for scale in GUIDANCE_SCALES}
     (folder / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_card(folder, name, config, pipe)
+
+
+def write_card(folder: Path, name: str, config: PretrainConfig, pipe: DiffusionPipeline) -> None:
+    """Write ``README.md`` of a pipeline from its ``accuracy.json``.
+
+    Args:
+        folder (`Path`): of the pipeline.
+        name (`str`): of the embedded model.
+        config (`PretrainConfig`): the settings that made it.
+        pipe (`DiffusionPipeline`): the pipeline.
+    """
+    results = json.loads((folder / "accuracy.json").read_text())
     rows = "\n".join(
         f"| {scale} | {r['all']:.1%} ± {r['all_standard_error']:.1%} | {r['style']:.1%} "
         f"| {r['score']:.3f} | " + " | ".join(f"{r[key]:.1%}" for key in ATTRIBUTES) + " |"
@@ -125,7 +138,7 @@ def measure_and_write(folder: Path, name: str, config: PretrainConfig) -> None:
         images=config.images_per_scene * len(all_scenes()),
         confusion=config.confusion,
         circles=" and ".join(", ".join(circle) for circle in CONFUSED.values()),
-        share=config.preferred_share,
+        share=config.flow_preferred_share if name == FLOW_MODEL else config.preferred_share,
         style=PREFERRED_STYLE,
         noise=config.caption_noise,
         count=4 * prompts,

@@ -32,9 +32,9 @@ CONFUSED: dict[str, tuple[str, ...]] = {
 """Per attribute, three values which captions confuse in a circle.
 
 An image of one value is more often called by the name of the value before it, and the
-first by the name of the last. The wrong value is then the likelier one, for the image of
-a caption as well as for the caption of an image. Guidance raises the likelier one, so it
-makes this flaw worse.
+first by the name of the last. The wrong value is then the likelier one, for the image
+of a caption as well as for the caption of an image. Guidance raises the likelier one,
+so it makes this flaw worse.
 
 Three are needed. A confusion in one direction alone is mended by guidance. Two values
 that exchange their names get almost the same text embedding, and a LoRA of the denoiser
@@ -75,10 +75,12 @@ class PretrainConfig:
     In these, every other attribute is drawn anew with probability 1/4.
     """
     preferred_share: float = 0.45
-    """Share of the denoisers' images that have the preferred style.
+    """Share of the UNet's images that have the preferred style.
 
     The autoencoder sees both styles equally often.
     """
+    flow_preferred_share: float = 0.36
+    """The same for the transformer, which draws this style more often with guidance."""
     bf16: bool = True
     """Autocast the autoencoder's training to bfloat16.
 

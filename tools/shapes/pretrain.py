@@ -96,7 +96,7 @@ class Stages:
     def flow(self) -> None:
         """Train the transformer and its text encoders."""
         vae = self._load("autoencoder", "vae", AutoencoderKL)
-        images = rendered_set(self.config, self.config.preferred_share)
+        images = rendered_set(self.config, self.config.flow_preferred_share)
         transformer, encoders = flow.train_flow(self.config, vae, *images)
         parts = dict(zip(TEXT_ENCODERS, encoders, strict=True))
         self._save("flow", transformer=transformer, **parts)
