@@ -250,6 +250,10 @@ class RunRecord:
             f"{args.lr_scheduler}, warm-up "
             f"{args.warmup_steps} steps; precision {args.mixed_precision}; images {height}x{width}",
         ]
+        if getattr(self.backbone, "embeds_guidance", False):
+            lines.append(
+                f"guidance {self.backbone.guidance:g}, which the network takes as an input"
+            )
         if built.dropped_sizes:
             lines.append(
                 f"data: {built.dropped_sizes} groups dropped because their images differ in aspect"
