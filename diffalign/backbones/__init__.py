@@ -72,7 +72,7 @@ def load_backbone(
         raise ConfigError(
             "model",
             f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; "
-            f"supported are {', '.join(BACKBONES)}",
+            f"supported are {', '.join(BACKBONES)}; docs/guides/new-model.md adds another",
         )
     return backbone(source)
 

@@ -118,7 +118,7 @@ class TrainingConfig:
     model's pipeline."""
     embedded_guidance: NotNegative[float] | None = None
     """Guidance that networks with an input for it (Flux.1-dev, Flux.2-dev) are given,
-    the reference too; null: the `guidance_scale` of a method that samples, else the
+    the reference too; null: the `guidance_scale` of a run that samples, else the
     default of the model's pipeline."""
     logit_mean: float = 0.0
     """Mean of the logit-normal; above 0 means noisier, as in the SD3 paper (diffusers'

@@ -239,7 +239,8 @@ class Trainer:
             )
         guidance = args.embedded_guidance
         if guidance is None:
-            guidance = getattr(args, "guidance_scale", None)
+            sampling = self.data_config.online or args
+            guidance = getattr(sampling, "guidance_scale", None)
         for model in (backbone, self.ref_backbone):
             if model is not None and guidance is not None:
                 model.guidance = guidance
