@@ -50,6 +50,7 @@ class Backbone:
         lora_targets (`list[str]` or `str`): default target modules of a LoRA, as peft
             takes them: ends of names, or a regular expression.
         supports_lora (`bool`): diffusers can load a LoRA for the family.
+        licence (`str`): of the family's published weights, for the model card.
         upcast_vae (`tuple[torch.dtype, ...]`): precisions of a run in which the
             autoencoder runs in float32, unless its config has `force_upcast: false`.
         schedule (`NoiseSchedule`): the model's noise schedule.
@@ -66,6 +67,7 @@ class Backbone:
     ragged: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[list[str] | str] = ATTENTION_TARGETS
     supports_lora: ClassVar[bool] = True
+    licence: ClassVar[str] = "see its model card"
     upcast_vae: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
 
     def __init__(self, source: ModelSource) -> None:

@@ -19,6 +19,7 @@ from .packing import packed, position_ids, unpacked
 class ChromaBackbone(FlowTransformerBackbone):
     """Chroma1."""
 
+    licence = "Apache-2.0"
     steps = 35
     lora_targets = FluxBackbone.lora_targets
 

@@ -20,6 +20,7 @@ from .packing import packed, position_ids, unpacked
 class FluxBackbone(FlowTransformerBackbone):
     """Flux.1 dev, Krea-dev and schnell."""
 
+    licence = "Apache-2.0 for schnell, non-commercial for dev and Krea-dev"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     steps = 28
     guidance_rule = EMBEDDED

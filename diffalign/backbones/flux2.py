@@ -23,6 +23,7 @@ from .guidance_rules import CLASSIFIER_FREE, EMBEDDED, GuidanceRule
 class Flux2KleinBackbone(FlowTransformerBackbone):
     """Flux.2 klein, base and distilled."""
 
+    licence = "Apache-2.0 for klein 4B, non-commercial for klein 9B and dev"
     # `to_out` is a linear layer in the single blocks and a list in the double blocks,
     # which the end of a name cannot tell apart.
     lora_targets = (

@@ -17,6 +17,7 @@ from .base import Backbone
 class PixArtSigmaBackbone(Backbone):
     """PixArt-Sigma."""
 
+    licence = "CreativeML OpenRAIL++-M"
     network_name = "transformer"
     steps = 20
     supports_lora = False

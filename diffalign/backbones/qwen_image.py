@@ -22,6 +22,7 @@ from .packing import packed, unpacked
 class QwenImageBackbone(FlowTransformerBackbone):
     """Qwen-Image."""
 
+    licence = "Apache-2.0"
     ragged = ("prompt_embeds",)
     guidance_rule: ClassVar[GuidanceRule] = NormRescaled(patch=2)
     lora_targets = (

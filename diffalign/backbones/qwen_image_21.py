@@ -20,6 +20,7 @@ from .qwen_image import QwenImageBackbone
 class QwenImage21Backbone(QwenImageBackbone):
     """Qwen-Image 2.1."""
 
+    licence = "see its model card"
     encoding_names = ("text_encoder", "processor")
     guidance_rule = CLASSIFIER_FREE
     lora_targets = (

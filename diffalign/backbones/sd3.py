@@ -20,6 +20,7 @@ from .base import ATTENTION_TARGETS, Backbone
 class StableDiffusion3Backbone(Backbone):
     """Stable Diffusion 3 and 3.5."""
 
+    licence = "Stability AI Community License"
     network_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     # The second line is the text stream's.

@@ -21,6 +21,7 @@ from .guidance_rules import OFFSET_BY_ONE
 class ZImageBackbone(FlowTransformerBackbone):
     """Z-Image and Z-Image-Turbo."""
 
+    licence = "Apache-2.0"
     ragged = ("prompt_embeds",)
     guidance_rule = OFFSET_BY_ONE
     # Plain ends of names would also hit the blocks that refine noise and text.
