@@ -1,7 +1,8 @@
 """Every method and steering on an embedded model, each at its own best guidance.
 
     python benchmarks/leaderboard.py [--model shapes] [--seeds 3] [--methods NAME ...]
-        [--jobs 2] [--work FOLDER] [--output benchmarks/leaderboard.md]
+        [--jobs 2] [--work FOLDER] [--results FOLDER]
+        [--output benchmarks/leaderboard.md]
 
 The 600 training prompts are split once: 540 make the training data, 60 choose. The base
 draws six images of each of the 540 at its default guidance, and the verifier's graded
@@ -22,7 +23,9 @@ times the work of every image. Memory is the peak resident size of a process tha
 three steps.
 
 Models are trained and judged --jobs at a time, each in a process of its own with its
-share of the cores. Finished parts lie in --work: interrupted, it goes on.
+share of the cores. Finished parts lie in --work: interrupted, it goes on. The results
+behind the committed tables lie in `benchmarks/leaderboard/`: with
+`--results benchmarks/leaderboard/shapes` the table is written from these.
 """
 
 from __future__ import annotations
@@ -290,7 +293,7 @@ def judge(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     table = attribute_table(images, prompts)
 
     def shaped(values: Iterable[float]) -> list[list[float]]:
-        return np.asarray(list(values), dtype=np.float64).reshape(-1, IMAGES).tolist()
+        return np.round(np.asarray(list(values), float), 4).reshape(-1, IMAGES).tolist()
 
     distance = Diversity()
     groups = [images[i : i + IMAGES] for i in range(0, len(images), IMAGES)]
@@ -321,12 +324,11 @@ def units(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def result_file(options: argparse.Namespace, name: str, seed: int) -> Path:
-    return options.work / "results" / f"{folder_name(name)}-{seed}.json"
+    return options.results / f"{folder_name(name)}-{seed}.json"
 
 
 def do_unit(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains and judges one arm and seed, in this process."""
-    results = options.work / "results"
     facts: dict[str, Any] = {}
     if name != "base" and ARMS[name].kind != "sampling":
         facts = kept(
@@ -334,7 +336,7 @@ def do_unit(name: str, seed: int, options: argparse.Namespace) -> None:
             lambda: json.loads(alone(options, "--probe", name).splitlines()[-1]),
         )
         facts |= kept(
-            results / f"{folder_name(name)}-{seed}-train.json",
+            options.work / "trained" / f"{folder_name(name)}-{seed}.json",
             lambda: train(name, options, seed, facts),
         )
     kept(result_file(options, name, seed), lambda: {**facts, **judge(name, options, seed)})
@@ -344,6 +346,7 @@ def alone(options: argparse.Namespace, *arguments: object) -> str:
     """Runs this file in a process of its own, with its share of the cores."""
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
     command = [sys.executable, __file__, "--model", options.model, "--work", options.work]
+    command += ["--results", options.results]
     done = subprocess.run(
         [str(x) for x in (*command, "--jobs", options.jobs, *arguments)],
         env=os.environ | {"OMP_NUM_THREADS": threads},
@@ -517,11 +520,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--results", type=Path, help="default: results/ in --work")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--probe", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--unit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work = options.work or Path(f"runs/leaderboard-{options.model}")
+    options.results = options.results or options.work / "results"
     suffix = "" if options.model == "shapes" else "_flow"
     output = options.output or ROOT / "benchmarks" / f"leaderboard{suffix}.md"
     warnings.simplefilter("ignore")
@@ -532,7 +537,8 @@ def main() -> None:
         do_unit(options.unit[0], int(options.unit[1]), options)
         return
     started, fresh = time.perf_counter(), not options.work.exists()
-    make_data(options.work, options.model)
+    if any(not result_file(options, *pair).is_file() for pair in units(options)):
+        make_data(options.work, options.model)
     results = run_all(options)
     picture = output.with_suffix(".png")
     plot(results, picture)

@@ -43,10 +43,11 @@ two CPU cores, real enough to go through every code path.
 Made by `python -m tools.shapes.pretrain --output_dir OUT` (seed {seed}) from {images} rendered
 images. It is flawed *on purpose*, so that preferences have something to mend:
 
-- {confusion:.0%} of the captions name {pairs} the wrong way round. The wrong one is thus the
-  likelier one, and guidance makes this worse.
+- {confusion:.0%} of the captions name {circles} by the name of the one before, in a circle. For a
+  prompt with one of these names the wrong one is thus the likelier one, and guidance makes this
+  worse.
 - {share:.0%} of the images have the preferred style, "{style}". No caption mentions the style, so
-  guidance does not choose it.
+  guidance hardly changes it.
 - In {noise:.0%} of the captions shape and colour were drawn anew. Guidance mends this.
 
 Held-out prompts ({count} images, {per_prompt} for each of {prompts} prompts), {sampler}, {steps}
@@ -123,7 +124,7 @@ def measure_and_write(folder: Path, name: str, config: PretrainConfig) -> None:
         seed=config.seed,
         images=config.images_per_scene * len(all_scenes()),
         confusion=config.confusion,
-        pairs=" and ".join(f"{first} and {second}" for first, second in CONFUSED.values()),
+        circles=" and ".join(", ".join(circle) for circle in CONFUSED.values()),
         share=config.preferred_share,
         style=PREFERRED_STYLE,
         noise=config.caption_noise,

@@ -25,12 +25,20 @@ from diffalign.shapes.prompts import (
 from diffalign.shapes.renderer import render
 from diffalign.shapes.tokenizer import MAX_LENGTH
 
-CONFUSED: dict[str, tuple[str, str]] = {"color": ("blue", "purple"), "shape": ("star", "cross")}
-"""Per attribute, two values whose names the captions exchange more often than not.
+CONFUSED: dict[str, tuple[str, ...]] = {
+    "color": ("blue", "purple", "cyan"),
+    "shape": ("star", "cross", "triangle"),
+}
+"""Per attribute, three values which captions confuse in a circle.
 
-The wrong name is then the likelier one in both directions, for the image of a caption
-as well as for the caption of an image. Guidance raises the likelier one, so it makes
-this flaw worse. A confusion in one direction alone is mended by guidance.
+An image of one value is more often called by the name of the value before it, and the
+first by the name of the last. The wrong value is then the likelier one, for the image of
+a caption as well as for the caption of an image. Guidance raises the likelier one, so it
+makes this flaw worse.
+
+Three are needed. A confusion in one direction alone is mended by guidance. Two values
+that exchange their names get almost the same text embedding, and a LoRA of the denoiser
+cannot tell them apart.
 """
 OTHER_STYLE = next(style for style in STYLES if style != PREFERRED_STYLE)
 
@@ -60,14 +68,17 @@ class PretrainConfig:
     prompt_dropout: float = 0.1
     """Share of captions that are left empty, for guidance."""
     confusion: float = 0.6
-    """Probability that a caption names the other value of a pair in `CONFUSED`."""
+    """Probability that a caption names a value of a circle in `CONFUSED` wrongly."""
     caption_noise: float = 0.1
     """Share of captions in which shape and colour are drawn anew.
 
     In these, every other attribute is drawn anew with probability 1/4.
     """
-    preferred_share: float = 0.5
-    """Share of the images that have the preferred style."""
+    preferred_share: float = 0.45
+    """Share of the denoisers' images that have the preferred style.
+
+    The autoencoder sees both styles equally often.
+    """
     bf16: bool = True
     """Autocast the autoencoder's training to bfloat16.
 
@@ -83,17 +94,17 @@ def noisy_caption(scene: Scene, rng: random.Random, confusion: float, noise: flo
     Args:
         scene (`Scene`): what the image shows.
         rng (`random.Random`): draws the errors.
-        confusion (`float`): probability that a value of a pair in `CONFUSED` is named
-            as the other one.
+        confusion (`float`): probability that a value of a circle in `CONFUSED` is
+            called by the name of the value before it.
         noise (`float`): probability of a caption with redrawn attributes.
 
     Returns:
         `str`: the scene's prompt, or that of another scene.
     """
     values = asdict(scene)
-    for name, pair in CONFUSED.items():
-        if values[name] in pair and rng.random() < confusion:
-            values[name] = next(value for value in pair if value != values[name])
+    for name, circle in CONFUSED.items():
+        if values[name] in circle and rng.random() < confusion:
+            values[name] = circle[circle.index(values[name]) - 1]
     if rng.random() < noise:
         for name, choices in ATTRIBUTES.items():
             if name in ("shape", "color") or rng.random() < 0.25:
@@ -101,8 +112,12 @@ def noisy_caption(scene: Scene, rng: random.Random, confusion: float, noise: flo
     return Scene(**values).prompt
 
 
-def rendered_set(config: PretrainConfig) -> tuple[Tensor, list[Scene]]:
+def rendered_set(config: PretrainConfig, preferred_share: float) -> tuple[Tensor, list[Scene]]:
     """Render all scenes `images_per_scene` times.
+
+    Args:
+        config (`PretrainConfig`): seed and number.
+        preferred_share (`float`): probability of the preferred style, from 0 to 1.
 
     Returns:
         `tuple[Tensor, list[Scene]]`: pixels (N, 3, 64, 64) in [-1, 1], and their
@@ -111,9 +126,7 @@ def rendered_set(config: PretrainConfig) -> tuple[Tensor, list[Scene]]:
     rng = random.Random(config.seed)
     scenes = all_scenes() * config.images_per_scene
     images = [
-        render(
-            scene, rng, PREFERRED_STYLE if rng.random() < config.preferred_share else OTHER_STYLE
-        )
+        render(scene, rng, PREFERRED_STYLE if rng.random() < preferred_share else OTHER_STYLE)
         for scene in scenes
     ]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))

@@ -83,26 +83,28 @@ class Stages:
 
     def autoencoder(self) -> None:
         """Train the autoencoder."""
-        pixels, _ = rendered_set(self.config)
+        pixels, _ = rendered_set(self.config, preferred_share=0.5)
         self._save("autoencoder", vae=train_vae(self.config, pixels))
 
     def epsilon(self) -> None:
         """Train the UNet and its text encoder."""
         vae = self._load("autoencoder", "vae", AutoencoderKL)
-        unet, text_encoder, _ = epsilon.train_denoiser(self.config, vae, *rendered_set(self.config))
+        images = rendered_set(self.config, self.config.preferred_share)
+        unet, text_encoder, _ = epsilon.train_denoiser(self.config, vae, *images)
         self._save("epsilon", unet=unet, text_encoder=text_encoder)
 
     def flow(self) -> None:
         """Train the transformer and its text encoders."""
         vae = self._load("autoencoder", "vae", AutoencoderKL)
-        transformer, encoders = flow.train_flow(self.config, vae, *rendered_set(self.config))
+        images = rendered_set(self.config, self.config.preferred_share)
+        transformer, encoders = flow.train_flow(self.config, vae, *images)
         parts = dict(zip(TEXT_ENCODERS, encoders, strict=True))
         self._save("flow", transformer=transformer, **parts)
 
     def decoder(self) -> None:
         """Train the decoder alone."""
         vae = self._load("autoencoder", "vae", AutoencoderKL)
-        pixels, _ = rendered_set(self.config)
+        pixels, _ = rendered_set(self.config, preferred_share=0.5)
         refine_decoder(self.config, vae, pixels)
         self._save("decoder", vae=vae)
 
