@@ -6,6 +6,7 @@ diffusers has no LoRA for it: all weights are trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class PixArtSigmaBackbone(Backbone):
     def patch(self) -> int:
         """Latent pixels along a side of one token of the network."""
         return int(self.source.component_config("transformer").get("patch_size", 2))
+
+    @staticmethod
+    def call_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+        """Draw the size that is asked for, not the nearest of the pipeline's own."""
+        return {"use_resolution_binning": "height" not in settings, **settings}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -53,6 +53,11 @@ class SanaBackbone(Backbone):
         mean = self.normalised(vae, latents.float())
         return mean, torch.zeros_like(mean)
 
+    @staticmethod
+    def call_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+        """Draw the size that is asked for, not the nearest of the pipeline's own."""
+        return {"use_resolution_binning": "height" not in settings, **settings}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and ``prompt_attention_mask``.

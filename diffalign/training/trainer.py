@@ -728,6 +728,7 @@ class Trainer:
             self.network,
             self.averaged_weights,
             self.save_model,
+            self.data_config.resolution,
         )
 
     def precompute_reference_errors(self) -> None:

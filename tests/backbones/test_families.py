@@ -41,10 +41,9 @@ def plain(
         "prompt": list(prompts), "height": size_of(family), "width": size_of(family),
         "num_inference_steps": 3,
     }  # fmt: skip
-    if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
-        settings["use_resolution_binning"] = False
     if scale is not None:
-        settings = load_backbone(pipe).call_arguments({**settings, "guidance_scale": scale})
+        settings["guidance_scale"] = scale
+    settings = load_backbone(pipe).call_arguments(settings)
     return pipe(**settings, **options)
 
 
@@ -290,8 +289,6 @@ def brightness(images: Any, prompts: Any) -> list[float]:
 
 def steering_settings(pipe: Any, family: str) -> dict[str, Any]:
     settings = {"height": size_of(family), "width": size_of(family), "num_inference_steps": 3}
-    if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
-        settings["use_resolution_binning"] = False
     return {"guidance_scale": 2.0, **settings}
 
 

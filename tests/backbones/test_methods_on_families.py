@@ -21,6 +21,8 @@ from tiny import (
 )
 from tiny_families import TRANSFORMERS, size_of
 
+from diffalign import ValidationConfig
+from diffalign.backbones import load_backbone
 from diffalign.backbones.lora import load_lora
 from diffalign.errors import ConfigError, UserError
 from diffalign.methods import METHODS
@@ -153,8 +155,6 @@ def test_guidance_as_an_input_is_the_same_for_policy_and_reference(
 def test_a_model_of_no_family_says_which_there_are() -> None:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    from diffalign.backbones import load_backbone
-
     network = UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
@@ -188,3 +188,38 @@ def test_a_lora_of_another_family_is_refused(
     trainer.train()
     with pytest.raises(UserError, match=f"^lora: .* {said}"):
         load_lora(build_pipeline(family), tmp_path, "other", "lora")
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2-klein", "z-image", "qwen-image", "sana"])
+def test_full_weights_are_saved_as_a_pipeline(family: str, tmp_path: Path) -> None:
+    """A folder that diffusers loads, with the trained network and all other parts."""
+    from diffusers import DiffusionPipeline
+
+    trainer = make_trainer(
+        tmp_path, family, rows=pair_rows(4, size_of(family)), max_steps=1,
+        data={"resolution": size_of(family)},
+    )  # fmt: skip
+    trainer.train()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe).__name__ == trainer.backbone.source.pipeline_class_name
+    saved, trained = pipe.transformer.state_dict(), trainer.network.state_dict()
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], trained[name]) for name in saved)
+    assert torch.equal(load_backbone(str(tmp_path)).encode_prompts(["a"])["prompt_embeds"],
+                       trainer.backbone.encode_prompts(["a"])["prompt_embeds"])  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2-klein", "z-image", "qwen-image", "sana"])
+def test_validation_draws_with_the_familys_pipeline(family: str, tmp_path: Path) -> None:
+    validation = ValidationConfig(
+        validation_prompts=[*"abcd"], num_validation_images=1,
+        validation_steps=1, num_inference_steps=2, guidance_scales=[1.0, 2.5],
+        scorers=["jpeg_compressibility"],
+    )  # fmt: skip
+    trainer = make_trainer(
+        tmp_path, family, rows=pair_rows(4, size_of(family)), max_steps=1,
+        peft_config=lora_config(), data={"resolution": size_of(family)},
+        options={"validation": validation},
+    )  # fmt: skip
+    trainer.train()
+    assert list((tmp_path / "samples").rglob("*.png"))
