@@ -49,6 +49,8 @@ class Backbone:
             `conditions`.
         lora_targets (`list[str]` or `str`): default target modules of a LoRA, as peft
             takes them: ends of names, or a regular expression.
+        guides_in_one_batch (`bool`): the pipelines put the unconditional rows in front
+            of the conditional ones and call the network once.
         supports_lora (`bool`): diffusers can load a LoRA for the family.
         licence (`str`): of the family's published weights, for the model card.
         upcast_vae (`tuple[torch.dtype, ...]`): precisions of a run in which the
@@ -67,6 +69,7 @@ class Backbone:
     ragged: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[list[str] | str] = ATTENTION_TARGETS
     supports_lora: ClassVar[bool] = True
+    guides_in_one_batch: ClassVar[bool] = True
     licence: ClassVar[str] = "see its model card"
     upcast_vae: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
 

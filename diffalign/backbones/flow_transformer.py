@@ -20,6 +20,7 @@ class FlowTransformerBackbone(Backbone):
     network_name = "transformer"
     resolution = 1024
     even_sigmas = True
+    guides_in_one_batch = False
 
     @property
     def patch(self) -> int:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiers import by_default
@@ -25,6 +26,7 @@ from diffalign import ValidationConfig
 from diffalign.backbones import load_backbone
 from diffalign.backbones.lora import load_lora
 from diffalign.errors import ConfigError, UserError
+from diffalign.generation.guidance import NegativeGuidance
 from diffalign.methods import METHODS
 from diffalign.training.callbacks import TrainerCallback
 
@@ -223,3 +225,29 @@ def test_validation_draws_with_the_familys_pipeline(family: str, tmp_path: Path)
     )  # fmt: skip
     trainer.train()
     assert list((tmp_path / "samples").rglob("*.png"))
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma", "flux2-klein", "z-image", "qwen-image"])
+def test_negative_guidance_says_where_it_works(family: str) -> None:
+    pipe = build_pipeline(family)
+    name = type(pipe).__name__
+    with pytest.raises(UserError, match=f"pipe: {name} has no classifier-free guidance with two"):
+        NegativeGuidance(pipe, negative=pipe.transformer)
+
+
+def test_negative_guidance_with_the_own_network_changes_nothing_on_sana() -> None:
+    pipe, other = build_pipeline("sana"), build_pipeline("sana")
+    call: dict[str, Any] = {
+        "prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2,
+        "guidance_scale": 3.0, "output_type": "np", "use_resolution_binning": False,
+    }  # fmt: skip
+    plain = pipe(generator=torch.Generator().manual_seed(1), **call).images
+    with NegativeGuidance(pipe, negative=other.transformer):
+        guided = pipe(generator=torch.Generator().manual_seed(1), **call).images
+    np.testing.assert_allclose(guided, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", ["foo", -1, None])
+def test_a_wrong_shift_says_what_is_right(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"timestep_shift: expected pipeline, none or float > 0"):
+        make_trainer(tmp_path, "flux", peft_config=lora_config(), timestep_shift=value)
