@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = ("weights", "flow_weights", "reward_weights", "lora_weights", "text_weights")
 
 
-def example(heading: str) -> str:
-    """The first Python block under a heading of CONTRIBUTING.md."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+def example(heading: str, document: str = "CONTRIBUTING.md") -> str:
+    """The first Python block under a heading of a document."""
+    text = (ROOT / document).read_text()
     section = text[text.index(f"## {heading}") :]
     block = re.search(r"^```python\n(.*?)^```", section, re.S | re.M)
     assert block is not None
@@ -125,5 +125,56 @@ def test_a_model_family(package: Path) -> None:
         trainer = make_trainer("run", model=ToyPipeline(**parts), peft_config=lora_config())
         trainer.train()
         assert type(trainer.backbone).__name__ == "ToyBackbone"
+        """,
+    )
+
+
+@pytest.mark.nightly
+def test_the_guide_for_a_model_family(package: Path) -> None:
+    """Lumina 2 as docs/guides/new-model.md writes it, compared with its pipeline."""
+    guide = "docs/guides/new-model.md"
+    (package / "backbones" / "lumina2.py").write_text(example("2. Write the file", guide))
+    line = example("3. Add the line", guide).strip().removesuffix(",")
+    table = package / "backbones" / "__init__.py"
+    add_line(table, '    "StableDiffusionPipeline": "sd:StableDiffusionBackbone",\n', line)
+    run(
+        package,
+        f"""
+        sys.path.insert(0, {str(ROOT / "tests" / "backbones")!r})
+        from pathlib import Path
+
+        import diffusers
+        import tiny_families
+        import transformers
+        from tiny import small_vae
+
+        def lumina():
+            transformer = diffusers.Lumina2Transformer2DModel(
+                sample_size=4, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+                num_attention_heads=1, num_kv_heads=1, multiple_of=8, axes_dim_rope=(8, 8, 8),
+                axes_lens=(300, 64, 64), cap_feat_dim=16,
+            )
+            pipe = diffusers.Lumina2Pipeline(
+                transformer=transformer,
+                scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+                vae=small_vae(shift_factor=0.1),
+                text_encoder=transformers.Gemma2Model(
+                    transformers.Gemma2Config(**tiny_families._language_model())
+                ),
+                tokenizer=tiny_families.byte_tokenizer(),
+            )
+            pipe.vae_scale_factor = 2  # of the tiny autoencoder; the pipeline says 8
+            return pipe
+
+        tiny_families._BUILDERS["lumina2"] = lumina
+        import test_families as families
+
+        families.test_the_network_gets_the_arguments_of_the_pipeline("lumina2")
+        families.test_decoding_is_the_pipelines("lumina2")
+        families.test_rows_of_a_batch_are_rows_alone("lumina2")
+        families.test_a_lora_loads_into_the_plain_pipeline("lumina2", Path("lora"))
+        families.test_a_rollout_is_what_the_pipeline_draws("lumina2", Path("rollout"))
+        families.test_one_steered_particle_is_the_pipelines_image("lumina2")
+        families.test_particles_are_scored_and_resampled("lumina2")
         """,
     )

@@ -37,7 +37,7 @@ def learning_rate(family: str, lora: bool) -> float:
 RESOLUTION = 32
 
 
-def _vae(channels: int = 4, **options: Any) -> AutoencoderKL:
+def small_vae(channels: int = 4, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -50,7 +50,7 @@ def _vae(channels: int = 4, **options: Any) -> AutoencoderKL:
     )
 
 
-def _text(cls: Any, tokenizer: Any, hidden: int, projection: int) -> Any:
+def clip_text(cls: Any, tokenizer: Any, hidden: int, projection: int) -> Any:
     return cls(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -91,15 +91,20 @@ def _ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 def build_pipeline(family: str, seed: int = 0) -> Any:
     """A pipeline of `FAMILIES`: SD1 (epsilon), SD2 (v), SDXL (two encoders, size
-    conditioning), SD3 (flow matching), or the embedded SD3."""
+    conditioning), SD3 (flow matching), or the embedded SD3; or one of
+    `tiny_families.TRANSFORMERS`."""
     if family == "shapes-flow":
         return base_pipeline(family)
+    if family not in FAMILIES:
+        from tiny_families import build_transformer_pipeline
+
+        return build_transformer_pipeline(family, seed)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     if family in ("sd", "sd_v"):
         return StableDiffusionPipeline(
-            vae=_vae(),
-            text_encoder=_text(CLIPTextModel, tokenizer, 16, 16).eval(),
+            vae=small_vae(),
+            text_encoder=clip_text(CLIPTextModel, tokenizer, 16, 16).eval(),
             tokenizer=tokenizer,
             unet=_unet(16),
             scheduler=_ddim("v_prediction" if family == "sd_v" else "epsilon"),
@@ -116,9 +121,9 @@ def build_pipeline(family: str, seed: int = 0) -> Any:
             transformer_layers_per_block=1,
         )
         return StableDiffusionXLPipeline(
-            vae=_vae(),
-            text_encoder=_text(CLIPTextModel, tokenizer, 16, 16).eval(),
-            text_encoder_2=_text(CLIPTextModelWithProjection, tokenizer, 16, 16).eval(),
+            vae=small_vae(),
+            text_encoder=clip_text(CLIPTextModel, tokenizer, 16, 16).eval(),
+            text_encoder_2=clip_text(CLIPTextModelWithProjection, tokenizer, 16, 16).eval(),
             tokenizer=tokenizer,
             tokenizer_2=build_tokenizer(),
             unet=unet,
@@ -140,10 +145,10 @@ def build_pipeline(family: str, seed: int = 0) -> Any:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(shift_factor=0.0609),
-        text_encoder=_text(CLIPTextModelWithProjection, tokenizer, 16, 16).eval(),
+        vae=small_vae(shift_factor=0.0609),
+        text_encoder=clip_text(CLIPTextModelWithProjection, tokenizer, 16, 16).eval(),
         tokenizer=tokenizer,
-        text_encoder_2=_text(CLIPTextModelWithProjection, tokenizer, 16, 16).eval(),
+        text_encoder_2=clip_text(CLIPTextModelWithProjection, tokenizer, 16, 16).eval(),
         tokenizer_2=build_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,

@@ -18,8 +18,34 @@ BACKBONES: dict[str, str] = {
     "StableDiffusionPipeline": "sd:StableDiffusionBackbone",
     "StableDiffusionXLPipeline": "sdxl:StableDiffusionXLBackbone",
     "StableDiffusion3Pipeline": "sd3:StableDiffusion3Backbone",
+    "FluxPipeline": "flux:FluxBackbone",
+    "ChromaPipeline": "chroma:ChromaBackbone",
+    "Flux2KleinPipeline": "flux2:Flux2KleinBackbone",
+    "Flux2Pipeline": "flux2:Flux2Backbone",
+    "ZImagePipeline": "z_image:ZImageBackbone",
+    "QwenImagePipeline": "qwen_image:QwenImageBackbone",
+    "QwenImage21Pipeline": "qwen_image_21:QwenImage21Backbone",
+    "SanaPipeline": "sana:SanaBackbone",
+    "PixArtSigmaPipeline": "pixart:PixArtSigmaBackbone",
 }
 """Class of the diffusers pipeline -> ``module:class`` of its backbone."""
+
+
+def backbone_class(pipeline_class: str) -> type[Backbone] | None:
+    """Find the backbone of a diffusers pipeline by the name of its class.
+
+    Args:
+        pipeline_class (`str`): such as ``FluxPipeline``.
+
+    Returns:
+        `type[Backbone]`, *optional*: None if the class is not supported.
+    """
+    place = BACKBONES.get(pipeline_class)
+    if place is None:
+        return None
+    module, _, name = place.partition(":")
+    backbone: type[Backbone] = getattr(import_module(f".{module}", __name__), name)
+    return backbone
 
 
 def load_backbone(
@@ -41,16 +67,14 @@ def load_backbone(
             supported. The message lists those that are.
     """
     source = ModelSource(model, revision=revision, variant=variant, vae=vae)
-    place = BACKBONES.get(source.pipeline_class_name)
-    if place is None:
+    backbone = backbone_class(source.pipeline_class_name)
+    if backbone is None:
         raise ConfigError(
             "model",
             f"{source.name!r} is a {source.pipeline_class_name}, which is not supported; "
-            f"supported are {', '.join(BACKBONES)}",
+            f"supported are {', '.join(BACKBONES)}; docs/guides/new-model.md adds another",
         )
-    module, _, name = place.partition(":")
-    backbone: type[Backbone] = getattr(import_module(f".{module}", __name__), name)
     return backbone(source)
 
 
-__all__ = ["BACKBONES", "Backbone", "ModelSource", "load_backbone"]
+__all__ = ["BACKBONES", "Backbone", "ModelSource", "backbone_class", "load_backbone"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..likelihood import NoiseSchedule, schedule_from_scheduler
 from ..runtime.missing import MaybeImage, to_images
+from .guidance_rules import CLASSIFIER_FREE, GuidanceRule
 from .loading import ModelSource
 
 ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -32,7 +35,24 @@ class Backbone:
         network_name (`str`): the component that is trained, ``unet`` or
             ``transformer``.
         text_encoder_names (`tuple[str, ...]`): components that encode prompts.
-        lora_targets (`list[str]`): default target modules of a LoRA.
+        encoding_names (`tuple[str, ...]`): how the names of the components begin that
+            encode prompts.
+        resolution (`int`, *optional*): side of a square image, in pixels, of families
+            whose networks do not name one.
+        steps (`int`): of the default call of the pipelines, see `num_inference_steps`.
+        default_guidance (`float`): of a network that takes guidance as an input.
+        guidance (`float`): what such a network is given in this run.
+        even_sigmas (`bool`): the pipelines give their scheduler sigmas that fall evenly
+            from 1 to 1 / steps.
+        guidance_rule (`GuidanceRule`): how the pipelines guide.
+        ragged (`tuple[str, ...]`): conditions whose rows have lengths of their own, see
+            `conditions`.
+        lora_targets (`list[str]` or `str`): default target modules of a LoRA, as peft
+            takes them: ends of names, or a regular expression.
+        guides_in_one_batch (`bool`): the pipelines put the unconditional rows in front
+            of the conditional ones and call the network once.
+        supports_lora (`bool`): diffusers can load a LoRA for the family.
+        licence (`str`): of the family's published weights, for the model card.
         upcast_vae (`tuple[torch.dtype, ...]`): precisions of a run in which the
             autoencoder runs in float32, unless its config has `force_upcast: false`.
         schedule (`NoiseSchedule`): the model's noise schedule.
@@ -40,20 +60,28 @@ class Backbone:
 
     network_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    lora_targets: ClassVar[list[str]] = ATTENTION_TARGETS
+    encoding_names: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    resolution: ClassVar[int | None] = None
+    steps: ClassVar[int] = 50
+    default_guidance: ClassVar[float] = 1.0
+    even_sigmas: ClassVar[bool] = False
+    guidance_rule: ClassVar[GuidanceRule] = CLASSIFIER_FREE
+    ragged: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[list[str] | str] = ATTENTION_TARGETS
+    supports_lora: ClassVar[bool] = True
+    guides_in_one_batch: ClassVar[bool] = True
+    licence: ClassVar[str] = "see its model card"
     upcast_vae: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._loaded: dict[str, Any] = {}
+        self.guidance = self.default_guidance
         self.given_scheduler: dict[str, Any] = {}
         """Configuration of the model's scheduler, before `pipeline_scheduler`."""
         self._pipe: Any = None
         self.schedule: NoiseSchedule = schedule_from_scheduler(self.scheduler)
-        vae = source.component_config("vae")
-        self.vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.latent_channels = vae["latent_channels"]
 
     @property
     def process(self) -> NoiseSchedule:
@@ -186,11 +214,7 @@ class Backbone:
         diffusers' own `encode_prompt` then decides how prompts are encoded.
         """
         if self._pipe is None:
-            names = [
-                n
-                for n in self.source.component_names()
-                if n.startswith(("text_encoder", "tokenizer"))
-            ]
+            names = [n for n in self.source.component_names() if n.startswith(self.encoding_names)]
             network = {self.network_name: self._loaded.get(self.network_name)}
             self._pipe = self._assemble(
                 {name: self.component(name) for name in names}
@@ -202,13 +226,30 @@ class Backbone:
     # Sizes ----------------------------------------------------------------------------
 
     @property
+    def vae_scale(self) -> int:
+        """Image pixels along a side of one latent pixel."""
+        return int(2 ** (len(self.source.component_config("vae")["block_out_channels"]) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.source.component_config("vae")["latent_channels"])
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels along a side of one token of the network."""
+        return 1
+
+    @property
     def size_factor(self) -> int:
-        """The number of which image sides must be multiples."""
-        return self.vae_scale
+        """The number of which image sides must be multiples: whole tokens."""
+        return self.vae_scale * self.patch
 
     @property
     def default_resolution(self) -> int:
         """The side of a square image that the network was trained on, in pixels."""
+        if self.resolution is not None:
+            return self.resolution
         config = self.source.component_config(self.network_name)
         size = config.get("sample_size") or 64
         return (size if isinstance(size, int) else size[0]) * self.vae_scale
@@ -217,7 +258,109 @@ class Backbone:
         """Return the shape (C, h, w) of an image's latents."""
         return self.latent_channels, height // self.vae_scale, width // self.vae_scale
 
+    # Times ----------------------------------------------------------------------------
+
+    @property
+    def few_steps(self) -> int | None:
+        """Steps of a model that was distilled to a few of them, or None."""
+        return None
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of the model's default call."""
+        return self.few_steps or self.steps
+
+    def tokens(self, height: int, width: int) -> int:
+        """Count the tokens of an image, as the family's pipelines do for the shift."""
+        return (height // self.size_factor) * (width // self.size_factor)
+
+    def dynamic_shift(self, height: int, width: int, steps: int) -> float:
+        """Compute mu of a scheduler that shifts by the number of tokens.
+
+        It is linear in them, as in most of diffusers' pipelines.
+
+        Args:
+            height, width (`int`): of the image, in pixels.
+            steps (`int`): of the sampler. Most families do not use it.
+        """
+        config = self.scheduler.config
+        tokens = self.tokens(height, width)
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(base + (most - base) * (tokens - low) / (high - low))
+
+    def timestep_shift(self, height: int, width: int) -> float:
+        """Return the shift of the sigmas that the family's pipelines sample at.
+
+        Args:
+            height, width (`int`): of the image, in pixels.
+
+        Returns:
+            `float`: 1 is no shift.
+        """
+        config = self.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(getattr(self.schedule, "shift", 1.0))
+        mu = self.dynamic_shift(height, width, self.num_inference_steps)
+        return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+    def sampler_arguments(self, steps: int, height: int, width: int) -> dict[str, Any]:
+        """Return what the family's pipelines pass to `scheduler.set_timesteps`.
+
+        Args:
+            steps (`int`): of the sampler.
+            height, width (`int`): of the image, in pixels.
+        """
+        arguments: dict[str, Any] = {"num_inference_steps": steps}
+        if self.even_sigmas:
+            arguments = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            arguments["mu"] = self.dynamic_shift(height, width, steps)
+        return arguments
+
     # Encoding and prediction ----------------------------------------------------------
+
+    @staticmethod
+    def normalised(vae: Any, latents: Tensor, *, deviation: bool = False) -> Tensor:
+        """Bring an autoencoder's latents to the scale on which the network works.
+
+        Args:
+            vae: the autoencoder.
+            latents (`Tensor`): as `encode` returns them.
+            deviation (`bool`, *optional*, defaults to `False`): they are standard
+                deviations, which are scaled and not shifted.
+
+        Returns:
+            `Tensor`: (n, C, h, w).
+        """
+        shift = 0.0 if deviation else getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * vae.config.scaling_factor
+
+    @staticmethod
+    def pixels(vae: Any, latents: Tensor) -> Tensor:
+        """Decode latents on the network's scale, as the family's pipelines do it.
+
+        Args:
+            vae: the autoencoder.
+            latents (`Tensor`): (n, C, h, w), on its device.
+
+        Returns:
+            `Tensor`: (n, 3, H, W), about [-1, 1].
+        """
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        latents = latents / vae.config.scaling_factor + shift
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
+    @staticmethod
+    def unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Bring the latents of a running pipeline into the form (n, C, h, w).
+
+        Args:
+            pipe: of the family.
+            latents (`Tensor`): as the pipeline's scheduler steps them.
+            height, width (`int`): of the image, in pixels.
+        """
+        return latents
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,12 +371,15 @@ class Backbone:
 
         Returns:
             `tuple[Tensor, Tensor]`: scaled mean and standard deviation of the
-            posterior, each (n, C, h, w) float32.
+            posterior, each (n, C, h, w) float32. The deviation is 0 where the family's
+            autoencoder has no posterior.
         """
         vae = self.component("vae")
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        return (
+            self.normalised(vae, posterior.mean.float()),
+            self.normalised(vae, posterior.std.float(), deviation=True),
+        )
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[MaybeImage]:
@@ -246,11 +392,17 @@ class Backbone:
             `list`: n PIL images, `Missing` where pixels are not finite.
         """
         vae = self.component("vae")
-        shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-        pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[
-            0
-        ]
-        return to_images(pixels.float())
+        return to_images(self.pixels(vae, latents.to(vae.device)).float())
+
+    @staticmethod
+    def call_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+        """Turn this package's names of sampler settings into those of the pipeline.
+
+        Args:
+            settings (`dict`): arguments for the pipeline's call, prompts included, with
+                ``guidance_scale`` for what the family's pipeline calls its guidance.
+        """
+        return settings
 
     @property
     def prompt_settings(self) -> dict[str, Any]:

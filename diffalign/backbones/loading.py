@@ -333,8 +333,15 @@ class ModelSource:
         """
         values = dict(self.pipe.config) if self.pipe is not None else self.index
         names = inspect.signature(self.pipeline_class().__init__).parameters
+        plain = (bool, int, float, str)
         options = {
-            k: v for k, v in values.items() if k in names and isinstance(v, (bool, int, float, str))
+            k: v
+            for k, v in values.items()
+            if k in names
+            and (
+                isinstance(v, plain)
+                or (isinstance(v, list) and v and all(isinstance(x, float) for x in v))
+            )
         }
         if "requires_safety_checker" in names:
             options["requires_safety_checker"] = False

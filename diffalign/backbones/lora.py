@@ -31,6 +31,7 @@ from ..runtime.weight_files import (
     read_header,
     what_is_wrong,
 )
+from .lora_family import check_lora_family
 
 NETWORKS = ("unet", "transformer")
 
@@ -323,6 +324,8 @@ def load_lora(
     else:
         file = fetch_lora_file(str(weights), role)
     content = _checked_lora(file, role, refused)
+    if content is not None:
+        check_lora_family(read_header(file).shapes, type(pipe).__name__, role, str(weights))
     before = _snapshots(pipe)
     try:
         with ExitStack() as stack:

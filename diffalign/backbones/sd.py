@@ -18,6 +18,8 @@ from .base import Backbone
 class StableDiffusionBackbone(Backbone):
     """Stable Diffusion 1.x and 2.x."""
 
+    licence = "CreativeML OpenRAIL-M"
+
     def pipeline_scheduler(self, scheduler: Any) -> Any:
         """Correct configurations of the early days, as `StableDiffusionPipeline` does.
 

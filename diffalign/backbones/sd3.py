@@ -7,26 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..shapes.sampling_defaults import sampling_settings
-from .base import Backbone
+from .base import ATTENTION_TARGETS, Backbone
 
 
 class StableDiffusion3Backbone(Backbone):
     """Stable Diffusion 3 and 3.5."""
 
+    licence = "Stability AI Community License"
     network_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    # The second line is the text stream's.
+    lora_targets: ClassVar[list[str] | str] = [
+        *ATTENTION_TARGETS,
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ]
 
     @property
-    def size_factor(self) -> int:
-        """The number of which image sides must be multiples: whole patches."""
-        return self.vae_scale * self.source.component_config("transformer").get("patch_size", 2)
+    def patch(self) -> int:
+        """Latent pixels along a side of one token of the network."""
+        return int(self.source.component_config("transformer").get("patch_size", 2))
 
     def _encoding_pipe(self) -> Any:
         """Build a pipeline with text encoders only, see `Backbone`.

@@ -18,6 +18,7 @@ from .base import Backbone
 class StableDiffusionXLBackbone(Backbone):
     """Stable Diffusion XL."""
 
+    licence = "CreativeML OpenRAIL++-M"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     # It overflows in float16, and the official script keeps float32 in bf16.
     upcast_vae = (

@@ -318,11 +318,21 @@ def _type_name(annotation: Any) -> str:
         return "null"
     if origin is Annotated:
         return _type_name(arguments[0])
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
+        # Beside words, a number out of range has the right type and the wrong value.
+        ranged = any(typing.get_origin(a) is Literal for a in arguments)
+        return " or ".join(_in_range(a) if ranged else _type_name(a) for a in arguments)
     if origin in (list, dict):
         return f"{origin.__name__}[{', '.join(_type_name(a) for a in arguments)}]"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _in_range(annotation: Any) -> str:
+    extras = typing.get_args(annotation) if typing.get_origin(annotation) is Annotated else ()
+    ranges = [extra.expected() for extra in extras if isinstance(extra, Range)]
+    return ranges[0] if ranges else _type_name(annotation)
 
 
 def short_key(key: object) -> str:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbones import backbone_class
 from ..backbones.lora import (
     NETWORKS,
     active_adapters,
@@ -81,8 +82,8 @@ def guided(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
 class NegativeGuidance:
     """Guide a diffusers pipeline with a positive and a negative network.
 
-    The pipeline stays unmodified. It must have classifier-free guidance (SD, SDXL and
-    SD3 classes). Use it as a context manager, or call it like the pipeline.
+    The pipeline stays unmodified. It must have classifier-free guidance (SD, SDXL, SD3
+    and Sana classes). Use it as a context manager, or call it like the pipeline.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline. LoRAs that are active on it belong to
@@ -140,7 +141,7 @@ class NegativeGuidance:
         if not self.network_name or not _has_two_branches(pipe):
             raise UserError(
                 f"pipe: {type(pipe).__name__} has no classifier-free guidance with two branches "
-                "in one batch; use an SD, SDXL or SD3 pipeline"
+                "in one batch; use an SD, SDXL, SD3 or Sana pipeline"
             )
         self.pipe, self.positive, self.negative = pipe, positive, negative
         self.alpha, self.beta = float(alpha), float(beta)
@@ -313,8 +314,10 @@ _MARK = "_negative_guidance"
 
 def _has_two_branches(pipe: object) -> bool:
     """Whether a pipeline puts two guidance branches into one batch."""
+    family = backbone_class(type(pipe).__name__)
     return (
         hasattr(type(pipe), "do_classifier_free_guidance")
+        and (family is None or family.guides_in_one_batch)
         and hasattr(pipe, "encode_prompt")
         and "image_guidance_scale" not in inspect.signature(type(pipe).__call__).parameters
     )

@@ -25,23 +25,38 @@ Forward: TypeAlias = Callable[..., Any]
 _SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
 
 
-def pick_rows(value: Any, batch: int, index: slice | Tensor) -> Any:
+def pick_rows(value: Any, batch: int, index: slice | Tensor, lists: bool = False) -> Any:
     """Pick the rows `index` of every tensor inside a nest of lists, tuples and dicts.
 
     Args:
         value: The nest. Tensors whose first dimension is not `batch` stay as they are.
         batch (`int`): Rows of the batch.
         index (`slice` or `Tensor`): The rows to pick.
+        lists (`bool`, *optional*, defaults to `False`): Lists of `batch` tensors hold a
+            row in each tensor.
     """
     if isinstance(value, Tensor):
         if value.ndim == 0 or value.shape[0] != batch:
             return value
         return value[index] if isinstance(index, slice) else value[index.to(value.device)]
     if isinstance(value, dict):
-        return {k: v if k in _SHARED else pick_rows(v, batch, index) for k, v in value.items()}
+        return {
+            k: v if k in _SHARED else pick_rows(v, batch, index, lists) for k, v in value.items()
+        }
+    if lists and _holds_rows(value, batch):
+        places = range(batch)[index] if isinstance(index, slice) else index.tolist()
+        return [value[place] for place in places]
     if isinstance(value, (list, tuple)):
-        return type(value)(pick_rows(v, batch, index) for v in value)
+        return type(value)(pick_rows(v, batch, index, lists) for v in value)
     return value
+
+
+def _holds_rows(value: Any, rows: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(isinstance(row, Tensor) for row in value)
+    )
 
 
 def join_rows(parts: list[Any], sizes: list[int]) -> Any:
@@ -58,6 +73,8 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
     if isinstance(first, dict):
         joined = {k: join_rows([p[k] for p in parts], sizes) for k in first}
         return type(first)(**joined) if type(first) is not dict else joined
+    if all(_holds_rows(p, n) for p, n in zip(parts, sizes, strict=True)):
+        return [row for part in parts for row in part]
     if isinstance(first, (list, tuple)):
         return type(first)(join_rows([p[i] for p in parts], sizes) for i in range(len(first)))
     return first
@@ -142,6 +159,7 @@ class Batches:
     ) -> None:
         self.rows, self.size, self.grouped, self.whole = rows, size, grouped, whole
         self.calls = self.computed = 0
+        self.lists = False
         self.same_as: Tensor | None = None
 
     def forward(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,26 +177,28 @@ class Batches:
             ConfigError: The batch must stay whole and is larger than `size`.
             UserError: Rows of a group differ in their text conditioning.
         """
+        self.lists = bool(args) and isinstance(args[0], list)  # Z-Image takes lists of rows
         first = next(
             (
                 x
                 for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states"), kwargs.get("z"))
-                if isinstance(x, Tensor)
+                if isinstance(x, Tensor) or self.lists
             ),
             None,
         )
-        if first is None or first.ndim == 0 or first.shape[0] % self.rows:
+        batch = 0 if first is None or (isinstance(first, Tensor) and not first.ndim) else len(first)
+        if batch == 0 or batch % self.rows:
             self.calls += 1
-            self.computed += 0 if first is None or first.ndim == 0 else first.shape[0]
+            self.computed += batch
             return original(*args, **kwargs)
-        batch = first.shape[0]
         self._check_groups(kwargs.get("encoder_hidden_states"), batch)
         if self.same_as is not None:
             distinct, back = self._distinct(batch)
             if len(distinct) < batch:
-                args, kwargs = pick_rows(args, batch, distinct), pick_rows(kwargs, batch, distinct)
+                args = pick_rows(args, batch, distinct, self.lists)
+                kwargs = pick_rows(kwargs, batch, distinct, self.lists)
                 out = self._split(original, args, kwargs, batch, distinct)
-                return pick_rows(out, len(distinct), back)
+                return pick_rows(out, len(distinct), back, self.lists)
         return self._split(original, args, kwargs, batch, torch.arange(batch))
 
     def _split(
@@ -201,6 +221,12 @@ class Batches:
                 f"perturbed-attention guidance needs all {batch} rows in one forward pass, got "
                 f"{size}; leave it out",
             )
+        if (size < batch or batch < total) and kwargs.get("kv_cache") is not None:
+            raise ConfigError(
+                "model_batch_size" if size < batch else "mode",
+                "the pipeline keeps keys and values of all rows between the steps; pass "
+                "use_kv_cache=False to the call",
+            )
         self.calls += -(-batch // size)
         self.computed += batch
         parts, sizes = [], []
@@ -208,8 +234,8 @@ class Batches:
             part = slice(start, min(start + size, batch))
             part_args, part_kwargs = args, kwargs
             if size < batch:
-                part_args = pick_rows(args, batch, part)
-                part_kwargs = pick_rows(kwargs, batch, part)
+                part_args = pick_rows(args, batch, part, self.lists)
+                part_kwargs = pick_rows(kwargs, batch, part, self.lists)
             with _calling(total, index[part]):
                 parts.append(original(*part_args, **part_kwargs))
             sizes.append(part.stop - part.start)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ..backbones import backbone_class
 from ..config.ranges import count
 from ..errors import ConfigError, UserError
 from ..runtime.files import save_image, write_atomically
@@ -107,7 +108,7 @@ def _draw_batch(
     seeds = [generator.initial_seed() for generator in generators]
     try:
         with watched(pipe) as finite:
-            output = pipe(prompt=prompts, generator=generators, **settings)
+            output = pipe(generator=generators, **call_arguments(pipe, prompts, settings))
         return read_output(output, len(prompts), finite)
     except ValueError as error:
         if isinstance(error, UserError) or len(prompts) == 1:
@@ -123,6 +124,21 @@ def _draw_batch(
         if not present(images):
             raise  # the call is wrong, not one prompt
         return images
+
+
+def call_arguments(
+    pipe: Pipeline, prompts: list[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Name the settings of a call as the pipeline of the model's family does.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        prompts (`list[str]`): Its prompts.
+        settings (`Mapping[str, Any]`): The settings, by this package's names.
+    """
+    arguments = {"prompt": prompts, **settings}
+    family = backbone_class(type(pipe).__name__)
+    return arguments if family is None else family.call_arguments(arguments)
 
 
 def check_steps(pipe: object, steps: int | None, field: str = "num_inference_steps") -> None:

@@ -54,6 +54,8 @@ def sample_times(
     sampler: str = "uniform",
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
+    *,
+    shift: float | None = None,
 ) -> Tensor:
     """Map uniform numbers to times of a noise schedule.
 
@@ -66,6 +68,8 @@ def sample_times(
             variance-preserving models only.
         logit_mean (`float`, *optional*, defaults to `0.0`): of ``logit_normal``.
         logit_std (`float`, *optional*, defaults to `1.0`): of ``logit_normal``.
+        shift (`float`, *optional*): resolution shift of flow models, in place of the
+            schedule's own. 1 is no shift.
 
     Returns:
         `Tensor`: (n,), int64 timesteps (variance preserving) or float64 sigmas in (0,
@@ -96,7 +100,8 @@ def sample_times(
                 "use uniform or logit_normal"
             )
         sigma = uniforms.clamp(min=1 / schedule.num_timesteps)
-        return schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)
+        shift = schedule.shift if shift is None else shift
+        return shift * sigma / (1 + (shift - 1) * sigma)
     assert isinstance(schedule, VariancePreserving)
     timesteps = (uniforms * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     if sampler == "turbo":

@@ -280,6 +280,7 @@ class D3POTrainer(OnPolicyTrainer):
                 condition,
                 empty,
                 self.args.guidance_scale,
+                self.backbone.guidance_rule,
             )
         output, sample = rows(output, k // states), rows(sample, k // states)
         log_probs = step_log_prob(

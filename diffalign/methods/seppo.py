@@ -29,7 +29,7 @@ from torch.nn.functional import softplus
 from ..config.ranges import BatchSize, Count, NotNegative, OneOf, Positive, count
 from ..config.section import config_section
 from ..errors import ConfigError
-from ..likelihood import implicit_rewards, sample_times
+from ..likelihood import implicit_rewards
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
@@ -312,7 +312,7 @@ class SePPOTrainer(Trainer):
             for name, value in batch.condition.items()
         }
         generators, total = batch.generators("anchor"), first.clone()
-        sampling = self.data_pipeline.builder.sampling
+        builder = self.data_pipeline.builder
         for _ in range(self.args.anchor_samples - 1):
             uniforms = torch.cat(
                 [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
@@ -320,9 +320,7 @@ class SePPOTrainer(Trainer):
             noise = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators])[
                 :, None
             ]
-            times = sample_times(
-                self.schedule, uniforms, sampling, self.args.logit_mean, self.args.logit_std
-            )
+            times = builder.times(uniforms, batch.x0.shape[2:])
             drawn = dataclasses.replace(
                 batch,
                 x0=batch.x0[:, :1],

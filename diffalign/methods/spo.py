@@ -328,6 +328,7 @@ class SPOTrainer(D3POTrainer):
                 condition,
                 nothing,
                 args.guidance_scale,
+                self.backbone.guidance_rule,
             )
             if candidates is not None:
                 if origin is not None:

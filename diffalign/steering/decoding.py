@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbones import Backbone, backbone_class
 from ..errors import ConfigError, UserError
 from ..runtime.missing import MaybeImage, to_images
 
@@ -55,6 +56,8 @@ class LatentDecoder:
                 "expected an autoencoder, a function of latents or None, got "
                 f"{type(decoder).__name__}",
             )
+        # How the model's family packs and normalises latents, unless it does neither.
+        self.family = backbone_class(type(pipe).__name__)
         self.processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()
         self.decoded = 0
 
@@ -81,7 +84,11 @@ class LatentDecoder:
         return images
 
     def _unpack(self, x0: Tensor) -> Tensor:
-        if x0.ndim != 3 or self.function is not None:
+        if self.function is not None:
+            return x0
+        if self.family is not None:
+            return self.family.unpacked(self.pipe, x0, *self._size())
+        if x0.ndim != 3:
             return x0
         unpack = getattr(self.pipe, "_unpack_latents", None)
         if unpack is None:
@@ -89,8 +96,11 @@ class LatentDecoder:
                 "decoder: this pipeline packs its latents in a way that is not known here; give "
                 "decoder= a function of latents"
             )
+        return unpack(x0, *self._size(), self.pipe.vae_scale_factor)
+
+    def _size(self) -> tuple[int, int]:
         side = getattr(self.pipe, "default_sample_size", 0) * self.pipe.vae_scale_factor
-        return unpack(x0, self.height or side, self.width or side, self.pipe.vae_scale_factor)
+        return self.height or side, self.width or side
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.function is not None:
@@ -108,12 +118,20 @@ class LatentDecoder:
                 "decoder: this pipeline has no autoencoder named vae; give decoder= a function of "
                 "latents"
             )
+        vae: Any = self.module
+        # Under offloading the weights lie elsewhere until the module is called.
+        is_pipelines_own = vae is getattr(self.pipe, "vae", None) and hasattr(
+            self.pipe, "_execution_device"
+        )
+        device = self.pipe._execution_device if is_pipelines_own else vae.device
+        own_kind = type(vae) is type(getattr(self.pipe, "vae", None))
+        if own_kind and self.family is not None and self.family.pixels is not Backbone.pixels:
+            return self.family.pixels(vae, latents.to(device))
         if latents.ndim != 4:
             raise UserError(
                 f"decoder: expected image latents of 4 dimensions, got {latents.ndim}; give "
                 "decoder= a function of latents"
             )
-        vae: Any = self.module
         config = vae.config
         scaling = config.get("scaling_factor") or 1.0
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -132,11 +150,6 @@ class LatentDecoder:
         if upcast:
             vae.to(dtype=torch.float32)
         try:
-            # Under offloading the weights lie elsewhere until the module is called.
-            is_pipelines_own = vae is getattr(self.pipe, "vae", None) and hasattr(
-                self.pipe, "_execution_device"
-            )
-            device = self.pipe._execution_device if is_pipelines_own else vae.device
             return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
         finally:
             if upcast:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..generation.micro_batches import Batches, batched, perturbs_attention
+from ..generation.sampling import call_arguments
 from ..runtime.hashing import value_hash
 from ..runtime.missing import watched
 from ..runtime.protocols import Numbers, Pipeline
@@ -445,7 +446,7 @@ class FKSteering:
         else:
             arguments["num_images_per_prompt"] = k  # every prompt is encoded once
         if not embedded:
-            arguments["prompt"] = texts
+            arguments = call_arguments(self.pipe, texts, arguments)
         if streams.initial is not None and "generator" in parameters:
             arguments["generator"] = streams.initial
         if "return_dict" in parameters:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
+from ..backbones.conditions import stack_rows
 from ..data.cache import TensorCache
-from ..likelihood import group_noise, sample_times
+from ..likelihood import RectifiedFlow, group_noise, sample_times
 from ..runtime.seeds import row_generator
 from .batch import Batch
 from .config import TrainingConfig
 from .group_reader import Example, prompt_key
+from .online.rollout import grid_for_size
 
 
 def _padded(values: Tensor, k: int) -> Tensor:
@@ -75,11 +77,9 @@ class BatchBuilder:
         # [timestep, prompt dropout] per row. Always both, so that switching dropout on
         # does not move the timesteps.
         uniforms = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in draws])
-        times = sample_times(
-            self.backbone.schedule, uniforms[:, 0], self.sampling, args.logit_mean, args.logit_std
-        )
         mean, std = self._latents(examples)
         shape = mean.shape[1:]
+        times = self.times(uniforms[:, 0], shape)
         # A row's draws depend on its own length, not on the longest list of its batch.
         noise = torch.cat(
             [
@@ -125,6 +125,38 @@ class BatchBuilder:
             prompts=[e.prompts[0] for e in examples],
             epochs=[self.draw_epoch(e.epoch) for e in examples],
             seed=args.seed,
+        )
+
+    def times(self, uniforms: Tensor, shape: Sequence[int]) -> Tensor:
+        """Map uniform numbers to times, as the settings of the run say.
+
+        Args:
+            uniforms (`Tensor`): (n,) in [0, 1).
+            shape (`Sequence[int]`): (C, h, w) of the latents. Some families shift
+                by it.
+
+        Returns:
+            `Tensor`: (n,), see `sample_times`.
+        """
+        args, backbone = self.args, self.backbone
+        height, width = (side * backbone.vae_scale for side in shape[-2:])
+        if self.sampling == "grid":
+            steps = args.grid_steps or backbone.num_inference_steps
+            grid = grid_for_size(backbone, (height, width), steps, 0.0).times
+            return grid[(uniforms * len(grid)).long().clamp(max=len(grid) - 1)]
+        shift = None
+        if isinstance(backbone.schedule, RectifiedFlow):
+            if args.timestep_shift == "pipeline":
+                shift = backbone.timestep_shift(height, width)
+            else:
+                shift = 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
+        return sample_times(
+            backbone.schedule,
+            uniforms,
+            self.sampling,
+            args.logit_mean,
+            args.logit_std,
+            shift=shift,
         )
 
     def draw_epoch(self, epoch: int) -> int:
@@ -181,9 +213,7 @@ class BatchBuilder:
         distinct = list(dict.fromkeys(prompts))
         if self.prompts is not None:
             entries = [self.prompts[prompt_key(p)] for p in distinct]
-            encoded = {
-                name: torch.stack([e[name] for e in entries]).to(self.device) for name in entries[0]
-            }
+            encoded = stack_rows(entries, self.backbone.ragged)
         else:
             encoded = self.backbone.encode_prompts(distinct)
         index = torch.tensor([distinct.index(p) for p in prompts], device=self.device)

@@ -103,10 +103,23 @@ class TrainingConfig:
     """One noise for all images of a group, as in the published codes."""
     noise_offset: NotNegative[float] = 0.0
     """Adds a constant per channel to the noise, before it is shared."""
-    timestep_sampling: Literal["auto", "uniform", "logit_normal", "turbo", "refiner"] = "auto"
+    timestep_sampling: Literal["auto", "uniform", "logit_normal", "turbo", "refiner", "grid"] = (
+        "auto"
+    )
     """auto (uniform; logit_normal for flow models) | uniform | logit_normal | turbo |
-    refiner. One draw per group. turbo trains on SDXL-Turbo's four timesteps, whose
-    noise schedule is rescaled to zero terminal SNR."""
+    refiner | grid. One draw per group. turbo trains on SDXL-Turbo's four timesteps,
+    whose noise schedule is rescaled to zero terminal SNR. grid trains on the times of
+    the model's own sampler alone, for models that draw in a few steps."""
+    timestep_shift: Literal["pipeline", "none"] | Positive[float] = "pipeline"
+    """Flow models: shift of the sigmas that training draws. pipeline: that of the
+    model's own sampler at this resolution | none | a number, of which 1 is none."""
+    grid_steps: Count | None = None
+    """Steps of the sampler for `timestep_sampling: grid`; null: the default of the
+    model's pipeline."""
+    embedded_guidance: NotNegative[float] | None = None
+    """Guidance that networks with an input for it (Flux.1-dev, Flux.2-dev) are given,
+    the reference too; null: the `guidance_scale` of a run that samples, else the
+    default of the model's pipeline."""
     logit_mean: float = 0.0
     """Mean of the logit-normal; above 0 means noisier, as in the SD3 paper (diffusers'
     scripts count from the noisy end)."""

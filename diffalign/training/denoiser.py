@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..backbones.conditions import cast
 from ..likelihood import NoiseSchedule, denoising_errors, min_snr_weight
 from .batch import Batch
 
@@ -55,8 +56,7 @@ class Denoiser:
         Returns:
             `Tensor`: The output of the network, (n, C, H, W).
         """
-        cast = {name: value.to(self.dtype) for name, value in condition.items()}
-        return self.forward(noisy.to(self.dtype), times, cast)
+        return self.forward(noisy.to(self.dtype), times, cast(condition, self.dtype))
 
     def errors(self, batch: Batch) -> Tensor:
         """Measure the denoising errors of a batch at its own noise and times.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backbones import Backbone
+from ..backbones.conditions import cast
 from ..likelihood import implicit_rewards
 from ..runtime.weight_files import explained
 from .data_pipeline import DataPipeline
@@ -114,7 +115,7 @@ def _rounding(
 
         def forward(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
             with torch.autocast(device.type, enabled=False):
-                exact = {name: value.float() for name, value in condition.items()}
+                exact = cast(condition, torch.float32)
                 return backbone.predict(copied, noisy.float(), times, exact)
 
         exact_policy = copy.copy(policy)

@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
+from ..backbones.conditions import split_rows
 from ..data.cache import TensorCache
 from ..errors import UserError
 from .group_reader import Example, GroupReader, group_key, prompt_key
@@ -115,7 +116,8 @@ def fill_prompt_cache(
     ):
         chunk = mine[start : start + 32]
         encoded = backbone.encode_prompts([by_key[key] for key in chunk])
+        rows = split_rows(encoded, backbone.ragged)
         for i, key in enumerate(chunk):
-            cache.add(key, {name: values[i] for name, values in encoded.items()})
+            cache.add(key, rows[i])
     cache.flush()
     return len(missing)

@@ -53,6 +53,7 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
         title=folder.resolve().name,
         is_lora=is_lora,
         base=source.name,
+        licence=record.backbone.licence,
         method=record.name,
         paper=record.paper,
         pipeline=pipeline.__name__,

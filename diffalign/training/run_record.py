@@ -40,6 +40,9 @@ _DRAW_FIELDS = (
     "shared_noise",
     "noise_offset",
     "timestep_sampling",
+    "timestep_shift",
+    "grid_steps",
+    "embedded_guidance",
     "logit_mean",
     "logit_std",
     "snr_gamma",
@@ -200,7 +203,8 @@ class RunRecord:
         """Return what a checkpoint must share with a run to be resumed by it."""
         lora, form, config = None, None, self.peft_config
         if config is not None:
-            targets = str(sorted(config.target_modules or self.backbone.lora_targets))
+            modules = config.target_modules or self.backbone.lora_targets
+            targets = modules if isinstance(modules, str) else str(sorted(modules))
             lora = {"r": config.r, "alpha": config.lora_alpha, "targets": targets}
             form = {name: _plain(getattr(config, name, None)) for name in _LORA_FORM}
         # With buckets the order of the data depends on the batch.
@@ -250,6 +254,10 @@ class RunRecord:
             f"{args.lr_scheduler}, warm-up "
             f"{args.warmup_steps} steps; precision {args.mixed_precision}; images {height}x{width}",
         ]
+        if getattr(self.backbone, "embeds_guidance", False):
+            lines.append(
+                f"guidance {self.backbone.guidance:g}, which the network takes as an input"
+            )
         if built.dropped_sizes:
             lines.append(
                 f"data: {built.dropped_sizes} groups dropped because their images differ in aspect"

@@ -208,6 +208,7 @@ class Trainer:
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
+        self._fit_backbone()
         self.schedule = self.backbone.schedule
         build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
         self._read_data(train_dataset, eval_dataset)
@@ -221,6 +222,28 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.validate()
         self._call("on_init_end")
+
+    def _fit_backbone(self) -> None:
+        """Check the settings against the model's family, and tell it the guidance."""
+        args, backbone = self.args, self.backbone
+        name = backbone.source.pipeline_class_name
+        if self.peft_config is not None and not backbone.supports_lora:
+            raise ConfigError(
+                "lora",
+                f"diffusers cannot load a LoRA into a {name}; leave lora out to train all weights",
+            )
+        if backbone.few_steps and args.timestep_sampling != "grid":
+            self.notes.append(
+                f"WARNING: {backbone.source.name} draws in {backbone.few_steps} steps, and "
+                "training at other times can spoil that; set train.timestep_sampling: grid"
+            )
+        guidance = args.embedded_guidance
+        if guidance is None:
+            sampling = self.data_config.online or args
+            guidance = getattr(sampling, "guidance_scale", None)
+        for model in (backbone, self.ref_backbone):
+            if model is not None and guidance is not None:
+                model.guidance = guidance
 
     def _check_settings(self) -> None:
         """Refuse settings that exclude each other."""
@@ -705,6 +728,7 @@ class Trainer:
             self.network,
             self.averaged_weights,
             self.save_model,
+            self.data_config.resolution,
         )
 
     def precompute_reference_errors(self) -> None:

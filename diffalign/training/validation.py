@@ -146,6 +146,8 @@ class Validation:
         averaged_weights (`Callable`): Returns the context in which the network has the
             weights that `save_model` writes.
         save_model (`Callable`): Writes the weights into a folder.
+        side (`int`, *optional*): Side of the images in pixels. None is the pipeline's
+            default.
 
     Raises:
         UserError: A scorer cannot be loaded.
@@ -160,7 +162,9 @@ class Validation:
         network: Module,
         averaged_weights: Callable[[], AbstractContextManager[None]],
         save_model: Callable[[str], None],
+        side: int | None = None,
     ) -> None:
+        self.side = side
         self.config, self.output_dir, self.accelerator = config, output_dir, accelerator
         self.backbone, self.network = backbone, network
         self.averaged_weights, self.save_model = averaged_weights, save_model
@@ -352,6 +356,7 @@ class Validation:
 
     def _draw(self, description: str, scale: float | None = None) -> list[MaybeImage]:
         guidance = {} if scale is None else {"guidance_scale": scale}
+        size = {} if self.side is None else {"height": self.side, "width": self.side}
         network = self.network
         training = network.training
         network.eval()
@@ -365,7 +370,7 @@ class Validation:
                     self.seeds,
                     batch_size=8,
                     description=description,
-                    **self.backbone.prompt_settings | self.config.pipe_kwargs() | guidance,
+                    **self.backbone.prompt_settings | size | self.config.pipe_kwargs() | guidance,
                 )
         finally:
             network.train(training)

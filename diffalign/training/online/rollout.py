@@ -21,6 +21,8 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 
 from ...backbones import Backbone
+from ...backbones.conditions import joined
+from ...backbones.guidance_rules import CLASSIFIER_FREE, GuidanceRule
 from ...errors import ConfigError
 from ...likelihood.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ...likelihood.transitions import MIN_STD, ddim_step, flow_sde_step, gaussian_log_prob
@@ -126,7 +128,7 @@ def make_grid(
     steps: int,
     eta: float,
     *,
-    patches: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
     rule: int = SAMPLER_RULE,
     offset: int | None = None,
 ) -> Grid:
@@ -141,7 +143,8 @@ def make_grid(
             used, as in D3PO's code.
         steps (`int`): Number of steps, at most the model's timesteps.
         eta (`float`): Stochasticity. At 0 no step is trainable.
-        patches (`int`, *optional*): Patches of a latent, for a dynamic shift.
+        arguments (`Mapping[str, Any]`, *optional*): What the model's pipeline passes to
+            `set_timesteps` of a flow scheduler, see `Backbone.sampler_arguments`.
         rule (`int`, *optional*, defaults to `2`): See `SAMPLER_RULE`.
         offset (`int`, *optional*): Offset of timesteps under rule 1. Defaults to the
             scheduler's.
@@ -174,12 +177,7 @@ def make_grid(
         # A step to the clean sample, or to the same time, has no density.
         return Grid(times, next_times, (next_times >= 0) & (next_times < times) & (eta > 0))
     sampler = type(scheduler).from_config(scheduler.config)
-    more = (
-        {"mu": dynamic_shift(sampler, patches)}
-        if sampler.config.get("use_dynamic_shifting") and patches is not None
-        else {}
-    )
-    sampler.set_timesteps(steps, **more)
+    sampler.set_timesteps(**({"num_inference_steps": steps} if arguments is None else arguments))
     sigmas = sampler.sigmas.double()
     return Grid(sigmas[:-1], sigmas[1:], torch.full((len(sigmas) - 1,), eta > 0))
 
@@ -196,34 +194,17 @@ def grid_for_size(
         eta (`float`): Stochasticity of a step.
         rule (`int`, *optional*, defaults to `2`): See `SAMPLER_RULE`.
     """
-    height, width = size
-    factor = backbone.size_factor
-    patches = (height // factor) * (width // factor)
+    arguments = backbone.sampler_arguments(steps, *size)
     offset = int(backbone.given_scheduler.get("steps_offset", 0)) if rule == 1 else None
     return make_grid(
         backbone.schedule,
         backbone.scheduler,
         steps,
         eta,
-        patches=patches,
+        arguments=arguments,
         rule=rule,
         offset=offset,
     )
-
-
-def dynamic_shift(scheduler: Any, patches: int) -> float:
-    """Compute mu of a flow scheduler with dynamic shifting.
-
-    It is linear in the number of patches, as in diffusers' pipelines.
-
-    Args:
-        scheduler: The flow scheduler.
-        patches (`int`): Patches of a latent.
-    """
-    config = scheduler.config
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return base + (most - base) * (patches - low) / (high - low)
 
 
 def transition(
@@ -313,11 +294,9 @@ def guide(
     condition: Mapping[str, Tensor],
     unconditional: Mapping[str, Tensor] | None,
     scale: float,
+    rule: GuidanceRule = CLASSIFIER_FREE,
 ) -> Tensor:
-    """Run the network with classifier-free guidance.
-
-    Both branches run in one pass of 2n rows. See Ho & Salimans 2022, arXiv 2207.12598,
-    eq. 6. At a scale of s this is its guidance strength s - 1.
+    """Run the network with guidance, both branches in one pass of 2n rows.
 
     Args:
         predict (`Callable`): Runs the network on latents, model times and condition.
@@ -327,19 +306,21 @@ def guide(
         condition (`Mapping[str, Tensor]`): n rows each.
         unconditional (`Mapping[str, Tensor]`, *optional*): n rows each. None means no
             guidance.
-        scale (`float`): Guidance scale s. At 1 or below only the conditional branch
-            runs.
+        scale (`float`): Guidance scale.
+        rule (`GuidanceRule`, *optional*): How the model's pipelines guide. Defaults to
+            classifier-free guidance. Where a scale needs no unconditional branch, only
+            the conditional one runs.
 
     Returns:
         `Tensor`: (n, C, h, w), float32.
     """
     model_times = schedule.model_times(times).to(sample.device)
-    if unconditional is None or scale <= 1:
+    if unconditional is None or not rule.active(scale):
         return predict(sample, model_times, dict(condition)).float()
-    both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
+    both = joined(unconditional, condition)
     out = predict(torch.cat([sample, sample]), torch.cat([model_times, model_times]), both).float()
     empty, full = out.chunk(2)
-    return empty + scale * (full - empty)
+    return rule.combine(full, empty, scale)
 
 
 class Rollout:
@@ -476,6 +457,7 @@ class Rollout:
                 condition,
                 unconditional,
                 config.guidance_scale,
+                self.backbone.guidance_rule,
             )
             mean, std = transition(self.schedule, output, sample, times, next_times, config.eta)
             sample = mean.float()
