@@ -192,9 +192,17 @@ def test_pickled_weights_are_refused(
 def test_an_unsupported_pipeline_is_named(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    said = fails(world, capsys, "--model", tmp_path)
+    assert "KandinskyPipeline" in said and "StableDiffusionXLPipeline" in said
+
+
+def test_a_pipeline_without_a_scheduler_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     said = fails(world, capsys, "--model", tmp_path)
-    assert "FluxPipeline" in said and "StableDiffusionXLPipeline" in said
+    assert "is incomplete: its model_index.json names no scheduler" in said
 
 
 @pytest.mark.nightly

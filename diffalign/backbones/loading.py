@@ -239,6 +239,10 @@ class ModelSource:
             return dict(cls.load_config(self.location, subfolder=name, revision=self.revision))
 
     def _class(self, name: str) -> Any:
+        if not isinstance(self.index.get(name), list):
+            raise ConfigError(
+                "model", f"{self.name!r} is incomplete: its model_index.json names no {name}"
+            )
         library, cls = self.index[name]
         if library not in ("diffusers", "transformers"):
             raise ConfigError(

@@ -25,10 +25,20 @@ class QwenImageBackbone(FlowTransformerBackbone):
     licence = "Apache-2.0"
     ragged = ("prompt_embeds",)
     guidance_rule: ClassVar[GuidanceRule] = NormRescaled(patch=2)
-    lora_targets = (
-        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-        r"|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"
-    )
+
+    @property
+    def lora_targets(self) -> str:  # type: ignore[override]
+        """All linear layers of the blocks whose output reaches the image.
+
+        The text that leaves the last block is dropped. Adapters there would have no
+        gradient, which several processes take for an error.
+        """
+        last = self.source.component_config("transformer")["num_layers"] - 1
+        return (
+            rf"(?!transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp))"
+            r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+            r"|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"
+        )
 
     @property
     def vae_scale(self) -> int:

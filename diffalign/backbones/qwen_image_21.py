@@ -23,7 +23,7 @@ class QwenImage21Backbone(QwenImageBackbone):
     licence = "see its model card"
     encoding_names = ("text_encoder", "processor")
     guidance_rule = CLASSIFIER_FREE
-    lora_targets = (
+    lora_targets = (  # type: ignore[assignment]
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)"
         r"|img_mlp\.(proj|out|gate_layer))"
     )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..shapes.sampling_defaults import sampling_settings
-from .base import ATTENTION_TARGETS, Backbone
+from .base import Backbone
 
 
 class StableDiffusion3Backbone(Backbone):
@@ -23,16 +23,20 @@ class StableDiffusion3Backbone(Backbone):
     licence = "Stability AI Community License"
     network_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    # The second line is the text stream's.
-    lora_targets: ClassVar[list[str] | str] = [
-        *ATTENTION_TARGETS,
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    ]
 
     @property
     def patch(self) -> int:
         """Latent pixels along a side of one token of the network."""
         return int(self.source.component_config("transformer").get("patch_size", 2))
+
+    @property
+    def lora_targets(self) -> str:  # type: ignore[override]
+        """Attention of image and text. The last block's text queries lead nowhere."""
+        last = self.source.component_config("transformer")["num_layers"] - 1
+        return (
+            rf"(?!transformer_blocks\.{last}\.attn\.add_q_proj)"
+            r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        )
 
     def _encoding_pipe(self) -> Any:
         """Build a pipeline with text encoders only, see `Backbone`.

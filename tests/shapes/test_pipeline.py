@@ -76,12 +76,12 @@ def test_guidance_cannot_mend_the_base(name: str) -> None:
 
 
 def test_the_base_draws_recognisable_shapes(name: str, pipe: Any) -> None:
-    prompts = held_out_prompts()[:16]
+    prompts = held_out_prompts()[::3]
     options = {**sampling_settings(name), "progress": False}
-    images = generate(pipe, prompts, range(16), batch_size=16, **options)
+    images = generate(pipe, prompts, range(len(prompts)), batch_size=20, **options)
     verdicts = [verify(image) for image in images]
     assert np.mean([verdict.shape is not None for verdict in verdicts]) > 0.8
-    assert 0.2 < np.mean([row["all"] for row in attribute_table(images, prompts)]) < 0.95
+    assert 0.15 < np.mean([row["all"] for row in attribute_table(images, prompts)]) < 0.95
     assert 0.1 < np.mean([verdict.style == PREFERRED_STYLE for verdict in verdicts]) < 0.9
 
 

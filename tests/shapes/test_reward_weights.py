@@ -129,7 +129,7 @@ def test_the_card_states_the_measured_figures() -> None:
     accuracy = results["pairwise_accuracy"]["all"]
     assert 0.65 <= accuracy["rate"] <= 0.90 and accuracy["pairs"] >= 2000
     # It has learned both parts of the preferences: follow the prompt, and look good.
-    assert results["pairwise_accuracy"]["attributes"]["low"] > 0.8
+    assert results["pairwise_accuracy"]["attributes"]["low"] > 0.75
     assert results["pairwise_accuracy"]["style"]["low"] > 0.6
     assert accuracy["low"] < accuracy["rate"] < accuracy["high"]
     for share in (*results["pairwise_accuracy"].values(), *results["attribute_accuracy"].values()):

@@ -107,7 +107,7 @@ class RewardPretrainConfig:
     """Rendered images per step, each with another prompt."""
     warmup_learning_rate: float = 1e-3
     """Peak of its one-cycle schedule."""
-    train_steps: int = 500
+    train_steps: int = 1000
     """Steps on the preferences."""
     train_batch: int = 24
     """Prompts per step. Each brings all of its images and pairs."""
