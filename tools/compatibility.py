@@ -90,7 +90,7 @@ def table(results: dict[str, dict[str, bool]]) -> list[str]:
         COMMON.rpartition("::")[2],
     ):
         for parameters, passed in results[test].items():
-            parts = re.split(r"-(?=lora$|full$)", parameters)[0]
+            parts = re.sub(r"^(lora|full)-", "", parameters)
             for method in METHODS:
                 for family in FAMILIES:
                     if parts in (f"{family}-{method}", f"{method}-{family}"):
@@ -105,6 +105,8 @@ def table(results: dict[str, dict[str, bool]]) -> list[str]:
     lines += ["", f"| family | {' | '.join(CHECKS.values())} |", "|---" * (len(CHECKS) + 1) + "|"]
     for family, title in FAMILIES.items():
         cells = [mark(results[test].get(family)) for test in CHECKS]
+        if family == "pixart":
+            cells[2] = "none, refused"
         if any(cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines

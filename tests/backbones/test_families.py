@@ -24,9 +24,6 @@ from diffalign.training.online.rollout import Rollout, SamplerConfig, sampling_m
 
 PROMPTS = ["a small red circle on the left of a gray background", "a cat"]
 every_family = pytest.mark.parametrize("family", ["sd3", *TRANSFORMERS])
-guided = pytest.mark.parametrize(
-    "family", [f for f in ("sd3", *TRANSFORMERS) if f not in ("flux-schnell",)]
-)
 
 
 def plain(
@@ -238,7 +235,7 @@ def test_default_lora_targets_are_these_modules(family: str) -> None:
     assert names == json.loads(file.read_text())[family]
 
 
-@guided
+@every_family
 def test_a_rollout_is_what_the_pipeline_draws(family: str, tmp_path: Path) -> None:
     """With the family's guidance, on the family's own grid."""
     scale = 2.5
