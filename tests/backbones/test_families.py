@@ -320,6 +320,37 @@ def test_particles_are_scored_and_resampled(family: str) -> None:
         assert image.size == (side, side)
 
 
+def test_flux2_dev_gets_its_guidance_as_an_input() -> None:
+    """Its text encoder needs files of the checkpoint, so encoded prompts are given."""
+    import diffusers
+
+    klein = build_pipeline("flux2-klein")
+    config = {**klein.transformer.config, "guidance_embeds": True}
+    transformer = diffusers.Flux2Transformer2DModel.from_config(config)
+    pipe = diffusers.Flux2Pipeline(klein.scheduler, klein.vae, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = torch.randn(2, 512, 24, generator=_generator())
+    calls = Calls(transformer)
+    with torch.no_grad():
+        pipe(
+            prompt_embeds=embeds, height=32, width=32, num_inference_steps=2, guidance_scale=2.5,
+            output_type="latent", generator=_generator(),
+        )  # fmt: skip
+    calls.hook.remove()
+    backbone = load_backbone(pipe)
+    assert backbone.guidance == 4.0 and backbone.few_steps is None
+    backbone.guidance = 2.5
+    theirs = calls.arguments[0]
+    noisy = theirs["hidden_states"].transpose(1, 2).unflatten(2, (8, 8))
+    ours = Calls(transformer)
+    with torch.no_grad():
+        backbone.predict(transformer, noisy, theirs["timestep"] * 1000, {"prompt_embeds": embeds})
+    for name, value in ours.arguments[0].items():
+        if name not in IGNORED:
+            assert equal(value, theirs[name]), name
+    assert ours.arguments[0]["guidance"].tolist() == [2.5, 2.5]
+
+
 def test_packing_is_that_of_flux() -> None:
     from diffusers import FluxPipeline
 
