@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiers import by_default
 from tiny import (
+    assert_same_tensors,
     build_pipeline,
     first_batch,
     lora_config,
@@ -253,3 +256,44 @@ def test_negative_guidance_with_the_own_network_changes_nothing_on_sana() -> Non
 def test_a_wrong_shift_says_what_is_right(value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"timestep_shift: expected pipeline, none or float > 0"):
         make_trainer(tmp_path, "flux", peft_config=lora_config(), timestep_shift=value)
+
+
+@by_default(lambda family, lora: lora or family == "z-image")
+@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_policy_is_the_reference_before_training(family: str, lora: bool, tmp_path: Path) -> None:
+    if family == "pixart" and lora:
+        pytest.skip("the family has no LoRA")
+    trainer = make_trainer(
+        tmp_path, family, rows=rows_of("diffusion_dpo", size_of(family)), beta=5000.0,
+        peft_config=lora_config(dropout=0.3) if lora else None, per_device_train_batch_size=2,
+        data={"resolution": size_of(family)},
+    )  # fmt: skip
+    batch = first_batch(trainer)
+    policy, reference = trainer.errors(batch)
+    assert policy.requires_grad and not reference.requires_grad
+    assert torch.equal(policy, reference)
+    loss, _ = trainer.compute_loss(batch)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)), rtol=0, atol=1e-7)
+
+
+@by_default(lambda family: family in ("flux", "z-image"))
+@pytest.mark.parametrize("family", [name for name in TRANSFORMERS if name != "pixart"])
+def test_a_resumed_run_is_the_uninterrupted_run(family: str, tmp_path: Path) -> None:
+    def trainer(name: str, **more: Any) -> Any:
+        return make_trainer(
+            tmp_path / name, family, rows=rows_of("diffusion_dpo", size_of(family)), max_steps=4,
+            save_steps=2, save_total_limit=None, per_device_train_batch_size=2,
+            peft_config=lora_config(dropout=0.2), proportion_empty_prompts=0.5,
+            data={"resolution": size_of(family), "cache_text_embeddings": str(tmp_path / "cache")},
+            **more,
+        )  # fmt: skip
+
+    trainer("whole").train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    place = str(tmp_path / "resumed" / "checkpoint-2")
+    assert trainer("resumed", resume_from_checkpoint=place).train().global_step == 4
+    name = "pytorch_lora_weights.safetensors"
+    found, expected = (load_file(tmp_path / run / name) for run in ("resumed", "whole"))
+    assert_same_tensors(found, expected)
