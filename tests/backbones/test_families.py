@@ -116,6 +116,20 @@ def test_the_network_gets_the_arguments_of_the_pipeline(family: str) -> None:
     torch.testing.assert_close(prediction, expected, rtol=1e-5, atol=1e-5)
 
 
+def stepped_latents(pipe: Any) -> list[torch.Tensor]:
+    """A list that receives the latents after every step of the pipeline's scheduler."""
+    latents: list[torch.Tensor] = []
+    step = pipe.scheduler.step
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        latents.append(result[0])
+        return result
+
+    pipe.scheduler.step = recorded
+    return latents
+
+
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
@@ -125,15 +139,7 @@ def test_decoding_is_the_pipelines(family: str) -> None:
     pipe = build_pipeline(family)
     backbone = load_backbone(build_pipeline(family))
     side = size_of(family)
-    finals: list[torch.Tensor] = []
-    step = pipe.scheduler.step
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        finals.append(result[0])
-        return result
-
-    pipe.scheduler.step = recorded
+    finals = stepped_latents(pipe)
     with torch.no_grad():
         images = plain(pipe, family, 0.0, output_type="pt", generator=_generator()).images
         latents = backbone.unpacked(pipe, finals[-1], side, side)
@@ -260,15 +266,7 @@ def test_a_rollout_is_what_the_pipeline_draws(family: str, tmp_path: Path) -> No
     start = drawn.states[:, 0, 0]
     if family.startswith(("flux-", "chroma", "qwen-image")) or family == "flux":
         start = packed(start, 1 if family == "qwen-image-21" else 2)
-    finals: list[torch.Tensor] = []
-    step = pipe.scheduler.step
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        finals.append(result[0])
-        return result
-
-    pipe.scheduler.step = recorded
+    finals = stepped_latents(pipe)
     for i, prompt in enumerate(batch.prompts):
         with torch.no_grad():
             plain(pipe, family, scale, [prompt], output_type="latent", latents=start[i : i + 1])
