@@ -136,7 +136,7 @@ def test_caches_change_nothing_and_spare_the_encoders(tmp_path: Path, family: st
     filling = train(
         tmp_path / "fill", family=family, model=str(tmp_path / "model"), data=caches, **options
     )
-    assert_close_tensors(trained_tensors(filling), plain, rtol=1e-5, atol=1e-6)
+    assert_close_tensors(trained_tensors(filling), plain, rtol=1e-5, atol=5e-6)
     full = train(
         tmp_path / "full", family=family, model=str(tmp_path / "model"), data=caches, **options
     )
