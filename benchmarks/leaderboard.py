@@ -202,11 +202,23 @@ def run_of(name: str, options: argparse.Namespace, seed: int, **more: Any) -> An
     }
     if arm.kind != "online" and not (arm.config or "").startswith("self_npo"):
         values["data.cache_latents"] = work / "cache"
-    values |= more
+    return recipe(str(arm.config), values | more, arm.overrides)
+
+
+def recipe(config: str, values: dict[str, Any], overrides: Iterable[str] = ()) -> Any:
+    """A run of `configs/` with other values, without its validation."""
     arguments = [str(x) for key, value in values.items() for x in (f"--{key}", value)]
-    run = load_run(ROOT / "configs" / f"{arm.config}.yaml", [*arguments, *arm.overrides])
+    run = load_run(ROOT / "configs" / f"{config}.yaml", [*arguments, *overrides])
     run.validation = None
     return run
+
+
+def train_whole(trainer: Any) -> None:
+    """Trains to the end. An interruption ends the command, since a half-trained model
+    must not be kept as a finished one."""
+    output = trainer.train()
+    if output.interrupted_by is not None:
+        raise SystemExit(128 + output.interrupted_by)
 
 
 def run_folder(work: Path, name: str, seed: int) -> Path:
@@ -235,19 +247,18 @@ def probe(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def train(name: str, options: argparse.Namespace, seed: int, facts: dict[str, Any]) -> Any:
     """Trains one arm within the budget."""
-    recipe = run_of(name, options, seed).train.max_steps
+    recipe_steps = run_of(name, options, seed).train.max_steps
     room = int((BUDGET - drawn_rows(ARMS[name])) / facts["rows_per_step"])
-    run = run_of(name, options, seed, **{"train.max_steps": min(recipe, room)})
+    run = run_of(name, options, seed, **{"train.max_steps": min(recipe_steps, room)})
     trainer = build_trainer(run)
     started = time.perf_counter()
-    output = trainer.train()
-    if output.interrupted_by is not None:  # a half-trained arm must not be kept as a finished one
-        raise SystemExit(128 + output.interrupted_by)
+    train_whole(trainer)
+    seconds = time.perf_counter() - started
     steps = trainer.state.global_step
     return {
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "steps": steps,
-        "recipe_steps": recipe,
+        "recipe_steps": recipe_steps,
         "rows": drawn_rows(ARMS[name]) + facts["rows_per_step"] * steps,
     }
 

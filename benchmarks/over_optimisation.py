@@ -35,12 +35,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from leaderboard import ROOT, folder_name, kept
+from leaderboard import ROOT, folder_name, kept, recipe, train_whole
 
 from diffalign.evaluation.statistics import clustered_bootstrap
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.generation.sampling import draw_files, generate
-from diffalign.recipe import build_trainer, load_run
+from diffalign.recipe import build_trainer
 from diffalign.rewards import combine, load_scorer
 from diffalign.runtime.distributed import DistributedContext
 from diffalign.runtime.files import write_atomically
@@ -296,11 +296,7 @@ def train(section: dict[str, Any], name: str, seed: int, options: argparse.Names
         "train.save_steps": 100_000,
         "train.logging_steps": 10,
     }
-    arguments = [str(x) for key, value in values.items() for x in (f"--{key}", value)]
-    run = load_run(ROOT / "configs" / "diffusion_dpo" / "shapes_online.yaml", arguments)
-    output = build_trainer(run).train()
-    if output.interrupted_by is not None:
-        raise SystemExit(128 + output.interrupted_by)
+    train_whole(build_trainer(recipe("diffusion_dpo/shapes_online", values)))
     return folder
 
 

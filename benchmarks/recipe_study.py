@@ -21,18 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from leaderboard import ROOT, choice_prompts, dataset, folder_name, interval, kept, make_data
+from leaderboard import (
+    ROOT,
+    SCALES,
+    choice_prompts,
+    dataset,
+    drawing,
+    folder_name,
+    interval,
+    kept,
+    make_data,
+    recipe,
+    train_whole,
+)
 from tqdm import tqdm
 
 from diffalign.evaluation.compare import read_models
 from diffalign.evaluation.models import opened
 from diffalign.evaluation.statistics import clustered_bootstrap, win_rate
-from diffalign.recipe import build_trainer, load_run
+from diffalign.recipe import build_trainer
 from diffalign.runtime.files import write_atomically
-from diffalign.shapes.sampling_defaults import sampling_settings
 from diffalign.shapes.verifier import attribute_table, score
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 IMAGES = 2
 SEED = 43_000_000
 
@@ -138,12 +148,7 @@ def trained(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
         "train.save_steps": 100_000,
         "train.seed": seed,
     }
-    arguments = [str(x) for key, value in values.items() for x in (f"--{key}", value)]
-    run = load_run(ROOT / "configs" / f"{arm.config}/shapes.yaml", [*arguments, *arm.overrides])
-    run.validation = None
-    output = build_trainer(run).train()
-    if output.interrupted_by is not None:
-        raise SystemExit(128 + output.interrupted_by)
+    train_whole(build_trainer(recipe(f"{arm.config}/shapes", values, arm.overrides)))
     return Path(folder)
 
 
@@ -162,12 +167,7 @@ def judge(name: str, arm: Arm, seed: int, options: argparse.Namespace) -> dict[s
     results = {}
     with opened(spec) as draw:
         for scale in SCALES:
-            settings = {**sampling_settings(options.model), "guidance_scale": scale}
-            images: list[Any] = []
-            for start in range(0, len(prompts), 60):
-                part = prompts[start : start + 60]
-                seeds = list(range(SEED + start, SEED + start + len(part)))
-                images += draw(part, seeds, **settings)
+            images = drawing(draw, prompts, SEED, scale)
             rows = attribute_table(images, prompts)
             results[f"{scale:g}"] = {
                 "scores": np.round(score(images, prompts), 4).reshape(-1, IMAGES).tolist(),

@@ -21,11 +21,15 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.generation.pipelines import base_pipeline
+from diffalign.methods import METHODS
 from diffalign.shapes.tokenizer import build_tokenizer
+from diffalign.training.callbacks import TrainerCallback
 
 FAMILIES = ("sd", "sd_v", "sdxl", "sd3", "shapes-flow")
 FLOW = ("sd3", "shapes-flow")
 """Flow matching. ``shapes-flow`` is the embedded model, the others are random."""
+METHOD_NAMES = sorted(METHODS, key=lambda name: name != "diffusion_dpo")
+"""Diffusion-DPO is first: it meets all families and settings by default, others one."""
 
 
 def learning_rate(family: str, lora: bool) -> float:
@@ -287,6 +291,18 @@ def make_trainer(
 def trained_tensors(trainer: Any) -> dict[str, torch.Tensor]:
     """Copies of the trainable weights by name."""
     return {n: p.detach().clone() for n, p in trainer.network.named_parameters() if p.requires_grad}
+
+
+class Snapshots(TrainerCallback):
+    """The trainable weights before the first and after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append(trained_tensors(kwargs["trainer"]))
+
+    on_step_end = on_train_begin
 
 
 def all_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -258,6 +258,11 @@ class Backbone:
         """Return the shape (C, h, w) of an image's latents."""
         return self.latent_channels, height // self.vae_scale, width // self.vae_scale
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes guidance as an input."""
+        return bool(self.source.component_config(self.network_name).get("guidance_embeds"))
+
     # Times ----------------------------------------------------------------------------
 
     @property

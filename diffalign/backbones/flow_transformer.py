@@ -27,11 +27,6 @@ class FlowTransformerBackbone(Backbone):
         """Latent pixels along a side of one token of the network."""
         return 2
 
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether the network takes guidance as an input."""
-        return bool(self.source.component_config("transformer").get("guidance_embeds"))
-
     def guidance_input(self, noisy: Tensor) -> Tensor | None:
         """Return the guidance of every row, (n,), where the network takes one."""
         if not self.embeds_guidance:

@@ -34,6 +34,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value of a model_index.json is an option, and not a component."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(number, (int, float)) for number in value)
+    return isinstance(value, (bool, int, float, str))
+
+
 class ModelSource:
     """The place that a pipeline's components are loaded from.
 
@@ -58,7 +65,7 @@ class ModelSource:
         vae: Any = None,
     ) -> None:
         self.revision, self.variant, self.vae = revision, variant, vae
-        self._vae_config: dict[str, Any] | None = None
+        self._configs: dict[str, dict[str, Any]] = {}
         self.embedded = embedded_name(model)
         self.pipe = None if isinstance(model, (str, Path)) else model
         if self.pipe is not None:
@@ -223,17 +230,20 @@ class ModelSource:
         return name in self.component_names()
 
     def component_config(self, name: str) -> dict[str, Any]:
-        """Read a component's config without its weights.
+        """Read a component's config without its weights. Files are read once.
 
         Raises:
             ConfigError: it cannot be read.
         """
         if self.pipe is not None:
             return dict(getattr(self.pipe, name).config)
+        if name not in self._configs:
+            self._configs[name] = self._read_config(name)
+        return self._configs[name]
+
+    def _read_config(self, name: str) -> dict[str, Any]:
         if name == "vae" and self.vae is not None:
-            if self._vae_config is None:  # it lies wherever the replacement's weights do
-                self._vae_config = dict(self.load("vae").config)
-            return self._vae_config
+            return dict(self.load("vae").config)  # it lies wherever the replacement's weights do
         cls = self._class(name)
         with self.explaining(name):
             return dict(cls.load_config(self.location, subfolder=name, revision=self.revision))
@@ -337,16 +347,7 @@ class ModelSource:
         """
         values = dict(self.pipe.config) if self.pipe is not None else self.index
         names = inspect.signature(self.pipeline_class().__init__).parameters
-        plain = (bool, int, float, str)
-        options = {
-            k: v
-            for k, v in values.items()
-            if k in names
-            and (
-                isinstance(v, plain)
-                or (isinstance(v, list) and v and all(isinstance(x, float) for x in v))
-            )
-        }
+        options = {k: v for k, v in values.items() if k in names and _is_plain(v)}
         if "requires_safety_checker" in names:
             options["requires_safety_checker"] = False
         return options

@@ -323,9 +323,7 @@ def load_lora(
         )
     else:
         file = fetch_lora_file(str(weights), role)
-    content = _checked_lora(file, role, refused)
-    if content is not None:
-        check_lora_family(read_header(file).shapes, type(pipe).__name__, role, str(weights))
+    content = _checked_lora(file, role, refused, type(pipe).__name__)
     before = _snapshots(pipe)
     try:
         with ExitStack() as stack:
@@ -358,7 +356,9 @@ def load_lora(
         )
 
 
-def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent | None:
+def _checked_lora(
+    file: Path, role: str, refused: Sequence[str], pipeline_class: str
+) -> LoraContent | None:
     """Read what a local LoRA file holds.
 
     None is for a file of torch.save, which diffusers reads without running code.
@@ -368,7 +368,8 @@ def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent 
         raise UserError(f"{role}: {str(file)!r} {reason}")
     if file.suffix != ".safetensors":
         return None
-    content = classify(read_header(file).shapes)
+    names = read_header(file).shapes
+    content = classify(names)
     kinds = [kind for kind in content.kinds if kind in (*UNSUPPORTED, *refused)]
     if kinds:
         remedy = (
@@ -390,6 +391,7 @@ def _checked_lora(file: Path, role: str, refused: Sequence[str]) -> LoraContent 
             "file is incomplete"
         )
     _check_values(file, role)
+    check_lora_family(names, pipeline_class, role, str(file))
     return content
 
 

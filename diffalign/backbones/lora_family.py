@@ -29,6 +29,10 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
 )
 """A name that only this family has, what messages call it, its pipelines."""
+_CHECKED = {
+    "StableDiffusion3Pipeline",  # no name tells its own LoRAs, but others' can be told
+    *(name for _, _, pipelines in _FAMILIES for name in pipelines),
+}
 
 
 def lora_family(names: Iterable[str]) -> tuple[str, tuple[str, ...]] | None:
@@ -53,18 +57,18 @@ def check_lora_family(names: Iterable[str], pipeline_class: str, role: str, weig
 
     Args:
         names (iterable of `str`): of its weights.
-        pipeline_class (`str`): of the model. A class that is not in the table is not
-            checked.
+        pipeline_class (`str`): of the model. A class that is not known here takes any
+            LoRA.
         role (`str`): how messages name the LoRA.
         weights (`str`): where it lies.
 
     Raises:
         UserError: the families differ. The message names both.
     """
-    known = {name for _, _, pipelines in _FAMILIES for name in pipelines}
+    if pipeline_class not in _CHECKED:
+        return
     family = lora_family(names)
-    other_known = pipeline_class in known or pipeline_class == "StableDiffusion3Pipeline"
-    if family is not None and other_known and pipeline_class not in family[1]:
+    if family is not None and pipeline_class not in family[1]:
         raise UserError(
             f"{role}: {weights!r} is a LoRA of {family[0]}, and this model is a {pipeline_class}; "
             "it belongs to another model"

@@ -35,11 +35,6 @@ class SanaBackbone(Backbone):
         return int(self.source.component_config("transformer").get("patch_size", 1))
 
     @staticmethod
-    def normalised(vae: Any, latents: Tensor, *, deviation: bool = False) -> Tensor:
-        """Scale latents, see `Backbone.normalised`."""
-        return latents * vae.config.scaling_factor
-
-    @staticmethod
     def pixels(vae: Any, latents: Tensor) -> Tensor:
         """Decode latents, see `Backbone.pixels`."""
         latents = latents.to(vae.dtype) / vae.config.scaling_factor

@@ -51,6 +51,11 @@ def pick_rows(value: Any, batch: int, index: slice | Tensor, lists: bool = False
     return value
 
 
+def _takes_lists(args: tuple[Any, ...]) -> bool:
+    """Whether the network takes lists of rows, as Z-Image's does."""
+    return bool(args) and isinstance(args[0], list)
+
+
 def _holds_rows(value: Any, rows: int) -> bool:
     return (
         isinstance(value, list)
@@ -159,7 +164,6 @@ class Batches:
     ) -> None:
         self.rows, self.size, self.grouped, self.whole = rows, size, grouped, whole
         self.calls = self.computed = 0
-        self.lists = False
         self.same_as: Tensor | None = None
 
     def forward(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,12 +181,12 @@ class Batches:
             ConfigError: The batch must stay whole and is larger than `size`.
             UserError: Rows of a group differ in their text conditioning.
         """
-        self.lists = bool(args) and isinstance(args[0], list)  # Z-Image takes lists of rows
+        lists = _takes_lists(args)
         first = next(
             (
                 x
                 for x in (*args, kwargs.get("sample"), kwargs.get("hidden_states"), kwargs.get("z"))
-                if isinstance(x, Tensor) or self.lists
+                if isinstance(x, Tensor) or lists
             ),
             None,
         )
@@ -195,10 +199,10 @@ class Batches:
         if self.same_as is not None:
             distinct, back = self._distinct(batch)
             if len(distinct) < batch:
-                args = pick_rows(args, batch, distinct, self.lists)
-                kwargs = pick_rows(kwargs, batch, distinct, self.lists)
+                args = pick_rows(args, batch, distinct, lists)
+                kwargs = pick_rows(kwargs, batch, distinct, lists)
                 out = self._split(original, args, kwargs, batch, distinct)
-                return pick_rows(out, len(distinct), back, self.lists)
+                return pick_rows(out, len(distinct), back, lists)
         return self._split(original, args, kwargs, batch, torch.arange(batch))
 
     def _split(
@@ -229,13 +233,13 @@ class Batches:
             )
         self.calls += -(-batch // size)
         self.computed += batch
-        parts, sizes = [], []
+        parts, sizes, lists = [], [], _takes_lists(args)
         for start in range(0, batch, size):
             part = slice(start, min(start + size, batch))
             part_args, part_kwargs = args, kwargs
             if size < batch:
-                part_args = pick_rows(args, batch, part, self.lists)
-                part_kwargs = pick_rows(kwargs, batch, part, self.lists)
+                part_args = pick_rows(args, batch, part, lists)
+                part_kwargs = pick_rows(kwargs, batch, part, lists)
             with _calling(total, index[part]):
                 parts.append(original(*part_args, **part_kwargs))
             sizes.append(part.stop - part.start)

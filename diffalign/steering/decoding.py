@@ -100,6 +100,8 @@ class LatentDecoder:
 
     def _size(self) -> tuple[int, int]:
         side = getattr(self.pipe, "default_sample_size", 0) * self.pipe.vae_scale_factor
+        if not side and self.family is not None:
+            side = self.family.resolution or 0
         return self.height or side, self.width or side
 
     def _decode(self, latents: Tensor) -> Tensor:

@@ -200,12 +200,8 @@ class DataPipeline:
     def _prompt_cache(self) -> TensorCache | None:
         if not self.config.cache_text_embeddings:
             return None
-        names = [
-            n
-            for n in self.backbone.source.component_names()
-            if n.startswith(("text_encoder", "tokenizer"))
-        ]
-        encoders = [n for n in names if n.startswith("text_encoder")]
+        names = self.backbone.source.component_names()
+        encoders = [name for name in names if name.startswith("text_encoder")]
         fingerprint = self.backbone.source.fingerprint(*encoders)
         key = f"prompts-{fingerprint}-{str(self.backbone.dtype).removeprefix('torch.')}"
         return TensorCache(Path(self.config.cache_text_embeddings) / key)

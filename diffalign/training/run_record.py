@@ -254,7 +254,7 @@ class RunRecord:
             f"{args.lr_scheduler}, warm-up "
             f"{args.warmup_steps} steps; precision {args.mixed_precision}; images {height}x{width}",
         ]
-        if getattr(self.backbone, "embeds_guidance", False):
+        if self.backbone.embeds_guidance:
             lines.append(
                 f"guidance {self.backbone.guidance:g}, which the network takes as an input"
             )

@@ -20,6 +20,7 @@ from diffalign.backbones.conditions import joined, split_rows, stack_rows
 from diffalign.backbones.packing import packed, unpacked
 from diffalign.errors import UserError
 from diffalign.generation.sampling import call_arguments
+from diffalign.steering.decoding import LatentDecoder
 from diffalign.training.online.rollout import Rollout, SamplerConfig, sampling_mode
 
 PROMPTS = ["a small red circle on the left of a gray background", "a cat"]
@@ -369,3 +370,23 @@ def test_rows_are_taken_apart_and_put_together() -> None:
     short = stack_rows(rows[1:], ("a",))
     long = joined(short, both)
     assert long["a"].shape == (3, 3, 2) and long["prompt_mask"][0].tolist() == [True, False, False]
+
+
+def test_files_of_a_model_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step asks for configs, and must not reach the disk or the Hub."""
+    build_pipeline("qwen-image").save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    sizes = backbone.vae_scale, backbone.embeds_guidance, backbone.lora_targets
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("read again")
+
+    for name in ("AutoencoderKLQwenImage", "QwenImageTransformer2DModel"):
+        monkeypatch.setattr(f"diffusers.{name}.load_config", refused)
+    assert (backbone.vae_scale, backbone.embeds_guidance, backbone.lora_targets) == sizes
+
+
+@pytest.mark.parametrize("family", ["qwen-image-21", "z-image"])
+def test_steering_knows_the_size_that_a_pipeline_does_not_name(family: str) -> None:
+    decoder = LatentDecoder(build_pipeline(family), None, 1)
+    assert decoder._size() == (1024, 1024)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tiers import by_default
 from tiny import (
+    METHOD_NAMES,
+    Snapshots,
     assert_same_tensors,
     build_pipeline,
     first_batch,
@@ -30,20 +32,8 @@ from diffalign.backbones import load_backbone
 from diffalign.backbones.lora import load_lora
 from diffalign.errors import ConfigError, UserError
 from diffalign.generation.guidance import NegativeGuidance
-from diffalign.methods import METHODS
-from diffalign.training.callbacks import TrainerCallback
 
-METHOD_NAMES = sorted(METHODS, key=lambda name: name != "diffusion_dpo")
 RAGGED = ("z-image", "qwen-image", "qwen-image-21")
-
-
-class Start(TrainerCallback):
-    """The trainable weights before the first step."""
-
-    weights: dict[str, torch.Tensor]
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.weights = trained_tensors(kwargs["trainer"])
 
 
 def rows_of(method: str, size: int) -> list[dict[str, Any]]:
@@ -56,17 +46,17 @@ def rows_of(method: str, size: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_every_method_trains_on_every_family(method: str, family: str, tmp_path: Path) -> None:
-    start, size = Start(), size_of(family)
+    snapshots, size = Snapshots(), size_of(family)
     trainer = make_trainer(
         tmp_path / "run", family, method, rows=rows_of(method, size), max_steps=2,
         per_device_train_batch_size=2, learning_rate=1e-2,
         peft_config=None if family == "pixart" else lora_config(),
         data={"resolution": size, "cache_text_embeddings": str(tmp_path / "cache")},
-        options={"callbacks": [start]},
+        options={"callbacks": [snapshots]},
     )  # fmt: skip
     trainer.train()
-    after = trained_tensors(trainer)
-    moved = [name for name in after if not torch.equal(after[name], start.weights[name])]
+    before, after = snapshots.weights[0], trained_tensors(trainer)
+    moved = [name for name in after if not torch.equal(after[name], before[name])]
     if family != "pixart":  # every adapter has a gradient
         assert {name for name in after if "lora_B" in name} <= set(moved)
     assert len(moved) > len(after) / 2

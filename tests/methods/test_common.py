@@ -18,6 +18,8 @@ from tiers import by_default
 from tiny import (
     FAMILIES,
     FLOW,
+    METHOD_NAMES,
+    Snapshots,
     all_tensors,
     assert_close_tensors,
     assert_same_tensors,
@@ -29,16 +31,12 @@ from tiny import (
     make_trainer,
     method_rows,
     pair_rows,
-    trained_tensors,
 )
 
 from diffalign.backbones.base import ATTENTION_TARGETS
-from diffalign.methods import METHODS, config_class, trainer_class
+from diffalign.methods import config_class, trainer_class
 from diffalign.recipe import load_run, run_to_dict
-from diffalign.training.callbacks import TrainerCallback
 
-# Diffusion-DPO is first: it meets all families and settings by default, others one.
-METHOD_NAMES = sorted(METHODS, key=lambda name: name != "diffusion_dpo")
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 lora_and_full = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -51,18 +49,6 @@ def in_turns(method: str, family: str, lora: bool) -> bool:
     if number == kind == 0:
         return True
     return 0 in (number, kind) and (number + kind) % 2 == int(lora)
-
-
-class Snapshots(TrainerCallback):
-    """The trainable weights before the first and after every optimizer step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.weights.append(trained_tensors(kwargs["trainer"]))
-
-    on_step_end = on_train_begin
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import build_pipeline
+from tiny import build_pipeline, small_vae
 
 from diffalign import FKSteering
 
@@ -63,12 +63,7 @@ def family(name: str) -> Any:
 
 def flux(seed: int = 0) -> Any:
     """A Flux whose text encoders are left out: prompts come as embeddings."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
@@ -82,14 +77,7 @@ def flux(seed: int = 0) -> Any:
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
+    vae = small_vae(
         use_quant_conv=False,
         use_post_quant_conv=False,
         shift_factor=0.0609,

@@ -80,8 +80,6 @@ PREPROCESSOR: dict[str, Any] = {
 class RewardPretrainConfig:
     """Settings of this command, whose defaults made the shipped weights.
 
-    The defaults made the shipped weights.
-
     Raises:
         ConfigError: a value out of range.
     """
