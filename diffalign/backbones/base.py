@@ -169,6 +169,11 @@ class Backbone:
             )
         return self._loaded[self.network_name]
 
+    @staticmethod
+    def checkpoint_activations(network: Any) -> None:
+        """Make the network compute activations again in its backward pass."""
+        network.enable_gradient_checkpointing()
+
     def pipeline(self, *, with_vae: bool = True, network: Module | None = None) -> Any:
         """Build a plain diffusers pipeline around the components.
 

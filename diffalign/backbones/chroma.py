@@ -6,10 +6,12 @@ Its pipeline guides with a second prediction, and masks the padding of the T5 en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.checkpoint import checkpoint
 
 from .flow_transformer import FlowTransformerBackbone
 from .flux import FluxBackbone
@@ -22,6 +24,25 @@ class ChromaBackbone(FlowTransformerBackbone):
     licence = "Apache-2.0"
     steps = 35
     lora_targets = FluxBackbone.lora_targets
+
+    @staticmethod
+    def checkpoint_activations(network: Any) -> None:
+        """Make the network compute activations again in its backward pass.
+
+        While it does so, diffusers (0.42) leaves the mask of the padding out
+        of the single-stream blocks. The mask of the last double-stream block is theirs.
+        """
+        mask: Tensor | None = None
+
+        def checkpointed(block: Module, *args: Any) -> Any:
+            nonlocal mask
+            if len(args) == 5:  # states of image and text, modulation, positions, mask
+                mask = args[4]
+            elif len(args) == 3:  # states, modulation, positions
+                args = (*args, mask)
+            return checkpoint(block, *args, use_reentrant=False)
+
+        network.enable_gradient_checkpointing(checkpointed)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

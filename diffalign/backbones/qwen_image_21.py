@@ -68,12 +68,13 @@ class QwenImage21Backbone(QwenImageBackbone):
         prediction. Prompts of another length run in a pass of their own.
         """
         lengths = condition[MASK].sum(1)
-        output = torch.empty_like(noisy)
+        order, parts = [], []
         for length in lengths.unique().tolist():
-            rows = lengths == length
+            rows = (lengths == length).nonzero()[:, 0]
             states = condition["prompt_embeds"][rows, :length]
-            output[rows] = self._predict(network, noisy[rows], times[rows], states)
-        return output
+            parts.append(self._predict(network, noisy[rows], times[rows], states))
+            order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
     @staticmethod
     def _predict(network: Module, noisy: Tensor, times: Tensor, states: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
         )
     set_attention(network, args.attention)
     if args.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        backbone.checkpoint_activations(network)
     if peft_config is None:
         return network.requires_grad_(True).train()
     from diffusers.training_utils import cast_training_params

@@ -4,7 +4,7 @@
 Modes: `plain`; `kill` dies by SIGKILL in the second save, just before the checkpoint
 gets its name; `disk_full` cannot write files above 20 kB from step 2 on; `announce`
 prints a line after every step, slowly enough to be signalled; `methods` trains every
-method, each in a folder of its own.
+method and `families` every transformer family, each in a folder of its own.
 """
 
 from __future__ import annotations
@@ -67,6 +67,20 @@ def main() -> None:
                 per_device_train_batch_size=size,
                 **judged,
                 **steady,
+            ).train()
+        return
+    if mode == "families":
+        from backbones.test_common_on_families import STEADY, WITH_LORA, ragged_pairs, size_of
+
+        for family in WITH_LORA:
+            make_trainer(
+                f"{folder}/{family}",
+                family,
+                rows=ragged_pairs(family),
+                peft_config=lora_config(),
+                per_device_train_batch_size=size,
+                data={"resolution": size_of(family)},
+                **STEADY,
             ).train()
         return
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 1, "save_total_limit": None}
