@@ -27,8 +27,9 @@ from tiny_families import TRANSFORMERS, size_of
 
 LORA = "pytorch_lora_weights.safetensors"
 SCRIPT = Path(__file__).parents[1] / "training" / "script.py"
-WITH_LORA = [family for family in TRANSFORMERS if family != "pixart"]
-every_family = pytest.mark.parametrize("family", TRANSFORMERS)
+FAMILIES = ["sd3", *TRANSFORMERS]
+WITH_LORA = [family for family in FAMILIES if family != "pixart"]
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def adapters(family: str) -> Any:
