@@ -203,4 +203,5 @@ def build_trainer(run: RunConfig):  # type: ignore[no-untyped-def]  # the class 
         vae=run.vae,
         ref_model=run.ref_model,
         scorers=run.rewards,
+        start_lora=run.lora.start_from if run.lora is not None else None,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..runtime.weight_files import (
     what_is_wrong,
 )
 from .lora_family import check_lora_family
+from .lora_formats import default_file, original_format, read_lora, write_lora
 
 NETWORKS = ("unet", "transformer")
 
@@ -323,10 +324,11 @@ def load_lora(
         )
     else:
         file = fetch_lora_file(str(weights), role)
-    content = _checked_lora(file, role, refused, type(pipe).__name__)
     before = _snapshots(pipe)
     try:
         with ExitStack() as stack:
+            file = stack.enter_context(_diffusers_file(file, role, type(pipe).__name__))
+            content = _checked_lora(file, role, refused, type(pipe).__name__)
             if content is not None and (
                 content.compiled or (denoiser_only and content.text_encoders)
             ):
@@ -354,6 +356,36 @@ def load_lora(
             "prompt is encoded once for both branches",
             stacklevel=3,
         )
+
+
+@contextmanager
+def _diffusers_file(file: Path, role: str, pipeline_class: str) -> Iterator[Path]:
+    """Rewrite a file of peft, kohya's scripts or ComfyUI with diffusers' names.
+
+    diffusers' own converters mix up alphas that differ, drop DoRA scales, and know
+    fewer families. A file that our tables do not know is left to them.
+    """
+    if file.suffix != ".safetensors" or what_is_wrong(file) is not None:
+        yield file
+        return
+    header = read_header(file)
+    if classify(header.shapes).unpaired is not None or not _is_foreign(file, header.shapes):
+        yield file
+        return
+    try:
+        lora = read_lora(file, role, pipeline_class)
+    except UserError:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = default_file(Path(folder), "diffusers")
+        write_lora(lora, target, "diffusers")
+        yield target
+
+
+def _is_foreign(file: Path, names: Iterable[str]) -> bool:
+    peft = file.with_name("adapter_config.json").is_file() and not file.name.startswith("pytorch_")
+    return peft or original_format(names) is not None
 
 
 def _checked_lora(

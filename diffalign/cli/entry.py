@@ -98,6 +98,7 @@ COMMANDS = (
         "ask people which images are better, for runs that train on their votes",
     ),
     Command("merge", "merge", "add up LoRAs or full weights of several runs"),
+    Command("export", "export", "write a LoRA for ComfyUI, kohya's scripts, peft or diffusers"),
     Command("demo", "demo", "a page with models side by side, blind votes and steering"),
     Command(
         "steer",

@@ -36,7 +36,14 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 _TEMPORARY = ".tmp-checkpoint-"
 STATE_FILE = "trainer_state.json"
 DONE_FILE = "done.json"
-_LATER_FACTS = ("lora_form", "reference", "autoencoder", "precision", "sampler_rule")
+_LATER_FACTS = (
+    "lora_form",
+    "start_lora",
+    "reference",
+    "autoencoder",
+    "precision",
+    "sampler_rule",
+)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMA_FILE = "ema.safetensors"
 

@@ -243,6 +243,12 @@ class SnapshotReference:
         }
 
 
+class StartLoraReference(SnapshotReference):
+    """The network with the LoRA that the run started from."""
+
+    description = "the starting LoRA"
+
+
 class FrozenCopyReference:
     """A second network with frozen weights.
 
@@ -355,10 +361,12 @@ def build_reference(
     is_lora: bool,
     device: torch.device,
     offload: bool,
+    has_start_lora: bool = False,
 ) -> Reference:
     """Build the fixed reference of a run.
 
-    It is another model, the network without its adapter, or a frozen copy.
+    It is another model, the starting LoRA, the network without its adapter, or a frozen
+    copy.
 
     Args:
         backbone (`Backbone`): The policy's model.
@@ -367,12 +375,16 @@ def build_reference(
         is_lora (`bool`): Whether the policy has an adapter.
         device (`torch.device`): Where the reference runs.
         offload (`bool`): Keep a second network on the CPU between calls.
+        has_start_lora (`bool`, *optional*, defaults to `False`): Whether the adapter
+            has the weights of an earlier LoRA.
     """
     if ref_backbone is not None:
         ref_backbone.place(device, backbone.dtype)
         return FrozenCopyReference(
             ref_backbone.load_network(backbone.dtype), device, offload, copy_weights=False
         )
+    if has_start_lora:
+        return StartLoraReference(network)
     return (
         AdapterOffReference(network) if is_lora else FrozenCopyReference(network, device, offload)
     )

@@ -29,6 +29,7 @@ from .data_pipeline import DataPipeline
 from .diagnostics import beta_message
 from .online.rollout import SAMPLER_RULE
 from .sections import HubConfig, ValidationConfig
+from .start_lora import StartLora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -173,6 +174,7 @@ class RunRecord:
         sampler_rule (`int`): Rule by which the run draws trajectories.
         passed_in_python (`list[str]`): Further arguments that a run file cannot hold,
             in words.
+        start_lora (`StartLora`, *optional*): The LoRA that the run starts from.
         built (`BuiltFacts`, *optional*): Set when weights and data are loaded.
         lines (`list[str]`): Sentences printed at the start.
     """
@@ -196,6 +198,7 @@ class RunRecord:
     vae_fingerprint: str
     sampler_rule: int
     passed_in_python: list[str]
+    start_lora: StartLora | None = None
     built: BuiltFacts | None = None
     lines: list[str] = field(default_factory=list)
 
@@ -215,6 +218,7 @@ class RunRecord:
             "dataset": self.dataset.fingerprint,
             "lora": lora,
             "lora_form": form,
+            "start_lora": None if self.start_lora is None else self.start_lora.fingerprint,
             "reference": self.ref_fingerprint,
             "autoencoder": self.vae_fingerprint,
             "precision": self.args.mixed_precision,
@@ -231,7 +235,10 @@ class RunRecord:
         """
         draws = {name: getattr(self.args, name) for name in _DRAW_FIELDS}
         changes = {"lora": None, "lora_form": None, "args": draws, "transform": transform}
-        return digest({**self.identity(), **changes})
+        facts = {**self.identity(), **changes}
+        if self.start_lora is None:  # as in the keys of earlier versions
+            del facts["start_lora"]
+        return digest(facts)
 
     def facts(self) -> list[str]:
         """Return sentences about settings that change the meaning of the run."""
@@ -278,7 +285,10 @@ class RunRecord:
         values |= {name: value for name, value in self.model_options.items() if value is not None}
         if self.ref_backbone is not None and self.ref_backbone.source.pipe is None:
             values["ref_model"] = self.ref_backbone.source.name
-        if self.peft_config is not None:
+        if self.start_lora is not None:
+            dropout = self.start_lora.config.lora_dropout
+            values["lora"] = {"start_from": self.start_lora.place, "dropout": dropout}
+        elif self.peft_config is not None:
             config = self.peft_config
             targets = config.target_modules or self.backbone.lora_targets
             values["lora"] = {  # the fields of `LoraSection`

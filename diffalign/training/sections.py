@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import field
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..config.ranges import BatchSize, Count, Decay, Range, Seed, Steps, count, read_scales
@@ -52,9 +52,24 @@ class LoraSection:
     """Other ranks for layers whose names match, e.g. `{to_q: 8}`."""
     alpha_pattern: dict[str, _Alpha] = field(default_factory=dict)
     """Other alphas for layers whose names match."""
+    start_from: str | None = None
+    """Go on from this LoRA: a run, a file or a Hub id, of diffusers, peft, kohya's
+    scripts or ComfyUI. Its layers, ranks and alphas are taken, and the reference is the
+    model with it. Only `dropout` may stand beside it."""
 
     def __post_init__(self) -> None:
         _check_targets(self.target_modules)
+        if self.start_from is None:
+            return
+        for other in fields(self):
+            value = getattr(self, other.name)
+            plain = {} if other.name.endswith("_pattern") else other.default
+            if other.name not in ("start_from", "dropout") and value != plain:
+                raise ConfigError(
+                    other.name,
+                    f"{shown(value)} cannot be set beside start_from, whose file has its own; "
+                    "leave it out",
+                )
 
     def to_peft(self) -> LoraConfig:
         from peft import LoraConfig

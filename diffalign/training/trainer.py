@@ -69,6 +69,7 @@ from .run_folder import begin
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
 from .sections import HubConfig, ValidationConfig
 from .signals import StopSignals
+from .start_lora import StartLora, put_start_lora, read_start_lora
 from .tracking import MetricLog, MetricWindow, start_trackers
 from .validation import Validation, check_validation
 
@@ -107,6 +108,8 @@ class Trainer:
         vae (*optional*): Another autoencoder, as a name or an object.
         scorers (*optional*): Scorers for methods that sample while they learn. See
             `diffalign.training.online.reward_function.RewardFunction`.
+        start_lora (`str` or `Path`, *optional*): A LoRA to go on from, in place of
+            `peft_config`. The reference is the model with it.
 
     Raises:
         ConfigError, UserError: Model, data or settings are wrong. Raised before weights
@@ -134,6 +137,7 @@ class Trainer:
     validation_config: ValidationConfig | None
     hub_config: HubConfig | None
     peft_config: LoraConfig | None
+    start_lora: StartLora | None
     scorers: Any
     output_dir: Path
     train_dataset: PreferenceDataset
@@ -189,6 +193,7 @@ class Trainer:
         variant: str | None = None,
         vae: Any = None,
         scorers: Any = None,
+        start_lora: str | Path | None = None,
     ) -> None:
         self.args = args if args is not None else self.config_class()
         if not isinstance(self.args, self.config_class):
@@ -209,6 +214,7 @@ class Trainer:
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
         self._fit_backbone()
+        self.start_lora = self._read_start_lora(start_lora)
         self.schedule = self.backbone.schedule
         build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
         self._read_data(train_dataset, eval_dataset)
@@ -244,6 +250,20 @@ class Trainer:
         for model in (backbone, self.ref_backbone):
             if model is not None and guidance is not None:
                 model.guidance = guidance
+
+    def _read_start_lora(self, place: str | Path | None) -> StartLora | None:
+        """Read the LoRA to go on from. Its layers and ranks become the run's."""
+        if place is None:
+            return None
+        given = self.peft_config
+        if given is not None and (given.target_modules or given.rank_pattern):
+            raise ConfigError(
+                "peft_config",
+                "start_lora has layers and ranks of its own; leave peft_config out",
+            )
+        start = read_start_lora(place, self.backbone, given.lora_dropout if given else 0.0)
+        self.peft_config = start.config
+        return start
 
     def _check_settings(self) -> None:
         """Refuse settings that exclude each other."""
@@ -317,6 +337,7 @@ class Trainer:
             ref_fingerprint=None if other is None else other.source.fingerprint(other.network_name),
             vae_fingerprint=source.fingerprint("vae"),
             sampler_rule=self.sampler_rule,
+            start_lora=self.start_lora,
             passed_in_python=[*passed, *(["callbacks"] if has_callbacks else [])],
         )
 
@@ -365,6 +386,7 @@ class Trainer:
             is_lora,
             device,
             self.args.offload_reference,
+            self.start_lora is not None,
         )
 
     def build_source(self) -> BatchSource:
@@ -531,6 +553,8 @@ class Trainer:
         set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
         self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
         self.network = build_network(self.backbone, args, self.peft_config)
+        if self.start_lora is not None:
+            put_start_lora(self.network, self.start_lora)
         self.sampling_policy = self._denoiser(
             functools.partial(self.backbone.predict, self.network)
         )

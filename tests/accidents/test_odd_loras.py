@@ -303,11 +303,22 @@ def test_a_refused_lora_leaves_nothing_behind(model, tmp_path):
 
 
 @pytest.mark.parametrize("alphas", [(4.0, 2.0), (1.0, 2.0, 4.0)])
-def test_alphas_that_diffusers_would_mix_up_are_refused(alphas, model, tmp_path):
-    with pytest.raises(UserError, match="different alphas"):
-        load_lora(
-            load(model), kohya_file(model, tmp_path / "a.safetensors", alphas=alphas), "x", "--lora"
-        )
+def test_alphas_that_diffusers_would_mix_up_are_each_layers_own(alphas, model, tmp_path):
+    file = kohya_file(model, tmp_path / "a.safetensors", alphas=alphas)
+    pipe, tensors = load(model), load_file(file)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    load_lora(pipe, file, "x", "--lora")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after, changed = pipe.unet.state_dict(), 0
+    for name, value in before.items():
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if f"{key}.alpha" in tensors:
+            up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
+            change = float(tensors[f"{key}.alpha"]) / 4 * up @ down
+            torch.testing.assert_close(after[name], value + change, rtol=1e-5, atol=1e-5)
+            changed += 1
+    assert changed == len([name for name in tensors if name.endswith(".alpha")]) > 8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -159,7 +159,8 @@ class OnPolicyTrainer(Trainer):
 
         With `reference: iterated` the current policy becomes the reference.
         """
-        if isinstance(self.reference_model, SnapshotReference):
+        if self.args.iterates_reference:
+            assert isinstance(self.reference_model, SnapshotReference)
             self.reference_model.take()
         judged = (
             self._asked(number, batches)
