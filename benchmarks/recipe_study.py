@@ -93,6 +93,10 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "RankDPO, gains by win rate": changed("rankdpo", gains="win_rate"),
         "RankDPO, gains from 0 to 1 in each list": changed("rankdpo", gains="minmax"),
         "RankDPO, shared noise": changed("rankdpo", shared_noise="true"),
+        "RankDPO, shared noise, best and worst alone, 16 lists": changed(
+            "rankdpo", "extremes", shared_noise="true", per_device_train_batch_size=16
+        ),
+        "RankDPO, shared noise, beta 200": changed("rankdpo", shared_noise="true", beta=200.0),
         "RankDPO, beta 200": changed("rankdpo", beta=200.0),
         "RankDPO, beta 2000": changed("rankdpo", beta=2000.0),
     },

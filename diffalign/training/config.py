@@ -55,9 +55,9 @@ class TrainingConfig:
     polynomial, as in diffusers."""
     warmup_steps: NotNegative[int] = 0
     """Linear warm-up in optimizer steps, whatever the number of processes."""
-    optim: Literal["adamw", "adamw_8bit", "adafactor", "prodigy"] = "adamw"
-    """adamw | adamw_8bit (pip install diffalign[optim]) | adafactor | prodigy (pip
-    install diffalign[optim])."""
+    optim: Literal["adamw", "adamw_fused", "adamw_8bit", "adafactor", "prodigy"] = "adamw"
+    """adamw | adamw_fused (one kernel for all weights) | adamw_8bit (pip install
+    diffalign[optim]) | adafactor | prodigy (pip install diffalign[optim])."""
     adam_beta1: Decay = 0.9
     """First moment decay."""
     adam_beta2: Decay = 0.999
@@ -73,6 +73,13 @@ class TrainingConfig:
     stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    layerwise_casting: bool = False
+    """LoRA: store the frozen linear layers in 8 bits (float8_e4m3fn) and cast each
+    while it runs. Autograd keeps the cast weights until the backward pass unless
+    `gradient_checkpointing` is on."""
+    compile: bool = False
+    """Compile the repeated blocks of the network. The first step takes a minute or
+    more, the others less time."""
     attention: str = "native"
     """Attention backend by diffusers' names: native | xformers | flash | _flash_3 |
     sage | ..."""

@@ -67,11 +67,11 @@ def measure_rounding(
         is_lora (`bool`): Whether the base weights are in the run's precision.
 
     Returns:
-        `str`, *optional*: A sentence for the user. None in full precision, and for a
-        method whose beta does not multiply errors.
+        `str`, *optional*: A sentence for the user. None in full precision, with
+        weights in 8 bits, and for a method whose beta does not multiply errors.
     """
     precision, beta = data.args.mixed_precision, data.args.error_beta
-    if precision == "no" or beta is None:
+    if precision == "no" or beta is None or data.args.layerwise_casting:
         return None
     device = data.accelerator.device
     try:

@@ -78,8 +78,11 @@ def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> to
     """
     betas = (args.adam_beta1, args.adam_beta2)
     common: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if args.optim == "adamw":
-        return torch.optim.AdamW(parameters, betas=betas, eps=args.adam_epsilon, **common)
+    if args.optim in ("adamw", "adamw_fused"):
+        fused = True if args.optim == "adamw_fused" else None
+        return torch.optim.AdamW(
+            parameters, betas=betas, eps=args.adam_epsilon, fused=fused, **common
+        )
     if args.optim == "adamw_8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

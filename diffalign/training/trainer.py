@@ -58,6 +58,7 @@ from .diagnostics import LOG2_MESSAGE, DivergenceGuard, FiniteCheck
 from .evaluate import evaluate, measure_rounding
 from .export import push_to_hub, save_model
 from .loop import BatchSource, DatasetSource, Run, fit
+from .memory import check_memory_options, compile_blocks, store_in_8_bits
 from .online.online_data import OnlineData, online_reward_function, online_sampler
 from .online.policy_sampler import PolicySampler
 from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
@@ -215,6 +216,7 @@ class Trainer:
             check_reference(self.backbone, self.ref_backbone)
         self._fit_backbone()
         self.start_lora = self._read_start_lora(start_lora)
+        check_memory_options(self.args, self.peft_config)
         self.schedule = self.backbone.schedule
         build_transform(self.data_config, self.backbone)  # refuses sizes that do not fit the model
         self._read_data(train_dataset, eval_dataset)
@@ -555,6 +557,10 @@ class Trainer:
         self.network = build_network(self.backbone, args, self.peft_config)
         if self.start_lora is not None:
             put_start_lora(self.network, self.start_lora)
+        if args.layerwise_casting:
+            store_in_8_bits(self.network, DTYPES[args.mixed_precision])
+        if args.compile:
+            compile_blocks(self.network)
         self.sampling_policy = self._denoiser(
             functools.partial(self.backbone.predict, self.network)
         )

@@ -1,0 +1,121 @@
+"""Options for small memory and for speed are numerically what they say."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiers import by_default
+from tiny import (
+    assert_close_tensors,
+    assert_same_tensors,
+    build_pipeline,
+    first_batch,
+    lora_config,
+    make_trainer,
+    pair_rows,
+)
+from tiny_families import size_of
+
+from diffalign.errors import ConfigError
+
+LORA = "pytorch_lora_weights.safetensors"
+FAMILIES = ("flux", "sd", "sdxl", "sd3", "z-image", "qwen-image", "sana")
+
+
+def trainer_of(folder: Path, family: str, **options: Any) -> Any:
+    size = size_of(family)
+    return make_trainer(
+        folder, family, rows=pair_rows(4, size), per_device_train_batch_size=2,
+        peft_config=lora_config(), data={"resolution": size}, **options,
+    )  # fmt: skip
+
+
+@by_default(values=2)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_8_bits_are_the_rounded_weights(family: str, tmp_path: Path) -> None:
+    """Errors and gradients of a network whose weights were rounded beforehand, with and
+    without checkpointed activations; and near those of bf16."""
+    results = []
+    for way in ("cast", "rounded", "checkpointed", "plain"):
+        trainer = trainer_of(
+            tmp_path / way, family, mixed_precision="bf16", seed=3,
+            layerwise_casting=way in ("cast", "checkpointed"),
+            gradient_checkpointing=way == "checkpointed",
+        )  # fmt: skip
+        trainer.setup()
+        weights = dict(trainer.network.named_parameters())
+        if way == "cast":
+            stored = {n: w for n, w in weights.items() if w.dtype == torch.float8_e4m3fn}
+            assert len(stored) > 8 and not any("lora_" in name for name in stored)
+        if way == "rounded":
+            for name in stored:
+                weights[name].data = stored[name].to(torch.bfloat16)
+        for name, weight in weights.items():
+            if "lora_B" in name:
+                weight.data = 0.1 * torch.ones_like(weight)
+        policy, reference = trainer.errors(first_batch(trainer))
+        policy.sum().backward()
+        gradients = {name: w.grad for name, w in weights.items() if w.requires_grad}
+        results.append((policy.detach(), reference, gradients))
+    cast, rounded, checkpointed, plain = results
+    for other in (rounded, checkpointed):
+        assert torch.equal(cast[0], other[0]) and torch.equal(cast[1], other[1])
+        assert_same_tensors(other[2], cast[2])
+    torch.testing.assert_close(cast[1], plain[1], rtol=0.05, atol=0)
+    assert not torch.equal(cast[1], plain[1])
+
+
+def test_a_run_in_8_bits_resumes_bit_equal(tmp_path: Path) -> None:
+    def run(name: str, **options: Any) -> Any:
+        return trainer_of(
+            tmp_path / name, "sd", mixed_precision="bf16", layerwise_casting=True, max_steps=4,
+            save_steps=2, save_total_limit=None, **options,
+        )  # fmt: skip
+
+    run("whole").train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoint-4")
+    run("part", resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2")).train()
+    assert_same_tensors(load_file(tmp_path / "part" / LORA), load_file(tmp_path / "whole" / LORA))
+    build_pipeline("sd").load_lora_weights(str(tmp_path / "whole"))
+
+
+@by_default(values=1)
+@pytest.mark.parametrize("family", ["flux", "sd", "sd3"])
+def test_compiled_blocks_train_the_same_weights(family: str, tmp_path: Path) -> None:
+    """With a reference that switches adapters off, and checkpointed activations."""
+    steady = {"adam_epsilon": 1e-3, "learning_rate": 1e-2, "max_steps": 3}
+    weights = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        trainer = trainer_of(
+            tmp_path / str(compiled),
+            family,
+            compile=compiled,
+            gradient_checkpointing=True,
+            **steady,
+        )
+        trainer.train()
+        weights.append(load_file(tmp_path / str(compiled) / LORA))
+    assert_close_tensors(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    assert not any("_orig_mod" in name for name in weights[1])
+
+
+def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
+    weights = []
+    for optim in ("adamw", "adamw_fused"):
+        trainer_of(tmp_path / optim, "sd", optim=optim, max_steps=3).train()
+        weights.append(load_file(tmp_path / optim / LORA))
+    assert_close_tensors(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layerwise_casting: only frozen weights"):
+        make_trainer(tmp_path, layerwise_casting=True)
+    with pytest.raises(ConfigError, match=r"layerwise_casting: a DoRA reads the frozen weights"):
+        make_trainer(tmp_path, layerwise_casting=True, peft_config=lora_config(use_dora=True))
