@@ -51,6 +51,10 @@ class RunConfig:
     """Weights variant, e.g. `fp16`."""
     vae: str | None = None
     """A different autoencoder (Hub id or folder), e.g. the fp16-safe one of SDXL."""
+    model_base: str | None = None
+    """For a model in one safetensors file: pipeline (Hub id or folder) of its family,
+    for configs and the parts that the file lacks. Defaults to the family's own on the
+    Hub."""
     ref_model: str | None = None
     """Model to stay close to (Hub id or folder), of the same family, prediction type
     and schedule. Defaults to the starting weights."""
@@ -201,6 +205,7 @@ def build_trainer(run: RunConfig):  # type: ignore[no-untyped-def]  # the class 
         revision=run.revision,
         variant=run.variant,
         vae=run.vae,
+        model_base=run.model_base,
         ref_model=run.ref_model,
         scorers=run.rewards,
         start_lora=run.lora.start_from if run.lora is not None else None,

@@ -49,15 +49,23 @@ def backbone_class(pipeline_class: str) -> type[Backbone] | None:
 
 
 def load_backbone(
-    model: Any, *, revision: str | None = None, variant: str | None = None, vae: Any = None
+    model: Any,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: Any = None,
+    base: str | None = None,
 ) -> Backbone:
     """Find the backbone of a model, without loading anything heavy yet.
 
     Args:
-        model: Hub id, local folder, ``"shapes"`` or a loaded `DiffusionPipeline`.
+        model: Hub id, local folder, safetensors file, ``"shapes"`` or a loaded
+            `DiffusionPipeline`.
         revision (`str`, *optional*): Git revision on the Hub.
         variant (`str`, *optional*): of the weights, such as ``fp16``.
         vae (*optional*): another autoencoder: Hub id, folder or module.
+        base (`str`, *optional*): pipeline that a model in one file takes its configs
+            and missing parts from.
 
     Returns:
         `Backbone`: of the model's family.
@@ -66,7 +74,7 @@ def load_backbone(
         ConfigError: the model is missing, is no diffusers pipeline, or its class is not
             supported. The message lists those that are.
     """
-    source = ModelSource(model, revision=revision, variant=variant, vae=vae)
+    source = ModelSource(model, revision=revision, variant=variant, vae=vae, base=base)
     backbone = backbone_class(source.pipeline_class_name)
     if backbone is None:
         raise ConfigError(

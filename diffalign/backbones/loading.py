@@ -28,6 +28,7 @@ from ..runtime.weight_files import (
 )
 from ..shapes.models import embedded_name, weights_dir
 from .lora import unwrapped
+from .single_file import converted, is_single_file
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Plain pipelines load them for inference. A training run has no use for them.
@@ -45,11 +46,13 @@ class ModelSource:
     """The place that a pipeline's components are loaded from.
 
     Args:
-        model: Hub id, folder, name of an embedded model or a loaded
+        model: Hub id, folder, safetensors file, name of an embedded model or a loaded
             `DiffusionPipeline`.
         revision (`str`, *optional*): Git revision on the Hub.
         variant (`str`, *optional*): of the weights, such as ``fp16``.
         vae (`str` or module, *optional*): another autoencoder.
+        base (`str`, *optional*): pipeline that a model in one file takes its configs
+            and missing parts from, see `single_file.converted`.
 
     Raises:
         ConfigError: with the field `model`: there is no such pipeline, or its weights
@@ -63,6 +66,7 @@ class ModelSource:
         revision: str | None = None,
         variant: str | None = None,
         vae: Any = None,
+        base: str | None = None,
     ) -> None:
         self.revision, self.variant, self.vae = revision, variant, vae
         self._configs: dict[str, dict[str, Any]] = {}
@@ -82,6 +86,8 @@ class ModelSource:
         self.name = str(model)
         if self.embedded is not None:
             self.location, self.local = str(weights_dir(self.embedded)), True
+        elif is_single_file(model):
+            self.location, self.local = str(converted(model, base)), True
         else:
             self.location, self.local = self.name, Path(self.name).is_dir()
         self.index = self._read_index()
@@ -100,12 +106,6 @@ class ModelSource:
                     "model_index.json",
                 )
             return self._parsed_index(path / "model_index.json")
-        if path.is_file():
-            raise ConfigError(
-                "model",
-                f"{self.name!r} is a single file; convert it to a diffusers folder first "
-                "(DiffusionPipeline.from_single_file(...).save_pretrained(folder))",
-            )
         if not could_be_hub_id(self.name):
             raise ConfigError(
                 "model",

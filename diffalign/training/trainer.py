@@ -107,6 +107,8 @@ class Trainer:
         revision (`str`, *optional*): Revision of the model on the Hub.
         variant (`str`, *optional*): Variant of the weight files, such as `fp16`.
         vae (*optional*): Another autoencoder, as a name or an object.
+        model_base (`str`, *optional*): Pipeline that a model in one file takes its
+            configs and missing parts from.
         scorers (*optional*): Scorers for methods that sample while they learn. See
             `diffalign.training.online.reward_function.RewardFunction`.
         start_lora (`str` or `Path`, *optional*): A LoRA to go on from, in place of
@@ -193,6 +195,7 @@ class Trainer:
         revision: str | None = None,
         variant: str | None = None,
         vae: Any = None,
+        model_base: str | None = None,
         scorers: Any = None,
         start_lora: str | Path | None = None,
     ) -> None:
@@ -210,7 +213,9 @@ class Trainer:
         self.window = MetricWindow()
         self.state, self.control = TrainerState(), TrainerControl()
         self._check_settings()
-        self.backbone = load_backbone(model, revision=revision, variant=variant, vae=vae)
+        self.backbone = load_backbone(
+            model, revision=revision, variant=variant, vae=vae, base=model_base
+        )
         self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
@@ -225,6 +230,7 @@ class Trainer:
             "revision": revision,
             "variant": variant,
             "vae": vae if isinstance(vae, str) else None,
+            "model_base": model_base,
         }
         self.record = self._make_record(names, bool(callbacks))
         self.callbacks = list(callbacks)

@@ -1,0 +1,171 @@
+"""Checkpoints in one file, as programs for drawing keep them.
+
+A file is converted once into a folder of the Hub's cache, by diffusers' own converters.
+From then on it is a pipeline like any other, of which single components are loaded.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..runtime.hashing import sampled_hash, text_hash
+from ..runtime.weight_files import explained, loading_errors, read_header, what_is_wrong
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_ONE_OF_UNET = "model.diffusion_model.input_blocks."
+_TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.")
+_AUTOENCODER = ("first_stage_model.", "vae.")
+
+
+def is_single_file(model: Any) -> bool:
+    """Tell whether a model is named by a file of weights."""
+    return isinstance(model, (str, Path)) and (
+        Path(model).expanduser().is_file() or str(model).endswith(SUFFIXES)
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted files are kept."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "diffalign" / "single-file"
+
+
+def converted(file: str | Path, base: str | None = None) -> Path:
+    """Convert a checkpoint in one file, if that was not done before.
+
+    Args:
+        file (`str` or `Path`): a safetensors file.
+        base (`str`, *optional*): folder or Hub id of a pipeline of the same family. The
+            configs come from it, and the parts that the file lacks. The default is the
+            family's own on the Hub.
+
+    Returns:
+        `Path`: folder of a diffusers pipeline.
+
+    Raises:
+        ConfigError: with the field `model`: there is no such file, it is damaged, of a
+            family that is not known, or cannot be converted.
+    """
+    path = Path(file).expanduser()
+    shapes = _shapes(path)
+    kind = _kind(path, shapes)
+    name = f"{path.stem}-{sampled_hash(path)[:12]}"
+    folder = cache_folder() / f"{name}-{text_hash(base or _default_base(kind))[:8]}"
+    if (folder / "model_index.json").is_file():
+        return folder
+    if base is None:  # a command after a run that named the base
+        for other in sorted(cache_folder().glob(f"{glob.escape(name)}-*/model_index.json")):
+            return other.parent
+        base = _default_base(kind)
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One process of several converts, and the others find the result.
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "model_index.json").is_file():
+            print(f"model: converting {path} ({kind}), once, into {folder}", flush=True)
+            _convert(path, base, shapes, folder)
+    return folder
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if not path.is_file():
+        raise ConfigError("model", f"there is no file {str(path)!r}")
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            "model",
+            f"{str(path)!r} is no safetensors file; other files can run code when loaded, or hold "
+            "weights that cannot be trained",
+        )
+    reason = what_is_wrong(path)
+    if reason is not None:
+        raise ConfigError("model", f"{str(path)!r} {reason}")
+    return read_header(path).shapes
+
+
+def _kind(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What diffusers calls the family of the file."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    kind = str(infer_diffusers_model_type(tensors))
+    # What it does not know, it calls v1.
+    if kind == "v1" and not any(name.startswith(_ONE_OF_UNET) for name in shapes):
+        raise ConfigError(
+            "model",
+            f"{str(path)!r} is no checkpoint of a family that is known (it begins with "
+            f"{next(iter(shapes), 'no tensor')!r}); convert it to a diffusers folder, or if it is "
+            "a LoRA, name it in lora.start_from",
+        )
+    return kind
+
+
+def _default_base(kind: str) -> str:
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+
+    return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
+
+
+def _convert(path: Path, base: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Write the pipeline of a file and of what it lacks into a folder, or nothing."""
+    from .loading import ModelSource
+
+    try:
+        source = ModelSource(base)
+    except ConfigError as error:
+        raise ConfigError(
+            "model",
+            f"{str(path)!r} needs the configs of {base!r}, which cannot be read; name a pipeline "
+            "of its family with model_base",
+        ) from error
+    cls: Any = getattr(importlib.import_module("diffusers"), source.pipeline_class_name)
+    dtype = _dtype(path)
+    lacking = {
+        name: source.load(name, dtype)
+        for name in source.component_names()
+        if (name.startswith("text_encoder") and not _has(shapes, _TEXT))
+        or (name == "vae" and not _has(shapes, _AUTOENCODER))
+        or name.startswith(("tokenizer", "scheduler"))
+    }
+    if hasattr(cls, "safety_checker"):
+        lacking["safety_checker"] = None
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        pipe = cls.from_single_file(str(path), config=source.location, torch_dtype=dtype, **lacking)
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        os.replace(temporary, folder)
+    except loading_errors() as error:
+        # diffusers leaves the weights that a file lacks on the meta device.
+        reason = "weights are missing" if "meta tensor" in str(error) else explained(error)
+        raise ConfigError(
+            "model",
+            f"{str(path)!r} cannot be converted with the configs of {base!r} ({reason}); the file "
+            "may be incomplete, or model_base must name another pipeline of its family",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _has(shapes: Mapping[str, Any], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in shapes)
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """The precision of most weights, bf16 for files in 8 bits."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        dtypes = [opened.get_slice(name).get_dtype() for name in opened.keys()]  # noqa: SIM118
+    most = max(set(dtypes), key=dtypes.count)
+    return {"F32": torch.float32, "F16": torch.float16}.get(most, torch.bfloat16)
