@@ -156,17 +156,20 @@ class Backbone:
             self._loaded.pop(name, None)
         self._pipe = None
 
-    def load_network(self, dtype: torch.dtype) -> Any:
+    def load_network(self, dtype: torch.dtype, quantization: Any = None) -> Any:
         """Load the network that is trained.
 
         Args:
             dtype (`torch.dtype`): float32 for full fine-tuning, the run's precision
                 under LoRA.
+            quantization (*optional*): diffusers' config of a quantised network.
+
+        Raises:
+            ConfigError: a network to quantise is in memory already.
         """
         if self.network_name not in self._loaded:
-            self._loaded[self.network_name] = (
-                self.source.load(self.network_name, dtype).requires_grad_(False).to(self.device)
-            )
+            network = self.source.load(self.network_name, dtype, quantization)
+            self._loaded[self.network_name] = network.requires_grad_(False).to(self.device)
         return self._loaded[self.network_name]
 
     @staticmethod

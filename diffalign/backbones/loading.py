@@ -269,17 +269,24 @@ class ModelSource:
             )
         return component_class
 
-    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    def load(self, name: str, dtype: torch.dtype = torch.float32, quantization: Any = None) -> Any:
         """Load one component from safetensors, or take that of the loaded pipeline.
 
         Args:
             name (`str`): in the pipeline, such as ``vae``.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of a module.
+            quantization (*optional*): diffusers' config of a quantised network.
 
         Raises:
-            ConfigError: files are missing or damaged, or the class is of a foreign
-                library.
+            ConfigError: files are missing or damaged, the class is of a foreign
+                library, or a network to quantise is in memory already.
         """
+        if quantization is not None and self.pipe is not None:
+            raise ConfigError(
+                "train.quantization",
+                f"the {name} of {self.name!r} is in memory already; name the model instead of "
+                "passing a pipeline, or load the pipeline quantised",
+            )
         if name == "vae" and self.vae is not None:
             if not isinstance(self.vae, (str, Path)):
                 return self.vae
@@ -300,6 +307,8 @@ class ModelSource:
             with self.explaining(name):
                 return cls.from_pretrained(self.location, **options)
         options |= {"dtype": dtype, "variant": self._component_variant(name)}
+        if quantization is not None:
+            options["quantization_config"] = quantization
         what = f"component {name} of {self.name!r}"
         with self.explaining(name):
             if self.from_transformers(name):

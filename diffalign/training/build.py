@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from ..likelihood import NoiseSchedule, VariancePreserving, with_zero_terminal_snr
 from .config import TrainingConfig
 from .data_pipeline import DataPipeline
+from .memory import quantization_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -98,9 +99,9 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
     _check_adapters(backbone)
     if peft_config is not None:
         check_peft_config(peft_config)
-    network = backbone.load_network(
-        DTYPES[args.mixed_precision] if peft_config is not None else torch.float32
-    )
+    dtype = DTYPES[args.mixed_precision] if peft_config is not None else torch.float32
+    quantization = quantization_config(args.quantization, dtype) if args.quantization else None
+    network = backbone.load_network(dtype, quantization)
     if any("_orig_mod" in name for name, _ in network.named_parameters()):
         raise ConfigError(
             "model",

@@ -73,6 +73,9 @@ class TrainingConfig:
     stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    """LoRA: load the frozen network quantised: nf4 (4 bits, by bitsandbytes, on a CUDA
+    GPU) | int8 | fp8 (8 bits, by torchao). pip install diffalign[quantization]."""
     layerwise_casting: bool = False
     """LoRA: store the frozen linear layers in 8 bits (float8_e4m3fn) and cast each
     while it runs. Autograd keeps the cast weights until the backward pass unless

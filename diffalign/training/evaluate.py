@@ -68,10 +68,11 @@ def measure_rounding(
 
     Returns:
         `str`, *optional*: A sentence for the user. None in full precision, with
-        weights in 8 bits, and for a method whose beta does not multiply errors.
+        weights in fewer bits, and for a method whose beta does not multiply errors.
     """
     precision, beta = data.args.mixed_precision, data.args.error_beta
-    if precision == "no" or beta is None or data.args.layerwise_casting:
+    small = data.args.quantization or data.args.layerwise_casting
+    if precision == "no" or beta is None or small:
         return None
     device = data.accelerator.device
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,22 +25,60 @@ def check_memory_options(args: TrainingConfig, peft_config: LoraConfig | None) -
         peft_config (`LoraConfig`, *optional*): The LoRA.
 
     Raises:
-        ConfigError: 8-bit storage with full fine-tuning or with a DoRA.
+        ConfigError: fewer bits with full fine-tuning or with a DoRA, both kinds at
+            once, or a kind that this machine cannot do.
     """
-    if not args.layerwise_casting:
-        return
-    if peft_config is None:
+    for name, off in (("quantization", "null"), ("layerwise_casting", "false")):
+        if not getattr(args, name):
+            continue
+        if peft_config is None:
+            raise ConfigError(
+                f"train.{name}",
+                "only frozen weights can be stored in fewer bits, and without a lora section all "
+                f"weights train; add lora, or set it to {off}",
+            )
+        if peft_config.use_dora:
+            raise ConfigError(
+                f"train.{name}",
+                "a DoRA reads the frozen weights themselves, which fewer bits would round; set "
+                f"lora.use_dora to false, or this to {off}",
+            )
+    if args.quantization and args.layerwise_casting:
         raise ConfigError(
-            "train.layerwise_casting",
-            "only frozen weights can be stored in 8 bits, and without a lora section all "
-            "weights train; add lora, or set it to false",
+            "train.layerwise_casting", "quantised weights are small already; set it to false"
         )
-    if peft_config.use_dora:
-        raise ConfigError(
-            "train.layerwise_casting",
-            "a DoRA reads the frozen weights themselves, which 8 bits would round; set "
-            "lora.use_dora or this to false",
+    if args.quantization:
+        quantization_config(args.quantization, torch.bfloat16)
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> Any:
+    """Build diffusers' config of a quantised network.
+
+    Args:
+        kind (`str`): `nf4`, `int8` or `fp8`.
+        dtype (`torch.dtype`): Precision of the products.
+
+    Returns:
+        The config, for `from_pretrained`.
+
+    Raises:
+        ConfigError: The package is not installed, or there is no GPU.
+    """
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+    field = "train.quantization"
+    package = "bitsandbytes" if kind == "nf4" else "torchao"
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(field, f"{kind} needs {package}: pip install 'diffalign[quantization]'")
+    if kind == "nf4":
+        if not torch.cuda.is_available():
+            raise ConfigError(field, "nf4 needs a CUDA GPU; int8 and fp8 work on a CPU too")
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
 def store_in_8_bits(network: Any, compute_dtype: torch.dtype) -> None:

@@ -221,8 +221,13 @@ class RunRecord:
             "start_lora": None if self.start_lora is None else self.start_lora.fingerprint,
             "reference": self.ref_fingerprint,
             "autoencoder": self.vae_fingerprint,
-            "precision": self.args.mixed_precision
-            + (", layerwise casting" if self.args.layerwise_casting else ""),
+            "precision": ", ".join(
+                [
+                    self.args.mixed_precision,
+                    *filter(None, [self.args.quantization]),
+                    *(["layerwise casting"] if self.args.layerwise_casting else []),
+                ]
+            ),
             "sampler_rule": self.sampler_rule,
             "seed": self.args.seed,
             "bucketed_batch": self.args.per_device_train_batch_size if bucketed else None,

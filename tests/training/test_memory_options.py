@@ -70,11 +70,37 @@ def test_weights_in_8_bits_are_the_rounded_weights(family: str, tmp_path: Path) 
     assert not torch.equal(cast[1], plain[1])
 
 
-def test_a_run_in_8_bits_resumes_bit_equal(tmp_path: Path) -> None:
+@by_default(lambda family, kind: (family, kind) in (("sd", "int8"), ("flux", "fp8")))
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantised_network_is_near_its_weights(family: str, kind: str, tmp_path: Path) -> None:
+    """Policy and reference start equal, and the LoRA belongs to the plain pipeline."""
+    pytest.importorskip("torchao")
+    build_pipeline(family).save_pretrained(tmp_path / "model")
+    errors = []
+    for quantization in (None, kind):
+        trainer = trainer_of(
+            tmp_path / str(quantization), family, model=str(tmp_path / "model"), max_steps=2,
+            mixed_precision="bf16", quantization=quantization, gradient_checkpointing=True,
+        )  # fmt: skip
+        policy, reference = trainer.errors(first_batch(trainer))
+        assert torch.equal(policy, reference)
+        errors.append(reference)
+        trainer.train()
+    torch.testing.assert_close(errors[1], errors[0], rtol=0.05, atol=0)
+    assert not torch.equal(errors[1], errors[0])
+    build_pipeline(family).load_lora_weights(str(tmp_path / kind))
+
+
+@pytest.mark.parametrize("option", [{"layerwise_casting": True}, {"quantization": "int8"}], ids=str)
+def test_a_run_in_8_bits_resumes_bit_equal(option: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    build_pipeline("sd").save_pretrained(tmp_path / "model")
+
     def run(name: str, **options: Any) -> Any:
         return trainer_of(
-            tmp_path / name, "sd", mixed_precision="bf16", layerwise_casting=True, max_steps=4,
-            save_steps=2, save_total_limit=None, **options,
+            tmp_path / name, "sd", model=str(tmp_path / "model"), mixed_precision="bf16",
+            max_steps=4, save_steps=2, save_total_limit=None, **option, **options,
         )  # fmt: skip
 
     run("whole").train()
@@ -117,5 +143,17 @@ def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"layerwise_casting: only frozen weights"):
         make_trainer(tmp_path, layerwise_casting=True)
+    with pytest.raises(ConfigError, match=r"quantization: only frozen weights .* add lora"):
+        make_trainer(tmp_path, quantization="int8")
     with pytest.raises(ConfigError, match=r"layerwise_casting: a DoRA reads the frozen weights"):
         make_trainer(tmp_path, layerwise_casting=True, peft_config=lora_config(use_dora=True))
+    with pytest.raises(ConfigError, match=r"quantised weights are small already"):
+        make_trainer(
+            tmp_path, layerwise_casting=True, quantization="fp8", peft_config=lora_config()
+        )
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"nf4 needs (a CUDA GPU|bitsandbytes)"):
+            make_trainer(tmp_path, quantization="nf4", peft_config=lora_config())
+    trainer = make_trainer(tmp_path, quantization="int8", peft_config=lora_config())
+    with pytest.raises(ConfigError, match=r"is in memory already; name the model instead"):
+        trainer.setup()
