@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from ..likelihood import NoiseSchedule, schedule_from_scheduler
 from ..runtime.missing import MaybeImage, to_images
+from ..runtime.offload import offload_layers
 from .guidance_rules import CLASSIFIER_FREE, GuidanceRule
 from .loading import ModelSource
 
@@ -76,6 +77,8 @@ class Backbone:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.offloads = False
+        """Whether frozen components wait on the CPU, see `place`."""
         self._loaded: dict[str, Any] = {}
         self.guidance = self.default_guidance
         self.given_scheduler: dict[str, Any] = {}
@@ -115,7 +118,11 @@ class Backbone:
         if name not in self._loaded:
             component = self.source.load(name, self.component_dtype(name))
             if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False).eval().to(self.device)
+                component.requires_grad_(False).eval()
+                if self.offloads:
+                    offload_layers(component, self.device)
+                else:
+                    component.to(self.device)
             if name == "scheduler":
                 self.given_scheduler = dict(component.config)
                 component = self.pipeline_scheduler(component)
@@ -136,14 +143,21 @@ class Backbone:
             return torch.float32
         return self.dtype
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+    def place(self, device: torch.device, dtype: torch.dtype, *, offload: bool = False) -> None:
         """Choose where frozen components live and in which precision they run.
 
         Call it before the first one is loaded.
+
+        Args:
+            device (`torch.device`): where they run.
+            dtype (`torch.dtype`): precision of the run.
+            offload (`bool`, *optional*, defaults to `False`): keep all but the trained
+                network on the CPU, and run them layer by layer.
         """
-        self.device, self.dtype = device, dtype
-        for component in self._loaded.values():
-            if isinstance(component, torch.nn.Module):
+        self.device, self.dtype, self.offloads = device, dtype, offload
+        for name, component in self._loaded.items():
+            waits = self.offloads and name != self.network_name
+            if isinstance(component, torch.nn.Module) and not waits:
                 component.to(device)
 
     def is_loaded(self, name: str) -> bool:

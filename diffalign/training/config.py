@@ -97,6 +97,9 @@ class TrainingConfig:
     on, starting at the base weights."""
     offload_ema: bool = False
     """Keep the average on the CPU."""
+    offload: Literal["none", "group"] = "none"
+    """group: text encoders, the autoencoder and a frozen copy as the reference stay on
+    the CPU, and come to the GPU layer by layer when they run."""
     offload_reference: bool = False
     """Full fine-tuning: keep the frozen reference copy on the CPU between its forward
     passes."""

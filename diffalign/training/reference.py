@@ -18,6 +18,7 @@ from ..config.yaml_text import shown
 from ..errors import ConfigError, UserError
 from ..likelihood import VariancePreserving
 from ..runtime.distributed import is_sharded, sharded_modules, whole
+from ..runtime.offload import offload_layers
 
 
 class Reference(Protocol):
@@ -258,6 +259,8 @@ class FrozenCopyReference:
         offload (`bool`, *optional*, defaults to `False`): Keep it on the CPU between
             calls.
         copy_weights (`bool`, *optional*, defaults to `True`): Copy the network.
+        by_layers (`bool`, *optional*, defaults to `False`): Keep it on the CPU and run
+            it layer by layer.
     """
 
     def __init__(
@@ -266,15 +269,20 @@ class FrozenCopyReference:
         device: torch.device,
         offload: bool = False,
         copy_weights: bool = True,
+        by_layers: bool = False,
     ) -> None:
         self.network = without_dropout(
             (copy.deepcopy(network) if copy_weights else network).requires_grad_(False)
         )
         self.device, self.offload = device, offload and device.type != "cpu"
-        self.network.to("cpu" if self.offload else device)
+        if by_layers:
+            self.offload = False
+            offload_layers(self.network.to("cpu"), device)
+        else:
+            self.network.to("cpu" if self.offload else device)
         self.description = (
             "frozen copy of the starting weights" if copy_weights else "frozen network"
-        ) + (" (offloaded)" if self.offload else "")
+        ) + (" (offloaded)" if self.offload or by_layers else "")
 
     def start(self) -> None:
         """Do nothing, because the copy was made before the network was prepared."""
@@ -362,6 +370,7 @@ def build_reference(
     device: torch.device,
     offload: bool,
     has_start_lora: bool = False,
+    by_layers: bool = False,
 ) -> Reference:
     """Build the fixed reference of a run.
 
@@ -377,14 +386,20 @@ def build_reference(
         offload (`bool`): Keep a second network on the CPU between calls.
         has_start_lora (`bool`, *optional*, defaults to `False`): Whether the adapter
             has the weights of an earlier LoRA.
+        by_layers (`bool`, *optional*, defaults to `False`): Keep a second network on
+            the CPU and run it layer by layer.
     """
     if ref_backbone is not None:
         ref_backbone.place(device, backbone.dtype)
         return FrozenCopyReference(
-            ref_backbone.load_network(backbone.dtype), device, offload, copy_weights=False
+            ref_backbone.load_network(backbone.dtype),
+            device,
+            offload,
+            copy_weights=False,
+            by_layers=by_layers,
         )
     if has_start_lora:
         return StartLoraReference(network)
-    return (
-        AdapterOffReference(network) if is_lora else FrozenCopyReference(network, device, offload)
-    )
+    if is_lora:
+        return AdapterOffReference(network)
+    return FrozenCopyReference(network, device, offload, by_layers=by_layers)

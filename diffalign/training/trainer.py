@@ -395,6 +395,7 @@ class Trainer:
             device,
             self.args.offload_reference,
             self.start_lora is not None,
+            self.args.offload == "group",
         )
 
     def build_source(self) -> BatchSource:
@@ -559,7 +560,11 @@ class Trainer:
         passes = args.gradient_accumulation_steps * self.passes_per_batch
         self.accelerator = build_accelerator(args, self.output_dir, passes)
         set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
-        self.backbone.place(self.accelerator.device, DTYPES[args.mixed_precision])
+        self.backbone.place(
+            self.accelerator.device,
+            DTYPES[args.mixed_precision],
+            offload=args.offload == "group",
+        )
         self.network = build_network(self.backbone, args, self.peft_config)
         if self.start_lora is not None:
             put_start_lora(self.network, self.start_lora)

@@ -18,9 +18,11 @@ from tiny import (
     lora_config,
     make_trainer,
     pair_rows,
+    trained_tensors,
 )
 from tiny_families import size_of
 
+from diffalign import ValidationConfig
 from diffalign.errors import ConfigError
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -31,7 +33,7 @@ def trainer_of(folder: Path, family: str, **options: Any) -> Any:
     size = size_of(family)
     return make_trainer(
         folder, family, rows=pair_rows(4, size), per_device_train_batch_size=2,
-        peft_config=lora_config(), data={"resolution": size}, **options,
+        data={"resolution": size}, **{"peft_config": lora_config(), **options},
     )  # fmt: skip
 
 
@@ -130,6 +132,27 @@ def test_compiled_blocks_train_the_same_weights(family: str, tmp_path: Path) -> 
         weights.append(load_file(tmp_path / str(compiled) / LORA))
     assert_close_tensors(weights[1], weights[0], rtol=1e-3, atol=1e-5)
     assert not any("_orig_mod" in name for name in weights[1])
+
+
+@by_default(values=1)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z-image"])
+def test_offloaded_parts_change_nothing(family: str, lora: bool, tmp_path: Path) -> None:
+    """With encoders in every step, a frozen copy as the reference, and validation."""
+    validation = ValidationConfig(
+        validation_prompts=["a cat"], num_validation_images=1, validation_steps=2,
+        num_inference_steps=2,
+    )  # fmt: skip
+    weights = []
+    for offload in ("none", "group"):
+        trainer = trainer_of(
+            tmp_path / offload, family, offload=offload, max_steps=2,
+            peft_config=lora_config() if lora else None, options={"validation": validation},
+        )  # fmt: skip
+        trainer.train()
+        weights.append(trained_tensors(trainer))
+        assert list((tmp_path / offload / "samples").rglob("*.png"))
+    assert_same_tensors(*weights)
 
 
 def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
