@@ -148,14 +148,14 @@ def make_data(work: Path, model: str) -> None:
     build += ["--num_images", str(IMAGES_PER_PROMPT), "--batch_size", "60"]
     recaption = ["data", "recaption", str(work / "data" / "ranked"), "--strategy", "h"]
     recaption += ["--captioner", "shapes", "--perturber", "shapes"]
-    for command, result, folder in (
-        (build, dataset(work, "ranked"), work / "data"),
-        (recaption, dataset(work, "recaptioned"), work / "recaptioned"),
-    ):
-        if not result.is_dir():
-            code = entry.run([*command, "--output_dir", str(folder)])
-            if code:
-                raise SystemExit(code)
+    # The first command does nothing twice, and refuses a folder of other weights.
+    commands = [[*build, "--output_dir", str(work / "data")]]
+    if not dataset(work, "recaptioned").is_dir():
+        commands.append([*recaption, "--output_dir", str(work / "recaptioned")])
+    for command in commands:
+        code = entry.run(command)
+        if code:
+            raise SystemExit(code)
 
 
 def dataset(work: Path, name: str) -> Path:

@@ -69,6 +69,11 @@ def changed(config: str = "diffusion_dpo", data: str = "ranked", **values: Any) 
     return Arm(config, options, data=data)
 
 
+def listed(data: str = "ranked", **values: Any) -> Arm:
+    """RankDPO at the beta of Diffusion-DPO's recipe, if no other is given."""
+    return changed("rankdpo", data, **{"beta": 500.0, **values})
+
+
 STUDIES: dict[str, dict[str, Arm]] = {
     "guidance": {
         "base": Arm(None),
@@ -85,20 +90,19 @@ STUDIES: dict[str, dict[str, Arm]] = {
     "lists": {
         "base": Arm(None),
         "Diffusion-DPO, best against worst": Arm(),
-        "RankDPO": Arm("rankdpo"),
-        "RankDPO, best and worst alone": changed("rankdpo", "extremes"),
-        "RankDPO, best and worst alone, 16 lists": changed(
-            "rankdpo", "extremes", per_device_train_batch_size=16
+        "RankDPO": listed(),
+        "RankDPO, best and worst alone": listed("extremes"),
+        "RankDPO, best and worst alone, 16 lists": listed(
+            "extremes", per_device_train_batch_size=16
         ),
-        "RankDPO, gains by win rate": changed("rankdpo", gains="win_rate"),
-        "RankDPO, gains from 0 to 1 in each list": changed("rankdpo", gains="minmax"),
-        "RankDPO, shared noise": changed("rankdpo", shared_noise="true"),
-        "RankDPO, shared noise, best and worst alone, 16 lists": changed(
-            "rankdpo", "extremes", shared_noise="true", per_device_train_batch_size=16
+        "RankDPO, gains from 0 to 1 in each list": listed(gains="minmax"),
+        "RankDPO, shared noise": listed(shared_noise="true"),
+        "RankDPO, shared noise, best and worst alone, 16 lists": listed(
+            "extremes", shared_noise="true", per_device_train_batch_size=16
         ),
-        "RankDPO, shared noise, beta 200": changed("rankdpo", shared_noise="true", beta=200.0),
-        "RankDPO, beta 200": changed("rankdpo", beta=200.0),
-        "RankDPO, beta 2000": changed("rankdpo", beta=2000.0),
+        "RankDPO, shared noise, beta 200": listed(shared_noise="true", beta=200.0),
+        "RankDPO, beta 200": listed(beta=200.0),
+        "RankDPO, beta 2000": listed(beta=2000.0),
     },
 }
 ABOUT = {
@@ -112,7 +116,10 @@ it is halved in both.""",
 same images?
 
 "Best and worst alone" gives RankDPO lists of two images, the pair that Diffusion-DPO
-learns from. On these its loss is Diffusion-DPO's times a weight.""",
+learns from. On these its loss is Diffusion-DPO's times a weight. beta is 500 as in
+Diffusion-DPO's recipe, a step has 8 lists, and the gains are the win rates that
+`diffalign data build` writes, where an arm does not say otherwise.
+"Shared noise" gives all images of a list one noise, as Diffusion-DPO does.""",
 }
 
 
