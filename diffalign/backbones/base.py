@@ -186,6 +186,10 @@ class Backbone:
             self._loaded[self.network_name] = network.requires_grad_(False).to(self.device)
         return self._loaded[self.network_name]
 
+    def use_network(self, network: Any) -> None:
+        """Take a network that is in memory already as the one that is trained."""
+        self._loaded[self.network_name] = network
+
     @staticmethod
     def checkpoint_activations(network: Any) -> None:
         """Make the network compute activations again in its backward pass."""
@@ -447,6 +451,21 @@ class Backbone:
             `dict[str, Tensor]`: each with leading dimension n.
         """
         raise NotImplementedError
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give the shapes of a row's condition for a long prompt, without encoders.
+
+        Returns:
+            `dict[str, tuple[int, ...]]`: name as in `encode_prompts` and
+            `geometry_condition` -> sizes after the first. Masks end in ``mask``. Those
+            of `ragged` families are left out: nothing is padded then. Empty where the
+            family does not say.
+        """
+        return {}
+
+    def _network_size(self, name: str) -> int:
+        """Read a number from the config of the trained network."""
+        return int(self.source.component_config(self.network_name)[name])
 
     def geometry_condition(self, geometries: Sequence[Any]) -> dict[str, Tensor]:
         """Encode the size and crop of n images. Most families need neither.

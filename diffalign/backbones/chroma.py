@@ -44,6 +44,11 @@ class ChromaBackbone(FlowTransformerBackbone):
 
         network.enable_gradient_checkpointing(checkpointed)
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return shapes of embeddings and mask, see `Backbone.condition_shapes`."""
+        embeds = (512, self._network_size("joint_attention_dim"))
+        return {"prompt_embeds": embeds, "attention_mask": (512,)}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and their ``attention_mask``."""

@@ -38,6 +38,12 @@ class FluxBackbone(FlowTransformerBackbone):
         """Steps of a model that was distilled to a few of them: 4 of schnell."""
         return None if self.embeds_guidance else 4
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return shapes of both embeddings, see `Backbone.condition_shapes`."""
+        pooled = self._network_size("pooled_projection_dim")
+        embeds = (512, self._network_size("joint_attention_dim"))
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": (pooled,)}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and ``pooled_prompt_embeds``."""

@@ -81,6 +81,10 @@ class Flux2KleinBackbone(FlowTransformerBackbone):
         side = 2 * pipe.vae_scale_factor
         return latents.transpose(1, 2).unflatten(2, (height // side, width // side))
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the embeddings, see `Backbone.condition_shapes`."""
+        return {"prompt_embeds": (512, self._network_size("joint_attention_dim"))}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds``. Their padding is not masked."""

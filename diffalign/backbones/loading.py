@@ -318,6 +318,32 @@ class ModelSource:
         check_filled(module, "model", what)
         return module
 
+    def empty(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        """Build a component without content, from its config alone.
+
+        Args:
+            name (`str`): in the pipeline, such as ``unet``.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the
+                weights.
+
+        Returns:
+            `torch.nn.Module`: on the meta device.
+
+        Raises:
+            ConfigError: the config cannot be read.
+        """
+        cls = type(getattr(self.pipe, name)) if self.pipe is not None else self._class(name)
+        with self.explaining(name), torch.device("meta"):
+            if hasattr(cls, "load_config"):
+                return cls.from_config(self.component_config(name)).to(dtype)
+            if self.pipe is not None:
+                config = getattr(self.pipe, name).config
+            else:
+                config = cls.config_class.from_pretrained(
+                    self.location, subfolder=name, revision=self.revision
+                )
+            return cls(config).to(dtype)
+
     def _load_vae(self, cls: Any, subfolder: str | None, dtype: torch.dtype) -> Any:
         """Load the autoencoder that replaces the pipeline's own."""
         folder = Path(self.vae) / (subfolder or "")

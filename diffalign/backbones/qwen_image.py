@@ -83,6 +83,10 @@ class QwenImageBackbone(FlowTransformerBackbone):
             self.normalised(vae, posterior.std[:, :, 0].float(), deviation=True),
         )
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of unpadded embeddings, see `Backbone.condition_shapes`."""
+        return {"prompt_embeds": (512, self._network_size("joint_attention_dim"))}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds``, padded, and their mask."""
@@ -102,7 +106,7 @@ class QwenImageBackbone(FlowTransformerBackbone):
             hidden_states=packed(noisy),
             timestep=times / 1000,
             guidance=self.guidance_input(noisy),
-            encoder_hidden_states_mask=padding_mask(condition[MASK]),
+            encoder_hidden_states_mask=padding_mask(condition.get(MASK)),
             encoder_hidden_states=condition["prompt_embeds"],
             img_shapes=[[(1, height // 2, width // 2)]] * n,
             return_dict=False,
@@ -125,9 +129,9 @@ def true_guidance(settings: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def padding_mask(mask: Tensor) -> Tensor | None:
+def padding_mask(mask: Tensor | None) -> Tensor | None:
     """Return the mask as the pipelines pass it: None where nothing is padded."""
-    return None if bool(mask.all()) else mask.long()
+    return None if mask is None or bool(mask.all()) else mask.long()
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

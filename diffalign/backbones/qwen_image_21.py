@@ -38,6 +38,10 @@ class QwenImage21Backbone(QwenImageBackbone):
         """The pipeline has no limit of tokens."""
         return {}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return nothing: the network's own shapes depend on the content of masks."""
+        return {}
+
     def tokens(self, height: int, width: int) -> int:
         """Count the latent pixels, of which every one is a token."""
         return (height // self.vae_scale) * (width // self.vae_scale)
@@ -67,6 +71,8 @@ class QwenImage21Backbone(QwenImageBackbone):
         The network places the image behind the padded text, so padding would change the
         prediction. Prompts of another length run in a pass of their own.
         """
+        if MASK not in condition:
+            return self._predict(network, noisy, times, condition["prompt_embeds"])
         lengths = condition[MASK].sum(1)
         order, parts = [], []
         for length in lengths.unique().tolist():

@@ -53,6 +53,11 @@ class SanaBackbone(Backbone):
         """Draw the size that is asked for, not the nearest of the pipeline's own."""
         return {"use_resolution_binning": "height" not in settings, **settings}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return shapes of embeddings and mask, see `Backbone.condition_shapes`."""
+        embeds = (300, self._network_size("caption_channels"))
+        return {"prompt_embeds": embeds, "prompt_attention_mask": (300,)}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and ``prompt_attention_mask``.

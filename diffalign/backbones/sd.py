@@ -33,6 +33,10 @@ class StableDiffusionBackbone(Backbone):
         }
         return type(scheduler).from_config(scheduler.config, **outdated) if outdated else scheduler
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the embeddings, see `Backbone.condition_shapes`."""
+        return {"prompt_embeds": (77, self._network_size("cross_attention_dim"))}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds``, (n, tokens, width)."""

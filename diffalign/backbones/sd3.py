@@ -56,6 +56,13 @@ class StableDiffusion3Backbone(Backbone):
         settings = sampling_settings(self.source.embedded) if self.source.embedded else {}
         return {k: v for k, v in settings.items() if k == "max_sequence_length"}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return shapes of both embeddings, see `Backbone.condition_shapes`."""
+        tokens = 77 + (256 if self.source.has("text_encoder_3") else 77)
+        pooled = self._network_size("pooled_projection_dim")
+        embeds = (tokens, self._network_size("joint_attention_dim"))
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": (pooled,)}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and ``pooled_prompt_embeds``."""

@@ -26,6 +26,13 @@ class StableDiffusionXLBackbone(Backbone):
         torch.bfloat16,
     )
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return shapes of embeddings and sizes, see `Backbone.condition_shapes`."""
+        sizes = 6 * self._network_size("addition_time_embed_dim")
+        pooled = self._network_size("projection_class_embeddings_input_dim") - sizes
+        embeds = (77, self._network_size("cross_attention_dim"))
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": (pooled,), "time_ids": (6,)}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds`` and ``pooled_prompt_embeds``."""

@@ -37,6 +37,10 @@ class ZImageBackbone(FlowTransformerBackbone):
         """The pipeline does not pack."""
         return latents
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of unpadded embeddings, see `Backbone.condition_shapes`."""
+        return {"prompt_embeds": (512, self._network_size("cap_feat_dim"))}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts into ``prompt_embeds``, padded, and their mask."""
@@ -54,11 +58,13 @@ class ZImageBackbone(FlowTransformerBackbone):
         self, network: Module, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
     ) -> Tensor:
         """Run the transformer at noisy latents, see `Backbone.predict`."""
-        prompts = zip(condition["prompt_embeds"], condition[MASK], strict=True)
+        prompts = list(condition["prompt_embeds"])
+        if MASK in condition:
+            prompts = [rows[mask] for rows, mask in zip(prompts, condition[MASK], strict=True)]
         output = network(
             list(noisy.unsqueeze(2).unbind(0)),
             (1000 - times) / 1000,
-            [states[mask] for states, mask in prompts],
+            prompts,
             return_dict=False,
         )[0]
         return -torch.stack(output).squeeze(2)

@@ -76,6 +76,12 @@ COMMANDS = (
     Command(
         "train", "train", "fine-tune a model as a run file says", own_help=True, takes_rest=True
     ),
+    Command(
+        "estimate",
+        "estimate",
+        "parameters, work and memory of a run, without weights, data or GPU",
+        takes_rest=True,
+    ),
     Command("sample", "sample", "draw images, with a LoRA beside the base"),
     Group("data", "inspect or convert preference data", DATA_COMMANDS),
     Command(

@@ -1,0 +1,171 @@
+"""`diffalign estimate`: what a run takes, before it is run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..backbones import Backbone, load_backbone
+from ..config.ranges import count
+from ..errors import UserError
+from ..methods import trainer_class
+from ..recipe import RunConfig, load_run
+from ..training.estimate import CONTEXT, GIB, Estimate, advice, estimate, gpu_memory
+
+LIST_LENGTH = 4
+"""Images of a ranked list, where only the data could tell."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    parser.add_argument("--config", type=Path, help="run file; its fields may follow as options")
+    parser.add_argument("--gpu", help="memory of a GPU (24GB) or its name (RTX4090, H100, ...)")
+    parser.add_argument(
+        "--num_gpus", type=count(), default=1, help="GPUs, each with the run's batch (default 1)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Estimate the run and print what it takes.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command. `overrides` are fields
+            of the run file.
+
+    Returns:
+        `int`: Exit code: 0, or 1 where the run does not fit the GPU.
+
+    Raises:
+        UserError: A field cannot be used, or the model's configs cannot be read.
+    """
+    if options.config is None and not options.overrides:
+        raise UserError("--config: name a run file, e.g. configs/diffusion_dpo/sdxl_lora.yaml")
+    memory = None if options.gpu is None else gpu_memory(options.gpu)
+    config = load_run(options.config, options.overrides)
+    result = estimate_run(config)
+    print("\n".join(lines(config, result, options.num_gpus)))
+    if memory is None:
+        return 0
+    needed = result.peak / GIB + CONTEXT
+    fits = needed <= memory
+    print(
+        f"GPU: {needed:.1f} GiB with {CONTEXT:g} GiB for CUDA, of {memory:g} GiB: "
+        + ("fits" if fits else "does not fit")
+    )
+    if not fits:
+        changes = [(words, estimate_run(changed)) for words, changed in alternatives(config)]
+        found = advice(changes, result)
+        print("\n".join(["what to change, one at a time:", *(f"  {line}" for line in found)]))
+    return 0 if fits else 1
+
+
+def estimate_run(run: RunConfig) -> Estimate:
+    """Estimate the run that a run file describes.
+
+    Raises:
+        UserError: The model's configs cannot be read, or its family is not known here.
+    """
+    backbone = _backbone(run)
+    trainer, args, data = trainer_class(run.method), run.train, run.data
+    kinds = {"pair": 2, "ranked": LIST_LENGTH, "single": 1, "prompt": 1}
+    images = getattr(args, "images_per_prompt", None) or kinds[trainer.data_kind]
+    side = data.resolution or backbone.default_resolution
+    size = side if isinstance(side, tuple) else (side, side)
+    if data.aspect_ratio_buckets:
+        buckets = [tuple(map(int, b.split(","))) for b in data.aspect_ratio_buckets.split(";")]
+        size = max(buckets, key=lambda bucket: bucket[0] * bucket[1])  # type: ignore[assignment]
+    with _quiet():
+        return estimate(
+            backbone,
+            args,
+            run.lora.to_peft() if run.lora is not None else None,
+            images_per_group=images,
+            has_reference=not trainer.reference_free,
+            size=size,
+            caches_latents=bool(data.cache_latents),
+            caches_prompts=bool(data.cache_text_embeddings),
+        )
+
+
+def _backbone(run: RunConfig) -> Backbone:
+    return load_backbone(
+        run.model, revision=run.revision, variant=run.variant, vae=run.vae, base=run.model_base
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence diffusers about weights that have no content."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def lines(run: RunConfig, result: Estimate, num_gpus: int) -> list[str]:
+    """Say what a step takes.
+
+    Args:
+        run (`RunConfig`): The run.
+        result (`Estimate`): Its estimate.
+        num_gpus (`int`): GPUs that train together.
+    """
+    args = run.train
+    steps = args.gradient_accumulation_steps
+    rows = result.rows * steps * num_gpus
+    text = [
+        f"{run.method} on {run.model}: {result.trainable / 1e6:,.1f} of "
+        f"{result.parameters / 1e6:,.1f} million parameters train",
+        f"step: {result.rows} images in a pass x {steps} passes x {num_gpus} GPUs = {rows} images, "
+        f"{result.flops * steps / 1e12:,.2f} TFLOP on each GPU",
+        "memory of each GPU at the peak:",
+    ]
+    for name, size in result.bytes.items():
+        text.append(f"  {name:<26} {size / GIB:8.2f} GiB")
+    return [*text, f"  {'together':<26} {result.peak / GIB:8.2f} GiB"]
+
+
+def alternatives(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Give changes of a run that save memory, in words and as a run."""
+    args, data, lora = run.train, run.data, run.lora
+
+    def trained(**values: Any) -> RunConfig:
+        return replace(run, train=replace(args, **values))
+
+    if not args.gradient_checkpointing:
+        yield "train.gradient_checkpointing: true", trained(gradient_checkpointing=True)
+    if args.mixed_precision == "no":
+        yield "train.mixed_precision: bf16", trained(mixed_precision="bf16")
+    if args.per_device_train_batch_size > 1:
+        half = args.per_device_train_batch_size // 2
+        words = f"train.per_device_train_batch_size: {half}, and twice the accumulation"
+        passes = 2 * args.gradient_accumulation_steps
+        yield words, trained(per_device_train_batch_size=half, gradient_accumulation_steps=passes)
+    if lora is None:
+        from ..training.sections import LoraSection
+
+        yield "lora: {r: 16}", replace(run, lora=LoraSection())
+    elif not args.quantization and not args.layerwise_casting and not lora.use_dora:
+        yield "train.quantization: nf4", trained(quantization="nf4")
+        yield "train.layerwise_casting: true", trained(layerwise_casting=True)
+    if not data.cache_text_embeddings:
+        cached = replace(data, cache_text_embeddings="cache")
+        yield "data.cache_text_embeddings: FOLDER", replace(run, data=cached)
+    if not data.cache_latents and not data.online:
+        yield "data.cache_latents: FOLDER", replace(run, data=replace(data, cache_latents="cache"))
+    if args.offload == "none":
+        yield "train.offload: group", trained(offload="group")
+    if args.optim in ("adamw", "adamw_fused"):
+        yield "train.optim: adamw_8bit", trained(optim="adamw_8bit")

@@ -1,0 +1,366 @@
+"""What a step of a run takes: parameters, work and memory, without weights and data.
+
+The network is built from its configuration alone. One step runs on tensors without
+content, which count their bytes and the operations on them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..backbones import Backbone
+from ..errors import ConfigError
+from .build import DTYPES, build_network, trainable_parameters
+from .config import TrainingConfig
+from .reference import AdapterOffReference
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+GIB = 2**30
+GPUS = {
+    "rtx3060": 12, "rtx4060ti": 16, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24, "rtx5070": 12,
+    "rtx5080": 16, "rtx5090": 32, "rtx3090": 24, "t4": 16, "v100": 32, "l4": 24, "a10": 24,
+    "l40s": 48, "a6000": 48, "a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180,
+}  # fmt: skip
+"""Name of a GPU -> its memory in GiB."""
+CONTEXT = 0.8
+"""GiB that CUDA, its libraries and fragments of memory take beside the tensors."""
+_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_fused": 8.0, "adamw_8bit": 2.0, "adafactor": 0.1}
+_OPTIMIZER_BYTES["prodigy"] = 16.0
+_QUANTISED_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp8": 1.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step of a run takes on one device.
+
+    Attributes:
+        parameters (`int`): of the network, with its adapter.
+        trainable (`int`): of these.
+        rows (`int`): images that go through the network in one micro-batch.
+        flops (`float`): of one micro-batch: policy, reference and backward pass.
+        bytes (`dict[str, float]`): part -> bytes at the peak.
+    """
+
+    parameters: int
+    trainable: int
+    rows: int
+    flops: float
+    bytes: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """Bytes of all parts together."""
+        return sum(self.bytes.values())
+
+
+def gpu_memory(name: str) -> float:
+    """Read a GPU's memory in GiB from its name or from a size such as ``24GB``.
+
+    Raises:
+        ConfigError: The name is not known. The message lists those that are.
+    """
+    text = name.lower().replace(" ", "").replace("geforce", "").replace("nvidia", "")
+    if text in GPUS:
+        return float(GPUS[text])
+    number = text.removesuffix("gib").removesuffix("gb").removesuffix("g")
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 10_000:
+        raise ConfigError(
+            "--gpu",
+            f"{name!r} is neither a size such as 24GB nor one of {', '.join(sorted(GPUS))}",
+        )
+    return size
+
+
+def estimate(
+    backbone: Backbone,
+    args: TrainingConfig,
+    peft_config: LoraConfig | None,
+    *,
+    images_per_group: int,
+    has_reference: bool,
+    size: tuple[int, int],
+    caches_latents: bool,
+    caches_prompts: bool,
+) -> Estimate:
+    """Run one micro-batch on tensors without content.
+
+    Args:
+        backbone (`Backbone`): The model, of which configs alone are read.
+        args (`TrainingConfig`): Settings of the run.
+        peft_config (`LoraConfig`, *optional*): The LoRA. None trains all weights.
+        images_per_group (`int`): Images of one row of the data, 2 for pairs.
+        has_reference (`bool`): Whether the method has a reference.
+        size: Height and width of the images.
+        caches_latents (`bool`): Whether latents come from a cache.
+        caches_prompts (`bool`): Whether encoded prompts come from a cache.
+
+    Returns:
+        `Estimate`: Parameters, work and bytes.
+
+    Raises:
+        ConfigError: The family's inputs are not known here.
+    """
+    dtype = DTYPES[args.mixed_precision]
+    plain = _without_options(args)
+    empty = backbone.source.empty(
+        backbone.network_name, dtype if peft_config is not None else torch.float32
+    )
+    backbone.use_network(empty)
+    network = build_network(backbone, plain, peft_config)
+    trained = trainable_parameters(network)
+    rows = args.per_device_train_batch_size * images_per_group
+    runs_reference = has_reference and not args.precompute_ref_errors
+    parts = {"weights": _weight_bytes(network, args)}
+    if has_reference and peft_config is None and not args.precompute_ref_errors:
+        parts["reference"] = 0.0 if args.offload_reference else _bytes(network)
+        if args.offload == "group":
+            parts["reference"] = 0.0
+    count = sum(p.numel() for p in trained)
+    parts["optimizer"] = _OPTIMIZER_BYTES[args.optim] * count
+    if args.use_ema and not args.offload_ema:
+        parts["average"] = 4.0 * count
+    parts |= _frozen_parts(backbone, dtype, args, caches_latents, caches_prompts)
+    live, flops = _step(
+        backbone, network, args, rows, size, runs_reference, peft_config is not None
+    )
+    if args.gradient_accumulation_steps > 1:
+        parts["gradients"] = 4.0 * count
+    parts["activations and gradients"] = live
+    return Estimate(sum(p.numel() for p in network.parameters()), count, rows, flops, parts)
+
+
+def _without_options(args: TrainingConfig) -> TrainingConfig:
+    """Turn off what a network without content cannot have."""
+    return replace(
+        args, quantization=None, layerwise_casting=False, compile=False, attention="native"
+    )
+
+
+def _bytes(module: Module) -> float:
+    return float(sum(p.numel() * p.element_size() for p in module.parameters()))
+
+
+def _weight_bytes(network: Module, args: TrainingConfig) -> float:
+    """Bytes of the network's weights, the frozen linear ones as they are stored."""
+    total = _bytes(network)
+    stored = _QUANTISED_BYTES.get(args.quantization or "")
+    if args.layerwise_casting:
+        stored = 1.0
+    if stored is None:
+        return total
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            total -= module.weight.numel() * (module.weight.element_size() - stored)
+    return total
+
+
+def _frozen_parts(
+    backbone: Backbone,
+    dtype: torch.dtype,
+    args: TrainingConfig,
+    caches_latents: bool,
+    caches_prompts: bool,
+) -> dict[str, float]:
+    """Bytes of the encoders and the autoencoder that stay on the device."""
+    if args.offload == "group":
+        return {}
+    parts: dict[str, float] = {}
+    source = backbone.source
+    names = [name for name in source.component_names() if name.startswith("text_encoder")]
+    if not caches_prompts:
+        size = sum(_bytes(source.empty(name, dtype)) for name in names)
+        parts["text encoders"] = float(size)
+    if not caches_latents:
+        parts["autoencoder"] = _bytes(source.empty("vae", backbone.component_dtype("vae")))
+    return parts
+
+
+# The step -----------------------------------------------------------------------------
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._add(value)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _flop_formulas() -> dict[Any, Any]:
+    """The work of attention on CPUs, which torch's counter does not know."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+@contextmanager
+def _without_content(network: Module) -> Iterator[Any]:
+    """Give a network on the meta device tensors that pretend to lie on the CPU.
+
+    Attention then takes the kernel that does not keep its weights, as on a GPU.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    place = torch.device("cpu")
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(
+                    FakeTensor(mode, parameter.data, place), parameter.requires_grad
+                )
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = FakeTensor(mode, buffer, place)
+    with mode:
+        yield mode
+
+
+def _step(
+    backbone: Backbone,
+    network: Module,
+    args: TrainingConfig,
+    rows: int,
+    size: tuple[int, int],
+    runs_reference: bool,
+    is_lora: bool,
+) -> tuple[float, float]:
+    """Bytes at the peak of forward and backward passes, and their FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dtype = DTYPES[args.mixed_precision]
+    counter = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
+    with _without_content(network):
+        noisy = torch.randn(rows, *backbone.latent_shape(*size)).to(dtype)
+        condition = example_condition(backbone, rows, dtype)
+        times = torch.full((rows,), 300.0)
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with counter, _LiveBytes() as live, autocast:
+            errors = _errors(backbone, network, noisy, times, condition)
+            if runs_reference and is_lora:
+                reference = AdapterOffReference(network)
+                with torch.no_grad(), reference.adapters_off():
+                    _errors(backbone, network, noisy, times, condition)
+            elif runs_reference:
+                with torch.no_grad():
+                    _errors(backbone, network, noisy, times, condition)
+            torch.nn.functional.softplus(-errors).sum().backward()
+            peak = float(live.peak)
+    return peak, float(counter.get_total_flops())
+
+
+def _errors(
+    backbone: Backbone,
+    network: Module,
+    noisy: Tensor,
+    times: Tensor,
+    condition: dict[str, Tensor],
+) -> Tensor:
+    prediction = backbone.predict(network, noisy, times, condition)
+    return (prediction.float() - noisy.float()).square().flatten(1).mean(1)
+
+
+def example_condition(backbone: Backbone, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make inputs of the family's shapes.
+
+    Args:
+        backbone (`Backbone`): The model.
+        rows (`int`): Number of rows.
+        dtype (`torch.dtype`): Of embeddings. Masks are full.
+
+    Returns:
+        `dict[str, Tensor]`: As `encode_prompts` and `geometry_condition` give.
+
+    Raises:
+        ConfigError: The family does not say which shapes it has.
+    """
+    shapes = backbone.condition_shapes()
+    if not shapes:
+        raise ConfigError(
+            "model",
+            f"a {backbone.source.pipeline_class_name} has no estimate yet: its backbone has no "
+            "condition_shapes",
+        )
+    condition = {}
+    for name, shape in shapes.items():
+        if name.endswith("mask"):
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            with _disable_current_modes():  # masks have content, which decides on lengths
+                condition[name] = torch.ones(rows, *shape, dtype=torch.bool)
+        else:
+            condition[name] = torch.randn(rows, *shape).to(dtype)
+    return condition
+
+
+# What to change -----------------------------------------------------------------------
+
+
+def advice(changes: Sequence[tuple[str, Estimate]], base: Estimate) -> list[str]:
+    """Order changes of a run by what they save.
+
+    Args:
+        changes: Change in words, and the estimate with it.
+        base (`Estimate`): Without a change.
+
+    Returns:
+        `list[str]`: A line for each that saves something, the largest first.
+    """
+    saved = sorted(
+        ((base.peak - changed.peak, words, changed) for words, changed in changes),
+        key=lambda entry: entry[0],
+        reverse=True,
+    )
+    return [
+        f"{words}: saves {gain / GIB:.1f} GiB, {changed.peak / GIB:.1f} GiB then"
+        for gain, words, changed in saved
+        if gain > 0.02 * base.peak
+    ]

@@ -1,0 +1,135 @@
+"""Estimates without weights agree with the same step on real tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiers import by_default
+from tiny import build_pipeline, first_batch, lora_config, make_trainer, pair_rows
+from tiny_families import TRANSFORMERS, size_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffalign import DiffusionDPOConfig, cli
+from diffalign.backbones import load_backbone
+from diffalign.errors import ConfigError
+from diffalign.training import estimate as estimate_module
+from diffalign.training.estimate import Estimate, estimate, gpu_memory
+
+FAMILIES = ["sd", "sdxl", "sd3", *(name for name in TRANSFORMERS if name != "qwen-image-21")]
+
+
+def estimated(model: Any, side: int, lora: bool = True, **options: Any) -> Estimate:
+    args = DiffusionDPOConfig(output_dir="never", per_device_train_batch_size=2, **options)
+    return estimate(
+        load_backbone(model), args, lora_config() if lora else None, images_per_group=2,
+        has_reference=True, size=(side, side), caches_latents=False, caches_prompts=False,
+    )  # fmt: skip
+
+
+@by_default(lambda family, lora: (family, lora) in (("sd", True), ("flux", True), ("sd3", False)))
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_and_work_are_those_of_real_tensors(
+    family: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is read for its configs alone: its weights are gone."""
+    if family == "pixart" and lora:
+        pytest.skip("the family has no LoRA")
+    side = size_of(family)
+    build_pipeline(family).save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    result = estimated(str(tmp_path), side, lora)
+
+    def real(network: Any) -> Any:
+        return torch.enable_grad()
+
+    monkeypatch.setattr(estimate_module, "_without_content", real)
+    monkeypatch.setattr(
+        "diffalign.backbones.loading.ModelSource.empty",
+        lambda self, name, dtype=torch.float32: self.load(name, dtype),
+    )
+    expected = estimated(build_pipeline(family), side, lora)
+    assert result.parameters == expected.parameters and result.trainable == expected.trainable
+    assert result.flops == expected.flops > 0 and result.rows == expected.rows == 4
+    assert result.bytes.keys() == expected.bytes.keys()
+    for name, size in expected.bytes.items():
+        assert result.bytes[name] == pytest.approx(size, rel=0.01), name
+
+
+def test_the_work_is_that_of_a_training_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(
+        tmp_path, "sd", rows=pair_rows(4), peft_config=lora_config(),
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    batch = first_batch(trainer)
+    counter = FlopCounterMode(display=False, custom_mapping=estimate_module._flop_formulas())
+    with counter:
+        trainer.compute_loss(batch)[0].sum().backward()
+    tokens = {"prompt_embeds": tuple(batch.condition["prompt_embeds"].shape[1:])}
+    monkeypatch.setattr(type(trainer.backbone), "condition_shapes", lambda self: tokens)
+    assert estimated(build_pipeline("sd"), 32).flops == counter.get_total_flops()
+
+
+def test_options_save_what_they_say() -> None:
+    def peak(lora: bool = True, **options: Any) -> Estimate:
+        return estimated(build_pipeline("flux"), 32, lora, **options)
+
+    base = peak(mixed_precision="bf16")
+    weights, live = base.bytes["weights"], base.bytes["activations and gradients"]
+    small = peak(mixed_precision="bf16", layerwise_casting=True)
+    assert 0.5 * weights < small.bytes["weights"] < weights
+    assert peak(mixed_precision="bf16", quantization="nf4").peak < small.peak
+    checkpointed = peak(mixed_precision="bf16", gradient_checkpointing=True)
+    assert checkpointed.bytes["activations and gradients"] < live
+    assert checkpointed.flops > base.flops
+    assert peak().bytes["activations and gradients"] > live
+    whole = peak(lora=False)
+    assert whole.bytes["reference"] == whole.bytes["weights"]
+    assert whole.bytes["optimizer"] == 8 * whole.trainable == 8 * whole.parameters
+    assert "text encoders" not in peak(offload="group").bytes
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, str]:
+    code = cli.run(["estimate", *map(str, options)])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_pipeline("sdxl").save_pretrained(tmp_path / "model")
+    fields = ["--method", "diffusion_dpo", "--model", tmp_path / "model", "--lora.r", 4]
+    fields += ["--data.dataset_name", "unread", "--train.per_device_train_batch_size", 2]
+    fields += ["--data.resolution", 32, "--train.output_dir", tmp_path / "out"]
+    code, said = run(capsys, *fields, "--gpu", "24GB", "--num_gpus", 8)
+    assert code == 0 and "4 images in a pass x 1 passes x 8 GPUs = 32 images" in said
+    assert "of 24 GiB: fits" in said and "text encoders" in said
+    code, said = run(capsys, *fields, "--gpu", "0.80001GB")
+    assert code == 1 and "does not fit" in said
+    changes = said.partition("what to change, one at a time:")[2].splitlines()[1:]
+    saved = [float(line.partition("saves ")[2].split()[0]) for line in changes]
+    assert len(changes) >= 2 and saved == sorted(saved, reverse=True)
+    assert any("gradient_checkpointing" in line for line in changes)
+    assert not (tmp_path / "out").exists()
+    code, said = run(capsys, *fields, "--gpu", "RTX9999")
+    assert code == 2 and "'RTX9999' is neither a size such as 24GB nor one of a10, a100" in said
+    code, said = run(capsys)
+    assert code == 2 and "--config: name a run file" in said
+
+
+def test_memory_of_gpus() -> None:
+    assert gpu_memory("RTX 4090") == gpu_memory("24GB") == gpu_memory("24 GiB") == 24
+    assert gpu_memory("NVIDIA H100") == 80
+    for name in ("0GB", "-3", "huge", ""):
+        with pytest.raises(ConfigError, match="--gpu"):
+            gpu_memory(name)
+
+
+def test_a_family_without_shapes_says_so() -> None:
+    with pytest.raises(ConfigError, match="has no estimate yet"):
+        estimated(build_pipeline("qwen-image-21"), 64)
