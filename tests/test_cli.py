@@ -185,7 +185,7 @@ def test_pickled_weights_are_refused(
     assert "is a pickle" in fails(world, capsys, "--model", tmp_path / "model")
     assert not (tmp_path / "executed").exists()
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Payload()))
-    assert "single file" in fails(world, capsys, "--model", tmp_path / "model.ckpt")
+    assert "is no safetensors file" in fails(world, capsys, "--model", tmp_path / "model.ckpt")
     assert not (tmp_path / "executed").exists()
 
 
