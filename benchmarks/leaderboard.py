@@ -16,11 +16,11 @@ more is shortened.
 Every model then draws the 60 prompts that choose, one image each, at guidance 1, 1.5,
 2, 3, 5 and 7. The scale with the highest mean score is its best one. There it draws the
 120 held-out prompts, four images each, from the same noise as the base at the base's
-best scale. The settings of the recipes come from an earlier embedded world, where some
-were chosen on half of the held-out prompts. On this one those of Diffusion-DPO were
-compared on the choosing prompts. Steering and best of four are no training but four
-times the work of every image. Memory is the peak resident size of a process that trains
-three steps.
+best scale. Settings of Diffusion-DPO and RankDPO were compared on the choosing prompts
+(`benchmarks/recipe_study.py`). Those of the other methods were chosen on an earlier
+embedded world, with other weights, some on half of the held-out prompts, and are
+unchanged. Steering and best of four are no training but four times the work of every
+image. Memory is the peak resident size of a process that trains three steps.
 
 Models are trained and judged --jobs at a time, each in a process of its own with its
 share of the cores. Finished parts lie in --work: interrupted, it goes on. The results
@@ -419,7 +419,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         if trained:
             cost = [
                 f"{np.mean([run['rows'] for run in runs]) / 1000:.0f}",
-                f"{np.mean([run['seconds'] for run in runs]):.0f} ({runs[0]['steps']})",
+                f"{np.median([run['seconds'] for run in runs]):.0f} ({runs[0]['steps']})",
                 f"{runs[0]['peak_mib']:.0f}",
             ]
         cells = [
@@ -433,7 +433,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
             "" if kind == "base" else interval(pooled(base, runs, "learned")),
             f"{np.mean([run['diversity'] for run in runs]):.3f}",
             *cost,
-            f"{1000 * np.mean([run['seconds_per_image'] for run in runs]):.0f}",
+            f"{1000 * np.median([run['seconds_per_image'] for run in runs]):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -573,8 +573,8 @@ def main() -> None:
         *curves(results),
         *verdicts(results),
         "",
-        "Intervals are 95 %, clustered by prompt; the win-rate column pools the seeds. Training "
-        "seconds are those of the runs as they ran, side by side. Passes leave out decoding and "
+        "Intervals are 95 %, clustered by prompt; the win-rate column pools the seeds. Seconds "
+        "are medians over the seeds, of runs side by side. Passes leave out decoding and "
         "judging, which is most of SPO's time here: it decodes every candidate of every step.",
     ]
     output.write_text("\n".join(body) + "\n")
