@@ -8,7 +8,8 @@ The 600 training prompts are split once: 540 make the training data, 60 choose. 
 draws six images of each of the 540 at its default guidance, and the verifier's graded
 score ranks them (`diffalign data build`). DCPO gets a recaptioned copy, the methods
 that sample for themselves get the prompts and the verifier. Each method is trained as
-its `configs/<method>/shapes.yaml` says, from --seeds seeds, under one budget: at most
+its `configs/<method>/shapes.yaml` (for the flow model `shapes_flow.yaml`, where there
+is one) says, from --seeds seeds, under one budget: at most
 260,000 passes of one row through the network, everything counted (a pass with backward
 as three; drawing the training images, with guidance, as well). A recipe that would take
 more is shortened.
@@ -202,7 +203,10 @@ def run_of(name: str, options: argparse.Namespace, seed: int, **more: Any) -> An
     }
     if arm.kind != "online" and not (arm.config or "").startswith("self_npo"):
         values["data.cache_latents"] = work / "cache"
-    return recipe(str(arm.config), values | more, arm.overrides)
+    config = str(arm.config)
+    if options.model == "shapes-flow" and (ROOT / "configs" / f"{config}_flow.yaml").is_file():
+        config = f"{config}_flow"
+    return recipe(config, values | more, arm.overrides)
 
 
 def recipe(config: str, values: dict[str, Any], overrides: Iterable[str] = ()) -> Any:

@@ -32,9 +32,9 @@ class QuickstartConfig:
     """Optimizer steps."""
     batch_size: Count = 16
     """Pairs per step."""
-    beta: Positive[float] = 500.0
-    """Diffusion-DPO's beta. It is small, because these preferences are nearly free of
-    noise."""
+    beta: Positive[float] | None = None
+    """Diffusion-DPO's beta; null: 500 for shapes, 50 for shapes-flow. It is small,
+    because these preferences are nearly free of noise."""
     learning_rate: Positive[float] = 1e-3
     """Learning rate of the LoRA."""
     rank: Count = 16

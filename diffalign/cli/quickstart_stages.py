@@ -30,6 +30,8 @@ CHOICE_SEED = 15_000_000
 """First seed of the images that choose the guidance scales."""
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
 """The scales among which each model's best one is chosen."""
+BETAS = {"shapes": 500.0, "shapes-flow": 50.0}
+"""Model -> beta of Diffusion-DPO."""
 
 
 def run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
@@ -224,7 +226,7 @@ def train(folder: Path, config: QuickstartConfig, dataset: Path) -> None:
         seed=config.seed,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
-        beta=config.beta,
+        beta=config.beta or BETAS[config.model],
         learning_rate=config.learning_rate,
         lr_scheduler="cosine",
         warmup_steps=min(20, config.max_steps // 10),

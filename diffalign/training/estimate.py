@@ -195,12 +195,23 @@ def _frozen_parts(
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, while they live."""
+    """Counts the bytes of the tensors that operations make, while they live.
 
-    def __init__(self) -> None:
+    Views of weights are no new bytes.
+
+    Args:
+        network: Its weights and buffers are there already.
+    """
+
+    def __init__(self, network: Module) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+        # Held, since a storage's identity lasts as long as a reference to it.
+        self._there = [
+            tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())
+        ]
+        self._weights = {id(storage) for storage in self._there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -212,7 +223,7 @@ class _LiveBytes(TorchDispatchMode):
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
-        if key in self._known:
+        if key in self._known or key in self._weights:
             return
 
         def gone(_: Any) -> None:
@@ -283,7 +294,8 @@ def _step(
         condition = example_condition(backbone, rows, dtype)
         times = torch.full((rows,), 300.0)
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        with counter, _LiveBytes() as live, autocast:
+
+        def step() -> None:
             errors = _errors(backbone, network, noisy, times, condition)
             if runs_reference and is_lora:
                 reference = AdapterOffReference(network)
@@ -293,8 +305,13 @@ def _step(
                 with torch.no_grad():
                     _errors(backbone, network, noisy, times, condition)
             torch.nn.functional.softplus(-errors).sum().backward()
-            peak = float(live.peak)
-    return peak, float(counter.get_total_flops())
+
+        with _LiveBytes(network) as live, autocast:
+            step()
+        network.zero_grad(set_to_none=True)
+        with counter, autocast:  # apart, since the counter keeps tensors alive
+            step()
+    return float(live.peak), float(counter.get_total_flops())
 
 
 def _errors(

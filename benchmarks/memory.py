@@ -1,0 +1,202 @@
+"""Peak memory of a training step, measured beside `diffalign estimate`.
+
+    python benchmarks/memory.py [--models sd15 sdxl flux] [--cases NAME ...]
+        [--work FOLDER] [--output benchmarks/memory.md]
+
+SD1.5 and SDXL have their full shapes, Flux has 12 of its 57 blocks, all with random
+weights. Every case is a process of its own on the CPU: it trains two steps of
+Diffusion-DPO with one pair, from caches that another process has filled, and its
+highest resident size counts, less that before the model was built. The estimate is of
+the same run, with what it says of weights, optimizer, reference, activations and
+gradients. Finished cases lie in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = 12
+LORA = {"lora": True}
+CASES: dict[str, dict[str, Any]] = {
+    "LoRA, fp32": LORA,
+    "LoRA, fp32, checkpointed": {**LORA, "gradient_checkpointing": True},
+    "LoRA, bf16": {**LORA, "mixed_precision": "bf16"},
+    "LoRA, bf16, checkpointed": {
+        **LORA, "mixed_precision": "bf16", "gradient_checkpointing": True,
+    },
+    "LoRA, bf16, checkpointed, layerwise casting": {
+        **LORA, "mixed_precision": "bf16", "gradient_checkpointing": True,
+        "layerwise_casting": True,
+    },
+    "LoRA, bf16, precomputed reference": {
+        **LORA, "mixed_precision": "bf16", "precompute_ref_errors": True,
+    },
+    "full, fp32, checkpointed": {"gradient_checkpointing": True},
+    "full, bf16, checkpointed": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+}  # fmt: skip
+BIG = {"sd15": list(CASES), "sdxl": list(CASES)[2:6], "flux": list(CASES)[2:5]}
+"""Model -> cases that fit 20 GB of host memory."""
+
+
+def trainer_of(model: str, case: str, work: Path, **more: Any) -> Any:
+    """The trainer of a case, on one pair."""
+    from full_size import SIZES, pipeline
+    from PIL import Image
+
+    from diffalign import DataConfig, DiffusionDPOConfig, DiffusionDPOTrainer
+
+    options = dict(CASES[case])
+    peft_config = None
+    if options.pop("lora", False):
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian")
+    precision = options.get("mixed_precision", "no")
+    dtype = torch.bfloat16 if precision == "bf16" and peft_config else torch.float32
+    side = SIZES[model]
+    images = [Image.new("RGB", (side, side), colour) for colour in ("red", "blue")]
+    rows = [{"prompt": "a red square", "chosen": images[0], "rejected": images[1]}] * 2
+    caches = str(work / f"cache-{model}-{precision}")
+    return DiffusionDPOTrainer(
+        model=pipeline(model, dtype, BLOCKS),
+        args=DiffusionDPOConfig(
+            output_dir=str(work / "run"),
+            overwrite_output_dir=True,
+            max_steps=2,
+            per_device_train_batch_size=1,
+            ref_error_draws=1,
+            **options,
+            **more,
+        ),
+        train_dataset=rows,
+        peft_config=peft_config,
+        data=DataConfig(resolution=side, cache_latents=caches, cache_text_embeddings=caches),
+    )
+
+
+def resident() -> float:
+    """Resident size of this process now, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * resource.getpagesize())
+
+
+def measure(model: str, case: str, work: Path) -> dict[str, float]:
+    """In this process: train, and say the peak."""
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    import diffalign  # noqa: F401
+
+    before = resident()
+    trainer = trainer_of(model, case, work)
+    trainer.setup()
+    # The peak of loading and caching is not a step's.
+    Path("/proc/self/clear_refs").write_text("5")
+    started = time.perf_counter()
+    trainer.train()
+    status = Path("/proc/self/status").read_text()
+    peak = float(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return {"bytes": peak - before, "seconds": (time.perf_counter() - started) / 2}
+
+
+def estimated(model: str, case: str, work: Path) -> dict[str, float]:
+    """The estimate of the same run, part by part."""
+    from full_size import SIZES, pipeline
+
+    from diffalign.backbones import load_backbone
+    from diffalign.training.estimate import estimate
+
+    pipe = pipeline(model, torch.float32, BLOCKS, "meta")
+    from peft import LoraConfig
+
+    from diffalign import DiffusionDPOConfig
+
+    options = dict(CASES[case])
+    lora = LoraConfig(r=16, lora_alpha=16) if options.pop("lora", False) else None
+    side = SIZES[model]
+    result = estimate(
+        load_backbone(pipe), DiffusionDPOConfig(output_dir="never", **options), lora,
+        images_per_group=2, has_reference=True, size=(side, side), caches_latents=True,
+        caches_prompts=True,
+    )  # fmt: skip
+    return {**result.bytes, "flops": result.flops}
+
+
+def alone(*arguments: object) -> dict[str, float]:
+    """Runs this file in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{arguments}: {done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def kept(path: Path, *arguments: object) -> dict[str, float]:
+    """What a process says, from the file where it is there already."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(alone(*arguments)))
+    result: dict[str, float] = json.loads(path.read_text())
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=list(BIG), choices=list(BIG))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--work", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--estimate", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure or options.estimate:
+        call = measure if options.measure else estimated
+        print(json.dumps(call(*(options.measure or options.estimate), options.work)))
+        return
+    lines = [
+        "# Peak memory of a step, measured and estimated",
+        "",
+        *str(__doc__).split("\n\n", 1)[1].rstrip().split("\n"),
+        "",
+        f"Measured on {platform.machine()}, {os.cpu_count()} CPU cores, torch "
+        f"{torch.__version__.split('+')[0]}.",
+        "",
+        "| model | case | measured, GiB | estimated, GiB | ratio | TFLOP | s a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    work = options.work
+    for model in options.models:
+        for case in options.cases or BIG[model]:
+            name = f"{model}-{case}".replace(" ", "-").replace(",", "")
+            where = (model, case, "--work", work)
+            real = kept(work / f"{name}.json", "--measure", *where)
+            guess = kept(work / f"{name}-estimate.json", "--estimate", *where)
+            flops = guess.pop("flops") / 1e12
+            total, peak = sum(guess.values()) / 2**30, real["bytes"] / 2**30
+            lines.append(
+                f"| {model} | {case} | {peak:.2f} | {total:.2f} | {total / peak:.2f} | "
+                f"{flops:.2f} | {real['seconds']:.0f} |"
+            )
+            print(lines[-1], flush=True)
+    options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
