@@ -1,6 +1,6 @@
 """What single settings of a recipe do, on prompts that no leaderboard reports.
 
-    python benchmarks/recipe_study.py --study guidance|lists [--model shapes]
+    python benchmarks/recipe_study.py --study guidance|lists|beta [--model shapes]
         [--arms NAME ...] [--seeds N] [--work FOLDER] [--output FILE]
 
 A method is trained as its `configs/<method>/shapes.yaml` says, and again with one
@@ -104,6 +104,11 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "RankDPO, beta 200": listed(beta=200.0),
         "RankDPO, beta 2000": listed(beta=2000.0),
     },
+    "beta": {
+        "base": Arm(None),
+        **{f"Diffusion-DPO, beta {b:g}": changed(beta=b) for b in (20.0, 50.0, 100.0, 500.0)},
+        **{f"RankDPO, beta {b:g}": listed(beta=b) for b in (20.0, 50.0, 200.0)},
+    },
 }
 ABOUT = {
     "guidance": """Why does a tuned model suffer at high guidance, and what helps?
@@ -120,6 +125,10 @@ learns from. On these its loss is Diffusion-DPO's times a weight. beta is 500 as
 Diffusion-DPO's recipe, a step has 8 lists, and the gains are the win rates that
 `diffalign data build` writes, where an arm does not say otherwise.
 "Shared noise" gives all images of a list one noise, as Diffusion-DPO does.""",
+    "beta": """Which beta does a model want?
+
+The errors of a flow model's velocity are larger than those of a UNet's noise, and so are
+their differences between two images. The same beta then holds the policy back more.""",
 }
 
 
