@@ -87,7 +87,7 @@ class ModelSource:
         if self.embedded is not None:
             self.location, self.local = str(weights_dir(self.embedded)), True
         elif is_single_file(model):
-            self.location, self.local = str(converted(model, base)), True
+            self.location, self.local = str(converted(model, base, ModelSource)), True
         else:
             self.location, self.local = self.name, Path(self.name).is_dir()
         self.index = self._read_index()

@@ -11,7 +11,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "diffalign" / "single-file"
 
 
-def converted(file: str | Path, base: str | None = None) -> Path:
+def converted(file: str | Path, base: str | None, open_base: Callable[[str], Any]) -> Path:
     """Convert a checkpoint in one file, if that was not done before.
 
     Args:
@@ -49,6 +49,7 @@ def converted(file: str | Path, base: str | None = None) -> Path:
         base (`str`, *optional*): folder or Hub id of a pipeline of the same family. The
             configs come from it, and the parts that the file lacks. The default is the
             family's own on the Hub.
+        open_base (`Callable`): `ModelSource`, which opens that pipeline.
 
     Returns:
         `Path`: folder of a diffusers pipeline.
@@ -75,7 +76,7 @@ def converted(file: str | Path, base: str | None = None) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "model_index.json").is_file():
             print(f"model: converting {path} ({kind}), once, into {folder}", flush=True)
-            _convert(path, base, shapes, folder)
+            _convert(path, base, open_base, shapes, folder)
     return folder
 
 
@@ -117,12 +118,16 @@ def _default_base(kind: str) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
-def _convert(path: Path, base: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _convert(
+    path: Path,
+    base: str,
+    open_base: Callable[[str], Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+) -> None:
     """Write the pipeline of a file and of what it lacks into a folder, or nothing."""
-    from .loading import ModelSource
-
     try:
-        source = ModelSource(base)
+        source = open_base(base)
     except ConfigError as error:
         raise ConfigError(
             "model",
