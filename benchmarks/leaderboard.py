@@ -203,14 +203,15 @@ def run_of(name: str, options: argparse.Namespace, seed: int, **more: Any) -> An
     }
     if arm.kind != "online" and not (arm.config or "").startswith("self_npo"):
         values["data.cache_latents"] = work / "cache"
-    config = str(arm.config)
-    if options.model == "shapes-flow" and (ROOT / "configs" / f"{config}_flow.yaml").is_file():
-        config = f"{config}_flow"
-    return recipe(config, values | more, arm.overrides)
+    return recipe(str(arm.config), values | more, arm.overrides)
 
 
 def recipe(config: str, values: dict[str, Any], overrides: Iterable[str] = ()) -> Any:
-    """A run of `configs/` with other values, without its validation."""
+    """A run of `configs/` with other values, without its validation. The flow model has
+    files of its own for some methods."""
+    own = f"{config}_flow"
+    if values.get("model") == "shapes-flow" and (ROOT / "configs" / f"{own}.yaml").is_file():
+        config = own
     arguments = [str(x) for key, value in values.items() for x in (f"--{key}", value)]
     run = load_run(ROOT / "configs" / f"{config}.yaml", [*arguments, *overrides])
     run.validation = None

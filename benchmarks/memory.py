@@ -21,12 +21,13 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from leaderboard import kept
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = 12
 LORA = {"lora": True}
 CASES: dict[str, dict[str, Any]] = {
@@ -146,15 +147,6 @@ def alone(*arguments: object) -> dict[str, float]:
     return result
 
 
-def kept(path: Path, *arguments: object) -> dict[str, float]:
-    """What a process says, from the file where it is there already."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(alone(*arguments)))
-    result: dict[str, float] = json.loads(path.read_text())
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -186,8 +178,8 @@ def main() -> None:
         for case in options.cases or BIG[model]:
             name = f"{model}-{case}".replace(" ", "-").replace(",", "")
             where = (model, case, "--work", work)
-            real = kept(work / f"{name}.json", "--measure", *where)
-            guess = kept(work / f"{name}-estimate.json", "--estimate", *where)
+            real = kept(work / f"{name}.json", partial(alone, "--measure", *where))
+            guess = kept(work / f"{name}-estimate.json", partial(alone, "--estimate", *where))
             flops = guess.pop("flops") / 1e12
             total, peak = sum(guess.values()) / 2**30, real["bytes"] / 2**30
             lines.append(

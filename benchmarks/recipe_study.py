@@ -168,10 +168,7 @@ def trained(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
         "train.save_steps": 100_000,
         "train.seed": seed,
     }
-    config = f"{arm.config}/shapes"
-    if options.model == "shapes-flow" and (ROOT / "configs" / f"{config}_flow.yaml").is_file():
-        config = f"{config}_flow"
-    train_whole(build_trainer(recipe(config, values, arm.overrides)))
+    train_whole(build_trainer(recipe(f"{arm.config}/shapes", values, arm.overrides)))
     return Path(folder)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ def screenshots(seed: int, folder: Path) -> list[Image.Image]:
 
 
 def _photograph(visitor: Any, file: Path) -> None:
-    import time
-
     visitor.driver.execute_script("window.scrollTo(0, 0); document.activeElement.blur()")
     time.sleep(1)  # what fades in has done so
     visitor.driver.save_screenshot(str(file))

@@ -431,16 +431,15 @@ def write_lora(lora: LoraWeights, file: Path, form: LoraFormat) -> None:
     """
     from safetensors.torch import save_file
 
+    metadata: dict[str, str] = {}
     if form == "peft":
         tensors, config = _to_peft(lora)
-        file.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(file))
-        save_file(tensors, file / _PEFT_WEIGHTS, {"format": "pt"})
-        return
-    if form == "diffusers":
+        file = file / _PEFT_WEIGHTS
+    elif form == "diffusers":
         tensors, metadata = _to_diffusers(lora)
     else:
-        tensors, metadata = _to_original(lora, form), {}
+        tensors = _to_original(lora, form)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -563,7 +562,7 @@ def _to_peft(lora: LoraWeights) -> tuple[dict[str, Tensor], Any]:
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         tensors |= peft_tensors(f"{_PEFT_PREFIX}{path}", layer)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, peft_config(layers)
+    return tensors, peft_config(layers)
 
 
 def _to_diffusers(lora: LoraWeights) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from ..backbones import Backbone
@@ -128,9 +128,8 @@ def estimate(
     runs_reference = has_reference and not args.precompute_ref_errors
     parts = {"weights": _weight_bytes(network, args)}
     if has_reference and peft_config is None and not args.precompute_ref_errors:
-        parts["reference"] = 0.0 if args.offload_reference else _bytes(network)
-        if args.offload == "group":
-            parts["reference"] = 0.0
+        waits = args.offload_reference or args.offload == "group"
+        parts["reference"] = 0.0 if waits else _bytes(network)
     count = sum(p.numel() for p in trained)
     parts["optimizer"] = _OPTIMIZER_BYTES[args.optim] * count
     if args.use_ema and not args.offload_ema:
@@ -349,8 +348,6 @@ def example_condition(backbone: Backbone, rows: int, dtype: torch.dtype) -> dict
     condition = {}
     for name, shape in shapes.items():
         if name.endswith("mask"):
-            from torch.utils._python_dispatch import _disable_current_modes
-
             with _disable_current_modes():  # masks have content, which decides on lengths
                 condition[name] = torch.ones(rows, *shape, dtype=torch.bool)
         else:
