@@ -113,26 +113,13 @@ def measure(model: str, case: str, work: Path) -> dict[str, float]:
     return {"bytes": peak - before, "seconds": (time.perf_counter() - started) / 2}
 
 
-def estimated(model: str, case: str, work: Path) -> dict[str, float]:
+def estimated(model: str, case: str) -> dict[str, float]:
     """The estimate of the same run, part by part."""
-    from full_size import SIZES, pipeline
-
-    from diffalign.backbones import load_backbone
-    from diffalign.training.estimate import estimate
-
-    pipe = pipeline(model, torch.float32, BLOCKS, "meta")
-    from peft import LoraConfig
-
-    from diffalign import DiffusionDPOConfig
+    from full_size import SIZES, step_estimate
 
     options = dict(CASES[case])
-    lora = LoraConfig(r=16, lora_alpha=16) if options.pop("lora", False) else None
-    side = SIZES[model]
-    result = estimate(
-        load_backbone(pipe), DiffusionDPOConfig(output_dir="never", **options), lora,
-        images_per_group=2, has_reference=True, size=(side, side), caches_latents=True,
-        caches_prompts=True,
-    )  # fmt: skip
+    lora = bool(options.pop("lora", False))
+    result = step_estimate(model, BLOCKS, SIZES[model], lora, **options)
     return {**result.bytes, "flops": result.flops}
 
 
@@ -159,8 +146,11 @@ def main() -> None:
     parser.add_argument("--estimate", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure or options.estimate:
-        call = measure if options.measure else estimated
-        print(json.dumps(call(*(options.measure or options.estimate), options.work)))
+        if options.measure:
+            result = measure(*options.measure, options.work)
+        else:
+            result = estimated(*options.estimate)
+        print(json.dumps(result))
         return
     lines = [
         "# Peak memory of a step, measured and estimated",

@@ -24,6 +24,10 @@ _PERMISSION = (
 )
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FREE_SPACE = "free some space and run the command again"
+_NO_MEMORY = (
+    "the GPU is out of memory; a smaller batch needs less, and for a training run `diffalign "
+    "estimate --config RUN.yaml --gpu 24GB` lists what else saves memory, and how much"
+)
 _PATIENCE = 5  # seconds
 _FAILURES = ("CheckpointError", "NonFiniteLoss", "NonFiniteWeights")
 """Errors of training that are told in one sentence; named, since importing them loads
@@ -59,6 +63,8 @@ def report(error: BaseException) -> int | None:
     name = type(error).__name__
     if name in _FAILURES:
         return say(str(error), 1)
+    if name == "OutOfMemoryError":
+        return say(_NO_MEMORY, 1)
     if no_space(error):
         return say(f"cannot write a file (no space left on device); {_FREE_SPACE}", 1)
     if name == "Interrupted":

@@ -400,6 +400,14 @@ def test_messages_are_one_printable_line(capsys):
     assert said.count("\n") == 1 and "\x1b" not in said and len(said) < 2000
 
 
+def test_a_full_gpu_is_told_with_its_remedy(capsys):
+    import torch
+
+    assert exit_codes.report(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory" in said and "diffalign estimate" in said
+
+
 @pytest.mark.nightly
 def test_mutated_run_files(tmp_path):
     """600 random edits of the recipes: a run or one sentence."""
