@@ -165,9 +165,15 @@ class Backbone:
         return name in self._loaded
 
     def release(self, *names: str) -> None:
-        """Drop components from memory, such as encoders once everything is cached."""
+        """Drop components from memory, such as encoders once everything is cached.
+
+        Those of a pipeline that was handed in belong to the user, and wait on the CPU.
+        """
         for name in names:
-            self._loaded.pop(name, None)
+            component = self._loaded.pop(name, None)
+            if self.source.pipe is not None and isinstance(component, Module):
+                if not self.offloads:
+                    component.to("cpu")
         self._pipe = None
 
     def load_network(self, dtype: torch.dtype, quantization: Any = None) -> Any:
