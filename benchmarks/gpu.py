@@ -97,7 +97,7 @@ class Setup:
         return TINY_SIDE if self.tiny else SIZES[model]
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Any:
         """bf16, but on a CPU float32: many of them have no bf16 kernels."""
         return "bf16" if CUDA else "no"
 
@@ -315,7 +315,7 @@ def sampling(setup: Setup, work: Path) -> None:
         pipe, constant, num_particles=images // len(prompts), lmbda=1.0,
         intermediate_reward=lambda x0, given: x0.flatten(1).mean(1),
     )  # fmt: skip
-    call = {
+    call: dict[str, Any] = {
         "num_inference_steps": steps, "guidance_scale": guidance, "eta": 1.0,
         "height": side, "width": side,
     }  # fmt: skip
@@ -441,13 +441,13 @@ def optional(value: float | None, places: int = 1) -> str:
 def expectation(model: str, variant: str, setup: Setup) -> tuple[float, float]:
     """FLOPs of a step without a second forward pass of checkpointing, and the GiB that
     `diffalign estimate` expects."""
-    settings = {
+    settings: dict[str, Any] = {
         "mixed_precision": setup.precision,
         "per_device_train_batch_size": setup.pairs[model],
         "precompute_ref_errors": "precomputed" in variant,
         "cached": "cached" in variant,
     }
-    place = (model, setup.flux_blocks, setup.side(model), True, setup.tiny)
+    place: Any = (model, setup.flux_blocks, setup.side(model), True, setup.tiny)
     plain = step_estimate(*place, **settings)
     if model not in setup.checkpointed:
         return plain.flops, plain.peak / 2**30

@@ -6,11 +6,12 @@
 SD1.5 and SDXL have their full shapes, Flux has 12 of its 57 blocks, all with random
 weights. Every case is a process of its own on the CPU: it fills its caches, drops the
 encoders and the autoencoder as a run that loads them from a folder does, and trains
-Diffusion-DPO with one pair: two steps of SD1.5, one of the others. Its highest resident size while it trains counts,
-less that before the model was built. Blocks of 128 KiB or more go back to the system
-when they are freed (MALLOC_MMAP_THRESHOLD_). By default glibc keeps freed blocks of up
-to 32 MiB, which makes a process larger than its tensors: --heap measures that. The estimate is of the same run, with what it says of weights, optimizer, reference,
-activations and gradients. Finished cases lie in --work.
+Diffusion-DPO with one pair: two steps of SD1.5, one of the others. Its highest resident
+size while it trains counts, less that before the model was built. Blocks of 128 KiB or
+more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_). By default
+glibc keeps freed blocks of up to 32 MiB, which makes a process larger than its tensors:
+--heap measures that. The estimate is of the same run, with what it says of weights,
+optimizer, reference, activations and gradients. Finished cases lie in --work.
 """
 
 from __future__ import annotations
@@ -105,11 +106,9 @@ def measure(model: str, case: str, work: Path) -> dict[str, float]:
     before = resident()
     trainer = trainer_of(model, case, work, max_steps=2 if model == "sd15" else 1)
     trainer.setup()
-    pipe = trainer.backbone.source.pipe
-    for name, component in pipe.components.items():
+    for component in trainer.backbone.source.pipe.components.values():
         if isinstance(component, torch.nn.Module) and component is not trainer.network:
-            setattr(pipe, name, None)
-    del component, pipe
+            component.to("meta")
     gc.collect()
     # The peak of loading and caching is not a step's.
     Path("/proc/self/clear_refs").write_text("5")
@@ -156,12 +155,13 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--estimate", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure or options.estimate:
-        if options.measure:
-            result = measure(*options.measure, options.work)
-        else:
-            result = estimated(*options.estimate)
-        print(json.dumps(result))
+    if options.measure:
+        model, case = options.measure
+        print(json.dumps(measure(model, case, options.work)))
+        return
+    if options.estimate:
+        model, case = options.estimate
+        print(json.dumps(estimated(model, case)))
         return
     lines = [
         "# Peak memory of a step, measured and estimated",

@@ -171,9 +171,9 @@ class Backbone:
         """
         for name in names:
             component = self._loaded.pop(name, None)
-            if self.source.pipe is not None and isinstance(component, Module):
-                if not self.offloads:
-                    component.to("cpu")
+            is_given = self.source.pipe is not None and isinstance(component, Module)
+            if is_given and not self.offloads:
+                component.to("cpu")
         self._pipe = None
 
     def load_network(self, dtype: torch.dtype, quantization: Any = None) -> Any:
