@@ -13,7 +13,9 @@ Every variant is a process of its own that trains the same LoRA on the same pair
 Pick-a-Pic columns with the same batch. A global optimizer hook notes the time after
 each step and the process's peak resident memory, in our processes and the peer's alike;
 the median of the steps after the warm-up counts. Variants take turns, so that a slow
-minute of the machine hits all of them.
+minute of the machine hits all of them. "The network alone" is what no trainer can be
+faster than: the same UNet with the same LoRA on tensors that are there already, policy
+forward and backward and AdamW, with and without the reference's forward pass.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+BARE = {"the network alone": True, "the network alone, no reference": False}
 VARIANTS = {
     "diffalign": [],
     "diffalign, cache": ["cache"],
@@ -69,6 +72,35 @@ def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
         sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+
+
+def bare(result: str, model: str, rows: int, size: int, steps: int, reference: bool) -> None:
+    """Steps of the network alone: no data, no encoders, no loss of ours."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    width = unet.config["cross_attention_dim"]
+    inputs = torch.randn(rows, 4, size // 8, size // 8), torch.full((rows,), 300)
+    prompt = torch.randn(rows, 16, width)
+    times = []
+    for _ in range(steps):
+        if reference:
+            unet.disable_adapters()
+            with torch.no_grad():
+                unet(*inputs, prompt)
+            unet.enable_adapters()
+        unet(*inputs, prompt).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path(result).write_text(json.dumps({"times": times, "peak_kib": peak}))
 
 
 def make_pairs(folder: Path, count: int, size: int) -> None:
@@ -186,28 +218,17 @@ def worktree(commit: str, folder: Path) -> Path:
     return folder
 
 
-def measure(script: Path, arguments: list[str], steps: int, warm_up: int) -> tuple[float, float]:
-    """(median seconds per step, peak MiB) of one process."""
+def measure(arguments: list[str], steps: int, warm_up: int, tree: Path) -> tuple[float, float]:
+    """(median seconds per step, peak MiB) of one process of this file, with the package
+    of `tree`."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            str(result),
-            str(steps),
-            str(script),
-            *arguments,
-        ]
-        # `scripts/train.py` of a worktree must import the package beside it.
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(script.resolve().parents[1]),
-        }
+        kind, *rest = arguments
+        command = [sys.executable, __file__, kind, str(result), str(steps), *rest]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tree)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if not result.is_file():
-            sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            sys.exit(f"{rest[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         values = json.loads(result.read_text())
     times = values["times"][warm_up:]
     return statistics.median(b - a for a, b in itertools.pairwise(times)), values["peak_kib"] / 1024
@@ -228,21 +249,24 @@ def compare(
     make_pairs(data, max(64, 4 * batch), size)
     found: dict[str, list[tuple[float, float]]] = {}
     for number in range(rounds):
+        ways: dict[str, tuple[list[str], Path]] = {}
         if peer is not None:
             arguments = peer_arguments(model, data, work / f"peer{number}", batch, size, steps)
-            found.setdefault("peer", []).append(measure(peer, arguments, steps, 5))
-        variants = [(label, tree, f) for f in VARIANTS.items() for label, tree in trees.items()]
-        for label, tree, (variant, features) in variants:
-            name = variant + label
+            ways["peer"] = ["--worker", str(peer), *arguments], ROOT
+        for (variant, features), (label, tree) in itertools.product(
+            VARIANTS.items(), trees.items()
+        ):
             place = work / f"{'-'.join(features) or 'plain'}{label.replace(' ', '-')}{number}"
             arguments = our_arguments(model, data, place, batch, size, steps, features)
-            found.setdefault(name, []).append(
-                measure(tree / "scripts" / "train.py", arguments, steps, 5)
-            )
-            print(
-                f"{name}: {batch / found[name][-1][0]:.1f} pairs/s, {found[name][-1][1]:.0f} MiB",
-                flush=True,
-            )
+            script = str(tree / "scripts" / "train.py")
+            ways[variant + label] = ["--worker", script, *arguments], tree
+        for name, reference in BARE.items():
+            shape = [model, str(2 * batch), str(size), str(int(reference))]
+            ways[name] = ["--bare", *shape], ROOT
+        for name, (way, tree) in ways.items():
+            seconds, peak = measure(way, steps, 5, tree)
+            found.setdefault(name, []).append((seconds, peak))
+            print(f"{name}: {batch / seconds:.1f} pairs/s, {peak:.0f} MiB", flush=True)
     middle = statistics.median
     return [
         (name, batch / middle(s for s, _ in runs), middle(m for _, m in runs))
@@ -266,6 +290,9 @@ def table(rows: list[tuple[str, float, float]]) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         return worker(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+    if sys.argv[1:2] == ["--bare"]:
+        count, side, reference = (int(value) for value in sys.argv[5:8])
+        return bare(sys.argv[2], sys.argv[4], count, side, int(sys.argv[3]), bool(reference))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
