@@ -55,7 +55,8 @@ class Arm:
         config: folder of the recipe; None is the base model.
         overrides: options over the recipe.
         spec: what `compare` is told beside the LoRA.
-        data: ``ranked``, or ``extremes``, its best and worst image of each list.
+        data: ``ranked``, ``extremes`` (its best and worst image of each list) or
+            ``recaptioned``.
     """
 
     config: str | None = "diffusion_dpo"
@@ -108,6 +109,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "base": Arm(None),
         **{f"Diffusion-DPO, beta {b:g}": changed(beta=b) for b in (20.0, 50.0, 100.0, 500.0)},
         **{f"RankDPO, beta {b:g}": listed(beta=b) for b in (20.0, 50.0, 200.0)},
+        **{f"DCPO, beta {b:g}": changed("dcpo", "recaptioned", beta=b) for b in (5.0, 20.0, 50.0)},
     },
 }
 ABOUT = {
@@ -157,7 +159,8 @@ def trained(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
     folder = options.work / "study" / folder_name("-".join(map(str, changes)))
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         return Path(folder)
-    data = dataset(options.work, "ranked") if arm.data == "ranked" else extremes(options.work)
+    work = options.work
+    data = extremes(work) if arm.data == "extremes" else dataset(work, arm.data)
     values = {
         "model": options.model,
         "data.dataset_name": data,

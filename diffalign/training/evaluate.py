@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,20 +54,16 @@ def measure_rounding(
     network: Module,
     backbone: Backbone,
     data: DataPipeline,
-    *,
-    is_lora: bool,
 ) -> str | None:
     """Describe how much half precision moves the logits of a run.
 
-    One batch goes through the same weights in the run's precision and in float32. Under
-    LoRA this copies the network to float32 for a moment.
+    One batch goes through the same weights in the run's precision and in float32.
 
     Args:
         policy (`Denoiser`): The network in the run's precision.
         network: The network itself.
         backbone (`Backbone`): The model.
         data (`DataPipeline`): The training data.
-        is_lora (`bool`): Whether the base weights are in the run's precision.
 
     Returns:
         `str`, *optional*: A sentence for the user. None in full precision, with
@@ -74,9 +73,8 @@ def measure_rounding(
     small = data.args.quantization or data.args.layerwise_casting
     if precision == "no" or beta is None or small:
         return None
-    device = data.accelerator.device
     try:
-        spread, pairs = _rounding(policy, network, backbone, data, beta, is_lora)
+        spread, pairs = _rounding(policy, network, backbone, data, beta)
     except Exception as error:  # too little memory, no float32 attention, or quantised
         sentence = f"rounding: not measured ({type(error).__name__}: {explained(error)[:100]})"
     else:
@@ -87,9 +85,58 @@ def measure_rounding(
             "accuracies are mostly rounding, and the gradient "
             "is not"
         )
-    if device.type == "cuda":
+    if data.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return sentence
+
+
+@contextmanager
+def float32_layers(network: Module, together: int = 2**25) -> Iterator[None]:
+    """Run a network in float32, of which one layer at a time holds float32 weights.
+
+    A copy of the network would take twice its half-precision weights. Compiled blocks
+    run uncompiled meanwhile, without gradients.
+
+    Args:
+        network: With weights of any precision, which it has again afterwards.
+        together (`int`): A module with at most so many weights is one layer. Some
+            embeddings look at the precision of the layers inside them.
+    """
+    narrow: dict[Module, list[tuple[Tensor, Tensor]]] = {}
+    sizes = {m: sum(p.numel() for p in m.parameters()) for m in network.modules()}
+
+    def widen(module: Module, _: Any) -> None:
+        # An adapter reads the weights of the layer inside it.
+        whole = hasattr(module, "base_layer") or sizes[module] <= together
+        tensors = [*module.parameters(whole), *module.buffers(whole)]
+        narrow[module] = [
+            (tensor, tensor.data)
+            for tensor in tensors
+            if tensor.is_floating_point() and tensor.dtype != torch.float32
+        ]
+        for tensor, data in narrow[module]:
+            tensor.data = data.float()
+
+    def restore(module: Module, *_: Any) -> None:
+        for tensor, data in narrow.pop(module, ()):
+            tensor.data = data
+
+    handles = []
+    for module in network.modules():
+        handles.append(module.register_forward_pre_hook(widen, prepend=True))
+        handles.append(module.register_forward_hook(restore, always_call=True))
+    # accelerate's wrapper turns autocast on.
+    wrapped = vars(network).pop("forward", None)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if wrapped is not None:
+            network.forward = wrapped
+        for handle in handles:
+            handle.remove()
+        for module in list(narrow):
+            restore(module)
 
 
 @torch.no_grad()
@@ -99,27 +146,22 @@ def _rounding(
     backbone: Backbone,
     data: DataPipeline,
     beta: float,
-    is_lora: bool,
 ) -> tuple[float, int]:
     """Return the root mean square of the logit's rounding, and the number of pairs."""
     device = data.accelerator.device
     first = data.chunks([(0, row) for row in range(len(data.dataset))])[0]
     batch = data.builder([data.reader[key] for key in first])
-    needed = 4 * sum(parameter.numel() for parameter in network.parameters())
-    if is_lora and device.type == "cuda" and needed > 0.5 * torch.cuda.mem_get_info(device)[0]:
-        raise MemoryError(f"a copy of the network in float32 needs {needed / 2**30:.1f} GiB")
+
+    def forward(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            exact = cast(condition, torch.float32)
+            return backbone.predict(network, noisy.float(), times, exact)
+
     with sampling_mode(network):
         rounded = policy.errors(batch)
-        copied = copy.deepcopy(network).float() if is_lora else copy.copy(network)
-        # accelerate's wrapper belongs to the original network and casts a second time.
-        vars(copied).pop("forward", None)
-
-        def forward(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-            with torch.autocast(device.type, enabled=False):
-                exact = cast(condition, torch.float32)
-                return backbone.predict(copied, noisy.float(), times, exact)
-
         exact_policy = copy.copy(policy)
         exact_policy.forward, exact_policy.dtype = forward, torch.float32
-        rewards = implicit_rewards(rounded, exact_policy.errors(batch), beta)
+        with float32_layers(network):
+            exact = exact_policy.errors(batch)
+        rewards = implicit_rewards(rounded, exact, beta)
     return float((rewards[:, 0] - rewards[:, 1]).square().mean().sqrt()), len(batch)

@@ -792,11 +792,7 @@ class Trainer:
         if not (paired and fixed and self.accelerator.is_main_process):
             return
         sentence = measure_rounding(
-            self.sampling_policy,
-            self.network,
-            self.backbone,
-            self.data_pipeline,
-            is_lora=self.peft_config is not None,
+            self.sampling_policy, self.network, self.backbone, self.data_pipeline
         )
         if sentence is not None:
             self.notes.append(sentence)

@@ -3,6 +3,7 @@ checkpoints that know whose values they hold."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler
+from tiers import by_default
 from tiny import (
     assert_close_tensors,
     assert_same_tensors,
@@ -20,11 +22,14 @@ from tiny import (
     pair_rows,
     trained_tensors,
 )
+from tiny_families import size_of
 
 from diffalign import cli
 from diffalign.data import convert, load_preferences
 from diffalign.errors import ConfigError, UserError
 from diffalign.training.build import trainable_parameters
+from diffalign.training.estimate import example_condition
+from diffalign.training.evaluate import float32_layers
 
 
 def first_batch(trainer: Any) -> Any:
@@ -324,6 +329,40 @@ def test_a_bf16_run_says_how_much_is_rounding(
     assert_same_tensors(trained_tensors(trainer), trained_tensors(silent))
     make_trainer(tmp_path / "c", **{**options, "mixed_precision": "no"}).train()
     assert "rounding: " not in capsys.readouterr().out
+
+
+def all_values(network: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
+
+
+@by_default(lambda family, dora: (family, dora) in (("sd", True), ("flux", False)))
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z-image", "qwen-image", "sana"])
+def test_layers_in_float32_are_a_copy_in_float32(family: str, dora: bool, tmp_path: Path) -> None:
+    """And have their own weights again afterwards."""
+    trainer = make_trainer(
+        tmp_path, family, mixed_precision="bf16", peft_config=lora_config(use_dora=dora),
+        data={"resolution": size_of(family)},
+    )  # fmt: skip
+    trainer.setup()
+    network, backbone = trainer.network.eval(), trainer.backbone
+    noisy = torch.randn(2, *backbone.latent_shape(size_of(family), size_of(family)))
+    condition = example_condition(backbone, 2, torch.float32)
+    inputs = noisy, torch.tensor([300.0, 300.0]), condition
+    copied = copy.deepcopy(network).float()
+    vars(copied).pop("forward", None)
+    before = {name: (value.data_ptr(), value.dtype) for name, value in all_values(network)}
+    with torch.no_grad():
+        expected = backbone.predict(copied, *inputs)
+        # Z-Image's embedding of the time looks at the precision inside it.
+        with float32_layers(network, 2**25 if family == "z-image" else 0):
+            result = backbone.predict(network, *inputs)
+    assert torch.equal(result, expected)
+    assert before == {name: (value.data_ptr(), value.dtype) for name, value in all_values(network)}
+    assert any(dtype == torch.bfloat16 for _, dtype in before.values())
+    with pytest.raises(TypeError), float32_layers(network):
+        network()
+    assert before == {name: (value.data_ptr(), value.dtype) for name, value in all_values(network)}
 
 
 def test_the_rounding_is_measured_within_one_bucket(
