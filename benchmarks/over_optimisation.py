@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ Array = npt.NDArray[np.float64]
 def trained_reward(folder: Path, seed: int, **settings: int) -> Path:
     """The folder of a reward of `shapes-clip`'s recipe, with other settings; trains it
     if it is not there."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
     from tools.shapes import pretrain_reward
 
     if not (folder / "accuracy.json").is_file():
