@@ -55,6 +55,7 @@ def dcpo_loss(
     beta: float,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    dmpo_alpha: float = 0.01,
 ) -> Tensor:
     """Compute the DCPO loss, which is `diffusion_dpo_loss` of two captions' errors.
 
@@ -62,10 +63,11 @@ def dcpo_loss(
         policy_errors (`Tensor`): (g, 2), chosen first, each under its own caption.
         reference_errors (`Tensor`): (g, 2), chosen first, each under its own caption.
         beta (`float`): Strength of the pull to the reference.
-        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge` or
-            `ipo`.
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge`,
+            `ipo` or `dmpo`.
         label_smoothing (`float`, *optional*, defaults to `0.0`): Assumed share of
             flipped labels.
+        dmpo_alpha (`float`, *optional*, defaults to `0.01`): See `diffusion_dpo_loss`.
 
     Returns:
         `Tensor`: Loss per pair, (g,).
@@ -76,6 +78,7 @@ def dcpo_loss(
         beta=beta,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
+        dmpo_alpha=dmpo_alpha,
     )
 
 

@@ -4,6 +4,7 @@
     loss = -log sigmoid(z)                              (sigmoid)
            max(0, 1 - z)                                (hinge)
            ((r_w - r_l) - (m_w - m_l) - 1/beta)^2       (ipo)
+           KL(p, q), p = sigmoid(z), q = 1 - dmpo_alpha (dmpo, arXiv 2507.07510)
          + sft_weight m_w                               (optional)
 
 m and r are the mean squared denoising errors of policy and reference, for the chosen
@@ -17,10 +18,16 @@ and flow targets work, ties never train, and the learning rate is not scaled.
 beta follows the official code and diffusers' SDXL script, which have the 1/2 and mean
 errors. diffusers' SD script has no 1/2, so its beta 2500 is 5000 here. Its `ipo` margin
 1/(2 beta') is 1/beta here.
+
+`dmpo` is Divergence Minimization Preference Optimization, the reverse KL divergence
+between the policy's preference and the data's. Its smallest value lies at
+z = log((1 - dmpo_alpha) / dmpo_alpha), so the pull ends there. Pairs that are ordered
+very wrongly have a vanishing gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
@@ -35,7 +42,7 @@ from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
 from ..training.trainer import Trainer
 
-LossType = Literal["sigmoid", "hinge", "ipo"]
+LossType = Literal["sigmoid", "hinge", "ipo", "dmpo"]
 LOSS_TYPES = get_args(LossType)
 
 
@@ -58,8 +65,12 @@ class DiffusionDPOConfig(TrainingConfig):
     that of sum-of-squares codes. Flow models want 100 to 2000. Source: released
     launchers, 5000; the paper's main table has 2000 for SD1.5 and 5000 for SDXL."""
     loss_type: LossType = "sigmoid"
-    """sigmoid | hinge | ipo. Source: paper, eq. 14; hinge and ipo as in diffusers'
-    research project."""
+    """sigmoid | hinge | ipo | dmpo. dmpo stops pulling at a margin that dmpo_alpha
+    sets. Source: paper, eq. 14; hinge and ipo as in diffusers' research project; dmpo
+    as in arXiv 2507.07510."""
+    dmpo_alpha: Annotated[float, Range(0.0, 0.5, above=True, below=True)] = 0.01
+    """loss_type dmpo: share of pairs that the data are taken to order the other way.
+    Source: official code of DMPO, 0.01."""
     label_smoothing: Annotated[float, Range(0.0, 0.5, below=True)] = 0.0
     """Assumed share of flipped labels, in [0, 0.5). Source: ours (conservative DPO of
     Mitchell 2023); 0 is the paper's loss."""
@@ -80,6 +91,7 @@ def diffusion_dpo_loss(
     beta: float,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    dmpo_alpha: float = 0.01,
 ) -> Tensor:
     """Compute the Diffusion-DPO loss (paper, eq. 14).
 
@@ -87,10 +99,12 @@ def diffusion_dpo_loss(
         policy_errors (`Tensor`): (g, 2), chosen first, from `denoising_errors`.
         reference_errors (`Tensor`): (g, 2), chosen first, at the same noisy samples.
         beta (`float`): Strength of the pull to the reference.
-        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge` or
-            `ipo`.
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge`,
+            `ipo` or `dmpo`.
         label_smoothing (`float`, *optional*, defaults to `0.0`): Share of the swapped
             pair's loss.
+        dmpo_alpha (`float`, *optional*, defaults to `0.01`): Of `dmpo`: share of pairs
+            in the other order, in (0, 0.5).
 
     Returns:
         `Tensor`: Loss per pair, (g,).
@@ -108,6 +122,11 @@ def diffusion_dpo_loss(
             return torch.relu(1 - logit)
         if loss_type == "ipo":
             return ((2 / beta) * logit - 1 / beta).square()
+        if loss_type == "dmpo":
+            share = torch.sigmoid(logit)
+            right = -softplus(-logit) - math.log(1 - dmpo_alpha)
+            wrong = -softplus(logit) - math.log(dmpo_alpha)
+            return share * right + (1 - share) * wrong
         raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
 
     return (
@@ -171,6 +190,7 @@ class DiffusionDPOTrainer(Trainer):
             beta=args.beta,
             loss_type=args.loss_type,
             label_smoothing=args.label_smoothing,
+            dmpo_alpha=args.dmpo_alpha,
         )
         if args.sft_weight:
             loss = loss + args.sft_weight * policy[:, 0]

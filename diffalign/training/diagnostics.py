@@ -85,8 +85,8 @@ def beta_message(beta: float, shape: tuple[int, ...], reduction: str) -> str:
 
 
 LOG2_MESSAGE = (
-    "a preference loss starts at log 2 = 0.693 (policy = reference) and moves slowly: 0.69 "
-    "is not a fault. "
+    "a preference loss starts where policy = reference, with the sigmoid at log 2 = 0.693, and "
+    "moves slowly: 0.69 is not a fault. "
     "Watch rewards/accuracies (above 0.5), rewards/margins (rising) and change/chosen (below 0)"
 )
 

@@ -121,6 +121,39 @@ def test_g2_variants_of_diffusers(loss_type: str, expected: list[float]) -> None
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [
+        (0.01, [0.373265917775, 3.198821479690]),
+        (0.1, [0.031138796406, 1.370578705210]),
+    ],
+)
+def test_h6c_dmpo(alpha: float, expected: list[float]) -> None:
+    policy = torch.tensor([[0.100, 0.102], [0.200, 0.100]], dtype=torch.float64)
+    reference = torch.tensor([[0.1005, 0.1010], [0.1990, 0.1004]], dtype=torch.float64)
+    options: dict[str, Any] = {"beta": 2000, "loss_type": "dmpo", "dmpo_alpha": alpha}
+    policy.requires_grad_(True)
+    loss = diffusion_dpo_loss(policy, reference, **options)
+    assert loss.tolist() == pytest.approx(expected, abs=1e-9)
+    loss.sum().backward()
+    # z = [1.5, -1.4], dL/dz = p (1 - p) (z - logit q), dz/dm_w = -beta/2
+    z = torch.tensor([1.5, -1.4], dtype=torch.float64)
+    p = torch.sigmoid(z)
+    slope = p * (1 - p) * (z - math.log((1 - alpha) / alpha))
+    assert policy.grad is not None
+    torch.testing.assert_close(policy.grad, torch.stack([-1000 * slope, 1000 * slope], dim=1))
+
+
+def test_dmpo_has_a_target_and_ignores_hopeless_pairs() -> None:
+    target = math.log(0.99 / 0.01)
+    z = torch.tensor([target, -60.0, 60.0], dtype=torch.float64, requires_grad=True)
+    errors = torch.stack([torch.zeros_like(z), z], dim=1)  # beta 2: the logit is m_l - m_w
+    loss = diffusion_dpo_loss(errors, torch.zeros_like(errors), beta=2, loss_type="dmpo")
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.0, -math.log(0.01), -math.log(0.99)], abs=1e-9)
+    assert z.grad is not None and z.grad.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-9)
+
+
 def test_g13_flow_loss() -> None:
     x0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     noise = torch.tensor([[0.5, -0.5]], dtype=torch.float64).expand(2, 2)
@@ -139,7 +172,10 @@ def test_g13_flow_loss() -> None:
 @pytest.mark.parametrize("beta", [1.0, 500.0, 5000.0])
 def test_policy_equal_to_reference(beta: float) -> None:
     policy, _ = random_errors()
-    for loss_type, value in (("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", beta**-2)):
+    dmpo = math.log(0.5) - 0.5 * (math.log(0.99) + math.log(0.01))
+    values = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": beta**-2, "dmpo": dmpo}
+    assert values.keys() == set(LOSS_TYPES)
+    for loss_type, value in values.items():
         for smoothing in (0.0, 0.2):
             loss = diffusion_dpo_loss(
                 policy, policy, beta=beta, loss_type=loss_type, label_smoothing=smoothing
@@ -207,6 +243,8 @@ def test_unknown_loss_type_is_refused() -> None:
         ("beta", True),
         ("label_smoothing", 0.5),
         ("label_smoothing", -0.1),
+        ("dmpo_alpha", 0.0),
+        ("dmpo_alpha", 0.5),
         ("sft_weight", -1),
         ("loss_type", "kto"),
         ("learning_rate", "fast"),
