@@ -11,6 +11,7 @@ from .errors import (
     group_noise,
     implicit_rewards,
     min_snr_weight,
+    winner_safeguard,
 )
 from .schedules import (
     NoiseSchedule,
@@ -48,5 +49,6 @@ __all__ = [
     "sample_times",
     "schedule_from_scheduler",
     "turbo_timesteps",
+    "winner_safeguard",
     "with_zero_terminal_snr",
 ]

@@ -231,3 +231,30 @@ def group_noise(
             )
         draws.append(noise.expand(k, *shape))
     return torch.stack(draws)
+
+
+def winner_safeguard(prediction: Tensor, target: Tensor, strength: float) -> Tensor:
+    """Compute how much of a rejected image's gradient lets no chosen error rise.
+
+    lambda = (1 - mu) <E_w, E_w> / <E_w, E_l> within [0, 1], and 1 where the residuals
+    E of the chosen (w) and the rejected (l) image do not point the same way. To first
+    order, a step along grad m_w - lambda grad m_l then lowers m_w. Fu et al. 2025,
+    arXiv 2511.03317; its code has one lambda for all pairs of a micro-batch.
+
+    Args:
+        prediction (`Tensor`): output of the network, (2 g, ...), chosen and rejected in
+            turns.
+        target (`Tensor`): output of a perfect network, (2 g, ...).
+        strength (`float`): mu in [0, 1]. 0 leaves most gradients as they are, 1 takes
+            away every one that could raise a chosen error.
+
+    Returns:
+        `Tensor`: lambda per pair, (g,), without gradient.
+    """
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    residuals = prediction.detach().to(dtype) - target.to(dtype)
+    residuals = residuals.flatten(1).unflatten(0, (-1, 2))
+    chosen, rejected = residuals.unbind(1)
+    own, shared = chosen.square().sum(1), (chosen * rejected).sum(1)
+    share = (1 - strength) * own / torch.where(shared > 0, shared, 1.0)
+    return torch.where(shared > 0, share.clamp(0, 1), 1.0)

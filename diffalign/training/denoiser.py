@@ -67,18 +67,43 @@ class Denoiser:
         Returns:
             `Tensor`: One error per image, (g, k).
         """
-        g, k = len(batch), batch.k
+        return self.errors_of(batch, *self.outputs(batch))
+
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run the network on a batch at its own noise and times.
+
+        Args:
+            batch (`Batch`): g groups of k images.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: What the network predicts, and what a perfect one
+            would, each (g k, C, H, W).
+        """
         x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
-        times = batch.times.repeat_interleave(k)
+        times = batch.times.repeat_interleave(batch.k)
         schedule = self.schedule
         noisy = schedule.add_noise(x0, noise, times)
         with self.autocast():
             prediction = self.predict(
                 noisy, schedule.model_times(times).to(noisy.device), batch.condition
             )
+        return prediction, schedule.target(x0, noise, times)
+
+    def errors_of(self, batch: Batch, prediction: Tensor, target: Tensor) -> Tensor:
+        """Measure the errors of `outputs`.
+
+        Args:
+            batch (`Batch`): g groups of k images.
+            prediction (`Tensor`): (g k, C, H, W).
+            target (`Tensor`): (g k, C, H, W).
+
+        Returns:
+            `Tensor`: One error per image, (g, k).
+        """
         weight = None
         if self.snr_gamma is not None:
+            times, schedule = batch.times.repeat_interleave(batch.k), self.schedule
             weight = min_snr_weight(schedule.snr(times), self.snr_gamma, schedule.prediction_type)
-            weight = weight.to(noisy.device)
-        target = schedule.target(x0, noise, times)
-        return denoising_errors(prediction, target, weight, self.reduction).unflatten(0, (g, k))
+            weight = weight.to(prediction.device)
+        errors = denoising_errors(prediction, target, weight, self.reduction)
+        return errors.unflatten(0, (len(batch), batch.k))

@@ -1,0 +1,106 @@
+"""Options against errors that both rise: the safeguard of the chosen image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import first_batch, lora_config, make_trainer, method_rows
+
+from diffalign.errors import ConfigError
+from diffalign.likelihood import VariancePreserving, denoising_errors, winner_safeguard
+from diffalign.methods.diffusion_dpo import DiffusionDPOConfig, diffusion_dpo_loss
+
+
+def g1b() -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy samples and targets of one pair."""
+    x0 = torch.tensor([[1, 0, -1, 0.5], [0, 1, 0.5, -0.5]], dtype=torch.float64)
+    noise = torch.tensor([[0.5, -0.5, 1, 0]], dtype=torch.float64).expand(2, 4)
+    schedule = VariancePreserving(torch.tensor([0.64], dtype=torch.float64))
+    times = torch.zeros(2, dtype=torch.long)
+    return schedule.add_noise(x0, noise, times), schedule.target(x0, noise, times)
+
+
+@pytest.mark.parametrize(
+    ("strength", "share", "slope"),
+    [
+        (0.0, 1.0, 0.524979187479),
+        (0.2, 1.0, 0.524979187479),
+        (0.6, 0.728476821192, 0.471525180807),
+        (0.9, 0.182119205298, 0.363965289333),
+        (1.0, 0.0, None),
+    ],
+)
+def test_h6b_safeguard(strength: float, share: float, slope: float | None) -> None:
+    noisy, target = g1b()
+    k = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    prediction = k * noisy
+    factor = winner_safeguard(prediction, target, strength)
+    assert factor.tolist() == pytest.approx([share], abs=1e-9) and not factor.requires_grad
+    chosen, rejected = denoising_errors(prediction, target)
+    scaled = rejected.detach() + factor * (rejected - rejected.detach())
+    policy = torch.stack([chosen, scaled[0]])[None]
+    reference = denoising_errors(0.4 * noisy, target)[None]
+    loss = diffusion_dpo_loss(policy, reference, beta=10)
+    assert float(loss.detach()) == pytest.approx(0.744396660074, abs=1e-9)
+    loss.sum().backward()
+    if slope is not None:
+        assert float(k.grad) == pytest.approx(slope, abs=1e-9)
+
+
+def test_residuals_that_do_not_agree_keep_the_whole_gradient() -> None:
+    target = torch.zeros(6, 2)
+    prediction = torch.tensor([[1.0, 0], [0, 1], [1, 0], [-1, 0], [1, 0], [0, 0]])
+    assert winner_safeguard(prediction, target, 1.0).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.9, 1.0])
+def test_no_step_in_output_space_raises_the_chosen_error(strength: float) -> None:
+    """The chosen error falls by at least `strength` of what it would alone."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(200, 5, generator=generator)
+    prediction[1::2] = 3 * prediction[1::2] + prediction[::2]
+    target = torch.zeros_like(prediction)
+    factor = winner_safeguard(prediction, target, strength)
+    chosen, rejected = prediction[::2], prediction[1::2]
+    change = (chosen * (chosen - factor[:, None] * rejected)).sum(1)
+    assert (change >= strength * chosen.square().sum(1) - 1e-4).all()
+
+
+@pytest.mark.parametrize("method", ["diffusion_dpo", "dcpo", "diffusion_npo"])
+def test_the_loss_stays_and_the_rejected_gradient_shrinks(method: str, tmp_path: Path) -> None:
+    results: dict[Any, Any] = {}
+    for strength in (None, 0.0, 1.0):
+        trainer = make_trainer(
+            tmp_path / str(strength), "sd", method, rows=method_rows(method, 4), seed=1,
+            per_device_train_batch_size=2, peft_config=lora_config(), preserve_winner=strength,
+        )  # fmt: skip
+        loss, metrics = trainer.compute_loss(trainer.prepare(first_batch(trainer)))
+        loss.sum().backward()
+        gradient = torch.cat(
+            [w.grad.flatten() for w in trainer.network.parameters() if w.grad is not None]
+        )
+        results[strength] = loss.detach(), gradient, metrics.get("preserve_winner/share")
+    plain, weak, strong = results.values()
+    assert torch.equal(plain[0], weak[0]) and torch.equal(plain[0], strong[0])
+    assert plain[2] is None and strong[2].shape == (2,)
+    assert (strong[2] <= weak[2]).all() and (strong[2] < 1).any()
+    assert not torch.equal(plain[1], strong[1])
+
+
+def test_it_trains_with_precomputed_reference_errors_and_is_logged(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, "sd", rows=method_rows("diffusion_dpo", 4), precompute_ref_errors=True,
+        peft_config=lora_config(), preserve_winner=0.9, max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert all(0 <= x["preserve_winner/share"] <= 1 for x in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "much"])
+def test_a_strength_is_a_share(value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        DiffusionDPOConfig(preserve_winner=value)  # type: ignore[arg-type]
+    assert error.value.field == "preserve_winner"
