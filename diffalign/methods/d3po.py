@@ -72,8 +72,9 @@ class D3POConfig(OnPolicyConfig):
     """Share of a trajectory's steps that is trained, drawn anew per row. Source:
     official code, all steps."""
     compare: Annotated[str, OneOf(COMPARE)] = "pareto"
-    """pareto: better in every score | combined: by the panel's combined score. Source:
-    official reward script."""
+    """pareto: better in every score | majority: better in most scores | combined: by
+    the panel's combined score. Source: official reward script; majority as in
+    BalancedDPO, arXiv 2503.12575."""
     reference: Literal["fixed", "iterated"] = "fixed"
     """fixed: the starting weights | iterated: the policy at the beginning of each
     round, as in the paper's human-feedback runs. Source: official reward script; the

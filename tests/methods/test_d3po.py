@@ -30,6 +30,7 @@ from diffalign.likelihood.transitions import ddim_step_log_prob
 from diffalign.methods.d3po import d3po_loss
 from diffalign.training.online.reward_function import (
     RewardFunction,
+    majority_preferences,
     pareto_preferences,
     preferences,
 )
@@ -126,6 +127,17 @@ def test_pareto_preferences() -> None:
     assert found[0].tolist() == [0, 1, 0, 0, 0] and found[1].tolist() == [-1, 0, 0, -1, 0]
     assert torch.equal(found, -found.T)
     assert pareto_preferences(torch.tensor([[[1.0], [1.0]]])).abs().sum() == 0
+
+
+def test_majority_preferences() -> None:
+    """Votes 1, 1, -1 are 1; 1, -1, 0 are 0; 0, 0, 1 are 1, whatever the sizes."""
+    for differences, expected in (([1, 1, -90], 1), ([5, -1, 0], 0), ([0, 0, 0.1], 1)):
+        scores = torch.stack([torch.tensor(differences), torch.zeros(3)])[None]
+        assert majority_preferences(scores)[0].tolist() == [[0, expected], [-expected, 0]]
+    missing = torch.tensor([[[1.0, 2.0, math.nan], [0.0, 0.0, 0.0]]])
+    assert majority_preferences(missing).abs().sum() == 0
+    one = torch.randn(3, 4, 1)
+    assert torch.equal(majority_preferences(one), pareto_preferences(one))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -305,6 +317,9 @@ def test_judges(tmp_path: Path) -> None:
     assert torch.equal(
         preferences(watched, scores[None], "pareto"), pareto_preferences(scores[None, :, :1])
     )
+    assert torch.equal(
+        preferences(watched, scores[None], "majority"), majority_preferences(scores[None, :, :1])
+    )
     with pytest.raises(UserError, match=r"expected 4 scores for 4 images, got shape \(3, 1\)"):
         RewardFunction(lambda i, p: torch.zeros(3))(images, prompts)
     with pytest.raises(ConfigError, match="scorers: expected scorers"):
@@ -337,7 +352,7 @@ def test_mistakes(tmp_path: Path) -> None:
         ("eta: 0 makes the sampler deterministic", {"eta": 0.0}),
         ("images_per_prompt: expected int >= 2, got 1", {"images_per_prompt": 1}),
         ("clip_range", {"clip_range": 0.0}),
-        ("compare: expected one of pareto, combined", {"compare": "best"}),
+        ("compare: expected one of pareto, majority, combined", {"compare": "best"}),
         ("reference: expected one of fixed, iterated", {"reference": "none"}),
         ("precompute_ref_errors: there are no fixed images", {"precompute_ref_errors": True}),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import ConfigError, UserError
 from ...runtime.missing import MaybeImage, present
 
-COMPARE = ("pareto", "combined")
+COMPARE = ("pareto", "majority", "combined")
 
 
 def _of_present(function: Any, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
@@ -186,13 +186,31 @@ def pareto_preferences(scores: Tensor) -> Tensor:
     return better.to(scores.dtype) - worse.to(scores.dtype)
 
 
+def majority_preferences(scores: Tensor) -> Tensor:
+    """Compare images by a vote of their scores (BalancedDPO, arXiv 2503.12575).
+
+    Each score votes for the image that it rates higher, whatever its scale. A pair with
+    a missing score is a tie.
+
+    Args:
+        scores (`Tensor`): (g, k, m), higher is better.
+
+    Returns:
+        `Tensor`: (g, k, k). +1 if the first image is better, -1 if the second is, 0 for
+        a tie.
+    """
+    differences = scores[:, :, None, :] - scores[:, None, :, :]
+    votes = differences.sign().sum(-1).sign()
+    return votes.masked_fill(differences.isnan().any(-1), 0.0)
+
+
 def preferences(reward_function: RewardFunction, scores: Tensor, compare: str) -> Tensor:
-    """Compare images by Pareto dominance or by their combined score.
+    """Compare images by Pareto dominance, by majority or by their combined score.
 
     Args:
         reward_function (`RewardFunction`): Combines scores.
         scores (`Tensor`): (g, k, m), higher is better.
-        compare (`str`): `pareto` or `combined`.
+        compare (`str`): `pareto`, `majority` or `combined`.
 
     Returns:
         `Tensor`: (g, k, k). +1 if the first image is better, -1 if the second is, 0 for
@@ -203,11 +221,10 @@ def preferences(reward_function: RewardFunction, scores: Tensor, compare: str) -
     """
     if compare not in COMPARE:
         raise ConfigError("compare", f"expected one of {', '.join(COMPARE)}, got {compare!r}")
-    return pareto_preferences(
-        scores[..., : reward_function.deciding]
-        if compare == "pareto"
-        else reward_function.combined(scores)[..., None]
-    )
+    if compare == "combined":
+        return pareto_preferences(reward_function.combined(scores)[..., None])
+    compared = pareto_preferences if compare == "pareto" else majority_preferences
+    return compared(scores[..., : reward_function.deciding])
 
 
 class ScoreAhead:
