@@ -56,6 +56,7 @@ def sample_times(
     logit_std: float = 1.0,
     *,
     shift: float | None = None,
+    window: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Map uniform numbers to times of a noise schedule.
 
@@ -70,13 +71,17 @@ def sample_times(
         logit_std (`float`, *optional*, defaults to `1.0`): of ``logit_normal``.
         shift (`float`, *optional*): resolution shift of flow models, in place of the
             schedule's own. 1 is no shift.
+        window (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): shares of
+            the schedule between which the times lie, 0 is clean. Within it they are
+            distributed as without it.
 
     Returns:
         `Tensor`: (n,), int64 timesteps (variance preserving) or float64 sigmas in (0,
             1], shifted (flow).
 
     Raises:
-        ValueError: unknown sampler, or one that the schedule does not have.
+        ValueError: unknown sampler, or one that the schedule does not have, or a window
+            of one that draws single timesteps.
 
     Example:
         ```python
@@ -88,7 +93,19 @@ def sample_times(
         raise ValueError(
             f"timestep_sampling: expected one of {', '.join(TIMESTEP_SAMPLERS)}, got {sampler!r}"
         )
+    if window != (0.0, 1.0) and sampler in ("turbo", "refiner"):
+        raise ValueError(
+            f"timestep_sampling: {sampler!r} has its own timesteps; leave out min_timestep and "
+            "max_timestep"
+        )
+    if not isinstance(schedule, RectifiedFlow):
+        shift = 1.0
+    elif shift is None:
+        shift = schedule.shift
     uniforms = uniforms.double()
+    if window != (0.0, 1.0):
+        low, high = _quantiles(window, sampler, logit_mean, logit_std, shift)
+        uniforms = low + (high - low) * uniforms
     if sampler == "logit_normal":
         # The inverse normal distribution is infinite at 0.
         quantiles = torch.special.ndtri(uniforms.clamp(1e-9, 1 - 1e-9))
@@ -100,10 +117,21 @@ def sample_times(
                 "use uniform or logit_normal"
             )
         sigma = uniforms.clamp(min=1 / schedule.num_timesteps)
-        shift = schedule.shift if shift is None else shift
         return shift * sigma / (1 + (shift - 1) * sigma)
     assert isinstance(schedule, VariancePreserving)
     timesteps = (uniforms * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     if sampler == "turbo":
         return turbo_timesteps(timesteps)
     return refiner_timesteps(timesteps) if sampler == "refiner" else timesteps
+
+
+def _quantiles(
+    window: tuple[float, float], sampler: str, logit_mean: float, logit_std: float, shift: float
+) -> tuple[float, float]:
+    """Which uniform numbers a sampler maps to the ends of a window."""
+    ends = torch.tensor(window, dtype=torch.float64)
+    ends = ends / (shift - (shift - 1) * ends)
+    if sampler == "logit_normal":
+        ends = torch.special.ndtr((torch.logit(ends) - logit_mean) / logit_std)
+    low, high = ends.tolist()
+    return low, high

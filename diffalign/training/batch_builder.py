@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..backbones.conditions import stack_rows
 from ..data.cache import TensorCache
+from ..errors import ConfigError
 from ..likelihood import RectifiedFlow, group_noise, sample_times
 from ..runtime.seeds import row_generator
 from .batch import Batch
@@ -140,9 +141,18 @@ class BatchBuilder:
         """
         args, backbone = self.args, self.backbone
         height, width = (side * backbone.vae_scale for side in shape[-2:])
+        window = args.min_timestep / 1000, args.max_timestep / 1000
         if self.sampling == "grid":
             steps = args.grid_steps or backbone.num_inference_steps
             grid = grid_for_size(backbone, (height, width), steps, 0.0).times
+            shares = backbone.schedule.fraction(grid)
+            grid = grid[(shares >= window[0]) & (shares <= window[1])]
+            if not len(grid):
+                raise ConfigError(
+                    "train.min_timestep",
+                    f"none of the sampler's {steps} timesteps lies from {args.min_timestep} to "
+                    f"{args.max_timestep}; widen the window or raise train.grid_steps",
+                )
             return grid[(uniforms * len(grid)).long().clamp(max=len(grid) - 1)]
         shift = None
         if isinstance(backbone.schedule, RectifiedFlow):
@@ -157,6 +167,7 @@ class BatchBuilder:
             args.logit_mean,
             args.logit_std,
             shift=shift,
+            window=window,
         )
 
     def draw_epoch(self, epoch: int) -> int:

@@ -123,6 +123,11 @@ class TrainingConfig:
     refiner | grid. One draw per group. turbo trains on SDXL-Turbo's four timesteps,
     whose noise schedule is rescaled to zero terminal SNR. grid trains on the times of
     the model's own sampler alone, for models that draw in a few steps."""
+    min_timestep: Annotated[int, count(0, 999)] = 0
+    """Cleanest timestep that trains, of 1000; for flow models 1000 sigma."""
+    max_timestep: Annotated[int, count(1, 1000)] = 1000
+    """Noisiest end of the timesteps that train, of 1000. Between both they are drawn as
+    `timestep_sampling` says."""
     timestep_shift: Literal["pipeline", "none"] | Positive[float] = "pipeline"
     """Flow models: shift of the sigmas that training draws. pipeline: that of the
     model's own sampler at this resolution | none | a number, of which 1 is none."""
@@ -176,6 +181,18 @@ class TrainingConfig:
         check_fields(self)
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError("max_steps", "set either max_steps or num_train_epochs, not both")
+        if self.min_timestep >= self.max_timestep:
+            raise ConfigError(
+                "min_timestep",
+                f"expected one below max_timestep ({self.max_timestep}), got {self.min_timestep}",
+            )
+        windowed = (self.min_timestep, self.max_timestep) != (0, 1000)
+        if windowed and self.timestep_sampling in ("turbo", "refiner"):
+            raise ConfigError(
+                "min_timestep",
+                f"timestep_sampling: {self.timestep_sampling} has timesteps of its own; leave out "
+                "min_timestep and max_timestep",
+            )
         if not self.output_dir:
             raise ConfigError("output_dir", "expected a folder, got an empty name")
 

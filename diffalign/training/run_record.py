@@ -41,6 +41,8 @@ _DRAW_FIELDS = (
     "shared_noise",
     "noise_offset",
     "timestep_sampling",
+    "min_timestep",
+    "max_timestep",
     "timestep_shift",
     "grid_steps",
     "embedded_guidance",

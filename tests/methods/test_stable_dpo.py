@@ -104,3 +104,30 @@ def test_a_strength_is_a_share(value: object) -> None:
     with pytest.raises(ConfigError) as error:
         DiffusionDPOConfig(preserve_winner=value)  # type: ignore[arg-type]
     assert error.value.field == "preserve_winner"
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("sampling", ["auto", "logit_normal", "grid"])
+def test_timesteps_lie_in_the_window(family: str, sampling: str, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, family, rows=method_rows("diffusion_dpo", 16), peft_config=lora_config(),
+        per_device_train_batch_size=16, timestep_sampling=sampling, grid_steps=20,
+        min_timestep=400, max_timestep=750,
+    )  # fmt: skip
+    shares = trainer.schedule.fraction(first_batch(trainer).times)
+    assert ((shares >= 0.4) & (shares <= 0.75)).all() and shares.unique().numel() > 2
+
+
+def test_a_window_that_holds_no_timestep(tmp_path: Path) -> None:
+    for words, options in (
+        (r"min_timestep: expected one below max_timestep \(300\), got 300",
+         {"min_timestep": 300, "max_timestep": 300}),
+        ("min_timestep: timestep_sampling: turbo has timesteps of its own",
+         {"min_timestep": 300, "timestep_sampling": "turbo"}),
+        ("max_timestep", {"max_timestep": 1001}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            DiffusionDPOConfig(**options)  # type: ignore[arg-type]
+    trainer = make_trainer(tmp_path, "sd", timestep_sampling="grid", grid_steps=4, min_timestep=990)
+    with pytest.raises(ConfigError, match="none of the sampler's 4 timesteps lies from 990"):
+        first_batch(trainer)
