@@ -53,9 +53,7 @@ def dcpo_loss(
     reference_errors: Tensor,
     *,
     beta: float,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    dmpo_alpha: float = 0.01,
+    **options: Any,
 ) -> Tensor:
     """Compute the DCPO loss, which is `diffusion_dpo_loss` of two captions' errors.
 
@@ -63,23 +61,12 @@ def dcpo_loss(
         policy_errors (`Tensor`): (g, 2), chosen first, each under its own caption.
         reference_errors (`Tensor`): (g, 2), chosen first, each under its own caption.
         beta (`float`): Strength of the pull to the reference.
-        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `sigmoid`, `hinge`,
-            `ipo` or `dmpo`.
-        label_smoothing (`float`, *optional*, defaults to `0.0`): Assumed share of
-            flipped labels.
-        dmpo_alpha (`float`, *optional*, defaults to `0.01`): See `diffusion_dpo_loss`.
+        options: Those of `diffusion_dpo_loss`, such as `loss_type`.
 
     Returns:
         `Tensor`: Loss per pair, (g,).
     """
-    return diffusion_dpo_loss(
-        policy_errors,
-        reference_errors,
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        dmpo_alpha=dmpo_alpha,
-    )
+    return diffusion_dpo_loss(policy_errors, reference_errors, beta=beta, **options)
 
 
 class DCPOTrainer(DiffusionDPOTrainer):

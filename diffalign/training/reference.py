@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -157,6 +157,8 @@ class SnapshotReference:
     """
 
     description = "the policy at the beginning of the round (iterated)"
+    field: ClassVar[str] = "train.reference"
+    """Setting that asks for this reference, for messages."""
 
     def __init__(self, network: Module) -> None:
         self.network, self.dropout_off = network, DropoutOff(network)
@@ -235,13 +237,35 @@ class SnapshotReference:
 
         if not (folder / "reference.safetensors").is_file():
             raise UserError(
-                f"train.reference: {folder} holds no reference; it was saved by a run with "
+                f"{self.field}: {folder} holds no reference; it was saved by a run with "
                 "another setting"
             )
         self.weights = {
             name: w.to(device)
             for name, w in read_tensors(folder / "reference.safetensors")[0].items()
         }
+
+
+class BlendedReference(SnapshotReference):
+    """A slow average of the policy, from its starting weights on.
+
+    Args:
+        network: The network that trains.
+        decay (`float`): Share of the average that stays at each `blend`, in [0, 1].
+    """
+
+    field = "train.reference_decay"
+
+    def __init__(self, network: Module, decay: float) -> None:
+        super().__init__(network)
+        self.decay = decay
+        self.description = f"an average of the policy (decay {decay:g})"
+
+    @torch.no_grad()
+    def blend(self) -> None:
+        """Move the average towards the current weights."""
+        for name, parameter in self.parameters.items():
+            self.weights[name].lerp_(parameter.detach(), 1 - self.decay)
 
 
 class StartLoraReference(SnapshotReference):

@@ -174,7 +174,7 @@ def test_policy_equal_to_reference(beta: float) -> None:
     policy, _ = random_errors()
     dmpo = math.log(0.5) - 0.5 * (math.log(0.99) + math.log(0.01))
     values = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": beta**-2, "dmpo": dmpo}
-    assert values.keys() == set(LOSS_TYPES)
+    assert values.keys() == set(LOSS_TYPES) - {"linear"}  # it starts at half the difference
     for loss_type, value in values.items():
         for smoothing in (0.0, 0.2):
             loss = diffusion_dpo_loss(
@@ -208,7 +208,26 @@ def test_label_smoothing_mixes_in_the_swapped_pair(loss_type: str) -> None:
     torch.testing.assert_close(smooth, 0.9 * plain + 0.1 * swapped)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("beta", "weights", "expected"),
+    [(500, [0.35, 0.64], [-0.0007, 0.064]), (2000, [0.0, 1.0], [0.0, 0.1])],
+)
+def test_h6d_linear(beta: float, weights: list[float], expected: list[float]) -> None:
+    policy = torch.tensor([[0.100, 0.102], [0.200, 0.100]], dtype=torch.float64)
+    reference = torch.tensor([[0.1005, 0.1010], [0.1990, 0.1004]], dtype=torch.float64)
+    policy.requires_grad_(True)
+    loss = diffusion_dpo_loss(policy, reference, beta=beta, loss_type="linear")
+    assert loss.tolist() == pytest.approx(expected, abs=1e-9)
+    loss.sum().backward()
+    assert policy.grad is not None
+    assert policy.grad[:, 0].tolist() == pytest.approx(weights, abs=1e-9)
+    assert policy.grad[:, 1].tolist() == pytest.approx([-w for w in weights], abs=1e-9)
+    floored = diffusion_dpo_loss(policy, reference, beta=2000, loss_type="linear", linear_floor=0.1)
+    assert floored.tolist() == pytest.approx([0.1 * -0.002, 0.9 * 0.1], abs=1e-9)
+
+
+# The weight of `linear` is a constant, which finite differences do not know.
+@pytest.mark.parametrize("loss_type", [x for x in LOSS_TYPES if x != "linear"])
 def test_gradient_of_the_loss(loss_type: str) -> None:
     policy, reference = random_errors(3)
     policy.requires_grad_(True)
@@ -245,6 +264,9 @@ def test_unknown_loss_type_is_refused() -> None:
         ("label_smoothing", -0.1),
         ("dmpo_alpha", 0.0),
         ("dmpo_alpha", 0.5),
+        ("linear_slope", 0.0),
+        ("linear_floor", 0.5),
+        ("reference_decay", 1.1),
         ("sft_weight", -1),
         ("loss_type", "kto"),
         ("learning_rate", "fast"),

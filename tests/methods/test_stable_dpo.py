@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import first_batch, lora_config, make_trainer, method_rows
+from safetensors.torch import load_file
+from tiny import (
+    Snapshots,
+    assert_same_tensors,
+    build_pipeline,
+    first_batch,
+    lora_config,
+    make_trainer,
+    method_rows,
+)
 
 from diffalign.errors import ConfigError
 from diffalign.likelihood import VariancePreserving, denoising_errors, winner_safeguard
@@ -131,3 +142,59 @@ def test_a_window_that_holds_no_timestep(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "sd", timestep_sampling="grid", grid_steps=4, min_timestep=990)
     with pytest.raises(ConfigError, match="none of the sampler's 4 timesteps lies from 990"):
         first_batch(trainer)
+
+
+# A reference that follows the policy
+
+
+def blended(folder: Path, decay: float | None, lora: bool = True, **options: Any) -> Any:
+    return make_trainer(
+        folder, "sd", rows=method_rows("diffusion_dpo", 8), per_device_train_batch_size=2,
+        peft_config=lora_config() if lora else None, reference_decay=decay, seed=5, **options,
+    )  # fmt: skip
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["train/loss"] for entry in trainer.state.log_history]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_ends_of_the_average(lora: bool, tmp_path: Path) -> None:
+    """1 never moves: the fixed reference. 0 is the policy before the step: log 2."""
+    fixed = losses(blended(tmp_path / "fixed", None, lora, max_steps=4))
+    still = losses(blended(tmp_path / "still", 1.0, lora, max_steps=4))
+    following = losses(blended(tmp_path / "following", 0.0, lora, max_steps=4))
+    assert still == pytest.approx(fixed, rel=1e-5)
+    assert following == pytest.approx([math.log(2)] * 4, rel=1e-5)
+    assert fixed[-1] != pytest.approx(math.log(2), rel=1e-4)
+
+
+def test_the_average_is_that_of_the_weights(tmp_path: Path) -> None:
+    snapshots = Snapshots()
+    trainer = blended(tmp_path, 0.7, max_steps=3, options={"callbacks": [snapshots]})
+    trainer.train()
+    for name, weight in trainer.reference_model.weights.items():
+        expected = snapshots.weights[0][name]
+        for later in snapshots.weights[1:]:
+            expected = 0.7 * expected + 0.3 * later[name]
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_average_resumes_bit_equal(tmp_path: Path) -> None:
+    steps = {"max_steps": 4, "save_steps": 2, "save_total_limit": None}
+    blended(tmp_path / "whole", 0.8, **steps).train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoint-4")
+    checkpoint = str(tmp_path / "part" / "checkpoint-2")
+    blended(tmp_path / "part", 0.8, resume_from_checkpoint=checkpoint, **steps).train()
+    name = "pytorch_lora_weights.safetensors"
+    whole, part = (load_file(tmp_path / folder / name) for folder in ("whole", "part"))
+    assert_same_tensors(part, whole)
+
+
+def test_a_fixed_reference_and_an_average_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precompute_ref_errors: with reference_decay"):
+        blended(tmp_path, 0.9, precompute_ref_errors=True)
+    with pytest.raises(ConfigError, match="reference_decay: ref_model is a fixed reference"):
+        blended(tmp_path, 0.9, options={"ref_model": build_pipeline("sd")})
