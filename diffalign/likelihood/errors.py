@@ -250,6 +250,13 @@ def winner_safeguard(prediction: Tensor, target: Tensor, strength: float) -> Ten
 
     Returns:
         `Tensor`: lambda per pair, (g,), without gradient.
+
+    Example:
+        ```python
+        chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0])
+        prediction, target = torch.stack([chosen, rejected]), torch.zeros(2, 2)
+        assert winner_safeguard(prediction, target, strength=0.0).tolist() == [0.5]
+        ```
     """
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     residuals = prediction.detach().to(dtype) - target.to(dtype)
