@@ -48,7 +48,7 @@ from typing import Any
 
 import torch
 from full_size import SIZES, TINY_SIDE, pipeline, step_estimate
-from train_step import make_pairs, peer_arguments
+from train_step import make_pairs, peer_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
@@ -206,10 +206,9 @@ def train(model: str, variant: str, setup: Setup, data: Path, work: Path) -> dic
     return {"seconds": clock.stop(), "peak": peak_gib()}
 
 
-def trained(model: str, variants: list[str], setup: Setup, work: Path) -> list[dict[str, Any]]:
-    """One row for each variant. One that fails leaves its sentence."""
+def trained(model: str, variants: list[str], setup: Setup, work: Path) -> None:
+    """Prints one row for each variant. One that fails leaves its sentence."""
     data = pairs_of(model, setup, work)
-    rows = []
     for variant in variants:
         row: dict[str, Any] = {"model": model, "variant": variant}
         try:
@@ -218,12 +217,10 @@ def trained(model: str, variants: list[str], setup: Setup, work: Path) -> list[d
             row["failed"] = "out of memory"
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        rows.append(row)
         print("row", json.dumps(row), flush=True)
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
-    return rows
 
 
 def pairs_of(model: str, setup: Setup, work: Path) -> Path:
@@ -235,10 +232,6 @@ def pairs_of(model: str, setup: Setup, work: Path) -> Path:
 
 def peer(model: str, script: Path, setup: Setup, work: Path) -> None:
     """Runs diffusers' script in this process, and leaves after the last step."""
-    import importlib.machinery
-    import runpy
-    import types
-
     folder = work / f"pipeline-{model}"
     pipe = setup.pipeline(model)
     pipe.save_pretrained(folder)
@@ -253,11 +246,6 @@ def peer(model: str, script: Path, setup: Setup, work: Path) -> None:
     arguments[arguments.index("--mixed_precision") + 1] = setup.precision
     if model in setup.checkpointed:
         arguments.append("--gradient_checkpointing")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:  # the peers import it even when it is not used
-        sys.modules["wandb"] = types.ModuleType("wandb")
-        sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
 
     def leave() -> None:
         row = {"model": model, "variant": "peer", "seconds": clock.stop(), "peak": peak_gib()}
@@ -265,8 +253,7 @@ def peer(model: str, script: Path, setup: Setup, work: Path) -> None:
         os._exit(0)
 
     clock = StepClock(leave)
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    run_script(str(script), arguments)
 
 
 # Sampling

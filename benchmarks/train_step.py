@@ -63,12 +63,15 @@ def worker(result: str, steps: int, script: str, arguments: list[str]) -> None:
             os._exit(0)
 
     register_optimizer_step_post_hook(after_step)
+    run_script(script, arguments)
+
+
+def run_script(script: str, arguments: list[str]) -> None:
+    """Runs a training script in this process as if it were the main program."""
     try:
         import wandb  # noqa: F401
-    except ImportError:
-        sys.modules["wandb"] = types.ModuleType(
-            "wandb"
-        )  # the peer imports it even when it is not used
+    except ImportError:  # the peers import it even when it is not used
+        sys.modules["wandb"] = types.ModuleType("wandb")
         sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def _residuals(prediction: Tensor, target: Tensor) -> Tensor:
+    """Subtract in float32, or wider if one of both is."""
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return prediction.to(dtype) - target.to(dtype)
+
+
 def denoising_errors(
     prediction: Tensor,
     target: Tensor,
@@ -53,11 +59,10 @@ def denoising_errors(
             f"prediction and target differ in shape: {tuple(prediction.shape)} and "
             f"{tuple(target.shape)}"
         )
-    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    squares = (prediction.to(dtype) - target.to(dtype)).square()
+    squares = _residuals(prediction, target).square()
     count: Tensor | int = squares[0].numel()
     if mask is not None:
-        mask = mask.to(dtype).expand_as(squares)
+        mask = mask.to(squares.dtype).expand_as(squares)
         squares, count = squares * mask, mask.flatten(1).sum(1)
     errors = squares.flatten(1).sum(1)
     if reduction == "mean":
@@ -258,10 +263,8 @@ def winner_safeguard(prediction: Tensor, target: Tensor, strength: float) -> Ten
         assert winner_safeguard(prediction, target, strength=0.0).tolist() == [0.5]
         ```
     """
-    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    residuals = prediction.detach().to(dtype) - target.to(dtype)
-    residuals = residuals.flatten(1).unflatten(0, (-1, 2))
-    chosen, rejected = residuals.unbind(1)
+    residuals = _residuals(prediction.detach(), target).flatten(1)
+    chosen, rejected = residuals.unflatten(0, (-1, 2)).unbind(1)
     own, shared = chosen.square().sum(1), (chosen * rejected).sum(1)
     share = (1 - strength) * own / torch.where(shared > 0, shared, 1.0)
     return torch.where(shared > 0, share.clamp(0, 1), 1.0)

@@ -252,7 +252,8 @@ class DiffusionDPOTrainer(Trainer):
         if args.preserve_winner is None:
             policy, reference = self.errors(batch)
         else:
-            policy, reference, share = self._safeguarded_errors(batch, args.preserve_winner)
+            reference = self.reference_errors(batch)
+            policy, share = self._safeguarded_errors(batch, args.preserve_winner)
         assert reference is not None
         loss = diffusion_dpo_loss(
             policy,
@@ -269,16 +270,11 @@ class DiffusionDPOTrainer(Trainer):
         metrics = pair_metrics(policy, reference, args.beta, self.schedule.fraction(batch.times))
         return loss, metrics if share is None else metrics | {"preserve_winner/share": share}
 
-    def _safeguarded_errors(
-        self, batch: Batch, strength: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _safeguarded_errors(self, batch: Batch, strength: float) -> tuple[Tensor, Tensor]:
         """Errors whose rejected half has a scaled gradient, and the scale, (g,)."""
-        reference = batch.reference_errors
-        if reference is None:
-            reference = self.reference_errors(batch)
         prediction, target = self.policy.outputs(batch)
         errors = self.policy.errors_of(batch, prediction, target)
         share = winner_safeguard(prediction, target, strength).to(errors)
         chosen, rejected = errors.unbind(1)
         scaled = rejected.detach() + share * (rejected - rejected.detach())
-        return torch.stack([chosen, scaled], dim=1), reference, share
+        return torch.stack([chosen, scaled], dim=1), share

@@ -488,20 +488,20 @@ class Trainer:
             `tuple[Tensor, Tensor | None]`: Errors of the policy and of the reference,
             each (g, k). The second is None for a method without a reference.
         """
-        reference = batch.reference_errors
-        if reference is None and not self.reference_free:
-            reference = self.reference_errors(batch)
+        reference = None if self.reference_free else self.reference_errors(batch)
         return self.policy.errors(batch), reference
 
     def reference_errors(self, batch: Batch) -> Tensor:
         """Measure the denoising errors of the reference, without gradient.
 
         Args:
-            batch (`Batch`): g groups of k images.
+            batch (`Batch`): g groups of k images. Errors that it brings are returned.
 
         Returns:
             `Tensor`: Errors, (g, k).
         """
+        if batch.reference_errors is not None:
+            return batch.reference_errors
         assert self.reference is not None
         with torch.no_grad():
             return self.reference.errors(batch)
