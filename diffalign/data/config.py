@@ -17,7 +17,9 @@ from diffalign.errors import ConfigError, UserError
 Ties = Literal["drop", "keep"]
 VerifyImages = Literal["header", "full", "none"]
 Mismatch = Literal["drop", "letterbox"]
+Calibrate = Literal["wins", "sigmoid"]
 TIES, VERIFY_IMAGES, MISMATCH = get_args(Ties), get_args(VerifyImages), get_args(Mismatch)
+CALIBRATE = get_args(Calibrate)
 
 
 @config_section
@@ -91,6 +93,9 @@ class DataConfig:
     score_columns: list[str] = field(default_factory=list)
     """Columns of scores per image, one per scorer. A ranked row's scores are then its
     win rates over them (RankDPO's phi)."""
+    calibrate: Calibrate = "wins"
+    """How score_columns become win rates: wins counts won comparisons, sigmoid averages
+    the sigmoid of score differences (CaPO, for scores that are logits)."""
     invert_preferences: bool = False
     """Prefer what was rejected: pairs exchanged, scores negated. Any method then trains
     a negative model (Diffusion-NPO)."""

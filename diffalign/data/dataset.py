@@ -43,8 +43,9 @@ class Group:
             own. A group of kind `prompt` has a single one.
         images (`list`): Undecoded images, each `{"bytes": bytes | None, "path": str |
             None}` or a PIL image. The chosen one comes first in a pair.
-        scores (`tuple[float, ...]`, *optional*): One per image of a ranked group,
-            higher is better. None where the data have none.
+        scores (`tuple[float, ...]`, *optional*): One per image of a ranked group, or of
+            a pair whose data have scores. Higher is better, and NaN marks a missing
+            score. None where the data have none.
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             kept tie.
 
@@ -464,6 +465,14 @@ class PreferenceDataset:
         } <= self.layout.mapping.keys()
 
     @property
+    def has_scores(self) -> bool:
+        """Whether the images of a pair or a ranked list have scores."""
+        return self.kind in ("pair", "ranked") and (
+            self.layout.kind == "ranked"
+            or {"chosen_score", "rejected_score"} <= self.layout.mapping.keys()
+        )
+
+    @property
     def score_name(self) -> str:
         """What the data call the numbers of a ranked row: `rank` or `score`."""
         return "rank" if "rank" in self.layout.mapping else "score"
@@ -475,7 +484,7 @@ class PreferenceDataset:
             `tuple[float, float]`, or None where the data have no scores or are a
             stream.
         """
-        if self.row_ids is None or self.kind != "ranked":
+        if self.row_ids is None or not self.has_scores:
             return None
         row_ids, start, all_scores = set(self.row_ids.tolist()), 0, []
         light = self.layout.light_columns
@@ -589,7 +598,10 @@ _VIEWS: dict[tuple[str, str], Callable[[Group], Group]] = {
 
 def _inverted(group: Group, kind: str) -> Group:
     if kind == "pair":
-        return dataclasses.replace(group, prompts=group.prompts[::-1], images=group.images[::-1])
+        scores = None if group.scores is None else tuple(-score for score in group.scores[::-1])
+        return dataclasses.replace(
+            group, prompts=group.prompts[::-1], images=group.images[::-1], scores=scores
+        )
     scores = group.scores or ()
     top = 1.0 if scores and min(scores) >= 0 and max(scores) <= 1 else 0.0
     return dataclasses.replace(group, scores=tuple(top - score for score in scores))

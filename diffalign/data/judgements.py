@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diffalign.config.ranges import as_float
@@ -27,7 +27,8 @@ class Verdict:
             for kind `prompt`.
         image_roles (`tuple[str, ...]`): The roles whose images make the group, in
             canonical order.
-        scores (`tuple[float, ...]`, *optional*): One per image of a ranked row.
+        scores (`tuple[float, ...]`, *optional*): One per image of a ranked row, or of a
+            pair whose data have scores. NaN marks a missing score of a pair.
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             tie.
         second_wins (`bool`, *optional*): Whether the labels preferred the second image.
@@ -72,9 +73,16 @@ def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
             if layout.name == "canonical_two_prompts"
             else ("prompt", "prompt")
         )
-        return _with_prompts(
-            cells, roles, Verdict("keep", image_roles=("chosen", "rejected"), weight=weight)
-        )
+        verdict = Verdict("keep", image_roles=("chosen", "rejected"), weight=weight)
+        if "chosen_score" in cells and "rejected_score" in cells:
+            scores: list[float] = []
+            for role in ("chosen_score", "rejected_score"):
+                score = math.nan if _is_missing(cells[role]) else number(cells[role])
+                if score is None:
+                    return Verdict("broken", f"{role} is {shown(cells[role])}, expected a number")
+                scores.append(score)
+            verdict = replace(verdict, scores=tuple(scores))
+        return _with_prompts(cells, roles, verdict)
     if layout.kind == "ranked":
         return _judge_scores(cells, weight)
     image_roles = ("image",) if layout.kind == "single" else ()

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffalign.data.config import TIES, VERIFY_IMAGES
+from diffalign.data.config import CALIBRATE, TIES, VERIFY_IMAGES
 from diffalign.data.dataset import Group, LoadReport, PreferenceDataset
 from diffalign.data.images import ImagePlaces
 from diffalign.data.judgements import number
@@ -44,6 +44,7 @@ def load_preferences(
     max_broken_fraction: float = 0.05,
     kind: str | None = None,
     score_columns: Sequence[str] = (),
+    calibrate: str = "wins",
     data_dir: str | Path | None = None,
     allow_remote_images: bool = False,
     allow_outside_paths: bool = False,
@@ -86,6 +87,8 @@ def load_preferences(
         score_columns (`Sequence[str]`, *optional*, defaults to `()`): Columns of scores
             per image, one per scorer. A ranked row's scores become its win rates over
             them.
+        calibrate (`str`, *optional*, defaults to `"wins"`): How they become win rates:
+            `wins` or `sigmoid`, see `diffalign.rewards.win_rates`.
         data_dir (`str` or `Path`, *optional*): A folder in which relative image paths
             are looked up first.
         allow_remote_images (`bool`, *optional*, defaults to `False`): Fetch the web
@@ -115,6 +118,7 @@ def load_preferences(
     """
     _check_choice("ties", ties, TIES)
     _check_choice("verify_images", verify_images, VERIFY_IMAGES)
+    _check_choice("calibrate", calibrate, CALIBRATE)
     opened = open_source(
         source,
         split=split,
@@ -126,7 +130,7 @@ def load_preferences(
     data, columns = opened.dataset, columns or {}
     names = _column_names(data, opened.name)
     if score_columns:
-        data, columns = with_win_rates(data, score_columns, columns)
+        data, columns = with_win_rates(data, score_columns, columns, calibrate)
         names = data.column_names
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
     if not names or _is_empty(data):
@@ -360,7 +364,7 @@ WIN_RATES = "win_rates"
 
 
 def with_win_rates(
-    data: Rows, score_columns: Sequence[str], columns: Mapping[str, str]
+    data: Rows, score_columns: Sequence[str], columns: Mapping[str, str], calibrate: str = "wins"
 ) -> tuple[Rows, dict[str, str]]:
     """Add a column of win rates over several columns of scores.
 
@@ -369,6 +373,7 @@ def with_win_rates(
         score_columns (`Sequence[str]`): Columns that hold a list of numbers per row,
             one per image, higher is better. Missing numbers are left out.
         columns (`Mapping[str, str]`): The user's column mapping.
+        calibrate (`str`, *optional*, defaults to `"wins"`): `wins` or `sigmoid`.
 
     Returns:
         `tuple[datasets.Dataset, dict[str, str]]`: The dataset with the new column, and
@@ -417,5 +422,6 @@ def with_win_rates(
             )
         numbers = [_with_nan(values) for values in lists]
         scores = torch.tensor(numbers, dtype=torch.float64)
-        rows.append(win_rates(scores.T[None])[0].tolist() if scores.numel() else [])
+        rates = win_rates(scores.T[None], calibrate=calibrate) if scores.numel() else None
+        rows.append([] if rates is None else rates[0].tolist())
     return data.add_column(WIN_RATES, rows), {**columns, "scores": WIN_RATES}

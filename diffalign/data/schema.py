@@ -6,7 +6,7 @@ the rows.
 Canonical columns, named as TRL names them:
 
 * `pair`: `prompt`, `chosen`, `rejected` [+ `chosen_prompt`, `rejected_prompt`] [+
-  `weight`]
+  `chosen_score`, `rejected_score`] [+ `weight`]
 * `ranked`: `prompt`, `images` (list), `scores` (list, higher is better) or `rank`
   (list, 1 is the best) [+ `weight`]
 * `single`: `prompt`, `image` [+ `weight`]
@@ -78,6 +78,10 @@ _TWO_PROMPTS: dict[str, tuple[str, ...]] = {
     "chosen_prompt": ("chosen_prompt",),
     "rejected_prompt": ("rejected_prompt",),
 }
+_PAIR_SCORES: dict[str, tuple[str, ...]] = {
+    "chosen_score": ("chosen_score", "score_chosen"),
+    "rejected_score": ("rejected_score", "score_rejected"),
+}
 _IMAGE: tuple[str, ...] = ("image", "jpg", "jpeg", "png", "webp", "file_name")
 _ROW_IMAGE = (*_IMAGE, "image_path", "file_path")
 _PICKAPIC = (
@@ -107,8 +111,8 @@ _SPECS = (
     ),
     _two_images("pickapic", _PICKAPIC_PROMPT, ignored=_PICKAPIC),
     _two_images("pickapic", _PICKAPIC_PROMPT, ("image_0_url", "image_1_url"), _PICKAPIC),
-    _Spec("canonical_two_prompts", "pair", _PAIR | _TWO_PROMPTS, _WEIGHT),
-    _Spec("trl", "pair", {"prompt": _PROMPT} | _PAIR, _WEIGHT),
+    _Spec("canonical_two_prompts", "pair", _PAIR | _TWO_PROMPTS, _PAIR_SCORES | _WEIGHT),
+    _Spec("trl", "pair", {"prompt": _PROMPT} | _PAIR, _PAIR_SCORES | _WEIGHT),
     _Spec(
         "imagerewarddb_pair",
         "pair",

@@ -40,7 +40,7 @@ class DCPOConfig(DiffusionDPOConfig):
         ```
     """
 
-    beta: Positive[float] = 5000.0
+    beta: Positive[float] | Literal["auto"] = 5000.0
     """Source: paper, headline rows of table 9, 5000 (it studies 500 to 5000; the
     script's default is 500)."""
     captions: Literal["both", "chosen"] = "both"

@@ -11,7 +11,7 @@ The official SD1.5 script has no 1/2, so its beta 500 is 1000 here.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ..config.ranges import Positive
 from ..config.section import config_section
@@ -32,7 +32,7 @@ class DiffusionNPOConfig(DiffusionDPOConfig):
         ```
     """
 
-    beta: Positive[float] = 2000.0
+    beta: Positive[float] | Literal["auto"] = 2000.0
     """In Diffusion-DPO's convention (official: SDXL 2000; SD1.5 500 without the 1/2,
     1000 here). Source: official scripts: SDXL 2000; SD1.5 500 without the 1/2, which is
     1000 here."""

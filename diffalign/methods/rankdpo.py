@@ -38,7 +38,7 @@ from ..training.diagnostics import pair_metrics
 from ..training.loop import BatchSource
 from ..training.trainer import Trainer
 
-Gains = Literal["auto", "given", "win_rate", "minmax"]
+Gains = Literal["auto", "given", "win_rate", "calibrated", "minmax"]
 LogBase = Literal["e", "2"]
 Normalize = Literal["sum", "mean", "idcg"]
 GAINS, LOG_BASES, NORMALIZE = get_args(Gains), get_args(LogBase), get_args(Normalize)
@@ -66,7 +66,8 @@ class RankDPOConfig(TrainingConfig):
     for SDXL."""
     gains: Gains = "auto"
     """How scores become phi in [0, 1]: given (they are phi), win_rate (wins within the
-    list), minmax (per list), auto (given where all scores of the dataset lie in [0, 1],
+    list), calibrated (expected wins, sigmoid of score differences, as in CaPO), minmax
+    (per list), auto (given where all scores of the dataset lie in [0, 1],
     else win_rate, also for streams and images drawn online; one choice for all lists).
     Source: paper, section 3.1: win rates over all comparisons and reward models."""
     log_base: LogBase = "e"
@@ -192,6 +193,8 @@ def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
             - `given`: The scores are phi.
             - `win_rate`: Share of the list's other images that an image beats. A tie
               counts one half.
+            - `calibrated`: Mean sigmoid of the differences to the list's other images
+              (CaPO, arXiv 2502.02588).
             - `minmax`: Scaled to [0, 1] within the list.
             - `auto`: `given` if all of these scores lie in [0, 1], else `win_rate`.
 
@@ -205,6 +208,8 @@ def phi_from_scores(scores: Tensor, gains: str = "auto") -> Tensor:
         raise ValueError(f"gains: expected one of {', '.join(GAINS)}, got {gains!r}")
     if gains == "given":
         return scores
+    if gains == "calibrated":
+        return win_rates(scores[:, :, None], calibrate="sigmoid")
     present = ~torch.isnan(scores)
     win_rate = win_rates(scores[:, :, None])
     if gains == "win_rate":

@@ -8,6 +8,7 @@ declared.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -62,7 +63,12 @@ def apply_missing(
     )
 
 
-def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+def win_rates(
+    scores: Tensor,
+    weights: Sequence[float] | Tensor | None = None,
+    *,
+    calibrate: str = "wins",
+) -> Tensor:
     """Compute how often an image beats the others of its group, averaged over scorers.
 
     This is RankDPO's phi (arXiv 2410.18013, section 3.2):
@@ -71,16 +77,22 @@ def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -
     the group have a score of r. It does not depend on scales. Where nothing is missing
     it equals (mean rank - 1) / (k - 1).
 
+    With `calibrate="sigmoid"`, b_ir = sum_{j != i} sigmoid(s_i - s_j) / (k_r - 1), the
+    expected win rate of a Bradley-Terry model (CaPO, arXiv 2502.02588). It depends on
+    the scale of the scores, which should be logits, as ImageReward's and HPSv3's are.
+
     Args:
         scores (`Tensor`): (groups, k, n), higher is better.
         weights (list of `float`, *optional*): (n,), at least 0. Defaults to equal ones.
+        calibrate (`str`, *optional*, defaults to `"wins"`): `wins` or `sigmoid`.
 
     Returns:
         `Tensor`: phi (groups, k) in [0, 1]. NaN for an image without any score.
             Constant groups, and groups of one, give 1/2.
 
     Raises:
-        ConfigError: weights of another number, negative, or all 0.
+        ConfigError: weights of another number, negative, or all 0, or another value of
+            `calibrate`.
         UserError: scores of another shape.
 
     Example:
@@ -91,12 +103,17 @@ def win_rates(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -
     """
     values, present, weight = _prepared(_grouped(scores), weights)
     # A comparison with NaN is False, so missing scores neither win nor tie.
-    wins = (values[:, :, None] > values[:, None]).sum(2).double()
-    ties = (values[:, :, None] == values[:, None]).sum(2) - 1  # an image ties with itself
+    if calibrate == "wins":
+        wins = (values[:, :, None] > values[:, None]).sum(2).double()
+        wins += 0.5 * (values[:, :, None] == values[:, None]).sum(2)
+    elif calibrate == "sigmoid":
+        expected = torch.sigmoid((values[:, :, None] - values[:, None]).double())
+        wins = expected.nan_to_num(0.0).sum(2)
+    else:
+        raise ConfigError("calibrate", f"expected wins or sigmoid, got {calibrate!r}")
+    wins = wins - 0.5  # an image ties with itself
     others = present.sum(1, keepdim=True) - 1
-    rate = torch.where(
-        others > 0, (wins + 0.5 * ties) / others.clamp(min=1), torch.full_like(wins, 0.5)
-    )
+    rate = torch.where(others > 0, wins / others.clamp(min=1), torch.full_like(wins, 0.5))
     return _like(_average(rate, present, weight), scores)
 
 
@@ -383,6 +400,7 @@ def best_worst_pairs(combined: Tensor) -> tuple[Tensor, Tensor]:
 
 METHODS = (
     "winrate",
+    "calibrated",
     "weighted_sum",
     "zscore",
     "majority",
@@ -440,6 +458,7 @@ def combine(
     scores = apply_missing(scores, missing, names)
     simple: dict[str, Callable[..., Tensor]] = {
         "winrate": win_rates,
+        "calibrated": functools.partial(win_rates, calibrate="sigmoid"),
         "majority": majority_score,
         "minmax": minmax,
     }

@@ -344,7 +344,7 @@ class Panel:
         members = group_members(groups)
         config = self.combine_config
         largest = max(map(len, members))
-        if config.method in ("winrate", "majority") and largest > LARGEST_COMPARED:
+        if config.method in ("winrate", "calibrated", "majority") and largest > LARGEST_COMPARED:
             raise UserError(
                 f"combine.method: {config.method} compares all images of a group with all, "
                 f"and one has {largest}, more than "

@@ -67,6 +67,7 @@ def as_preferences(
             max_broken_fraction=config.max_broken_fraction,
             data_dir=config.train_data_dir,
             score_columns=config.score_columns,
+            calibrate=config.calibrate,
             allow_remote_images=config.allow_remote_images,
             allow_outside_paths=config.allow_outside_paths,
             verbose=False,

@@ -174,7 +174,8 @@ def test_policy_equal_to_reference(beta: float) -> None:
     policy, _ = random_errors()
     dmpo = math.log(0.5) - 0.5 * (math.log(0.99) + math.log(0.01))
     values = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": beta**-2, "dmpo": dmpo}
-    assert values.keys() == set(LOSS_TYPES) - {"linear"}  # it starts at half the difference
+    # linear starts at half the difference, regression at the square of its target.
+    assert values.keys() == set(LOSS_TYPES) - {"linear", "regression"}
     for loss_type, value in values.items():
         for smoothing in (0.0, 0.2):
             loss = diffusion_dpo_loss(
@@ -202,6 +203,7 @@ def test_swapping_the_pair_flips_the_logit() -> None:
 def test_label_smoothing_mixes_in_the_swapped_pair(loss_type: str) -> None:
     policy, reference = random_errors()
     options: dict[str, Any] = {"beta": 3.0, "loss_type": loss_type}
+    options["targets"] = torch.linspace(-1, 2, 16).double()  # of regression
     plain = diffusion_dpo_loss(policy, reference, **options)
     swapped = diffusion_dpo_loss(policy.flip(1), reference.flip(1), **options)
     smooth = diffusion_dpo_loss(policy, reference, label_smoothing=0.1, **options)
@@ -231,12 +233,9 @@ def test_h6d_linear(beta: float, weights: list[float], expected: list[float]) ->
 def test_gradient_of_the_loss(loss_type: str) -> None:
     policy, reference = random_errors(3)
     policy.requires_grad_(True)
-    assert torch.autograd.gradcheck(
-        lambda p: diffusion_dpo_loss(
-            p, reference, beta=3.0, loss_type=loss_type, label_smoothing=0.1
-        ),
-        policy,
-    )
+    options: dict[str, Any] = {"beta": 3.0, "loss_type": loss_type, "label_smoothing": 0.1}
+    options |= {"factors": torch.rand(16).double(), "targets": torch.rand(16).double()}
+    assert torch.autograd.gradcheck(lambda p: diffusion_dpo_loss(p, reference, **options), policy)
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny import brightness, lora_config, make_trainer, pair_rows
 
 from diffalign.errors import UserError
 from diffalign.training import trainer as trainer_module
+from diffalign.training.auto_beta import RATE, AutoBeta
 from diffalign.training.online import feedback
 from diffalign.training.tracking import MetricLog, MetricWindow
 
@@ -52,11 +54,20 @@ def upload(trainer: Any, folder: Path) -> None:
     assert trainer.push_to_hub() == ("address" if trainer.accelerator.is_main_process else None)
 
 
+def beta(trainer: Any, folder: Path) -> None:
+    """beta that moves by the pairs of both processes, also where one has none."""
+    accelerator, moved = trainer.accelerator, AutoBeta(100.0, 0.5)
+    if accelerator.is_main_process:
+        moved.add(torch.tensor([0.1, 0.2]), torch.ones(2))
+    moved.step(accelerator)
+    assert moved.value == pytest.approx(100 * math.exp(RATE * (0.15 - 0.5))), moved.value
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     trainer = make_trainer(folder / "plain", peft_config=lora_config())
     trainer.setup()
-    for check in (window, history, upload):
+    for check in (window, history, upload, beta):
         check(trainer, folder / check.__name__)
     # Fewer rows to evaluate on than processes.
     found = trainer.evaluate(pair_rows(1))

@@ -132,7 +132,7 @@ class OnlineData:
             condition={
                 name: value.repeat_interleave(k, 0) for name, value in batch.condition.items()
             },
-            scores=combined.float().to(device) if self.kind == "ranked" else None,
+            scores=None if self.kind == "single" else combined[rows, chosen].float().to(device),
             # A single image cannot tie.
             weights=batch.weights * (scored if self.kind == "single" else decided).to(device),
         )
