@@ -27,6 +27,8 @@ _EXPORTS = {
     "DCPOTrainer": "methods.dcpo",
     "DiffusionNPOConfig": "methods.diffusion_npo",
     "DiffusionNPOTrainer": "methods.diffusion_npo",
+    "DiffusionDROConfig": "methods.diffusion_dro",
+    "DiffusionDROTrainer": "methods.diffusion_dro",
     "DiffusionORPOConfig": "methods.diffusion_orpo",
     "DiffusionORPOTrainer": "methods.diffusion_orpo",
     "MaPOConfig": "methods.mapo",
@@ -64,6 +66,8 @@ __all__ = [
     "DataConfig",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "DiffusionDROConfig",
+    "DiffusionDROTrainer",
     "DiffusionNPOConfig",
     "DiffusionNPOTrainer",
     "DiffusionORPOConfig",
@@ -104,6 +108,7 @@ if TYPE_CHECKING:
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from .methods.diffusion_dro import DiffusionDROConfig, DiffusionDROTrainer
     from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer
     from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
     from .methods.mapo import MaPOConfig, MaPOTrainer

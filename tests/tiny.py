@@ -264,6 +264,8 @@ def make_trainer(
     } | args
     if method == "seppo":
         values = {"num_inference_steps": 2, "guidance_scale": 2.0, "beta": 100.0} | values
+    if method == "diffusion_dro":  # a large margin: every row has a gradient
+        values = {"num_inference_steps": 3, "margin": 10.0} | values
     if method == "d3po":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": [brightness], **(options or {})}

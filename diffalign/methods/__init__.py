@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "d3po": "d3po:D3PO",
     "dcpo": "dcpo:DCPO",
     "diffusion_dpo": "diffusion_dpo:DiffusionDPO",
+    "diffusion_dro": "diffusion_dro:DiffusionDRO",
     "diffusion_npo": "diffusion_npo:DiffusionNPO",
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
     "mapo": "mapo:MaPO",

@@ -159,6 +159,8 @@ class SnapshotReference:
     description = "the policy at the beginning of the round (iterated)"
     field: ClassVar[str] = "train.reference"
     """Setting that asks for this reference, for messages."""
+    file: ClassVar[str] = "reference.safetensors"
+    """Name of its weights in a checkpoint."""
 
     def __init__(self, network: Module) -> None:
         self.network, self.dropout_off = network, DropoutOff(network)
@@ -220,7 +222,7 @@ class SnapshotReference:
         # Gathered on all processes, written by the first one.
         tensors = {name: whole(w).cpu().contiguous() for name, w in self.weights.items()}
         if rank == 0:
-            save_file(tensors, folder / "reference.safetensors")
+            save_file(tensors, folder / self.file)
 
     def load(self, folder: Path, rank: int, device: torch.device) -> None:
         """Read the weights from a checkpoint.
@@ -235,14 +237,13 @@ class SnapshotReference:
         """
         from ..runtime.files import read_tensors
 
-        if not (folder / "reference.safetensors").is_file():
+        if not (folder / self.file).is_file():
             raise UserError(
                 f"{self.field}: {folder} holds no reference; it was saved by a run with "
                 "another setting"
             )
         self.weights = {
-            name: w.to(device)
-            for name, w in read_tensors(folder / "reference.safetensors")[0].items()
+            name: w.to(device) for name, w in read_tensors(folder / self.file)[0].items()
         }
 
 

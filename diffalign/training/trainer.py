@@ -131,6 +131,8 @@ class Trainer:
     reference_free: ClassVar[bool] = False
     inverted: ClassVar[bool] = False
     """Whether the method prefers the rejected images."""
+    start_message: ClassVar[str] = LOG2_MESSAGE
+    """What a method with a reference says about its first losses."""
     can_be_online: ClassVar[bool] = True
     """Whether the method can train on images drawn online."""
 
@@ -801,8 +803,13 @@ class Trainer:
         """Print the facts of the run, write its config and start the trackers."""
         say, record = self.accelerator.print, self.record
         record.lines = record.facts()
-        for line in [*record.lines, *self.notes, *([] if self.reference_free else [LOG2_MESSAGE])]:
-            say(line)
+        for line in [
+            *record.lines,
+            *self.notes,
+            *([] if self.reference_free else [self.start_message]),
+        ]:
+            if line:
+                say(line)
         if checkpoint is not None:
             say(
                 f"resuming from {checkpoint} at step {self.state.global_step} of "
