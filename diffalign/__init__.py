@@ -25,6 +25,8 @@ _EXPORTS = {
     "D3POTrainer": "methods.d3po",
     "DCPOConfig": "methods.dcpo",
     "DCPOTrainer": "methods.dcpo",
+    "DiffusionKTOConfig": "methods.diffusion_kto",
+    "DiffusionKTOTrainer": "methods.diffusion_kto",
     "DiffusionNPOConfig": "methods.diffusion_npo",
     "DiffusionNPOTrainer": "methods.diffusion_npo",
     "DiffusionDROConfig": "methods.diffusion_dro",
@@ -68,6 +70,8 @@ __all__ = [
     "DiffusionDPOTrainer",
     "DiffusionDROConfig",
     "DiffusionDROTrainer",
+    "DiffusionKTOConfig",
+    "DiffusionKTOTrainer",
     "DiffusionNPOConfig",
     "DiffusionNPOTrainer",
     "DiffusionORPOConfig",
@@ -109,6 +113,7 @@ if TYPE_CHECKING:
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .methods.diffusion_dro import DiffusionDROConfig, DiffusionDROTrainer
+    from .methods.diffusion_kto import DiffusionKTOConfig, DiffusionKTOTrainer
     from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer
     from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
     from .methods.mapo import MaPOConfig, MaPOTrainer

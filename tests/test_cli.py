@@ -102,8 +102,8 @@ def test_mistakes_through_the_installed_command(world: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--train.beta", "-1"], "train.beta: expected float > 0, got -1.0"),
-        (["--train.beta", "nan"], "train.beta: expected a finite number, got nan"),
+        (["--train.beta", "-1"], "train.beta: expected float > 0 or auto, got -1"),
+        (["--train.beta", "nan"], "train.beta: expected float > 0 or auto, got 'nan'"),
         (["--train.max_steps", "1.5"], "train.max_steps: expected int or null, got 1.5"),
         (["--train.optim", "sgd"], "train.optim: expected one of adamw"),
         (

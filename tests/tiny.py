@@ -212,9 +212,22 @@ def captioned_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any
     ]
 
 
+def labelled_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
+    """Liked (bright) and disliked (dark) images in turns."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "image": row["rejected" if i % 2 else "chosen"],
+            "label": i % 2 == 0,
+        }
+        for i, row in enumerate(pair_rows(count, size))
+    ]
+
+
 def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """Rows that a method can train on."""
-    return {"rankdpo": ranked_rows, "dcpo": captioned_rows}.get(method, pair_rows)(count, size)
+    rows = {"rankdpo": ranked_rows, "dcpo": captioned_rows, "diffusion_kto": labelled_rows}
+    return rows.get(method, pair_rows)(count, size)
 
 
 def brightness(images: Any, prompts: Any) -> Any:
@@ -278,7 +291,7 @@ def make_trainer(
             "images_per_prompt": 2,
         } | values
         options = {"scorers": [brightness], **(options or {})}
-    if method in ("diffusion_dpo", "diffusion_npo", "dcpo", "rankdpo"):
+    if method in ("diffusion_dpo", "diffusion_kto", "diffusion_npo", "dcpo", "rankdpo"):
         values.setdefault("beta", 100.0)
     return trainer_class(method)(
         model=build_pipeline(family) if model is None else model,

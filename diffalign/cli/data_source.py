@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..config.ranges import finite
+
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the source.
@@ -19,6 +21,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'",
     )
     parser.add_argument("--ties", default="drop", choices=("drop", "keep"), help="default: drop")
+    parser.add_argument(
+        "--like_threshold",
+        type=finite,
+        help="images with a column of ratings (rating, stars) are liked from here on",
+    )
     parser.add_argument(
         "--allow_remote_images",
         action="store_true",
@@ -50,6 +57,7 @@ def source_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "split": options.split,
         "columns": read_columns(options.columns),
         "ties": options.ties,
+        "like_threshold": options.like_threshold,
         "allow_remote_images": options.allow_remote_images,
         "allow_outside_paths": options.allow_outside_paths,
     }

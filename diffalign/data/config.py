@@ -9,7 +9,7 @@ import re
 from dataclasses import field
 from typing import Annotated, Literal, get_args
 
-from diffalign.config.ranges import BatchSize, Count, Range, count
+from diffalign.config.ranges import BatchSize, Count, Range, count, finite
 from diffalign.config.section import config_section
 from diffalign.config.yaml_text import read_yaml_text, shown
 from diffalign.errors import ConfigError, UserError
@@ -96,6 +96,9 @@ class DataConfig:
     calibrate: Calibrate = "wins"
     """How score_columns become win rates: wins counts won comparisons, sigmoid averages
     the sigmoid of score differences (CaPO, for scores that are logits)."""
+    like_threshold: Annotated[float, finite] | None = None
+    """Images with a column of ratings (rating, stars): liked from here on, disliked
+    below. null reads no ratings."""
     invert_preferences: bool = False
     """Prefer what was rejected: pairs exchanged, scores negated. Any method then trains
     a negative model (Diffusion-NPO)."""

@@ -33,6 +33,16 @@ T = TypeVar("T")
 LISTED_BROKEN_ROWS = 20
 
 
+def group_number(row_id: int, place: int) -> int:
+    """Number a group by its row and the place of a labelled image in it.
+
+    Args:
+        row_id (`int`): Index of the row in the source.
+        place (`int`): 0, or 1 for the rejected image of a pair.
+    """
+    return row_id + (place << 40)
+
+
 @dataclass
 class Group:
     """The images of one prompt, to be compared with each other.
@@ -45,9 +55,11 @@ class Group:
             None}` or a PIL image. The chosen one comes first in a pair.
         scores (`tuple[float, ...]`, *optional*): One per image of a ranked group, or of
             a pair whose data have scores. Higher is better, and NaN marks a missing
-            score. None where the data have none.
+            score. 1 for a liked single image and -1 for a disliked one. None where the
+            data have none.
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             kept tie.
+        place (`int`, defaults to `0`): Which image of its row a labelled image is.
 
     Example:
         >>> from PIL import Image
@@ -64,6 +76,12 @@ class Group:
     images: list[Undecoded]
     scores: tuple[float, ...] | None = None
     weight: float = 1.0
+    place: int = 0
+
+    @property
+    def key(self) -> int:
+        """A number that no other group of the dataset has: `row_id` for image 0."""
+        return group_number(self.row_id, self.place)
 
     def open_images(self) -> list[Image.Image]:
         """Decode all images to RGB, rotated by their EXIF tag, transparency on white.
@@ -324,9 +342,11 @@ class PreferenceDataset:
     Attributes:
         dataset (`datasets.Dataset`): The underlying dataset, with the source's columns.
         layout (`Layout`): How its columns are read.
-        kind (`str`): What the groups are: `pair`, `ranked`, `single` or `prompt`.
+        kind (`str`): What the groups are: `pair`, `ranked`, `labelled`, `single` or
+            `prompt`.
         report (`LoadReport`): What was left out.
-        row_ids (`np.ndarray`): The rows in use, int64, ascending. None for a stream.
+        row_ids (`np.ndarray`): The row of each group, int64, ascending. None for a
+            stream.
         places (`ImagePlaces`): Where image cells may point to.
 
     Example:
@@ -355,6 +375,8 @@ class PreferenceDataset:
         self.kind = layout.kind
         self._views: tuple[str, ...] = ()
         self._inverted = self._one_prompt = False
+        # Image of the row, per group, where pairs are read as two labelled images.
+        self._image_of_row: np.ndarray | None = None
 
     @property
     def _columns(self) -> dict[str, str]:
@@ -397,6 +419,11 @@ class PreferenceDataset:
             group = _prompt_only(group) if kind == "prompt" else _VIEWS[source, kind](group)
         return group
 
+    @property
+    def _is_unrolled(self) -> bool:
+        """Whether each image of a pair is a labelled group of its own."""
+        return self.kind == "labelled" and self.layout.kind != "labelled"
+
     def __len__(self) -> int:
         assert self.row_ids is not None
         return len(self.row_ids)
@@ -411,7 +438,10 @@ class PreferenceDataset:
         assert self.row_ids is not None
         row_id = int(self.row_ids[index])
         row = self._tables()[row_id].to_pylist()[0]
-        return self._group(row_id, {role: row[column] for role, column in self._columns.items()})
+        group = self._group(row_id, {role: row[column] for role, column in self._columns.items()})
+        if self._image_of_row is None:
+            return group
+        return labelled_image(group, int(self._image_of_row[index]))
 
     def __iter__(self) -> Iterator[Group]:
         for index in range(len(self)):
@@ -426,18 +456,22 @@ class PreferenceDataset:
         import numpy as np
 
         assert self.row_ids is not None
-        view = self._derived()
-        view.row_ids = self.row_ids[np.asarray(indices, dtype=np.int64)]
+        view, places = self._derived(), np.asarray(indices, dtype=np.int64)
+        view.row_ids = self.row_ids[places]
+        if self._image_of_row is not None:
+            view._image_of_row = self._image_of_row[places]
         return view
 
     def as_kind(self, kind: str) -> PreferenceDataset:
         """Return the same dataset with its groups as another kind.
 
         Ranked groups become pairs of the best and the worst score. Pairs and ranked
-        groups become single images, the best one. Every kind becomes prompts.
+        groups become single images, the best one, or two labelled images, a liked and
+        a disliked one. Labelled images become single ones if they are liked. Every kind
+        becomes prompts.
 
         Args:
-            kind (`str`): `pair`, `ranked`, `single` or `prompt`.
+            kind (`str`): `pair`, `ranked`, `labelled`, `single` or `prompt`.
 
         Raises:
             UserError: The data do not hold what the kind needs.
@@ -447,14 +481,76 @@ class PreferenceDataset:
         if kind not in KINDS:
             raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "prompt" and (self.kind, kind) not in _VIEWS:
+            remedy = ""
+            if kind == "labelled":
+                remedy = (
+                    "; add a column label (true or false), or a column rating and "
+                    "data.like_threshold"
+                )
             raise UserError(
                 f"dataset {self.report.source}: the method needs {kind} data, but this dataset "
-                f"is of kind {self.kind} (layout {self.layout.name})"
+                f"is of kind {self.kind} (layout {self.layout.name}){remedy}"
             )
         view = self._derived()
         # Prompts are read directly: the views in between would ask for images.
-        view.kind, view._views = kind, (kind,) if kind == "prompt" else (*self._views, kind)
+        before = self._views[:-1] if self._is_unrolled else self._views
+        view.kind, view._views = kind, (kind,) if kind == "prompt" else (*before, kind)
+        if self.kind == "labelled":
+            view._take_rows_once(liked=kind == "single")
+        if view._is_unrolled:
+            view._unroll()
         return view
+
+    def _unroll(self) -> None:
+        """Make two groups of every row."""
+        import numpy as np
+
+        if self.row_ids is None:
+            return
+        rows = len(self.row_ids)
+        self.row_ids = np.repeat(self.row_ids, 2)
+        self._image_of_row = np.tile(np.array([0, 1]), rows)
+
+    def _take_rows_once(self, liked: bool) -> None:
+        """Undo `_unroll`, and leave disliked images out if liked ones are asked."""
+        import numpy as np
+
+        if self.row_ids is None:
+            return
+        rows = self.row_ids
+        if self._image_of_row is not None:
+            rows = rows[self._image_of_row == 0] if liked else np.unique(rows)
+            self._image_of_row = None
+        elif liked:
+            scores = {row_id: (verdict.scores or (0.0,))[0] for row_id, verdict in self._verdicts()}
+            sign = -1.0 if self._inverted else 1.0
+            rows = np.array([row for row in rows if sign * scores[int(row)] > 0], dtype=np.int64)
+            left_out = len(self.row_ids) - len(rows)
+            self.report = copy.deepcopy(self.report)
+            self.report.notes.append(f"{left_out} disliked images left out")
+            self.report.kept = len(rows)
+            if not len(rows):
+                raise UserError(
+                    f"dataset {self.report.source}: none of its images is liked, so nothing is "
+                    "left to train on"
+                )
+        self.row_ids = rows
+
+    def _verdicts(self) -> Iterator[tuple[int, Verdict]]:
+        """Yield row id and verdict of all rows in use."""
+        assert self.row_ids is not None
+        row_ids, start = set(self.row_ids.tolist()), 0
+        light = self.layout.light_columns
+        tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format(
+            "arrow"
+        )
+        for table in tables.iter(batch_size=1024):
+            columns = {role: table[column].to_pylist() for role, column in light.items()}
+            for offset in range(len(table)):
+                if start + offset in row_ids:
+                    cells = {role: values[offset] for role, values in columns.items()}
+                    yield start + offset, classify_row(self.layout, cells)
+            start += len(table)
 
     @property
     def has_two_prompts(self) -> bool:
@@ -486,23 +582,12 @@ class PreferenceDataset:
         """
         if self.row_ids is None or not self.has_scores:
             return None
-        row_ids, start, all_scores = set(self.row_ids.tolist()), 0, []
-        light = self.layout.light_columns
-        tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format(
-            "arrow"
-        )
-        for table in tables.iter(batch_size=1024):
-            columns = {role: table[column].to_pylist() for role, column in light.items()}
-            for offset in range(len(table)):
-                if start + offset in row_ids:
-                    verdict = classify_row(
-                        self.layout, {role: values[offset] for role, values in columns.items()}
-                    )
-                    unread: list[Any] = [None] * len(verdict.prompts)
-                    group = Group(start + offset, verdict.prompts, unread, verdict.scores)
-                    scores = self._viewed(group).scores or ()
-                    all_scores += [s for s in scores if s is not None and not math.isnan(s)]
-            start += len(table)
+        all_scores: list[float] = []
+        for row_id, verdict in self._verdicts():
+            unread: list[Any] = [None] * len(verdict.prompts)
+            group = Group(row_id, verdict.prompts, unread, verdict.scores)
+            scores = self._viewed(group).scores or ()
+            all_scores += [s for s in scores if s is not None and not math.isnan(s)]
         return (min(all_scores), max(all_scores)) if all_scores else None
 
     def with_first_prompt(self) -> PreferenceDataset:
@@ -515,15 +600,20 @@ class PreferenceDataset:
         """Return the same groups with the opposite preference.
 
         The images of pairs are exchanged. Scores within [0, 1] become 1 minus the
-        score, other scores are negated.
+        score, other scores are negated. Disliked images become liked ones.
 
         Raises:
             UserError: The data hold no preference.
         """
-        if self.layout.kind not in ("pair", "ranked"):
+        if self.layout.kind not in ("pair", "ranked", "labelled"):
             raise UserError(
                 f"dataset {self.report.source}: {self.layout.kind} data hold no preference to "
-                "invert; give pairs or ranked lists"
+                "invert; give pairs, ranked lists or likes and dislikes"
+            )
+        if self.layout.kind == "labelled" and self.kind == "single":
+            raise UserError(
+                f"dataset {self.report.source}: invert likes and dislikes before they are read as "
+                "single images"
             )
         view = self._derived()
         view._inverted = not self._inverted
@@ -547,6 +637,8 @@ class PreferenceDataset:
         digest = hashlib.sha256(
             repr([self.layout.name, sorted(self.layout.mapping.items()), self.kind]).encode()
         )
+        if self._image_of_row is not None:
+            digest.update(self._image_of_row.tobytes())
         row_ids = set(self.row_ids.tolist())
         start = 0
         for table in self._tables().iter(batch_size=256):
@@ -582,6 +674,22 @@ def _pick(group: Group, picked: list[int]) -> Group:
     )
 
 
+def labelled_image(group: Group, place: int) -> Group:
+    """Return one image of a pair as a liked (chosen) or a disliked (rejected) image.
+
+    Args:
+        group (`Group`): A pair.
+        place (`int`): 0 for the chosen image, 1 for the rejected one.
+    """
+    return dataclasses.replace(
+        group,
+        prompts=group.prompts[place : place + 1],
+        images=group.images[place : place + 1],
+        scores=(1.0,) if place == 0 else (-1.0,),
+        place=place,
+    )
+
+
 def _best_and_worst(group: Group) -> Group:
     assert group.scores is not None
     # Of equally bad images take the last, so that a kept tie is a pair of two images.
@@ -593,6 +701,10 @@ _VIEWS: dict[tuple[str, str], Callable[[Group], Group]] = {
     ("ranked", "pair"): _best_and_worst,
     ("ranked", "single"): lambda group: _pick(group, [_best(group)]),
     ("pair", "single"): lambda group: _pick(group, [0]),
+    # Each group is one image of the pair: `PreferenceDataset._unroll`.
+    ("pair", "labelled"): lambda group: group,
+    ("ranked", "labelled"): _best_and_worst,
+    ("labelled", "single"): lambda group: group,
 }
 
 
@@ -603,6 +715,8 @@ def _inverted(group: Group, kind: str) -> Group:
             group, prompts=group.prompts[::-1], images=group.images[::-1], scores=scores
         )
     scores = group.scores or ()
+    if kind == "labelled":
+        return dataclasses.replace(group, scores=tuple(-score for score in scores))
     top = 1.0 if scores and min(scores) >= 0 and max(scores) <= 1 else 0.0
     return dataclasses.replace(group, scores=tuple(top - score for score in scores))
 

@@ -6,6 +6,7 @@ canonical form of a dataset: parquet with embedded images.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
           `formats`;
         * `prompt_words` and `prompt_characters`, each `{min, median, max}`;
         * `first_image_preferred`, a share, where labels say it;
+        * `liked`, a share, of likes and dislikes;
         * the findings `duplicate_groups`, `duplicate_images`, `identical_images`
           (chosen = rejected), `size_mismatches`, `aspect_mismatches` and `unreadable`,
           each `{count, rows}`;
@@ -86,10 +88,11 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
         "unreadable",
     )
     findings = {name: _Finding() for name in names}
-    images = 0
+    images = liked = 0
     reasons: list[str] = []
     for group in _readable(dataset, findings["unreadable"], reasons):
         prompts.update(set(group.prompts))
+        liked += dataset.kind == "labelled" and (group.scores or (0.0,))[0] > 0
         try:
             headers = [image_cells.header(image) for image in group.images]
             if decode:
@@ -134,6 +137,7 @@ def inspect(dataset: PreferenceDataset, *, decode: bool = True) -> dict[str, Any
         "prompt_words": _spread(len(prompt.split()) for prompt in prompts.elements()),
         "prompt_characters": _spread(len(prompt) for prompt in prompts.elements()),
         "first_image_preferred": report.first_wins / labelled if labelled else None,
+        "liked": liked / sum(prompts.values()) if dataset.kind == "labelled" and prompts else None,
         **{name: finding.as_dict() for name, finding in findings.items()},
         "reasons": reasons,
         "decoded": decode,
@@ -204,6 +208,7 @@ def format_inspection(result: dict[str, Any]) -> str:
         return "{min} to {max}, median {median}".format(**result[name])
 
     balance = result["first_image_preferred"]
+    likes = {} if result["liked"] is None else {"liked": f"{result['liked']:.1%}"}
     mapping = ", ".join(f"{role} = {column}" for role, column in result["mapping"].items())
     lines = {
         "source": result["source"],
@@ -215,6 +220,7 @@ def format_inspection(result: dict[str, Any]) -> str:
         "broken": str(result["broken_count"]),
         "direction": result["direction"] or "no judgements",
         "first image preferred": "the columns are ordered" if balance is None else f"{balance:.1%}",
+        **likes,
         "prompts": f"{result['distinct_prompts']} distinct",
         "words per prompt": spread("prompt_words"),
         "characters per prompt": spread("prompt_characters"),
@@ -265,12 +271,15 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
     if group is None or not group.images:
         raise UserError(f"--picture: dataset {dataset.report.source} has no images to show")
     images = group.open_images()
-    order = sorted(range(len(images)), key=lambda i: -group.scores[i] if group.scores else 0.0)
-    names = (
-        ["chosen", "rejected"]
-        if dataset.kind == "pair" and group.scores is None
-        else ["image"] * len(images)
-    )
+    scores = group.scores or ()
+    order = list(range(len(images)))
+    names = ["image"] * len(images)
+    if dataset.kind == "pair":
+        names = ["chosen", "rejected"]
+    elif dataset.kind == "labelled":
+        names = ["liked" if scores[0] > 0 else "disliked"]
+    elif scores:
+        order.sort(key=lambda i: -scores[i])
     if group.weight == 0:
         names = ["tie"] * len(images)
     # Ranks are kept negated, so that higher is better.
@@ -284,8 +293,8 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
         left = 8 + place * (side + 8)
         picture.paste(ImageOps.pad(images[i], (side, side), color="lightgray"), (left, 24))
         label = (
-            f"{place + 1}: {dataset.score_name} {sign * group.scores[i]:g}"
-            if group.scores
+            f"{place + 1}: {dataset.score_name} {sign * scores[i]:g}"
+            if dataset.kind == "ranked"
             else names[i]
         )
         draw.text((left, side + 32), label, fill="black")
@@ -409,10 +418,15 @@ def canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
         row |= {"chosen": images[0], "rejected": images[1]}
         if _two_prompts(dataset):
             row |= {"chosen_prompt": group.prompts[0], "rejected_prompt": group.prompts[1]}
+        if dataset.has_scores and group.scores is not None:
+            scores = [None if math.isnan(score) else score for score in group.scores]
+            row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     elif dataset.kind == "ranked":
         row |= {"images": images, "scores": list(group.scores or ())}
     elif dataset.kind == "single":
         row |= {"image": images[0]}
+    elif dataset.kind == "labelled":
+        row |= {"image": images[0], "label": (group.scores or (0.0,))[0] > 0}
     return row if dataset.kind == "prompt" else row | {"weight": group.weight}
 
 
@@ -432,7 +446,10 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     }
     types |= {
         "scores": datasets.List(datasets.Value("float64")),
-        "weight": datasets.Value("float64"),
+        "label": datasets.Value("bool"),
+    }
+    types |= {
+        name: datasets.Value("float64") for name in ("weight", "chosen_score", "rejected_score")
     }
     features = datasets.Features({name: types[name] for name in rows[0]})
     table = datasets.Dataset.from_list(rows, features=features)

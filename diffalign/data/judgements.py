@@ -28,7 +28,8 @@ class Verdict:
         image_roles (`tuple[str, ...]`): The roles whose images make the group, in
             canonical order.
         scores (`tuple[float, ...]`, *optional*): One per image of a ranked row, or of a
-            pair whose data have scores. NaN marks a missing score of a pair.
+            pair whose data have scores. NaN marks a missing score of a pair. 1 for a
+            liked single image and -1 for a disliked one.
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             tie.
         second_wins (`bool`, *optional*): Whether the labels preferred the second image.
@@ -85,6 +86,8 @@ def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
         return _with_prompts(cells, roles, verdict)
     if layout.kind == "ranked":
         return _judge_scores(cells, weight)
+    if layout.kind == "labelled":
+        return _judge_like(layout, cells, weight)
     image_roles = ("image",) if layout.kind == "single" else ()
     return _with_prompts(
         cells, ("prompt",), Verdict("keep", image_roles=image_roles, weight=weight)
@@ -204,6 +207,26 @@ def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
         weight=0.0 if tie else weight,
     )
     return _with_prompts(cells, ("prompt",) * len(scores), verdict)
+
+
+def _judge_like(layout: Layout, cells: Mapping[str, Any], weight: float) -> Verdict:
+    """Judge a single image by its label or rating: score 1 is liked, -1 is not."""
+    role = "label" if "label" in cells else "rating"
+    if _is_missing(cells[role]):
+        return Verdict("unlabelled")
+    value = number(cells[role])
+    if role == "label" and value not in (1.0, 0.0, -1.0):
+        return Verdict(
+            "broken",
+            f"label is {shown(cells[role])}, expected true or false, 1 or 0, or 1 or -1; for "
+            "ratings map the column as rating and set data.like_threshold",
+        )
+    if value is None:
+        return Verdict("broken", f"rating is {shown(cells[role])}, expected a number")
+    threshold = 1.0 if layout.like_threshold is None else layout.like_threshold
+    score = 1.0 if value >= threshold else -1.0
+    verdict = Verdict("keep", image_roles=("image",), scores=(score,), weight=weight)
+    return _with_prompts(cells, ("prompt",), verdict)
 
 
 def _with_prompts(cells: Mapping[str, Any], roles: tuple[str, ...], verdict: Verdict) -> Verdict:

@@ -45,6 +45,7 @@ def load_preferences(
     kind: str | None = None,
     score_columns: Sequence[str] = (),
     calibrate: str = "wins",
+    like_threshold: float | None = None,
     data_dir: str | Path | None = None,
     allow_remote_images: bool = False,
     allow_outside_paths: bool = False,
@@ -89,6 +90,8 @@ def load_preferences(
             them.
         calibrate (`str`, *optional*, defaults to `"wins"`): How they become win rates:
             `wins` or `sigmoid`, see `diffalign.rewards.win_rates`.
+        like_threshold (`float`, *optional*): Images with a column of ratings are liked
+            from here on. None reads no ratings.
         data_dir (`str` or `Path`, *optional*): A folder in which relative image paths
             are looked up first.
         allow_remote_images (`bool`, *optional*, defaults to `False`): Fetch the web
@@ -135,7 +138,7 @@ def load_preferences(
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
     if not names or _is_empty(data):
         report.check(max_broken_fraction)
-    data, layout = _with_layout(data, names, columns, kind, report)
+    data, layout = _with_layout(data, names, columns, kind, report, like_threshold)
     places = dataclasses.replace(
         opened.places,
         anywhere=opened.places.anywhere or allow_outside_paths,
@@ -178,11 +181,18 @@ def _with_layout(
     columns: Mapping[str, str],
     kind: str | None,
     report: LoadReport,
+    like_threshold: float | None,
 ) -> tuple[Rows, Layout]:
     """Recognise the layout, gather rows of one image into lists, and report both."""
     # Kinds of one image or none take rows of one image as they are.
-    gathers = kind not in ("single", "prompt")
-    layout = recognise(names, columns, list_columns(data), rows_to_lists=gathers)
+    gathers = kind not in ("labelled", "single", "prompt")
+    layout = recognise(
+        [name for name in names if name in columns.values() or not _is_class(data, name)],
+        columns,
+        list_columns(data),
+        rows_to_lists=gathers,
+        like_threshold=like_threshold,
+    )
     report.direction, report.unused = layout.direction, list(layout.unused)
     if layout.name == "image_rows":
         if _is_stream(data):
@@ -194,6 +204,13 @@ def _with_layout(
         data, layout = with_lists(data, layout, report)
     report.layout, report.kind, report.mapping = layout.name, layout.kind, layout.mapping
     return data, layout
+
+
+def _is_class(data: Rows, name: str) -> bool:
+    """Whether a column holds classes of images, which are no judgements."""
+    import datasets
+
+    return name == "label" and isinstance((data.features or {}).get(name), datasets.ClassLabel)
 
 
 def _verified(

@@ -9,6 +9,7 @@ Canonical columns, named as TRL names them:
   `chosen_score`, `rejected_score`] [+ `weight`]
 * `ranked`: `prompt`, `images` (list), `scores` (list, higher is better) or `rank`
   (list, 1 is the best) [+ `weight`]
+* `labelled`: `prompt`, `image`, `label` (liked or not) [+ `weight`]
 * `single`: `prompt`, `image` [+ `weight`]
 * `prompt`: `prompt`
 """
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 
 from diffalign.errors import ConfigError, UserError
 
-KINDS = ("pair", "ranked", "single", "prompt")
+KINDS = ("pair", "ranked", "labelled", "single", "prompt")
 
 _PROMPT: tuple[str, ...] = ("prompt", "caption", "text", "txt")
 _LABELS: dict[str, tuple[str, ...]] = {
@@ -188,6 +189,18 @@ _SPECS = (
         {"prompt": _PROMPT, "image": _ROW_IMAGE, "scores": ("scores",)},
         {"prompt_id": ("prompt_id",)},
     ),
+    _Spec(
+        "labelled",
+        "labelled",
+        {"prompt": _PROMPT, "image": _IMAGE, "label": ("label", "liked", "thumbs_up")},
+        _WEIGHT,
+    ),
+    _Spec(
+        "rated",
+        "labelled",
+        {"prompt": _PROMPT, "image": _IMAGE, "rating": ("rating", "stars")},
+        _WEIGHT,
+    ),
     _Spec("single", "single", {"prompt": _PROMPT, "image": _IMAGE}, _WEIGHT),
     _Spec("prompt", "prompt", {"prompt": _PROMPT}),
 )
@@ -294,10 +307,12 @@ class Layout:
 
     Attributes:
         name (`str`): One of `LAYOUTS`.
-        kind (`str`): What its rows are: `pair`, `ranked`, `single` or `prompt`.
+        kind (`str`): What its rows are: `pair`, `ranked`, `labelled`, `single` or
+            `prompt`.
         mapping (`dict[str, str]`): Role -> column of the dataset.
         unused (`tuple[str, ...]`, defaults to `()`): Columns that look like judgements
             or images and are not read.
+        like_threshold (`float`, *optional*): Ratings from here on are liked.
 
     Example:
         >>> from diffalign.data import recognise
@@ -310,6 +325,7 @@ class Layout:
     kind: str
     mapping: dict[str, str]
     unused: tuple[str, ...] = ()
+    like_threshold: float | None = None
 
     @property
     def direction(self) -> str:
@@ -331,6 +347,10 @@ class Layout:
             )
         if "vote_type" in column:
             return f"{column['vote_type']}: leftvote when {column['jpg_0']} won"
+        if "label" in column:
+            return f"{column['label']}: true or 1 is liked; false, 0 or -1 is not"
+        if "rating" in column:
+            return f"{column['rating']}: liked from {self.like_threshold:g} on"
         if self.kind == "pair":
             return f"{column['chosen']} is better than {column['rejected']}"
         return ""
@@ -352,6 +372,7 @@ def recognise(
     lists: Mapping[str, bool] | None = None,
     *,
     rows_to_lists: bool = True,
+    like_threshold: float | None = None,
 ) -> Layout:
     """Recognise the layout of a dataset by its columns.
 
@@ -365,6 +386,8 @@ def recognise(
             where that is known.
         rows_to_lists (`bool`, *optional*, defaults to `True`): Gather rows of one image
             with a rank into lists. False reads them as single images.
+        like_threshold (`float`, *optional*): Ratings from here on are liked. None reads
+            no column of ratings.
 
     Returns:
         `Layout`.
@@ -386,6 +409,8 @@ def recognise(
         roles = _fitting(spec, names, lists or {})
         if roles is None or (spec.name == "image_rows" and not rows_to_lists):
             continue
+        if spec.name == "rated" and like_threshold is None:
+            continue
         if (
             spec.kind == "prompt"
             and "prompt" not in mapping
@@ -402,6 +427,7 @@ def recognise(
             spec.kind,
             used,
             _unused(columns, {*used.values(), *mapping.values(), *spec.ignored}),
+            like_threshold if spec.name == "rated" else None,
         )
     suspects = _unused(columns, set())
     looks = f" ({', '.join(suspects)} look like images or judgements)" if suspects else ""
@@ -411,7 +437,8 @@ def recognise(
         f"..., rejected: ...}}, for two images with a vote {{prompt: ..., jpg_0: ..., jpg_1: "
         f"..., label_0: ...}} (1 when the first won), for ranked lists {{prompt: ..., images: "
         f"..., scores: ...}} where higher is better or {{prompt: ..., images: ..., rank: ...}} "
-        f"where 1 is the best, for single images {{prompt: ..., image: ...}}, for prompts only "
+        f"where 1 is the best, for likes and dislikes {{prompt: ..., image: ..., label: ...}}, for "
+        f"single images {{prompt: ..., image: ...}}, for prompts only "
         f"{{prompt: ...}}"
     )
 

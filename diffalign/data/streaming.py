@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from diffalign.data.dataset import Group, LoadReport, PreferenceDataset, build_group
+from diffalign.data.dataset import (
+    Group,
+    LoadReport,
+    PreferenceDataset,
+    build_group,
+    labelled_image,
+)
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.judgements import classify_row
 from diffalign.data.schema import Layout
@@ -122,10 +128,18 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             group = self._admitted(row_id, row)
             if self.report.rows >= _JUDGED_AFTER and self.report.kept:
                 self.report.check(self._max_broken_fraction)
-            if group is not None:
+            if group is None or self._is_left_out(group):
+                continue
+            if self._is_unrolled:
+                yield from (labelled_image(group, place) for place in (0, 1))
+            else:
                 yield group
         if worker is None:
             self.report.check(self._max_broken_fraction)
+
+    def _is_left_out(self, group: Group) -> bool:
+        """Whether it is a disliked image, and single images are asked for."""
+        return self.kind == "single" and self.layout.kind == "labelled" and group.scores == (-1.0,)
 
     def _admitted(self, row_id: int, row: dict[str, Any]) -> Group | None:
         """Return the group of a row, or None for a row that is left out."""

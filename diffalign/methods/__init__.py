@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "dcpo": "dcpo:DCPO",
     "diffusion_dpo": "diffusion_dpo:DiffusionDPO",
     "diffusion_dro": "diffusion_dro:DiffusionDRO",
+    "diffusion_kto": "diffusion_kto:DiffusionKTO",
     "diffusion_npo": "diffusion_npo:DiffusionNPO",
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
     "mapo": "mapo:MaPO",

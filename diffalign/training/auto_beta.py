@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .step_mean import StepMean
+
 RATE = 0.1
 """Change of log(beta) per step, for a gradient factor that is off by 1."""
 SPAN = 100.0
@@ -48,7 +50,7 @@ class AutoBeta:
 
     def __init__(self, start: float, target: float) -> None:
         self.start, self.target, self.value = start, target, start
-        self._sums: Tensor | None = None
+        self.mean = StepMean()
 
     def add(self, factors: Tensor, weights: Tensor) -> None:
         """Count the pairs of a micro-batch.
@@ -57,11 +59,7 @@ class AutoBeta:
             factors (`Tensor`): sigmoid(-z) of each pair, (g,).
             weights (`Tensor`): Weight of each pair in the loss, (g,). Ties have 0.
         """
-        counted = (weights > 0).double()
-        # The product with 0 would keep a factor that is not finite.
-        factors = torch.where(weights > 0, factors.detach().double(), 0.0)
-        sums = torch.stack([factors.sum(), counted.sum()])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self.mean.add(factors, weights)
 
     def step(self, accelerator: Accelerator) -> None:
         """Move beta, equally on all processes.
@@ -69,12 +67,10 @@ class AutoBeta:
         Args:
             accelerator (`Accelerator`): Sums over the processes.
         """
-        sums = torch.zeros(2, dtype=torch.float64) if self._sums is None else self._sums
-        total, pairs = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
-        self._sums = None
-        if pairs == 0 or not math.isfinite(total):
+        factor = self.mean.take(accelerator)
+        if factor is None:
             return
-        moved = self.value * math.exp(RATE * (total / pairs - self.target))
+        moved = self.value * math.exp(RATE * (factor - self.target))
         self.value = min(max(moved, self.start / SPAN), self.start * SPAN)
 
     def save(self, folder: Path, rank: int) -> None:

@@ -46,7 +46,7 @@ def as_preferences(
     Args:
         data: A name, a `datasets.Dataset`, rows, or a `PreferenceDataset`.
         config (`DataConfig`): Settings of the data.
-        kind (`str`): `pair`, `ranked`, `single` or `prompt`.
+        kind (`str`): `pair`, `ranked`, `labelled`, `single` or `prompt`.
         split (`str`): Split of the dataset.
         invert (`bool`, *optional*, defaults to `False`): Prefer the rejected images.
             `data.invert_preferences` inverts once more.
@@ -68,12 +68,16 @@ def as_preferences(
             data_dir=config.train_data_dir,
             score_columns=config.score_columns,
             calibrate=config.calibrate,
+            like_threshold=config.like_threshold,
             allow_remote_images=config.allow_remote_images,
             allow_outside_paths=config.allow_outside_paths,
             verbose=False,
         )
-    data = data.as_kind(kind)
-    return data.with_inverted_preferences() if invert != config.invert_preferences else data
+    if invert == config.invert_preferences:
+        return data.as_kind(kind)
+    if data.kind == "labelled":  # only liked images become single ones
+        return data.with_inverted_preferences().as_kind(kind)
+    return data.as_kind(kind).with_inverted_preferences()
 
 
 def build_transform(config: DataConfig, backbone: Backbone) -> GroupTransform:
@@ -362,7 +366,7 @@ class ReferenceErrors:
         data, accelerator = self.data, self.data.accelerator
         count, draws = len(data.dataset), data.args.ref_error_draws
         k = max(len(data.dataset[i].prompts) for i in range(count))
-        ids = torch.tensor([data.dataset[i].row_id for i in range(count)])
+        ids = torch.tensor([data.dataset[i].key for i in range(count)])
         table = torch.zeros(count, draws, k, dtype=torch.float64)
         size = data.args.per_device_train_batch_size
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -403,7 +407,6 @@ class ReferenceErrors:
             examples (`list[Example]`): The examples it was built from.
         """
         rows = [
-            self.table[(e.row_id, self.data.builder.draw_epoch(e.epoch))][: batch.k]
-            for e in examples
+            self.table[(e.key, self.data.builder.draw_epoch(e.epoch))][: batch.k] for e in examples
         ]
         batch.reference_errors = torch.stack(rows).to(batch.x0.device, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import PreferenceDataset
 from ..data.cache import TensorCache
-from ..data.dataset import Group
+from ..data.dataset import Group, group_number
 from ..data.transforms import Geometry, GroupTransform
 from ..errors import UserError
 from ..runtime.hashing import text_hash
@@ -33,6 +33,7 @@ class Example:
         mean (`Tensor`, *optional*): Mean of the cached latents, (k, C, h, w).
         std (`Tensor`, *optional*): Standard deviation of the cached latents, (k, C, h,
             w).
+        place (`int`): Which image of its row a labelled image is.
     """
 
     row_id: int
@@ -44,6 +45,12 @@ class Example:
     pixels: Tensor | None = None  # (k, 3, H, W)
     mean: Tensor | None = None  # (k, C, h, w)
     std: Tensor | None = None
+    place: int = 0
+
+    @property
+    def key(self) -> int:
+        """A number that no other group of the dataset has."""
+        return group_number(self.row_id, self.place)
 
 
 class GroupReader(torch.utils.data.Dataset):
@@ -115,6 +122,7 @@ class GroupReader(torch.utils.data.Dataset):
             Geometry((0, 0), (0, 0), (0, 0)),
             group.weight,
             group.scores,
+            place=group.place,
         )
         if not group.images:
             example.geometry = Geometry(self.transform.sizes[0], (0, 0), self.transform.sizes[0])

@@ -36,6 +36,7 @@ FACTS = {
     "reference_free",
     "inverted",
     "can_be_online",
+    "start_message",
 }
 
 
