@@ -39,6 +39,8 @@ _EXPORTS = {
     "RankDPOTrainer": "methods.rankdpo",
     "DiffusionDPOConfig": "methods.diffusion_dpo",
     "DiffusionDPOTrainer": "methods.diffusion_dpo",
+    "RewardBackpropConfig": "methods.reward_backprop",
+    "RewardBackpropTrainer": "methods.reward_backprop",
     "SelfNPOConfig": "methods.self_npo",
     "SelfNPOTrainer": "methods.self_npo",
     "SePPOConfig": "methods.seppo",
@@ -82,6 +84,8 @@ __all__ = [
     "NegativeGuidance",
     "RankDPOConfig",
     "RankDPOTrainer",
+    "RewardBackpropConfig",
+    "RewardBackpropTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPOConfig",
@@ -118,6 +122,7 @@ if TYPE_CHECKING:
     from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
     from .methods.mapo import MaPOConfig, MaPOTrainer
     from .methods.rankdpo import RankDPOConfig, RankDPOTrainer
+    from .methods.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from .methods.self_npo import SelfNPOConfig, SelfNPOTrainer
     from .methods.seppo import SePPOConfig, SePPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer

@@ -22,6 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.methods import METHODS
+from diffalign.rewards.images import Preprocess
+from diffalign.rewards.model_scorer import ModelScorer
+from diffalign.rewards.spec import ScorerSpec
 from diffalign.shapes.tokenizer import build_tokenizer
 from diffalign.training.callbacks import TrainerCallback
 
@@ -237,6 +240,31 @@ def brightness(images: Any, prompts: Any) -> Any:
     )
 
 
+class SoftBrightness(ModelScorer):
+    """A differentiable judge of random images, with a weight that must not train."""
+
+    spec = ScorerSpec("soft_brightness", "mean of the pixels", requires=("image",),
+                      differentiable=True)  # fmt: skip
+    preprocess = Preprocess(size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.tower = torch.nn.Linear(3, 1, bias=False).requires_grad_(False)
+        torch.nn.init.constant_(self.tower.weight, 1 / 3)
+
+    def towers(self) -> Any:
+        return [self.tower]
+
+    def text_features(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
+        return (torch.zeros(len(prompts)),)
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.tower(pixels.mean((2, 3)))
+
+    def similarity(self, image: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return image[:, 0]
+
+
 def by_place(images: Any, prompts: Any) -> Any:
     """A judge that looks at no pixel: candidates of one prompt by their place, so that
     no rounding decides who wins."""
@@ -279,6 +307,9 @@ def make_trainer(
         values = {"num_inference_steps": 2, "guidance_scale": 2.0, "beta": 100.0} | values
     if method == "diffusion_dro":  # a large margin: every row has a gradient
         values = {"num_inference_steps": 3, "margin": 10.0} | values
+    if method == "reward_backprop":
+        values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
+        options = {"scorers": SoftBrightness(), **(options or {})}
     if method == "d3po":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": [brightness], **(options or {})}

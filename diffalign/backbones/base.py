@@ -431,6 +431,19 @@ class Backbone:
         vae = self.component("vae")
         return to_images(self.pixels(vae, latents.to(vae.device)).float())
 
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Decode latents into pixels, with a gradient.
+
+        Args:
+            latents (`Tensor`): scaled, (n, C, h, w).
+
+        Returns:
+            `Tensor`: (n, 3, H, W) in [0, 1], float32. A pixel that was clamped has no
+            gradient.
+        """
+        vae = self.component("vae")
+        return (self.pixels(vae, latents.to(vae.device)).float() / 2 + 0.5).clamp(0, 1)
+
     @staticmethod
     def call_arguments(settings: dict[str, Any]) -> dict[str, Any]:
         """Turn this package's names of sampler settings into those of the pipeline.

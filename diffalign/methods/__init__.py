@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
     "mapo": "mapo:MaPO",
     "rankdpo": "rankdpo:RankDPO",
+    "reward_backprop": "reward_backprop:RewardBackprop",
     "seppo": "seppo:SePPO",
     "spo": "spo:SPO",
     "self_npo": "self_npo:SelfNPO",

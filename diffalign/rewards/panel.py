@@ -59,6 +59,10 @@ class PanelResult:
     cached: dict[str, int] = field(default_factory=dict)
 
 
+ADDITIVE = ("weighted_sum", "mean", "min", "mean_minus_std")
+"""Rules that give each image a number of its own, with a gradient."""
+
+
 @dataclass
 class Combined:
     """What `Panel.combine` returns.
@@ -268,6 +272,64 @@ class Panel:
             )
         with self._held(slot) as scorer:
             yield scorer
+
+    def check_differentiable(self) -> None:
+        """Refuse a panel that `score_tensor` cannot score with.
+
+        Raises:
+            ConfigError: The rule compares images with each other, scorers wait on the
+                CPU or are freed between calls, or a scorer of role `train` has no
+                gradient.
+        """
+        if self.combine_config.method not in ADDITIVE:
+            raise ConfigError(
+                "combine.method",
+                f"{self.combine_config.method} compares images and has no gradient; take one of "
+                f"{', '.join(ADDITIVE)}",
+            )
+        if self.placement != "resident":
+            raise ConfigError(
+                "placement",
+                f"{self.placement} frees a scorer before its gradient is computed; set resident",
+            )
+        for name in self._combined_entries()[0]:
+            if not self.specs[name].differentiable:
+                raise ConfigError(
+                    "rewards",
+                    f"{name} ({self.specs[name].key}) gives no gradient; give it the role eval, "
+                    "or take a differentiable scorer (diffalign scorers lists them)",
+                )
+
+    def score_tensor(self, pixels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+        """Combine the scores of role `train`, with a gradient.
+
+        Args:
+            pixels (`Tensor`): (n, 3, H, W) in [0, 1].
+            prompts (`Sequence[str]`, *optional*): n prompts.
+
+        Returns:
+            `Tensor`: (n,), higher is better.
+
+        Raises:
+            ConfigError: See `check_differentiable`.
+        """
+        self.check_differentiable()
+        names, weights = self._combined_entries()
+        columns = []
+        for name in names:
+            sign = 1.0 if self.specs[name].higher_is_better else -1.0
+            with self.using(name) as scorer:
+                columns.append(sign * scorer.score_tensor(pixels, prompts).to(pixels.device))
+        config = self.combine_config
+        return ensemble.combine(
+            torch.stack(columns, dim=-1)[None],
+            config.method,
+            weights=weights,
+            affine=[self._affine[name] for name in names],
+            names=names,
+            k=config.k,
+            ddof=config.ddof,
+        )[0]
 
     def close(self) -> None:
         """Free the scorers that the panel loaded."""

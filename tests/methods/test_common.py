@@ -37,7 +37,7 @@ from diffalign.backbones.base import ATTENTION_TARGETS
 from diffalign.methods import config_class, trainer_class
 from diffalign.recipe import load_run, run_to_dict
 
-SAMPLING = ("d3po", "diffusion_dro", "seppo", "spo")
+SAMPLING = ("d3po", "diffusion_dro", "reward_backprop", "seppo", "spo")
 """Methods that train on samples of their own."""
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 every_family = pytest.mark.parametrize("family", FAMILIES)

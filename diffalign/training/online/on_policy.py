@@ -19,10 +19,9 @@ from ..batch import Batch
 from ..config import TrainingConfig
 from ..data_pipeline import DataPipeline
 from ..reference import Reference, SnapshotReference
-from ..tracking import MetricWindow
 from ..trainer import Trainer
 from . import feedback
-from .policy_sampler import PolicySampler, RoundCheck
+from .policy_sampler import PolicySampler, RoundCheck, sample_scores
 from .reward_function import RewardFunction, preferences
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .source import RolloutSource
@@ -283,18 +282,8 @@ class OnPolicyTrainer(Trainer):
                 "train.feedback: people cannot judge an evaluation; draw images with "
                 "diffalign sample"
             )
-        window, check = MetricWindow(), RoundCheck(self.accelerator.print, self.reward_function)
-        for examples in data.passes():
-            batch = data.builder(examples)
-            drawn, scores = self.sample(batch, purpose="evaluation")
-            check.add(batch, chain.from_iterable(drawn.images), scores)
-            window.add(
-                {
-                    n: c.float().nanmean(1)
-                    for n, c in zip(
-                        self.reward_function.names(scores.shape[-1]), scores.unbind(-1), strict=True
-                    )
-                }
-            )
-        check.finish()
-        return {f"eval/{name}": value for name, value in window.reduce(self.accelerator).items()}
+
+        def sample(batch: Batch) -> tuple[Trajectories, Tensor]:
+            return self.sample(batch, purpose="evaluation")
+
+        return sample_scores(data, sample, self.reward_function, self.accelerator)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +16,12 @@ from ...runtime.missing import MaybeImage, Missing, check_any, left_out
 from ..batch import Batch
 from ..batch_builder import BatchBuilder
 from ..denoiser import Denoiser
+from ..tracking import MetricWindow
 from .reward_function import RewardFunction, ScoreAhead
 from .rollout import Rollout, Trajectories, sampling_mode
+
+if TYPE_CHECKING:
+    from ..data_pipeline import DataPipeline
 
 
 class PolicySampler:
@@ -132,3 +138,35 @@ class RoundCheck:
                 self.say(
                     f"no score for any image of {prompt[:60]!r}: its images are taken as equal"
                 )
+
+
+def sample_scores(
+    data: DataPipeline,
+    sample: Callable[[Batch], tuple[Trajectories, Tensor]],
+    reward_function: RewardFunction,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Average the scores of images that are drawn for evaluation prompts.
+
+    All processes must call this.
+
+    Args:
+        data (`DataPipeline`): The prompts.
+        sample (`Callable`): Draws k images for every prompt of a batch, and returns
+            their scores (g, k, m) as well.
+        reward_function (`RewardFunction`): Names the scores.
+        accelerator (`Accelerator`): Averages over the processes.
+
+    Returns:
+        `dict[str, float]`: The averages, named `eval/...`.
+    """
+    window, check = MetricWindow(), RoundCheck(accelerator.print, reward_function)
+    for examples in data.passes():
+        batch = data.builder(examples)
+        drawn, scores = sample(batch)
+        check.add(batch, chain.from_iterable(drawn.images), scores)
+        names = reward_function.names(scores.shape[-1])
+        columns = zip(names, scores.unbind(-1), strict=True)
+        window.add({name: column.float().nanmean(1) for name, column in columns})
+    check.finish()
+    return {f"eval/{name}": value for name, value in window.reduce(accelerator).items()}
