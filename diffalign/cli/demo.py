@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else",
     )
     parser.add_argument(
+        "--export_likes",
+        type=Path,
+        help="write the thumbs of --votes_dir as a parquet of likes and dislikes to this file, and "
+        "do nothing else",
+    )
+    parser.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on (default 127.0.0.1: this machine alone)",
@@ -127,17 +133,8 @@ def run(options: argparse.Namespace) -> int:
     ):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {getattr(options, name)}")
-    if options.export is not None:
-        from ..demo.votes import VoteStore
-
-        store = VoteStore(options.votes_dir)
-        count = store.export(options.export)
-        lost = (
-            f"; {len(store.lost)} votes left out, whose pictures are lost or damaged"
-            if store.lost
-            else ""
-        )
-        print(f"wrote {count} preferences to {options.export}{lost}")
+    if options.export is not None or options.export_likes is not None:
+        _export(options)
         return 0
     auth = _auth(options)
     app = _app(options)
@@ -161,6 +158,26 @@ def run(options: argparse.Namespace) -> int:
     print(f"the demo runs at {url} (ctrl-c ends it)", flush=True)
     app.block_thread()
     return 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ..demo.likes import LikeStore
+    from ..demo.votes import VoteStore
+
+    for store_class, path, what in (
+        (VoteStore, options.export, "preferences"),
+        (LikeStore, options.export_likes, "likes and dislikes"),
+    ):
+        if path is None:
+            continue
+        store = store_class(options.votes_dir)
+        count = store.export(path)
+        lost = (
+            f"; {len(store.lost)} left out, whose pictures are lost or damaged"
+            if store.lost
+            else ""
+        )
+        print(f"wrote {count} {what} to {path}{lost}")
 
 
 def _app(options: argparse.Namespace) -> Any:

@@ -8,14 +8,17 @@ from typing import Any
 
 import gradio as gr
 
-from . import compare_tab, steer_tab, vote_tab
+from . import compare_tab, like_tab, steer_tab, vote_tab
 from .engine import Engine
+from .like_tab import Liking
+from .likes import LikeStore
 from .ui import Session
 from .vote_tab import KEYS, Voting
 from .votes import VoteStore
 
 CSS = """
-#compare-slider img, #steer-slider img, #vote-image-left img, #vote-image-right img {
+#compare-slider img, #steer-slider img, #vote-image-left img, #vote-image-right img,
+#like-image img {
   image-rendering: pixelated
 }
 .gradio-container { max-width: 1100px !important }
@@ -30,6 +33,7 @@ def build_app(
     *,
     prompts: Sequence[str] = (),
     votes: VoteStore | None = None,
+    likes: LikeStore | None = None,
     vote_pair: tuple[str, str] | None = None,
     example: str = EXAMPLE,
     export: bool = True,
@@ -42,6 +46,8 @@ def build_app(
             votes.
         votes (`VoteStore`, *optional*): Where votes are stored. None stores them in
             `diffalign-votes`.
+        likes (`LikeStore`, *optional*): Where thumbs are stored. None stores them
+            beside the votes. Without prompts there is no tab for them.
         vote_pair (`tuple[str, str]`, *optional*): Names of base and tuned model. None
             takes the first and the last model.
         example (`str`, *optional*): The prompt that the page starts with.
@@ -55,12 +61,9 @@ def build_app(
         UserError: There is nothing to vote on.
     """
     session = Session()
-    voting = Voting(
-        engine,
-        votes or VoteStore(Path("diffalign-votes")),
-        prompts,
-        vote_pair or (engine.names[0], engine.names[-1]),
-    )
+    models = vote_pair or (engine.names[0], engine.names[-1])
+    votes = votes or VoteStore(Path("diffalign-votes"))
+    voting = Voting(engine, votes, prompts, models)
     with gr.Blocks(
         title="diffalign demo", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)
     ) as app:
@@ -70,6 +73,10 @@ def build_app(
                 compare_tab.build(engine, session, example)
             with gr.Tab("Blind vote", id="vote"):
                 vote_tab.build(voting, session, export)
+            if prompts:
+                liking = Liking(engine, likes or LikeStore(votes.folder), prompts, models)
+                with gr.Tab("Thumbs", id="like"):
+                    like_tab.build(liking, session, export)
             if engine.scorers:
                 with gr.Tab("Steer", id="steer"):
                     steer_tab.build(engine, session, example)

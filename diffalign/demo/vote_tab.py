@@ -17,9 +17,10 @@ import gradio as gr
 
 from ..errors import UserError
 from ..evaluation.formatting import rate
+from .answers import ANNOTATOR_CHARS
 from .engine import Engine, enlarged
 from .ui import Session, explained
-from .votes import ANNOTATOR_CHARS, Pair, RoundVotes, VoteStore
+from .votes import Pair, RoundVotes, VoteStore
 
 KEYS = """
 <script>
@@ -27,15 +28,18 @@ document.addEventListener("keydown", (event) => {
   const at = document.activeElement;
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   if (at && (["INPUT", "TEXTAREA", "SELECT"].includes(at.tagName) || at.isContentEditable)) return;
-  const name = {
-    "1": "left", "ArrowLeft": "left",
-    "2": "right", "ArrowRight": "right",
-    "0": "tie", "ArrowDown": "tie"
-  }[event.key];
-  const button = name && document.getElementById("vote-" + name);
-  if (button && button.offsetParent !== null && !button.disabled) {
-    event.preventDefault();
-    button.click();
+  const names = {
+    "1": ["vote-left"], "ArrowLeft": ["vote-left"],
+    "2": ["vote-right"], "ArrowRight": ["vote-right"],
+    "0": ["vote-tie"], "ArrowDown": ["vote-tie", "like-down"],
+    "+": ["like-up"], "ArrowUp": ["like-up"], "-": ["like-down"]
+  }[event.key] || [];
+  for (const name of names) {
+    const button = document.getElementById(name);
+    if (button && button.offsetParent !== null && !button.disabled) {
+      event.preventDefault();
+      button.click();
+    }
   }
 });
 </script>

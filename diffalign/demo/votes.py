@@ -5,13 +5,8 @@ A vote is a line of JSON, on disk before the visitor sees the next pair.
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import os
 import random
-import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +21,11 @@ from PIL import Image
 from ..errors import UserError
 from ..evaluation.statistics import WinRate, rate_of
 from ..runtime import decoding
-from ..runtime.files import check_output_dir, replacing, write_atomically
-from ..runtime.hashing import bytes_hash
-from ..runtime.text_files import BadLine, journal
+from ..runtime.files import replacing
+from .answers import AnswerStore, read_annotator
 
-VOTES = "votes.jsonl"
+VOTES, LIKES = "votes.jsonl", "likes.jsonl"
 CHOICES = ("left", "right", "tie")
-ANNOTATOR_CHARS = 40
-_PICTURE = re.compile(r"images/[0-9a-f]{24}\.png")
 
 
 @dataclass(frozen=True)
@@ -56,120 +48,27 @@ class Pair:
     facts: Mapping[str, Any]
 
 
-def read_annotator(text: object) -> str:
-    """Turn a visitor's name into at most 40 harmless characters.
-
-    Args:
-        text: The name. Empty means anonymous.
-    """
-    return re.sub(r"[^\w .@-]", "", str(text or ""))[:ANNOTATOR_CHARS].strip()
-
-
-class VoteStore:
+class VoteStore(AnswerStore):
     """Store votes in a folder, as `votes.jsonl` and `images/`.
 
     Args:
         folder (`Path`): The folder. It is created with the first vote.
 
-    Attributes:
-        votes (`list[dict[str, Any]]`): All votes.
-        left_out (`list[BadLine]`): Lines of the file that are no votes, and why.
-
     Raises:
         UserError: The folder holds something else.
     """
 
-    def __init__(self, folder: Path) -> None:
-        check_output_dir(folder, VOTES)
-        self._open(folder, VOTES)
-
-    def _open(self, folder: Path, name: str) -> None:
-        self.folder, self.file = folder, folder / name
-        self._lock = threading.Lock()
-        self.votes: list[dict[str, Any]] = []
-        self.left_out: list[BadLine] = []
-        self._known: set[str] = set()
-        entries, self.left_out = journal(self.file) if self.file.is_file() else ([], [])
-        for number, entry in entries:
-            reason = self._fault(entry)
-            if reason is None:
-                self.votes.append(entry)
-            else:
-                self.left_out.append(BadLine(number, reason))
-            if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-                self._known.add(entry["id"])
-        if self.left_out:
-            first = "; ".join(map(str, sorted(self.left_out, key=lambda line: line.number)[:3]))
-            print(
-                f"{self.file}: {len(self.votes)} votes; {len(self.left_out)} lines left out "
-                f"({first})",
-                flush=True,
-            )
+    file_name = VOTES
+    choices = CHOICES
+    siblings = (VOTES, LIKES)
 
     def _fault(self, entry: Any) -> str | None:
         """Return why an entry of the file is no vote of this store, or None."""
-        reason = self._common_fault(entry, ("prompt", "left", "right"))
-        if reason is not None:
-            return reason
-        if entry.get("vote") not in CHOICES:
+        pictures = ("left_image", "right_image")
+        reason = self._common_fault(entry, ("prompt", "left", "right"), pictures)
+        if reason is None and entry.get("vote") not in CHOICES:
             return f"vote is {str(entry.get('vote'))[:40]!r}, expected {', '.join(CHOICES)}"
-        for name in ("left_image", "right_image"):
-            if not isinstance(entry.get(name), str) or not _PICTURE.fullmatch(entry[name]):
-                return (
-                    f"{name} is {str(entry.get(name))[:60]!r}, which is no picture of this folder"
-                )
-        return None
-
-    def _common_fault(self, entry: object, texts: tuple[str, ...]) -> str | None:
-        if not isinstance(entry, dict):
-            return "no vote"
-        for name in ("id", *texts):
-            if not isinstance(entry.get(name), str) or not entry[name]:
-                return f"has no {name}"
-        if entry["id"] in self._known:
-            return f"the vote {entry['id'][:40]!r} stands twice"
-        entry.setdefault("annotator", "")
-        return None if isinstance(entry["annotator"], str) else "annotator is no text"
-
-    def remarks(self) -> str:
-        """Return a remark on the lines that are left out, empty if there are none."""
-        return f" {len(self.left_out)} lines of the file are left out." if self.left_out else ""
-
-    def add(self, pair: Pair, choice: str, annotator: object) -> bool:
-        """Write a vote to the disk.
-
-        Args:
-            pair (`Pair`): What was voted on.
-            choice (`str`): `left`, `right` or `tie`.
-            annotator: The name that the visitor gave.
-
-        Returns:
-            `bool`: False if this pair has a vote already.
-
-        Raises:
-            UserError: There is no such choice.
-        """
-        if choice not in CHOICES:
-            raise UserError(f"vote: expected {', '.join(CHOICES)}, got {str(choice)[:40]!r}")
-        with self._lock:
-            if pair.id in self._known:
-                return False
-            vote = self._record(pair, choice, read_annotator(annotator))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            line = json.dumps(vote, ensure_ascii=False)
-            torn = self.file.is_file() and self.file.stat().st_size > 0 and not self._ends_well()
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(("\n" if torn else "") + line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self.votes.append(vote)
-            self._known.add(pair.id)
-        return True
-
-    def _ends_well(self) -> bool:
-        with self.file.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
+        return reason
 
     def _record(self, pair: Pair, choice: str, annotator: str) -> dict[str, Any]:
         names = [self._keep(image) for image in pair.images]
@@ -185,19 +84,6 @@ class VoteStore:
             "right_image": names[1],
             **pair.facts,
         }
-
-    def _keep(self, image: Image.Image) -> str:
-        """Store an image under a digest of its content, and return its name.
-
-        It is there before the vote that names it.
-        """
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        name = f"images/{bytes_hash(buffer.getvalue())[:24]}.png"
-        if not (self.folder / name).is_file():
-            (self.folder / "images").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / name, buffer.getvalue())
-        return name
 
     def rate(self, base: str, tuned: str) -> tuple[int, WinRate]:
         """Compute how often one model wins against another.
@@ -288,14 +174,6 @@ class VoteStore:
         with replacing(path) as temporary:
             Dataset.from_dict(rows, features=features).to_parquet(temporary)
         return len(rows["prompt"])
-
-    def _picture(self, name: str) -> bytes | None:
-        """Return a picture's file, or None when it is gone or was changed."""
-        try:
-            content = (self.folder / name).read_bytes()
-        except OSError:
-            return None
-        return content if bytes_hash(content).startswith(Path(name).stem) else None
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,39 @@ def test_votes_by_key_and_click_survive_the_servers_death(server: Server, visito
         )
 
 
+@needs_browser
+def test_thumbs_by_key_and_click(server: Server, visitor: Visitor) -> None:
+    file = server.folder / "votes" / "likes.jsonl"
+
+    def thumbs() -> list[dict[str, Any]]:
+        return (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        )
+
+    visitor.open(server.url)
+    visitor.tab("Thumbs")
+    visitor.write("like-annotator", "ann")
+    visitor.at("like-start").click()
+    visitor.until(lambda: visitor.at("like-up").is_enabled() and visitor.sources("like-image"))
+    visitor.picture("like")
+    first = visitor.value("like-shown")
+    visitor.press("+")
+    visitor.until(lambda: len(thumbs()) == 1)
+    assert (thumbs()[0]["label"], thumbs()[0]["id"], thumbs()[0]["annotator"]) == (
+        True, first, "ann",
+    )  # fmt: skip
+    visitor.until(
+        lambda: (
+            visitor.value("like-shown") not in ("", first) and visitor.at("like-down").is_enabled()
+        )
+    )
+    visitor.at("like-down").click()
+    visitor.until(lambda: [line["label"] for line in thumbs()] == [True, False])
+    visitor.until(lambda: "2 thumbs" in visitor.at("like-status").text)
+    visitor.at("like-export").click()
+    visitor.until(lambda: visitor.at("like-download").is_displayed())
+
+
 @pytest.mark.nightly
 @needs_browser
 def test_two_visitors_at_once_do_not_mix(server: Server, visitor: Visitor) -> None:
@@ -289,7 +322,7 @@ def test_a_narrow_screen(server: Server) -> None:
     one = Visitor(server.url, width=500)
     try:
         one.driver.set_window_size(400, 900)
-        for name in ("Compare", "Blind vote", "Steer"):
+        for name in ("Compare", "Blind vote", "Thumbs", "Steer"):
             one.tab(name)
             width, window = one.driver.execute_script(
                 "return [document.documentElement.scrollWidth, window.innerWidth]"
