@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from diffalign.data import images as image_cells
 from diffalign.data.images import NO_FOLDERS, ImagePlaces, Undecoded
 from diffalign.data.judgements import Verdict, classify_row
-from diffalign.data.schema import KINDS, Layout
+from diffalign.data.schema import EXTRAS, KINDS, Layout
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Group:
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             kept tie.
         place (`int`, defaults to `0`): Which image of its row a labelled image is.
+        user (`str`, *optional*): Who judged the row, where the data say it.
 
     Example:
         >>> from PIL import Image
@@ -77,6 +78,7 @@ class Group:
     scores: tuple[float, ...] | None = None
     weight: float = 1.0
     place: int = 0
+    user: str | None = None
 
     @property
     def key(self) -> int:
@@ -309,7 +311,7 @@ def build_group(
                 f"has {len(row_cells)} images and {len(verdict.prompts)} scores"
             )
     images = [image_cells.resolve(cell, places) for cell in row_cells]
-    return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight)
+    return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight, user=verdict.user)
 
 
 def lazy_cell(scalar: pyarrow.Scalar) -> Any:
@@ -375,6 +377,7 @@ class PreferenceDataset:
         self.kind = layout.kind
         self._views: tuple[str, ...] = ()
         self._inverted = self._one_prompt = False
+        self._extras: frozenset[str] = frozenset()
         # Image of the row, per group, where pairs are read as two labelled images.
         self._image_of_row: np.ndarray | None = None
 
@@ -560,6 +563,28 @@ class PreferenceDataset:
             "caption_1",
         } <= self.layout.mapping.keys()
 
+    def using(self, *roles: str) -> PreferenceDataset:
+        """Return the same dataset, whose fingerprint covers what a method also reads.
+
+        Args:
+            *roles (`str`): Of `diffalign.data.schema.EXTRAS`.
+        """
+        view = self._derived()
+        view._extras = self._extras | set(roles)
+        return view
+
+    @property
+    def has_users(self) -> bool:
+        """Whether the rows say who judged them."""
+        return "user_id" in self.layout.mapping
+
+    def users(self) -> list[str]:
+        """Return the users of all groups in use, each once, sorted.
+
+        Groups without one have no part.
+        """
+        return sorted({verdict.user for _, verdict in self._verdicts() if verdict.user is not None})
+
     @property
     def has_scores(self) -> bool:
         """Whether the images of a pair or a ranked list have scores."""
@@ -634,8 +659,13 @@ class PreferenceDataset:
 
     def _compute_fingerprint(self) -> str:
         assert self.row_ids is not None
+        mapping = {
+            role: column
+            for role, column in self.layout.mapping.items()
+            if role not in EXTRAS or role in self._extras
+        }
         digest = hashlib.sha256(
-            repr([self.layout.name, sorted(self.layout.mapping.items()), self.kind]).encode()
+            repr([self.layout.name, sorted(mapping.items()), self.kind]).encode()
         )
         if self._image_of_row is not None:
             digest.update(self._image_of_row.tobytes())
@@ -648,11 +678,12 @@ class PreferenceDataset:
                         start + offset,
                         {r: lazy_cell(table[c][offset]) for r, c in self._columns.items()},
                     )
-                    digest.update(
-                        json.dumps(
-                            [group.row_id, group.prompts, group.scores, group.weight]
-                        ).encode()
-                    )
+                    facts: list[Any] = [group.row_id, group.prompts, None, group.weight]
+                    if self.layout.kind != "pair" or "chosen_score" in self._extras:
+                        facts[2] = group.scores
+                    if "user_id" in self._extras:
+                        facts.append(group.user)
+                    digest.update(json.dumps(facts).encode())
                     for image in group.images:
                         digest.update(image_cells.sampled_digest(image))
             start += len(table)

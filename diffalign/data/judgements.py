@@ -34,6 +34,7 @@ class Verdict:
             tie.
         second_wins (`bool`, *optional*): Whether the labels preferred the second image.
             None where the columns themselves are ordered.
+        user (`str`, *optional*): Who judged the row, where the data say it.
     """
 
     status: Literal["keep", "tie", "unlabelled", "broken"]
@@ -43,6 +44,7 @@ class Verdict:
     scores: tuple[float, ...] | None = None
     weight: float = 1.0
     second_wins: bool | None = None
+    user: str | None = None
 
 
 def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
@@ -55,6 +57,12 @@ def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
     Returns:
         `Verdict`.
     """
+    verdict = _classified(layout, cells)
+    user = cells.get("user_id")
+    return verdict if _is_missing(user) else replace(verdict, user=str(user))
+
+
+def _classified(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
     weight = 1.0 if _is_missing(cells.get("weight")) else number(cells["weight"])
     if weight is None or weight < 0:
         return Verdict("broken", f"weight is {cells['weight']!r}, expected a number of at least 0")

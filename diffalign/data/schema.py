@@ -6,7 +6,7 @@ the rows.
 Canonical columns, named as TRL names them:
 
 * `pair`: `prompt`, `chosen`, `rejected` [+ `chosen_prompt`, `rejected_prompt`] [+
-  `chosen_score`, `rejected_score`] [+ `weight`]
+  `chosen_score`, `rejected_score`] [+ `weight`] [+ `user_id`]
 * `ranked`: `prompt`, `images` (list), `scores` (list, higher is better) or `rank`
   (list, 1 is the best) [+ `weight`]
 * `labelled`: `prompt`, `image`, `label` (liked or not) [+ `weight`]
@@ -32,6 +32,9 @@ _LABELS: dict[str, tuple[str, ...]] = {
     "has_label": ("has_label",),
 }
 _WEIGHT: dict[str, tuple[str, ...]] = {"weight": ("weight",)}
+_USER: dict[str, tuple[str, ...]] = {"user_id": ("user_id", "user", "annotator")}
+EXTRAS = ("chosen_score", "rejected_score", "user_id")
+"""Roles that some methods read. A dataset's fingerprint holds them only for these."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def _two_images(
         "jpg_1": (images[1],),
         "label_0": ("label_0",),
     }
-    optional = {k: v for k, v in _LABELS.items() if k != "label_0"} | _WEIGHT
+    optional = {k: v for k, v in _LABELS.items() if k != "label_0"} | _WEIGHT | _USER
     return _Spec(name, "pair", prompts | required, optional, ignored=ignored)
 
 
@@ -112,8 +115,8 @@ _SPECS = (
     ),
     _two_images("pickapic", _PICKAPIC_PROMPT, ignored=_PICKAPIC),
     _two_images("pickapic", _PICKAPIC_PROMPT, ("image_0_url", "image_1_url"), _PICKAPIC),
-    _Spec("canonical_two_prompts", "pair", _PAIR | _TWO_PROMPTS, _PAIR_SCORES | _WEIGHT),
-    _Spec("trl", "pair", {"prompt": _PROMPT} | _PAIR, _PAIR_SCORES | _WEIGHT),
+    _Spec("canonical_two_prompts", "pair", _PAIR | _TWO_PROMPTS, _PAIR_SCORES | _WEIGHT | _USER),
+    _Spec("trl", "pair", {"prompt": _PROMPT} | _PAIR, _PAIR_SCORES | _WEIGHT | _USER),
     _Spec(
         "imagerewarddb_pair",
         "pair",

@@ -316,14 +316,16 @@ class DiffusionDPOTrainer(Trainer):
             ConfigError: The pairs have no scores.
         """
         dataset = super().read_dataset(source, split)
-        if self.args.needs_scores and not dataset.has_scores:
+        if not self.args.needs_scores:
+            return dataset
+        if not dataset.has_scores:
             option = "loss_type" if self.args.loss_type == "regression" else "score_margin"
             raise ConfigError(
                 f"train.{option}",
                 "it needs the scores of the images, which the dataset does not have; add columns "
                 "chosen_score and rejected_score, or give ranked lists with scores",
             )
-        return dataset
+        return dataset.using("chosen_score", "rejected_score")
 
     def validate(self) -> None:
         """Refuse a fixed reference beside one that follows the policy.

@@ -33,6 +33,7 @@ class Batch:
             methods that make their own in `prepare`.
         prompts (`list[str]`): Prompt of each group, as in the dataset.
         extra (`dict[str, Tensor]`): What a method adds in `prepare`, g rows each.
+        users (`list[str | None]`): Who judged each group, where the data say it.
         epochs (`list[int]`): Epoch of each group. Seeds the random numbers of its row.
         seed (`int`, *optional*, defaults to `0`): Seed of the run.
     """
@@ -48,6 +49,7 @@ class Batch:
     noisy: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    users: list[str | None] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     seed: int = 0
 

@@ -124,6 +124,7 @@ class BatchBuilder:
             row_ids=[e.row_id for e in examples],
             scores=scores,
             prompts=[e.prompts[0] for e in examples],
+            users=[e.user for e in examples],
             epochs=[self.draw_epoch(e.epoch) for e in examples],
             seed=args.seed,
         )

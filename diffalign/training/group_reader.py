@@ -34,6 +34,7 @@ class Example:
         std (`Tensor`, *optional*): Standard deviation of the cached latents, (k, C, h,
             w).
         place (`int`): Which image of its row a labelled image is.
+        user (`str`, *optional*): Who judged the row.
     """
 
     row_id: int
@@ -46,6 +47,7 @@ class Example:
     mean: Tensor | None = None  # (k, C, h, w)
     std: Tensor | None = None
     place: int = 0
+    user: str | None = None
 
     @property
     def key(self) -> int:
@@ -123,6 +125,7 @@ class GroupReader(torch.utils.data.Dataset):
             group.weight,
             group.scores,
             place=group.place,
+            user=group.user,
         )
         if not group.images:
             example.geometry = Geometry(self.transform.sizes[0], (0, 0), self.transform.sizes[0])
