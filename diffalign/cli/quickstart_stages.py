@@ -215,7 +215,8 @@ def train(folder: Path, config: QuickstartConfig, dataset: Path) -> None:
 
     from ..data import DataConfig, load_preferences
     from ..methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-    from ..training.checkpoint import LORA_FILE, list_checkpoints
+    from ..training.checkpoint import list_checkpoints
+    from ..training.trained_weights import LORA_FILE
 
     output_dir = folder / "lora"
     if (output_dir / LORA_FILE).is_file():

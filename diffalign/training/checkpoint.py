@@ -25,12 +25,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn import Module
 
-from ..backbones import Backbone
-from ..backbones.lora import lora_state
 from ..errors import UserError
 from ..runtime.distributed import whole
 from ..runtime.files import save_tensors, write_atomically
 from .callbacks import TrainerState
+from .trained_weights import FullWeights, TrainedWeights
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _TEMPORARY = ".tmp-checkpoint-"
@@ -44,7 +43,6 @@ _LATER_FACTS = (
     "precision",
     "sampler_rule",
 )
-LORA_FILE = "pytorch_lora_weights.safetensors"
 EMA_FILE = "ema.safetensors"
 
 
@@ -154,37 +152,6 @@ def check_archives(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def load_lora_state(network: Module, backbone: Backbone, folder: Path) -> None:
-    """Load saved adapter weights into a network, bit for bit.
-
-    Args:
-        network: The network with its adapter.
-        backbone (`Backbone`): Names the network in the file.
-        folder (`Path`): Folder of the checkpoint.
-
-    Raises:
-        UserError: The weights do not fit the network.
-    """
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    prefix = f"{backbone.network_name}."
-    state = {
-        n.removeprefix(prefix): t
-        for n, t in load_file(folder / LORA_FILE).items()
-        if n.startswith(prefix)
-    }
-    result = set_peft_model_state_dict(
-        network, convert_unet_state_dict_to_peft(state), adapter_name="default"
-    )
-    if result is not None and result.unexpected_keys:
-        raise UserError(
-            f"{folder}: the LoRA does not fit this network; unexpected keys "
-            f"{result.unexpected_keys[:3]}"
-        )
-
-
 def read_state(values: Any) -> TrainerState:
     """Read the position of a run from a checkpoint's plain values.
 
@@ -220,9 +187,9 @@ class CheckpointManager:
 
     Args:
         accelerator (`Accelerator`): Holds the prepared network and optimizer.
-        backbone (`Backbone`): Writes weights for inference.
         network: The network as it was before accelerate prepared it.
-        is_lora (`bool`): LoRA or full fine-tuning.
+        prepared: The network as accelerate prepared it.
+        trained (`TrainedWeights`): Writes and reads what trains.
         output_dir (`Path`): Folder of the run.
         limit (`int`, *optional*): Newest checkpoints to keep. None keeps all.
         identity (`dict[str, Any]`): Method, model, data and settings. Only a run with
@@ -236,20 +203,16 @@ class CheckpointManager:
     def __init__(
         self,
         accelerator: Accelerator,
-        backbone: Backbone,
         network: Any,
-        is_lora: bool,
+        prepared: Module,
+        trained: TrainedWeights,
         output_dir: Path,
         limit: int | None,
         identity: dict[str, Any],
         ema: Any = None,
     ) -> None:
-        self.accelerator, self.backbone, self.network, self.is_lora = (
-            accelerator,
-            backbone,
-            network,
-            is_lora,
-        )
+        self.accelerator, self.network = accelerator, network
+        self.prepared, self.trained = prepared, trained
         self.output_dir, self.limit, self.identity, self.ema = output_dir, limit, identity, ema
         self.parts: list[CheckpointPart] = []
         accelerator.register_save_state_pre_hook(self._save_weights)
@@ -258,25 +221,16 @@ class CheckpointManager:
     def _save_weights(
         self, models: list[Any], weights: list[dict[str, Tensor]], output_dir: str
     ) -> None:
+        # What accelerate gathered of a whole network is not gathered twice.
         state = weights[0] if weights else None
-        adapter = lora_state(self.network) if self.is_lora else {}  # gathered on all processes
-        if self.accelerator.is_main_process:
-            if self.is_lora:
-                self.backbone.save_lora(output_dir, self.network, adapter)
-            else:
-                self.network.save_pretrained(
-                    Path(output_dir) / self.backbone.network_name, state_dict=state
-                )
         weights.clear()
+        if state is None or not isinstance(self.trained, FullWeights):
+            state = self.trained.gather(self.accelerator, self.prepared)
+        if self.accelerator.is_main_process:
+            self.trained.write_checkpoint(Path(output_dir), state)
 
     def _load_weights(self, models: list[Any], input_dir: str) -> None:
-        if self.is_lora:
-            load_lora_state(self.network, self.backbone, Path(input_dir))
-        else:
-            loaded = type(self.network).from_pretrained(
-                input_dir, subfolder=self.backbone.network_name, use_safetensors=True
-            )
-            self.network.load_state_dict(loaded.state_dict())
+        self.trained.read_checkpoint(Path(input_dir))
         models.clear()
 
     def check_weights(self, step: int) -> None:

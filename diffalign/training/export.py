@@ -11,17 +11,17 @@ from typing import Any
 from accelerate import Accelerator
 from torch.nn import Module
 
-from ..backbones.lora import lora_state
 from ..errors import ConfigError
 from .model_card import write_card
 from .run_record import RunRecord
 from .sections import HubConfig
+from .trained_weights import TrainedWeights
 
 
 def save_model(
     record: RunRecord,
     accelerator: Accelerator,
-    network: Any,
+    trained: TrainedWeights,
     prepared: Module,
     metrics: Mapping[str, Any],
     folder: Path,
@@ -33,27 +33,20 @@ def save_model(
     Args:
         record (`RunRecord`): Facts of the run.
         accelerator (`Accelerator`): Processes of the run.
-        network: The network that is loaded for inference.
+        trained (`TrainedWeights`): What trains, and how it is written.
         prepared: The same network as accelerate prepared it. It gathers sharded
             weights.
         metrics (`Mapping[str, Any]`): Metrics of the last log, for the card.
         folder (`Path`): Created if it does not exist.
     """
-    backbone, is_lora = record.backbone, record.peft_config is not None
     # Gathered on all processes, written by the first one.
-    state = lora_state(network) if is_lora else accelerator.get_state_dict(prepared)
+    state = trained.gather(accelerator, prepared)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".tmp-model"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            if is_lora:
-                backbone.save_lora(str(temporary), network, state)
-            else:
-                backbone.pipeline(network=network).save_pretrained(
-                    temporary, safe_serialization=True
-                )
-                network.save_pretrained(temporary / backbone.network_name, state_dict=state)
+            trained.write(temporary, state)
             for path in sorted(temporary.iterdir()):
                 target = folder / path.name
                 if target.is_dir():

@@ -9,12 +9,13 @@ from ..errors import UserError
 from ..runtime.distributed import process_rank
 from ..runtime.files import move_aside
 from ..runtime.folder_lock import FolderLock
-from .checkpoint import LORA_FILE, find_checkpoint, list_checkpoints
+from .checkpoint import find_checkpoint, list_checkpoints
+from .trained_weights import FINAL_FILES
 
 
 def _is_finished(folder: Path) -> bool:
     """Return whether the folder holds final weights."""
-    return (folder / LORA_FILE).is_file() or (folder / "model_index.json").is_file()
+    return any((folder / name).is_file() for name in FINAL_FILES)
 
 
 def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:

@@ -53,7 +53,7 @@ from .data_pipeline import (
     build_transform,
     check_data,
 )
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Forward
 from .diagnostics import LOG2_MESSAGE, DivergenceGuard, FiniteCheck
 from .evaluate import evaluate, measure_rounding
 from .export import push_to_hub, save_model
@@ -72,6 +72,7 @@ from .sections import HubConfig, ValidationConfig
 from .signals import StopSignals
 from .start_lora import StartLora, put_start_lora, read_start_lora
 from .tracking import MetricLog, MetricWindow, start_trackers
+from .trained_weights import FullWeights, LoraWeights, TrainedWeights
 from .validation import Validation, check_validation
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class Trainer:
     accelerator: Accelerator
     network: Module
     prepared: Module
+    trained: TrainedWeights
     policy: Denoiser
     sampling_policy: Denoiser
     reference: Denoiser | None
@@ -378,6 +380,31 @@ class Trainer:
         """
         return as_preferences(source, self.data_config, self.data_kind, split, invert=self.inverted)
 
+    def build_network(self) -> Module:
+        """Build the network, in training mode. What trains requires a gradient.
+
+        Returns:
+            The network of the model, as a whole or with the run's LoRA.
+        """
+        return build_network(self.backbone, self.args, self.peft_config)
+
+    def build_trained_weights(self) -> TrainedWeights:
+        """Build what saves and loads the trained weights of `network`."""
+        kind = FullWeights if self.peft_config is None else LoraWeights
+        return kind(self.backbone, self.network)
+
+    def predictor(self, network: Module) -> Forward:
+        """Return the function that runs a network on a batch.
+
+        Args:
+            network: `network` itself, or as accelerate prepared it.
+
+        Returns:
+            `Callable`: Of noisy latents, model times and condition, see
+            `Backbone.predict`.
+        """
+        return functools.partial(self.backbone.predict, network)
+
     def build_reference(self) -> Reference | None:
         """Build the reference model.
 
@@ -567,16 +594,15 @@ class Trainer:
             DTYPES[args.mixed_precision],
             offload=args.offload == "group",
         )
-        self.network = build_network(self.backbone, args, self.peft_config)
+        self.network = self.build_network()
+        self.trained = self.build_trained_weights()
         if self.start_lora is not None:
             put_start_lora(self.network, self.start_lora)
         if args.layerwise_casting:
             store_in_8_bits(self.network, DTYPES[args.mixed_precision])
         if args.compile:
             compile_blocks(self.network)
-        self.sampling_policy = self._denoiser(
-            functools.partial(self.backbone.predict, self.network)
-        )
+        self.sampling_policy = self._denoiser(self.predictor(self.network))
         self.reference_model = self.build_reference()
         self.reference = None
         if self.reference_model is not None:
@@ -597,9 +623,9 @@ class Trainer:
         )
         self.checkpoints = CheckpointManager(
             self.accelerator,
-            self.backbone,
             self.network,
-            self.peft_config is not None,
+            self.prepared,
+            self.trained,
             self.output_dir,
             args.save_total_limit,
             self.record.identity(),
@@ -638,7 +664,7 @@ class Trainer:
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         if self.reference_model is not None:
             self.reference_model.start()
-        self.policy = self._denoiser(functools.partial(self.backbone.predict, self.prepared))
+        self.policy = self._denoiser(self.predictor(self.prepared))
         # Runs of earlier versions keep diffusers' warm-up.
         averaging = dataclasses.replace(args, ema_warmup=True) if self.sampler_rule == 1 else args
         # Sharding replaces the parameters, so they are read anew.
@@ -882,7 +908,7 @@ class Trainer:
             save_model(
                 self.record,
                 self.accelerator,
-                self.network,
+                self.trained,
                 self.prepared,
                 metrics,
                 Path(output_dir),

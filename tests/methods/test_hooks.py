@@ -15,6 +15,9 @@ from diffalign.training.trainer import Trainer
 HOOKS = {
     "validate",
     "read_dataset",
+    "build_network",
+    "build_trained_weights",
+    "predictor",
     "build_reference",
     "build_source",
     "prepare",

@@ -1,0 +1,153 @@
+"""What a run trains and saves: a LoRA, or all weights of the network.
+
+A method that trains something else brings a class of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Module
+
+from ..backbones import Backbone
+from ..backbones.lora import lora_state
+from ..errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+FINAL_FILES = (LORA_FILE, "model_index.json", "user_adapter.safetensors")
+"""Files by which a folder with finished weights is known."""
+State = dict[str, Tensor]
+
+
+class TrainedWeights(Protocol):
+    """Saves and loads the trained weights of a run.
+
+    Attributes:
+        description (`str`): What trains, in words.
+    """
+
+    description: str
+
+    def gather(self, accelerator: Accelerator, prepared: Module) -> State:
+        """Read the weights, whole. All processes must call this.
+
+        Args:
+            accelerator (`Accelerator`): Gathers sharded weights.
+            prepared: The network as accelerate prepared it.
+        """
+        ...
+
+    def write(self, folder: Path, state: State) -> None:
+        """Write the weights for inference. The first process calls this.
+
+        Args:
+            folder (`Path`): Created by this, or empty.
+            state (`dict[str, Tensor]`): Of `gather`.
+        """
+        ...
+
+    def write_checkpoint(self, folder: Path, state: State) -> None:
+        """Write the weights into a checkpoint's folder. The first process calls this.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            state (`dict[str, Tensor]`): Of `gather`.
+        """
+        ...
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """Load the weights of a checkpoint into the network, bit for bit.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+        """
+        ...
+
+
+class LoraWeights:
+    """The LoRA of a network, in one file that diffusers reads.
+
+    Args:
+        backbone (`Backbone`): Names the network in the file.
+        network: The network with its adapter.
+    """
+
+    description = "LoRA"
+
+    def __init__(self, backbone: Backbone, network: Any) -> None:
+        self.backbone, self.network = backbone, network
+
+    def gather(self, accelerator: Accelerator, prepared: Module) -> State:
+        """See `TrainedWeights.gather`."""
+        return lora_state(self.network)
+
+    def write(self, folder: Path, state: State) -> None:
+        """See `TrainedWeights.write`."""
+        self.backbone.save_lora(str(folder), self.network, state)
+
+    def write_checkpoint(self, folder: Path, state: State) -> None:
+        """See `TrainedWeights.write_checkpoint`."""
+        self.write(folder, state)
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """See `TrainedWeights.read_checkpoint`.
+
+        Raises:
+            UserError: The weights do not fit the network.
+        """
+        from diffusers.utils import convert_unet_state_dict_to_peft
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        prefix = f"{self.backbone.network_name}."
+        state = {
+            n.removeprefix(prefix): t
+            for n, t in load_file(folder / LORA_FILE).items()
+            if n.startswith(prefix)
+        }
+        result = set_peft_model_state_dict(
+            self.network, convert_unet_state_dict_to_peft(state), adapter_name="default"
+        )
+        if result is not None and result.unexpected_keys:
+            raise UserError(
+                f"{folder}: the LoRA does not fit this network; unexpected keys "
+                f"{result.unexpected_keys[:3]}"
+            )
+
+
+class FullWeights:
+    """All weights of the network: a whole pipeline, or the network's folder.
+
+    Args:
+        backbone (`Backbone`): Knows the other parts of the pipeline.
+        network: The network.
+    """
+
+    description = "full fine-tuning"
+
+    def __init__(self, backbone: Backbone, network: Any) -> None:
+        self.backbone, self.network = backbone, network
+
+    def gather(self, accelerator: Accelerator, prepared: Module) -> State:
+        """See `TrainedWeights.gather`."""
+        return accelerator.get_state_dict(prepared)
+
+    def write(self, folder: Path, state: State) -> None:
+        """See `TrainedWeights.write`."""
+        pipeline = self.backbone.pipeline(network=self.network)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        self.write_checkpoint(folder, state)
+
+    def write_checkpoint(self, folder: Path, state: State) -> None:
+        """See `TrainedWeights.write_checkpoint`."""
+        self.network.save_pretrained(folder / self.backbone.network_name, state_dict=state)
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """See `TrainedWeights.read_checkpoint`."""
+        loaded = type(self.network).from_pretrained(
+            folder, subfolder=self.backbone.network_name, use_safetensors=True
+        )
+        self.network.load_state_dict(loaded.state_dict())
