@@ -35,6 +35,8 @@ _EXPORTS = {
     "DiffusionORPOTrainer": "methods.diffusion_orpo",
     "MaPOConfig": "methods.mapo",
     "MaPOTrainer": "methods.mapo",
+    "PPDConfig": "methods.ppd",
+    "PPDTrainer": "methods.ppd",
     "RankDPOConfig": "methods.rankdpo",
     "RankDPOTrainer": "methods.rankdpo",
     "DiffusionDPOConfig": "methods.diffusion_dpo",
@@ -53,6 +55,7 @@ _EXPORTS = {
     "ValidationConfig": "training.sections",
     "TrainerCallback": "training.callbacks",
     "load_preferences": "data.load",
+    "load_users": "generation.users",
     "list_scorers": "rewards.registry",
     "load_scorer": "rewards.registry",
     "register_scorer": "rewards.registry",
@@ -82,6 +85,8 @@ __all__ = [
     "MaPOConfig",
     "MaPOTrainer",
     "NegativeGuidance",
+    "PPDConfig",
+    "PPDTrainer",
     "RankDPOConfig",
     "RankDPOTrainer",
     "RewardBackpropConfig",
@@ -103,6 +108,7 @@ __all__ = [
     "list_scorers",
     "load_preferences",
     "load_scorer",
+    "load_users",
     "register_scorer",
 ]
 
@@ -113,6 +119,7 @@ if TYPE_CHECKING:
     from .evaluation.compare import compare
     from .evaluation.guidance_sweep import compare_guidance
     from .generation.guidance import NegativeGuidance
+    from .generation.users import load_users
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -121,6 +128,7 @@ if TYPE_CHECKING:
     from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer
     from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
     from .methods.mapo import MaPOConfig, MaPOTrainer
+    from .methods.ppd import PPDConfig, PPDTrainer
     from .methods.rankdpo import RankDPOConfig, RankDPOTrainer
     from .methods.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from .methods.self_npo import SelfNPOConfig, SelfNPOTrainer

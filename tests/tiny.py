@@ -227,9 +227,21 @@ def labelled_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]
     ]
 
 
+def user_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
+    """Pairs of two users: ann likes bright images, bob dark ones."""
+    rows = []
+    for i, row in enumerate(pair_rows(count, size)):
+        bright, dark = row["chosen"], row["rejected"]
+        chosen, rejected = (dark, bright) if i // 2 % 2 else (bright, dark)
+        user = "bob" if i // 2 % 2 else "ann"
+        rows.append(row | {"chosen": chosen, "rejected": rejected, "user_id": user})
+    return rows
+
+
 def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """Rows that a method can train on."""
     rows = {"rankdpo": ranked_rows, "dcpo": captioned_rows, "diffusion_kto": labelled_rows}
+    rows["ppd"] = user_rows
     return rows.get(method, pair_rows)(count, size)
 
 
@@ -322,7 +334,7 @@ def make_trainer(
             "images_per_prompt": 2,
         } | values
         options = {"scorers": [brightness], **(options or {})}
-    if method in ("diffusion_dpo", "diffusion_kto", "diffusion_npo", "dcpo", "rankdpo"):
+    if method in ("diffusion_dpo", "diffusion_kto", "diffusion_npo", "dcpo", "ppd", "rankdpo"):
         values.setdefault("beta", 100.0)
     return trainer_class(method)(
         model=build_pipeline(family) if model is None else model,

@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..config.ranges import suggestion
 from ..errors import UserError
 from ..runtime.files import read_tensors, save_tensors, write_atomically
 
@@ -111,14 +113,23 @@ class UserAdapter(nn.Module):
         network (`torch.nn.Module`): the network. It stays as it is until `attach`.
         dim (`int`): size of a user token.
         tokens (`int`): tokens of a user.
+        user_names (sequence of `str`, *optional*): users with embeddings of their own.
 
     Attributes:
+        table (`Parameter`, *optional*): embeddings of `user_names`, (users, tokens,
+            dim).
         scale (`float`): factor of the second term. 0 is the network alone.
     """
 
-    def __init__(self, network: nn.Module, dim: int, tokens: int) -> None:
+    def __init__(
+        self, network: nn.Module, dim: int, tokens: int, user_names: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.dim, self.tokens, self.scale = dim, tokens, 1.0
+        self.user_names = list(user_names)
+        self.table: nn.Parameter | None = None
+        if self.user_names:
+            self.table = nn.Parameter(torch.randn(len(self.user_names), tokens, dim))
         places = attention_layers(network)
         self.names = list(places)
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
@@ -127,6 +138,35 @@ class UserAdapter(nn.Module):
         )
         self._handles: list[Any] = []
         self._users: tuple[Tensor, Tensor | None] | None = None
+
+    def embedding(self, users: str | Mapping[str, float]) -> Tensor:
+        """Return the embedding of a user, or a mixture of several.
+
+        Args:
+            users (`str` or `Mapping[str, float]`): a name, or name -> weight. Weights
+                need not sum to 1.
+
+        Returns:
+            `Tensor`: (tokens, dim).
+
+        Raises:
+            UserError: an unknown name, no name, or a weight that is not finite.
+        """
+        weights = {users: 1.0} if isinstance(users, str) else dict(users)
+        if not weights or self.table is None:
+            raise UserError(f"user: name one of {', '.join(self.user_names) or '(none)'}")
+        total = torch.zeros_like(self.table[0])
+        for name, weight in weights.items():
+            if name not in self.user_names:
+                shown = ", ".join(self.user_names[:20])
+                raise UserError(
+                    f"user: {name!r} is unknown{suggestion(name, self.user_names)}; there are "
+                    f"{shown}{', ...' if len(self.user_names) > 20 else ''}"
+                )
+            if not math.isfinite(weight):
+                raise UserError(f"user: the weight of {name!r} is {weight}, expected a number")
+            total = total + weight * self.table[self.user_names.index(name)]
+        return total
 
     def attach(self, network: nn.Module) -> None:
         """Add the hooks to a network.
@@ -160,7 +200,10 @@ class UserAdapter(nn.Module):
             users (`Tensor`, *optional*): (n, tokens, dim). None runs the network alone.
             mask (`Tensor`, *optional*): (n,), 0 for rows without a user.
         """
-        self._users = None if users is None else (self.project(users), mask)
+        if users is None:
+            self._users = None
+            return
+        self._users = self.project(users.to(next(self.project.parameters()))), mask
 
     @contextmanager
     def users(self, users: Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
@@ -221,8 +264,26 @@ class UserAdapter(nn.Module):
             facts (`dict`, *optional*): plain values to keep beside the sizes.
         """
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        self.write(folder, state, facts)
+
+    def write(
+        self, folder: str | Path, state: dict[str, Tensor], facts: dict[str, Any] | None = None
+    ) -> None:
+        """Write gathered weights and sizes into a folder, see `save`.
+
+        Args:
+            folder (`str` or `Path`): must exist.
+            state (`dict[str, Tensor]`): of `state_dict`, on the CPU.
+            facts (`dict`, *optional*): plain values to keep beside the sizes.
+        """
         save_tensors(state, Path(folder) / WEIGHTS)
-        config = {"dim": self.dim, "tokens": self.tokens, "layers": self.names, **(facts or {})}
+        config = {
+            "dim": self.dim,
+            "tokens": self.tokens,
+            "users": self.user_names,
+            "layers": self.names,
+            **(facts or {}),
+        }
         write_atomically(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -288,7 +349,8 @@ def load_user_adapter(network: nn.Module, folder: str | Path) -> tuple[UserAdapt
         raise UserError(f"user adapter: {str(folder)!r} holds no {CONFIG} and {WEIGHTS}")
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
-        adapter = UserAdapter(network, int(config["dim"]), int(config["tokens"]))
+        users = [str(name) for name in config["users"]]
+        adapter = UserAdapter(network, int(config["dim"]), int(config["tokens"]), users)
         names = list(config["layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"user adapter: {folder / CONFIG} is damaged ({error})") from None

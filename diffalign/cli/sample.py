@@ -65,6 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="share of --negative_lora in it (default 1.0)",
     )
+    parser.add_argument(
+        "--user_adapter", help="folder of a PPD run; images of a user are drawn beside the base"
+    )
+    parser.add_argument(
+        "--user", help="with --user_adapter: a user, or a mixture such as ann=0.3,bob=0.7"
+    )
+    parser.add_argument(
+        "--user_pairs",
+        help="with --user_adapter: pairs of a new user, who is drawn for as a mixture of the "
+        "known ones",
+    )
     for old, new in (("--alpha", "positive_share"), ("--beta", "negative_share")):
         # The default would overwrite that of the new name.
         parser.add_argument(
@@ -97,6 +108,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_user_options(options: argparse.Namespace) -> None:
+    """Refuse options of users that do not fit together."""
+    if not options.user_adapter:
+        for name in ("user", "user_pairs"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name}", "name the folder of a PPD run with --user_adapter")
+        return
+    if bool(options.user) == bool(options.user_pairs):
+        raise ConfigError("--user", "give either --user or --user_pairs with --user_adapter")
+    for name in ("lora", "negative_lora"):
+        if getattr(options, name):
+            raise ConfigError(
+                f"--{name}", "a user adapter is drawn with alone; leave it or --user_adapter out"
+            )
+
+
 def run(options: argparse.Namespace) -> int:
     """Draw images and write them as `<prompt>-<seed>-<model>.png`.
 
@@ -120,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}"
             )
+    _check_user_options(options)
     pipe = load_pipeline(options.model)
     settings: dict[str, Any] = {
         name: getattr(options, name)
@@ -160,6 +188,23 @@ def run(options: argparse.Namespace) -> int:
                 batch_size=options.batch_size,
                 description="negative guidance",
                 **settings,
+            )
+    if options.user_adapter:
+        from ..data import load_preferences
+        from ..generation.users import load_users, mixture_words, read_mixture
+
+        users = load_users(pipe, options.user_adapter)
+        if options.user_pairs:
+            pairs = load_preferences(options.user_pairs, verbose=False).as_kind("pair")
+            user: Any = users.weights_of_pairs(
+                [(pair.prompts[0], *pair.open_images()) for pair in pairs]
+            )
+            print(f"new user: {mixture_words(user)}")
+        else:
+            user = read_mixture(options.user)
+        with users.apply(user):
+            sides["tuned"] = generate(
+                pipe, prompts, seeds, batch_size=options.batch_size, description="user", **settings
             )
     make_folder(options.output_dir)
     for name, images in sides.items():

@@ -21,6 +21,7 @@ METHODS: dict[str, str] = {
     "diffusion_npo": "diffusion_npo:DiffusionNPO",
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
     "mapo": "mapo:MaPO",
+    "ppd": "ppd:PPD",
     "rankdpo": "rankdpo:RankDPO",
     "reward_backprop": "reward_backprop:RewardBackprop",
     "seppo": "seppo:SePPO",

@@ -78,6 +78,36 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
         ) from error
 
 
+def load_plain_network(backbone: Backbone, args: TrainingConfig, dtype: torch.dtype) -> Any:
+    """Load the network with the run's attention backend and checkpoints of activations.
+
+    Args:
+        backbone (`Backbone`): The model.
+        args (`TrainingConfig`): Settings of the run.
+        dtype (`torch.dtype`): Of its weights.
+
+    Returns:
+        The network, frozen.
+
+    Raises:
+        ConfigError: It carries adapters or compiled parts, or the attention backend
+            cannot be used here.
+    """
+    _check_adapters(backbone)
+    quantization = quantization_config(args.quantization, dtype) if args.quantization else None
+    network = backbone.load_network(dtype, quantization)
+    if any("_orig_mod" in name for name, _ in network.named_parameters()):
+        raise ConfigError(
+            "model",
+            "parts of the network are compiled (_orig_mod in the names of its weights); pass "
+            "the plain network",
+        )
+    set_attention(network, args.attention)
+    if args.gradient_checkpointing:
+        backbone.checkpoint_activations(network)
+    return network
+
+
 def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraConfig | None) -> Any:
     """Load the network and make it trainable, as a whole or with a LoRA.
 
@@ -96,21 +126,10 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
         ConfigError: No module matches the LoRA targets, or the attention backend cannot
             be used here.
     """
-    _check_adapters(backbone)
     if peft_config is not None:
         check_peft_config(peft_config)
     dtype = DTYPES[args.mixed_precision] if peft_config is not None else torch.float32
-    quantization = quantization_config(args.quantization, dtype) if args.quantization else None
-    network = backbone.load_network(dtype, quantization)
-    if any("_orig_mod" in name for name, _ in network.named_parameters()):
-        raise ConfigError(
-            "model",
-            "parts of the network are compiled (_orig_mod in the names of its weights); pass "
-            "the plain network",
-        )
-    set_attention(network, args.attention)
-    if args.gradient_checkpointing:
-        backbone.checkpoint_activations(network)
+    network = load_plain_network(backbone, args, dtype)
     if peft_config is None:
         return network.requires_grad_(True).train()
     from diffusers.training_utils import cast_training_params

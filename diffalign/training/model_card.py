@@ -52,6 +52,7 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
         "training/templates/model_card.md",
         title=folder.resolve().name,
         is_lora=is_lora,
+        trained="" if record.built is None else record.built.trained,
         base=source.name,
         licence=record.backbone.licence,
         method=record.name,

@@ -107,6 +107,7 @@ class BuiltFacts:
         rows (`int`, *optional*): Groups of the dataset. None if it is streamed.
         dropped_sizes (`int`): Groups left out because their images differ in aspect.
         reference (`str`, *optional*): Description of the reference model.
+        trained (`str`): What trains, in words.
     """
 
     trainable: int
@@ -118,10 +119,16 @@ class BuiltFacts:
     rows: int | None
     dropped_sizes: int
     reference: str | None
+    trained: str
 
     @classmethod
     def of(
-        cls, network: Module, data: DataPipeline, max_steps: int, reference: str | None
+        cls,
+        network: Module,
+        data: DataPipeline,
+        max_steps: int,
+        reference: str | None,
+        trained: str,
     ) -> BuiltFacts:
         """Collect the facts.
 
@@ -130,6 +137,7 @@ class BuiltFacts:
             data (`DataPipeline`): The training data.
             max_steps (`int`): Optimizer steps of the run.
             reference (`str`, *optional*): Description of the reference model.
+            trained (`str`): What trains, in words.
         """
         return cls(
             trainable=sum(p.numel() for p in trainable_parameters(network)),
@@ -141,6 +149,7 @@ class BuiltFacts:
             rows=None if data.streaming else len(data.dataset),
             dropped_sizes=data.dropped_sizes,
             reference=reference,
+            trained=trained,
         )
 
     @property
@@ -253,11 +262,10 @@ class RunRecord:
         assert self.built is not None
         args, built = self.args, self.built
         height, width = built.size
-        kind = "LoRA" if self.peft_config is not None else "full fine-tuning"
         prediction = self.backbone.schedule.prediction_type
         epoch = "" if built.rows is None else f", {built.steps_per_epoch} per epoch"
         lines = [
-            f"{self.name} on {self.backbone.source.name} ({prediction}), {kind}: "
+            f"{self.name} on {self.backbone.source.name} ({prediction}), {built.trained}: "
             f"{built.trainable:,} of "
             f"{built.total:,} parameters train",
             f"data: {self.dataset.report.summary()}",

@@ -620,6 +620,7 @@ class Trainer:
             self.data_pipeline,
             self.state.max_steps,
             None if model is None or self.reference_free else model.description,
+            self.trained.description,
         )
         self.checkpoints = CheckpointManager(
             self.accelerator,

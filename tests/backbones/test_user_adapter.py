@@ -136,19 +136,20 @@ def test_a_lora_on_the_same_layers(tmp_path: Path) -> None:
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     network, call = network_and_call("sd")
-    adapter = UserAdapter(network, dim=4, tokens=2)
+    adapter = UserAdapter(network, dim=4, tokens=2, user_names=["ann", "bob"])
     adapter.attach(network)
     for layer in adapter.layers:
         torch.nn.init.normal_(layer.to_v.weight)
-    users = torch.randn(2, 2, 4)
+    users = torch.stack([adapter.embedding("ann"), adapter.embedding({"ann": 0.25, "bob": 2})])
     with torch.no_grad(), adapter.users(users):
         expected = call()
-    adapter.save(tmp_path, {"users": ["ann"]})
+    adapter.save(tmp_path, {"method": "ppd"})
     again, call_again = network_and_call("sd")
     loaded, facts = load_user_adapter(again, tmp_path)
     with torch.no_grad(), loaded.users(users):
         assert torch.equal(call_again(), expected)
-    assert facts["users"] == ["ann"]
+    assert facts["method"] == "ppd" and loaded.user_names == ["ann", "bob"]
+    assert torch.equal(loaded.table, adapter.table)
     other, _ = network_and_call("sd3")
     with pytest.raises(UserError, match="made for another network than a SD3Transf"):
         load_user_adapter(other, tmp_path)
@@ -157,6 +158,22 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         load_user_adapter(again, tmp_path)
+
+
+def test_mixtures_and_unknown_users() -> None:
+    network, _ = network_and_call("sd")
+    adapter = UserAdapter(network, dim=3, tokens=1, user_names=["ann", "bob"])
+    with torch.no_grad():
+        adapter.table.copy_(torch.tensor([[[1.0, 0, 2]], [[0, 1, -1]]]))
+    mixture = adapter.embedding({"ann": 0.25, "bob": 0.75})
+    assert mixture.tolist() == [[0.25, 0.75, -0.25]]
+    for users, words in (
+        ("anna", r"'anna' is unknown \(did you mean 'ann'\?\); there are ann, bob"),
+        ({}, "name one of ann, bob"),
+        ({"ann": float("nan")}, "weight of 'ann' is nan"),
+    ):
+        with pytest.raises(UserError, match=words):
+            adapter.embedding(users)
 
 
 def test_networks_without_attention_and_rows_without_users() -> None:

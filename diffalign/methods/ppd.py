@@ -1,0 +1,307 @@
+"""PPD: Dang et al. 2025, arXiv 2501.06655.
+
+    z    = -(beta/2) [(m_w(c, u) - m_l(c, u)) - (r_w(c) - r_l(c))]
+    loss = -log sigmoid(z)
+
+Diffusion-DPO with a policy that also sees who judged the pair, u. The reference sees
+the prompt alone. The network is frozen. A user adapter reads u: attention to user
+tokens beside the network's own (`diffalign.backbones.user_adapter`). It starts as the
+network itself, so the first loss is log 2.
+
+Users have learned embeddings, one per user of the data, as in Premier (arXiv
+2603.20725). A new user is a mixture of known ones, weighted by how well each explains
+the new user's pairs. The paper instead reads embeddings from a vision-language model.
+
+With probability `user_dropout` a row has no user, so that the model without a user
+stays usable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Module
+
+from ..backbones import Backbone
+from ..backbones.user_adapter import WEIGHTS, UserAdapter
+from ..config.ranges import Count, NotNegative, Share
+from ..config.section import config_section
+from ..data import PreferenceDataset
+from ..errors import ConfigError, UserError
+from ..runtime.distributed import whole
+from ..runtime.files import read_tensors
+from ..training.batch import Batch
+from ..training.build import DTYPES, load_plain_network
+from ..training.denoiser import Forward
+from ..training.reference import DropoutOff, Reference
+from ..training.trained_weights import State, TrainedWeights
+from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+
+USER, USER_MASK = "user_index", "user_mask"
+
+
+@config_section
+class PPDConfig(DiffusionDPOConfig):
+    """`train:` for `method: ppd`.
+
+    Example:
+        ```python
+        from diffalign import PPDConfig
+
+        args = PPDConfig(output_dir="runs/ppd", learning_rate=1e-4, user_tokens=4)
+        assert args.user_dropout == 0.1
+        ```
+    """
+
+    user_tokens: Count = 4
+    """Tokens of a user. Source: ours; not public."""
+    user_dim: Count = 128
+    """Size of a user token. Source: ours; the paper's are hidden states of a
+    vision-language model."""
+    user_dropout: Share = 0.1
+    """Share of rows that train without their user. Source: ours; not public."""
+    user_scale: NotNegative[float] = 1.0
+    """Factor of the attention to users. Source: IP-Adapter, 1."""
+    validation_user: str | None = None
+    """User whose images validations draw. null draws without a user, which is the base
+    model. Source: ours."""
+
+
+class UserAdapterWeights:
+    """The user adapter of a network, in a file of its own.
+
+    Args:
+        adapter (`UserAdapter`): What trains.
+        beta (`float`, *optional*): The run's beta, which is kept beside the weights.
+    """
+
+    description = "user adapter"
+
+    def __init__(self, adapter: UserAdapter, beta: float | None) -> None:
+        self.adapter, self.beta = adapter, beta
+
+    def gather(self, accelerator: Accelerator, prepared: Module) -> State:
+        """See `TrainedWeights.gather`."""
+        state = self.adapter.state_dict()
+        return {name: whole(value.detach()).cpu().contiguous() for name, value in state.items()}
+
+    def write(self, folder: Path, state: State) -> None:
+        """See `TrainedWeights.write`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapter.write(folder, state, {"method": "ppd", "beta": self.beta})
+
+    def write_checkpoint(self, folder: Path, state: State) -> None:
+        """See `TrainedWeights.write_checkpoint`."""
+        self.write(folder, state)
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """See `TrainedWeights.read_checkpoint`."""
+        tensors, _ = read_tensors(folder / WEIGHTS)
+        self.adapter.load_state_dict(tensors)
+
+
+class UserFreeReference:
+    """The frozen network without users.
+
+    Args:
+        network: The network with the adapter's hooks.
+        adapter (`UserAdapter`): Its adapter.
+    """
+
+    description = "the network without users"
+
+    def __init__(self, network: Module, adapter: UserAdapter) -> None:
+        self.network, self.adapter = network, adapter
+        self.dropout_off = DropoutOff(network)
+
+    def start(self) -> None:
+        """Do nothing. See `Reference.start`."""
+
+    def predict(
+        self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]
+    ) -> Tensor:
+        """Run the network without users. See `Reference.predict`."""
+        with torch.no_grad(), self.adapter.users(None), self.dropout_off():
+            return backbone.predict(self.network, noisy, times, condition)
+
+
+class PPDTrainer(DiffusionDPOTrainer):
+    """Trains a user adapter on pairs that say who judged them.
+
+    Example:
+        ```python
+        from PIL import Image
+
+        from diffalign import PPDConfig, PPDTrainer
+
+        red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+        row = {"prompt": "a small circle on the left of a gray background"}
+        rows = [
+            row | {"chosen": red, "rejected": blue, "user_id": "ann"},
+            row | {"chosen": blue, "rejected": red, "user_id": "bob"},
+        ]
+        args = PPDConfig(output_dir="runs/ppd", max_steps=2)
+        trainer = PPDTrainer(model="shapes", args=args, train_dataset=rows)
+        trainer.train()
+        assert trainer.adapter.user_names == ["ann", "bob"]
+        ```
+    """
+
+    method = "ppd"
+    _name = "PPD"
+    _tag_names = ("ppd",)
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Personalized Preference Fine-tuning of Diffusion Models",
+        "id": "2501.06655",
+        "citation": """@inproceedings{dang2025personalized,
+  title     = {Personalized Preference Fine-tuning of Diffusion Models},
+  author    = {Dang, Meihua and Singh, Anikait and Zhou, Linqi and Ermon, Stefano and
+               Song, Jiaming},
+  booktitle = {CVPR},
+  year      = {2025}
+}""",
+    }
+    _not_public: ClassVar[str] = (
+        "Code, beta, the dropout of users, the layer and pooling of the vision-language model, "
+        "and the initialisation."
+    )
+    config_class = PPDConfig
+    can_be_online = False
+    args: PPDConfig
+    adapter: UserAdapter
+    """What trains."""
+    user_names: list[str]
+    """Users of the training data, sorted."""
+
+    def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
+        """Read pairs that say who judged them.
+
+        Raises:
+            ConfigError: They do not, or they are a stream.
+        """
+        dataset = super().read_dataset(source, split)
+        if not dataset.has_users:
+            raise ConfigError(
+                "data.columns",
+                "PPD needs to know who judged a pair; add a column user_id, or map yours: "
+                "data.columns: {user_id: ...}",
+            )
+        if dataset.row_ids is None:
+            raise ConfigError(
+                "data.dataset_streaming", "the users of a stream are not known; set it to false"
+            )
+        return dataset.using("user_id")
+
+    def validate(self) -> None:
+        """Refuse a LoRA, and list the users.
+
+        Raises:
+            ConfigError: There is a LoRA, an average as the reference, fewer than two
+                users, or `validation_user` is unknown.
+        """
+        super().validate()
+        args = self.args
+        if self.peft_config is not None:
+            raise ConfigError(
+                "lora", "PPD trains a user adapter on the frozen network; leave the section out"
+            )
+        if args.reference_decay is not None:
+            raise ConfigError(
+                "train.reference_decay", "PPD's reference is the network without users; set null"
+            )
+        self.user_names = self.train_dataset.users()
+        if len(self.user_names) < 2:
+            raise ConfigError(
+                "data.dataset_name",
+                f"the pairs are of {len(self.user_names)} users; PPD tells at least two apart",
+            )
+        user = args.validation_user
+        if user is not None and user not in self.user_names:
+            raise ConfigError(
+                "train.validation_user",
+                f"{user!r} is none of the {len(self.user_names)} users, such as "
+                f"{self.user_names[0]!r}",
+            )
+        self.notes.append(f"users: {len(self.user_names)}")
+
+    def build_network(self) -> Module:
+        """Load the network, frozen, and add a user adapter."""
+        args = self.args
+        network = load_plain_network(self.backbone, args, DTYPES[args.mixed_precision])
+        network.requires_grad_(False)
+        self.adapter = UserAdapter(network, args.user_dim, args.user_tokens, self.user_names)
+        self.adapter.scale = args.user_scale
+        self.adapter.to(self.accelerator.device)
+        self.adapter.attach(network)
+        network.add_module("user_adapter", self.adapter)
+        return network.train()
+
+    def build_trained_weights(self) -> TrainedWeights:
+        """Build what saves the user adapter."""
+        return UserAdapterWeights(self.adapter, self.args.error_beta)
+
+    def build_reference(self) -> Reference | None:
+        """Build the reference: the network without users, or another model."""
+        if self.ref_backbone is not None:
+            return super().build_reference()
+        return UserFreeReference(self.network, self.adapter)
+
+    def predictor(self, network: Module) -> Forward:
+        """Return the function that runs a network for the users of a batch."""
+
+        def predict(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+            self.adapter.set_users(*self._users(condition))
+            return self.backbone.predict(network, noisy, times, condition)
+
+        return predict
+
+    def _users(self, condition: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        if USER not in condition or self.adapter.table is None:
+            return None, None
+        return self.adapter.table[condition[USER]], condition[USER_MASK]
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add the users of the rows.
+
+        Args:
+            batch (`Batch`): g pairs.
+
+        Returns:
+            `Batch`: Its condition also says who judged each image.
+
+        Raises:
+            UserError: The training data have no such user.
+        """
+        indices, kept = [], []
+        for row, user, stream in zip(
+            batch.row_ids, batch.users, batch.generators("ppd"), strict=True
+        ):
+            if user is not None and user not in self.user_names:
+                raise UserError(f"dataset row {row}: {user!r} is no user of the training data")
+            dropped = float(torch.rand(1, generator=stream)) < self.args.user_dropout
+            # Evaluations run without gradients, and see every user.
+            kept.append(user is not None and not (dropped and torch.is_grad_enabled()))
+            indices.append(0 if user is None else self.user_names.index(user))
+        device = batch.x0.device
+        index, mask = torch.tensor(indices, device=device), torch.tensor(kept, device=device)
+        users = {
+            USER: index.repeat_interleave(batch.k),
+            USER_MASK: mask.float().repeat_interleave(batch.k),
+        }
+        return replace(batch, condition={**batch.condition, **users})
+
+    def on_optimizer_step(self, step: int) -> None:
+        """Leave the user whose images a validation may draw.
+
+        See `Trainer.on_optimizer_step`.
+        """
+        super().on_optimizer_step(step)
+        user = self.args.validation_user
+        with torch.no_grad():
+            self.adapter.set_users(None if user is None else self.adapter.embedding(user)[None])
