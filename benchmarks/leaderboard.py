@@ -111,7 +111,7 @@ ARMS: dict[str, Arm] = {
     "D3PO": Arm("d3po/shapes", kind="online"),
     "SPO": Arm("spo/shapes", kind="online"),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
-    "DRaFT-1 (shapes-clip)": Arm("reward_backprop/shapes", kind="online"),
+    "ReFL (shapes-clip)": Arm("reward_backprop/shapes", kind="online"),
     "Self-NPO": Arm("self_npo/shapes", kind="negative"),
     "Diffusion-NPO": Arm("diffusion_npo/shapes", kind="negative"),
     "best of 4 (verifier)": steered("shapes", lmbda=1.0, resample_steps=()),

@@ -319,6 +319,9 @@ def make_trainer(
         values = {"num_inference_steps": 2, "guidance_scale": 2.0, "beta": 100.0} | values
     if method == "diffusion_dro":  # a large margin: every row has a gradient
         values = {"num_inference_steps": 3, "margin": 10.0} | values
+    if method == "ppd":  # trains an adapter of its own
+        peft_config = None
+        values = {"user_dim": 8, "user_tokens": 2, "user_dropout": 0.0} | values
     if method == "reward_backprop":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": SoftBrightness(), **(options or {})}

@@ -40,8 +40,8 @@ FAMILIES = {
 METHODS = {
     "d3po": "D3PO", "dcpo": "DCPO", "diffusion_dpo": "DPO", "diffusion_npo": "NPO",
     "diffusion_dro": "DRO", "diffusion_kto": "KTO", "diffusion_orpo": "ORPO", "mapo": "MaPO",
-    "rankdpo": "RankDPO", "reward_backprop": "reward gradient", "self_npo": "Self-NPO",
-    "seppo": "SePPO", "sft": "SFT", "spo": "SPO",
+    "ppd": "PPD", "rankdpo": "RankDPO", "reward_backprop": "reward gradient",
+    "self_npo": "Self-NPO", "seppo": "SePPO", "sft": "SFT", "spo": "SPO",
 }  # fmt: skip
 """Name of the method -> heading of its column."""
 CHECKS = {

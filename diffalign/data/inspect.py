@@ -421,6 +421,8 @@ def canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
         if dataset.has_scores and group.scores is not None:
             scores = [None if math.isnan(score) else score for score in group.scores]
             row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
+        if dataset.has_users:
+            row |= {"user_id": group.user}
     elif dataset.kind == "ranked":
         row |= {"images": images, "scores": list(group.scores or ())}
     elif dataset.kind == "single":
@@ -439,7 +441,8 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     import pyarrow.parquet
 
     types: dict[str, object] = {
-        name: datasets.Value("string") for name in ("prompt", "chosen_prompt", "rejected_prompt")
+        name: datasets.Value("string")
+        for name in ("prompt", "chosen_prompt", "rejected_prompt", "user_id")
     }
     types |= {name: datasets.Image() for name in ("chosen", "rejected", "image")} | {
         "images": datasets.List(datasets.Image())

@@ -33,6 +33,7 @@ from tiny import (
     pair_rows,
 )
 
+from diffalign import load_users
 from diffalign.backbones.base import ATTENTION_TARGETS
 from diffalign.methods import config_class, trainer_class
 from diffalign.recipe import load_run, run_to_dict
@@ -92,7 +93,15 @@ def test_steps_train_all_that_is_trainable_and_nothing_else(
     trainer.train()
     start, first, second = snapshots.weights
     network = trainer.backbone.network_name
-    if lora:
+    if method == "ppd":
+        assert all(name.startswith("user_adapter.") for name in start)
+        # The values start at zero, so the keys have no gradient before they have moved.
+        assert changed(start, first) == {name for name in start if ".to_v." in name}
+        assert changed(first, second) == set(start)
+        now = all_tensors(parts[network])
+        now = {name: value for name, value in now.items() if not name.startswith("user_adapter.")}
+        assert_same_tensors(now, frozen.pop(network))
+    elif lora:
         # B starts at zero, so A has no gradient before B has moved.
         assert all("lora_" in name for name in start)
         assert changed(start, first) == {name for name in start if "lora_B" in name}
@@ -201,6 +210,16 @@ def test_trained_weights_draw_the_same_in_plain_diffusers(
     trainer.network.eval()
     trained = draw(trainer.backbone.pipeline(network=trainer.network))
     plain = build_pipeline(family)
+    if method == "ppd":  # its weights draw for a user
+        mixture = {"ann": 0.5, "bob": 2.0}
+        users = load_users(plain, tmp_path / "run")
+        with torch.no_grad(), trainer.adapter.users(trainer.adapter.embedding(mixture)[None]):
+            trained = draw(trainer.backbone.pipeline(network=trainer.network))
+        with users.apply(mixture):
+            np.testing.assert_allclose(draw(plain), trained, rtol=0, atol=1e-5)
+        assert np.abs(trained - base).max() > 1e-3
+        np.testing.assert_allclose(draw(plain), base, rtol=0, atol=1e-5)
+        return
     if lora:
         plain.load_lora_weights(tmp_path / "run")
     else:
@@ -308,10 +327,11 @@ def test_two_processes_are_one_process(two_processes: Path, tmp_path: Path, meth
         **judged,
         **steady,
     ).train()
-    name = "pytorch_lora_weights.safetensors"
-    one, two = load_file(tmp_path / name), load_file(two_processes / method / name)
+    name = "user_adapter" if method == "ppd" else "pytorch_lora_weights"
+    one, two = (load_file(f / f"{name}.safetensors") for f in (tmp_path, two_processes / method))
     assert_close_tensors(two, one, rtol=1e-3, atol=1e-5)
-    assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 1e-4
+    moved = [tensor for key, tensor in one.items() if "lora_B" in key or ".to_v." in key]
+    assert max(float(tensor.abs().max()) for tensor in moved) > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -338,7 +358,7 @@ def test_config_yaml_is_the_run(tmp_path: Path, method: str, lora: bool) -> None
     assert run.method == method
     assert type(run.train) is config_class(method) and run.train == trainer.args
     assert run.data == trainer.data_config
-    assert (run.lora is not None) is lora
+    assert (run.lora is not None) is (lora and method != "ppd")
     if run.lora is not None:
         assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.init) == (
             4,

@@ -39,7 +39,8 @@ def test_the_example_of_a_trainer_trains(
         assert run(RECAPTION) == 0
     trainer = run_examples(getattr(diffalign, name))["trainer"]
     assert trainer.state.global_step == trainer.args.max_steps
-    assert (trainer.output_dir / "pytorch_lora_weights.safetensors").is_file()
+    weights = "user_adapter" if name == "PPDTrainer" else "pytorch_lora_weights"
+    assert (trainer.output_dir / f"{weights}.safetensors").is_file()
 
 
 def test_the_example_of_a_callback_stops_a_run() -> None:

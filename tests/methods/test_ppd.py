@@ -28,7 +28,7 @@ from diffalign.backbones.user_adapter import CONFIG, WEIGHTS
 from diffalign.data import load_preferences
 from diffalign.errors import ConfigError, UserError
 from diffalign.generation.users import mixture_words, read_mixture, user_weights
-from diffalign.methods.ppd import USER, USER_MASK
+from diffalign.methods.ppd import USER, USER_MASK, PPDConfig, PPDTrainer
 
 
 def ppd(folder: Path, family: str = "sd", **options: Any) -> Any:
@@ -144,7 +144,6 @@ def test_rows_without_a_user(tmp_path: Path) -> None:
     [
         ({"rows": pair_rows(4)}, "data.columns: PPD needs to know who judged a pair"),
         ({"rows": user_rows(2)}, "the pairs are of 1 users; PPD tells at least two apart"),
-        ({"peft_config": lora_config()}, "lora: PPD trains a user adapter"),
         ({"validation_user": "eve"}, "validation_user: 'eve' is none of the 2 users"),
         ({"reference_decay": 0.9}, "reference_decay: PPD's reference"),
     ],
@@ -152,6 +151,14 @@ def test_rows_without_a_user(tmp_path: Path) -> None:
 def test_what_is_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         ppd(tmp_path, **options)
+
+
+def test_a_lora_beside_the_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora: PPD trains a user adapter"):
+        PPDTrainer(
+            model=build_pipeline("sd"), args=PPDConfig(output_dir=str(tmp_path)),
+            train_dataset=user_rows(4), peft_config=lora_config(),
+        )  # fmt: skip
 
 
 # Drawing for users
