@@ -62,7 +62,8 @@ def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) ->
     )
     run.validation = None
     assert train_run(run) == 0
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    weights = "user_adapter" if method == "ppd" else "pytorch_lora_weights"
+    assert (tmp_path / "out" / f"{weights}.safetensors").is_file()
     again = load_run(tmp_path / "out" / "config.yaml")
     assert again.train == run.train and again.data == run.data
 
