@@ -11,9 +11,9 @@ those of `benchmarks/leaderboard.py`.
 
 Every 20 steps the run is evaluated on pairs of the 60 prompts that choose, which it
 does not train on, with one fixed noise and timestep per pair: the mean error of policy
-minus reference, of chosen and of rejected images. At the end the model draws these prompts,
-two images each, at guidance 1, 2, 3 and 5, and the best mean score of the verifier is
-reported, chosen on the same images for all arms. No held-out prompt is used. Goes on
+minus reference, of chosen and of rejected images. At the end the model draws these
+prompts, two images each, at guidance 1, 2, 3 and 5. The best mean score of the verifier
+is reported, chosen on the same images for all arms. No held-out prompt is used. Goes on
 where it stopped.
 """
 

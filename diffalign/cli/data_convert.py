@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
         "--kind",
-        choices=("pair", "ranked", "labelled", "single", "prompt"),
+        choices=("pair", "ranked", "labelled", "conditioned", "single", "prompt"),
         help="default: the source's own",
     )
 

@@ -75,7 +75,14 @@ def estimate_run(run: RunConfig) -> Estimate:
     """
     backbone = _backbone(run)
     trainer, args, data = trainer_class(run.method), run.train, run.data
-    kinds = {"pair": 2, "ranked": LIST_LENGTH, "labelled": 1, "single": 1, "prompt": 1}
+    kinds = {
+        "pair": 2,
+        "ranked": LIST_LENGTH,
+        "labelled": 1,
+        "conditioned": 1,
+        "single": 1,
+        "prompt": 1,
+    }
     images = getattr(args, "images_per_prompt", None) or kinds[trainer.data_kind]
     side = data.resolution or backbone.default_resolution
     size = side if isinstance(side, tuple) else (side, side)

@@ -52,7 +52,8 @@ class Group:
         prompts (`tuple[str, ...]`): One per image, all equal unless each image has its
             own. A group of kind `prompt` has a single one.
         images (`list`): Undecoded images, each `{"bytes": bytes | None, "path": str |
-            None}` or a PIL image. The chosen one comes first in a pair.
+            None}` or a PIL image. The chosen one comes first in a pair, the condition
+            image last in a conditioned group.
         scores (`tuple[float, ...]`, *optional*): One per image of a ranked group, or of
             a pair whose data have scores. Higher is better, and NaN marks a missing
             score. 1 for a liked single image and -1 for a disliked one. None where the
@@ -344,8 +345,8 @@ class PreferenceDataset:
     Attributes:
         dataset (`datasets.Dataset`): The underlying dataset, with the source's columns.
         layout (`Layout`): How its columns are read.
-        kind (`str`): What the groups are: `pair`, `ranked`, `labelled`, `single` or
-            `prompt`.
+        kind (`str`): What the groups are: `pair`, `ranked`, `labelled`, `conditioned`,
+            `single` or `prompt`.
         report (`LoadReport`): What was left out.
         row_ids (`np.ndarray`): The row of each group, int64, ascending. None for a
             stream.
@@ -470,11 +471,13 @@ class PreferenceDataset:
 
         Ranked groups become pairs of the best and the worst score. Pairs and ranked
         groups become single images, the best one, or two labelled images, a liked and
-        a disliked one. Labelled images become single ones if they are liked. Every kind
+        a disliked one. Labelled images become single ones if they are liked.
+        Conditioned images become single ones without their condition. Every kind
         becomes prompts.
 
         Args:
-            kind (`str`): `pair`, `ranked`, `labelled`, `single` or `prompt`.
+            kind (`str`): `pair`, `ranked`, `labelled`, `conditioned`, `single` or
+                `prompt`.
 
         Raises:
             UserError: The data do not hold what the kind needs.
@@ -485,6 +488,8 @@ class PreferenceDataset:
             raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "prompt" and (self.kind, kind) not in _VIEWS:
             remedy = ""
+            if kind == "conditioned":
+                remedy = "; add a column condition with an image per row"
             if kind == "labelled":
                 remedy = (
                     "; add a column label (true or false), or a column rating and "
@@ -736,6 +741,7 @@ _VIEWS: dict[tuple[str, str], Callable[[Group], Group]] = {
     ("pair", "labelled"): lambda group: group,
     ("ranked", "labelled"): _best_and_worst,
     ("labelled", "single"): lambda group: group,
+    ("conditioned", "single"): lambda group: _pick(group, [0]),
 }
 
 

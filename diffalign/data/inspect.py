@@ -276,6 +276,8 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
     names = ["image"] * len(images)
     if dataset.kind == "pair":
         names = ["chosen", "rejected"]
+    elif dataset.kind == "conditioned":
+        names = ["image", "condition"]
     elif dataset.kind == "labelled":
         names = ["liked" if scores[0] > 0 else "disliked"]
     elif scores:
@@ -427,6 +429,8 @@ def canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
         row |= {"images": images, "scores": list(group.scores or ())}
     elif dataset.kind == "single":
         row |= {"image": images[0]}
+    elif dataset.kind == "conditioned":
+        row |= {"image": images[0], "condition": images[1]}
     elif dataset.kind == "labelled":
         row |= {"image": images[0], "label": (group.scores or (0.0,))[0] > 0}
     return row if dataset.kind == "prompt" else row | {"weight": group.weight}
@@ -444,7 +448,7 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
         name: datasets.Value("string")
         for name in ("prompt", "chosen_prompt", "rejected_prompt", "user_id")
     }
-    types |= {name: datasets.Image() for name in ("chosen", "rejected", "image")} | {
+    types |= {name: datasets.Image() for name in ("chosen", "rejected", "image", "condition")} | {
         "images": datasets.List(datasets.Image())
     }
     types |= {

@@ -10,6 +10,7 @@ Canonical columns, named as TRL names them:
 * `ranked`: `prompt`, `images` (list), `scores` (list, higher is better) or `rank`
   (list, 1 is the best) [+ `weight`]
 * `labelled`: `prompt`, `image`, `label` (liked or not) [+ `weight`]
+* `conditioned`: `prompt`, `image`, `condition` (an image) [+ `weight`]
 * `single`: `prompt`, `image` [+ `weight`]
 * `prompt`: `prompt`
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 
 from diffalign.errors import ConfigError, UserError
 
-KINDS = ("pair", "ranked", "labelled", "single", "prompt")
+KINDS = ("pair", "ranked", "labelled", "conditioned", "single", "prompt")
 
 _PROMPT: tuple[str, ...] = ("prompt", "caption", "text", "txt")
 _LABELS: dict[str, tuple[str, ...]] = {
@@ -193,6 +194,16 @@ _SPECS = (
         {"prompt_id": ("prompt_id",)},
     ),
     _Spec(
+        "conditioned",
+        "conditioned",
+        {
+            "prompt": _PROMPT,
+            "image": _IMAGE,
+            "condition": ("condition", "conditioning_image", "control_image", "control"),
+        },
+        _WEIGHT,
+    ),
+    _Spec(
         "labelled",
         "labelled",
         {"prompt": _PROMPT, "image": _IMAGE, "label": ("label", "liked", "thumbs_up")},
@@ -218,7 +229,7 @@ _NAMES = sorted(
         for name in names
     }
 )
-_IMAGE_ROLES = {"jpg_0", "jpg_1", "chosen", "rejected", "images", "image"}
+_IMAGE_ROLES = {"jpg_0", "jpg_1", "chosen", "rejected", "images", "image", "condition"}
 # Beside a lone prompt such a column holds data that would be ignored silently if the
 # rows were read as prompts only.
 _NOT_PROMPT_ONLY = (
@@ -310,8 +321,8 @@ class Layout:
 
     Attributes:
         name (`str`): One of `LAYOUTS`.
-        kind (`str`): What its rows are: `pair`, `ranked`, `labelled`, `single` or
-            `prompt`.
+        kind (`str`): What its rows are: `pair`, `ranked`, `labelled`, `conditioned`,
+            `single` or `prompt`.
         mapping (`dict[str, str]`): Role -> column of the dataset.
         unused (`tuple[str, ...]`, defaults to `()`): Columns that look like judgements
             or images and are not read.

@@ -109,6 +109,9 @@ class BatchBuilder:
             name: t.to(self.device)
             for name, t in self.backbone.geometry_condition(geometries).items()
         }
+        controls = [e.control for e in examples if e.control is not None]
+        if controls:
+            condition["control"] = torch.cat(controls).to(self.device)
         scores = None
         if examples[0].scores is not None:
             padded = [(*(e.scores or ()), *[math.nan] * (k - len(e.prompts))) for e in examples]

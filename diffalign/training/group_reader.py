@@ -35,6 +35,7 @@ class Example:
             w).
         place (`int`): Which image of its row a labelled image is.
         user (`str`, *optional*): Who judged the row.
+        control (`Tensor`, *optional*): Condition image in [0, 1], (1, 3, H, W).
     """
 
     row_id: int
@@ -48,6 +49,7 @@ class Example:
     std: Tensor | None = None
     place: int = 0
     user: str | None = None
+    control: Tensor | None = None
 
     @property
     def key(self) -> int:
@@ -142,6 +144,9 @@ class GroupReader(torch.utils.data.Dataset):
         else:
             generator = row_generator(self.seed, group.row_id, epoch, "transform")
             example.pixels, example.geometry = self.transform(group.open_images(), generator)
+            if self.dataset.kind == "conditioned":
+                example.control = (example.pixels[1:] + 1) / 2
+                example.pixels, example.prompts = example.pixels[:1], example.prompts[:1]
         return example
 
 
