@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 _moved.install()
 
 _EXPORTS = {
+    "CtrlUConfig": "methods.ctrl_u",
+    "CtrlUTrainer": "methods.ctrl_u",
     "D3POConfig": "methods.d3po",
     "D3POTrainer": "methods.d3po",
     "DCPOConfig": "methods.dcpo",
@@ -66,6 +68,8 @@ _EXPORTS = {
     "UserError": "errors",
 }
 __all__ = [
+    "CtrlUConfig",
+    "CtrlUTrainer",
     "D3POConfig",
     "D3POTrainer",
     "DCPOConfig",
@@ -120,6 +124,7 @@ if TYPE_CHECKING:
     from .evaluation.guidance_sweep import compare_guidance
     from .generation.guidance import NegativeGuidance
     from .generation.users import load_users
+    from .methods.ctrl_u import CtrlUConfig, CtrlUTrainer
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiers import by_default
-from tiny import method_rows
+from tiny import WEIGHTS, method_rows
 
 from diffalign import cli
 from diffalign.cli.train import train_run
@@ -56,13 +56,15 @@ def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) ->
         "train.max_steps": 2,
         "train.per_device_train_batch_size": 2,
     }
+    if method == "ctrl_u":  # condition images are not cached
+        del options["data.cache_latents"]
     run = load_run(
         ROOT / "configs" / method / "shapes.yaml",
         [str(x) for k, v in options.items() for x in (f"--{k}", v)],
     )
     run.validation = None
     assert train_run(run) == 0
-    weights = "user_adapter" if method == "ppd" else "pytorch_lora_weights"
+    weights = WEIGHTS.get(method, "pytorch_lora_weights")
     assert (tmp_path / "out" / f"{weights}.safetensors").is_file()
     again = load_run(tmp_path / "out" / "config.yaml")
     assert again.train == run.train and again.data == run.data

@@ -31,6 +31,10 @@ from diffalign.training.callbacks import TrainerCallback
 FAMILIES = ("sd", "sd_v", "sdxl", "sd3", "shapes-flow")
 FLOW = ("sd3", "shapes-flow")
 """Flow matching. ``shapes-flow`` is the embedded model, the others are random."""
+WEIGHTS = {"ctrl_u": "diffusion_pytorch_model", "ppd": "user_adapter"}
+"""File of the trained weights, where a run with a LoRA config trains something else."""
+UNETS = ("sd", "sd_v", "sdxl")
+"""Families with ControlNets."""
 METHOD_NAMES = sorted(METHODS, key=lambda name: name != "diffusion_dpo")
 """Diffusion-DPO is first: it meets all families and settings by default, others one."""
 
@@ -227,6 +231,17 @@ def labelled_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]
     ]
 
 
+def conditioned_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
+    """Images and the same images with two colors as their conditions."""
+    rows = []
+    for i, row in enumerate(pair_rows(count, size)):
+        image = row["rejected" if i % 2 else "chosen"]
+        shade = 245 if i % 2 == 0 else 18
+        condition = Image.new("RGB", image.size, (shade,) * 3)
+        rows.append({"prompt": row["prompt"], "image": image, "condition": condition})
+    return rows
+
+
 def user_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """Pairs of two users: ann likes bright images, bob dark ones."""
     rows = []
@@ -241,7 +256,7 @@ def user_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
 def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """Rows that a method can train on."""
     rows = {"rankdpo": ranked_rows, "dcpo": captioned_rows, "diffusion_kto": labelled_rows}
-    rows["ppd"] = user_rows
+    rows |= {"ppd": user_rows, "ctrl_u": conditioned_rows}
     return rows.get(method, pair_rows)(count, size)
 
 
@@ -319,6 +334,9 @@ def make_trainer(
         values = {"num_inference_steps": 2, "guidance_scale": 2.0, "beta": 100.0} | values
     if method == "diffusion_dro":  # a large margin: every row has a gradient
         values = {"num_inference_steps": 3, "margin": 10.0} | values
+    if method == "ctrl_u":  # trains a ControlNet
+        peft_config = None
+        values = {"consistency": "shapes", "reward_max_timestep": 1000} | values
     if method == "ppd":  # trains an adapter of its own
         peft_config = None
         values = {"user_dim": 8, "user_tokens": 2, "user_dropout": 0.0} | values

@@ -38,10 +38,11 @@ FAMILIES = {
 }
 """Name in the tests -> name in the table."""
 METHODS = {
-    "d3po": "D3PO", "dcpo": "DCPO", "diffusion_dpo": "DPO", "diffusion_npo": "NPO",
-    "diffusion_dro": "DRO", "diffusion_kto": "KTO", "diffusion_orpo": "ORPO", "mapo": "MaPO",
-    "ppd": "PPD", "rankdpo": "RankDPO", "reward_backprop": "reward gradient",
-    "self_npo": "Self-NPO", "seppo": "SePPO", "sft": "SFT", "spo": "SPO",
+    "ctrl_u": "Ctrl-U", "d3po": "D3PO", "dcpo": "DCPO", "diffusion_dpo": "DPO",
+    "diffusion_dro": "DRO", "diffusion_kto": "KTO", "diffusion_npo": "NPO",
+    "diffusion_orpo": "ORPO", "mapo": "MaPO", "ppd": "PPD", "rankdpo": "RankDPO",
+    "reward_backprop": "reward gradient", "self_npo": "Self-NPO", "seppo": "SePPO",
+    "sft": "SFT", "spo": "SPO",
 }  # fmt: skip
 """Name of the method -> heading of its column."""
 CHECKS = {

@@ -96,9 +96,9 @@ def _classified(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
         return _judge_scores(cells, weight)
     if layout.kind == "labelled":
         return _judge_like(layout, cells, weight)
-    roles = {"single": ("image",), "conditioned": ("image", "condition")}.get(layout.kind, ())
-    prompts = ("prompt",) * max(len(roles), 1)
-    return _with_prompts(cells, prompts, Verdict("keep", image_roles=roles, weight=weight))
+    images = {"single": ("image",), "conditioned": ("image", "condition")}.get(layout.kind, ())
+    prompts = ("prompt",) * max(len(images), 1)
+    return _with_prompts(cells, prompts, Verdict("keep", image_roles=images, weight=weight))
 
 
 def _judge_labels(

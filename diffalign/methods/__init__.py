@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..training.trainer import Trainer
 
 METHODS: dict[str, str] = {
+    "ctrl_u": "ctrl_u:CtrlU",
     "d3po": "d3po:D3PO",
     "dcpo": "dcpo:DCPO",
     "diffusion_dpo": "diffusion_dpo:DiffusionDPO",

@@ -17,7 +17,12 @@ from ..backbones.lora import lora_state
 from ..errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-FINAL_FILES = (LORA_FILE, "model_index.json", "user_adapter.safetensors")
+FINAL_FILES = (
+    LORA_FILE,
+    "model_index.json",
+    "user_adapter.safetensors",
+    "diffusion_pytorch_model.safetensors",
+)
 """Files by which a folder with finished weights is known."""
 State = dict[str, Tensor]
 

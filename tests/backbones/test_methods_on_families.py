@@ -43,7 +43,7 @@ def rows_of(method: str, size: int) -> list[dict[str, Any]]:
 
 
 @by_default()
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", [m for m in METHOD_NAMES if m != "ctrl_u"])
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_every_method_trains_on_every_family(method: str, family: str, tmp_path: Path) -> None:
     snapshots, size = Snapshots(), size_of(family)

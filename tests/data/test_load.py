@@ -301,7 +301,8 @@ def test_a_kind_that_the_data_do_not_hold(pairs):
     ):
         load(pairs, kind="ranked")
     with pytest.raises(
-        UserError, match="expected one of pair, ranked, labelled, conditioned, single, prompt, got 'triple'"
+        UserError,
+        match="expected one of pair, ranked, labelled, conditioned, single, prompt, got 'triple'",
     ):
         data.as_kind("triple")
 

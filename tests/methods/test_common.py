@@ -19,6 +19,8 @@ from tiny import (
     FAMILIES,
     FLOW,
     METHOD_NAMES,
+    UNETS,
+    WEIGHTS,
     Snapshots,
     all_tensors,
     assert_close_tensors,
@@ -38,6 +40,8 @@ from diffalign.backbones.base import ATTENTION_TARGETS
 from diffalign.methods import config_class, trainer_class
 from diffalign.recipe import load_run, run_to_dict
 
+MOVED = ("lora_B", ".to_v.", "controlnet_mid_block")
+"""Parts of names of weights that start at zero."""
 SAMPLING = ("d3po", "diffusion_dro", "reward_backprop", "seppo", "spo")
 """Methods that train on samples of their own."""
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
@@ -52,6 +56,11 @@ def in_turns(method: str, family: str, lora: bool) -> bool:
     if number == kind == 0:
         return True
     return 0 in (number, kind) and (number + kind) % 2 == int(lora)
+
+
+def skip_without_controlnet(method: str, family: str) -> None:
+    if method == "ctrl_u" and family not in UNETS:
+        pytest.skip("ControlNets are for UNets here")
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -81,6 +90,7 @@ def draw(pipe: Any) -> np.ndarray:
 def test_steps_train_all_that_is_trainable_and_nothing_else(
     tmp_path: Path, method: str, family: str, lora: bool
 ) -> None:
+    skip_without_controlnet(method, family)
     model, snapshots = build_pipeline(family), Snapshots()
     parts = {
         name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)
@@ -93,7 +103,11 @@ def test_steps_train_all_that_is_trainable_and_nothing_else(
     trainer.train()
     start, first, second = snapshots.weights
     network = trainer.backbone.network_name
-    if method == "ppd":
+    if method == "ctrl_u":  # the network of the pipeline is frozen
+        # Outputs start at zero, so what is before them has no gradient at first.
+        assert changed(start, first) and all("controlnet_" in n for n in changed(start, first))
+        assert len(changed(first, second)) > len(start) / 2
+    elif method == "ppd":
         assert all(name.startswith("user_adapter.") for name in start)
         # The values start at zero, so the keys have no gradient before they have moved.
         assert changed(start, first) == {name for name in start if ".to_v." in name}
@@ -158,6 +172,7 @@ def test_policy_is_the_reference_before_training(tmp_path: Path, family: str, lo
 def test_loss_falls_on_a_separable_set(
     tmp_path: Path, method: str, family: str, lora: bool
 ) -> None:
+    skip_without_controlnet(method, family)
     # A random UNet says little about brightness through its attention: its convolutions
     # get adapters, too.
     targets = (
@@ -200,6 +215,8 @@ def test_trained_weights_draw_the_same_in_plain_diffusers(
 ) -> None:
     """Also where a LoRA holds attention and convolutions, whose keys diffusers names in
     two ways."""
+    if method == "ctrl_u":
+        pytest.skip("test_ctrl_u.py draws with ControlNets")
     base = draw(build_pipeline(family))
     targets = ATTENTION_TARGETS if family in FLOW else [*ATTENTION_TARGETS, "conv_in", "conv1"]
     config = lora_config(target_modules=targets) if lora else None
@@ -327,10 +344,10 @@ def test_two_processes_are_one_process(two_processes: Path, tmp_path: Path, meth
         **judged,
         **steady,
     ).train()
-    name = "user_adapter" if method == "ppd" else "pytorch_lora_weights"
+    name = WEIGHTS.get(method, "pytorch_lora_weights")
     one, two = (load_file(f / f"{name}.safetensors") for f in (tmp_path, two_processes / method))
     assert_close_tensors(two, one, rtol=1e-3, atol=1e-5)
-    moved = [tensor for key, tensor in one.items() if "lora_B" in key or ".to_v." in key]
+    moved = [tensor for key, tensor in one.items() if any(x in key for x in MOVED)]
     assert max(float(tensor.abs().max()) for tensor in moved) > 1e-4
 
 
@@ -358,7 +375,7 @@ def test_config_yaml_is_the_run(tmp_path: Path, method: str, lora: bool) -> None
     assert run.method == method
     assert type(run.train) is config_class(method) and run.train == trainer.args
     assert run.data == trainer.data_config
-    assert (run.lora is not None) is (lora and method != "ppd")
+    assert (run.lora is not None) is (lora and method not in WEIGHTS)
     if run.lora is not None:
         assert (run.lora.r, run.lora.alpha, run.lora.dropout, run.lora.init) == (
             4,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from docstrings import run_examples
 from tiers import by_default
+from tiny import WEIGHTS
 
 import diffalign
 from diffalign.cli import run
@@ -39,7 +40,7 @@ def test_the_example_of_a_trainer_trains(
         assert run(RECAPTION) == 0
     trainer = run_examples(getattr(diffalign, name))["trainer"]
     assert trainer.state.global_step == trainer.args.max_steps
-    weights = "user_adapter" if name == "PPDTrainer" else "pytorch_lora_weights"
+    weights = WEIGHTS.get(trainer.method, "pytorch_lora_weights")
     assert (trainer.output_dir / f"{weights}.safetensors").is_file()
 
 
