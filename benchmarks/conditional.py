@@ -5,11 +5,11 @@
     python benchmarks/conditional.py --make_data FOLDER
 
 The condition is a silhouette: the object and the background of a rendered scene in
-their two colors, without light and soft edges. 600 scenes of the training prompts train,
-those of the 120 held-out prompts judge. Each ControlNet starts as a copy of the embedded
-UNet's encoder and trains as `configs/ctrl_u/shapes.yaml` says: as plain ControlNet (no
-reward), as ControlNet++ (a reward at one noise level) and as Ctrl-U. Guidance is chosen
-on 60 scenes of training prompts with other places and sizes.
+their two colors, without light and soft edges. 600 scenes of the training prompts
+train, those of the 120 held-out prompts judge. Each ControlNet starts as a copy of the
+embedded UNet's encoder and trains as `configs/ctrl_u/shapes.yaml` says: as plain
+ControlNet (no reward), as ControlNet++ (a reward at one noise level) and as Ctrl-U.
+Guidance is chosen on 60 scenes of training prompts with other places and sizes.
 
 The measure is the mean intersection over union of object and background between the
 palette segmentation of the drawn image and the condition, and the share of images whose
