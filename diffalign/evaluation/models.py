@@ -23,6 +23,7 @@ from ..errors import ConfigError, UserError
 from ..generation.guidance import NegativeGuidance, load_negative
 from ..generation.pipelines import default_settings, load_for_scoring, with_lora
 from ..generation.sampling import generate
+from ..generation.users import load_users
 from ..runtime.hashing import module_hash, text_hash
 from ..runtime.seeds import image_seed
 from ..runtime.weight_files import could_be_hub_id
@@ -59,6 +60,9 @@ class ModelSpec:
             image.
         guidance_scale (`float`, *optional*): Guidance of this model alone. Defaults to
             that of the call.
+        user_adapter (`str`, *optional*): Folder of a PPD run on the model.
+        user (`str` or `dict`, *optional*): Whom it draws for: a user, or user ->
+            weight. None draws without a user.
     """
 
     name: str
@@ -70,6 +74,8 @@ class ModelSpec:
     beta: float = 1.0
     steer: Mapping[str, Any] | FKSteering | None = None
     guidance_scale: float | None = None
+    user_adapter: str | None = None
+    user: str | Mapping[str, float] | None = None
 
     @property
     def described(self) -> str:
@@ -81,6 +87,8 @@ class ModelSpec:
         if self.negative is not None:
             strength = f"alpha {self.alpha:g}, beta {self.beta:g}"
             parts.append(f"negative model {self.negative} ({strength})")
+        if self.user_adapter is not None:
+            parts.append(f"user {self.user or 'none'} of {self.user_adapter}")
         if self.steer is not None:
             if isinstance(self.steer, Mapping):
                 options = ", ".join(f"{name} {value}" for name, value in self.steer.items())
@@ -115,6 +123,8 @@ class ModelSpec:
         text += repr((self.lora_scale, self.alpha, self.beta, steer))
         if self.guidance_scale is not None:
             text += f"-guidance {self.guidance_scale}"
+        if self.user_adapter is not None:
+            text += f"-{content_hash(Path(self.user_adapter))}-user {self.user}"
         return text_hash(text)[:16]
 
 
@@ -246,6 +256,11 @@ def _check_files(values: Mapping[str, Any], field: str) -> None:
         has_weights = place.is_file() or (place.is_dir() and any(place.rglob("*.safetensors")))
         if is_local and not has_weights:
             raise ConfigError(field, f"there is no file or folder with safetensors {str(source)!r}")
+    adapter = values.get("user_adapter")
+    if adapter is not None and not (Path(str(adapter)) / "user_adapter.json").is_file():
+        raise ConfigError(f"{field}.user_adapter", f"there is no PPD run in {str(adapter)!r}")
+    if values.get("user") is not None and adapter is None:
+        raise ConfigError(f"{field}.user", "name the folder of a PPD run as user_adapter")
     steer = values.get("steer")
     if isinstance(steer, Mapping) and not steer.get("scorer"):
         raise ConfigError(
@@ -259,6 +274,8 @@ def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:
     if base is None:
         return "base"
     source = values.get("lora") or values.get("negative")
+    if source is None and isinstance(values.get("user"), str):
+        source = values["user"]
     if source is None:
         source = "steered" if values.get("steer") is not None else values["model"]
     if not isinstance(source, (str, Path)):
@@ -304,6 +321,10 @@ def opened(
             stack.enter_context(
                 NegativeGuidance(pipe, negative=negative, alpha=spec.alpha, beta=spec.beta)
             )
+        if spec.user_adapter is not None:
+            users = load_users(pipe, spec.user_adapter)
+            stack.callback(users.adapter.detach)
+            stack.enter_context(users.apply(spec.user))
         if spec.steer is None:
 
             def draw(

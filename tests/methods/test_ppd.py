@@ -217,6 +217,31 @@ def test_a_new_user_is_like_those_who_judge_alike(run: Path) -> None:
         users.weights_of_pairs([])
 
 
+def test_users_as_models_of_a_comparison(run: Path) -> None:
+    from diffalign.evaluation.compare import read_models
+    from diffalign.evaluation.models import opened
+
+    pipe = build_pipeline("sd3")
+    prompt = [user_rows(1)[0]["prompt"]]
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32}
+    described = [{"user_adapter": str(run), "user": name} for name in ("ann", "bob")]
+    models = read_models(pipe, described)
+    assert [model.name for model in models] == ["base", "ann", "bob"]
+    assert models[1].fingerprint() != models[2].fingerprint()
+    assert f"user ann of {run}" in models[1].described
+    images = []
+    for model in models:
+        with opened(model) as draw_with:
+            images.append(np.asarray(draw_with(prompt, [1], **settings)[0]))
+    assert not np.array_equal(images[1], images[2])
+    with opened(models[0]) as draw_with:  # the pipeline is as it was
+        assert np.array_equal(np.asarray(draw_with(prompt, [1], **settings)[0]), images[0])
+    with pytest.raises(ConfigError, match="user: name the folder of a PPD run"):
+        read_models(pipe, [{"user": "ann"}])
+    with pytest.raises(ConfigError, match="there is no PPD run in 'nowhere'"):
+        read_models(pipe, [{"user_adapter": "nowhere"}])
+
+
 def test_posterior_of_users() -> None:
     even = user_weights(torch.zeros(4, 3))
     assert even.tolist() == [0.25] * 4
