@@ -178,6 +178,22 @@ def load_users(pipe: Pipeline, folder: str | Path) -> Users:
 
     Raises:
         UserError: There is no adapter, or it does not fit the pipeline.
+
+    Example:
+        ```python
+        from diffalign import load_users
+        from diffalign.backbones.user_adapter import UserAdapter
+        from diffalign.generation.pipelines import base_pipeline
+
+        pipe = base_pipeline()
+        # As a run of PPDTrainer writes it, here without training.
+        UserAdapter(pipe.unet, dim=8, tokens=2, user_names=["ann", "bob"]).save(".")
+        users = load_users(pipe, ".")
+        prompt = "a small red circle on the left of a gray background"
+        with users.apply({"ann": 0.5, "bob": 0.5}):
+            image = pipe(prompt, num_inference_steps=2).images[0]
+        assert users.names == ["ann", "bob"]
+        ```
     """
     adapter, facts = load_user_adapter(denoiser(pipe), folder)
     adapter.requires_grad_(False)
