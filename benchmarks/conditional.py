@@ -1,6 +1,6 @@
 """ControlNet, ControlNet++ and Ctrl-U at equal steps: who follows the condition image?
 
-    python benchmarks/conditional.py [--seeds 3] [--steps 300] [--work FOLDER]
+    python benchmarks/conditional.py [--seeds 3] [--steps 600] [--work FOLDER]
         [--output benchmarks/conditional.md]
     python benchmarks/conditional.py --make_data FOLDER
 
@@ -44,7 +44,7 @@ SCALES = (1.0, 2.0, 3.0, 5.0)
 SEED, CHOICE_SEED = 48_000_000, 49_000_000
 ARMS: dict[str, dict[str, Any]] = {
     "ControlNet": {"train.uncertainty": "false", "train.reward_weight": 0.0},
-    "ControlNet++": {"train.uncertainty": "false"},
+    "reward at one level (ControlNet++)": {"train.uncertainty": "false"},
     "Ctrl-U": {},
 }
 Array = npt.NDArray[np.float64]
@@ -171,7 +171,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--work", type=Path, default=Path("runs/conditional"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/conditional.md"))
     parser.add_argument("--make_data", type=Path)
