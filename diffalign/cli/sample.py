@@ -196,10 +196,9 @@ def run(options: argparse.Namespace) -> int:
         users = load_users(pipe, options.user_adapter)
         if options.user_pairs:
             pairs = load_preferences(options.user_pairs, verbose=False).as_kind("pair")
-            user: Any = users.weights_of_pairs(
-                [(pair.prompts[0], *pair.open_images()) for pair in pairs]
-            )
-            print(f"new user: {mixture_words(user)}")
+            user: Any = users.from_pairs([(pair.prompts[0], *pair.open_images()) for pair in pairs])
+            if isinstance(user, dict):
+                print(f"new user: {mixture_words(user)}")
         else:
             user = read_mixture(options.user)
         with users.apply(user):

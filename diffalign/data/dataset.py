@@ -590,6 +590,12 @@ class PreferenceDataset:
         """
         return sorted({verdict.user for _, verdict in self._verdicts() if verdict.user is not None})
 
+    def user_of_groups(self) -> list[str | None]:
+        """Return the user of each group in use, in order."""
+        assert self.row_ids is not None
+        users = {row_id: verdict.user for row_id, verdict in self._verdicts()}
+        return [users[row_id] for row_id in self.row_ids.tolist()]
+
     @property
     def has_scores(self) -> bool:
         """Whether the images of a pair or a ranked list have scores."""

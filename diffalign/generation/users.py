@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from ..backbones.lora import denoiser
 from ..backbones.user_adapter import UserAdapter, load_user_adapter
 from ..errors import UserError
 from ..likelihood import denoising_errors, sample_times
+from ..rewards.users import ExamplePair, embed_users, load_user_embedder
 from ..runtime.seeds import row_generator
 
 if TYPE_CHECKING:
     from ..runtime.protocols import Pipeline
 
+User: TypeAlias = "str | Mapping[str, float] | Tensor | None"
 DRAWS = 8
 """Noises and timesteps at which the pairs of a new user are measured."""
 
@@ -58,10 +60,15 @@ class Users:
         pipe (`DiffusionPipeline`): The pipeline, with the adapter's hooks.
         adapter (`UserAdapter`): The adapter.
         beta (`float`): Beta of the training, for `weights_of_pairs`.
+        embeddings (`str`, *optional*, defaults to `"table"`): Where the embeddings of
+            users come from, see `PPDConfig.user_embeddings`.
     """
 
-    def __init__(self, pipe: Pipeline, adapter: UserAdapter, beta: float) -> None:
+    def __init__(
+        self, pipe: Pipeline, adapter: UserAdapter, beta: float, embeddings: str = "table"
+    ) -> None:
         self.pipe, self.adapter, self.beta = pipe, adapter, beta
+        self.embeddings = embeddings
 
     @property
     def names(self) -> list[str]:
@@ -69,12 +76,13 @@ class Users:
         return list(self.adapter.user_names)
 
     @contextmanager
-    def apply(self, user: str | Mapping[str, float] | None, scale: float = 1.0) -> Iterator[None]:
+    def apply(self, user: User, scale: float = 1.0) -> Iterator[None]:
         """Draw for a user while a block runs.
 
         Args:
-            user (`str` or `Mapping[str, float]`, *optional*): A name, or name ->
-                weight for a mixture. None draws without a user.
+            user (`str`, `Mapping[str, float]` or `Tensor`, *optional*): A name, name ->
+                weight for a mixture, or an embedding of `from_pairs`. None draws
+                without a user.
             scale (`float`, *optional*, defaults to `1.0`): Strength of the user.
 
         Raises:
@@ -82,13 +90,47 @@ class Users:
         """
         before = self.adapter.scale
         with torch.no_grad():
-            embedding = None if user is None else self.adapter.embedding(user)[None]
-            with self.adapter.users(embedding):
+            embedding = user if user is None or isinstance(user, Tensor) else None
+            if isinstance(user, (str, Mapping)):
+                embedding = self.adapter.embedding(user)
+            with self.adapter.users(None if embedding is None else embedding[None]):
                 self.adapter.scale = scale
                 try:
                     yield
                 finally:
                     self.adapter.scale = before
+
+    def from_pairs(
+        self, pairs: Sequence[tuple[str, Image.Image, Image.Image]], *, seed: int = 0
+    ) -> dict[str, float] | Tensor:
+        """Describe a new user by their pairs, without training.
+
+        An embedder embeds them as it embedded the users of the training. Learned
+        embeddings are mixed, see `weights_of_pairs`.
+
+        Args:
+            pairs (`Sequence`): Prompt, chosen image and rejected image of each pair.
+            seed (`int`, *optional*, defaults to `0`): Seed of the noises.
+
+        Returns:
+            `dict[str, float]` or `Tensor`: For `apply`: user -> weight, or an embedding
+            (tokens, dim).
+
+        Raises:
+            UserError: There is no pair, or the embedder fails.
+        """
+        if self.embeddings == "table":
+            return self.weights_of_pairs(pairs, seed=seed)
+        if not pairs:
+            raise UserError("user_pairs: there is no pair")
+        embedder = load_user_embedder(self.embeddings)
+        embedding = embed_users(embedder, [[ExamplePair(*pair) for pair in pairs]])[0]
+        if embedding.shape != (self.adapter.tokens, self.adapter.dim):
+            raise UserError(
+                f"user_embeddings: {embedder.name} gives {tuple(embedding.shape)}, the adapter was "
+                f"trained with {(self.adapter.tokens, self.adapter.dim)}"
+            )
+        return embedding.to(next(self.adapter.parameters()).device)
 
     @torch.no_grad()
     def weights_of_pairs(
@@ -197,7 +239,8 @@ def load_users(pipe: Pipeline, folder: str | Path) -> Users:
     """
     adapter, facts = load_user_adapter(denoiser(pipe), folder)
     adapter.requires_grad_(False)
-    return Users(pipe, adapter, float(facts.get("beta") or 2000.0))
+    embeddings = str(facts.get("user_embeddings", "table"))
+    return Users(pipe, adapter, float(facts.get("beta") or 2000.0), embeddings)
 
 
 def read_mixture(text: str) -> str | dict[str, float]:

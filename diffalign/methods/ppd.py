@@ -8,9 +8,11 @@ the prompt alone. The network is frozen. A user adapter reads u: attention to us
 tokens beside the network's own (`diffalign.backbones.user_adapter`). It starts as the
 network itself, so the first loss is log 2.
 
-Users have learned embeddings, one per user of the data, as in Premier (arXiv
+By default users have learned embeddings, one per user of the data, as in Premier (arXiv
 2603.20725). A new user is a mixture of known ones, weighted by how well each explains
-the new user's pairs. The paper instead reads embeddings from a vision-language model.
+the new user's pairs. The paper instead shows four pairs of a user to a vision-language
+model and reads its hidden states: `user_embeddings` names such an embedder
+(`diffalign.rewards.users`). Its pairs do not train, and it embeds new users alike.
 
 With probability `user_dropout` a row has no user, so that the model without a user
 stays usable.
@@ -34,6 +36,7 @@ from ..config.ranges import Count, NotNegative, Share
 from ..config.section import config_section
 from ..data import PreferenceDataset
 from ..errors import ConfigError, UserError
+from ..rewards.users import ExamplePair, UserEmbedder, embed_users, load_user_embedder
 from ..runtime.distributed import whole
 from ..runtime.files import read_tensors
 from ..training.batch import Batch
@@ -59,11 +62,16 @@ class PPDConfig(DiffusionDPOConfig):
         ```
     """
 
+    user_embeddings: str = "table"
+    """table (learned) | clip_difference:SCORER | transformers:MODEL | server:URL#MODEL,
+    or a registered name. Source: ours; the paper has LLaVA-OneVision."""
+    num_examples: Count = 4
+    """Pairs of each user that an embedder is shown. They do not train. Source: paper,
+    4."""
     user_tokens: Count = 4
-    """Tokens of a user. Source: ours; not public."""
+    """user_embeddings: table: tokens of a user. Source: ours; not public."""
     user_dim: Count = 128
-    """Size of a user token. Source: ours; the paper's are hidden states of a
-    vision-language model."""
+    """user_embeddings: table: size of a user token. Source: ours."""
     user_dropout: Share = 0.1
     """Share of rows that train without their user. Source: ours; not public."""
     user_scale: NotNegative[float] = 1.0
@@ -79,12 +87,13 @@ class UserAdapterWeights:
     Args:
         adapter (`UserAdapter`): What trains.
         beta (`float`, *optional*): The run's beta, which is kept beside the weights.
+        embeddings (`str`): Where the embeddings of users come from, kept there too.
     """
 
     description = "user adapter"
 
-    def __init__(self, adapter: UserAdapter, beta: float | None) -> None:
-        self.adapter, self.beta = adapter, beta
+    def __init__(self, adapter: UserAdapter, beta: float | None, embeddings: str) -> None:
+        self.adapter, self.beta, self.embeddings = adapter, beta, embeddings
 
     def gather(self, accelerator: Accelerator, prepared: Module) -> State:
         """See `TrainedWeights.gather`."""
@@ -94,7 +103,8 @@ class UserAdapterWeights:
     def write(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write`."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.adapter.write(folder, state, {"method": "ppd", "beta": self.beta})
+        facts = {"method": "ppd", "beta": self.beta, "user_embeddings": self.embeddings}
+        self.adapter.write(folder, state, facts)
 
     def write_checkpoint(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write_checkpoint`."""
@@ -178,6 +188,10 @@ class PPDTrainer(DiffusionDPOTrainer):
     """What trains."""
     user_names: list[str]
     """Users of the training data, sorted."""
+    embedder: UserEmbedder | None = None
+    """Makes the embeddings of users, unless they are learned."""
+    examples: list[list[ExamplePair]]
+    """Pairs of each user that the embedder is shown."""
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
         """Read pairs that say who judged them.
@@ -229,13 +243,56 @@ class PPDTrainer(DiffusionDPOTrainer):
                 f"{self.user_names[0]!r}",
             )
         self.notes.append(f"users: {len(self.user_names)}")
+        if args.user_embeddings != "table":
+            self.embedder = load_user_embedder(args.user_embeddings)
+            self._set_examples_apart()
+
+    def _set_examples_apart(self) -> None:
+        """Take the first pairs of each user for the embedder, train on the others."""
+        wanted, dataset = self.args.num_examples, self.train_dataset
+        places: dict[str, list[int]] = {}
+        for place, user in enumerate(dataset.user_of_groups()):
+            if user is not None:
+                places.setdefault(user, []).append(place)
+        few = [user for user, rows in places.items() if len(rows) <= wanted]
+        places = {user: rows for user, rows in places.items() if user not in few}
+        if len(places) < 2:
+            raise ConfigError(
+                "train.num_examples",
+                f"{len(places)} users have more than {wanted} pairs; lower it, or take "
+                "user_embeddings: table",
+            )
+        if few:
+            self.notes.append(
+                f"users: {len(few)} left out, who have at most {wanted} pairs: "
+                f"{', '.join(few[:5])}{', ...' if len(few) > 5 else ''}"
+            )
+        self.user_names = sorted(places)
+        self.examples = [
+            [
+                ExamplePair(group.prompts[0], *group.open_images())
+                for group in (dataset[place] for place in places[user][:wanted])
+            ]
+            for user in self.user_names
+        ]
+        self.train_dataset = dataset.select(
+            sorted(place for rows in places.values() for place in rows[wanted:])
+        )
+        self.record.dataset = self.train_dataset
 
     def build_network(self) -> Module:
         """Load the network, frozen, and add a user adapter."""
         args = self.args
         network = load_plain_network(self.backbone, args, DTYPES[args.mixed_precision])
         network.requires_grad_(False)
-        self.adapter = UserAdapter(network, args.user_dim, args.user_tokens, self.user_names)
+        if self.embedder is None:
+            self.adapter = UserAdapter(network, args.user_dim, args.user_tokens, self.user_names)
+        else:
+            table = embed_users(self.embedder, self.examples)
+            self.adapter = UserAdapter(network, table.shape[2], table.shape[1], self.user_names)
+            assert self.adapter.table is not None
+            self.adapter.table.data.copy_(table)
+            self.adapter.table.requires_grad_(False)
         self.adapter.scale = args.user_scale
         self.adapter.to(self.accelerator.device)
         self.adapter.attach(network)
@@ -244,7 +301,7 @@ class PPDTrainer(DiffusionDPOTrainer):
 
     def build_trained_weights(self) -> TrainedWeights:
         """Build what saves the user adapter."""
-        return UserAdapterWeights(self.adapter, self.args.error_beta)
+        return UserAdapterWeights(self.adapter, self.args.error_beta, self.args.user_embeddings)
 
     def build_reference(self) -> Reference | None:
         """Build the reference: the network without users, or another model."""

@@ -217,6 +217,40 @@ def test_a_new_user_is_like_those_who_judge_alike(run: Path) -> None:
         users.weights_of_pairs([])
 
 
+def test_embeddings_from_pairs(tmp_path: Path, monkeypatch: Any) -> None:
+    from diffalign.rewards import users as embedders
+
+    monkeypatch.setattr(embedders, "_registered", {})
+
+    @embedders.register_user_embedder("brightness")
+    class Brightness:
+        name = "brightness"
+
+        def __call__(self, users: Any) -> torch.Tensor:
+            means = [np.asarray(pairs[0].chosen, np.float32).mean() / 128 - 1 for pairs in users]
+            rows = [mean * torch.linspace(-1, 1, 8) + torch.arange(8) % 2 for mean in means]
+            return torch.stack(rows)[:, None].float()
+
+    trainer = ppd(
+        tmp_path / "run", "sd3", user_embeddings="brightness", num_examples=2, max_steps=60,
+        learning_rate=2e-2, per_device_train_batch_size=4,
+    )  # fmt: skip
+    assert len(trainer.train_dataset) == 4 and [len(pairs) for pairs in trainer.examples] == [2, 2]
+    assert trainer.record.dataset is trainer.train_dataset
+    trainer.train()
+    assert not trainer.adapter.table.requires_grad
+    assert trainer.evaluate(user_rows(8))["eval/rewards/accuracies"] > 0.8
+    users = load_users(build_pipeline("sd3"), tmp_path / "run")
+    prompt = user_rows(1)[0]["prompt"]
+    embedding = users.from_pairs([(prompt, picture(205, 1), picture(45, 2))])
+    assert embedding.shape == (1, 8)
+    with users.apply(embedding):
+        personal = draw(users.pipe)
+    assert not np.array_equal(personal, draw(users.pipe))
+    with pytest.raises(ConfigError, match="0 users have more than 4 pairs; lower it"):
+        ppd(tmp_path / "few", user_embeddings="brightness")
+
+
 def test_users_as_models_of_a_comparison(run: Path) -> None:
     from diffalign.evaluation.compare import read_models
     from diffalign.evaluation.models import opened
