@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "given several times",
     )
     parser.add_argument(
+        "--user_adapter",
+        help="folder of a PPD run on the base: after four votes visitors see images for their "
+        "taste",
+    )
+    parser.add_argument(
         "--scorers",
         help="names with commas between (default for shapes: shapes,shapes-clip; else none)",
     )
@@ -223,6 +228,7 @@ def _app(options: argparse.Namespace) -> Any:
         limits=limits,
         device=options.device,
         dtype=dtype,
+        user_adapter=options.user_adapter,
     )
     example = EXAMPLE if embedded or not prompts else prompts[0]
     return build_app(

@@ -18,7 +18,7 @@ from .votes import VoteStore
 
 CSS = """
 #compare-slider img, #steer-slider img, #vote-image-left img, #vote-image-right img,
-#like-image img {
+#like-image img, #vote-personal-plain img, #vote-personal-own img {
   image-rendering: pixelated
 }
 .gradio-container { max-width: 1100px !important }

@@ -22,6 +22,7 @@ from ..evaluation.models import ModelSpec
 from ..generation.guidance import NegativeGuidance, load_negative
 from ..generation.pipelines import default_settings, load_for_scoring
 from ..generation.sampling import generate
+from ..generation.users import User, Users, load_users
 from ..runtime.missing import Missing
 from ..runtime.protocols import DeviceLike
 from .jobs import Job
@@ -78,9 +79,14 @@ class Engine:
             the GPU if there is one.
         dtype (`torch.dtype`, *optional*): Precision of the models. None is bfloat16 on
             a GPU, else float32.
+        user_adapter (`str`, *optional*): Folder of a PPD run on the base, with which
+            visitors see images for their own taste.
+
+    Attributes:
+        users (`Users`, *optional*): The users of that adapter.
 
     Raises:
-        UserError: A model, LoRA or scorer is not there or does not fit.
+        UserError: A model, LoRA, adapter or scorer is not there or does not fit.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Engine:
         limits: Limits | None = None,
         device: DeviceLike = None,
         dtype: torch.dtype | None = None,
+        user_adapter: str | None = None,
     ) -> None:
         from ..rewards.registry import load_scorer
 
@@ -121,6 +128,14 @@ class Engine:
             for m in models
             if m.negative is not None
         }
+        self._users_of = {
+            m.name: load_users(self.pipe(m.name), m.user_adapter)
+            for m in models
+            if m.user_adapter is not None
+        }
+        self.users: Users | None = None
+        if user_adapter is not None:
+            self.users = load_users(self.pipe(self.names[0]), user_adapter)
         loaded = [load_scorer(s, device=device) if isinstance(s, str) else s for s in scorers]
         self.scorers = {scorer.name: scorer for scorer in loaded}
         for scorer in loaded:
@@ -223,6 +238,7 @@ class Engine:
         job: Job | None = None,
         *,
         lora_scale: float | None = None,
+        user: User = None,
     ) -> Image.Image:
         """Draw one image.
 
@@ -233,6 +249,7 @@ class Engine:
             request (`Request`): From `read`.
             job (`Job`, *optional*): Gets `("step", (done, of))`, and may cancel.
             lora_scale (`float`, *optional*): LoRA strength in place of the model's own.
+            user (*optional*): Whom the base draws for, of `learn_user`.
 
         Returns:
             `PIL.Image.Image`.
@@ -257,6 +274,10 @@ class Engine:
                         pipe, negative=self._negative[name], alpha=model.alpha, beta=model.beta
                     )
                 )
+            if name in self._users_of:
+                stack.enter_context(self._users_of[name].apply(model.user))
+            if user is not None and self.users is not None:
+                stack.enter_context(self.users.apply(user))
             more = _step_callback(pipe, job, request.settings["num_inference_steps"])
             image = generate(
                 pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more
@@ -266,6 +287,23 @@ class Engine:
                 f"model {name}: no image for seed {request.seed}: {image.reason}; try another seed"
             )
         return image
+
+    def learn_user(self, pairs: Sequence[tuple[str, Image.Image, Image.Image]]) -> User:
+        """Describe a visitor by the pairs that they judged.
+
+        Args:
+            pairs (`Sequence`): Prompt, chosen image and rejected image of each.
+
+        Returns:
+            A mixture of the known users, or an embedding, for `draw`.
+
+        Raises:
+            UserError: There is no user adapter, or no pair.
+        """
+        if self.users is None:
+            raise UserError("--user_adapter: the demo was started without one")
+        with self._lock:
+            return self.users.from_pairs(pairs)
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
         """Activate the model's LoRA, and the adapters that the pipeline came with."""

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..errors import UserError
 from ..evaluation.formatting import rate
+from ..generation.users import mixture_words
 from .answers import ANNOTATOR_CHARS
 from .engine import Engine, enlarged
 from .ui import Session, explained
@@ -46,6 +48,10 @@ document.addEventListener("keydown", (event) => {
 """
 
 
+LEAST_PAIRS, MOST_PAIRS = 4, 40
+"""How many votes make a visitor's taste."""
+
+
 class Voting:
     """Give visitors pairs to vote on, and take their votes.
 
@@ -67,6 +73,7 @@ class Voting:
     ) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
         self._shown: dict[str, Pair] = {}  # by session, so that no browser learns the sides
+        self._decided: dict[str, list[tuple[str, Image.Image, Image.Image]]] = {}  # by session
         self._lock = threading.Lock()
         if not self.prompts and not self.from_round:
             raise UserError("--prompts: there is none to vote on")
@@ -142,7 +149,50 @@ class Voting:
             if pair is None or pair.id != shown:
                 return False
             del self._shown[visitor]
-        return self.store.add(pair, choice, annotator)
+        if not self.store.add(pair, choice, annotator):
+            return False
+        if choice in ("left", "right") and self.engine.users is not None:
+            chosen, rejected = pair.images if choice == "left" else pair.images[::-1]
+            with self._lock:
+                decided = self._decided.setdefault(visitor, [])
+                decided.append((pair.prompt, chosen, rejected))
+                del decided[:-MOST_PAIRS]
+                while len(self._decided) > 1000:  # forget visitors who left
+                    self._decided.pop(next(iter(self._decided)))
+        return True
+
+    def personal(self, visitor: str) -> tuple[str, Image.Image, Image.Image, str]:
+        """Draw a prompt for a visitor's own taste, as their votes show it.
+
+        Args:
+            visitor (`str`): Who asks.
+
+        Returns:
+            `tuple`: The prompt, an image without a user, one for the visitor from the
+            same noise, and whom the visitor is like.
+
+        Raises:
+            UserError: The visitor has not voted often enough.
+        """
+        with self._lock:
+            pairs = list(self._decided.get(visitor, []))
+        if len(pairs) < LEAST_PAIRS:
+            missing = LEAST_PAIRS - len(pairs)
+            raise UserError(f"vote on {missing} more pairs first; ties do not count")
+        user = self.engine.learn_user(pairs)
+        rng, name = random.SystemRandom(), self.engine.names[0]
+        settings = self.engine.defaults(name)
+        request = self.engine.read(
+            rng.choice(self.prompts)[: self.engine.limits.prompt_chars],
+            rng.randrange(self.engine.limits.seed),
+            settings["num_inference_steps"],
+            settings["guidance_scale"],
+        )
+        plain, own = self.engine.draw(name, request), self.engine.draw(name, request, user=user)
+        like = f"From {len(pairs)} votes."
+        if isinstance(user, dict):
+            like = f"From {len(pairs)} votes you are like: {mixture_words(user)}."
+        return request.prompt, plain, own, like
 
     def is_open(self, visitor: str) -> bool:
         """Whether a visitor sees a pair that waits for a vote.
@@ -256,6 +306,8 @@ def build(voting: Voting, session: Session, export: bool) -> None:
         button.click(
             take, [shown, annotator], [*buttons, status], queue=False, api_name=f"vote_{choice}"
         ).then(show_next, annotator, outputs, api_visibility="private", **options)
+    if voting.engine.users is not None and not voting.from_round:
+        _build_personal(voting, session, options)
     if export and not voting.from_round:
         with gr.Row():
             make = gr.Button("Make a preference dataset of all votes", elem_id="vote-export")
@@ -270,3 +322,33 @@ def build(voting: Voting, session: Session, export: bool) -> None:
             return gr.update(value=str(folder / "votes.parquet"), visible=True)
 
         make.click(write, None, file, api_name="export")
+
+
+def _build_personal(voting: Voting, session: Session, options: dict[str, Any]) -> None:
+    """Add the button that draws for the visitor's own taste."""
+    draw = gr.Button(f"Draw for my taste (after {LEAST_PAIRS} votes)", elem_id="vote-personal")
+    prompt = gr.Textbox(
+        label="Prompt", interactive=False, elem_id="vote-personal-prompt", visible=False
+    )
+    with gr.Row():
+        images = [
+            gr.Image(
+                label=label,
+                format="png",
+                interactive=False,
+                buttons=[],
+                elem_id=f"vote-personal-{name}",
+                min_width=150,
+                visible=False,
+            )
+            for name, label in (("plain", "without a user"), ("own", "for you"))
+        ]
+    like = gr.Markdown(elem_id="vote-personal-like")
+
+    def show(request: gr.Request) -> list[Any]:
+        with explained():
+            text, *pictures, words = voting.personal(session.visitor(request))
+        shown = [gr.update(value=enlarged(picture), visible=True) for picture in pictures]
+        return [gr.update(value=text, visible=True), *shown, words]
+
+    draw.click(show, None, [prompt, *images, like], api_name="personal", **options)

@@ -318,6 +318,43 @@ def test_two_visitors_at_once_do_not_mix(server: Server, visitor: Visitor) -> No
 
 @pytest.mark.nightly
 @needs_browser
+def test_four_votes_draw_for_a_taste(tmp_path: Path) -> None:
+    import torch
+
+    from diffalign.backbones.lora import denoiser
+    from diffalign.backbones.user_adapter import UserAdapter
+    from diffalign.generation.pipelines import base_pipeline
+
+    made = UserAdapter(denoiser(base_pipeline()), dim=8, tokens=2, user_names=["ann", "bob"])
+    for layer in made.layers:
+        torch.nn.init.normal_(layer.to_v.weight, std=0.3)
+    (tmp_path / "users").mkdir()
+    made.save(tmp_path / "users", {"beta": 500.0})
+    server = Server(tmp_path, "--user_adapter", "users")
+    one = Visitor(server.url)
+    try:
+        one.show_pair("ann")
+        for count in range(4):
+            shown = one.value("vote-pair")
+            one.press("1")
+            one.until(lambda n=count + 1: len(lines(server)) == n)
+            one.until(
+                lambda old=shown: (
+                    one.value("vote-pair") not in ("", old) and one.at("vote-left").is_enabled()
+                )
+            )
+        one.at("vote-personal").click()
+        one.until(lambda: "you are like" in one.at("vote-personal-like").text)
+        one.until(lambda: one.sources("vote-personal-plain") and one.sources("vote-personal-own"))
+        one.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+        one.picture("personal")
+    finally:
+        one.driver.quit()
+        server.kill()
+
+
+@pytest.mark.nightly
+@needs_browser
 def test_a_narrow_screen(server: Server) -> None:
     one = Visitor(server.url, width=500)
     try:
