@@ -169,3 +169,51 @@ class AnswerStore:
         except OSError:
             return None
         return content if bytes_hash(content).startswith(Path(name).stem) else None
+
+
+class Pending:
+    """What each visitor sees and has not answered yet.
+
+    It stays on the server, so that no browser learns more than it shows.
+
+    Args:
+        most (`int`, *optional*, defaults to `1000`): Visitors to remember.
+    """
+
+    def __init__(self, most: int = 1000) -> None:
+        self.most = most
+        self._shown: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def put(self, visitor: str, shown: Any) -> None:
+        """Remember what a visitor sees now.
+
+        Args:
+            visitor (`str`): Who sees it.
+            shown: It has an `id`. None forgets what was shown before.
+        """
+        with self._lock:
+            self._shown.pop(visitor, None)
+            if shown is not None:
+                self._shown[visitor] = shown
+            while len(self._shown) > self.most:  # forget visitors who left
+                self._shown.pop(next(iter(self._shown)))
+
+    def take(self, visitor: str, id: object) -> Any:
+        """Return what a visitor answers, once.
+
+        Args:
+            visitor (`str`): Who answers.
+            id: Of what the visitor saw when they answered.
+
+        Returns:
+            What `put` got, or None if the answer is to something else, as after a key
+            that was pressed twice.
+        """
+        with self._lock:
+            shown = self._shown.get(visitor)
+            return self._shown.pop(visitor) if shown is not None and shown.id == id else None
+
+    def __contains__(self, visitor: str) -> bool:
+        with self._lock:
+            return visitor in self._shown

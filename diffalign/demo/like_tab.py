@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import UserError
-from .answers import ANNOTATOR_CHARS
+from .answers import ANNOTATOR_CHARS, Pending
 from .engine import Engine, enlarged
 from .likes import LikeStore, Shown
 from .ui import Session, explained
@@ -42,8 +41,7 @@ class Liking:
     ) -> None:
         self.engine, self.store = engine, store
         self.prompts, self.models = list(prompts), list(models)
-        self._shown: dict[str, Shown] = {}  # by session
-        self._lock = threading.Lock()
+        self.pending = Pending()
         if not self.prompts:
             raise UserError("--prompts: there is none to judge")
 
@@ -65,10 +63,7 @@ class Liking:
         image = self.engine.draw(model, request)
         facts = {"seed": request.seed, **request.settings}
         shown = Shown(uuid.uuid4().hex, request.prompt, image, model, facts)
-        with self._lock:
-            self._shown[visitor] = shown
-            while len(self._shown) > 1000:  # forget visitors who left
-                self._shown.pop(next(iter(self._shown)))
+        self.pending.put(visitor, shown)
         return shown
 
     def judge(self, visitor: str, shown: object, thumb: str, annotator: object) -> bool:
@@ -86,21 +81,8 @@ class Liking:
         Raises:
             UserError: There is no such thumb.
         """
-        with self._lock:
-            image = self._shown.get(visitor)
-            if image is None or image.id != shown:
-                return False
-            del self._shown[visitor]
-        return self.store.add(image, thumb, annotator)
-
-    def is_open(self, visitor: str) -> bool:
-        """Whether a visitor sees an image that waits for a thumb.
-
-        Args:
-            visitor (`str`): Who is meant.
-        """
-        with self._lock:
-            return visitor in self._shown
+        image = self.pending.take(visitor, shown)
+        return image is not None and self.store.add(image, thumb, annotator)
 
     def state(self) -> str:
         """Return one line about all thumbs."""
@@ -151,7 +133,7 @@ def build(liking: Liking, session: Session, export: bool) -> None:
         return [new.prompt, new.id, enlarged(new.image), *ready, liking.state()]
 
     def show_next(request: gr.Request) -> list[Any]:
-        if liking.is_open(session.visitor(request)):
+        if session.visitor(request) in liking.pending:
             # The thumb was for another image. This one still waits for its own.
             return [*[gr.skip()] * 3, *[gr.update(interactive=True)] * 2, gr.skip()]
         return show(request)

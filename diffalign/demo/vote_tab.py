@@ -19,7 +19,7 @@ from PIL import Image
 from ..errors import UserError
 from ..evaluation.formatting import rate
 from ..generation.users import mixture_words
-from .answers import ANNOTATOR_CHARS
+from .answers import ANNOTATOR_CHARS, Pending
 from .engine import Engine, enlarged
 from .ui import Session, explained
 from .votes import Pair, RoundVotes, VoteStore
@@ -72,7 +72,7 @@ class Voting:
         self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]
     ) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
-        self._shown: dict[str, Pair] = {}  # by session, so that no browser learns the sides
+        self.pending = Pending()
         self._decided: dict[str, list[tuple[str, Image.Image, Image.Image]]] = {}  # by session
         self._lock = threading.Lock()
         if not self.prompts and not self.from_round:
@@ -98,13 +98,7 @@ class Voting:
             if isinstance(self.store, RoundVotes)
             else self._drawn()
         )
-        with self._lock:
-            if pair is None:
-                self._shown.pop(visitor, None)
-            else:
-                self._shown[visitor] = pair
-                while len(self._shown) > 1000:  # forget visitors who left
-                    self._shown.pop(next(iter(self._shown)))
+        self.pending.put(visitor, pair)
         return pair
 
     def _drawn(self) -> Pair:
@@ -144,12 +138,8 @@ class Voting:
         Raises:
             UserError: There is no such choice.
         """
-        with self._lock:
-            pair = self._shown.get(visitor)
-            if pair is None or pair.id != shown:
-                return False
-            del self._shown[visitor]
-        if not self.store.add(pair, choice, annotator):
+        pair = self.pending.take(visitor, shown)
+        if pair is None or not self.store.add(pair, choice, annotator):
             return False
         if choice in ("left", "right") and self.engine.users is not None:
             chosen, rejected = pair.images if choice == "left" else pair.images[::-1]
@@ -193,15 +183,6 @@ class Voting:
         if isinstance(user, dict):
             like = f"From {len(pairs)} votes you are like: {mixture_words(user)}."
         return request.prompt, plain, own, like
-
-    def is_open(self, visitor: str) -> bool:
-        """Whether a visitor sees a pair that waits for a vote.
-
-        Args:
-            visitor (`str`): Who is meant.
-        """
-        with self._lock:
-            return visitor in self._shown
 
     def state(self) -> str:
         """Return one line about all votes."""
@@ -284,7 +265,7 @@ def build(voting: Voting, session: Session, export: bool) -> None:
         ]
 
     def show_next(annotator: object, request: gr.Request) -> list[Any]:
-        if voting.is_open(session.visitor(request)):
+        if session.visitor(request) in voting.pending:
             # The vote was for another pair. This one still waits for its own.
             return [*[gr.skip()] * 4, *[gr.update(interactive=True)] * 3, gr.skip()]
         return show(annotator, request)
