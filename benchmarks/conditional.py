@@ -69,7 +69,7 @@ def make_data(folder: Path) -> Path:
             {
                 "prompt": prompt,
                 "image": {"bytes": raw_bytes(image), "path": None},
-                "condition": {"bytes": raw_bytes(silhouette), "path": None},
+                "conditioning_image": {"bytes": raw_bytes(silhouette), "path": None},
                 "weight": 1.0,
             }
         )

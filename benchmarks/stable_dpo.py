@@ -5,8 +5,10 @@
 
 Users' loudest complaint about DPO is that the errors of both images rise, the rejected
 one faster, so that the loss falls while the images get worse. Diffusion-DPO is trained
-as `configs/diffusion_dpo/shapes.yaml` says, but at three times its learning rate and a
-twentieth of its beta, which does that. Every other arm changes one thing. The data are
+as `configs/diffusion_dpo/shapes.yaml` says, but at three times its learning rate,
+constant, and a twentieth of its beta, which does that. Every other arm changes one
+thing.
+"regression" has the raw scores of the verifier as its targets. The data are
 those of `benchmarks/leaderboard.py`.
 
 Every 20 steps the run is evaluated on pairs of the 60 prompts that choose, which it

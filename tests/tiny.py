@@ -238,7 +238,7 @@ def conditioned_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, A
         image = row["rejected" if i % 2 else "chosen"]
         shade = 245 if i % 2 == 0 else 18
         condition = Image.new("RGB", image.size, (shade,) * 3)
-        rows.append({"prompt": row["prompt"], "image": image, "condition": condition})
+        rows.append({"prompt": row["prompt"], "image": image, "conditioning_image": condition})
     return rows
 
 

@@ -114,6 +114,8 @@ class UserAdapter(nn.Module):
         dim (`int`): size of a user token.
         tokens (`int`): tokens of a user.
         user_names (sequence of `str`, *optional*): users with embeddings of their own.
+        expand (`int`, *optional*, defaults to `1`): tokens that the network sees of
+            each. With a single one, attention has nothing to choose from.
 
     Attributes:
         table (`Parameter`, *optional*): embeddings of `user_names`, (users, tokens,
@@ -122,17 +124,22 @@ class UserAdapter(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, dim: int, tokens: int, user_names: Sequence[str] = ()
+        self,
+        network: nn.Module,
+        dim: int,
+        tokens: int,
+        user_names: Sequence[str] = (),
+        expand: int = 1,
     ) -> None:
         super().__init__()
-        self.dim, self.tokens, self.scale = dim, tokens, 1.0
+        self.dim, self.tokens, self.expand, self.scale = dim, tokens, expand, 1.0
         self.user_names = list(user_names)
         self.table: nn.Parameter | None = None
         if self.user_names:
             self.table = nn.Parameter(torch.randn(len(self.user_names), tokens, dim))
         places = attention_layers(network)
         self.names = list(places)
-        self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
+        self.project = nn.Sequential(nn.Linear(dim, dim * expand), nn.LayerNorm(dim))
         self.layers = nn.ModuleList(
             _Layer(dim, places[name].to_q.out_features) for name in self.names
         )
@@ -203,7 +210,9 @@ class UserAdapter(nn.Module):
         if users is None:
             self._users = None
             return
-        self._users = self.project(users.to(next(self.project.parameters()))), mask
+        widen, norm = self.project
+        tokens = widen(users.to(next(self.project.parameters())))
+        self._users = norm(tokens.unflatten(-1, (self.expand, self.dim)).flatten(1, 2)), mask
 
     @contextmanager
     def users(self, users: Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
@@ -234,7 +243,10 @@ class UserAdapter(nn.Module):
         """
         if self._users is None or self.scale == 0:
             return None
-        users, mask = self._users
+        if weights.to_k.weight.device != query.device:  # the pipeline was moved
+            self.to(query.device)
+        users, mask = (None if x is None else x.to(query.device) for x in self._users)
+        assert users is not None
         rows, repeats = len(query), len(query) // len(users)
         if repeats * len(users) != rows:
             raise UserError(
@@ -280,7 +292,9 @@ class UserAdapter(nn.Module):
         config = {
             "dim": self.dim,
             "tokens": self.tokens,
+            "expand": self.expand,
             "users": self.user_names,
+            "scale": self.scale,
             "layers": self.names,
             **(facts or {}),
         }
@@ -350,7 +364,9 @@ def load_user_adapter(network: nn.Module, folder: str | Path) -> tuple[UserAdapt
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
         users = [str(name) for name in config["users"]]
-        adapter = UserAdapter(network, int(config["dim"]), int(config["tokens"]), users)
+        sizes = [int(config[name]) for name in ("dim", "tokens", "expand")]
+        adapter = UserAdapter(network, sizes[0], sizes[1], users, sizes[2])
+        adapter.scale = float(config["scale"])
         names = list(config["layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"user adapter: {folder / CONFIG} is damaged ({error})") from None
@@ -365,7 +381,6 @@ def load_user_adapter(network: nn.Module, folder: str | Path) -> tuple[UserAdapt
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"user adapter: {folder / WEIGHTS} does not fit ({reason})") from None
-    parameter = next(network.parameters())
-    adapter.to(parameter.device)
+    adapter.to(next(network.parameters()).device)
     adapter.attach(network)
     return adapter, config

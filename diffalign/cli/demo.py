@@ -169,6 +169,8 @@ def _export(options: argparse.Namespace) -> None:
     from ..demo.likes import LikeStore
     from ..demo.votes import VoteStore
 
+    missing: list[UserError] = []
+    wanted = [path for path in (options.export, options.export_likes) if path is not None]
     for store_class, path, what in (
         (VoteStore, options.export, "preferences"),
         (LikeStore, options.export_likes, "likes and dislikes"),
@@ -176,13 +178,19 @@ def _export(options: argparse.Namespace) -> None:
         if path is None:
             continue
         store = store_class(options.votes_dir)
-        count = store.export(path)
-        lost = (
-            f"; {len(store.lost)} left out, whose pictures are lost or damaged"
-            if store.lost
-            else ""
-        )
-        print(f"wrote {count} {what} to {path}{lost}")
+        try:
+            count = store.export(path)
+        except UserError as error:
+            missing.append(error)
+            continue
+        remark = ""
+        if store.lost:
+            remark = f"; {len(store.lost)} left out, whose pictures are lost or damaged"
+        print(f"wrote {count} {what} to {path}{remark}")
+    if missing and len(missing) == len(wanted):
+        raise missing[0]
+    for problem in missing:
+        print(problem)
 
 
 def _app(options: argparse.Namespace) -> Any:

@@ -124,6 +124,26 @@ def _check_user_options(options: argparse.Namespace) -> None:
             )
 
 
+def _read_user(pipe: Any, options: argparse.Namespace) -> tuple[Any, Any]:
+    """Read the user adapter and whom it is to draw for, before anything is drawn."""
+    from ..data import load_preferences
+    from ..generation.users import MOST_PAIRS, load_users, mixture_words, read_mixture
+
+    users = load_users(pipe, options.user_adapter)
+    if not options.user_pairs:
+        user: Any = read_mixture(options.user)
+        users.adapter.embedding(user)
+        return users, user
+    pairs = load_preferences(options.user_pairs, verbose=False).as_kind("pair")
+    if len(pairs) > MOST_PAIRS:
+        print(f"--user_pairs: the last {MOST_PAIRS} of {len(pairs)} pairs are read")
+    some = [pairs[i] for i in range(max(0, len(pairs) - MOST_PAIRS), len(pairs))]
+    user = users.from_pairs([(pair.prompts[0], *pair.open_images()) for pair in some])
+    if isinstance(user, dict):
+        print(f"new user: {mixture_words(user)}")
+    return users, user
+
+
 def run(options: argparse.Namespace) -> int:
     """Draw images and write them as `<prompt>-<seed>-<model>.png`.
 
@@ -157,6 +177,7 @@ def run(options: argparse.Namespace) -> int:
     settings = {**default_settings(options.model), **settings}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompt for i in range(options.num_images)]
+    users, user = _read_user(pipe, options) if options.user_adapter else (None, None)
     sides = {
         "base": generate(
             pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings
@@ -189,18 +210,7 @@ def run(options: argparse.Namespace) -> int:
                 description="negative guidance",
                 **settings,
             )
-    if options.user_adapter:
-        from ..data import load_preferences
-        from ..generation.users import load_users, mixture_words, read_mixture
-
-        users = load_users(pipe, options.user_adapter)
-        if options.user_pairs:
-            pairs = load_preferences(options.user_pairs, verbose=False).as_kind("pair")
-            user: Any = users.from_pairs([(pair.prompts[0], *pair.open_images()) for pair in pairs])
-            if isinstance(user, dict):
-                print(f"new user: {mixture_words(user)}")
-        else:
-            user = read_mixture(options.user)
+    if users is not None:
         with users.apply(user):
             sides["tuned"] = generate(
                 pipe, prompts, seeds, batch_size=options.batch_size, description="user", **settings

@@ -489,7 +489,7 @@ class PreferenceDataset:
         if kind != "prompt" and (self.kind, kind) not in _VIEWS:
             remedy = ""
             if kind == "conditioned":
-                remedy = "; add a column condition with an image per row"
+                remedy = "; add a column conditioning_image with an image per row"
             if kind == "labelled":
                 remedy = (
                     "; add a column label (true or false), or a column rating and "

@@ -430,9 +430,11 @@ def canonical_row(group: Group, dataset: PreferenceDataset) -> dict[str, Any]:
     elif dataset.kind == "single":
         row |= {"image": images[0]}
     elif dataset.kind == "conditioned":
-        row |= {"image": images[0], "condition": images[1]}
+        row |= {"image": images[0], "conditioning_image": images[1]}
     elif dataset.kind == "labelled":
         row |= {"image": images[0], "label": (group.scores or (0.0,))[0] > 0}
+        if dataset.has_users:
+            row |= {"user_id": group.user}
     return row if dataset.kind == "prompt" else row | {"weight": group.weight}
 
 
@@ -448,9 +450,9 @@ def _write_shard(rows: list[dict[str, Any]], path: Path) -> None:
         name: datasets.Value("string")
         for name in ("prompt", "chosen_prompt", "rejected_prompt", "user_id")
     }
-    types |= {name: datasets.Image() for name in ("chosen", "rejected", "image", "condition")} | {
-        "images": datasets.List(datasets.Image())
-    }
+    types |= {
+        name: datasets.Image() for name in ("chosen", "rejected", "image", "conditioning_image")
+    } | {"images": datasets.List(datasets.Image())}
     types |= {
         "scores": datasets.List(datasets.Value("float64")),
         "label": datasets.Value("bool"),

@@ -86,10 +86,8 @@ def _classified(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
         if "chosen_score" in cells and "rejected_score" in cells:
             scores: list[float] = []
             for role in ("chosen_score", "rejected_score"):
-                score = math.nan if _is_missing(cells[role]) else number(cells[role])
-                if score is None:
-                    return Verdict("broken", f"{role} is {shown(cells[role])}, expected a number")
-                scores.append(score)
+                score = None if _is_missing(cells[role]) else number(cells[role])
+                scores.append(math.nan if score is None else score)
             verdict = replace(verdict, scores=tuple(scores))
         return _with_prompts(cells, roles, verdict)
     if layout.kind == "ranked":

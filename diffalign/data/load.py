@@ -46,6 +46,7 @@ def load_preferences(
     score_columns: Sequence[str] = (),
     calibrate: str = "wins",
     like_threshold: float | None = None,
+    wanted: str | None = None,
     data_dir: str | Path | None = None,
     allow_remote_images: bool = False,
     allow_outside_paths: bool = False,
@@ -92,6 +93,8 @@ def load_preferences(
             `wins` or `sigmoid`, see `diffalign.rewards.win_rates`.
         like_threshold (`float`, *optional*): Images with a column of ratings are liked
             from here on. None reads no ratings.
+        wanted (`str`, *optional*): Kind that a method trains on. It decides what
+            columns such as `label` mean, see `recognise`.
         data_dir (`str` or `Path`, *optional*): A folder in which relative image paths
             are looked up first.
         allow_remote_images (`bool`, *optional*, defaults to `False`): Fetch the web
@@ -138,7 +141,15 @@ def load_preferences(
     report = LoadReport(opened.name, "", "", {}, ties_kept=ties == "keep")
     if not names or _is_empty(data):
         report.check(max_broken_fraction)
-    data, layout = _with_layout(data, names, columns, kind, report, like_threshold)
+    data, layout = _with_layout(
+        data,
+        names,
+        columns,
+        kind or wanted,
+        report,
+        like_threshold,
+        gathers=kind not in ("single", "prompt"),
+    )
     places = dataclasses.replace(
         opened.places,
         anywhere=opened.places.anywhere or allow_outside_paths,
@@ -149,7 +160,7 @@ def load_preferences(
     dataset = _verified(data, layout, report, places, verify, max_broken_fraction)
     if kind is not None:
         dataset = dataset.as_kind(kind)
-    _tell(report, verbose)
+    _tell(dataset.report, verbose)
     return dataset
 
 
@@ -182,16 +193,18 @@ def _with_layout(
     kind: str | None,
     report: LoadReport,
     like_threshold: float | None,
+    gathers: bool,
 ) -> tuple[Rows, Layout]:
     """Recognise the layout, gather rows of one image into lists, and report both."""
     # Kinds of one image or none take rows of one image as they are.
-    gathers = kind not in ("labelled", "single", "prompt")
+    gathers = gathers and kind != "labelled"
     layout = recognise(
         [name for name in names if name in columns.values() or not _is_class(data, name)],
         columns,
         list_columns(data),
         rows_to_lists=gathers,
         like_threshold=like_threshold,
+        wanted=kind,
     )
     report.direction, report.unused = layout.direction, list(layout.unused)
     if layout.name == "image_rows":

@@ -199,21 +199,21 @@ _SPECS = (
         {
             "prompt": _PROMPT,
             "image": _IMAGE,
-            "condition": ("condition", "conditioning_image", "control_image", "control"),
+            "condition": ("conditioning_image", "control_image", "condition", "control"),
         },
         _WEIGHT,
     ),
     _Spec(
         "labelled",
         "labelled",
-        {"prompt": _PROMPT, "image": _IMAGE, "label": ("label", "liked", "thumbs_up")},
-        _WEIGHT,
+        {"prompt": _PROMPT, "image": _IMAGE, "label": ("liked", "thumbs_up", "label")},
+        _WEIGHT | _USER,
     ),
     _Spec(
         "rated",
         "labelled",
         {"prompt": _PROMPT, "image": _IMAGE, "rating": ("rating", "stars")},
-        _WEIGHT,
+        _WEIGHT | _USER,
     ),
     _Spec("single", "single", {"prompt": _PROMPT, "image": _IMAGE}, _WEIGHT),
     _Spec("prompt", "prompt", {"prompt": _PROMPT}),
@@ -387,6 +387,7 @@ def recognise(
     *,
     rows_to_lists: bool = True,
     like_threshold: float | None = None,
+    wanted: str | None = None,
 ) -> Layout:
     """Recognise the layout of a dataset by its columns.
 
@@ -402,6 +403,9 @@ def recognise(
             with a rank into lists. False reads them as single images.
         like_threshold (`float`, *optional*): Ratings from here on are liked. None reads
             no column of ratings.
+        wanted (`str`, *optional*): Kind that a method trains on. Columns whose names
+            also mean other things, such as `label`, are read as likes or as conditions
+            only for a method that wants these, or where they are mapped.
 
     Returns:
         `Layout`.
@@ -419,8 +423,12 @@ def recognise(
         "'votes': higher is better"
     """
     names = _renamed(columns, mapping)
-    for spec in _SPECS:
+    # A layout that reads everything that was mapped goes before one that does not.
+    fitting = [spec for spec in _SPECS if _reads(spec, mapping)]
+    for spec in (*fitting, *(spec for spec in _SPECS if spec not in fitting)):
         roles = _fitting(spec, names, lists or {})
+        if roles is not None and not _is_meant(spec, roles, mapping, wanted):
+            continue
         if roles is None or (spec.name == "image_rows" and not rows_to_lists):
             continue
         if spec.name == "rated" and like_threshold is None:
@@ -455,6 +463,30 @@ def recognise(
         f"single images {{prompt: ..., image: ...}}, for prompts only "
         f"{{prompt: ...}}"
     )
+
+
+def _reads(spec: _Spec, mapping: Mapping[str, str]) -> bool:
+    """Whether a layout has a role for every name that was mapped."""
+    roles = (*spec.required.values(), *spec.optional.values())
+    return all(any(name in aliases for aliases in roles) for name in mapping)
+
+
+_CLEAR = ("liked", "thumbs_up", "rating", "stars", "conditioning_image", "control_image")
+"""Names that mean nothing else beside an image and its prompt."""
+
+
+def _is_meant(
+    spec: _Spec, roles: Mapping[str, str], mapping: Mapping[str, str], wanted: str | None
+) -> bool:
+    """Whether likes or conditions are meant by columns that look like them."""
+    if spec.kind not in ("labelled", "conditioned") or wanted == spec.kind:
+        return True
+    name = next(roles[role] for role in ("label", "rating", "condition") if role in roles)
+    if name in mapping:
+        return True
+    if spec.kind == "conditioned":
+        return wanted is None and name in _CLEAR
+    return wanted is None or (wanted == "single" and name in _CLEAR)
 
 
 def _first_present(aliases: Sequence[str], names: Collection[str]) -> str | None:

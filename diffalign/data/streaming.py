@@ -19,7 +19,7 @@ from diffalign.data.dataset import (
 )
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.judgements import classify_row
-from diffalign.data.schema import Layout
+from diffalign.data.schema import EXTRAS, Layout
 from diffalign.data.verify import check_image
 from diffalign.errors import UserError
 from diffalign.runtime.hashing import text_hash
@@ -170,13 +170,18 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
 
         The content of a stream is not known before it is read.
         """
-        parts = [
+        mapping = sorted(self.layout.mapping.items())
+        parts: list[object] = [
             "stream",
             self.report.source,
             self.layout.name,
-            sorted(self.layout.mapping.items()),
+            [pair for pair in mapping if pair[0] not in EXTRAS or pair[0] in self._extras],
             self.kind,
         ]
+        if self.layout.like_threshold is not None:
+            parts.append(self.layout.like_threshold)
+        if self._inverted:
+            parts.append("inverted")
         return text_hash(repr(parts))
 
     def __copy__(self) -> StreamingPreferenceDataset:

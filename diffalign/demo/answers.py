@@ -162,6 +162,15 @@ class AnswerStore:
             write_atomically(self.folder / name, buffer.getvalue())
         return name
 
+    def picture(self, name: str) -> Image.Image | None:
+        """Return a stored picture, or None when it is gone or was changed.
+
+        Args:
+            name (`str`): Its name in a line.
+        """
+        content = self._picture(name)
+        return None if content is None else Image.open(io.BytesIO(content)).convert("RGB")
+
     def _picture(self, name: str) -> bytes | None:
         """Return a picture's file, or None when it is gone or was changed."""
         try:

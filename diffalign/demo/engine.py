@@ -302,7 +302,9 @@ class Engine:
         """
         if self.users is None:
             raise UserError("--user_adapter: the demo was started without one")
+        name = self.names[0]
         with self._lock:
+            self._switch(self.pipe(name), name, 1.0)
             return self.users.from_pairs(pairs)
 
     def _switch(self, pipe: Any, name: str, scale: float) -> None:
@@ -370,6 +372,8 @@ class Engine:
         """
         from ..steering.fk_steering import FKSteering
 
+        if name in self._users_of:
+            raise UserError(f"model: {name} draws for a user, and is not steered here")
         pipe, particles = (
             self.pipe(name),
             int(bounded("particles", num_particles, 2, self.limits.particles, whole=True)),

@@ -18,7 +18,6 @@ from PIL import Image
 
 from ..errors import UserError
 from ..evaluation.formatting import rate
-from ..generation.users import mixture_words
 from .answers import ANNOTATOR_CHARS, Pending
 from .engine import Engine, enlarged
 from .ui import Session, explained
@@ -48,7 +47,7 @@ document.addEventListener("keydown", (event) => {
 """
 
 
-LEAST_PAIRS, MOST_PAIRS = 4, 40
+LEAST_PAIRS, MOST_PAIRS = 4, 16
 """How many votes make a visitor's taste."""
 
 
@@ -73,7 +72,8 @@ class Voting:
     ) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
         self.pending = Pending()
-        self._decided: dict[str, list[tuple[str, Image.Image, Image.Image]]] = {}  # by session
+        # By session: prompt, chosen and rejected picture of the store.
+        self._decided: dict[str, list[tuple[str, str, str]]] = {}
         self._lock = threading.Lock()
         if not self.prompts and not self.from_round:
             raise UserError("--prompts: there is none to vote on")
@@ -141,11 +141,13 @@ class Voting:
         pair = self.pending.take(visitor, shown)
         if pair is None or not self.store.add(pair, choice, annotator):
             return False
-        if choice in ("left", "right") and self.engine.users is not None:
-            chosen, rejected = pair.images if choice == "left" else pair.images[::-1]
+        if choice in ("left", "right") and self.engine.users is not None and not self.from_round:
+            other = "right" if choice == "left" else "left"
+            vote = next(v for v in reversed(self.store.votes) if v["id"] == pair.id)
+            names = vote[f"{choice}_image"], vote[f"{other}_image"]
             with self._lock:
                 decided = self._decided.setdefault(visitor, [])
-                decided.append((pair.prompt, chosen, rejected))
+                decided.append((pair.prompt, *names))
                 del decided[:-MOST_PAIRS]
                 while len(self._decided) > 1000:  # forget visitors who left
                     self._decided.pop(next(iter(self._decided)))
@@ -165,7 +167,12 @@ class Voting:
             UserError: The visitor has not voted often enough.
         """
         with self._lock:
-            pairs = list(self._decided.get(visitor, []))
+            decided = list(self._decided.get(visitor, []))
+        pairs = []
+        for text, *names in decided:
+            chosen, rejected = (self.store.picture(name) for name in names)
+            if chosen is not None and rejected is not None:
+                pairs.append((text, chosen, rejected))
         if len(pairs) < LEAST_PAIRS:
             missing = LEAST_PAIRS - len(pairs)
             raise UserError(f"vote on {missing} more pairs first; ties do not count")
@@ -180,8 +187,11 @@ class Voting:
         )
         plain, own = self.engine.draw(name, request), self.engine.draw(name, request, user=user)
         like = f"From {len(pairs)} votes."
-        if isinstance(user, dict):
-            like = f"From {len(pairs)} votes you are like: {mixture_words(user)}."
+        if isinstance(user, dict):  # without names, which are those of other people
+            like = (
+                f"From {len(pairs)} votes: most like one of {len(user)} known users "
+                f"({max(user.values()):.0%})."
+            )
         return request.prompt, plain, own, like
 
     def state(self) -> str:

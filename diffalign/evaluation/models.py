@@ -173,6 +173,11 @@ def parse_model(
                 f"{field}.guidance_scale", f"expected a number, got {shown(guidance)}"
             )
         values["guidance_scale"] = float(guidance)
+    user = values.get("user")
+    if isinstance(user, Mapping):
+        values["user"] = {str(name): weight for name, weight in user.items()}
+    elif user is not None:  # YAML reads a number as one
+        values["user"] = str(user)
     _check_files(values, field)
     name = str(values.get("name") or _name(values, base))
     if not re.fullmatch(r"[A-Za-z0-9._@-]+", name) or name.startswith("."):

@@ -19,13 +19,15 @@ from ..backbones.lora import denoiser
 from ..backbones.user_adapter import UserAdapter, load_user_adapter
 from ..errors import UserError
 from ..likelihood import denoising_errors, sample_times
-from ..rewards.users import ExamplePair, embed_users, load_user_embedder
+from ..rewards.users import ExamplePair, UserEmbedder, embed_users, load_user_embedder
 from ..runtime.seeds import row_generator
 
 if TYPE_CHECKING:
     from ..runtime.protocols import Pipeline
 
 User: TypeAlias = "str | Mapping[str, float] | Tensor | None"
+MOST_USERS, MOST_PAIRS = 128, 16
+"""How many known users and pairs a new user is compared with at the most."""
 DRAWS = 8
 """Noises and timesteps at which the pairs of a new user are measured."""
 
@@ -69,6 +71,7 @@ class Users:
     ) -> None:
         self.pipe, self.adapter, self.beta = pipe, adapter, beta
         self.embeddings = embeddings
+        self._embedder: UserEmbedder | None = None
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +86,8 @@ class Users:
             user (`str`, `Mapping[str, float]` or `Tensor`, *optional*): A name, name ->
                 weight for a mixture, or an embedding of `from_pairs`. None draws
                 without a user.
-            scale (`float`, *optional*, defaults to `1.0`): Strength of the user.
+            scale (`float`, *optional*, defaults to `1.0`): Strength of the user, beside
+                that of the training.
 
         Raises:
             UserError: An unknown user.
@@ -93,8 +97,13 @@ class Users:
             embedding = user if user is None or isinstance(user, Tensor) else None
             if isinstance(user, (str, Mapping)):
                 embedding = self.adapter.embedding(user)
+            elif user is not None and embedding is None:
+                raise UserError(
+                    f"user: expected a name, weights of names or an embedding, got "
+                    f"{type(user).__name__}"
+                )
             with self.adapter.users(None if embedding is None else embedding[None]):
-                self.adapter.scale = scale
+                self.adapter.scale = before * scale
                 try:
                     yield
                 finally:
@@ -123,8 +132,11 @@ class Users:
             return self.weights_of_pairs(pairs, seed=seed)
         if not pairs:
             raise UserError("user_pairs: there is no pair")
-        embedder = load_user_embedder(self.embeddings)
-        embedding = embed_users(embedder, [[ExamplePair(*pair) for pair in pairs]])[0]
+        if self._embedder is None:
+            self._embedder = load_user_embedder(self.embeddings)
+        embedder = self._embedder
+        examples = [ExamplePair(*pair) for pair in pairs[-MOST_PAIRS:]]
+        embedding = embed_users(embedder, [examples])[0]
         if embedding.shape != (self.adapter.tokens, self.adapter.dim):
             raise UserError(
                 f"user_embeddings: {embedder.name} gives {tuple(embedding.shape)}, the adapter was "
@@ -139,7 +151,8 @@ class Users:
         """Describe a new user by their pairs, as a mixture of the known users.
 
         Nothing is trained. Each pair is measured at eight noises and timesteps under
-        every known user.
+        every known user. Of more than 16 pairs the last 16 count, and of more than 128
+        users 128 that are drawn by `seed`.
 
         Args:
             pairs (`Sequence`): Prompt, chosen image and rejected image of each pair.
@@ -155,12 +168,24 @@ class Users:
             raise UserError("user_pairs: there is no pair")
         if not self.names:
             raise UserError("user_adapter: it knows no users to mix")
-        margins = [self._margins(*pair, seed + number) for number, pair in enumerate(pairs)]
+        names = self.names
+        if len(names) > MOST_USERS:
+            order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+            names = sorted(names[i] for i in order[:MOST_USERS].tolist())
+        margins = [
+            self._margins(*pair, names, seed + number)
+            for number, pair in enumerate(pairs[-MOST_PAIRS:])
+        ]
         weights = user_weights(torch.stack(margins, dim=1))
-        return dict(zip(self.names, weights.tolist(), strict=True))
+        return dict(zip(names, weights.tolist(), strict=True))
 
     def _margins(
-        self, prompt: str, chosen: Image.Image, rejected: Image.Image, seed: int
+        self,
+        prompt: str,
+        chosen: Image.Image,
+        rejected: Image.Image,
+        names: Sequence[str],
+        seed: int,
     ) -> Tensor:
         """z of one pair under every user, (users,)."""
         backbone = load_backbone(self.pipe)
@@ -202,7 +227,7 @@ class Users:
 
         reference = errors(None)
         margins = []
-        for name in self.names:
+        for name in names:
             change = errors(self.adapter.embedding(name)[None]) - reference
             margins.append(-(self.beta / 2) * (change[:, 0] - change[:, 1]).mean())
         return torch.stack(margins).cpu()

@@ -48,13 +48,14 @@ from ..training.batch import Batch
 from ..training.build import DTYPES, load_plain_network
 from ..training.config import TrainingConfig
 from ..training.denoiser import Forward
+from ..training.memory import refuse_offload
 from ..training.trained_weights import State, TrainedWeights
 from ..training.trainer import Trainer
 
 
 @config_section
 class CtrlUConfig(TrainingConfig):
-    """`train:` for `method: ctrl_u`; the defaults are those of depth and ADE20K.
+    """`train:` for `method: ctrl_u`.
 
     Example:
         ```python
@@ -67,9 +68,9 @@ class CtrlUConfig(TrainingConfig):
 
     consistency: str | None = None
     """What reads the condition back from an image: shapes (the palette of the embedded
-    world), segmentation:MODEL or depth:MODEL of transformers. In Python also
-    `scorers=`, a `Consistency` or a differentiable scorer. Source: official code,
-    UperNet, DeepLabV3 or DPT."""
+    world) or depth:MODEL of transformers. In Python also `scorers=`, a `Consistency`,
+    such as `TransformersConsistency` for segmentation with its palette, or a
+    differentiable scorer. Source: official code, UperNet, DeepLabV3 or DPT."""
     controlnet: str | None = None
     """Hub id or folder of the ControlNet to start from. null makes one from the UNet.
     Source: official code starts from a fine-tuned one of the same condition."""
@@ -106,6 +107,8 @@ class CtrlUConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.snr_gamma is not None:
+            raise ConfigError("snr_gamma", "Ctrl-U's errors are of two noise levels; set null")
         if self.reward_min_timestep > self.reward_max_timestep:
             raise ConfigError(
                 "reward_min_timestep",
@@ -152,14 +155,13 @@ def shapes_consistency() -> PaletteSegmentation:
     return PaletteSegmentation(torch.tensor(colors, dtype=torch.float32) / 255)
 
 
-def build_consistency(given: Any, name: str | None, target: float, device: Any) -> Consistency:
+def build_consistency(given: Any, name: str | None, target: float) -> Consistency:
     """Build what reads conditions back, from an object or its name.
 
     Args:
         given: A `Consistency`, a differentiable scorer, or None.
         name (`str`, *optional*): See `CtrlUConfig.consistency`.
         target (`float`): Of a scorer.
-        device: Where a model of transformers runs.
 
     Raises:
         ConfigError: There is neither, or the name is unknown.
@@ -176,11 +178,12 @@ def build_consistency(given: Any, name: str | None, target: float, device: Any) 
     task, _, model = (name or "").partition(":")
     if name == "shapes":
         return shapes_consistency()
-    if task in ("segmentation", "depth") and model:
-        return TransformersConsistency(model, task, device)
+    if task == "depth" and model:
+        return TransformersConsistency(model, task)
     raise ConfigError(
         "train.consistency",
-        f"expected shapes, segmentation:MODEL or depth:MODEL, got {name!r}",
+        f"expected shapes or depth:MODEL, got {name!r}; other predictors are passed in Python as "
+        "scorers=",
     )
 
 
@@ -194,7 +197,7 @@ class CtrlUTrainer(Trainer):
 
         scene = Scene("large", "blue", "star", "center", "white")
         row = {"prompt": "a large blue star in the center of a white background"}
-        row |= {"image": render(scene), "condition": render(scene)}
+        row |= {"image": render(scene), "conditioning_image": render(scene)}
         args = CtrlUConfig(output_dir="runs/ctrl-u", consistency="shapes", max_steps=2)
         trainer = CtrlUTrainer(model="shapes", args=args, train_dataset=[row])
         trainer.train()
@@ -240,6 +243,7 @@ class CtrlUTrainer(Trainer):
         """
         super().validate()
         args = self.args
+        refuse_offload(args)
         if self.peft_config is not None:
             raise ConfigError("lora", "Ctrl-U trains a ControlNet; leave the section out")
         if self.validation_config is not None:
@@ -252,9 +256,7 @@ class CtrlUTrainer(Trainer):
                 "cached latents have no condition images beside them; leave it out",
             )
         if args.reward_weight or args.uncertainty:
-            self.consistency = build_consistency(
-                self.scorers, args.consistency, args.target, self.backbone.device
-            )
+            self.consistency = build_consistency(self.scorers, args.consistency, args.target)
 
     def build_network(self) -> Module:
         """Load the frozen UNet, and the ControlNet that trains."""
@@ -313,8 +315,14 @@ class CtrlUTrainer(Trainer):
         if not bool(window.any()):
             nothing = torch.full_like(errors, float("nan")).detach()
             return loss, metrics | {"reward": nothing, "uncertainty": nothing}
-        clean = schedule.to_x0(output.float(), noisy, times)
-        rewards, uncertainty = self._consistency(clean, batch, len(levels))
+        # Only the rows in the window are decoded.
+        inside = window.to(noisy.device)
+        rows_inside = inside.repeat_interleave(len(levels))
+        clean = schedule.to_x0(output.float(), noisy, times)[rows_inside]
+        prompts = [p for p, kept in zip(batch.prompts, window.tolist(), strict=True) if kept]
+        control = batch.condition["control"][inside]
+        some = self._consistency(clean, prompts, control, len(levels))
+        rewards, uncertainty = (errors.new_zeros(rows).index_put((inside,), x) for x in some)
         warm = 1.0
         if args.reward_warmup_steps:
             warm = min(1.0, (self.state.global_step + 1) / args.reward_warmup_steps)
@@ -326,8 +334,10 @@ class CtrlUTrainer(Trainer):
         metrics["uncertainty"] = uncertainty.detach().masked_fill(outside, float("nan"))
         return loss + active * term, metrics
 
-    def _consistency(self, clean: Tensor, batch: Batch, levels: int) -> tuple[Tensor, Tensor]:
-        """Weighted consistency loss and uncertainty of each row, (g,)."""
+    def _consistency(
+        self, clean: Tensor, prompts: list[str], control: Tensor, levels: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted consistency loss and uncertainty of n rows, (n,)."""
         assert self.consistency is not None
         args, predictor = self.args, self.consistency
         decode: Any = self.backbone.decode_pixels
@@ -335,13 +345,12 @@ class CtrlUTrainer(Trainer):
             pixels = checkpoint(decode, clean, use_reentrant=False)
         else:
             pixels = decode(clean)
-        prompts = [prompt for prompt in batch.prompts for _ in range(levels)]
-        prediction = predictor.predict(pixels, prompts)
-        prediction = prediction.unflatten(0, (len(batch), levels))
-        label = predictor.label(batch.condition["control"])
+        texts = [prompt for prompt in prompts for _ in range(levels)]
+        prediction = predictor.predict(pixels, texts).unflatten(0, (len(prompts), levels))
+        label = predictor.label(control)
         if levels == 1:
-            loss = consistency_loss(prediction[:, 0], label, predictor.kind)
-            rewards = loss.nanmean(1).nan_to_num(0.0)
+            loss, valid = consistency_loss(prediction[:, 0], label, predictor.kind)
+            rewards = loss.sum(1) / valid.sum(1).clamp(min=1)
             return rewards, torch.zeros_like(rewards)
         return uncertainty_reward_loss(
             prediction[:, 0],

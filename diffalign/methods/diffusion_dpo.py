@@ -143,6 +143,12 @@ class DiffusionDPOConfig(TrainingConfig):
             raise ConfigError(
                 "beta", f"auto moves the beta of loss_type sigmoid, got {self.loss_type}; set one"
             )
+        if self.score_margin is not None and self.loss_type in ("linear", "regression"):
+            raise ConfigError(
+                "score_margin", f"it has no meaning for loss_type {self.loss_type}; leave it out"
+            )
+        if self.score_margin is not None and self.beta == "auto":
+            raise ConfigError("score_margin", "it scales beta, which auto moves; leave one out")
         limits = self.score_range
         if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
             raise ConfigError(

@@ -249,7 +249,9 @@ class DiffusionKTOTrainer(Trainer):
         labels = batch.scores[:, 0]
         rewards = implicit_rewards(policy.detach(), reference, args.beta)[:, 0]
         if self.baseline is None:
-            mean = self.accelerator.reduce(rewards.mean(), "mean")
+            mean = rewards.mean()
+            if torch.is_grad_enabled():  # processes may evaluate unequal numbers of batches
+                mean = self.accelerator.reduce(mean, "mean")
             baseline: float | Tensor = mean.clamp(min=0)
         else:
             baseline = self.baseline.baseline

@@ -32,16 +32,18 @@ from torch.nn import Module
 
 from ..backbones import Backbone
 from ..backbones.user_adapter import WEIGHTS, UserAdapter
-from ..config.ranges import Count, NotNegative, Share
+from ..config.ranges import Count, Positive, Share
 from ..config.section import config_section
 from ..data import PreferenceDataset
-from ..errors import ConfigError, UserError
+from ..data.dataset import Group
+from ..errors import ConfigError
 from ..rewards.users import ExamplePair, UserEmbedder, embed_users, load_user_embedder
 from ..runtime.distributed import whole
 from ..runtime.files import read_tensors
 from ..training.batch import Batch
 from ..training.build import DTYPES, load_plain_network
 from ..training.denoiser import Forward
+from ..training.loop import BatchSource
 from ..training.reference import DropoutOff, Reference
 from ..training.trained_weights import State, TrainedWeights
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -69,16 +71,26 @@ class PPDConfig(DiffusionDPOConfig):
     """Pairs of each user that an embedder is shown. They do not train. Source: paper,
     4."""
     user_tokens: Count = 4
-    """user_embeddings: table: tokens of a user. Source: ours; not public."""
+    """Tokens of a user with `user_embeddings: table`, or of an embedder that gives one
+    vector. Source: ours; not public."""
     user_dim: Count = 128
     """user_embeddings: table: size of a user token. Source: ours."""
     user_dropout: Share = 0.1
     """Share of rows that train without their user. Source: ours; not public."""
-    user_scale: NotNegative[float] = 1.0
+    user_scale: Positive[float] = 1.0
     """Factor of the attention to users. Source: IP-Adapter, 1."""
     validation_user: str | None = None
     """User whose images validations draw. null draws without a user, which is the base
     model. Source: ours."""
+
+
+def opened(groups: list[Group]) -> list[ExamplePair]:
+    """Decode the pairs of a user.
+
+    Args:
+        groups (`list[Group]`): Pairs of the dataset.
+    """
+    return [ExamplePair(group.prompts[0], *group.open_images()) for group in groups]
 
 
 class UserAdapterWeights:
@@ -190,7 +202,7 @@ class PPDTrainer(DiffusionDPOTrainer):
     """Users of the training data, sorted."""
     embedder: UserEmbedder | None = None
     """Makes the embeddings of users, unless they are learned."""
-    examples: list[list[ExamplePair]]
+    examples: list[list[Group]]
     """Pairs of each user that the embedder is shown."""
 
     def read_dataset(self, source: Any, split: str) -> PreferenceDataset:
@@ -235,6 +247,10 @@ class PPDTrainer(DiffusionDPOTrainer):
                 "data.dataset_name",
                 f"the pairs are of {len(self.user_names)} users; PPD tells at least two apart",
             )
+        if args.user_embeddings != "table":
+            self.embedder = load_user_embedder(args.user_embeddings)
+            self._set_examples_apart()
+        self.notes.append(f"users: {len(self.user_names)}")
         user = args.validation_user
         if user is not None and user not in self.user_names:
             raise ConfigError(
@@ -242,17 +258,23 @@ class PPDTrainer(DiffusionDPOTrainer):
                 f"{user!r} is none of the {len(self.user_names)} users, such as "
                 f"{self.user_names[0]!r}",
             )
-        self.notes.append(f"users: {len(self.user_names)}")
-        if args.user_embeddings != "table":
-            self.embedder = load_user_embedder(args.user_embeddings)
-            self._set_examples_apart()
+        evaluated = [] if self.eval_dataset is None else self.eval_dataset.users()
+        unknown = [name for name in evaluated if name not in self.user_names]
+        if unknown:
+            self.notes.append(
+                f"users: {len(unknown)} of the evaluation data are not those of the training data, "
+                f"such as {unknown[0]!r}; their pairs are evaluated without a user"
+            )
 
     def _set_examples_apart(self) -> None:
         """Take the first pairs of each user for the embedder, train on the others."""
         wanted, dataset = self.args.num_examples, self.train_dataset
         places: dict[str, list[int]] = {}
+        without: list[int] = []
         for place, user in enumerate(dataset.user_of_groups()):
-            if user is not None:
+            if user is None:
+                without.append(place)
+            else:
                 places.setdefault(user, []).append(place)
         few = [user for user, rows in places.items() if len(rows) <= wanted]
         places = {user: rows for user, rows in places.items() if user not in few}
@@ -267,17 +289,14 @@ class PPDTrainer(DiffusionDPOTrainer):
                 f"users: {len(few)} left out, who have at most {wanted} pairs: "
                 f"{', '.join(few[:5])}{', ...' if len(few) > 5 else ''}"
             )
-        self.user_names = sorted(places)
-        self.examples = [
-            [
-                ExamplePair(group.prompts[0], *group.open_images())
-                for group in (dataset[place] for place in places[user][:wanted])
-            ]
-            for user in self.user_names
-        ]
-        self.train_dataset = dataset.select(
-            sorted(place for rows in places.values() for place in rows[wanted:])
-        )
+        self.user_names, kept = sorted(places), list(without)
+        self.examples = []
+        for user in self.user_names:
+            # A tie says nothing about a taste.
+            shown = [place for place in places[user] if dataset[place].weight > 0][:wanted]
+            self.examples.append([dataset[place] for place in shown])
+            kept += [place for place in places[user] if place not in shown]
+        self.train_dataset = dataset.select(sorted(kept))
         self.record.dataset = self.train_dataset
 
     def build_network(self) -> Module:
@@ -288,8 +307,13 @@ class PPDTrainer(DiffusionDPOTrainer):
         if self.embedder is None:
             self.adapter = UserAdapter(network, args.user_dim, args.user_tokens, self.user_names)
         else:
-            table = embed_users(self.embedder, self.examples)
-            self.adapter = UserAdapter(network, table.shape[2], table.shape[1], self.user_names)
+            # One user at a time: the decoded images of all may not fit the memory.
+            rows = [embed_users(self.embedder, [opened(groups)]) for groups in self.examples]
+            table = torch.cat(rows)
+            self.embedder = None  # it may be a large model
+            _, tokens, dim = table.shape
+            expand = args.user_tokens if tokens == 1 else 1
+            self.adapter = UserAdapter(network, dim, tokens, self.user_names, expand)
             assert self.adapter.table is not None
             self.adapter.table.data.copy_(table)
             self.adapter.table.requires_grad_(False)
@@ -313,8 +337,13 @@ class PPDTrainer(DiffusionDPOTrainer):
         """Return the function that runs a network for the users of a batch."""
 
         def predict(noisy: Tensor, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
-            self.adapter.set_users(*self._users(condition))
-            return self.backbone.predict(network, noisy, times, condition)
+            users = self._users(condition)
+            if torch.is_grad_enabled():
+                # They stay for checkpointed activations, which run again in backward.
+                self.adapter.set_users(*users)
+                return self.backbone.predict(network, noisy, times, condition)
+            with self.adapter.users(*users):
+                return self.backbone.predict(network, noisy, times, condition)
 
         return predict
 
@@ -330,21 +359,16 @@ class PPDTrainer(DiffusionDPOTrainer):
             batch (`Batch`): g pairs.
 
         Returns:
-            `Batch`: Its condition also says who judged each image.
-
-        Raises:
-            UserError: The training data have no such user.
+            `Batch`: Its condition also says who judged each image. Users whom the
+            training data do not have are nobody.
         """
         indices, kept = [], []
-        for row, user, stream in zip(
-            batch.row_ids, batch.users, batch.generators("ppd"), strict=True
-        ):
-            if user is not None and user not in self.user_names:
-                raise UserError(f"dataset row {row}: {user!r} is no user of the training data")
+        for user, stream in zip(batch.users, batch.generators("ppd"), strict=True):
+            known = user in self.user_names
             dropped = float(torch.rand(1, generator=stream)) < self.args.user_dropout
             # Evaluations run without gradients, and see every user.
-            kept.append(user is not None and not (dropped and torch.is_grad_enabled()))
-            indices.append(0 if user is None else self.user_names.index(user))
+            kept.append(known and not (dropped and torch.is_grad_enabled()))
+            indices.append(self.user_names.index(user) if user is not None and known else 0)
         device = batch.x0.device
         index, mask = torch.tensor(indices, device=device), torch.tensor(kept, device=device)
         users = {
@@ -353,12 +377,20 @@ class PPDTrainer(DiffusionDPOTrainer):
         }
         return replace(batch, condition={**batch.condition, **users})
 
+    def build_source(self) -> BatchSource:
+        """Build the source of batches, and set whom a validation draws for."""
+        self._set_validation_user()
+        return super().build_source()
+
     def on_optimizer_step(self, step: int) -> None:
         """Leave the user whose images a validation may draw.
 
         See `Trainer.on_optimizer_step`.
         """
         super().on_optimizer_step(step)
+        self._set_validation_user()
+
+    def _set_validation_user(self) -> None:
         user = self.args.validation_user
         with torch.no_grad():
             self.adapter.set_users(None if user is None else self.adapter.embedding(user)[None])

@@ -49,6 +49,7 @@ from ..runtime.seeds import row_generator
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.data_pipeline import DataPipeline, as_preferences
+from ..training.memory import refuse_offload
 from ..training.online.differentiable_reward import DifferentiableReward
 from ..training.online.policy_sampler import sample_scores
 from ..training.online.rollout import SamplerConfig, guide, sampling_mode, transition
@@ -309,6 +310,7 @@ class RewardBackpropTrainer(Trainer):
         """
         super().validate()
         args = self.args
+        refuse_offload(args)
         scorers = self.scorers if self.scorers is not None else args.scorers
         if not scorers:
             raise ConfigError(

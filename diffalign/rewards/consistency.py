@@ -60,7 +60,7 @@ class Consistency(Protocol):
 
 def consistency_loss(
     prediction: Tensor, label: Tensor, kind: str, ignore_index: int = IGNORED
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute how far a prediction is from the label, per pixel.
 
     Args:
@@ -71,18 +71,21 @@ def consistency_loss(
         ignore_index (`int`, *optional*, defaults to `255`): Class without a loss.
 
     Returns:
-        `Tensor`: (n, pixels). Ignored pixels are NaN.
+        `tuple[Tensor, Tensor]`: The loss, 0 for ignored pixels, and which pixels count,
+        each (n, pixels).
 
     Raises:
         ValueError: Another kind.
     """
     if kind == "classes":
         loss = cross_entropy(prediction, label, ignore_index=ignore_index, reduction="none")
-        return loss.masked_fill(label == ignore_index, float("nan")).flatten(1)
+        return loss.flatten(1), (label != ignore_index).flatten(1)
     if kind == "map":
-        return (prediction - label).square().flatten(1)
+        loss = (prediction - label).square().flatten(1)
+        return loss, torch.ones_like(loss, dtype=torch.bool)
     if kind == "scalar":
-        return (label - prediction)[:, None]
+        loss = (label - prediction)[:, None]
+        return loss, torch.ones_like(loss, dtype=torch.bool)
     raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
 
 
@@ -93,7 +96,7 @@ def disagreement(first: Tensor, second: Tensor, kind: str) -> Tensor:
         first (`Tensor`): Prediction at the first noise level.
         second (`Tensor`): Prediction at the second one.
         kind (`str`): `classes`: KL divergence of the first from the second. `map` and
-            `scalar`: absolute difference, of the mean over channels.
+            `scalar`: absolute difference.
 
     Returns:
         `Tensor`: (n, pixels).
@@ -159,12 +162,10 @@ def uncertainty_reward_loss(
     weight = torch.exp(-weight_scale * uncertainty)
     if detach_weight:
         weight = weight.detach()
-    loss = weight * consistency_loss(first, label, kind, ignore_index)
+    loss, valid = consistency_loss(first, label, kind, ignore_index)
     if branches == "both":
-        other = weight * consistency_loss(second, label, kind, ignore_index)
-        loss = (loss + other) / 2
-    # Where no pixel has a label, the mean is NaN.
-    return loss.nanmean(1).nan_to_num(0.0), uncertainty.mean(1)
+        loss = (loss + consistency_loss(second, label, kind, ignore_index)[0]) / 2
+    return (weight * loss).sum(1) / valid.sum(1).clamp(min=1), uncertainty.mean(1)
 
 
 class PaletteSegmentation:
@@ -213,20 +214,26 @@ class TransformersConsistency:
     Args:
         model (`str` or `Path`): Hub id or folder.
         task (`str`): `segmentation` or `depth`.
-        device (`torch.device`, *optional*): Where it runs.
+        palette (`Tensor`, *optional*): Colors in [0, 1] of the model's classes in the
+            condition images, (K, 3). `segmentation` needs it.
 
     Raises:
         ConfigError: Another task.
         UserError: The model cannot be loaded.
     """
 
-    def __init__(
-        self, model: str | Path, task: str, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, model: str | Path, task: str, palette: Tensor | None = None) -> None:
         import transformers
 
         if task not in ("segmentation", "depth"):
             raise ConfigError("consistency", f"expected segmentation or depth, got {task!r}")
+        if task == "segmentation" and palette is None:
+            raise ConfigError(
+                "consistency",
+                "segmentation needs the palette of the condition images; in Python pass "
+                "scorers=TransformersConsistency(model, 'segmentation', palette)",
+            )
+        self.colors = None if palette is None else PaletteSegmentation(palette)
         self.kind = "classes" if task == "segmentation" else "map"
         self.name = f"{task}:{model}"
         loader: Any = (
@@ -240,7 +247,7 @@ class TransformersConsistency:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"consistency: {str(model)!r} cannot be loaded ({reason})") from error
-        self.network.requires_grad_(False).eval().to(device or "cpu")
+        self.network.requires_grad_(False).eval()
         size = processor.size
         self.size = (
             (int(size["height"]), int(size["width"]))
@@ -251,6 +258,7 @@ class TransformersConsistency:
 
     def predict(self, pixels: Tensor, prompts: Sequence[str] = ()) -> Tensor:
         """See `Consistency.predict`. Depth is scaled to a maximum of 1 per image."""
+        self.network.to(pixels.device)
         resized = interpolate(pixels.float(), self.size, mode="bilinear", antialias=True)
         mean, std = (
             torch.tensor(v, device=pixels.device)[None, :, None, None]
@@ -265,13 +273,12 @@ class TransformersConsistency:
     def label(self, control: Tensor) -> Tensor:
         """See `Consistency.label`. Depth is the brightness of the condition image.
 
-        Classes are those that the model reads from the condition image itself, which
-        must therefore be a photograph for `segmentation`.
+        Classes are the nearest colors of the palette.
         """
         with torch.no_grad():
-            if self.kind == "classes":
-                return self.predict(control).argmax(1)
             size = self.predict(control[:1]).shape[-2:]
+            if self.colors is not None:
+                return self.colors.label(interpolate(control, size, mode="nearest"))
             depth = interpolate(
                 control.mean(1, keepdim=True), size, mode="bilinear", antialias=True
             )
@@ -283,7 +290,7 @@ class ScorerConsistency:
 
     Args:
         scorer (`Scorer`): The scorer.
-        target (`float`): In the scorer's units.
+        target (`float`): In the scorer's units, negated where lower is better.
 
     Raises:
         ConfigError: The scorer gives no gradient.

@@ -315,7 +315,10 @@ def conservative(
     spread = (share * (values - mean[..., None]).masked_fill(~present, 0.0).square()).sum(-1)
     count = present.sum(-1)
     correction = count / (count - ddof).clamp(min=1) if ddof else torch.ones_like(total)
-    return _like(mean - k * (spread / total * correction).sqrt(), scores)
+    variance = spread / total * correction
+    # The root has no gradient at 0.
+    deviation = torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)
+    return _like(mean - k * deviation, scores)
 
 
 def kendalls_w(scores: Tensor) -> Tensor:

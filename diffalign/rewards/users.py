@@ -203,7 +203,8 @@ class HiddenStates:
             bare = self.processor.apply_chat_template(messages, add_generation_prompt=False)
             inputs = self.processor(images=images, text=text, return_tensors="pt")
             output = self.network(**inputs.to(self.network.device), output_hidden_states=True)
-            tail = len(self.processor.tokenizer(text[len(bare) :]).input_ids)
+            added = self.processor.tokenizer(text[len(bare) :], add_special_tokens=False)
+            tail = len(added.input_ids)
             rows.append(output.hidden_states[-1][0, -max(tail, 1) :].float().mean(0).cpu())
         return torch.stack(rows)[:, None]
 

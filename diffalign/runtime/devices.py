@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ..errors import ConfigError
@@ -13,7 +15,7 @@ def read_device(device: DeviceLike) -> torch.device:
 
     Args:
         device (`str` or `torch.device`, *optional*): None and ``auto`` take the GPU
-            when there is one.
+            when there is one: under a launcher the process's own.
 
     Returns:
         `torch.device`: the device.
@@ -22,7 +24,13 @@ def read_device(device: DeviceLike) -> torch.device:
         ConfigError: an unknown device, or one that is not there.
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # A process of several takes its own GPU, also before accelerate has chosen it.
+        rank = os.environ.get("LOCAL_RANK", "")
+        if rank.isdigit() and int(rank) < torch.cuda.device_count():
+            return torch.device("cuda", int(rank))
+        return torch.device("cuda")
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:

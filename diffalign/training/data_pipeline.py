@@ -69,6 +69,7 @@ def as_preferences(
             score_columns=config.score_columns,
             calibrate=config.calibrate,
             like_threshold=config.like_threshold,
+            wanted=kind,
             allow_remote_images=config.allow_remote_images,
             allow_outside_paths=config.allow_outside_paths,
             verbose=False,

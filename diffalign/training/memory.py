@@ -34,8 +34,8 @@ def check_memory_options(args: TrainingConfig, peft_config: LoraConfig | None) -
         if peft_config is None:
             raise ConfigError(
                 f"train.{name}",
-                "only frozen weights can be stored in fewer bits, and without a lora section all "
-                f"weights train; add lora, or set it to {off}",
+                "only the frozen weights under a LoRA can be stored in fewer bits; add lora where "
+                f"the method trains one, or set it to {off}",
             )
         if peft_config.use_dora:
             raise ConfigError(
@@ -49,6 +49,23 @@ def check_memory_options(args: TrainingConfig, peft_config: LoraConfig | None) -
         )
     if args.quantization:
         quantization_config(args.quantization, torch.bfloat16)
+
+
+def refuse_offload(args: TrainingConfig) -> None:
+    """Refuse to offload what a method needs a gradient through.
+
+    Args:
+        args (`TrainingConfig`): Settings of the run.
+
+    Raises:
+        ConfigError: `offload: group`.
+    """
+    if args.offload == "group":
+        raise ConfigError(
+            "train.offload",
+            "the gradient runs through the autoencoder, whose offloaded weights would be gone in "
+            "the backward pass; set it to none",
+        )
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:

@@ -883,7 +883,9 @@ class Trainer:
                 "data.dataset_test_split", "no evaluation data: name a split, or pass eval_dataset"
             )
         self.setup()
-        groups = self.read_dataset(source, self.data_config.dataset_test_split or "test")
+        groups = source
+        if eval_dataset is not None or not isinstance(source, PreferenceDataset):
+            groups = self.read_dataset(source, self.data_config.dataset_test_split or "test")
         config = dataclasses.replace(
             self.data_config, cache_latents=None, cache_text_embeddings=None
         )

@@ -344,7 +344,7 @@ def test_four_votes_draw_for_a_taste(tmp_path: Path) -> None:
                 )
             )
         one.at("vote-personal").click()
-        one.until(lambda: "you are like" in one.at("vote-personal-like").text)
+        one.until(lambda: "most like one of" in one.at("vote-personal-like").text)
         one.until(lambda: one.sources("vote-personal-plain") and one.sources("vote-personal-own"))
         one.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
         one.picture("personal")

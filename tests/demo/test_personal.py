@@ -47,7 +47,7 @@ def test_four_votes_make_a_taste(adapter: Path, tmp_path: Path) -> None:
         pair = voting.new_pair("visitor", "")
         assert pair is not None and voting.vote("visitor", pair.id, "left", "")
     prompt, plain, own, like = voting.personal("visitor")
-    assert prompt in train_prompts() and "From 4 votes you are like:" in like
+    assert prompt in train_prompts() and "From 4 votes: most like one of 2 known users" in like
     assert not np.array_equal(np.asarray(plain), np.asarray(own))
     with pytest.raises(UserError, match="vote on 4 more"):
         voting.personal("somebody else")

@@ -45,7 +45,7 @@ def loss_of(trainer: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def test_condition_images_are_cropped_like_their_images(tmp_path: Path) -> None:
     rows = conditioned_rows(4)
     for row in rows:
-        row["condition"] = row["image"]
+        row["conditioning_image"] = row["image"]
     trainer = ctrl(tmp_path, rows=rows, data={"center_crop": False, "random_flip": True})
     batch = first_batch(trainer)
     assert batch.condition["control"].shape == (4, 3, 32, 32) and batch.k == 1
@@ -59,12 +59,15 @@ def test_data_with_conditions(tmp_path: Path) -> None:
     assert data.kind == "conditioned" and len(data[0].images) == 2
     assert [len(group.images) for group in data.as_kind("single")] == [1, 1, 1]
     folder = convert(data, tmp_path / "data")
-    assert load_preferences(str(folder), verbose=False).kind == "conditioned"
+    again = load_preferences(str(folder), verbose=False)
+    assert again.kind == "conditioned"
     named = [
-        {"text": row["prompt"], "image": row["image"], "conditioning_image": row["condition"]}
+        {"text": row["prompt"], "image": row["image"], "condition": row["conditioning_image"]}
         for row in conditioned_rows(2)
     ]
-    assert load_preferences(named, verbose=False).kind == "conditioned"
+    assert load_preferences(named, verbose=False).kind == "single"
+    data = load_preferences(named, wanted="conditioned", verbose=False)
+    assert data.kind == "conditioned"
 
 
 @pytest.mark.parametrize("family", ["sd", "sd_v", "sdxl"])
@@ -192,7 +195,7 @@ def test_consistencies_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"consistency": "edges"}, "consistency: expected shapes, segmentation:MODEL or depth:"),
+        ({"consistency": "edges"}, "consistency: expected shapes or depth:MODEL, got 'edges'"),
         ({"data": {"cache_latents": "cache"}}, "cache_latents: cached latents have no condition"),
         ({"options": {"scorers": 3}}, "scorers: expected a Consistency or a differentiable"),
         ({"reward_min_timestep": 500}, "reward_min_timestep: expected at most"),

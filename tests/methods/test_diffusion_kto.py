@@ -159,12 +159,35 @@ def test_precomputed_reference_errors_of_pairs(tmp_path: Path) -> None:
 
 
 def test_disliked_images_do_not_train_sft(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "sd", "sft", rows=labelled_rows(8), peft_config=lora_config())
+    rows = [{**row, "liked": row["label"]} for row in labelled_rows(8)]
+    for row in rows:
+        del row["label"]
+    trainer = make_trainer(tmp_path, "sd", "sft", rows=rows, peft_config=lora_config())
     assert len(trainer.train_dataset) == 4
-    inverted = make_trainer(
-        tmp_path, "sd", "sft", rows=labelled_rows(8), data={"invert_preferences": True}
-    )
+    inverted = make_trainer(tmp_path, "sd", "sft", rows=rows, data={"invert_preferences": True})
     assert [g.row_id for g in inverted.train_dataset] == [1, 3, 5, 7]
+    # A column `label` may mean anything: it counts where it is mapped.
+    unclear = make_trainer(tmp_path, "sd", "sft", rows=labelled_rows(8))
+    assert len(unclear.train_dataset) == 8
+    mapped = {"columns": {"label": "label"}}
+    assert (
+        len(make_trainer(tmp_path, "sd", "sft", rows=labelled_rows(8), data=mapped).train_dataset)
+        == 4
+    )
+
+
+def test_evaluations_of_inverted_data_are_inverted_once(tmp_path: Path) -> None:
+    trainer = kto(
+        tmp_path, data={"invert_preferences": True},
+        options={"eval_dataset": labelled_rows(4)},
+    )  # fmt: skip
+    assert [group.scores for group in trainer.evaluation_data().dataset] == [
+        (-1.0,), (1.0,), (-1.0,), (1.0,),
+    ]  # fmt: skip
+    assert [group.scores[0] for group in trainer.evaluation_data(labelled_rows(2)).dataset] == [
+        -1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(

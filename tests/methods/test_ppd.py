@@ -135,8 +135,14 @@ def test_rows_without_a_user(tmp_path: Path) -> None:
     place = batch.row_ids.index(0)
     mask = batch.condition[USER_MASK].reshape(-1, 2)
     assert mask[place].tolist() == [0.0, 0.0] and mask.sum() == 6
-    with pytest.raises(UserError, match="'eve' is no user of the training data"):
-        trainer.evaluate([user_rows(1)[0] | {"user_id": "eve"}])
+    # A user of other data is nobody.
+    metrics = trainer.evaluate([user_rows(1)[0] | {"user_id": "eve"}])
+    assert metrics["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    told = ppd(
+        tmp_path / "told",
+        options={"eval_dataset": [user_rows(1)[0] | {"user_id": "eve"}]},
+    )
+    assert any("1 of the evaluation data are not those" in note for note in told.notes)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +241,10 @@ def test_embeddings_from_pairs(tmp_path: Path, monkeypatch: Any) -> None:
         tmp_path / "run", "sd3", user_embeddings="brightness", num_examples=2, max_steps=60,
         learning_rate=2e-2, per_device_train_batch_size=4,
     )  # fmt: skip
-    assert len(trainer.train_dataset) == 4 and [len(pairs) for pairs in trainer.examples] == [2, 2]
+    assert len(trainer.train_dataset) == 4 and [len(groups) for groups in trainer.examples] == [
+        2,
+        2,
+    ]
     assert trainer.record.dataset is trainer.train_dataset
     trainer.train()
     assert not trainer.adapter.table.requires_grad
@@ -274,6 +283,30 @@ def test_users_as_models_of_a_comparison(run: Path) -> None:
         read_models(pipe, [{"user": "ann"}])
     with pytest.raises(ConfigError, match="there is no PPD run in 'nowhere'"):
         read_models(pipe, [{"user_adapter": "nowhere"}])
+
+
+def test_passes_without_gradients_leave_no_user_behind(tmp_path: Path) -> None:
+    trainer = ppd(tmp_path, validation_user="ann", user_scale=0.5)
+    trainer.setup()
+    before = trainer.adapter._users
+    trainer.evaluate(user_rows(8))
+    assert trainer.adapter._users is before and before is not None
+    trainer.save_model(str(tmp_path / "saved"))
+    users = load_users(build_pipeline("sd"), tmp_path / "saved")
+    assert users.adapter.scale == 0.5
+    with users.apply("ann", scale=0.5):
+        assert users.adapter.scale == 0.25
+    assert users.adapter.scale == 0.5
+
+
+def test_numbers_as_users(run: Path) -> None:
+    from diffalign.evaluation.compare import read_models
+
+    model = read_models("shapes", [{"user_adapter": str(run), "user": 4021}])[1]
+    assert model.user == "4021"
+    users = load_users(build_pipeline("sd3"), run)
+    with pytest.raises(UserError, match="expected a name.*got int"), users.apply(3):  # type: ignore[arg-type]
+        pass
 
 
 def test_posterior_of_users() -> None:

@@ -24,7 +24,7 @@ from tiny import (
 )
 
 from diffalign.data import load_preferences
-from diffalign.errors import ConfigError, UserError
+from diffalign.errors import ConfigError
 from diffalign.likelihood import implicit_rewards
 from diffalign.methods.diffusion_dpo import DiffusionDPOConfig, diffusion_dpo_loss, score_factors
 from diffalign.methods.rankdpo import phi_from_scores
@@ -129,11 +129,17 @@ def test_a_pair_without_a_score_has_no_gradient(tmp_path: Path) -> None:
         assert policy.grad[place].tolist() == [0.0, 0.0] and policy.grad[1 - place].abs().sum() > 0
 
 
-def test_bad_scores() -> None:
+def test_scores_that_cannot_be_read_are_missing() -> None:
     rows = scored_rows(1)
     rows[0]["chosen_score"] = "much"
-    with pytest.raises(UserError, match=r"row 0: chosen_score is 'much', expected a number"):
-        load_preferences(rows, verbose=False)
+    scores = load_preferences(rows, verbose=False)[0].scores
+    assert scores is not None and math.isnan(scores[0]) and scores[1] == 0.2
+
+
+@pytest.mark.parametrize("loss_type", ["linear", "regression"])
+def test_margins_have_no_meaning_for_these_losses(loss_type: str) -> None:
+    with pytest.raises(ConfigError, match="score_margin: it has no meaning for loss_type"):
+        DiffusionDPOConfig(score_margin=2.0, loss_type=loss_type)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

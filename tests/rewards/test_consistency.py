@@ -32,7 +32,7 @@ def test_h3_map_form() -> None:
     options: dict[str, Any] = {"kind": "map"}
     reward, uncertainty = uncertainty_reward_loss(first, second, label, **options)
     assert uncertainty.tolist() == pytest.approx([0.075, 0.2], abs=1e-9)
-    plain = consistency_loss(first, label, "map").mean(1)
+    plain = consistency_loss(first, label, "map")[0].mean(1)
     assert plain.tolist() == pytest.approx([0.0075, 0.065], abs=1e-9)
     assert reward.tolist() == pytest.approx([0.007046826882, 0.048613271940], abs=1e-9)
     both, _ = uncertainty_reward_loss(first, second, label, branches="both", **options)
@@ -67,8 +67,10 @@ def test_h3b_classes() -> None:
     first = torch.tensor([[2, 0, -1], [0, 1, 0]], dtype=torch.float64).T[None, :, None]
     second = torch.tensor([[1, 0.5, -1], [0, -1, 1]], dtype=torch.float64).T[None, :, None]
     label = torch.tensor([[[0, 1]]])
-    loss = consistency_loss(first, label, "classes")
-    assert loss[0].tolist() == pytest.approx([0.169846019556, 0.551444713932], abs=1e-9)
+    loss, valid = consistency_loss(first, label, "classes")
+    assert valid.all() and loss[0].tolist() == pytest.approx(
+        [0.169846019556, 0.551444713932], abs=1e-9
+    )
     for scale, reward, uncertainty in (
         (1.0, 0.215492722176, 0.421957189905), (0.1, 0.342030636065, 0.42195718991),
     ):  # fmt: skip
@@ -96,7 +98,7 @@ def test_h3d_palette() -> None:
     logits = predictor.predict(pixels)
     assert logits[0, :, 0, 0].tolist() == pytest.approx([-0.6, -14.6, -4.1], abs=1e-5)
     assert logits[0, :, 0, 1].tolist() == pytest.approx([-8.6, -6.6, -0.1], abs=1e-5)
-    loss = consistency_loss(logits, torch.tensor([[[0, 2]]]), "classes")[0]
+    loss = consistency_loss(logits, torch.tensor([[[0, 2]]]), "classes")[0][0]
     assert loss.tolist() == pytest.approx([0.029751225427, 0.001705452451], abs=1e-6)
     assert predictor.label(pixels).tolist() == [[[0, 2]]]
     with pytest.raises(ConfigError, match=r"palette: expected \(K, 3\)"):
@@ -106,7 +108,7 @@ def test_h3d_palette() -> None:
 def test_equal_predictions_are_certain() -> None:
     first, _, label = maps()
     reward, uncertainty = uncertainty_reward_loss(first, first, label, kind="map")
-    torch.testing.assert_close(reward, consistency_loss(first, label, "map").mean(1))
+    torch.testing.assert_close(reward, consistency_loss(first, label, "map")[0].mean(1))
     assert not uncertainty.any()
     with pytest.raises(ValueError, match="kind"):
         consistency_loss(first, label, "edges")
@@ -118,7 +120,7 @@ def test_a_scorer_is_a_consistency() -> None:
     consistency = ScorerConsistency(SoftBrightness(), target=1.0)
     pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
     prediction = consistency.predict(pixels, ["a", "b"])
-    loss = consistency_loss(prediction, consistency.label(pixels), "scalar")
+    loss, _ = consistency_loss(prediction, consistency.label(pixels), "scalar")
     loss.sum().backward()
     assert pixels.grad is not None and (pixels.grad < 0).all()
     with pytest.raises(ConfigError, match="gives no gradient"):
@@ -146,7 +148,8 @@ def test_models_of_transformers(task: str, tmp_path: Any) -> None:
         processor = transformers.DPTImageProcessor(size={"height": 32, "width": 32})
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    consistency = TransformersConsistency(tmp_path, task)
+    palette = torch.eye(4)[:, :3] if task == "segmentation" else None
+    consistency = TransformersConsistency(tmp_path, task, palette)
     pixels = torch.rand(2, 3, 48, 48, requires_grad=True)
     prediction = consistency.predict(pixels, ["a", "b"])
     label = consistency.label(torch.rand(2, 3, 48, 48))
@@ -155,4 +158,18 @@ def test_models_of_transformers(task: str, tmp_path: Any) -> None:
     reward.sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
     with pytest.raises(UserError, match="cannot be loaded"):
-        TransformersConsistency(tmp_path / "nothing", task)
+        TransformersConsistency(tmp_path / "nothing", task, palette)
+    with pytest.raises(ConfigError, match="segmentation needs the palette"):
+        TransformersConsistency(tmp_path, "segmentation")
+
+
+def test_ignored_pixels_have_no_gradient() -> None:
+    first = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    second = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    label = torch.tensor([[[0, 255], [1, 2]]])
+    for branches in ("one", "both"):
+        reward, uncertainty = uncertainty_reward_loss(
+            first, second, label, kind="classes", detach_weight=False, branches=branches
+        )
+        (slope,) = torch.autograd.grad((reward + uncertainty).sum(), first)
+        assert slope.isfinite().all()

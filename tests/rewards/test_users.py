@@ -107,8 +107,8 @@ def test_hidden_states_of_a_model_of_transformers(monkeypatch: pytest.MonkeyPatc
             return Tokens(input_ids=torch.arange(6)[None])
 
         @staticmethod
-        def tokenizer(text: str) -> Any:
-            assert text == " answer:"
+        def tokenizer(text: str, add_special_tokens: bool) -> Any:
+            assert text == " answer:" and not add_special_tokens
             return type("Encoded", (), {"input_ids": [1, 2]})
 
     class Network:

@@ -164,9 +164,9 @@ def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"layerwise_casting: only frozen weights"):
+    with pytest.raises(ConfigError, match=r"layerwise_casting: only the frozen weights"):
         make_trainer(tmp_path, layerwise_casting=True)
-    with pytest.raises(ConfigError, match=r"quantization: only frozen weights .* add lora"):
+    with pytest.raises(ConfigError, match=r"quantization: only the frozen weights .* add lora"):
         make_trainer(tmp_path, quantization="int8")
     with pytest.raises(ConfigError, match=r"layerwise_casting: a DoRA reads the frozen weights"):
         make_trainer(tmp_path, layerwise_casting=True, peft_config=lora_config(use_dora=True))

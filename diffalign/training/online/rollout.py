@@ -480,9 +480,11 @@ def sampling_mode(network: Module) -> Any:
     Args:
         network: Gets its mode back afterwards.
     """
-    was = network.training
+    modes = [(module, module.training) for module in network.modules()]
     without_dropout(network)
     try:
         yield network
     finally:
-        network.train(was)
+        # One by one, since an evaluation has turned dropout off alone.
+        for module, was in modes:
+            module.training = was
