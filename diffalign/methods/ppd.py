@@ -20,7 +20,8 @@ stays usable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -389,6 +390,19 @@ class PPDTrainer(DiffusionDPOTrainer):
         """
         super().on_optimizer_step(step)
         self._set_validation_user()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the averaged weights, which also project the user of a validation.
+
+        See `Trainer.averaged_weights`.
+        """
+        try:
+            with super().averaged_weights():
+                self._set_validation_user()
+                yield
+        finally:
+            self._set_validation_user()
 
     def _set_validation_user(self) -> None:
         user = self.args.validation_user

@@ -299,6 +299,25 @@ def test_passes_without_gradients_leave_no_user_behind(tmp_path: Path) -> None:
     assert users.adapter.scale == 0.5
 
 
+def test_averaged_weights_project_the_user_of_a_validation(tmp_path: Path) -> None:
+    trainer = ppd(
+        tmp_path, validation_user="ann", use_ema=True, ema_decay=0.5, max_steps=3,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()
+
+    def projected() -> torch.Tensor:
+        with torch.no_grad(), trainer.adapter.users(trainer.adapter.embedding("ann")[None]):
+            return trainer.adapter._users[0].clone()
+
+    live = trainer.adapter._users[0].clone()
+    assert torch.equal(live, projected())
+    with trainer.averaged_weights():
+        mean = trainer.adapter._users[0].clone()
+        assert torch.equal(mean, projected()) and not torch.equal(mean, live)
+    assert torch.equal(trainer.adapter._users[0], live)
+
+
 def test_numbers_as_users(run: Path) -> None:
     from diffalign.evaluation.compare import read_models
 
