@@ -320,16 +320,22 @@ class Panel:
             sign = 1.0 if self.specs[name].higher_is_better else -1.0
             with self.using(name) as scorer:
                 columns.append(sign * scorer.score_tensor(pixels, prompts).to(pixels.device))
+        return self._combined(torch.stack(columns, dim=-1)[None], names, weights)[0]
+
+    def _combined(
+        self, scores: Tensor, names: Sequence[str], weights: Sequence[float] | None
+    ) -> Tensor:
+        """Combine scores (m, n, scorers) as the panel is configured to, (m, n)."""
         config = self.combine_config
         return ensemble.combine(
-            torch.stack(columns, dim=-1)[None],
+            scores,
             config.method,
             weights=weights,
             affine=[self._affine[name] for name in names],
             names=names,
             k=config.k,
             ddof=config.ddof,
-        )[0]
+        )
 
     def close(self) -> None:
         """Free the scorers that the panel loaded."""
@@ -415,15 +421,7 @@ class Panel:
         usable = ensemble.apply_missing(train[None], config.missing, names)[0]
         values = torch.full((len(groups),), float("nan"), dtype=torch.float64)
         for _, index in stacks(members, len(names)):
-            values[index] = ensemble.combine(
-                usable[index],
-                config.method,
-                weights=weights,
-                affine=[self._affine[name] for name in names],
-                names=names,
-                k=config.k,
-                ddof=config.ddof,
-            )
+            values[index] = self._combined(usable[index], names, weights)
         return Combined(values.float(), agreement(scores, present, train, members))
 
     def agreed_pairs(
