@@ -6,10 +6,8 @@ Every thumb is on disk before the next image comes.
 from __future__ import annotations
 
 import random
-import tempfile
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +16,7 @@ from ..errors import UserError
 from .answers import ANNOTATOR_CHARS, Pending
 from .engine import Engine, enlarged
 from .likes import LikeStore, Shown
-from .ui import Session, explained
+from .ui import Session, explained, export_button
 
 
 class Liking:
@@ -153,16 +151,10 @@ def build(liking: Liking, session: Session, export: bool) -> None:
             take, [shown, annotator], [*buttons, status], queue=False, api_name=f"like_{thumb}"
         ).then(show_next, None, outputs, api_visibility="private", **options)
     if export:
-        with gr.Row():
-            make = gr.Button("Make a dataset of all thumbs", elem_id="like-export")
-            file = gr.DownloadButton(
-                "Download likes.parquet", visible=False, elem_id="like-download"
-            )
-
-        def write() -> Any:
-            with explained():
-                folder = Path(tempfile.mkdtemp(prefix="diffalign-likes-"))
-                liking.store.export(folder / "likes.parquet")
-            return gr.update(value=str(folder / "likes.parquet"), visible=True)
-
-        make.click(write, None, file, api_name="export_likes")
+        export_button(
+            liking.store.export,
+            "Make a dataset of all thumbs",
+            "likes",
+            elem_id="like",
+            api_name="export_likes",
+        )

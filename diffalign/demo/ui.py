@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -161,3 +163,30 @@ def score_table(scores: Mapping[str, Sequence[float | None]], columns: Sequence[
         )
         lines.append(f"| {html.escape(name)} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def export_button(
+    export: Callable[[Path], int], title: str, name: str, *, elem_id: str, api_name: str
+) -> None:
+    """Add a button that makes a dataset of all answers, and one that downloads it.
+
+    Args:
+        export (`Callable`): Writes the dataset to a path.
+        title (`str`): Text of the button.
+        name (`str`): Name of the file, without `.parquet`.
+        elem_id (`str`): Beginning of the ids of both buttons.
+        api_name (`str`): Name of the event.
+    """
+    with gr.Row():
+        make = gr.Button(title, elem_id=f"{elem_id}-export")
+        file = gr.DownloadButton(
+            f"Download {name}.parquet", visible=False, elem_id=f"{elem_id}-download"
+        )
+
+    def write() -> Any:
+        with explained():
+            path = Path(tempfile.mkdtemp(prefix=f"diffalign-{name}-")) / f"{name}.parquet"
+            export(path)
+        return gr.update(value=str(path), visible=True)
+
+    make.click(write, None, file, api_name=api_name)

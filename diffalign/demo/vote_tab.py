@@ -6,11 +6,9 @@ Every vote is on disk before the next pair comes.
 from __future__ import annotations
 
 import random
-import tempfile
 import threading
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,7 +18,7 @@ from ..errors import UserError
 from ..evaluation.formatting import rate
 from .answers import ANNOTATOR_CHARS, Pending
 from .engine import Engine, enlarged
-from .ui import Session, explained
+from .ui import Session, explained, export_button
 from .votes import Pair, RoundVotes, VoteStore
 
 KEYS = """
@@ -300,19 +298,13 @@ def build(voting: Voting, session: Session, export: bool) -> None:
     if voting.engine.users is not None and not voting.from_round:
         _build_personal(voting, session, options)
     if export and not voting.from_round:
-        with gr.Row():
-            make = gr.Button("Make a preference dataset of all votes", elem_id="vote-export")
-            file = gr.DownloadButton(
-                "Download votes.parquet", visible=False, elem_id="vote-download"
-            )
-
-        def write() -> Any:
-            with explained():
-                folder = Path(tempfile.mkdtemp(prefix="diffalign-votes-"))
-                voting.store.export(folder / "votes.parquet")
-            return gr.update(value=str(folder / "votes.parquet"), visible=True)
-
-        make.click(write, None, file, api_name="export")
+        export_button(
+            voting.store.export,
+            "Make a preference dataset of all votes",
+            "votes",
+            elem_id="vote",
+            api_name="export",
+        )
 
 
 def _build_personal(voting: Voting, session: Session, options: dict[str, Any]) -> None:
