@@ -26,6 +26,7 @@ HOOKS = {
     "compute_loss",
     "on_optimizer_step",
     "evaluation_metrics",
+    "averaged_weights",
 }
 # What a method says about itself.
 FACTS = {
