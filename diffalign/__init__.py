@@ -53,6 +53,14 @@ _EXPORTS = {
     "SPOTrainer": "methods.spo",
     "SFTConfig": "methods.sft",
     "SFTTrainer": "methods.sft",
+    "AWMConfig": "methods.awm",
+    "AWMTrainer": "methods.awm",
+    "DGPOConfig": "methods.dgpo",
+    "DGPOTrainer": "methods.dgpo",
+    "DiffusionNFTConfig": "methods.diffusion_nft",
+    "DiffusionNFTTrainer": "methods.diffusion_nft",
+    "GRPOConfig": "methods.grpo",
+    "GRPOTrainer": "methods.grpo",
     "DataConfig": "data.config",
     "ValidationConfig": "training.sections",
     "TrainerCallback": "training.callbacks",
@@ -68,12 +76,16 @@ _EXPORTS = {
     "UserError": "errors",
 }
 __all__ = [
+    "AWMConfig",
+    "AWMTrainer",
     "CtrlUConfig",
     "CtrlUTrainer",
     "D3POConfig",
     "D3POTrainer",
     "DCPOConfig",
     "DCPOTrainer",
+    "DGPOConfig",
+    "DGPOTrainer",
     "DataConfig",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
@@ -81,11 +93,15 @@ __all__ = [
     "DiffusionDROTrainer",
     "DiffusionKTOConfig",
     "DiffusionKTOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
     "DiffusionNPOConfig",
     "DiffusionNPOTrainer",
     "DiffusionORPOConfig",
     "DiffusionORPOTrainer",
     "FKSteering",
+    "GRPOConfig",
+    "GRPOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
     "NegativeGuidance",
@@ -124,14 +140,18 @@ if TYPE_CHECKING:
     from .evaluation.guidance_sweep import compare_guidance
     from .generation.guidance import NegativeGuidance
     from .generation.users import load_users
+    from .methods.awm import AWMConfig, AWMTrainer
     from .methods.ctrl_u import CtrlUConfig, CtrlUTrainer
     from .methods.d3po import D3POConfig, D3POTrainer
     from .methods.dcpo import DCPOConfig, DCPOTrainer
+    from .methods.dgpo import DGPOConfig, DGPOTrainer
     from .methods.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .methods.diffusion_dro import DiffusionDROConfig, DiffusionDROTrainer
     from .methods.diffusion_kto import DiffusionKTOConfig, DiffusionKTOTrainer
+    from .methods.diffusion_nft import DiffusionNFTConfig, DiffusionNFTTrainer
     from .methods.diffusion_npo import DiffusionNPOConfig, DiffusionNPOTrainer
     from .methods.diffusion_orpo import DiffusionORPOConfig, DiffusionORPOTrainer
+    from .methods.grpo import GRPOConfig, GRPOTrainer
     from .methods.mapo import MaPOConfig, MaPOTrainer
     from .methods.ppd import PPDConfig, PPDTrainer
     from .methods.rankdpo import RankDPOConfig, RankDPOTrainer

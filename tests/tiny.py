@@ -255,7 +255,12 @@ def user_rows(count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
 
 def method_rows(method: str, count: int = 8, size: int = RESOLUTION) -> list[dict[str, Any]]:
     """Rows that a method can train on."""
-    rows = {"rankdpo": ranked_rows, "dcpo": captioned_rows, "diffusion_kto": labelled_rows}
+    rows = {
+        "rankdpo": ranked_rows,
+        "dgpo": ranked_rows,
+        "dcpo": captioned_rows,
+        "diffusion_kto": labelled_rows,
+    }
     rows |= {"ppd": user_rows, "ctrl_u": conditioned_rows}
     return rows.get(method, pair_rows)(count, size)
 
@@ -343,6 +348,12 @@ def make_trainer(
     if method == "reward_backprop":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": SoftBrightness(), **(options or {})}
+    if method == "grpo":
+        values = {"num_inference_steps": 3, "guidance_scale": 2.0, "images_per_prompt": 2} | values
+    if method in ("awm", "diffusion_nft"):
+        values = {"num_inference_steps": 4, "images_per_prompt": 2, "times_per_image": 2} | values
+    if method in ("awm", "diffusion_nft", "grpo"):
+        options = {"scorers": [brightness], **(options or {})}
     if method == "d3po":
         values = {"num_inference_steps": 3, "guidance_scale": 2.0} | values
         options = {"scorers": [brightness], **(options or {})}

@@ -22,11 +22,14 @@ from .schedules import (
 )
 from .timesteps import TIMESTEP_SAMPLERS, refiner_timesteps, sample_times, turbo_timesteps
 from .transitions import (
+    cps_step,
+    dance_sde_step,
     ddim_step,
     ddim_step_log_prob,
     flow_sde_step,
     flow_sde_step_log_prob,
     gaussian_log_prob,
+    unscaled_log_prob,
 )
 
 __all__ = [
@@ -35,6 +38,8 @@ __all__ = [
     "RectifiedFlow",
     "VariancePreserving",
     "convert_errors",
+    "cps_step",
+    "dance_sde_step",
     "ddim_step",
     "ddim_step_log_prob",
     "denoising_errors",
@@ -49,6 +54,7 @@ __all__ = [
     "sample_times",
     "schedule_from_scheduler",
     "turbo_timesteps",
+    "unscaled_log_prob",
     "winner_safeguard",
     "with_zero_terminal_snr",
 ]

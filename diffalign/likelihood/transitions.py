@@ -2,7 +2,9 @@
 
 DDIM with eta (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) is for
 variance-preserving models, the flow SDE (Flow-GRPO, Liu et al. 2025, arXiv 2505.05470)
-for rectified flow. Everything is computed in float32 or wider. A log-probability is the
+for rectified flow. Other steps for rectified flow are DanceGRPO's SDE (Xue et al. 2025,
+arXiv 2505.07818) and coefficient-preserving sampling (CPS, Wang and Yu 2025, arXiv
+2509.05952). Everything is computed in float32 or wider. A log-probability is the
 mean over the elements of a sample, as in the published codes, or their sum.
 """
 
@@ -265,3 +267,99 @@ def flow_sde_step_log_prob(
         model_output=model_output, sample=sample, sigma=sigma, sigma_prev=sigma_prev, eta=eta
     )
     return gaussian_log_prob(prev_sample, mean, std, reduce), mean, std
+
+
+def dance_sde_step(
+    *,
+    model_output: Tensor,
+    sample: Tensor,
+    sigma: Tensor | float,
+    sigma_prev: Tensor | float,
+    eta: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of one step of DanceGRPO's SDE.
+
+    See DanceGRPO, Xue et al. 2025, arXiv 2505.07818, and its published code. The
+    diffusion is constant, while that of `flow_sde_step` grows with sigma.
+
+    Args:
+        model_output (`Tensor`): velocity, (n, ...).
+        sample (`Tensor`): (n, ...).
+        sigma, sigma_prev (`Tensor` or `float`): at both ends of the step, scalars or
+            (n,), with sigma_prev < sigma <= 1.
+        eta (`float`): the diffusion.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: mean (n, ...), and a deviation that broadcasts to it.
+
+    Example:
+        ```python
+        velocity, sample = torch.randn(2, 1, 16, 8, 8)
+        mean, std = dance_sde_step(
+            model_output=velocity, sample=sample, sigma=0.9, sigma_prev=0.8, eta=0.3
+        )
+        ```
+    """
+    now, then = _wide(sigma, sample), _wide(sigma_prev, sample)
+    velocity, x = model_output.to(now.dtype), sample.to(now.dtype)
+    dt = then - now
+    clean = x - now * velocity
+    score = -(x - (1 - now) * clean) / now.square()
+    mean = x + velocity * dt - 0.5 * eta**2 * score * dt
+    return mean, eta * (-dt).sqrt()
+
+
+def cps_step(
+    *,
+    model_output: Tensor,
+    sample: Tensor,
+    sigma: Tensor | float,
+    sigma_prev: Tensor | float,
+    eta: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of one coefficient-preserving step.
+
+    See CPS, Wang and Yu 2025, arXiv 2509.05952, and Flow-GRPO's published code. A
+    share of the noise at `sigma_prev` is new, so that the sample has exactly the noise
+    that the network expects there.
+
+    Args:
+        model_output (`Tensor`): velocity, (n, ...).
+        sample (`Tensor`): (n, ...).
+        sigma, sigma_prev (`Tensor` or `float`): at both ends of the step, scalars or
+            (n,), with sigma_prev < sigma <= 1.
+        eta (`float`): in [0, 1]. 0 is deterministic, and at 1 all noise is new.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: mean (n, ...), and a deviation that broadcasts to it.
+
+    Example:
+        ```python
+        velocity, sample = torch.randn(2, 1, 16, 8, 8)
+        mean, std = cps_step(
+            model_output=velocity, sample=sample, sigma=0.9, sigma_prev=0.8, eta=0.7
+        )
+        ```
+    """
+    now, then = _wide(sigma, sample), _wide(sigma_prev, sample)
+    velocity, x = model_output.to(now.dtype), sample.to(now.dtype)
+    std = then * math.sin(eta * math.pi / 2)
+    clean, noise = x - now * velocity, x + (1 - now) * velocity
+    mean = (1 - then) * clean + (then.square() - std.square()).clamp(min=0).sqrt() * noise
+    return mean, std
+
+
+def unscaled_log_prob(sample: Tensor, mean: Tensor) -> Tensor:
+    """Compute what stands for the log-probability of a step of CPS.
+
+    The published code leaves out the variance, so that all steps have gradients of one
+    size.
+
+    Args:
+        sample (`Tensor`): (n, ...). No gradient flows into it.
+        mean (`Tensor`): (n, ...).
+
+    Returns:
+        `Tensor`: minus the squared distance, averaged over the elements, (n,).
+    """
+    return -(sample.detach().to(mean) - mean).square().flatten(1).mean(1)

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from ..training.trainer import Trainer
 
 METHODS: dict[str, str] = {
+    "awm": "awm:AWM",
     "ctrl_u": "ctrl_u:CtrlU",
     "d3po": "d3po:D3PO",
     "dcpo": "dcpo:DCPO",
+    "dgpo": "dgpo:DGPO",
     "diffusion_dpo": "diffusion_dpo:DiffusionDPO",
     "diffusion_dro": "diffusion_dro:DiffusionDRO",
     "diffusion_kto": "diffusion_kto:DiffusionKTO",
+    "diffusion_nft": "diffusion_nft:DiffusionNFT",
     "diffusion_npo": "diffusion_npo:DiffusionNPO",
     "diffusion_orpo": "diffusion_orpo:DiffusionORPO",
+    "grpo": "grpo:GRPO",
     "mapo": "mapo:MaPO",
     "ppd": "ppd:PPD",
     "rankdpo": "rankdpo:RankDPO",

@@ -24,10 +24,7 @@ Differences from the official code:
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
-from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -36,16 +33,14 @@ from torch.nn.functional import softplus
 
 from ..config.ranges import OneOf, Positive, Range, count
 from ..config.section import config_section
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError
 from ..training.batch import Batch
-from ..training.denoiser import Denoiser
-from ..training.online.on_policy import OnPolicyConfig, OnPolicyTrainer
 from ..training.online.reward_function import COMPARE
-from ..training.online.rollout import Grid, Trajectories, guide, step_log_prob
+from ..training.online.trajectory_trainer import TrajectoryConfig, TrajectoryTrainer
 
 
 @config_section
-class D3POConfig(OnPolicyConfig):
+class D3POConfig(TrajectoryConfig):
     """`train:` for `method: d3po`.
 
     Example:
@@ -65,12 +60,6 @@ class D3POConfig(OnPolicyConfig):
     """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no
     gradient. Source: official code, 0.1 (0.2 in its first version); the paper's eq. 14
     has none."""
-    reduce: Literal["mean", "sum"] = "mean"
-    """mean (official code) | sum over the elements of a latent. With `sum`, divide
-    `beta` by the number of elements. Source: official code."""
-    timestep_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
-    """Share of a trajectory's steps that is trained, drawn anew per row. Source:
-    official code, all steps."""
     compare: Annotated[str, OneOf(COMPARE)] = "pareto"
     """pareto: better in every score | majority: better in most scores | combined: by
     the panel's combined score. Source: official reward script; majority as in
@@ -104,10 +93,6 @@ class D3POConfig(OnPolicyConfig):
     def compared_by(self) -> str:
         return self.compare
 
-    @property
-    def reduction_of_log_probs(self) -> str:
-        return self.reduce
-
 
 def d3po_loss(
     log_ratios: Tensor, preference: Tensor, *, beta: float = 0.1, clip_range: float = 0.1
@@ -134,7 +119,7 @@ def d3po_loss(
     return softplus(-beta * preference.to(margin) * margin)
 
 
-class D3POTrainer(OnPolicyTrainer):
+class D3POTrainer(TrajectoryTrainer):
     """Trains on the steps of sampled trajectories, by preferences between their images.
 
     Example:
@@ -174,128 +159,6 @@ class D3POTrainer(OnPolicyTrainer):
     config_class = D3POConfig
     args: D3POConfig
 
-    def validate(self) -> None:
-        """Check the scorers, and that the sampler has a stochastic step.
-
-        Raises:
-            ConfigError: There is no scorer, or one cannot be used.
-            UserError: No step of the sampler is stochastic.
-        """
-        super().validate()
-        if not len(self.usable_steps(self.sampling_grid())):
-            raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
-
-    @cached_property
-    def trained_steps(self) -> int:
-        """Number of trained steps per trajectory."""
-        usable = len(self.usable_steps(self.sampling_grid()))
-        return max(1, math.ceil(self.args.timestep_fraction * usable))
-
-    @property
-    def passes_per_batch(self) -> int:
-        """One forward pass per trained step."""
-        return self.trained_steps
-
-    def usable_steps(self, grid: Grid) -> Tensor:
-        """Return the indices of the steps that have a density, (u,).
-
-        Args:
-            grid (`Grid`): Times of the sampler.
-        """
-        return grid.trainable.nonzero()[:, 0]
-
-    def finish(
-        self, batch: Batch, trajectories: Trajectories, preference: Tensor, scores: Tensor
-    ) -> Batch:
-        """Add states, log-probabilities, preferences and the order of steps to a batch.
-
-        See `OnPolicyTrainer.finish`.
-        """
-        usable = self.usable_steps(self.rollout.grid)
-        orders = [
-            usable[torch.randperm(len(usable), generator=g)] for g in batch.generators("step-order")
-        ]
-        extra = {
-            "states": trajectories.states,
-            "log_probs": trajectories.log_probs,
-            "preference": preference.float(),
-            "order": torch.stack(orders)[:, : self.trained_steps],
-            "scores": scores.float(),
-        }
-        return dataclasses.replace(batch, extra=extra)
-
-    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """Yield one step of every trajectory at a time.
-
-        Each group has its own order of steps, which its images share.
-
-        Args:
-            batch (`Batch`): What `finish` returned.
-        """
-        grid = self.rollout.grid
-        device, rows = batch.x0.device, torch.arange(len(batch))
-        for number in range(self.trained_steps):
-            step = batch.extra["order"][:, number]
-            yield dataclasses.replace(
-                batch,
-                times=grid.times[step],
-                noisy=batch.extra["states"][rows, :, step].to(device),
-                x0=batch.extra["states"][rows, :, step + 1].to(device),
-                extra={
-                    "next_times": grid.next_times[step],
-                    "recorded": batch.extra["log_probs"][rows, :, step],
-                    "preference": batch.extra["preference"],
-                    "scores": batch.extra["scores"],
-                },
-            )
-
-    def step_log_probs(self, batch: Batch, denoiser: Denoiser) -> Tensor:
-        """Compute the log-probabilities of the stored next states.
-
-        Args:
-            batch (`Batch`): A micro-batch. Its `noisy` holds one state per image or one
-                per group.
-            denoiser (`Denoiser`): Policy or reference.
-
-        Returns:
-            `Tensor`: (g, k).
-        """
-        assert batch.noisy is not None
-        (g, k), states = batch.x0.shape[:2], batch.noisy.shape[1]
-
-        def rows(value: Tensor, count: int) -> Tensor:
-            return value.repeat_interleave(count, 0)
-
-        condition = {name: rows(value, states) for name, value in batch.condition.items()}
-        empty = {
-            name: rows(value, states)
-            for name, value in self.data_pipeline.builder.unconditional(batch.condition).items()
-        }
-        sample, times = batch.noisy.flatten(0, 1), batch.times
-        with self.accelerator.autocast():
-            output = guide(
-                denoiser.predict,
-                self.schedule,
-                sample,
-                rows(times, states),
-                condition,
-                empty,
-                self.args.guidance_scale,
-                self.backbone.guidance_rule,
-            )
-        output, sample = rows(output, k // states), rows(sample, k // states)
-        log_probs = step_log_prob(
-            self.schedule,
-            output,
-            sample,
-            batch.x0.flatten(0, 1),
-            rows(times, k),
-            rows(batch.extra["next_times"], k),
-            self.args.eta,
-            self.args.reduce,
-        )
-        return log_probs.unflatten(0, (g, k))
-
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the D3PO loss of all pairs of a group. See `Trainer.compute_loss`."""
         policy = self.step_log_probs(batch, self.policy)
@@ -312,19 +175,6 @@ class D3POTrainer(OnPolicyTrainer):
         )
         return loss.unflatten(0, pairs.shape[:2]).mean(1), self._metrics(
             batch, policy, pairs, preference
-        )
-
-    def judged(self, batch: Batch) -> list[tuple[str, Tensor]]:
-        """Return the name and the scores (g, k) of each scorer. Empty if people vote.
-
-        Args:
-            batch (`Batch`): A micro-batch.
-        """
-        columns = batch.extra["scores"].unbind(-1)
-        return (
-            []
-            if self.reward_function is None
-            else list(zip(self.reward_function.names(len(columns)), columns, strict=True))
         )
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ own.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,17 +32,17 @@ from ..config.section import config_section
 from ..errors import ConfigError
 from ..runtime.missing import NOT_FINITE, MaybeImage, Missing
 from ..training.batch import Batch
-from ..training.online.on_policy import OnPolicyConfig
 from ..training.online.policy_sampler import RoundCheck
 from ..training.online.reward_function import RewardFunction
 from ..training.online.rollout import Grid, gaussian_log_prob, guide, sampling_mode, transition
+from ..training.online.trajectory_trainer import TrajectoryConfig
 from .d3po import D3POTrainer
 
 _NO_CANDIDATES = "float > 0: candidates of a deterministic sampler are all the same"
 
 
 @config_section
-class SPOConfig(OnPolicyConfig):
+class SPOConfig(TrajectoryConfig):
     """`train:` for `method: spo`.
 
     Example:
@@ -64,9 +64,6 @@ class SPOConfig(OnPolicyConfig):
     clip_range: Annotated[float, Range(0.0, 1.0, above=True, below=True)] = 0.1
     """eps: the ratio of a step is kept within [1 - eps, 1 + eps]; beyond, it gives no
     gradient. Source: official code, 0.1."""
-    reduce: Literal["mean", "sum"] = "mean"
-    """mean (official code) | sum over the elements of a latent. With `sum`, divide
-    `beta` by the number of elements. Source: official code."""
     first_step: NotNegative[int] = 4
     """Steps that are sampled without candidates, counted from the noisiest. Source:
     official code, 4 of 20."""
@@ -86,10 +83,6 @@ class SPOConfig(OnPolicyConfig):
             raise ConfigError(
                 "first_step", f"expected int in [0, num_inference_steps), got {self.first_step}"
             )
-
-    @property
-    def reduction_of_log_probs(self) -> str:
-        return self.reduce
 
 
 def best_and_worst(scores: Tensor, threshold: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -553,18 +553,24 @@ class Trainer:
         size = build_transform(self.data_config, self.backbone).sizes[0]
         return grid_for_size(self.backbone, size, steps, eta, self.sampler_rule)
 
-    def policy_sampler(self, config: SamplerConfig, description: str = "sampling") -> PolicySampler:
+    def policy_sampler(
+        self,
+        config: SamplerConfig,
+        description: str = "sampling",
+        policy: Denoiser | None = None,
+    ) -> PolicySampler:
         """Build a sampler that draws with the policy. Call `setup` first.
 
         Args:
             config (`SamplerConfig`): Settings of the sampler.
             description (`str`, *optional*, defaults to `"sampling"`): Text of the
                 progress bar.
+            policy (`Denoiser`, *optional*): Other weights to draw with.
         """
         grid = self.make_grid(config.num_inference_steps, config.eta)
         rollout = Rollout(self.backbone, self.schedule, config, description, grid=grid)
-        builder = self.data_pipeline.builder
-        return PolicySampler(rollout, self.sampling_policy, self.network, builder, self.accelerator)
+        builder, drawing = self.data_pipeline.builder, policy or self.sampling_policy
+        return PolicySampler(rollout, drawing, self.network, builder, self.accelerator)
 
     @property
     def process(self) -> NoiseSchedule:

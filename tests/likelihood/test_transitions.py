@@ -9,11 +9,14 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffalign.likelihood import (
+    cps_step,
+    dance_sde_step,
     ddim_step,
     ddim_step_log_prob,
     flow_sde_step,
     flow_sde_step_log_prob,
     gaussian_log_prob,
+    unscaled_log_prob,
 )
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -291,3 +294,65 @@ def test_log_prob_is_the_density_of_torch() -> None:
     std = torch.tensor(0.3, dtype=torch.float64)
     torch.testing.assert_close(gaussian_log_prob(sample, mean, std), expected.mean((1, 2)))
     torch.testing.assert_close(gaussian_log_prob(sample, mean, std, "sum"), expected.sum((1, 2)))
+
+
+H5B = {"sigma": 0.8, "sigma_prev": 0.7}
+
+
+def h5b(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        "model_output": torch.tensor([[0.2, 0.4]], dtype=dtype),
+        "sample": torch.tensor([[1.0, -0.5]], dtype=dtype),
+    }
+
+
+@both_precisions
+def test_h5b_dance_sde(dtype: torch.dtype) -> None:
+    mean, std = dance_sde_step(**h5b(dtype), **H5B, eta=0.3)
+    close(mean, [[0.97415, -0.5376375]], dtype)
+    close(std, 0.094868329805, dtype)
+    log_prob = gaussian_log_prob(torch.tensor([[0.9, -0.6]], dtype=dtype), mean, std)
+    close(log_prob, [1.175568375778], dtype)
+    # With the flow SDE's diffusion at this sigma the steps are the same.
+    mean, std = dance_sde_step(**h5b(dtype), **H5B, eta=1.4)
+    close(mean, [[0.8526, -0.48855]], dtype)
+    close(std, 0.442718872424, dtype)
+
+
+@both_precisions
+def test_h5b_cps(dtype: torch.dtype) -> None:
+    mean, std = cps_step(**h5b(dtype), **H5B, eta=0.7)
+    close(std, 0.623704566932, dtype)
+    close(mean, [[0.582505083810, -0.379473206923]], dtype)
+    sample = torch.tensor([[0.9, -0.6]], dtype=dtype)
+    close(unscaled_log_prob(sample, mean), [-0.074717544145], dtype)
+
+
+@both_precisions
+def test_h5b_first_step(dtype: torch.dtype) -> None:
+    mean, std = flow_sde_step(**h5b(dtype), sigma=1.0, sigma_prev=0.9, eta=0.7)
+    close(mean, [[0.735, -0.4175]], dtype)
+    close(std, 0.7, dtype)
+    log_prob = gaussian_log_prob(torch.tensor([[0.9, -0.6]], dtype=dtype), mean, std)
+    close(log_prob, [-0.593146880082], dtype)
+
+
+def test_every_flow_step_without_noise_is_eulers() -> None:
+    values = h5b(torch.float64)
+    euler = values["sample"] - 0.1 * values["model_output"]
+    for step in (flow_sde_step, dance_sde_step, cps_step):
+        mean, std = step(**values, **H5B, eta=0.0)
+        torch.testing.assert_close(mean, euler)
+        assert float(std.max()) == 0.0
+
+
+def test_cps_keeps_the_noise_that_the_network_expects() -> None:
+    """A sample of noise sigma and signal 1 - sigma has those of sigma_prev after it."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.full((1, 200_000), 2.0, dtype=torch.float64)
+    noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    sample = 0.2 * x0 + 0.8 * noise
+    mean, std = cps_step(model_output=noise - x0, sample=sample, **H5B, eta=0.7)
+    after = mean + std * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    assert float(after.mean()) == pytest.approx(0.3 * 2.0, abs=5e-3)
+    assert float(after.std()) == pytest.approx(0.7, abs=5e-3)

@@ -42,7 +42,9 @@ from diffalign.recipe import load_run, run_to_dict
 
 MOVED = ("lora_B", ".to_v.", "controlnet_mid_block")
 """Parts of names of weights that start at zero."""
-SAMPLING = ("d3po", "diffusion_dro", "reward_backprop", "seppo", "spo")
+SAMPLING = (
+    "awm", "d3po", "diffusion_dro", "diffusion_nft", "grpo", "reward_backprop", "seppo", "spo",
+)  # fmt: skip
 """Methods that train on samples of their own."""
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 every_family = pytest.mark.parametrize("family", FAMILIES)

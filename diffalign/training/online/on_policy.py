@@ -5,6 +5,7 @@ They draw rounds of images, which scorers or people judge.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import field
 from functools import cached_property
 from itertools import chain
@@ -161,12 +162,20 @@ class OnPolicyTrainer(Trainer):
         if self.args.iterates_reference:
             assert isinstance(self.reference_model, SnapshotReference)
             self.reference_model.take()
+        self.begin_round(number)
         judged = (
             self._asked(number, batches)
             if self.reward_function is None
             else self.score_round(self.reward_function, batches)
         )
         return judged * self.args.num_inner_epochs
+
+    def begin_round(self, number: int) -> None:
+        """Run before a round is drawn. The default does nothing.
+
+        Args:
+            number (`int`): Number of the round, from 0.
+        """
 
     def score_round(self, reward_function: RewardFunction, batches: list[Batch]) -> list[Batch]:
         """Draw a round of images and score them.
@@ -178,20 +187,35 @@ class OnPolicyTrainer(Trainer):
         Returns:
             `list[Batch]`: Batches to train on.
         """
-        check, done = RoundCheck(self.accelerator.print, reward_function), []
+        check, drawn = RoundCheck(self.accelerator.print, reward_function), []
         for batch in batches:
             trajectories, scores = self.sample(batch)
             check.add(batch, chain.from_iterable(trajectories.images), scores)
-            done.append(
-                self.finish(
-                    batch,
-                    trajectories,
-                    preferences(reward_function, scores, self.args.compared_by),
-                    scores,
-                )
-            )
+            drawn.append((batch, dataclasses.replace(trajectories, images=[]), scores))
         check.finish()
-        return done
+        return self.finish_round(reward_function, drawn)
+
+    def finish_round(
+        self, reward_function: RewardFunction, drawn: list[tuple[Batch, Trajectories, Tensor]]
+    ) -> list[Batch]:
+        """Build the batches of a round. The default compares the images of each prompt.
+
+        Args:
+            reward_function (`RewardFunction`): Combines the scores.
+            drawn (`list`): Prompts, trajectories and scores (g, k, m) of each batch.
+
+        Returns:
+            `list[Batch]`: Batches to train on.
+        """
+        return [
+            self.finish(
+                batch,
+                trajectories,
+                preferences(reward_function, scores, self.args.compared_by),
+                scores,
+            )
+            for batch, trajectories, scores in drawn
+        ]
 
     def _asked(self, number: int, batches: list[Batch]) -> list[Batch]:
         """Draw a round of images and read people's votes on them.
@@ -258,8 +282,19 @@ class OnPolicyTrainer(Trainer):
             `tuple[Trajectories, Tensor]`: k trajectories per prompt, and their scores
             (g, k, m).
         """
-        k = self.args.images_per_prompt
-        return self.sampler(batch, k, self.reward_function, purpose)
+        k, steps = self.args.images_per_prompt, self.stochastic_steps(purpose)
+        return self.sampler(batch, k, self.reward_function, purpose, steps)
+
+    def stochastic_steps(self, purpose: str) -> Tensor | None:
+        """Return which steps of the sampler are stochastic, (S,), bool.
+
+        Args:
+            purpose (`str`): Name of the random streams.
+
+        Returns:
+            `Tensor`, *optional*: None means all. That is the default.
+        """
+        return None
 
     # Evaluation -----------------------------------------------------------------------
 

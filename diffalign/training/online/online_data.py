@@ -34,6 +34,7 @@ def online_sampler(config: OnlineConfig) -> SamplerConfig:
         config.eta,
         config.rollout_batch_size,
         shared_init=False,
+        keep="final",
     )
 
 

@@ -48,7 +48,12 @@ class PolicySampler:
         self.builder, self.accelerator = builder, accelerator
 
     def __call__(
-        self, batch: Batch, k: int, reward_function: RewardFunction | None, purpose: str
+        self,
+        batch: Batch,
+        k: int,
+        reward_function: RewardFunction | None,
+        purpose: str,
+        stochastic: Tensor | None = None,
     ) -> tuple[Trajectories, Tensor]:
         """Draw k trajectories for every prompt, and score them.
 
@@ -59,6 +64,8 @@ class PolicySampler:
             k (`int`): Trajectories per prompt.
             reward_function (`RewardFunction`, *optional*): Scores the images.
             purpose (`str`): Name of the random streams.
+            stochastic (`Tensor`, *optional*): Which steps are stochastic, (S,), bool.
+                None means all.
 
         Returns:
             `tuple[Trajectories, Tensor]`: The trajectories, and scores (g, k, m).
@@ -81,6 +88,7 @@ class PolicySampler:
                 purpose=purpose,
                 on_images=ahead,
                 progress=main,
+                stochastic=stochastic,
             )
         if ahead is None:
             return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)

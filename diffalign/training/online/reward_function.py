@@ -123,6 +123,16 @@ class RewardFunction:
             return [member.name for member in self.members]
         return [f"score_{i}" for i in range(count)]
 
+    def weights(self, count: int) -> list[float]:
+        """Return the weight of each deciding column of scores. 1 without a panel.
+
+        Args:
+            count (`int`): Number of deciding columns.
+        """
+        if self.panel is None:
+            return [1.0] * count
+        return [entry.weight for entry in self.panel.entries if entry.role == "train"]
+
     @staticmethod
     def _scores(member: Any, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
         from ...rewards.base import Scorer

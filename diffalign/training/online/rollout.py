@@ -1,10 +1,11 @@
 """Draw trajectories with their log-probabilities.
 
 A sampler step is Gaussian: DDIM with eta for variance-preserving models (Song et al.
-2021, arXiv 2010.02502, eq. 12 and 16), or an Euler-Maruyama step of the flow SDE. D3PO
-trains on such steps (Yang et al. 2023, arXiv 2311.13231). Every random number belongs
-to a seed, row, epoch and image. It depends neither on the batch nor on the number of
-processes.
+2021, arXiv 2010.02502, eq. 12 and 16), or a stochastic step of a flow, see `DYNAMICS`.
+D3PO and GRPO train on such steps (Yang et al. 2023, arXiv 2311.13231). Methods that
+need the final latents alone can draw with a deterministic solver. Every random number
+belongs to a seed, row, epoch and image. It depends neither on the batch nor on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,29 @@ from tqdm.auto import tqdm
 from ...backbones import Backbone
 from ...backbones.conditions import joined
 from ...backbones.guidance_rules import CLASSIFIER_FREE, GuidanceRule
+from ...config.ranges import not_a_choice
 from ...errors import ConfigError
 from ...likelihood.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
-from ...likelihood.transitions import MIN_STD, ddim_step, flow_sde_step, gaussian_log_prob
+from ...likelihood.transitions import (
+    MIN_STD,
+    cps_step,
+    dance_sde_step,
+    ddim_step,
+    flow_sde_step,
+    gaussian_log_prob,
+    unscaled_log_prob,
+)
 from ...runtime.missing import NOT_FINITE, MaybeImage, Missing
 from ..batch import Batch
 from ..reference import without_dropout
+from .solvers import SOLVERS, build_solver
 
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+KEEP = ("states", "means", "final")
+DYNAMICS = ("auto", "ddim", "flow_sde", "dance_sde", "cps")
+"""Stochastic steps by name. `auto` is `ddim` for variance-preserving models and
+`flow_sde` for flows. The other two are for flows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,12 @@ class SamplerConfig:
             noise.
         reduce (`str`, defaults to `"mean"`): `mean` or `sum` of log-probabilities over
             the elements of a latent.
+        dynamics (`str`, defaults to `"auto"`): See `DYNAMICS`.
+        keep (`str`, defaults to `"states"`): What a trajectory holds: `states` and
+            log-probabilities, `means` of the steps as well, or the `final` latents.
+        solver (`str`, defaults to `"default"`): `default` takes the steps above.
+            Anything else is a deterministic solver of diffusers, see `SOLVERS`. It
+            needs `keep="final"`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -58,6 +80,9 @@ class SamplerConfig:
     batch_size: int = 8
     shared_init: bool = True
     reduce: str = "mean"
+    dynamics: str = "auto"
+    keep: str = "states"
+    solver: str = "default"
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 2:
@@ -68,6 +93,15 @@ class SamplerConfig:
             raise ConfigError("rollout_batch_size", f"expected int >= 1, got {self.batch_size}")
         if not self.eta >= 0:
             raise ConfigError("eta", f"expected float >= 0, got {self.eta}")
+        if self.dynamics == "cps" and self.eta > 1:
+            raise ConfigError("eta", f"expected float in [0, 1] for cps, got {self.eta}")
+        for name, choices in (("dynamics", DYNAMICS), ("keep", KEEP), ("solver", SOLVERS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(name, not_a_choice(getattr(self, name), choices))
+        if self.solver != "default" and self.keep != "final":
+            raise ConfigError(
+                "solver", f"{self.solver} has no log-probabilities; it can only keep final latents"
+            )
 
 
 @dataclass
@@ -94,19 +128,23 @@ class Trajectories:
 
     Attributes:
         states (`Tensor`): Latents from the initial noise to the sample, (g, k, S + 1,
-            C, h, w), float32.
+            C, h, w), float32. Only the sample, (g, k, 1, C, h, w), if `keep` is
+            `final`.
         log_probs (`Tensor`): Log-probability of each step under the policy that drew
-            it, (g, k, S). NaN for a deterministic step.
+            it, (g, k, S). NaN for a deterministic step. (g, k, 0) if `keep` is `final`.
         images (`list[list[PIL.Image.Image]]`): g lists of k images, if they were
             decoded. Some may be `diffalign.runtime.missing.Missing`.
         broken (`Tensor`, *optional*): Trajectories that were not finite, (g, k), bool.
             Their states are zero.
+        means (`Tensor`, *optional*): Mean of each step, (g, k, S, C, h, w), float32, if
+            `keep` is `means`.
     """
 
     states: Tensor
     log_probs: Tensor
     images: list[list[MaybeImage]]
     broken: Tensor | None = None
+    means: Tensor | None = None
 
     @property
     def final(self) -> Tensor:
@@ -214,6 +252,7 @@ def transition(
     times: Tensor,
     next_times: Tensor,
     eta: float,
+    dynamics: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute the Gaussian of a sampler step.
 
@@ -224,6 +263,7 @@ def transition(
         times (`Tensor`): Times before the step, (n,).
         next_times (`Tensor`): Times after the step, (n,).
         eta (`float`): Stochasticity.
+        dynamics (`str`, *optional*, defaults to `"auto"`): See `DYNAMICS`.
 
     Returns:
         `tuple[Tensor, Tensor]`: Mean (n, C, h, w), and a standard deviation that
@@ -240,15 +280,57 @@ def transition(
             prediction_type=schedule.prediction_type,
             clip_range=schedule.clip_range,
         )
+    sigmas: dict[str, Any] = {"sigma": times, "sigma_prev": next_times, "eta": eta}
+    if dynamics in ("dance_sde", "cps"):
+        of_flow = dance_sde_step if dynamics == "dance_sde" else cps_step
+        return of_flow(model_output=output, sample=sample, **sigmas)
     first = isinstance(schedule, RectifiedFlow) and schedule.legacy_first_step
-    return flow_sde_step(
-        model_output=output,
-        sample=sample,
-        sigma=times,
-        sigma_prev=next_times,
-        eta=eta,
-        legacy_first_step=first,
-    )
+    return flow_sde_step(model_output=output, sample=sample, legacy_first_step=first, **sigmas)
+
+
+def check_dynamics(schedule: NoiseSchedule, dynamics: str, field: str) -> None:
+    """Check that a model can take a kind of steps.
+
+    Args:
+        schedule (`NoiseSchedule`): Noise schedule of the model.
+        dynamics (`str`): See `DYNAMICS`.
+        field (`str`): Name of the setting, for the message.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    of_noise = isinstance(schedule, VariancePreserving)
+    if dynamics != "auto" and (dynamics == "ddim") != of_noise:
+        kind, fitting = (
+            ("predicts noise", "ddim") if of_noise else ("is a flow", "flow_sde, dance_sde or cps")
+        )
+        raise ConfigError(field, f"{dynamics} is not for this model, which {kind}; give {fitting}")
+
+
+def log_prob_of(
+    next_sample: Tensor, mean: Tensor, std: Tensor, reduce: str = "mean", dynamics: str = "auto"
+) -> Tensor:
+    """Compute the log-probability of a stored step from its Gaussian.
+
+    For `cps` it is minus the squared distance, see `unscaled_log_prob`.
+
+    Args:
+        next_sample (`Tensor`): Latents after the step, (n, C, h, w).
+        mean (`Tensor`): Mean of the step, (n, C, h, w).
+        std (`Tensor`): Deviation of the step, broadcastable to the mean.
+        reduce (`str`, *optional*, defaults to `"mean"`): `mean` or `sum` over the
+            elements of a latent.
+        dynamics (`str`, *optional*, defaults to `"auto"`): See `DYNAMICS`.
+
+    Returns:
+        `Tensor`: Log-probabilities, (n,).
+
+    Raises:
+        ValueError: The step is deterministic.
+    """
+    if dynamics == "cps":
+        return unscaled_log_prob(next_sample, mean)
+    return gaussian_log_prob(next_sample, mean, std, reduce)
 
 
 def step_log_prob(
@@ -260,6 +342,7 @@ def step_log_prob(
     next_times: Tensor,
     eta: float,
     reduce: str = "mean",
+    dynamics: str = "auto",
 ) -> Tensor:
     """Compute the log-probability of a stored step.
 
@@ -275,6 +358,7 @@ def step_log_prob(
         eta (`float`): Stochasticity.
         reduce (`str`, *optional*, defaults to `"mean"`): `mean` or `sum` over the
             elements of a latent.
+        dynamics (`str`, *optional*, defaults to `"auto"`): See `DYNAMICS`.
 
     Returns:
         `Tensor`: Log-probabilities, (n,).
@@ -282,8 +366,8 @@ def step_log_prob(
     Raises:
         ValueError: The step is deterministic.
     """
-    mean, std = transition(schedule, output, sample, times, next_times, eta)
-    return gaussian_log_prob(next_sample, mean, std, reduce)
+    mean, std = transition(schedule, output, sample, times, next_times, eta, dynamics)
+    return log_prob_of(next_sample, mean, std, reduce, dynamics)
 
 
 def guide(
@@ -295,6 +379,7 @@ def guide(
     unconditional: Mapping[str, Tensor] | None,
     scale: float,
     rule: GuidanceRule = CLASSIFIER_FREE,
+    unconditional_gradient: bool = True,
 ) -> Tensor:
     """Run the network with guidance, both branches in one pass of 2n rows.
 
@@ -310,6 +395,9 @@ def guide(
         rule (`GuidanceRule`, *optional*): How the model's pipelines guide. Defaults to
             classifier-free guidance. Where a scale needs no unconditional branch, only
             the conditional one runs.
+        unconditional_gradient (`bool`, *optional*, defaults to `True`): Whether a
+            gradient flows through the unconditional branch. Without it the branches run
+            one after the other.
 
     Returns:
         `Tensor`: (n, C, h, w), float32.
@@ -317,6 +405,11 @@ def guide(
     model_times = schedule.model_times(times).to(sample.device)
     if unconditional is None or not rule.active(scale):
         return predict(sample, model_times, dict(condition)).float()
+    if not unconditional_gradient:
+        with torch.no_grad():
+            empty = predict(sample, model_times, dict(unconditional)).float()
+        full = predict(sample, model_times, dict(condition)).float()
+        return rule.combine(full, empty, scale)
     both = joined(unconditional, condition)
     out = predict(torch.cat([sample, sample]), torch.cat([model_times, model_times]), both).float()
     empty, full = out.chunk(2)
@@ -363,6 +456,7 @@ class Rollout:
         decode: bool = True,
         on_images: Callable[[int, list[MaybeImage]], None] | None = None,
         progress: bool = True,
+        stochastic: Tensor | None = None,
     ) -> Trajectories:
         """Draw k trajectories for every prompt of a batch.
 
@@ -379,6 +473,9 @@ class Rollout:
             on_images (`Callable`, *optional*): Receives the index of a chunk's first
                 image and the chunk's images, as soon as they are decoded.
             progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+            stochastic (`Tensor`, *optional*): Which steps are stochastic, (S,), bool.
+                The others are deterministic. None makes all of them so, if eta is above
+                0.
 
         Returns:
             `Trajectories`: The trajectories, on the CPU.
@@ -388,7 +485,11 @@ class Rollout:
         streams = [generator for i in range(k) for generator in batch.generators(f"{purpose}-{i}")]
         streams = [streams[i * g + row] for row in range(g) for i in range(k)]
         flat, size, steps = start.flatten(0, 1), self.config.batch_size, len(self.grid)
-        states, log_probs, images, lost = [], [], [], []
+        etas = [
+            self.config.eta if stochastic is None or bool(stochastic[i]) else 0.0
+            for i in range(steps)
+        ]
+        states, log_probs, means, images, lost = [], [], [], [], []
         with tqdm(
             total=len(flat) * steps,
             desc=self.description,
@@ -405,9 +506,14 @@ class Rollout:
                     if unconditional is None
                     else {name: value[rows] for name, value in unconditional.items()}
                 )
-                path, path_log_probs = self._chunk(
-                    predict, flat[part].to(device), condition, empty, streams[part], bar
-                )
+                sample = flat[part].to(device)
+                if self.config.solver == "default":
+                    path, path_log_probs, path_means = self._chunk(
+                        predict, sample, condition, empty, streams[part], etas, bar
+                    )
+                else:
+                    path = self._solved(predict, sample, condition, empty, bar)
+                    path_log_probs, path_means = path.new_zeros(len(path), 0), []
                 broken = ~torch.isfinite(path.flatten(1)).all(1)
                 if broken.any():
                     # Zeros give no gradient. Images and scores of these are missing.
@@ -416,6 +522,7 @@ class Rollout:
                 lost.append(broken)
                 states.append(path)
                 log_probs.append(path_log_probs)
+                means += path_means
                 if decode:
                     pictures = self.backbone.decode_latents(path[:, -1].to(device))
                     pictures = [
@@ -427,7 +534,8 @@ class Rollout:
                         on_images(first, pictures)
         grouped = [images[i * k : (i + 1) * k] for i in range(g)] if decode else []
         parts = [torch.cat(values).unflatten(0, (g, k)) for values in (states, log_probs, lost)]
-        return Trajectories(parts[0], parts[1], grouped, parts[2])
+        kept_means = torch.cat(means).unflatten(0, (g, k)) if means else None
+        return Trajectories(parts[0], parts[1], grouped, parts[2], kept_means)
 
     def _initial(self, batch: Batch, k: int, shape: Any, purpose: str) -> Tensor:
         draws = []
@@ -443,34 +551,75 @@ class Rollout:
         condition: Mapping[str, Tensor],
         unconditional: Mapping[str, Tensor] | None,
         streams: list[torch.Generator],
+        etas: list[float],
         bar: tqdm,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Draw some trajectories. Returns states, log-probabilities and means."""
         config, grid, n = self.config, self.grid, len(sample)
-        states, log_probs = [sample.float().cpu()], []
-        for t, after, trainable in zip(grid.times, grid.next_times, grid.trainable, strict=True):
-            times, next_times = t.expand(n), after.expand(n)
-            output = guide(
-                predict,
-                self.schedule,
-                sample,
-                times,
-                condition,
-                unconditional,
-                config.guidance_scale,
-                self.backbone.guidance_rule,
+        whole = config.keep != "final"
+        states, log_probs, means = [sample.float().cpu()] if whole else [], [], []
+        for number, eta in enumerate(etas):
+            times, next_times = grid.times[number].expand(n), grid.next_times[number].expand(n)
+            output = self._output(predict, sample, times, condition, unconditional)
+            mean, std = transition(
+                self.schedule, output, sample, times, next_times, eta, config.dynamics
             )
-            mean, std = transition(self.schedule, output, sample, times, next_times, config.eta)
             sample = mean.float()
             if bool((std > 0).any()):
                 noise = torch.stack([torch.randn(sample.shape[1:], generator=g) for g in streams])
                 sample = (mean + std * noise.to(mean)).float()
-            if trainable and bool((std >= MIN_STD).all()):
-                log_probs.append(gaussian_log_prob(sample, mean, std, config.reduce).float().cpu())
+            bar.update(n)
+            if not whole:
+                continue
+            if bool(grid.trainable[number]) and eta > 0 and bool((std >= MIN_STD).all()):
+                log_probs.append(
+                    log_prob_of(sample, mean, std, config.reduce, config.dynamics).float().cpu()
+                )
             else:
                 log_probs.append(torch.full((n,), float("nan")))
             states.append(sample.cpu())
-            bar.update(n)
-        return torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
+            if config.keep == "means":
+                means.append(mean.float().cpu())
+        if not whole:
+            return sample.float().cpu()[:, None], torch.zeros(n, 0), []
+        kept_means = [torch.stack(means, dim=1)] if means else []
+        return torch.stack(states, dim=1), torch.stack(log_probs, dim=1), kept_means
+
+    def _output(
+        self,
+        predict: Predict,
+        sample: Tensor,
+        times: Tensor,
+        condition: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        return guide(
+            predict,
+            self.schedule,
+            sample,
+            times,
+            condition,
+            unconditional,
+            self.config.guidance_scale,
+            self.backbone.guidance_rule,
+        )
+
+    def _solved(
+        self,
+        predict: Predict,
+        sample: Tensor,
+        condition: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor] | None,
+        bar: tqdm,
+    ) -> Tensor:
+        """Draw final latents with a solver of diffusers, (n, 1, C, h, w)."""
+        solver = build_solver(self.config.solver, self.schedule, self.grid.times)
+        for number, t in enumerate(solver.timesteps):
+            times = self.grid.times[number].expand(len(sample))
+            output = self._output(predict, sample, times, condition, unconditional)
+            sample = solver.step(output, t, sample, return_dict=False)[0].float()
+            bar.update(len(sample))
+        return sample.cpu()[:, None]
 
 
 @contextmanager

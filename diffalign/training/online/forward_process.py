@@ -1,0 +1,218 @@
+"""The base of online methods that train on the forward process of their own samples.
+
+They draw images with any sampler, keep the final latents alone, and train at noised
+copies of them, as pre-training does. No log-probabilities are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from ...config.ranges import NotNegative, OneOf, count
+from ...config.section import config_section
+from ...errors import ConfigError
+from ..batch import Batch
+from ..denoiser import Denoiser
+from ..reference import Reference
+from .advantage_estimator import AdvantageConfig, AdvantageEstimator
+from .on_policy import OnPolicyTrainer
+from .reward_function import RewardFunction
+from .rollout import SamplerConfig, Trajectories
+from .solvers import SOLVERS
+from .source import RolloutSource
+
+
+@config_section
+class ForwardProcessConfig(AdvantageConfig):
+    """Options of methods that train at noised copies of their own samples."""
+
+    num_inference_steps: Annotated[int, count(2, 1000)] = 10
+    """Steps of the sampler. Source: DiffusionNFT, 10; AWM 14."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance while sampling; 1 or below for none. Training runs
+    without. Source: DiffusionNFT and AWM, none."""
+    eta: NotNegative[float] = 0.0
+    """Stochasticity of the sampler's steps with `solver: default`. Source: DiffusionNFT
+    and AWM, 0."""
+    solver: Annotated[str, OneOf(SOLVERS)] = "default"
+    """default: DDIM, or Euler for flows | DPMSolverMultistepScheduler |
+    UniPCMultistepScheduler: of diffusers, of second order. Source: DiffusionNFT,
+    DPM-Solver++ of order 2."""
+    kl_weight: NotNegative[float] = 1e-4
+    """Pull to the starting weights, on the squared difference of the outputs. 0 runs no
+    reference. Source: DiffusionNFT 1e-4; AWM 1e-4 to 3e-3 by reward."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eta and self.solver != "default":
+            raise ConfigError(
+                "eta", f"{self.solver} is deterministic; set it to 0, or solver: default"
+            )
+
+
+class ForwardProcessTrainer(OnPolicyTrainer):
+    """Base class of methods that train at noised copies of their own samples."""
+
+    args: ForwardProcessConfig
+    start_message = ""
+    estimator: AdvantageEstimator
+
+    def sampler_config(self) -> SamplerConfig:
+        """Return the settings of the sampler, see `OnPolicyTrainer.sampler_config`."""
+        return dataclasses.replace(super().sampler_config(), keep="final", solver=self.args.solver)
+
+    def build_reference(self) -> Reference | None:
+        """Build the starting weights as the reference, if there is a KL term."""
+        return super().build_reference() if self.args.kl_weight else None
+
+    def build_source(self) -> RolloutSource:
+        """Build the source of batches, and what computes advantages."""
+        self.estimator = AdvantageEstimator(self.args)
+        if self.estimator.history is not None:
+            self.checkpoints.parts.append(self.estimator.history)
+        return super().build_source()
+
+    # Times ----------------------------------------------------------------------------
+
+    def trained_steps(self, steps: int) -> int:
+        """Return at how many times an image is trained.
+
+        Args:
+            steps (`int`): Steps of the sampler.
+        """
+        raise NotImplementedError
+
+    def step_order(self, batch: Batch, steps: int) -> Tensor:
+        """Draw the steps of the sampler whose times each group trains at.
+
+        Args:
+            batch (`Batch`): g groups.
+            steps (`int`): Steps of the sampler.
+
+        Returns:
+            `Tensor`: Indices, (g, `trained_steps`).
+        """
+        raise NotImplementedError
+
+    @property
+    def passes_per_batch(self) -> int:
+        """One forward pass per trained time."""
+        return self.trained_steps(self.args.num_inference_steps)
+
+    @property
+    def steps_in_round(self) -> int:
+        """Number of optimizer steps on the images of a round."""
+        return self.args.steps_per_round * self.args.num_inner_epochs
+
+    # Rounds ---------------------------------------------------------------------------
+
+    def finish_round(
+        self, reward_function: RewardFunction, drawn: list[tuple[Batch, Trajectories, Tensor]]
+    ) -> list[Batch]:
+        """Compute the advantages over all processes, and build the batches.
+
+        See `OnPolicyTrainer.finish_round`.
+        """
+        prompts = [prompt for batch, _, _ in drawn for prompt in batch.prompts]
+        scores = torch.cat([scores for _, _, scores in drawn])
+        judged = self.estimator(reward_function, prompts, scores, self.accelerator.process_index)
+        batches, place = [], 0
+        for batch, trajectories, batch_scores in drawn:
+            part = judged.part(place, place + len(batch))
+            place += len(batch)
+            extra = {
+                "samples": trajectories.final,
+                "advantages": part.advantages,
+                "equal": part.equal.float(),
+                "order": self.step_order(batch, len(self.rollout.grid)),
+                "scores": batch_scores.float(),
+            }
+            weights = batch.weights * part.weights.to(batch.weights)
+            batches.append(dataclasses.replace(batch, extra=extra, weights=weights))
+        return batches
+
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the drawn images, noised to one time after the other.
+
+        Each image and time has its own noise, and the images of a group share the time.
+
+        Args:
+            batch (`Batch`): What `finish_round` returned.
+        """
+        grid, device, k = self.rollout.grid, batch.x0.device, batch.extra["samples"].shape[1]
+        samples = batch.extra["samples"].to(device)
+        condition = {n: value.repeat_interleave(k, 0) for n, value in batch.condition.items()}
+        others = {n: v for n, v in batch.extra.items() if n not in ("samples", "order")}
+        for number in range(batch.extra["order"].shape[1]):
+            draws = [
+                torch.randn(samples.shape[1:], generator=generator)
+                for generator in batch.generators(f"forward-noise-{number}")
+            ]
+            yield dataclasses.replace(
+                batch,
+                x0=samples,
+                noise=torch.stack(draws).to(device),
+                times=grid.times[batch.extra["order"][:, number]],
+                condition=condition,
+                extra=others,
+            )
+
+    # Losses ---------------------------------------------------------------------------
+
+    def output_at(self, batch: Batch, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a network on noised images without guidance.
+
+        Args:
+            batch (`Batch`): A micro-batch of g groups of k images.
+            denoiser (`Denoiser`): The network.
+
+        Returns:
+            `tuple[Tensor, Tensor, Tensor]`: Its outputs, the noisy latents and their
+            times, g k rows each.
+        """
+        x0, noise = batch.x0.flatten(0, 1), batch.noise.flatten(0, 1)
+        times = batch.times.repeat_interleave(batch.k)
+        noisy = self.schedule.add_noise(x0, noise, times)
+        with self.accelerator.autocast():
+            output = denoiser.predict(
+                noisy, self.schedule.model_times(times).to(noisy.device), batch.condition
+            )
+        return output.float(), noisy, times
+
+    def output_distance(self, batch: Batch, output: Tensor, denoiser: Denoiser) -> Tensor:
+        """Measure how far the outputs of policy and another network are apart.
+
+        Args:
+            batch (`Batch`): A micro-batch of g groups of k images.
+            output (`Tensor`): Outputs of the policy, (g k, C, h, w).
+            denoiser (`Denoiser`): The other network, which runs without gradient.
+
+        Returns:
+            `Tensor`: Mean squared difference, (g, k).
+        """
+        with torch.no_grad():
+            other, _, _ = self.output_at(batch, denoiser)
+        return (output - other).square().flatten(1).mean(1).unflatten(0, (len(batch), batch.k))
+
+    def round_metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the judge said about a micro-batch, (g,) each.
+
+        Args:
+            batch (`Batch`): A micro-batch.
+        """
+        assert self.reward_function is not None
+        columns = batch.extra["scores"].unbind(-1)
+        names = self.reward_function.names(len(columns))
+        return {
+            "judge/advantage": batch.extra["advantages"].abs().mean(1),
+            "judge/equal_groups": batch.extra["equal"],
+            **{
+                f"judge/{name}": column.nanmean(1)
+                for name, column in zip(names, columns, strict=True)
+            },
+        }
