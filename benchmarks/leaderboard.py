@@ -104,12 +104,16 @@ ARMS: dict[str, Arm] = {
     "RankDPO": Arm("rankdpo/shapes"),
     "Diffusion-DRO": Arm("diffusion_dro/shapes"),
     "Diffusion-KTO": Arm("diffusion_kto/shapes"),
+    "DGPO": Arm("dgpo/shapes"),
     "MaPO": Arm("mapo/shapes"),
     "Diffusion-ORPO": Arm("diffusion_orpo/shapes"),
     "SFT": Arm("sft/shapes"),
     "SePPO": Arm("seppo/shapes"),
     "D3PO": Arm("d3po/shapes", kind="online"),
     "SPO": Arm("spo/shapes", kind="online"),
+    "GRPO": Arm("grpo/shapes", kind="online"),
+    "DiffusionNFT": Arm("diffusion_nft/shapes", kind="online"),
+    "AWM": Arm("awm/shapes", kind="online"),
     "Online Diffusion-DPO": Arm("diffusion_dpo/shapes_online", kind="online"),
     "ReFL (shapes-clip)": Arm("reward_backprop/shapes", kind="online"),
     "Self-NPO": Arm("self_npo/shapes", kind="negative"),
@@ -119,7 +123,7 @@ ARMS: dict[str, Arm] = {
     "FK steering, 4 particles (shapes-clip)": steered("shapes-clip", lmbda=5.0),
 }
 MUST_WIN = ("Diffusion-DPO", "DCPO", "RankDPO", "D3PO", "SPO")
-SLOW_FIRST = ("Online Diffusion-DPO", "D3PO", "SPO", "SePPO", "MaPO", "RankDPO")
+SLOW_FIRST = ("Online Diffusion-DPO", "D3PO", "GRPO", "SPO", "SePPO", "MaPO", "RankDPO")
 
 
 def folder_name(name: str) -> str:
