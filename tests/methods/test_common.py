@@ -199,7 +199,10 @@ def test_loss_falls_on_a_separable_set(
     before = trainer.evaluate(method_rows(method))
     trainer.train()
     after = trainer.evaluate(method_rows(method))
-    assert after["eval/loss"] < before["eval/loss"]
+    if method == "dgpo":  # its loss is an error, weighted less the better a list is ranked
+        assert after["eval/rewards/margins"] > before["eval/rewards/margins"]
+    else:
+        assert after["eval/loss"] < before["eval/loss"]
     if method == "diffusion_dpo":
         assert before["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)
         assert after["eval/rewards/accuracies"] == 1.0
