@@ -52,6 +52,7 @@ from ..training.data_pipeline import DataPipeline, as_preferences
 from ..training.memory import refuse_offload
 from ..training.online.differentiable_reward import DifferentiableReward
 from ..training.online.policy_sampler import sample_scores
+from ..training.online.reward_function import RewardFunction
 from ..training.online.rollout import SamplerConfig, guide, sampling_mode, transition
 from ..training.reference import Reference
 from ..training.trainer import Trainer
@@ -332,6 +333,10 @@ class RewardBackpropTrainer(Trainer):
                 "WARNING: without train.gradient_checkpointing every live step keeps all its "
                 "activations; set it to true where memory is short"
             )
+
+    def training_reward(self) -> RewardFunction:
+        """Return the reward that is followed, see `Trainer.training_reward`."""
+        return self.reward.function
 
     def _most_live_steps(self) -> int:
         args = self.args

@@ -64,12 +64,16 @@ class TrainOutput:
             early.
         waiting_for (`Path`, *optional*): Folder in which people must vote before the
             run can go on.
+        hacked_at (`int`, *optional*): Step at which the run ended because its reward
+        was
+            hacked. The weights are then the best ones.
     """
 
     global_step: int
     metrics: dict[str, float] = field(default_factory=dict)
     interrupted_by: int | None = None
     waiting_for: Path | None = None
+    hacked_at: int | None = None
 
 
 class TrainerCallback:

@@ -105,6 +105,9 @@ class Run:
         logged (`bool`, defaults to `False`): Whether the step just taken was logged.
         paused_for (`Path`, *optional*): Folder that must be filled before the run can
             go on.
+        hacked_at (`int`, *optional*): Step at which the run ended because its reward
+        was
+            hacked.
     """
 
     args: TrainingConfig
@@ -123,6 +126,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     logged: bool = False
     paused_for: Path | None = None
+    hacked_at: int | None = None
 
     @property
     def finished(self) -> bool:

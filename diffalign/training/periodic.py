@@ -8,6 +8,7 @@ that was killed in between does the rest when it resumes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +18,7 @@ from .diagnostics import DivergenceGuard
 from .loop import LoopCallback, Run
 from .signals import StopSignals
 from .tracking import MetricLog
-from .validation import Validation
+from .validation import BEST, Validation
 
 Call = Callable[..., None]
 """Calls a hook of the user's callbacks by its name, with keyword arguments."""
@@ -298,6 +299,98 @@ class DoWork(LoopCallback):
                 self.saved.checkpoints.mark_done(checkpoint, name)
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """What the trainer does to go back.
+
+    Attributes:
+        go_back (`Callable`): Loads earlier weights from a folder and multiplies the
+            learning rate by a factor.
+        slow_down (`Callable`): Only multiplies the learning rate.
+        factor (`float`): Factor of each rollback.
+        most (`int`): Rollbacks of a run. After them it stops.
+    """
+
+    go_back: Callable[[Path, float], None]
+    slow_down: Callable[[float], None]
+    factor: float = 0.5
+    most: int = 2
+
+
+class ActOnHacking(LoopCallback):
+    """Stops, warns or goes back when a validation says that the reward is hacked.
+
+    What it did is not stored. A resumed run repeats the verdicts of its validations.
+
+    Args:
+        validation (`Validation`, *optional*): Its guardian watches the reward.
+        checkpoints (`CheckpointManager`): Writes a last checkpoint.
+        rollback (`Rollback`): What the trainer does to go back.
+        say (`Callable[[str], None]`): Prints a sentence.
+        resumed (`bool`): Whether the run goes on from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        validation: Validation | None,
+        checkpoints: CheckpointManager,
+        rollback: Rollback,
+        say: Callable[[str], None],
+        resumed: bool,
+    ) -> None:
+        self.validation, self.checkpoints, self.rollback = validation, checkpoints, rollback
+        self.say, self.resumed = say, resumed
+        self.rollbacks = 0
+        self.handled = -1
+
+    def on_train_begin(self, run: Run) -> None:
+        validation = self.validation
+        if validation is None or validation.config.on_hacking != "rollback" or not self.resumed:
+            return
+        step = run.state.global_step
+        steps = validation.hacked_steps()
+        self.rollbacks = min(len([past for past in steps if past < step]), self.rollback.most)
+        if self.rollbacks:
+            self.rollback.slow_down(self.rollback.factor**self.rollbacks)
+        self._act(run)
+
+    def on_step_end(self, run: Run) -> None:
+        self._act(run)
+
+    def _act(self, run: Run) -> None:
+        validation, step = self.validation, run.state.global_step
+        if validation is None or not validation.verdict.hacked or self.handled == step:
+            return
+        if validation.validated_at != step:
+            return
+        self.handled = step
+        best = validation.shared_best_step()
+        kept = f"the best weights are those of step {best}" if best else "no step was better"
+        action = validation.config.on_hacking
+        if action == "rollback" and best and self.rollbacks < self.rollback.most:
+            self.rollbacks += 1
+            factor = self.rollback.factor**self.rollbacks
+            self.say(
+                f"{validation.verdict.sentence}; going back to step {best}, at {factor:g} times "
+                "the learning rate (validation.on_hacking: rollback)"
+            )
+            self.rollback.go_back(validation.output_dir / BEST, factor)
+        elif action == "warn":
+            self.say(
+                f"WARNING: {validation.verdict.sentence}; {kept} (validation.on_hacking: warn)"
+            )
+        else:
+            self.say(
+                f"{validation.verdict.sentence}; {kept}, and the run ends with them "
+                "(validation.on_hacking: warn goes on)"
+            )
+            run.hacked_at = step
+            run.control.should_training_stop = True
+            if not (self.checkpoints.output_dir / f"checkpoint-{step}").is_dir():
+                run.state.due = []
+                self.checkpoints.save(run.state)
+
+
 def in_order(
     *,
     log: MetricLog,
@@ -307,6 +400,8 @@ def in_order(
     checkpoints: CheckpointManager,
     evaluate: Callable[[], dict[str, float]] | None,
     validation: Validation | None,
+    rollback: Rollback,
+    say: Callable[[str], None],
     undone: Sequence[str] = (),
     resumed: Path | None = None,
 ) -> list[LoopCallback]:
@@ -325,6 +420,8 @@ def in_order(
         checkpoints (`CheckpointManager`): Writes checkpoints.
         evaluate (`Callable`, *optional*): Returns the metrics of an evaluation.
         validation (`Validation`, *optional*): Draws and scores images.
+        rollback (`Rollback`): What the trainer does when the reward is hacked.
+        say (`Callable[[str], None]`): Prints a sentence.
         undone (`Sequence[str]`, *optional*, defaults to `()`): Work that a killed run
             left at its checkpoint.
         resumed (`Path`, *optional*): That checkpoint.
@@ -339,4 +436,5 @@ def in_order(
         stop,
         save,
         DoWork(save, works, stop, undone, resumed),
+        ActOnHacking(validation, checkpoints, rollback, say, resumed is not None),
     ]

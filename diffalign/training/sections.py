@@ -133,6 +133,13 @@ class ValidationConfig:
     interval. Take others than those that train."""
     keep_best: str | None = None
     """One of `scorers`: the weights with its highest mean are kept in `best/`."""
+    guard: list[str] = field(default_factory=list)
+    """Those of `scorers` that guard a run with a reward against hacking it. Empty for
+    all that do not train."""
+    on_hacking: Literal["stop", "warn", "rollback", "off"] = "stop"
+    """What to do when the reward rises while a guard falls beyond the interval of its
+    change: stop: end with the best weights | warn | rollback: go back to the best
+    weights and on at half the learning rate, at most twice | off."""
     num_validation_images: BatchSize = 2
     """Images per prompt."""
     validation_steps: Count = 200
@@ -162,6 +169,10 @@ class ValidationConfig:
                 "validation_prompts",
                 "expected at least one prompt; leave the whole section out for no validation",
             )
+        unknown = [name for name in self.guard if name not in self.scorers]
+        if unknown:
+            names = ", ".join(self.scorers) or "none"
+            raise ConfigError("guard", f"expected some of scorers ({names}), got {unknown[0]!r}")
         if self.keep_best is not None and self.keep_best not in self.scorers:
             names = ", ".join(self.scorers) or "none"
             raise ConfigError(

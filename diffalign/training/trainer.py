@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn import Module
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..backbones import Backbone, load_backbone
 from ..data import DataConfig, PreferenceDataset
@@ -61,10 +62,11 @@ from .loop import BatchSource, DatasetSource, Run, fit
 from .memory import check_memory_options, compile_blocks, store_in_8_bits
 from .online.online_data import OnlineData, online_reward_function, online_sampler
 from .online.policy_sampler import PolicySampler
+from .online.reward_function import RewardFunction
 from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
 from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
-from .periodic import in_order
+from .periodic import Rollback, in_order
 from .reference import Reference, build_reference, check_reference
 from .run_folder import begin
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
@@ -73,7 +75,7 @@ from .signals import StopSignals
 from .start_lora import StartLora, put_start_lora, read_start_lora
 from .tracking import MetricLog, MetricWindow, start_trackers
 from .trained_weights import FullWeights, LoraWeights, TrainedWeights
-from .validation import Validation, check_validation
+from .validation import Validation, check_validation, deciding_names, unguarded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -177,6 +179,8 @@ class Trainer:
     state: TrainerState
     control: TrainerControl
     notes: list[str]
+    training_names: set[str]
+    """Names of the scorers that train the model."""
     window: MetricWindow
     sampler_rule: int
     is_dry: bool
@@ -212,7 +216,9 @@ class Trainer:
         self.validation_config, self.hub_config = validation, hub
         self.peft_config, self.scorers, self.optimizers = peft_config, scorers, optimizers
         self.output_dir = Path(self.args.output_dir)
-        self.notes = [] if validation is None else check_validation(validation, scorers)
+        named = scorers if scorers is not None else self._named_scorers()
+        self.notes = [] if validation is None else check_validation(validation, named)
+        self.training_names = deciding_names(named)
         self.sampler_rule, self.is_dry, self._ready = SAMPLER_RULE, False, False
         self.window = MetricWindow()
         self.state, self.control = TrainerState(), TrainerControl()
@@ -239,7 +245,15 @@ class Trainer:
         self.record = self._make_record(names, bool(callbacks))
         self.callbacks = list(callbacks)
         self.validate()
+        if self.training_reward() is not None:
+            note = unguarded(validation, named)
+            self.notes += [note] if note else []
         self._call("on_init_end")
+
+    def _named_scorers(self) -> Any:
+        """Names of the scorers that train, from the settings."""
+        online = self.data_config.online
+        return online.scorers if online is not None else getattr(self.args, "scorers", [])
 
     def _fit_backbone(self) -> None:
         """Check the settings against the model's family, and tell it the guidance."""
@@ -380,6 +394,20 @@ class Trainer:
         """
         return as_preferences(source, self.data_config, self.data_kind, split, invert=self.inverted)
 
+    def training_reward(self) -> RewardFunction | None:
+        """Return what scores the images that the run trains on.
+
+        Returns:
+            `RewardFunction`, *optional*: None for a run without a reward.
+        """
+        return self.online_reward
+
+    @cached_property
+    def online_reward(self) -> RewardFunction | None:
+        """The judge of `data.online`, None without that section."""
+        config = self.data_config.online
+        return None if config is None else online_reward_function(config, self.scorers)
+
     def build_network(self) -> Module:
         """Build the network, in training mode. What trains requires a gradient.
 
@@ -434,11 +462,11 @@ class Trainer:
             `BatchSource`: The dataset, or rounds of images drawn online.
         """
         config = self.data_config.online
-        if config is None:
+        if config is None or self.online_reward is None:
             return DatasetSource()
         online = OnlineData(
             config,
-            online_reward_function(config, self.scorers),
+            self.online_reward,
             self.policy_sampler(online_sampler(config), "sampling online data"),
             self.data_kind,
             self.inverted,
@@ -735,6 +763,8 @@ class Trainer:
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
             self.state.max_steps = steps
             self.lr_scheduler.last_epoch = self.state.global_step
+            if validation is not None:
+                validation.restore(self.state.global_step)
         self._announce(checkpoint)
         with StopSignals() as signals:
             if checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve():
@@ -751,18 +781,54 @@ class Trainer:
                 checkpoints=self.checkpoints,
                 evaluate=self.evaluate if self.eval_dataset is not None else None,
                 validation=validation,
+                rollback=Rollback(self.go_back, self.slow_down),
+                say=self.accelerator.print,
                 undone=undone,
                 resumed=checkpoint,
             )
             fit(self, run, callbacks)
         if signals.received is None and run.paused_for is None:
             self.save_model(str(self.output_dir))
+            if run.hacked_at is not None and validation is not None:
+                validation.restore_best()
             if self.hub_config is not None and self.hub_config.push_to_hub:
                 self.push_to_hub()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
-        return TrainOutput(self.state.global_step, run.metrics, signals.received, run.paused_for)
+        return TrainOutput(
+            self.state.global_step, run.metrics, signals.received, run.paused_for, run.hacked_at
+        )
+
+    def go_back(self, folder: Path, learning_rate_factor: float) -> None:
+        """Load earlier weights, forget the optimizer's moments and slow down.
+
+        Args:
+            folder (`Path`): What `save_model` wrote.
+            learning_rate_factor (`float`): Multiplies the run's learning rate.
+        """
+        self.trained.read_checkpoint(folder)
+        if self.ema is not None:
+            for average, parameter in zip(
+                self.ema.shadow_params, trainable_parameters(self.network), strict=True
+            ):
+                average.copy_(parameter.detach())
+        self.optimizer.optimizer.state.clear()
+        self.slow_down(learning_rate_factor)
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply the run's learning rate. It has no effect on a schedule of the user.
+
+        Args:
+            factor (`float`): Of the learning rate that the settings give.
+        """
+        schedule = self.lr_scheduler
+        if not isinstance(schedule, LambdaLR):
+            return
+        groups = schedule.optimizer.param_groups
+        schedule.base_lrs = [factor * group["initial_lr"] for group in groups]
+        for group, base, rate in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * rate(schedule.last_epoch)
 
     def make_run(self) -> Run:
         """Build the state of the loop from the current position.
@@ -805,6 +871,8 @@ class Trainer:
             self.averaged_weights,
             self.save_model,
             self.data_config.resolution,
+            self.training_reward(),
+            self.training_names,
         )
 
     def precompute_reference_errors(self) -> None:

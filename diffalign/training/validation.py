@@ -23,7 +23,7 @@ from torch.nn import Module
 
 from ..backbones import Backbone
 from ..data.prompt_sets import load_prompts
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..evaluation.diversity import Diversity
 from ..evaluation.formatting import few_prompts
 from ..evaluation.guidance_curves import REPORTING, best_index, check_prompts
@@ -32,11 +32,14 @@ from ..generation.grids import comparison_grid
 from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..runtime.files import write_atomically
 from ..runtime.missing import MaybeImage, Missing, check_any, left_out, present
+from .guardian import FILE as GUARDIAN_FILE
+from .guardian import Guardian, Look, Verdict, standardised
 from .sections import ValidationConfig
 from .tracking import MetricLog
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
+    from .online.reward_function import RewardFunction
 
 BEST = "best"
 GRID_PROMPTS = 12
@@ -65,7 +68,8 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
         `list[str]`: Notes for the user.
 
     Raises:
-        UserError: The prompts or scorers do not exist, or a scorer needs metadata.
+        UserError: The prompts or scorers do not exist, a scorer needs metadata, or a
+            guard also trains.
     """
     from ..rewards.panel_config import parse_rewards
     from ..rewards.registry import get_spec
@@ -84,7 +88,14 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
                 f"validation.scorers: {entry.name} needs metadata for every prompt, which "
                 "prompts alone do not have"
             )
-    training = {name for name in config.scorers if name in _deciding(training_scorers)}
+    training = {name for name in config.scorers if name in deciding_names(training_scorers)}
+    for name in config.guard:
+        if name in training:
+            raise ConfigError(
+                "validation.guard",
+                f"{name} also trains the model, so it cannot notice that it is hacked; give a "
+                "scorer that does not",
+            )
     if config.keep_best is None or config.keep_best not in training:
         return few
     return [
@@ -94,18 +105,50 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
     ]
 
 
+def unguarded(validation: ValidationConfig | None, training_scorers: Any) -> str | None:
+    """Return a note if nothing notices that a run hacks its reward.
+
+    Args:
+        validation (`ValidationConfig`, *optional*): Settings of the validation.
+        training_scorers: Scorers that train the model.
+    """
+    if validation is not None and validation.on_hacking == "off":
+        return None
+    names = deciding_names(training_scorers)
+    held_out = [name for name in validation.scorers if name not in names] if validation else []
+    if held_out:
+        return None
+    return (
+        "nothing guards this run against hacking its reward: name another scorer in "
+        "validation.scorers, and it ends with the best weights when that one falls"
+    )
+
+
 def _mean(values: Array) -> float:
     """Average all values that are not NaN."""
     return float(nanmean(values.reshape(1, -1))[0])
 
 
-def _deciding(scorers: Any) -> set[str]:
-    """Return the names of the scorers that decide in training."""
+def deciding_names(scorers: Any) -> set[str]:
+    """Return the names of the scorers that decide in training.
+
+    Args:
+        scorers: What a trainer takes as `scorers`. Functions have no names.
+    """
+    from ..rewards.base import Scorer
+    from ..rewards.panel import Panel
+
+    if isinstance(scorers, Panel):
+        return set(scorers.train_names)
     entries = scorers.get("rewards", []) if isinstance(scorers, dict) else scorers
+    if isinstance(entries, dict) and not {"scorer", "name"} & set(entries):
+        return {str(name) for name in entries}  # names with weights
     names = set()
-    for entry in [entries] if isinstance(entries, (str, dict)) else entries or []:
+    for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
         if isinstance(entry, str):
             names.add(entry)
+        elif isinstance(entry, Scorer):
+            names.add(entry.name)
         elif isinstance(entry, dict) and entry.get("role", "train") == "train":
             names.add(str(entry.get("scorer") or entry.get("name")))
     return names
@@ -121,12 +164,15 @@ class Validated:
         metrics (`dict[str, float]`): Metrics to log.
         value (`float`, defaults to `nan`): Mean score by `keep_best`, higher is better.
             NaN without `keep_best`.
+        verdict (`Verdict`, *optional*): Whether the reward is hacked, if a guardian
+            watches.
     """
 
     grid: Image.Image
     path: Path
     metrics: dict[str, float]
     value: float = math.nan
+    verdict: Verdict | None = None
 
 
 class Validation:
@@ -148,6 +194,14 @@ class Validation:
         save_model (`Callable`): Writes the weights into a folder.
         side (`int`, *optional*): Side of the images in pixels. None is the pipeline's
             default.
+        reward (`RewardFunction`, *optional*): What trains the model. A guardian then
+            compares it with the scorers that do not train.
+        training_names (`set[str]`, *optional*): Names of the scorers that train.
+
+    Attributes:
+        guardian (`Guardian`, *optional*): Watches the reward.
+        verdict (`Verdict`): Of the last validation, the same on all processes.
+        validated_at (`int`): Step of that validation.
 
     Raises:
         UserError: A scorer cannot be loaded.
@@ -163,8 +217,10 @@ class Validation:
         averaged_weights: Callable[[], AbstractContextManager[None]],
         save_model: Callable[[str], None],
         side: int | None = None,
+        reward: RewardFunction | None = None,
+        training_names: set[str] | frozenset[str] = frozenset(),
     ) -> None:
-        self.side = side
+        self.side, self.reward = side, reward
         self.config, self.output_dir, self.accelerator = config, output_dir, accelerator
         self.backbone, self.network = backbone, network
         self.averaged_weights, self.save_model = averaged_weights, save_model
@@ -179,6 +235,32 @@ class Validation:
             from ..rewards.panel import Panel
 
             self.panel = Panel.from_config(self.config.scorers, device=accelerator.device)
+        self.guards = config.guard or [n for n in config.scorers if n not in training_names]
+        self.guardian, self.verdict = self._build_guardian(), Verdict()
+        self._base_columns: dict[int, Array] = {}
+        self.validated_at = -1
+        self.keep_best = config.keep_best
+        if self.guardian is not None and self.guards:
+            self.keep_best = self.keep_best or self.guards[0]
+
+    def _build_guardian(self) -> Guardian | None:
+        if self.reward is None or self.config.on_hacking == "off":
+            return None
+        return Guardian() if self.guards else None
+
+    def hacked_steps(self) -> list[int]:
+        """List the validated steps at which the reward was being hacked."""
+        return [] if self.guardian is None else self.guardian.hacked_steps()
+
+    def restore(self, step: int) -> None:
+        """Read what the guardian saw up to the resumed step.
+
+        Args:
+            step (`int`): Optimizer step of the checkpoint.
+        """
+        if self.guardian is not None:
+            self.guardian.read(self.folder / GUARDIAN_FILE, step)
+            self.verdict, self.validated_at = self.guardian.verdict_at(step), step
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to validate after a step.
@@ -202,6 +284,7 @@ class Validation:
                 shutil.rmtree(folder, ignore_errors=True)
             for name in (BEST, f".{BEST}.new", f".{BEST}.old"):
                 shutil.rmtree(self.output_dir / name, ignore_errors=True)
+            (self.folder / GUARDIAN_FILE).unlink(missing_ok=True)
         elif self.main:
             self._recover()
         for folder, scale in zip(folders, self.scales, strict=True):
@@ -233,11 +316,11 @@ class Validation:
             result = self.validate(step) if self.main else None
         if result is not None:
             log.images("validation", result.grid, step)
-        better = (
-            result is not None and self.config.keep_best is not None and result.value > self._best()
-        )
-        shared: list[Any] = [result.metrics if result is not None else {}, better]
+        better = result is not None and self.keep_best is not None and result.value > self._best()
+        verdict = Verdict() if result is None or result.verdict is None else result.verdict
+        shared: list[Any] = [result.metrics if result is not None else {}, better, verdict]
         broadcast_object_list(shared)
+        self.verdict, self.validated_at = shared[2], step
         if shared[1]:
             self._keep(step, result)
         if shared[0]:
@@ -293,10 +376,13 @@ class Validation:
                     f"validation/{name}/guidance_{scale:g}": sign * _mean(at_scale[name])
                     for scale, at_scale in zip(self.config.guidance_scales, scores, strict=True)
                 }
-            if name == self.config.keep_best:
+            if name == self.keep_best:
                 # If images are missing, the mean is that of the others alone. NaN is
                 # never better.
                 result.value = float("nan") if len(present(tuned)) < len(present(base)) else mean
+        if self.guardian is not None:
+            result.verdict = self._judge(step, drawn[best], scores[best], base_best, reported)
+            result.metrics |= result.verdict.metrics
         if several:
             result.metrics |= {
                 "validation/guidance": self.config.guidance_scales[best],
@@ -308,6 +394,53 @@ class Validation:
                 "validation/diversity/base": self._diversity(base),
             }
         return result
+
+    def _judge(
+        self,
+        step: int,
+        images: list[MaybeImage],
+        scores: dict[str, Array],
+        base_best: int,
+        reported: slice,
+    ) -> Verdict:
+        """Let the guardian compare this validation with the earlier ones."""
+        assert self.guardian is not None and self.reward is not None
+        base_columns = self._reward_columns(base_best)
+        if not self.guardian.looks:
+            base = self.base_scores[base_best]
+            self.guardian.look(self._look(0, base_columns, base_columns, base, reported))
+        columns = self.reward(images, self.prompts).numpy()
+        verdict = self.guardian.look(self._look(step, columns, base_columns, scores, reported))
+        self.guardian.write(self.folder / GUARDIAN_FILE)
+        return verdict
+
+    def _reward_columns(self, scale: int) -> Array:
+        """Scores of the base images by what trains, (images, scorers)."""
+        assert self.reward is not None
+        if scale not in self._base_columns:
+            self._base_columns[scale] = self.reward(self.base_images[scale], self.prompts).numpy()
+        return self._base_columns[scale]
+
+    def _look(
+        self,
+        step: int,
+        columns: Array,
+        base_columns: Array,
+        scores: dict[str, Array],
+        reported: slice,
+    ) -> Look:
+        assert self.reward is not None
+        count, shape = self.reward.deciding, (-1, self.config.num_validation_images)
+        columns, base_columns = columns[:, :count], base_columns[:, :count]
+        weights = self.reward.weights(columns.shape[1])
+        combined = standardised(columns, base_columns, weights).reshape(shape)[reported]
+        names = self.reward.names(columns.shape[1])[: columns.shape[1]]
+        members = {
+            name: column.reshape(shape)[reported]
+            for name, column in zip(names, columns.T, strict=True)
+        }
+        held_out = {name: scores[name][reported] for name in self.guards}
+        return Look(step, combined, held_out, members if len(members) > 1 else {})
 
     def _best_scale(self, scores: list[dict[str, Array]]) -> int:
         """Choose the best guidance scale by the first scorer, 0 without scores."""
@@ -393,6 +526,29 @@ class Validation:
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
 
+    def best_step(self) -> int | None:
+        """Return the step of the weights in `best/`, None without them."""
+        file = self.output_dir / BEST / "validation.json"
+        return json.loads(file.read_text("utf-8"))["step"] if file.is_file() else None
+
+    def shared_best_step(self) -> int | None:
+        """Return `best_step` of the main process, on all of them."""
+        from accelerate.utils import broadcast_object_list
+
+        shared: list[Any] = [self.best_step() if self.main else None]
+        broadcast_object_list(shared)
+        return shared[0]
+
+    def restore_best(self) -> None:
+        """Make the weights in `best/` the result of the run."""
+        if self.main and self.best_step() is not None:
+            for part in (self.output_dir / BEST).iterdir():
+                if part.is_dir():
+                    shutil.copytree(part, self.output_dir / part.name, dirs_exist_ok=True)
+                elif part.name != "validation.json":
+                    shutil.copy2(part, self.output_dir / part.name)
+        self.accelerator.wait_for_everyone()
+
     def _keep(self, step: int, result: Validated | None) -> None:
         """Replace `best/` by the current weights.
 
@@ -406,7 +562,7 @@ class Validation:
         if result is None:
             return
         facts = {
-            "scorer": self.config.keep_best,
+            "scorer": self.keep_best,
             "value": result.value,
             "step": step,
             **result.metrics,

@@ -27,6 +27,7 @@ HOOKS = {
     "on_optimizer_step",
     "evaluation_metrics",
     "averaged_weights",
+    "training_reward",
 }
 # What a method says about itself.
 FACTS = {

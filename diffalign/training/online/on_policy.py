@@ -131,6 +131,10 @@ class OnPolicyTrainer(Trainer):
             )
         self.reward_function = RewardFunction(scorers)
 
+    def training_reward(self) -> RewardFunction | None:
+        """Return the judge, None if people vote."""
+        return self.reward_function
+
     @cached_property
     def sampler(self) -> PolicySampler:
         """Sampler that draws with the policy."""
