@@ -150,7 +150,10 @@ def deciding_names(scorers: Any) -> set[str]:
         elif isinstance(entry, Scorer):
             names.add(entry.name)
         elif isinstance(entry, dict) and entry.get("role", "train") == "train":
-            names.add(str(entry.get("scorer") or entry.get("name")))
+            # With other weights it is another scorer, known by its own name.
+            other = entry.get("args") or entry.get("model")
+            own = entry.get("name") if other else entry.get("scorer")
+            names.add(str(own or entry.get("name") or entry.get("scorer")))
     return names
 
 

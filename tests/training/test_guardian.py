@@ -280,6 +280,8 @@ def test_names_of_the_scorers_that_train() -> None:
         (load_scorer("shapes"), {"shapes"}),
         ({"rewards": {"shapes": 0.5, "shapes-clip": 1.0}}, {"shapes", "shapes-clip"}),
         ({"rewards": [{"scorer": "shapes", "role": "eval"}, "shapes-clip"]}, {"shapes-clip"}),
+        ([{"scorer": "shapes-clip", "name": "mine", "model": "x"}], {"mine"}),
+        ([{"scorer": "shapes-clip", "name": "learned"}], {"shapes-clip"}),
     ):
         assert deciding_names(scorers) == names
 
