@@ -511,3 +511,64 @@ def test_scores_that_are_no_numbers_are_missing(score):
     ):
         result = load_scorer("remote", url=url, retries=0, on_error="nan").score([gray(1)], ["a"])
     assert result.values.isnan().all() and "that is no scorer" in result.errors[0]
+
+
+def scores_of(count: int) -> dict:
+    return {"scores": [1.0] * count, "errors": [None] * count, "fingerprint": "ff"}
+
+
+def test_several_servers_share_the_requests():
+    with serving(Bright()) as one, serving(Bright()) as two:
+        scorer = load_scorer("remote", url=[one, two], max_items=2, concurrency=1)
+        assert scorer.concurrency == 2
+        images = [gray(i) for i in range(16)]
+        assert scorer(images, ["a"] * 16).tolist() == [float(i) for i in range(16)]
+    first, second = (200, INFO), (200, scores_of(1))
+    with answering(first, second) as (one, asked), answering(first, second) as (two, also):
+        scorer = load_scorer("remote", url=[one, two], max_items=1)
+        scorer([gray(i) for i in range(12)], ["a"] * 12)
+        assert asked.count("/score") + also.count("/score") == 12
+        assert min(asked.count("/score"), also.count("/score")) >= 3
+
+
+def test_another_server_takes_over_and_the_failed_one_is_left_alone():
+    good, bad = (200, scores_of(1)), (503, {"error": "out of memory"})
+    with (
+        answering((200, INFO), bad) as (one, asked),
+        answering((200, INFO), good) as (two, also),
+    ):
+        scorer = load_scorer("remote", url=[one, two], max_items=1, concurrency=1, backoff=0.001)
+        values = scorer([gray(i) for i in range(10)], ["a"] * 10)
+        assert values.tolist() == [1.0] * 10
+        # Each of the two threads may have met it once before it was known to fail.
+        assert 1 <= asked.count("/score") <= 2 and also.count("/score") == 10
+    with (
+        answering((200, INFO), bad) as (one, asked),
+        answering((200, INFO), bad) as (two, also),
+    ):
+        scorer = load_scorer("remote", url=[one, two], retries=3, backoff=0.001)
+        with pytest.raises(UserError, match="none of 2 servers answered; .*: out of memory"):
+            scorer([gray(1)], ["a"])
+        assert asked.count("/score") == also.count("/score") == 2
+
+
+def test_a_refusal_is_final_with_several_servers():
+    with (
+        answering((200, INFO), (404, {})) as (one, asked),
+        answering((200, INFO), (404, {})) as (two, also),
+    ):
+        scorer = load_scorer("remote", url=[one, two], backoff=0.001)
+        with pytest.raises(UserError, match="answered 404"):
+            scorer([gray(1)], ["a"])
+        assert asked.count("/score") + also.count("/score") == 1
+
+
+def test_servers_must_offer_one_scorer_at_distinct_addresses():
+    other = {**INFO, "fingerprint": "00"}
+    with answering((200, INFO)) as (one, _), answering((200, other)) as (two, _):
+        with pytest.raises(UserError, match="expect_fingerprint: .* has the fingerprint 00, not"):
+            load_scorer("remote", url=[one, two])
+        with pytest.raises(UserError, match=r"url: http://127.0.0.1:\d+ is there twice"):
+            load_scorer("remote", url=[one, one + "/"])
+    with pytest.raises(UserError, match="url: expected the address of a server, or several"):
+        load_scorer("remote", url=[])

@@ -15,11 +15,11 @@ from ..base import Item, Scorer
 from ..serving.client import (
     ServerFailure,
     check_calls,
-    check_url,
     png_base64,
     request_json,
     without_password,
 )
+from ..serving.pool import ServerPool, check_urls
 from ..serving.service import TOKEN
 from ..spec import ScorerSpec
 
@@ -28,7 +28,9 @@ class RemoteScorer(Scorer):
     """Send images as PNG inside JSON and return the server's scores.
 
     Args:
-        url (`str`, defaults to "http://127.0.0.1:8000"): Address of the server.
+        url (`str` or list of `str`, defaults to "http://127.0.0.1:8000"): Address of
+            the server, or several addresses. Several servers must offer the same
+            scorer. They share the requests, and the others take over where one fails.
         expect_fingerprint (`str`, *optional*): Fingerprint that the server's scorer
             must have. Another one is an error, never another number.
         scorer (`str`, *optional*): Name that the server's scorer must have.
@@ -37,7 +39,7 @@ class RemoteScorer(Scorer):
             server is busy.
         backoff (`float`, defaults to 0.5): The longest first pause, in seconds. It
             doubles.
-        concurrency (`int`, defaults to 4): Requests at once.
+        concurrency (`int`, defaults to 4): Requests at once, for each server.
         max_items (`int`, defaults to 16): Most images per request. The server's own
             limits of images and bytes hold too.
         token (`str`, *optional*): Secret that the server asks for. Defaults to the
@@ -49,7 +51,7 @@ class RemoteScorer(Scorer):
     Raises:
         ServerFailure: On loading, when the server cannot be reached. Later, under
             `on_error="raise"`.
-        ConfigError: The server offers another scorer or another fingerprint.
+        ConfigError: A server offers another scorer or another fingerprint.
     """
 
     spec = ScorerSpec(
@@ -65,7 +67,7 @@ class RemoteScorer(Scorer):
     def __init__(
         self,
         *,
-        url: str = "http://127.0.0.1:8000",
+        url: str | Sequence[str] = "http://127.0.0.1:8000",
         expect_fingerprint: str | None = None,
         scorer: str | None = None,
         timeout: float = 600.0,
@@ -82,21 +84,29 @@ class RemoteScorer(Scorer):
         check_calls(timeout, retries, concurrency, on_error)
         if isinstance(max_items, bool) or not isinstance(max_items, int) or max_items < 1:
             raise ConfigError("max_items", f"expected int >= 1, got {max_items!r}")
-        self.url = check_url(url)
-        self.place = without_password(self.url)  # for messages
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.concurrency, self.on_error = concurrency, on_error
+        urls = check_urls(url)
+        self.place = without_password(urls[0])  # for messages
+        self.concurrency, self.on_error = concurrency * len(urls), on_error
         token = token or os.environ.get(TOKEN)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        info = request_json(
-            f"{self.url}/info",
-            timeout=min(timeout, 60.0),
-            retries=retries,
-            backoff=backoff,
-            headers=self._headers,
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.pool = ServerPool(
+            urls, timeout=timeout, retries=retries, backoff=backoff, headers=headers
         )
-        self.remote_fingerprint = self._check(info, scorer, expect_fingerprint)
-        limits = self._limits(info)
+        self.remote_fingerprint = ""
+        limits: dict[str, int] = {}
+        for address in urls:
+            self.place = without_password(address)
+            info = request_json(
+                f"{address}/info",
+                timeout=min(timeout, 60.0),
+                retries=retries,
+                backoff=backoff,
+                headers=headers,
+            )
+            known = self._check(info, scorer, expect_fingerprint or self.remote_fingerprint or None)
+            self.remote_fingerprint = known
+            for name, value in self._limits(info).items():
+                limits[name] = min(value, limits.get(name, value))
         self.max_items = min(max_items, limits.get("max_items", max_items))
         self.max_bytes = limits.get("max_bytes", math.inf)
         self.spec = self._remote_spec(info)  # type: ignore[misc]
@@ -233,21 +243,16 @@ class RemoteScorer(Scorer):
                     f"{self.place} takes {self.max_bytes} bytes at most, one image has {size}; "
                     "raise its --max_bytes"
                 )
-            reply = request_json(
-                f"{self.url}/score",
-                payload,
-                timeout=self.timeout,
-                retries=self.retries,
-                backoff=self.backoff,
-                headers=self._headers,
-            )
-            return self._read(reply, count)
+            place, reply = self.pool.request("/score", payload)
+            return self._read(place, reply, count)
         except ServerFailure as error:
             if self.on_error == "raise":
                 raise
             return [math.nan] * count, dict.fromkeys(range(count), str(error))
 
-    def _read(self, reply: dict[str, Any], count: int) -> tuple[list[float], dict[int, str]]:
+    def _read(
+        self, place: str, reply: dict[str, Any], count: int
+    ) -> tuple[list[float], dict[int, str]]:
         """Scores and the reasons of missing ones.
 
         Raises:
@@ -257,7 +262,7 @@ class RemoteScorer(Scorer):
         scores, errors = reply.get("scores"), reply.get("errors") or [None] * count
         if reply.get("fingerprint") != self.remote_fingerprint:
             raise ServerFailure(
-                f"{self.place} answered with the fingerprint {reply.get('fingerprint')}, not "
+                f"{place} answered with the fingerprint {reply.get('fingerprint')}, not "
                 f"{self.remote_fingerprint}: it was restarted with another scorer; load this one "
                 "again"
             )
@@ -267,14 +272,12 @@ class RemoteScorer(Scorer):
             or not len(scores) == len(errors) == count
             or not all(score is None or type(score) in (int, float) for score in scores)
         ):
-            raise ServerFailure(
-                f"{self.place} answered no list of {count} scores; that is no scorer"
-            )
+            raise ServerFailure(f"{place} answered no list of {count} scores; that is no scorer")
         try:
             values = [math.nan if score is None else float(score) for score in scores]
         except OverflowError:
             raise ServerFailure(
-                f"{self.place} answered a score that no float holds; that is no scorer"
+                f"{place} answered a score that no float holds; that is no scorer"
             ) from None
         reasons = {
             i: str(errors[i] or "the server gave no score")[:300]

@@ -17,7 +17,8 @@ from typing import Any
 from ...errors import ConfigError
 from ...runtime.hashing import text_hash
 from ..base import Item, Scorer
-from ..serving.client import ServerFailure, check_calls, check_url, png_base64, request_json
+from ..serving.client import ServerFailure, check_calls, png_base64
+from ..serving.pool import ServerPool, check_urls
 from ..spec import ScorerSpec
 
 UNIFIED_REWARD = (
@@ -106,7 +107,9 @@ class VLMJudge(Scorer):
     """Ask a vision-language model for a score in [0, 1].
 
     Args:
-        url (`str`, defaults to "http://127.0.0.1:8000"): The server.
+        url (`str` or list of `str`, defaults to "http://127.0.0.1:8000"): The server,
+        or
+            several with the same model, which share the requests.
             `/v1/chat/completions` is added unless the address ends in it.
         judge_model (`str`): Name of the model that the server knows.
         kind (`str`, defaults to "unifiedreward"): "unifiedreward" is a written
@@ -123,7 +126,7 @@ class VLMJudge(Scorer):
         timeout (`float`, defaults to 120): Seconds for one request.
         retries (`int`, defaults to 3): Further tries, as for `RemoteScorer`.
         backoff (`float`, defaults to 0.5): The longest first pause, in seconds.
-        concurrency (`int`, defaults to 8): Requests at once.
+        concurrency (`int`, defaults to 8): Requests at once, for each server.
         on_error (`str`, defaults to "nan"): "nan" makes scores missing when the server
             fails, "raise" raises.
         **options: Options of every `Scorer`.
@@ -147,7 +150,7 @@ class VLMJudge(Scorer):
     def __init__(
         self,
         *,
-        url: str = "http://127.0.0.1:8000",
+        url: str | Sequence[str] = "http://127.0.0.1:8000",
         judge_model: str = "",
         kind: str = "unifiedreward",
         template: str | None = None,
@@ -180,17 +183,16 @@ class VLMJudge(Scorer):
             isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1
         ):
             raise ConfigError("image_size", f"expected int >= 1, got {image_size!r}")
-        address = check_url(url)
-        self.url = (
+        urls = [
             address
             if address.endswith("/chat/completions")
             else f"{address.removesuffix('/v1')}/v1/chat/completions"
-        )
+            for address in check_urls(url)
+        ]
         self.judge_model, self.kind, self.image_size = judge_model, kind, image_size
         self.max_tokens, self.seed = max_tokens, seed
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.concurrency, self.on_error = concurrency, on_error
-        self.headers: dict[str, str] = {}
+        self.concurrency, self.on_error = concurrency * len(urls), on_error
+        headers: dict[str, str] = {}
         if api_key_env is not None:
             key = os.environ.get(api_key_env, "").strip()
             if not key:
@@ -203,7 +205,10 @@ class VLMJudge(Scorer):
                     f"{api_key_env} holds characters that no key has, such as a line break; set "
                     "it again",
                 )
-            self.headers["Authorization"] = f"Bearer {key}"
+            headers["Authorization"] = f"Bearer {key}"
+        self.pool = ServerPool(
+            urls, timeout=timeout, retries=retries, backoff=backoff, headers=headers
+        )
 
     def identity(self) -> dict[str, Any]:
         question = text_hash(self.template)
@@ -224,19 +229,12 @@ class VLMJudge(Scorer):
     def _judge(self, item: Item) -> tuple[float, str]:
         """A score, and why it is missing or an empty text."""
         try:
-            reply = request_json(
-                self.url,
-                self._question(item),
-                timeout=self.timeout,
-                retries=self.retries,
-                backoff=self.backoff,
-                headers=self.headers,
-            )
+            place, reply = self.pool.request("", self._question(item))
         except ServerFailure as error:
             if self.on_error == "raise":
                 raise
             return math.nan, str(error)
-        return self._read(reply)
+        return self._read(place, reply)
 
     def _question(self, item: Item) -> dict[str, Any]:
         from PIL import Image
@@ -263,7 +261,7 @@ class VLMJudge(Scorer):
             else question
         )
 
-    def _read(self, reply: Mapping[str, Any]) -> tuple[float, str]:
+    def _read(self, place: str, reply: Mapping[str, Any]) -> tuple[float, str]:
         """A score, and why it is missing or an empty text."""
         try:
             choice = reply["choices"][0]
@@ -275,7 +273,7 @@ class VLMJudge(Scorer):
                 value = parse_score(text, self.low, self.high) / self.high
         except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
             what = "log-probabilities" if self.kind == "yes_no" else "a message"
-            return math.nan, f"{self.url} answered without {what}"
+            return math.nan, f"{place} answered without {what}"
         if math.isfinite(value):
             return value, ""
         end = " ".join(text.split())[-120:]

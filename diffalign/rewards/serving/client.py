@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import httpx
     from PIL import Image
 
-_RETRIED = (429, 500, 502, 503, 504)
+RETRIED = (429, 500, 502, 503, 504)
+"""Statuses after which a request is tried again."""
 _LARGEST_REPLY = 64 << 20
 _LARGEST_REFUSAL = 4096
 _LONGEST_PAUSE = 20.0  # seconds
@@ -158,7 +159,7 @@ def request_json(
             failure = ServerFailure(
                 f"{shown_url} answered {status}: {_reason(data) or phrase}", status
             )
-            if status not in _RETRIED:
+            if status not in RETRIED:
                 raise failure
         if attempt < retries:
             time.sleep(random.uniform(0, min(backoff * 2**attempt, _LONGEST_PAUSE)))
