@@ -351,3 +351,45 @@ def test_turbo_trains_on_a_schedule_that_ends_in_noise(tmp_path: Path) -> None:
     )
     expected = alpha * batch.x0.flatten(0, 1) + sigma * batch.noise.flatten(0, 1)
     torch.testing.assert_close(seen[0].double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["default", "DPMSolverMultistepScheduler"])
+def test_a_rollout_that_does_not_fit_is_halved_and_stays_the_same(
+    tmp_path: Path, solver: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network without memory for more than three rows."""
+    images = {}
+    for most in (100, 3, 1):
+        trainer = make_trainer(
+            tmp_path / str(most), "sd", "diffusion_nft", peft_config=lora_config(), solver=solver,
+            images_per_prompt=4, per_device_train_batch_size=2, rollout_batch_size=8,
+            eta=1.0 if solver == "default" else 0.0,
+        )  # fmt: skip
+        trainer.setup()
+        predict = trainer.old_policy.predict
+
+        def small(
+            noisy: Any, times: Any, condition: Any, most: int = most, run: Any = predict
+        ) -> Any:
+            if len(noisy) > most:
+                raise torch.OutOfMemoryError("no memory")
+            return run(noisy, times, condition)
+
+        trainer.old_policy.predict = small
+        batch = next(trainer.source.unsampled(trainer.data_pipeline))
+        scored: list[int] = []
+        drawn = trainer.rollout(
+            trainer.old_policy.predict, batch, 4, None,
+            on_images=lambda first, pictures, scored=scored: scored.append(len(pictures)),
+        )  # fmt: skip
+        images[most] = drawn.final
+        assert sum(scored) == 8 and max(scored) == trainer.rollout.batch_size
+    assert "8 images at once do not fit" in capsys.readouterr().out
+    torch.testing.assert_close(images[3], images[100], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images[1], images[100], rtol=1e-4, atol=1e-5)
+
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.rollout(never, batch, 4, None)

@@ -46,7 +46,8 @@ class OnPolicyConfig(TrainingConfig):
     shared_init: bool = True
     """One initial noise for all images of a prompt. Source: official code."""
     rollout_batch_size: BatchSize = 8
-    """Images sampled at once. Source: ours."""
+    """Images sampled at once. Halved where they do not fit into the GPU's memory, which
+    changes no image. Source: ours."""
     steps_per_round: Count = 1
     """Optimizer steps whose samples are drawn at once, by the policy at the beginning
     of the round. Source: ours: 1 samples for every optimizer step."""

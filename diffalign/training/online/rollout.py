@@ -426,6 +426,10 @@ class Rollout:
         description (`str`, *optional*, defaults to `"sampling"`): Text of the progress
             bar.
         grid (`Grid`, *optional*): Times of the steps. Defaults to those of `config`.
+
+    Attributes:
+        batch_size (`int`): Images drawn at once. It is halved where they do not fit
+            into the memory of the GPU, which changes no image.
     """
 
     def __init__(
@@ -439,6 +443,7 @@ class Rollout:
     ) -> None:
         self.backbone, self.schedule = backbone, schedule
         self.config, self.description = config, description
+        self.batch_size = config.batch_size
         steps = config.num_inference_steps
         self.grid = (
             make_grid(schedule, backbone.scheduler, steps, config.eta) if grid is None else grid
@@ -484,7 +489,7 @@ class Rollout:
         start = self._initial(batch, k, shape, purpose)
         streams = [generator for i in range(k) for generator in batch.generators(f"{purpose}-{i}")]
         streams = [streams[i * g + row] for row in range(g) for i in range(k)]
-        flat, size, steps = start.flatten(0, 1), self.config.batch_size, len(self.grid)
+        flat, steps = start.flatten(0, 1), len(self.grid)
         etas = [
             self.config.eta if stochastic is None or bool(stochastic[i]) else 0.0
             for i in range(steps)
@@ -497,8 +502,9 @@ class Rollout:
             disable=not progress,
             leave=False,
         ) as bar:
-            for first in range(0, len(flat), size):
-                part = slice(first, min(first + size, len(flat)))
+            first = 0
+            while first < len(flat):
+                part = slice(first, min(first + self.batch_size, len(flat)))
                 rows = torch.arange(part.start, part.stop, device=device) // k
                 condition = {name: value[rows] for name, value in batch.condition.items()}
                 empty = (
@@ -506,15 +512,22 @@ class Rollout:
                     if unconditional is None
                     else {name: value[rows] for name, value in unconditional.items()}
                 )
-                sample = flat[part].to(device)
-                if self.config.solver == "default":
+                before = [stream.get_state() for stream in streams[part]], bar.n
+                try:
                     path, path_log_probs, path_means = self._chunk(
-                        predict, sample, condition, empty, streams[part], etas, bar
+                        predict, flat[part].to(device), condition, empty, streams[part], etas, bar
                     )
-                else:
-                    path = self._solved(predict, sample, condition, empty, bar)
-                    path_log_probs, path_means = path.new_zeros(len(path), 0), []
-                broken = ~torch.isfinite(path.flatten(1)).all(1)
+                    broken = ~torch.isfinite(path.flatten(1)).all(1)
+                    pictures = self._pictures(path[:, -1].to(device), broken) if decode else []
+                except torch.OutOfMemoryError:
+                    if part.stop - part.start == 1:
+                        raise
+                    self._halve(part.stop - part.start)
+                    # The same noise again, so that the size changes no image.
+                    for stream, state in zip(streams[part], before[0], strict=True):
+                        stream.set_state(state)
+                    bar.n = before[1]
+                    continue
                 if broken.any():
                     # Zeros give no gradient. Images and scores of these are missing.
                     path, path_log_probs = path.clone(), path_log_probs.clone()
@@ -523,19 +536,32 @@ class Rollout:
                 states.append(path)
                 log_probs.append(path_log_probs)
                 means += path_means
-                if decode:
-                    pictures = self.backbone.decode_latents(path[:, -1].to(device))
-                    pictures = [
-                        Missing(NOT_FINITE) if bad else picture
-                        for picture, bad in zip(pictures, broken.tolist(), strict=True)
-                    ]
-                    images += pictures
-                    if on_images is not None:
-                        on_images(first, pictures)
+                images += pictures
+                if decode and on_images is not None:
+                    on_images(first, pictures)
+                first = part.stop
         grouped = [images[i * k : (i + 1) * k] for i in range(g)] if decode else []
         parts = [torch.cat(values).unflatten(0, (g, k)) for values in (states, log_probs, lost)]
         kept_means = torch.cat(means).unflatten(0, (g, k)) if means else None
         return Trajectories(parts[0], parts[1], grouped, parts[2], kept_means)
+
+    def _pictures(self, latents: Tensor, broken: Tensor) -> list[MaybeImage]:
+        return [
+            Missing(NOT_FINITE) if bad else picture
+            for picture, bad in zip(
+                self.backbone.decode_latents(latents), broken.tolist(), strict=True
+            )
+        ]
+
+    def _halve(self, size: int) -> None:
+        """Draw fewer images at once from now on."""
+        self.batch_size = (size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tqdm.write(
+            f"{self.description}: {size} images at once do not fit into the GPU's memory; "
+            f"going on with {self.batch_size}"
+        )
 
     def _initial(self, batch: Batch, k: int, shape: Any, purpose: str) -> Tensor:
         draws = []
@@ -556,6 +582,9 @@ class Rollout:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Draw some trajectories. Returns states, log-probabilities and means."""
         config, grid, n = self.config, self.grid, len(sample)
+        if config.solver != "default":
+            path = self._solved(predict, sample, condition, unconditional, bar)
+            return path, path.new_zeros(n, 0), []
         whole = config.keep != "final"
         states, log_probs, means = [sample.float().cpu()] if whole else [], [], []
         for number, eta in enumerate(etas):
