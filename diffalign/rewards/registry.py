@@ -49,6 +49,9 @@ _BUILT_IN = {
     "aesthetic-v1": "scorers.aesthetic:AestheticV1",
     "aesthetic-v2": "scorers.aesthetic:AestheticV2",
     "mps": "scorers.mps:MPS",
+    "hpsv3": "scorers.hpsv3:HPSv3",
+    "vqascore": "scorers.vqascore:VQAScore",
+    "ocr": "scorers.ocr:OCRScore",
     "jpeg_compressibility": "scorers.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "scorers.jpeg:JpegIncompressibility",
     "geneval": "scorers.geneval:GenEval",
@@ -70,6 +73,8 @@ _ALIASES = {
     "pick_score": "pickscore",
     "pickscore_v1": "pickscore",
     "imagereward_v1.0": "imagereward",
+    "hps_v3": "hpsv3",
+    "vqa_score": "vqascore",
 }
 _registered: dict[str, type[Scorer]] = {}
 

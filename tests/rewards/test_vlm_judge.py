@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,13 @@ import pytest
 from PIL import Image
 
 from diffalign import UserError, load_scorer
-from diffalign.rewards.scorers.vlm_judge import parse_score, yes_no_probability
+from diffalign.rewards.scorers.vlm_judge import (
+    UNIFIED_REWARD_1,
+    UNIFIED_REWARD_2,
+    parse_axes,
+    parse_score,
+    yes_no_probability,
+)
 from diffalign.rewards.testing.check import check_scorer
 
 
@@ -199,7 +206,10 @@ def test_options():
     for options, message in (
         ({}, "judge_model: expected the name"),
         ({"judge_model": "m", "url": "file:///etc/passwd"}, "url: expected an address"),
-        ({"judge_model": "m", "kind": "stars"}, "kind: expected unifiedreward or yes_no"),
+        (
+            {"judge_model": "m", "kind": "stars"},
+            "kind: expected one of unifiedreward, unifiedreward-1, unifiedreward-2, yes_no",
+        ),
         ({"judge_model": "m", "template": "How good?"}, "template: expected a text with {prompt}"),
         ({"judge_model": "m", "api_key_env": "NOT_SET_ANYWHERE"}, "is not set"),
         ({"judge_model": "m", "retries": -1}, "retries: expected int >= 0"),
@@ -256,3 +266,66 @@ def test_log_probabilities_that_cannot_be_read_are_missing(judge, choice):
         [gray(1)], ["p"]
     )
     assert result.values.isnan().all() and result.errors[0]
+
+
+ACS = "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.37\nStyle Score (1-5): 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        (ACS, {"alignment": 2.694700002670288, "coherence": 2.37, "style": 4.0}),
+        ("**Alignment Score (1-5):** 3\n**Style Score:** 4/5", {"alignment": 3.0, "style": 4.0}),
+        ("Alignment Score (1-5): 2\nfinally, Alignment Score (1-5): 4", {"alignment": 4.0}),
+        ("Alignment Score (1-5): X\nCoherence Score (1-5): Y", {}),  # the question's own words
+        ("Alignment Score (1-5): 10", {}),
+        ("Alignment Score (1-5): 0.4\nStyle Score (1-5): 5.1", {}),
+        ("Alignment Score (1-5): 4-5", {}),
+        ("the alignment is good", {}),
+    ],
+)
+def test_scores_of_axes(text, scores):
+    assert parse_axes(text) == scores
+
+
+def test_unified_reward_is_asked_in_its_own_words(judge):
+    url, handler = judge
+    handler.reply = classmethod(
+        lambda cls, body: {"choices": [{"message": {"content": ACS + "\nFinal Score: 3.5"}}]}
+    )
+    both = {"url": url, "judge_model": "m"}
+    first = load_scorer("vlm_judge", **both, kind="unifiedreward-1")
+    assert first([gray(1)], ["a {red} cat"]).item() == pytest.approx(0.7)
+    picture, text = handler.seen[-1][2]["messages"][0]["content"]
+    data = base64.b64decode(picture["image_url"]["url"].split(",")[1])
+    assert Image.open(io.BytesIO(data)).size == (512, 512)
+    assert text["text"].endswith("Text Caption: [a {red} cat]")
+    digests = (UNIFIED_REWARD_1, UNIFIED_REWARD_2)
+    # Of the published templates; the first one without its mark of the image.
+    assert [hashlib.sha256(t.encode()).hexdigest()[:12] for t in digests][1] == "75d52d3ae771"
+    marked = "<image>\n" + UNIFIED_REWARD_1
+    assert hashlib.sha256(marked.encode()).hexdigest()[:12] == "d68ab1dcf4dc"
+    second = load_scorer("vlm_judge", **both, kind="unifiedreward-2")
+    assert second([gray(1)], ["a cat"]).item() == pytest.approx((2.6947 + 2.37 + 4) / 15)
+    weighted = load_scorer(
+        "vlm_judge", **both, kind="unifiedreward-2", axes={"alignment": 1.4, "style": 0.7}
+    )
+    expected = (1.4 * 2.6947 + 0.7 * 4) / 2.1 / 5
+    assert weighted([gray(1)], ["a cat"]).item() == pytest.approx(expected)
+    assert len({s.fingerprint() for s in (first, second, weighted)}) == 3
+
+
+def test_a_reply_without_an_axis_has_no_score(judge):
+    url, handler = judge
+    reply = {"choices": [{"message": {"content": "Alignment Score (1-5): 3"}}]}
+    handler.reply = classmethod(lambda cls, body: reply)
+    options = {"url": url, "judge_model": "m", "kind": "unifiedreward-2"}
+    result = load_scorer("vlm_judge", **options).score([gray(1)], ["a"])
+    assert result.values.isnan().all() and "holds no score from 1 to 5" in result.errors[0]
+    only = load_scorer("vlm_judge", **options, axes={"alignment": 1.0})
+    assert only([gray(1)], ["a"]).item() == pytest.approx(0.6)
+    for axes in ({}, {"beauty": 1.0}, {"style": -1.0}, {"style": 0}, {"style": math.nan}):
+        with pytest.raises(UserError, match="axes: expected weights of alignment, coherence"):
+            load_scorer("vlm_judge", **options, axes=axes)
+    with pytest.raises(UserError, match="axes: are for kind: unifiedreward-2, not yes_no"):
+        load_scorer("vlm_judge", **{**options, "kind": "yes_no"}, axes={"style": 1.0})

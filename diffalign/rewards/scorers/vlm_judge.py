@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ...config.ranges import not_a_choice
 from ...errors import ConfigError
 from ...runtime.hashing import text_hash
 from ..base import Item, Scorer
@@ -28,9 +29,48 @@ UNIFIED_REWARD = (
     "Say in a few sentences what speaks for and against it, then give one score from 1 (worst) to "
     "5 (best) on a line of its own after 'Final Score:'.\n\nCaption: {prompt}"
 )
+UNIFIED_REWARD_1 = (
+    "You are given a text caption and a generated image based on that caption. "
+    "Your task is to evaluate this image based on two key criteria:\n"
+    "1. Alignment with the Caption: Assess how well this image aligns with the "
+    "provided caption. Consider the accuracy of depicted objects, their "
+    "relationships, and attributes as described in the caption.\n"
+    "2. Overall Image Quality: Examine the visual quality of this image, including "
+    "clarity, detail preservation, color accuracy, and overall aesthetic appeal.\n"
+    "Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\n"
+    "Your task is provided as follows:\n"
+    "Text Caption: [{prompt}]"
+)
+UNIFIED_REWARD_2 = (
+    "You are presented with a generated image and its associated text caption. "
+    "Your task is to analyze the image across multiple dimensions in relation to "
+    "the caption. Specifically:\n"
+    "Provide overall assessments for the image along the following axes (each "
+    "rated from 1 to 5):\n"
+    "- Alignment Score: How well the image matches the caption in terms of "
+    "content.\n"
+    "- Coherence Score: How logically consistent the image is (absence of visual "
+    "glitches, object distortions, etc.).\n"
+    "- Style Score: How aesthetically appealing the image looks, regardless of "
+    "caption accuracy.\n"
+    "\n"
+    "Output your evaluation using the format below:\n"
+    "\n"
+    "Alignment Score (1-5): X\n"
+    "Coherence Score (1-5): Y\n"
+    "Style Score (1-5): Z\n"
+    "\n"
+    "Your task is provided as follows:\n"
+    "Text Caption: [{prompt}]"
+)
+"""The questions that UnifiedReward's two generations were trained with, word for word
+(Wang et al. 2025, arXiv 2503.05236, code under MIT). Other words would be another
+number."""
 YES_NO = "Does this image show '{prompt}', without visible faults? Answer with one word, yes or no."
 _KINDS: dict[str, tuple[str, tuple[float, float]]] = {
     "unifiedreward": (UNIFIED_REWARD, (1.0, 5.0)),
+    "unifiedreward-1": (UNIFIED_REWARD_1, (1.0, 5.0)),
+    "unifiedreward-2": (UNIFIED_REWARD_2, (1.0, 5.0)),
     "yes_no": (YES_NO, (0.0, 1.0)),
 }
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?![\d.]*\d)"
@@ -42,6 +82,12 @@ _AFTER_LABEL = re.compile(
     # A bracket that is more than the number, as in "Score (1-5): 4", names the scale.
     rf"score\b(?:[ \t*_`]*\((?!{_NUMBER}\s*\))[^()\n]*\))?"
     rf"[\s*_`:=\[\]()\"'-]*?(?:is\s+[\s*_`\[(\"']*)?({_NUMBER}){_TAIL}",
+    re.IGNORECASE,
+)
+AXES = ("alignment", "coherence", "style")
+_OF_AXIS = re.compile(
+    rf"(alignment|coherence|style)[\s*_`]*score\b(?:[ \t*_`]*\([^()\n]*\))?"
+    rf"[\s*_`:=\[\]()\"'-]*?({_NUMBER}){_TAIL}",
     re.IGNORECASE,
 )
 _ALONE = re.compile(rf"[\s*_`\[(\"']*({_NUMBER}){_TAIL}[\s*_`\])\"'.]*", re.IGNORECASE)
@@ -80,6 +126,30 @@ def parse_score(text: str, low: float = 1.0, high: float = 5.0) -> float:
     return value if good else math.nan
 
 
+def parse_axes(text: str, low: float = 1.0, high: float = 5.0) -> dict[str, float]:
+    """Read the last score of each axis in a reply of UnifiedReward 2.0.
+
+    Args:
+        text (`str`): The reply.
+        low (`float`, defaults to 1): The lowest score.
+        high (`float`, defaults to 5): The highest score.
+
+    Returns:
+        `dict[str, float]`: Scores of the `AXES` that can be read, by the rules of
+        `parse_score`.
+
+    Example:
+        >>> parse_axes("Alignment Score (1-5): 3.25\\n**Style Score (1-5):** 4")
+        {'alignment': 3.25, 'style': 4.0}
+    """
+    scores: dict[str, float] = {}
+    for axis, number, scale, unclear in _OF_AXIS.findall(text):
+        value = float(number)
+        good = low <= value <= high and not unclear and (not scale or float(scale) == high)
+        scores[axis.lower()] = value if good else math.nan
+    return {axis: scores[axis] for axis in AXES if not math.isnan(scores.get(axis, math.nan))}
+
+
 def yes_no_probability(top_logprobs: Sequence[Mapping[str, Any]]) -> float:
     """Compute P(yes) / (P(yes) + P(no)) from the alternatives of the first token.
 
@@ -113,8 +183,14 @@ class VLMJudge(Scorer):
             `/v1/chat/completions` is added unless the address ends in it.
         judge_model (`str`): Name of the model that the server knows.
         kind (`str`, defaults to "unifiedreward"): "unifiedreward" is a written
-            judgement with a score from 1 to 5, divided by 5. "yes_no" is P(yes) /
+            judgement with a score from 1 to 5, divided by 5, for any model.
+            "unifiedreward-1" is the question of UnifiedReward 1.5, and asks at 512 x
+            512 pixels as Flow-GRPO does. "unifiedreward-2" is that of UnifiedReward
+            2.0, with scores for alignment, coherence and style. "yes_no" is P(yes) /
             (P(yes) + P(no)) of the first word.
+        axes (`dict[str, float]`, *optional*): Weights of alignment, coherence and
+            style in the mean under "unifiedreward-2". Defaults to 1 each. A reply
+            without one of them has no score.
         template (`str`, *optional*): Another question for an answer of that kind, so on
             the same scale. `{prompt}` stands for the prompt.
         image_size (`int`, *optional*): The image is resized to this square first
@@ -153,6 +229,7 @@ class VLMJudge(Scorer):
         url: str | Sequence[str] = "http://127.0.0.1:8000",
         judge_model: str = "",
         kind: str = "unifiedreward",
+        axes: Mapping[str, float] | None = None,
         template: str | None = None,
         image_size: int | None = None,
         api_key_env: str | None = None,
@@ -172,7 +249,7 @@ class VLMJudge(Scorer):
                 "judge_model", "expected the name under which the server knows its model"
             )
         if kind not in _KINDS:
-            raise ConfigError("kind", f"expected {' or '.join(_KINDS)}, got {kind!r}")
+            raise ConfigError("kind", not_a_choice(kind, list(_KINDS)))
         self.template, (self.low, self.high) = template or _KINDS[kind][0], _KINDS[kind][1]
         if "{prompt}" not in self.template:
             raise ConfigError(
@@ -189,6 +266,9 @@ class VLMJudge(Scorer):
             else f"{address.removesuffix('/v1')}/v1/chat/completions"
             for address in check_urls(url)
         ]
+        if kind == "unifiedreward-1" and image_size is None:
+            image_size = 512
+        self.axes = self._weights(kind, axes)
         self.judge_model, self.kind, self.image_size = judge_model, kind, image_size
         self.max_tokens, self.seed = max_tokens, seed
         self.concurrency, self.on_error = concurrency * len(urls), on_error
@@ -210,6 +290,26 @@ class VLMJudge(Scorer):
             urls, timeout=timeout, retries=retries, backoff=backoff, headers=headers
         )
 
+    @staticmethod
+    def _weights(kind: str, axes: Mapping[str, float] | None) -> dict[str, float]:
+        """Weights of the axes.
+
+        Raises:
+            ConfigError: They are for another kind, or unknown, or add up to nothing.
+        """
+        if axes is not None and kind != "unifiedreward-2":
+            raise ConfigError("axes", f"are for kind: unifiedreward-2, not {kind}")
+        weights = dict(axes) if axes is not None else dict.fromkeys(AXES, 1.0)
+        good = all(
+            name in AXES and type(value) in (int, float) and 0 <= value < math.inf
+            for name, value in weights.items()
+        )
+        if not good or not sum(weights.values()) > 0:
+            raise ConfigError(
+                "axes", f"expected weights of {', '.join(AXES)}, at least one above 0, got {axes!r}"
+            )
+        return {name: float(value) for name, value in weights.items() if value > 0}
+
     def identity(self) -> dict[str, Any]:
         question = text_hash(self.template)
         return {
@@ -218,6 +318,7 @@ class VLMJudge(Scorer):
             "question": question,
             "size": self.image_size,
             "seed": self.seed,
+            **({"axes": self.axes} if self.kind == "unifiedreward-2" else {}),
         }
 
     def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
@@ -270,7 +371,7 @@ class VLMJudge(Scorer):
                 text = str(choice.get("message", {}).get("content", ""))
             else:
                 text = str(choice["message"]["content"])
-                value = parse_score(text, self.low, self.high) / self.high
+                value = self._value(text) / self.high
         except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
             what = "log-probabilities" if self.kind == "yes_no" else "a message"
             return math.nan, f"{place} answered without {what}"
@@ -278,3 +379,13 @@ class VLMJudge(Scorer):
             return value, ""
         end = " ".join(text.split())[-120:]
         return value, (f"the reply holds no score from {self.low:g} to {self.high:g}: ...{end!r}")
+
+    def _value(self, text: str) -> float:
+        """The score in a written judgement, NaN without one."""
+        if self.kind != "unifiedreward-2":
+            return parse_score(text, self.low, self.high)
+        scores = parse_axes(text, self.low, self.high)
+        if not set(self.axes) <= set(scores):
+            return math.nan
+        total = sum(self.axes.values())
+        return sum(weight * scores[name] for name, weight in self.axes.items()) / total
