@@ -96,6 +96,7 @@ COMMANDS = (
         "serve_scorer",
         "offer a scorer to other processes and environments over HTTP",
     ),
+    Command("serve-model", "serve_model", "offer a pipeline to other processes over HTTP"),
     Command("doctor", "doctor", "check the scorers on this machine against known numbers"),
     Command("scorers", "scorers", "list the scorers, or show the card of one"),
     Command(

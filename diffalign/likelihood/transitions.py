@@ -361,5 +361,11 @@ def unscaled_log_prob(sample: Tensor, mean: Tensor) -> Tensor:
 
     Returns:
         `Tensor`: minus the squared distance, averaged over the elements, (n,).
+
+    Example:
+        ```python
+        sample, mean = torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
+        assert unscaled_log_prob(sample, mean).item() == -1.0
+        ```
     """
     return -(sample.detach().to(mean) - mean).square().flatten(1).mean(1)

@@ -19,6 +19,7 @@ on by default, as in the official run files.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Annotated, ClassVar, Literal
 
@@ -235,6 +236,12 @@ class AWMTrainer(ForwardProcessTrainer):
             self.start_policy = self._denoiser(partial(self.round_start.predict, self.backbone))
         return super().build_source()
 
+    def drawing_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the network draws: as it is, or its average."""
+        if not self.args.off_policy or self.average is None:
+            return super().drawing_weights()
+        return self.average.in_place(self.average.weights)
+
     @cached_property
     def sampler(self) -> PolicySampler:
         """Sampler that draws with the policy, or with its average if off-policy."""
@@ -253,6 +260,7 @@ class AWMTrainer(ForwardProcessTrainer):
 
     def begin_round(self, number: int) -> None:
         """Remember the policy that draws. See `OnPolicyTrainer.begin_round`."""
+        super().begin_round(number)
         if self.round_start is not None:
             self.round_start.take()
 

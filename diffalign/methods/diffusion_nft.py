@@ -21,6 +21,7 @@ whatever b. An image of average score then gives none.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import ClassVar, Literal
 
@@ -232,6 +233,10 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         self.checkpoints.parts.append(self.old)
         self.old_policy = self._denoiser(partial(self.old.predict, self.backbone))
         return super().build_source()
+
+    def drawing_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the network is the old policy."""
+        return self.old.in_place(self.old.weights)
 
     @cached_property
     def sampler(self) -> PolicySampler:

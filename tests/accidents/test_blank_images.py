@@ -284,7 +284,7 @@ def test_online_training_goes_on_without_a_broken_image(method, tmp_path, capsys
     assert all(p.isfinite().all() for p in trainer.network.parameters())
 
 
-@pytest.mark.parametrize("method", ["d3po", "seppo"])
+@pytest.mark.parametrize("method", ["awm", "d3po", "diffusion_nft", "grpo", "seppo"])
 def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
     trainer = make_trainer(
         tmp_path,
@@ -297,10 +297,10 @@ def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
     chunk = trainer.rollout._chunk
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        states, log_probs = chunk(*args, **kwargs)
+        states, *others = chunk(*args, **kwargs)
         states = states.clone()
         states[0] = float("nan")
-        return states, log_probs
+        return (states, *others)
 
     trainer.rollout._chunk = broken
     trainer.train()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import field
+from functools import cached_property
 from typing import Annotated
 
 import torch
@@ -17,12 +20,15 @@ from ...config.ranges import NotNegative, OneOf, count
 from ...config.section import config_section
 from ...errors import ConfigError
 from ..batch import Batch
+from ..data_pipeline import DataPipeline, build_transform
 from ..denoiser import Denoiser
 from ..reference import Reference
 from .advantage_estimator import AdvantageConfig, AdvantageEstimator
 from .on_policy import OnPolicyTrainer
+from .remote_sampler import RemoteSampler
 from .reward_function import RewardFunction
 from .rollout import SamplerConfig, Trajectories
+from .rollout_server import RolloutServer
 from .solvers import SOLVERS
 from .source import RolloutSource
 
@@ -43,6 +49,10 @@ class ForwardProcessConfig(AdvantageConfig):
     """default: DDIM, or Euler for flows | DPMSolverMultistepScheduler |
     UniPCMultistepScheduler: of diffusers, of second order. Source: DiffusionNFT,
     DPM-Solver++ of order 2."""
+    rollout_server: list[str] = field(default_factory=list)
+    """Addresses of servers that draw the images: vLLM-Omni, SGLang-diffusion or
+    `diffalign serve-model`, with the same model and a disk that both sides see. Empty
+    draws here. With a LoRA only. Source: ours."""
     kl_weight: NotNegative[float] = 1e-4
     """Pull to the starting weights, on the squared difference of the outputs. 0 runs no
     reference. Source: DiffusionNFT 1e-4; AWM 1e-4 to 3e-3 by reward."""
@@ -61,6 +71,8 @@ class ForwardProcessTrainer(OnPolicyTrainer):
     args: ForwardProcessConfig
     start_message = ""
     estimator: AdvantageEstimator
+    server: RolloutServer | None = None
+    """Draws the images, with `rollout_server`."""
 
     def sampler_config(self) -> SamplerConfig:
         """Return the settings of the sampler, see `OnPolicyTrainer.sampler_config`."""
@@ -76,6 +88,74 @@ class ForwardProcessTrainer(OnPolicyTrainer):
         if self.estimator.history is not None:
             self.checkpoints.parts.append(self.estimator.history)
         return super().build_source()
+
+    def validate(self) -> None:
+        """Check the scorers, and that a server can take the weights.
+
+        Raises:
+            ConfigError: There is no scorer, or all weights train and a server draws.
+            UserError: A server cannot be reached.
+        """
+        super().validate()
+        args = self.args
+        if not args.rollout_server:
+            return
+        if self.peft_config is None:
+            raise ConfigError(
+                "train.rollout_server",
+                "a server can only take a LoRA; give a lora section, or leave it out",
+            )
+        if args.solver != "default" or args.eta or args.shared_init:
+            raise ConfigError(
+                "train.rollout_server",
+                "the server draws by its own rules; leave out solver, eta and shared_init",
+            )
+        width, height = reversed(build_transform(self.data_config, self.backbone).sizes[0])
+        settings = {
+            "size": f"{width}x{height}",
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
+        }
+        self.server = RolloutServer(args.rollout_server, settings)
+
+    def drawing_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the network has the weights that draw."""
+        return nullcontext()
+
+    @cached_property
+    def remote_sampler(self) -> RemoteSampler | None:
+        """Sampler that draws on a server, None without one."""
+        if self.server is None:
+            return None
+        return RemoteSampler(
+            self.server,
+            self.backbone,
+            self.accelerator,
+            self.trained,
+            self.network,
+            self.prepared,
+            self.output_dir / "rollout_server",
+            self.drawing_weights,
+        )
+
+    def begin_round(self, number: int) -> None:
+        """Give a server the weights that draw. See `OnPolicyTrainer.begin_round`."""
+        if self.remote_sampler is not None:
+            self.remote_sampler.push()
+
+    def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
+        """Draw images here or on a server. See `OnPolicyTrainer.sample`."""
+        if self.remote_sampler is None:
+            return super().sample(batch, purpose)
+        return self.remote_sampler(
+            batch, self.args.images_per_prompt, self.reward_function, purpose
+        )
+
+    def evaluation_metrics(self, data: DataPipeline) -> dict[str, float]:
+        """Average the scores of drawn images. See `Trainer.evaluation_metrics`."""
+        if self.remote_sampler is not None:
+            self.remote_sampler.push()
+        return super().evaluation_metrics(data)
 
     # Times ----------------------------------------------------------------------------
 

@@ -1,0 +1,80 @@
+"""`diffalign serve-model`: offer a pipeline to other processes over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+
+from ..config.ranges import count, port
+from ..errors import ConfigError, UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", help="Hub id, folder or shapes")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1: this machine only)",
+    )
+    parser.add_argument(
+        "--port", type=port, default=8001, help="0 takes a free one and says which (default 8001)"
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default auto)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default by device)")
+    parser.add_argument(
+        "--batch_size", type=count(), default=8, help="images per forward pass (default 8)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load the pipeline and serve until SIGINT or SIGTERM.
+
+    Args:
+        options (`argparse.Namespace`): What `add_arguments` named.
+
+    Returns:
+        `int`: 0 after SIGTERM, 130 after SIGINT.
+
+    Raises:
+        UserError: The model cannot be loaded, the port is taken, or FastAPI and uvicorn
+            are not installed.
+    """
+    try:
+        from ..generation.serving import ModelService, make_model_server
+    except ImportError as error:
+        raise UserError(
+            f"serve-model needs FastAPI and uvicorn: pip install 'diffalign[serve]' ({error})"
+        ) from None
+    from ..generation.pipelines import load_pipeline
+    from ..runtime.devices import read_dtype
+
+    dtype = read_dtype(options.dtype) if options.dtype else None
+    pipe = load_pipeline(options.model, dtype=dtype, device=options.device)
+    service = ModelService(pipe, options.model, options.batch_size)
+    try:
+        server = make_model_server(service, options.host, options.port)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            "--port",
+            f"{options.host}:{options.port} cannot be listened on ({error}); choose another",
+        ) from error
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    previous = signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    thread.start()
+    host, number = server.server_address[:2]
+    place = f"[{host}]" if ":" in str(host) else host
+    try:
+        print(f"{options.model} at http://{place}:{number}", flush=True)
+        while thread.is_alive():
+            thread.join(1.0)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    finally:
+        server.stop()
+        thread.join()
+        signal.signal(signal.SIGTERM, previous)
+    return 0

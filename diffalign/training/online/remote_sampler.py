@@ -1,0 +1,140 @@
+"""Draw the images of a round on a server, and score them here."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.nn import Module
+
+from ...backbones import Backbone
+from ..batch import Batch
+from ..trained_weights import TrainedWeights
+from .reward_function import RewardFunction, ScoreAhead
+from .rollout import Trajectories
+from .rollout_server import RolloutServer
+
+
+class RemoteSampler:
+    """Draws final latents on a server, with the LoRA of the moment.
+
+    Each image has a seed of its own, from its row and its epoch. The autoencoder
+    encodes what comes back, at the mean of its posterior.
+
+    Args:
+        server (`RolloutServer`): Draws the images.
+        backbone (`Backbone`): Encodes them.
+        accelerator (`Accelerator`): Processes of the run. The first one pushes the
+            weights.
+        trained (`TrainedWeights`): Writes the LoRA.
+        network: The network that trains, as it was before accelerate prepared it.
+        prepared: The network as accelerate prepared it.
+        folder (`Path`): Folder for the pushed LoRAs.
+        weights (`Callable`): Returns the context in which the network has the weights
+            that draw.
+    """
+
+    def __init__(
+        self,
+        server: RolloutServer,
+        backbone: Backbone,
+        accelerator: Accelerator,
+        trained: TrainedWeights,
+        network: Module,
+        prepared: Module,
+        folder: Path,
+        weights: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.server, self.backbone, self.accelerator = server, backbone, accelerator
+        self.trained, self.network, self.prepared = trained, network, prepared
+        self.folder, self.weights = folder, weights
+        self.pushed: dict[str, Tensor] | None = None
+
+    def push(self) -> None:
+        """Give the server the weights that draw. All processes must call this.
+
+        A LoRA that changes nothing yet is not pushed, and neither are weights that the
+        server has.
+        """
+        with self.weights():
+            state = self.trained.gather(self.accelerator, self.prepared)
+        state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        if self.pushed is not None and all(
+            torch.equal(tensor, self.pushed[name]) for name, tensor in state.items()
+        ):
+            return
+        active = any(
+            bool(parameter.detach().abs().max() > 0)
+            for name, parameter in state.items()
+            if "lora_B" in name or "lora.up" in name
+        )
+        name = f"weights-{_digest(state)}"
+        if self.accelerator.is_main_process:
+            if active:
+                folder = self.folder / name
+                folder.mkdir(parents=True, exist_ok=True)
+                self.trained.write(folder, state)
+                self.server.push(folder, name)
+                for old in self.folder.glob("weights-*"):
+                    if old.name != name:
+                        shutil.rmtree(old, ignore_errors=True)
+            else:
+                self.server.clear()
+        self.accelerator.wait_for_everyone()
+        if active and not self.accelerator.is_main_process:
+            path = str((self.folder / name).resolve())
+            self.server.lora = {"name": name, "path": path, "scale": 1.0}
+        self.pushed = state
+
+    def __call__(
+        self,
+        batch: Batch,
+        k: int,
+        reward_function: RewardFunction | None,
+        purpose: str,
+        stochastic: Tensor | None = None,
+    ) -> tuple[Trajectories, Tensor]:
+        """Draw k images for every prompt, and score them. See `PolicySampler`."""
+        prompts = [prompt for prompt in batch.prompts for _ in range(k)]
+        seeds = [
+            int(torch.randint(2**31 - 1, (), generator=generator))
+            for generator in batch.generators(f"{purpose}-server")
+            for _ in range(k)
+        ]
+        images = self.server.draw(prompts, seeds)
+        shape = (len(batch), k)
+        latents = self._encode(images).unflatten(0, shape)[:, :, None]
+        grouped: list[Any] = [images[i : i + k] for i in range(0, len(images), k)]
+        drawn = Trajectories(latents, torch.zeros(*shape, 0), grouped)
+        if reward_function is None:
+            return drawn, torch.full((*shape, 1), float("nan"), dtype=torch.float64)
+        ahead = ScoreAhead(reward_function, prompts, False)
+        ahead(0, list(images))
+        return drawn, ahead.result().unflatten(0, shape)
+
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Latents of images, (n, C, h, w) on the CPU."""
+        parts = []
+        for image in images:
+            pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)) / 127.5 - 1
+            mean, _ = self.backbone.encode_images(pixels.permute(2, 0, 1)[None])
+            parts.append(mean.float().cpu())
+        return torch.cat(parts)
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """A name for weights: servers keep what they have read by its name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+"""Images drawn elsewhere, by a server that holds the model and takes a LoRA.
+
+It speaks OpenAI's image API with the LoRA loading of vLLM-Omni (a field of each
+request) or of SGLang (a state of the server), and asks which of the two it is.
+`diffalign serve-model` knows both. Only images come back. They are encoded by the
+autoencoder, so this is for methods that need no log-probabilities.
+
+The LoRA is passed as a path, so server and training must see the same disk. Every push
+has a path of its own, because servers keep what they have read by its path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...errors import UserError
+from ...rewards.serving.client import ServerFailure, request_json
+from ...rewards.serving.pool import ServerPool, check_urls
+
+_CHECK_PROMPT = "a photo"
+_CHECK_SCALE = 64.0
+"""The check draws with a LoRA that is so much stronger, since that of the first steps
+changes no pixel."""
+_TIMEOUT, _RETRIES, _BACKOFF = 600.0, 3, 0.5
+
+
+class RolloutServer:
+    """One server or several that draw the images of a run.
+
+    Args:
+        url (`str` or sequence of `str`): Address, or several with the same model.
+        settings (`dict`): What every request says: `size`, `num_inference_steps`,
+            `guidance_scale`.
+        concurrency (`int`, *optional*, defaults to `4`): Requests at once, for each
+            server.
+
+    Attributes:
+        keeps_lora (`bool`): Whether the LoRA is a state of the server, as with SGLang.
+
+    Raises:
+        ConfigError: An address is none.
+        UserError: A server cannot be reached.
+    """
+
+    def __init__(
+        self, url: str | Sequence[str], settings: dict[str, Any], concurrency: int = 4
+    ) -> None:
+        self.urls, self.settings = check_urls(url), settings
+        self.pool = ServerPool(self.urls, timeout=_TIMEOUT, retries=_RETRIES, backoff=_BACKOFF)
+        self.workers = concurrency * len(self.urls)
+        self.lora: dict[str, Any] | None = None
+        kinds = {self._keeps_lora(address) for address in self.urls}
+        if len(kinds) > 1:
+            raise UserError(
+                "rollout_server: the servers load LoRAs in different ways; give servers of one kind"
+            )
+        self.keeps_lora = kinds.pop()
+
+    @staticmethod
+    def _keeps_lora(address: str) -> bool:
+        try:
+            request_json(f"{address}/v1/list_loras", timeout=60.0, retries=_RETRIES)
+        except ServerFailure as failure:
+            if failure.status in (404, 405):
+                return False
+            raise UserError(f"rollout_server: {failure}") from None
+        return True
+
+    def push(self, folder: Path, name: str) -> None:
+        """Make all servers draw with a LoRA, and check that it is active.
+
+        Args:
+            folder (`Path`): Folder with the LoRA, of a name that was never used before.
+            name (`str`): Name of the LoRA.
+
+        Raises:
+            UserError: A server refuses it, or draws as without it.
+        """
+        path = str(folder.resolve())
+        for address in self.urls:
+            plain, changed = (
+                self._check_image(address, None),
+                self._check_image(address, {"name": f"{name}-check", "path": path,
+                                            "scale": _CHECK_SCALE}),
+            )  # fmt: skip
+            if np.array_equal(np.asarray(plain), np.asarray(changed)):
+                raise UserError(
+                    f"rollout_server: {address} draws the same image with and without the LoRA "
+                    f"in {path}; its files must lie on a disk that the server sees, and their "
+                    "layers must be those of its model"
+                )
+            if self.keeps_lora:
+                self._set(address, {"name": name, "path": path, "scale": 1.0})
+        self.lora = {"name": name, "path": path, "scale": 1.0}
+
+    def clear(self) -> None:
+        """Make all servers draw without a LoRA."""
+        if self.keeps_lora:
+            for address in self.urls:
+                self._set(address, None)
+        self.lora = None
+
+    def _set(self, address: str, lora: dict[str, Any] | None) -> None:
+        """Change the LoRA that a server keeps."""
+        path, body = "/v1/unmerge_lora_weights", {}
+        if lora is not None:
+            path = "/v1/set_lora"
+            body = {
+                "lora_nickname": lora["name"],
+                "lora_path": lora["path"],
+                "strength": lora["scale"],
+                # Merging rounds a small LoRA away.
+                "merge_mode": "dynamic",
+            }
+        try:
+            request_json(f"{address}{path}", body, timeout=_TIMEOUT, retries=_RETRIES)
+        except ServerFailure as failure:
+            raise UserError(f"rollout_server: {failure}") from None
+
+    def _check_image(self, address: str, lora: dict[str, Any] | None) -> Image.Image:
+        body: dict[str, Any] = self._body(_CHECK_PROMPT, 0)
+        if self.keeps_lora:
+            self._set(address, lora)
+        elif lora is not None:
+            body["lora"] = lora
+        try:
+            reply = request_json(
+                f"{address}/v1/images/generations", body, timeout=_TIMEOUT, retries=_RETRIES
+            )
+        except ServerFailure as failure:
+            raise UserError(f"rollout_server: {failure}") from None
+        return _image(reply, address)
+
+    def _body(self, prompt: str, seed: int) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "n": 1,
+            "seed": seed,
+            "response_format": "b64_json",
+            "output_format": "png",
+            **self.settings,
+        }
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Draw one image per prompt and seed.
+
+        Args:
+            prompts (`Sequence[str]`): n prompts.
+            seeds (`Sequence[int]`): n seeds, from 0 to 2^31 - 1.
+
+        Returns:
+            `list[PIL.Image.Image]`: n images.
+
+        Raises:
+            UserError: No server answers, or one answers without an image.
+        """
+
+        def one(prompt: str, seed: int) -> Image.Image:
+            body = self._body(prompt, seed)
+            if self.lora is not None and not self.keeps_lora:
+                body["lora"] = self.lora
+            try:
+                place, reply = self.pool.request("/v1/images/generations", body)
+            except ServerFailure as failure:
+                raise UserError(f"rollout_server: {failure}") from None
+            return _image(reply, place)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(one, prompts, seeds))
+
+
+def _image(reply: dict[str, Any], place: str) -> Image.Image:
+    """Read the image of an answer.
+
+    Raises:
+        UserError: There is none.
+    """
+    try:
+        data = base64.b64decode(reply["data"][0]["b64_json"])
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (KeyError, IndexError, TypeError, binascii.Error, OSError, ValueError) as error:
+        raise UserError(
+            f"rollout_server: {place} answered without an image ({type(error).__name__}); "
+            "it must give b64_json"
+        ) from None
