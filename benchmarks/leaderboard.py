@@ -365,10 +365,11 @@ def do_unit(name: str, seed: int, options: argparse.Namespace) -> None:
     kept(result_file(options, name, seed), lambda: {**facts, **judge(name, options, seed)})
 
 
-def alone(options: argparse.Namespace, *arguments: object) -> str:
-    """Runs this file in a process of its own, with its share of the cores."""
+def alone(options: argparse.Namespace, *arguments: object, script: str = __file__) -> str:
+    """Runs this file, or another benchmark, in a process with its share of the
+    cores."""
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    command = [sys.executable, __file__, "--model", options.model, "--work", options.work]
+    command = [sys.executable, script, "--model", options.model, "--work", options.work]
     command += ["--results", options.results]
     done = subprocess.run(
         [str(x) for x in (*command, "--jobs", options.jobs, *arguments)],
