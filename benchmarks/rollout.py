@@ -3,10 +3,14 @@ guidance.
 
     python benchmarks/rollout.py [--output benchmarks/rollout.md]
 
-A rollout stores every state with its log-probability and decodes the images; the
-pipeline (DDIM, eta 1) only draws them. Prompts are encoded in both. The embedded
-pipeline and one with a random UNet of some 50 M parameters; variants take turns,
-medians are reported.
+A rollout with states stores every state with its log-probability (D3PO, GRPO), one
+without keeps the final latents alone (DiffusionNFT, AWM, online pairs). Both decode the
+images. The pipeline (DDIM, eta 1) only draws them, and encodes the prompts as well. The
+embedded pipeline and one with a random UNet of some 50 M parameters. Variants take
+turns, medians are reported.
+
+The second table has the shares of a round of DiffusionNFT with the verifier as its
+judge: three trained times per image.
 """
 
 from __future__ import annotations
@@ -23,9 +27,17 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from peft import LoraConfig
 from random_unet import large_pipeline
 
-from diffalign import D3POConfig, D3POTrainer, DataConfig
+from diffalign import (
+    D3POConfig,
+    D3POTrainer,
+    DataConfig,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+)
+from diffalign.backbones.base import ATTENTION_TARGETS
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.shapes.prompts import train_prompts
 
@@ -39,34 +51,49 @@ def pipeline(large: bool) -> Any:
     return pipe
 
 
-def measure(large: bool, images: int, steps: int, rounds: int) -> tuple[float, float]:
-    """Median seconds of (pipeline, rollout) for `images` images."""
+def trainer_of(kind: str, large: bool, images: int, steps: int, folder: str) -> Any:
+    """A trainer that draws `images` images two per prompt, in one batch."""
+    prompts = train_prompts()[: images // 2]
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "num_inference_steps": steps,
+        "guidance_scale": GUIDANCE,
+        "rollout_batch_size": images,
+        "images_per_prompt": 2,
+        "per_device_train_batch_size": images // 2,
+        "max_steps": 1,
+    }
+    keywords: dict[str, Any] = {
+        "model": pipeline(large),
+        "train_dataset": [{"prompt": p} for p in prompts],
+        "data": DataConfig(resolution=64),
+        "scorers": ["shapes"],
+        "peft_config": LoraConfig(r=8, lora_alpha=8, target_modules=list(ATTENTION_TARGETS)),
+    }
+    if kind == "states":
+        return D3POTrainer(args=D3POConfig(**common), **keywords)
+    more = {"eta": 1.0, "kl_weight": 0.0, "times_per_image": 3}
+    return DiffusionNFTTrainer(args=DiffusionNFTConfig(**common, **more), **keywords)
+
+
+def measure(large: bool, images: int, steps: int, rounds: int) -> dict[str, float]:
+    """Median seconds of the pipeline and of both kinds of rollouts, for `images`
+    images."""
     prompts = train_prompts()[: images // 2]
     plain = pipeline(large)
     plain.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
-        args = D3POConfig(
-            output_dir=folder,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            rollout_batch_size=images,
-            per_device_train_batch_size=images // 2,
-            max_steps=1,
-        )
-        trainer = D3POTrainer(
-            model=pipeline(large),
-            args=args,
-            train_dataset=[{"prompt": p} for p in prompts],
-            data=DataConfig(resolution=64),
-            scorers=lambda pictures, given: torch.zeros(len(pictures)),
-        )
-        trainer.setup()
-        examples = next(trainer.data_pipeline.batches(0))
-        times: dict[str, list[float]] = {"pipeline": [], "rollout": []}
+        trainers = {
+            kind: trainer_of(kind, large, images, steps, f"{folder}/{kind}")
+            for kind in ("states", "final")
+        }
+        for trainer in trainers.values():
+            trainer.setup()
+        times: dict[str, list[float]] = {"pipeline": [], "states": [], "final": []}
         for number in range(rounds + 1):
-            started = time.perf_counter()
             repeated = [p for p in prompts for _ in range(2)]
             generators = [torch.Generator().manual_seed(i) for i in range(images)]
+            started = time.perf_counter()
             with torch.inference_mode():
                 plain(
                     repeated,
@@ -75,12 +102,49 @@ def measure(large: bool, images: int, steps: int, rounds: int) -> tuple[float, f
                     eta=1.0,
                     generator=generators,
                 )
-            middle = time.perf_counter()
-            trainer.sample(trainer.data_pipeline.builder(examples))
+            seconds = {"pipeline": time.perf_counter() - started}
+            for kind, trainer in trainers.items():
+                batch = trainer.data_pipeline.builder(next(trainer.data_pipeline.batches(0)))
+                started = time.perf_counter()
+                trainer.sampler(batch, 2, None, "rollout")
+                seconds[kind] = time.perf_counter() - started
             if number:
-                times["pipeline"].append(middle - started)
-                times["rollout"].append(time.perf_counter() - middle)
-    return statistics.median(times["pipeline"]), statistics.median(times["rollout"])
+                for kind, value in seconds.items():
+                    times[kind].append(value)
+    return {kind: statistics.median(values) for kind, values in times.items()}
+
+
+def shares(large: bool, images: int, steps: int) -> dict[str, float]:
+    """Share of drawing, scoring and training in three rounds of DiffusionNFT."""
+    spent = {"drawing": 0.0, "scoring": 0.0}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            spent[name] += time.perf_counter() - started
+            return result
+
+        return call
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of("final", large, images, steps, folder)
+        trainer.args.max_steps = 3
+        trainer.setup()
+        trainer.reward_function.__class__ = type(
+            "Timed", (type(trainer.reward_function),),
+            {"__call__": timed("scoring", type(trainer.reward_function).__call__)},
+        )  # fmt: skip
+        trainer.sample = timed("drawing", trainer.sample)
+        started = time.perf_counter()
+        trainer.train()
+        total = time.perf_counter() - started
+    drawing = spent["drawing"] - spent["scoring"]
+    return {
+        "drawing": drawing / total,
+        "scoring": spent["scoring"] / total,
+        "training": (total - spent["drawing"]) / total,
+    }
 
 
 def main() -> None:
@@ -106,15 +170,20 @@ def main() -> None:
         "",
     ]
     lines += [
-        "| pipeline | images | steps | pipeline, images/s | rollout, images/s | slower by |",
-        "|---|---|---|---|---|---|",
+        "| pipeline | images | steps | pipeline, images/s | with states | final latents alone |",
+        "|---" * 6 + "|",
     ]
-    for name, large, images, steps in (("embedded", False, 16, 20), ("random UNet", True, 8, 10)):
-        plain, rollout = measure(large, images, steps, options.rounds)
-        lines.append(
-            f"| {name} | {images} | {steps} | {images / plain:.2f} | {images / rollout:.2f} | "
-            f"{rollout / plain:.2f}x |"
-        )
+    sizes = (("embedded", False, 16, 20), ("random UNet", True, 8, 10))
+    for name, large, images, steps in sizes:
+        seconds = measure(large, images, steps, options.rounds)
+        plain = seconds["pipeline"]
+        shown = " | ".join(f"{seconds[kind] / plain:.2f}x" for kind in ("states", "final"))
+        lines.append(f"| {name} | {images} | {steps} | {images / plain:.2f} | {shown} |")
+    lines += ["", "| pipeline | drawing | scoring | training |", "|---|---|---|---|"]
+    for name, large, images, steps in sizes:
+        parts = shares(large, images, steps)
+        shown = " | ".join(f"{100 * parts[k]:.0f} %" for k in ("drawing", "scoring", "training"))
+        lines.append(f"| {name} | {shown} |")
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
