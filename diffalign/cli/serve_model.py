@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 
 from ..config.ranges import count, port
 from ..errors import ConfigError, UserError
@@ -44,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """
     try:
         from ..generation.serving import ModelService, make_model_server
+        from ..rewards.serving.server import run_until_told
     except ImportError as error:
         raise UserError(
             f"serve-model needs FastAPI and uvicorn: pip install 'diffalign[serve]' ({error})"
@@ -61,20 +60,13 @@ def run(options: argparse.Namespace) -> int:
             "--port",
             f"{options.host}:{options.port} cannot be listened on ({error}); choose another",
         ) from error
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    previous = signal.signal(signal.SIGTERM, lambda *_: server.stop())
-    thread.start()
     host, number = server.server_address[:2]
     place = f"[{host}]" if ":" in str(host) else host
     try:
-        print(f"{options.model} at http://{place}:{number}", flush=True)
-        while thread.is_alive():
-            thread.join(1.0)
+        run_until_told(
+            server, lambda: print(f"{options.model} at http://{place}:{number}", flush=True)
+        )
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    finally:
-        server.stop()
-        thread.join()
-        signal.signal(signal.SIGTERM, previous)
     return 0

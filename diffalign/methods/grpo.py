@@ -44,16 +44,13 @@ from ..config.section import config_section
 from ..errors import ConfigError
 from ..runtime.seeds import row_generator
 from ..training.batch import Batch
-from ..training.online.advantage_estimator import AdvantageConfig, AdvantageEstimator
-from ..training.online.reward_function import RewardFunction
+from ..training.online.advantage_estimator import AdvantageConfig, AdvantageTrainer
 from ..training.online.rollout import DYNAMICS, Grid, SamplerConfig, Trajectories, check_dynamics
-from ..training.online.source import RolloutSource
 from ..training.online.trajectory_trainer import (
     StepStatistics,
     TrajectoryConfig,
     TrajectoryTrainer,
 )
-from ..training.reference import Reference
 
 WINDOWS = ("random", "consecutive", "progressive")
 
@@ -252,7 +249,7 @@ def window_steps(
     return candidates[torch.randperm(len(candidates), generator=generator)[:count].sort().values]
 
 
-class GRPOTrainer(TrajectoryTrainer):
+class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
     """Trains on the steps of sampled trajectories, by advantages of their images.
 
     Example:
@@ -293,9 +290,7 @@ class GRPOTrainer(TrajectoryTrainer):
     }
     _not_public: ClassVar[str] = "Seeds."
     config_class = GRPOConfig
-    start_message = ""
     args: GRPOConfig
-    estimator: AdvantageEstimator
     round_number: int = 0
     """Number of the round that was drawn last, which chooses its window."""
 
@@ -367,17 +362,6 @@ class GRPOTrainer(TrajectoryTrainer):
             keep="means" if self.args.ratio == "guard" else "states",
         )
 
-    def build_reference(self) -> Reference | None:
-        """Build the starting weights as the reference, if there is a KL term."""
-        return super().build_reference() if self.args.kl_weight else None
-
-    def build_source(self) -> RolloutSource:
-        """Build the source of batches, and what computes advantages."""
-        self.estimator = AdvantageEstimator(self.args)
-        if self.estimator.history is not None:
-            self.checkpoints.parts.append(self.estimator.history)
-        return super().build_source()
-
     def begin_round(self, number: int) -> None:
         """Choose the window of a round. See `OnPolicyTrainer.begin_round`."""
         self.round_number = number
@@ -392,33 +376,14 @@ class GRPOTrainer(TrajectoryTrainer):
             stochastic[self.usable_steps(self.rollout.grid)] = True
         return stochastic
 
-    def finish_round(
-        self, reward_function: RewardFunction, drawn: list[tuple[Batch, Trajectories, Tensor]]
-    ) -> list[Batch]:
-        """Compute the advantages over all processes, and build the batches.
-
-        See `OnPolicyTrainer.finish_round`.
-        """
-        prompts = [prompt for batch, _, _ in drawn for prompt in batch.prompts]
-        scores = torch.cat([scores for _, _, scores in drawn])
-        judged = self.estimator(reward_function, prompts, scores, self.accelerator.process_index)
-        usable, batches, place = self.usable_steps(self.rollout.grid), [], 0
-        for batch, trajectories, batch_scores in drawn:
-            part = judged.part(place, place + len(batch))
-            place += len(batch)
-            extra = {
-                "states": trajectories.states,
-                "log_probs": trajectories.log_probs,
-                "advantages": part.advantages,
-                "equal": part.equal.float(),
-                "order": self.step_order(batch, usable),
-                "scores": batch_scores.float(),
-            }
-            if trajectories.means is not None:
-                extra["means"] = trajectories.means
-            weights = batch.weights * part.weights.to(batch.weights)
-            batches.append(dataclasses.replace(batch, extra=extra, weights=weights))
-        return batches
+    def kept(self, batch: Batch, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Keep states and log-probabilities. See `AdvantageTrainer.kept`."""
+        extra = {
+            "states": trajectories.states,
+            "log_probs": trajectories.log_probs,
+            "order": self.step_order(batch, self.usable_steps(self.rollout.grid)),
+        }
+        return extra if trajectories.means is None else {**extra, "means": trajectories.means}
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one step of every trajectory. See
@@ -445,9 +410,7 @@ class GRPOTrainer(TrajectoryTrainer):
                 "policy/clipped": clipped.to(loss).mean(1),
                 "policy/log_ratio": log_ratios.abs().mean(1),
                 "policy/since_sampling": (policy.log_probs - recorded).abs().mean(1),
-                "judge/advantage": advantages.abs().mean(1),
-                "judge/equal_groups": batch.extra["equal"].to(loss),
-                **{f"judge/{name}": column.nanmean(1) for name, column in self.judged(batch)},
+                **self.round_metrics(batch),
             }
         if self.reference is not None:
             divergence = self._divergence(batch, policy)

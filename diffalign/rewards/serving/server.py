@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -225,13 +226,28 @@ def serve(
         raise ConfigError(
             "--port", f"{host}:{port} cannot be listened on ({error}); choose another"
         ) from error
-    # A daemon, as are the threads in which it scores: a batch under way does not hold
-    # up the end of the process.
+    run_until_told(
+        server, lambda: _announce(scorer, *server.server_address[:2], has_token=bool(token))
+    )
+
+
+def run_until_told(server: ScorerServer, announce: Callable[[], None]) -> None:
+    """Run a server until SIGTERM or Ctrl-C. Call it in the main thread.
+
+    Args:
+        server (`ScorerServer`): Not running yet.
+        announce (`Callable`): Called once it runs.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C.
+    """
+    # A daemon, as are the threads in which it works: a batch under way does not hold up
+    # the end of the process.
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     previous = signal.signal(signal.SIGTERM, lambda *_: server.stop())
     thread.start()
     try:
-        _announce(scorer, *server.server_address[:2], has_token=bool(token))
+        announce()
         while thread.is_alive():
             thread.join(1.0)  # Windows lets Ctrl-C through only between two waits
     finally:

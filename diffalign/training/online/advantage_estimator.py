@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ...config.ranges import Count, OneOf, Positive
+from ...config.ranges import Count, NotNegative, OneOf, Positive
 from ...config.section import config_section
 from ...errors import ConfigError
+from ..batch import Batch
+from ..reference import Reference
 from .advantages import RULES, PromptHistory, equal_groups, group_advantages
-from .on_policy import OnPolicyConfig
+from .on_policy import OnPolicyConfig, OnPolicyTrainer
 from .reward_function import RewardFunction
+from .rollout import Trajectories
+from .source import RolloutSource
 
 ADVANTAGES = (*RULES, "ddpo")
 
@@ -36,6 +40,8 @@ class AdvantageConfig(OnPolicyConfig):
     last rewards of the same prompt. Source: the papers of these names."""
     adv_clip: Positive[float] = 5.0
     """Advantages are clamped to this size. Source: official codes, 5."""
+    kl_weight: NotNegative[float] = 0.0
+    """Pull to the starting weights. 0 runs no reference. Source: see the method."""
     drop_equal: bool = True
     """Leave out prompts whose images have equal scores, and count the others in full.
     Source: Flow-GRPO."""
@@ -119,3 +125,76 @@ class AdvantageEstimator:
         deciding = scores[..., : reward_function.deciding]
         weights = reward_function.weights(deciding.shape[-1])
         return group_advantages(deciding, rule=rule, weights=weights)
+
+
+class AdvantageTrainer(OnPolicyTrainer):
+    """Base class of methods that train on advantages."""
+
+    args: AdvantageConfig
+    start_message = ""
+    estimator: AdvantageEstimator
+
+    def build_reference(self) -> Reference | None:
+        """Build the starting weights as the reference, if there is a KL term."""
+        return super().build_reference() if self.args.kl_weight else None
+
+    def build_source(self) -> RolloutSource:
+        """Build the source of batches, and what computes advantages."""
+        self.estimator = AdvantageEstimator(self.args)
+        if self.estimator.history is not None:
+            self.checkpoints.parts.append(self.estimator.history)
+        return super().build_source()
+
+    def kept(self, batch: Batch, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Return what is kept of drawn trajectories for training.
+
+        Args:
+            batch (`Batch`): g prompts.
+            trajectories (`Trajectories`): k of each.
+
+        Returns:
+            `dict[str, Tensor]`: Parts of the batch's `extra`, g rows each.
+        """
+        raise NotImplementedError
+
+    def finish_round(
+        self, reward_function: RewardFunction, drawn: list[tuple[Batch, Trajectories, Tensor]]
+    ) -> list[Batch]:
+        """Compute the advantages over all processes, and build the batches.
+
+        See `OnPolicyTrainer.finish_round`.
+        """
+        prompts = [prompt for batch, _, _ in drawn for prompt in batch.prompts]
+        scores = torch.cat([scores for _, _, scores in drawn])
+        judged = self.estimator(reward_function, prompts, scores, self.accelerator.process_index)
+        batches, place = [], 0
+        for batch, trajectories, batch_scores in drawn:
+            part = judged.part(place, place + len(batch))
+            place += len(batch)
+            extra = {
+                **self.kept(batch, trajectories),
+                "advantages": part.advantages,
+                "equal": part.equal.float(),
+                "scores": batch_scores.float(),
+            }
+            weights = batch.weights * part.weights.to(batch.weights)
+            batches.append(replace(batch, extra=extra, weights=weights))
+        return batches
+
+    def round_metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the judge said about a micro-batch, (g,) each.
+
+        Args:
+            batch (`Batch`): A micro-batch.
+        """
+        assert self.reward_function is not None
+        columns = batch.extra["scores"].unbind(-1)
+        names = self.reward_function.names(len(columns))
+        return {
+            "judge/advantage": batch.extra["advantages"].abs().mean(1),
+            "judge/equal_groups": batch.extra["equal"],
+            **{
+                f"judge/{name}": column.nanmean(1)
+                for name, column in zip(names, columns, strict=True)
+            },
+        }

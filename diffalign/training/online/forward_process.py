@@ -22,15 +22,11 @@ from ...errors import ConfigError
 from ..batch import Batch
 from ..data_pipeline import DataPipeline, build_transform
 from ..denoiser import Denoiser
-from ..reference import Reference
-from .advantage_estimator import AdvantageConfig, AdvantageEstimator
-from .on_policy import OnPolicyTrainer
+from .advantage_estimator import AdvantageConfig, AdvantageTrainer
 from .remote_sampler import RemoteSampler
-from .reward_function import RewardFunction
 from .rollout import SamplerConfig, Trajectories
 from .rollout_server import RolloutServer
 from .solvers import SOLVERS
-from .source import RolloutSource
 
 
 @config_section
@@ -65,29 +61,16 @@ class ForwardProcessConfig(AdvantageConfig):
             )
 
 
-class ForwardProcessTrainer(OnPolicyTrainer):
+class ForwardProcessTrainer(AdvantageTrainer):
     """Base class of methods that train at noised copies of their own samples."""
 
     args: ForwardProcessConfig
-    start_message = ""
-    estimator: AdvantageEstimator
     server: RolloutServer | None = None
     """Draws the images, with `rollout_server`."""
 
     def sampler_config(self) -> SamplerConfig:
         """Return the settings of the sampler, see `OnPolicyTrainer.sampler_config`."""
         return dataclasses.replace(super().sampler_config(), keep="final", solver=self.args.solver)
-
-    def build_reference(self) -> Reference | None:
-        """Build the starting weights as the reference, if there is a KL term."""
-        return super().build_reference() if self.args.kl_weight else None
-
-    def build_source(self) -> RolloutSource:
-        """Build the source of batches, and what computes advantages."""
-        self.estimator = AdvantageEstimator(self.args)
-        if self.estimator.history is not None:
-            self.checkpoints.parts.append(self.estimator.history)
-        return super().build_source()
 
     def validate(self) -> None:
         """Check the scorers, and that a server can take the weights.
@@ -191,30 +174,12 @@ class ForwardProcessTrainer(OnPolicyTrainer):
 
     # Rounds ---------------------------------------------------------------------------
 
-    def finish_round(
-        self, reward_function: RewardFunction, drawn: list[tuple[Batch, Trajectories, Tensor]]
-    ) -> list[Batch]:
-        """Compute the advantages over all processes, and build the batches.
-
-        See `OnPolicyTrainer.finish_round`.
-        """
-        prompts = [prompt for batch, _, _ in drawn for prompt in batch.prompts]
-        scores = torch.cat([scores for _, _, scores in drawn])
-        judged = self.estimator(reward_function, prompts, scores, self.accelerator.process_index)
-        batches, place = [], 0
-        for batch, trajectories, batch_scores in drawn:
-            part = judged.part(place, place + len(batch))
-            place += len(batch)
-            extra = {
-                "samples": trajectories.final,
-                "advantages": part.advantages,
-                "equal": part.equal.float(),
-                "order": self.step_order(batch, len(self.rollout.grid)),
-                "scores": batch_scores.float(),
-            }
-            weights = batch.weights * part.weights.to(batch.weights)
-            batches.append(dataclasses.replace(batch, extra=extra, weights=weights))
-        return batches
+    def kept(self, batch: Batch, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Keep the samples and the times that train. See `AdvantageTrainer.kept`."""
+        return {
+            "samples": trajectories.final,
+            "order": self.step_order(batch, len(self.rollout.grid)),
+        }
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """Yield the drawn images, noised to one time after the other.
@@ -278,21 +243,3 @@ class ForwardProcessTrainer(OnPolicyTrainer):
         with torch.no_grad():
             other, _, _ = self.output_at(batch, denoiser)
         return (output - other).square().flatten(1).mean(1).unflatten(0, (len(batch), batch.k))
-
-    def round_metrics(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what the judge said about a micro-batch, (g,) each.
-
-        Args:
-            batch (`Batch`): A micro-batch.
-        """
-        assert self.reward_function is not None
-        columns = batch.extra["scores"].unbind(-1)
-        names = self.reward_function.names(len(columns))
-        return {
-            "judge/advantage": batch.extra["advantages"].abs().mean(1),
-            "judge/equal_groups": batch.extra["equal"],
-            **{
-                f"judge/{name}": column.nanmean(1)
-                for name, column in zip(names, columns, strict=True)
-            },
-        }
