@@ -47,11 +47,11 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(
             f"serve-model needs FastAPI and uvicorn: pip install 'diffalign[serve]' ({error})"
         ) from None
-    from ..generation.pipelines import load_pipeline
+    from ..generation.pipelines import load_for_scoring
     from ..runtime.devices import read_dtype
 
     dtype = read_dtype(options.dtype) if options.dtype else None
-    pipe = load_pipeline(options.model, dtype=dtype, device=options.device)
+    pipe = load_for_scoring(options.model, dtype=dtype, device=options.device)
     service = ModelService(pipe, options.model, options.batch_size)
     try:
         server = make_model_server(service, options.host, options.port)

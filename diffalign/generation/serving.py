@@ -69,18 +69,18 @@ class ModelService:
         self.active: dict[str, Any] | None = None
         self._loaded = ExitStack()
 
-    def draw(self, request: dict[str, Any]) -> list[bytes]:
+    def draw(self, request: dict[str, Any]) -> list[bytes | Missing]:
         """Draw the images of a request.
 
         Args:
             request (`dict`): See the top of this file.
 
         Returns:
-            `list[bytes]`: PNGs.
+            `list[bytes]`: PNGs. A `Missing` replaces an image that is not finite.
 
         Raises:
             BadRequest: A field makes no sense.
-            UserError: The LoRA cannot be loaded, or an image cannot be drawn.
+            UserError: The LoRA cannot be loaded.
         """
         prompt = request.get("prompt")
         if not isinstance(prompt, str):
@@ -98,10 +98,7 @@ class ModelService:
                 progress=False,
                 **settings,
             )
-        for image in images:
-            if isinstance(image, Missing):
-                raise UserError(f"an image cannot be drawn: {image.reason}")
-        return [_png(image) for image in images]
+        return [image if isinstance(image, Missing) else _png(image) for image in images]
 
     def _settings(self, request: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, Any] = {}
@@ -201,7 +198,12 @@ def create_model_app(service: ModelService) -> FastAPI:
     async def generations(request: Request) -> JSONResponse:
         def answer(body: dict[str, Any]) -> dict[str, Any]:
             images = service.draw(body)
-            data = [{"b64_json": base64.b64encode(image).decode("ascii")} for image in images]
+            data = [
+                {"b64_json": None, "error": image.reason}
+                if isinstance(image, Missing)
+                else {"b64_json": base64.b64encode(image).decode("ascii")}
+                for image in images
+            ]
             return {"created": int(time.time()), "data": data}
 
         return await _answered(request, answer)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..config.ranges import Count, Decay, NotNegative, Positive, Range
 from ..config.section import config_section
+from ..errors import ConfigError
 from ..training.batch import Batch
 from ..training.denoiser import Denoiser
 from ..training.online.forward_process import ForwardProcessConfig, ForwardProcessTrainer
@@ -78,6 +79,16 @@ class AWMConfig(ForwardProcessConfig):
     """Times at which each drawn image is trained, one from each equal part of the
     sampler's first nine tenths without the very first. Source: official run files, 6 of
     14 steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = max(1, int(0.9 * self.num_inference_steps) - 1)
+        if self.times_per_image > most:
+            raise ConfigError(
+                "times_per_image",
+                f"expected at most {most}, of {self.num_inference_steps} steps of the sampler, "
+                f"got {self.times_per_image}",
+            )
 
 
 def awm_log_probs(errors: Tensor, fractions: Tensor, weighting: str = "ghuber") -> Tensor:

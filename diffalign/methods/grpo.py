@@ -119,6 +119,12 @@ class GRPOConfig(AdvantageConfig, TrajectoryConfig):
             )
         if self.dynamics == "cps" and self.ratio == "guard":
             raise ConfigError("ratio", "guard needs a variance, which cps leaves out; give plain")
+        if self.reduce == "sum" and (self.ratio == "guard" or self.dynamics == "cps"):
+            raise ConfigError(
+                "reduce", "ratio: guard and dynamics: cps are means by definition; give mean"
+            )
+        if self.dynamics == "cps" and self.eta > 1:
+            raise ConfigError("eta", f"expected a number from 0 to 1 for cps, got {self.eta:g}")
         wrong = [step for step in self.sde_steps if not 0 <= step < self.num_inference_steps]
         if wrong:
             raise ConfigError(

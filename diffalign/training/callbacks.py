@@ -66,7 +66,7 @@ class TrainOutput:
             run can go on.
         hacked_at (`int`, *optional*): Step at which the run ended because its reward
         was
-            hacked. The weights are then the best ones.
+            hacked. The weights are then those in `best/`, if there are any.
     """
 
     global_step: int

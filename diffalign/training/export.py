@@ -94,6 +94,7 @@ def push_to_hub(folder: Path, config: HubConfig) -> str:
                 ".*",
                 "logs/*",
                 "reference_errors*",
+                "rollout_server/*",
             ],
         )
     except Exception as error:  # every transport and permission error of the client

@@ -97,8 +97,6 @@ def disagreement(before: dict[str, Array], after: dict[str, Array]) -> float:
 class Guardian:
     """Watches the held-out scorers of a run.
 
-    Without held-out scorers, the single scorers of a panel watch each other.
-
     Args:
         level (`float`, *optional*, defaults to `0.95`): Coverage of the interval that a
             scorer must fall beyond.
@@ -121,12 +119,11 @@ class Guardian:
         self.looks = [*earlier, look]
         if not earlier:
             return Verdict()
-        watched = "held_out" if look.held_out else "members"
         metrics: dict[str, float] = {}
         hacked: list[tuple[str, Look, float, float]] = []
-        for name, now in getattr(look, watched).items():
-            best = max(earlier, key=lambda past: self._mean(getattr(past, watched)[name]))
-            change, _, high = change_interval(getattr(best, watched)[name], now, self.level)
+        for name, now in look.held_out.items():
+            best = max(earlier, key=lambda past: self._mean(past.held_out[name]))
+            change, _, high = change_interval(best.held_out[name], now, self.level)
             gain = self._mean(look.reward) - self._mean(best.reward)
             metrics[f"guardian/{name}"] = change
             if high < 0 < gain:
@@ -191,15 +188,29 @@ class Guardian:
         ]
         write_atomically(file, (json.dumps({"looks": looks}) + "\n").encode())
 
-    def read(self, file: Path, last_step: int) -> None:
+    def read(
+        self,
+        file: Path,
+        last_step: int,
+        names: Sequence[str] | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> bool:
         """Read the looks of an earlier part of the run.
 
         Args:
             file (`Path`): The file. Nothing happens without it.
             last_step (`int`): Later looks are forgotten.
+            names (`Sequence[str]`, *optional*): Held-out scorers that the looks must
+                have.
+            shape (`tuple[int, int]`, *optional*): Prompts and images that they must
+                have.
+
+        Returns:
+            `bool`: False if the looks are of other scorers, prompts or images. They are
+            then forgotten.
         """
         if not file.is_file():
-            return
+            return True
 
         def array(rows: Any) -> Array:
             return np.array(rows, dtype=np.float64)  # None becomes NaN
@@ -213,7 +224,13 @@ class Guardian:
             )
             for entry in json.loads(file.read_text("utf-8"))["looks"]
         ]
-        self.looks = [look for look in looks if look.step <= last_step]
+        fitting = all(
+            (names is None or set(names) == set(look.held_out))
+            and (shape is None or look.reward.shape == shape)
+            for look in looks
+        )
+        self.looks = [look for look in looks if look.step <= last_step] if fitting else []
+        return fitting
 
 
 def standardised(columns: Array, base: Array, weights: Sequence[float]) -> Array:

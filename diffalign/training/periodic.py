@@ -345,7 +345,13 @@ class ActOnHacking(LoopCallback):
 
     def on_train_begin(self, run: Run) -> None:
         validation = self.validation
-        if validation is None or validation.config.on_hacking != "rollback" or not self.resumed:
+        if validation is None or not self.resumed:
+            return
+        if validation.config.on_hacking != "rollback":
+            # Only a validation that was repeated now: someone who resumes a stopped run
+            # wants to go on.
+            if not validation.restored:
+                self._act(run)
             return
         step = run.state.global_step
         steps = validation.hacked_steps()
@@ -365,7 +371,11 @@ class ActOnHacking(LoopCallback):
             return
         self.handled = step
         best = validation.shared_best_step()
-        kept = f"the best weights are those of step {best}" if best else "no step was better"
+        kept = (
+            f"the best weights are those of step {best}"
+            if best
+            else "no validation was better than the start, and no earlier weights are kept"
+        )
         action = validation.config.on_hacking
         if action == "rollback" and best and self.rollbacks < self.rollback.most:
             self.rollbacks += 1
@@ -380,9 +390,10 @@ class ActOnHacking(LoopCallback):
                 f"WARNING: {validation.verdict.sentence}; {kept} (validation.on_hacking: warn)"
             )
         else:
+            ending = ", and the run ends with them" if best else "; the run ends"
             self.say(
-                f"{validation.verdict.sentence}; {kept}, and the run ends with them "
-                "(validation.on_hacking: warn goes on)"
+                f"{validation.verdict.sentence}; {kept}{ending} (validation.on_hacking: warn "
+                "goes on)"
             )
             run.hacked_at = step
             run.control.should_training_stop = True

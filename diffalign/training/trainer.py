@@ -67,7 +67,13 @@ from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for
 from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
 from .periodic import Rollback, in_order
-from .reference import Reference, build_reference, check_reference
+from .reference import (
+    Reference,
+    SnapshotReference,
+    StartLoraReference,
+    build_reference,
+    check_reference,
+)
 from .run_folder import begin
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
 from .sections import HubConfig, ValidationConfig
@@ -813,6 +819,11 @@ class Trainer:
                 self.ema.shadow_params, trainable_parameters(self.network), strict=True
             ):
                 average.copy_(parameter.detach())
+        for part in self.checkpoints.parts:
+            if isinstance(part, SnapshotReference) and not isinstance(part, StartLoraReference):
+                part.take()  # averages and earlier policies follow the weights
+            elif isinstance(part, RolloutSource):
+                part.queue.clear()  # drawn by the weights that are left
         self.optimizer.optimizer.state.clear()
         self.slow_down(learning_rate_factor)
 
@@ -862,6 +873,12 @@ class Trainer:
     def _build_validation(self) -> Validation | None:
         if self.validation_config is None:
             return None
+        engine = self.accelerator.distributed_type
+        if self.validation_config.on_hacking == "rollback" and engine == "DEEPSPEED":
+            raise ConfigError(
+                "validation.on_hacking",
+                "rollback does not reach the weights that DeepSpeed keeps; give stop or warn",
+            )
         return Validation(
             self.validation_config,
             self.output_dir,

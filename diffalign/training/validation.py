@@ -205,6 +205,7 @@ class Validation:
         guardian (`Guardian`, *optional*): Watches the reward.
         verdict (`Verdict`): Of the last validation, the same on all processes.
         validated_at (`int`): Step of that validation.
+        restored (`bool`): Whether it was before the run was resumed.
 
     Raises:
         UserError: A scorer cannot be loaded.
@@ -241,7 +242,7 @@ class Validation:
         self.guards = config.guard or [n for n in config.scorers if n not in training_names]
         self.guardian, self.verdict = self._build_guardian(), Verdict()
         self._base_columns: dict[int, Array] = {}
-        self.validated_at = -1
+        self.validated_at, self.restored = -1, False
         self.keep_best = config.keep_best
         if self.guardian is not None and self.guards:
             self.keep_best = self.keep_best or self.guards[0]
@@ -262,8 +263,15 @@ class Validation:
             step (`int`): Optimizer step of the checkpoint.
         """
         if self.guardian is not None:
-            self.guardian.read(self.folder / GUARDIAN_FILE, step)
-            self.verdict, self.validated_at = self.guardian.verdict_at(step), step
+            prompts = self.distinct[REPORTING] if len(self.scales) > 1 else self.distinct
+            shape = (len(prompts), self.config.num_validation_images)
+            if not self.guardian.read(self.folder / GUARDIAN_FILE, step, self.guards, shape):
+                self.accelerator.print(
+                    "validation: guards, prompts or images are others than before, so the "
+                    "guardian begins anew"
+                )
+            self.verdict = self.guardian.verdict_at(step)
+            self.validated_at, self.restored = step, True
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to validate after a step.
@@ -299,6 +307,9 @@ class Validation:
             check_any(images, "before training")
             for file, image in zip(files, images, strict=True):
                 save_drawn(image, file)
+        if self.main and self.guardian is not None:
+            # Now, so that a reward that cannot score these prompts fails at the start.
+            self._reward_columns(self._best_scale(self.base_scores))
 
     def base_folder(self, scale: float | None) -> Path:
         """Name the folder with images of the starting weights at one guidance scale."""
@@ -319,11 +330,16 @@ class Validation:
             result = self.validate(step) if self.main else None
         if result is not None:
             log.images("validation", result.grid, step)
-        better = result is not None and self.keep_best is not None and result.value > self._best()
         verdict = Verdict() if result is None or result.verdict is None else result.verdict
+        better = (
+            result is not None
+            and self.keep_best is not None
+            and not verdict.hacked
+            and result.value > self._best()
+        )
         shared: list[Any] = [result.metrics if result is not None else {}, better, verdict]
         broadcast_object_list(shared)
-        self.verdict, self.validated_at = shared[2], step
+        self.verdict, self.validated_at, self.restored = shared[2], step, False
         if shared[1]:
             self._keep(step, result)
         if shared[0]:

@@ -292,15 +292,18 @@ def test_a_trajectory_that_is_not_finite_teaches_nothing(method, tmp_path):
         peft_config=lora_config(),
         max_steps=2,
         per_device_train_batch_size=2,
+        **({"ratio": "guard"} if method == "grpo" else {}),
     )
     trainer.setup()
     chunk = trainer.rollout._chunk
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        states, *others = chunk(*args, **kwargs)
+        states, log_probs, means = chunk(*args, **kwargs)
         states = states.clone()
         states[0] = float("nan")
-        return (states, *others)
+        for part in means:
+            part[0] = float("nan")
+        return states, log_probs, means
 
     trainer.rollout._chunk = broken
     trainer.train()

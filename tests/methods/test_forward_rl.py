@@ -325,6 +325,18 @@ def test_a_run_resumed_in_a_round_is_the_uninterrupted_one(
         assert ratios[0] < 1e-6 < ratios[1] and ratios[2] < 1e-6 < ratios[3]
 
 
+def test_an_evaluation_measures_the_policy_and_not_what_draws(tmp_path: Path) -> None:
+    trainer = small(
+        tmp_path, "diffusion_nft", max_steps=3, learning_rate=5e-2, decay_rate=0.9, max_decay=0.9
+    )
+    trainer.train()
+    batch = next(trainer.source.unsampled(trainer.data_pipeline))
+    drawn, _ = trainer.sample(batch, purpose="evaluation")
+    policy = trainer.policy_sampler(trainer.sampler_config())(batch, 2, None, "evaluation")[0]
+    old = trainer.sampler(batch, 2, None, "evaluation")[0]
+    assert torch.equal(drawn.final, policy.final) and not torch.equal(drawn.final, old.final)
+
+
 def test_full_fine_tuning_keeps_an_old_copy(tmp_path: Path) -> None:
     for method in ("awm", "diffusion_nft"):
         trainer = small(tmp_path / method, method, "sd", peft_config=None, max_steps=2)
@@ -342,6 +354,8 @@ def test_bad_input(tmp_path: Path) -> None:
         AWMConfig(solver="euler")
     with pytest.raises(ConfigError, match="times_per_image: expected at most 9, of 10 steps"):
         DiffusionNFTConfig(times_per_image=10)
+    with pytest.raises(ConfigError, match="times_per_image: expected at most 2, of 4 steps"):
+        AWMConfig(num_inference_steps=4)
     with pytest.raises(UserError, match="needs a judge: name scorers"):
         small(tmp_path, "awm", options={"scorers": []})
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import brightness, lora_config, make_trainer
+from tiny import brightness, build_pipeline, lora_config, make_trainer
 
 from diffalign import GRPOConfig
 from diffalign.errors import ConfigError, UserError
@@ -251,6 +251,19 @@ def test_equal_scores_are_dropped_and_counted(tmp_path: Path) -> None:
     assert equal == {"a bright cat": 0.0, "a dark dog": 1.0}
 
 
+def test_equal_scores_count_against_past_rewards(tmp_path: Path) -> None:
+    def judge(images: Any, prompts: Any) -> torch.Tensor:
+        return torch.tensor([float("cat" in prompt) for prompt in prompts], dtype=torch.float64)
+
+    trainer = make_trainer(
+        tmp_path, "sd", "grpo", peft_config=lora_config(), options={"scorers": [judge]},
+        rows=[{"prompt": p} for p in ("a cat", "a dog")], advantage="ddpo", **FAST,
+    )  # fmt: skip
+    batch = drawn_batch(trainer)
+    assert batch.weights.tolist() == [1.0, 1.0]
+    assert sorted(batch.extra["advantages"].mean(1).sign().tolist()) == [-1.0, 1.0]
+
+
 def test_an_image_without_a_score_has_no_advantage(tmp_path: Path) -> None:
     def judge(images: Any, prompts: Any) -> torch.Tensor:
         scores = torch.arange(len(images)).double() % 3
@@ -325,8 +338,13 @@ def test_bad_input(tmp_path: Path) -> None:
         trainer("sd3", num_sde_steps=3)
     with pytest.raises(ConfigError, match="train.kl_type: x is for flows"):
         trainer(kl_weight=0.1, kl_type="x")
-    with pytest.raises(ConfigError, match="dynamics: expected float|eta: expected float in"):
-        trainer("sd3", dynamics="cps", eta=1.5).sampler_config()
+    with pytest.raises(ConfigError, match="eta: expected a number from 0 to 1 for cps"):
+        GRPOConfig(dynamics="cps", eta=1.5)
+    for options in ({"ratio": "guard"}, {"dynamics": "cps"}):
+        with pytest.raises(ConfigError, match="reduce: ratio: guard and dynamics: cps are means"):
+            GRPOConfig(reduce="sum", **options)
+    with pytest.raises(ConfigError, match="ref_model: train.kl_weight is 0, so it would not be"):
+        trainer(options={"ref_model": build_pipeline("sd", seed=1)})
 
     def silent(images: Any, prompts: Any) -> torch.Tensor:
         return torch.full((len(images),), torch.nan)

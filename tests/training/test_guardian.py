@@ -286,6 +286,48 @@ def test_names_of_the_scorers_that_train() -> None:
         assert deciding_names(scorers) == names
 
 
+def test_a_run_that_is_hacked_from_the_start_keeps_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first validation is below the start, so no weights are the best ones."""
+    trainer, _ = guarded(tmp_path, held_out_scores=[3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert trainer.train().hacked_at == 1
+    assert "no validation was better than the start" in capsys.readouterr().out
+    assert not (tmp_path / "best").exists() and (tmp_path / "config.yaml").is_file()
+
+
+def test_a_hacked_validation_is_never_the_best_one(tmp_path: Path) -> None:
+    """Even by a scorer that is at its maximum there."""
+    trainer, _ = guarded(tmp_path)
+    trainer.validation_config.keep_best = "guardian-reward"
+    assert trainer.train().hacked_at == 4
+    assert json.loads((tmp_path / "best" / "validation.json").read_text())["step"] == 3
+
+
+def test_a_rollback_takes_everything_back_that_follows_the_policy(tmp_path: Path) -> None:
+    trainer, _ = guarded(tmp_path, "rollback", max_decay=0.9, decay_rate=0.9, max_steps=4)
+    run = trainer.go_back
+
+    def go_back(folder: Path, factor: float) -> None:
+        run(folder, factor)
+        for name, parameter in trainer.old.parameters.items():
+            assert torch.equal(trainer.old.weights[name], parameter.detach())
+
+    trainer.go_back = go_back
+    trainer.train()
+
+
+def test_other_guards_on_resume_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guarded(tmp_path, "warn", max_steps=2)[0].train()
+    again, _ = guarded(tmp_path, "warn", max_steps=3, resume_from_checkpoint="latest")
+    again.validation_config.num_validation_images = 1
+    shutil.rmtree(tmp_path / "samples" / "base")
+    again.train()
+    assert "the guardian begins anew" in capsys.readouterr().out
+
+
 def test_bad_input_and_notes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"guard: expected some of scorers \(a\), got 'b'"):
         ValidationConfig(validation_prompts=["x"], scorers=["a"], guard=["b"])

@@ -28,6 +28,7 @@ from diffalign.errors import ConfigError, UserError
 from diffalign.generation.sampling import generate
 from diffalign.generation.serving import ModelService, create_model_app, make_model_server
 from diffalign.rewards.serving.server import ScorerServer
+from diffalign.runtime.missing import Missing
 from diffalign.training.online.rollout_server import RolloutServer
 
 SETTINGS = {"size": f"{RESOLUTION}x{RESOLUTION}", "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -225,6 +226,23 @@ def test_a_run_draws_with_the_weights_of_the_moment(
         width=RESOLUTION, num_inference_steps=4, guidance_scale=1.0,
     )  # fmt: skip
     assert any(not np.array_equal(np.asarray(i), e) for i, e in zip(base, images, strict=True))
+
+
+def test_an_image_that_cannot_be_drawn_is_missing(tmp_path: Path) -> None:
+    with serving() as (url, service):
+        whole = service.draw
+
+        def draw(request: dict[str, Any]) -> list[Any]:
+            return [Missing("not finite")] if request["seed"] % 2 else whole(request)
+
+        service.draw = draw  # type: ignore[method-assign]
+        server = RolloutServer(url, SETTINGS)
+        images = server.draw(["a", "a"], [2, 3])
+        assert isinstance(images[0], Image.Image) and isinstance(images[1], Missing)
+        make_trainer(
+            tmp_path, "sd", "diffusion_nft", peft_config=lora_config(), max_steps=2,
+            rollout_server=[url], images_per_prompt=4, per_device_train_batch_size=2,
+        ).train()  # fmt: skip
 
 
 def test_two_servers_share_a_run(tmp_path: Path) -> None:

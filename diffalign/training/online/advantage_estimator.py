@@ -44,7 +44,7 @@ class AdvantageConfig(OnPolicyConfig):
     """Pull to the starting weights. 0 runs no reference. Source: see the method."""
     drop_equal: bool = True
     """Leave out prompts whose images have equal scores, and count the others in full.
-    Source: Flow-GRPO."""
+    Not with advantage: ddpo, which compares with earlier images. Source: Flow-GRPO."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +109,9 @@ class AdvantageEstimator:
         advantages = self._advantages(reward_function, [prompt for prompt, _ in everything], whole)
         equal = equal_groups(whole[..., : reward_function.deciding])
         weights = torch.ones(len(equal))
-        if self.config.drop_equal and bool(equal.any()) and not bool(equal.all()):
+        # Against the past rewards of its prompt a group of equal ones says something.
+        drop = self.config.drop_equal and self.history is None
+        if drop and bool(equal.any()) and not bool(equal.all()):
             weights = (~equal).float() * len(equal) / int((~equal).sum())
         every = GroupAdvantages(advantages.float(), equal, weights)
         return every.part(start, start + len(prompts))
@@ -133,6 +135,18 @@ class AdvantageTrainer(OnPolicyTrainer):
     args: AdvantageConfig
     start_message = ""
     estimator: AdvantageEstimator
+
+    def validate(self) -> None:
+        """Check the scorers, and that a given reference is used.
+
+        Raises:
+            ConfigError: There is no scorer, or a reference without a KL term.
+        """
+        super().validate()
+        if self.ref_backbone is not None and not self.args.kl_weight:
+            raise ConfigError(
+                "ref_model", "train.kl_weight is 0, so it would not be used; leave it out"
+            )
 
     def build_reference(self) -> Reference | None:
         """Build the starting weights as the reference, if there is a KL term."""

@@ -23,6 +23,7 @@ from ..batch import Batch
 from ..data_pipeline import DataPipeline, build_transform
 from ..denoiser import Denoiser
 from .advantage_estimator import AdvantageConfig, AdvantageTrainer
+from .policy_sampler import PolicySampler
 from .remote_sampler import RemoteSampler
 from .rollout import SamplerConfig, Trajectories
 from .rollout_server import RolloutServer
@@ -36,8 +37,9 @@ class ForwardProcessConfig(AdvantageConfig):
     num_inference_steps: Annotated[int, count(2, 1000)] = 10
     """Steps of the sampler. Source: DiffusionNFT, 10; AWM 14."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance while sampling; 1 or below for none. Training runs
-    without. Source: DiffusionNFT and AWM, none."""
+    """Classifier-free guidance while sampling; 1 or below for none, in every family.
+    Training runs without. Models with embedded guidance read `embedded_guidance`.
+    Source: DiffusionNFT and AWM, none."""
     eta: NotNegative[float] = 0.0
     """Stochasticity of the sampler's steps with `solver: default`. Source: DiffusionNFT
     and AWM, 0."""
@@ -70,7 +72,18 @@ class ForwardProcessTrainer(AdvantageTrainer):
 
     def sampler_config(self) -> SamplerConfig:
         """Return the settings of the sampler, see `OnPolicyTrainer.sampler_config`."""
-        return dataclasses.replace(super().sampler_config(), keep="final", solver=self.args.solver)
+        return dataclasses.replace(
+            super().sampler_config(),
+            keep="final",
+            solver=self.args.solver,
+            guidance_scale=self.guidance_scale,
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the sampler. Some families, as Z-Image, have none at 0 alone."""
+        scale = self.args.guidance_scale
+        return scale if scale > 1 else 0.0
 
     def validate(self) -> None:
         """Check the scorers, and that a server can take the weights.
@@ -94,10 +107,11 @@ class ForwardProcessTrainer(AdvantageTrainer):
                 "the server draws by its own rules; leave out solver, eta and shared_init",
             )
         width, height = reversed(build_transform(self.data_config, self.backbone).sizes[0])
+        embedded = self.backbone.guidance if self.backbone.embeds_guidance else None
         settings = {
             "size": f"{width}x{height}",
             "num_inference_steps": args.num_inference_steps,
-            "guidance_scale": args.guidance_scale,
+            "guidance_scale": self.guidance_scale if embedded is None else embedded,
         }
         self.server = RolloutServer(args.rollout_server, settings)
 
@@ -128,16 +142,22 @@ class ForwardProcessTrainer(AdvantageTrainer):
 
     def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
         """Draw images here or on a server. See `OnPolicyTrainer.sample`."""
-        if self.remote_sampler is None:
-            return super().sample(batch, purpose)
-        return self.remote_sampler(
-            batch, self.args.images_per_prompt, self.reward_function, purpose
-        )
+        k = self.args.images_per_prompt
+        if self.remote_sampler is not None:
+            return self.remote_sampler(batch, k, self.reward_function, purpose)
+        if purpose == "evaluation":
+            return self.evaluation_sampler(batch, k, self.reward_function, purpose)
+        return super().sample(batch, purpose)
+
+    @cached_property
+    def evaluation_sampler(self) -> PolicySampler:
+        """Sampler that draws with the policy, whatever draws the rounds."""
+        return self.policy_sampler(self.sampler_config())
 
     def evaluation_metrics(self, data: DataPipeline) -> dict[str, float]:
         """Average the scores of drawn images. See `Trainer.evaluation_metrics`."""
         if self.remote_sampler is not None:
-            self.remote_sampler.push()
+            self.remote_sampler.push(nullcontext())
         return super().evaluation_metrics(data)
 
     # Times ----------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 
 from ...backbones import Backbone
+from ...runtime.missing import MaybeImage, Missing
 from ..batch import Batch
 from ..trained_weights import TrainedWeights
 from .reward_function import RewardFunction, ScoreAhead
@@ -59,13 +59,17 @@ class RemoteSampler:
         self.folder, self.weights = folder, weights
         self.pushed: dict[str, Tensor] | None = None
 
-    def push(self) -> None:
+    def push(self, weights: AbstractContextManager[None] | None = None) -> None:
         """Give the server the weights that draw. All processes must call this.
 
         A LoRA that changes nothing yet is not pushed, and neither are weights that the
         server has.
+
+        Args:
+            weights: Context in which the network has other weights, for an evaluation.
+                None takes those that draw.
         """
-        with self.weights():
+        with self.weights() if weights is None else weights:
             state = self.trained.gather(self.accelerator, self.prepared)
         state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.pushed is not None and all(
@@ -112,7 +116,7 @@ class RemoteSampler:
         ]
         images = self.server.draw(prompts, seeds)
         shape = (len(batch), k)
-        latents = self._encode(images).unflatten(0, shape)[:, :, None]
+        latents = self._encode(images, batch.x0.shape[2:]).unflatten(0, shape)[:, :, None]
         grouped: list[Any] = [images[i : i + k] for i in range(0, len(images), k)]
         drawn = Trajectories(latents, torch.zeros(*shape, 0), grouped)
         if reward_function is None:
@@ -121,10 +125,13 @@ class RemoteSampler:
         ahead(0, list(images))
         return drawn, ahead.result().unflatten(0, shape)
 
-    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Latents of images, (n, C, h, w) on the CPU."""
+    def _encode(self, images: Sequence[MaybeImage], shape: torch.Size) -> Tensor:
+        """Latents of images, (n, C, h, w) on the CPU. Zeros for missing ones."""
         parts = []
         for image in images:
+            if isinstance(image, Missing):
+                parts.append(torch.zeros(1, *shape))
+                continue
             pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)) / 127.5 - 1
             mean, _ = self.backbone.encode_images(pixels.permute(2, 0, 1)[None])
             parts.append(mean.float().cpu())

@@ -532,6 +532,8 @@ class Rollout:
                     # Zeros give no gradient. Images and scores of these are missing.
                     path, path_log_probs = path.clone(), path_log_probs.clone()
                     path[broken], path_log_probs[broken] = 0.0, 0.0
+                    for part_means in path_means:
+                        part_means[broken] = 0.0
                 lost.append(broken)
                 states.append(path)
                 log_probs.append(path_log_probs)

@@ -25,6 +25,7 @@ from PIL import Image
 from ...errors import UserError
 from ...rewards.serving.client import ServerFailure, request_json
 from ...rewards.serving.pool import ServerPool, check_urls
+from ...runtime.missing import MaybeImage, Missing
 
 _CHECK_PROMPT = "a photo"
 _CHECK_SCALE = 64.0
@@ -92,7 +93,12 @@ class RolloutServer:
                 self._check_image(address, {"name": f"{name}-check", "path": path,
                                             "scale": _CHECK_SCALE}),
             )  # fmt: skip
-            if np.array_equal(np.asarray(plain), np.asarray(changed)):
+            if isinstance(plain, Missing):
+                raise UserError(f"rollout_server: {address} drew no image: {plain.reason}")
+            # So strong a LoRA may well break the image.
+            if not isinstance(changed, Missing) and np.array_equal(
+                np.asarray(plain), np.asarray(changed)
+            ):
                 raise UserError(
                     f"rollout_server: {address} draws the same image with and without the LoRA "
                     f"in {path}; its files must lie on a disk that the server sees, and their "
@@ -126,7 +132,7 @@ class RolloutServer:
         except ServerFailure as failure:
             raise UserError(f"rollout_server: {failure}") from None
 
-    def _check_image(self, address: str, lora: dict[str, Any] | None) -> Image.Image:
+    def _check_image(self, address: str, lora: dict[str, Any] | None) -> MaybeImage:
         body: dict[str, Any] = self._body(_CHECK_PROMPT, 0)
         if self.keeps_lora:
             self._set(address, lora)
@@ -150,7 +156,7 @@ class RolloutServer:
             **self.settings,
         }
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[MaybeImage]:
         """Draw one image per prompt and seed.
 
         Args:
@@ -158,13 +164,13 @@ class RolloutServer:
             seeds (`Sequence[int]`): n seeds, from 0 to 2^31 - 1.
 
         Returns:
-            `list[PIL.Image.Image]`: n images.
+            `list`: n images. Some may be `Missing`, if the server says so.
 
         Raises:
             UserError: No server answers, or one answers without an image.
         """
 
-        def one(prompt: str, seed: int) -> Image.Image:
+        def one(prompt: str, seed: int) -> MaybeImage:
             body = self._body(prompt, seed)
             if self.lora is not None and not self.keeps_lora:
                 body["lora"] = self.lora
@@ -178,16 +184,27 @@ class RolloutServer:
             return list(pool.map(one, prompts, seeds))
 
 
-def _image(reply: dict[str, Any], place: str) -> Image.Image:
+def _image(reply: dict[str, Any], place: str) -> MaybeImage:
     """Read the image of an answer.
 
     Raises:
         UserError: There is none.
     """
     try:
-        data = base64.b64decode(reply["data"][0]["b64_json"])
+        entry = reply["data"][0]
+        if entry.get("b64_json") is None and entry.get("error"):
+            return Missing(str(entry["error"])[:200])
+        data = base64.b64decode(entry["b64_json"])
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (KeyError, IndexError, TypeError, binascii.Error, OSError, ValueError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        binascii.Error,
+        OSError,
+        ValueError,
+    ) as error:
         raise UserError(
             f"rollout_server: {place} answered without an image ({type(error).__name__}); "
             "it must give b64_json"
