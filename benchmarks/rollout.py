@@ -6,8 +6,8 @@ guidance.
 A rollout with states stores every state with its log-probability (D3PO, GRPO), one
 without keeps the final latents alone (DiffusionNFT, AWM, online pairs). Both decode the
 images. The pipeline (DDIM, eta 1) only draws them, and encodes the prompts as well. The
-embedded pipeline and one with a random UNet of some 50 M parameters. Variants take
-turns, medians are reported.
+embedded pipeline and one with a random UNet of some 50 M parameters, without a LoRA,
+which would slow the network itself. Variants take turns, medians are reported.
 
 The second table has the shares of a round of DiffusionNFT with the verifier as its
 judge: three trained times per image.
@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from peft import LoraConfig
 from random_unet import large_pipeline
 
 from diffalign import (
@@ -37,7 +36,6 @@ from diffalign import (
     DiffusionNFTConfig,
     DiffusionNFTTrainer,
 )
-from diffalign.backbones.base import ATTENTION_TARGETS
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.shapes.prompts import train_prompts
 
@@ -68,7 +66,6 @@ def trainer_of(kind: str, large: bool, images: int, steps: int, folder: str) -> 
         "train_dataset": [{"prompt": p} for p in prompts],
         "data": DataConfig(resolution=64),
         "scorers": ["shapes"],
-        "peft_config": LoraConfig(r=8, lora_alpha=8, target_modules=list(ATTENTION_TARGETS)),
     }
     if kind == "states":
         return D3POTrainer(args=D3POConfig(**common), **keywords)
