@@ -22,6 +22,7 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,7 @@ def measure(name: str, options: argparse.Namespace, seed: int, pairs: Path) -> d
         trainer = build_trainer(recipe("diffusion_dpo/shapes", values))
         trainer.eval_dataset = trainer.read_dataset(str(pairs), "train")
         train_whole(trainer)
-        curve = [
-            {"step": entry["step"], **{key: entry[f"eval/{key}"] for key in CURVES}}
-            for entry in trainer.state.log_history
-            if f"eval/{CURVES[0]}" in entry
-        ]
+        curve = read_curve(folder)
         described["lora"] = str(folder)
     prompts = [prompt for prompt in choice_prompts() for _ in range(IMAGES)]
     spec = read_models(options.model, [described if name != "base" else f"arm={options.model}"])[1]
@@ -118,6 +115,16 @@ def measure(name: str, options: argparse.Namespace, seed: int, pairs: Path) -> d
             images = drawing(draw, prompts, SEED, scale)
             scores[f"{scale:g}"] = float(score(images, prompts).mean())
     return {"curve": curve, "scores": scores}
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """What the evaluations of a run wrote into its log."""
+    rows = [json.loads(line) for line in (folder / "logs/metrics.jsonl").read_text().splitlines()]
+    return [
+        {"step": row["step"], **{key: row[f"eval/{key}"] for key in CURVES}}
+        for row in rows
+        if f"eval/{CURVES[0]}" in row
+    ]
 
 
 CURVES = ("change/chosen", "change/rejected", "rewards/accuracies")
