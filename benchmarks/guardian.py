@@ -20,7 +20,6 @@ than the 95 % interval, clustered by prompt. Goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
-from leaderboard import choice_prompts, folder_name, kept, recipe, train_whole
+from leaderboard import choice_prompts, folder_name, kept, logged, recipe, train_whole
 from over_optimisation import FEW, FIRST_SEED, trained_reward
 
 from diffalign.recipe import build_trainer
@@ -80,8 +79,7 @@ def measure(kind: str, seed: int, work: Path) -> dict[str, Any]:
     run = run_of(kind, seed, work)
     train_whole(build_trainer(run))
     folder = Path(run.train.output_dir)
-    rows = [json.loads(line) for line in (folder / "logs/metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "guardian/reward" in row]
+    rows = [row for row in logged(folder) if "guardian/reward" in row]
     saved = Guardian()
     saved.read(folder / "samples" / "guardian.json", STEPS[kind])
     judge, hacked = Guardian(), []

@@ -140,6 +140,11 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return value
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What a run wrote into its log, a row per entry."""
+    return [json.loads(line) for line in (folder / "logs/metrics.jsonl").read_text().splitlines()]
+
+
 def choice_prompts() -> list[str]:
     return train_prompts()[-CHOICE:]
 

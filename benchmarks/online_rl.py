@@ -28,7 +28,17 @@ from typing import Any
 import leaderboard
 import numpy as np
 import torch
-from leaderboard import ROOT, choice_prompts, folder_name, interval, judge, kept, rates, train_whole
+from leaderboard import (
+    ROOT,
+    choice_prompts,
+    folder_name,
+    interval,
+    judge,
+    kept,
+    logged,
+    rates,
+    train_whole,
+)
 
 from diffalign.recipe import build_trainer
 from diffalign.runtime.files import write_atomically
@@ -75,9 +85,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     started = time.perf_counter()
     train_whole(trainer)
     seconds = time.perf_counter() - started
-    log = Path(run.train.output_dir) / "logs" / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [row for row in rows if "validation/shapes" in row]
+    rows = [row for row in logged(Path(run.train.output_dir)) if "validation/shapes" in row]
     curve = [(0.0, rows[0]["validation/shapes/base"])]
     curve += [(row["step"] * per_step, row["validation/shapes"]) for row in rows]
     return {

@@ -22,7 +22,6 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from leaderboard import (
     drawing,
     folder_name,
     kept,
+    logged,
     make_data,
     recipe,
     train_whole,
@@ -119,10 +119,9 @@ def measure(name: str, options: argparse.Namespace, seed: int, pairs: Path) -> d
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
     """What the evaluations of a run wrote into its log."""
-    rows = [json.loads(line) for line in (folder / "logs/metrics.jsonl").read_text().splitlines()]
     return [
         {"step": row["step"], **{key: row[f"eval/{key}"] for key in CURVES}}
-        for row in rows
+        for row in logged(folder)
         if f"eval/{CURVES[0]}" in row
     ]
 

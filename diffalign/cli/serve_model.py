@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..config.ranges import count, port
-from ..errors import ConfigError, UserError
+from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
             are not installed.
     """
     try:
-        from ..generation.serving import ModelService, make_model_server
+        from ..generation.serving import ModelService, create_model_app
         from ..rewards.serving.server import run_until_told
     except ImportError as error:
         raise UserError(
@@ -52,20 +52,9 @@ def run(options: argparse.Namespace) -> int:
 
     dtype = read_dtype(options.dtype) if options.dtype else None
     pipe = load_for_scoring(options.model, dtype=dtype, device=options.device)
-    service = ModelService(pipe, options.model, options.batch_size)
+    app = create_model_app(ModelService(pipe, options.model, options.batch_size))
     try:
-        server = make_model_server(service, options.host, options.port)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            "--port",
-            f"{options.host}:{options.port} cannot be listened on ({error}); choose another",
-        ) from error
-    host, number = server.server_address[:2]
-    place = f"[{host}]" if ":" in str(host) else host
-    try:
-        run_until_told(
-            server, lambda: print(f"{options.model} at http://{place}:{number}", flush=True)
-        )
+        run_until_told(app, options.host, options.port, options.model)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -16,8 +16,6 @@ request at a time.
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 import sys
 import threading
@@ -30,6 +28,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from ..errors import UserError
+from ..rewards.serving.client import png_base64
 from ..rewards.serving.server import ScorerServer
 from ..runtime.missing import Missing
 from .pipelines import with_lora
@@ -69,14 +68,15 @@ class ModelService:
         self.active: dict[str, Any] | None = None
         self._loaded = ExitStack()
 
-    def draw(self, request: dict[str, Any]) -> list[bytes | Missing]:
+    def draw(self, request: dict[str, Any]) -> list[str | Missing]:
         """Draw the images of a request.
 
         Args:
             request (`dict`): See the top of this file.
 
         Returns:
-            `list[bytes]`: PNGs. A `Missing` replaces an image that is not finite.
+            `list[str]`: PNGs as base64. A `Missing` replaces an image that is not
+            finite.
 
         Raises:
             BadRequest: A field makes no sense.
@@ -98,7 +98,7 @@ class ModelService:
                 progress=False,
                 **settings,
             )
-        return [image if isinstance(image, Missing) else _png(image) for image in images]
+        return [image if isinstance(image, Missing) else png_base64(image) for image in images]
 
     def _settings(self, request: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, Any] = {}
@@ -163,12 +163,6 @@ class ModelService:
         self.active = None
 
 
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def create_model_app(service: ModelService) -> FastAPI:
     """Put a pipeline behind addresses.
 
@@ -201,7 +195,7 @@ def create_model_app(service: ModelService) -> FastAPI:
             data = [
                 {"b64_json": None, "error": image.reason}
                 if isinstance(image, Missing)
-                else {"b64_json": base64.b64encode(image).decode("ascii")}
+                else {"b64_json": image}
                 for image in images
             ]
             return {"created": int(time.time()), "data": data}

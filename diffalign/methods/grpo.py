@@ -42,6 +42,7 @@ from torch import Tensor
 from ..config.ranges import Count, NotNegative, OneOf, Range, count
 from ..config.section import config_section
 from ..errors import ConfigError
+from ..likelihood.schedules import VariancePreserving
 from ..runtime.seeds import row_generator
 from ..training.batch import Batch
 from ..training.online.advantage_estimator import AdvantageConfig, AdvantageTrainer
@@ -321,7 +322,7 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
             raise ConfigError(
                 "train.num_sde_steps", f"expected at most {chosen} steps, got {args.num_sde_steps}"
             )
-        if args.kl_weight and args.kl_type == "x" and self.is_noise_model:
+        if args.kl_weight and args.kl_type == "x" and isinstance(self.schedule, VariancePreserving):
             raise ConfigError(
                 "train.kl_type", "x is for flows; give exact or v for a model that predicts noise"
             )
@@ -332,16 +333,13 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
                 "train.steps_per_round: 2 takes two steps per round"
             )
 
-    @property
-    def is_noise_model(self) -> bool:
-        """Whether the sampler's times are timesteps, as of UNets."""
-        return not self.sampling_grid().times.is_floating_point()
-
     def _candidates(self, grid: Grid) -> Tensor:
         """Steps with a density. The last step of a flow is left out, as in
         Flow-GRPO."""
         steps = grid.trainable.nonzero()[:, 0]
-        return steps[steps < len(grid) - 1] if grid.times.is_floating_point() else steps
+        if isinstance(self.schedule, VariancePreserving):
+            return steps
+        return steps[steps < len(grid) - 1]
 
     def usable_steps(self, grid: Grid) -> Tensor:
         """Return the steps that are stochastic and trained in the current round, (u,).

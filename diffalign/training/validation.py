@@ -240,17 +240,13 @@ class Validation:
 
             self.panel = Panel.from_config(self.config.scorers, device=accelerator.device)
         self.guards = config.guard or [n for n in config.scorers if n not in training_names]
-        self.guardian, self.verdict = self._build_guardian(), Verdict()
+        watches = reward is not None and bool(self.guards) and config.on_hacking != "off"
+        self.guardian, self.verdict = Guardian() if watches else None, Verdict()
         self._base_columns: dict[int, Array] = {}
         self.validated_at, self.restored = -1, False
         self.keep_best = config.keep_best
-        if self.guardian is not None and self.guards:
+        if self.guardian is not None:
             self.keep_best = self.keep_best or self.guards[0]
-
-    def _build_guardian(self) -> Guardian | None:
-        if self.reward is None or self.config.on_hacking == "off":
-            return None
-        return Guardian() if self.guards else None
 
     def hacked_steps(self) -> list[int]:
         """List the validated steps at which the reward was being hacked."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import brightness, lora_config, make_trainer, ranked_rows
+from tiny import brightness, lora_config, make_trainer, next_batch, ranked_rows
 
 from diffalign import AWMConfig, DiffusionNFTConfig
 from diffalign.errors import ConfigError, UserError
@@ -184,11 +184,6 @@ def small(folder: Path, method: str, family: str = "sd3", **options: Any) -> Any
     return make_trainer(folder, family, method, **options)
 
 
-def drawn_batch(trainer: Any) -> Any:
-    trainer.setup()
-    return next(trainer.source.batches(trainer.data_pipeline, 0))
-
-
 @pytest.mark.parametrize("method", ["awm", "diffusion_nft"])
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 @pytest.mark.parametrize("solver", ["default", "DPMSolverMultistepScheduler"])
@@ -196,7 +191,7 @@ def test_only_final_latents_are_kept_and_the_times_are_the_samplers(
     method: str, family: str, solver: str, tmp_path: Path
 ) -> None:
     trainer = small(tmp_path, method, family, solver=solver, kl_weight=0.5)
-    batch = drawn_batch(trainer)
+    batch = next_batch(trainer)
     assert batch.extra["samples"].shape[:2] == (2, 2) and batch.extra["samples"].ndim == 5
     assert "states" not in batch.extra
     batches = list(trainer.micro_batches(batch))
@@ -220,7 +215,7 @@ def test_two_solvers_end_near_each_other(tmp_path: Path) -> None:
                 tmp_path, "diffusion_nft", family, solver=solver, num_inference_steps=100,
                 times_per_image=1,
             )  # fmt: skip
-            ends.append(drawn_batch(trainer).extra["samples"])
+            ends.append(next_batch(trainer).extra["samples"])
         size = ends[0].abs().mean()
         for end in ends[1:]:
             assert float((end - ends[0]).abs().mean() / size) < 0.02, family
@@ -228,7 +223,7 @@ def test_two_solvers_end_near_each_other(tmp_path: Path) -> None:
 
 def test_at_the_old_policy_nft_is_weighted_fine_tuning(tmp_path: Path) -> None:
     trainer = small(tmp_path, "diffusion_nft", kl_weight=0.0)
-    micro = next(trainer.micro_batches(drawn_batch(trainer)))
+    micro = next(trainer.micro_batches(next_batch(trainer)))
     loss, _ = trainer.compute_loss(micro)
     loss.sum().backward()
     gradients = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import brightness, build_pipeline, lora_config, make_trainer
+from tiny import brightness, build_pipeline, lora_config, make_trainer, next_batch
 
 from diffalign import GRPOConfig
 from diffalign.errors import ConfigError, UserError
@@ -111,14 +111,8 @@ def test_windows() -> None:
     assert rounds("random") == rounds("random") != rounds("random", seed=1)
 
 
-def drawn_batch(trainer: Any) -> Any:
-    """The first batch of a round, drawn and judged."""
-    trainer.setup()
-    return next(trainer.source.batches(trainer.data_pipeline, 0))
-
-
 def micro(trainer: Any) -> list[Any]:
-    return list(trainer.micro_batches(drawn_batch(trainer)))
+    return list(trainer.micro_batches(next_batch(trainer)))
 
 
 FAST = {"num_inference_steps": 4, "images_per_prompt": 3, "per_device_train_batch_size": 2}
@@ -243,7 +237,7 @@ def test_equal_scores_are_dropped_and_counted(tmp_path: Path) -> None:
         tmp_path, "sd", "grpo", peft_config=lora_config(), options={"scorers": [judge]},
         rows=[{"prompt": p} for p in prompts], rollout_batch_size=3, **FAST,
     )  # fmt: skip
-    batch = drawn_batch(trainer)
+    batch = next_batch(trainer)
     by_prompt = dict(zip(batch.prompts, batch.weights.tolist(), strict=True))
     assert by_prompt == {"a bright cat": 2.0, "a dark dog": 0.0}
     _, metrics = trainer.compute_loss(next(trainer.micro_batches(batch)))
@@ -259,7 +253,7 @@ def test_equal_scores_count_against_past_rewards(tmp_path: Path) -> None:
         tmp_path, "sd", "grpo", peft_config=lora_config(), options={"scorers": [judge]},
         rows=[{"prompt": p} for p in ("a cat", "a dog")], advantage="ddpo", **FAST,
     )  # fmt: skip
-    batch = drawn_batch(trainer)
+    batch = next_batch(trainer)
     assert batch.weights.tolist() == [1.0, 1.0]
     assert sorted(batch.extra["advantages"].mean(1).sign().tolist()) == [-1.0, 1.0]
 
@@ -273,7 +267,7 @@ def test_an_image_without_a_score_has_no_advantage(tmp_path: Path) -> None:
         tmp_path, "sd", "grpo", peft_config=lora_config(), options={"scorers": [judge]},
         rollout_batch_size=6, **FAST,
     )  # fmt: skip
-    advantages = drawn_batch(trainer).extra["advantages"]
+    advantages = next_batch(trainer).extra["advantages"]
     assert advantages[:, 1].tolist() == [0.0, 0.0]
     assert (advantages[:, 0] < 0).all() and (advantages[:, 2] > 0).all()
 
@@ -355,7 +349,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 def test_the_last_step_of_a_flow_is_deterministic(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "sd3", "grpo", peft_config=lora_config(), **FAST)
-    batch = drawn_batch(trainer)
+    batch = next_batch(trainer)
     grid = trainer.rollout.grid
     assert trainer.stochastic_steps("rollout").tolist() == [True, True, True, False]
     state, after = batch.extra["states"][:, 0, -2], batch.extra["states"][:, 0, -1]

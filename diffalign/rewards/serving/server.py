@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -220,34 +219,41 @@ def serve(
     Raises:
         ConfigError: The port is taken or the host is not of this machine.
     """
+    app = create_app(ScoringService(scorer, limits), token)
+    title = f"{scorer.name} ({scorer.fingerprint()})"
+    run_until_told(app, host, port, title, has_token=bool(token))
+
+
+def run_until_told(
+    app: FastAPI, host: str, port: int, title: str, *, has_token: bool = False
+) -> None:
+    """Serve an application until SIGTERM, and print its address first.
+
+    Ctrl-C ends it too and raises KeyboardInterrupt. Call it in the main thread.
+
+    Args:
+        app (`FastAPI`): The application.
+        host (`str`): Name or address to listen on.
+        port (`int`): 0 takes a free one.
+        title (`str`): What is served, for the message.
+        has_token (`bool`, defaults to `False`): Whether clients need a secret.
+
+    Raises:
+        ConfigError: The port is taken or the host is not of this machine.
+    """
     try:
-        server = make_server(scorer, host, port, limits, token=token)
+        server = ScorerServer(app, host, port)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             "--port", f"{host}:{port} cannot be listened on ({error}); choose another"
         ) from error
-    run_until_told(
-        server, lambda: _announce(scorer, *server.server_address[:2], has_token=bool(token))
-    )
-
-
-def run_until_told(server: ScorerServer, announce: Callable[[], None]) -> None:
-    """Run a server until SIGTERM or Ctrl-C. Call it in the main thread.
-
-    Args:
-        server (`ScorerServer`): Not running yet.
-        announce (`Callable`): Called once it runs.
-
-    Raises:
-        KeyboardInterrupt: After Ctrl-C.
-    """
     # A daemon, as are the threads in which it works: a batch under way does not hold up
     # the end of the process.
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     previous = signal.signal(signal.SIGTERM, lambda *_: server.stop())
     thread.start()
     try:
-        announce()
+        _announce(title, *server.server_address[:2], has_token=has_token)
         while thread.is_alive():
             thread.join(1.0)  # Windows lets Ctrl-C through only between two waits
     finally:
@@ -256,10 +262,10 @@ def run_until_told(server: ScorerServer, announce: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _announce(scorer: Scorer, host: str, port: int, *, has_token: bool) -> None:
+def _announce(title: str, host: str, port: int, *, has_token: bool) -> None:
     """Print the address, and a warning where other machines can reach it."""
     place = f"[{host}]" if ":" in host else host
-    print(f"{scorer.name} ({scorer.fingerprint()}) at http://{place}:{port}", flush=True)
+    print(f"{title} at http://{place}:{port}", flush=True)
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         who = "who knows the token" if has_token else "who reaches it (--token asks for a secret)"
         print(

@@ -201,14 +201,8 @@ class AdvantageTrainer(OnPolicyTrainer):
         Args:
             batch (`Batch`): A micro-batch.
         """
-        assert self.reward_function is not None
-        columns = batch.extra["scores"].unbind(-1)
-        names = self.reward_function.names(len(columns))
         return {
             "judge/advantage": batch.extra["advantages"].abs().mean(1),
             "judge/equal_groups": batch.extra["equal"],
-            **{
-                f"judge/{name}": column.nanmean(1)
-                for name, column in zip(names, columns, strict=True)
-            },
+            **{f"judge/{name}": column.nanmean(1) for name, column in self.judged(batch)},
         }

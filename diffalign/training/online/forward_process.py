@@ -129,7 +129,6 @@ class ForwardProcessTrainer(AdvantageTrainer):
             self.backbone,
             self.accelerator,
             self.trained,
-            self.network,
             self.prepared,
             self.output_dir / "rollout_server",
             self.drawing_weights,

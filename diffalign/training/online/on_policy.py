@@ -301,6 +301,19 @@ class OnPolicyTrainer(Trainer):
         """
         return None
 
+    def judged(self, batch: Batch) -> list[tuple[str, Tensor]]:
+        """Return the name and the scores (g, k) of each scorer. Empty if people vote.
+
+        Args:
+            batch (`Batch`): A micro-batch.
+        """
+        columns = batch.extra["scores"].unbind(-1)
+        return (
+            []
+            if self.reward_function is None
+            else list(zip(self.reward_function.names(len(columns)), columns, strict=True))
+        )
+
     # Evaluation -----------------------------------------------------------------------
 
     def evaluation_metrics(self, data: DataPipeline) -> dict[str, float]:

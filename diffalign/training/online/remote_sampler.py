@@ -19,7 +19,7 @@ from ...backbones import Backbone
 from ...runtime.missing import MaybeImage, Missing
 from ..batch import Batch
 from ..trained_weights import TrainedWeights
-from .reward_function import RewardFunction, ScoreAhead
+from .reward_function import RewardFunction
 from .rollout import Trajectories
 from .rollout_server import RolloutServer
 
@@ -36,8 +36,7 @@ class RemoteSampler:
         accelerator (`Accelerator`): Processes of the run. The first one pushes the
             weights.
         trained (`TrainedWeights`): Writes the LoRA.
-        network: The network that trains, as it was before accelerate prepared it.
-        prepared: The network as accelerate prepared it.
+        prepared: The network that trains, as accelerate prepared it.
         folder (`Path`): Folder for the pushed LoRAs.
         weights (`Callable`): Returns the context in which the network has the weights
             that draw.
@@ -49,15 +48,14 @@ class RemoteSampler:
         backbone: Backbone,
         accelerator: Accelerator,
         trained: TrainedWeights,
-        network: Module,
         prepared: Module,
         folder: Path,
         weights: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.server, self.backbone, self.accelerator = server, backbone, accelerator
-        self.trained, self.network, self.prepared = trained, network, prepared
+        self.trained, self.prepared = trained, prepared
         self.folder, self.weights = folder, weights
-        self.pushed: dict[str, Tensor] | None = None
+        self.pushed = ""
 
     def push(self, weights: AbstractContextManager[None] | None = None) -> None:
         """Give the server the weights that draw. All processes must call this.
@@ -71,17 +69,14 @@ class RemoteSampler:
         """
         with self.weights() if weights is None else weights:
             state = self.trained.gather(self.accelerator, self.prepared)
-        state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-        if self.pushed is not None and all(
-            torch.equal(tensor, self.pushed[name]) for name, tensor in state.items()
-        ):
+            name = f"weights-{_digest(state)}"
+        if name == self.pushed:
             return
         active = any(
-            bool(parameter.detach().abs().max() > 0)
-            for name, parameter in state.items()
-            if "lora_B" in name or "lora.up" in name
+            bool(tensor.abs().max() > 0)
+            for key, tensor in state.items()
+            if "lora_B" in key or "lora.up" in key
         )
-        name = f"weights-{_digest(state)}"
         if self.accelerator.is_main_process:
             if active:
                 folder = self.folder / name
@@ -97,7 +92,7 @@ class RemoteSampler:
         if active and not self.accelerator.is_main_process:
             path = str((self.folder / name).resolve())
             self.server.lora = {"name": name, "path": path, "scale": 1.0}
-        self.pushed = state
+        self.pushed = name
 
     def __call__(
         self,
@@ -105,7 +100,6 @@ class RemoteSampler:
         k: int,
         reward_function: RewardFunction | None,
         purpose: str,
-        stochastic: Tensor | None = None,
     ) -> tuple[Trajectories, Tensor]:
         """Draw k images for every prompt, and score them. See `PolicySampler`."""
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
@@ -121,9 +115,7 @@ class RemoteSampler:
         drawn = Trajectories(latents, torch.zeros(*shape, 0), grouped)
         if reward_function is None:
             return drawn, torch.full((*shape, 1), float("nan"), dtype=torch.float64)
-        ahead = ScoreAhead(reward_function, prompts, False)
-        ahead(0, list(images))
-        return drawn, ahead.result().unflatten(0, shape)
+        return drawn, reward_function(images, prompts).unflatten(0, shape)
 
     def _encode(self, images: Sequence[MaybeImage], shape: torch.Size) -> Tensor:
         """Latents of images, (n, C, h, w) on the CPU. Zeros for missing ones."""
@@ -143,5 +135,5 @@ def _digest(state: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].float().contiguous().numpy().tobytes())
+        digest.update(state[name].detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

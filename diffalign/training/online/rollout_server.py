@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...errors import UserError
 from ...rewards.serving.client import ServerFailure, request_json
 from ...rewards.serving.pool import ServerPool, check_urls
+from ...runtime.decoding import UnreadableImage, decode
 from ...runtime.missing import MaybeImage, Missing
 
 _CHECK_PROMPT = "a photo"
@@ -194,16 +193,14 @@ def _image(reply: dict[str, Any], place: str) -> MaybeImage:
         entry = reply["data"][0]
         if entry.get("b64_json") is None and entry.get("error"):
             return Missing(str(entry["error"])[:200])
-        data = base64.b64decode(entry["b64_json"])
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return decode(base64.b64decode(entry["b64_json"]))
     except (
         KeyError,
         IndexError,
         TypeError,
         AttributeError,
         binascii.Error,
-        OSError,
-        ValueError,
+        UnreadableImage,
     ) as error:
         raise UserError(
             f"rollout_server: {place} answered without an image ({type(error).__name__}); "
