@@ -55,16 +55,24 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def torchrun(script: Path, *arguments: object, timeout: int) -> subprocess.CompletedProcess[str]:
-    """A script by two processes on the CPU."""
-    environment = {
+def torchrun(
+    script: Path,
+    *arguments: object,
+    timeout: int,
+    processes: int = 2,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """A script by several processes on the CPU."""
+    variables = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        **(environment or {}),
     }
     launch = [sys.executable, *TORCHRUN, str(script), *map(str, arguments)]
-    return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=timeout)
+    launch[launch.index("--nproc_per_node") + 1] = str(processes)
+    return subprocess.run(launch, env=variables, capture_output=True, text=True, timeout=timeout)
 
 
 def small_quickstart(folder: Path) -> Path:

@@ -43,7 +43,7 @@ def test_the_wheel_holds_weights_types_and_settings(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for expected in (
         "diffalign/py.typed",
-        "diffalign/accelerate_configs/multi_gpu.yaml",
+        "diffalign/accelerate_configs/fsdp2.yaml",
         "diffalign/shapes/weights/model_index.json",
         "diffalign/shapes/weights/unet/diffusion_pytorch_model.safetensors",
         "diffalign/shapes/weights/vae/diffusion_pytorch_model.safetensors",

@@ -77,6 +77,7 @@ class Backbone:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.network_device = self.device
         self.offloads = False
         """Whether frozen components wait on the CPU, see `place`."""
         self._loaded: dict[str, Any] = {}
@@ -143,7 +144,14 @@ class Backbone:
             return torch.float32
         return self.dtype
 
-    def place(self, device: torch.device, dtype: torch.dtype, *, offload: bool = False) -> None:
+    def place(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+        shard: bool = False,
+    ) -> None:
         """Choose where frozen components live and in which precision they run.
 
         Call it before the first one is loaded.
@@ -153,10 +161,13 @@ class Backbone:
             dtype (`torch.dtype`): precision of the run.
             offload (`bool`, *optional*, defaults to `False`): keep all but the trained
                 network on the CPU, and run them layer by layer.
+            shard (`bool`, *optional*, defaults to `False`): leave the trained network
+                on the CPU, until it is spread over the processes.
         """
         self.device, self.dtype, self.offloads = device, dtype, offload
+        self.network_device = torch.device("cpu") if shard else device
         for name, component in self._loaded.items():
-            waits = self.offloads and name != self.network_name
+            waits = shard if name == self.network_name else self.offloads
             if isinstance(component, torch.nn.Module) and not waits:
                 component.to(device)
 
@@ -189,7 +200,7 @@ class Backbone:
         """
         if self.network_name not in self._loaded:
             network = self.source.load(self.network_name, dtype, quantization)
-            self._loaded[self.network_name] = network.requires_grad_(False).to(self.device)
+            self._loaded[self.network_name] = network.requires_grad_(False).to(self.network_device)
         return self._loaded[self.network_name]
 
     def use_network(self, network: Any) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 
 from ..errors import UserError
-from ..runtime.distributed import process_rank
+from ..runtime.distributed import process_count, process_rank
 
 _PERMISSION = (
     errno.EACCES,
@@ -61,6 +61,8 @@ def report(error: BaseException) -> int | None:
             f"cannot write {error.filename or 'a file'} ({error.strerror}); {_FREE_SPACE}", 1
         )
     name = type(error).__name__
+    if process_count() > 1 and _LOST.search(_whole_text(error)):
+        return say("another process ended, so this one cannot go on", 1)
     if name in _FAILURES:
         return say(str(error), 1)
     if name == "OutOfMemoryError":
@@ -70,6 +72,23 @@ def report(error: BaseException) -> int | None:
     if name == "Interrupted":
         return say(str(error), 128 + error.signal)  # type: ignore[attr-defined]
     return None
+
+
+# What gloo, NCCL and torch's store say when a peer is gone.
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|remote process exited|NCCL .*(remote|abort|timeout)"
+    r"|Broken pipe|failed to recv, got 0 bytes|Timed out waiting \d+ms",
+    re.IGNORECASE,
+)
+
+
+def _whole_text(error: BaseException | None) -> str:
+    """The messages of an error and its causes."""
+    parts: list[str] = []
+    while error is not None and len(parts) < 10:
+        parts.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(parts)
 
 
 _FULL = re.compile(

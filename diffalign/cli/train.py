@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from ..methods import METHODS, config_class
 from ..recipe import RunConfig, build_trainer, load_run, run_to_dict
 from ..runtime.distributed import end_training
 from ..training.sections import HubConfig, LoraSection, ValidationConfig
+from .launch import launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,22 +89,12 @@ def train_run(run: RunConfig, dry_run: bool = False) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    """The same program through ``accelerate launch``."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if options.accelerate_config:
-        name = options.accelerate_config
-        folder = Path(__file__).parents[1] / "accelerate_configs"
-        path = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-            raise UserError(f"--accelerate_config: {name!r} is neither a file nor one of {known}")
-        command += ["--config_file", str(path)]
-    if options.num_processes:
-        command += ["--num_processes", str(options.num_processes)]
-    command += ["-m", "diffalign", "train"]
+    """Run the same command in several processes."""
+    program = ["train"]
     if options.config:
-        command += ["--config", str(options.config)]
-    return subprocess.call(command + (["--dry_run"] if options.dry_run else []) + options.overrides)
+        program += ["--config", str(options.config)]
+    program += (["--dry_run"] if options.dry_run else []) + options.overrides
+    return launch(program, options.accelerate_config, options.num_processes)
 
 
 def _help(overrides: list[str]) -> str:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..backbones import backbone_class
 from ..config.ranges import count
 from ..errors import ConfigError, UserError
+from ..runtime.distributed import sharded_modules
 from ..runtime.files import save_image, write_atomically
 from ..runtime.missing import ABSENT, FAILED, MaybeImage, Missing, present, read_output, watched
 
@@ -81,7 +82,7 @@ def generate(
     images: list[Any] = []
     with (
         tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar,
-        torch.inference_mode(),
+        _without_gradients(pipe),
     ):
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
@@ -92,6 +93,17 @@ def generate(
             images.extend(_draw_batch(pipe, chunk, generators, pipe_kwargs))
             bar.update(len(chunk))
     return images
+
+
+def _without_gradients(pipe: Pipeline) -> Any:
+    """Return the context for drawing.
+
+    What FSDP2 gathers in inference mode could not be trained afterwards.
+    """
+    parts = getattr(pipe, "components", {}).values()
+    networks = [part for part in parts if isinstance(part, torch.nn.Module)]
+    sharded = any(sharded_modules(network) for network in networks)
+    return torch.no_grad() if sharded else torch.inference_mode()
 
 
 def _draw_batch(

@@ -25,6 +25,11 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def process_count() -> int:
+    """Return how many processes torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_sharded(tensor: object) -> bool:
     """Tell whether a tensor is spread over processes, as a `DTensor` of torch."""
     return hasattr(tensor, "full_tensor")
@@ -35,14 +40,50 @@ def whole(tensor: Tensor) -> Tensor:
 
     All processes must call this for the same tensors.
     """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered = tensor.full_tensor()
+    # On CPUs it is a promise, which files cannot hold.
+    return gathered.wait() if hasattr(gathered, "wait") else gathered
+
+
+def local_part(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this process's part of a tensor, and where it begins in the whole.
+
+    Args:
+        tensor (`Tensor`): a sharded or a plain one.
+
+    Returns:
+        `tuple[Tensor, tuple[int, ...]]`: the part, which shares its memory with the
+        tensor, and one offset per dimension.
+    """
+    if not is_sharded(tensor):
+        return tensor, (0,) * tensor.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local(), tuple(offset)
+
+
+def copy_whole(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a sharded or a plain one, without communication.
+
+    Args:
+        target (`Tensor`): changed in place.
+        values (`Tensor`): of the same whole shape, on any device.
+    """
+    import torch
+
+    part, start = local_part(target)
+    place = tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))
+    with torch.no_grad():
+        part.copy_(values[place])
 
 
 def sharded_modules(network: torch.nn.Module) -> list[Any]:
     """List the modules that hold shards of a network.
-
-    After a forward pass the outermost parameters stay gathered until the backward pass.
-    A change of the shards is seen once these modules are told to `reshard`.
 
     Args:
         network (`torch.nn.Module`): of FSDP, or any other.
@@ -51,6 +92,19 @@ def sharded_modules(network: torch.nn.Module) -> list[Any]:
         `list`: torch's `FSDPModule`s. Empty for a network that is not sharded.
     """
     return [module for module in network.modules() if hasattr(module, "set_reshard_after_forward")]
+
+
+def reshard(network: torch.nn.Module) -> None:
+    """Let go of the weights that a forward pass has gathered.
+
+    After one without a backward pass the outermost parameters stay gathered. A sharded
+    network then shows them in place of its own, and does not see when these change.
+
+    Args:
+        network (`torch.nn.Module`): of FSDP, or any other.
+    """
+    for module in sharded_modules(network):
+        module.reshard()
 
 
 _ENDED: list[object] = []
@@ -93,7 +147,7 @@ class DistributedContext:
         Args:
             device (`str`): ``cpu``, or what the only process computes on.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if process_count() == 1:
             return cls(0, 1, device)
         from datetime import timedelta
 

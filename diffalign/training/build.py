@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -24,9 +23,11 @@ from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError
 from ..likelihood import NoiseSchedule, VariancePreserving, with_zero_terminal_snr
+from ..runtime.distributed import process_count, reshard
 from .config import TrainingConfig
 from .data_pipeline import DataPipeline
 from .memory import quantization_config
+from .sharding import asks_for_sharding, check_engine, shard_on_cpus
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -54,11 +55,12 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
         # accelerate keeps its first precision. A second trainer may want another one.
         AcceleratorState._reset_state(reset_partial_state=False)
     # Started by torchrun without accelerators, accelerate would not join the processes.
-    several_on_cpu = (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
-    )
+    several_on_cpu = process_count() > 1 and not torch.accelerator.is_available()
+    timeout = timedelta(seconds=args.ddp_timeout)
+    if several_on_cpu and asks_for_sharding():
+        shard_on_cpus(args.mixed_precision, timeout)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=several_on_cpu,
             mixed_precision=args.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -68,7 +70,7 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
             project_config=ProjectConfiguration(
                 project_dir=str(output_dir), logging_dir=str(output_dir / "logs")
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except (ValueError, ImportError) as error:
         if args.report_to == "none":
@@ -76,6 +78,8 @@ def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Ac
         raise ConfigError(
             "train.report_to", f"{args.report_to!r} cannot be used ({' '.join(str(error).split())})"
         ) from error
+    check_engine(accelerator)
+    return accelerator
 
 
 def load_plain_network(backbone: Backbone, args: TrainingConfig, dtype: torch.dtype) -> Any:
@@ -254,6 +258,7 @@ def set_attention(network: Any, backend: str) -> None:
 
 def trainable_parameters(network: Module) -> list[Parameter]:
     """Return the parameters of `network` that receive gradients."""
+    reshard(network)
     return [p for p in network.parameters() if p.requires_grad]
 
 

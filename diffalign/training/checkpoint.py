@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..errors import UserError
-from ..runtime.distributed import whole
+from ..runtime.distributed import copy_whole, local_part, whole
 from ..runtime.files import save_tensors, write_atomically
+from .build import trainable_parameters
 from .callbacks import TrainerState
+from .sharding import is_fsdp, load_optimizer, save_optimizer, without_weights
 from .trained_weights import FullWeights, TrainedWeights
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -243,7 +245,7 @@ class CheckpointManager:
             NonFiniteWeights: A weight is not finite.
         """
         shadow = [] if self.ema is None else self.ema.shadow_params
-        if all_finite([*(p for p in self.network.parameters() if p.requires_grad), *shadow]):
+        if self._all_finite([*trainable_parameters(self.network), *shadow]):
             return
         checkpoints = list_checkpoints(self.output_dir)
         survives = (
@@ -253,6 +255,14 @@ class CheckpointManager:
             f"step {step}: the weights are not finite, so they are not saved; {survives}; "
             "lower train.learning_rate"
         )
+
+    def _all_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all values are finite. Processes with other shards agree."""
+        finite = all_finite(local_part(tensor)[0] for tensor in tensors)
+        if not is_fsdp(self.accelerator):
+            return finite
+        broken = torch.tensor([0.0 if finite else 1.0], device=self.accelerator.device)
+        return float(self.accelerator.reduce(broken, reduction="sum")) == 0
 
     def undone(self, folder: Path, due: list[str]) -> list[str]:
         """List the work of a checkpoint's step that a killed run did not finish.
@@ -339,7 +349,9 @@ class CheckpointManager:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
-            self.accelerator.save_state(str(temporary))
+            with without_weights(self.accelerator):
+                self.accelerator.save_state(str(temporary))
+            save_optimizer(self.accelerator, self.prepared, temporary)
             self._save_ema(temporary, main)
             for part in self.parts:
                 part.save(temporary, self.accelerator.process_index)
@@ -420,7 +432,9 @@ class CheckpointManager:
             )
             check_archives(folder, names)
             self._check_random_state(folder, record["files"])
-            self.accelerator.load_state(str(folder))
+            with without_weights(self.accelerator):
+                self.accelerator.load_state(str(folder))
+            load_optimizer(self.accelerator, self.prepared, folder)
             if self.ema is not None:
                 self._load_ema(folder, record)
             for part in self.parts:
@@ -432,7 +446,7 @@ class CheckpointManager:
             raise UserError(
                 f"{folder} cannot be read ({reason}); resume from an earlier checkpoint"
             ) from error
-        if not all_finite(p for p in self.network.parameters() if p.requires_grad):
+        if not self._all_finite(trainable_parameters(self.network)):
             raise UserError(
                 f"{folder} holds weights that are not finite; resume from an earlier checkpoint"
             )
@@ -470,7 +484,7 @@ class CheckpointManager:
             )
         saved = load_file(folder / EMA_FILE)
         for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.data.copy_(saved[f"{i:05d}"])
+            copy_whole(shadow.data, saved[f"{i:05d}"])
         self.ema.optimization_step = record["ema_steps"]
 
     def check(self, folder: Path, force: bool) -> dict[str, Any]:

@@ -287,15 +287,26 @@ class DataPipeline:
             torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, **loading, **workers)
         )  # type: ignore[arg-type]
 
-    def passes(self) -> Iterator[list[Example]]:
+    def passes(self, together: bool = False) -> Iterator[tuple[list[Example], bool]]:
         """Read this process's share of the data once, in order.
 
+        Args:
+            together (`bool`, *optional*, defaults to `False`): Give all processes
+                equally many micro-batches, as a sharded network needs.
+
         Returns:
-            `Iterator[list[Example]]`: The micro-batches.
+            `Iterator[tuple[list[Example], bool]]`: The micro-batches, and whether they
+            count. One that only keeps up with other processes does not.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        for chunk in self.chunks([(0, i) for i in range(len(self.dataset))][rank::world]):
-            yield [self.reader[key] for key in chunk]
+        rows = [(0, i) for i in range(len(self.dataset))]
+        mine = self.chunks(rows[rank::world])
+        for chunk in mine:
+            yield [self.reader[key] for key in chunk], True
+        if together:
+            most = max(len(self.chunks(rows[other::world])) for other in range(world))
+            for _ in range(most - len(mine)):
+                yield [self.reader[rows[0]]], False
 
     def chunks(self, keys: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Split rows into micro-batches whose images have one size.
@@ -335,11 +346,13 @@ class ReferenceErrors:
         self.parts = output_dir / REFERENCE_PARTS
         self.table: dict[tuple[int, int], Tensor] = {}
 
-    def fill(self, errors: Callable[[Batch], Tensor]) -> bool:
+    def fill(self, errors: Callable[[Batch], Tensor], together: bool = False) -> bool:
         """Read the errors from their file, or compute them for all rows and draws.
 
         Args:
             errors (`Callable`): Returns the errors (g, k) of the reference for a batch.
+            together (`bool`, *optional*, defaults to `False`): Let all processes
+                compute equally many batches.
 
         Returns:
             `bool`: Whether they were computed.
@@ -351,7 +364,7 @@ class ReferenceErrors:
         if stored[0] is not None:
             self._index(*stored[0])
             return False
-        self._index(*self._compute(errors))
+        self._index(*self._compute(errors, together))
         return True
 
     def _read(self) -> tuple[Tensor, Tensor] | None:
@@ -363,7 +376,7 @@ class ReferenceErrors:
         except Exception:  # a damaged file is computed anew
             return None
 
-    def _compute(self, errors: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
+    def _compute(self, errors: Callable[[Batch], Tensor], together: bool) -> tuple[Tensor, Tensor]:
         data, accelerator = self.data, self.data.accelerator
         count, draws = len(data.dataset), data.args.ref_error_draws
         k = max(len(data.dataset[i].prompts) for i in range(count))
@@ -379,13 +392,22 @@ class ReferenceErrors:
         except UserError:  # a damaged file is computed anew
             shutil.rmtree(folder)
             parts = TensorCache(folder, shard_entries=_BATCHES_PER_PART)
-        chunks = tqdm(data.chunks(todo), desc="reference errors", unit="batch", disable=rank > 0)
+        mine = data.chunks(todo)
+        own = len(mine)
+        if together:  # a reference spread over the processes runs on all of them
+            order = [(d, i) for d in range(draws) for i in range(count)]
+            most = max(len(data.chunks(order[other::world])) for other in range(world))
+            mine += [order[:1]] * (most - len(mine))
+        chunks = tqdm(mine, desc="reference errors", unit="batch", disable=rank > 0)
         for number, chunk in enumerate(chunks):
-            if str(number) not in parts:
+            if together or str(number) not in parts:
                 batch = data.builder([data.reader[key] for key in chunk])
-                parts.add(str(number), {"errors": errors(batch).double()})
-            for (draw, index), row in zip(chunk, parts[str(number)]["errors"], strict=True):
-                table[index, draw, : len(row)] = row
+                computed = errors(batch).double()
+                if str(number) not in parts:
+                    parts.add(str(number), {"errors": computed})
+            if number < own:
+                for (draw, index), row in zip(chunk, parts[str(number)]["errors"], strict=True):
+                    table[index, draw, : len(row)] = row
         parts.flush()
         table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
         if accelerator.is_main_process:

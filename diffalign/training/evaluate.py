@@ -15,6 +15,7 @@ from torch.nn import Module
 from ..backbones import Backbone
 from ..backbones.conditions import cast
 from ..likelihood import implicit_rewards
+from ..runtime.distributed import sharded_modules
 from ..runtime.weight_files import explained
 from .data_pipeline import DataPipeline
 from .denoiser import Denoiser
@@ -42,9 +43,10 @@ def evaluate(
     """
     window = MetricWindow()
     without_dropout(network)
-    for examples in data.passes():
+    for examples, counts in data.passes(together=bool(sharded_modules(network))):
         loss, metrics = task.compute_loss(task.prepare(data.builder(examples)))
-        window.add({"loss": loss, **metrics})
+        if counts:
+            window.add({"loss": loss, **metrics})
     network.train()
     return {f"eval/{name}": value for name, value in window.reduce(accelerator).items()}
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from ..runtime.distributed import whole
 from .batch import Batch
 from .callbacks import TrainerControl, TrainerState
 from .config import TrainingConfig
@@ -224,7 +225,7 @@ def _clip(run: Run) -> Tensor | None:
         return None
     # A list, because a generator is empty after its first use and nothing is clipped.
     norm = torch.as_tensor(
-        run.accelerator.clip_grad_norm_(run.parameters(), run.args.max_grad_norm)
+        whole(run.accelerator.clip_grad_norm_(run.parameters(), run.args.max_grad_norm))
     )
     run.window.add({"train/grad_norm": norm})
     # Under fp16 the scaler skips such a step and lowers its scale.

@@ -10,6 +10,7 @@ import torch
 from torch.nn import Module, Parameter
 
 from ..errors import ConfigError
+from ..runtime.distributed import reshard
 from .build import trainable_parameters
 from .config import TrainingConfig
 
@@ -57,6 +58,7 @@ def averaged(ema: Any, network: Module) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(network)
         ema.restore(parameters)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -17,7 +17,7 @@ from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
 from ..errors import ConfigError, UserError
 from ..likelihood import VariancePreserving
-from ..runtime.distributed import is_sharded, sharded_modules, whole
+from ..runtime.distributed import copy_whole, is_sharded, reshard, sharded_modules, whole
 from ..runtime.offload import offload_layers
 
 
@@ -138,7 +138,10 @@ def _put(parameter: torch.nn.Parameter, weights: Tensor) -> Tensor:
     """Give a parameter other weights, and return its own."""
     if is_sharded(parameter):
         before = parameter.detach().clone()
-        parameter.data.copy_(weights)
+        if is_sharded(weights):
+            parameter.data.copy_(weights)
+        else:  # from a file
+            copy_whole(parameter.data, weights)
         return before
     before = parameter.data
     parameter.data = weights
@@ -192,14 +195,14 @@ class SnapshotReference:
         Args:
             weights (`dict[str, Tensor]`): One tensor per trainable parameter.
         """
-        for module in self.shards:
-            module.reshard()
+        if self.shards:
+            reshard(self.network)
         current = {name: _put(p, weights[name]) for name, p in self.parameters.items()}
         try:
             yield
         finally:
-            for module in self.shards:
-                module.reshard()
+            if self.shards:
+                reshard(self.network)
             for name, p in self.parameters.items():
                 _put(p, current[name])
 
@@ -242,9 +245,12 @@ class SnapshotReference:
                 f"{self.field}: {folder} holds no reference; it was saved by a run with "
                 "another setting"
             )
-        self.weights = {
-            name: w.to(device) for name, w in read_tensors(folder / self.file)[0].items()
-        }
+        saved = read_tensors(folder / self.file)[0]
+        if self.shards:
+            for name, weights in self.weights.items():
+                copy_whole(weights, saved[name])
+        else:
+            self.weights = {name: w.to(device) for name, w in saved.items()}
 
 
 class BlendedReference(SnapshotReference):
@@ -286,6 +292,10 @@ class FrozenCopyReference:
         copy_weights (`bool`, *optional*, defaults to `True`): Copy the network.
         by_layers (`bool`, *optional*, defaults to `False`): Keep it on the CPU and run
             it layer by layer.
+        shard (`Callable`, *optional*): Spreads a network over the processes.
+
+    Raises:
+        ConfigError: It is to be sharded and offloaded.
     """
 
     def __init__(
@@ -295,12 +305,21 @@ class FrozenCopyReference:
         offload: bool = False,
         copy_weights: bool = True,
         by_layers: bool = False,
+        shard: Callable[[Module], Module] | None = None,
     ) -> None:
         self.network = without_dropout(
             (copy.deepcopy(network) if copy_weights else network).requires_grad_(False)
         )
         self.device, self.offload = device, offload and device.type != "cpu"
-        if by_layers:
+        if shard is not None:
+            if offload or by_layers:
+                raise ConfigError(
+                    "train.offload_reference",
+                    "a reference that is spread over the processes stays on them; set "
+                    "offload_reference to false and offload to none",
+                )
+            self.network = shard(self.network)
+        elif by_layers:
             self.offload = False
             offload_layers(self.network.to("cpu"), device)
         else:
@@ -396,6 +415,7 @@ def build_reference(
     offload: bool,
     has_start_lora: bool = False,
     by_layers: bool = False,
+    shard: Callable[[Module], Module] | None = None,
 ) -> Reference:
     """Build the fixed reference of a run.
 
@@ -413,6 +433,8 @@ def build_reference(
             has the weights of an earlier LoRA.
         by_layers (`bool`, *optional*, defaults to `False`): Keep a second network on
             the CPU and run it layer by layer.
+        shard (`Callable`, *optional*): Spreads a second network over the processes, as
+            the policy will be.
     """
     if ref_backbone is not None:
         ref_backbone.place(device, backbone.dtype)
@@ -422,9 +444,14 @@ def build_reference(
             offload,
             copy_weights=False,
             by_layers=by_layers,
+            shard=shard,
         )
     if has_start_lora:
         return StartLoraReference(network)
     if is_lora:
         return AdapterOffReference(network)
-    return FrozenCopyReference(network, device, offload, by_layers=by_layers)
+    if shard is not None and backbone.source.pipe is None:
+        # Read once more: no process ever holds two whole networks on its device.
+        starting = backbone.source.load(backbone.network_name, torch.float32)
+        return FrozenCopyReference(starting, device, offload, False, by_layers, shard)
+    return FrozenCopyReference(network, device, offload, by_layers=by_layers, shard=shard)

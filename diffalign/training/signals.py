@@ -1,6 +1,7 @@
-"""End a run after the current step on Ctrl-C or SIGTERM.
+"""End a run after the current step on Ctrl-C, SIGTERM or SIGUSR1.
 
-The run writes a checkpoint. A second Ctrl-C ends it at once.
+The run writes a checkpoint. A second Ctrl-C ends it at once. Schedulers of clusters
+send SIGUSR1 before they take a machine away, if a job asks for it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python allows handlers in the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGUSR1"):  # not on Windows
+                numbers.append(signal.SIGUSR1)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -15,6 +15,8 @@ from torch.nn import Module
 from ..backbones import Backbone
 from ..backbones.lora import lora_state
 from ..errors import UserError
+from ..runtime.distributed import reshard, sharded_modules, whole
+from .sharding import load_weights, plain_network
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 FINAL_FILES = (
@@ -87,6 +89,7 @@ class LoraWeights:
 
     def gather(self, accelerator: Accelerator, prepared: Module) -> State:
         """See `TrainedWeights.gather`."""
+        reshard(self.network)
         return lora_state(self.network)
 
     def write(self, folder: Path, state: State) -> None:
@@ -105,6 +108,7 @@ class LoraWeights:
         """
         from diffusers.utils import convert_unet_state_dict_to_peft
         from peft import set_peft_model_state_dict
+        from peft.utils import get_peft_model_state_dict
         from safetensors.torch import load_file
 
         prefix = f"{self.backbone.network_name}."
@@ -113,9 +117,12 @@ class LoraWeights:
             for n, t in load_file(folder / LORA_FILE).items()
             if n.startswith(prefix)
         }
-        result = set_peft_model_state_dict(
-            self.network, convert_unet_state_dict_to_peft(state), adapter_name="default"
-        )
+        state = convert_unet_state_dict_to_peft(state)
+        if sharded_modules(self.network):
+            reshard(self.network)
+            load_weights(self.network, get_peft_model_state_dict(self.network), state)
+            return
+        result = set_peft_model_state_dict(self.network, state, adapter_name="default")
         if result is not None and result.unexpected_keys:
             raise UserError(
                 f"{folder}: the LoRA does not fit this network; unexpected keys "
@@ -138,21 +145,40 @@ class FullWeights:
 
     def gather(self, accelerator: Accelerator, prepared: Module) -> State:
         """See `TrainedWeights.gather`."""
-        return accelerator.get_state_dict(prepared)
+        if not sharded_modules(self.network):
+            return accelerator.get_state_dict(prepared)
+        reshard(self.network)
+        state: State = {}
+        for name, tensor in self.network.state_dict().items():
+            gathered = whole(tensor)  # one at a time, and only the first process keeps it
+            if accelerator.is_main_process:
+                state[name] = gathered.cpu()
+        return state
 
     def write(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write`."""
-        pipeline = self.backbone.pipeline(network=self.network)
+        is_sharded = bool(sharded_modules(self.network))
+        network = plain_network(self.network, state) if is_sharded else self.network
+        pipeline = self.backbone.pipeline(network=network)
         pipeline.save_pretrained(folder, safe_serialization=True)
-        self.write_checkpoint(folder, state)
+        if not is_sharded:
+            self.write_checkpoint(folder, state)
 
     def write_checkpoint(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write_checkpoint`."""
-        self.network.save_pretrained(folder / self.backbone.network_name, state_dict=state)
+        place = folder / self.backbone.network_name
+        if sharded_modules(self.network):
+            plain_network(self.network, state).save_pretrained(place)
+        else:
+            self.network.save_pretrained(place, state_dict=state)
 
     def read_checkpoint(self, folder: Path) -> None:
         """See `TrainedWeights.read_checkpoint`."""
         loaded = type(self.network).from_pretrained(
             folder, subfolder=self.backbone.network_name, use_safetensors=True
         )
-        self.network.load_state_dict(loaded.state_dict())
+        if sharded_modules(self.network):
+            reshard(self.network)
+            load_weights(self.network, self.network.state_dict(), loaded.state_dict())
+        else:
+            self.network.load_state_dict(loaded.state_dict())

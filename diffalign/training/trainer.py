@@ -77,6 +77,7 @@ from .reference import (
 from .run_folder import begin
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
 from .sections import HubConfig, ValidationConfig
+from .sharding import choose_units, is_fsdp, shard_frozen
 from .signals import StopSignals
 from .start_lora import StartLora, put_start_lora, read_start_lora
 from .tracking import MetricLog, MetricWindow, start_trackers
@@ -459,6 +460,9 @@ class Trainer:
             self.args.offload_reference,
             self.start_lora is not None,
             self.args.offload == "group",
+            functools.partial(shard_frozen, self.accelerator)
+            if is_fsdp(self.accelerator)
+            else None,
         )
 
     def build_source(self) -> BatchSource:
@@ -633,6 +637,7 @@ class Trainer:
             self.accelerator.device,
             DTYPES[args.mixed_precision],
             offload=args.offload == "group",
+            shard=is_fsdp(self.accelerator),
         )
         self.network = self.build_network()
         self.trained = self.build_trained_weights()
@@ -702,6 +707,7 @@ class Trainer:
             self.lr_scheduler = make_schedule(optimizer)
         else:
             self.lr_scheduler = build_lr_scheduler(optimizer, args, self.state.max_steps)
+        choose_units(self.accelerator, self.network)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         if self.reference_model is not None:
             self.reference_model.start()
@@ -901,7 +907,8 @@ class Trainer:
             return
         key = self.record.reference_errors_key(self.data_pipeline.transform.fingerprint)
         precomputed = ReferenceErrors(self.data_pipeline, self.output_dir, key)
-        state = "computed" if precomputed.fill(self.reference_errors) else "read back"
+        computed = precomputed.fill(self.reference_errors, is_fsdp(self.accelerator))
+        state = "computed" if computed else "read back"
         self.source = DatasetSource(precomputed)
         self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {state}")
 
@@ -909,7 +916,8 @@ class Trainer:
         """Note how much half precision moves the margins of the run."""
         paired = self.data_kind in ("pair", "ranked") and not self.reference_free
         fixed = self.data_config.online is None and not self.data_pipeline.streaming
-        if not (paired and fixed and self.accelerator.is_main_process):
+        alone = self.accelerator.is_main_process and not is_fsdp(self.accelerator)
+        if not (paired and fixed and alone):
             return
         sentence = measure_rounding(
             self.sampling_policy, self.network, self.backbone, self.data_pipeline

@@ -30,11 +30,13 @@ from ..evaluation.guidance_curves import REPORTING, best_index, check_prompts
 from ..evaluation.statistics import Array, nanmean, win_rate
 from ..generation.grids import comparison_grid
 from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
+from ..runtime.distributed import sharded_modules
 from ..runtime.files import write_atomically
 from ..runtime.missing import MaybeImage, Missing, check_any, left_out, present
 from .guardian import FILE as GUARDIAN_FILE
 from .guardian import Guardian, Look, Verdict, standardised
 from .sections import ValidationConfig
+from .shared_work import SharedBatches
 from .tracking import MetricLog
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 BEST = "best"
 GRID_PROMPTS = 12
+BATCH = 8
+"""Images per forward pass."""
 
 
 def validation_prompts(config: ValidationConfig) -> list[str]:
@@ -179,7 +183,7 @@ class Validated:
 
 
 class Validation:
-    """Validates one run. Every process has one, and the main process draws and scores.
+    """Validates one run. All processes draw and score, and the main process judges.
 
     Images of the starting weights are drawn once, before the first step, into
     `samples/base` (`samples/base@g3` at a guidance of 3 of several). No second model is
@@ -235,14 +239,16 @@ class Validation:
         self.seeds = [seed + i for _ in self.distinct for i in range(count)]
         self.scales: list[float | None] = [*config.guidance_scales] or [None]
         self.panel: Panel | None = None
-        if self.config.scorers and self.main:
+        self.shares = SharedBatches(accelerator, len(self.prompts), BATCH)
+        if self.config.scorers:
             from ..rewards.panel import Panel
 
             self.panel = Panel.from_config(self.config.scorers, device=accelerator.device)
         self.guards = config.guard or [n for n in config.scorers if n not in training_names]
         watches = reward is not None and bool(self.guards) and config.on_hacking != "off"
         self.guardian, self.verdict = Guardian() if watches else None, Verdict()
-        self._base_columns: dict[int, Array] = {}
+        self.base_scores: list[dict[str, Array]] = []
+        self.base_columns = np.empty((0, 0))
         self.validated_at, self.restored = -1, False
         self.keep_best = config.keep_best
         if self.guardian is not None:
@@ -296,16 +302,40 @@ class Validation:
             self._recover()
         for folder, scale in zip(folders, self.scales, strict=True):
             files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
-            if not self.main or all(is_drawn(file) for file in files):
+            if self._shared(all(is_drawn(file) for file in files)):
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
-            images = self._draw("validation (base)", scale)
-            check_any(images, "before training")
-            for file, image in zip(files, images, strict=True):
-                save_drawn(image, file)
-        if self.main and self.guardian is not None:
-            # Now, so that a reward that cannot score these prompts fails at the start.
-            self._reward_columns(self._best_scale(self.base_scores))
+            images = self.shares.gather(self._draw("validation (base)", scale))
+            if self.main:
+                check_any(images, "before training")
+                folder.mkdir(parents=True, exist_ok=True)
+                for file, image in zip(files, images, strict=True):
+                    save_drawn(image, file)
+        self._score_base()
+
+    def _score_base(self) -> None:
+        """Score the images of the starting weights.
+
+        It happens before the first step, so that a reward that cannot score these
+        prompts fails then.
+        """
+        if self.panel is None:
+            return
+        images = [
+            self.shares.scatter(self.base_images[number] if self.main else [])
+            for number in range(len(self.scales))
+        ]
+        self.base_scores = [self._scores(each) for each in images]
+        if self.guardian is not None:
+            best = self._shared(self._best_scale(self.base_scores) if self.main else 0)
+            self.base_columns = self._reward_columns(images[best])
+
+    def _shared(self, value: Any) -> Any:
+        """Return the main process's value on all processes."""
+        from accelerate.utils import broadcast_object_list
+
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
 
     def base_folder(self, scale: float | None) -> Path:
         """Name the folder with images of the starting weights at one guidance scale."""
@@ -320,10 +350,13 @@ class Validation:
             step (`int`): The optimizer step.
             log (`MetricLog`): Receives images and metrics.
         """
-        from accelerate.utils import broadcast_object_list
-
         with self.averaged_weights():  # those that `save_model` writes
-            result = self.validate(step) if self.main else None
+            mine = [self._draw("validation", scale) for scale in self.scales]
+        scores = [self._scores(images) for images in mine] if self.panel is not None else []
+        best = self._shared(self._best_scale(scores) if self.main else 0)
+        columns = self._reward_columns(mine[best]) if self.guardian is not None else None
+        drawn = [self.shares.gather(images) for images in mine]
+        result = self.validate(step, drawn, scores, columns) if self.main else None
         if result is not None:
             log.images("validation", result.grid, step)
         verdict = Verdict() if result is None or result.verdict is None else result.verdict
@@ -333,8 +366,7 @@ class Validation:
             and not verdict.hacked
             and result.value > self._best()
         )
-        shared: list[Any] = [result.metrics if result is not None else {}, better, verdict]
-        broadcast_object_list(shared)
+        shared = self._shared([result.metrics if result is not None else {}, better, verdict])
         self.verdict, self.validated_at, self.restored = shared[2], step, False
         if shared[1]:
             self._keep(step, result)
@@ -342,17 +374,26 @@ class Validation:
             # Written last, so that a reader of the log finds the weights on the disk.
             log.write(shared[0], step)
 
-    def validate(self, step: int) -> Validated:
-        """Draw and score images of the current weights.
+    def validate(
+        self,
+        step: int,
+        drawn: list[list[MaybeImage]],
+        scores: list[dict[str, Array]],
+        columns: Array | None = None,
+    ) -> Validated:
+        """Judge images of the current weights. The main process calls this.
 
         Args:
             step (`int`): The optimizer step.
+            drawn (`list[list]`): Images at each guidance scale.
+            scores (`list[dict]`): Their scores by scorer, (prompts, images). Empty
+                without scorers.
+            columns (`Array`, *optional*): Scores of the images at the best scale by
+                what trains, (images, scorers). None without a guardian.
 
         Returns:
             `Validated`: The grid and the metrics.
         """
-        drawn = [self._draw("validation", scale) for scale in self.scales]
-        scores = [self._scores(images) for images in drawn] if self.panel is not None else []
         best, base_best = self._best_scale(scores), self._best_scale(self.base_scores)
         tuned, base = drawn[best], self.base_images[base_best]
         missing = left_out(tuned, len(tuned), f"step {step}")
@@ -395,8 +436,8 @@ class Validation:
                 # If images are missing, the mean is that of the others alone. NaN is
                 # never better.
                 result.value = float("nan") if len(present(tuned)) < len(present(base)) else mean
-        if self.guardian is not None:
-            result.verdict = self._judge(step, drawn[best], scores[best], base_best, reported)
+        if columns is not None:
+            result.verdict = self._judge(step, columns, scores[best], base_best, reported)
             result.metrics |= result.verdict.metrics
         if several:
             result.metrics |= {
@@ -413,28 +454,31 @@ class Validation:
     def _judge(
         self,
         step: int,
-        images: list[MaybeImage],
+        columns: Array,
         scores: dict[str, Array],
         base_best: int,
         reported: slice,
     ) -> Verdict:
         """Let the guardian compare this validation with the earlier ones."""
-        assert self.guardian is not None and self.reward is not None
-        base_columns = self._reward_columns(base_best)
+        assert self.guardian is not None
+        base_columns = self.base_columns
         if not self.guardian.looks:
             base = self.base_scores[base_best]
             self.guardian.look(self._look(0, base_columns, base_columns, base, reported))
-        columns = self.reward(images, self.prompts).numpy()
         verdict = self.guardian.look(self._look(step, columns, base_columns, scores, reported))
         self.guardian.write(self.folder / GUARDIAN_FILE)
         return verdict
 
-    def _reward_columns(self, scale: int) -> Array:
-        """Scores of the base images by what trains, (images, scorers)."""
+    def _reward_columns(self, images: list[MaybeImage]) -> Array:
+        """Score this process's images by what trains.
+
+        Returns:
+            (images, scorers) of all processes, on the main one.
+        """
         assert self.reward is not None
-        if scale not in self._base_columns:
-            self._base_columns[scale] = self.reward(self.base_images[scale], self.prompts).numpy()
-        return self._base_columns[scale]
+        prompts = [self.prompts[index] for index in self.shares.mine()]
+        rows = list(self.reward(images, prompts).numpy()) if images else []
+        return np.array(self.shares.gather(rows))
 
     def _look(
         self,
@@ -472,24 +516,28 @@ class Validation:
             for folder in map(self.base_folder, self.scales)
         ]
 
-    @cached_property
-    def base_scores(self) -> list[dict[str, Array]]:
-        """Scores of `base_images` by scorer, (prompts, images), higher is better.
-
-        Empty without scorers.
-        """
-        if self.panel is None:
-            return []
-        return [self._scores(images) for images in self.base_images]
-
     def _scores(self, images: list[MaybeImage]) -> dict[str, Array]:
+        """Score this process's images.
+
+        Returns:
+            By scorer (prompts, images) of all processes, on the main one. Higher is
+            better.
+        """
         assert self.panel is not None
-        columns = self.panel.score(images, self.prompts, on_error="nan").columns
-        signs = {name: 1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in columns}
+        prompts = [self.prompts[index] for index in self.shares.mine()]
+        names = list(self.panel.names)
+        rows: list[Any] = []
+        if images:
+            columns = self.panel.score(images, prompts, on_error="nan").columns
+            rows = list(zip(*(np.asarray(columns[name]) for name in names), strict=True))
+        table = np.array(self.shares.gather(rows), dtype=np.float64)
+        if not self.main:
+            return {}
         shape = (-1, self.config.num_validation_images)
+        signs = [1.0 if self.panel.specs[name].higher_is_better else -1.0 for name in names]
         return {
-            name: signs[name] * np.asarray(values, dtype=np.float64).reshape(shape)
-            for name, values in columns.items()
+            name: sign * column.reshape(shape)
+            for name, sign, column in zip(names, signs, table.T, strict=True)
         }
 
     def _diversity(self, images: list[MaybeImage]) -> float:
@@ -503,8 +551,12 @@ class Validation:
         return float(np.mean(distances)) if distances else float("nan")
 
     def _draw(self, description: str, scale: float | None = None) -> list[MaybeImage]:
+        """Draw this process's images. All processes must call this."""
         guidance = {} if scale is None else {"guidance_scale": scale}
         size = {} if self.side is None else {"height": self.side, "width": self.side}
+        indices = self.shares.mine()
+        # A network that is spread over the processes runs on all of them.
+        idle = self.shares.idle() if sharded_modules(self.network) else []
         network = self.network
         training = network.training
         network.eval()
@@ -512,14 +564,16 @@ class Validation:
         try:
             # Under mixed precision the components differ in dtype.
             with self.accelerator.autocast():
-                return generate(
+                images = generate(
                     pipe,
-                    self.prompts,
-                    self.seeds,
-                    batch_size=8,
+                    [self.prompts[index] for index in idle + indices],
+                    [self.seeds[index] for index in idle + indices],
+                    batch_size=BATCH,
                     description=description,
+                    progress=self.main,
                     **self.backbone.prompt_settings | size | self.config.pipe_kwargs() | guidance,
                 )
+                return images[len(idle) :]
         finally:
             network.train(training)
 
@@ -548,11 +602,7 @@ class Validation:
 
     def shared_best_step(self) -> int | None:
         """Return `best_step` of the main process, on all of them."""
-        from accelerate.utils import broadcast_object_list
-
-        shared: list[Any] = [self.best_step() if self.main else None]
-        broadcast_object_list(shared)
-        return shared[0]
+        return self._shared(self.best_step() if self.main else None)
 
     def restore_best(self) -> None:
         """Make the weights in `best/` the result of the run."""

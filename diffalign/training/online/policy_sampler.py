@@ -16,6 +16,7 @@ from ...runtime.missing import MaybeImage, Missing, check_any, left_out
 from ..batch import Batch
 from ..batch_builder import BatchBuilder
 from ..denoiser import Denoiser
+from ..sharding import is_fsdp
 from ..tracking import MetricWindow
 from .reward_function import RewardFunction, ScoreAhead
 from .rollout import Rollout, Trajectories, sampling_mode
@@ -169,9 +170,11 @@ def sample_scores(
         `dict[str, float]`: The averages, named `eval/...`.
     """
     window, check = MetricWindow(), RoundCheck(accelerator.print, reward_function)
-    for examples in data.passes():
+    for examples, counts in data.passes(together=is_fsdp(accelerator)):
         batch = data.builder(examples)
         drawn, scores = sample(batch)
+        if not counts:
+            continue
         check.add(batch, chain.from_iterable(drawn.images), scores)
         names = reward_function.names(scores.shape[-1])
         columns = zip(names, scores.unbind(-1), strict=True)
