@@ -15,7 +15,7 @@ from diffalign.config.yaml_text import read_yaml_text, shown
 from diffalign.errors import ConfigError, UserError
 
 Ties = Literal["drop", "keep"]
-VerifyImages = Literal["header", "full", "none"]
+VerifyImages = Literal["auto", "header", "full", "none"]
 Mismatch = Literal["drop", "letterbox"]
 Calibrate = Literal["wins", "sigmoid"]
 TIES, VERIFY_IMAGES, MISMATCH = get_args(Ties), get_args(VerifyImages), get_args(Mismatch)
@@ -105,9 +105,9 @@ class DataConfig:
     ties: Ties = "drop"
     """drop removes tied groups (counted and printed); keep gives them weight 0. Ties
     contribute no gradient."""
-    verify_images: VerifyImages = "header"
+    verify_images: VerifyImages = "auto"
     """header opens every image once and reads its size, full decodes it, none trusts
-    the data."""
+    the data. auto is header up to 20,000 rows, and looks at a sample of larger data."""
     max_broken_fraction: Annotated[float, Range(0.0, 1.0, words="a share from 0 to 1")] = 0.05
     """Largest share of unusable rows that is skipped. Above it loading stops and names
     the first of them."""

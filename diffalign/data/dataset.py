@@ -11,14 +11,15 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffalign.data import images as image_cells
 from diffalign.data.images import NO_FOLDERS, ImagePlaces, Undecoded
-from diffalign.data.judgements import Verdict, classify_row
+from diffalign.data.judgements import Verdict, classify_row, user_name
+from diffalign.data.memory import forget_pages, walk
 from diffalign.data.schema import EXTRAS, KINDS, Layout
 from diffalign.errors import UserError
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LISTED_BROKEN_ROWS = 20
+_SAMPLED_ROWS = 1_000
 
 
 def group_number(row_id: int, place: int) -> int:
@@ -530,9 +532,8 @@ class PreferenceDataset:
             rows = rows[self._image_of_row == 0] if liked else np.unique(rows)
             self._image_of_row = None
         elif liked:
-            scores = {row_id: (verdict.scores or (0.0,))[0] for row_id, verdict in self._verdicts()}
-            sign = -1.0 if self._inverted else 1.0
-            rows = np.array([row for row in rows if sign * scores[int(row)] > 0], dtype=np.int64)
+            sign = -1 if self._inverted else 1
+            rows = rows[self._liked()[rows] == sign]
             left_out = len(self.row_ids) - len(rows)
             self.report = copy.deepcopy(self.report)
             self.report.notes.append(f"{left_out} disliked images left out")
@@ -544,15 +545,43 @@ class PreferenceDataset:
                 )
         self.row_ids = rows
 
+    def _light_tables(self) -> Iterator[pyarrow.Table]:
+        """The columns of prompts and judgements, as Arrow."""
+        return walk(self.dataset, self.layout.light_columns.values())
+
+    def _light_column(self, role: str) -> Any:
+        """The column of a role, for all rows of the source, as Arrow."""
+        import pyarrow
+
+        name = self.layout.light_columns[role]
+        chunks = [chunk for table in walk(self.dataset, [name]) for chunk in table[name].chunks]
+        return (
+            pyarrow.chunked_array(chunks) if chunks else pyarrow.chunked_array([], pyarrow.null())
+        )
+
+    def _liked(self) -> np.ndarray:
+        """1 for each liked image of the source, -1 for others, (rows,)."""
+        import numpy as np
+
+        from diffalign.data.columns import ASK, judge_columns
+
+        parts = []
+        for table in self._light_tables():
+            columns = {role: table[name] for role, name in self.layout.light_columns.items()}
+            judged = judge_columns(self.layout, columns)
+            for offset in np.flatnonzero(judged.status == ASK).tolist():
+                cells = {role: column[offset].as_py() for role, column in columns.items()}
+                scores = classify_row(self.layout, cells).scores or (-1.0,)
+                judged.liked[offset] = 1 if scores[0] > 0 else -1
+            parts.append(judged.liked)
+        return np.concatenate(parts)
+
     def _verdicts(self) -> Iterator[tuple[int, Verdict]]:
         """Yield row id and verdict of all rows in use."""
         assert self.row_ids is not None
         row_ids, start = set(self.row_ids.tolist()), 0
         light = self.layout.light_columns
-        tables = self.dataset.select_columns(list(dict.fromkeys(light.values()))).with_format(
-            "arrow"
-        )
-        for table in tables.iter(batch_size=1024):
+        for table in self._light_tables():
             columns = {role: table[column].to_pylist() for role, column in light.items()}
             for offset in range(len(table)):
                 if start + offset in row_ids:
@@ -588,13 +617,29 @@ class PreferenceDataset:
 
         Groups without one have no part.
         """
-        return sorted({verdict.user for _, verdict in self._verdicts() if verdict.user is not None})
+        return sorted({user for user in self.user_of_groups() if user is not None})
 
     def user_of_groups(self) -> list[str | None]:
         """Return the user of each group in use, in order."""
+        import pyarrow
+
         assert self.row_ids is not None
-        users = {row_id: verdict.user for row_id, verdict in self._verdicts()}
-        return [users[row_id] for row_id in self.row_ids.tolist()]
+        if not self.has_users:
+            return [None] * len(self.row_ids)
+        cells = self._light_column("user_id").take(pyarrow.array(self.row_ids)).to_pylist()
+        return [user_name(cell) for cell in cells]
+
+    def distinct_prompts(self) -> list[str]:
+        """Return the prompts of all groups in use, each once, sorted."""
+        import pyarrow
+
+        assert self.row_ids is not None
+        if "prompt" not in self.layout.light_columns:
+            return sorted({prompt for group in self for prompt in group.prompts})
+        column = self._light_column("prompt").take(pyarrow.array(self.row_ids))
+        prompts = sorted(column.unique().to_pylist())
+        forget_pages(self.dataset)
+        return prompts
 
     @property
     def has_scores(self) -> bool:
@@ -618,6 +663,9 @@ class PreferenceDataset:
         """
         if self.row_ids is None or not self.has_scores:
             return None
+        columns = self._score_range_of_columns()
+        if columns is not None:
+            return columns
         all_scores: list[float] = []
         for row_id, verdict in self._verdicts():
             unread: list[Any] = [None] * len(verdict.prompts)
@@ -625,6 +673,26 @@ class PreferenceDataset:
             scores = self._viewed(group).scores or ()
             all_scores += [s for s in scores if s is not None and not math.isnan(s)]
         return (min(all_scores), max(all_scores)) if all_scores else None
+
+    def _score_range_of_columns(self) -> tuple[float, float] | None:
+        """The range of the scores as the columns hold them, if no view changes it."""
+        from diffalign.data.columns import column_range
+
+        assert self.row_ids is not None
+        if self._inverted or self._views not in ((), ("pair",)):
+            return None
+        light = self.layout.light_columns
+        roles: list[str]
+        if self.layout.kind == "ranked":
+            roles = [next(r for r in ("scores", "human_preference", "rank") if r in light)]
+        else:
+            roles = ["chosen_score", "rejected_score"]
+        ranges = [column_range(self._light_column(role), self.row_ids) for role in roles]
+        if any(each is None for each in ranges):
+            return None
+        low = min(each[0] for each in ranges if each is not None)
+        high = max(each[1] for each in ranges if each is not None)
+        return (-high, -low) if roles == ["rank"] else (low, high)
 
     def with_first_prompt(self) -> PreferenceDataset:
         """Return the same groups, with the chosen image's prompt for all images."""
@@ -662,7 +730,8 @@ class PreferenceDataset:
         It covers layout, mapping and kind. Of every group it covers row id, prompts,
         scores and weight, and of every image its size and its first and last 4 KiB. It
         misses an edit in the middle of an image file that changes neither its size nor
-        its ends.
+        its ends. Of more than 20,000 rows it covers all cells, the size of all images
+        in them, and the ends of the images of 1,000 rows.
         """
         if "_fingerprint" not in self.__dict__:
             self._fingerprint = self._compute_fingerprint()
@@ -680,13 +749,49 @@ class PreferenceDataset:
         )
         if self._image_of_row is not None:
             digest.update(self._image_of_row.tobytes())
-        row_ids = set(self.row_ids.tolist())
+        from diffalign.data.columns import MANY_ROWS
+
+        if len(self.dataset) > MANY_ROWS:
+            self._digest_columns(digest, mapping)
+            return digest.hexdigest()
+        self._digest_groups(digest, set(self.row_ids.tolist()))
+        return digest.hexdigest()
+
+    def _digest_columns(self, digest: Any, mapping: Mapping[str, str]) -> None:
+        """Add the cells of all rows in use, and the images of some."""
+        import numpy as np
+
+        from diffalign.data.columns import digest_columns
+
+        assert self.row_ids is not None
+        rows = self.row_ids
+        if self._image_of_row is not None:  # each row is there twice
+            rows = rows[np.append(True, rows[1:] != rows[:-1])]
+        facts = ["by columns", self._views, self._inverted, self._one_prompt]
+        digest.update(repr([*facts, self.layout.like_threshold]).encode())
+        digest.update(rows.tobytes())
+        read = [mapping[role] for role in sorted(self._columns) if role in mapping]
+        digest_columns(digest, self.dataset, read, rows)
+        sample = np.linspace(0, len(rows) - 1, min(_SAMPLED_ROWS, len(rows)))
+        chosen = rows[np.unique(sample.astype(np.int64))]
+        if self.kind != "prompt":
+            self._digest_groups(digest, set(chosen.tolist()), self._tables().select(chosen), chosen)
+
+    def _digest_groups(
+        self,
+        digest: Any,
+        row_ids: set[int],
+        tables: datasets.Dataset | None = None,
+        numbers: np.ndarray | None = None,
+    ) -> None:
+        """Add groups with their images. `numbers` are the row ids of `tables`."""
         start = 0
-        for table in self._tables().iter(batch_size=256):
+        for table in (self._tables() if tables is None else tables).iter(batch_size=256):
             for offset in range(len(table)):
-                if start + offset in row_ids:
+                row_id = start + offset if numbers is None else int(numbers[start + offset])
+                if row_id in row_ids:
                     group = self._group(
-                        start + offset,
+                        row_id,
                         {r: lazy_cell(table[c][offset]) for r, c in self._columns.items()},
                     )
                     facts: list[Any] = [group.row_id, group.prompts, None, group.weight]
@@ -698,7 +803,6 @@ class PreferenceDataset:
                     for image in group.images:
                         digest.update(image_cells.sampled_digest(image))
             start += len(table)
-        return digest.hexdigest()
 
 
 def _best(group: Group) -> int:

@@ -58,8 +58,13 @@ def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
         `Verdict`.
     """
     verdict = _classified(layout, cells)
-    user = cells.get("user_id")
-    return verdict if _is_missing(user) else replace(verdict, user=str(user))
+    user = user_name(cells.get("user_id"))
+    return verdict if user is None else replace(verdict, user=user)
+
+
+def user_name(cell: object) -> str | None:
+    """Read who judged a row, None where the cell holds nobody."""
+    return None if _is_missing(cell) else str(cell)
 
 
 def _classified(layout: Layout, cells: Mapping[str, Any]) -> Verdict:

@@ -40,7 +40,7 @@ def load_preferences(
     streaming: bool = False,
     columns: Mapping[str, str] | None = None,
     ties: str = "drop",
-    verify_images: str = "header",
+    verify_images: str = "auto",
     max_broken_fraction: float = 0.05,
     kind: str | None = None,
     score_columns: Sequence[str] = (),
@@ -80,8 +80,9 @@ def load_preferences(
             the dataset, where the names are not recognised.
         ties (`str`, *optional*, defaults to `"drop"`): `drop` ties, or `keep` them with
             weight 0.
-        verify_images (`str`, *optional*, defaults to `"header"`): How images are
-            checked: `header`, `full` or `none`.
+        verify_images (`str`, *optional*, defaults to `"auto"`): How images are
+            checked: `auto`, `header`, `full` or `none`. `auto` opens the images of up
+            to 20,000 rows, and those of a sample of larger data.
         max_broken_fraction (`float`, *optional*, defaults to `0.05`): Largest share of
             broken rows that is skipped.
         kind (`str`, *optional*): Kind of the groups, see `PreferenceDataset.as_kind`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -67,8 +66,8 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         layout (`Layout`): How its columns are read.
         report (`LoadReport`): Gets the counts.
         places (`ImagePlaces`, *optional*): Where image cells may point to.
-        verify_images (`str`, *optional*, defaults to `"header"`): `header`, `full` or
-            `none`.
+        verify_images (`str`, *optional*, defaults to `"auto"`): `auto`, `header`,
+            `full` or `none`.
         max_broken_fraction (`float`, *optional*, defaults to `0.05`): Largest share of
             broken rows that is skipped.
     """
@@ -80,7 +79,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         report: LoadReport,
         places: ImagePlaces = NO_FOLDERS,
         *,
-        verify_images: str = "header",
+        verify_images: str = "auto",
         max_broken_fraction: float = 0.05,
     ) -> None:
         super().__init__(
@@ -91,6 +90,10 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             places,
         )
         self._verify, self._max_broken_fraction = verify_images, max_broken_fraction
+        self._rank, self._world = 0, 1
+        self._position: dict[str, Any] | None = None
+        self._rows_read = self._groups_of_row = 0
+        self._before_row: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         raise TypeError("a streamed dataset has no length; set train.max_steps")
@@ -110,6 +113,47 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             "a streamed dataset has no index; load it without streaming to select groups"
         )
 
+    def share(self, rank: int, world: int) -> StreamingPreferenceDataset:
+        """Return this process's share of the stream.
+
+        Where the number of shards is a multiple of the number of processes, each
+        process reads its own shards. Otherwise each reads all and keeps its rows.
+
+        Args:
+            rank (`int`): Number of the process.
+            world (`int`): How many processes there are.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        view = copy.copy(self)
+        view.dataset = (
+            split_dataset_by_node(self.dataset, rank, world) if world > 1 else self.dataset
+        )
+        view._rank, view._world = rank, world
+        return view
+
+    @property
+    def num_shards(self) -> int:
+        """Number of parts that workers can read independently."""
+        return self.dataset.num_shards
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last group, as plain values.
+
+        In a worker of a DataLoader it is the position of the worker.
+        """
+        within = self._groups_of_row  # the row is read again for its other group
+        source = self._before_row if within else self.dataset.state_dict()
+        return {"rows": self._rows_read - within, "groups_of_row": within, "source": source}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a position at the next iteration.
+
+        Args:
+            state (`dict`, *optional*): Of `state_dict`. None begins at the first row.
+        """
+        self._position = state
+
     def __iter__(self) -> Iterator[Group]:
         fresh = LoadReport(
             self.report.source, self.report.layout, self.report.kind, self.report.mapping
@@ -119,23 +163,41 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
                 setattr(self.report, counter.name, getattr(fresh, counter.name))
         worker = get_worker_info()
         # `datasets` deals its shards to the workers. Each counts in steps of the number
-        # of workers, so that row ids stay unique.
-        row_ids = (
-            itertools.count() if worker is None else itertools.count(worker.id, worker.num_workers)
-        )
-        for row_id, row in zip(row_ids, guarded(self.dataset, self.report.source), strict=False):
+        # of workers, so that row ids stay unique. So do the processes.
+        first, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        position, self._position = self._position, None
+        self._rows_read = skipped = self._groups_of_row = 0
+        self._before_row = None
+        if position is not None:
+            self._rows_read, skipped = position["rows"], position["groups_of_row"]
+            self._before_row = position["source"]
+        self.dataset.load_state_dict(self._before_row)
+        for row in guarded(self.dataset, self.report.source):
+            row_id = (self._rows_read * workers + first) * self._world + self._rank
+            self._rows_read += 1
             self.report.rows += 1
             group = self._admitted(row_id, row)
             if self.report.rows >= _JUDGED_AFTER and self.report.kept:
                 self.report.check(self._max_broken_fraction)
             if group is None or self._is_left_out(group):
+                self._remember_row()
                 continue
             if self._is_unrolled:
-                yield from (labelled_image(group, place) for place in (0, 1))
+                for place in range(skipped, 2):
+                    self._groups_of_row = 1 if place == 0 else 0
+                    if place == 1:
+                        self._remember_row()
+                    yield labelled_image(group, place)
+                skipped = 0
             else:
                 yield group
-        if worker is None:
+        if worker is None and self._world == 1 and position is None:
             self.report.check(self._max_broken_fraction)
+
+    def _remember_row(self) -> None:
+        """Keep the position after a row, in case a batch ends within the next one."""
+        if self._is_unrolled:
+            self._before_row = self.dataset.state_dict()
 
     def _is_left_out(self, group: Group) -> bool:
         """Whether it is a disliked image, and single images are asked for."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..backbones.conditions import stack_rows
+from ..backbones.conditions import split_rows, stack_rows
 from ..data.cache import TensorCache
 from ..errors import ConfigError
 from ..likelihood import RectifiedFlow, group_noise, sample_times
@@ -45,6 +45,7 @@ class BatchBuilder:
         args (`TrainingConfig`): Settings of the run.
         device (`torch.device`): Device of the tensors.
         prompts (`TensorCache`, *optional*): Cache of encoded prompts.
+        latents (`TensorCache`, *optional*): Gets the latents of a stream's images.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class BatchBuilder:
         args: TrainingConfig,
         device: torch.device,
         prompts: TensorCache | None,
+        latents: TensorCache | None = None,
     ) -> None:
         self.backbone, self.args, self.device, self.prompts = backbone, args, device, prompts
+        self.latents = latents
         self._empty: dict[str, Tensor] | None = None
         sampling = args.timestep_sampling
         flow = backbone.schedule.prediction_type == "flow_matching"
@@ -207,14 +210,32 @@ class BatchBuilder:
                 (len(examples), *self.backbone.latent_shape(height, width)), device=self.device
             )
             return zeros, zeros
-        if examples[0].mean is not None:
-            mean = torch.cat([e.mean for e in examples if e.mean is not None])
-            std = torch.cat([e.std for e in examples if e.std is not None])
-            return mean.to(self.device), std.to(self.device)
-        mean, std = self.backbone.encode_images(
-            torch.cat([e.pixels for e in examples if e.pixels is not None])
-        )
-        return mean.to(self.device), std.to(self.device)
+        for e in examples:
+            # A worker may have read it before its latents were cached. The cached ones
+            # are taken, because a last bit depends on the images encoded with it.
+            if self.latents is not None and e.cache_key is not None and e.cache_key in self.latents:
+                entry = self.latents[e.cache_key]
+                e.mean, e.std = entry["mean"], entry["std"]
+        fresh = [(e, e.pixels) for e in examples if e.mean is None and e.pixels is not None]
+        if fresh:
+            mean, std = self.backbone.encode_images(torch.cat([pixels for _, pixels in fresh]))
+            counts = [len(pixels) for _, pixels in fresh]
+            for (e, _), m, s in zip(fresh, mean.split(counts), std.split(counts), strict=True):
+                e.mean, e.std = m, s
+                self._keep(e)
+        mean = torch.cat([e.mean.to(self.device) for e in examples if e.mean is not None])
+        std = torch.cat([e.std.to(self.device) for e in examples if e.std is not None])
+        return mean, std
+
+    def _keep(self, example: Example) -> None:
+        """Cache the latents of a streamed group."""
+        if self.latents is None or example.cache_key is None:
+            return
+        assert example.mean is not None and example.std is not None
+        g = example.geometry
+        geometry = torch.tensor([*g.original_size, *g.crop_top_left, *g.target_size])
+        entry = {"mean": example.mean, "std": example.std, "geometry": geometry}
+        self.latents.add(example.cache_key, entry)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts, each distinct one once.
@@ -227,9 +248,18 @@ class BatchBuilder:
         """
         distinct = list(dict.fromkeys(prompts))
         if self.prompts is not None:
+            self._add_prompts(self.prompts, distinct)
             entries = [self.prompts[prompt_key(p)] for p in distinct]
             encoded = stack_rows(entries, self.backbone.ragged)
         else:
             encoded = self.backbone.encode_prompts(distinct)
         index = torch.tensor([distinct.index(p) for p in prompts], device=self.device)
         return {name: values.to(self.device)[index] for name, values in encoded.items()}
+
+    def _add_prompts(self, cache: TensorCache, prompts: Sequence[str]) -> None:
+        """Encode and cache the prompts of a stream that are not cached yet."""
+        missing = [prompt for prompt in prompts if prompt_key(prompt) not in cache]
+        if missing:
+            rows = split_rows(self.backbone.encode_prompts(missing), self.backbone.ragged)
+            for prompt, row in zip(missing, rows, strict=True):
+                cache.add(prompt_key(prompt), row)

@@ -30,7 +30,7 @@ from ..runtime.distributed import copy_whole, local_part, whole
 from ..runtime.files import save_tensors, write_atomically
 from .build import trainable_parameters
 from .callbacks import TrainerState
-from .sharding import is_fsdp, load_optimizer, save_optimizer, without_weights
+from .sharding import check_state, is_fsdp, load_optimizer, save_optimizer, without_weights
 from .trained_weights import FullWeights, TrainedWeights
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -432,6 +432,7 @@ class CheckpointManager:
             )
             check_archives(folder, names)
             self._check_random_state(folder, record["files"])
+            check_state(self.accelerator, folder)
             with without_weights(self.accelerator):
                 self.accelerator.load_state(str(folder))
             load_optimizer(self.accelerator, self.prepared, folder)

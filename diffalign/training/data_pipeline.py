@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +24,15 @@ from ..data import (
     parse_buckets,
 )
 from ..data.cache import TensorCache
+from ..data.streaming import StreamingPreferenceDataset
 from ..errors import ConfigError, UserError
-from ..runtime.files import read_tensors, save_tensors
+from ..runtime.files import read_tensors, save_tensors, write_atomically
 from ..runtime.hashing import text_hash
 from .batch import Batch
 from .batch_builder import BatchBuilder
 from .config import TrainingConfig
 from .fill_caches import fill_latent_cache, fill_prompt_cache
-from .group_reader import Example, GroupReader, StreamReader
+from .group_reader import Example, GroupReader, StreamPosition, StreamReader
 from .row_order import PositionSampler, RowOrder
 
 REFERENCE_FILE = "reference_errors.safetensors"
@@ -124,14 +127,13 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
         args (`TrainingConfig`): Settings of the run.
 
     Raises:
-        ConfigError: A stream has caches, precomputed errors have changing pixels, or
+        ConfigError: A stream has precomputed errors, these have changing pixels, or
             prompts have buckets.
     """
-    cached = config.cache_latents or config.cache_text_embeddings or args.precompute_ref_errors
-    if config.dataset_streaming and cached:
+    if config.dataset_streaming and args.precompute_ref_errors:
         raise ConfigError(
             "data.dataset_streaming",
-            "caches and precompute_ref_errors need a dataset of known size; set it to false",
+            "precompute_ref_errors needs a dataset of known size; set it to false",
         )
     if args.precompute_ref_errors and not (config.center_crop and not config.random_flip):
         raise ConfigError(
@@ -181,7 +183,17 @@ class DataPipeline:
         self.latents = self._latent_cache()
         self.reader = GroupReader(dataset, self.transform, args.seed, config.max_broken_fraction)
         self.prompts = self._prompt_cache()
-        self.builder = BatchBuilder(backbone, args, accelerator.device, self.prompts)
+        on_the_way = self.latents if self.streaming else None
+        self.builder = BatchBuilder(backbone, args, accelerator.device, self.prompts, on_the_way)
+        self.stream: StreamingPreferenceDataset | None = None
+        self.positions: list[StreamPosition] = []
+        self.turn = self.streamed = 0
+        if isinstance(dataset, StreamingPreferenceDataset):
+            rank, world = accelerator.process_index, accelerator.num_processes
+            self.stream = dataset.share(rank, world)
+            workers = max(1, min(config.num_workers, self.stream.num_shards))
+            self.positions = [StreamPosition()] * workers
+            self.reader.latents = self.latents
 
     def _assign_buckets(self, dataset: PreferenceDataset) -> PreferenceDataset:
         assigned = [self.transform.bucket_of(group.image_sizes()) for group in dataset]
@@ -221,9 +233,12 @@ class DataPipeline:
             `list[str]`: Messages for the user.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        messages = []
+        messages: list[str] = []
+        if self.streaming:  # filled on the way
+            return messages
         if self.latents is not None:
-            added = fill_latent_cache(self.latents, self.reader, self.backbone, rank, world)
+            mine = fill_latent_cache(self.latents, self.reader, self.backbone, rank, world)
+            added = int(self.accelerator.reduce(torch.tensor(mine, device=self.accelerator.device)))
             self.accelerator.wait_for_everyone()
             self.latents.reload()
             self.reader.latents = self.latents
@@ -233,8 +248,7 @@ class DataPipeline:
             )
             self.backbone.release("vae")
         if self.prompts is not None:
-            groups = (self.dataset[i] for i in range(len(self.dataset)))
-            texts = sorted({prompt for group in groups for prompt in group.prompts} | {""})
+            texts = sorted({*self.dataset.distinct_prompts(), ""})
             added = fill_prompt_cache(self.prompts, texts, self.backbone, rank, world)
             self.accelerator.wait_for_everyone()
             self.prompts.reload()
@@ -277,15 +291,85 @@ class DataPipeline:
         # The loader draws its workers' seeds when it starts. From the global generator,
         # a resumed run would draw once more than an uninterrupted one.
         loading: dict[str, Any] = {"collate_fn": _same, "generator": torch.Generator()}
-        if self.streaming:
-            stream = StreamReader(self.dataset, self.reader, *place)
-            return iter(torch.utils.data.DataLoader(stream, batch_size=None, **loading))
+        if self.stream is not None:
+            return self._streamed(self.stream, start, loading | workers)
         seed = args.seed if args.data_seed is None else args.data_seed
         order = RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
         sampler = PositionSampler(order, *place)
         return iter(
             torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, **loading, **workers)
         )  # type: ignore[arg-type]
+
+    def _streamed(
+        self, stream: StreamingPreferenceDataset, start: int, loading: dict[str, Any]
+    ) -> Iterator[list[Example]]:
+        """Read the stream from a position, and keep track of it."""
+        count, skip = len(self.positions), 0
+        if start != self.streamed:
+            # Not where the last batch or checkpoint ended, so rows are read again. A
+            # checkpoint of an earlier version knows no position either.
+            self.positions, self.turn = [StreamPosition()] * count, 0
+            skip = start // self.accelerator.num_processes // count
+            self.streamed = start
+        size = self.args.per_device_train_batch_size
+        reader = StreamReader(stream, self.reader, size, self.positions, self.turn, skip)
+        loading["num_workers"] = count if self.config.num_workers else 0
+        for item in torch.utils.data.DataLoader(reader, batch_size=None, **loading):
+            if item is None:
+                continue
+            batch, worker, position = item
+            self.positions = [*self.positions]
+            self.positions[worker], self.turn = position, (worker + 1) % count
+            self.streamed += size * self.accelerator.num_processes
+            yield batch
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write this process's position in the stream into a checkpoint.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process.
+        """
+        if self.stream is None:
+            return
+        for cache in (self.latents, self.prompts):
+            if cache is not None:
+                cache.flush()
+        facts = {
+            "processes": self.accelerator.num_processes,
+            "groups": self.streamed,
+            "turn": self.turn,
+            "positions": [dataclasses.asdict(position) for position in self.positions],
+        }
+        write_atomically(folder / f"stream-{rank}.json", json.dumps(facts).encode())
+
+    def load(self, folder: Path, rank: int, device: torch.device) -> None:
+        """Read this process's position in the stream from a checkpoint.
+
+        Args:
+            folder (`Path`): Folder of the checkpoint.
+            rank (`int`): Number of this process.
+            device (`torch.device`): Not used.
+
+        Raises:
+            UserError: The checkpoint is of another number of processes or workers.
+        """
+        if self.stream is None or not (folder / "stream-0.json").is_file():
+            return
+        facts = json.loads((folder / "stream-0.json").read_text("utf-8"))
+        if facts["processes"] != self.accelerator.num_processes:
+            raise UserError(
+                f"data.dataset_streaming: {folder} is of {facts['processes']} processes, each "
+                "with its share of the stream; resume it with as many"
+            )
+        if len(facts["positions"]) != len(self.positions):
+            raise UserError(
+                f"data.num_workers: {folder} is of a stream read by {len(facts['positions'])} "
+                "workers; resume it with as many"
+            )
+        facts = json.loads((folder / f"stream-{rank}.json").read_text("utf-8"))
+        self.turn, self.streamed = facts["turn"], facts["groups"]
+        self.positions = [StreamPosition(**values) for values in facts["positions"]]
 
     def passes(self, together: bool = False) -> Iterator[tuple[list[Example], bool]]:
         """Read this process's share of the data once, in order.

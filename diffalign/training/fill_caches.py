@@ -35,16 +35,19 @@ def fill_latent_cache(
         batch_groups (`int`, *optional*, defaults to `8`): Groups per forward pass.
 
     Returns:
-        `int`: Number of groups that were missing in all shares.
+        `int`: Number of groups that were missing in this share.
     """
-    keys = [group_key(reader.dataset[i].image_hashes()) for i in range(len(reader.dataset))]
-    missing = set(cache.missing(keys))
-    first: dict[str, int] = {}
-    for i, key in enumerate(keys):
-        first.setdefault(key, i)
     # Shares of all groups, not of the missing ones: a process that starts late sees
-    # what others have encoded already, and its share would shift.
-    mine = [i for i in list(first.values())[rank::world] if keys[i] in missing]
+    # what others have encoded already, and its share would shift. Each process hashes
+    # the images of its own share.
+    keys: dict[int, str] = {}
+    for i in range(rank, len(reader.dataset), world):
+        keys[i] = group_key(reader.dataset[i].image_hashes())
+    missing = set(cache.missing(keys.values()))
+    first: dict[str, int] = {}
+    for i, key in keys.items():
+        first.setdefault(key, i)
+    mine = [i for key, i in first.items() if key in missing]
     for start in tqdm(
         range(0, len(mine), batch_groups),
         desc="encoding images",

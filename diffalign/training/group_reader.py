@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..data import PreferenceDataset
 from ..data.cache import TensorCache
 from ..data.dataset import Group, group_number
+from ..data.streaming import StreamingPreferenceDataset
 from ..data.transforms import Geometry, GroupTransform
 from ..errors import UserError
 from ..runtime.hashing import text_hash
@@ -36,6 +38,7 @@ class Example:
         place (`int`): Which image of its row a labelled image is.
         user (`str`, *optional*): Who judged the row.
         control (`Tensor`, *optional*): Condition image in [0, 1], (1, 3, H, W).
+        cache_key (`str`, *optional*): Key under which its latents are to be cached.
     """
 
     row_id: int
@@ -50,6 +53,7 @@ class Example:
     place: int = 0
     user: str | None = None
     control: Tensor | None = None
+    cache_key: str | None = None
 
     @property
     def key(self) -> int:
@@ -109,6 +113,30 @@ class GroupReader(torch.utils.data.Dataset):
                 f"data.max_broken_fraction: {reason}"
             )
 
+    def read_streamed(self, group: Group, epoch: int) -> Example:
+        """Read one group of a stream, whose latents may not be cached yet.
+
+        Args:
+            group: The group.
+            epoch (`int`): Pass over the stream.
+
+        Raises:
+            UserError: An image cannot be decoded.
+        """
+        if self.latents is None or not group.images:
+            return self.read(group, epoch)
+        key = group_key(group.image_hashes())
+        latents, self.latents = self.latents, None
+        try:
+            if key in latents:
+                self.latents = latents
+            example = self.read(group, epoch)
+        finally:
+            self.latents = latents
+        if example.mean is None:
+            example.cache_key = key
+        return example
+
     def read(self, group: Group, epoch: int) -> Example:
         """Read one group, from the cache or from its images.
 
@@ -161,47 +189,70 @@ def group_key(hashes: Sequence[str]) -> str:
     return text_hash("+".join(hashes))
 
 
-class StreamReader(torch.utils.data.IterableDataset):
-    """Reads streamed rows in the order of the stream.
+@dataclass
+class StreamPosition:
+    """Where one worker of one process is in a stream.
 
-    Every process walks the whole stream and keeps the rows at its positions.
+    Attributes:
+        epoch (`int`, defaults to `0`): Pass over the stream.
+        source (`dict`, *optional*): Position in that pass, see
+            `StreamingPreferenceDataset.state_dict`. None is its begin.
+    """
+
+    epoch: int = 0
+    source: dict[str, Any] | None = None
+
+
+class StreamReader(torch.utils.data.IterableDataset):
+    """Reads this process's share of a stream, without end.
+
+    Every micro-batch comes with the worker that read it and the position after it.
 
     Args:
-        dataset: The stream.
+        dataset (`StreamingPreferenceDataset`): The share of this process.
         reader (`GroupReader`): Reads a row.
-        start (`int`): First position, in rows over all processes.
         batch_size (`int`): Groups per micro-batch.
-        rank (`int`): Number of this process.
-        world (`int`): Number of processes.
+        positions (`Sequence[StreamPosition]`): Where each worker begins.
+        turn (`int`): Worker whose micro-batch is the next one. A DataLoader begins with
+            worker 0, so those before it first deliver None.
+        skip (`int`): Groups to leave out at the beginning.
     """
 
     def __init__(
         self,
-        dataset: PreferenceDataset,
+        dataset: StreamingPreferenceDataset,
         reader: GroupReader,
-        start: int,
         batch_size: int,
-        rank: int,
-        world: int,
+        positions: Sequence[StreamPosition],
+        turn: int = 0,
+        skip: int = 0,
     ) -> None:
-        self.dataset, self.reader = dataset, reader
-        self.start, self.batch_size, self.rank, self.world = start, batch_size, rank, world
+        self.dataset, self.reader, self.batch_size = dataset, reader, batch_size
+        self.positions, self.turn, self.skip = list(positions), turn, skip
 
-    def __iter__(self) -> Iterator[list[Example]]:
-        position, epoch, batch = 0, 0, []
+    def __iter__(self) -> Iterator[tuple[list[Example], int, StreamPosition] | None]:
+        info = torch.utils.data.get_worker_info()
+        worker = 0 if info is None else info.id
+        if worker < self.turn:
+            yield None
+        position = self.positions[worker]
+        epoch, batch, skip = position.epoch, [], self.skip
+        self.dataset.load_state_dict(position.source)
+        is_fresh = position.source is None
         while True:
-            before = position
+            is_empty = True
             for group in self.dataset:
-                owner = (position - self.start) // self.batch_size % self.world
-                if position >= self.start and owner == self.rank:
-                    batch.append(self.reader.read(group, epoch))
-                    if len(batch) == self.batch_size:
-                        yield batch
-                        batch = []
-                position += 1
-            if position == before:
+                is_empty = False
+                if skip:
+                    skip -= 1
+                    continue
+                batch.append(self.reader.read_streamed(group, epoch))
+                if len(batch) == self.batch_size:
+                    yield batch, worker, StreamPosition(epoch, self.dataset.state_dict())
+                    batch = []
+            if is_empty and is_fresh:
                 raise UserError("data.dataset_name: the stream has no usable rows")
-            epoch += 1
+            epoch, is_fresh = epoch + 1, True
 
 
 def prompt_key(prompt: str) -> str:

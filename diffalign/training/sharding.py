@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
@@ -58,6 +59,8 @@ def shard_on_cpus(mixed_precision: str, timeout: timedelta) -> None:
     if mixed_precision != "no":
         plugin.set_mixed_precision(mixed_precision)
     state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        state.parallelism_config = ParallelismConfig()
     # accelerate copies it from here whenever the state is asked for.
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -166,7 +169,7 @@ def plain_network(network: Any, state: dict[str, Tensor]) -> Any:
     Returns:
         A network of the class of diffusers.
     """
-    plain_class = type(network).__bases__[1]
+    plain_class: Any = type(network).__bases__[1]
     with torch.device("meta"):
         plain = plain_class.from_config(network.config)
     plain.load_state_dict(state, assign=True)
@@ -229,6 +232,29 @@ def save_optimizer(accelerator: Accelerator, network: Module, folder: Path) -> N
             )
 
 
+def check_state(accelerator: Accelerator, folder: Path) -> None:
+    """Check that a checkpoint's optimizer state is of this kind of run.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        folder (`Path`): Folder of the checkpoint.
+
+    Raises:
+        UserError: The run is sharded and the checkpoint is not, or the other way round.
+    """
+    sharded = (folder / f"{_OPTIMIZER}-0.json").is_file()
+    if sharded and not is_fsdp(accelerator):
+        raise UserError(
+            f"{folder} is of a run sharded by FSDP2; resume it with --accelerate_config fsdp2, "
+            "or start a new run from its weights"
+        )
+    if is_fsdp(accelerator) and not sharded:
+        raise UserError(
+            f"{folder} is of a run that was not sharded; resume it without FSDP2, or start a "
+            "new run from its weights"
+        )
+
+
 def load_optimizer(accelerator: Accelerator, network: Module, folder: Path) -> None:
     """Read the optimizer's state, of any number of processes. All must call this.
 
@@ -238,25 +264,15 @@ def load_optimizer(accelerator: Accelerator, network: Module, folder: Path) -> N
         folder (`Path`): Folder of the checkpoint.
 
     Raises:
-        UserError: The checkpoint holds no sharded state, or only part of it.
+        UserError: The checkpoint holds only part of the state.
     """
     if not is_fsdp(accelerator):
-        if any(folder.glob(f"{_OPTIMIZER}-0-*.safetensors")):
-            raise UserError(
-                f"{folder} is of a run sharded by FSDP2; resume it with --accelerate_config fsdp2, "
-                "or start a new run from its weights"
-            )
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     for number, optimizer in enumerate(accelerator._optimizers):
         paths = sorted(folder.glob(f"{_OPTIMIZER}-{number}-*.safetensors"))
         index = folder / f"{_OPTIMIZER}-{number}.json"
-        if not paths or not index.is_file():
-            raise UserError(
-                f"{folder} is of a run that was not sharded; resume it without FSDP2, or start a "
-                "new run from its weights"
-            )
         tensors, _ = _flat(network, optimizer)
         state: dict[str, Any] = json.loads(index.read_text("utf-8"))
         for name in _fill(tensors, paths):

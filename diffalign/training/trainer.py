@@ -678,7 +678,7 @@ class Trainer:
             self.ema,
         )
         self.source = self.build_source()
-        for part in (self.source, self.reference_model):
+        for part in (self.source, self.reference_model, self.data_pipeline):
             if isinstance(part, CheckpointPart):
                 self.checkpoints.parts.append(part)
         # From here on, dropout alone uses the global generators.

@@ -1,6 +1,6 @@
-"""A run that is killed again and again: `killed_script.py <folder> <groups per process>`.
+"""A run that is killed again and again: `killed_script.py <folder> <batch size>`.
 
-It goes on from its last checkpoint, if there is one, and says its process and its steps.
+It goes on from its last checkpoint, if there is one, and says its steps.
 """
 
 from __future__ import annotations

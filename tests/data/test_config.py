@@ -11,7 +11,10 @@ from diffalign.errors import ConfigError
     ("values", "message"),
     [
         ({"ties": "x"}, "ties: expected one of drop, keep, got 'x'"),
-        ({"verify_images": "all"}, "verify_images: expected one of header, full, none, got 'all'"),
+        (
+            {"verify_images": "all"},
+            "verify_images: expected one of auto, header, full, none, got 'all'",
+        ),
         ({"mismatch": "stretch"}, "mismatch: expected one of drop, letterbox, got 'stretch'"),
         (
             {"max_broken_fraction": 1.5},
