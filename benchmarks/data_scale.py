@@ -5,16 +5,17 @@
 
 Makes pairs of 64x64 JPEG images in parquet shards, and starts Diffusion-DPO on the
 embedded model with them, each time in a process of its own: for the first time (when
-`datasets` prepares its files), and again. Then it reads the same shards as a stream, up
-to half of the rows, and resumes there in another process. Times are from the start of
-the process to the end of the first optimizer step, and without the imports. Memory is
-the highest resident size of the process, and the part of it that is no file.
+`datasets` prepares its files), and again. Then a run on the same shards as a stream
+resumes in the middle, in a process that has read nothing before. Times are from the
+start of the process to the end of the first optimizer step, and without the imports.
+Memory is the highest resident size of the process, and the part of it that is no file.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SHARDS = 8
@@ -109,7 +111,12 @@ def worker(mode: str, data: str, output: str, until: int = 0) -> None:
             report_to="none",
         ),
         peft_config=LoraConfig(r=4),
-        data=DataConfig(dataset_name=data, dataset_streaming=streaming, resolution=64),
+        data=DataConfig(
+            dataset_name=data,
+            dataset_streaming=streaming,
+            resolution=64,
+            verify_images="none" if streaming else "auto",
+        ),
     )
     read = time.time()
     if mode == "stream-fill":
@@ -130,19 +137,18 @@ def worker(mode: str, data: str, output: str, until: int = 0) -> None:
     )
 
 
-def fill_stream(trainer: object, steps: int) -> None:
-    """Read the stream up to a step without training, and write the checkpoint there."""
-    from diffalign.runtime.seeds import undisturbed
+def fill_stream(trainer: Any, steps: int) -> None:
+    """Walk the stream up to a step without training, and write the checkpoint there."""
+    from diffalign.training.group_reader import StreamPosition
 
-    trainer.setup()  # type: ignore[attr-defined]
-    with undisturbed():
-        batches = trainer.data_pipeline.batches(0)  # type: ignore[attr-defined]
-        for _ in range(steps):
-            next(batches)
-    trainer.state.global_step = steps  # type: ignore[attr-defined]
-    trainer.state.samples_seen = steps * trainer.data_pipeline.global_batch  # type: ignore[attr-defined]
-    trainer.output_dir.mkdir(parents=True, exist_ok=True)  # type: ignore[attr-defined]
-    trainer.checkpoints.save(trainer.state)  # type: ignore[attr-defined]
+    trainer.setup()
+    data = trainer.data_pipeline
+    groups = steps * data.global_batch
+    next(itertools.islice(data.stream, groups - 1, None))
+    data.positions, data.streamed = [StreamPosition(0, data.stream.state_dict())], groups
+    trainer.state.global_step, trainer.state.samples_seen = steps, groups
+    trainer.output_dir.mkdir(parents=True, exist_ok=True)
+    trainer.checkpoints.save(trainer.state)
 
 
 def main() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 from ..backbones import Backbone, load_backbone
 from ..config.ranges import count
+from ..config.yaml_text import read_yaml_file
 from ..errors import UserError
 from ..methods import trainer_class
 from ..recipe import RunConfig, load_run
-from ..training.estimate import CONTEXT, GIB, Estimate, advice, estimate, gpu_memory
+from ..training.estimate import CONTEXT, GIB, Estimate, Layout, advice, estimate, gpu_memory
+from .launch import accelerate_config
 
 LIST_LENGTH = 4
 """Images of a ranked list, where only the data could tell."""
@@ -30,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", help="memory of a GPU (24GB) or its name (RTX4090, H100, ...)")
     parser.add_argument(
         "--num_gpus", type=count(), default=1, help="GPUs, each with the run's batch (default 1)"
+    )
+    parser.add_argument(
+        "--accelerate_config",
+        help="ddp (default), fsdp2, hsdp, zero2 or a file: how several GPUs share the run",
     )
 
 
@@ -50,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--config: name a run file, e.g. configs/diffusion_dpo/sdxl_lora.yaml")
     memory = None if options.gpu is None else gpu_memory(options.gpu)
     config = load_run(options.config, options.overrides)
-    result = estimate_run(config)
+    layout = read_layout(options.accelerate_config, options.num_gpus)
+    result = estimate_run(config, layout)
     print("\n".join(lines(config, result, options.num_gpus)))
     if memory is None:
         return 0
@@ -61,14 +68,52 @@ def run(options: argparse.Namespace) -> int:
         + ("fits" if fits else "does not fit")
     )
     if not fits:
-        changes = [(words, estimate_run(changed)) for words, changed in alternatives(config)]
+        changes = [
+            (words, estimate_run(changed, layout)) for words, changed in alternatives(config)
+        ]
+        if layout.processes > 1 and not layout.is_sharded:
+            spread = Layout(layout.processes, layout.processes)
+            changes.append(("--accelerate_config fsdp2", estimate_run(config, spread)))
         found = advice(changes, result)
         print("\n".join(["what to change, one at a time:", *(f"  {line}" for line in found)]))
     return 0 if fits else 1
 
 
-def estimate_run(run: RunConfig) -> Estimate:
+def read_layout(name: str | None, processes: int) -> Layout:
+    """Read how the processes share a network, from a configuration of accelerate.
+
+    Args:
+        name (`str`, *optional*): See `diffalign.cli.launch.accelerate_config`.
+        processes (`int`): How many there are.
+
+    Raises:
+        UserError: The configuration does not exist, or it needs another number.
+    """
+    if name is None:
+        return Layout(processes)
+    path = accelerate_config(name)
+    values = read_yaml_file(path, "--accelerate_config")
+    values = values if isinstance(values, dict) else {}
+    if values.get("distributed_type") == "DEEPSPEED":
+        raise UserError("--accelerate_config: DeepSpeed is not simulated; take ddp or fsdp2")
+    if not values.get("fsdp_config"):
+        return Layout(processes)
+    mesh = values.get("parallelism_config") or {}
+    copies = int(mesh.get("parallelism_config_dp_replicate_size", 1))
+    if processes % copies or processes <= copies:
+        raise UserError(
+            f"--num_gpus: {processes} GPUs cannot hold {copies} copies over several GPUs each "
+            f"({path.name})"
+        )
+    return Layout(processes, processes // copies)
+
+
+def estimate_run(run: RunConfig, layout: Layout | None = None) -> Estimate:
     """Estimate the run that a run file describes.
+
+    Args:
+        run (`RunConfig`): The run.
+        layout (`Layout`, *optional*): Its processes. None is one.
 
     Raises:
         UserError: The model's configs cannot be read, or its family is not known here.
@@ -99,6 +144,7 @@ def estimate_run(run: RunConfig) -> Estimate:
             size=size,
             caches_latents=bool(data.cache_latents),
             caches_prompts=bool(data.cache_text_embeddings),
+            layout=layout,
         )
 
 
@@ -140,8 +186,8 @@ def lines(run: RunConfig, result: Estimate, num_gpus: int) -> list[str]:
         "memory of each GPU at the peak:",
     ]
     for name, size in result.bytes.items():
-        text.append(f"  {name:<26} {size / GIB:8.2f} GiB")
-    return [*text, f"  {'together':<26} {result.peak / GIB:8.2f} GiB"]
+        text.append(f"  {name:<40} {size / GIB:8.2f} GiB")
+    return [*text, f"  {'together':<40} {result.peak / GIB:8.2f} GiB"]
 
 
 def alternatives(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.ranges import count, finite, not_negative, seed, side, steps
 from ..config.yaml_text import NotYaml, read_yaml_text
 from ..errors import ConfigError, UserError
+from ..runtime.distributed import DistributedContext
 from ..runtime.files import claim_output_dir, save_image
 from ..runtime.missing import Missing
 from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
@@ -20,6 +21,7 @@ from ..shapes.models import embedded_name
 
 if TYPE_CHECKING:
     from ..evaluation.best_of_n import BestOfNComparison
+    from ..runtime.protocols import DeviceLike
     from ..steering.fk_steering import FKSteering
     from ..steering.result import SteeringResult
     from ..steering.reward_fn import Rewarder
@@ -153,7 +155,8 @@ def run(options: argparse.Namespace) -> int:
     """Steer, and write images, lineage pictures, `grid.png` and `results.json`.
 
     `--compare` also draws best-of-n and writes `table.md`. Finished calls are in the
-    folder `records`, so an interrupted command goes on where it stopped.
+    folder `records`, so an interrupted command goes on where it stopped. Several
+    processes share the calls.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
@@ -176,7 +179,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"{options.output_dir} holds a finished run; nothing was run again")
         print((options.output_dir / "table.md").read_text("utf-8"))
         return 0
-    work = _Work.load(options, steps, arguments)
+    processes = DistributedContext.start(options.device)
+    processes.wait()  # the first one has claimed the folder
+    work = _Work.load(options, steps, arguments, processes.device)
     units = [(i, s) for s in range(options.num_seeds) for i in range(len(prompts))]
     size = options.prompts_per_call or (1 if embedded_name(options.model) is None else 8)
     chunks = [units[start : start + size] for start in range(0, len(units), size)]
@@ -184,15 +189,19 @@ def run(options: argparse.Namespace) -> int:
 
     for name in ("records", "images", "lineage"):
         (options.output_dir / name).mkdir(exist_ok=True)
-    records: list[dict[str, Any]] = []
-    with tqdm(total=len(units), desc="steering", unit="prompt") as bar:
-        for number, chunk in enumerate(chunks):
-            path = options.output_dir / "records" / f"{number:05d}.json"
+    files = [options.output_dir / "records" / f"{number:05d}.json" for number in range(len(chunks))]
+    mine = list(zip(chunks, files, strict=True))[processes.rank :: processes.world]
+    total = sum(len(chunk) for chunk, _ in mine)
+    with tqdm(total=total, desc="steering", unit="prompt", disable=processes.rank > 0) as bar:
+        for chunk, path in mine:
             if not path.is_file():
                 work.do(chunk, prompts, path)
-            records.append(json.loads(path.read_text("utf-8")))
             bar.update(len(chunk))
-    print(_report(options, settings, prompts, records))
+    processes.wait()
+    processes.stop()
+    if processes.rank == 0:
+        records = [json.loads(path.read_text("utf-8")) for path in files]
+        print(_report(options, settings, prompts, records))
     return 0
 
 
@@ -338,7 +347,11 @@ class _Work:
 
     @classmethod
     def load(
-        cls, options: argparse.Namespace, steps: Any, arguments: dict[str, Mapping[str, Any]]
+        cls,
+        options: argparse.Namespace,
+        steps: Any,
+        arguments: dict[str, Mapping[str, Any]],
+        place: DeviceLike,
     ) -> _Work:
         """Load the model, its decoder and the scorers."""
         from ..evaluation.best_of_n import read_judges
@@ -347,7 +360,7 @@ class _Work:
         from ..runtime.devices import read_device, read_dtype
         from ..steering.fk_steering import FKSteering
 
-        device = read_device(options.device)
+        device = read_device(place)
         scorers = [
             load_scorer(
                 name, device=device, trust_remote_code=options.trust_remote_code, **own_args

@@ -123,6 +123,9 @@ def load_preferences(
         >>> chosen.getpixel((0, 0))
         (255, 0, 0)
     """
+    from diffalign.data.columns import MANY_ROWS
+    from diffalign.data.memory import forget_pages
+
     _check_choice("ties", ties, TIES)
     _check_choice("verify_images", verify_images, VERIFY_IMAGES)
     _check_choice("calibrate", calibrate, CALIBRATE)
@@ -135,6 +138,8 @@ def load_preferences(
         data_dir=data_dir,
     )
     data, columns = opened.dataset, columns or {}
+    if not _is_stream(data) and len(data) > MANY_ROWS:
+        forget_pages(data)  # of opening the files
     names = _column_names(data, opened.name)
     if score_columns:
         data, columns = with_win_rates(data, score_columns, columns, calibrate)

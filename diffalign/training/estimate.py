@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 
 from ..backbones import Backbone
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
+from ..runtime.distributed import is_sharded, sharded_modules
 from .build import DTYPES, build_network, trainable_parameters
 from .config import TrainingConfig
 from .reference import AdapterOffReference
+from .sharding import block_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -39,6 +41,28 @@ CONTEXT = 0.8
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_fused": 8.0, "adamw_8bit": 2.0, "adafactor": 0.1}
 _OPTIMIZER_BYTES["prodigy"] = 16.0
 _QUANTISED_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp8": 1.0}
+
+
+_ACTIVATIONS = "activations and gradients"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a run hold the network.
+
+    Attributes:
+        processes (`int`, defaults to `1`): How many there are.
+        shards (`int`, defaults to `1`): Over how many of them FSDP2 spreads a copy of
+            the network. 1 is DDP.
+    """
+
+    processes: int = 1
+    shards: int = 1
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 spreads the network."""
+        return self.shards > 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,7 @@ def estimate(
     size: tuple[int, int],
     caches_latents: bool,
     caches_prompts: bool,
+    layout: Layout | None = None,
 ) -> Estimate:
     """Run one micro-batch on tensors without content.
 
@@ -109,9 +134,10 @@ def estimate(
         size: Height and width of the images.
         caches_latents (`bool`): Whether latents come from a cache.
         caches_prompts (`bool`): Whether encoded prompts come from a cache.
+        layout (`Layout`, *optional*): Processes of the run. None is one process.
 
     Returns:
-        `Estimate`: Parameters, work and bytes.
+        `Estimate`: Parameters, work and bytes of one process.
 
     Raises:
         ConfigError: The family's inputs are not known here.
@@ -126,22 +152,28 @@ def estimate(
     trained = trainable_parameters(network)
     rows = args.per_device_train_batch_size * images_per_group
     runs_reference = has_reference and not args.precompute_ref_errors
-    parts = {"weights": _weight_bytes(network, args)}
+    layout = layout or Layout()
+    total = sum(p.numel() for p in network.parameters())
+    parts = {"weights": _weight_bytes(network, args) / layout.shards}
     if has_reference and peft_config is None and not args.precompute_ref_errors:
         waits = args.offload_reference or args.offload == "group"
-        parts["reference"] = 0.0 if waits else _bytes(network)
-    count = sum(p.numel() for p in trained)
+        parts["reference"] = 0.0 if waits else _bytes(network) / layout.shards
+    trainable = sum(p.numel() for p in trained)
+    count = trainable / layout.shards
     parts["optimizer"] = _OPTIMIZER_BYTES[args.optim] * count
     if args.use_ema and not args.offload_ema:
         parts["average"] = 4.0 * count
     parts |= _frozen_parts(backbone, dtype, args, caches_latents, caches_prompts)
     live, flops = _step(
-        backbone, network, args, rows, size, runs_reference, peft_config is not None
+        backbone, network, args, rows, size, runs_reference, peft_config is not None, layout
     )
     if args.gradient_accumulation_steps > 1:
         parts["gradients"] = 4.0 * count
-    parts["activations and gradients"] = live
-    return Estimate(sum(p.numel() for p in network.parameters()), count, rows, flops, parts)
+    if layout.processes > 1 and not layout.is_sharded:
+        parts["gradients that DDP sends"] = 4.0 * count
+    name = "activations, gradients, gathered blocks" if layout.is_sharded else _ACTIVATIONS
+    parts[name] = live
+    return Estimate(total, trainable, rows, flops, parts)
 
 
 def _without_options(args: TrainingConfig) -> TrainingConfig:
@@ -193,6 +225,10 @@ def _frozen_parts(
 # The step -----------------------------------------------------------------------------
 
 
+_GATHERED = 2**14
+"""Bytes below which it does not matter whether FSDP2 has freed a tensor."""
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, while they live.
 
@@ -206,18 +242,33 @@ class _LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
+        self._changing: dict[int, weakref.ref[Any]] = {}
         # Held, since a storage's identity lasts as long as a reference to it.
         self._there = [
-            tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())
+            getattr(tensor, "_local_tensor", tensor).untyped_storage()
+            for tensor in (*network.parameters(), *network.buffers())
         ]
         self._weights = {id(storage) for storage in self._there}
+        self._is_sharded = bool(sharded_modules(network))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not is_sharded(value):
                 self._add(value)
+        if self._is_sharded:
+            self._look_again()
         return result
+
+    def _look_again(self) -> None:
+        """Notice storages that FSDP2 has emptied or filled without an operation."""
+        for key, reference in self._changing.items():
+            storage = reference()
+            if storage is not None and storage.nbytes() != self._sizes[key]:
+                self.live += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -226,10 +277,14 @@ class _LiveBytes(TorchDispatchMode):
             return
 
         def gone(_: Any) -> None:
-            self.live -= size
+            self.live -= self._sizes.pop(key)
             self._known.pop(key, None)
+            self._changing.pop(key, None)
 
         self._known[key] = weakref.ref(storage, gone)
+        self._sizes[key] = size
+        if self._is_sharded and size >= _GATHERED:
+            self._changing[key] = self._known[key]
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -282,6 +337,7 @@ def _step(
     size: tuple[int, int],
     runs_reference: bool,
     is_lora: bool,
+    layout: Layout,
 ) -> tuple[float, float]:
     """Bytes at the peak of forward and backward passes, and their FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -305,12 +361,47 @@ def _step(
                     _errors(backbone, network, noisy, times, condition)
             torch.nn.functional.softplus(-errors).sum().backward()
 
-        with _LiveBytes(network) as live, autocast:
-            step()
-        network.zero_grad(set_to_none=True)
         with counter, autocast:  # apart, since the counter keeps tensors alive
             step()
+        network.zero_grad(set_to_none=True)
+        with _spread(network, layout, dtype), _LiveBytes(network) as live, autocast:
+            step()
     return float(live.peak), float(counter.get_total_flops())
+
+
+@contextmanager
+def _spread(network: Module, layout: Layout, dtype: torch.dtype) -> Iterator[None]:
+    """Shard a network over processes that torch only pretends to have."""
+    if not layout.is_sharded:
+        yield
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise UserError("an estimate of a sharded run cannot be made within a run")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.processes)
+    try:
+        copies = layout.processes // layout.shards
+        shape = (copies, layout.shards) if copies > 1 else (layout.shards,)
+        names = ("copies", "shards") if copies > 1 else ("shards",)
+        half = dtype if dtype != torch.float32 else None
+        with _disable_current_modes():  # the numbers of the processes have content
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half),
+        }
+        blocks = set(block_names(network))
+        for module in reversed(list(network.modules())[1:]):
+            if type(module).__name__ in blocks:
+                fully_shard(module, **options)
+        fully_shard(network, **options)
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _errors(

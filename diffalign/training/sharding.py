@@ -90,11 +90,24 @@ def is_fsdp(accelerator: Accelerator) -> bool:
     return bool(getattr(accelerator, "is_fsdp2", False))
 
 
+def block_names(network: Module) -> list[str]:
+    """List the classes of blocks that FSDP2 gathers together.
+
+    They are those that diffusers lists in `_no_split_modules`. A UNet lists classes
+    that it may not have.
+
+    Args:
+        network: A network of diffusers, not yet sharded.
+    """
+    classes = {type(module).__name__ for module in network.modules()}
+    names: Any = getattr(network, "_no_split_modules", None) or ()
+    return [name for name in names if name in classes]
+
+
 def choose_units(accelerator: Accelerator, network: Module) -> None:
     """Tell FSDP2 which blocks of a network are gathered together.
 
-    They are those that diffusers lists in `_no_split_modules`, unless the accelerate
-    config names others. A UNet lists classes that it may not have.
+    They are `block_names`, unless the accelerate config names others.
 
     Args:
         accelerator (`Accelerator`): Changed in place.
@@ -104,9 +117,7 @@ def choose_units(accelerator: Accelerator, network: Module) -> None:
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
-        classes = {type(module).__name__ for module in network.modules()}
-        names = getattr(network, "_no_split_modules", None) or ()
-        plugin.transformer_cls_names_to_wrap = [name for name in names if name in classes]
+        plugin.transformer_cls_names_to_wrap = block_names(network)
 
 
 def shard_frozen(accelerator: Accelerator, network: Any) -> Any:
