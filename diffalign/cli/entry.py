@@ -69,6 +69,12 @@ DATA_COMMANDS = (
         locks_output=True,
     ),
 )
+REWARD_COMMANDS = (
+    Command(
+        "train", "reward_train", "a reward from votes, pairs, lists or thumbs", takes_rest=True
+    ),
+    Command("add-user", "reward_add_user", "a new user of a reward with users, from a few pairs"),
+)
 COMMANDS = (
     Command(
         "quickstart", "quickstart", "align the embedded model on a CPU in minutes and measure it"
@@ -84,6 +90,7 @@ COMMANDS = (
     ),
     Command("sample", "sample", "draw images, with a LoRA beside the base"),
     Group("data", "inspect or convert preference data", DATA_COMMANDS),
+    Group("reward", "train rewards", REWARD_COMMANDS),
     Command(
         "compare",
         "compare",

@@ -189,7 +189,8 @@ def load_scorer(
 
     Args:
         name (`str`): one of `list_scorers()`, an alias, ``open_clip:ViT-B-32``,
-            ``package.module:Class`` or ``./file.py:Class``.
+            ``package.module:Class``, ``./file.py:Class``, or a folder that `diffalign
+            reward train` wrote.
         model (path or `str`, *optional*): weights: a file or folder in the published
             format, or a Hub id. Defaults to the published ones.
         config (*optional*): overrides the architecture, as the scorer's own
@@ -279,6 +280,8 @@ def find_class(
             return _load_plug_in(point), {}
     if folded.startswith("open_clip:"):
         return _resolve(_BUILT_IN["open_clip"]), {"architecture": name.strip()[len("open_clip:") :]}
+    if (Path(name.strip()) / "reward.json").is_file():
+        return _resolve("scorers.trained:TrainedReward"), {"folder": name.strip()}
     if ":" in name:
         return _from_path(name, trust_remote_code), {}
     known = list_scorers()

@@ -133,3 +133,27 @@ def test_memory_of_gpus() -> None:
 def test_a_family_without_shapes_says_so() -> None:
     with pytest.raises(ConfigError, match="has no estimate yet"):
         estimated(build_pipeline("qwen-image-21"), 64)
+
+
+def test_an_estimate_of_a_sharded_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Less per process than one process, and less with more of them."""
+    from diffalign.cli.entry import run
+
+    build_pipeline("flux").save_pretrained(tmp_path / "model")
+    options = ["estimate", "--method", "diffusion_dpo", "--model", str(tmp_path / "model")]
+    options += ["--data.resolution", "32", "--train.per_device_train_batch_size", "1"]
+
+    def together(*more: str) -> dict[str, float]:
+        assert run([*options, *more]) == 0
+        rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+        return {row[0].strip(): float(row[1]) for row in rows if row[-1:] == ["GiB"]}
+
+    one = together()
+    assert "gradients that DDP sends" in together("--num_gpus", "8")
+    for name in ("fsdp2", "hsdp"):
+        spread = together("--num_gpus", "16", "--accelerate_config", name)
+        assert "activations, gradients, gathered blocks" in spread
+        assert spread["together"] <= one["together"]
+    assert run([*options, "--num_gpus", "3", "--accelerate_config", "hsdp"]) == 2
+    assert "3 GPUs cannot hold 2 copies" in capsys.readouterr().err
+    assert run([*options, "--num_gpus", "8", "--accelerate_config", "zero2"]) == 2

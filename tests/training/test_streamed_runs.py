@@ -161,3 +161,35 @@ def test_likes_as_a_stream(tmp_path: Path) -> None:
         max_steps=2,
     )
     assert run.train().global_step == 2
+
+
+@pytest.mark.nightly
+def test_workers_that_are_spawned(tmp_path: Path) -> None:
+    """As on Windows and macOS, where a worker inherits nothing."""
+    import subprocess
+    import sys
+
+    shards(tmp_path / "data", numbered(8), 2)
+    script = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    from tiny import lora_config, make_trainer
+
+    for streaming in (False, True):
+        trainer = make_trainer(
+            {str(tmp_path)!r} + f"/{{streaming}}",
+            rows={str(tmp_path / "data")!r},
+            peft_config=lora_config(),
+            data={{"num_workers": 2, "dataset_streaming": streaming}},
+            max_steps=2,
+        )
+        assert trainer.train().global_step == 2
+"""
+    (tmp_path / "run.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,36 @@
+"""`diffalign reward add-user`: a new user of a reward with users, from a few pairs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
+    parser.add_argument("folder", type=Path, help="a reward with users (reward.head: pal)")
+    parser.add_argument("--name", required=True, help="of the new user")
+    parser.add_argument("--data", required=True, help="their pairs, or a folder of votes")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Add the user.
+
+    Args:
+        options (`argparse.Namespace`): Options of the command.
+
+    Returns:
+        `int`: Exit code.
+
+    Raises:
+        UserError: The folder holds no reward with users, or the name is taken.
+    """
+    from ..reward_training.trainer import add_user
+
+    add_user(options.folder, options.name, options.data)
+    print(f"{options.folder} knows {options.name} now: load_scorer(folder, user={options.name!r})")
+    return 0

@@ -1,0 +1,286 @@
+"""Fit heads to embeddings and judgements. The whole data are one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rewards.learned.heads import PalHead, RewardHead, pair_features
+from ..rewards.learned.losses import (
+    forward_corrected_loss,
+    margin_loss,
+    nuisance_correlations,
+    preference_loss,
+    smoothed_loss,
+)
+from .config import RewardConfig
+from .features import Features
+from .judgements import Judgements
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+_LOOK_EVERY = 20
+
+
+@dataclass
+class Pairs:
+    """Tensors of some pairs.
+
+    Attributes:
+        first (`Tensor`): Embeddings of the first images, (n, d).
+        second (`Tensor`): Those of the others, (n, d).
+        text (`Tensor`): Embeddings of the prompts, (n, d).
+        base (`Tensor`): Scores of both by the base, (n, 2).
+        label (`Tensor`): Share of judges who prefer the first image, (n,).
+        weight (`Tensor`): Weight of each pair, mean 1, (n,).
+        user (`Tensor`): Index of the judge or -1, (n,).
+        prompt (`Tensor`): Index of the prompt, (n,).
+        nuisances (`Tensor`): Difference of the nuisances, (n, 6).
+    """
+
+    first: Tensor
+    second: Tensor
+    text: Tensor
+    base: Tensor
+    label: Tensor
+    weight: Tensor
+    user: Tensor
+    prompt: Tensor
+    nuisances: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def make_pairs(
+    part: Judgements, features: Features, base: Callable[[Tensor, Tensor], Tensor], by_prompt: bool
+) -> Pairs:
+    """Gather the embeddings of some pairs.
+
+    Args:
+        part (`Judgements`): The pairs.
+        features (`Features`): Embeddings of all images and prompts.
+        base (`Callable`): Score of the base from both embeddings.
+        by_prompt (`bool`): Whether every prompt counts the same.
+    """
+    first, second, prompt = map(torch.from_numpy, (part.first, part.second, part.prompt))
+    images = features.image[first], features.image[second]
+    text = features.text[prompt]
+    weight = torch.ones(len(part), dtype=torch.float64)
+    if by_prompt:
+        weight = 1 / torch.bincount(prompt)[prompt].double()
+        weight = weight / weight.mean()
+    return Pairs(
+        *images,
+        text,
+        torch.stack([base(image, text) for image in images], 1),
+        torch.from_numpy(part.label),
+        weight,
+        torch.from_numpy(part.user),
+        prompt,
+        features.nuisances[first] - features.nuisances[second],
+    )
+
+
+def label_loss(margins: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
+    """Loss of pairs as the settings say. Ties and mixed votes keep their share.
+
+    Args:
+        margins (`Tensor`): Score of the first image minus that of the second, (n,).
+        labels (`Tensor`): (n,).
+        config (`RewardConfig`): The settings.
+
+    Returns:
+        `Tensor`: (n,).
+    """
+    sign = torch.where(labels >= 0.5, 1.0, -1.0).to(margins.dtype)
+    won = sign * margins
+    if config.flip_rate:
+        decided = forward_corrected_loss(won, config.flip_rate)
+    elif config.smoothing:
+        decided = smoothed_loss(won, config.smoothing)
+    else:
+        decided = margin_loss(won, config.margin)
+    mixed = (labels > 0) & (labels < 1)
+    return torch.where(mixed, preference_loss(margins, labels), decided)
+
+
+def margins_of(head: RewardHead, pairs: Pairs) -> Tensor:
+    """Margins of all pairs by every member, (n, members)."""
+    first = head(pairs.base[:, 0], pairs.first, pairs.text)
+    second = head(pairs.base[:, 1], pairs.second, pairs.text)
+    return first - second
+
+
+def fit_head(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[RewardHead, dict[str, float]]:
+    """Fit Bradley-Terry heads.
+
+    A linear head is fitted by L-BFGS, which is exact and needs no seed. One with a
+    hidden layer takes Adam's steps, and the step with the best validation loss counts.
+
+    Args:
+        train (`Pairs`): Pairs to fit.
+        val (`Pairs`): Pairs that choose penalty and step.
+        config (`RewardConfig`): The settings.
+
+    Returns:
+        `tuple[RewardHead, dict]`: The head, and what was chosen.
+    """
+    dim = train.first.shape[1]
+    candidates = [config.l2] if config.l2 is not None else list(PENALTIES)
+    best: tuple[float, RewardHead, float] | None = None
+    for penalty in candidates:
+        torch.manual_seed(config.seed)
+        head = RewardHead(dim, config.members, config.hidden).double()
+        _standardise(head, train)
+        for member in range(config.members):
+            weight = train.weight * _drawn(train.prompt, config, member)
+            _fit_member(head, member, train, val, weight, penalty, config)
+        with torch.no_grad():
+            found = preference_loss(margins_of(head, val).mean(1), val.label)
+            loss = float((found * val.weight).mean())
+        if best is None or loss < best[0]:
+            best = (loss, head, penalty)
+    assert best is not None
+    return best[1], {"validation_loss": best[0], "l2": best[2]}
+
+
+def _standardise(head: RewardHead, train: Pairs) -> None:
+    both = torch.cat(
+        [pair_features(train.first, train.text), pair_features(train.second, train.text)]
+    )
+    head.get_buffer("mean").copy_(both.mean(0))
+    head.get_buffer("deviation").copy_(both.std(0, correction=0).clamp(min=1e-6))
+
+
+def _drawn(prompt: Tensor, config: RewardConfig, member: int) -> Tensor:
+    """How often each pair is in a member's draw of prompts. One member takes all."""
+    if config.members == 1:
+        return torch.ones(len(prompt), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(config.seed * 1000 + member)
+    distinct = prompt.unique()
+    draws = torch.randint(len(distinct), (len(distinct),), generator=generator)
+    counts = torch.zeros(int(prompt.max()) + 1, dtype=torch.float64)
+    counts.index_add_(0, distinct[draws], torch.ones(len(draws), dtype=torch.float64))
+    return counts[prompt]
+
+
+def _fit_member(
+    head: RewardHead,
+    member: int,
+    train: Pairs,
+    val: Pairs,
+    weight: Tensor,
+    penalty: float,
+    config: RewardConfig,
+) -> None:
+    network = head.networks[member]
+    features = [head.scaled(image, train.text) for image in (train.first, train.second)]
+    leads = train.base[:, 0] - train.base[:, 1]
+    factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    parameters = [factor, *network.parameters()]
+
+    def objective() -> Tensor:
+        added = (network(features[0]) - network(features[1]))[:, 0]
+        margins = factor.exp() * leads + added
+        loss = (weight * label_loss(margins, train.label, config)).sum() / weight.sum()
+        if config.nuisance:
+            found = nuisance_correlations(margins, train.nuisances)
+            loss = loss + config.nuisance * found.square().sum()
+        squares = sum(
+            p.square().sum() for name, p in network.named_parameters() if "weight" in name
+        )
+        return loss + penalty * squares
+
+    if not config.hidden:
+        optimizer = torch.optim.LBFGS(
+            parameters, max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = objective()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+    else:
+        adam = torch.optim.Adam(parameters, lr=config.learning_rate)
+        best: tuple[float, list[Tensor]] | None = None
+        for step in range(config.steps):
+            adam.zero_grad()
+            objective().backward()
+            adam.step()
+            if step % _LOOK_EVERY == _LOOK_EVERY - 1 or step == config.steps - 1:
+                with torch.no_grad():
+                    sides = [network(head.scaled(i, val.text)) for i in (val.first, val.second)]
+                    leads_val = factor.exp() * (val.base[:, 0] - val.base[:, 1])
+                    found = preference_loss(leads_val + (sides[0] - sides[1])[:, 0], val.label)
+                    loss = float((found * val.weight).mean())
+                if best is None or loss < best[0]:
+                    best = (loss, [p.detach().clone() for p in parameters])
+        assert best is not None
+        with torch.no_grad():
+            for parameter, value in zip(parameters, best[1], strict=True):
+                parameter.copy_(value)
+    with torch.no_grad():
+        head.log_factor[member] = factor.detach()
+
+
+def fit_pal(
+    train: Pairs, val: Pairs, users: int, config: RewardConfig
+) -> tuple[PalHead, dict[str, float]]:
+    """Fit PAL-B: prototypes and the weights of every user.
+
+    Args:
+        train (`Pairs`): Pairs with users.
+        val (`Pairs`): Pairs that choose the step.
+        users (`int`): Number of users.
+        config (`RewardConfig`): The settings.
+
+    Returns:
+        `tuple[PalHead, dict]`: The head, and what was chosen.
+    """
+    torch.manual_seed(config.seed)
+    head = PalHead(train.first.shape[1], users, config.prototypes, config.user_hidden).double()
+    networks = [p for name, p in head.named_parameters() if name not in ("logits", "log_scale")]
+    adam = torch.optim.AdamW(
+        [
+            {"params": networks, "lr": config.learning_rate, "weight_decay": 0.01},
+            {"params": [head.logits], "lr": 5 * config.learning_rate, "weight_decay": 0.0},
+            {"params": [head.log_scale], "lr": 10 * config.learning_rate, "weight_decay": 0.0},
+        ]
+    )
+    best: tuple[float, dict[str, Tensor], int] | None = None
+    for step in range(1, config.steps + 1):
+        adam.zero_grad()
+        margins = pal_margins(head, train)
+        loss = (train.weight * label_loss(margins, train.label, config)).mean()
+        if config.nuisance:
+            found = nuisance_correlations(margins, train.nuisances)
+            loss = loss + config.nuisance * found.square().sum()
+        # Per user, whatever the number of their pairs.
+        (loss + 1e-3 * head.logits.square().sum(1).mean()).backward()
+        adam.step()
+        if step % _LOOK_EVERY == 0 or step == config.steps:
+            with torch.no_grad():
+                rows = preference_loss(pal_margins(head, val), val.label)
+                value = float((rows * val.weight).mean())
+            if best is None or value < best[0]:
+                best = (value, copy.deepcopy(head.state_dict()), step)
+    assert best is not None
+    head.load_state_dict(best[1])
+    return head, {"validation_loss": best[0], "step": float(best[2])}
+
+
+def pal_margins(head: PalHead, pairs: Pairs) -> Tensor:
+    """Margins of all pairs for their judges. Nobody in particular is the mean user."""
+    shares = head.logits.softmax(1)
+    everyone = shares.mean(0, keepdim=True)
+    table = torch.cat([shares, everyone])  # -1 is the last row
+    weights = table[pairs.user]
+    first = head.score(pairs.first, pairs.text, weights)
+    return first - head.score(pairs.second, pairs.text, weights)

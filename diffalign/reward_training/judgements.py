@@ -1,0 +1,302 @@
+"""Judgements as arrays: which image of a prompt who prefers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..data import PreferenceDataset, load_preferences
+from ..errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+FEWEST_PROMPTS = 10
+SIDE_WARNING = 0.6
+
+
+@dataclass
+class Judgements:
+    """n pairs of images, and how they were judged.
+
+    Attributes:
+        prompts (`list[str]`): The distinct prompts.
+        images (`list[str]`): Hash of each distinct image.
+        open (`Callable`): Opens an image by its index.
+        first (`np.ndarray`): Image of each pair, (n,).
+        second (`np.ndarray`): The other one, (n,).
+        prompt (`np.ndarray`): Index of the prompt, (n,).
+        label (`np.ndarray`): Share of judges who prefer the first image, (n,).
+        user (`np.ndarray`): Index of the judge, -1 for nobody in particular, (n,).
+        users (`list[str]`): Names of the judges.
+        notes (`list[str]`): What is remarkable about them.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    open: Callable[[int], Image.Image] = lambda index: Image.new("RGB", (1, 1))
+    first: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    second: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    prompt: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    label: Floats = field(default_factory=lambda: np.empty(0))
+    user: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    users: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def rows(self, rows: npt.NDArray[Any]) -> Judgements:
+        """Return some of the pairs, with the same images, prompts and users."""
+        names = ("first", "second", "prompt", "label", "user")
+        taken = {name: getattr(self, name)[rows] for name in names}
+        return Judgements(
+            self.prompts, self.images, self.open, users=self.users, notes=self.notes, **taken
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of prompts, images, labels and users."""
+        digest = hashlib.sha256(json.dumps([self.prompts, self.images, self.users]).encode())
+        for name in ("first", "second", "prompt", "label", "user"):
+            digest.update(getattr(self, name).tobytes())
+        return digest.hexdigest()
+
+
+class _Collector:
+    """Numbers prompts, images and users, and collects pairs."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, int] = {}
+        self.images: dict[str, int] = {}
+        self.openers: list[Callable[[], Image.Image]] = []
+        self.users: dict[str, int] = {}
+        self.pairs: list[tuple[int, int, int, float, int]] = []
+
+    def image(self, key: str, opener: Callable[[], Image.Image]) -> int:
+        if key not in self.images:
+            self.images[key] = len(self.images)
+            self.openers.append(opener)
+        return self.images[key]
+
+    def add(self, prompt: str, first: int, second: int, label: float, user: str | None) -> None:
+        number = self.prompts.setdefault(prompt, len(self.prompts))
+        judge = -1 if user is None else self.users.setdefault(user, len(self.users))
+        self.pairs.append((first, second, number, label, judge))
+
+    def result(self, notes: list[str]) -> Judgements:
+        columns = list(zip(*self.pairs, strict=True)) or [()] * 5
+        first, second, prompt, label, user = columns
+        openers = self.openers
+        return Judgements(
+            list(self.prompts),
+            list(self.images),
+            lambda index: openers[index](),
+            np.array(first, np.int64),
+            np.array(second, np.int64),
+            np.array(prompt, np.int64),
+            np.array(label, np.float64),
+            np.array(user, np.int64),
+            list(self.users),
+            notes,
+        )
+
+
+def read_judgements(source: Any, **options: Any) -> Judgements:
+    """Read judgements of images.
+
+    Args:
+        source: A folder of the demo's votes (with `votes.jsonl`), or anything that
+            `load_preferences` reads: pairs, ranked lists, likes and dislikes.
+        **options: Of `load_preferences`.
+
+    Returns:
+        `Judgements`: Every pair of images of one prompt that are not judged equal, and
+        the ties of votes.
+
+    Raises:
+        UserError: Nothing can be compared.
+    """
+    if isinstance(source, (str, Path)) and (Path(source) / "votes.jsonl").is_file():
+        return read_votes(Path(source))
+    data = source
+    if not isinstance(source, PreferenceDataset):
+        data = load_preferences(source, ties="keep", verbose=False, **options)
+    collector = _Collector()
+    likes: dict[tuple[str, str | None], list[tuple[int, float]]] = {}
+    for index in range(len(data)):
+        group = data[index]
+        hashes = group.image_hashes()
+
+        def opener(place: int, index: int = index) -> Callable[[], Image.Image]:
+            return lambda: data[index].open_image(place)
+
+        images = [collector.image(key, opener(i)) for i, key in enumerate(hashes)]
+        if data.kind == "pair":
+            label = 0.5 if group.weight == 0 else 1.0
+            collector.add(group.prompts[0], images[0], images[1], label, group.user)
+        elif data.kind == "ranked":
+            scores = group.scores or ()
+            for a, b in combinations(range(len(images)), 2):
+                if scores[a] != scores[b]:
+                    better = float(scores[a] > scores[b])
+                    collector.add(group.prompts[0], images[a], images[b], better, group.user)
+        elif data.kind == "labelled":
+            liked = float((group.scores or (0.0,))[0] > 0)
+            likes.setdefault((group.prompts[0], group.user), []).append((images[0], liked))
+        else:
+            raise UserError(
+                f"dataset {data.report.source}: {data.kind} data hold no judgements; give pairs, "
+                "ranked lists, likes and dislikes or a folder of votes"
+            )
+    for (prompt, user), judged in likes.items():
+        for (a, first), (b, second) in combinations(judged, 2):
+            if first != second:
+                collector.add(prompt, a, b, first, user)
+    return _checked(collector.result([]), getattr(data, "report", None), bool(likes))
+
+
+def read_votes(folder: Path) -> Judgements:
+    """Read the votes of the demo, ties included.
+
+    Repeated votes of one person on two images become one pair, whose label is their
+    mean.
+
+    Args:
+        folder (`Path`): With `votes.jsonl` and `images/`.
+
+    Raises:
+        UserError: The file is damaged, or nothing can be compared.
+    """
+    from ..runtime.text_files import read_json_objects
+
+    collector = _Collector()
+    votes: dict[tuple[str, int, int, str | None], list[float]] = {}
+    sides: Counter[str] = Counter()
+    for number, row in read_json_objects(folder / "votes.jsonl"):
+        try:
+            names = [str(row["left_image"]), str(row["right_image"])]
+            prompt, choice = str(row["prompt"]), str(row["vote"])
+            label = {"left": 1.0, "right": 0.0, "tie": 0.5}[choice]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'votes.jsonl'}, line {number}: no vote ({error})") from None
+        sides[choice] += 1
+        files = [_inside(folder, name) for name in names]
+        keys = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        images = [
+            collector.image(key, functools.partial(_opened, file))
+            for key, file in zip(keys, files, strict=True)
+        ]
+        if images[0] > images[1]:
+            images, label = images[::-1], 1 - label
+        annotator = row.get("annotator") or None
+        votes.setdefault((prompt, images[0], images[1], annotator), []).append(label)
+    for (prompt, first, second, user), labels in votes.items():
+        collector.add(prompt, first, second, sum(labels) / len(labels), user)
+    decided = sides["left"] + sides["right"]
+    share = max(sides["left"], sides["right"]) / decided if decided else 0.0
+    notes = []
+    if decided >= 20 and share > SIDE_WARNING:
+        side = "left" if sides["left"] > sides["right"] else "right"
+        notes.append(f"WARNING: {share:.0%} of the decided votes are for the {side} image")
+    return _checked(collector.result(notes), None, False)
+
+
+def _opened(file: Path) -> Image.Image:
+    return Image.open(file).convert("RGB")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder.resolve()) or not file.is_file():
+        raise UserError(f"{folder / 'votes.jsonl'}: the image {name!r} is not in the folder")
+    return file
+
+
+def _checked(judgements: Judgements, report: Any, are_likes: bool) -> Judgements:
+    source = "the data" if report is None else f"dataset {report.source}"
+    if not len(judgements):
+        reason = (
+            "no prompt has a liked and a disliked image"
+            if are_likes
+            else "there are no two images of one prompt that were judged"
+        )
+        raise UserError(f"{source}: nothing can be compared, {reason}")
+    if bool((judgements.label == 0.5).all()):
+        raise UserError(f"{source}: all {len(judgements)} pairs are ties, so nothing is preferred")
+    return judgements
+
+
+def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[str, Judgements]:
+    """Split by prompts, so that no prompt and no image is on two sides.
+
+    Args:
+        judgements (`Judgements`): All pairs.
+        val (`float`): Share of prompts that choose.
+        test (`float`): Share of prompts that the report is about.
+        seed (`int`): Salt of the split.
+
+    Returns:
+        `dict`: `train`, `val` and `test`.
+
+    Raises:
+        UserError: There are too few prompts.
+    """
+    groups = _connected(judgements)
+    count = len(set(groups.tolist()))
+    if count < FEWEST_PROMPTS:
+        raise UserError(
+            f"{count} prompts with images of their own are too few to learn from and to report on; "
+            f"at least {FEWEST_PROMPTS} are needed"
+        )
+
+    def place(group: int) -> float:
+        names = sorted(_key(judgements.prompts[i]) for i in np.flatnonzero(groups == group))
+        return int(hashlib.sha256(f"{seed}:{names[0]}".encode()).hexdigest()[:12], 16) / 16**12
+
+    order = sorted(set(groups.tolist()), key=place)
+    ends = max(1, round(test * count)), max(1, round(val * count))
+    sides = {group: "train" for group in order}
+    sides |= dict.fromkeys(order[: ends[0]], "test")
+    sides |= dict.fromkeys(order[ends[0] : ends[0] + ends[1]], "val")
+    side = np.array([sides[int(group)] for group in groups])[judgements.prompt]
+    parts = {
+        name: judgements.rows(np.flatnonzero(side == name)) for name in ("train", "val", "test")
+    }
+    for name, part in parts.items():
+        if not len(part) or bool((part.label == 0.5).all()):
+            raise UserError(f"the {name} prompts have no decided pair; give more judgements")
+    return parts
+
+
+def _key(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+def _connected(judgements: Judgements) -> Ints:
+    """Number of the group of each prompt: of equal prompts, and of shared images."""
+    parent = list(range(len(judgements.prompts)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    by_key: dict[object, int] = {}
+    links = [(_key(prompt), i) for i, prompt in enumerate(judgements.prompts)]
+    pairs = zip(judgements.first, judgements.second, judgements.prompt, strict=True)
+    image_links = [(int(image), int(p)) for a, b, p in pairs for image in (a, b)]
+    for key, number in [*links, *image_links]:
+        other = by_key.setdefault(key, number)
+        parent[root(number)] = root(other)
+    return np.array([root(i) for i in range(len(parent))], np.int64)

@@ -1,0 +1,196 @@
+"""What a trained reward can and cannot do, measured on prompts of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..evaluation.statistics import clustered_bootstrap
+from ..rewards.learned.calibration import (
+    calibration_bins,
+    expected_calibration_error,
+    likelihood,
+    prompt_mean,
+    wilson_interval,
+)
+from ..rewards.learned.losses import explained_share, nuisance_correlations
+from .features import NUISANCES
+
+BINS = 10
+LISTED_USERS = 20
+
+
+def hits_of(margins: Tensor, labels: Tensor) -> Tensor:
+    """1 where the reward agrees with a decided pair, (n,). Equal scores count 1/2."""
+    right = (margins > 0) == (labels > 0.5)
+    return torch.where(margins == 0, 0.5, right.double())
+
+
+def accuracy(margins: Tensor, labels: Tensor, prompts: Tensor) -> dict[str, Any]:
+    """Accuracy on decided pairs, with an interval clustered by prompt.
+
+    Args:
+        margins (`Tensor`): (n,).
+        labels (`Tensor`): (n,).
+        prompts (`Tensor`): Index of the prompt, (n,).
+
+    Returns:
+        `dict`: Mean over prompts, its 95 % interval, mean over pairs, and counts.
+    """
+    decided = labels != 0.5
+    hits, prompts = hits_of(margins, labels)[decided], prompts[decided]
+    by_prompt: dict[int, list[float]] = {}
+    for hit, prompt in zip(hits.tolist(), prompts.tolist(), strict=True):
+        by_prompt.setdefault(prompt, []).append(hit)
+    means = np.array([[float(np.mean(each))] for each in by_prompt.values()])
+    low, high = clustered_bootstrap(means, samples=2000)
+    return {
+        "accuracy": prompt_mean(hits.tolist(), [str(p) for p in prompts.tolist()]),
+        "low": low,
+        "high": high,
+        "by_pairs": float(hits.mean()),
+        "pairs": len(hits),
+        "prompts": len(by_prompt),
+    }
+
+
+def measure(
+    margins: Tensor,
+    base: Tensor,
+    labels: Tensor,
+    prompts: Tensor,
+    users: Tensor,
+    names: Sequence[str],
+    nuisances: Tensor,
+) -> dict[str, Any]:
+    """Measure a reward on held-out pairs.
+
+    Args:
+        margins (`Tensor`): Of the reward, with its temperature, (n,).
+        base (`Tensor`): Margins of its base, (n,).
+        labels (`Tensor`): (n,).
+        prompts (`Tensor`): (n,).
+        users (`Tensor`): Index of the judge or -1, (n,).
+        names (`Sequence[str]`): Names of the judges.
+        nuisances (`Tensor`): Differences, (n, 6).
+
+    Returns:
+        `dict`: Plain values, for `report.json`.
+    """
+    decided = labels != 0.5
+    confidence = torch.sigmoid(margins.abs())[decided]
+    hits = hits_of(margins, labels)[decided]
+    found: dict[str, Any] = {
+        "reward": accuracy(margins, labels, prompts),
+        "base": accuracy(base, labels, prompts),
+        "likelihood": likelihood(margins, labels),
+        "expected_calibration_error": expected_calibration_error(confidence, hits, BINS),
+        "calibration": calibration_bins(confidence, hits, BINS),
+        "nuisances": {
+            kind: dict(zip(NUISANCES, nuisance_correlations(each, nuisances).tolist(), strict=True))
+            for kind, each in (("reward", margins), ("base", base))
+        },
+        "nuisances_explain": {
+            kind: float(explained_share(each, nuisances))
+            for kind, each in (("reward", margins), ("base", base))
+        },
+        "users": {},
+    }
+    for number in users.unique().tolist():
+        mine = (users == number) & decided
+        if number < 0 or not bool(mine.any()):
+            continue
+        right = hits_of(margins, labels)[mine]
+        low, high = wilson_interval(float(right.sum()), len(right))
+        found["users"][names[number]] = {
+            "accuracy": float(right.mean()),
+            "low": low,
+            "high": high,
+            "pairs": len(right),
+        }
+    return found
+
+
+def draw_calibration(report: dict[str, Any], path: Path) -> None:
+    """Draw confidence against the share of right answers."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4, 4))
+    axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=1)
+    rows = report["calibration"]
+    axes.plot([row[0] for row in rows], [row[1] for row in rows], "o-")
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("share of right answers")
+    axes.set_xlim(0.5, 1)
+    axes.set_ylim(0, 1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
+    """Write the model card of a reward."""
+    reward, base, data = report["reward"], report["base"], facts["data"]
+    lines = [
+        f"# {facts['name']}",
+        "",
+        f"A reward trained by diffalign on {facts['base']['scorer']}. "
+        '`load_scorer("FOLDER")` reads this folder.',
+        "",
+        "## Data",
+        "",
+        f"{data['pairs']:,} pairs of {data['prompts']:,} prompts and {data['images']:,} images, "
+        f"judged by {data['users'] or 'unnamed'} people; {data['ties']:,} ties; fingerprint "
+        f"{data['fingerprint'][:16]}. Prompts are split into {data['split']}.",
+        "",
+        "## On prompts that it was not trained on",
+        "",
+        "| | accuracy | 95 % interval |",
+        "|---|---|---|",
+        f"| this reward | {reward['accuracy']:.1%} | {reward['low']:.1%} to {reward['high']:.1%} |",
+        f"| its base | {base['accuracy']:.1%} | {base['low']:.1%} to {base['high']:.1%} |",
+        "",
+        f"{reward['pairs']:,} decided pairs of {reward['prompts']:,} prompts, every prompt counts "
+        f"the same. Expected calibration error {report['expected_calibration_error']:.3f} "
+        "(![confidence against right answers](calibration.png)).",
+        "",
+        "## What it leans on",
+        "",
+        "Correlation of its differences within pairs with differences that should not decide:",
+        "",
+        "| | this reward | its base |",
+        "|---|---|---|",
+    ]
+    for name in NUISANCES:
+        values = [report["nuisances"][kind][name] for kind in ("reward", "base")]
+        lines.append(f"| {name} | {values[0]:+.2f} | {values[1]:+.2f} |")
+    shares = report["nuisances_explain"]
+    lines.append(f"| all together, R^2 | {shares['reward']:.2f} | {shares['base']:.2f} |")
+    if report["users"]:
+        lines += [
+            "",
+            "## People",
+            "",
+            "| | accuracy | 95 % interval | pairs |",
+            "|---|---|---|---|",
+        ]
+        for name, row in list(report["users"].items())[:LISTED_USERS]:
+            interval = f"{row['low']:.0%} to {row['high']:.0%}"
+            lines.append(f"| {name} | {row['accuracy']:.0%} | {interval} | {row['pairs']} |")
+        more = len(report["users"]) - LISTED_USERS
+        lines += ["", f"and {more} more in `report.json`"] if more > 0 else []
+    backbone = facts["base"].get("backbone")
+    if backbone:
+        lines += [
+            "",
+            f"It shares the backbone {backbone} with other scorers, and with it their blind spots.",
+        ]
+    return "\n".join(lines) + "\n"

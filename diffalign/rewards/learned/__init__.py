@@ -1,0 +1,1 @@
+"""Rewards that are learned from judgements: losses, heads, users and calibration."""

@@ -1,0 +1,128 @@
+"""Heads of learned rewards, over the embeddings of a CLIP scorer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .pal import pal_b_points
+
+
+def pair_features(image: Tensor, text: Tensor) -> Tensor:
+    """What a head reads of an image and its prompt: image, image * prompt, cosine.
+
+    Args:
+        image (`Tensor`): Unit embeddings, (n, d).
+        text (`Tensor`): Unit embeddings, (n, d).
+
+    Returns:
+        `Tensor`: (n, 2 d + 1).
+    """
+    product = image * text
+    return torch.cat([image, product, product.sum(-1, keepdim=True)], -1)
+
+
+class RewardHead(nn.Module):
+    """Adds to the score of its base: factor * base + network(features), per member.
+
+    At the start the networks are zero, so the reward is the base.
+
+    Args:
+        dim (`int`): Size of an embedding.
+        members (`int`): Number of networks, which make an ensemble.
+        hidden (`int`): Width of a hidden layer. 0 is a linear network.
+    """
+
+    def __init__(self, dim: int, members: int = 1, hidden: int = 0) -> None:
+        super().__init__()
+        width = 2 * dim + 1
+        layers: list[nn.Module] = []
+        for _ in range(members):
+            last = nn.Linear(hidden or width, 1)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            inner = [nn.Linear(width, hidden), nn.ReLU()] if hidden else []
+            layers.append(nn.Sequential(*inner, last))
+        self.networks = nn.ModuleList(layers)
+        self.log_factor = nn.Parameter(torch.zeros(members))
+        # Where the features lie, so that one penalty suits all of them.
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def scaled(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the standardised features, (n, 2 d + 1)."""
+        mean: Tensor = self.get_buffer("mean")
+        return (pair_features(image, text) - mean) / self.get_buffer("deviation")
+
+    def forward(self, base: Tensor, image: Tensor, text: Tensor) -> Tensor:
+        """Score images by every member.
+
+        Args:
+            base (`Tensor`): Scores of the base, (n,).
+            image (`Tensor`): (n, d).
+            text (`Tensor`): (n, d).
+
+        Returns:
+            `Tensor`: (n, members).
+        """
+        features = self.scaled(image, text)
+        added = torch.cat([network(features) for network in self.networks], 1)
+        return self.log_factor.exp() * base[:, None] + added
+
+
+class PalHead(nn.Module):
+    """PAL-B over the embeddings: scores by the mixture of prototypes of each user.
+
+    f and g_k are residual networks. Their last layers start at zero or nearly, so that
+    at the start the score is the cosine of image and prompt, for every user.
+
+    Args:
+        dim (`int`): Size of an embedding.
+        users (`int`): Number of users.
+        prototypes (`int`): K.
+        hidden (`int`): Width of the hidden layer.
+    """
+
+    def __init__(self, dim: int, users: int, prototypes: int, hidden: int = 64) -> None:
+        super().__init__()
+
+        def network(scale: float) -> nn.Sequential:
+            last = nn.Linear(hidden, dim)
+            with torch.no_grad():
+                last.weight.mul_(scale)
+                last.bias.zero_()
+            return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), last)
+
+        self.item = network(0.0)
+        self.prompts = nn.ModuleList([network(0.01) for _ in range(prototypes)])
+        self.logits = nn.Parameter(0.1 * torch.randn(users, prototypes))
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def by_prototype(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f(x) (n, d) and g_k(c) (n, K, d)."""
+        points = torch.stack([text + network(text) for network in self.prompts], 1)
+        return image + self.item(image), points
+
+    def score(self, image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+        """Score images for users.
+
+        Args:
+            image (`Tensor`): (n, d).
+            text (`Tensor`): (n, d).
+            weights (`Tensor`): Weights of the prototypes, (n, K).
+
+        Returns:
+            `Tensor`: (n,).
+        """
+        items, prototypes = self.by_prototype(image, text)
+        points = pal_b_points(prototypes, weights)
+        cosine = (normalize(items, dim=-1) * normalize(points, dim=-1)).sum(-1)
+        return self.log_scale.exp().clamp(max=100) * cosine
+
+    def prototype_scores(self, image: Tensor, text: Tensor) -> Tensor:
+        """Score images as a user who is one prototype alone, (n, K)."""
+        count = len(self.prompts)
+        weights = torch.eye(count, dtype=image.dtype, device=image.device)
+        columns = [self.score(image, text, weights[k].expand(len(image), -1)) for k in range(count)]
+        return torch.stack(columns, 1)

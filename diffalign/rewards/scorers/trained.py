@@ -1,0 +1,206 @@
+"""A reward of one's own, in a folder that `diffalign reward train` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError, UserError
+from ...runtime.hashing import content_hash
+from ...runtime.weight_files import explained, loading_errors
+from ..learned.heads import PalHead, RewardHead
+from ..model_scorer import ModelScorer
+from ..spec import ScorerSpec
+
+FILE, WEIGHTS = "reward.json", "head.safetensors"
+COMBINE = ("mean", "min", "mean_minus_std")
+FORMAT = 1
+
+
+class TrainedReward(ModelScorer):
+    """A learned reward: a head over a CLIP scorer.
+
+    Args:
+        folder (path): What `diffalign reward train` wrote.
+        user (`str` or mapping, *optional*): Of a reward with users (PAL): a user, user
+            -> weight, or ``worst`` for the lowest score among all users. None is the
+            mean user.
+        combine (`str`, *optional*): Of an ensemble: ``mean`` (default), ``min`` or
+            ``mean_minus_std``.
+        **options: as for `Scorer`.
+
+    Raises:
+        ConfigError: an unknown user or rule, or the base differs from the one that the
+            head was trained on.
+        UserError: the folder is damaged.
+    """
+
+    spec = ScorerSpec(
+        key="trained",
+        summary="a reward of one's own, in a folder that `diffalign reward train` wrote",
+        licence="of its base and data",
+        differentiable=True,
+        preprocess="of its base",
+        text="of its base",
+        citation="this package, diffalign.reward_training",
+    )
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        user: str | Mapping[str, float] | None = None,
+        combine: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        from safetensors.torch import load_file
+
+        from ..registry import load_scorer
+
+        self.folder = Path(folder)
+        self.facts = read_facts(self.folder)
+        base = self.facts["base"]
+        loaded: Any = load_scorer(
+            base["scorer"], model=base.get("model"), device=self.device, dtype=self.dtype
+        )
+        self.base, self.preprocess = loaded, loaded.preprocess
+        found = base_fingerprint(self.base)
+        if found != base["fingerprint"]:
+            raise ConfigError(
+                "folder",
+                f"{self.folder} was trained on {base['scorer']} with other weights "
+                f"({base['fingerprint'][:12]}, here {found[:12]}); put these back",
+            )
+        head = self.facts["head"]
+        self.users: list[str] = head.get("users", [])
+        try:
+            self.head = build_head(head)
+            self.head.load_state_dict(load_file(self.folder / WEIGHTS))
+        except (KeyError, *loading_errors()) as error:
+            reason = explained(error)[:200]
+            raise UserError(f"{self.folder / WEIGHTS} is damaged ({reason})") from error
+        self.head.requires_grad_(False).eval().to(self.device)
+        self.temperature = float(self.facts.get("temperature", 1.0))
+        self.user, self.combine = user, self._rule(combine)
+        if user is not None and not self.users:
+            raise ConfigError("user", f"{self.folder} is a reward without users; leave it out")
+        self.weights = None if user == "worst" else self._weights(user)
+        self.spec = replace(  # type: ignore[misc]  # of this folder
+            type(self).spec,
+            key=f"trained:{self.folder.name}",
+            summary=self.facts.get("summary", type(self).spec.summary),
+            backbone=self.base.spec.backbone,
+            differentiable=bool(self.base.differentiable),
+            affine=tuple(self.facts["affine"]) if "affine" in self.facts else None,
+        )
+
+    def _rule(self, combine: str | None) -> str:
+        if combine is not None and combine not in COMBINE:
+            raise ConfigError("combine", f"expected {', '.join(COMBINE)}, got {combine!r}")
+        if combine not in (None, "mean") and self.facts["head"].get("members", 1) < 2:
+            raise ConfigError("combine", f"{self.folder} has one member, so nothing to combine")
+        return combine or "mean"
+
+    def _weights(self, user: str | Mapping[str, float] | None) -> Tensor | None:
+        """Weights of the prototypes, (K,)."""
+        if not isinstance(self.head, PalHead):
+            return None
+        shares = self.head.logits.softmax(1)
+        if user is None:
+            return shares.mean(0)
+        mixture = {user: 1.0} if isinstance(user, str) else dict(user)
+        unknown = [name for name in mixture if name not in self.users]
+        total = sum(mixture.values())
+        if unknown or min(mixture.values(), default=0) < 0 or total <= 0:
+            listed = ", ".join(self.users[:8])
+            raise ConfigError(
+                "user",
+                f"{unknown[0]!r} is unknown; there are {listed}"
+                if unknown
+                else "expected weights of at least 0, not all of them 0",
+            )
+        rows = [shares[self.users.index(name)] * share for name, share in mixture.items()]
+        return torch.stack(rows).sum(0) / total
+
+    def towers(self) -> Iterable[nn.Module]:
+        return self.base.towers()
+
+    def heads(self) -> Iterable[nn.Module]:
+        return [self.head]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "folder": content_hash(self.folder / WEIGHTS),
+            "facts": {k: v for k, v in self.facts.items() if k != "data"},
+            "user": self.user,
+            "combine": self.combine,
+        }
+
+    def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        return self.base.text_features(prompts)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.base.image_features(pixels)
+
+    def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        wide = torch.promote_types(image.dtype, torch.float32)
+        values = self.members(image.to(wide), text[0].to(wide), self.base.similarity(image, text))
+        if values.shape[1] == 1 or self.combine == "mean":
+            combined = values.mean(1)
+        elif self.combine == "min":
+            combined = values.min(1).values
+        else:
+            combined = values.mean(1) - values.std(1, correction=0)
+        return self.temperature * combined
+
+    def members(self, image: Tensor, text: Tensor, base: Tensor) -> Tensor:
+        """Return the scores by every member, (n, members)."""
+        if isinstance(self.head, RewardHead):
+            return self.head(base.to(image.dtype), image, text)
+        assert isinstance(self.head, PalHead)
+        if self.weights is not None:
+            return self.head.score(image, text, self.weights.expand(len(image), -1))[:, None]
+        shares = self.head.logits.softmax(1)
+        everyone = [self.head.score(image, text, row.expand(len(image), -1)) for row in shares]
+        return torch.stack(everyone, 1).min(1).values[:, None]
+
+
+def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead:
+    """Build the head that a folder describes, without its weights."""
+    if facts["kind"] == "pal":
+        return PalHead(facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"])
+    return RewardHead(facts["dim"], facts["members"], facts["hidden"])
+
+
+def base_fingerprint(scorer: Any) -> str:
+    """Hash what decides the embeddings of a base."""
+    from ...runtime.hashing import text_hash
+
+    return text_hash(json.dumps(scorer.identity(), sort_keys=True, default=str))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Read `reward.json` of a folder.
+
+    Raises:
+        UserError: It is missing, damaged or of a later version.
+    """
+    try:
+        facts = json.loads((folder / FILE).read_text("utf-8"))
+        if not isinstance(facts, dict) or not {"format", "base", "head"} <= set(facts):
+            raise ValueError("facts are missing")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no reward that can be read ({' '.join(str(error).split())[:100]}); "
+            "name a folder that `diffalign reward train` wrote"
+        ) from error
+    if facts["format"] != FORMAT:
+        raise UserError(f"{folder} is of format {facts['format']}; update diffalign")
+    return facts
