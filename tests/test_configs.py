@@ -20,7 +20,8 @@ from diffalign.recipe import apply_overrides, dump_yaml, load_run, run_from_dict
 from diffalign.training.sections import LoraSection
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "rewards")
+OTHERS = ("reward", "rewards")
+FILES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in OTHERS)
 REWARD_FILES = sorted((ROOT / "configs" / "rewards").glob("*.yaml"))
 
 
@@ -29,6 +30,18 @@ def test_every_run_file_parses_and_round_trips(path: Path) -> None:
     run = load_run(path)
     assert run.method == path.parent.name
     assert run_from_dict(yaml.safe_load(dump_yaml(run_to_dict(run)))) == run
+    assert "#" in path.read_text(), "recipes are commented"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "reward").glob("*.yaml")))
+def test_every_run_file_of_a_reward_parses(path: Path) -> None:
+    from diffalign.config.section import build_section
+    from diffalign.reward_training.config import RewardConfig
+    from diffalign.rewards.registry import get_spec
+
+    values = yaml.safe_load(path.read_text())
+    build_section(RewardConfig, values["reward"], "reward")
+    assert get_spec(values["model"]).differentiable and values["data"]
     assert "#" in path.read_text(), "recipes are commented"
 
 
