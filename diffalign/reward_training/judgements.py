@@ -263,9 +263,11 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
         names = sorted(_key(judgements.prompts[i]) for i in np.flatnonzero(groups == group))
         return int(hashlib.sha256(f"{seed}:{names[0]}".encode()).hexdigest()[:12], 16) / 16**12
 
-    order = sorted(set(groups.tolist()), key=place)
+    # Prompts with ties alone say nothing about a reward, so they are trained on.
+    decided = set(groups[judgements.prompt[judgements.label != 0.5]].tolist())
+    order = sorted(decided, key=place)
     ends = max(1, round(test * count)), max(1, round(val * count))
-    sides = {group: "train" for group in order}
+    sides: dict[int, str] = dict.fromkeys(groups.tolist(), "train")
     sides |= dict.fromkeys(order[: ends[0]], "test")
     sides |= dict.fromkeys(order[ends[0] : ends[0] + ends[1]], "val")
     side = np.array([sides[int(group)] for group in groups])[judgements.prompt]

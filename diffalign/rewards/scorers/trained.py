@@ -83,7 +83,7 @@ class TrainedReward(ModelScorer):
         try:
             self.head = build_head(head)
             self.head.load_state_dict(load_file(self.folder / WEIGHTS))
-        except (KeyError, *loading_errors()) as error:
+        except loading_errors() as error:
             reason = explained(error)[:200]
             raise UserError(f"{self.folder / WEIGHTS} is damaged ({reason})") from error
         self.head.requires_grad_(False).eval().to(self.device)
