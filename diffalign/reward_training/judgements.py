@@ -115,8 +115,9 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
     """Read judgements of images.
 
     Args:
-        source: A folder of the demo's votes (with `votes.jsonl`), or anything that
-            `load_preferences` reads: pairs, ranked lists, likes and dislikes.
+        source: A folder of the demo's votes (with `votes.jsonl`), anything that
+            `load_preferences` reads (pairs, ranked lists, likes and dislikes), or
+            `Judgements`, which are only checked.
         **options: Of `load_preferences`.
 
     Returns:
@@ -126,6 +127,8 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
     Raises:
         UserError: Nothing can be compared.
     """
+    if isinstance(source, Judgements):
+        return _checked(source, None, False)
     if isinstance(source, (str, Path)) and (Path(source) / "votes.jsonl").is_file():
         return read_votes(Path(source))
     data = source

@@ -1,0 +1,274 @@
+"""Rewards trained on the embedded world: wrong labels, people who disagree, a nuisance.
+
+    python benchmarks/rewards.py [--seeds 3] [--work FOLDER] [--output FILE]
+
+The base is a CLIP of the embedded world that has seen captions and no preference
+(`python -m tools.shapes.pretrain_reward --train_steps 1`). Images are drawn by the
+embedded pipeline: four for each of 200 training prompts, at guidance 1, 2, 3 and 5, and
+six for each of 60 held-out prompts. A label is drawn by P(a over b) =
+sigmoid((u_a - u_b) / 0.05). All accuracies are on held-out prompts and without noise:
+how often the reward orders two images as the utility u does, every prompt counts the
+same. The tables have the mean over seeds, and the lowest and highest seed.
+
+*Labels*: u is the verifier's graded score, a share of the labels is turned round, with
+plain likelihood and corrected for it. *People*: 20 people give 30 votes each. u is the
+share of right attributes, plus 0.3 for the preferred style for one half of them and
+minus 0.3 for the other. One reward for all, against PAL with two prototypes, for each
+person's own u. A new person gives 8 votes. *Nuisance*: u is the graded score, plus six
+times the difference in mean brightness that the labels prefer. Accuracy is by the
+graded score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from leaderboard import ROOT, kept
+
+from diffalign.reward_training import RewardConfig, RewardTrainer
+from diffalign.reward_training.features import embed
+from diffalign.reward_training.fit import Pairs, margins_of, pal_margins
+from diffalign.reward_training.judgements import Judgements
+from diffalign.rewards import load_scorer
+from diffalign.rewards.learned.pal import fit_user, likely_user
+from diffalign.shapes.prompts import held_out_prompts, train_prompts
+
+Array = npt.NDArray[np.float64]
+TEMPERATURE, PROMPTS, TRAINED, TESTED, HELD_OUT = 0.05, 200, 4, 60, 6
+STEPS = 10  # of the sampler
+
+
+class World:
+    """Images with what is true of them, and their embeddings by the base."""
+
+    def __init__(self, work: Path) -> None:
+        sys.path.append(str(ROOT))
+        from PIL import Image
+
+        from tools.shapes import pretrain_reward
+
+        folder = work / "warm"
+        if not (folder / "config.json").is_file():
+            pretrain_reward.main(["--train_steps", "1", "--output_dir", str(folder)])
+        self.base = load_scorer("shapes-clip", model=str(folder), device="cpu")
+        prompts = [*train_prompts()[:PROMPTS], *held_out_prompts()[:TESTED]]
+        drawn = work / "drawn"
+        drawn.mkdir(parents=True, exist_ok=True)
+        pixels = [
+            pretrain_reward.draw(drawn, "train", prompts[:PROMPTS], TRAINED, STEPS, 51_000_000),
+            pretrain_reward.draw(drawn, "held-out", prompts[PROMPTS:], HELD_OUT, STEPS, 52_000_000),
+        ]
+        flat = np.concatenate([part.reshape(-1, 64, 64, 3) for part in pixels])
+        counts = [TRAINED] * PROMPTS + [HELD_OUT] * (len(prompts) - PROMPTS)
+        self.prompt = np.repeat(np.arange(len(prompts)), counts)
+
+        def truth() -> Any:
+            sides = [(pixels[0], prompts[:PROMPTS]), (pixels[1], prompts[PROMPTS:])]
+            scores = [pretrain_reward.verifier_scores(*side) for side in sides]
+            parts = [pretrain_reward.verifier_parts(*side) for side in sides]
+            return [
+                np.concatenate([each.ravel() for each in scores]).tolist(),
+                np.concatenate([right.ravel() for right, _ in parts]).tolist(),
+                np.concatenate([style.ravel() for _, style in parts]).tolist(),
+            ]
+
+        values = kept(work / "truth.json", truth)
+        self.score, self.right, self.style = (np.array(each) for each in values)
+        self.brightness = flat.mean((1, 2, 3)) / 255
+        self.judgements = Judgements(
+            prompts, [str(i) for i in range(len(flat))], lambda i: Image.fromarray(flat[i])
+        )
+        self.cache = work / "cache"
+        self.features = embed(self.base, self.judgements, self.cache)
+
+    def pairs(self, held_out: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """All pairs of images of one prompt."""
+        first, second = [], []
+        for prompt in range(PROMPTS, int(self.prompt.max()) + 1) if held_out else range(PROMPTS):
+            images = np.flatnonzero(self.prompt == prompt)
+            for a in range(len(images)):
+                for b in range(a + 1, len(images)):
+                    first.append(images[a])
+                    second.append(images[b])
+        return np.array(first), np.array(second)
+
+    def judged(
+        self, first: Any, second: Any, label: Array, user: Any = None, users: Any = ()
+    ) -> Judgements:
+        """Judgements of some pairs."""
+        number = np.full(len(first), -1) if user is None else user
+        return Judgements(
+            self.judgements.prompts, self.judgements.images, self.judgements.open,
+            first, second, self.prompt[first], label, number, list(users),
+        )  # fmt: skip
+
+
+def drawn_labels(lead: Array, noise: np.random.Generator, flips: float = 0.0) -> Array:
+    wins = noise.random(len(lead)) < 1 / (1 + np.exp(-lead / TEMPERATURE))
+    return (wins ^ (noise.random(len(lead)) < flips)).astype(np.float64)
+
+
+def fitted(world: World, data: Judgements, seed: int, **settings: Any) -> tuple[Any, RewardTrainer]:
+    """The head, without writing a folder."""
+    args = RewardConfig(output_dir="never-written", seed=seed, **settings)
+    trainer = RewardTrainer(world.base, args, data)
+    heads: list[Any] = []
+    trainer._write = lambda head, facts, report: heads.append(head)  # type: ignore[method-assign]
+    import diffalign.reward_training.trainer as module
+
+    module.embed = lambda *_: world.features
+    trainer.train()
+    return heads[0], trainer
+
+
+def right_share(margins: torch.Tensor, lead: Array, prompts: Array) -> float:
+    """Accuracy on pairs that differ, every prompt counts the same."""
+    differ = np.abs(lead) > 1e-6
+    hits = (margins.detach().numpy() > 0) == (lead > 0)
+    means = [hits[(prompts == p) & differ].mean() for p in np.unique(prompts[differ])]
+    return float(np.mean(means))
+
+
+def held_out_pairs(world: World, trainer: RewardTrainer) -> tuple[Pairs, Array, Array]:
+    first, second = world.pairs(True)
+    data = world.judged(first, second, np.ones(len(first)))
+    return trainer._pairs(data, world.features), first, second
+
+
+def labels(world: World, seed: int) -> dict[str, float]:
+    noise = np.random.default_rng(seed)
+    first, second = world.pairs(False)
+    found = {}
+    for flips in (0.0, 0.1, 0.2, 0.3):
+        label = drawn_labels(world.score[first] - world.score[second], noise, flips)
+        data = world.judged(first, second, label)
+        for name, rate in (("plain", 0.0), ("corrected", flips)):
+            if name == "corrected" and not flips:
+                continue
+            head, trainer = fitted(world, data, seed, flip_rate=rate)
+            pairs, a, b = held_out_pairs(world, trainer)
+            lead = world.score[a] - world.score[b]
+            found[f"{flips:.0%} turned round, {name}"] = right_share(
+                margins_of(head, pairs).mean(1), lead, world.prompt[a]
+            )
+    lead = world.score[a] - world.score[b]
+    found["its base"] = right_share(pairs.base[:, 0] - pairs.base[:, 1], lead, world.prompt[a])
+    shipped = load_scorer("shapes-clip", device="cpu")
+    other = embed(shipped, world.judgements, world.cache)
+    text = other.text[world.prompt[a]].float()
+    sides = [shipped.similarity(other.image[i].float(), (text,)) for i in (a, b)]  # type: ignore[attr-defined]
+    found["shapes-clip (all weights trained, 3,600 pairs)"] = right_share(
+        sides[0] - sides[1], lead, world.prompt[a]
+    )
+    return found
+
+
+def people(world: World, seed: int) -> dict[str, float]:
+    noise = np.random.default_rng(100 + seed)
+    first, second = world.pairs(False)
+    users, votes = 20, 30
+    signs = np.where(np.arange(users + 6) % 2, -1.0, 1.0)
+
+    def utility(user: int) -> Array:
+        return world.right / 5 * 0.8 + signs[user] * 0.3 * world.style
+
+    def vote(user: int, count: int) -> tuple[Array, Array, Array]:
+        rows = noise.choice(len(first), count, replace=False)
+        u = utility(user)
+        return first[rows], second[rows], drawn_labels(u[first[rows]] - u[second[rows]], noise)
+
+    parts = [vote(user, votes) for user in range(users)]
+    a, b, label = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    names = [f"user {i}" for i in range(users)]
+    data = world.judged(a, b, label, np.repeat(np.arange(users), votes), names)
+    one, trainer = fitted(world, data, seed)
+    pal, _ = fitted(world, data, seed, head="pal", steps=400, learning_rate=3e-3)
+    pairs, x, y = held_out_pairs(world, trainer)
+    shared = margins_of(one, pairs).mean(1)
+    rows = ("one reward", "PAL", "new person, 8 votes", "share of people in the right group")
+    found: dict[str, list[float]] = {row: [] for row in rows}
+    weights = pal.logits.detach().softmax(1)
+    group = weights.argmax(1).numpy()
+    agrees = (group == (signs[:users] > 0)).mean()
+    for user in range(users):
+        lead = utility(user)[x] - utility(user)[y]
+        found["one reward"].append(right_share(shared, lead, world.prompt[x]))
+        pairs.user = torch.full_like(pairs.user, user)
+        found["PAL"].append(right_share(pal_margins(pal, pairs), lead, world.prompt[x]))
+    for user in range(users, users + 6):
+        data = world.judged(*vote(user, 8))
+        few = trainer._pairs(data, world.features)
+        with torch.no_grad():
+            sides = [pal.prototype_scores(image, few.text) for image in (few.first, few.second)]
+            each = sides[0] - sides[1]
+            sign = torch.where(few.label > 0.5, 1.0, -1.0).double()
+        logits = fit_user(each, sign, 1.0, likely_user(each, sign, pal.logits.detach()))
+        share = logits.softmax(0).expand(len(pairs), -1)
+        scores = [pal.score(image, pairs.text, share) for image in (pairs.first, pairs.second)]
+        margins = scores[0] - scores[1]
+        lead = utility(user)[x] - utility(user)[y]
+        found["new person, 8 votes"].append(right_share(margins, lead, world.prompt[x]))
+    found[rows[-1]] = [max(agrees, 1 - agrees)]
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def nuisance(world: World, seed: int) -> dict[str, float]:
+    noise = np.random.default_rng(200 + seed)
+    first, second = world.pairs(False)
+    utility = world.score + 6 * world.brightness
+    data = world.judged(first, second, drawn_labels(utility[first] - utility[second], noise))
+    found = {}
+    for weight in (0.0, 1.0, 10.0):
+        head, trainer = fitted(world, data, seed, nuisance=weight)
+        pairs, a, b = held_out_pairs(world, trainer)
+        margins = margins_of(head, pairs).mean(1).detach()
+        lead = world.score[a] - world.score[b]
+        bright = torch.from_numpy(world.brightness[a] - world.brightness[b])
+        rho = float((margins * bright).sum() / (margins.norm() * bright.norm()))
+        found[f"penalty {weight:g}: accuracy"] = right_share(margins, lead, world.prompt[a])
+        found[f"penalty {weight:g}: correlation with brightness"] = rho
+    return found
+
+
+PARTS: dict[str, Callable[[World, int], dict[str, float]]] = {
+    "Labels": labels,
+    "People": people,
+    "Nuisance": nuisance,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/rewards"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "rewards.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    world = World(options.work)
+    lines = ["# Rewards trained on the embedded world", "", "`python benchmarks/rewards.py`"]
+    for name, part in PARTS.items():
+        begin = time.time()
+        runs = [part(world, seed) for seed in range(options.seeds)]
+        spent = (time.time() - begin) / options.seeds
+        lines += ["", f"## {name}", "", f"{spent:.0f} s for a seed.", ""]
+        lines += ["| | mean | seeds |", "|---|---|---|"]
+        for row in runs[0]:
+            values = [run[row] for run in runs]
+            seeds = f"{min(values):.3f} to {max(values):.3f}"
+            lines.append(f"| {row} | {np.mean(values):.3f} | {seeds} |")
+        print("\n".join(lines[-len(runs[0]) :]), flush=True)
+    options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
