@@ -2,8 +2,8 @@
 
     python benchmarks/rewards.py [--seeds 3] [--work FOLDER] [--output FILE]
 
-The base is a CLIP of the embedded world that has seen captions and no preference
-(`python -m tools.shapes.pretrain_reward --train_steps 1`). Images are drawn by the
+The base is a CLIP of the embedded world that has seen captions and no preference:
+`tools.shapes.pretrain_reward` without its second stage. Images are drawn by the
 embedded pipeline: four for each of 200 training prompts, at guidance 1, 2, 3 and 5, and
 six for each of 60 held-out prompts. A label is drawn by P(a over b) =
 sigmoid((u_a - u_b) / 0.05). All accuracies are on held-out prompts and without noise:
@@ -55,9 +55,12 @@ class World:
 
         from tools.shapes import pretrain_reward
 
-        folder = work / "warm"
+        folder = self.folder = work / "warm"
         if not (folder / "config.json").is_file():
-            pretrain_reward.main(["--train_steps", "1", "--output_dir", str(folder)])
+            few = ("num_prompts", "images_per_prompt", "eval_prompts", "eval_images_per_prompt")
+            options = [part for name in few for part in (f"--{name}", "2")]
+            options += ["--train_steps", "1", "--train_batch", "2", "--learning_rate", "1e-9"]
+            pretrain_reward.main([*options, "--output_dir", str(folder)])
         self.base = load_scorer("shapes-clip", model=str(folder), device="cpu")
         prompts = [*train_prompts()[:PROMPTS], *held_out_prompts()[:TESTED]]
         drawn = work / "drawn"
@@ -107,7 +110,7 @@ class World:
         number = np.full(len(first), -1) if user is None else user
         return Judgements(
             self.judgements.prompts, self.judgements.images, self.judgements.open,
-            first, second, self.prompt[first], label, number, list(users),
+            first, second, self.prompt[first], label, number, users=list(users),
         )  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def drawn_labels(lead: Array, noise: np.random.Generator, flips: float = 0.0) ->
 def fitted(world: World, data: Judgements, seed: int, **settings: Any) -> tuple[Any, RewardTrainer]:
     """The head, without writing a folder."""
     args = RewardConfig(output_dir="never-written", seed=seed, **settings)
-    trainer = RewardTrainer(world.base, args, data)
+    trainer = RewardTrainer("shapes-clip", args, data, model_path=str(world.folder))
     heads: list[Any] = []
     trainer._write = lambda head, facts, report: heads.append(head)  # type: ignore[method-assign]
     import diffalign.reward_training.trainer as module

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,8 @@ def launch(program: list[str], config: str | None, processes: int | None) -> int
             return _explained(error)
         except _signalled() as error:
             return 128 + int(error.sigval)
+        except subprocess.CalledProcessError as error:  # one process, without torchrun
+            return error.returncode if error.returncode > 0 else 128 - error.returncode
     return 0
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
@@ -260,7 +261,7 @@ class _Index:
             "places": torch.from_numpy(self.places.copy()),
         }
         facts = {"shards": json.dumps(self.shards), "fields": json.dumps(self.fields)}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, SafetensorError):
             save_tensors(tensors, folder / _INDEX, metadata=facts)
 
 

@@ -295,17 +295,38 @@ def digest_columns(
         columns (`Sequence[str]`): Its columns to read.
         rows (`np.ndarray`): Indices of the rows, ascending.
     """
-    import pyarrow
-
     start = 0
     for table in walk(dataset, columns):
         low, high = np.searchsorted(rows, [start, start + len(table)])
-        used = table
-        if high - low < len(table):
-            used = table.take(pyarrow.array(rows[low:high] - start))
         for name in columns:
-            update_digest(digest, used[name])
+            column = table[name]
+            if high - low < len(table):
+                column = _chosen_rows(column, rows[low:high] - start)
+            update_digest(digest, column)
         start += len(table)
+
+
+def _chosen_rows(column: Column, rows: np.ndarray) -> Column:
+    """Return some rows, ascending. Bytes are not copied: `take` fails above 2 GiB."""
+    import pyarrow
+
+    if not _holds_bytes(column.type):
+        return column.take(pyarrow.array(rows))
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+    slices = [column.slice(run[0], len(run)) for run in runs]
+    chunks = [chunk for part in slices for chunk in getattr(part, "chunks", [part])]
+    return pyarrow.chunked_array(chunks, column.type)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Tell whether cells of an Arrow type hold bytes anywhere inside."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(_holds_bytes(part.type) for part in kind)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def update_digest(digest: Any, column: Column) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_JUDGED_AFTER = 100  # rows; the share of broken ones says little before
+JUDGED_AFTER = 100  # rows; the share of broken ones says little before
 
 
 def guarded(rows: Iterable[T], name: str) -> Iterator[T]:
@@ -177,7 +177,7 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
             self._rows_read += 1
             self.report.rows += 1
             group = self._admitted(row_id, row)
-            if self.report.rows >= _JUDGED_AFTER and self.report.kept:
+            if self.report.rows >= JUDGED_AFTER and self.report.kept:
                 self.report.check(self._max_broken_fraction)
             if group is None or self._is_left_out(group):
                 self._remember_row()

@@ -7,7 +7,9 @@ found, by the fingerprint of the dataset.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,7 +190,9 @@ def _broken_images(
     columns = list(dict.fromkeys(layout.mapping.values()))
     chosen = dataset.select_columns(columns).with_format("arrow")
     check = functools.partial(_check_batch, layout=layout, places=places, verify=verify)
-    if len(rows) <= MANY_ROWS:
+    if len(rows) > MANY_ROWS:
+        check.keywords["files"] = _files_digest(dataset, layout, places)
+    else:
         found: dict[int, str] = {}
         tables = chosen if len(rows) == len(dataset) else chosen.select(rows)
         start = 0
@@ -220,6 +224,36 @@ def _broken_images(
     }
 
 
+def _files_digest(dataset: datasets.Dataset, layout: Layout, places: ImagePlaces) -> str:
+    """Hash size and time of every image file that the cells point to."""
+    digest = hashlib.sha256()
+    columns = list(dict.fromkeys(layout.image_columns.values()))
+    for table in walk(dataset, columns):
+        for name in columns:
+            for path in _paths(table[name]):
+                with contextlib.suppress(image_cells.BrokenImage, OSError):
+                    place: Any = image_cells.resolve(path, places)
+                    facts = os.stat(place["path"])
+                    digest.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _paths(column: Any) -> list[str]:
+    """List the paths of an image column's cells that hold no bytes."""
+    import pyarrow.compute as compute
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _paths(compute.list_flatten(column))
+    if types.is_string(kind) or types.is_large_string(kind):
+        return column.drop_null().to_pylist()
+    if types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
+        empty = compute.is_null(compute.struct_field(column, "bytes"))
+        return compute.struct_field(column, "path").filter(empty).drop_null().to_pylist()
+    return []
+
+
 def _cache_folder(dataset: datasets.Dataset) -> Path | None:
     """Return where `datasets` may keep results beside the data, or None."""
     files = dataset.cache_files
@@ -245,8 +279,13 @@ def _check_batch(
     layout: Layout,
     places: ImagePlaces,
     verify: str,
+    files: str = "",
 ) -> dict[str, list[Any]]:
-    """Return the numbers of the rows with a broken image, and what is wrong."""
+    """Return the numbers of the rows with a broken image, and what is wrong.
+
+    `datasets` compares all arguments before it uses an earlier result, so changed files
+    are checked again.
+    """
     light = {role: table[column].to_pylist() for role, column in layout.light_columns.items()}
     found: dict[str, list[Any]] = {"row": [], "reason": []}
     for offset, row_id in enumerate(numbers):

@@ -100,10 +100,13 @@ def _without_gradients(pipe: Pipeline) -> Any:
 
     What FSDP2 gathers in inference mode could not be trained afterwards.
     """
+    return torch.no_grad() if _is_sharded(pipe) else torch.inference_mode()
+
+
+def _is_sharded(pipe: Pipeline) -> bool:
     parts = getattr(pipe, "components", {}).values()
     networks = [part for part in parts if isinstance(part, torch.nn.Module)]
-    sharded = any(sharded_modules(network) for network in networks)
-    return torch.no_grad() if sharded else torch.inference_mode()
+    return any(sharded_modules(network) for network in networks)
 
 
 def _draw_batch(
@@ -123,7 +126,8 @@ def _draw_batch(
             output = pipe(generator=generators, **call_arguments(pipe, prompts, settings))
         return read_output(output, len(prompts), finite)
     except ValueError as error:
-        if isinstance(error, UserError) or len(prompts) == 1:
+        # Processes that share weights must run them equally often.
+        if isinstance(error, UserError) or len(prompts) == 1 or _is_sharded(pipe):
             raise
         images: list[Any] = []
         for prompt, seed in zip(prompts, seeds, strict=True):

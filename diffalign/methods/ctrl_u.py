@@ -49,7 +49,13 @@ from ..training.build import DTYPES, load_plain_network
 from ..training.config import TrainingConfig
 from ..training.denoiser import Forward
 from ..training.memory import refuse_offload
-from ..training.trained_weights import State, TrainedWeights
+from ..training.trained_weights import (
+    State,
+    TrainedWeights,
+    gather_network,
+    read_network,
+    write_network,
+)
 from ..training.trainer import Trainer
 
 
@@ -131,11 +137,11 @@ class ControlNetWeights:
 
     def gather(self, accelerator: Accelerator, prepared: Module) -> State:
         """See `TrainedWeights.gather`."""
-        return accelerator.get_state_dict(prepared)
+        return gather_network(accelerator, prepared, self.network)
 
     def write(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write`."""
-        self.network.save_pretrained(folder, state_dict=state)
+        write_network(folder, self.network, state)
 
     def write_checkpoint(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write_checkpoint`."""
@@ -143,10 +149,7 @@ class ControlNetWeights:
 
     def read_checkpoint(self, folder: Path) -> None:
         """See `TrainedWeights.read_checkpoint`."""
-        loaded = type(self.network).from_pretrained(
-            folder, subfolder="controlnet", use_safetensors=True
-        )
-        self.network.load_state_dict(loaded.state_dict())
+        read_network(folder / "controlnet", self.network)
 
 
 def shapes_consistency() -> PaletteSegmentation:

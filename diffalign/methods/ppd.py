@@ -39,13 +39,14 @@ from ..data import PreferenceDataset
 from ..data.dataset import Group
 from ..errors import ConfigError
 from ..rewards.users import ExamplePair, UserEmbedder, embed_users, load_user_embedder
-from ..runtime.distributed import whole
+from ..runtime.distributed import reshard, sharded_modules, whole
 from ..runtime.files import read_tensors
 from ..training.batch import Batch
 from ..training.build import DTYPES, load_plain_network
 from ..training.denoiser import Forward
 from ..training.loop import BatchSource
 from ..training.reference import DropoutOff, Reference
+from ..training.sharding import load_weights
 from ..training.trained_weights import State, TrainedWeights
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 
@@ -98,6 +99,7 @@ class UserAdapterWeights:
     """The user adapter of a network, in a file of its own.
 
     Args:
+        network: The network with the adapter.
         adapter (`UserAdapter`): What trains.
         beta (`float`, *optional*): The run's beta, which is kept beside the weights.
         embeddings (`str`): Where the embeddings of users come from, kept there too.
@@ -105,11 +107,15 @@ class UserAdapterWeights:
 
     description = "user adapter"
 
-    def __init__(self, adapter: UserAdapter, beta: float | None, embeddings: str) -> None:
-        self.adapter, self.beta, self.embeddings = adapter, beta, embeddings
+    def __init__(
+        self, network: Module, adapter: UserAdapter, beta: float | None, embeddings: str
+    ) -> None:
+        self.network, self.adapter = network, adapter
+        self.beta, self.embeddings = beta, embeddings
 
     def gather(self, accelerator: Accelerator, prepared: Module) -> State:
         """See `TrainedWeights.gather`."""
+        reshard(self.network)
         state = self.adapter.state_dict()
         return {name: whole(value.detach()).cpu().contiguous() for name, value in state.items()}
 
@@ -126,7 +132,11 @@ class UserAdapterWeights:
     def read_checkpoint(self, folder: Path) -> None:
         """See `TrainedWeights.read_checkpoint`."""
         tensors, _ = read_tensors(folder / WEIGHTS)
-        self.adapter.load_state_dict(tensors)
+        if sharded_modules(self.network):
+            reshard(self.network)
+            load_weights(self.network, self.adapter.state_dict(), tensors)
+        else:
+            self.adapter.load_state_dict(tensors)
 
 
 class UserFreeReference:
@@ -326,7 +336,8 @@ class PPDTrainer(DiffusionDPOTrainer):
 
     def build_trained_weights(self) -> TrainedWeights:
         """Build what saves the user adapter."""
-        return UserAdapterWeights(self.adapter, self.args.error_beta, self.args.user_embeddings)
+        args = self.args
+        return UserAdapterWeights(self.network, self.adapter, args.error_beta, args.user_embeddings)
 
     def build_reference(self) -> Reference | None:
         """Build the reference: the network without users, or another model."""

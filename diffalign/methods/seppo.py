@@ -37,6 +37,7 @@ from ..training.online.checkpoint_pool import STRATEGIES, CheckpointPool
 from ..training.online.rollout import Rollout, SamplerConfig, sampling_mode
 from ..training.online.source import RoundSource
 from ..training.reference import Reference
+from ..training.sharding import is_fsdp
 from ..training.trainer import Trainer
 
 Anchor = Literal["sign", "indicator"]
@@ -213,7 +214,12 @@ class SePPOTrainer(Trainer):
         )
         grid = self.make_grid(sampler.num_inference_steps, sampler.eta)
         return Rollout(
-            self.backbone, self.schedule, sampler, "sampling from the reference", grid=grid
+            self.backbone,
+            self.schedule,
+            sampler,
+            "sampling from the reference",
+            grid=grid,
+            fixed_batch_size=is_fsdp(self.accelerator),
         )
 
     @property

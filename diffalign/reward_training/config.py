@@ -72,8 +72,13 @@ class RewardConfig:
     """Folder in which embeddings are kept for the next training."""
 
     def __post_init__(self) -> None:
-        if self.flip_rate and self.smoothing:
-            raise ConfigError("flip_rate", "give either flip_rate or smoothing, not both")
+        noise = [name for name in ("flip_rate", "smoothing", "margin") if getattr(self, name)]
+        if len(noise) > 1:
+            raise ConfigError(noise[0], f"give either {' or '.join(noise)}, not both")
+        others = ("hidden", "l2") if self.head == "pal" else ("prototypes", "user_hidden")
+        for name in others:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:  # type: ignore[attr-defined]
+                raise ConfigError(name, f"is no setting of a {self.head} head; leave it out")
         if self.head == "pal" and self.members > 1:
             raise ConfigError("members", "a PAL head has one member; set members to 1")
         if not self.val or not self.test:

@@ -64,7 +64,8 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
     Raises:
         UserError: An embedding is not finite, or an image cannot be read.
     """
-    key = base_fingerprint(scorer)[:16]
+    precision = str(scorer.dtype).removeprefix("torch.")
+    key = f"{base_fingerprint(scorer)[:16]}-{precision}"
     stores = [
         None if cache is None else TensorCache(cache / f"{kind}-{key}")
         for kind in ("images", "texts")

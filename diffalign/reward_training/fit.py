@@ -23,6 +23,7 @@ from .judgements import Judgements
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _LOOK_EVERY = 20
+_WIDEST = 5.0  # of the logarithm of a factor
 
 
 @dataclass
@@ -69,10 +70,12 @@ def make_pairs(
     first, second, prompt = map(torch.from_numpy, (part.first, part.second, part.prompt))
     images = features.image[first], features.image[second]
     text = features.text[prompt]
-    weight = torch.ones(len(part), dtype=torch.float64)
+    weight = torch.from_numpy(part.weight)
     if by_prompt:
-        weight = 1 / torch.bincount(prompt)[prompt].double()
-        weight = weight / weight.mean()
+        totals = torch.zeros(int(prompt.max()) + 1, dtype=torch.float64)
+        totals.index_add_(0, prompt, weight)
+        weight = weight / totals[prompt].clamp(min=1e-12)
+    weight = weight / weight.mean().clamp(min=1e-12)
     return Pairs(
         *images,
         text,
@@ -108,6 +111,38 @@ def label_loss(margins: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
     return torch.where(mixed, preference_loss(margins, labels), decided)
 
 
+def part_loss(margins: Tensor, pairs: Pairs, config: RewardConfig) -> Tensor:
+    """Weighted mean of `label_loss` over some pairs."""
+    rows = pairs.weight * label_loss(margins, pairs.label, config)
+    return rows.sum() / pairs.weight.sum()
+
+
+def fit_scale(margins: Tensor, pairs: Pairs, config: RewardConfig) -> float:
+    """Find the factor of the margins that fits the labels best.
+
+    A prior, worth one pair, keeps it near 1 where the pairs say little: few pairs that
+    are all right would ask for any large factor.
+
+    Args:
+        margins (`Tensor`): (n,).
+        pairs (`Pairs`): Their labels.
+        config (`RewardConfig`): Its share of wrong labels counts here, too.
+    """
+    log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_factor], max_iter=100, line_search_fn="strong_wolfe")
+    margins = margins.detach()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        prior = log_factor.square() / (2 * len(pairs))
+        loss = part_loss(log_factor.exp() * margins, pairs, config) + prior
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return float(log_factor.detach().clamp(-_WIDEST, _WIDEST).exp())
+
+
 def margins_of(head: RewardHead, pairs: Pairs) -> Tensor:
     """Margins of all pairs by every member, (n, members)."""
     first = head(pairs.base[:, 0], pairs.first, pairs.text)
@@ -140,8 +175,7 @@ def fit_head(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[RewardHead
             weight = train.weight * _drawn(train.prompt, config, member)
             _fit_member(head, member, train, val, weight, penalty, config)
         with torch.no_grad():
-            found = preference_loss(margins_of(head, val).mean(1), val.label)
-            loss = float((found * val.weight).mean())
+            loss = float(part_loss(margins_of(head, val).mean(1), val, config))
         if best is None or loss < best[0]:
             best = (loss, head, penalty)
     assert best is not None
@@ -154,6 +188,7 @@ def _standardise(head: RewardHead, train: Pairs) -> None:
     )
     head.get_buffer("mean").copy_(both.mean(0))
     head.get_buffer("deviation").copy_(both.std(0, correction=0).clamp(min=1e-6))
+    head.get_buffer("base_mean").copy_(train.base.mean())
 
 
 def _drawn(prompt: Tensor, config: RewardConfig, member: int) -> Tensor:
@@ -180,7 +215,8 @@ def _fit_member(
     network = head.networks[member]
     features = [head.scaled(image, train.text) for image in (train.first, train.second)]
     leads = train.base[:, 0] - train.base[:, 1]
-    factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    start = torch.tensor(fit_scale(leads, train, config), dtype=torch.float64).log()
+    factor = start.requires_grad_()
     parameters = [factor, *network.parameters()]
 
     def objective() -> Tensor:
@@ -210,16 +246,17 @@ def _fit_member(
     else:
         adam = torch.optim.Adam(parameters, lr=config.learning_rate)
         best: tuple[float, list[Tensor]] | None = None
-        for step in range(config.steps):
-            adam.zero_grad()
-            objective().backward()
-            adam.step()
-            if step % _LOOK_EVERY == _LOOK_EVERY - 1 or step == config.steps - 1:
+        for step in range(config.steps + 1):
+            if step:
+                adam.zero_grad()
+                objective().backward()
+                adam.step()
+            if step % _LOOK_EVERY == 0 or step == config.steps:
                 with torch.no_grad():
                     sides = [network(head.scaled(i, val.text)) for i in (val.first, val.second)]
                     leads_val = factor.exp() * (val.base[:, 0] - val.base[:, 1])
-                    found = preference_loss(leads_val + (sides[0] - sides[1])[:, 0], val.label)
-                    loss = float((found * val.weight).mean())
+                    margins = leads_val + (sides[0] - sides[1])[:, 0]
+                    loss = float(part_loss(margins, val, config))
                 if best is None or loss < best[0]:
                     best = (loss, [p.detach().clone() for p in parameters])
         assert best is not None
@@ -255,20 +292,20 @@ def fit_pal(
         ]
     )
     best: tuple[float, dict[str, Tensor], int] | None = None
-    for step in range(1, config.steps + 1):
-        adam.zero_grad()
-        margins = pal_margins(head, train)
-        loss = (train.weight * label_loss(margins, train.label, config)).mean()
-        if config.nuisance:
-            found = nuisance_correlations(margins, train.nuisances)
-            loss = loss + config.nuisance * found.square().sum()
-        # Per user, whatever the number of their pairs.
-        (loss + 1e-3 * head.logits.square().sum(1).mean()).backward()
-        adam.step()
+    for step in range(config.steps + 1):
+        if step:
+            adam.zero_grad()
+            margins = pal_margins(head, train)
+            loss = part_loss(margins, train, config)
+            if config.nuisance:
+                found = nuisance_correlations(margins, train.nuisances)
+                loss = loss + config.nuisance * found.square().sum()
+            # Per user, whatever the number of their pairs.
+            (loss + 1e-3 * head.logits.square().sum(1).mean()).backward()
+            adam.step()
         if step % _LOOK_EVERY == 0 or step == config.steps:
             with torch.no_grad():
-                rows = preference_loss(pal_margins(head, val), val.label)
-                value = float((rows * val.weight).mean())
+                value = float(part_loss(pal_margins(head, val), val, config))
             if best is None or value < best[0]:
                 best = (value, copy.deepcopy(head.state_dict()), step)
     assert best is not None

@@ -38,6 +38,7 @@ class Judgements:
         prompt (`np.ndarray`): Index of the prompt, (n,).
         label (`np.ndarray`): Share of judges who prefer the first image, (n,).
         user (`np.ndarray`): Index of the judge, -1 for nobody in particular, (n,).
+        weight (`np.ndarray`): How much each pair counts, (n,).
         users (`list[str]`): Names of the judges.
         notes (`list[str]`): What is remarkable about them.
     """
@@ -50,15 +51,20 @@ class Judgements:
     prompt: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     label: Floats = field(default_factory=lambda: np.empty(0))
     user: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    weight: Floats = field(default_factory=lambda: np.empty(0))
     users: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.weight) != len(self.label):
+            self.weight = np.ones(len(self.label))
 
     def __len__(self) -> int:
         return len(self.label)
 
     def rows(self, rows: npt.NDArray[Any]) -> Judgements:
         """Return some of the pairs, with the same images, prompts and users."""
-        names = ("first", "second", "prompt", "label", "user")
+        names = ("first", "second", "prompt", "label", "user", "weight")
         taken = {name: getattr(self, name)[rows] for name in names}
         return Judgements(
             self.prompts, self.images, self.open, users=self.users, notes=self.notes, **taken
@@ -67,7 +73,7 @@ class Judgements:
     def fingerprint(self) -> str:
         """Hash of prompts, images, labels and users."""
         digest = hashlib.sha256(json.dumps([self.prompts, self.images, self.users]).encode())
-        for name in ("first", "second", "prompt", "label", "user"):
+        for name in ("first", "second", "prompt", "label", "user", "weight"):
             digest.update(getattr(self, name).tobytes())
         return digest.hexdigest()
 
@@ -80,7 +86,7 @@ class _Collector:
         self.images: dict[str, int] = {}
         self.openers: list[Callable[[], Image.Image]] = []
         self.users: dict[str, int] = {}
-        self.pairs: list[tuple[int, int, int, float, int]] = []
+        self.pairs: list[tuple[int, int, int, float, int, float]] = []
 
     def image(self, key: str, opener: Callable[[], Image.Image]) -> int:
         if key not in self.images:
@@ -88,14 +94,24 @@ class _Collector:
             self.openers.append(opener)
         return self.images[key]
 
-    def add(self, prompt: str, first: int, second: int, label: float, user: str | None) -> None:
+    def add(
+        self,
+        prompt: str,
+        first: int,
+        second: int,
+        label: float,
+        user: str | None,
+        weight: float = 1.0,
+    ) -> None:
+        if first == second:  # an image is as good as itself
+            return
         number = self.prompts.setdefault(prompt, len(self.prompts))
         judge = -1 if user is None else self.users.setdefault(user, len(self.users))
-        self.pairs.append((first, second, number, label, judge))
+        self.pairs.append((first, second, number, label, judge, weight))
 
     def result(self, notes: list[str]) -> Judgements:
-        columns = list(zip(*self.pairs, strict=True)) or [()] * 5
-        first, second, prompt, label, user = columns
+        columns = list(zip(*self.pairs, strict=True)) or [()] * 6
+        first, second, prompt, label, user, weight = columns
         openers = self.openers
         return Judgements(
             list(self.prompts),
@@ -106,6 +122,7 @@ class _Collector:
             np.array(prompt, np.int64),
             np.array(label, np.float64),
             np.array(user, np.int64),
+            np.array(weight, np.float64),
             list(self.users),
             notes,
         )
@@ -145,14 +162,16 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
 
         images = [collector.image(key, opener(i)) for i, key in enumerate(hashes)]
         if data.kind == "pair":
-            label = 0.5 if group.weight == 0 else 1.0
-            collector.add(group.prompts[0], images[0], images[1], label, group.user)
+            tie = group.weight == 0
+            label, weight = (0.5, 1.0) if tie else (1.0, group.weight)
+            collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
         elif data.kind == "ranked":
             scores = group.scores or ()
             for a, b in combinations(range(len(images)), 2):
                 if scores[a] != scores[b]:
                     better = float(scores[a] > scores[b])
-                    collector.add(group.prompts[0], images[a], images[b], better, group.user)
+                    pair = images[a], images[b], better
+                    collector.add(group.prompts[0], *pair, group.user, group.weight)
         elif data.kind == "labelled":
             liked = float((group.scores or (0.0,))[0] > 0)
             likes.setdefault((group.prompts[0], group.user), []).append((images[0], liked))
@@ -180,20 +199,29 @@ def read_votes(folder: Path) -> Judgements:
     Raises:
         UserError: The file is damaged, or nothing can be compared.
     """
-    from ..runtime.text_files import read_json_objects
+    from ..runtime.text_files import journal
 
     collector = _Collector()
     votes: dict[tuple[str, int, int, str | None], list[float]] = {}
     sides: Counter[str] = Counter()
-    for number, row in read_json_objects(folder / "votes.jsonl"):
+    lines, torn = journal(folder / "votes.jsonl")
+    seen: set[str] = set()
+    missing = 0
+    for number, row in lines:
+        if isinstance(row, dict) and str(row.get("id", number)) in seen:
+            continue
         try:
+            seen.add(str(row.get("id", number)))
             names = [str(row["left_image"]), str(row["right_image"])]
             prompt, choice = str(row["prompt"]), str(row["vote"])
             label = {"left": 1.0, "right": 0.0, "tie": 0.5}[choice]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / 'votes.jsonl'}, line {number}: no vote ({error})") from None
         sides[choice] += 1
         files = [_inside(folder, name) for name in names]
+        if not all(file.is_file() for file in files):
+            missing += 1
+            continue
         keys = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         images = [
             collector.image(key, functools.partial(_opened, file))
@@ -204,10 +232,13 @@ def read_votes(folder: Path) -> Judgements:
         annotator = row.get("annotator") or None
         votes.setdefault((prompt, images[0], images[1], annotator), []).append(label)
     for (prompt, first, second, user), labels in votes.items():
-        collector.add(prompt, first, second, sum(labels) / len(labels), user)
+        mean = sum(labels) / len(labels)
+        collector.add(prompt, first, second, mean, user, float(len(labels)))
     decided = sides["left"] + sides["right"]
     share = max(sides["left"], sides["right"]) / decided if decided else 0.0
-    notes = []
+    notes = [f"WARNING: {len(torn)} torn lines of votes.jsonl left out"] if torn else []
+    if missing:
+        notes.append(f"WARNING: {missing} votes left out, whose images are gone")
     if decided >= 20 and share > SIDE_WARNING:
         side = "left" if sides["left"] > sides["right"] else "right"
         notes.append(f"WARNING: {share:.0%} of the decided votes are for the {side} image")
@@ -215,12 +246,15 @@ def read_votes(folder: Path) -> Judgements:
 
 
 def _opened(file: Path) -> Image.Image:
-    return Image.open(file).convert("RGB")
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file}: the image cannot be read ({error})") from error
 
 
 def _inside(folder: Path, name: str) -> Path:
     file = (folder / name).resolve()
-    if not file.is_relative_to(folder.resolve()) or not file.is_file():
+    if not file.is_relative_to(folder.resolve()):
         raise UserError(f"{folder / 'votes.jsonl'}: the image {name!r} is not in the folder")
     return file
 
@@ -245,7 +279,7 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
     Args:
         judgements (`Judgements`): All pairs.
         val (`float`): Share of prompts that choose.
-        test (`float`): Share of prompts that the report is about.
+        test (`float`): Share of prompts that the report is about. 0 gives no `test`.
         seed (`int`): Salt of the split.
 
     Returns:
@@ -263,27 +297,27 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
         )
 
     def place(group: int) -> float:
-        names = sorted(_key(judgements.prompts[i]) for i in np.flatnonzero(groups == group))
+        names = sorted(prompt_key(judgements.prompts[i]) for i in np.flatnonzero(groups == group))
         return int(hashlib.sha256(f"{seed}:{names[0]}".encode()).hexdigest()[:12], 16) / 16**12
 
     # Prompts with ties alone say nothing about a reward, so they are trained on.
     decided = set(groups[judgements.prompt[judgements.label != 0.5]].tolist())
     order = sorted(decided, key=place)
-    ends = max(1, round(test * count)), max(1, round(val * count))
+    ends = max(1, round(test * count)) if test else 0, max(1, round(val * count))
     sides: dict[int, str] = dict.fromkeys(groups.tolist(), "train")
     sides |= dict.fromkeys(order[: ends[0]], "test")
     sides |= dict.fromkeys(order[ends[0] : ends[0] + ends[1]], "val")
     side = np.array([sides[int(group)] for group in groups])[judgements.prompt]
-    parts = {
-        name: judgements.rows(np.flatnonzero(side == name)) for name in ("train", "val", "test")
-    }
+    names = ("train", "val", "test") if test else ("train", "val")
+    parts = {name: judgements.rows(np.flatnonzero(side == name)) for name in names}
     for name, part in parts.items():
         if not len(part) or bool((part.label == 0.5).all()):
             raise UserError(f"the {name} prompts have no decided pair; give more judgements")
     return parts
 
 
-def _key(prompt: str) -> str:
+def prompt_key(prompt: str) -> str:
+    """Return a prompt without case and extra spaces, by which prompts are compared."""
     return " ".join(prompt.casefold().split())
 
 
@@ -298,7 +332,7 @@ def _connected(judgements: Judgements) -> Ints:
         return i
 
     by_key: dict[object, int] = {}
-    links = [(_key(prompt), i) for i, prompt in enumerate(judgements.prompts)]
+    links = [(prompt_key(prompt), i) for i, prompt in enumerate(judgements.prompts)]
     pairs = zip(judgements.first, judgements.second, judgements.prompt, strict=True)
     image_links = [(int(image), int(p)) for a, b, p in pairs for image in (a, b)]
     for key, number in [*links, *image_links]:

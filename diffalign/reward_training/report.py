@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.statistics import clustered_bootstrap
+from ..evaluation.statistics import rate_interval
 from ..rewards.learned.calibration import (
     calibration_bins,
     expected_calibration_error,
     likelihood,
     prompt_mean,
-    wilson_interval,
 )
 from ..rewards.learned.losses import explained_share, nuisance_correlations
 from .features import NUISANCES
@@ -47,8 +47,7 @@ def accuracy(margins: Tensor, labels: Tensor, prompts: Tensor) -> dict[str, Any]
     by_prompt: dict[int, list[float]] = {}
     for hit, prompt in zip(hits.tolist(), prompts.tolist(), strict=True):
         by_prompt.setdefault(prompt, []).append(hit)
-    means = np.array([[float(np.mean(each))] for each in by_prompt.values()])
-    low, high = clustered_bootstrap(means, samples=2000)
+    low, high = interval(by_prompt)
     return {
         "accuracy": prompt_mean(hits.tolist(), [str(p) for p in prompts.tolist()]),
         "low": low,
@@ -57,6 +56,16 @@ def accuracy(margins: Tensor, labels: Tensor, prompts: Tensor) -> dict[str, Any]
         "pairs": len(hits),
         "prompts": len(by_prompt),
     }
+
+
+def interval(by_prompt: dict[int, list[float]]) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of a share whose units are prompts, None with one."""
+    if len(by_prompt) < 2:
+        return None, None
+    longest = max(map(len, by_prompt.values()))
+    padded = [each + [math.nan] * (longest - len(each)) for each in by_prompt.values()]
+    low, high = rate_interval(np.array(padded))
+    return float(low), float(high)
 
 
 def measure(
@@ -97,6 +106,8 @@ def measure(
         },
         "nuisances_explain": {
             kind: float(explained_share(each, nuisances))
+            if len(each) > 3 * len(NUISANCES)
+            else None
             for kind, each in (("reward", margins), ("base", base))
         },
         "users": {},
@@ -106,7 +117,10 @@ def measure(
         if number < 0 or not bool(mine.any()):
             continue
         right = hits_of(margins, labels)[mine]
-        low, high = wilson_interval(float(right.sum()), len(right))
+        own: dict[int, list[float]] = {}
+        for hit, prompt in zip(right.tolist(), prompts[mine].tolist(), strict=True):
+            own.setdefault(prompt, []).append(hit)
+        low, high = interval(own)
         found["users"][names[number]] = {
             "accuracy": float(right.mean()),
             "low": low,
@@ -114,6 +128,13 @@ def measure(
             "pairs": len(right),
         }
     return found
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """Return the interval of a row of the report in words."""
+    if row["low"] is None:
+        return "too few prompts"
+    return f"{row['low']:.1%} to {row['high']:.1%}"
 
 
 def draw_calibration(report: dict[str, Any], path: Path) -> None:
@@ -155,8 +176,8 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         "",
         "| | accuracy | 95 % interval |",
         "|---|---|---|",
-        f"| this reward | {reward['accuracy']:.1%} | {reward['low']:.1%} to {reward['high']:.1%} |",
-        f"| its base | {base['accuracy']:.1%} | {base['low']:.1%} to {base['high']:.1%} |",
+        f"| this reward | {reward['accuracy']:.1%} | {in_words(reward)} |",
+        f"| its base | {base['accuracy']:.1%} | {in_words(base)} |",
         "",
         f"{reward['pairs']:,} decided pairs of {reward['prompts']:,} prompts, every prompt counts "
         f"the same. Expected calibration error {report['expected_calibration_error']:.3f} "
@@ -173,7 +194,8 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         values = [report["nuisances"][kind][name] for kind in ("reward", "base")]
         lines.append(f"| {name} | {values[0]:+.2f} | {values[1]:+.2f} |")
     shares = report["nuisances_explain"]
-    lines.append(f"| all together, R^2 | {shares['reward']:.2f} | {shares['base']:.2f} |")
+    if shares["reward"] is not None:
+        lines.append(f"| all together, R^2 | {shares['reward']:.2f} | {shares['base']:.2f} |")
     if report["users"]:
         lines += [
             "",
@@ -183,8 +205,7 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         for name, row in list(report["users"].items())[:LISTED_USERS]:
-            interval = f"{row['low']:.0%} to {row['high']:.0%}"
-            lines.append(f"| {name} | {row['accuracy']:.0%} | {interval} | {row['pairs']} |")
+            lines.append(f"| {name} | {row['accuracy']:.0%} | {in_words(row)} | {row['pairs']} |")
         more = len(report["users"]) - LISTED_USERS
         lines += ["", f"and {more} more in `report.json`"] if more > 0 else []
     backbone = facts["base"].get("backbone")

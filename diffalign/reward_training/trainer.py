@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..rewards.learned.calibration import fit_temperature
 from ..rewards.learned.heads import PalHead, RewardHead
 from ..rewards.learned.pal import fit_user, likely_user
 from ..rewards.registry import load_scorer
 from ..rewards.scorers.trained import (
+    EVERYBODY,
     FILE,
     FORMAT,
     WEIGHTS,
     TrainedReward,
     base_fingerprint,
     build_head,
+    check_name,
     read_facts,
 )
-from ..runtime.files import save_tensors, write_atomically
+from ..runtime.files import replacing_folder, save_tensors, write_atomically
 from ..runtime.versions import versions
 from .config import RewardConfig
 from .features import Features, check_base, embed
-from .fit import Pairs, fit_head, fit_pal, make_pairs, margins_of, pal_margins
-from .judgements import Judgements, read_judgements, split
+from .fit import Pairs, fit_head, fit_pal, fit_scale, make_pairs, margins_of, pal_margins
+from .judgements import Judgements, prompt_key, read_judgements, split
 from .report import card, draw_calibration, measure
 
 REPORT = "report.json"
@@ -79,24 +80,57 @@ class RewardTrainer:
         if train_dataset is None:
             raise ConfigError("data", "no judgements: name a dataset or a folder of votes")
         options: dict[str, Any] = {"columns": columns} if columns else {}
-        self.judgements = read_judgements(train_dataset, **options)
-        self.parts = split(self.judgements, self.args.val, self.args.test, self.args.seed)
-        self.held_out = self.parts["test"]
-        if eval_dataset is not None:
+        self.judgements = data = read_judgements(train_dataset, **options)
+        test = self.args.test if eval_dataset is None else 0.0
+        self.parts = split(data, self.args.val, test, self.args.seed)
+        if eval_dataset is None:
+            self.held_out = self.parts["test"]
+        else:
             self.held_out = read_judgements(eval_dataset, **options)
-            both = set(self.held_out.prompts) & set(self.judgements.prompts)
-            if both:
-                raise UserError(
-                    f"eval_dataset: {len(both)} of its prompts are also trained on, such as "
-                    f"{min(both)!r}; give other prompts"
-                )
+            self._check_held_out()
         if self.args.head == "pal":
             self._check_users()
-        self.base: Any = load_scorer(model, model=model_path) if isinstance(model, str) else model
-        check_base(self.base)
+        self.base_name = model if isinstance(model, str) else model.spec.key
         self.model_path = model_path
+        check_name(self.base_name, "model")
+        self.base: Any = model
+        if isinstance(model, str):
+            self.base = load_scorer(model, model=model_path)
+        check_base(self.base)
+        self._check_again(model)
+
+    def _check_held_out(self) -> None:
+        """Refuse trained prompts, and number users as the training data does."""
+        held, data = self.held_out, self.judgements
+        known = {prompt_key(prompt) for prompt in data.prompts}
+        both = [prompt for prompt in held.prompts if prompt_key(prompt) in known]
+        if both:
+            raise UserError(
+                f"eval_dataset: {len(both)} of its prompts are also trained on, such as "
+                f"{min(both)!r}; give other prompts"
+            )
+        shared = set(held.images) & set(data.images)
+        if shared:
+            raise UserError(f"eval_dataset: {len(shared)} of its images are also trained on")
+        numbers = {name: number for number, name in enumerate(data.users)}
+        table = np.array([*(numbers.get(name, -1) for name in held.users), -1])
+        held.user, held.users = table[held.user], data.users
+
+    def _check_again(self, model: Any) -> None:
+        """Check that the folder will find the same base."""
+        if isinstance(model, str):
+            return
+        again: Any = load_scorer(self.base_name, model=self.model_path, device="cpu")
+        if base_fingerprint(again) != base_fingerprint(self.base):
+            raise ConfigError(
+                "model",
+                f"{self.base_name} would be loaded with other weights or options than these; give "
+                "the base by its name, and its weights as model_path",
+            )
 
     def _check_folder(self) -> None:
+        if not self.folder.name:
+            raise ConfigError("reward.output_dir", f"{self.args.output_dir!r} is no new folder")
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if not self.args.overwrite_output_dir:
@@ -111,15 +145,19 @@ class RewardTrainer:
             )
 
     def _check_users(self) -> None:
-        users = self.judgements.user[self.judgements.user >= 0]
+        train = self.parts["train"]
+        users = train.user[(train.user >= 0) & (train.label != 0.5)]
         if not len(users):
             raise UserError("reward.head: pal needs a column user_id (or votes with names)")
-        counts = np.bincount(users)
+        if EVERYBODY in self.judgements.users:
+            raise UserError(f"reward.head: no user can be named {EVERYBODY!r}")
+        counts = np.bincount(users, minlength=len(self.judgements.users))
         few = [name for name, n in zip(self.judgements.users, counts, strict=True) if n < 2]
         if few:
             raise UserError(
-                f"reward.head: {len(few)} users have a single judgement, such as {few[0]!r}; pal "
-                "needs at least two of each (add_user fits a new user to a finished reward)"
+                f"reward.head: {len(few)} users have fewer than two decided judgements on the "
+                f"training prompts, such as {few[0]!r}; pal needs at least two of each (add_user "
+                "fits a new user to a finished reward)"
             )
 
     def train(self) -> Path:
@@ -137,18 +175,21 @@ class RewardTrainer:
             head, chosen = fit_pal(train, val, len(self.judgements.users), args)
         else:
             head, chosen = fit_head(train, val, args)
-        if self.held_out is self.parts["test"]:
+        if self.held_out is self.parts.get("test"):
             test = self._pairs(self.held_out, features)
         else:
             test = self._pairs(self.held_out, embed(self.base, self.held_out, cache))
         with torch.no_grad():
-            temperature = fit_temperature(self._margins(head, val), val.label)
+            unscaled = self._margins(head, val)
+        temperature = fit_scale(unscaled, val, args)
+        with torch.no_grad():
+            spread = float(temperature * self._margins(head, train).std() / 2**0.5)
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
         report = measure(
             margins, leads, test.label, test.prompt, test.user, self.held_out.users, test.nuisances
         )
-        facts = self._facts(head, temperature, chosen)
+        facts = self._facts(head, temperature, chosen) | {"affine": [0.0, max(spread, 1e-6)]}
         self._write(head, facts, report)
         return self.folder
 
@@ -180,6 +221,9 @@ class RewardTrainer:
                 "users": data.users,
                 "prototypes": args.prototypes,
                 "hidden": args.user_hidden,
+                # Of those who trained it. Users who are added later change no mean.
+                "population": head.logits.softmax(1).mean(0).tolist(),
+                "trained_users": len(data.users),
             }
         else:
             described |= {"members": args.members, "hidden": args.hidden}
@@ -190,7 +234,7 @@ class RewardTrainer:
             "versions": versions(),
             "summary": f"a reward trained on {len(data):,} judgements, over {self.base.spec.key}",
             "base": {
-                "scorer": self.base.spec.key,
+                "scorer": self.base_name,
                 "model": self.model_path,
                 "fingerprint": base_fingerprint(self.base),
                 "backbone": self.base.spec.backbone,
@@ -215,17 +259,12 @@ class RewardTrainer:
         self, head: RewardHead | PalHead, facts: dict[str, Any], report: dict[str, Any]
     ) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder.with_name(f".{self.folder.name}.new")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write_head(head, temporary)
-        for name, values in ((FILE, facts), (REPORT, report)):
-            write_atomically(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
-        draw_calibration(report, temporary / "calibration.png")
-        write_atomically(temporary / "README.md", card(facts, report).encode())
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        temporary.rename(self.folder)
+        with replacing_folder(self.folder) as temporary:
+            _write_head(head, temporary)
+            for name, values in ((FILE, facts), (REPORT, report)):
+                write_atomically(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
+            draw_calibration(report, temporary / "calibration.png")
+            write_atomically(temporary / "README.md", card(facts, report).encode())
 
 
 def _write_head(head: RewardHead | PalHead, folder: Path) -> None:
@@ -244,16 +283,26 @@ def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.
             who would judge the pairs in the same way.
 
     Raises:
-        UserError: The reward has no users, or the name is taken.
+        UserError: The reward has no users, the name is taken, or the judgements are of
+            several people.
     """
     folder = Path(folder)
     facts = read_facts(folder)
     if facts["head"]["kind"] != "pal":
         raise UserError(f"{folder} is a reward without users; train one with reward.head: pal")
+    if name == EVERYBODY:
+        raise UserError(f"no user can be named {EVERYBODY!r}")
     if name in facts["head"]["users"]:
         raise UserError(f"{folder} has a user {name!r} already; choose another name")
-    reward = TrainedReward(folder)
     data = read_judgements(judgements)
+    if name in data.users:
+        data = data.rows(np.flatnonzero(data.user == data.users.index(name)))
+    elif len(data.users) > 1:
+        raise UserError(
+            f"the judgements are of {len(data.users)} people, and none of them is {name!r}; give "
+            "those of one person"
+        )
+    reward = TrainedReward(folder, device="cpu")
     features = embed(reward.base, data, None)
     head = reward.head
     assert isinstance(head, PalHead)
@@ -273,5 +322,9 @@ def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.
     state = {key: value.float() for key, value in head.state_dict().items()}
     state["logits"] = torch.cat([state["logits"], logits[None].float()])
     wider.load_state_dict(state)
-    _write_head(wider, folder)
-    write_atomically(folder / FILE, (json.dumps(facts, indent=2) + "\n").encode())
+    with replacing_folder(folder) as temporary:
+        for file in folder.iterdir():
+            if file.is_file():
+                shutil.copy2(file, temporary / file.name)
+        _write_head(wider, temporary)
+        write_atomically(temporary / FILE, (json.dumps(facts, indent=2) + "\n").encode())

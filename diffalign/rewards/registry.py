@@ -281,7 +281,8 @@ def find_class(
     if folded.startswith("open_clip:"):
         return _resolve(_BUILT_IN["open_clip"]), {"architecture": name.strip()[len("open_clip:") :]}
     if (Path(name.strip()) / "reward.json").is_file():
-        return _resolve("scorers.trained:TrainedReward"), {"folder": name.strip()}
+        class_of: Any = _resolve("scorers.trained:class_of")
+        return class_of(name.strip()), {"folder": name.strip()}
     if ":" in name:
         return _from_path(name, trust_remote_code), {}
     known = list_scorers()
@@ -289,6 +290,13 @@ def find_class(
     matches = [key for fold in close for key in known if _fold(key) == fold]
     hint = f"did you mean {' or '.join(matches)}? " if matches else ""
     raise ConfigError("scorer", f"unknown scorer {name!r}; {hint}there are {', '.join(known)}")
+
+
+def is_built_in(name: str) -> bool:
+    """Tell whether a name is of a scorer of this package, and runs no other code."""
+    folded = _fold(name)
+    built_in = {_fold(key) for key in _BUILT_IN} | set(_ALIASES)
+    return folded in built_in or folded.startswith("open_clip:")
 
 
 def _table() -> dict[str, str | type[Scorer]]:

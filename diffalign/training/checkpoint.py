@@ -381,8 +381,9 @@ class CheckpointManager:
     def _save_ema(self, folder: Path, main: bool) -> None:
         if self.ema is None:
             return
+        device = self.accelerator.device  # offloaded shards cannot be gathered by NCCL
         tensors = {
-            f"{i:05d}": whole(p.detach()).cpu().contiguous()
+            f"{i:05d}": whole(p.detach().to(device)).cpu().contiguous()
             for i, p in enumerate(self.ema.shadow_params)
         }
         if main:

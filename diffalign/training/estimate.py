@@ -263,7 +263,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _look_again(self) -> None:
         """Notice storages that FSDP2 has emptied or filled without an operation."""
-        for key, reference in self._changing.items():
+        for key, reference in list(self._changing.items()):  # the collector may remove some
             storage = reference()
             if storage is not None and storage.nbytes() != self._sizes[key]:
                 self.live += storage.nbytes() - self._sizes[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import PreferenceDataset
 from ..data.cache import TensorCache
 from ..data.dataset import Group, group_number
-from ..data.streaming import StreamingPreferenceDataset
+from ..data.streaming import JUDGED_AFTER, StreamingPreferenceDataset
 from ..data.transforms import Geometry, GroupTransform
 from ..errors import UserError
 from ..runtime.hashing import text_hash
@@ -246,13 +246,26 @@ class StreamReader(torch.utils.data.IterableDataset):
                 if skip:
                     skip -= 1
                     continue
-                batch.append(self.reader.read_streamed(group, epoch))
+                try:
+                    batch.append(self.reader.read_streamed(group, epoch))
+                except UserError as error:
+                    self._skip(group.row_id, str(error))
+                    continue
                 if len(batch) == self.batch_size:
                     yield batch, worker, StreamPosition(epoch, self.dataset.state_dict())
                     batch = []
             if is_empty and is_fresh:
                 raise UserError("data.dataset_name: the stream has no usable rows")
             epoch, is_fresh = epoch + 1, True
+
+    def _skip(self, row_id: int, reason: str) -> None:
+        """Count a row that looked right and cannot be decoded."""
+        warnings.warn(f"{reason}; the next row takes its place", stacklevel=2)
+        report = self.dataset.report
+        report.add_broken(row_id, reason.removeprefix(f"dataset row {row_id}: "))
+        report.kept -= 1
+        if report.rows >= JUDGED_AFTER:
+            report.check(self.reader.max_broken_fraction)
 
 
 def prompt_key(prompt: str) -> str:

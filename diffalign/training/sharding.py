@@ -85,6 +85,9 @@ def check_engine(accelerator: Accelerator) -> None:
         )
 
 
+_UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+
+
 def is_fsdp(accelerator: Accelerator) -> bool:
     """Return whether FSDP2 shards the weights of the run."""
     return bool(getattr(accelerator, "is_fsdp2", False))
@@ -94,13 +97,13 @@ def block_names(network: Module) -> list[str]:
     """List the classes of blocks that FSDP2 gathers together.
 
     They are those that diffusers lists in `_no_split_modules`. A UNet lists classes
-    that it may not have.
+    that it may not have. A ControlNet lists none, and has the blocks of a UNet.
 
     Args:
         network: A network of diffusers, not yet sharded.
     """
     classes = {type(module).__name__ for module in network.modules()}
-    names: Any = getattr(network, "_no_split_modules", None) or ()
+    names: Any = getattr(network, "_no_split_modules", None) or _UNET_BLOCKS
     return [name for name in names if name in classes]
 
 
@@ -190,11 +193,19 @@ def plain_network(network: Any, state: dict[str, Tensor]) -> Any:
 # The optimizer's state ----------------------------------------------------------------
 
 
+def _plain(optimizer: Any) -> Any:
+    """Return torch's optimizer.
+
+    torch makes the state by a step, which the gradient scaler of fp16 would refuse.
+    """
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _flat(network: Module, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of an optimizer's state by name, and everything else."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    state: dict[str, Any] = get_optimizer_state_dict(network, optimizer)
+    state: dict[str, Any] = get_optimizer_state_dict(network, _plain(optimizer))
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {"state": {}, "param_groups": state["param_groups"]}
     for parameter, values in state["state"].items():
@@ -290,7 +301,8 @@ def load_optimizer(accelerator: Accelerator, network: Module, folder: Path) -> N
             parameter, _, field = name.rpartition("|")
             state["state"].setdefault(parameter, {})[field] = tensors[name]
         # A weight without a gradient, as in some families' last block, has no state.
-        set_optimizer_state_dict(network, optimizer, state, options=StateDictOptions(strict=False))
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(network, _plain(optimizer), state, options=options)
 
 
 @torch.no_grad()

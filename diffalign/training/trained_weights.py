@@ -130,6 +130,57 @@ class LoraWeights:
             )
 
 
+def gather_network(accelerator: Accelerator, prepared: Module, network: Any) -> State:
+    """Gather all weights of a network, sharded or not. All processes must call this.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        prepared: The network as the accelerator has prepared it.
+        network: The network itself.
+
+    Returns:
+        `State`: On the CPU. Of a sharded network, only the main process gets it.
+    """
+    if not sharded_modules(network):
+        return accelerator.get_state_dict(prepared)
+    reshard(network)
+    state: State = {}
+    for name, tensor in network.state_dict().items():
+        gathered = whole(tensor)  # one at a time, and only the first process keeps it
+        if accelerator.is_main_process:
+            state[name] = gathered.cpu()
+    return state
+
+
+def write_network(folder: Path, network: Any, state: State) -> None:
+    """Write a network as diffusers does, sharded or not.
+
+    Args:
+        folder (`Path`): New folder.
+        network: The network.
+        state (`State`): Its whole weights.
+    """
+    if sharded_modules(network):
+        plain_network(network, state).save_pretrained(folder)
+    else:
+        network.save_pretrained(folder, state_dict=state)
+
+
+def read_network(folder: Path, network: Any) -> None:
+    """Read the weights of `write_network` into a network, sharded or not.
+
+    Args:
+        folder (`Path`): What `write_network` wrote.
+        network: Of the same class and configuration.
+    """
+    loaded = type(network).from_pretrained(folder, use_safetensors=True)
+    if sharded_modules(network):
+        reshard(network)
+        load_weights(network, network.state_dict(), loaded.state_dict())
+    else:
+        network.load_state_dict(loaded.state_dict())
+
+
 class FullWeights:
     """All weights of the network: a whole pipeline, or the network's folder.
 
@@ -145,15 +196,7 @@ class FullWeights:
 
     def gather(self, accelerator: Accelerator, prepared: Module) -> State:
         """See `TrainedWeights.gather`."""
-        if not sharded_modules(self.network):
-            return accelerator.get_state_dict(prepared)
-        reshard(self.network)
-        state: State = {}
-        for name, tensor in self.network.state_dict().items():
-            gathered = whole(tensor)  # one at a time, and only the first process keeps it
-            if accelerator.is_main_process:
-                state[name] = gathered.cpu()
-        return state
+        return gather_network(accelerator, prepared, self.network)
 
     def write(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write`."""
@@ -167,18 +210,8 @@ class FullWeights:
     def write_checkpoint(self, folder: Path, state: State) -> None:
         """See `TrainedWeights.write_checkpoint`."""
         place = folder / self.backbone.network_name
-        if sharded_modules(self.network):
-            plain_network(self.network, state).save_pretrained(place)
-        else:
-            self.network.save_pretrained(place, state_dict=state)
+        write_network(place, self.network, state)
 
     def read_checkpoint(self, folder: Path) -> None:
         """See `TrainedWeights.read_checkpoint`."""
-        loaded = type(self.network).from_pretrained(
-            folder, subfolder=self.backbone.network_name, use_safetensors=True
-        )
-        if sharded_modules(self.network):
-            reshard(self.network)
-            load_weights(self.network, self.network.state_dict(), loaded.state_dict())
-        else:
-            self.network.load_state_dict(loaded.state_dict())
+        read_network(folder / self.backbone.network_name, self.network)

@@ -606,7 +606,10 @@ class Trainer:
             policy (`Denoiser`, *optional*): Other weights to draw with.
         """
         grid = self.make_grid(config.num_inference_steps, config.eta)
-        rollout = Rollout(self.backbone, self.schedule, config, description, grid=grid)
+        fixed = is_fsdp(self.accelerator)
+        rollout = Rollout(
+            self.backbone, self.schedule, config, description, grid=grid, fixed_batch_size=fixed
+        )
         builder, drawing = self.data_pipeline.builder, policy or self.sampling_policy
         return PolicySampler(rollout, drawing, self.network, builder, self.accelerator)
 

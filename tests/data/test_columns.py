@@ -17,6 +17,7 @@ from diffalign.data.columns import ASK, judge_columns, update_digest
 from diffalign.data.judgements import classify_row
 from diffalign.data.schema import recognise
 
+SIDES = ("chosen", "rejected")
 NUMBERS = [0.0, 1.0, 0.5, -1.0, 2.0, math.nan, math.inf, None]
 LISTS = [[1.0, 2.0], [2.0, 2.0], [1.0], [], None, [None, 1.0], [math.nan, 3.0], [math.inf, 0.0]]
 CASES: dict[str, dict[str, list[Any]]] = {
@@ -173,3 +174,54 @@ def test_ranges_and_users_of_columns(png: Any) -> None:
     assert loaded.users() == ["ann", "bob"]
     inverted = loaded.with_inverted_preferences()
     assert inverted.score_range() == (-3.0, 3.0)
+
+
+def test_left_out_rows_with_images_are_not_copied(few: None) -> None:
+    """The digest of chosen rows is that of a column without the others."""
+    import hashlib
+
+    import numpy as np
+
+    from diffalign.data.columns import digest_columns
+
+    cells = [{"bytes": b"x" * n, "path": None} for n in range(12)]
+    lists = [[cell, cells[0]] for cell in cells]
+    data = datasets.Dataset.from_dict({"image": cells, "images": lists})
+
+    def digest(dataset: datasets.Dataset, rows: Any) -> str:
+        state = hashlib.sha256()
+        digest_columns(state, dataset, ["image", "images"], np.array(rows, np.int64))
+        return state.hexdigest()
+
+    kept = [0, 1, 4, 5, 6, 11]
+    short = data.select(kept).flatten_indices()
+    assert digest(data, kept) == digest(short, range(6)) != digest(data, range(12))
+    assert digest(data, []) == digest(data, np.empty(0))
+
+
+def test_a_changed_image_file_is_checked_again(
+    few: None, png: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i, row in enumerate(rows(png, 12)):
+        for side in SIDES:
+            (folder / f"{side}{i}.png").write_bytes(row[side])
+        lines.append({"prompt": f"p{i}"} | {side: f"{side}{i}.png" for side in SIDES})
+    (folder / "chosen3.png").write_bytes(b"not yet")
+    datasets.Dataset.from_list(lines).to_parquet(folder / "pairs.parquet")
+    place = str(folder / "pairs.parquet")
+
+    def broken() -> list[int]:
+        loaded = load_preferences(
+            place, verbose=False, verify_images="header", max_broken_fraction=0.5
+        )
+        return [row for row, _ in loaded.report.broken]
+
+    assert broken() == [3]
+    (folder / "chosen3.png").write_bytes((folder / "chosen4.png").read_bytes())
+    assert broken() == []
+    (folder / "rejected7.png").write_bytes(b"cut")
+    assert broken() == [7]

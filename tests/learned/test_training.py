@@ -244,7 +244,9 @@ def test_mistakes_of_the_settings(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pal needs a column user_id"):
         RewardTrainer("shapes-clip", config(tmp_path / "b", head="pal"), rows(40))
     lonely = people(2, 12) + rows(1, True, "eve", 800)
-    with pytest.raises(UserError, match="a single judgement, such as 'eve'"):
+    with pytest.raises(
+        UserError, match="fewer than two decided judgements on the training prompts, such as 'eve'"
+    ):
         RewardTrainer("shapes-clip", config(tmp_path / "c", head="pal"), lonely)
     with pytest.raises(UserError, match="are also trained on"):
         RewardTrainer("shapes-clip", config(tmp_path / "d"), rows(40), rows(2))

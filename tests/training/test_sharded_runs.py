@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 import torch
 from commands import torchrun
+from diffusers import ControlNetModel
 from safetensors.torch import load_file
-from tiny import assert_close_tensors, build_pipeline, lora_config, make_trainer, pair_rows
+from tiny import (
+    assert_close_tensors,
+    build_pipeline,
+    lora_config,
+    make_trainer,
+    pair_rows,
+    user_rows,
+)
 
 from diffalign import ValidationConfig
 from diffalign.errors import UserError
@@ -30,11 +38,12 @@ OTHERS = (
     *("rankdpo:sd:full", "rankdpo:flux:lora", "d3po:sd:lora", "d3po:sd:full", "d3po:flux:lora"),
     *("seppo:sd:lora", "seppo:sd:full", "seppo:flux:full"),
     *("diffusion_nft:sd:lora", "diffusion_nft:sd:full", "diffusion_nft:flux:full"),
+    *("ppd:sd:part", "ctrl_u:sd:part"),
 )
 
 
 def sharded_options(kind: str, size: int) -> dict[str, Any]:
-    """Arguments of `make_trainer` for `method:family:lora|full`."""
+    """Arguments of `make_trainer` for `method:family:lora|full|part`."""
     method, family, how = kind.split(":")
     options: dict[str, Any] = {
         "family": family,
@@ -49,6 +58,8 @@ def sharded_options(kind: str, size: int) -> dict[str, Any]:
         "use_ema": how == "full",
         "ema_decay": 0.5,
     }
+    if method == "ppd":
+        options |= {"rows": user_rows(16), "weight_decay": 0.01}
     if kind == FIRST[0]:  # drawing and evaluating by all processes, of odd numbers
         validation = ValidationConfig(
             validation_prompts=["a red circle", "a blue star", "a cat"],
@@ -128,6 +139,11 @@ def usable(folder: Path, one: Path, kind: str) -> None:
             rtol=1e-3,
             atol=1e-4,
         )
+    elif how == "part":
+        if (folder / "config.json").is_file():
+            network = ControlNetModel.from_pretrained(folder, use_safetensors=True)
+            facts = json.loads((folder / "config.json").read_text())
+            assert facts["_class_name"] == type(network).__name__ == "ControlNetModel"
     else:
         loaded = type(build_pipeline(family)).from_pretrained(folder)
         network = next(

@@ -3,6 +3,7 @@ last one stopped, without reading from the beginning."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,26 @@ def test_likes_as_a_stream(tmp_path: Path) -> None:
         max_steps=2,
     )
     assert run.train().global_step == 2
+
+
+def test_an_image_that_cannot_be_decoded_is_passed_over(tmp_path: Path) -> None:
+    rows = numbered(6)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            file = io.BytesIO()
+            row[side].save(file, "PNG")
+            row[side] = {"bytes": file.getvalue(), "path": None}
+    rows[1]["chosen"]["bytes"] = rows[1]["chosen"]["bytes"][:-40]  # its header is right
+    run = make_trainer(
+        tmp_path / "run",
+        rows=shards(tmp_path / "data", rows, 1),
+        peft_config=lora_config(),
+        per_device_train_batch_size=1,
+        data={"dataset_streaming": True, "max_broken_fraction": 0.3},
+        max_steps=7,
+    )
+    with pytest.warns(UserWarning, match="the next row takes its place"):
+        assert run.train().global_step == 7
 
 
 @pytest.mark.nightly

@@ -24,9 +24,10 @@ def pair_features(image: Tensor, text: Tensor) -> Tensor:
 
 
 class RewardHead(nn.Module):
-    """Adds to the score of its base: factor * base + network(features), per member.
+    """Adds to its base: factor * (base - mean) + network(features), per member.
 
-    At the start the networks are zero, so the reward is the base.
+    At the start the networks are zero, so the reward is the base less its mean. Without
+    that, members would differ by their factors times the level of the base.
 
     Args:
         dim (`int`): Size of an embedding.
@@ -46,6 +47,7 @@ class RewardHead(nn.Module):
             layers.append(nn.Sequential(*inner, last))
         self.networks = nn.ModuleList(layers)
         self.log_factor = nn.Parameter(torch.zeros(members))
+        self.register_buffer("base_mean", torch.zeros(()))
         # Where the features lie, so that one penalty suits all of them.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
@@ -68,7 +70,8 @@ class RewardHead(nn.Module):
         """
         features = self.scaled(image, text)
         added = torch.cat([network(features) for network in self.networks], 1)
-        return self.log_factor.exp() * base[:, None] + added
+        centred = (base - self.get_buffer("base_mean"))[:, None]
+        return self.log_factor.exp() * centred + added
 
 
 class PalHead(nn.Module):

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, UserError
 from ...runtime.hashing import content_hash
+from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import explained, loading_errors
+from ..base import Scorer
 from ..learned.heads import PalHead, RewardHead
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
@@ -21,6 +23,8 @@ from ..spec import ScorerSpec
 FILE, WEIGHTS = "reward.json", "head.safetensors"
 COMBINE = ("mean", "min", "mean_minus_std")
 FORMAT = 1
+EVERYBODY = "worst"
+"""The value of `user` for the lowest score among the users of the training data."""
 
 
 class TrainedReward(ModelScorer):
@@ -29,8 +33,8 @@ class TrainedReward(ModelScorer):
     Args:
         folder (path): What `diffalign reward train` wrote.
         user (`str` or mapping, *optional*): Of a reward with users (PAL): a user, user
-            -> weight, or ``worst`` for the lowest score among all users. None is the
-            mean user.
+            -> weight, or ``worst`` for the lowest score among the users of the training
+            data. None is their mean.
         combine (`str`, *optional*): Of an ensemble: ``mean`` (default), ``min`` or
             ``mean_minus_std``.
         **options: as for `Scorer`.
@@ -86,20 +90,14 @@ class TrainedReward(ModelScorer):
         except loading_errors() as error:
             reason = explained(error)[:200]
             raise UserError(f"{self.folder / WEIGHTS} is damaged ({reason})") from error
-        self.head.requires_grad_(False).eval().to(self.device)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.head.requires_grad_(False).eval().to(self.device, wide)
         self.temperature = float(self.facts.get("temperature", 1.0))
         self.user, self.combine = user, self._rule(combine)
         if user is not None and not self.users:
             raise ConfigError("user", f"{self.folder} is a reward without users; leave it out")
-        self.weights = None if user == "worst" else self._weights(user)
-        self.spec = replace(  # type: ignore[misc]  # of this folder
-            type(self).spec,
-            key=f"trained:{self.folder.name}",
-            summary=self.facts.get("summary", type(self).spec.summary),
-            backbone=self.base.spec.backbone,
-            differentiable=bool(self.base.differentiable),
-            affine=tuple(self.facts["affine"]) if "affine" in self.facts else None,
-        )
+        self.weights = None if user == EVERYBODY else self._weights(user)
+        self.spec = spec_of(self.folder, self.facts)  # type: ignore[misc]
 
     def _rule(self, combine: str | None) -> str:
         if combine is not None and combine not in COMBINE:
@@ -114,7 +112,7 @@ class TrainedReward(ModelScorer):
             return None
         shares = self.head.logits.softmax(1)
         if user is None:
-            return shares.mean(0)
+            return torch.tensor(self.facts["head"]["population"], dtype=shares.dtype).to(shares)
         mixture = {user: 1.0} if isinstance(user, str) else dict(user)
         unknown = [name for name in mixture if name not in self.users]
         total = sum(mixture.values())
@@ -128,6 +126,14 @@ class TrainedReward(ModelScorer):
             )
         rows = [shares[self.users.index(name)] * share for name, share in mixture.items()]
         return torch.stack(rows).sum(0) / total
+
+    def to(self, device: DeviceLike = None, dtype: DtypeLike = None) -> Scorer:
+        """Move the networks of base and head. Arguments and errors as `Scorer.to`."""
+        super().to(device, dtype)
+        self.base.device, self.base.dtype = self.device, self.dtype
+        if self.weights is not None:
+            self.weights = self.weights.to(next(self.head.parameters()))
+        return self
 
     def towers(self) -> Iterable[nn.Module]:
         return self.base.towers()
@@ -168,8 +174,57 @@ class TrainedReward(ModelScorer):
         if self.weights is not None:
             return self.head.score(image, text, self.weights.expand(len(image), -1))[:, None]
         shares = self.head.logits.softmax(1)
+        # Of those who trained it: users who are added later change no score of others.
+        shares = shares[: self.facts["head"]["trained_users"]]
         everyone = [self.head.score(image, text, row.expand(len(image), -1)) for row in shares]
         return torch.stack(everyone, 1).min(1).values[:, None]
+
+
+def check_name(name: str, field: str) -> None:
+    """Check that a base is one of the scorers of this package with CLIP towers.
+
+    A folder from elsewhere must not name code to run.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    from ..registry import is_built_in
+
+    if not is_built_in(name):
+        raise ConfigError(
+            field,
+            f"{name!r} is no CLIP scorer of this package; take clip-l14, clip-h14, pickscore, "
+            "hpsv2.1, open_clip:NAME/TAG or shapes-clip",
+        )
+
+
+def spec_of(folder: Path, facts: Mapping[str, Any]) -> ScorerSpec:
+    """Return the card of a folder's reward."""
+    from ..registry import get_spec
+
+    plain = TrainedReward.spec
+    return replace(
+        plain,
+        key=f"trained:{folder.name}",
+        summary=facts.get("summary", plain.summary),
+        backbone=facts["base"].get("backbone"),
+        differentiable=get_spec(facts["base"]["scorer"]).differentiable,
+        affine=tuple(facts["affine"]) if "affine" in facts else None,
+    )
+
+
+def class_of(folder: str | Path) -> type[TrainedReward]:
+    """Return the scorer class of a folder, with its card.
+
+    Raises:
+        UserError: The folder holds no reward that can be read.
+    """
+    place = Path(folder)
+
+    class OfFolder(TrainedReward):
+        spec = spec_of(place, read_facts(place))
+
+    return OfFolder
 
 
 def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead:
@@ -203,4 +258,5 @@ def read_facts(folder: Path) -> dict[str, Any]:
         ) from error
     if facts["format"] != FORMAT:
         raise UserError(f"{folder} is of format {facts['format']}; update diffalign")
+    check_name(str(facts["base"].get("scorer")), str(folder / FILE))
     return facts

@@ -426,6 +426,9 @@ class Rollout:
         description (`str`, *optional*, defaults to `"sampling"`): Text of the progress
             bar.
         grid (`Grid`, *optional*): Times of the steps. Defaults to those of `config`.
+        fixed_batch_size (`bool`, *optional*, defaults to `False`): Whether to raise
+            where the images do not fit into memory. Processes that share the weights of
+            the network must run it equally often.
 
     Attributes:
         batch_size (`int`): Images drawn at once. It is halved where they do not fit
@@ -440,8 +443,10 @@ class Rollout:
         description: str = "sampling",
         *,
         grid: Grid | None = None,
+        fixed_batch_size: bool = False,
     ) -> None:
         self.backbone, self.schedule = backbone, schedule
+        self.fixed_batch_size = fixed_batch_size
         self.config, self.description = config, description
         self.batch_size = config.batch_size
         steps = config.num_inference_steps
@@ -520,7 +525,7 @@ class Rollout:
                     broken = ~torch.isfinite(path.flatten(1)).all(1)
                     pictures = self._pictures(path[:, -1].to(device), broken) if decode else []
                 except torch.OutOfMemoryError:
-                    if part.stop - part.start == 1:
+                    if part.stop - part.start == 1 or self.fixed_batch_size:
                         raise
                     self._halve(part.stop - part.start)
                     # The same noise again, so that the size changes no image.
