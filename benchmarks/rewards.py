@@ -11,7 +11,7 @@ how often the reward orders two images as the utility u does, every prompt count
 same. The tables have the mean over seeds, and the lowest and highest seed.
 
 *Labels*: u is the verifier's graded score, a share of the labels is turned round, with
-plain likelihood and corrected for it. *People*: 20 people give 30 votes each. u is the
+plain likelihood and corrected for it. *People*: 20 people give 60 votes each. u is the
 share of right attributes, plus 0.3 for the preferred style for one half of them and
 minus 0.3 for the other. One reward for all, against PAL with two prototypes, for each
 person's own u. A new person gives 8 votes. *Nuisance*: u is the graded score, plus six
@@ -177,7 +177,7 @@ def labels(world: World, seed: int) -> dict[str, float]:
 def people(world: World, seed: int) -> dict[str, float]:
     noise = np.random.default_rng(100 + seed)
     first, second = world.pairs(False)
-    users, votes = 20, 30
+    users, votes = 20, 60
     signs = np.where(np.arange(users + 6) % 2, -1.0, 1.0)
 
     def utility(user: int) -> Array:
@@ -193,7 +193,7 @@ def people(world: World, seed: int) -> dict[str, float]:
     names = [f"user {i}" for i in range(users)]
     data = world.judged(a, b, label, np.repeat(np.arange(users), votes), names)
     one, trainer = fitted(world, data, seed)
-    pal, _ = fitted(world, data, seed, head="pal", steps=400, learning_rate=3e-3)
+    pal, _ = fitted(world, data, seed, head="pal")
     pairs, x, y = held_out_pairs(world, trainer)
     shared = margins_of(one, pairs).mean(1)
     rows = ("one reward", "PAL", "new person, 8 votes", "share of people in the right group")

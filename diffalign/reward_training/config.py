@@ -42,8 +42,8 @@ class RewardConfig:
     """Heads of an ensemble, each fitted to other draws of the prompts."""
     prototypes: Annotated[int, count(1, 64)] = 2
     """PAL's number of tastes."""
-    user_hidden: Annotated[int, count(1, 65_536)] = 64
-    """Width of PAL's networks."""
+    user_hidden: Annotated[int, count(0, 65_536, "0 or more")] = 0
+    """Width of PAL's networks. 0 is linear, which suits less than about 5,000 pairs."""
     flip_rate: _Share = 0.0
     """Share of labels that are wrong. The likelihood is corrected for it."""
     smoothing: _Share = 0.0
@@ -54,12 +54,12 @@ class RewardConfig:
     """Weight of the penalty on the correlation with brightness, contrast, saturation,
     sharpness, file size and resolution. The correlations are reported always."""
     l2: Annotated[float, Range(0.0, 1e6)] | None = None
-    """Pull of a head's weights to 0. null chooses the best of 1e-4 to 1e-1 by the
-    validation pairs."""
+    """Pull of a head's weights to 0. null chooses the best of 1e-4 to 1e-1 (of 0.1
+    to 3 for PAL) by the validation pairs."""
     steps: Count = 400
     """Steps of PAL, and of heads with a hidden layer."""
-    learning_rate: Annotated[float, Range(0.0, 1.0, above=True)] = 1e-3
-    """Of these steps."""
+    learning_rate: Annotated[float, Range(0.0, 1.0, above=True)] | None = None
+    """Of these steps. null is 1e-3 with a hidden layer, and 1e-2 for a linear PAL."""
     val: _Part = 0.1
     """Share of prompts that choose between steps and penalties."""
     test: _Part = 0.1
@@ -75,11 +75,14 @@ class RewardConfig:
         noise = [name for name in ("flip_rate", "smoothing", "margin") if getattr(self, name)]
         if len(noise) > 1:
             raise ConfigError(noise[0], f"give either {' or '.join(noise)}, not both")
-        others = ("hidden", "l2") if self.head == "pal" else ("prototypes", "user_hidden")
+        others = ("hidden",) if self.head == "pal" else ("prototypes", "user_hidden")
         for name in others:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:  # type: ignore[attr-defined]
                 raise ConfigError(name, f"is no setting of a {self.head} head; leave it out")
         if self.head == "pal" and self.members > 1:
             raise ConfigError("members", "a PAL head has one member; set members to 1")
+        if self.learning_rate is None:
+            is_linear = self.head == "pal" and not self.user_hidden
+            self.learning_rate = 1e-2 if is_linear else 1e-3
         if not self.val or not self.test:
             raise ConfigError("val", "expected shares above 0: the report needs prompts of its own")

@@ -21,6 +21,8 @@ from .config import RewardConfig
 from .features import Features
 from .judgements import Judgements
 
+_PAL_STARTS = 3
+PAL_PENALTIES = (0.1, 0.3, 1.0, 3.0)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _LOOK_EVERY = 20
 _WIDEST = 5.0  # of the logarithm of a factor
@@ -244,6 +246,7 @@ def _fit_member(
 
         optimizer.step(closure)  # type: ignore[arg-type]
     else:
+        assert config.learning_rate is not None
         adam = torch.optim.Adam(parameters, lr=config.learning_rate)
         best: tuple[float, list[Tensor]] | None = None
         for step in range(config.steps + 1):
@@ -272,6 +275,10 @@ def fit_pal(
 ) -> tuple[PalHead, dict[str, float]]:
     """Fit PAL-B: prototypes and the weights of every user.
 
+    There are local optima, so it starts several times and takes the lowest training
+    objective. Linear networks are held by the penalty, and the last step counts. With a
+    hidden layer the step with the best validation loss counts.
+
     Args:
         train (`Pairs`): Pairs with users.
         val (`Pairs`): Pairs that choose the step.
@@ -281,36 +288,67 @@ def fit_pal(
     Returns:
         `tuple[PalHead, dict]`: The head, and what was chosen.
     """
-    torch.manual_seed(config.seed)
+    best: tuple[float, PalHead, dict[str, float]] | None = None
+    for penalty in [config.l2] if config.l2 is not None else PAL_PENALTIES:
+        torch.manual_seed(config.seed)
+        starts = [_fit_pal_once(train, val, users, penalty, config) for _ in range(_PAL_STARTS)]
+        _, head, chosen = min(starts, key=lambda start: start[0])
+        with torch.no_grad():
+            margins = pal_margins(head, val)
+        # Penalties differ in confidence, which is fitted again at the end.
+        scale = fit_scale(margins, val, config)
+        loss = float(part_loss(scale * margins, val, config))
+        if best is None or loss < best[0]:
+            best = (loss, head, {"validation_loss": loss, "l2": penalty} | chosen)
+    assert best is not None
+    return best[1:]
+
+
+def _fit_pal_once(
+    train: Pairs, val: Pairs, users: int, penalty: float, config: RewardConfig
+) -> tuple[float, PalHead, dict[str, float]]:
+    """Fit from the next random start. Returns the training objective too."""
+    assert config.learning_rate is not None
     head = PalHead(train.first.shape[1], users, config.prototypes, config.user_hidden).double()
+    head.standardise(torch.cat([train.first, train.second]), train.text)
+    weights = [p for name, p in head.named_parameters() if name.endswith("weight")]
     networks = [p for name, p in head.named_parameters() if name not in ("logits", "log_scale")]
-    adam = torch.optim.AdamW(
+
+    def objective() -> Tensor:
+        margins = pal_margins(head, train)
+        loss = part_loss(margins, train, config)
+        if config.nuisance:
+            found = nuisance_correlations(margins, train.nuisances)
+            loss = loss + config.nuisance * found.square().sum()
+        squares = torch.stack([weight.square().sum() for weight in weights]).sum()
+        # Per user, whatever the number of their pairs.
+        return loss + penalty * squares + 1e-3 * head.logits.square().sum(1).mean()
+
+    adam = torch.optim.Adam(
         [
-            {"params": networks, "lr": config.learning_rate, "weight_decay": 0.01},
-            {"params": [head.logits], "lr": 5 * config.learning_rate, "weight_decay": 0.0},
-            {"params": [head.log_scale], "lr": 10 * config.learning_rate, "weight_decay": 0.0},
+            {"params": networks, "lr": config.learning_rate},
+            {"params": [head.logits], "lr": 5 * config.learning_rate},
+            {"params": [head.log_scale], "lr": 5 * config.learning_rate},
         ]
     )
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / (config.steps + 1))
     best: tuple[float, dict[str, Tensor], int] | None = None
     for step in range(config.steps + 1):
         if step:
             adam.zero_grad()
-            margins = pal_margins(head, train)
-            loss = part_loss(margins, train, config)
-            if config.nuisance:
-                found = nuisance_correlations(margins, train.nuisances)
-                loss = loss + config.nuisance * found.square().sum()
-            # Per user, whatever the number of their pairs.
-            (loss + 1e-3 * head.logits.square().sum(1).mean()).backward()
+            objective().backward()
             adam.step()
-        if step % _LOOK_EVERY == 0 or step == config.steps:
+            decay.step()
+        if step == config.steps or (config.user_hidden and step % _LOOK_EVERY == 0):
             with torch.no_grad():
                 value = float(part_loss(pal_margins(head, val), val, config))
             if best is None or value < best[0]:
                 best = (value, copy.deepcopy(head.state_dict()), step)
     assert best is not None
     head.load_state_dict(best[1])
-    return head, {"validation_loss": best[0], "step": float(best[2])}
+    with torch.no_grad():
+        reached = float(objective())
+    return reached, head, {"step": float(best[2])}
 
 
 def pal_margins(head: PalHead, pairs: Pairs) -> Tensor:

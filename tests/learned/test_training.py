@@ -127,7 +127,7 @@ def people(users: int, votes: int, first: int = 0) -> list[Any]:
 def test_users_of_two_tastes(tmp_path: Path) -> None:
     data = people(6, 12)
     shared = RewardTrainer("shapes-clip", config(tmp_path / "shared", seed=1), data).train()
-    args = config(tmp_path / "pal", head="pal", steps=200, learning_rate=3e-3, seed=1)
+    args = config(tmp_path / "pal", head="pal", seed=1)
     pal = RewardTrainer("shapes-clip", args, data).train()
     found = [report_of(folder)["reward"]["accuracy"] for folder in (shared, pal)]
     assert found[1] > found[0] + 0.1 and found[1] > 0.9

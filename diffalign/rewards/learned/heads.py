@@ -77,35 +77,52 @@ class RewardHead(nn.Module):
 class PalHead(nn.Module):
     """PAL-B over the embeddings: scores by the mixture of prototypes of each user.
 
-    f and g_k are residual networks. Their last layers start at zero or nearly, so that
-    at the start the score is the cosine of image and prompt, for every user.
+    f and g_k are residual networks of standardised embeddings. Their last layers start
+    at zero or nearly, so that at the start the score is the cosine of image and prompt,
+    for every user.
 
     Args:
         dim (`int`): Size of an embedding.
         users (`int`): Number of users.
         prototypes (`int`): K.
-        hidden (`int`): Width of the hidden layer.
+        hidden (`int`): Width of the hidden layer. 0 is a linear network.
     """
 
-    def __init__(self, dim: int, users: int, prototypes: int, hidden: int = 64) -> None:
+    def __init__(self, dim: int, users: int, prototypes: int, hidden: int = 0) -> None:
         super().__init__()
 
         def network(scale: float) -> nn.Sequential:
-            last = nn.Linear(hidden, dim)
+            last = nn.Linear(hidden or dim, dim)
             with torch.no_grad():
                 last.weight.mul_(scale)
                 last.bias.zero_()
-            return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), last)
+            inner = [nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
+            return nn.Sequential(*inner, last)
 
         self.item = network(0.0)
         self.prompts = nn.ModuleList([network(0.01) for _ in range(prototypes)])
         self.logits = nn.Parameter(0.1 * torch.randn(users, prototypes))
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        for kind in ("image", "text"):
+            self.register_buffer(f"{kind}_mean", torch.zeros(dim))
+            self.register_buffer(f"{kind}_deviation", torch.ones(dim))
+
+    def standardise(self, image: Tensor, text: Tensor) -> None:
+        """Set where the embeddings lie, (n, d) each, so that one penalty suits all."""
+        for kind, values in (("image", image), ("text", text)):
+            deviation = values.std(0, correction=0).clamp(min=1e-6)
+            self.get_buffer(f"{kind}_mean").copy_(values.mean(0))
+            self.get_buffer(f"{kind}_deviation").copy_(deviation)
+
+    def _scaled(self, kind: str, values: Tensor) -> Tensor:
+        mean = self.get_buffer(f"{kind}_mean")
+        return (values - mean) / self.get_buffer(f"{kind}_deviation")
 
     def by_prototype(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return f(x) (n, d) and g_k(c) (n, K, d)."""
-        points = torch.stack([text + network(text) for network in self.prompts], 1)
-        return image + self.item(image), points
+        prompt = self._scaled("text", text)
+        points = torch.stack([text + network(prompt) for network in self.prompts], 1)
+        return image + self.item(self._scaled("image", image)), points
 
     def score(self, image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
         """Score images for users.
