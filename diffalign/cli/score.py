@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,11 +142,18 @@ def run(options: argparse.Namespace) -> int:
             f"--output_dir: {str(options.output_dir)!r} lies inside --images; name a folder "
             "elsewhere"
         )
-    (options.output_dir / "parts").mkdir(parents=True, exist_ok=True)
-    panel = Panel.from_config(
-        config, device=processes.device, trust_remote_code=options.trust_remote_code
-    )
-    work = ScoreWork(panel, source, source.chunks(options.chunk_size), options.output_dir / "parts")
+    parts = options.output_dir / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        panel = Panel.from_config(
+            config, device=processes.device, trust_remote_code=options.trust_remote_code
+        )
+    except Exception:
+        with contextlib.suppress(OSError):  # there are scores, or another process was faster
+            parts.rmdir()
+            options.output_dir.rmdir()
+        raise
+    work = ScoreWork(panel, source, source.chunks(options.chunk_size), parts)
     table = score_all(work, processes)
     processes.stop()
     if processes.rank == 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..rewards.learned.heads import PalHead, RewardHead, pair_features
 from ..rewards.learned.losses import (
@@ -289,9 +290,14 @@ def fit_pal(
         `tuple[PalHead, dict]`: The head, and what was chosen.
     """
     best: tuple[float, PalHead, dict[str, float]] | None = None
-    for penalty in [config.l2] if config.l2 is not None else PAL_PENALTIES:
+    penalties = [config.l2] if config.l2 is not None else list(PAL_PENALTIES)
+    bar = tqdm(total=len(penalties) * _PAL_STARTS, desc="fitting PAL", unit="start", leave=False)
+    for penalty in penalties:
         torch.manual_seed(config.seed)
-        starts = [_fit_pal_once(train, val, users, penalty, config) for _ in range(_PAL_STARTS)]
+        starts = []
+        for _ in range(_PAL_STARTS):
+            starts.append(_fit_pal_once(train, val, users, penalty, config))
+            bar.update()
         _, head, chosen = min(starts, key=lambda start: start[0])
         with torch.no_grad():
             margins = pal_margins(head, val)
@@ -300,6 +306,7 @@ def fit_pal(
         loss = float(part_loss(scale * margins, val, config))
         if best is None or loss < best[0]:
             best = (loss, head, {"validation_loss": loss, "l2": penalty} | chosen)
+    bar.close()
     assert best is not None
     return best[1:]
 

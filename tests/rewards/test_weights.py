@@ -306,9 +306,12 @@ def test_senseless_preprocessing_is_refused(name, value, tmp_path):
         ("text_config", "vocab_size", 1e30),
     ],
 )
-def test_a_config_without_sense_is_one_sentence(section, field, value, tmp_path, capsys):
+def test_a_config_without_sense_is_one_sentence(
+    section, field, value, tmp_path, capsys, monkeypatch
+):
     from diffalign import cli
 
+    monkeypatch.chdir(tmp_path)
     folder = MODELS["pickscore"](tmp_path)["model"]
     file = folder / "config.json"
     values = json.loads(file.read_text())
@@ -327,6 +330,7 @@ def test_a_config_without_sense_is_one_sentence(section, field, value, tmp_path,
     )
     said = capsys.readouterr().err
     assert "pickscore" in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "diffalign-scores").exists()
 
 
 def senseless(values, generator):
