@@ -258,7 +258,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     world = World(options.work)
-    lines = ["# Rewards trained on the embedded world", "", "`python benchmarks/rewards.py`"]
+    title, _, explained = (__doc__ or "").split("\n\n", 2)
+    lines = [f"# {title.split(':')[0]}", "", "`python benchmarks/rewards.py`", "", explained.strip()]
     for name, part in PARTS.items():
         begin = time.time()
         runs = [part(world, seed) for seed in range(options.seeds)]
