@@ -259,7 +259,8 @@ def main() -> None:
     torch.set_num_threads(1)
     world = World(options.work)
     title, _, explained = (__doc__ or "").split("\n\n", 2)
-    lines = [f"# {title.split(':')[0]}", "", "`python benchmarks/rewards.py`", "", explained.strip()]
+    lines = [f"# {title.split(':')[0]}", "", "`python benchmarks/rewards.py`"]
+    lines += ["", explained.strip()]
     for name, part in PARTS.items():
         begin = time.time()
         runs = [part(world, seed) for seed in range(options.seeds)]
