@@ -64,20 +64,21 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
     Raises:
         UserError: An embedding is not finite, or an image cannot be read.
     """
-    precision = str(scorer.dtype).removeprefix("torch.")
-    key = f"{base_fingerprint(scorer)[:16]}-{precision}"
-    stores = [
-        None if cache is None else TensorCache(cache / f"{kind}-{key}")
-        for kind in ("images", "texts")
-    ]
+    image_cache = text_cache = None
+    if cache is not None:  # only then, because it reads all weights
+        precision = str(scorer.dtype).removeprefix("torch.")
+        key = f"{base_fingerprint(scorer)[:16]}-{precision}"
+        image_cache, text_cache = (
+            TensorCache(cache / f"{kind}-{key}") for kind in ("images", "texts")
+        )
     images = _filled(
-        stores[0],
+        image_cache,
         judgements.images,
         lambda rows: _image_rows(scorer, [judgements.open(i) for i in rows]),
         "embedding images",
     )
     texts = _filled(
-        stores[1],
+        text_cache,
         [text_hash(prompt) for prompt in judgements.prompts],
         lambda rows: [
             {"text": row}

@@ -120,6 +120,13 @@ def part_loss(margins: Tensor, pairs: Pairs, config: RewardConfig) -> Tensor:
     return rows.sum() / pairs.weight.sum()
 
 
+def _nuisance_penalty(margins: Tensor, pairs: Pairs, config: RewardConfig) -> Tensor | float:
+    if not config.nuisance:
+        return 0.0
+    correlations = nuisance_correlations(margins, pairs.nuisances)
+    return config.nuisance * correlations.square().sum()
+
+
 def fit_scale(margins: Tensor, pairs: Pairs, config: RewardConfig) -> float:
     """Find the factor of the margins that fits the labels best.
 
@@ -226,9 +233,7 @@ def _fit_member(
         added = (network(features[0]) - network(features[1]))[:, 0]
         margins = factor.exp() * leads + added
         loss = (weight * label_loss(margins, train.label, config)).sum() / weight.sum()
-        if config.nuisance:
-            found = nuisance_correlations(margins, train.nuisances)
-            loss = loss + config.nuisance * found.square().sum()
+        loss = loss + _nuisance_penalty(margins, train, config)
         squares = sum(
             p.square().sum() for name, p in network.named_parameters() if "weight" in name
         )
@@ -323,10 +328,7 @@ def _fit_pal_once(
 
     def objective() -> Tensor:
         margins = pal_margins(head, train)
-        loss = part_loss(margins, train, config)
-        if config.nuisance:
-            found = nuisance_correlations(margins, train.nuisances)
-            loss = loss + config.nuisance * found.square().sum()
+        loss = part_loss(margins, train, config) + _nuisance_penalty(margins, train, config)
         squares = torch.stack([weight.square().sum() for weight in weights]).sum()
         # Per user, whatever the number of their pairs.
         return loss + penalty * squares + 1e-3 * head.logits.square().sum(1).mean()

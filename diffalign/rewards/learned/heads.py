@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from .pal import pal_b_points
+from .pal import pal_b_points, pal_b_scores
 
 
 def pair_features(image: Tensor, text: Tensor) -> Tensor:
@@ -137,8 +136,7 @@ class PalHead(nn.Module):
         """
         items, prototypes = self.by_prototype(image, text)
         points = pal_b_points(prototypes, weights)
-        cosine = (normalize(items, dim=-1) * normalize(points, dim=-1)).sum(-1)
-        return self.log_scale.exp().clamp(max=100) * cosine
+        return pal_b_scores(items, points, scale=self.log_scale.exp().clamp(max=100))
 
     def prototype_scores(self, image: Tensor, text: Tensor) -> Tensor:
         """Score images as a user who is one prototype alone, (n, K)."""
