@@ -190,9 +190,7 @@ def _broken_images(
     columns = list(dict.fromkeys(layout.mapping.values()))
     chosen = dataset.select_columns(columns).with_format("arrow")
     check = functools.partial(_check_batch, layout=layout, places=places, verify=verify)
-    if len(rows) > MANY_ROWS:
-        check.keywords["files"] = _files_digest(dataset, layout, places)
-    else:
+    if len(rows) <= MANY_ROWS:
         found: dict[int, str] = {}
         tables = chosen if len(rows) == len(dataset) else chosen.select(rows)
         start = 0
@@ -203,6 +201,7 @@ def _broken_images(
             start += len(table)
         return found
     # All rows, so that the result belongs to the dataset alone and is found again.
+    check = functools.partial(check, files=_files_digest(dataset, layout, places))
     folder = _cache_folder(dataset)
     with _one_process_at_a_time(folder):
         checked = chosen.map(
@@ -263,8 +262,6 @@ def _cache_folder(dataset: datasets.Dataset) -> Path | None:
 
 def _one_process_at_a_time(folder: Path | None) -> Any:
     """Let one process of several check the data, and the others find the result."""
-    import contextlib
-
     from filelock import FileLock
 
     if folder is None:
