@@ -388,9 +388,17 @@ class DataPipeline:
         for chunk in mine:
             yield [self.reader[key] for key in chunk], True
         if together:
-            most = max(len(self.chunks(rows[other::world])) for other in range(world))
-            for _ in range(most - len(mine)):
+            for _ in range(self.most_chunks(rows) - len(mine)):
                 yield [self.reader[rows[0]]], False
+
+    def most_chunks(self, keys: list[tuple[int, int]]) -> int:
+        """Count the micro-batches of the process with the most of them.
+
+        Args:
+            keys (`list[tuple[int, int]]`): Rows that the processes take in turn.
+        """
+        world = self.accelerator.num_processes
+        return max(len(self.chunks(keys[rank::world])) for rank in range(world))
 
     def chunks(self, keys: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Split rows into micro-batches whose images have one size.
@@ -480,8 +488,7 @@ class ReferenceErrors:
         own = len(mine)
         if together:  # a reference spread over the processes runs on all of them
             order = [(d, i) for d in range(draws) for i in range(count)]
-            most = max(len(data.chunks(order[other::world])) for other in range(world))
-            mine += [order[:1]] * (most - len(mine))
+            mine += [order[:1]] * (data.most_chunks(order) - len(mine))
         chunks = tqdm(mine, desc="reference errors", unit="batch", disable=rank > 0)
         for number, chunk in enumerate(chunks):
             if together or str(number) not in parts:
