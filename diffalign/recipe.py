@@ -84,12 +84,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], sections: Sequence[str] = _TOP_LEVEL
+) -> dict[str, Any]:
     """Dotted command-line options over a mapping.
 
     Args:
         values: of a run file.
         overrides: such as ``["--train.beta", "2000", "--data.resolution=512"]``.
+        sections: the first parts of names.
 
     Raises:
         UserError: on an option without a value, or one that goes through a value that
@@ -106,21 +109,21 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             if not pending:
                 raise UserError(f"{option}: expected a value after it")
             text = pending.pop(0)
-        if name.split(".")[0] not in _TOP_LEVEL:
-            hint = suggestion(name, _TOP_LEVEL)
-            raise UserError(f"{option}: unknown option{hint}; sections are {', '.join(_TOP_LEVEL)}")
+        if name.split(".")[0] not in sections:
+            hint = suggestion(name, sections)
+            raise UserError(f"{option}: unknown option{hint}; sections are {', '.join(sections)}")
         try:
             value = read_yaml_text(text, option.partition("=")[0])
         except NotYaml:  # a path or a sentence that YAML would have to be told about
             value = text
-        *sections, last = name.split(".")
-        if not all((*sections, last)):
+        *path, last = name.split(".")
+        if not all((*path, last)):
             raise UserError(
                 f"{option.partition('=')[0]}: expected a name between the dots, "
                 "such as --train.beta"
             )
         target = values
-        for section in sections:
+        for section in path:
             inner = target.get(section)
             if inner is not None and not isinstance(inner, dict):
                 raise UserError(f"{option}: {section} is the value {shown(inner)}, not a section")

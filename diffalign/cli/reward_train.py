@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
-from ..config.section import build_section, section_help
-from ..config.yaml_text import NotYaml, read_yaml_file, read_yaml_text, shown
-from ..errors import ConfigError, UserError
+from ..config.ranges import count
+from ..config.section import section_help
+from ..recipe import apply_overrides, read_yaml
 from ..reward_training.config import RewardConfig
+from ..reward_training.run_file import TOP_LEVEL, RewardRun, reward_run_from_dict
+from ..runtime.distributed import process_rank
+from ..training.sections import LoraSection
+from .launch import launch
 
-_KEYS = ("model", "model_path", "data", "eval_data", "columns", "reward")
+_NAMES = ("model", "model_path", "data", "eval_data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, help="run file; its fields may follow as options")
-    parser.add_argument("--model", help="the base, a CLIP scorer such as clip-l14 or pickscore")
+    parser.add_argument("--model", help="the base, a scorer such as clip-l14 or pickscore")
     parser.add_argument("--model_path", help="weights of the base (default: the published ones)")
     parser.add_argument("--data", help="pairs, lists, likes, or a folder of the demo's votes")
     parser.add_argument("--eval_data", help="judgements of other prompts, for the report")
-    parser.epilog = "reward:\n" + section_help(RewardConfig, "reward")
+    parser.add_argument("--accelerate_config", help="trained towers: ddp, or a file of accelerate")
+    parser.add_argument("--num_processes", type=count(), help="trained towers: processes")
+    parser.epilog = "\n".join(
+        ["train:", section_help(RewardConfig, "train"), "lora:", section_help(LoraSection, "lora")]
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
     Args:
         options (`argparse.Namespace`): Options of the command. `overrides` are fields
-            such as `--reward.members 4`.
+            such as `--train.members 4`.
 
     Returns:
         `int`: Exit code.
@@ -42,21 +50,36 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: A field or the data cannot be used.
     """
-    values = _values(options)
-    config = build_section(RewardConfig, values.get("reward") or {}, "reward")
-    for key in ("model", "data"):
-        if not isinstance(values.get(key), str):
-            raise ConfigError(key, f"expected a name, got {shown(values.get(key))}")
+    overrides = [*options.overrides]
+    for name in _NAMES:
+        if getattr(options, name) is not None:
+            overrides += [f"--{name}", getattr(options, name)]
+    values = read_yaml(options.config) if options.config is not None else {}
+    reward = reward_run_from_dict(apply_overrides(values, overrides, TOP_LEVEL))
+    if options.accelerate_config or (options.num_processes or 1) > 1:
+        reward.train.check_processes()
+        program = ["reward", "train", *overrides]
+        program += ["--config", str(options.config)] if options.config is not None else []
+        return launch(program, options.accelerate_config, options.num_processes)
+    return _train(reward)
+
+
+def _train(reward: RewardRun) -> int:
+    from ..reward_training.report import in_words
     from ..reward_training.trainer import REPORT, RewardTrainer
 
     trainer = RewardTrainer(
-        values["model"],
-        config,
-        values["data"],
-        values.get("eval_data"),
-        model_path=values.get("model_path"),
-        columns=values.get("columns"),
+        reward.model,
+        reward.train,
+        reward.data,
+        reward.eval_data,
+        model_path=reward.model_path,
+        columns=reward.columns,
+        peft_config=reward.lora.to_peft() if reward.lora is not None else None,
     )
+    if process_rank() > 0:
+        trainer.train()
+        return 128 + trainer.interrupted_by if trainer.interrupted_by else 0
     for note in trainer.judgements.notes:
         print(note)
     sizes = ", ".join(f"{len(part)} {name}" for name, part in trainer.parts.items())
@@ -65,44 +88,19 @@ def run(options: argparse.Namespace) -> int:
         f"{len(trainer.judgements.images)} images: {sizes}"
     )
     folder = trainer.train()
-    import json
-
+    if trainer.interrupted_by is not None:
+        print(
+            f"interrupted: {folder} holds a checkpoint; continue with "
+            "--train.resume_from_checkpoint latest"
+        )
+        return 128 + trainer.interrupted_by
     report = json.loads((folder / REPORT).read_text("utf-8"))
     for name in ("base", "reward"):
         row = report[name]
         print(
-            f"{name:<7} {row['accuracy']:.1%} right ({row['low']:.1%} to {row['high']:.1%}) on "
-            f"{row['pairs']} pairs of {row['prompts']} prompts that were not trained on"
+            f"{name:<7} {row['accuracy']:.1%} right ({in_words(row)}) on {row['pairs']} pairs of "
+            f"{row['prompts']} prompts that were not trained on"
         )
     print(f"calibration error {report['expected_calibration_error']:.3f}")
     print(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")
     return 0
-
-
-def _values(options: argparse.Namespace) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if options.config is not None:
-        values = read_yaml_file(options.config, "--config")
-        if not isinstance(values, dict):
-            raise UserError(f"--config: {options.config} must hold keys such as model and data")
-    for key in values:
-        if key not in _KEYS:
-            raise ConfigError(
-                str(key), f"unknown key; a reward's run file takes {', '.join(_KEYS)}"
-            )
-    for key in ("model", "model_path", "data", "eval_data"):
-        if getattr(options, key) is not None:
-            values[key] = getattr(options, key)
-    pending = list(options.overrides)
-    while pending:
-        name = pending.pop(0)
-        section, _, field = name.removeprefix("--").partition(".")
-        if not name.startswith("--") or section != "reward" or not field or not pending:
-            raise UserError(f"{name}: expected an option such as --reward.members 4")
-        text = pending.pop(0)
-        try:
-            value = read_yaml_text(text, name)
-        except NotYaml:
-            value = text
-        values["reward"] = {**(values.get("reward") or {}), field: value}
-    return values

@@ -1,24 +1,35 @@
-"""The `reward:` section of a reward's run file.
+"""The `train:` section of a reward's run file.
 
 It imports no torch: the command line makes its help from it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Annotated, Any, Literal
 
-from ..config.ranges import Count, Range, Seed, count
-from ..config.section import config_section
+from ..config.ranges import Positive, Range, count
+from ..config.section import config_section, default_of
+from ..config.yaml_text import shown
 from ..errors import ConfigError
+from ..training.loop_config import LoopConfig
 
 _Share = Annotated[float, Range(0.0, 0.5, below=True, words="a share from 0 to below 0.5")]
 _Part = Annotated[float, Range(0.0, 0.5, words="a share from 0 to 0.5")]
 _Weight = Annotated[float, Range(0.0, 1e6)]
+_HEAD_SETTINGS = ("output_dir", "overwrite_output_dir", "seed", "max_steps", "learning_rate")
+"""Settings of the loop that a head on frozen towers has, too."""
+_FROZEN_SETTINGS = ("hidden", "members", "nuisance", "l2", "cache")
+"""Settings that trained towers do not have."""
 
 
 @config_section
-class RewardConfig:
-    """How a reward is trained, on cached embeddings of a CLIP scorer.
+class RewardConfig(LoopConfig):
+    """How a reward is trained.
+
+    With frozen towers, a head is fitted to cached embeddings of a CLIP scorer. The
+    towers can be trained, too: by the loop of the diffusion trainers, with its
+    settings.
 
     Example:
         ```python
@@ -31,8 +42,9 @@ class RewardConfig:
 
     output_dir: str = "rewards/mine"
     """Folder of the reward, which `load_scorer` reads."""
-    overwrite_output_dir: bool = False
-    """Replace the reward in the folder."""
+    towers: Literal["frozen", "lora", "full"] = "frozen"
+    """frozen: a head alone, on cached embeddings, in seconds to minutes on a CPU. lora
+    (see the section `lora`) and full train the towers as well."""
     head: Literal["bradley_terry", "pal"] = "bradley_terry"
     """bradley_terry is one reward for everybody. pal has users with tastes of their own
     (arXiv 2406.08469)."""
@@ -56,33 +68,70 @@ class RewardConfig:
     l2: Annotated[float, Range(0.0, 1e6)] | None = None
     """Pull of a head's weights to 0. null chooses the best of 1e-4 to 1e-1 (of 0.1
     to 3 for PAL) by the validation pairs."""
-    steps: Count = 400
-    """Steps of PAL, and of heads with a hidden layer."""
-    learning_rate: Annotated[float, Range(0.0, 1.0, above=True)] | None = None
-    """Of these steps. null is 1e-3 with a hidden layer, and 1e-2 for a linear PAL."""
+    learning_rate: Positive[float] | None = None  # type: ignore[assignment]
+    """null is 1e-3 for a head with a hidden layer, 1e-2 for a linear PAL, 1e-4 for a
+    LoRA of the towers, and 3e-6 for full towers, as in PickScore's code."""
     val: _Part = 0.1
     """Share of prompts that choose between steps and penalties."""
     test: _Part = 0.1
     """Share of prompts that the report is about."""
     prompt_weights: bool = True
     """Every prompt counts the same, however many pairs it has."""
-    seed: Seed = 0
-    """Seed of splits, draws of prompts and networks."""
     cache: str | None = None
     """Folder in which embeddings are kept for the next training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         noise = [name for name in ("flip_rate", "smoothing", "margin") if getattr(self, name)]
         if len(noise) > 1:
             raise ConfigError(noise[0], f"give either {' or '.join(noise)}, not both")
         others = ("hidden",) if self.head == "pal" else ("prototypes", "user_hidden")
         for name in others:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:  # type: ignore[attr-defined]
+            if self._is_set(name):
                 raise ConfigError(name, f"is no setting of a {self.head} head; leave it out")
         if self.head == "pal" and self.members > 1:
             raise ConfigError("members", "a PAL head has one member; set members to 1")
+        self._check_towers()
         if self.learning_rate is None:
-            is_linear = self.head == "pal" and not self.user_hidden
-            self.learning_rate = 1e-2 if is_linear else 1e-3
+            self.learning_rate = self._usual_rate()
         if not self.val or not self.test:
             raise ConfigError("val", "expected shares above 0: the report needs prompts of its own")
+
+    def _is_set(self, name: str) -> bool:
+        fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(self)}
+        return bool(getattr(self, name) != default_of(fields[name]))
+
+    def _check_towers(self) -> None:
+        if self.towers == "frozen":
+            for field in dataclasses.fields(LoopConfig):
+                if field.name not in _HEAD_SETTINGS and self._is_set(field.name):
+                    raise ConfigError(
+                        field.name,
+                        f"{shown(getattr(self, field.name))} is for trained towers, and towers is "
+                        "frozen; set towers: lora or full, or leave it out",
+                    )
+            return
+        if self.head == "pal":
+            raise ConfigError("towers", "pal is a head on frozen towers; set towers: frozen")
+        for name in _FROZEN_SETTINGS:
+            if self._is_set(name):
+                raise ConfigError(
+                    name,
+                    f"is of a head on frozen towers, and towers is {self.towers}; leave it out",
+                )
+
+    def check_processes(self) -> None:
+        """Refuse several processes for a head, which is fitted by one.
+
+        Raises:
+            ConfigError: The towers are frozen.
+        """
+        if self.towers == "frozen":
+            raise ConfigError(
+                "--num_processes", "a head on frozen towers is fitted by one process; leave it out"
+            )
+
+    def _usual_rate(self) -> float:
+        if self.towers != "frozen":
+            return 1e-4 if self.towers == "lora" else 3e-6
+        return 1e-2 if self.head == "pal" and not self.user_hidden else 1e-3

@@ -86,14 +86,10 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
         ],
         "embedding prompts",
     )
-    nuisances = torch.stack([row["nuisances"] for row in images]).double()
-    deviation = nuisances.std(0, correction=0)
-    nuisances = (nuisances - nuisances.mean(0)) / deviation.clamp(min=1e-9)
-    nuisances[:, deviation < 1e-9] = 0
     features = Features(
         torch.stack([row["image"] for row in images]).double(),
         torch.stack([row["text"] for row in texts]).double(),
-        nuisances,
+        _standardised(torch.stack([row["nuisances"] for row in images]).double()),
     )
     for name, values in (("image", features.image), ("prompt", features.text)):
         broken = (~values.isfinite().all(1)).nonzero()
@@ -129,6 +125,26 @@ def _image_rows(scorer: Any, images: list[Image.Image]) -> list[dict[str, Tensor
         {"image": row, "nuisances": nuisances(image)}
         for row, image in zip(rows, images, strict=True)
     ]
+
+
+def _standardised(values: Tensor) -> Tensor:
+    deviation = values.std(0, correction=0)
+    scaled = (values - values.mean(0)) / deviation.clamp(min=1e-9)
+    scaled[:, deviation < 1e-9] = 0
+    return scaled
+
+
+def pair_nuisances(part: Judgements) -> Tensor:
+    """Differences of the nuisances in pairs, (n, 6).
+
+    Args:
+        part (`Judgements`): The pairs.
+    """
+    used = np.unique(np.concatenate([part.first, part.second]))
+    rows = [nuisances(part.open(int(index))) for index in tqdm(used, "nuisances", leave=False)]
+    table = torch.zeros(len(part.images), len(NUISANCES), dtype=torch.float64)
+    table[torch.from_numpy(used)] = _standardised(torch.stack(rows).double())
+    return table[torch.from_numpy(part.first)] - table[torch.from_numpy(part.second)]
 
 
 def nuisances(image: Image.Image) -> Tensor:

@@ -26,11 +26,32 @@ _PAL_STARTS = 3
 PAL_PENALTIES = (0.1, 0.3, 1.0, 3.0)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _LOOK_EVERY = 20
+STEPS = 400  # of PAL and of heads with a hidden layer, without max_steps
 _WIDEST = 5.0  # of the logarithm of a factor
 
 
 @dataclass
-class Pairs:
+class Labels:
+    """How some pairs were judged.
+
+    Attributes:
+        label (`Tensor`): Share of judges who prefer the first image, (n,).
+        weight (`Tensor`): Weight of each pair, mean 1, (n,).
+        user (`Tensor`): Index of the judge or -1, (n,).
+        prompt (`Tensor`): Index of the prompt, (n,).
+    """
+
+    label: Tensor
+    weight: Tensor
+    user: Tensor
+    prompt: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass
+class Pairs(Labels):
     """Tensors of some pairs.
 
     Attributes:
@@ -38,10 +59,6 @@ class Pairs:
         second (`Tensor`): Those of the others, (n, d).
         text (`Tensor`): Embeddings of the prompts, (n, d).
         base (`Tensor`): Scores of both by the base, (n, 2).
-        label (`Tensor`): Share of judges who prefer the first image, (n,).
-        weight (`Tensor`): Weight of each pair, mean 1, (n,).
-        user (`Tensor`): Index of the judge or -1, (n,).
-        prompt (`Tensor`): Index of the prompt, (n,).
         nuisances (`Tensor`): Difference of the nuisances, (n, 6).
     """
 
@@ -49,14 +66,23 @@ class Pairs:
     second: Tensor
     text: Tensor
     base: Tensor
-    label: Tensor
-    weight: Tensor
-    user: Tensor
-    prompt: Tensor
     nuisances: Tensor
 
-    def __len__(self) -> int:
-        return len(self.label)
+
+def make_labels(part: Judgements, by_prompt: bool) -> Labels:
+    """Gather the labels of some pairs.
+
+    Args:
+        part (`Judgements`): The pairs.
+        by_prompt (`bool`): Whether every prompt counts the same.
+    """
+    prompt, weight = torch.from_numpy(part.prompt), torch.from_numpy(part.weight)
+    if by_prompt:
+        totals = torch.zeros(int(prompt.max()) + 1, dtype=torch.float64)
+        totals.index_add_(0, prompt, weight)
+        weight = weight / totals[prompt].clamp(min=1e-12)
+    weight = weight / weight.mean().clamp(min=1e-12)
+    return Labels(torch.from_numpy(part.label), weight, torch.from_numpy(part.user), prompt)
 
 
 def make_pairs(
@@ -73,21 +99,14 @@ def make_pairs(
     first, second, prompt = map(torch.from_numpy, (part.first, part.second, part.prompt))
     images = features.image[first], features.image[second]
     text = features.text[prompt]
-    weight = torch.from_numpy(part.weight)
-    if by_prompt:
-        totals = torch.zeros(int(prompt.max()) + 1, dtype=torch.float64)
-        totals.index_add_(0, prompt, weight)
-        weight = weight / totals[prompt].clamp(min=1e-12)
-    weight = weight / weight.mean().clamp(min=1e-12)
+    labels = make_labels(part, by_prompt)
     return Pairs(
-        *images,
-        text,
-        torch.stack([base(image, text) for image in images], 1),
-        torch.from_numpy(part.label),
-        weight,
-        torch.from_numpy(part.user),
-        prompt,
-        features.nuisances[first] - features.nuisances[second],
+        **vars(labels),
+        first=images[0],
+        second=images[1],
+        text=text,
+        base=torch.stack([base(image, text) for image in images], 1),
+        nuisances=features.nuisances[first] - features.nuisances[second],
     )
 
 
@@ -114,7 +133,7 @@ def label_loss(margins: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
     return torch.where(mixed, preference_loss(margins, labels), decided)
 
 
-def part_loss(margins: Tensor, pairs: Pairs, config: RewardConfig) -> Tensor:
+def part_loss(margins: Tensor, pairs: Labels, config: RewardConfig) -> Tensor:
     """Weighted mean of `label_loss` over some pairs."""
     rows = pairs.weight * label_loss(margins, pairs.label, config)
     return rows.sum() / pairs.weight.sum()
@@ -127,7 +146,7 @@ def _nuisance_penalty(margins: Tensor, pairs: Pairs, config: RewardConfig) -> Te
     return config.nuisance * correlations.square().sum()
 
 
-def fit_scale(margins: Tensor, pairs: Pairs, config: RewardConfig) -> float:
+def fit_scale(margins: Tensor, pairs: Labels, config: RewardConfig) -> float:
     """Find the factor of the margins that fits the labels best.
 
     A prior, worth one pair, keeps it near 1 where the pairs say little: few pairs that
@@ -135,7 +154,7 @@ def fit_scale(margins: Tensor, pairs: Pairs, config: RewardConfig) -> float:
 
     Args:
         margins (`Tensor`): (n,).
-        pairs (`Pairs`): Their labels.
+        pairs (`Labels`): Their labels.
         config (`RewardConfig`): Its share of wrong labels counts here, too.
     """
     log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -255,12 +274,13 @@ def _fit_member(
         assert config.learning_rate is not None
         adam = torch.optim.Adam(parameters, lr=config.learning_rate)
         best: tuple[float, list[Tensor]] | None = None
-        for step in range(config.steps + 1):
+        steps = config.max_steps or STEPS
+        for step in range(steps + 1):
             if step:
                 adam.zero_grad()
                 objective().backward()
                 adam.step()
-            if step % _LOOK_EVERY == 0 or step == config.steps:
+            if step % _LOOK_EVERY == 0 or step == steps:
                 with torch.no_grad():
                     sides = [network(head.scaled(i, val.text)) for i in (val.first, val.second)]
                     leads_val = factor.exp() * (val.base[:, 0] - val.base[:, 1])
@@ -340,15 +360,16 @@ def _fit_pal_once(
             {"params": [head.log_scale], "lr": 5 * config.learning_rate},
         ]
     )
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / (config.steps + 1))
+    steps = config.max_steps or STEPS
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / (steps + 1))
     best: tuple[float, dict[str, Tensor], int] | None = None
-    for step in range(config.steps + 1):
+    for step in range(steps + 1):
         if step:
             adam.zero_grad()
             objective().backward()
             adam.step()
             decay.step()
-        if step == config.steps or (config.user_hidden and step % _LOOK_EVERY == 0):
+        if step == steps or (config.user_hidden and step % _LOOK_EVERY == 0):
             with torch.no_grad():
                 value = float(part_loss(pal_margins(head, val), val, config))
             if best is None or value < best[0]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..rewards.learned.heads import PalHead, RewardHead
+from ..rewards.learned.heads import FactorHead, PalHead, RewardHead
 from ..rewards.learned.pal import fit_user, likely_user
+from ..rewards.learned.tower_weights import TOWERS, lora_facts, trained_state
 from ..rewards.registry import load_scorer
 from ..rewards.scorers.trained import (
     EVERYBODY,
@@ -27,22 +29,31 @@ from ..rewards.scorers.trained import (
     check_name,
     read_facts,
 )
+from ..runtime.distributed import end_training
 from ..runtime.files import replacing_folder, save_tensors, write_atomically
 from ..runtime.versions import versions
+from ..training.callbacks import TrainerCallback
+from ..training.sections import LoraSection
 from .config import RewardConfig
-from .features import Features, check_base, embed
+from .features import Features, check_base, embed, pair_nuisances
 from .fit import Pairs, fit_head, fit_pal, fit_scale, make_pairs, margins_of, pal_margins
 from .judgements import Judgements, prompt_key, read_judgements, split
 from .report import card, draw_calibration, measure
+from .tower_network import check_trainable
+from .tower_run import TowerRun
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 REPORT = "report.json"
 
 
 class RewardTrainer:
-    """Trains a reward on judgements, over the frozen towers of a CLIP scorer.
+    """Trains a reward on judgements: a head over a CLIP scorer, or its towers too.
 
     Args:
-        model (`str` or scorer): The base: a CLIP scorer or its name.
+        model (`str` or scorer): The base: a CLIP scorer or its name, or `imagereward`
+            if its towers are trained. The towers of a scorer are trained in place.
         args (`RewardConfig`, *optional*): The settings.
         train_dataset (*optional*): Anything that `load_preferences` reads (pairs,
             ranked lists, likes and dislikes), or a folder of the demo's votes.
@@ -50,6 +61,13 @@ class RewardTrainer:
             `train_dataset`.
         model_path (`str`, *optional*): Weights of the base. None takes the published.
         columns (`dict`, *optional*): See `load_preferences`.
+        peft_config (`LoraConfig`, *optional*): The LoRA of `towers: lora`. None takes
+            rank 16 on the attention projections (on open_clip's feed-forward layers).
+        callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): Called
+            while towers are trained.
+
+    Attributes:
+        interrupted_by (`int`, *optional*): Signal that ended the training early.
 
     Raises:
         ConfigError, UserError: The base, the settings or the data cannot be used.
@@ -73,10 +91,16 @@ class RewardTrainer:
         *,
         model_path: str | None = None,
         columns: dict[str, str] | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.args = args or RewardConfig()
+        self.callbacks = callbacks
+        self.interrupted_by: int | None = None
+        self.peft_config = self._lora(peft_config)
         self.folder = Path(self.args.output_dir)
-        self._check_folder()
+        if self.args.towers == "frozen":
+            self._check_folder()
         if train_dataset is None:
             raise ConfigError("data", "no judgements: name a dataset or a folder of votes")
         options: dict[str, Any] = {"columns": columns} if columns else {}
@@ -96,8 +120,19 @@ class RewardTrainer:
         self.base: Any = model
         if isinstance(model, str):
             self.base = load_scorer(model, model=model_path)
-        check_base(self.base)
+        if self.args.towers == "frozen":
+            check_base(self.base)
+        else:
+            check_trainable(self.base)
         self._check_again(model)
+
+    def _lora(self, peft_config: LoraConfig | None) -> LoraConfig | None:
+        towers = self.args.towers
+        if peft_config is not None and towers != "lora":
+            raise ConfigError("lora", f"towers is {towers}; set towers: lora, or leave lora out")
+        if towers == "lora" and peft_config is None:
+            return LoraSection().to_peft()
+        return peft_config
 
     def _check_held_out(self) -> None:
         """Refuse trained prompts, and number users as the training data does."""
@@ -130,17 +165,17 @@ class RewardTrainer:
 
     def _check_folder(self) -> None:
         if not self.folder.name:
-            raise ConfigError("reward.output_dir", f"{self.args.output_dir!r} is no new folder")
+            raise ConfigError("train.output_dir", f"{self.args.output_dir!r} is no new folder")
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if not self.args.overwrite_output_dir:
             raise UserError(
-                f"reward.output_dir: {str(self.folder)!r} is not empty; choose another folder, or "
-                "set reward.overwrite_output_dir: true"
+                f"train.output_dir: {str(self.folder)!r} is not empty; choose another folder, or "
+                "set train.overwrite_output_dir: true"
             )
         if not (self.folder / FILE).is_file():
             raise UserError(
-                f"reward.output_dir: {str(self.folder)!r} holds something else than a reward; "
+                f"train.output_dir: {str(self.folder)!r} holds something else than a reward; "
                 "choose another folder"
             )
 
@@ -148,14 +183,14 @@ class RewardTrainer:
         train = self.parts["train"]
         users = train.user[(train.user >= 0) & (train.label != 0.5)]
         if not len(users):
-            raise UserError("reward.head: pal needs a column user_id (or votes with names)")
+            raise UserError("train.head: pal needs a column user_id (or votes with names)")
         if EVERYBODY in self.judgements.users:
-            raise UserError(f"reward.head: no user can be named {EVERYBODY!r}")
+            raise UserError(f"train.head: no user can be named {EVERYBODY!r}")
         counts = np.bincount(users, minlength=len(self.judgements.users))
         few = [name for name, n in zip(self.judgements.users, counts, strict=True) if n < 2]
         if few:
             raise UserError(
-                f"reward.head: {len(few)} users have fewer than two decided judgements on the "
+                f"train.head: {len(few)} users have fewer than two decided judgements on the "
                 f"training prompts, such as {few[0]!r}; pal needs at least two of each (add_user "
                 "fits a new user to a finished reward)"
             )
@@ -164,8 +199,11 @@ class RewardTrainer:
         """Train, measure and write the folder.
 
         Returns:
-            `Path`: The folder, for `load_scorer`.
+            `Path`: The folder, for `load_scorer`. After a signal (see
+            `interrupted_by`) it holds a checkpoint and no reward yet.
         """
+        if self.args.towers != "frozen":
+            return self._train_towers()
         args = self.args
         cache = Path(args.cache) if args.cache else None
         features = embed(self.base, self.judgements, cache)
@@ -183,15 +221,66 @@ class RewardTrainer:
             unscaled = self._margins(head, val)
         temperature = fit_scale(unscaled, val, args)
         with torch.no_grad():
-            spread = float(temperature * self._margins(head, train).std() / 2**0.5)
+            spread = temperature * _spread(self._margins(head, train))
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
         report = measure(
             margins, leads, test.label, test.prompt, test.user, self.held_out.users, test.nuisances
         )
-        facts = self._facts(head, temperature, chosen) | {"affine": [0.0, max(spread, 1e-6)]}
-        self._write(head, facts, report)
+        facts = self._facts(self._described(head), temperature, chosen)
+        self._write(head, facts | {"affine": [0.0, max(spread, 1e-6)]}, report)
         return self.folder
+
+    def _train_towers(self) -> Path:
+        base = base_fingerprint(self.base)
+        args, lora = self.args, self.peft_config
+        parts = self.parts["train"], self.parts["val"], self.held_out
+        identity = {
+            "method": f"reward, {args.towers} towers",
+            "model": base,
+            "dataset": self.judgements.fingerprint(),
+            "lora": None if lora is None else str(lora_facts(lora)),
+            "precision": args.mixed_precision,
+            "seed": args.seed,
+        }
+        run = TowerRun(self.base, args, *parts, lora, identity, self.callbacks)
+        output = run.train()
+        self.interrupted_by = output.interrupted_by
+        if output.interrupted_by is None:
+            scores = {name: run.scores(name) for name in ("val", "test")}
+            if run.accelerator.is_main_process:
+                self._finish_towers(run, scores)
+        run.accelerator.wait_for_everyone()
+        end_training(run.accelerator)
+        return self.folder
+
+    def _finish_towers(self, run: TowerRun, scores: dict[str, Tensor]) -> None:
+        """Measure the trained towers and write them."""
+        val, test = (run.data[name].labels for name in ("val", "test"))
+        margins = {name: values[:, 0] - values[:, 1] for name, values in scores.items()}
+        temperature = fit_scale(margins["val"], val, self.args)
+        spread = temperature * _spread(margins["val"])
+        base = run.base_scores["test"]
+        report = measure(
+            temperature * margins["test"],
+            base[:, 0] - base[:, 1],
+            test.label,
+            test.prompt,
+            test.user,
+            self.held_out.users,
+            pair_nuisances(run.data["test"].part),
+        )
+        chosen = {"validation_loss": run.best.loss, "step": float(run.best.step)}
+        facts = self._facts({"kind": "factor"}, temperature, chosen)
+        facts["affine"] = [temperature * float(scores["val"].mean()), max(spread, 1e-6)]
+        facts["towers"] = {"kind": self.args.towers}
+        if run.network.lora is not None:
+            facts["towers"]["lora"] = lora_facts(run.network.lora)
+        save_tensors(trained_state(run.network.towers), self.folder / TOWERS)
+        _write_head(run.network.head, self.folder)
+        _write_report(self.folder, report, facts)
+        # Last, because it makes the folder a reward.
+        write_atomically(self.folder / FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
     def _pairs(self, part: Judgements, features: Features) -> Pairs:
         base: Any = self.base
@@ -210,9 +299,8 @@ class RewardTrainer:
             return pal_margins(head, pairs)
         return margins_of(head, pairs).mean(1)
 
-    def _facts(
-        self, head: RewardHead | PalHead, temperature: float, chosen: dict[str, float]
-    ) -> dict[str, Any]:
+    def _described(self, head: RewardHead | PalHead) -> dict[str, Any]:
+        """Return what rebuilds the head."""
         args, data = self.args, self.judgements
         dim = int(self.base.embed([data.open(0)]).shape[1])
         described: dict[str, Any] = {"kind": args.head, "dim": dim}
@@ -227,6 +315,12 @@ class RewardTrainer:
             }
         else:
             described |= {"members": args.members, "hidden": args.hidden}
+        return described
+
+    def _facts(
+        self, head: dict[str, Any], temperature: float, chosen: dict[str, float]
+    ) -> dict[str, Any]:
+        args, data = self.args, self.judgements
         sizes = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items())
         return {
             "format": FORMAT,
@@ -239,7 +333,7 @@ class RewardTrainer:
                 "fingerprint": base_fingerprint(self.base),
                 "backbone": self.base.spec.backbone,
             },
-            "head": described,
+            "head": head,
             "temperature": temperature,
             "settings": dataclasses.asdict(args),
             "chosen": chosen,
@@ -261,13 +355,22 @@ class RewardTrainer:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(self.folder) as temporary:
             _write_head(head, temporary)
-            for name, values in ((FILE, facts), (REPORT, report)):
-                write_atomically(temporary / name, (json.dumps(values, indent=2) + "\n").encode())
-            draw_calibration(report, temporary / "calibration.png")
-            write_atomically(temporary / "README.md", card(facts, report).encode())
+            write_atomically(temporary / FILE, (json.dumps(facts, indent=2) + "\n").encode())
+            _write_report(temporary, report, facts)
 
 
-def _write_head(head: RewardHead | PalHead, folder: Path) -> None:
+def _spread(margins: Tensor) -> float:
+    """Deviation of the scores of one prompt, from the margins of its pairs."""
+    return float((margins.square().mean() / 2).sqrt())
+
+
+def _write_report(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
+    write_atomically(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    draw_calibration(report, folder / "calibration.png")
+    write_atomically(folder / "README.md", card(facts, report).encode())
+
+
+def _write_head(head: RewardHead | PalHead | FactorHead, folder: Path) -> None:
     state = {name: value.detach().float().contiguous() for name, value in head.state_dict().items()}
     save_tensors(state, folder / WEIGHTS)
 
@@ -289,7 +392,7 @@ def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.
     folder = Path(folder)
     facts = read_facts(folder)
     if facts["head"]["kind"] != "pal":
-        raise UserError(f"{folder} is a reward without users; train one with reward.head: pal")
+        raise UserError(f"{folder} is a reward without users; train one with train.head: pal")
     if name == EVERYBODY:
         raise UserError(f"no user can be named {EVERYBODY!r}")
     if name in facts["head"]["users"]:

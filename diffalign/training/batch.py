@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..runtime.seeds import row_generator
+
+
+class LoopBatch(Protocol):
+    """What the loop knows of a micro-batch of g groups.
+
+    Attributes:
+        weights (`Tensor`): Weight of each group in the loss, (g,).
+        row_ids (`list[int]`): Rows of the source dataset, for messages.
+    """
+
+    weights: Tensor
+    row_ids: list[int]
+
+    def without_tensors(self) -> LoopBatch:
+        """Return a small copy, which is kept for a message."""
+        ...
+
+    def place(self, groups: list[int]) -> str:
+        """Name some groups in a message."""
+        ...
 
 
 @dataclass
@@ -70,6 +91,16 @@ class Batch:
             row_generator(self.seed, row, epoch, purpose)
             for row, epoch in zip(self.row_ids, self.epochs, strict=True)
         ]
+
+    def without_tensors(self) -> Batch:
+        """Return a copy without its large tensors. See `LoopBatch`."""
+        empty = torch.empty(0)
+        return replace(self, x0=empty, noise=empty, condition={}, noisy=None, extra={})
+
+    def place(self, groups: list[int]) -> str:
+        """Name rows and timesteps of some groups. See `LoopBatch`."""
+        rows, times = [self.row_ids[i] for i in groups], [float(self.times[i]) for i in groups]
+        return f"dataset rows {rows} at timesteps {times}"
 
     def __len__(self) -> int:
         return len(self.x0)

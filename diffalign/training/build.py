@@ -26,6 +26,7 @@ from ..likelihood import NoiseSchedule, VariancePreserving, with_zero_terminal_s
 from ..runtime.distributed import process_count, reshard
 from .config import TrainingConfig
 from .data_pipeline import DataPipeline
+from .loop_config import LoopConfig
 from .memory import quantization_config
 from .sharding import asks_for_sharding, check_engine, shard_on_cpus
 
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build_accelerator(args: TrainingConfig, output_dir: Path, passes: int) -> Accelerator:
+def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accelerator:
     """Set up accelerate: processes, precision, gradient accumulation, trackers.
 
     Args:
-        args (`TrainingConfig`): Settings of the run.
+        args (`LoopConfig`): Settings of the run.
         output_dir (`Path`): Folder of the run.
         passes (`int`): Forward passes per optimizer step.
 

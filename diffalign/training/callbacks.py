@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from .config import TrainingConfig
+    from .loop_config import LoopConfig
 
 
 @dataclass
@@ -95,37 +95,37 @@ class TrainerCallback:
     """
 
     def on_init_end(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run at the end of the trainer's constructor."""
 
     def on_train_begin(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run before the first optimizer step."""
 
     def on_step_end(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run after every optimizer step."""
 
     def on_log(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run after metrics were logged, with `logs`."""
 
     def on_evaluate(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run after an evaluation, with `metrics`."""
 
     def on_save(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run after a checkpoint was written, with `checkpoint`, its folder."""
 
     def on_train_end(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run after the last step, also of an interrupted run."""
 
@@ -137,19 +137,19 @@ class ProgressCallback(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit="step"
         )
 
     def on_step_end(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.update(1)
 
     def on_log(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         logs, shown = kwargs["logs"], {}
         for key, name in (
@@ -162,6 +162,6 @@ class ProgressCallback(TrainerCallback):
         self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(
-        self, args: TrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.close()

@@ -264,6 +264,23 @@ class CheckpointManager:
         broken = torch.tensor([0.0 if finite else 1.0], device=self.accelerator.device)
         return float(self.accelerator.reduce(broken, reduction="sum")) == 0
 
+    def take_over(self, checkpoint: Path | None, state: TrainerState) -> list[str]:
+        """Prepare the folder of the run for going on from a checkpoint in it.
+
+        Args:
+            checkpoint (`Path`, *optional*): The checkpoint that was loaded. One of
+                another folder, or None, changes nothing.
+            state (`TrainerState`): Its position.
+
+        Returns:
+            `list[str]`: Work of its step that is not done.
+        """
+        if checkpoint is None or checkpoint.resolve().parent != self.output_dir.resolve():
+            return []
+        undone = self.undone(checkpoint, state.due)
+        self.retire_later(state.global_step)
+        return undone
+
     def undone(self, folder: Path, due: list[str]) -> list[str]:
         """List the work of a checkpoint's step that a killed run did not finish.
 

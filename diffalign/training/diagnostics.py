@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..likelihood import effective_beta, implicit_rewards
-from .batch import Batch
+from .batch import LoopBatch
 
 THIRDS = ("low_noise", "mid_noise", "high_noise")
 
@@ -91,17 +89,6 @@ LOG2_MESSAGE = (
 )
 
 
-_EMPTY = torch.empty(0)
-_WITHOUT_TENSORS: dict[str, Any] = {
-    "x0": _EMPTY,
-    "noise": _EMPTY,
-    "condition": {},
-    "noisy": None,
-    "extra": {},
-}
-"""Replacements for the large tensors of a batch that is kept for a message."""
-
-
 class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite. The message names rows and timesteps."""
 
@@ -109,26 +96,21 @@ class NonFiniteLoss(RuntimeError):
 _REMEDY = "look at these rows, lower train.learning_rate, or use train.mixed_precision: bf16 or no"
 
 
-def check_finite(loss: Tensor, batch: Batch, step: int) -> None:
+def check_finite(loss: Tensor, batch: LoopBatch, step: int) -> None:
     """Check the losses of a batch.
 
     Args:
         loss (`Tensor`): Loss of each group, (g,).
-        batch (`Batch`): The groups.
+        batch (`LoopBatch`): The groups.
         step (`int`): Number of the optimizer step, for the message.
 
     Raises:
-        NonFiniteLoss: A loss is not finite. The message names its dataset row and
-            timestep.
+        NonFiniteLoss: A loss is not finite. The message names its dataset row.
     """
     bad = [i for i, value in enumerate(loss.detach().cpu()) if not torch.isfinite(value)]
     if not bad:
         return
-    rows, times = [batch.row_ids[i] for i in bad], [float(batch.times[i]) for i in bad]
-    raise NonFiniteLoss(
-        f"step {step}: the loss is not finite for dataset rows {rows} at timesteps {times}; "
-        f"{_REMEDY}"
-    )
+    raise NonFiniteLoss(f"step {step}: the loss is not finite for {batch.place(bad)}; {_REMEDY}")
 
 
 class FiniteCheck:
@@ -143,20 +125,20 @@ class FiniteCheck:
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self.losses: list[tuple[Tensor, Batch]] = []
+        self.losses: list[tuple[Tensor, LoopBatch]] = []
         self.finite: Tensor | None = None
 
-    def add(self, loss: Tensor, batch: Batch) -> None:
+    def add(self, loss: Tensor, batch: LoopBatch) -> None:
         """Add the losses of a micro-batch without waiting for the device.
 
         Args:
             loss (`Tensor`): Loss of each group, (g,).
-            batch (`Batch`): The groups.
+            batch (`LoopBatch`): The groups.
         """
         loss = loss.detach()
         finite = torch.isfinite(loss).all()
         self.finite = finite if self.finite is None else self.finite & finite
-        self.losses.append((loss, dataclasses.replace(batch, **_WITHOUT_TENSORS)))
+        self.losses.append((loss, batch.without_tensors()))
 
     def finish(self, norm: Tensor | None = None) -> None:
         """Check everything that was added.

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..runtime.distributed import whole
-from .batch import Batch
+from .batch import Batch, LoopBatch
 from .callbacks import TrainerControl, TrainerState
-from .config import TrainingConfig
 from .data_pipeline import DataPipeline, ReferenceErrors
 from .diagnostics import FiniteCheck
+from .loop_config import LoopConfig
 from .tracking import MetricWindow
 
 
@@ -34,13 +34,16 @@ class RunPaused(Exception):
 
 
 class Task(Protocol):
-    """The part of training that a method defines. See `Trainer` for the methods."""
+    """The part of training that a method defines. See `Trainer` for the methods.
 
-    def prepare(self, batch: Batch) -> Batch: ...
+    Batches are those of the run's source.
+    """
 
-    def micro_batches(self, batch: Batch) -> Iterator[Batch]: ...
+    def prepare(self, batch: Any) -> Any: ...
 
-    def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def micro_batches(self, batch: Any) -> Iterator[Any]: ...
+
+    def compute_loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def on_optimizer_step(self, step: int) -> None: ...
 
@@ -88,14 +91,14 @@ class Run:
     """Objects and counters of one training loop.
 
     Attributes:
-        args (`TrainingConfig`): Settings of the run.
+        args (`LoopConfig`): Settings of the run.
         accelerator (`Accelerator`): Processes and precision.
         network: The prepared network, through which gradients are accumulated.
         parameters (`Callable`): Returns the trainable parameters. They are asked for
             anew because sharding replaces the objects.
         optimizer: The prepared optimizer.
         learning_rate: Schedule of the learning rate.
-        batches (`Iterator[Batch]`): Endless batches of this process.
+        batches (`Iterator[LoopBatch]`): Endless batches of this process.
         state (`TrainerState`): Position of the run.
         control (`TrainerControl`): Flags that callbacks set.
         samples_per_step (`int`): Groups per optimizer step over all processes.
@@ -111,13 +114,13 @@ class Run:
             hacked.
     """
 
-    args: TrainingConfig
+    args: LoopConfig
     accelerator: Accelerator
     network: Module
     parameters: Callable[[], list[Parameter]]
     optimizer: Any
     learning_rate: Any
-    batches: Iterator[Batch]
+    batches: Iterator[LoopBatch]
     state: TrainerState
     control: TrainerControl
     samples_per_step: int

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..runtime.distributed import reshard
 from .build import trainable_parameters
 from .config import TrainingConfig
+from .loop_config import LoopConfig
 
 
 def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.device) -> Any:
@@ -68,12 +69,12 @@ def _extra(name: str, package: str, error: ImportError) -> ConfigError:
     )
 
 
-def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[Parameter], args: LoopConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `optim` names.
 
     Args:
         parameters (`Iterable[Parameter]`): The trainable parameters.
-        args (`TrainingConfig`): Settings of the run.
+        args (`LoopConfig`): Settings of the run.
 
     Raises:
         ConfigError: Its package is not installed.
@@ -114,7 +115,7 @@ def build_optimizer(parameters: Iterable[Parameter], args: TrainingConfig) -> to
 
 
 def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: TrainingConfig, max_steps: int
+    optimizer: torch.optim.Optimizer, args: LoopConfig, max_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Build diffusers' learning-rate schedule, counted in optimizer steps.
 
@@ -122,7 +123,7 @@ def build_lr_scheduler(
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
-        args (`TrainingConfig`): Settings of the run.
+        args (`LoopConfig`): Settings of the run.
         max_steps (`int`): Optimizer steps of the run.
     """
     from diffusers.optimization import get_scheduler

@@ -65,24 +65,21 @@ class LogMetrics(LoopCallback):
 
 
 class StopOnDivergence(LoopCallback):
-    """Warns when the policy diverges, and stops with `stop_on_divergence`.
+    """Warns when the policy diverges, and can stop the run.
 
     Args:
         guard (`DivergenceGuard`): Looks at the logs.
+        stops (`bool`): Whether the run stops.
     """
 
-    def __init__(self, guard: DivergenceGuard) -> None:
-        self.guard = guard
+    def __init__(self, guard: DivergenceGuard, stops: bool) -> None:
+        self.guard, self.stops = guard, stops
 
     def on_train_begin(self, run: Run) -> None:
         self.guard.replay(run.state.log_history)
 
     def on_step_end(self, run: Run) -> None:
-        if (
-            run.logged
-            and self.guard.update(run.metrics, run.state.global_step)
-            and run.args.stop_on_divergence
-        ):
+        if run.logged and self.guard.update(run.metrics, run.state.global_step) and self.stops:
             run.control.should_training_stop = run.control.should_save = True
 
 
@@ -323,7 +320,7 @@ class ActOnHacking(LoopCallback):
     What it did is not stored. A resumed run repeats the verdicts of its validations.
 
     Args:
-        validation (`Validation`, *optional*): Its guardian watches the reward.
+        validation (`Validation`): Its guardian watches the reward.
         checkpoints (`CheckpointManager`): Writes a last checkpoint.
         rollback (`Rollback`): What the trainer does to go back.
         say (`Callable[[str], None]`): Prints a sentence.
@@ -332,7 +329,7 @@ class ActOnHacking(LoopCallback):
 
     def __init__(
         self,
-        validation: Validation | None,
+        validation: Validation,
         checkpoints: CheckpointManager,
         rollback: Rollback,
         say: Callable[[str], None],
@@ -345,7 +342,7 @@ class ActOnHacking(LoopCallback):
 
     def on_train_begin(self, run: Run) -> None:
         validation = self.validation
-        if validation is None or not self.resumed:
+        if not self.resumed:
             return
         if validation.config.on_hacking != "rollback":
             # Only a validation that was repeated now: someone who resumes a stopped run
@@ -365,7 +362,7 @@ class ActOnHacking(LoopCallback):
 
     def _act(self, run: Run) -> None:
         validation, step = self.validation, run.state.global_step
-        if validation is None or not validation.verdict.hacked or self.handled == step:
+        if not validation.verdict.hacked or self.handled == step:
             return
         if validation.validated_at != step:
             return
@@ -405,14 +402,13 @@ class ActOnHacking(LoopCallback):
 def in_order(
     *,
     log: MetricLog,
-    guard: DivergenceGuard,
     call: Call,
     signals: StopSignals,
     checkpoints: CheckpointManager,
     evaluate: Callable[[], dict[str, float]] | None,
-    validation: Validation | None,
-    rollback: Rollback,
-    say: Callable[[str], None],
+    divergence: LoopCallback | None = None,
+    validation: Validation | None = None,
+    hacking: LoopCallback | None = None,
     undone: Sequence[str] = (),
     resumed: Path | None = None,
 ) -> list[LoopCallback]:
@@ -425,14 +421,13 @@ def in_order(
 
     Args:
         log (`MetricLog`): File and trackers.
-        guard (`DivergenceGuard`): Looks at the logs.
         call (`Callable`): Calls a hook of the user's callbacks.
         signals (`StopSignals`): Signals of this process.
         checkpoints (`CheckpointManager`): Writes checkpoints.
         evaluate (`Callable`, *optional*): Returns the metrics of an evaluation.
+        divergence (`LoopCallback`, *optional*): Looks at the logs.
         validation (`Validation`, *optional*): Draws and scores images.
-        rollback (`Rollback`): What the trainer does when the reward is hacked.
-        say (`Callable[[str], None]`): Prints a sentence.
+        hacking (`LoopCallback`, *optional*): Acts when the reward is hacked.
         undone (`Sequence[str]`, *optional*, defaults to `()`): Work that a killed run
             left at its checkpoint.
         resumed (`Path`, *optional*): That checkpoint.
@@ -440,12 +435,13 @@ def in_order(
     works: list[Any] = [AnnounceSave(call), Evaluate(evaluate, log), Validate(validation, log)]
     stop = StopOnSignal(signals)
     save = SaveCheckpoint(checkpoints, works)
-    return [
+    stages = [
         LogMetrics(log, call, undone),
-        StopOnDivergence(guard),
+        divergence,
         UserCallbacks(call),
         stop,
         save,
         DoWork(save, works, stop, undone, resumed),
-        ActOnHacking(validation, checkpoints, rollback, say, resumed is not None),
+        hacking,
     ]
+    return [stage for stage in stages if stage is not None]

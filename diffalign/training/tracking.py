@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ..runtime.files import write_atomically
-from .config import TrainingConfig
+from .loop_config import LoopConfig
 
 
 def _precision(device: torch.device) -> torch.dtype:
@@ -187,7 +187,7 @@ class MetricLog:
                 tracker.log_images({name: payload}, step=step)
 
 
-def tracker_config(args: TrainingConfig) -> dict[str, Any]:
+def tracker_config(args: LoopConfig) -> dict[str, Any]:
     """Return the config as plain values, because tensorboard takes no others."""
     return {
         k: v if isinstance(v, (int, float, str, bool)) else str(v)
@@ -195,7 +195,7 @@ def tracker_config(args: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def tracker_options(args: TrainingConfig) -> dict[str, Any]:
+def tracker_options(args: LoopConfig) -> dict[str, Any]:
     """Return the options that give a tracker's run its name."""
     return (
         {args.report_to: {"name": args.run_name}}
@@ -204,12 +204,12 @@ def tracker_options(args: TrainingConfig) -> dict[str, Any]:
     )
 
 
-def start_trackers(accelerator: Accelerator, args: TrainingConfig) -> None:
+def start_trackers(accelerator: Accelerator, args: LoopConfig) -> None:
     """Start the tracker that `report_to` names.
 
     Args:
         accelerator (`Accelerator`): Processes of the run.
-        args (`TrainingConfig`): Settings of the run.
+        args (`LoopConfig`): Settings of the run.
     """
     if args.report_to != "none":
         accelerator.init_trackers(

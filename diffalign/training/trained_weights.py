@@ -24,6 +24,7 @@ FINAL_FILES = (
     "model_index.json",
     "user_adapter.safetensors",
     "diffusion_pytorch_model.safetensors",
+    "reward.json",
 )
 """Files by which a folder with finished weights is known."""
 State = dict[str, Tensor]

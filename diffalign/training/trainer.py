@@ -66,7 +66,7 @@ from .online.reward_function import RewardFunction
 from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
 from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
-from .periodic import Rollback, in_order
+from .periodic import ActOnHacking, Rollback, StopOnDivergence, in_order
 from .reference import (
     Reference,
     SnapshotReference,
@@ -770,7 +770,6 @@ class Trainer:
         if validation is not None:
             validation.start(fresh=checkpoint is None)
         self.precompute_reference_errors()
-        undone: list[str] = []
         if checkpoint is None:
             self._measure_rounding()
         else:
@@ -782,22 +781,18 @@ class Trainer:
                 validation.restore(self.state.global_step)
         self._announce(checkpoint)
         with StopSignals() as signals:
-            if checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve():
-                undone = self.checkpoints.undone(checkpoint, self.state.due)
-                self.checkpoints.retire_later(self.state.global_step)
+            undone = self.checkpoints.take_over(checkpoint, self.state)
             run = self.make_run()
             progress = [ProgressCallback()] if self.accelerator.is_main_process else []
-            call = functools.partial(self._call, more=progress)
             callbacks = in_order(
                 log=MetricLog(self.accelerator, self.output_dir),
-                guard=DivergenceGuard(self.args.divergence_patience, self.accelerator.print),
-                call=call,
+                call=functools.partial(self._call, more=progress),
                 signals=signals,
                 checkpoints=self.checkpoints,
                 evaluate=self.evaluate if self.eval_dataset is not None else None,
+                divergence=self._divergence_stage(),
                 validation=validation,
-                rollback=Rollback(self.go_back, self.slow_down),
-                say=self.accelerator.print,
+                hacking=self._hacking_stage(validation, checkpoint),
                 undone=undone,
                 resumed=checkpoint,
             )
@@ -813,6 +808,21 @@ class Trainer:
         self.accelerator.trackers = []
         return TrainOutput(
             self.state.global_step, run.metrics, signals.received, run.paused_for, run.hacked_at
+        )
+
+    def _divergence_stage(self) -> StopOnDivergence:
+        guard = DivergenceGuard(self.args.divergence_patience, self.accelerator.print)
+        return StopOnDivergence(guard, self.args.stop_on_divergence)
+
+    def _hacking_stage(
+        self, validation: Validation | None, checkpoint: Path | None
+    ) -> ActOnHacking | None:
+        if validation is None:
+            return None
+        rollback = Rollback(self.go_back, self.slow_down)
+        is_resumed = checkpoint is not None
+        return ActOnHacking(
+            validation, self.checkpoints, rollback, self.accelerator.print, is_resumed
         )
 
     def go_back(self, folder: Path, learning_rate_factor: float) -> None:

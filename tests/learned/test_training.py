@@ -99,7 +99,7 @@ def test_hidden_layers_and_noisy_labels(tmp_path: Path) -> None:
     data = rows(40)
     for row in data[::8]:
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    args = config(tmp_path / "mlp", hidden=16, flip_rate=0.125, steps=80, learning_rate=1e-2)
+    args = config(tmp_path / "mlp", hidden=16, flip_rate=0.125, max_steps=80, learning_rate=1e-2)
     report = json.loads(
         (RewardTrainer("shapes-clip", args, data).train() / "report.json").read_text()
     )
@@ -281,9 +281,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     import datasets
 
     datasets.Dataset.from_list(rows(40)).to_parquet(tmp_path / "pairs.parquet")
-    (tmp_path / "run.yaml").write_text("model: shapes-clip\nreward: {val: 0.2, test: 0.25}\n")
+    (tmp_path / "run.yaml").write_text("model: shapes-clip\ntrain: {val: 0.2, test: 0.25}\n")
     command = ["reward", "train", "--config", str(tmp_path / "run.yaml"), "--data"]
-    command += [str(tmp_path / "pairs.parquet"), "--reward.output_dir", str(tmp_path / "reward")]
+    command += [str(tmp_path / "pairs.parquet"), "--train.output_dir", str(tmp_path / "reward")]
     assert run(command) == 0
     printed = capsys.readouterr().out
     assert "that were not trained on" in printed and "--scorers" in printed
@@ -293,5 +293,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     Image.new("RGB", (64, 64)).save(images / "b.png")
     score = ["score", "--images", str(images), "--prompt", "a cat", "--output_dir"]
     assert run([*score, str(tmp_path / "scores"), "--scorers", str(tmp_path / "reward")]) == 0
-    assert run([*command, "--reward.membres", "2"]) == 2
+    assert run([*command, "--train.membres", "2"]) == 2
     assert "did you mean" in capsys.readouterr().err

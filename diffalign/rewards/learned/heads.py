@@ -73,6 +73,18 @@ class RewardHead(nn.Module):
         return self.log_factor.exp() * centred + added
 
 
+class FactorHead(nn.Module):
+    """Scales the scores of trained towers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, base: Tensor) -> Tensor:
+        """Score images by the scores of the towers, (n,)."""
+        return self.log_factor.exp() * base
+
+
 class PalHead(nn.Module):
     """PAL-B over the embeddings: scores by the mixture of prototypes of each user.
 

@@ -16,7 +16,8 @@ from ...runtime.hashing import content_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import explained, loading_errors
 from ..base import Scorer
-from ..learned.heads import PalHead, RewardHead
+from ..learned.heads import FactorHead, PalHead, RewardHead
+from ..learned.tower_weights import TOWERS, load_towers
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
 
@@ -82,6 +83,8 @@ class TrainedReward(ModelScorer):
                 f"{self.folder} was trained on {base['scorer']} with other weights "
                 f"({base['fingerprint'][:12]}, here {found[:12]}); put these back",
             )
+        if "towers" in self.facts:
+            load_towers(loaded, self.folder, self.facts["towers"])
         head = self.facts["head"]
         self.users: list[str] = head.get("users", [])
         try:
@@ -139,11 +142,12 @@ class TrainedReward(ModelScorer):
         return self.base.towers()
 
     def heads(self) -> Iterable[nn.Module]:
-        return [self.head]
+        return [*self.base.heads(), self.head]
 
     def identity(self) -> dict[str, Any]:
+        names = [WEIGHTS, TOWERS] if "towers" in self.facts else [WEIGHTS]
         return {
-            "folder": content_hash(self.folder / WEIGHTS),
+            "folder": [content_hash(self.folder / name) for name in names],
             "facts": {k: v for k, v in self.facts.items() if k != "data"},
             "user": self.user,
             "combine": self.combine,
@@ -156,8 +160,11 @@ class TrainedReward(ModelScorer):
         return self.base.image_features(pixels)
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        base = self.base.similarity(image, text)
+        if isinstance(self.head, FactorHead):
+            return self.temperature * self.head(base.to(self.head.log_factor.dtype))
         wide = torch.promote_types(image.dtype, torch.float32)
-        values = self.members(image.to(wide), text[0].to(wide), self.base.similarity(image, text))
+        values = self.members(image.to(wide), text[0].to(wide), base)
         if values.shape[1] == 1 or self.combine == "mean":
             combined = values.mean(1)
         elif self.combine == "min":
@@ -227,8 +234,10 @@ def class_of(folder: str | Path) -> type[TrainedReward]:
     return OfFolder
 
 
-def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead:
+def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead | FactorHead:
     """Build the head that a folder describes, without its weights."""
+    if facts["kind"] == "factor":
+        return FactorHead()
     if facts["kind"] == "pal":
         return PalHead(facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"])
     return RewardHead(facts["dim"], facts["members"], facts["hidden"])

@@ -1,0 +1,189 @@
+"""The network that trains when the towers of a scorer do."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..rewards.learned.heads import FactorHead
+from ..rewards.learned.tower_weights import (
+    TOWERS,
+    add_lora,
+    default_targets,
+    put_state,
+    tower_list,
+    trained_state,
+)
+from ..rewards.model_scorer import ModelScorer
+from ..runtime.files import save_tensors
+from ..training.build import check_peft_config
+from .pair_groups import PairBatch
+
+
+def check_trainable(scorer: Any) -> None:
+    """Check that the towers of a scorer can be trained.
+
+    Raises:
+        ConfigError: They have no gradient.
+    """
+    if (
+        not isinstance(scorer, ModelScorer)
+        or not scorer.differentiable
+        or not len(tower_list(scorer))
+    ):
+        raise ConfigError(
+            "model",
+            f"{scorer.name} has no towers that can be trained; take clip-l14, clip-h14, pickscore, "
+            "hpsv2.1, open_clip:NAME/TAG, imagereward or shapes-clip",
+        )
+
+
+class TowerNetwork(nn.Module):
+    """A scorer's towers, and the factor of its scores.
+
+    Args:
+        scorer (`ModelScorer`): Its towers are trained in place.
+        lora (`LoraConfig`, *optional*): The LoRA to train. None trains all weights.
+    """
+
+    def __init__(self, scorer: Any, lora: Any = None) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.towers = tower_list(scorer)
+        self.head = FactorHead()
+        self.lora: Any = None
+        if lora is None:
+            self.towers.requires_grad_(True)
+        else:
+            check_peft_config(lora)
+            self.lora = copy.deepcopy(lora)
+            if self.lora.target_modules is None:
+                self.lora.target_modules = default_targets(self.towers)
+            add_lora(self.towers, self.lora)
+        for name, parameter in self.towers.named_parameters():
+            # The factor of the head is trained in its place.
+            if name.endswith(("logit_scale", "logit_bias")):
+                parameter.requires_grad_(False)
+
+    def forward(self, pixels: Tensor, prompts: list[str], owner: Tensor) -> Tensor:
+        """Score images.
+
+        Args:
+            pixels (`Tensor`): (m, 3, size, size).
+            prompts (`list[str]`): g prompts.
+            owner (`Tensor`): Prompt of each image, (m,).
+
+        Returns:
+            `Tensor`: (m,), float32.
+        """
+        text = tuple(rows[owner] for rows in self.scorer.text_features(prompts))
+        images = self.scorer.image_features(pixels)
+        return self.head(self.scorer.similarity(images, text).float())
+
+    def freeze_unused(self, batch: PairBatch) -> None:
+        """Freeze the parameters that no score depends on.
+
+        Processes would wait for their gradients.
+
+        Args:
+            batch (`PairBatch`): Any groups.
+        """
+        self(batch.pixels, batch.prompts, batch.owner).sum().backward()
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass.
+
+        Raises:
+            ConfigError: A tower cannot do that.
+        """
+        for tower in self.towers:
+            module: Any = tower
+            if getattr(module, "supports_gradient_checkpointing", False):
+                options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+                module.gradient_checkpointing_enable(**options)
+            elif hasattr(module, "set_grad_checkpointing"):
+                module.set_grad_checkpointing(True)
+            elif sum(p.numel() for p in module.parameters()) > 10**7:
+                raise ConfigError(
+                    "gradient_checkpointing", f"{type(module).__name__} has none; set it to false"
+                )
+
+
+class TowerWeights:
+    """Saves and loads what trains of a `TowerNetwork`. See `TrainedWeights`."""
+
+    def __init__(self, network: TowerNetwork) -> None:
+        self.network = network
+        self.description = "full towers" if network.lora is None else "LoRA of the towers"
+
+    def gather(self, accelerator: Accelerator, prepared: nn.Module) -> dict[str, Tensor]:
+        """See `TrainedWeights.gather`."""
+        return trained_state(self.network)
+
+    def write(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """See `TrainedWeights.write`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(state, folder / TOWERS)
+
+    def write_checkpoint(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """See `TrainedWeights.write_checkpoint`."""
+        self.write(folder, state)
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """See `TrainedWeights.read_checkpoint`."""
+        from safetensors.torch import load_file
+
+        put_state(self.network, load_file(folder / TOWERS))
+
+
+class BestStep:
+    """Keeps the weights with the lowest validation loss. See `CheckpointPart`.
+
+    Args:
+        network (`TowerNetwork`): Its weights are kept.
+
+    Attributes:
+        loss (`float`): The lowest validation loss.
+        step (`int`): Where it was.
+        state (`dict[str, Tensor]`): The weights there.
+    """
+
+    FILE = "best.safetensors"
+
+    def __init__(self, network: TowerNetwork) -> None:
+        self.network = network
+        self.loss, self.step = float("inf"), 0
+        self.state: dict[str, Tensor] = {}
+
+    def offer(self, loss: float, step: int) -> None:
+        """Keep the weights as they are if this is the lowest loss."""
+        if loss < self.loss:
+            self.loss, self.step, self.state = loss, step, trained_state(self.network)
+
+    def put_back(self) -> None:
+        """Load the kept weights into the network."""
+        put_state(self.network, self.state)
+
+    def save(self, folder: Path, rank: int) -> None:
+        """See `CheckpointPart.save`."""
+        if rank == 0 and self.state:
+            facts = {"loss": repr(self.loss), "step": str(self.step)}
+            save_tensors(self.state, folder / self.FILE, metadata=facts)
+
+    def load(self, folder: Path, rank: int, device: torch.device) -> None:
+        """See `CheckpointPart.load`."""
+        from ..runtime.files import read_tensors
+
+        if (folder / self.FILE).is_file():
+            self.state, facts = read_tensors(folder / self.FILE)
+            self.loss, self.step = float(facts["loss"]), int(facts["step"])

@@ -1,0 +1,312 @@
+"""Train the towers of a scorer on judgements, by the loop of the diffusion trainers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..rewards.learned.calibration import prompt_mean
+from ..runtime.folder_lock import FolderLock
+from ..training.build import build_accelerator, trainable_parameters
+from ..training.callbacks import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainOutput,
+)
+from ..training.checkpoint import CheckpointManager
+from ..training.loop import Run, fit
+from ..training.optimizer import build_lr_scheduler, build_optimizer
+from ..training.periodic import in_order
+from ..training.run_folder import begin
+from ..training.signals import StopSignals
+from ..training.tracking import MetricLog, MetricWindow, start_trackers
+from .config import RewardConfig
+from .fit import fit_scale, label_loss, make_labels, part_loss
+from .judgements import Judgements
+from .pair_groups import PairBatch, PairData
+from .report import hits_of
+from .tower_network import BestStep, TowerNetwork, TowerWeights
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_LOOKS = 10
+
+
+def margins_of(scores: Tensor) -> Tensor:
+    """Return the margins of pairs from the scores of both images, (n, 2)."""
+    return scores[:, 0] - scores[:, 1]
+
+
+class TowerRun:
+    """One training of towers: the task of the loop, and what surrounds it.
+
+    Args:
+        scorer (`ModelScorer`): The base. Its towers are trained in place.
+        args (`RewardConfig`): The settings, with `towers` other than frozen.
+        train (`Judgements`): Pairs to train on.
+        val (`Judgements`): Pairs that choose the step.
+        test (`Judgements`): Pairs that the report is about.
+        lora (`LoraConfig`, *optional*): The LoRA to train. None trains all weights.
+        identity (`dict[str, Any]`): Base and data. Only a run with the same values
+            resumes a checkpoint.
+        callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): The
+            user's.
+
+    Attributes:
+        accelerator (`Accelerator`): Processes and precision.
+        base_scores (`dict[str, Tensor]`): Scores of the base on `val` and `test`.
+        best (`BestStep`): The step with the lowest validation loss.
+    """
+
+    def __init__(
+        self,
+        scorer: Any,
+        args: RewardConfig,
+        train: Judgements,
+        val: Judgements,
+        test: Judgements,
+        lora: LoraConfig | None,
+        identity: dict[str, Any],
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.scorer, self.args, self.lora, self.identity = scorer, args, lora, identity
+        self.callbacks = list(callbacks)
+        self.output_dir = Path(args.output_dir)
+        self.state, self.control = TrainerState(), TrainerControl()
+        parts = {"train": train, "val": val, "test": test}
+        self.data = {
+            name: PairData(part, make_labels(part, args.prompt_weights), scorer)
+            for name, part in parts.items()
+        }
+        self.accelerator: Accelerator = build_accelerator(
+            args, self.output_dir, args.gradient_accumulation_steps
+        )
+        if self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise ConfigError(
+                "--accelerate_config",
+                "towers of a reward are trained by DDP, they are small; take ddp",
+            )
+        self.base_scores: dict[str, Tensor] = {}
+
+    # Building -------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Build network, optimizer and checkpoints, and measure the base."""
+        args, accelerator = self.args, self.accelerator
+        self.scorer.to(accelerator.device)
+        set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
+        self.network = TowerNetwork(self.scorer, self.lora).to(accelerator.device)
+        self.network.freeze_unused(self._first_batch())
+        for name in ("val", "test"):
+            self.base_scores[name] = self.scores(name)
+        self._fit_factor()
+        if args.gradient_checkpointing:
+            self.network.checkpoint_activations()
+        self.state.max_steps = self._planned_steps()
+        if args.eval_steps is None:
+            every = max(1, self.state.max_steps // _LOOKS)
+            self.args = args = dataclasses.replace(args, eval_steps=every)
+        optimizer = build_optimizer(trainable_parameters(self.network), args)
+        self.schedule = build_lr_scheduler(optimizer, args, self.state.max_steps)
+        self.prepared, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.network.train()
+        self.checkpoints = CheckpointManager(
+            accelerator,
+            self.network,
+            self.prepared,
+            TowerWeights(self.network),
+            self.output_dir,
+            args.save_total_limit,
+            self.identity,
+        )
+        self.best = BestStep(self.network)
+        self.checkpoints.parts.append(self.best)
+        # From here on, dropout alone uses the global generators.
+        set_seed((args.seed + accelerator.process_index) % 2**32)
+
+    def _first_batch(self) -> PairBatch:
+        data = self.data["train"]
+        return data.placed(data.collate([data[0, 0]]), self.accelerator.device)
+
+    def _fit_factor(self) -> None:
+        """Start at the confidence that fits the labels best."""
+        val, head = self.data["val"], self.network.head
+        factor = fit_scale(margins_of(self.base_scores["val"]), val.labels, self.args)
+        with torch.no_grad():
+            head.log_factor.fill_(torch.tensor(factor).log())
+
+    def _planned_steps(self) -> int:
+        args = self.args
+        if args.max_steps is not None:
+            return args.max_steps
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        groups = len(self.data["train"]) * (args.num_train_epochs or 1)
+        return -int(-groups // (size * self.accelerator.num_processes))
+
+    # The task of the loop -------------------------------------------------------------
+
+    def prepare(self, batch: PairBatch) -> PairBatch:
+        """See `Task`."""
+        return batch
+
+    def micro_batches(self, batch: PairBatch) -> Iterator[PairBatch]:
+        """See `Task`."""
+        yield batch
+
+    def compute_loss(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of each group, its pairs' weighted mean.
+
+        Args:
+            batch (`PairBatch`): g groups.
+
+        Returns:
+            `tuple[Tensor, dict[str, Tensor]]`: Loss (g,), and metrics of the pairs.
+        """
+        scores = self.prepared(batch.pixels, batch.prompts, batch.owner)
+        margins = scores[batch.first] - scores[batch.second]
+        rows = batch.shares * label_loss(margins, batch.labels, self.args)
+        loss = torch.zeros_like(batch.weights).index_add(0, batch.group, rows)
+        decided = batch.labels != 0.5
+        hits = hits_of(margins.detach(), batch.labels)[decided]
+        sign = torch.where(batch.labels > 0.5, 1.0, -1.0)[decided]
+        return loss, {
+            "rewards/accuracies": hits,
+            "rewards/margins": sign * margins.detach()[decided],
+        }
+
+    def on_optimizer_step(self, step: int) -> None:
+        """See `Task`."""
+
+    # Measuring ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scores(self, name: str) -> Tensor:
+        """Score both images of all pairs of a part. All processes must call this.
+
+        Args:
+            name (`str`): `val` or `test`.
+
+        Returns:
+            `Tensor`: (n, 2), float64, on the CPU.
+        """
+        data, rows, values = self.data[name], [], []
+        was_training = self.network.training
+        self.network.eval()
+        for batch in data.share(self.args.per_device_train_batch_size, self.accelerator):
+            with self.accelerator.autocast():
+                scores = self.network(batch.pixels, batch.prompts, batch.owner)
+            values.append(torch.stack([scores[batch.first], scores[batch.second]], 1))
+            rows += [row for i in batch.row_ids for _, _, row in data.groups[i].pairs]
+        self.network.train(was_training)
+        mine = list(zip(rows, torch.cat(values).tolist() if values else [], strict=True))
+        result = torch.zeros(len(data.labels), 2, dtype=torch.float64)
+        for row, both in gather_object(mine):
+            result[row] = torch.tensor(both, dtype=torch.float64)
+        return result
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure loss and accuracy on the validation pairs, and keep the best weights.
+
+        Returns:
+            `dict[str, float]`: `eval/loss` and `eval/accuracy`.
+        """
+        labels, margins = self.data["val"].labels, margins_of(self.scores("val"))
+        loss = float(part_loss(margins, labels, self.args))
+        decided = labels.label != 0.5
+        hits = hits_of(margins, labels.label)[decided]
+        prompts = [str(prompt) for prompt in labels.prompt[decided].tolist()]
+        self.best.offer(loss, self.state.global_step)
+        metrics = {"eval/loss": loss, "eval/accuracy": prompt_mean(hits.tolist(), prompts)}
+        self._call("on_evaluate", metrics=metrics)
+        return metrics
+
+    # Running --------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+        """Train to the end, or until the first signal.
+
+        Args:
+            resume_from_checkpoint (`str`, *optional*): `latest` or a checkpoint folder.
+
+        Returns:
+            `TrainOutput`: Steps done and the last metrics. At the end the network has
+            the best weights.
+
+        Raises:
+            UserError: The folder holds another run, or the checkpoint is of another.
+            NonFiniteLoss, NonFiniteWeights: Loss, gradient or weights are not finite.
+            CheckpointError: A checkpoint could not be written.
+        """
+        with FolderLock(self.output_dir, "train.output_dir") as lock:
+            resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+            checkpoint = begin(lock, resume, self.args.overwrite_output_dir)
+            self.setup()
+            self.checkpoints.clean()
+            return self._train(checkpoint)
+
+    def _train(self, checkpoint: Path | None) -> TrainOutput:
+        accelerator = self.accelerator
+        if checkpoint is not None:
+            steps = self.state.max_steps
+            self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
+            self.state.max_steps = steps
+            self.schedule.last_epoch = self.state.global_step
+            accelerator.print(f"resuming from {checkpoint} at step {self.state.global_step}")
+        start_trackers(accelerator, self.args)
+        with StopSignals() as signals:
+            undone = self.checkpoints.take_over(checkpoint, self.state)
+            run = self._make_run()
+            progress = [ProgressCallback()] if accelerator.is_main_process else []
+            callbacks = in_order(
+                log=MetricLog(accelerator, self.output_dir),
+                call=functools.partial(self._call, more=progress),
+                signals=signals,
+                checkpoints=self.checkpoints,
+                evaluate=self.evaluate,
+                undone=undone,
+                resumed=checkpoint,
+            )
+            fit(self, run, callbacks)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []
+        if signals.received is None:
+            if self.state.global_step % (self.args.eval_steps or 1):
+                self.evaluate()  # the last step may be the best one
+            self.best.put_back()
+        return TrainOutput(self.state.global_step, run.metrics, signals.received)
+
+    def _make_run(self) -> Run:
+        args, data = self.args, self.data["train"]
+        groups = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return Run(
+            args=args,
+            accelerator=self.accelerator,
+            network=self.prepared,
+            parameters=functools.partial(trainable_parameters, self.network),
+            optimizer=self.optimizer,
+            learning_rate=self.schedule,
+            batches=data.batches(args, self.accelerator, self.state.samples_seen),
+            state=self.state,
+            control=self.control,
+            samples_per_step=groups * self.accelerator.num_processes,
+            rows=len(data),
+            after_update=lambda: None,
+            window=MetricWindow(),
+        )
+
+    def _call(self, hook: str, more: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        for callback in [*self.callbacks, *more]:
+            getattr(callback, hook)(self.args, self.state, self.control, trainer=self, **kwargs)
