@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import torch
-from leaderboard import choice_prompts, folder_name, kept, logged, recipe, train_whole
-from over_optimisation import FEW, FIRST_SEED, trained_reward
+from leaderboard import ROOT, choice_prompts, folder_name, kept, logged, recipe, train_whole
 
 from diffalign.recipe import build_trainer
 from diffalign.runtime.files import write_atomically
@@ -37,9 +37,23 @@ from diffalign.training.guardian import Guardian, Look, change_interval
 from diffalign.training.sections import ValidationConfig
 
 GUARD = "shapes-clip"
+FEW = {"warmup_steps": 100, "num_prompts": 40}
+FIRST_SEED = 11
 KINDS = ("hacking", "healthy")
 STEPS = {"hacking": 240, "healthy": 100}
 EVERY = {"hacking": 20, "healthy": 10}
+
+
+def trained_reward(folder: Path) -> Path:
+    """A weak reward of `shapes-clip`'s recipe; trains it if it is not there."""
+    sys.path.append(str(ROOT))
+    from tools.shapes import pretrain_reward
+
+    if not (folder / "accuracy.json").is_file():
+        options = [str(x) for name, value in FEW.items() for x in (f"--{name}", value)]
+        options += ["--seed", str(FIRST_SEED), "--output_dir", str(folder)]
+        pretrain_reward.main(options)
+    return folder
 
 
 def run_of(kind: str, seed: int, work: Path) -> Any:
@@ -55,7 +69,7 @@ def run_of(kind: str, seed: int, work: Path) -> Any:
         "train.save_steps": 100_000,
     }
     if kind == "hacking":
-        reward = trained_reward(work / "rewards" / f"few-{FIRST_SEED}", FIRST_SEED, **FEW)
+        reward = trained_reward(work / "rewards" / f"few-{FIRST_SEED}")
         run = recipe("reward_backprop/shapes", values | {"train.learning_rate": 3e-3})
         weak = {"name": "weak", "scorer": "shapes-clip", "model": str(reward), "normalize": "none"}
         run.rewards = {"rewards": [weak], "combine": {"method": "weighted_sum"}}

@@ -74,6 +74,7 @@ REWARD_COMMANDS = (
         "train", "reward_train", "a reward from votes, pairs, lists or thumbs", takes_rest=True
     ),
     Command("add-user", "reward_add_user", "a new user of a reward with users, from a few pairs"),
+    Command("average", "reward_average", "one reward from the weights of several (WARM)"),
 )
 COMMANDS = (
     Command(

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(reward: RewardRun) -> int:
-    from ..reward_training.report import in_words
-    from ..reward_training.trainer import REPORT, RewardTrainer
+    from ..reward_training.report import REPORT, in_words
+    from ..reward_training.trainer import RewardTrainer
 
     trainer = RewardTrainer(
         reward.model,

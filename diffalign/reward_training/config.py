@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from ..config.ranges import Positive, Range, count
+from ..config.ranges import Positive, Range, Seed, count
 from ..config.section import config_section, default_of
 from ..config.yaml_text import shown
 from ..errors import ConfigError
@@ -75,6 +75,8 @@ class RewardConfig(LoopConfig):
     """Share of prompts that choose between steps and penalties."""
     test: _Part = 0.1
     """Share of prompts that the report is about."""
+    split_seed: Seed = 0
+    """Seed of the split. Rewards of other seeds are then measured on equal prompts."""
     prompt_weights: bool = True
     """Every prompt counts the same, however many pairs it has."""
     cache: str | None = None

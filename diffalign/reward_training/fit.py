@@ -172,6 +172,11 @@ def fit_scale(margins: Tensor, pairs: Labels, config: RewardConfig) -> float:
     return float(log_factor.detach().clamp(-_WIDEST, _WIDEST).exp())
 
 
+def margins_of_scores(scores: Tensor) -> Tensor:
+    """Return the margins of pairs from the scores of both images, (n, 2)."""
+    return scores[:, 0] - scores[:, 1]
+
+
 def margins_of(head: RewardHead, pairs: Pairs) -> Tensor:
     """Margins of all pairs by every member, (n, members)."""
     first = head(pairs.base[:, 0], pairs.first, pairs.text)

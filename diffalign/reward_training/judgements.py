@@ -289,7 +289,7 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
         UserError: There are too few prompts.
     """
     groups = _connected(judgements)
-    count = len(set(groups.tolist()))
+    count = len(set(groups[judgements.prompt].tolist()))
     if count < FEWEST_PROMPTS:
         raise UserError(
             f"{count} prompts with images of their own are too few to learn from and to report on; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from ..rewards.learned.calibration import (
     prompt_mean,
 )
 from ..rewards.learned.losses import explained_share, nuisance_correlations
+from ..runtime.files import write_atomically
 from .features import NUISANCES
 
+REPORT = "report.json"
 BINS = 10
 LISTED_USERS = 20
 
@@ -208,6 +211,8 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['accuracy']:.0%} | {in_words(row)} | {row['pairs']} |")
         more = len(report["users"]) - LISTED_USERS
         lines += ["", f"and {more} more in `report.json`"] if more > 0 else []
+    if "average" in facts:
+        lines += _of_average(facts["average"])
     backbone = facts["base"].get("backbone")
     if backbone:
         lines += [
@@ -215,3 +220,31 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
             f"It shares the backbone {backbone} with other scorers, and with it their blind spots.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _of_average(facts: dict[str, Any]) -> list[str]:
+    """Say what was averaged, and whether the members are linearly connected."""
+    own = ", ".join(f"{value:.1%}" for value in facts["validation_accuracies"])
+    worst = max(facts["barriers"].values())
+    lines = [
+        "",
+        "## Average of weights (WARM, arXiv 2401.12187)",
+        "",
+        f"Of {', '.join(facts['members'])}, which are right in {own} of the validation pairs. "
+        f"The average is right in {facts['validation_accuracy']:.1%}. Along the line between two "
+        f"members the loss rises by at most {worst:.3f} above its ends.",
+    ]
+    return [*lines, "", f"WARNING: {facts['warning']}"] if facts["warning"] else lines
+
+
+def write_report(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write `report.json`, the picture of the calibration and the card.
+
+    Args:
+        folder (`Path`): Of the reward.
+        report (`dict[str, Any]`): Of `measure`.
+        facts (`dict[str, Any]`): What `reward.json` holds.
+    """
+    write_atomically(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    draw_calibration(report, folder / "calibration.png")
+    write_atomically(folder / "README.md", card(facts, report).encode())

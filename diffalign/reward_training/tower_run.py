@@ -32,7 +32,7 @@ from ..training.run_folder import begin
 from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, start_trackers
 from .config import RewardConfig
-from .fit import fit_scale, label_loss, make_labels, part_loss
+from .fit import fit_scale, label_loss, make_labels, margins_of_scores, part_loss
 from .judgements import Judgements
 from .pair_groups import PairBatch, PairData
 from .report import hits_of
@@ -42,11 +42,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _LOOKS = 10
-
-
-def margins_of(scores: Tensor) -> Tensor:
-    """Return the margins of pairs from the scores of both images, (n, 2)."""
-    return scores[:, 0] - scores[:, 1]
 
 
 class TowerRun:
@@ -143,7 +138,7 @@ class TowerRun:
     def _fit_factor(self) -> None:
         """Start at the confidence that fits the labels best."""
         val, head = self.data["val"], self.network.head
-        factor = fit_scale(margins_of(self.base_scores["val"]), val.labels, self.args)
+        factor = fit_scale(margins_of_scores(self.base_scores["val"]), val.labels, self.args)
         with torch.no_grad():
             head.log_factor.fill_(torch.tensor(factor).log())
 
@@ -222,7 +217,7 @@ class TowerRun:
         Returns:
             `dict[str, float]`: `eval/loss` and `eval/accuracy`.
         """
-        labels, margins = self.data["val"].labels, margins_of(self.scores("val"))
+        labels, margins = self.data["val"].labels, margins_of_scores(self.scores("val"))
         loss = float(part_loss(margins, labels, self.args))
         decided = labels.label != 0.5
         hits = hits_of(margins, labels.label)[decided]

@@ -36,16 +36,23 @@ from ..training.callbacks import TrainerCallback
 from ..training.sections import LoraSection
 from .config import RewardConfig
 from .features import Features, check_base, embed, pair_nuisances
-from .fit import Pairs, fit_head, fit_pal, fit_scale, make_pairs, margins_of, pal_margins
+from .fit import (
+    Pairs,
+    fit_head,
+    fit_pal,
+    fit_scale,
+    make_pairs,
+    margins_of,
+    margins_of_scores,
+    pal_margins,
+)
 from .judgements import Judgements, prompt_key, read_judgements, split
-from .report import card, draw_calibration, measure
+from .report import measure, write_report
 from .tower_network import check_trainable
 from .tower_run import TowerRun
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-REPORT = "report.json"
 
 
 class RewardTrainer:
@@ -106,7 +113,7 @@ class RewardTrainer:
         options: dict[str, Any] = {"columns": columns} if columns else {}
         self.judgements = data = read_judgements(train_dataset, **options)
         test = self.args.test if eval_dataset is None else 0.0
-        self.parts = split(data, self.args.val, test, self.args.seed)
+        self.parts = split(data, self.args.val, test, self.args.split_seed)
         if eval_dataset is None:
             self.held_out = self.parts["test"]
         else:
@@ -257,13 +264,12 @@ class RewardTrainer:
     def _finish_towers(self, run: TowerRun, scores: dict[str, Tensor]) -> None:
         """Measure the trained towers and write them."""
         val, test = (run.data[name].labels for name in ("val", "test"))
-        margins = {name: values[:, 0] - values[:, 1] for name, values in scores.items()}
+        margins = {name: margins_of_scores(values) for name, values in scores.items()}
         temperature = fit_scale(margins["val"], val, self.args)
         spread = temperature * _spread(margins["val"])
-        base = run.base_scores["test"]
         report = measure(
             temperature * margins["test"],
-            base[:, 0] - base[:, 1],
+            margins_of_scores(run.base_scores["test"]),
             test.label,
             test.prompt,
             test.user,
@@ -278,7 +284,7 @@ class RewardTrainer:
             facts["towers"]["lora"] = lora_facts(run.network.lora)
         save_tensors(trained_state(run.network.towers), self.folder / TOWERS)
         _write_head(run.network.head, self.folder)
-        _write_report(self.folder, report, facts)
+        write_report(self.folder, report, facts)
         # Last, because it makes the folder a reward.
         write_atomically(self.folder / FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
@@ -356,18 +362,12 @@ class RewardTrainer:
         with replacing_folder(self.folder) as temporary:
             _write_head(head, temporary)
             write_atomically(temporary / FILE, (json.dumps(facts, indent=2) + "\n").encode())
-            _write_report(temporary, report, facts)
+            write_report(temporary, report, facts)
 
 
 def _spread(margins: Tensor) -> float:
     """Deviation of the scores of one prompt, from the margins of its pairs."""
     return float((margins.square().mean() / 2).sqrt())
-
-
-def _write_report(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
-    write_atomically(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    draw_calibration(report, folder / "calibration.png")
-    write_atomically(folder / "README.md", card(facts, report).encode())
 
 
 def _write_head(head: RewardHead | PalHead | FactorHead, folder: Path) -> None:

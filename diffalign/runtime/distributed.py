@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,11 +117,16 @@ def end_training(accelerator: Accelerator) -> None:
     The network's reducer would otherwise hold the last reference to the process group.
     It would end the group's threads while it holds the interpreter's lock, which these
     threads may need to end. With torch 2.8, a finished run was seen to hang so.
+
+    A thread that still holds the tensors of the last collective needs that lock too. At
+    the end of the process it does not get it, and aborts the process. So the threads
+    are ended before that.
     """
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _ENDED.append(torch.distributed.group.WORLD)  # torch's own handle lets go of the lock first
+        atexit.register(_ENDED.clear)
     accelerator.end_training()
 
 

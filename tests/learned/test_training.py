@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from judged import config, report_of, rows
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import picture
@@ -21,25 +22,6 @@ from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
 from diffalign.reward_training.fit import PENALTIES
 from diffalign.reward_training.judgements import read_judgements, split
 from diffalign.rewards.learned.heads import RewardHead
-
-
-def rows(count: int, likes_bright: bool = True, user: str | None = None, first: int = 0) -> Any:
-    """Pairs of a bright and a dark image, each with a prompt of its own."""
-    result = []
-    for i in range(first, first + count):
-        bright, dark = picture(200 - i % 20, i, 64), picture(60 + i % 20, 5000 + i, 64)
-        chosen, rejected = (bright, dark) if likes_bright else (dark, bright)
-        row = {"prompt": f"a small red circle number {i}", "chosen": chosen, "rejected": rejected}
-        result.append(row | ({"user_id": user} if user else {}))
-    return result
-
-
-def config(folder: Path, **values: Any) -> RewardConfig:
-    return RewardConfig(output_dir=str(folder), val=0.2, test=0.25, **values)
-
-
-def report_of(folder: Path) -> Any:
-    return json.loads((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +108,8 @@ def people(users: int, votes: int, first: int = 0) -> list[Any]:
 
 def test_users_of_two_tastes(tmp_path: Path) -> None:
     data = people(6, 12)
-    shared = RewardTrainer("shapes-clip", config(tmp_path / "shared", seed=1), data).train()
-    args = config(tmp_path / "pal", head="pal", seed=1)
+    shared = RewardTrainer("shapes-clip", config(tmp_path / "shared", split_seed=1), data).train()
+    args = config(tmp_path / "pal", head="pal", seed=1, split_seed=1)
     pal = RewardTrainer("shapes-clip", args, data).train()
     found = [report_of(folder)["reward"]["accuracy"] for folder in (shared, pal)]
     assert found[1] > found[0] + 0.1 and found[1] > 0.9

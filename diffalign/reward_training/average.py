@@ -1,0 +1,265 @@
+"""WARM: one reward whose weights are the mean of several (arXiv 2401.12187)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UserError
+from ..rewards.learned.calibration import prompt_mean
+from ..rewards.learned.heads import FactorHead
+from ..rewards.learned.tower_weights import TOWERS, tower_list
+from ..rewards.scorers.trained import FILE, WEIGHTS, TrainedReward, read_facts
+from ..runtime.files import replacing_folder, save_tensors, write_atomically
+from .config import RewardConfig
+from .features import pair_nuisances
+from .fit import Labels, fit_scale, make_labels, margins_of_scores, part_loss
+from .judgements import Judgements, read_judgements, split
+from .report import hits_of, measure, write_report
+
+BETWEEN = (0.25, 0.5, 0.75)
+TOLERANCE = 0.02
+"""Loss, in nats, by which an interpolation may be worse than its ends."""
+_BATCH = 32
+
+
+def average_rewards(
+    folders: Sequence[str | Path],
+    output_dir: str | Path,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    *,
+    force: bool = False,
+    device: str | None = None,
+) -> Path:
+    """Average rewards whose towers were trained from one base, and test that it helps.
+
+    The mean of weights is a good reward only where the loss along the line between any
+    two members is no worse than between their losses. This is measured on the
+    validation prompts.
+
+    Args:
+        folders (`Sequence[str | Path]`): Two or more rewards with trained towers, which
+            differ in seed, data order or learning rate.
+        output_dir (`str` or `Path`): A new folder.
+        train_dataset: What the members were trained on. Its validation prompts are
+            used, and its test prompts if they had no `eval_dataset`.
+        eval_dataset (*optional*): As they had.
+        force (`bool`, *optional*, defaults to `False`): Write an average that fails the
+            test, too.
+        device (`str`, *optional*): Where it is measured.
+
+    Returns:
+        `Path`: The folder, for `load_scorer`. Its `reward.json` has every barrier.
+
+    Raises:
+        UserError: The members cannot be averaged, or the average is worse than its
+            worst member.
+    """
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output_dir: {str(target)!r} is not empty; choose another folder")
+    places = [Path(folder) for folder in folders]
+    facts = [read_facts(place) for place in places]
+    _check_members(places, facts)
+    val, test, names = _parts(facts[0], train_dataset, eval_dataset)
+    labels = make_labels(val, True)
+    members = [TrainedReward(place, device=device) for place in places]
+    states = [_state(member) for member in members]
+    scorer = members[0]  # carries the weights that are measured
+    before = _base_margins(facts[0], test, device)
+    config = RewardConfig(flip_rate=facts[0]["settings"]["flip_rate"])
+
+    def scores(weights: Sequence[float], part: Judgements = val) -> Tensor:
+        put(scorer, mixed(states, weights))
+        return score_pairs(scorer, part)
+
+    def loss(weights: Sequence[float]) -> float:
+        return float(part_loss(margins_of_scores(scores(weights)), labels, config))
+
+    count = len(members)
+    alone = [[float(i == j) for j in range(count)] for i in range(count)]
+    losses = [loss(each) for each in alone]
+    barriers: dict[str, float] = {}
+    for i, j in combinations(range(count), 2):
+        rises = []
+        for share in BETWEEN:
+            weights = [(1 - share) * a + share * b for a, b in zip(alone[i], alone[j], strict=True)]
+            rises.append(loss(weights) - (1 - share) * losses[i] - share * losses[j])
+        barriers[f"{places[i].name} - {places[j].name}"] = max(rises)
+    equal = [1 / count] * count
+    own = [_accuracy(margins_of_scores(scores(each)), labels) for each in alone]
+    values = scores(equal)
+    averaged = margins_of_scores(values)
+    reached = _accuracy(averaged, labels)
+    verdict = _verdict(barriers, own, reached)
+    if verdict and not force:
+        raise UserError(f"{verdict}; train the members from one start, or pass --force")
+    factor = fit_scale(averaged, labels, config)
+    spread = factor * float((averaged.square().mean() / 2).sqrt())
+    report = measure(
+        factor * margins_of_scores(scores(equal, test)),
+        before,
+        torch.from_numpy(test.label),
+        torch.from_numpy(test.prompt),
+        torch.from_numpy(test.user),
+        names,
+        pair_nuisances(test),
+    )
+    written = facts[0] | {
+        "name": target.resolve().name,
+        "summary": f"the mean of the weights of {count} rewards",
+        "temperature": factor,
+        "affine": [factor * float(values.mean()), max(spread, 1e-6)],
+        "towers": {"kind": "full"},
+        "average": {
+            "members": [place.name for place in places],
+            "validation_accuracies": own,
+            "validation_accuracy": reached,
+            "barriers": barriers,
+            "warning": verdict,
+        },
+    }
+    put(scorer, mixed(states, equal))
+    with replacing_folder(target) as temporary:
+        towers = tower_list(scorer.base).named_parameters()
+        save_tensors({n: p.detach().cpu().contiguous() for n, p in towers}, temporary / TOWERS)
+        save_tensors({"log_factor": mixed(states, equal)["factor"]}, temporary / WEIGHTS)
+        write_atomically(temporary / FILE, (json.dumps(written, indent=2) + "\n").encode())
+        write_report(temporary, report, written)
+    return target
+
+
+def _check_members(places: list[Path], facts: list[dict[str, Any]]) -> None:
+    if len(places) < 2:
+        raise UserError("an average needs two rewards or more")
+    for place, each in zip(places, facts, strict=True):
+        if "towers" not in each:
+            raise UserError(
+                f"{place} has frozen towers; heads are combined by train.members, and only rewards "
+                "with trained towers are averaged"
+            )
+        if each["base"]["fingerprint"] != facts[0]["base"]["fingerprint"]:
+            raise UserError(f"{place} and {places[0]} have other bases, so no average has a sense")
+        if _split_of(each) != _split_of(facts[0]):
+            raise UserError(
+                f"{place} and {places[0]} were trained on other data or splits, so no prompts are "
+                "left to measure both on; take equal data, val, test and split_seed"
+            )
+
+
+def _split_of(facts: dict[str, Any]) -> list[Any]:
+    """What decides the prompts that were not trained on."""
+    settings, data = facts["settings"], facts["data"]
+    named = [settings[name] for name in ("val", "test", "split_seed")]
+    return [data["fingerprint"], data["split"], *named]
+
+
+def _parts(
+    facts: dict[str, Any], train_dataset: Any, eval_dataset: Any
+) -> tuple[Judgements, Judgements, list[str]]:
+    """Validation and test pairs of the members, and the names of users."""
+    data, settings = read_judgements(train_dataset), facts["settings"]
+    if data.fingerprint() != facts["data"]["fingerprint"]:
+        raise UserError("--data: these are other judgements than the members were trained on")
+    test = settings["test"] if eval_dataset is None else 0.0
+    parts = split(data, settings["val"], test, settings["split_seed"])
+    held_out = read_judgements(eval_dataset) if eval_dataset is not None else parts["test"]
+    return parts["val"], held_out, held_out.users
+
+
+def _base_margins(facts: dict[str, Any], part: Judgements, device: str | None) -> Tensor:
+    from ..rewards.registry import load_scorer
+
+    base = facts["base"]
+    scorer = load_scorer(base["scorer"], model=base.get("model"), device=device)
+    return margins_of_scores(score_pairs(scorer, part))
+
+
+@torch.no_grad()
+def score_pairs(scorer: Any, part: Judgements) -> Tensor:
+    """Score both images of pairs, (n, 2), float64.
+
+    Args:
+        scorer: Any scorer.
+        part (`Judgements`): The pairs.
+    """
+    rows = [*zip(part.first.tolist(), part.prompt.tolist(), strict=True)]
+    rows += [*zip(part.second.tolist(), part.prompt.tolist(), strict=True)]
+    distinct = list(dict.fromkeys(rows))
+    values: dict[tuple[int, int], float] = {}
+    for start in range(0, len(distinct), _BATCH):
+        batch = distinct[start : start + _BATCH]
+        images = [part.open(image) for image, _ in batch]
+        scores = scorer(images, [part.prompts[prompt] for _, prompt in batch])
+        values |= dict(zip(batch, scores.tolist(), strict=True))
+    flat = torch.tensor([values[row] for row in rows], dtype=torch.float64)
+    return flat.view(2, -1).T
+
+
+def _state(member: TrainedReward) -> dict[str, Tensor]:
+    """The weights of a member by name, a LoRA merged, and its factor."""
+    head = member.head
+    if not isinstance(head, FactorHead):
+        raise ConfigError("folders", f"{member.folder} has a head of its own")
+    state = {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in tower_list(member.base).named_parameters()
+    }
+    # The temperature belongs to the factor, for members are mixed as they score.
+    temperature = torch.tensor(member.temperature)
+    return state | {"factor": head.log_factor.detach().cpu() + temperature.log()}
+
+
+def mixed(states: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted sum of states.
+
+    Args:
+        states (`Sequence[dict[str, Tensor]]`): Equal names and shapes.
+        weights (`Sequence[float]`): One for each, with sum 1.
+    """
+    return {
+        name: torch.stack(
+            [w * state[name].double() for w, state in zip(weights, states, strict=True)]
+        )
+        .sum(0)
+        .to(states[0][name].dtype)
+        for name in states[0]
+    }
+
+
+@torch.no_grad()
+def put(scorer: TrainedReward, state: dict[str, Tensor]) -> None:
+    """Load a mixed state into a reward, which then has no temperature."""
+    for name, parameter in tower_list(scorer.base).named_parameters():
+        parameter.copy_(state[name])
+    head = scorer.head
+    assert isinstance(head, FactorHead)
+    head.log_factor.copy_(state["factor"])
+    scorer.temperature = 1.0
+    scorer.forget_prompts()
+
+
+def _accuracy(margins: Tensor, labels: Labels) -> float:
+    decided = labels.label != 0.5
+    hits = hits_of(margins, labels.label)[decided]
+    return prompt_mean(hits.tolist(), [str(prompt) for prompt in labels.prompt[decided].tolist()])
+
+
+def _verdict(barriers: dict[str, float], own: list[float], reached: float) -> str | None:
+    """Say what speaks against the average, None if nothing does."""
+    worst = max(barriers, key=lambda pair: barriers[pair])
+    if barriers[worst] > TOLERANCE:
+        return (
+            f"between {worst} the loss rises by {barriers[worst]:.3f} above its ends (at most "
+            f"{TOLERANCE} is allowed), so the members are not linearly connected"
+        )
+    if reached < min(own):
+        return f"the average is right in {reached:.1%}, its worst member in {min(own):.1%}"
+    return None
