@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder)",
     )
     parser.add_argument(
+        "--ask_reward",
+        type=Path,
+        help="an ensemble of diffalign reward train (train.members): of four pairs, the one on "
+        "which its members disagree most is voted on",
+    )
+    parser.add_argument(
         "--no_export", action="store_true", help="visitors cannot download the votes"
     )
     parser.add_argument(
@@ -199,6 +205,7 @@ def _app(options: argparse.Namespace) -> Any:
     except ImportError:
         raise UserError("the demo needs gradio; pip install 'diffalign[demo]'") from None
     from ..demo.app import EXAMPLE, build_app
+    from ..demo.doubt import Doubt
     from ..demo.engine import Engine, Limits
     from ..demo.votes import RoundVotes, VoteStore
     from ..evaluation.compare import read_models
@@ -239,8 +246,14 @@ def _app(options: argparse.Namespace) -> Any:
         user_adapter=options.user_adapter,
     )
     example = EXAMPLE if embedded or not prompts else prompts[0]
+    doubt = Doubt(options.ask_reward, options.device) if options.ask_reward else None
     return build_app(
-        engine, prompts=prompts, votes=votes, export=not options.no_export, example=example
+        engine,
+        prompts=prompts,
+        votes=votes,
+        export=not options.no_export,
+        example=example,
+        doubt=doubt,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from . import compare_tab, like_tab, steer_tab, vote_tab
+from .doubt import Doubt
 from .engine import Engine
 from .like_tab import Liking
 from .likes import LikeStore
@@ -37,6 +38,7 @@ def build_app(
     vote_pair: tuple[str, str] | None = None,
     example: str = EXAMPLE,
     export: bool = True,
+    doubt: Doubt | None = None,
 ) -> gr.Blocks:
     """Build the demo as `gr.Blocks`.
 
@@ -53,6 +55,7 @@ def build_app(
         example (`str`, *optional*): The prompt that the page starts with.
         export (`bool`, *optional*, defaults to `True`): Let visitors download all votes
             as a preference dataset.
+        doubt (`Doubt`, *optional*): Chooses the pairs to vote on. None shows any.
 
     Returns:
         `gr.Blocks`.
@@ -63,7 +66,7 @@ def build_app(
     session = Session()
     models = vote_pair or (engine.names[0], engine.names[-1])
     votes = votes or VoteStore(Path("diffalign-votes"))
-    voting = Voting(engine, votes, prompts, models)
+    voting = Voting(engine, votes, prompts, models, doubt)
     with gr.Blocks(
         title="diffalign demo", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)
     ) as app:

@@ -17,6 +17,7 @@ from PIL import Image
 from ..errors import UserError
 from ..evaluation.formatting import rate
 from .answers import ANNOTATOR_CHARS, Pending
+from .doubt import Doubt
 from .engine import Engine, enlarged
 from .ui import Session, explained, export_button
 from .votes import Pair, RoundVotes, VoteStore
@@ -47,6 +48,8 @@ document.addEventListener("keydown", (event) => {
 
 LEAST_PAIRS, MOST_PAIRS = 4, 16
 """How many votes make a visitor's taste."""
+CANDIDATES = 4
+"""Pairs of which the one with the most doubt is shown."""
 
 
 class Voting:
@@ -60,15 +63,23 @@ class Voting:
         store (`VoteStore`): Stores the votes. A `RoundVotes` also gives the pairs.
         prompts (`Sequence[str]`): Prompts to draw.
         pair (`tuple[str, str]`): Names of the two models, the base first.
+        doubt (`Doubt`, *optional*): Chooses among `CANDIDATES` pairs. None takes the
+            first.
 
     Raises:
         UserError: There is nothing to vote on.
     """
 
     def __init__(
-        self, engine: Engine, store: VoteStore, prompts: Sequence[str], pair: tuple[str, str]
+        self,
+        engine: Engine,
+        store: VoteStore,
+        prompts: Sequence[str],
+        pair: tuple[str, str],
+        doubt: Doubt | None = None,
     ) -> None:
         self.engine, self.store, self.prompts, self.models = engine, store, list(prompts), pair
+        self.doubt = doubt
         self.pending = Pending()
         # By session: prompt, chosen and rejected picture of the store.
         self._decided: dict[str, list[tuple[str, str, str]]] = {}
@@ -91,13 +102,17 @@ class Voting:
         Returns:
             `Pair`, or None when there is none left.
         """
-        pair = (
-            self.store.next(annotator, random.Random())
-            if isinstance(self.store, RoundVotes)
-            else self._drawn()
-        )
+        count = 1 if self.doubt is None else CANDIDATES
+        drawn = [self._candidate(annotator) for _ in range(count)]
+        pairs = [pair for pair in drawn if pair is not None]
+        pair = self.doubt.choose(pairs) if self.doubt is not None and pairs else drawn[0]
         self.pending.put(visitor, pair)
         return pair
+
+    def _candidate(self, annotator: object) -> Pair | None:
+        if isinstance(self.store, RoundVotes):
+            return self.store.next(annotator, random.Random())
+        return self._drawn()
 
     def _drawn(self) -> Pair:
         rng = random.SystemRandom()

@@ -19,6 +19,7 @@ _Part = Annotated[float, Range(0.0, 0.5, words="a share from 0 to 0.5")]
 _Weight = Annotated[float, Range(0.0, 1e6)]
 _HEAD_SETTINGS = ("output_dir", "overwrite_output_dir", "seed", "max_steps", "learning_rate")
 """Settings of the loop that a head on frozen towers has, too."""
+_TOWER_SETTINGS = ("anchor",)
 _FROZEN_SETTINGS = ("hidden", "members", "nuisance", "l2", "cache")
 """Settings that trained towers do not have."""
 
@@ -62,6 +63,10 @@ class RewardConfig(LoopConfig):
     """Label smoothing."""
     margin: _Weight = 0.0
     """Lead that a winner must have."""
+    anchor: _Weight = 0.0
+    """Trained towers of CLIP: weight of the contrastive loss of prompts and preferred
+    images beside the preferences, so that a few of them do not spoil the towers. Its
+    negatives are the other prompts of the process's batch."""
     nuisance: _Weight = 0.0
     """Weight of the penalty on the correlation with brightness, contrast, saturation,
     sharpness, file size and resolution. The correlations are reported always."""
@@ -105,11 +110,12 @@ class RewardConfig(LoopConfig):
 
     def _check_towers(self) -> None:
         if self.towers == "frozen":
-            for field in dataclasses.fields(LoopConfig):
-                if field.name not in _HEAD_SETTINGS and self._is_set(field.name):
+            loop = [field.name for field in dataclasses.fields(LoopConfig)]
+            for name in (*loop, *_TOWER_SETTINGS):
+                if name not in _HEAD_SETTINGS and self._is_set(name):
                     raise ConfigError(
-                        field.name,
-                        f"{shown(getattr(self, field.name))} is for trained towers, and towers is "
+                        name,
+                        f"{shown(getattr(self, name))} is for trained towers, and towers is "
                         "frozen; set towers: lora or full, or leave it out",
                     )
             return

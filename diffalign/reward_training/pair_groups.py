@@ -72,6 +72,8 @@ class PairBatch:
         labels (`Tensor`): Share of judges who prefer the first image, (n,).
         shares (`Tensor`): Weight of each pair in its group, (n,). Sums to 1 by group.
         weights (`Tensor`): Weight of each group, (g,), with mean 1 over all groups.
+        winners (`Tensor`): Place of the image of each group that is preferred most,
+            (g,).
         row_ids (`list[int]`): Index of each group, for messages.
     """
 
@@ -84,6 +86,7 @@ class PairBatch:
     labels: Tensor
     shares: Tensor
     weights: Tensor
+    winners: Tensor
     row_ids: list[int] = field(default_factory=list)
 
     def without_tensors(self) -> PairBatch:
@@ -107,12 +110,22 @@ class PairData(torch.utils.data.Dataset[Any]):
     def __init__(self, part: Judgements, labels: Labels, scorer: Any) -> None:
         self.part, self.labels, self.scorer = part, labels, scorer
         self.groups = make_groups(part)
+        self.winners = [self._winner(group) for group in self.groups]
         weight = labels.weight
         self.totals = torch.stack([weight[self._rows(group)].sum() for group in self.groups])
         self.mean = self.totals.mean().clamp(min=1e-12)
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def _winner(self, group: PairGroup) -> int:
+        """Place of the image with the most wins over the others."""
+        wins = [0.0] * len(group.images)
+        for a, b, row in group.pairs:
+            lead = float(self.labels.label[row]) - 0.5
+            wins[a] += lead
+            wins[b] -= lead
+        return wins.index(max(wins))
 
     @staticmethod
     def _rows(group: PairGroup) -> list[int]:
@@ -148,6 +161,9 @@ class PairData(torch.utils.data.Dataset[Any]):
             self.labels.label[rows].float(),
             (self.labels.weight[rows] / totals[owner].clamp(min=1e-12)).float(),
             (totals / self.mean).float(),
+            torch.tensor(
+                [start + self.winners[i] for start, (i, _) in zip(starts, items, strict=True)]
+            ),
             [index for index, _ in items],
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..rewards.learned.heads import FactorHead
+from ..rewards.learned.losses import anchor_loss
 from ..rewards.learned.tower_weights import (
     TOWERS,
     add_lora,
@@ -71,20 +72,33 @@ class TowerNetwork(nn.Module):
             if name.endswith(("logit_scale", "logit_bias")):
                 parameter.requires_grad_(False)
 
-    def forward(self, pixels: Tensor, prompts: list[str], owner: Tensor) -> Tensor:
+    def forward(
+        self, pixels: Tensor, prompts: list[str], owner: Tensor, winners: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Score images.
 
         Args:
             pixels (`Tensor`): (m, 3, size, size).
             prompts (`list[str]`): g prompts.
             owner (`Tensor`): Prompt of each image, (m,).
+            winners (`Tensor`, *optional*): An image of each prompt, (g,), for the
+                contrastive loss.
 
         Returns:
-            `Tensor`: (m,), float32.
+            `tuple[Tensor, Tensor | None]`: Scores (m,), float32, and the contrastive
+            loss (g,) of `winners`.
         """
-        text = tuple(rows[owner] for rows in self.scorer.text_features(prompts))
+        texts = self.scorer.text_features(prompts)
         images = self.scorer.image_features(pixels)
-        return self.head(self.scorer.similarity(images, text).float())
+        rows = tuple(features[owner] for features in texts)
+        scores = self.head(self.scorer.similarity(images, rows).float())
+        if winners is None:
+            return scores, None
+        names = [prompts.index(prompt) for prompt in prompts]
+        number = torch.tensor(names, device=images.device)
+        same = number[:, None] == number[None]
+        scale = self.scorer.clip.module.logit_scale.exp()
+        return scores, anchor_loss(texts[0], images[winners], scale, same)
 
     def freeze_unused(self, batch: PairBatch) -> None:
         """Freeze the parameters that no score depends on.
@@ -94,7 +108,8 @@ class TowerNetwork(nn.Module):
         Args:
             batch (`PairBatch`): Any groups.
         """
-        self(batch.pixels, batch.prompts, batch.owner).sum().backward()
+        scores, _ = self(batch.pixels, batch.prompts, batch.owner)
+        scores.sum().backward()
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.requires_grad_(False)

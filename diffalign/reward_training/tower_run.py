@@ -169,14 +169,19 @@ class TowerRun:
         Returns:
             `tuple[Tensor, dict[str, Tensor]]`: Loss (g,), and metrics of the pairs.
         """
-        scores = self.prepared(batch.pixels, batch.prompts, batch.owner)
+        winners = batch.winners if self.args.anchor else None
+        scores, contrast = self.prepared(batch.pixels, batch.prompts, batch.owner, winners)
         margins = scores[batch.first] - scores[batch.second]
         rows = batch.shares * label_loss(margins, batch.labels, self.args)
         loss = torch.zeros_like(batch.weights).index_add(0, batch.group, rows)
+        metrics = {}
+        if contrast is not None:
+            loss = loss + self.args.anchor * contrast
+            metrics["train/anchor"] = contrast.detach()
         decided = batch.labels != 0.5
         hits = hits_of(margins.detach(), batch.labels)[decided]
         sign = torch.where(batch.labels > 0.5, 1.0, -1.0)[decided]
-        return loss, {
+        return loss, metrics | {
             "rewards/accuracies": hits,
             "rewards/margins": sign * margins.detach()[decided],
         }
@@ -201,7 +206,7 @@ class TowerRun:
         self.network.eval()
         for batch in data.share(self.args.per_device_train_batch_size, self.accelerator):
             with self.accelerator.autocast():
-                scores = self.network(batch.pixels, batch.prompts, batch.owner)
+                scores, _ = self.network(batch.pixels, batch.prompts, batch.owner)
             values.append(torch.stack([scores[batch.first], scores[batch.second]], 1))
             rows += [row for i in batch.row_ids for _, _, row in data.groups[i].pairs]
         self.network.train(was_training)

@@ -131,6 +131,10 @@ class RewardTrainer:
             check_base(self.base)
         else:
             check_trainable(self.base)
+            if self.args.anchor and not hasattr(self.base, "clip"):
+                raise ConfigError(
+                    "anchor", f"{self.base_name} has no embeddings of prompts; set it to 0"
+                )
         self._check_again(model)
 
     def _lora(self, peft_config: LoraConfig | None) -> LoraConfig | None:

@@ -142,7 +142,7 @@ def test_groups_hold_every_pair_once() -> None:
     network = TowerNetwork(scorer)
     batch = source.placed(everything, torch.device("cpu"))
     with torch.no_grad():
-        scores = network(batch.pixels, batch.prompts, batch.owner)
+        scores, _ = network(batch.pixels, batch.prompts, batch.owner)
     images = [part.open(i) for group in groups for i in group.images]
     prompts = [part.prompts[group.prompt] for group in groups for _ in group.images]
     assert torch.allclose(scores, scorer(images, prompts), atol=1e-5)
@@ -160,7 +160,7 @@ def test_every_kind_of_tower_gets_gradients(tmp_path: Path, name: str, lora: boo
     network.freeze_unused(batch)
     assert len(trained_state(network.towers)) > 2
     network.train()
-    scores = network(batch.pixels, batch.prompts, batch.owner)
+    scores, _ = network(batch.pixels, batch.prompts, batch.owner)
     torch.nn.functional.softplus(scores[batch.second] - scores[batch.first]).sum().backward()
     moved = [p.grad for p in network.parameters() if p.requires_grad and p.grad is not None]
     assert len(moved) == sum(p.requires_grad for p in network.parameters())

@@ -31,6 +31,25 @@ def accuracy_with_ties(scores: Tensor, labels: Tensor, threshold: float) -> Tens
     return 1 - (predicted - labels).abs()
 
 
+def disagreement(margins: Tensor) -> Tensor:
+    """How much an ensemble's members disagree about pairs, in nats.
+
+    The entropy of their mean probability less the mean of their entropies (BALD,
+    Houlsby et al. 2011, arXiv 1112.5745): 0 where they agree, also that a pair is even.
+
+    Args:
+        margins (`Tensor`): Of every member, (n, members).
+
+    Returns:
+        `Tensor`: (n,).
+    """
+    return _entropy(torch.sigmoid(margins).mean(1)) - _entropy(torch.sigmoid(margins)).mean(1)
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    return -(torch.special.xlogy(shares, shares) + torch.special.xlogy(1 - shares, 1 - shares))
+
+
 def prompt_mean(values: Sequence[float], prompts: Sequence[str]) -> float:
     """Average values within each prompt, then over the prompts.
 

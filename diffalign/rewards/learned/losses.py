@@ -75,6 +75,31 @@ def in_batch_loss(
     return (image_part + text_part) / 2
 
 
+def anchor_loss(
+    texts: Tensor, images: Tensor, scale: Tensor | float, same: Tensor | None = None
+) -> Tensor:
+    """CLIP's contrastive loss, which keeps what the towers know of prompts.
+
+    The analogue of the language-model loss of GRM (Yang et al. 2024).
+
+    Args:
+        texts (`Tensor`): Unit embeddings of prompts, (n, d).
+        images (`Tensor`): Unit embeddings of an image of each, (n, d).
+        scale (`Tensor` or `float`): Factor of the cosines, that of the start.
+        same (`Tensor`, *optional*): Whether two rows have one prompt, (n, n) bool. Such
+            rows are no negatives of each other.
+
+    Returns:
+        `Tensor`: Mean of both directions, (n,).
+    """
+    logits = scale * images @ texts.T
+    own = torch.arange(len(texts), device=texts.device)
+    if same is not None:
+        others = same & ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
+        logits = logits.masked_fill(others, -math.inf)
+    return -(logits.log_softmax(1)[own, own] + logits.log_softmax(0)[own, own]) / 2
+
+
 def ranked_pairs(ranks: Tensor) -> Tensor:
     """List the pairs of a list of which the first item is ranked better.
 

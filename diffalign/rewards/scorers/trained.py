@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ...runtime.hashing import content_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import explained, loading_errors
 from ..base import Scorer
+from ..images import Images
 from ..learned.heads import FactorHead, PalHead, RewardHead
 from ..learned.tower_weights import TOWERS, load_towers
 from ..model_scorer import ModelScorer
@@ -172,6 +173,28 @@ class TrainedReward(ModelScorer):
         else:
             combined = values.mean(1) - values.std(1, correction=0)
         return self.temperature * combined
+
+    @torch.no_grad()
+    def member_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Score images by every member of an ensemble.
+
+        Args:
+            images: n images in any form that `Scorer.score` takes.
+            prompts (list of `str`): one per image.
+
+        Returns:
+            `Tensor`: (n, members), on the CPU.
+
+        Raises:
+            UserError: the reward has trained towers and thus no members.
+        """
+        if isinstance(self.head, FactorHead):
+            raise UserError(f"{self.folder} has trained towers and no members; train.members: 4")
+        kind = next(self.head.parameters()).dtype
+        text = self.prompt_features(list(prompts), len(prompts))
+        image = self.embed(images).to(self.device, kind)
+        base = self.base.similarity(image, text)
+        return self.temperature * self.members(image, text[0].to(kind), base).cpu()
 
     def members(self, image: Tensor, text: Tensor, base: Tensor) -> Tensor:
         """Return the scores by every member, (n, members)."""

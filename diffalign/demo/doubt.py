@@ -1,0 +1,51 @@
+"""Choose the pair to vote on about which a trained reward is least sure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..rewards import load_scorer
+from ..rewards.learned.calibration import disagreement
+from ..rewards.scorers.trained import TrainedReward
+from .votes import Pair
+
+
+class Doubt:
+    """The disagreement of an ensemble about pairs.
+
+    Args:
+        folder (`Path`): A reward of `diffalign reward train` with `train.members` of 2
+            or more.
+        device (`str`, *optional*): Where it runs.
+
+    Raises:
+        UserError: It is no such reward.
+    """
+
+    def __init__(self, folder: Path, device: str | None = None) -> None:
+        if not (folder / "reward.json").is_file():
+            raise UserError(
+                f"--ask_reward: {str(folder)!r} is no reward of diffalign reward train; name its "
+                "folder"
+            )
+        scorer = load_scorer(str(folder), device=device)
+        if not isinstance(scorer, TrainedReward) or scorer.facts["head"].get("members", 1) < 2:
+            raise UserError(
+                f"--ask_reward: {str(folder)!r} has one member, which cannot disagree; train it "
+                "with train.members: 4"
+            )
+        self.scorer = scorer
+
+    def choose(self, pairs: Sequence[Pair]) -> Pair:
+        """Return the pair on which the members disagree most.
+
+        Args:
+            pairs (`Sequence[Pair]`): At least one.
+        """
+        images = [image for pair in pairs for image in pair.images]
+        prompts = [pair.prompt for pair in pairs for _ in pair.images]
+        scores = self.scorer.member_scores(images, prompts)
+        doubts = disagreement(scores[0::2] - scores[1::2])
+        return pairs[int(doubts.argmax())]

@@ -1,0 +1,82 @@
+"""Votes are asked for where an ensemble disagrees."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from judged import config, rows
+from tiny import picture
+
+from diffalign.errors import UserError
+from diffalign.evaluation.compare import read_models
+from diffalign.reward_training import RewardTrainer
+from diffalign.rewards.learned.calibration import disagreement
+from diffalign.shapes import lora_dir
+from diffalign.shapes.prompts import train_prompts
+
+pytest.importorskip("gradio")
+from diffalign.demo.doubt import Doubt
+from diffalign.demo.engine import Engine
+from diffalign.demo.vote_tab import CANDIDATES, Voting
+from diffalign.demo.votes import Pair, VoteStore
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards") / "ensemble"
+    RewardTrainer("shapes-clip", config(folder, members=4), rows(40)).train()
+    return folder
+
+
+def test_disagreement() -> None:
+    agreed = torch.tensor([[3.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-9.0, -9.0, -9.0]])
+    assert disagreement(agreed).abs().max() < 1e-6
+    apart = disagreement(torch.tensor([[4.0, -4.0], [1.0, -1.0], [900.0, -900.0]]))
+    assert float(apart[2]) == pytest.approx(math.log(2)) and apart[2] > apart[0] > apart[1] > 0
+    assert torch.equal(apart, disagreement(torch.tensor([[-4.0, 4.0], [-1, 1], [-900, 900]])))
+
+
+def test_the_pair_of_most_doubt_is_chosen(ensemble: Path) -> None:
+    doubt = Doubt(ensemble, "cpu")
+    pairs = []
+    for i, (left, right) in enumerate([(120, 121), (200, 60), (90, 90), (255, 0)]):
+        images = picture(left, i, 64), picture(right, 50 + i, 64)
+        pairs.append(Pair(str(i), "a small red circle", images, ("a", "b"), {}))
+    margins = []
+    for pair in pairs:
+        scores = doubt.scorer.member_scores(list(pair.images), [pair.prompt] * 2)
+        mean = doubt.scorer(list(pair.images), [pair.prompt] * 2)
+        assert torch.allclose(scores.mean(1), mean, atol=1e-4)
+        margins.append(scores[0] - scores[1])
+    best = int(disagreement(torch.stack(margins)).argmax())
+    random.Random(0).shuffle(pairs)
+    assert doubt.choose(pairs).id == str(best)
+
+
+def test_voting_asks_about_it(ensemble: Path, tmp_path: Path) -> None:
+    models = read_models("shapes", [{"name": "tuned", "lora": str(lora_dir())}])
+    engine, shown = Engine(models), []
+
+    class Recorded(Doubt):
+        def choose(self, pairs):  # type: ignore[no-untyped-def]
+            shown.append(len(pairs))
+            return super().choose(pairs)
+
+    store = VoteStore(tmp_path)
+    doubt = Recorded(ensemble, "cpu")
+    voting = Voting(engine, store, train_prompts()[:4], ("base", "tuned"), doubt)
+    pair = voting.new_pair("visitor", "ann")
+    assert pair is not None and shown == [CANDIDATES]
+    assert voting.vote("visitor", pair.id, "left", "ann") and len(store.votes) == 1
+
+
+def test_rewards_that_cannot_disagree(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no reward"):
+        Doubt(tmp_path)
+    RewardTrainer("shapes-clip", config(tmp_path / "one"), rows(40)).train()
+    with pytest.raises(UserError, match="cannot disagree"):
+        Doubt(tmp_path / "one")
