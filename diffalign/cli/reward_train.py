@@ -76,6 +76,7 @@ def _train(reward: RewardRun) -> int:
         model_path=reward.model_path,
         columns=reward.columns,
         peft_config=reward.lora.to_peft() if reward.lora is not None else None,
+        like_threshold=reward.like_threshold,
     )
     if process_rank() > 0:
         trainer.train()

@@ -64,6 +64,7 @@ class Group:
             kept tie.
         place (`int`, defaults to `0`): Which image of its row a labelled image is.
         user (`str`, *optional*): Who judged the row, where the data say it.
+        rating (`float`, *optional*): Of a rated single image.
 
     Example:
         >>> from PIL import Image
@@ -82,6 +83,7 @@ class Group:
     weight: float = 1.0
     place: int = 0
     user: str | None = None
+    rating: float | None = None
 
     @property
     def key(self) -> int:
@@ -314,7 +316,15 @@ def build_group(
                 f"has {len(row_cells)} images and {len(verdict.prompts)} scores"
             )
     images = [image_cells.resolve(cell, places) for cell in row_cells]
-    return Group(row_id, verdict.prompts, images, verdict.scores, verdict.weight, user=verdict.user)
+    return Group(
+        row_id,
+        verdict.prompts,
+        images,
+        verdict.scores,
+        verdict.weight,
+        user=verdict.user,
+        rating=verdict.rating,
+    )
 
 
 def lazy_cell(scalar: pyarrow.Scalar) -> Any:

@@ -30,6 +30,7 @@ class Verdict:
         scores (`tuple[float, ...]`, *optional*): One per image of a ranked row, or of a
             pair whose data have scores. NaN marks a missing score of a pair. 1 for a
             liked single image and -1 for a disliked one.
+        rating (`float`, *optional*): Of a rated single image.
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             tie.
         second_wins (`bool`, *optional*): Whether the labels preferred the second image.
@@ -45,6 +46,7 @@ class Verdict:
     weight: float = 1.0
     second_wins: bool | None = None
     user: str | None = None
+    rating: float | None = None
 
 
 def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
@@ -236,6 +238,7 @@ def _judge_like(layout: Layout, cells: Mapping[str, Any], weight: float) -> Verd
     threshold = 1.0 if layout.like_threshold is None else layout.like_threshold
     score = 1.0 if value >= threshold else -1.0
     verdict = Verdict("keep", image_roles=("image",), scores=(score,), weight=weight)
+    verdict = verdict if role == "label" else replace(verdict, rating=value)
     return _with_prompts(cells, ("prompt",), verdict)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from ..config.ranges import Positive, Range, Seed, count
+from ..config.ranges import BatchSize, Positive, Range, Seed, count
 from ..config.section import config_section, default_of
 from ..config.yaml_text import shown
 from ..errors import ConfigError
@@ -19,8 +19,8 @@ _Part = Annotated[float, Range(0.0, 0.5, words="a share from 0 to 0.5")]
 _Weight = Annotated[float, Range(0.0, 1e6)]
 _HEAD_SETTINGS = ("output_dir", "overwrite_output_dir", "seed", "max_steps", "learning_rate")
 """Settings of the loop that a head on frozen towers has, too."""
-_TOWER_SETTINGS = ("anchor",)
-_FROZEN_SETTINGS = ("hidden", "members", "nuisance", "l2", "cache")
+_TOWER_SETTINGS = ("anchor", "anchor_data", "anchor_batch_size")
+_FROZEN_SETTINGS = ("hidden", "loss", "members", "nuisance", "l2", "cache")
 """Settings that trained towers do not have."""
 
 
@@ -49,6 +49,11 @@ class RewardConfig(LoopConfig):
     head: Literal["bradley_terry", "pal"] = "bradley_terry"
     """bradley_terry is one reward for everybody. pal has users with tastes of their own
     (arXiv 2406.08469)."""
+    loss: Literal["pairs", "plackett_luce", "thumbs", "ratings", "quantiles"] = "pairs"
+    """Of a bradley_terry head on frozen towers. pairs: every two images of a prompt.
+    plackett_luce: whole lists. thumbs: likes and dislikes one by one, with a bias per
+    user. ratings: stars by cumulative logits. quantiles: the distribution of ratings
+    (QRM, arXiv 2409.10164), see `load_scorer(folder, quantile=0.1)`."""
     hidden: Annotated[int, count(0, 65_536, "0 or more")] = 0
     """Width of a hidden layer. 0 is linear, which suits less than about 5,000 pairs."""
     members: Annotated[int, count(1, 64)] = 1
@@ -64,9 +69,14 @@ class RewardConfig(LoopConfig):
     margin: _Weight = 0.0
     """Lead that a winner must have."""
     anchor: _Weight = 0.0
-    """Trained towers of CLIP: weight of the contrastive loss of prompts and preferred
-    images beside the preferences, so that a few of them do not spoil the towers. Its
-    negatives are the other prompts of the process's batch."""
+    """Trained towers of CLIP: weight of the contrastive loss beside the preferences, so
+    that a few of them do not spoil the towers. Its negatives are the other captions of
+    the process's batch."""
+    anchor_data: str | None = None
+    """Captioned images for `anchor` (columns image and prompt). null takes the prompts
+    and their preferred images."""
+    anchor_batch_size: BatchSize = 64
+    """Captioned images per process and forward pass."""
     nuisance: _Weight = 0.0
     """Weight of the penalty on the correlation with brightness, contrast, saturation,
     sharpness, file size and resolution. The correlations are reported always."""
@@ -92,7 +102,9 @@ class RewardConfig(LoopConfig):
         noise = [name for name in ("flip_rate", "smoothing", "margin") if getattr(self, name)]
         if len(noise) > 1:
             raise ConfigError(noise[0], f"give either {' or '.join(noise)}, not both")
-        others = ("hidden",) if self.head == "pal" else ("prototypes", "user_hidden")
+        if self.loss != "pairs" and noise:
+            raise ConfigError(noise[0], f"is for pairs, and loss is {self.loss}; leave it out")
+        others = ("hidden", "loss") if self.head == "pal" else ("prototypes", "user_hidden")
         for name in others:
             if self._is_set(name):
                 raise ConfigError(name, f"is no setting of a {self.head} head; leave it out")
@@ -121,6 +133,8 @@ class RewardConfig(LoopConfig):
             return
         if self.head == "pal":
             raise ConfigError("towers", "pal is a head on frozen towers; set towers: frozen")
+        if self.anchor_data is not None and not self.anchor:
+            raise ConfigError("anchor_data", "has no effect without anchor; set anchor: 0.3")
         for name in _FROZEN_SETTINGS:
             if self._is_set(name):
                 raise ConfigError(

@@ -20,7 +20,9 @@ from ..rewards.learned.losses import (
 )
 from .config import RewardConfig
 from .features import Features
+from .item_losses import ItemLoss, item_loss
 from .judgements import Judgements
+from .opinions import Opinions
 
 _PAL_STARTS = 3
 PAL_PENALTIES = (0.1, 0.3, 1.0, 3.0)
@@ -67,6 +69,42 @@ class Pairs(Labels):
     text: Tensor
     base: Tensor
     nuisances: Tensor
+
+
+@dataclass
+class Items:
+    """Tensors of some opinions on single images.
+
+    Attributes:
+        opinions (`Opinions`): The n opinions.
+        image (`Tensor`): Embeddings of the images, (n, d).
+        text (`Tensor`): Embeddings of the prompts, (n, d).
+        base (`Tensor`): Scores by the base, (n,).
+        weight (`Tensor`): Weight of each opinion, (n,).
+        prompt (`Tensor`): Index of the prompt, (n,).
+    """
+
+    opinions: Opinions
+    image: Tensor
+    text: Tensor
+    base: Tensor
+    weight: Tensor
+    prompt: Tensor
+
+
+def make_items(
+    opinions: Opinions,
+    features: Features,
+    base: Callable[[Tensor, Tensor], Tensor],
+    by_prompt: bool,
+) -> Items:
+    """Gather the embeddings of some opinions. Arguments as `make_pairs`."""
+    rows, prompt = torch.from_numpy(opinions.image), torch.from_numpy(opinions.prompt)
+    image, text = features.image[rows], features.text[prompt]
+    weight = torch.ones(len(rows), dtype=torch.float64)
+    if by_prompt and len(rows):
+        weight = weight / torch.bincount(prompt)[prompt]
+    return Items(opinions, image, text, base(image, text), weight, prompt)
 
 
 def make_labels(part: Judgements, by_prompt: bool) -> Labels:
@@ -184,8 +222,10 @@ def margins_of(head: RewardHead, pairs: Pairs) -> Tensor:
     return first - second
 
 
-def fit_head(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[RewardHead, dict[str, float]]:
-    """Fit Bradley-Terry heads.
+def fit_head(
+    train: Pairs, val: Pairs, config: RewardConfig, items: Items | None = None
+) -> tuple[RewardHead, dict[str, float]]:
+    """Fit heads.
 
     A linear head is fitted by L-BFGS, which is exact and needs no seed. One with a
     hidden layer takes Adam's steps, and the step with the best validation loss counts.
@@ -194,6 +234,8 @@ def fit_head(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[RewardHead
         train (`Pairs`): Pairs to fit.
         val (`Pairs`): Pairs that choose penalty and step.
         config (`RewardConfig`): The settings.
+        items (`Items`, *optional*): Opinions to fit in place of `train`, with a
+            `config.loss` of theirs.
 
     Returns:
         `tuple[RewardHead, dict]`: The head, and what was chosen.
@@ -203,17 +245,24 @@ def fit_head(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[RewardHead
     best: tuple[float, RewardHead, float] | None = None
     for penalty in candidates:
         torch.manual_seed(config.seed)
-        head = RewardHead(dim, config.members, config.hidden).double()
+        quantiles = config.loss == "quantiles"
+        head = RewardHead(dim, config.members, config.hidden, quantiles).double()
         _standardise(head, train)
         for member in range(config.members):
-            weight = train.weight * _drawn(train.prompt, config, member)
-            _fit_member(head, member, train, val, weight, penalty, config)
+            _fit_member(head, member, train, val, penalty, config, items)
         with torch.no_grad():
-            loss = float(part_loss(margins_of(head, val).mean(1), val, config))
+            margins = margins_of(head, val).mean(1)
+        loss = _validation_loss(margins, val, config)
         if best is None or loss < best[0]:
             best = (loss, head, penalty)
     assert best is not None
     return best[1], {"validation_loss": best[0], "l2": best[2]}
+
+
+def _validation_loss(margins: Tensor, val: Pairs, config: RewardConfig) -> float:
+    # Scores that were fitted to opinions have another unit than the logits of pairs.
+    scale = 1.0 if config.loss == "pairs" else fit_scale(margins, val, config)
+    return float(part_loss(scale * margins, val, config))
 
 
 def _standardise(head: RewardHead, train: Pairs) -> None:
@@ -242,22 +291,36 @@ def _fit_member(
     member: int,
     train: Pairs,
     val: Pairs,
-    weight: Tensor,
     penalty: float,
     config: RewardConfig,
+    items: Items | None,
 ) -> None:
     network = head.networks[member]
     features = [head.scaled(image, train.text) for image in (train.first, train.second)]
     leads = train.base[:, 0] - train.base[:, 1]
     start = torch.tensor(fit_scale(leads, train, config), dtype=torch.float64).log()
     factor = start.requires_grad_()
-    parameters = [factor, *network.parameters()]
+    fitted = [factor, *network.parameters()]
+    weight = train.weight * _drawn(train.prompt, config, member)
+    of_items: ItemLoss | None = None
+    parameters = fitted
+    if items is not None:
+        drawn = items.weight * _drawn(items.prompt, config, member)
+        of_items, more = item_loss(config.loss, items.opinions, drawn)
+        parameters = fitted + more
+        shown = head.scaled(items.image, items.text)
+        centred = items.base - head.get_buffer("base_mean")
+
+    def data_loss(margins: Tensor) -> Tensor:
+        if of_items is None:
+            return (weight * label_loss(margins, train.label, config)).sum() / weight.sum()
+        scores = (factor.exp() * centred)[:, None] + network(shown)
+        return of_items(scores if config.loss == "quantiles" else scores[:, 0])
 
     def objective() -> Tensor:
-        added = (network(features[0]) - network(features[1]))[:, 0]
+        added = (network(features[0]) - network(features[1])).mean(1)
         margins = factor.exp() * leads + added
-        loss = (weight * label_loss(margins, train.label, config)).sum() / weight.sum()
-        loss = loss + _nuisance_penalty(margins, train, config)
+        loss = data_loss(margins) + _nuisance_penalty(margins, train, config)
         squares = sum(
             p.square().sum() for name, p in network.named_parameters() if "weight" in name
         )
@@ -289,13 +352,13 @@ def _fit_member(
                 with torch.no_grad():
                     sides = [network(head.scaled(i, val.text)) for i in (val.first, val.second)]
                     leads_val = factor.exp() * (val.base[:, 0] - val.base[:, 1])
-                    margins = leads_val + (sides[0] - sides[1])[:, 0]
-                    loss = float(part_loss(margins, val, config))
+                    margins = leads_val + (sides[0] - sides[1]).mean(1)
+                loss = _validation_loss(margins, val, config)
                 if best is None or loss < best[0]:
-                    best = (loss, [p.detach().clone() for p in parameters])
+                    best = (loss, [p.detach().clone() for p in fitted])
         assert best is not None
         with torch.no_grad():
-            for parameter, value in zip(parameters, best[1], strict=True):
+            for parameter, value in zip(fitted, best[1], strict=True):
                 parameter.copy_(value)
     with torch.no_grad():
         head.log_factor[member] = factor.detach()

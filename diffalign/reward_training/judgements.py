@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..data import PreferenceDataset, load_preferences
 from ..errors import UserError
+from .opinions import Opinions
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -39,6 +40,7 @@ class Judgements:
         label (`np.ndarray`): Share of judges who prefer the first image, (n,).
         user (`np.ndarray`): Index of the judge, -1 for nobody in particular, (n,).
         weight (`np.ndarray`): How much each pair counts, (n,).
+        opinions (`Opinions`): What was said of single images and lists.
         users (`list[str]`): Names of the judges.
         notes (`list[str]`): What is remarkable about them.
     """
@@ -54,6 +56,7 @@ class Judgements:
     weight: Floats = field(default_factory=lambda: np.empty(0))
     users: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    opinions: Opinions = field(default_factory=Opinions)
 
     def __post_init__(self) -> None:
         if len(self.weight) != len(self.label):
@@ -70,11 +73,20 @@ class Judgements:
             self.prompts, self.images, self.open, users=self.users, notes=self.notes, **taken
         )
 
+    def of_prompts(self, wanted: npt.NDArray[np.bool_]) -> Judgements:
+        """Return the pairs and opinions of some prompts, (prompts,) bool."""
+        part = self.rows(np.flatnonzero(wanted[self.prompt]))
+        part.opinions = self.opinions.rows(wanted[self.opinions.prompt])
+        return part
+
     def fingerprint(self) -> str:
         """Hash of prompts, images, labels and users."""
         digest = hashlib.sha256(json.dumps([self.prompts, self.images, self.users]).encode())
         for name in ("first", "second", "prompt", "label", "user", "weight"):
             digest.update(getattr(self, name).tobytes())
+        if len(self.opinions):
+            for values in vars(self.opinions).values():
+                digest.update(np.asarray(values).tobytes())
         return digest.hexdigest()
 
 
@@ -87,6 +99,7 @@ class _Collector:
         self.openers: list[Callable[[], Image.Image]] = []
         self.users: dict[str, int] = {}
         self.pairs: list[tuple[int, int, int, float, int, float]] = []
+        self.said: list[tuple[int, int, int, float, int]] = []
 
     def image(self, key: str, opener: Callable[[], Image.Image]) -> int:
         if key not in self.images:
@@ -105,11 +118,28 @@ class _Collector:
     ) -> None:
         if first == second:  # an image is as good as itself
             return
+        self.pairs.append((first, second, *self._who(prompt, user, label), weight))
+
+    def _who(self, prompt: str, user: str | None, value: float) -> tuple[int, float, int]:
         number = self.prompts.setdefault(prompt, len(self.prompts))
         judge = -1 if user is None else self.users.setdefault(user, len(self.users))
-        self.pairs.append((first, second, number, label, judge, weight))
+        return number, value, judge
 
-    def result(self, notes: list[str]) -> Judgements:
+    def say(self, prompt: str, image: int, value: float, user: str | None, row: int) -> None:
+        """Add an opinion on one image."""
+        number, _, judge = self._who(prompt, user, value)
+        self.said.append((image, number, judge, value, row))
+
+    def result(self, notes: list[str], are_thumbs: bool = False) -> Judgements:
+        said = list(zip(*self.said, strict=True)) or [()] * 5
+        opinions = Opinions(
+            np.array(said[0], np.int64),
+            np.array(said[1], np.int64),
+            np.array(said[2], np.int64),
+            np.array(said[3], np.float64),
+            np.array(said[4], np.int64),
+            are_thumbs,
+        )
         columns = list(zip(*self.pairs, strict=True)) or [()] * 6
         first, second, prompt, label, user, weight = columns
         openers = self.openers
@@ -125,6 +155,7 @@ class _Collector:
             np.array(weight, np.float64),
             list(self.users),
             notes,
+            opinions,
         )
 
 
@@ -151,7 +182,7 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
     data = source
     if not isinstance(source, PreferenceDataset):
         data = load_preferences(source, ties="keep", verbose=False, **options)
-    collector = _Collector()
+    collector, are_thumbs = _Collector(), False
     likes: dict[tuple[str, str | None], list[tuple[int, float]]] = {}
     for index in range(len(data)):
         group = data[index]
@@ -167,6 +198,8 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
             collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
         elif data.kind == "ranked":
             scores = group.scores or ()
+            for image, score in zip(images, scores, strict=True):
+                collector.say(group.prompts[0], image, score, group.user, index)
             for a, b in combinations(range(len(images)), 2):
                 if scores[a] != scores[b]:
                     better = float(scores[a] > scores[b])
@@ -174,7 +207,10 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
                     collector.add(group.prompts[0], *pair, group.user, group.weight)
         elif data.kind == "labelled":
             liked = float((group.scores or (0.0,))[0] > 0)
-            likes.setdefault((group.prompts[0], group.user), []).append((images[0], liked))
+            value = liked if group.rating is None else group.rating
+            are_thumbs = group.rating is None
+            collector.say(group.prompts[0], images[0], value, group.user, index)
+            likes.setdefault((group.prompts[0], group.user), []).append((images[0], value))
         else:
             raise UserError(
                 f"dataset {data.report.source}: {data.kind} data hold no judgements; give pairs, "
@@ -183,8 +219,9 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
     for (prompt, user), judged in likes.items():
         for (a, first), (b, second) in combinations(judged, 2):
             if first != second:
-                collector.add(prompt, a, b, first, user)
-    return _checked(collector.result([]), getattr(data, "report", None), bool(likes))
+                collector.add(prompt, a, b, float(first > second), user)
+    result = collector.result([], are_thumbs)
+    return _checked(result, getattr(data, "report", None), bool(likes))
 
 
 def read_votes(folder: Path) -> Judgements:
@@ -307,9 +344,9 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
     sides: dict[int, str] = dict.fromkeys(groups.tolist(), "train")
     sides |= dict.fromkeys(order[: ends[0]], "test")
     sides |= dict.fromkeys(order[ends[0] : ends[0] + ends[1]], "val")
-    side = np.array([sides[int(group)] for group in groups])[judgements.prompt]
+    side = np.array([sides[int(group)] for group in groups])
     names = ("train", "val", "test") if test else ("train", "val")
-    parts = {name: judgements.rows(np.flatnonzero(side == name)) for name in names}
+    parts = {name: judgements.of_prompts(side == name) for name in names}
     for name, part in parts.items():
         if not len(part) or bool((part.label == 0.5).all()):
             raise UserError(f"the {name} prompts have no decided pair; give more judgements")
@@ -335,6 +372,8 @@ def _connected(judgements: Judgements) -> Ints:
     links = [(prompt_key(prompt), i) for i, prompt in enumerate(judgements.prompts)]
     pairs = zip(judgements.first, judgements.second, judgements.prompt, strict=True)
     image_links = [(int(image), int(p)) for a, b, p in pairs for image in (a, b)]
+    said = judgements.opinions
+    image_links += list(zip(said.image.tolist(), said.prompt.tolist(), strict=True))
     for key, number in [*links, *image_links]:
         other = by_key.setdefault(key, number)
         parent[root(number)] = root(other)

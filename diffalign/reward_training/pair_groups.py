@@ -75,6 +75,7 @@ class PairBatch:
         winners (`Tensor`): Place of the image of each group that is preferred most,
             (g,).
         row_ids (`list[int]`): Index of each group, for messages.
+        captioned (`tuple[Tensor, list[str]]`, *optional*): Captioned images.
     """
 
     pixels: Tensor
@@ -88,10 +89,11 @@ class PairBatch:
     weights: Tensor
     winners: Tensor
     row_ids: list[int] = field(default_factory=list)
+    captioned: tuple[Tensor, list[str]] | None = None
 
     def without_tensors(self) -> PairBatch:
         """Return a copy without its images. See `LoopBatch`."""
-        return replace(self, pixels=torch.empty(0))
+        return replace(self, pixels=torch.empty(0), captioned=None)
 
     def place(self, groups: list[int]) -> str:
         """Name the prompts of some groups. See `LoopBatch`."""

@@ -30,6 +30,9 @@ class RewardRun:
     columns: dict[str, str] | None = None
     """Other names of columns."""
     lora: LoraSection | None = None
+    like_threshold: float | None = None
+    """Ratings from here on are likes. null reads ratings only with `loss: ratings` or
+    `quantiles`."""
 
 
 TOP_LEVEL = tuple(each.name for each in dataclasses.fields(RewardRun))

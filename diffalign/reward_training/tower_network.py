@@ -73,7 +73,12 @@ class TowerNetwork(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(
-        self, pixels: Tensor, prompts: list[str], owner: Tensor, winners: Tensor | None = None
+        self,
+        pixels: Tensor,
+        prompts: list[str],
+        owner: Tensor,
+        winners: Tensor | None = None,
+        captioned: tuple[Tensor, list[str]] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Score images.
 
@@ -83,22 +88,30 @@ class TowerNetwork(nn.Module):
             owner (`Tensor`): Prompt of each image, (m,).
             winners (`Tensor`, *optional*): An image of each prompt, (g,), for the
                 contrastive loss.
+            captioned (`tuple[Tensor, list[str]]`, *optional*): Other images
+                (c, 3, size, size) and their captions for it.
 
         Returns:
             `tuple[Tensor, Tensor | None]`: Scores (m,), float32, and the contrastive
-            loss (g,) of `winners`.
+            loss (g,) or (c,).
         """
         texts = self.scorer.text_features(prompts)
         images = self.scorer.image_features(pixels)
         rows = tuple(features[owner] for features in texts)
         scores = self.head(self.scorer.similarity(images, rows).float())
-        if winners is None:
-            return scores, None
+        if captioned is not None:
+            other, captions = captioned
+            shown = self.scorer.text_features(captions)[0], self.scorer.image_features(other)
+            return scores, self._contrast(*shown, captions)
+        if winners is not None:
+            return scores, self._contrast(texts[0], images[winners], prompts)
+        return scores, None
+
+    def _contrast(self, texts: Tensor, images: Tensor, prompts: list[str]) -> Tensor:
         names = [prompts.index(prompt) for prompt in prompts]
         number = torch.tensor(names, device=images.device)
         same = number[:, None] == number[None]
-        scale = self.scorer.clip.module.logit_scale.exp()
-        return scores, anchor_loss(texts[0], images[winners], scale, same)
+        return anchor_loss(texts, images, self.scorer.clip.module.logit_scale.exp(), same)
 
     def freeze_unused(self, batch: PairBatch) -> None:
         """Freeze the parameters that no score depends on.

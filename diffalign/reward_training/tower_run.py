@@ -31,6 +31,7 @@ from ..training.periodic import in_order
 from ..training.run_folder import begin
 from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, start_trackers
+from .captions import CaptionData
 from .config import RewardConfig
 from .fit import fit_scale, label_loss, make_labels, margins_of_scores, part_loss
 from .judgements import Judgements
@@ -58,6 +59,7 @@ class TowerRun:
             resumes a checkpoint.
         callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): The
             user's.
+        captions (`CaptionData`, *optional*): Captioned images for the anchor.
 
     Attributes:
         accelerator (`Accelerator`): Processes and precision.
@@ -75,7 +77,9 @@ class TowerRun:
         lora: LoraConfig | None,
         identity: dict[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
+        captions: CaptionData | None = None,
     ) -> None:
+        self.captions = captions
         self.scorer, self.args, self.lora, self.identity = scorer, args, lora, identity
         self.callbacks = list(callbacks)
         self.output_dir = Path(args.output_dir)
@@ -170,13 +174,15 @@ class TowerRun:
             `tuple[Tensor, dict[str, Tensor]]`: Loss (g,), and metrics of the pairs.
         """
         winners = batch.winners if self.args.anchor else None
-        scores, contrast = self.prepared(batch.pixels, batch.prompts, batch.owner, winners)
+        shown = batch.pixels, batch.prompts, batch.owner
+        scores, contrast = self.prepared(*shown, winners, batch.captioned)
         margins = scores[batch.first] - scores[batch.second]
         rows = batch.shares * label_loss(margins, batch.labels, self.args)
         loss = torch.zeros_like(batch.weights).index_add(0, batch.group, rows)
         metrics = {}
         if contrast is not None:
-            loss = loss + self.args.anchor * contrast
+            # The weights of groups are for preferences alone.
+            loss = loss + self.args.anchor * contrast.mean() / batch.weights.mean()
             metrics["train/anchor"] = contrast.detach()
         decided = batch.labels != 0.5
         hits = hits_of(margins.detach(), batch.labels)[decided]
@@ -298,7 +304,7 @@ class TowerRun:
             parameters=functools.partial(trainable_parameters, self.network),
             optimizer=self.optimizer,
             learning_rate=self.schedule,
-            batches=data.batches(args, self.accelerator, self.state.samples_seen),
+            batches=self._batches(),
             state=self.state,
             control=self.control,
             samples_per_step=groups * self.accelerator.num_processes,
@@ -306,6 +312,18 @@ class TowerRun:
             after_update=lambda: None,
             window=MetricWindow(),
         )
+
+    def _batches(self) -> Iterator[PairBatch]:
+        args, accelerator, seen = self.args, self.accelerator, self.state.samples_seen
+        batches = self.data["train"].batches(args, accelerator, seen)
+        if self.captions is None:
+            yield from batches
+            return
+        passes = seen // (args.per_device_train_batch_size * accelerator.num_processes)
+        captioned = self.captions.batches(accelerator, passes)
+        for batch in batches:
+            batch.captioned = next(captioned)
+            yield batch
 
     def _call(self, hook: str, more: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         for callback in [*self.callbacks, *more]:

@@ -34,6 +34,7 @@ from ..runtime.files import replacing_folder, save_tensors, write_atomically
 from ..runtime.versions import versions
 from ..training.callbacks import TrainerCallback
 from ..training.sections import LoraSection
+from .captions import CaptionData
 from .config import RewardConfig
 from .features import Features, check_base, embed, pair_nuisances
 from .fit import (
@@ -41,6 +42,7 @@ from .fit import (
     fit_head,
     fit_pal,
     fit_scale,
+    make_items,
     make_pairs,
     margins_of,
     margins_of_scores,
@@ -72,6 +74,10 @@ class RewardTrainer:
             rank 16 on the attention projections (on open_clip's feed-forward layers).
         callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): Called
             while towers are trained.
+        anchor_dataset (*optional*): Captioned images for `anchor`, in place of
+            `anchor_data`.
+        like_threshold (`float`, *optional*): See `load_preferences`. Ratings are read
+            as such with a `loss` of theirs.
 
     Attributes:
         interrupted_by (`int`, *optional*): Signal that ended the training early.
@@ -100,6 +106,8 @@ class RewardTrainer:
         columns: dict[str, str] | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        anchor_dataset: Any = None,
+        like_threshold: float | None = None,
     ) -> None:
         self.args = args or RewardConfig()
         self.callbacks = callbacks
@@ -111,6 +119,10 @@ class RewardTrainer:
         if train_dataset is None:
             raise ConfigError("data", "no judgements: name a dataset or a folder of votes")
         options: dict[str, Any] = {"columns": columns} if columns else {}
+        if like_threshold is not None:
+            options["like_threshold"] = like_threshold
+        elif self.args.loss in ("ratings", "quantiles"):
+            options["like_threshold"] = 0.0  # the ratings themselves are read
         self.judgements = data = read_judgements(train_dataset, **options)
         test = self.args.test if eval_dataset is None else 0.0
         self.parts = split(data, self.args.val, test, self.args.split_seed)
@@ -135,6 +147,11 @@ class RewardTrainer:
                 raise ConfigError(
                     "anchor", f"{self.base_name} has no embeddings of prompts; set it to 0"
                 )
+        captions = anchor_dataset if anchor_dataset is not None else self.args.anchor_data
+        self.captions = None
+        if captions is not None and self.args.anchor:
+            size, seed = self.args.anchor_batch_size, self.args.seed
+            self.captions = CaptionData(captions, self.base, size, seed)
         self._check_again(model)
 
     def _lora(self, peft_config: LoraConfig | None) -> LoraConfig | None:
@@ -223,7 +240,11 @@ class RewardTrainer:
         if args.head == "pal":
             head, chosen = fit_pal(train, val, len(self.judgements.users), args)
         else:
-            head, chosen = fit_head(train, val, args)
+            items = None
+            if args.loss != "pairs":
+                said = self.parts["train"].opinions
+                items = make_items(said, features, self._score, args.prompt_weights)
+            head, chosen = fit_head(train, val, args, items)
         if self.held_out is self.parts.get("test"):
             test = self._pairs(self.held_out, features)
         else:
@@ -254,7 +275,7 @@ class RewardTrainer:
             "precision": args.mixed_precision,
             "seed": args.seed,
         }
-        run = TowerRun(self.base, args, *parts, lora, identity, self.callbacks)
+        run = TowerRun(self.base, args, *parts, lora, identity, self.callbacks, self.captions)
         output = run.train()
         self.interrupted_by = output.interrupted_by
         if output.interrupted_by is None:
@@ -292,17 +313,14 @@ class RewardTrainer:
         # Last, because it makes the folder a reward.
         write_atomically(self.folder / FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
-    def _pairs(self, part: Judgements, features: Features) -> Pairs:
+    @torch.no_grad()
+    def _score(self, image: Tensor, text: Tensor) -> Tensor:
         base: Any = self.base
+        rows = image.float().to(base.device), (text.float().to(base.device),)
+        return base.similarity(*rows).cpu().double()
 
-        @torch.no_grad()
-        def score(image: Tensor, text: Tensor) -> Tensor:
-            device = base.device
-            return (
-                base.similarity(image.float().to(device), (text.float().to(device),)).cpu().double()
-            )
-
-        return make_pairs(part, features, score, self.args.prompt_weights)
+    def _pairs(self, part: Judgements, features: Features) -> Pairs:
+        return make_pairs(part, features, self._score, self.args.prompt_weights)
 
     def _margins(self, head: RewardHead | PalHead, pairs: Pairs) -> Tensor:
         if isinstance(head, PalHead):
@@ -325,6 +343,7 @@ class RewardTrainer:
             }
         else:
             described |= {"members": args.members, "hidden": args.hidden}
+            described |= {"quantiles": True} if args.loss == "quantiles" else {}
         return described
 
     def _facts(

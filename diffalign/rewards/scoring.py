@@ -43,6 +43,7 @@ class ScoreResult:
         values (`Tensor`): float32 (n,) on the CPU. NaN marks a missing score.
         errors (`dict[int, str]`): index of a missing score -> one sentence why.
         cached (`int`): how many scores came from the cache.
+        quantiles (`Tensor`, *optional*): (n, levels), where they were asked for.
 
     Example:
         ```python
@@ -55,6 +56,7 @@ class ScoreResult:
     values: Tensor
     errors: dict[int, str] = field(default_factory=dict)
     cached: int = 0
+    quantiles: Tensor | None = None
 
 
 @dataclass

@@ -25,6 +25,7 @@ from diffalign.reward_training.fit import make_labels
 from diffalign.reward_training.judgements import read_judgements
 from diffalign.reward_training.pair_groups import MOST_IMAGES, PairData, make_groups
 from diffalign.reward_training.tower_network import TowerNetwork
+from diffalign.rewards.learned.losses import anchor_loss
 from diffalign.rewards.learned.tower_weights import trained_state
 from diffalign.rewards.testing.reference import arguments
 
@@ -173,6 +174,8 @@ def test_mistakes(tmp_path: Path) -> None:
         ({"towers": "lora", "head": "pal"}, "pal is a head on frozen towers"),
         ({"towers": "lora", "nuisance": 1.0}, "nuisance"),
         ({"save_steps": 5}, "save_steps: 5 is for trained towers"),
+        ({"anchor": 0.3}, "anchor: 0.3 is for trained towers"),
+        ({"towers": "full", "anchor_data": "x"}, "no effect without anchor"),
         ({"towers": "full", "max_steps": 3, "num_train_epochs": 1.0}, "either max_steps or"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -181,6 +184,9 @@ def test_mistakes(tmp_path: Path) -> None:
         RewardTrainer("shapes-clip", config(tmp_path), rows(40), peft_config=LoraConfig())
     with pytest.raises(ConfigError, match="no CLIP scorer"):
         RewardTrainer("jpeg", config(tmp_path, towers="full"), rows(40))
+    args = config(tmp_path / "few", towers="full", anchor=0.3)
+    with pytest.raises(UserError, match="two captions"):
+        RewardTrainer("shapes-clip", args, rows(40), anchor_dataset=captions(1))
     args, adapter = config(tmp_path / "lora", towers="lora"), LoraConfig(target_modules=["no"])
     trainer = RewardTrainer("shapes-clip", args, rows(40), peft_config=adapter)
     with pytest.raises(ConfigError, match="target_modules"):
@@ -270,3 +276,51 @@ def test_averages_that_have_no_sense(members: list[Path], trained: Path, tmp_pat
         assert "WARNING" in (tmp_path / "forced" / "README.md").read_text()
     command = ["reward", "average", str(members[0]), "--output_dir", str(tmp_path / "cli")]
     assert run([*command, "--data", "nowhere"]) == 2
+
+
+def captions(count: int) -> list[Any]:
+    return [
+        {"image": picture(100 + i, 300 + i, 64), "prompt": f"caption {i % 9}"} for i in range(count)
+    ]
+
+
+def test_an_anchor_of_captioned_images(tmp_path: Path) -> None:
+    """It is another loss, and a resumed run reads the same captions."""
+    values: dict[str, Any] = {"max_steps": 6, "eval_steps": 3, "save_steps": 2, "towers": "full"}
+    values |= {"per_device_train_batch_size": 4, "learning_rate": 3e-4}
+    anchored: dict[str, Any] = {"anchor": 0.5, "anchor_batch_size": 6}
+
+    def trained_by(name: str, callbacks: Any = (), **more: Any) -> dict[str, torch.Tensor]:
+        args, given = config(tmp_path / name, **values, **more), captions(20)
+        given_captions = given if more.get("anchor_batch_size") else None
+        RewardTrainer(
+            "shapes-clip", args, rows(40), callbacks=callbacks, anchor_dataset=given_captions
+        ).train()
+        return load_file(tmp_path / name / "towers.safetensors")
+
+    whole = trained_by("whole", **anchored)
+    log = (tmp_path / "whole" / "logs" / "metrics.jsonl").read_text()
+    assert "train/anchor" in log
+    with pytest.raises(KeyboardInterrupt):
+        trained_by("resumed", [StopAt(5)], **anchored)
+    resumed = trained_by("resumed", resume_from_checkpoint="latest", **anchored)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    winners = trained_by("winners", anchor=0.5)
+    plain = trained_by("plain")
+    for other in (winners, plain):
+        assert any(not torch.equal(whole[key], other[key]) for key in whole)
+
+
+def test_the_anchor_is_clips_loss() -> None:
+    texts = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
+    images = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
+    logits, own = 7 * images @ texts.T, torch.arange(5)
+    entropy = torch.nn.functional.cross_entropy
+    expected = (entropy(logits, own) + entropy(logits.T, own)) / 2
+    assert anchor_loss(texts, images, 7.0).mean() == pytest.approx(float(expected))
+    same = torch.eye(5, dtype=torch.bool)
+    assert torch.equal(anchor_loss(texts, images, 7.0, same), anchor_loss(texts, images, 7.0))
+    same[0, 1] = same[1, 0] = True  # one caption twice: no negatives of each other
+    fewer = anchor_loss(texts, images, 7.0, same)
+    assert (fewer[:2] < anchor_loss(texts, images, 7.0)[:2]).all()
+    assert torch.allclose(fewer[2:], anchor_loss(texts, images, 7.0)[2:])

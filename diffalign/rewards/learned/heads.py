@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .pal import pal_b_points, pal_b_scores
+
+QUANTILES = tuple(round(0.05 * k, 2) for k in range(1, 20))
+"""Levels of a head of quantiles: 0.05, 0.10, ..., 0.95 (QRM, arXiv 2409.10164)."""
 
 
 def pair_features(image: Tensor, text: Tensor) -> Tensor:
@@ -32,14 +37,18 @@ class RewardHead(nn.Module):
         dim (`int`): Size of an embedding.
         members (`int`): Number of networks, which make an ensemble.
         hidden (`int`): Width of a hidden layer. 0 is a linear network.
+        quantiles (`bool`): Whether each network has an output for each of `QUANTILES`.
+            Its score is their mean.
     """
 
-    def __init__(self, dim: int, members: int = 1, hidden: int = 0) -> None:
+    def __init__(
+        self, dim: int, members: int = 1, hidden: int = 0, quantiles: bool = False
+    ) -> None:
         super().__init__()
-        width = 2 * dim + 1
+        width, outputs = 2 * dim + 1, len(QUANTILES) if quantiles else 1
         layers: list[nn.Module] = []
         for _ in range(members):
-            last = nn.Linear(hidden or width, 1)
+            last = nn.Linear(hidden or width, outputs)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             inner = [nn.Linear(width, hidden), nn.ReLU()] if hidden else []
@@ -67,10 +76,37 @@ class RewardHead(nn.Module):
         Returns:
             `Tensor`: (n, members).
         """
+        return self.outputs(base, image, text).mean(-1)
+
+    def outputs(self, base: Tensor, image: Tensor, text: Tensor) -> Tensor:
+        """Return what every network of every member says, (n, members, outputs).
+
+        Arguments as `forward`.
+        """
         features = self.scaled(image, text)
-        added = torch.cat([network(features) for network in self.networks], 1)
+        added = torch.stack([network(features) for network in self.networks], 1)
         centred = (base - self.get_buffer("base_mean"))[:, None]
-        return self.log_factor.exp() * centred + added
+        return (self.log_factor.exp() * centred)[..., None] + added
+
+    def quantiles(
+        self, base: Tensor, image: Tensor, text: Tensor, levels: Sequence[float]
+    ) -> Tensor:
+        """Return quantiles of the members' mean distribution, (n, levels).
+
+        Outputs that cross are sorted. Between two of `QUANTILES` they are interpolated.
+
+        Args:
+            base (`Tensor`): (n,).
+            image (`Tensor`): (n, d).
+            text (`Tensor`): (n, d).
+            levels (`Sequence[float]`): In 0.05 to 0.95.
+        """
+        values = self.outputs(base, image, text).sort(-1).values.mean(1)
+        places = torch.tensor(levels, dtype=values.dtype, device=values.device) / QUANTILES[0] - 1
+        places = places.clamp(0, len(QUANTILES) - 1)
+        low = places.floor().long().clamp(max=len(QUANTILES) - 2)
+        share = places - low
+        return values[:, low] * (1 - share) + values[:, low + 1] * share
 
 
 class FactorHead(nn.Module):

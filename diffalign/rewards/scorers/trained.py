@@ -16,10 +16,11 @@ from ...runtime.hashing import content_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import explained, loading_errors
 from ..base import Scorer
-from ..images import Images
-from ..learned.heads import FactorHead, PalHead, RewardHead
+from ..images import Images, read_images
+from ..learned.heads import QUANTILES, FactorHead, PalHead, RewardHead
 from ..learned.tower_weights import TOWERS, load_towers
 from ..model_scorer import ModelScorer
+from ..scoring import ScoreResult
 from ..spec import ScorerSpec
 
 FILE, WEIGHTS = "reward.json", "head.safetensors"
@@ -39,6 +40,8 @@ class TrainedReward(ModelScorer):
             data. None is their mean.
         combine (`str`, *optional*): Of an ensemble: ``mean`` (default), ``min`` or
             ``mean_minus_std``.
+        quantile (`float`, *optional*): Of a reward of quantiles: the score is this
+            quantile, in 0.05 to 0.95, instead of their mean. A low one is careful.
         **options: as for `Scorer`.
 
     Raises:
@@ -63,6 +66,7 @@ class TrainedReward(ModelScorer):
         *,
         user: str | Mapping[str, float] | None = None,
         combine: str | None = None,
+        quantile: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -98,6 +102,9 @@ class TrainedReward(ModelScorer):
         self.head.requires_grad_(False).eval().to(self.device, wide)
         self.temperature = float(self.facts.get("temperature", 1.0))
         self.user, self.combine = user, self._rule(combine)
+        self.quantile = None if quantile is None else self._levels([quantile])[0]
+        if quantile is not None and combine is not None:
+            raise ConfigError("quantile", "give either quantile or combine, not both")
         if user is not None and not self.users:
             raise ConfigError("user", f"{self.folder} is a reward without users; leave it out")
         self.weights = None if user == EVERYBODY else self._weights(user)
@@ -109,6 +116,19 @@ class TrainedReward(ModelScorer):
         if combine not in (None, "mean") and self.facts["head"].get("members", 1) < 2:
             raise ConfigError("combine", f"{self.folder} has one member, so nothing to combine")
         return combine or "mean"
+
+    def _levels(self, levels: Sequence[float]) -> list[float]:
+        """Check that a reward has quantiles, and their levels."""
+        if not self.facts["head"].get("quantiles"):
+            raise ConfigError(
+                "quantile", f"{self.folder} has no quantiles; train it with train.loss: quantiles"
+            )
+        for level in levels:
+            if isinstance(level, bool) or not QUANTILES[0] <= level <= QUANTILES[-1]:
+                raise ConfigError(
+                    "quantile", f"expected {QUANTILES[0]} to {QUANTILES[-1]}, got {level!r}"
+                )
+        return [float(level) for level in levels]
 
     def _weights(self, user: str | Mapping[str, float] | None) -> Tensor | None:
         """Weights of the prototypes, (K,)."""
@@ -152,6 +172,7 @@ class TrainedReward(ModelScorer):
             "facts": {k: v for k, v in self.facts.items() if k != "data"},
             "user": self.user,
             "combine": self.combine,
+            **({} if self.quantile is None else {"quantile": self.quantile}),
         }
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:
@@ -165,6 +186,10 @@ class TrainedReward(ModelScorer):
         if isinstance(self.head, FactorHead):
             return self.temperature * self.head(base.to(self.head.log_factor.dtype))
         wide = torch.promote_types(image.dtype, torch.float32)
+        if self.quantile is not None:
+            assert isinstance(self.head, RewardHead)
+            rows = base.to(wide), image.to(wide), text[0].to(wide)
+            return self.temperature * self.head.quantiles(*rows, [self.quantile])[:, 0]
         values = self.members(image.to(wide), text[0].to(wide), base)
         if values.shape[1] == 1 or self.combine == "mean":
             combined = values.mean(1)
@@ -173,6 +198,47 @@ class TrainedReward(ModelScorer):
         else:
             combined = values.mean(1) - values.std(1, correction=0)
         return self.temperature * combined
+
+    def score(
+        self,
+        images: Images,
+        prompts: Sequence[str] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        batch_size: int | None = None,
+        on_error: str = "raise",
+        quantiles: Sequence[float] | None = None,
+    ) -> ScoreResult:
+        """Score images, with quantiles on request.
+
+        Args:
+            images, prompts, metadata, batch_size, on_error: as for `Scorer.score`.
+            quantiles (list of `float`, *optional*): levels in 0.05 to 0.95. The
+                result's `quantiles` has their values, (n, levels). The images must be
+                readable.
+
+        Raises:
+            ConfigError: this reward has no quantiles.
+        """
+        options: Any = {"batch_size": batch_size, "on_error": on_error}
+        if quantiles is None:
+            return super().score(images, prompts, metadata, **options)
+        levels, inputs = self._levels(quantiles), read_images(images)
+        result = super().score(inputs, prompts, metadata, **options)
+        assert isinstance(self.head, RewardHead)
+        with torch.no_grad():
+            given = list(prompts or [""] * len(inputs))
+            image, text, base = self._features(inputs, given)
+            values = self.head.quantiles(base, image, text, levels)
+        result.quantiles = self.temperature * values.cpu()
+        return result
+
+    def _features(self, images: Images, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of images and prompts, and the scores of the base."""
+        kind = next(self.head.parameters()).dtype
+        text = self.prompt_features(prompts, len(prompts))
+        image = self.embed(images).to(self.device, kind)
+        return image, text[0].to(kind), self.base.similarity(image, text).to(kind)
 
     @torch.no_grad()
     def member_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
@@ -190,11 +256,7 @@ class TrainedReward(ModelScorer):
         """
         if isinstance(self.head, FactorHead):
             raise UserError(f"{self.folder} has trained towers and no members; train.members: 4")
-        kind = next(self.head.parameters()).dtype
-        text = self.prompt_features(list(prompts), len(prompts))
-        image = self.embed(images).to(self.device, kind)
-        base = self.base.similarity(image, text)
-        return self.temperature * self.members(image, text[0].to(kind), base).cpu()
+        return self.temperature * self.members(*self._features(images, list(prompts))).cpu()
 
     def members(self, image: Tensor, text: Tensor, base: Tensor) -> Tensor:
         """Return the scores by every member, (n, members)."""
@@ -263,7 +325,8 @@ def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead | FactorHead:
         return FactorHead()
     if facts["kind"] == "pal":
         return PalHead(facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"])
-    return RewardHead(facts["dim"], facts["members"], facts["hidden"])
+    quantiles = bool(facts.get("quantiles"))
+    return RewardHead(facts["dim"], facts["members"], facts["hidden"], quantiles)
 
 
 def base_fingerprint(scorer: Any) -> str:
