@@ -400,6 +400,21 @@ def run_all(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return results
 
 
+def so_far(options: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The rows that are there, and a sentence about those that are not."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    missing = []
+    for name in ("base", *options.methods):
+        seeds = sorted(seed for arm, seed in units(options) if arm == name)
+        files = [result_file(options, name, seed) for seed in seeds]
+        rows = [json.loads(file.read_text()) for file in files if file.is_file()]
+        if rows:
+            results[name] = rows
+        if len(rows) < len(files):
+            missing.append(f"{name} ({len(rows)} of {len(files)} seeds)")
+    return results, f"Not run yet: {', '.join(missing)}." if missing else ""
+
+
 # The report
 
 
@@ -482,7 +497,7 @@ def verdicts(results: dict[str, list[dict[str, Any]]]) -> list[str]:
                 f"{sum(above)} of {len(above)} seeds."
             )
     if {"Diffusion-DPO", "RankDPO"} <= set(results):
-        pairs = zip(results["Diffusion-DPO"], results["RankDPO"], strict=True)
+        pairs = zip(results["Diffusion-DPO"], results["RankDPO"], strict=False)
         shown = ", ".join(interval(rates(dpo, [rank])[0]) for dpo, rank in pairs)
         lines.append(f"- RankDPO against Diffusion-DPO, per seed: {shown}.")
     return lines
@@ -551,6 +566,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--results", type=Path, help="default: results/ in --work")
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--so_far", action="store_true", help="write the page of the rows that are there"
+    )
     parser.add_argument("--probe", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--unit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -566,9 +584,14 @@ def main() -> None:
         do_unit(options.unit[0], int(options.unit[1]), options)
         return
     started, fresh = time.perf_counter(), not options.work.exists()
-    if any(not result_file(options, *pair).is_file() for pair in units(options)):
+    missing = ""
+    if options.so_far:
+        fresh = False
+        results, missing = so_far(options)
+    elif any(not result_file(options, *pair).is_file() for pair in units(options)):
         make_data(options.work, options.model)
-    results = run_all(options)
+    if not options.so_far:
+        results = run_all(options)
     picture = output.with_suffix(".png")
     plot(results, picture)
     minutes = (time.perf_counter() - started) / 60
@@ -584,6 +607,7 @@ def main() -> None:
         *__doc__.split("\n\n", 1)[1].rstrip().split("\n"),
         "",
         f"Measured on {facts}; {options.seeds} seeds, {options.jobs} models at a time{whole}.",
+        *(["", missing] if missing else []),
         "",
         f"![quality against compute and diversity]({picture.name})",
         "",
