@@ -24,7 +24,7 @@ from diffalign.rewards import registry
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
 ELSEWHERE = (
     "pip install",
@@ -220,6 +220,14 @@ def test_yaml_is_part_of_a_run_file(document: str, tmp_path: Path) -> None:
         }
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
         load_run(tmp_path / "run.yaml", [])
+
+
+def test_the_figures_of_the_methods_are_those_of_the_leaderboards() -> None:
+    pages = [ROOT / "benchmarks" / f"leaderboard{suffix}.md" for suffix in ("", "_flow")]
+    measured = "".join(page.read_text() for page in pages)
+    rate = r"\d+\.\d \(\d+\.\d-\d+\.\d\)"
+    claimed = re.findall(rate, (ROOT / "docs" / "guides" / "which-method.md").read_text())
+    assert len(claimed) > 10 and all(figure in measured for figure in claimed)
 
 
 @pytest.mark.nightly
