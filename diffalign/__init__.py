@@ -43,6 +43,8 @@ _EXPORTS = {
     "RankDPOTrainer": "methods.rankdpo",
     "DiffusionDPOConfig": "methods.diffusion_dpo",
     "DiffusionDPOTrainer": "methods.diffusion_dpo",
+    "RewardConfig": "reward_training.config",
+    "RewardTrainer": "reward_training.trainer",
     "RewardBackpropConfig": "methods.reward_backprop",
     "RewardBackpropTrainer": "methods.reward_backprop",
     "SelfNPOConfig": "methods.self_npo",
@@ -111,6 +113,8 @@ __all__ = [
     "RankDPOTrainer",
     "RewardBackpropConfig",
     "RewardBackpropTrainer",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPOConfig",
@@ -160,6 +164,8 @@ if TYPE_CHECKING:
     from .methods.seppo import SePPOConfig, SePPOTrainer
     from .methods.sft import SFTConfig, SFTTrainer
     from .methods.spo import SPOConfig, SPOTrainer
+    from .reward_training.config import RewardConfig
+    from .reward_training.trainer import RewardTrainer
     from .rewards.registry import list_scorers, load_scorer, register_scorer
     from .steering.fk_steering import FKSteering
     from .training.callbacks import TrainerCallback

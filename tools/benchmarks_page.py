@@ -10,8 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Everything that was measured
 
-Made by `python -m tools.benchmarks_page` of the files in `benchmarks/`, each of which a command wrote. All of it was measured on two CPU cores
-and on the embedded models: nothing here says what a method does to a large model or on a GPU. Times and ratios are of runs side by side.
+Made by `python -m tools.benchmarks_page` of the files in `benchmarks/`, each of which a
+command wrote. All of it was measured on two CPU cores and on the embedded models: nothing
+here says what a method does to a large model or on a GPU. Times and ratios are of runs side
+by side.
 """
 
 
@@ -24,7 +26,7 @@ def date_of(path: Path) -> str:
 
 def command_of(text: str) -> str:
     """The first command of a page."""
-    found = re.search(r"python benchmarks/[^`\n]*", text)
+    found = re.search(r"python benchmarks/[^`\n\[]*", text)
     return found.group().strip() if found else ""
 
 
@@ -33,7 +35,7 @@ def section(path: Path) -> tuple[str, str, str, str]:
     title, _, body = path.read_text("utf-8").partition("\n")
     body = re.sub(r"^#", "##", body, flags=re.M)
     body = re.sub(r"\]\((?!http)([^)/]+\.(?:png|md))\)", r"](../benchmarks/\1)", body)
-    return title.removeprefix("# ").strip(), command_of(body), date_of(path), body.strip()
+    return title.removeprefix("# ").strip(), command_of(body), date_of(path), body.strip("\n")
 
 
 def anchor(title: str) -> str:
