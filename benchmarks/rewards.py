@@ -43,6 +43,7 @@ from diffalign.rewards import load_scorer
 from diffalign.rewards.learned.calibration import disagreement
 from diffalign.rewards.learned.pal import fit_user, likely_user
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
+from diffalign.shapes.tokenizer import build_tokenizer
 
 Array = npt.NDArray[np.float64]
 TEMPERATURE, PROMPTS, TRAINED, TESTED, HELD_OUT = 0.05, 200, 4, 60, 6
@@ -53,32 +54,35 @@ START, VOTES = 60, 300
 class World:
     """Images with what is true of them, and their embeddings by the base."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, count: int = PROMPTS) -> None:
+        self.count = count
         sys.path.append(str(ROOT))
         from PIL import Image
 
         from tools.shapes import pretrain_reward
 
-        folder = self.folder = work / "warm"
+        folder = self.folder = work / "captions"
         if not (folder / "config.json").is_file():
-            few = ("num_prompts", "images_per_prompt", "eval_prompts", "eval_images_per_prompt")
-            options = [part for name in few for part in (f"--{name}", "2")]
-            options += ["--train_steps", "1", "--train_batch", "2", "--learning_rate", "1e-9"]
-            pretrain_reward.main([*options, "--output_dir", str(folder)])
+            config = pretrain_reward.RewardPretrainConfig()
+            torch.manual_seed(config.seed)
+            tokenizer = build_tokenizer()
+            model = pretrain_reward.build_model(tokenizer)
+            pretrain_reward.warm_up(config, model, tokenizer, train_prompts())
+            pretrain_reward.save(folder, model.eval(), tokenizer)
         self.base = load_scorer("shapes-clip", model=str(folder), device="cpu")
-        prompts = [*train_prompts()[:PROMPTS], *held_out_prompts()[:TESTED]]
+        prompts = [*train_prompts()[:count], *held_out_prompts()[:TESTED]]
         drawn = work / "drawn"
         drawn.mkdir(parents=True, exist_ok=True)
         pixels = [
-            pretrain_reward.draw(drawn, "train", prompts[:PROMPTS], TRAINED, STEPS, 51_000_000),
-            pretrain_reward.draw(drawn, "held-out", prompts[PROMPTS:], HELD_OUT, STEPS, 52_000_000),
+            pretrain_reward.draw(drawn, "train", prompts[:count], TRAINED, STEPS, 51_000_000),
+            pretrain_reward.draw(drawn, "held-out", prompts[count:], HELD_OUT, STEPS, 52_000_000),
         ]
         flat = np.concatenate([part.reshape(-1, 64, 64, 3) for part in pixels])
-        counts = [TRAINED] * PROMPTS + [HELD_OUT] * (len(prompts) - PROMPTS)
+        counts = [TRAINED] * count + [HELD_OUT] * (len(prompts) - count)
         self.prompt = np.repeat(np.arange(len(prompts)), counts)
 
         def truth() -> Any:
-            sides = [(pixels[0], prompts[:PROMPTS]), (pixels[1], prompts[PROMPTS:])]
+            sides = [(pixels[0], prompts[:count]), (pixels[1], prompts[count:])]
             scores = [pretrain_reward.verifier_scores(*side) for side in sides]
             parts = [pretrain_reward.verifier_parts(*side) for side in sides]
             return [
@@ -99,7 +103,8 @@ class World:
     def pairs(self, held_out: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """All pairs of images of one prompt."""
         first, second = [], []
-        for prompt in range(PROMPTS, int(self.prompt.max()) + 1) if held_out else range(PROMPTS):
+        held = range(self.count, int(self.prompt.max()) + 1)
+        for prompt in held if held_out else range(self.count):
             images = np.flatnonzero(self.prompt == prompt)
             for a in range(len(images)):
                 for b in range(a + 1, len(images)):
