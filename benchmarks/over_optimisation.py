@@ -71,7 +71,7 @@ Array = npt.NDArray[np.float64]
 
 def few_preferences(work: Path) -> tuple[Path, Judgements]:
     """The base without preferences, and noisy judgements of a few prompts."""
-    world = World(work / "world")
+    world = World(work / "world", 200)
     first, second = world.pairs(False)
     kept_rows = world.prompt[first] < PROMPTS
     first, second = first[kept_rows], second[kept_rows]

@@ -15,7 +15,7 @@ from diffalign import RewardConfig, RewardTrainer, load_scorer
 from diffalign.rewards.testing.reference import SCENES, drawn_images
 
 BASE = "shapes-clip"
-JUDGED = "diffalign-quickstart/dataset/ranked"
+JUDGED = "diffalign-quickstart/dataset"
 REWARD = "rewards/example"
 
 trainer = RewardTrainer(

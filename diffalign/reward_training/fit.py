@@ -25,7 +25,7 @@ from .judgements import Judgements
 from .opinions import Opinions
 
 _PAL_STARTS = 3
-PAL_PENALTIES = (0.1, 0.3, 1.0, 3.0)
+PAL_PENALTIES = (0.3, 1.0)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _LOOK_EVERY = 20
 STEPS = 400  # of PAL and of heads with a hidden layer, without max_steps
@@ -369,7 +369,8 @@ def fit_pal(
 ) -> tuple[PalHead, dict[str, float]]:
     """Fit PAL-B: prototypes and the weights of every user.
 
-    There are local optima, so it starts several times and takes the lowest training
+    There are local optima, so it starts several times, the first time from users
+    grouped by what they prefer (`taste_logits`), and takes the lowest training
     objective. Linear networks are held by the penalty, and the last step counts. With a
     hidden layer the step with the best validation loss counts.
 
@@ -388,8 +389,9 @@ def fit_pal(
     for penalty in penalties:
         torch.manual_seed(config.seed)
         starts = []
-        for _ in range(_PAL_STARTS):
-            starts.append(_fit_pal_once(train, val, users, penalty, config))
+        for number in range(_PAL_STARTS):
+            logits = taste_logits(train, users, config.prototypes) if number == 0 else None
+            starts.append(_fit_pal_once(train, val, users, penalty, config, logits))
             bar.update()
         _, head, chosen = min(starts, key=lambda start: start[0])
         with torch.no_grad():
@@ -404,13 +406,58 @@ def fit_pal(
     return best[1:]
 
 
+def taste_logits(pairs: Pairs, users: int, prototypes: int) -> Tensor:
+    """Group users by the mean difference of what they prefer and what they reject.
+
+    The differences are whitened, since directions in which images of a prompt differ
+    much would hide the others. Prototypes are the main directions in which users
+    differ, each with its opposite.
+
+    Args:
+        pairs (`Pairs`): Pairs with users.
+        users (`int`): Number of users.
+        prototypes (`int`): K.
+
+    Returns:
+        `Tensor`: Logits of each user's prototypes, (users, K).
+    """
+    differences = pairs.first - pairs.second
+    covariance = differences.T @ differences / len(differences)
+    floor = 1e-2 * covariance.diagonal().mean()
+    values, vectors = torch.linalg.eigh(covariance)
+    white = differences @ vectors / (values + floor).sqrt()
+    known = (pairs.user >= 0) & (pairs.label != 0.5)
+    sign = torch.where(pairs.label > 0.5, 1.0, -1.0).to(white)
+    means = torch.zeros(users, white.shape[1], dtype=white.dtype)
+    counts = torch.zeros(users, dtype=white.dtype)
+    means.index_add_(0, pairs.user[known], (sign[:, None] * white)[known])
+    counts.index_add_(0, pairs.user[known], torch.ones(int(known.sum()), dtype=white.dtype))
+    means = means / counts.clamp(min=1)[:, None]
+    left, scales, _ = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+    loadings = left * scales
+    logits = torch.zeros(users, prototypes, dtype=white.dtype)
+    for k in range(prototypes):
+        if k // 2 < loadings.shape[1]:
+            column = loadings[:, k // 2]
+            logits[:, k] = (1 if k % 2 == 0 else -1) * column / column.std().clamp(min=1e-9)
+    return logits
+
+
 def _fit_pal_once(
-    train: Pairs, val: Pairs, users: int, penalty: float, config: RewardConfig
+    train: Pairs,
+    val: Pairs,
+    users: int,
+    penalty: float,
+    config: RewardConfig,
+    logits: Tensor | None,
 ) -> tuple[float, PalHead, dict[str, float]]:
-    """Fit from the next random start. Returns the training objective too."""
+    """Fit from these users, or the next random ones. Returns the objective too."""
     assert config.learning_rate is not None
     head = PalHead(train.first.shape[1], users, config.prototypes, config.user_hidden).double()
     head.standardise(torch.cat([train.first, train.second]), train.text)
+    if logits is not None:
+        with torch.no_grad():
+            head.logits.copy_(logits)
     weights = [p for name, p in head.named_parameters() if name.endswith("weight")]
     networks = [p for name, p in head.named_parameters() if name not in ("logits", "log_scale")]
 

@@ -19,7 +19,7 @@ from diffalign import load_scorer
 from diffalign.cli.entry import run
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
-from diffalign.reward_training.fit import PENALTIES
+from diffalign.reward_training.fit import PENALTIES, Pairs, taste_logits
 from diffalign.reward_training.judgements import read_judgements, split
 from diffalign.rewards.learned.heads import RewardHead
 
@@ -135,6 +135,29 @@ def test_users_of_two_tastes(tmp_path: Path) -> None:
         load_scorer(str(pal), device="cpu", user="bob")
     with pytest.raises(UserError, match="has a user 'zoe' already"):
         add_user(pal, "zoe", rows(2))
+
+
+def test_users_are_grouped_by_what_they_prefer() -> None:
+    """Also where images differ ten times as much in a direction that nobody cares for."""
+    generator = torch.Generator().manual_seed(0)
+    users, votes, dim = 12, 40, 8
+    user = torch.arange(users).repeat_interleave(votes)
+    sign = torch.where(user % 2 == 0, 1.0, -1.0).double()
+    difference = torch.randn(len(user), dim, generator=generator, dtype=torch.float64)
+    difference[:, 0] *= 10
+    lead = sign * difference[:, 1] + difference[:, 2]
+    label = (lead > 0).double()
+    nothing = torch.zeros(len(user), dim, dtype=torch.float64)
+    pairs = Pairs(
+        label, torch.ones_like(label), user, user, difference, nothing, nothing, nothing, nothing
+    )
+    logits = taste_logits(pairs, users, 2)
+    groups = logits.argmax(1)
+    assert set(groups[0::2].tolist()) != set(groups[1::2].tolist()) and len(groups.unique()) == 2
+    assert len(groups[0::2].unique()) == len(groups[1::2].unique()) == 1
+    assert torch.equal(logits[:, 0], -logits[:, 1])
+    assert taste_logits(pairs, users, 3).shape == (users, 3)
+    assert taste_logits(pairs, users, 1).isfinite().all()
 
 
 def test_prompts_and_images_stay_on_one_side() -> None:
