@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..rewards.learned.calibration import prompt_mean
 from ..rewards.learned.heads import FactorHead
 from ..rewards.learned.tower_weights import TOWERS, tower_list
 from ..rewards.scorers.trained import FILE, WEIGHTS, TrainedReward, read_facts
 from ..runtime.files import replacing_folder, save_tensors, write_atomically
+from ..runtime.versions import versions
 from .config import RewardConfig
 from .features import pair_nuisances
-from .fit import Labels, fit_scale, make_labels, margins_of_scores, part_loss
-from .judgements import Judgements, read_judgements, split
-from .report import hits_of, measure, write_report
+from .fit import fit_scale, make_labels, margins_of_scores, part_loss, spread_of
+from .judgements import Judgements, read_judgements, read_options, split
+from .report import decided_accuracy, measure, write_report
 
 BETWEEN = (0.25, 0.5, 0.75)
 TOLERANCE = 0.02
@@ -67,49 +67,57 @@ def average_rewards(
         raise UserError(f"--output_dir: {str(target)!r} is not empty; choose another folder")
     places = [Path(folder) for folder in folders]
     facts = [read_facts(place) for place in places]
-    _check_members(places, facts)
-    val, test, names = _parts(facts[0], train_dataset, eval_dataset)
+    try:
+        _check_members(places, facts)
+        val, test = _parts(facts[0], train_dataset, eval_dataset)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"a reward.json of these folders is damaged ({error})") from error
     labels = make_labels(val, True)
     members = [TrainedReward(place, device=device) for place in places]
     states = [_state(member) for member in members]
     scorer = members[0]  # carries the weights that are measured
     before = _base_margins(facts[0], test, device)
-    config = RewardConfig(flip_rate=facts[0]["settings"]["flip_rate"])
+    noise = {name: facts[0]["settings"][name] for name in ("flip_rate", "smoothing", "margin")}
+    config = RewardConfig(**noise)
 
     def scores(weights: Sequence[float], part: Judgements = val) -> Tensor:
         put(scorer, mixed(states, weights))
         return score_pairs(scorer, part)
 
-    def loss(weights: Sequence[float]) -> float:
-        return float(part_loss(margins_of_scores(scores(weights)), labels, config))
+    def loss(values: Tensor) -> float:
+        return float(part_loss(margins_of_scores(values), labels, config))
 
     count = len(members)
+    names = [place.name for place in places]
+    if len(set(names)) < count:
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     alone = [[float(i == j) for j in range(count)] for i in range(count)]
-    losses = [loss(each) for each in alone]
+    by_member = [scores(each) for each in alone]
+    losses = [loss(values) for values in by_member]
     barriers: dict[str, float] = {}
     for i, j in combinations(range(count), 2):
         rises = []
         for share in BETWEEN:
             weights = [(1 - share) * a + share * b for a, b in zip(alone[i], alone[j], strict=True)]
-            rises.append(loss(weights) - (1 - share) * losses[i] - share * losses[j])
-        barriers[f"{places[i].name} - {places[j].name}"] = max(rises)
+            rises.append(loss(scores(weights)) - (1 - share) * losses[i] - share * losses[j])
+        barriers[f"{names[i]} - {names[j]}"] = max(rises)
     equal = [1 / count] * count
-    own = [_accuracy(margins_of_scores(scores(each)), labels) for each in alone]
+    own = [decided_accuracy(margins_of_scores(each), labels) for each in by_member]
     values = scores(equal)
     averaged = margins_of_scores(values)
-    reached = _accuracy(averaged, labels)
+    reached = decided_accuracy(averaged, labels)
     verdict = _verdict(barriers, own, reached)
     if verdict and not force:
         raise UserError(f"{verdict}; train the members from one start, or pass --force")
     factor = fit_scale(averaged, labels, config)
-    spread = factor * float((averaged.square().mean() / 2).sqrt())
+    spread = factor * spread_of(averaged)
     report = measure(
         factor * margins_of_scores(scores(equal, test)),
         before,
         torch.from_numpy(test.label),
         torch.from_numpy(test.prompt),
         torch.from_numpy(test.user),
-        names,
+        test.users,
         pair_nuisances(test),
     )
     written = facts[0] | {
@@ -118,8 +126,10 @@ def average_rewards(
         "temperature": factor,
         "affine": [factor * float(values.mean()), max(spread, 1e-6)],
         "towers": {"kind": "full"},
+        "versions": versions(),
+        "chosen": {},
         "average": {
-            "members": [place.name for place in places],
+            "members": names,
             "validation_accuracies": own,
             "validation_accuracy": reached,
             "barriers": barriers,
@@ -146,7 +156,10 @@ def _check_members(places: list[Path], facts: list[dict[str, Any]]) -> None:
                 "with trained towers are averaged"
             )
         if each["base"]["fingerprint"] != facts[0]["base"]["fingerprint"]:
-            raise UserError(f"{place} and {places[0]} have other bases, so no average has a sense")
+            raise UserError(
+                f"{place} and {places[0]} were trained from different bases, so they cannot be "
+                "averaged"
+            )
         if _split_of(each) != _split_of(facts[0]):
             raise UserError(
                 f"{place} and {places[0]} were trained on other data or splits, so no prompts are "
@@ -158,20 +171,26 @@ def _split_of(facts: dict[str, Any]) -> list[Any]:
     """What decides the prompts that were not trained on."""
     settings, data = facts["settings"], facts["data"]
     named = [settings[name] for name in ("val", "test", "split_seed")]
-    return [data["fingerprint"], data["split"], *named]
+    return [data["fingerprint"], data["eval_fingerprint"], *named]
 
 
 def _parts(
     facts: dict[str, Any], train_dataset: Any, eval_dataset: Any
-) -> tuple[Judgements, Judgements, list[str]]:
-    """Validation and test pairs of the members, and the names of users."""
-    data, settings = read_judgements(train_dataset), facts["settings"]
-    if data.fingerprint() != facts["data"]["fingerprint"]:
-        raise UserError("--data: these are other judgements than the members were trained on")
-    test = settings["test"] if eval_dataset is None else 0.0
+) -> tuple[Judgements, Judgements]:
+    """Validation and test pairs of the members."""
+    settings, known = facts["settings"], facts["data"]
+    options = read_options(known["reading"])
+    data = read_judgements(train_dataset, **options)
+    if data.fingerprint() != known["fingerprint"]:
+        raise UserError("--data: these are not the judgements that the members were trained on")
+    test = settings["test"] if known["eval_fingerprint"] is None else 0.0
     parts = split(data, settings["val"], test, settings["split_seed"])
-    held_out = read_judgements(eval_dataset) if eval_dataset is not None else parts["test"]
-    return parts["val"], held_out, held_out.users
+    if known["eval_fingerprint"] is None and eval_dataset is None:
+        return parts["val"], parts["test"]
+    given = None if eval_dataset is None else read_judgements(eval_dataset, **options)
+    if given is None or given.fingerprint() != known["eval_fingerprint"]:
+        raise UserError("--eval_data: give what the members had, and nothing if they had nothing")
+    return parts["val"], given
 
 
 def _base_margins(facts: dict[str, Any], part: Judgements, device: str | None) -> Tensor:
@@ -246,14 +265,8 @@ def put(scorer: TrainedReward, state: dict[str, Tensor]) -> None:
     scorer.forget_prompts()
 
 
-def _accuracy(margins: Tensor, labels: Labels) -> float:
-    decided = labels.label != 0.5
-    hits = hits_of(margins, labels.label)[decided]
-    return prompt_mean(hits.tolist(), [str(prompt) for prompt in labels.prompt[decided].tolist()])
-
-
 def _verdict(barriers: dict[str, float], own: list[float], reached: float) -> str | None:
-    """Say what speaks against the average, None if nothing does."""
+    """Return why the average should not be used, None if nothing is wrong with it."""
     worst = max(barriers, key=lambda pair: barriers[pair])
     if barriers[worst] > TOLERANCE:
         return (

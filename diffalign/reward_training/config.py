@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from ..config.ranges import BatchSize, Positive, Range, Seed, count
+from ..config.ranges import Positive, Range, Seed, count
 from ..config.section import config_section, default_of
 from ..config.yaml_text import shown
 from ..errors import ConfigError
@@ -75,7 +75,7 @@ class RewardConfig(LoopConfig):
     anchor_data: str | None = None
     """Captioned images for `anchor` (columns image and prompt). null takes the prompts
     and their preferred images."""
-    anchor_batch_size: BatchSize = 64
+    anchor_batch_size: Annotated[int, count(2, 65_536)] = 64
     """Captioned images per process and forward pass."""
     nuisance: _Weight = 0.0
     """Weight of the penalty on the correlation with brightness, contrast, saturation,
@@ -133,13 +133,13 @@ class RewardConfig(LoopConfig):
             return
         if self.head == "pal":
             raise ConfigError("towers", "pal is a head on frozen towers; set towers: frozen")
-        if self.anchor_data is not None and not self.anchor:
-            raise ConfigError("anchor_data", "has no effect without anchor; set anchor: 0.3")
+        for name in ("anchor_data", "anchor_batch_size"):
+            if self._is_set(name) and not self.anchor:
+                raise ConfigError(name, "has no effect without anchor; set anchor: 0.3")
         for name in _FROZEN_SETTINGS:
             if self._is_set(name):
                 raise ConfigError(
-                    name,
-                    f"is of a head on frozen towers, and towers is {self.towers}; leave it out",
+                    name, "applies to frozen towers alone; leave it out, or set towers: frozen"
                 )
 
     def check_processes(self) -> None:

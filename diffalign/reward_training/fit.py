@@ -101,7 +101,7 @@ def make_items(
     """Gather the embeddings of some opinions. Arguments as `make_pairs`."""
     rows, prompt = torch.from_numpy(opinions.image), torch.from_numpy(opinions.prompt)
     image, text = features.image[rows], features.text[prompt]
-    weight = torch.ones(len(rows), dtype=torch.float64)
+    weight = torch.from_numpy(opinions.weight)
     if by_prompt and len(rows):
         weight = weight / torch.bincount(prompt)[prompt]
     return Items(opinions, image, text, base(image, text), weight, prompt)
@@ -208,6 +208,11 @@ def fit_scale(margins: Tensor, pairs: Labels, config: RewardConfig) -> float:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     return float(log_factor.detach().clamp(-_WIDEST, _WIDEST).exp())
+
+
+def spread_of(margins: Tensor) -> float:
+    """Deviation of the scores of one prompt, from the margins of its pairs."""
+    return float((margins.square().mean() / 2).sqrt())
 
 
 def margins_of_scores(scores: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def item_loss(kind: str, opinions: Opinions, weight: Tensor) -> tuple[ItemLoss, 
     Raises:
         UserError: The data have no such opinions.
     """
-    _check(kind, opinions)
+    check_opinions(kind, opinions)
     if kind == "thumbs":
         return _thumbs(opinions, weight)
     if kind == "ratings":
@@ -53,7 +53,16 @@ def item_loss(kind: str, opinions: Opinions, weight: Tensor) -> tuple[ItemLoss, 
     return _lists(opinions, weight), []
 
 
-def _check(kind: str, opinions: Opinions) -> None:
+def check_opinions(kind: str, opinions: Opinions) -> None:
+    """Check that a loss suits some opinions.
+
+    Args:
+        kind (`str`): As for `item_loss`.
+        opinions (`Opinions`): The opinions.
+
+    Raises:
+        UserError: It does not.
+    """
     if not len(opinions):
         raise UserError(f"train.loss: {kind} needs judgements of single images; take pairs")
     if opinions.are_thumbs != (kind == "thumbs"):
@@ -62,6 +71,8 @@ def _check(kind: str, opinions: Opinions) -> None:
         raise UserError(f"train.loss: {kind} does not fit the data, {what}; take {fitting}")
     if len(np.unique(opinions.value)) < 2:
         raise UserError(f"train.loss: all {len(opinions)} opinions are equal, nothing is preferred")
+    if kind == "plackett_luce" and np.unique(opinions.source, return_counts=True)[1].max() < 2:
+        raise UserError("train.loss: plackett_luce needs lists, and every row has one image")
 
 
 def _mean(rows: Tensor, weight: Tensor) -> Tensor:
@@ -128,17 +139,17 @@ def _lists(opinions: Opinions, weight: Tensor) -> ItemLoss:
             for b in order[i + 1 :]
             if opinions.value[a] > opinions.value[b]
         ]
-        tied += [(a, b, 1 / len(pairs)) for a, b in pairs]
+        share = float(weight[torch.from_numpy(order)].sum()) / len(pairs)
+        tied += [(a, b, share) for a, b in pairs]
     stacked = [torch.stack(group) for group in orders.values()]
 
     def loss(scores: Tensor) -> Tensor:
         losses = [plackett_luce_loss(scores[rows]) / (rows.shape[1] - 1) for rows in stacked]
-        weights = [weight[rows[:, 0]] for rows in stacked]
+        weights = [weight[rows].sum(1) for rows in stacked]
         if tied:
             first, second = (torch.tensor([pair[i] for pair in tied]) for i in (0, 1))
             losses.append(preference_loss(scores[first] - scores[second]))
-            share = torch.tensor([pair[2] for pair in tied], dtype=torch.float64)
-            weights.append(share * weight[first])
+            weights.append(torch.tensor([pair[2] for pair in tied], dtype=torch.float64))
         return _mean(torch.cat(losses), torch.cat(weights))
 
     return loss

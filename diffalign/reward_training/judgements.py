@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..data import PreferenceDataset, load_preferences
+from ..data.dataset import Group
 from ..errors import UserError
 from .opinions import Opinions
 
@@ -99,7 +100,7 @@ class _Collector:
         self.openers: list[Callable[[], Image.Image]] = []
         self.users: dict[str, int] = {}
         self.pairs: list[tuple[int, int, int, float, int, float]] = []
-        self.said: list[tuple[int, int, int, float, int]] = []
+        self.said: list[tuple[int, int, int, float, int, float]] = []
 
     def image(self, key: str, opener: Callable[[], Image.Image]) -> int:
         if key not in self.images:
@@ -125,19 +126,20 @@ class _Collector:
         judge = -1 if user is None else self.users.setdefault(user, len(self.users))
         return number, value, judge
 
-    def say(self, prompt: str, image: int, value: float, user: str | None, row: int) -> None:
-        """Add an opinion on one image."""
-        number, _, judge = self._who(prompt, user, value)
-        self.said.append((image, number, judge, value, row))
+    def say(self, group: Group, place: int, image: int, value: float, row: int) -> None:
+        """Add an opinion on one image of a group."""
+        number, _, judge = self._who(group.prompts[place], group.user, value)
+        self.said.append((image, number, judge, value, row, group.weight))
 
     def result(self, notes: list[str], are_thumbs: bool = False) -> Judgements:
-        said = list(zip(*self.said, strict=True)) or [()] * 5
+        said = list(zip(*self.said, strict=True)) or [()] * 6
         opinions = Opinions(
             np.array(said[0], np.int64),
             np.array(said[1], np.int64),
             np.array(said[2], np.int64),
             np.array(said[3], np.float64),
             np.array(said[4], np.int64),
+            np.array(said[5], np.float64),
             are_thumbs,
         )
         columns = list(zip(*self.pairs, strict=True)) or [()] * 6
@@ -159,13 +161,15 @@ class _Collector:
         )
 
 
-def read_judgements(source: Any, **options: Any) -> Judgements:
+def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgements:
     """Read judgements of images.
 
     Args:
         source: A folder of the demo's votes (with `votes.jsonl`), anything that
             `load_preferences` reads (pairs, ranked lists, likes and dislikes), or
             `Judgements`, which are only checked.
+        ratings (`bool`, *optional*, defaults to True): Read ratings as they are. False
+            reads likes and dislikes, by `like_threshold`.
         **options: Of `load_preferences`.
 
     Returns:
@@ -198,8 +202,8 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
             collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
         elif data.kind == "ranked":
             scores = group.scores or ()
-            for image, score in zip(images, scores, strict=True):
-                collector.say(group.prompts[0], image, score, group.user, index)
+            for place, (image, score) in enumerate(zip(images, scores, strict=True)):
+                collector.say(group, place, image, score, index)
             for a, b in combinations(range(len(images)), 2):
                 if scores[a] != scores[b]:
                     better = float(scores[a] > scores[b])
@@ -207,9 +211,9 @@ def read_judgements(source: Any, **options: Any) -> Judgements:
                     collector.add(group.prompts[0], *pair, group.user, group.weight)
         elif data.kind == "labelled":
             liked = float((group.scores or (0.0,))[0] > 0)
-            value = liked if group.rating is None else group.rating
-            are_thumbs = group.rating is None
-            collector.say(group.prompts[0], images[0], value, group.user, index)
+            are_thumbs = group.rating is None or not ratings
+            value = liked if group.rating is None or are_thumbs else group.rating
+            collector.say(group, 0, images[0], value, index)
             likes.setdefault((group.prompts[0], group.user), []).append((images[0], value))
         else:
             raise UserError(
@@ -351,6 +355,37 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
         if not len(part) or bool((part.label == 0.5).all()):
             raise UserError(f"the {name} prompts have no decided pair; give more judgements")
     return parts
+
+
+def read_options(reading: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `read_judgements`.
+
+    Args:
+        reading (`dict[str, Any]`): `columns` and `like_threshold`, None for the
+            defaults.
+    """
+    threshold, columns = reading["like_threshold"], reading["columns"]
+    options: dict[str, Any] = {"columns": columns} if columns else {}
+    given = 0.0 if threshold is None else threshold
+    return options | {"ratings": threshold is None, "like_threshold": given}
+
+
+def check_held_out(held: Judgements, data: Judgements) -> None:
+    """Check that judgements are of other prompts and images than those of a training.
+
+    Raises:
+        UserError: They are not.
+    """
+    known = {prompt_key(prompt) for prompt in data.prompts}
+    both = [prompt for prompt in held.prompts if prompt_key(prompt) in known]
+    if both:
+        raise UserError(
+            f"eval_dataset: {len(both)} of its prompts are also trained on, such as "
+            f"{min(both)!r}; give other prompts"
+        )
+    shared = set(held.images) & set(data.images)
+    if shared:
+        raise UserError(f"eval_dataset: {len(shared)} of its images are also trained on")
 
 
 def prompt_key(prompt: str) -> str:

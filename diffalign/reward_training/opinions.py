@@ -25,6 +25,7 @@ class Opinions:
         user (`np.ndarray`): Index of the judge, -1 for nobody in particular, (n,).
         value (`np.ndarray`): 1 or 0 for a thumb, a rating, or a score in a list, (n,).
         source (`np.ndarray`): Row of the data, (n,). A list is one row.
+        weight (`np.ndarray`): How much each opinion counts, (n,).
         are_thumbs (`bool`): Whether the values are likes and dislikes.
     """
 
@@ -33,14 +34,19 @@ class Opinions:
     user: Ints = field(default_factory=_no_ints)
     value: Floats = field(default_factory=lambda: np.empty(0))
     source: Ints = field(default_factory=_no_ints)
+    weight: Floats = field(default_factory=lambda: np.empty(0))
     are_thumbs: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.weight) != len(self.value):
+            self.weight = np.ones(len(self.value))
 
     def __len__(self) -> int:
         return len(self.value)
 
     def rows(self, rows: npt.NDArray[np.bool_]) -> Opinions:
         """Return some of the opinions."""
-        names = ("image", "prompt", "user", "value", "source")
+        names = ("image", "prompt", "user", "value", "source", "weight")
         taken = {name: getattr(self, name)[rows] for name in names}
         return Opinions(**taken, are_thumbs=self.are_thumbs)
 

@@ -22,6 +22,7 @@ from ..rewards.learned.calibration import (
 from ..rewards.learned.losses import explained_share, nuisance_correlations
 from ..runtime.files import write_atomically
 from .features import NUISANCES
+from .fit import Labels
 
 REPORT = "report.json"
 BINS = 10
@@ -59,6 +60,18 @@ def accuracy(margins: Tensor, labels: Tensor, prompts: Tensor) -> dict[str, Any]
         "pairs": len(hits),
         "prompts": len(by_prompt),
     }
+
+
+def decided_accuracy(margins: Tensor, labels: Labels) -> float:
+    """Share of decided pairs that are ordered right, every prompt counts the same.
+
+    Args:
+        margins (`Tensor`): (n,).
+        labels (`Labels`): Of these pairs.
+    """
+    decided = labels.label != 0.5
+    hits = hits_of(margins, labels.label)[decided]
+    return prompt_mean(hits.tolist(), [str(prompt) for prompt in labels.prompt[decided].tolist()])
 
 
 def interval(by_prompt: dict[int, list[float]]) -> tuple[float | None, float | None]:

@@ -26,13 +26,17 @@ from ..runtime.files import save_tensors
 from ..training.build import check_peft_config
 from .pair_groups import PairBatch
 
+_TRAINED = "_towers_are_trained"
+
 
 def check_trainable(scorer: Any) -> None:
     """Check that the towers of a scorer can be trained.
 
     Raises:
-        ConfigError: They have no gradient.
+        ConfigError: They have no gradient, or they have been trained already.
     """
+    if getattr(scorer, _TRAINED, False):
+        raise ConfigError("model", f"the towers of this {scorer.name} were trained; load it again")
     if (
         not isinstance(scorer, ModelScorer)
         or not scorer.differentiable
@@ -55,6 +59,7 @@ class TowerNetwork(nn.Module):
 
     def __init__(self, scorer: Any, lora: Any = None) -> None:
         super().__init__()
+        setattr(scorer, _TRAINED, True)
         self.scorer = scorer
         self.towers = tower_list(scorer)
         self.head = FactorHead()
@@ -63,6 +68,9 @@ class TowerNetwork(nn.Module):
             self.towers.requires_grad_(True)
         else:
             check_peft_config(lora)
+            for name in ("lora_bias", "trainable_token_indices"):
+                if getattr(lora, name, None):
+                    raise ConfigError(f"peft_config.{name}", "is not saved; leave it out")
             self.lora = copy.deepcopy(lora)
             if self.lora.target_modules is None:
                 self.lora.target_modules = default_targets(self.towers)
@@ -107,11 +115,21 @@ class TowerNetwork(nn.Module):
             return scores, self._contrast(texts[0], images[winners], prompts)
         return scores, None
 
+    def train(self, mode: bool = True) -> TowerNetwork:
+        """Set training mode. Batch norms keep the statistics of their pre-training."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def _contrast(self, texts: Tensor, images: Tensor, prompts: list[str]) -> Tensor:
         names = [prompts.index(prompt) for prompt in prompts]
         number = torch.tensor(names, device=images.device)
         same = number[:, None] == number[None]
-        return anchor_loss(texts, images, self.scorer.clip.module.logit_scale.exp(), same)
+        scale = self.scorer.clip.module.logit_scale.float().exp()
+        with torch.autocast(images.device.type, enabled=False):  # the logits are large
+            return anchor_loss(texts.float(), images.float(), scale, same)
 
     def freeze_unused(self, batch: PairBatch) -> None:
         """Freeze the parameters that no score depends on.
@@ -148,7 +166,7 @@ class TowerNetwork(nn.Module):
 
 
 class TowerWeights:
-    """Saves and loads what trains of a `TowerNetwork`. See `TrainedWeights`."""
+    """Saves and loads the trainable weights of a network. See `TrainedWeights`."""
 
     def __init__(self, network: TowerNetwork) -> None:
         self.network = network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rewards.learned.calibration import prompt_mean
+from ..rewards.scorers.trained import FILE
 from ..runtime.folder_lock import FolderLock
+from ..runtime.seeds import undisturbed
 from ..training.build import build_accelerator, trainable_parameters
 from ..training.callbacks import (
     ProgressCallback,
@@ -27,7 +28,7 @@ from ..training.callbacks import (
 from ..training.checkpoint import CheckpointManager
 from ..training.loop import Run, fit
 from ..training.optimizer import build_lr_scheduler, build_optimizer
-from ..training.periodic import in_order
+from ..training.periodic import StopOnSignal, in_order
 from ..training.run_folder import begin
 from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, start_trackers
@@ -36,7 +37,7 @@ from .config import RewardConfig
 from .fit import fit_scale, label_loss, make_labels, margins_of_scores, part_loss
 from .judgements import Judgements
 from .pair_groups import PairBatch, PairData
-from .report import hits_of
+from .report import decided_accuracy, hits_of
 from .tower_network import BestStep, TowerNetwork, TowerWeights
 
 if TYPE_CHECKING:
@@ -228,27 +229,27 @@ class TowerRun:
         Returns:
             `dict[str, float]`: `eval/loss` and `eval/accuracy`.
         """
-        labels, margins = self.data["val"].labels, margins_of_scores(self.scores("val"))
-        loss = float(part_loss(margins, labels, self.args))
-        decided = labels.label != 0.5
-        hits = hits_of(margins, labels.label)[decided]
-        prompts = [str(prompt) for prompt in labels.prompt[decided].tolist()]
-        self.best.offer(loss, self.state.global_step)
-        metrics = {"eval/loss": loss, "eval/accuracy": prompt_mean(hits.tolist(), prompts)}
+        metrics = self._look()
         self._call("on_evaluate", metrics=metrics)
         return metrics
 
+    def _look(self) -> dict[str, float]:
+        labels, margins = self.data["val"].labels, margins_of_scores(self.scores("val"))
+        loss = float(part_loss(margins, labels, self.args))
+        self.best.offer(loss, self.state.global_step)
+        return {"eval/loss": loss, "eval/accuracy": decided_accuracy(margins, labels)}
+
     # Running --------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+    def train(self, finish: Callable[[], None]) -> TrainOutput:
         """Train to the end, or until the first signal.
 
         Args:
-            resume_from_checkpoint (`str`, *optional*): `latest` or a checkpoint folder.
+            finish (`Callable`): Called at the end, when the network has the best
+                weights and the folder is still locked. All processes call it.
 
         Returns:
-            `TrainOutput`: Steps done and the last metrics. At the end the network has
-            the best weights.
+            `TrainOutput`: Steps done and the last metrics.
 
         Raises:
             UserError: The folder holds another run, or the checkpoint is of another.
@@ -256,11 +257,17 @@ class TowerRun:
             CheckpointError: A checkpoint could not be written.
         """
         with FolderLock(self.output_dir, "train.output_dir") as lock:
-            resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+            resume = self.args.resume_from_checkpoint
             checkpoint = begin(lock, resume, self.args.overwrite_output_dir)
             self.setup()
             self.checkpoints.clean()
-            return self._train(checkpoint)
+            if self.accelerator.is_main_process:
+                # What is trained now makes another reward of the folder, at the end.
+                (self.output_dir / FILE).unlink(missing_ok=True)
+            output = self._train(checkpoint)
+            if output.interrupted_by is None:
+                finish()
+            return output
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
         accelerator = self.accelerator
@@ -270,6 +277,9 @@ class TowerRun:
             self.state.max_steps = steps
             self.schedule.last_epoch = self.state.global_step
             accelerator.print(f"resuming from {checkpoint} at step {self.state.global_step}")
+            if self.state.global_step % (self.args.eval_steps or 1) == 0:
+                with undisturbed():
+                    self._look()  # the checkpoint was written before its evaluation
         start_trackers(accelerator, self.args)
         with StopSignals() as signals:
             undone = self.checkpoints.take_over(checkpoint, self.state)
@@ -285,14 +295,18 @@ class TowerRun:
                 resumed=checkpoint,
             )
             fit(self, run, callbacks)
+            # All processes agree, also if a signal came after the last step.
+            interrupted = StopOnSignal(signals).interrupted(run)
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
-        if signals.received is None:
+        if not interrupted:
             if self.state.global_step % (self.args.eval_steps or 1):
                 self.evaluate()  # the last step may be the best one
             self.best.put_back()
-        return TrainOutput(self.state.global_step, run.metrics, signals.received)
+        return TrainOutput(
+            self.state.global_step, run.metrics, signals.received if interrupted else None
+        )
 
     def _make_run(self) -> Run:
         args, data = self.args, self.data["train"]

@@ -30,7 +30,7 @@ from ..rewards.scorers.trained import (
     read_facts,
 )
 from ..runtime.distributed import end_training
-from ..runtime.files import replacing_folder, save_tensors, write_atomically
+from ..runtime.files import LOCK, replacing_folder, save_tensors, write_atomically
 from ..runtime.versions import versions
 from ..training.callbacks import TrainerCallback
 from ..training.sections import LoraSection
@@ -47,8 +47,10 @@ from .fit import (
     margins_of,
     margins_of_scores,
     pal_margins,
+    spread_of,
 )
-from .judgements import Judgements, prompt_key, read_judgements, split
+from .item_losses import check_opinions
+from .judgements import Judgements, check_held_out, read_judgements, read_options, split
 from .report import measure, write_report
 from .tower_network import check_trainable
 from .tower_run import TowerRun
@@ -114,23 +116,25 @@ class RewardTrainer:
         self.interrupted_by: int | None = None
         self.peft_config = self._lora(peft_config)
         self.folder = Path(self.args.output_dir)
-        if self.args.towers == "frozen":
-            self._check_folder()
+        self._check_folder()
         if train_dataset is None:
             raise ConfigError("data", "no judgements: name a dataset or a folder of votes")
-        options: dict[str, Any] = {"columns": columns} if columns else {}
-        if like_threshold is not None:
-            options["like_threshold"] = like_threshold
-        elif self.args.loss in ("ratings", "quantiles"):
-            options["like_threshold"] = 0.0  # the ratings themselves are read
+        # Without a threshold the ratings themselves are read.
+        self.reading = {"columns": columns, "like_threshold": like_threshold}
+        options = read_options(self.reading)
         self.judgements = data = read_judgements(train_dataset, **options)
         test = self.args.test if eval_dataset is None else 0.0
         self.parts = split(data, self.args.val, test, self.args.split_seed)
+        if self.args.loss != "pairs":
+            check_opinions(self.args.loss, self.parts["train"].opinions)
+        self.eval_fingerprint: str | None = None
         if eval_dataset is None:
             self.held_out = self.parts["test"]
         else:
             self.held_out = read_judgements(eval_dataset, **options)
-            self._check_held_out()
+            self.eval_fingerprint = self.held_out.fingerprint()
+            check_held_out(self.held_out, data)
+            self._number_users()
         if self.args.head == "pal":
             self._check_users()
         self.base_name = model if isinstance(model, str) else model.spec.key
@@ -138,7 +142,9 @@ class RewardTrainer:
         check_name(self.base_name, "model")
         self.base: Any = model
         if isinstance(model, str):
-            self.base = load_scorer(model, model=model_path)
+            # Several processes choose their devices later.
+            device = None if self.args.towers == "frozen" else "cpu"
+            self.base = load_scorer(model, model=model_path, device=device)
         if self.args.towers == "frozen":
             check_base(self.base)
         else:
@@ -149,7 +155,18 @@ class RewardTrainer:
                 )
         captions = anchor_dataset if anchor_dataset is not None else self.args.anchor_data
         self.captions = None
-        if captions is not None and self.args.anchor:
+        if anchor_dataset is not None and not self.args.anchor:
+            raise ConfigError("anchor_dataset", "has no effect without anchor; set anchor=0.3")
+        if callbacks and self.args.towers == "frozen":
+            raise ConfigError("callbacks", "are called while towers are trained; leave them out")
+        alone = captions is None and self.args.per_device_train_batch_size < 2
+        if self.args.anchor and alone:
+            raise ConfigError(
+                "anchor",
+                "contrasts the prompts of a batch; set per_device_train_batch_size to 2 or more, "
+                "or give anchor_data",
+            )
+        if captions is not None:
             size, seed = self.args.anchor_batch_size, self.args.seed
             self.captions = CaptionData(captions, self.base, size, seed)
         self._check_again(model)
@@ -162,19 +179,9 @@ class RewardTrainer:
             return LoraSection().to_peft()
         return peft_config
 
-    def _check_held_out(self) -> None:
-        """Refuse trained prompts, and number users as the training data does."""
+    def _number_users(self) -> None:
+        """Number users as the training data does."""
         held, data = self.held_out, self.judgements
-        known = {prompt_key(prompt) for prompt in data.prompts}
-        both = [prompt for prompt in held.prompts if prompt_key(prompt) in known]
-        if both:
-            raise UserError(
-                f"eval_dataset: {len(both)} of its prompts are also trained on, such as "
-                f"{min(both)!r}; give other prompts"
-            )
-        shared = set(held.images) & set(data.images)
-        if shared:
-            raise UserError(f"eval_dataset: {len(shared)} of its images are also trained on")
         numbers = {name: number for number, name in enumerate(data.users)}
         table = np.array([*(numbers.get(name, -1) for name in held.users), -1])
         held.user, held.users = table[held.user], data.users
@@ -196,16 +203,24 @@ class RewardTrainer:
             raise ConfigError("train.output_dir", f"{self.args.output_dir!r} is no new folder")
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
+        if self.args.towers != "frozen":
+            # `begin` decides about runs, and nothing else may lie here.
+            if not any((self.folder / name).exists() for name in (FILE, "logs", LOCK)):
+                raise self._foreign_folder()
+            return
         if not self.args.overwrite_output_dir:
             raise UserError(
                 f"train.output_dir: {str(self.folder)!r} is not empty; choose another folder, or "
                 "set train.overwrite_output_dir: true"
             )
         if not (self.folder / FILE).is_file():
-            raise UserError(
-                f"train.output_dir: {str(self.folder)!r} holds something else than a reward; "
-                "choose another folder"
-            )
+            raise self._foreign_folder()
+
+    def _foreign_folder(self) -> UserError:
+        return UserError(
+            f"train.output_dir: {str(self.folder)!r} holds something other than a reward; choose "
+            "another folder"
+        )
 
     def _check_users(self) -> None:
         train = self.parts["train"]
@@ -253,7 +268,7 @@ class RewardTrainer:
             unscaled = self._margins(head, val)
         temperature = fit_scale(unscaled, val, args)
         with torch.no_grad():
-            spread = temperature * _spread(self._margins(head, train))
+            spread = temperature * spread_of(self._margins(head, train))
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
         report = measure(
@@ -274,15 +289,21 @@ class RewardTrainer:
             "lora": None if lora is None else str(lora_facts(lora)),
             "precision": args.mixed_precision,
             "seed": args.seed,
+            "split": [args.val, args.test, args.split_seed, self.eval_fingerprint],
+            "anchor": [
+                args.anchor,
+                None if self.captions is None else self.captions.data.fingerprint,
+            ],
         }
         run = TowerRun(self.base, args, *parts, lora, identity, self.callbacks, self.captions)
-        output = run.train()
-        self.interrupted_by = output.interrupted_by
-        if output.interrupted_by is None:
+
+        def finish() -> None:
             scores = {name: run.scores(name) for name in ("val", "test")}
             if run.accelerator.is_main_process:
                 self._finish_towers(run, scores)
-        run.accelerator.wait_for_everyone()
+            run.accelerator.wait_for_everyone()
+
+        self.interrupted_by = run.train(finish).interrupted_by
         end_training(run.accelerator)
         return self.folder
 
@@ -291,7 +312,7 @@ class RewardTrainer:
         val, test = (run.data[name].labels for name in ("val", "test"))
         margins = {name: margins_of_scores(values) for name, values in scores.items()}
         temperature = fit_scale(margins["val"], val, self.args)
-        spread = temperature * _spread(margins["val"])
+        spread = temperature * spread_of(margins["val"])
         report = measure(
             temperature * margins["test"],
             margins_of_scores(run.base_scores["test"]),
@@ -373,6 +394,8 @@ class RewardTrainer:
                 "users": len(data.users),
                 "ties": int((data.label == 0.5).sum()),
                 "fingerprint": data.fingerprint(),
+                "eval_fingerprint": self.eval_fingerprint,
+                "reading": self.reading,
                 "split": f"{sizes} pairs",
                 "notes": data.notes,
             },
@@ -386,11 +409,6 @@ class RewardTrainer:
             _write_head(head, temporary)
             write_atomically(temporary / FILE, (json.dumps(facts, indent=2) + "\n").encode())
             write_report(temporary, report, facts)
-
-
-def _spread(margins: Tensor) -> float:
-    """Deviation of the scores of one prompt, from the margins of its pairs."""
-    return float((margins.square().mean() / 2).sqrt())
 
 
 def _write_head(head: RewardHead | PalHead | FactorHead, folder: Path) -> None:

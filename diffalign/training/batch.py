@@ -16,7 +16,7 @@ class LoopBatch(Protocol):
 
     Attributes:
         weights (`Tensor`): Weight of each group in the loss, (g,).
-        row_ids (`list[int]`): Rows of the source dataset, for messages.
+        row_ids (`list[int]`): Rows of the data, for messages.
     """
 
     weights: Tensor

@@ -131,7 +131,8 @@ def opinions(
 ) -> Any:
     n = np.arange(len(values))
     user = np.full(len(n), -1) if users is None else np.array(users)
-    return Opinions(n, n, user, np.array(values), n if source is None else np.array(source), likes)
+    rows = n if source is None else np.array(source)
+    return Opinions(n, n, user, np.array(values), rows, are_thumbs=likes)
 
 
 def test_the_losses_by_hand() -> None:
@@ -157,6 +158,24 @@ def test_the_losses_by_hand() -> None:
     assert float(tied(scores)) == pytest.approx(float(expected))
 
 
+def test_lists_of_any_length_count_the_same() -> None:
+    weight = torch.tensor([0.5] * 2 + [0.25] * 4, dtype=torch.float64)
+    said = opinions([2, 1, 4, 3, 2, 1], source=[0, 0, 1, 1, 1, 1])
+    loss, _ = item_loss("plackett_luce", said, weight)
+    pair, four = torch.tensor([0.3, -0.2]).double(), torch.tensor([0.1, 0.7, -0.5, 0.2]).double()
+    first = softplus(pair[1] - pair[0])
+    second = (four.flip(0).logcumsumexp(0).flip(0) - four).sum() / 3
+    assert float(loss(torch.cat([pair, four]))) == pytest.approx(float((first + second) / 2))
+
+
+def test_a_threshold_makes_likes_of_ratings() -> None:
+    ratings = read_judgements(stars(12), like_threshold=0.0)
+    assert not ratings.opinions.are_thumbs and len(np.unique(ratings.opinions.value)) == 5
+    likes = read_judgements(stars(12), ratings=False, like_threshold=3.0)
+    assert likes.opinions.are_thumbs and set(likes.opinions.value) == {0.0, 1.0}
+    assert len(likes) < len(ratings)  # ratings order more pairs than likes
+
+
 def test_people_use_a_scale_differently() -> None:
     said = opinions([1, 3, 5, 4, 4, 2], users=[0, 0, 0, 1, 2, 2])
     values = said.standardised()
@@ -173,6 +192,8 @@ def test_mistakes(tmp_path: Path) -> None:
             train(tmp_path / loss, data, loss=loss)
     from judged import rows
 
+    with pytest.raises(UserError, match="needs lists"):
+        train(tmp_path / "single", stars(20), loss="plackett_luce")
     with pytest.raises(UserError, match="single images"):
         train(tmp_path / "pairs", rows(40), loss="thumbs")
     scores = [float(i) for i in range(30)]
@@ -181,7 +202,7 @@ def test_mistakes(tmp_path: Path) -> None:
     for values, words in (
         ({"loss": "ratings", "flip_rate": 0.1}, "flip_rate: is for pairs"),
         ({"loss": "thumbs", "head": "pal"}, "loss: is no setting of a pal head"),
-        ({"loss": "thumbs", "towers": "lora"}, "loss: is of a head on frozen towers"),
+        ({"loss": "thumbs", "towers": "lora"}, "loss: applies to frozen towers alone"),
     ):
         with pytest.raises(ConfigError, match=words):
             config(tmp_path, **values)

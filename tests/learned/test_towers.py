@@ -103,6 +103,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(trained: Path, tmp_path: 
     assert report_of(trained) == report_of(folder)
 
 
+class StopAfterLook(TrainerCallback):
+    """Stops as a killed process does, when the evaluation of a step is done."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_the_best_step_survives_a_stop_after_its_evaluation(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_steps": 4, "eval_steps": 4, "max_steps": 8}
+    settings["learning_rate"] = 0.03  # the first look is the best one
+    train_towers(tmp_path / "whole", "full", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_towers(tmp_path / "stopped", "full", [StopAfterLook()], **settings)
+    settings["resume_from_checkpoint"] = "latest"
+    train_towers(tmp_path / "stopped", "full", **settings)
+    facts = [
+        json.loads((tmp_path / each / "reward.json").read_text())["chosen"]
+        for each in ("whole", "stopped")
+    ]
+    assert facts[0] == facts[1]
+    with pytest.raises(UserError, match="belongs to another run"):
+        train_towers(tmp_path / "stopped", "full", split_seed=3, **settings)
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     train_towers(tmp_path / "one", "full")
     done = torchrun(SCRIPT, tmp_path / "two", 4, timeout=300)
@@ -170,7 +195,7 @@ def test_every_kind_of_tower_gets_gradients(tmp_path: Path, name: str, lora: boo
 
 def test_mistakes(tmp_path: Path) -> None:
     for values, words in (
-        ({"towers": "full", "cache": "x"}, "cache: is of a head on frozen towers"),
+        ({"towers": "full", "cache": "x"}, "cache: applies to frozen towers alone"),
         ({"towers": "lora", "head": "pal"}, "pal is a head on frozen towers"),
         ({"towers": "lora", "nuisance": 1.0}, "nuisance"),
         ({"save_steps": 5}, "save_steps: 5 is for trained towers"),
@@ -187,6 +212,21 @@ def test_mistakes(tmp_path: Path) -> None:
     args = config(tmp_path / "few", towers="full", anchor=0.3)
     with pytest.raises(UserError, match="two captions"):
         RewardTrainer("shapes-clip", args, rows(40), anchor_dataset=captions(1))
+    with pytest.raises(ConfigError, match="contrasts the prompts of a batch"):
+        RewardTrainer("shapes-clip", config(tmp_path / "b", towers="full", anchor=0.3), rows(40))
+    with pytest.raises(ConfigError, match="callbacks"):
+        RewardTrainer("shapes-clip", config(tmp_path / "c"), rows(40), callbacks=[StopAt(1)])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("my notes")
+    with pytest.raises(UserError, match="something other than a reward"):
+        RewardTrainer("shapes-clip", config(mine, towers="full"), rows(40))
+    scorer: Any = load_scorer("shapes-clip", device="cpu")
+    TowerNetwork(scorer)
+    with pytest.raises(ConfigError, match="were trained; load it again"):
+        RewardTrainer(scorer, config(tmp_path / "d", towers="full"), rows(40))
+    with pytest.raises(ConfigError, match="lora_bias"):
+        TowerNetwork(load_scorer("shapes-clip", device="cpu"), LoraConfig(lora_bias=True))
     args, adapter = config(tmp_path / "lora", towers="lora"), LoraConfig(target_modules=["no"])
     trainer = RewardTrainer("shapes-clip", args, rows(40), peft_config=adapter)
     with pytest.raises(ConfigError, match="target_modules"):
@@ -235,10 +275,13 @@ def test_the_average_of_rewards(members: list[Path], tmp_path: Path) -> None:
         strict=True,
     ):
         assert torch.allclose(mean, (one + other) / 2, atol=1e-6)
+    assert facts["data"]["eval_fingerprint"] is None
     same = average_rewards([members[0]] * 2, tmp_path / "same", rows(40), device="cpu")
     alone, twice = (
         load_scorer(str(each), device="cpu")(images, PROMPTS) for each in (members[0], same)
     )
+    barriers = json.loads((same / "reward.json").read_text())["average"]["barriers"]
+    assert list(barriers) == ["seed-1 (1) - seed-1 (2)"]
     ratio = alone / twice  # the factor is fitted again
     assert float(ratio[0]) == pytest.approx(float(ratio[1]), rel=1e-4)
 
@@ -249,7 +292,7 @@ def test_averages_that_have_no_sense(members: list[Path], trained: Path, tmp_pat
 
     for folders, data, words in (
         (members[:1], rows(40), "two rewards or more"),
-        (members, rows(39), "other judgements"),
+        (members, rows(39), "are not the judgements"),
     ):
         with pytest.raises(UserError, match=words):
             average(folders, data)

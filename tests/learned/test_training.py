@@ -138,7 +138,7 @@ def test_users_of_two_tastes(tmp_path: Path) -> None:
 
 
 def test_users_are_grouped_by_what_they_prefer() -> None:
-    """Also where images differ ten times as much in a direction that nobody cares for."""
+    """Also where images differ most in a direction that nobody cares for."""
     generator = torch.Generator().manual_seed(0)
     users, votes, dim = 12, 40, 8
     user = torch.arange(users).repeat_interleave(votes)

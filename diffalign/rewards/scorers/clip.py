@@ -330,8 +330,9 @@ class OpenClipScore(CosineScorer):
         return {**super().identity(), "precision": self.precision}
 
     def tower_precision(self) -> AbstractContextManager[object]:
-        half = self.precision == "amp_fp16" and self.device.type == "cuda"
-        return torch.autocast("cuda", torch.float16, enabled=half)
+        if self.precision == "amp_fp16" and self.device.type == "cuda":
+            return torch.autocast("cuda", torch.float16)
+        return nullcontext()  # leaves the precision of a training as it is
 
 
 def _preprocess(kind: str | None, clip: OpenClip) -> Preprocess:

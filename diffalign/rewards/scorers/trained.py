@@ -31,7 +31,7 @@ EVERYBODY = "worst"
 
 
 class TrainedReward(ModelScorer):
-    """A learned reward: a head over a CLIP scorer.
+    """A learned reward: a head over a CLIP scorer, or a scorer with trained towers.
 
     Args:
         folder (path): What `diffalign reward train` wrote.
@@ -255,7 +255,7 @@ class TrainedReward(ModelScorer):
             UserError: the reward has trained towers and thus no members.
         """
         if isinstance(self.head, FactorHead):
-            raise UserError(f"{self.folder} has trained towers and no members; train.members: 4")
+            raise UserError(f"{self.folder} has no members; only heads on frozen towers have some")
         return self.temperature * self.members(*self._features(images, list(prompts))).cpu()
 
     def members(self, image: Tensor, text: Tensor, base: Tensor) -> Tensor:
