@@ -31,8 +31,7 @@ class RewardRun:
     """Other names of columns."""
     lora: LoraSection | None = None
     like_threshold: float | None = None
-    """Ratings from here on are likes. null reads ratings only with `loss: ratings` or
-    `quantiles`."""
+    """Ratings from here on are likes. null reads ratings as they are."""
 
 
 TOP_LEVEL = tuple(each.name for each in dataclasses.fields(RewardRun))

@@ -78,8 +78,8 @@ class RewardTrainer:
             while towers are trained.
         anchor_dataset (*optional*): Captioned images for `anchor`, in place of
             `anchor_data`.
-        like_threshold (`float`, *optional*): See `load_preferences`. Ratings are read
-            as such with a `loss` of theirs.
+        like_threshold (`float`, *optional*): Ratings from here on are likes. None
+            reads ratings as they are.
 
     Attributes:
         interrupted_by (`int`, *optional*): Signal that ended the training early.
@@ -149,27 +149,32 @@ class RewardTrainer:
             check_base(self.base)
         else:
             check_trainable(self.base)
-            if self.args.anchor and not hasattr(self.base, "clip"):
-                raise ConfigError(
-                    "anchor", f"{self.base_name} has no embeddings of prompts; set it to 0"
-                )
-        captions = anchor_dataset if anchor_dataset is not None else self.args.anchor_data
-        self.captions = None
-        if anchor_dataset is not None and not self.args.anchor:
-            raise ConfigError("anchor_dataset", "has no effect without anchor; set anchor=0.3")
         if callbacks and self.args.towers == "frozen":
             raise ConfigError("callbacks", "are called while towers are trained; leave them out")
-        alone = captions is None and self.args.per_device_train_batch_size < 2
-        if self.args.anchor and alone:
+        self.captions = self._read_captions(anchor_dataset)
+        self._check_again(model)
+
+    def _read_captions(self, anchor_dataset: Any) -> CaptionData | None:
+        """Read the captioned images of the anchor, None without any."""
+        args = self.args
+        captions = anchor_dataset if anchor_dataset is not None else args.anchor_data
+        if not args.anchor:
+            if captions is not None:
+                raise ConfigError("anchor_dataset", "has no effect without anchor; set anchor=0.3")
+            return None
+        if not hasattr(self.base, "clip"):
+            raise ConfigError(
+                "anchor", f"{self.base_name} has no embeddings of prompts; set it to 0"
+            )
+        if captions is not None:
+            return CaptionData(captions, self.base, args.anchor_batch_size, args.seed)
+        if args.per_device_train_batch_size < 2:
             raise ConfigError(
                 "anchor",
                 "contrasts the prompts of a batch; set per_device_train_batch_size to 2 or more, "
                 "or give anchor_data",
             )
-        if captions is not None:
-            size, seed = self.args.anchor_batch_size, self.args.seed
-            self.captions = CaptionData(captions, self.base, size, seed)
-        self._check_again(model)
+        return None
 
     def _lora(self, peft_config: LoraConfig | None) -> LoraConfig | None:
         towers = self.args.towers
