@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -19,12 +19,14 @@ from PIL import Image
 from ..data import PreferenceDataset, load_preferences
 from ..data.dataset import Group
 from ..errors import UserError
+from ..rewards.learned.losses import flip_rate_of
 from .opinions import Opinions
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 FEWEST_PROMPTS = 10
 SIDE_WARNING = 0.6
+FEWEST_REPEATS = 20
 
 
 @dataclass
@@ -272,6 +274,7 @@ def read_votes(folder: Path) -> Judgements:
             images, label = images[::-1], 1 - label
         annotator = row.get("annotator") or None
         votes.setdefault((prompt, images[0], images[1], annotator), []).append(label)
+    agreement = agreement_note(votes)
     for (prompt, first, second, user), labels in votes.items():
         mean = sum(labels) / len(labels)
         collector.add(prompt, first, second, mean, user, float(len(labels)))
@@ -280,10 +283,40 @@ def read_votes(folder: Path) -> Judgements:
     notes = [f"WARNING: {len(torn)} torn lines of votes.jsonl left out"] if torn else []
     if missing:
         notes.append(f"WARNING: {missing} votes left out, whose images are gone")
+    notes += [agreement] if agreement else []
     if decided >= 20 and share > SIDE_WARNING:
         side = "left" if sides["left"] > sides["right"] else "right"
         notes.append(f"WARNING: {share:.0%} of the decided votes are for the {side} image")
     return _checked(collector.result(notes), None, False)
+
+
+def agreement_note(votes: Mapping[tuple[str, int, int, str | None], list[float]]) -> str | None:
+    """Say how often votes on one pair agree, which is the most that a reward can reach.
+
+    Args:
+        votes (`Mapping`): Prompt, both images and judge -> labels, 1/2 for a tie.
+
+    Returns:
+        `str`, *optional*: None with fewer than `FEWEST_REPEATS` repeated pairs.
+    """
+    by_pair: dict[tuple[str, int, int], list[float]] = {}
+    for (prompt, first, second, _), labels in votes.items():
+        decided = [label for label in labels if label != 0.5]
+        by_pair.setdefault((prompt, first, second), []).extend(decided)
+    shares = []
+    for labels in by_pair.values():
+        if len(labels) > 1:
+            # The share of pairs of votes that differ, whatever the number of votes.
+            wins, count = sum(labels), len(labels)
+            shares.append(2 * wins * (count - wins) / (count * (count - 1)))
+    if len(shares) < FEWEST_REPEATS:
+        return None
+    share = sum(shares) / len(shares)
+    times = f"{len(shares)} pairs were judged more than once"
+    text = f"{times}, and {share:.0%} of the votes on them differ"
+    if share >= 0.5:
+        return f"WARNING: {text}, as by chance"
+    return f"{text}; {flip_rate_of(share):.0%} wrong labels would explain it (train.flip_rate)"
 
 
 def _opened(file: Path) -> Image.Image:

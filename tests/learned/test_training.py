@@ -20,7 +20,7 @@ from diffalign.cli.entry import run
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
 from diffalign.reward_training.fit import PENALTIES, Pairs, taste_logits
-from diffalign.reward_training.judgements import read_judgements, split
+from diffalign.reward_training.judgements import agreement_note, read_judgements, split
 from diffalign.rewards.learned.heads import RewardHead
 
 
@@ -199,6 +199,26 @@ def test_votes_of_the_demo(tmp_path: Path) -> None:
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match="is not in the folder"):
         read_judgements(str(tmp_path))
+
+
+def test_votes_that_differ_are_told() -> None:
+    def votes(pairs: int, differing: int) -> dict[Any, list[float]]:
+        return {
+            ("a cat", 2 * i, 2 * i + 1, user): [1.0 if user == "ann" or i >= differing else 0.0]
+            for i in range(pairs)
+            for user in ("ann", "bob")
+        }
+
+    assert agreement_note(votes(10, 2)) is None
+    note = agreement_note(votes(25, 8)) or ""
+    assert "25 pairs were judged more than once, and 32% of the votes on them differ" in note
+    assert "20% wrong labels" in note  # 2 * 0.2 * 0.8 = 0.32
+    assert "as by chance" in (agreement_note(votes(24, 14)) or "")
+    assert "0% of the votes" in (agreement_note(votes(30, 0)) or "")
+    tied = {key: [0.5] for key in votes(30, 0)}
+    assert agreement_note(tied) is None
+    thrice = {("a cat", 2 * i, 2 * i + 1, "ann"): [1.0, 1.0, 0.0] for i in range(20)}
+    assert "67% of the votes" in (agreement_note(thrice) or "")
 
 
 def test_lists_and_likes() -> None:
