@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,3 +29,16 @@ def test_an_example_runs(home: Path, name: str) -> None:
     done = run(sys.executable, ROOT / "examples" / f"{name}.py", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
+
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code[0].startswith("%pip") and not any(cell.get("outputs") for cell in cells)
+    done = run(sys.executable, "-c", "\n".join(code[1:]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
