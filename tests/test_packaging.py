@@ -99,3 +99,39 @@ def test_it_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
         "print(sum(p.numel() for p in b.load_network(torch.float32).parameters()))"
     )
     assert int(run(load, PYTHONPATH=str(dependencies)).split()[-1]) > 4_000_000
+
+
+def test_nothing_is_imported_that_is_not_installed() -> None:
+    """Also inside of functions: a package of the tests alone is not there for users."""
+    import ast
+    import re
+    from importlib.metadata import metadata, requires
+
+    from packaging.requirements import Requirement
+
+    extras = metadata("diffalign").get_all("Provides-Extra") or []
+    users = ["", *(name for name in extras if name not in ("test", "docs", "dev"))]
+    declared = [
+        requirement
+        for requirement in map(Requirement, requires("diffalign") or [])
+        if requirement.marker is None
+        or any(requirement.marker.evaluate({"extra": extra}) for extra in users)
+    ]
+    names = {re.sub(r"[-_.]+", "_", requirement.name.lower()) for requirement in declared}
+    modules = {"pillow": "PIL", "pyyaml": "yaml", "open_clip_torch": "open_clip"}
+    known = {modules.get(name, name) for name in names} | {*sys.stdlib_module_names, "diffalign"}
+    # Come with packages that are declared, or are asked for in a sentence.
+    known |= {"pydantic_core", "pyarrow", "fsspec", "packaging", "starlette", "tokenizers"}
+    known |= {"filelock", "_typeshed"}
+    found: dict[str, str] = {}
+    for path in (ROOT / "diffalign").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            imported: list[str] = []
+            if isinstance(node, ast.Import):
+                imported = [each.name for each in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported = [node.module or ""]
+            for name in imported:
+                if name.split(".")[0] not in known:
+                    found[name.split(".")[0]] = str(path.relative_to(ROOT))
+    assert found == {}

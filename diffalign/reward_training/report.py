@@ -20,7 +20,7 @@ from ..rewards.learned.calibration import (
     prompt_mean,
 )
 from ..rewards.learned.losses import explained_share, nuisance_correlations
-from ..runtime.files import write_atomically
+from ..runtime.files import save_image, write_atomically
 from .features import NUISANCES
 from .fit import Labels
 
@@ -155,22 +155,32 @@ def in_words(row: dict[str, Any]) -> str:
 
 def draw_calibration(report: dict[str, Any], path: Path) -> None:
     """Draw confidence against the share of right answers."""
-    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    size, margin = 400, 50
+    picture = Image.new("RGB", (size, size), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
 
-    figure, axes = plt.subplots(figsize=(4, 4))
-    axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=1)
-    rows = report["calibration"]
-    axes.plot([row[0] for row in rows], [row[1] for row in rows], "o-")
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("share of right answers")
-    axes.set_xlim(0.5, 1)
-    axes.set_ylim(0, 1)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    def place(confidence: float, share: float) -> tuple[float, float]:
+        width = size - 2 * margin
+        return margin + 2 * (confidence - 0.5) * width, size - margin - share * width
+
+    for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        x, bottom = place(tick, 0.0)
+        draw.line([(x, bottom), (x, margin)], fill="#eeeeee")
+        draw.text((x, bottom + 6), f"{tick:g}", fill="black", font=font, anchor="ma")
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        left, y = place(0.5, tick)
+        draw.line([(left, y), (size - margin, y)], fill="#eeeeee")
+        draw.text((left - 6, y), f"{tick:g}", fill="black", font=font, anchor="rm")
+    draw.line([place(0.5, 0.5), place(1.0, 1.0)], fill="gray")
+    points = [place(row[0], row[1]) for row in report["calibration"]]
+    draw.line(points, fill="#1f6feb", width=2)
+    for x, y in points:
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill="#1f6feb")
+    draw.text((size / 2, size - 8), "confidence", fill="black", font=font, anchor="ms")
+    draw.text((margin - 40, 24), "share of right answers", fill="black", font=font, anchor="lm")
+    save_image(picture, path)
 
 
 def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
