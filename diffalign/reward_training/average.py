@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 from ..rewards.learned.heads import FactorHead
 from ..rewards.learned.tower_weights import TOWERS, tower_list
-from ..rewards.scorers.trained import FILE, WEIGHTS, TrainedReward, read_facts
-from ..runtime.files import replacing_folder, save_tensors, write_atomically
+from ..rewards.scorers.trained import WEIGHTS, TrainedReward, read_facts, write_facts
+from ..runtime.files import replacing_folder, save_tensors
 from ..runtime.versions import versions
 from .config import RewardConfig
 from .features import pair_nuisances
@@ -80,9 +79,9 @@ def average_rewards(
     noise = {name: facts[0]["settings"][name] for name in ("flip_rate", "smoothing", "margin")}
     config = RewardConfig(**noise)
 
-    def scores(weights: Sequence[float], part: Judgements = val) -> Tensor:
+    def scores(weights: Sequence[float]) -> Tensor:
         put(scorer, mixed(states, weights))
-        return score_pairs(scorer, part)
+        return score_pairs(scorer, val)
 
     def loss(values: Tensor) -> float:
         return float(part_loss(margins_of_scores(values), labels, config))
@@ -101,9 +100,8 @@ def average_rewards(
             weights = [(1 - share) * a + share * b for a, b in zip(alone[i], alone[j], strict=True)]
             rises.append(loss(scores(weights)) - (1 - share) * losses[i] - share * losses[j])
         barriers[f"{names[i]} - {names[j]}"] = max(rises)
-    equal = [1 / count] * count
     own = [decided_accuracy(margins_of_scores(each), labels) for each in by_member]
-    values = scores(equal)
+    values = scores([1 / count] * count)  # from here on, the scorer is the average
     averaged = margins_of_scores(values)
     reached = decided_accuracy(averaged, labels)
     verdict = _verdict(barriers, own, reached)
@@ -112,7 +110,7 @@ def average_rewards(
     factor = fit_scale(averaged, labels, config)
     spread = factor * spread_of(averaged)
     report = measure(
-        factor * margins_of_scores(scores(equal, test)),
+        factor * margins_of_scores(score_pairs(scorer, test)),
         before,
         torch.from_numpy(test.label),
         torch.from_numpy(test.prompt),
@@ -136,12 +134,11 @@ def average_rewards(
             "warning": verdict,
         },
     }
-    put(scorer, mixed(states, equal))
     with replacing_folder(target) as temporary:
-        towers = tower_list(scorer.base).named_parameters()
-        save_tensors({n: p.detach().cpu().contiguous() for n, p in towers}, temporary / TOWERS)
-        save_tensors({"log_factor": mixed(states, equal)["factor"]}, temporary / WEIGHTS)
-        write_atomically(temporary / FILE, (json.dumps(written, indent=2) + "\n").encode())
+        averaged_state = _state(scorer)
+        save_tensors({"log_factor": averaged_state.pop("factor")}, temporary / WEIGHTS)
+        save_tensors(averaged_state, temporary / TOWERS)
+        write_facts(temporary, written)
         write_report(temporary, report, written)
     return target
 
@@ -228,7 +225,7 @@ def _state(member: TrainedReward) -> dict[str, Tensor]:
     if not isinstance(head, FactorHead):
         raise ConfigError("folders", f"{member.folder} has a head of its own")
     state = {
-        name: parameter.detach().cpu().clone()
+        name: parameter.detach().cpu().clone().contiguous()
         for name, parameter in tower_list(member.base).named_parameters()
     }
     # The temperature belongs to the factor, for members are mixed as they score.

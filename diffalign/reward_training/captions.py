@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import PreferenceDataset, load_preferences
 from ..errors import UserError
-from ..training.row_order import PositionSampler, RowOrder
+from ..training.row_order import PositionSampler, RowOrder, endless_loader
 
 
 class CaptionData(torch.utils.data.Dataset[Any]):
@@ -58,13 +58,7 @@ class CaptionData(torch.utils.data.Dataset[Any]):
             accelerator.process_index,
             world,
         )
-        loader: Any = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=lambda items: items,
-            generator=torch.Generator(),  # see `PairData.batches`
-        )
-        for items in loader:
+        for items in endless_loader(self, sampler, lambda items: items):
             pixels = scorer.preprocess.stack([image for image, _ in items])
             pixels = scorer.preprocess.normalise(pixels.to(accelerator.device))
             yield pixels.to(scorer.dtype), [caption for _, caption in items]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..training.loop_config import LoopConfig
-from ..training.row_order import PositionSampler, RowOrder
+from ..training.row_order import PositionSampler, RowOrder, endless_loader
 from .fit import Labels
 from .judgements import Judgements
 
@@ -194,14 +194,8 @@ class PairData(torch.utils.data.Dataset[Any]):
         size = args.per_device_train_batch_size
         order = RowOrder(len(self), args.seed if args.data_seed is None else args.data_seed)
         place = accelerator.process_index, accelerator.num_processes
-        loader: Any = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=PositionSampler(order, start, size, *place),  # type: ignore[arg-type]
-            collate_fn=self.collate,
-            # From the global generator, a resumed run would draw once more.
-            generator=torch.Generator(),
-        )
-        for batch in loader:
+        sampler = PositionSampler(order, start, size, *place)
+        for batch in endless_loader(self, sampler, self.collate):
             yield self.placed(batch, accelerator.device)
 
     def share(self, size: int, accelerator: Accelerator) -> Iterator[PairBatch]:

@@ -69,9 +69,7 @@ def decided_accuracy(margins: Tensor, labels: Labels) -> float:
         margins (`Tensor`): (n,).
         labels (`Labels`): Of these pairs.
     """
-    decided = labels.label != 0.5
-    hits = hits_of(margins, labels.label)[decided]
-    return prompt_mean(hits.tolist(), [str(prompt) for prompt in labels.prompt[decided].tolist()])
+    return float(accuracy(margins, labels.label, labels.prompt)["accuracy"])
 
 
 def interval(by_prompt: dict[int, list[float]]) -> tuple[float | None, float | None]:

@@ -22,7 +22,7 @@ from ..rewards.learned.tower_weights import (
     trained_state,
 )
 from ..rewards.model_scorer import ModelScorer
-from ..runtime.files import save_tensors
+from ..runtime.files import read_tensors, save_tensors
 from ..training.build import check_peft_config
 from .pair_groups import PairBatch
 
@@ -187,9 +187,7 @@ class TowerWeights:
 
     def read_checkpoint(self, folder: Path) -> None:
         """See `TrainedWeights.read_checkpoint`."""
-        from safetensors.torch import load_file
-
-        put_state(self.network, load_file(folder / TOWERS))
+        put_state(self.network, read_tensors(folder / TOWERS)[0])
 
 
 class BestStep:
@@ -228,8 +226,6 @@ class BestStep:
 
     def load(self, folder: Path, rank: int, device: torch.device) -> None:
         """See `CheckpointPart.load`."""
-        from ..runtime.files import read_tensors
-
         if (folder / self.FILE).is_file():
             self.state, facts = read_tensors(folder / self.FILE)
             self.loss, self.step = float(facts["loss"]), int(facts["step"])

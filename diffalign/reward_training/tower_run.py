@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..rewards.scorers.trained import FILE
 from ..runtime.folder_lock import FolderLock
 from ..runtime.seeds import undisturbed
-from ..training.build import build_accelerator, trainable_parameters
+from ..training.build import build_accelerator, steps_of_epochs, trainable_parameters
 from ..training.callbacks import (
     ProgressCallback,
     TrainerCallback,
@@ -148,12 +148,15 @@ class TowerRun:
             head.log_factor.fill_(torch.tensor(factor).log())
 
     def _planned_steps(self) -> int:
+        if self.args.max_steps is not None:
+            return self.args.max_steps
+        return steps_of_epochs(self.args, len(self.data["train"]), self._groups_per_step)
+
+    @property
+    def _groups_per_step(self) -> int:
         args = self.args
-        if args.max_steps is not None:
-            return args.max_steps
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        groups = len(self.data["train"]) * (args.num_train_epochs or 1)
-        return -int(-groups // (size * self.accelerator.num_processes))
+        groups = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return groups * self.accelerator.num_processes
 
     # The task of the loop -------------------------------------------------------------
 
@@ -310,7 +313,6 @@ class TowerRun:
 
     def _make_run(self) -> Run:
         args, data = self.args, self.data["train"]
-        groups = args.per_device_train_batch_size * args.gradient_accumulation_steps
         return Run(
             args=args,
             accelerator=self.accelerator,
@@ -321,7 +323,7 @@ class TowerRun:
             batches=self._batches(),
             state=self.state,
             control=self.control,
-            samples_per_step=groups * self.accelerator.num_processes,
+            samples_per_step=self._groups_per_step,
             rows=len(data),
             after_update=lambda: None,
             window=MetricWindow(),

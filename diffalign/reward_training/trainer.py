@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,10 @@ from ..rewards.scorers.trained import (
     build_head,
     check_name,
     read_facts,
+    write_facts,
 )
 from ..runtime.distributed import end_training
-from ..runtime.files import LOCK, replacing_folder, save_tensors, write_atomically
+from ..runtime.files import LOCK, replacing_folder, save_tensors
 from ..runtime.versions import versions
 from ..training.callbacks import TrainerCallback
 from ..training.sections import LoraSection
@@ -154,6 +155,11 @@ class RewardTrainer:
         self.captions = self._read_captions(anchor_dataset)
         self._check_again(model)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the base. It reads all of its weights."""
+        return base_fingerprint(self.base)
+
     def _read_captions(self, anchor_dataset: Any) -> CaptionData | None:
         """Read the captioned images of the anchor, None without any."""
         args = self.args
@@ -196,7 +202,7 @@ class RewardTrainer:
         if isinstance(model, str):
             return
         again: Any = load_scorer(self.base_name, model=self.model_path, device="cpu")
-        if base_fingerprint(again) != base_fingerprint(self.base):
+        if base_fingerprint(again) != self.fingerprint:
             raise ConfigError(
                 "model",
                 f"{self.base_name} would be loaded with other weights or options than these; give "
@@ -279,17 +285,16 @@ class RewardTrainer:
         report = measure(
             margins, leads, test.label, test.prompt, test.user, self.held_out.users, test.nuisances
         )
-        facts = self._facts(self._described(head), temperature, chosen)
+        facts = self._facts(self._described(head, train.first.shape[1]), temperature, chosen)
         self._write(head, facts | {"affine": [0.0, max(spread, 1e-6)]}, report)
         return self.folder
 
     def _train_towers(self) -> Path:
-        base = base_fingerprint(self.base)
         args, lora = self.args, self.peft_config
         parts = self.parts["train"], self.parts["val"], self.held_out
         identity = {
             "method": f"reward, {args.towers} towers",
-            "model": base,
+            "model": self.fingerprint,
             "dataset": self.judgements.fingerprint(),
             "lora": None if lora is None else str(lora_facts(lora)),
             "precision": args.mixed_precision,
@@ -337,7 +342,7 @@ class RewardTrainer:
         _write_head(run.network.head, self.folder)
         write_report(self.folder, report, facts)
         # Last, because it makes the folder a reward.
-        write_atomically(self.folder / FILE, (json.dumps(facts, indent=2) + "\n").encode())
+        write_facts(self.folder, facts)
 
     @torch.no_grad()
     def _score(self, image: Tensor, text: Tensor) -> Tensor:
@@ -353,10 +358,9 @@ class RewardTrainer:
             return pal_margins(head, pairs)
         return margins_of(head, pairs).mean(1)
 
-    def _described(self, head: RewardHead | PalHead) -> dict[str, Any]:
+    def _described(self, head: RewardHead | PalHead, dim: int) -> dict[str, Any]:
         """Return what rebuilds the head."""
         args, data = self.args, self.judgements
-        dim = int(self.base.embed([data.open(0)]).shape[1])
         described: dict[str, Any] = {"kind": args.head, "dim": dim}
         if isinstance(head, PalHead):
             described |= {
@@ -385,7 +389,7 @@ class RewardTrainer:
             "base": {
                 "scorer": self.base_name,
                 "model": self.model_path,
-                "fingerprint": base_fingerprint(self.base),
+                "fingerprint": self.fingerprint,
                 "backbone": self.base.spec.backbone,
             },
             "head": head,
@@ -412,7 +416,7 @@ class RewardTrainer:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(self.folder) as temporary:
             _write_head(head, temporary)
-            write_atomically(temporary / FILE, (json.dumps(facts, indent=2) + "\n").encode())
+            write_facts(temporary, facts)
             write_report(temporary, report, facts)
 
 
@@ -476,4 +480,4 @@ def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.
             if file.is_file():
                 shutil.copy2(file, temporary / file.name)
         _write_head(wider, temporary)
-        write_atomically(temporary / FILE, (json.dumps(facts, indent=2) + "\n").encode())
+        write_facts(temporary, facts)

@@ -277,8 +277,18 @@ def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
         return args.max_steps
     if data.streaming:
         raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
-    groups = len(data.dataset) * (args.num_train_epochs or 1)
-    return -int(-groups // data.global_batch)
+    return steps_of_epochs(args, len(data.dataset), data.global_batch)
+
+
+def steps_of_epochs(args: LoopConfig, groups: int, groups_per_step: int) -> int:
+    """Compute the optimizer steps of `num_train_epochs`, one epoch without it.
+
+    Args:
+        args (`LoopConfig`): Settings of the run.
+        groups (`int`): Groups of the data.
+        groups_per_step (`int`): Groups per optimizer step over all processes.
+    """
+    return -int(-groups * (args.num_train_epochs or 1) // groups_per_step)
 
 
 def training_schedule(schedule: NoiseSchedule, args: TrainingConfig, rule: int) -> NoiseSchedule:

@@ -33,7 +33,7 @@ from .batch_builder import BatchBuilder
 from .config import TrainingConfig
 from .fill_caches import fill_latent_cache, fill_prompt_cache
 from .group_reader import Example, GroupReader, StreamPosition, StreamReader
-from .row_order import PositionSampler, RowOrder
+from .row_order import PositionSampler, RowOrder, endless_loader
 
 REFERENCE_FILE = "reference_errors.safetensors"
 REFERENCE_PARTS = ".reference_errors"
@@ -288,17 +288,14 @@ class DataPipeline:
             "num_workers": self.config.num_workers,
             "persistent_workers": self.config.num_workers > 0,
         }
-        # The loader draws its workers' seeds when it starts. From the global generator,
-        # a resumed run would draw once more than an uninterrupted one.
-        loading: dict[str, Any] = {"collate_fn": _same, "generator": torch.Generator()}
         if self.stream is not None:
+            # A generator of its own for the same reason as in `endless_loader`.
+            loading = {"collate_fn": _same, "generator": torch.Generator()}
             return self._streamed(self.stream, start, loading | workers)
         seed = args.seed if args.data_seed is None else args.data_seed
         order = RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
         sampler = PositionSampler(order, *place)
-        return iter(
-            torch.utils.data.DataLoader(self.reader, batch_sampler=sampler, **loading, **workers)
-        )  # type: ignore[arg-type]
+        return iter(endless_loader(self.reader, sampler, _same, **workers))
 
     def _streamed(
         self, stream: StreamingPreferenceDataset, start: int, loading: dict[str, Any]

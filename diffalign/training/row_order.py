@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,3 +75,26 @@ class PositionSampler:
         while True:
             yield [self.order[base + j] for j in range(self.batch_size)]
             base += self.world * self.batch_size
+
+
+def endless_loader(
+    data: Any, sampler: PositionSampler, collate: Callable[[Any], Any], **workers: Any
+) -> torch.utils.data.DataLoader[Any]:
+    """Read the micro-batches of a sampler.
+
+    Args:
+        data: Maps epoch and row to an example.
+        sampler (`PositionSampler`): The positions of this process.
+        collate (`Callable`): Makes a batch of examples.
+        **workers: Of torch's loader.
+    """
+    # The loader draws its workers' seeds when it starts. From the global generator, a
+    # resumed run would draw once more than an uninterrupted one.
+    generator = torch.Generator()
+    return torch.utils.data.DataLoader(
+        data,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=collate,
+        generator=generator,
+        **workers,
+    )

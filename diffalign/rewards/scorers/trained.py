@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UserError
+from ...runtime.files import write_atomically
 from ...runtime.hashing import content_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import explained, loading_errors
@@ -334,6 +335,11 @@ def base_fingerprint(scorer: Any) -> str:
     from ...runtime.hashing import text_hash
 
     return text_hash(json.dumps(scorer.identity(), sort_keys=True, default=str))
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `reward.json` of a folder, which makes it a reward."""
+    write_atomically(folder / FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
