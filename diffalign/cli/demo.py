@@ -65,6 +65,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which its members disagree most is voted on",
     )
     parser.add_argument(
+        "--gallery_dir",
+        type=Path,
+        default=Path("diffalign-gallery"),
+        help="where the comparisons that visitors draw are kept, for the gallery and its links "
+        "(default: diffalign-gallery)",
+    )
+    parser.add_argument(
+        "--no_gallery", action="store_true", help="keep no comparisons and have no gallery"
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder of a training run, or one that holds such folders: its curves and samples "
+        "are shown while it goes on; may be given several times",
+    )
+    parser.add_argument(
+        "--uploads",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whether visitors may score images of their own (default auto: only if nobody but "
+        "this machine reaches the page)",
+    )
+    parser.add_argument(
         "--no_export", action="store_true", help="visitors cannot download the votes"
     )
     parser.add_argument(
@@ -148,12 +173,14 @@ def run(options: argparse.Namespace) -> int:
         _export(options)
         return 0
     auth = _auth(options)
-    app = _app(options)
+    uploads = options.uploads == "on" or (options.uploads == "auto" and _is_local(options))
+    app = _app(options, uploads)
     from ..demo.app import launch
 
     try:
         _, url, _ = launch(
             app,
+            uploads=uploads,
             server_name=options.host,
             server_port=options.port or None,
             root_path=options.root_path,
@@ -199,14 +226,22 @@ def _export(options: argparse.Namespace) -> None:
         print(problem)
 
 
-def _app(options: argparse.Namespace) -> Any:
+def _is_local(options: argparse.Namespace) -> bool:
+    """Return whether only this machine reaches the page."""
+    local = options.host in ("127.0.0.1", "localhost", "::1")
+    return local and not options.share and not options.root_path
+
+
+def _app(options: argparse.Namespace, uploads: bool) -> Any:
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("the demo needs gradio; pip install 'diffalign[demo]'") from None
     from ..demo.app import EXAMPLE, build_app
+    from ..demo.comparisons import ComparisonStore
     from ..demo.doubt import Doubt
     from ..demo.engine import Engine, Limits
+    from ..demo.train_tab import Watch
     from ..demo.votes import RoundVotes, VoteStore
     from ..evaluation.compare import read_models
     from ..runtime.devices import read_dtype
@@ -217,6 +252,8 @@ def _app(options: argparse.Namespace) -> Any:
     if not tuned:
         raise UserError("--tuned: name at least one model to show beside the base")
     models = read_models(options.base, tuned)
+    comparisons = None if options.no_gallery else ComparisonStore(options.gallery_dir)
+    runs = Watch(options.runs) if options.runs else None
     votes = (
         RoundVotes(_last_round(options.feedback))
         if options.feedback
@@ -254,6 +291,9 @@ def _app(options: argparse.Namespace) -> Any:
         export=not options.no_export,
         example=example,
         doubt=doubt,
+        comparisons=comparisons,
+        uploads=uploads,
+        runs=runs,
     )
 
 

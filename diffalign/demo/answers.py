@@ -56,7 +56,7 @@ class AnswerStore:
 
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).is_file() for name in self.siblings):
-            check_output_dir(folder, self.file_name)
+            check_output_dir(folder, self.file_name, "--votes_dir")
         self._open(folder, self.file_name)
 
     def _open(self, folder: Path, name: str) -> None:

@@ -5,22 +5,45 @@ A slider lies between the images.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from .comparisons import ComparisonStore, Settings
 from .engine import Engine, Request, bounded, enlarged
 from .ui import Session, explained, inputs, score_table
 
 
-def build(engine: Engine, session: Session, example: str) -> None:
+@dataclass(frozen=True)
+class ComparePage:
+    """The components of the tab that a past comparison fills again.
+
+    Attributes:
+        inputs (`list`): Prompt, seed, steps, guidance, size, left and right model, and
+            LoRA scale.
+        outputs (`list`): Slider, scores and status.
+    """
+
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+def build(
+    engine: Engine, session: Session, example: str, store: ComparisonStore | None = None
+) -> ComparePage:
     """Add the tab's components and events to the page.
 
     Args:
         engine (`Engine`): Models and scorers.
         session (`Session`): The visitors' jobs.
         example (`str`): The first prompt.
+        store (`ComparisonStore`, *optional*): Where comparisons are kept. None keeps
+            none.
+
+    Returns:
+        `ComparePage`.
     """
     names = engine.names
     prompt, seed, steps, guidance, side = inputs(engine, names[0], example, "compare")
@@ -83,10 +106,23 @@ def build(engine: Engine, session: Session, example: str) -> None:
                     else:
                         images.append(value)
             yield gr.skip(), gr.skip(), "scoring"
-            table = score_table(
-                engine.score(images, image_request.prompt), [f"left: {left}", f"right: {right}"]
-            )
-            yield tuple(enlarged(image) for image in images), table, _caption(image_request)
+            values = engine.score(images, image_request.prompt)
+            table = score_table(values, [f"left: {left}", f"right: {right}"])
+            id = None
+            if store is not None:
+                drawn = image_request.settings
+                settings = Settings(
+                    prompt=image_request.prompt,
+                    seed=image_request.seed,
+                    steps=drawn["num_inference_steps"],
+                    guidance=float(drawn["guidance_scale"]),
+                    side=drawn["width"],
+                    left=left,
+                    right=right,
+                    lora_scale=float(scale),
+                )
+                id = store.add(settings, images, values)
+            yield tuple(enlarged(image) for image in images), table, caption(image_request, id)
 
     arguments = [prompt, seed, steps, guidance, side, left, right, scale]
     options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
@@ -107,10 +143,18 @@ def build(engine: Engine, session: Session, example: str) -> None:
         more.then(draw, arguments, [slider, scores, status], api_visibility="private", **options)
     )
     stop.click(session.cancel, None, status, cancels=events, queue=False, api_visibility="private")
+    return ComparePage(arguments, [slider, scores, status])
 
 
-def _caption(request: Request) -> str:
+def caption(request: Request, id: str | None = None) -> str:
+    """Describe both images in a line, with a link that shows them again.
+
+    Args:
+        request (`Request`): What was drawn.
+        id (`str`, *optional*): Id of the comparison. None makes no link.
+    """
     settings = ", ".join(
         f"{key.replace('_', ' ')} {value:g}" for key, value in request.settings.items()
     )
-    return f"Seed {request.seed}, {settings}: the same initial noise on both sides."
+    link = "" if id is None else f" [Link to this comparison](?comparison={id})"
+    return f"Seed {request.seed}, {settings}: the same initial noise on both sides.{link}"

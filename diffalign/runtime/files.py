@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_output_dir(folder: Path, marker: str) -> None:
+def check_output_dir(folder: Path, marker: str, option: str = "--output_dir") -> None:
     """Refuse a folder with another command's files.
 
     Args:
         folder (`Path`): the output folder, which need not exist.
         marker (`str`): name of the file by which a command knows its own folders.
+        option (`str`, *optional*, defaults to `"--output_dir"`): how messages name it.
 
     Raises:
         UserError: it is a file, or holds something else.
     """
     try:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir: {str(folder)!r} is a file; name a folder")
+            raise UserError(f"{option}: {str(folder)!r} is a file; name a folder")
     except (OSError, ValueError):  # a name that no folder can have
-        make_folder(folder)
+        make_folder(folder, option)
     # A process of several may come here while the first one writes the marker, and a
     # killed one may have left it half-written.
     unfinished = (_temporary(folder / marker, 0).name, LOCK)
@@ -42,7 +43,7 @@ def check_output_dir(folder: Path, marker: str) -> None:
         and any(p.name not in unfinished for p in folder.iterdir())
         and not (folder / marker).is_file()
     ):
-        raise UserError(f"--output_dir: {str(folder)!r} holds something else; name another folder")
+        raise UserError(f"{option}: {str(folder)!r} holds something else; name another folder")
 
 
 def claim_output_dir(

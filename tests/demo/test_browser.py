@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -117,17 +118,15 @@ class Visitor:
         WebDriverWait(self.driver, seconds, ignored_exceptions=ignored).until(lambda _: true())
 
     def tab(self, text: str) -> None:
+        """Open a tab, by the menu *More tabs* where the screen is too narrow for it."""
         tabs = self.driver.find_elements(By.CSS_SELECTOR, "button[role=tab]")
+        if text not in [tab.text for tab in tabs]:
+            self.driver.find_element(By.CSS_SELECTOR, "button[aria-label='More tabs']").click()
+            tabs = self.driver.find_elements(By.CSS_SELECTOR, ".overflow-dropdown button")
         next(tab for tab in tabs if tab.text == text).click()
-        self.until(
-            lambda: (
-                self.driver.execute_script(
-                    "return "
-                    "document.querySelector('button[role=tab][aria-selected=true]').innerText"
-                )
-                == text
-            )
-        )
+        selected = "button[role=tab][aria-selected=true], .overflow-dropdown button.selected"
+        script = f"return document.querySelector({selected!r}).textContent.trim()"
+        self.until(lambda: self.driver.execute_script(script) == text)
 
     def sources(self, name: str) -> list[str]:
         return [
@@ -292,6 +291,85 @@ def test_thumbs_by_key_and_click(server: Server, visitor: Visitor) -> None:
     visitor.until(lambda: visitor.at("like-download").is_displayed())
 
 
+@needs_browser
+def test_a_link_and_the_gallery_restore_a_comparison(server: Server, visitor: Visitor) -> None:
+    visitor.open(server.url)
+    for seed, scale in (("21", "0.5"), ("22", "1")):
+        visitor.write("compare-seed", seed)
+        visitor.write("compare-scale", scale)
+        visitor.at("compare-go").click()
+        visitor.until(lambda seed=seed: f"Seed {seed}," in visitor.at("compare-status").text)
+    link = visitor.at("compare-status").find_element(By.TAG_NAME, "a").get_attribute("href")
+    scores = visitor.at("compare-scores").text
+    visitor.tab("Gallery")
+    visitor.until(lambda: len(visitor.sources("gallery-images")) >= 2)
+    visitor.picture("gallery")
+    items = visitor.driver.find_elements(By.CSS_SELECTOR, "#gallery-images button")
+    next(item for item in items if "seed 21" in item.text).click()
+    visitor.until(lambda: visitor.at("compare-go").is_displayed())
+    visitor.until(lambda: "Seed 21," in visitor.at("compare-status").text)
+    assert visitor.value("compare-seed") == "21" and visitor.value("compare-scale") == "0.5"
+    visitor.until(lambda: len(set(visitor.sources("compare-slider"))) == 2)
+    server.kill()
+    server.start()  # a link outlives the server
+    visitor.open(link)
+    visitor.until(lambda: "Seed 22," in visitor.at("compare-status").text)
+    assert visitor.value("compare-seed") == "22" and visitor.value("compare-scale") == "1"
+    assert visitor.at("compare-scores").text == scores
+    visitor.open(f"{server.url}/?comparison=0123456789abcdef")
+    visitor.until(lambda: "no longer in the gallery" in visitor.at("compare-status").text)
+
+
+@needs_browser
+def test_dropped_images_are_scored(visitor: Visitor, server: Server, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("red|1.png", "blue.png"):
+        Image.new("RGB", (64, 64), name.partition(".")[0].partition("|")[0]).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    visitor.open(server.url)
+    visitor.tab("Scores")
+    file = visitor.driver.find_element(By.CSS_SELECTOR, "#scores-images input[type=file]")
+    file.send_keys("\n".join(str(tmp_path / name) for name in ("red|1.png", "blue.png")))
+    visitor.until(lambda: len(visitor.sources("scores-images")) == 2)
+    visitor.write("scores-prompt", PROMPT)
+    visitor.at("scores-go").click()
+    visitor.until(lambda: "blue.png" in visitor.at("scores-table").text)
+    rows = visitor.at("scores-table").text.splitlines()
+    assert rows[0].split() == ["image", "shapes", "shapes-clip"] and len(rows) == 3
+    visitor.picture("scores")
+
+
+@needs_browser
+def test_a_run_is_watched_while_it_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    (run / "logs").mkdir(parents=True)
+    (run / "config.yaml").write_text("method: mapo\nmodel: shapes\ntrain: {max_steps: 40}\n")
+    metrics = run / "logs" / "metrics.jsonl"
+    entries = [json.dumps({"step": s, "train/loss": 1 / s, "reward": s}) for s in range(1, 11)]
+    metrics.write_text("\n".join(entries) + "\n")
+    server = Server(tmp_path, "--runs", "runs", "--scorers", "shapes")
+    one = Visitor(server.url)
+    try:
+        one.tab("Train")
+        one.until(lambda: "step 10 of 40" in one.at("train-status").text)
+        one.until(lambda: len(one.driver.find_elements(By.CSS_SELECTOR, "#train-plot-0 svg")) > 0)
+        from PIL import Image
+
+        (run / "samples").mkdir()
+        Image.new("RGB", (64, 64), "red").save(run / "samples" / "step-20.png")
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": 20, "train/loss": 0.1}) + "\n")
+        one.until(lambda: "step 20 of 40" in one.at("train-status").text)
+        one.until(lambda: one.sources("train-samples"))
+        one.picture("train")
+        (run / "pytorch_lora_weights.safetensors").touch()
+        one.until(lambda: "finished at step 20" in one.at("train-status").text)
+    finally:
+        one.driver.quit()
+        server.kill()
+
+
 @pytest.mark.nightly
 @needs_browser
 def test_two_visitors_at_once_do_not_mix(server: Server, visitor: Visitor) -> None:
@@ -359,7 +437,7 @@ def test_a_narrow_screen(server: Server) -> None:
     one = Visitor(server.url, width=500)
     try:
         one.driver.set_window_size(400, 900)
-        for name in ("Compare", "Blind vote", "Thumbs", "Steer"):
+        for name in ("Compare", "Blind vote", "Thumbs", "Steer", "Scores", "Gallery"):
             one.tab(name)
             width, window = one.driver.execute_script(
                 "return [document.documentElement.scrollWidth, window.innerWidth]"
@@ -480,18 +558,119 @@ def test_no_file_of_the_server_is_reachable(server: Server, path: str) -> None:
     assert answer.status >= 400 or b"<html" in body.lower()
 
 
-def test_uploads_of_any_size_are_refused(server: Server) -> None:
-    body = (
-        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
-        + b"0" * 5000
-        + b"\r\n--x--\r\n"
-    )
+def upload(server: Server, name: str, content: bytes) -> str:
+    """Send a file as the page does, and return its path on the server."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    body = head.encode() + content + b"\r\n--x--\r\n"
     sent = urllib.request.Request(
         f"{server.url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
     )
+    return str(json.loads(urllib.request.urlopen(sent).read())[0])
+
+
+def picture_of(size: int) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask_for_scores(server: Server, files: list[dict[str, Any]]) -> str:
+    """Call the route as a program would, and return everything that it says."""
+    images = [{"image": {"meta": {"_type": "gradio.FileData"}, **file}} for file in files]
+    url = f"{server.url}/gradio_api/call/scores"
+    body = json.dumps({"data": [images, PROMPT]}).encode()
+    sent = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    id = json.loads(urllib.request.urlopen(sent).read())["event_id"]
+    return str(urllib.request.urlopen(f"{url}/{id}", timeout=60).read(), "utf-8")
+
+
+def test_uploaded_images_are_scored(server: Server) -> None:
+    path = upload(server, "a.png", picture_of(64))
+    answer = ask_for_scores(server, [{"path": path}])
+    assert "event: complete" in answer and "shapes-clip" in answer
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ({"path": "/etc/passwd"}, ""),
+        ({"path": "http://127.0.0.1:1/a.png"}, ""),
+        ({"path": "https://example.com/a.png"}, "upload files, not links"),
+        ({"path": "ftp://example.com/a.png"}, ""),
+        ({"path": "", "url": "https://example.com/a.png"}, ""),
+    ],
+)
+def test_no_file_or_address_can_be_named(server: Server, file: dict[str, Any], says: str) -> None:
+    answer = ask_for_scores(server, [file])
+    assert "event: error" in answer and "root:" not in answer and says in answer
+
+
+def test_damaged_and_too_many_images_are_refused(server: Server) -> None:
+    broken = upload(server, "b.png", b"no image")
+    answer = ask_for_scores(server, [{"path": broken}])
+    assert "images: 1 (b.png) cannot be used" in answer
+    path = upload(server, "a.png", picture_of(64))
+    assert "17 are too many; at most 16" in ask_for_scores(server, [{"path": path}] * 17)
+    assert "drop at least one" in ask_for_scores(server, [])
+
+
+def test_an_upload_that_is_too_large_is_refused(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(sent)
+        upload(server, "a.png", b"0" * (17 << 20))
     assert error.value.code == 413
+
+
+@pytest.mark.nightly
+def test_uploads_are_refused_in_public(tmp_path: Path) -> None:
+    server = Server(tmp_path, "--host", "0.0.0.0", "--scorers", "shapes")
+    try:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            upload(server, "a.png", b"0" * 5000)
+        assert error.value.code == 413
+    finally:
+        server.kill()
+
+
+def test_requests_of_other_routes_stay_small(server: Server) -> None:
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.putrequest("POST", "/gradio_api/call/scores")
+    connection.putheader("Content-Length", str(5 << 20))
+    connection.endheaders()  # refused by its length, before the body is sent
+    assert connection.getresponse().status == 413
+
+
+@pytest.mark.nightly
+def test_no_vote_of_twenty_visitors_is_lost(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from gradio_client import Client
+
+    server = Server(tmp_path, "--scorers", "shapes")
+
+    def vote(number: int) -> list[str]:
+        client = Client(server.url, verbose=False, httpx_kwargs={"timeout": 300})
+        ids = []
+        for turn in range(3):
+            shown = client.predict(f"visitor {number}", api_name="/pair")
+            ids.append(next(part for part in shown if isinstance(part, str) and len(part) == 32))
+            choice = ("left", "right", "tie")[(number + turn) % 3]
+            client.predict(ids[-1], f"visitor {number}", api_name=f"/vote_{choice}")
+        return ids
+
+    try:
+        with ThreadPoolExecutor(20) as pool:
+            shown = [id for ids in pool.map(vote, range(20)) for id in ids]
+    finally:
+        server.kill()
+    votes = lines(server)
+    assert len(set(shown)) == 60 and {line["id"] for line in votes} == set(shown)
+    assert len(votes) == 60
+    by_person = [sum(v["annotator"] == f"visitor {n}" for v in votes) for n in range(20)]
+    assert by_person == [3] * 20
 
 
 @pytest.mark.nightly
