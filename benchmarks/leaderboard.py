@@ -55,9 +55,10 @@ from diffalign.evaluation.compare import read_models
 from diffalign.evaluation.diversity import Diversity
 from diffalign.evaluation.models import opened
 from diffalign.evaluation.statistics import win_rate
+from diffalign.generation.grids import comparison_grid
 from diffalign.recipe import build_trainer, load_run
 from diffalign.rewards import load_scorer
-from diffalign.runtime.files import write_atomically
+from diffalign.runtime.files import save_image, write_atomically
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.sampling_defaults import SAMPLING
 from diffalign.shapes.verifier import attribute_table, score
@@ -70,6 +71,7 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 IMAGES = 4
 CHOICE_SEED, REPORT_SEED = 41_000_000, 42_000_000
 BATCH = 60
+PICTURED = 8
 Array = npt.NDArray[np.float64]
 
 
@@ -338,6 +340,32 @@ def judge(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     }
 
 
+def pictures(options: argparse.Namespace, folder: Path) -> None:
+    """Draws what each method did: base and tuned model from the same noise, each at its
+    own best guidance, on the first held-out prompts; of the first seed."""
+    prompts = list(held_out_prompts()[:PICTURED])
+
+    def draw_at_best(name: str) -> list[Any]:
+        best = json.loads(result_file(options, name, 0).read_text())["best"]
+        with opened(spec_of(name, options, 0)) as draw:
+            return drawing(draw, prompts, REPORT_SEED, best)
+
+    base = draw_at_best("base")
+    for name in options.methods:
+        arm = ARMS[name]
+        method, _, recipe_name = (arm.config or "").partition("/")
+        has_weights = (options.work / "trained" / f"{folder_name(name)}-0.json").is_file()
+        if recipe_name != "shapes" or not result_file(options, name, 0).is_file():
+            continue
+        if not has_weights:
+            raise SystemExit(f"{name}: --work holds no weights of seed 0")
+        tuned = draw_at_best(name)
+        rows = [(p, [a], [b]) for p, a, b in zip(prompts, base, tuned, strict=True)]
+        grid = comparison_grid(rows, right=name, cell=112, columns=4)
+        save_image(grid, folder / f"{method}.png")
+        print(folder / f"{method}.png", flush=True)
+
+
 # Running
 
 
@@ -569,6 +597,9 @@ def main() -> None:
     parser.add_argument(
         "--so_far", action="store_true", help="write the page of the rows that are there"
     )
+    parser.add_argument(
+        "--pictures", type=Path, help="only draw what each method did, into this folder"
+    )
     parser.add_argument("--probe", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--unit", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -582,6 +613,10 @@ def main() -> None:
         return
     if options.unit:
         do_unit(options.unit[0], int(options.unit[1]), options)
+        return
+    if options.pictures:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        pictures(options, options.pictures)
         return
     started, fresh = time.perf_counter(), not options.work.exists()
     missing = ""

@@ -11,6 +11,7 @@ from tiers import by_default
 from tiny import WEIGHTS, method_rows
 
 from diffalign import cli
+from diffalign.cli.results import Result
 from diffalign.cli.train import train_run
 from diffalign.config.section import build_section, coerce, field_docs
 from diffalign.data import DataConfig, convert, load_preferences
@@ -74,7 +75,8 @@ def test_every_method_trains_on_the_shapes_world(method: str, tmp_path: Path) ->
         [str(x) for k, v in options.items() for x in (f"--{k}", v)],
     )
     run.validation = None
-    assert train_run(run) == 0
+    result = train_run(run)
+    assert isinstance(result, Result) and result.data["status"] == "finished"
     weights = WEIGHTS.get(method, "pytorch_lora_weights")
     assert (tmp_path / "out" / f"{weights}.safetensors").is_file()
     again = load_run(tmp_path / "out" / "config.yaml")

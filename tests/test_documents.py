@@ -246,3 +246,33 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if not target.startswith(("http://", "https://")):
             assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_every_option_of_the_moving_guide_exists() -> None:
+    from dataclasses import fields
+
+    from diffalign.data.config import DataConfig
+    from diffalign.methods import METHODS, config_class
+    from diffalign.reward_training.config import RewardConfig
+    from diffalign.training.sections import LoraSection, ValidationConfig
+
+    classes: dict[str, list[Any]] = {
+        "train": [RewardConfig, *(config_class(name) for name in METHODS)],
+        "data": [DataConfig],
+        "lora": [LoraSection],
+        "validation": [ValidationConfig],
+    }
+    known = {f"{name}.{f.name}" for name, many in classes.items() for c in many for f in fields(c)}
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs" / "guides" / "moving.md").read_text(), re.M)
+    ours = [cell for row in rows for cell in row.strip("|").split(" | ")[1:]]
+    named = {
+        name
+        for cell in ours
+        for name in re.findall(r"`((?:train|data|lora|validation)\.[a-z_0-9]+)", cell)
+    }
+    assert len(named) > 50 and named <= known, named - known
+    scorers = set(registry.list_scorers())
+    loaded = re.findall(r'load_scorer\("([^"]+)"\)', "".join(ours))
+    assert loaded and set(loaded) <= scorers
+    for path in re.findall(r"`?(configs/\S+\.yaml)", (ROOT / "docs/guides/moving.md").read_text()):
+        assert (ROOT / path).is_file()

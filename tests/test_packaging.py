@@ -122,7 +122,7 @@ def test_nothing_is_imported_that_is_not_installed() -> None:
     known = {modules.get(name, name) for name in names} | {*sys.stdlib_module_names, "diffalign"}
     # Come with packages that are declared, or are asked for in a sentence.
     known |= {"pydantic_core", "pyarrow", "fsspec", "packaging", "starlette", "tokenizers"}
-    known |= {"filelock", "_typeshed", "pandas"}
+    known |= {"filelock", "_typeshed", "pandas", "rich"}
     found: dict[str, str] = {}
     for path in (ROOT / "diffalign").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -15,6 +15,7 @@ import diffalign
 import diffalign.rewards
 from diffalign.cli import exit_codes
 from diffalign.cli.entry import COMMANDS, Command, Group
+from diffalign.cli.results import add_result_arguments
 from diffalign.config.section import default_of, field_docs
 from diffalign.data import DataConfig
 from diffalign.methods import METHODS, config_class
@@ -96,6 +97,16 @@ def _normal(path: PurePosixPath) -> str:
 def paper(method: str) -> str:
     """One method: paper, idea and equation, options, and a run file."""
     text = re.sub(r"^## ", "# ", papers.section(method), count=1)
+    if (ROOT / "docs" / "papers" / f"{method}.png").is_file():
+        text += (
+            "\n\n## What it does\n\n"
+            f"![Images of the base on the left and after {method} on the right]({method}.png)\n\n"
+            "The embedded model after the recipe below. Base left, tuned right, from the same\n"
+            "noise, each at its own best guidance: the first eight held-out prompts, the first\n"
+            "seed of the [leaderboard](../benchmarks.md). People of this world prefer light from\n"
+            "above to flat backgrounds, and the base confuses colours and shapes ([the embedded\n"
+            "world](../shapes.md)).\n"
+        )
     recipe = ROOT / "configs" / method / "shapes.yaml"
     if recipe.is_file():
         text += f"\n\n## A run file\n\n```yaml\n{recipe.read_text('utf-8').rstrip()}\n```\n"
@@ -154,6 +165,8 @@ def help_of(command: Command, name: str) -> str:
     module = import_module(f"diffalign.cli.{command.module}")
     parser = argparse.ArgumentParser(f"diffalign {name}", add_help=not command.own_help)
     module.add_arguments(parser)
+    if not command.serves:
+        add_result_arguments(parser)
     if command.own_help:
         return str(module._help([])).rstrip()
     parser.epilog = None if name == "reward train" else parser.epilog  # in options.md

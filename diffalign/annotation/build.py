@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 _SCORE_PROMPTS = 32
 
 
-def build(options: BuildOptions) -> None:
-    """Draw, score and write preference data, and print what came out.
+def build(options: BuildOptions) -> str | None:
+    """Draw, score and write preference data.
 
     Args:
         options (`BuildOptions`): As of `diffalign data build`.
+
+    Returns:
+        `str`: What came out, in words. None in other processes than the first.
 
     Raises:
         ConfigError: An option has an unknown value. Nothing has been drawn yet.
@@ -91,10 +94,11 @@ def build(options: BuildOptions) -> None:
     notes = notes + missing_notes(images)
     columns = score(panel, images, processes)
     processes.stop()
-    if processes.rank == 0:
-        from .build_output import write
+    if processes.rank > 0:
+        return None
+    from .build_output import write
 
-        print(write(options, prompts, notes, generators, images, columns, panel))
+    return write(options, prompts, notes, generators, images, columns, panel)
 
 
 def _check_numbers(options: BuildOptions) -> None:
@@ -299,7 +303,7 @@ def score(
     Returns:
         `dict[str, list[float]]`: Column -> N scores, NaN where one is missing.
     """
-    from tqdm.auto import tqdm
+    from ..runtime.progress import progress_bar
 
     parts = list(_prompt_parts(images))
     mine = parts[processes.rank :: processes.world]
@@ -308,7 +312,7 @@ def score(
         total = sum(map(len, mine))
         with (
             panel.using(name) as scorer,
-            tqdm(
+            progress_bar(
                 total=total, desc=f"scoring, {name}", unit="image", disable=processes.rank > 0
             ) as bar,
         ):

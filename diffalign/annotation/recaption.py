@@ -296,11 +296,11 @@ def _batches(keys: Sequence[str], texts: TextStore, size: int, label: str) -> It
     The batches are the same in every run, because a model's last bit, or its sample,
     may depend on the batch.
     """
-    from tqdm.auto import tqdm
+    from ..runtime.progress import progress_bar
 
     batches = [list(keys[i : i + size]) for i in range(0, len(keys), size)]
     todo = [batch for batch in batches if not texts.texts.keys() >= set(batch)]
-    with tqdm(total=sum(map(len, todo)), desc=label, unit="text", disable=not todo) as bar:
+    with progress_bar(total=sum(map(len, todo)), desc=label, unit="text", disable=not todo) as bar:
         for batch in todo:
             yield batch
             bar.update(len(batch))

@@ -106,7 +106,7 @@ def score_share(work: ScoreWork, processes: DistributedContext) -> list[Share]:
     Returns:
         `list`: What `ScoreWork.add` takes.
     """
-    from tqdm.auto import tqdm
+    from ..runtime.progress import progress_bar
 
     mine = range(processes.rank, len(work.chunks), processes.world)
     total = sum(len(work.chunks[number]) for number in mine)
@@ -117,7 +117,9 @@ def score_share(work: ScoreWork, processes: DistributedContext) -> list[Share]:
         unit = "image" if work.source.kind in ("folder", "single") else "row"
         with (
             work.panel.using(entry.name) as scorer,
-            tqdm(total=total, desc=entry.name, unit=unit, disable=processes.rank > 0) as bar,
+            progress_bar(
+                total=total, desc=entry.name, unit=unit, disable=processes.rank > 0
+            ) as bar,
         ):
             for number in mine:
                 chunk = None

@@ -10,6 +10,7 @@ from ..config.ranges import count, finite, not_negative, read_scales, seed, side
 from ..config.yaml_text import read_yaml_text
 from ..errors import ConfigError, UserError
 from ..runtime.distributed import process_rank
+from .results import Result, read_json_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,14 +104,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Compare the models and print the tables.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: The options do not fit. Raised before anything is drawn.
@@ -164,14 +165,14 @@ def run(options: argparse.Namespace) -> int:
         from ..evaluation.compare import compare
 
         table = compare(*models, **arguments).table()
-    if process_rank() == 0:
-        folder = options.output_dir
-        print(table)
-        print(f"\npage       {folder / 'report.html'}\npicture    {folder / 'grid.png'}")
-        if scales:
-            print(f"curves     {folder / 'guidance.svg'}")
-        print(f"numbers    {folder / 'results.json'}\nper image  {folder / 'scores.parquet'}")
-    return 0
+    if process_rank() > 0:
+        return 0
+    folder = options.output_dir
+    files = {"page": "report.html", "picture": "grid.png"}
+    files |= {"curves": "guidance.svg"} if scales else {}
+    files |= {"numbers": "results.json", "per image": "scores.parquet"}
+    places = [f"{name:<10} {folder / file}" for name, file in files.items()]
+    return Result("\n".join([table, "", *places]), read_json_file(folder / "results.json"))
 
 
 def _tuned(options: argparse.Namespace) -> list[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ..annotation.drawn import FORMATS, SELECTIONS, BuildOptions
 from ..config.ranges import count, finite, not_negative, seed, side, steps
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,21 +102,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Build the data.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with folders and counts. Other processes than the first return 0.
 
     Raises:
         UserError: See `diffalign.annotation.build.build`.
     """
     from ..annotation.build import build
 
-    build(
-        BuildOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildOptions)})
-    )
-    return 0
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildOptions)}
+    text = build(BuildOptions(**values))
+    if text is None:
+        return 0
+    folder: Path = options.output_dir
+    facts: dict[str, Any] = {"output": folder}
+    for kind in ("pairs", "ranked"):
+        files = sorted((folder / kind).glob("*.parquet"))
+        if files:
+            facts[kind] = {"folder": folder / kind, "rows": sum(map(_rows, files))}
+    method = "diffusion_dpo" if "pairs" in facts else "rankdpo"
+    kind = "pairs" if "pairs" in facts else "ranked"
+    command = f"diffalign train --config RUN.yaml --method {method} --data.dataset_name"
+    return Result(text, facts, next=f"{command} {folder / kind}" if len(facts) > 1 else None)
+
+
+def _rows(file: Path) -> int:
+    from pyarrow.parquet import read_metadata
+
+    return int(read_metadata(file).num_rows)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .data_source import add_source_arguments, source_arguments
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Read a dataset and write it as parquet.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with the folder.
 
     Raises:
         UserError: The source cannot be read, or the output folder is not empty.
@@ -39,5 +40,5 @@ def run(options: argparse.Namespace) -> int:
 
     # Broken pictures must not be in what is written.
     dataset = load_preferences(**source_arguments(options), verify_images="full")
-    print(f"wrote {convert(dataset, options.output_dir, kind=options.kind)}")
-    return 0
+    written = convert(dataset, options.output_dir, kind=options.kind)
+    return Result(f"wrote {written}", {"output": written, "rows": len(dataset)})

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .data_source import add_source_arguments, source_arguments
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Print what is in a dataset, and write a picture of its first group.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with what `diffalign.data.inspect` found.
 
     Raises:
         UserError: The source cannot be read.
@@ -51,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
         verify_images="header",
         verbose=False,
     )
-    print(format_inspection(inspect(dataset, decode=options.verify_images == "full")))
+    facts = inspect(dataset, decode=options.verify_images == "full")
+    text = format_inspection(facts)
     if options.picture is not None:
-        print(f"wrote {first_group_picture(dataset, options.picture)}")
-    return 0
+        facts["picture"] = first_group_picture(dataset, options.picture)
+        text += f"\nwrote {facts['picture']}"
+    return Result(text, facts)

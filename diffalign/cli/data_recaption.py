@@ -11,6 +11,7 @@ from ..config.ranges import count, seed, share
 from ..data.config import read_columns
 from ..errors import ConfigError
 from ..runtime.files import check_output_dir
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,14 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Write the recaptioned pairs.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with the folder.
 
     Raises:
         UserError: The options or the data do not fit.
@@ -111,24 +112,22 @@ def run(options: argparse.Namespace) -> int:
     dataset = read_pairs(options.source, split=options.split, columns=columns)
     check_output_dir(options.output_dir, TEXTS)
     captioner, perturber = _tools(options)
-    print(
-        recaption(
-            dataset,
-            options.output_dir,
-            options.strategy,
-            captioner=captioner,
-            perturber=perturber,
-            perturb=options.perturb,
-            names=(
-                f"{options.captioner}|{options.instruction or ''}",
-                f"{options.perturber}|{options.level}|{options.seed}|"
-                f"{options.perturber_template or ''}",
-            ),
-            batch_size=options.batch_size,
-            max_empty_fraction=options.max_empty_fraction,
-        )
+    text = recaption(
+        dataset,
+        options.output_dir,
+        options.strategy,
+        captioner=captioner,
+        perturber=perturber,
+        perturb=options.perturb,
+        names=(
+            f"{options.captioner}|{options.instruction or ''}",
+            f"{options.perturber}|{options.level}|{options.seed}|"
+            f"{options.perturber_template or ''}",
+        ),
+        batch_size=options.batch_size,
+        max_empty_fraction=options.max_empty_fraction,
     )
-    return 0
+    return Result(text, {"output": options.output_dir / "data", "summary": text.splitlines()})
 
 
 def _tools(options: argparse.Namespace) -> tuple[Any, Any]:

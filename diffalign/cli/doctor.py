@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ..runtime.files import write_atomically
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with the authors' example images (1.webp ... 4.webp, demo_image.jpg)",
     )
     parser.add_argument("--device", help="auto, cpu, cuda (default auto)")
-    parser.add_argument("--json", type=Path, help="also write the report there")
+    parser.add_argument("--report", type=Path, help="also write the findings to this JSON file")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Check the scorers and print the report.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code. 1 if a check failed.
+        `Result`, whose exit code is 1 if a check failed.
     """
     from ..rewards.testing.doctor import examine
 
@@ -60,14 +61,13 @@ def run(options: argparse.Namespace) -> int:
         )
     )
     width = max(len(finding.scorer) for finding in findings)
+    text = []
     for finding in findings:
         mark = {True: "ok     ", False: "WRONG  ", None: "-      "}[finding.ok]
-        print(f"{mark}{finding.scorer:{width}}  {finding.check}: {finding.detail}")
+        text.append(f"{mark}{finding.scorer:{width}}  {finding.check}: {finding.detail}")
     wrong = [finding for finding in findings if finding.ok is False]
-    print(f"{len(findings)} checks, {len(wrong)} wrong")
-    if options.json:
-        write_atomically(
-            options.json,
-            (json.dumps([vars(finding) for finding in findings], indent=1) + "\n").encode(),
-        )
-    return 1 if wrong else 0
+    text.append(f"{len(findings)} checks, {len(wrong)} wrong")
+    facts = [vars(finding) for finding in findings]
+    if options.report:
+        write_atomically(options.report, (json.dumps(facts, indent=1) + "\n").encode())
+    return Result("\n".join(text), facts, 1 if wrong else 0)

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import UserError
+from ..runtime.progress import close_display
 from . import exit_codes
+from .results import Result, add_result_arguments, run_and_print
 
 
 class Command(NamedTuple):
@@ -29,6 +31,7 @@ class Command(NamedTuple):
         own_help: whether it prints its help itself.
         takes_rest: whether it reads arguments that its parser does not know, from
             `options.overrides`.
+        serves: whether it serves until it is stopped, and so has no result.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Command(NamedTuple):
     locks_output: bool = False
     own_help: bool = False
     takes_rest: bool = False
+    serves: bool = False
 
 
 class Group(NamedTuple):
@@ -103,8 +107,11 @@ COMMANDS = (
         "serve-scorer",
         "serve_scorer",
         "offer a scorer to other processes and environments over HTTP",
+        serves=True,
     ),
-    Command("serve-model", "serve_model", "offer a pipeline to other processes over HTTP"),
+    Command(
+        "serve-model", "serve_model", "offer a pipeline to other processes over HTTP", serves=True
+    ),
     Command("doctor", "doctor", "check the scorers on this machine against known numbers"),
     Command("scorers", "scorers", "list the scorers, or show the card of one"),
     Command(
@@ -114,7 +121,9 @@ COMMANDS = (
     ),
     Command("merge", "merge", "add up LoRAs or full weights of several runs"),
     Command("export", "export", "write a LoRA for ComfyUI, kohya's scripts, peft or diffusers"),
-    Command("demo", "demo", "a page with models side by side, blind votes and steering"),
+    Command(
+        "demo", "demo", "a page with models side by side, blind votes and steering", serves=True
+    ),
     Command(
         "steer",
         "steer",
@@ -155,6 +164,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         options.overrides = rest
         return options.handler(options)
     except (Exception, KeyboardInterrupt) as error:
+        close_display()
         code = exit_codes.report(error)
         if code is None:
             raise
@@ -216,10 +226,15 @@ def _fill(command: Command, parser: Parser) -> None:
     module = import_module(f".{command.module}", __package__)
     module.add_arguments(parser)
     handler = functools.partial(_locked, module.run) if command.locks_output else module.run
+    if not command.serves:
+        add_result_arguments(parser)
+        handler = functools.partial(run_and_print, handler)
     parser.set_defaults(handler=handler, takes_rest=command.takes_rest)
 
 
-def _locked(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+def _locked(
+    run: Callable[[argparse.Namespace], int | Result], options: argparse.Namespace
+) -> int | Result:
     from ..runtime.folder_lock import FolderLock
 
     with FolderLock(options.output_dir):

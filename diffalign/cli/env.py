@@ -6,6 +6,7 @@ import argparse
 import platform
 
 from ..runtime.versions import versions
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,20 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Print the versions of the packages, the platform and the devices.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with versions, platform and devices.
     """
     import torch
 
-    for name, version in versions().items():
-        print(f"- {name}: {version}")
-    print(f"- platform: {platform.platform()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"- devices: {', '.join(devices) or f'cpu ({torch.get_num_threads()} threads)'}")
-    return 0
+    facts = {
+        **versions(),
+        "platform": platform.platform(),
+        "devices": ", ".join(devices) or f"cpu ({torch.get_num_threads()} threads)",
+    }
+    return Result("\n".join(f"- {name}: {value}" for name, value in facts.items()), facts)

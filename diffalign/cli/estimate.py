@@ -17,6 +17,7 @@ from ..methods import trainer_class
 from ..recipe import RunConfig, load_run
 from ..training.estimate import CONTEXT, GIB, Estimate, Layout, advice, estimate, gpu_memory
 from .launch import accelerate_config
+from .results import Result
 
 LIST_LENGTH = 4
 """Images of a ranked list, where only the data could tell."""
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Estimate the run and print what it takes.
 
     Args:
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
             of the run file.
 
     Returns:
-        `int`: Exit code: 0, or 1 where the run does not fit the GPU.
+        `Result`, whose exit code is 1 where the run does not fit the GPU.
 
     Raises:
         UserError: A field cannot be used, or the model's configs cannot be read.
@@ -58,12 +59,20 @@ def run(options: argparse.Namespace) -> int:
     config = load_run(options.config, options.overrides)
     layout = read_layout(options.accelerate_config, options.num_gpus)
     result = estimate_run(config, layout)
-    print("\n".join(lines(config, result, options.num_gpus)))
+    text = lines(config, result, options.num_gpus)
+    facts: dict[str, Any] = {
+        "parameters": result.parameters,
+        "trainable_parameters": result.trainable,
+        "flops_per_step_and_gpu": result.flops * config.train.gradient_accumulation_steps,
+        "bytes": result.bytes,
+        "peak_bytes": result.peak,
+    }
     if memory is None:
-        return 0
+        return Result("\n".join(text), facts)
     needed = result.peak / GIB + CONTEXT
     fits = needed <= memory
-    print(
+    facts |= {"needed_gib": needed, "gpu_gib": memory, "fits": fits}
+    text.append(
         f"GPU: {needed:.1f} GiB with {CONTEXT:g} GiB for CUDA, of {memory:g} GiB: "
         + ("fits" if fits else "does not fit")
     )
@@ -74,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
         if layout.processes > 1 and not layout.is_sharded:
             spread = Layout(layout.processes, layout.processes)
             changes.append(("--accelerate_config fsdp2", estimate_run(config, spread)))
-        found = advice(changes, result)
-        print("\n".join(["what to change, one at a time:", *(f"  {line}" for line in found)]))
-    return 0 if fits else 1
+        facts["advice"] = advice(changes, result)
+        text += ["what to change, one at a time:", *(f"  {line}" for line in facts["advice"])]
+    return Result("\n".join(text), facts, 0 if fits else 1)
 
 
 def read_layout(name: str | None, processes: int) -> Layout:

@@ -9,6 +9,7 @@ from ..backbones import ModelSource
 from ..backbones.lora_formats import FORMATS, default_file, read_lora, write_lora
 from ..config.yaml_text import read_yaml_file
 from ..errors import ConfigError, UserError
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Read the LoRA and write it.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with the file.
 
     Raises:
         UserError: The LoRA cannot be read, the format cannot hold it, or the output is
@@ -65,8 +66,8 @@ def run(options: argparse.Namespace) -> int:
     lora = read_lora(options.lora, "--lora", pipeline_class(options.lora, options.model))
     write_lora(lora, file, options.format)
     title = f" of {lora.naming.title}" if lora.naming else ""
-    print(f"wrote {file}: {len(lora.layers)} layers{title}, {options.format} format")
-    return 0
+    text = f"wrote {file}: {len(lora.layers)} layers{title}, {options.format} format"
+    return Result(text, {"output": file, "layers": len(lora.layers), "format": options.format})
 
 
 def pipeline_class(lora: str, model: str | None) -> str | None:

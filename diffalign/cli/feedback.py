@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..config.ranges import Range
 from ..errors import UserError
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,21 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("output_dir", type=Path, help="folder of the run")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Collect votes or show their status.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: The run does not ask people, or the votes do not fit.
     """
     if options.action == "status":
-        print(status(options.output_dir))
-        return 0
+        rounds = status(options.output_dir)
+        text = "\n".join(f"{name}: {words}" for name, words in rounds.items())
+        return Result(text, rounds)
     from ..recipe import build_trainer, load_run
     from ..runtime.distributed import end_training
     from ..training.checkpoint import list_checkpoints
@@ -89,14 +91,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def status(output_dir: Path) -> str:
+def status(output_dir: Path) -> dict[str, str]:
     """Describe the rounds, images and votes of a run.
 
     Args:
         output_dir (`Path`): Folder of the run.
 
     Returns:
-        `str`: One line per round.
+        `dict[str, str]`: Round -> what is known of it.
 
     Raises:
         UserError: There are no rounds, or the votes do not fit.
@@ -106,13 +108,13 @@ def status(output_dir: Path) -> str:
     rounds = sorted((output_dir / "feedback").glob("round-*"))
     if not rounds:
         raise UserError(f"{str(output_dir)!r} holds no feedback round")
-    lines = []
+    states = {}
     for folder in rounds:
         if not (folder / MANIFEST).is_file():
-            lines.append(f"{folder.name}: still being drawn")
+            states[folder.name] = "still being drawn"
             continue
         groups = read_manifest(folder)
         images = sum(len(group["images"]) for group in groups)
         votes = read_votes(folder).summary() if find_votes(folder) else "no votes yet"
-        lines.append(f"{folder.name}: {len(groups)} prompts, {images} images; {votes}")
-    return "\n".join(lines)
+        states[folder.name] = f"{len(groups)} prompts, {images} images; {votes}"
+    return states

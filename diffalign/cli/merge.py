@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, UserError
 from ..generation.merge import _is_pipeline, _merge_pipelines, merge_loras
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Merge the weights and write them.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: The inputs or the number of weights do not fit, or the output folder
@@ -67,8 +68,6 @@ def run(options: argparse.Namespace) -> int:
         _merge_pipelines(options.model, options.inputs, weights, out)
     else:
         merge_loras(options.model, options.inputs, weights, out)
-    print(
-        f"wrote {out}: "
-        f"{', '.join(f'{w:g} x {name}' for w, name in zip(weights, options.inputs, strict=True))}"
-    )
-    return 0
+    parts = dict(zip(map(str, options.inputs), weights, strict=True))
+    text = ", ".join(f"{weight:g} x {name}" for name, weight in parts.items())
+    return Result(f"wrote {out}: {text}", {"output": out, "weights": parts})

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config.section import field_docs
 from ..errors import ConfigError
 from .quickstart_config import QuickstartConfig
+from .results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,20 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"))
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Run the quickstart, or go on with it.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with the content of `results.json`.
 
     Raises:
         UserError: An option is out of range, or the folder holds something else, or a
             quickstart with other settings.
     """
     from .quickstart_stages import run as run_stages
+    from .quickstart_stages import summary
 
     values = vars(options)
     try:
@@ -51,5 +53,5 @@ def run(options: argparse.Namespace) -> int:
         )
     except ConfigError as error:
         raise ConfigError(f"--{error.field}", error.problem) from None
-    run_stages(options.output_dir, config)
-    return 0
+    results = run_stages(options.output_dir, config)
+    return Result(summary(results, options.output_dir), results)

@@ -56,7 +56,6 @@ def _run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
     finished = claim(output_dir, config)
     if finished is not None:
         print(f"{output_dir} holds a finished quickstart; nothing was run again")
-        print(summary(finished, output_dir))
         return finished
     dataset = make_preferences(output_dir, config)
     train(output_dir, config, dataset)
@@ -64,7 +63,6 @@ def _run(output_dir: Path, config: QuickstartConfig) -> dict[str, Any]:
     results["settings"] = dataclasses.asdict(config)
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output_dir / "results.json", results)
-    print(summary(results, output_dir))
     return results
 
 

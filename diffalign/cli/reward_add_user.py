@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .results import Result
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command.
@@ -17,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="their pairs, or a folder of votes")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Add the user.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with folder and user.
 
     Raises:
         UserError: The folder holds no reward with users, or the name is taken.
@@ -32,5 +34,5 @@ def run(options: argparse.Namespace) -> int:
     from ..reward_training.trainer import add_user
 
     add_user(options.folder, options.name, options.data)
-    print(f"{options.folder} knows {options.name} now: load_scorer(folder, user={options.name!r})")
-    return 0
+    text = f"{options.folder} knows {options.name} now: load_scorer(folder, user={options.name!r})"
+    return Result(text, {"folder": options.folder, "user": options.name})

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .results import Result
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command.
@@ -20,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write an average that is worse, too")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Average rewards and say what it changed.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with accuracies and barriers.
 
     Raises:
         UserError: The rewards cannot be averaged, or the average is worse.
@@ -40,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
     )
     facts = json.loads((folder / FILE).read_text("utf-8"))["average"]
     own = ", ".join(f"{value:.1%}" for value in facts["validation_accuracies"])
-    print(f"right on validation pairs: {own}; their average {facts['validation_accuracy']:.1%}")
+    text = [f"right on validation pairs: {own}; their average {facts['validation_accuracy']:.1%}"]
     for pair, rise in facts["barriers"].items():
-        print(f"loss between {pair}: {rise:+.4f} above its ends")
+        text.append(f"loss between {pair}: {rise:+.4f} above its ends")
     if facts["warning"]:
-        print(f"WARNING: {facts['warning']}")
-    print(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")
-    return 0
+        text.append(f"WARNING: {facts['warning']}")
+    text.append(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")
+    return Result("\n".join(text), {"output": folder, **facts})

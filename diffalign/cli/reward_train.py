@@ -14,6 +14,7 @@ from ..reward_training.run_file import TOP_LEVEL, RewardRun, reward_run_from_dic
 from ..runtime.distributed import process_rank
 from ..training.sections import LoraSection
 from .launch import launch
+from .results import Result, result_arguments
 
 _NAMES = ("model", "model_path", "data", "eval_data")
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Train a reward and say how good it is.
 
     Args:
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
             such as `--train.members 4`.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: A field or the data cannot be used.
@@ -60,11 +61,12 @@ def run(options: argparse.Namespace) -> int:
         reward.train.check_processes()
         program = ["reward", "train", *overrides]
         program += ["--config", str(options.config)] if options.config is not None else []
+        program += result_arguments(options)
         return launch(program, options.accelerate_config, options.num_processes)
     return _train(reward)
 
 
-def _train(reward: RewardRun) -> int:
+def _train(reward: RewardRun) -> int | Result:
     from ..reward_training.report import REPORT, in_words
     from ..reward_training.trainer import RewardTrainer
 
@@ -90,18 +92,21 @@ def _train(reward: RewardRun) -> int:
     )
     folder = trainer.train()
     if trainer.interrupted_by is not None:
-        print(
+        text = (
             f"interrupted: {folder} holds a checkpoint; continue with "
             "--train.resume_from_checkpoint latest"
         )
-        return 128 + trainer.interrupted_by
+        facts = {"output_dir": folder, "status": "interrupted"}
+        return Result(text, facts, 128 + trainer.interrupted_by)
     report = json.loads((folder / REPORT).read_text("utf-8"))
+    lines = []
     for name in ("base", "reward"):
         row = report[name]
-        print(
+        lines.append(
             f"{name:<7} {row['accuracy']:.1%} right ({in_words(row)}) on {row['pairs']} pairs of "
             f"{row['prompts']} prompts that were not trained on"
         )
-    print(f"calibration error {report['expected_calibration_error']:.3f}")
-    print(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")
-    return 0
+    lines.append(f"calibration error {report['expected_calibration_error']:.3f}")
+    lines.append(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")
+    facts = {"output_dir": folder, "status": "finished", **report}
+    return Result("\n".join(lines), facts)

@@ -11,6 +11,7 @@ from ..config.ranges import count, finite, seed, steps
 from ..errors import ConfigError
 from ..runtime.files import make_folder, save_image
 from ..runtime.missing import check_any, left_out, present
+from .results import Result
 
 
 class _Renamed(argparse.Action):
@@ -144,7 +145,7 @@ def _read_user(pipe: Any, options: argparse.Namespace) -> tuple[Any, Any]:
     return users, user
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Draw images and write them as `<prompt>-<seed>-<model>.png`.
 
     With a LoRA or a negative model it also writes `comparison.png`.
@@ -153,7 +154,7 @@ def run(options: argparse.Namespace) -> int:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: A model or LoRA is missing, or a number is out of range.
@@ -216,14 +217,13 @@ def run(options: argparse.Namespace) -> int:
                 pipe, prompts, seeds, batch_size=options.batch_size, description="user", **settings
             )
     make_folder(options.output_dir)
+    files = []
     for name, images in sides.items():
         check_any(images, name)
         for i in present(images):
-            image = images[i]
-            save_image(
-                image,
-                options.output_dir / f"{i // options.num_images:03d}-seed{seeds[i]}-{name}.png",
-            )
+            number = i // options.num_images
+            files.append(options.output_dir / f"{number:03d}-seed{seeds[i]}-{name}.png")
+            save_image(images[i], files[-1])
     if "tuned" in sides:
         n = options.num_images
         rows = [
@@ -234,8 +234,6 @@ def run(options: argparse.Namespace) -> int:
     for name, images in sides.items():
         if len(present(images)) < len(images):
             print(left_out(images, len(images), name))
-    print(
-        f"wrote {sum(len(present(images)) for images in sides.values())} images to "
-        f"{options.output_dir}"
-    )
-    return 0
+    missing = len(sides) * len(prompts) - len(files)
+    text = f"wrote {len(files)} images to {options.output_dir}"
+    return Result(text, {"images": files, "missing": missing})

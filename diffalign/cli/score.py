@@ -11,6 +11,7 @@ from ..config.ranges import count
 from ..errors import ConfigError, UserError
 from ..rewards.panel_file import _mapping, panel_config
 from ..runtime.distributed import DistributedContext
+from .results import Result, read_json_file
 
 if TYPE_CHECKING:
     from ..rewards.panel_config import RewardEntry
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Score the images and write `scores.parquet`, `errors.jsonl` and `summary.json`.
 
     Finished chunks are in the folder `parts` of the output. Their names are made of the
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with the summary. Other processes than the first return 0.
 
     Raises:
         UserError: Options, images, prompts or scorers do not fit, or an image cannot be
@@ -156,10 +157,7 @@ def run(options: argparse.Namespace) -> int:
     work = ScoreWork(panel, source, source.chunks(options.chunk_size), parts)
     table = score_all(work, processes)
     processes.stop()
-    if processes.rank == 0:
-        print(
-            write_report(
-                table, panel, source, options.output_dir, combine_asked="combine" in config
-            )
-        )
-    return 0
+    if processes.rank > 0:
+        return 0
+    text = write_report(table, panel, source, options.output_dir, combine_asked="combine" in config)
+    return Result(text, read_json_file(options.output_dir / "summary.json"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .results import Result
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command.
@@ -15,22 +17,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="show everything about this one")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Result:
     """Print the list of scorers, or the card of one.
 
     Args:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `Result` with the card, or with the cards of all.
     """
     from ..rewards.registry import get_spec, list_scorers
 
     if options.name:
-        print(card(get_spec(options.name).as_dict()))
-        return 0
-    print(table(list_scorers()))
-    return 0
+        facts = get_spec(options.name).as_dict()
+        return Result(card(facts), facts)
+    names = list_scorers()
+    return Result(table(names), [_facts(name) for name in names] if options.json else None)
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """Return a scorer's card, or the error of a broken plug-in."""
+    from ..errors import UserError
+    from ..rewards.registry import get_spec
+
+    try:
+        return get_spec(name).as_dict()
+    except UserError as error:
+        return {"key": name, "error": str(error)}
 
 
 def table(names: list[str]) -> str:

@@ -18,6 +18,7 @@ from ..runtime.files import claim_output_dir, save_image
 from ..runtime.missing import Missing
 from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
 from ..shapes.models import embedded_name
+from .results import Result, read_json_file
 
 if TYPE_CHECKING:
     from ..evaluation.best_of_n import BestOfNComparison
@@ -151,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Steer, and write images, lineage pictures, `grid.png` and `results.json`.
 
     `--compare` also draws best-of-n and writes `table.md`. Finished calls are in the
@@ -162,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
         options (`argparse.Namespace`): Options of the command.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: Options, prompts, model or scorer do not fit, or the folder holds
@@ -177,32 +178,35 @@ def run(options: argparse.Namespace) -> int:
     }
     if _claim(options.output_dir, settings):
         print(f"{options.output_dir} holds a finished run; nothing was run again")
-        print((options.output_dir / "table.md").read_text("utf-8"))
-        return 0
+        table = (options.output_dir / "table.md").read_text("utf-8")
+        return Result(table, read_json_file(options.output_dir / "results.json"))
     processes = DistributedContext.start(options.device)
     processes.wait()  # the first one has claimed the folder
     work = _Work.load(options, steps, arguments, processes.device)
     units = [(i, s) for s in range(options.num_seeds) for i in range(len(prompts))]
     size = options.prompts_per_call or (1 if embedded_name(options.model) is None else 8)
     chunks = [units[start : start + size] for start in range(0, len(units), size)]
-    from tqdm.auto import tqdm
+    from ..runtime.progress import progress_bar
 
     for name in ("records", "images", "lineage"):
         (options.output_dir / name).mkdir(exist_ok=True)
     files = [options.output_dir / "records" / f"{number:05d}.json" for number in range(len(chunks))]
     mine = list(zip(chunks, files, strict=True))[processes.rank :: processes.world]
     total = sum(len(chunk) for chunk, _ in mine)
-    with tqdm(total=total, desc="steering", unit="prompt", disable=processes.rank > 0) as bar:
+    with progress_bar(
+        total=total, desc="steering", unit="prompt", disable=processes.rank > 0
+    ) as bar:
         for chunk, path in mine:
             if not path.is_file():
                 work.do(chunk, prompts, path)
             bar.update(len(chunk))
     processes.wait()
     processes.stop()
-    if processes.rank == 0:
-        records = [json.loads(path.read_text("utf-8")) for path in files]
-        print(_report(options, settings, prompts, records))
-    return 0
+    if processes.rank > 0:
+        return 0
+    records = [json.loads(path.read_text("utf-8")) for path in files]
+    text = _report(options, settings, prompts, records)
+    return Result(text, read_json_file(options.output_dir / "results.json"))
 
 
 def _check(options: argparse.Namespace) -> tuple[float | int, ...] | None:

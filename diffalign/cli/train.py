@@ -14,8 +14,13 @@ from ..errors import UserError
 from ..methods import METHODS, config_class
 from ..recipe import RunConfig, build_trainer, load_run, run_to_dict
 from ..runtime.distributed import end_training
+from ..shapes.models import embedded_name
 from ..training.sections import HubConfig, LoraSection, ValidationConfig
+from ..training.trained_weights import LORA_FILE
 from .launch import launch
+from .results import Result, result_arguments
+
+_NEGATIVE = ("self_npo", "diffusion_npo")  # `compare` needs a mapping with `negative:`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_processes", type=count())
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int | Result:
     """Train as the run file and the options say, or print the help.
 
     Args:
@@ -42,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
             arguments that `add_arguments` does not know: fields of the run file.
 
     Returns:
-        `int`: Exit code.
+        `int` or `Result`: Exit code, or what was done.
 
     Raises:
         UserError: A field or an option cannot be used.
@@ -57,35 +62,69 @@ def run(options: argparse.Namespace) -> int:
         )
     run_config = load_run(options.config, options.overrides)
     if options.print_config:
-        print(dump_yaml(run_to_dict(run_config)), end="")
-        return 0
+        values = run_to_dict(run_config)
+        return Result(dump_yaml(values).rstrip("\n"), values)
     if options.accelerate_config or (options.num_processes or 1) > 1:
         return _launch(options)
     return train_run(run_config, dry_run=options.dry_run)
 
 
-def train_run(run: RunConfig, dry_run: bool = False) -> int:
-    """Train, or try one batch; return the exit code."""
+def train_run(run: RunConfig, dry_run: bool = False) -> int | Result:
+    """Train, or try one batch.
+
+    Args:
+        run (`RunConfig`): The run.
+        dry_run (`bool`, *optional*, defaults to `False`): Try one batch.
+
+    Returns:
+        `Result` with step, status and last metrics.
+    """
     trainer = build_trainer(run)
     if dry_run:
         trainer.dry_run()
-        return 0
+        return Result("", {"output_dir": trainer.output_dir, "status": "tried one batch"})
     output = trainer.train()
     end_training(trainer.accelerator)
+    facts = {
+        "output_dir": trainer.output_dir,
+        "status": "finished",
+        "global_step": output.global_step,
+        "metrics": output.metrics,
+    }
     if output.interrupted_by is not None:
-        trainer.accelerator.print(
+        text = (
             f"interrupted at step {output.global_step}: saved checkpoint-{output.global_step}; "
             "continue with --train.resume_from_checkpoint latest"
         )
-        return 128 + output.interrupted_by
+        return Result(text, facts | {"status": "interrupted"}, 128 + output.interrupted_by)
     if output.waiting_for is not None:
-        trainer.accelerator.print(
+        text = (
             f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it), "
             "then go on with --train.resume_from_checkpoint latest"
         )
-        return 0
-    trainer.accelerator.print(f"done: {trainer.output_dir}")
-    return 0
+        waiting = {"status": "waiting for votes", "waiting_for": output.waiting_for}
+        return Result(text, facts | waiting)
+    if output.hacked_at is not None:
+        facts |= {"status": "stopped, the reward is hacked", "hacked_at": output.hacked_at}
+    return Result(f"done: {trainer.output_dir}", facts, next=_next_command(run, trainer.output_dir))
+
+
+def _next_command(run: RunConfig, folder: Path) -> str | None:
+    """Return how to compare the result with its base, where `compare` reads it."""
+    if run.method in _NEGATIVE or not isinstance(run.model, str):
+        return None
+    is_adapter = (folder / LORA_FILE).is_file()
+    if not is_adapter and not (folder / "model_index.json").is_file():
+        return None
+    command = f"diffalign compare --base {run.model} --tuned {folder}"
+    if embedded_name(run.model) is None:
+        scorers = ["pickscore"]
+        prompts = "partiprompts"
+        if run.validation is not None:
+            scorers = run.validation.scorers or scorers
+            prompts = run.validation.prompts or prompts
+        command += f" --prompts {prompts} --scorers {','.join(scorers)}"
+    return f"{command} --output_dir {folder}-compared"
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -94,6 +133,7 @@ def _launch(options: argparse.Namespace) -> int:
     if options.config:
         program += ["--config", str(options.config)]
     program += (["--dry_run"] if options.dry_run else []) + options.overrides
+    program += result_arguments(options)
     return launch(program, options.accelerate_config, options.num_processes)
 
 

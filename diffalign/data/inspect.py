@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from diffalign.data import images as image_cells
 from diffalign.data.dataset import Group, PreferenceDataset
 from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
 from diffalign.errors import UserError
 from diffalign.runtime.files import make_folder, replacing_folder, save_image
+
+from ..runtime.progress import track
 
 _LISTED = 20  # row ids per finding
 _SHOW_PROGRESS_FROM = 2000  # rows
@@ -153,7 +153,7 @@ def _readable(
         return
     row_ids = dataset.row_ids.tolist()
     for index, row_id in enumerate(
-        tqdm(row_ids, desc="reading", unit="row", disable=len(row_ids) < _SHOW_PROGRESS_FROM)
+        track(row_ids, desc="reading", unit="row", disable=len(row_ids) < _SHOW_PROGRESS_FROM)
     ):
         try:
             group = dataset[index]

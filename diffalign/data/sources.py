@@ -422,6 +422,8 @@ def _hub(name: str, split: str, config: str | None, revision: str | None, stream
         "data-is-better-together/open-image-preferences-v1-binarized, HPDv2, or your own data "
         "through `diffalign data convert`"
     )
+    if name.startswith("diffalign-quickstart/"):
+        alternatives = "`diffalign quickstart` makes this folder; run it here first"
     try:
         return _load(name, name, split, config=config, revision=revision, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:

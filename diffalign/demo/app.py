@@ -137,7 +137,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        most = self.upload if scope["path"].endswith("/upload") else self.most
+        most = self.upload if scope.get("path", "").endswith("/upload") else self.most
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > most:

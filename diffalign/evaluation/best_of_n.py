@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..runtime.progress import progress_bar
 from ..steering.fk_steering import FKSteering
 from ..steering.result import SteeringResult
 from ..steering.reward_fn import Rewarder
@@ -272,7 +272,9 @@ def compare_best_of_n(
     sides = {"best_of_n": steering.best_of_n(), "steering": steering}
     with (
         quiet_bars(steering.pipe),
-        tqdm(total=2 * len(numbers), desc="comparing", unit="round", disable=not progress) as bar,
+        progress_bar(
+            total=2 * len(numbers), desc="comparing", unit="round", disable=not progress
+        ) as bar,
     ):
         for number in numbers:
             for arm, sampler in sides.items():

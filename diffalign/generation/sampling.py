@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..backbones import backbone_class
 from ..config.ranges import count
@@ -19,6 +18,7 @@ from ..errors import ConfigError, UserError
 from ..runtime.distributed import sharded_modules
 from ..runtime.files import save_image, write_atomically
 from ..runtime.missing import ABSENT, FAILED, MaybeImage, Missing, present, read_output, watched
+from ..runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ..runtime.distributed import DistributedContext
@@ -81,7 +81,9 @@ def generate(
     pipe.set_progress_bar_config(disable=True)
     images: list[Any] = []
     with (
-        tqdm(total=len(prompts), desc=description, unit="image", disable=not progress) as bar,
+        progress_bar(
+            total=len(prompts), desc=description, unit="image", disable=not progress
+        ) as bar,
         _without_gradients(pipe),
     ):
         for start in range(0, len(prompts), batch_size):
@@ -219,7 +221,7 @@ def draw_files(
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     mine = [batch for batch in batches[processes.rank :: processes.world] if not _all_drawn(batch)]
     total = sum(map(len, mine))
-    with tqdm(
+    with progress_bar(
         total=total, desc=description, unit="image", disable=processes.rank > 0 or not mine
     ) as bar:
         for batch in mine:

@@ -25,12 +25,12 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config.ranges import Decay, NotNegative, Positive, Range, count, positive
 from ..config.section import config_section
 from ..errors import ConfigError
 from ..runtime.missing import NOT_FINITE, MaybeImage, Missing
+from ..runtime.progress import Bar, progress_bar
 from ..training.batch import Batch
 from ..training.online.policy_sampler import RoundCheck
 from ..training.online.reward_function import RewardFunction
@@ -188,7 +188,9 @@ class SPOTrainer(D3POTrainer):
         total = sum(map(len, batches)) * len(self.rollout.grid)
         done, check = [], RoundCheck(self.accelerator.print, reward_function)
         main = self.accelerator.is_main_process
-        with tqdm(total=total, desc="sampling", unit="step", disable=not main, leave=False) as bar:
+        with progress_bar(
+            total=total, desc="sampling", unit="step", disable=not main, leave=False
+        ) as bar:
             for batch in batches:
                 rows = [
                     range(first, min(first + size, len(batch)))
@@ -227,7 +229,7 @@ class SPOTrainer(D3POTrainer):
         reward_function: RewardFunction,
         batch: Batch,
         rows: range,
-        bar: tqdm,
+        bar: Bar,
         pictures: list[MaybeImage],
     ) -> dict[str, Tensor]:
         """Sample some rows of a batch, with candidates from `first_step` on.

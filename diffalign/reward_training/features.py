@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.cache import TensorCache
 from ..errors import ConfigError, UserError
 from ..rewards.scorers.trained import base_fingerprint
 from ..runtime.hashing import text_hash
+from ..runtime.progress import track
 from .judgements import Judgements
 
 NUISANCES = ("brightness", "contrast", "saturation", "sharpness", "file size", "resolution")
@@ -108,7 +108,7 @@ def _filled(
         known = {i: cache[key] for i, key in enumerate(keys) if key in cache}
     missing = [i for i in range(len(keys)) if i not in known]
     starts = range(0, len(missing), _BATCH)
-    for start in tqdm(starts, desc=text, unit="batch", disable=len(starts) < 4):
+    for start in track(starts, desc=text, unit="batch", disable=len(starts) < 4):
         rows = missing[start : start + _BATCH]
         for i, entry in zip(rows, compute(rows), strict=True):
             known[i] = entry
@@ -141,7 +141,10 @@ def pair_nuisances(part: Judgements) -> Tensor:
         part (`Judgements`): The pairs.
     """
     used = np.unique(np.concatenate([part.first, part.second]))
-    rows = [nuisances(part.open(int(index))) for index in tqdm(used, "nuisances", leave=False)]
+    rows = [
+        nuisances(part.open(int(index)))
+        for index in track(used, desc="nuisances", unit="image", leave=False)
+    ]
     table = torch.zeros(len(part.images), len(NUISANCES), dtype=torch.float64)
     table[torch.from_numpy(used)] = _standardised(torch.stack(rows).double())
     return table[torch.from_numpy(part.first)] - table[torch.from_numpy(part.second)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..rewards.learned.heads import PalHead, RewardHead, pair_features
 from ..rewards.learned.losses import (
@@ -18,6 +17,7 @@ from ..rewards.learned.losses import (
     preference_loss,
     smoothed_loss,
 )
+from ..runtime.progress import progress_bar
 from .config import RewardConfig
 from .features import Features
 from .item_losses import ItemLoss, item_loss
@@ -390,7 +390,9 @@ def fit_pal(
     """
     best: tuple[float, PalHead, dict[str, float]] | None = None
     penalties = [config.l2] if config.l2 is not None else list(PAL_PENALTIES)
-    bar = tqdm(total=len(penalties) * _PAL_STARTS, desc="fitting PAL", unit="start", leave=False)
+    bar = progress_bar(
+        total=len(penalties) * _PAL_STARTS, desc="fitting PAL", unit="start", leave=False
+    )
     for penalty in penalties:
         torch.manual_seed(config.seed)
         starts = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
+from ..runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from .loop_config import LoopConfig
@@ -130,8 +130,11 @@ class TrainerCallback:
         """Run after the last step, also of an interrupted run."""
 
 
+_NO_SCORES = ("judge/advantage", "judge/equal_groups", "judge/ties")
+
+
 class ProgressCallback(TrainerCallback):
-    """Progress bar with loss, accuracy and margin."""
+    """Progress with loss, accuracy, margin and reward."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -139,7 +142,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=state.max_steps, initial=state.global_step, desc="training", unit="step"
         )
 
@@ -159,7 +162,12 @@ class ProgressCallback(TrainerCallback):
         ):
             if key in logs:
                 shown[name] = f"{logs[key]:.4f}" if name == "loss" else f"{logs[key]:.3g}"
-        self.bar.set_postfix(shown, refresh=False)
+        scores = [name for name in logs if name.startswith("judge/") and name not in _NO_SCORES]
+        for name in ("reward", *scores):
+            if name in logs:
+                shown[name.removeprefix("judge/")] = f"{logs[name]:.3g}"
+                break
+        self.bar.set_postfix(shown)
 
     def on_train_end(
         self, args: LoopConfig, state: TrainerState, control: TrainerControl, **kwargs: Any

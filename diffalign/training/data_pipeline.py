@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..data import (
@@ -28,6 +27,7 @@ from ..data.streaming import StreamingPreferenceDataset
 from ..errors import ConfigError, UserError
 from ..runtime.files import read_tensors, save_tensors, write_atomically
 from ..runtime.hashing import text_hash
+from ..runtime.progress import track
 from .batch import Batch
 from .batch_builder import BatchBuilder
 from .config import TrainingConfig
@@ -486,7 +486,7 @@ class ReferenceErrors:
         if together:  # a reference spread over the processes runs on all of them
             order = [(d, i) for d in range(draws) for i in range(count)]
             mine += [order[:1]] * (data.most_chunks(order) - len(mine))
-        chunks = tqdm(mine, desc="reference errors", unit="batch", disable=rank > 0)
+        chunks = track(mine, desc="reference errors", unit="batch", disable=rank > 0)
         for number, chunk in enumerate(chunks):
             if together or str(number) not in parts:
                 batch = data.builder([data.reader[key] for key in chunk])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..backbones.conditions import split_rows
 from ..data.cache import TensorCache
 from ..errors import UserError
+from ..runtime.progress import track
 from .group_reader import Example, GroupReader, group_key, prompt_key
 
 
@@ -48,7 +48,7 @@ def fill_latent_cache(
     for i, key in keys.items():
         first.setdefault(key, i)
     mine = [i for key, i in first.items() if key in missing]
-    for start in tqdm(
+    for start in track(
         range(0, len(mine), batch_groups),
         desc="encoding images",
         unit="batch",
@@ -114,7 +114,7 @@ def fill_prompt_cache(
     missing = set(cache.missing(by_key))
     # Shares of all prompts, as in `fill_latent_cache`.
     mine = [key for key in list(by_key)[rank::world] if key in missing]
-    for start in tqdm(
+    for start in track(
         range(0, len(mine), 32), desc="encoding prompts", unit="batch", disable=not mine or rank > 0
     ):
         chunk = mine[start : start + 32]

@@ -12,7 +12,7 @@ from diffalign.rewards.testing import doctor, reference
 
 @pytest.mark.nightly
 def test_all_stored_values_are_met(capsys, tmp_path):
-    assert run(["doctor", "--json", str(tmp_path / "report.json")]) == 0
+    assert run(["doctor", "--report", str(tmp_path / "report.json")]) == 0
     said = capsys.readouterr().out
     assert "0 wrong" in said and "WRONG" not in said
     report = json.loads((tmp_path / "report.json").read_text())

@@ -22,6 +22,7 @@ from PIL import Image
 from diffalign import load_scorer
 from diffalign.cli import score as score_command
 from diffalign.cli.entry import Parser
+from diffalign.cli.results import add_result_arguments, run_and_print
 from diffalign.errors import UserError
 from diffalign.rewards.registry import register_scorer
 from diffalign.shapes import render, split_scenes
@@ -60,7 +61,9 @@ def dark(images):
 def score(*arguments: object) -> int:
     parser = Parser()
     score_command.add_arguments(parser)
-    return score_command.run(parser.parse_args([str(argument) for argument in arguments]))
+    add_result_arguments(parser)
+    options = parser.parse_args([str(argument) for argument in arguments])
+    return run_and_print(score_command.run, options)
 
 
 def table(folder: Path) -> dict[str, list]:

@@ -384,7 +384,7 @@ def test_a_rollout_that_does_not_fit_is_halved_and_stays_the_same(
         )  # fmt: skip
         images[most] = drawn.final
         assert sum(scored) == 8 and max(scored) == trainer.rollout.batch_size
-    assert "8 images at once do not fit" in capsys.readouterr().out
+    assert "8 images at once do not fit" in capsys.readouterr().err
     torch.testing.assert_close(images[3], images[100], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(images[1], images[100], rtol=1e-4, atol=1e-5)
 

@@ -19,7 +19,6 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import Module
-from tqdm.auto import tqdm
 
 from ...backbones import Backbone
 from ...backbones.conditions import joined
@@ -37,6 +36,7 @@ from ...likelihood.transitions import (
     unscaled_log_prob,
 )
 from ...runtime.missing import NOT_FINITE, MaybeImage, Missing
+from ...runtime.progress import Bar, note, progress_bar
 from ..batch import Batch
 from ..reference import without_dropout
 from .solvers import SOLVERS, build_solver
@@ -500,7 +500,7 @@ class Rollout:
             for i in range(steps)
         ]
         states, log_probs, means, images, lost = [], [], [], [], []
-        with tqdm(
+        with progress_bar(
             total=len(flat) * steps,
             desc=self.description,
             unit="step",
@@ -531,7 +531,7 @@ class Rollout:
                     # The same noise again, so that the size changes no image.
                     for stream, state in zip(streams[part], before[0], strict=True):
                         stream.set_state(state)
-                    bar.n = before[1]
+                    bar.update(before[1] - bar.n)
                     continue
                 if broken.any():
                     # Zeros give no gradient. Images and scores of these are missing.
@@ -565,7 +565,7 @@ class Rollout:
         self.batch_size = (size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tqdm.write(
+        note(
             f"{self.description}: {size} images at once do not fit into the GPU's memory; "
             f"going on with {self.batch_size}"
         )
@@ -585,7 +585,7 @@ class Rollout:
         unconditional: Mapping[str, Tensor] | None,
         streams: list[torch.Generator],
         etas: list[float],
-        bar: tqdm,
+        bar: Bar,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Draw some trajectories. Returns states, log-probabilities and means."""
         config, grid, n = self.config, self.grid, len(sample)
@@ -646,7 +646,7 @@ class Rollout:
         sample: Tensor,
         condition: Mapping[str, Tensor],
         unconditional: Mapping[str, Tensor] | None,
-        bar: tqdm,
+        bar: Bar,
     ) -> Tensor:
         """Draw final latents with a solver of diffusers, (n, 1, C, h, w)."""
         solver = build_solver(self.config.solver, self.schedule, self.grid.times)
