@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..runtime.files import write_atomically
@@ -38,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--report", type=Path, help="also write the findings to this JSON file")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=True,
+        default=False,
+        help="print the findings as JSON (with a file: the old form of --report)",
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -51,6 +59,9 @@ def run(options: argparse.Namespace) -> Result:
     """
     from ..rewards.testing.doctor import examine
 
+    if isinstance(options.json, str):
+        print("--json FILE is now --report FILE", file=sys.stderr)
+        options.report, options.json = Path(options.json), False
     findings = list(
         examine(
             options.scorers,

@@ -40,11 +40,12 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): Parser of the command.
     """
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print the result as JSON on stdout, and everything else on stderr",
-    )
+    if "--json" not in parser._option_string_actions:
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="print the result as JSON on stdout, and everything else on stderr",
+        )
     parser.add_argument(
         "--quiet", action="store_true", help="print the result and errors, but no progress or notes"
     )

@@ -23,6 +23,16 @@ def test_all_stored_values_are_met(capsys, tmp_path):
     )
 
 
+def test_findings_as_json_and_the_old_form(capsys, tmp_path):
+    assert run(["doctor", "--scorers", "jpeg_compressibility", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    file = tmp_path / "report.json"
+    assert run(["doctor", "--scorers", "jpeg_compressibility", "--json", str(file)]) == 0
+    said = capsys.readouterr()
+    assert "0 wrong" in said.out and "--report FILE" in said.err
+    assert json.loads(file.read_text()) == printed and printed[0]["ok"] is None
+
+
 def test_values_that_differ_are_named(capsys, tmp_path, monkeypatch):
     stored = json.loads(doctor.REFERENCE.read_text())
     stored["shapes-clip"]["values"][3] += 0.01
