@@ -22,6 +22,8 @@ with progress_bar(total=3, desc="outer", unit="step") as outer:
         outer.set_postfix({"loss": f"0.{number}"})
         outer.update()
     print("printed meanwhile")
+with progress_bar(total=None, desc="endless") as bar:
+    bar.update(7)
 """
 
 
@@ -87,7 +89,7 @@ def test_a_terminal_gets_live_lines(term: str) -> None:
     assert process.stdout is not None and process.stdout.read() == b"printed meanwhile\n"
     assert process.wait() == 0
     text = content.decode()
-    assert "outer" in text and "3/3" in text
+    assert "outer" in text and "3/3" in text and "7 steps" in text.replace("7step", "7 steps")
     if term == "xterm" and find_spec("rich"):
         assert "loss 0.2" in text and text.count("\x1b[?25l") == text.count("\x1b[?25h")
 

@@ -82,6 +82,10 @@ class Bar:
     def _end(self) -> None:
         pass
 
+    def _count(self) -> str:
+        of = "" if self.total is None else f"/{self.total:g}"
+        return f"{self.n:g}{of} {plural(self.unit)}"
+
     def _values(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.postfix.items())
 
@@ -141,10 +145,7 @@ class _LineBar(Bar):
 
     def _write(self, now: float) -> None:
         seconds, done = now - self._start, self.n - self.initial
-        text = f"{self.desc}: {self.n:g}"
-        if self.total is not None:
-            text += f"/{self.total:g}"
-        text += f" {plural(self.unit)}, {clock(seconds)}"
+        text = f"{self.desc}: {self._count()}, {clock(seconds)}"
         if self.total is not None and 0 < self.n < self.total and done > 0:
             text += f", {clock(seconds / done * (self.total - self.n))} left"
         values = self._values()
@@ -158,15 +159,17 @@ class _RichBar(Bar):
         super().__init__(*args)
         self._display = _Display.take()
         self._task = self._display.add_task(
-            self.desc, total=self.total, completed=self.n, values="", unit=plural(self.unit)
+            self.desc, total=self.total, completed=self.n, count=self._count(), values=""
         )
 
     def _show(self) -> None:
-        self._display.update(self._task, completed=self.n, values=self._values())
+        self._display.update(
+            self._task, completed=self.n, count=self._count(), values=self._values()
+        )
 
     def _end(self) -> None:
         if self.leave:
-            self._display.update(self._task, completed=self.n, values=self._values())
+            self._show()
             self._display.stop_task(self._task)
         else:
             self._display.remove_task(self._task)
@@ -191,7 +194,7 @@ class _Display:
                 columns = (
                     progress.TextColumn("{task.description}"),
                     progress.BarColumn(bar_width=24),
-                    progress.TextColumn("{task.completed:g}/{task.total:g} {task.fields[unit]}"),
+                    progress.TextColumn("{task.fields[count]}"),
                     progress.TimeElapsedColumn(),
                     progress.TextColumn("left"),
                     progress.TimeRemainingColumn(),
