@@ -5,12 +5,15 @@ A slider lies between the images.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
+from ..errors import UserError
 from .comparisons import ComparisonStore, Settings
 from .engine import Engine, Request, bounded, enlarged
 from .ui import Session, explained, inputs, score_table
@@ -108,20 +111,7 @@ def build(
             yield gr.skip(), gr.skip(), "scoring"
             values = engine.score(images, image_request.prompt)
             table = score_table(values, [f"left: {left}", f"right: {right}"])
-            id = None
-            if store is not None:
-                drawn = image_request.settings
-                settings = Settings(
-                    prompt=image_request.prompt,
-                    seed=image_request.seed,
-                    steps=drawn["num_inference_steps"],
-                    guidance=float(drawn["guidance_scale"]),
-                    side=drawn["width"],
-                    left=left,
-                    right=right,
-                    lora_scale=float(scale),
-                )
-                id = store.add(settings, images, values)
+            id = _keep(store, image_request, (left, right), float(scale), images, values)
             yield tuple(enlarged(image) for image in images), table, caption(image_request, id)
 
     arguments = [prompt, seed, steps, guidance, side, left, right, scale]
@@ -144,6 +134,34 @@ def build(
     )
     stop.click(session.cancel, None, status, cancels=events, queue=False, api_visibility="private")
     return ComparePage(arguments, [slider, scores, status])
+
+
+def _keep(
+    store: ComparisonStore | None,
+    request: Request,
+    models: tuple[str, str],
+    lora_scale: float,
+    images: Sequence[Image.Image],
+    scores: Mapping[str, Sequence[float | None]],
+) -> str | None:
+    """Keep a comparison for the gallery, and return its id where that worked."""
+    if store is None:
+        return None
+    settings = Settings(
+        prompt=request.prompt,
+        seed=request.seed,
+        steps=request.settings["num_inference_steps"],
+        guidance=float(request.settings["guidance_scale"]),
+        side=request.settings["width"],
+        left=models[0],
+        right=models[1],
+        lora_scale=lora_scale,
+    )
+    try:
+        return store.add(settings, images, scores)
+    except (OSError, UserError) as error:  # a full disk takes the link, not the images
+        print(f"--gallery_dir: cannot write there ({error})", flush=True)
+        return None
 
 
 def caption(request: Request, id: str | None = None) -> str:
