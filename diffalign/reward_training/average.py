@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -87,19 +87,11 @@ def average_rewards(
         return float(part_loss(margins_of_scores(values), labels, config))
 
     count = len(members)
-    names = [place.name for place in places]
-    if len(set(names)) < count:
-        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    names = _distinct_names(places)
     alone = [[float(i == j) for j in range(count)] for i in range(count)]
     by_member = [scores(each) for each in alone]
     losses = [loss(values) for values in by_member]
-    barriers: dict[str, float] = {}
-    for i, j in combinations(range(count), 2):
-        rises = []
-        for share in BETWEEN:
-            weights = [(1 - share) * a + share * b for a, b in zip(alone[i], alone[j], strict=True)]
-            rises.append(loss(scores(weights)) - (1 - share) * losses[i] - share * losses[j])
-        barriers[f"{names[i]} - {names[j]}"] = max(rises)
+    barriers = _barriers(names, losses, lambda weights: loss(scores(weights)))
     own = [decided_accuracy(margins_of_scores(each), labels) for each in by_member]
     values = scores([1 / count] * count)  # from here on, the scorer is the average
     averaged = margins_of_scores(values)
@@ -134,13 +126,50 @@ def average_rewards(
             "warning": verdict,
         },
     }
-    with replacing_folder(target) as temporary:
-        averaged_state = _state(scorer)
-        save_tensors({"log_factor": averaged_state.pop("factor")}, temporary / WEIGHTS)
-        save_tensors(averaged_state, temporary / TOWERS)
-        write_facts(temporary, written)
-        write_report(temporary, report, written)
+    _write(target, _state(scorer), written, report)
     return target
+
+
+def _distinct_names(places: Sequence[Path]) -> list[str]:
+    names = [place.name for place in places]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return names
+
+
+def _barriers(
+    names: Sequence[str], losses: Sequence[float], loss_of: Callable[[Sequence[float]], float]
+) -> dict[str, float]:
+    """Measure how far the loss rises between any two members.
+
+    Args:
+        names (`Sequence[str]`): Names of the members.
+        losses (`Sequence[float]`): Their losses.
+        loss_of (`Callable`): Shares of the members -> loss of the mixed weights.
+
+    Returns:
+        `dict[str, float]`: Pair -> highest rise above the line between both losses.
+    """
+    barriers: dict[str, float] = {}
+    for i, j in combinations(range(len(names)), 2):
+        rises = []
+        for share in BETWEEN:
+            weights = [0.0] * len(names)
+            weights[i], weights[j] = 1 - share, share
+            rises.append(loss_of(weights) - (1 - share) * losses[i] - share * losses[j])
+        barriers[f"{names[i]} - {names[j]}"] = max(rises)
+    return barriers
+
+
+def _write(
+    target: Path, state: dict[str, Tensor], facts: dict[str, Any], report: dict[str, Any]
+) -> None:
+    """Write the average as a reward that `load_scorer` reads."""
+    with replacing_folder(target) as temporary:
+        save_tensors({"log_factor": state.pop("factor")}, temporary / WEIGHTS)
+        save_tensors(state, temporary / TOWERS)
+        write_facts(temporary, facts)
+        write_report(temporary, report, facts)
 
 
 def _check_members(places: list[Path], facts: list[dict[str, Any]]) -> None:
