@@ -173,7 +173,7 @@ def panel_section(value: Any) -> dict[str, Any]:
     if "trust_remote_code" in config:
         raise ConfigError(
             "rewards.trust_remote_code",
-            "a run file cannot allow foreign code; import the scorer in Python instead",
+            "a run file cannot allow foreign code; pass --trust_remote_code on the command line",
         )
     parse_rewards(config["rewards"])
     return config

@@ -12,17 +12,15 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from diffalign import FKSteering, load_scorer
-from diffalign.shapes import weights_dir
+from diffalign.shapes import held_out_prompts, weights_dir
 
-PROMPTS = [
-    "a small green cross on the left of a pink background",
-    "a large red star on the right of a black background",
-]
+PROMPTS = list(held_out_prompts()[:8])
 FOLDER = Path("runs/example-steer")
 FOLDER.mkdir(parents=True, exist_ok=True)
 
 pipe = DiffusionPipeline.from_pretrained(weights_dir())
-steering = FKSteering(pipe, load_scorer("shapes-clip"), num_particles=4, lmbda=5.0)
+pipe.set_progress_bar_config(disable=True)
+steering = FKSteering(pipe, load_scorer("shapes-clip"), num_particles=4, lmbda=2.0)
 judge = load_scorer("shapes")  # trains and steers nothing, so it can judge
 
 for name, sampler in (("steered", steering), ("best of 4", steering.best_of_n())):

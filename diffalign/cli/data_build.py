@@ -9,6 +9,7 @@ from typing import Any
 
 from ..annotation.drawn import FORMATS, SELECTIONS, BuildOptions
 from ..config.ranges import count, finite, not_negative, seed, side, steps
+from ..shapes.models import embedded_name
 from .results import Result
 
 
@@ -126,10 +127,12 @@ def run(options: argparse.Namespace) -> int | Result:
         files = sorted((folder / kind).glob("*.parquet"))
         if files:
             facts[kind] = {"folder": folder / kind, "rows": sum(map(_rows, files))}
-    method = "diffusion_dpo" if "pairs" in facts else "rankdpo"
-    kind = "pairs" if "pairs" in facts else "ranked"
-    command = f"diffalign train --config RUN.yaml --method {method} --data.dataset_name"
-    return Result(text, facts, next=f"{command} {folder / kind}" if len(facts) > 1 else None)
+    method, kind = ("diffusion_dpo", "pairs") if "pairs" in facts else ("rankdpo", "ranked")
+    embedded = all(embedded_name(model) is not None for model in options.models)
+    recipe = "shapes" if embedded else "sdxl_lora"
+    command = f"diffalign train --config configs/{method}/{recipe}.yaml"
+    command += f" --data.dataset_name {folder / kind}"
+    return Result(text, facts, next=command if len(facts) > 1 else None)
 
 
 def _rows(file: Path) -> int:

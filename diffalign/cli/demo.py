@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names with commas between (default for shapes: shapes,shapes-clip; else none)",
     )
     parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow scorers of ./file.py:NAME, which runs that file",
+    )
+    parser.add_argument(
         "--prompts",
         help="for blind votes: a set or file as for diffalign compare (default for shapes: its "
         "training prompts)",
@@ -274,6 +279,10 @@ def _app(options: argparse.Namespace, uploads: bool) -> Any:
         queue=options.queue_size,
     )
     dtype = None if options.dtype is None else read_dtype(options.dtype)
+    if options.trust_remote_code:
+        from ..rewards.registry import trust_files
+
+        trust_files()
     engine = Engine(
         models,
         [n.strip() for n in names if n.strip()],

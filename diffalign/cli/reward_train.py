@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int | Result:
 
 
 def _train(reward: RewardRun) -> int | Result:
-    from ..reward_training.report import REPORT, in_words
+    from ..reward_training.report import NO_GAIN, REPORT, gains, in_words
     from ..reward_training.trainer import RewardTrainer
 
     trainer = RewardTrainer(
@@ -107,6 +107,8 @@ def _train(reward: RewardRun) -> int | Result:
             f"{row['prompts']} prompts that were not trained on"
         )
     lines.append(f"calibration error {report['expected_calibration_error']:.3f}")
+    if not gains(report):
+        lines.append(NO_GAIN.replace("**", ""))
     lines.append(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")
     facts = {"output_dir": folder, "status": "finished", **report}
     return Result("\n".join(lines), facts)

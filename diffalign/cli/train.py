@@ -13,6 +13,7 @@ from ..data.config import DataConfig
 from ..errors import UserError
 from ..methods import METHODS, config_class
 from ..recipe import RunConfig, build_trainer, load_run, run_to_dict
+from ..rewards.registry import trust_files
 from ..runtime.distributed import end_training
 from ..shapes.models import embedded_name
 from ..training.sections import HubConfig, LoraSection, ValidationConfig
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--accelerate_config")
     parser.add_argument("--num_processes", type=count())
+    parser.add_argument("--trust_remote_code", action="store_true")
 
 
 def run(options: argparse.Namespace) -> int | Result:
@@ -60,6 +62,8 @@ def run(options: argparse.Namespace) -> int | Result:
             "--config: name a run file, e.g. diffalign train --config "
             "configs/diffusion_dpo/shapes.yaml"
         )
+    if options.trust_remote_code:
+        trust_files()
     run_config = load_run(options.config, options.overrides)
     if options.print_config:
         values = run_to_dict(run_config)
@@ -133,6 +137,7 @@ def _launch(options: argparse.Namespace) -> int:
     if options.config:
         program += ["--config", str(options.config)]
     program += (["--dry_run"] if options.dry_run else []) + options.overrides
+    program += ["--trust_remote_code"] if options.trust_remote_code else []
     program += result_arguments(options)
     return launch(program, options.accelerate_config, options.num_processes)
 
@@ -143,12 +148,15 @@ def _help(overrides: list[str]) -> str:
     text = [
         "usage: diffalign train --config FILE [--dry_run] [--print_config]",
         "                       [--accelerate_config NAME] [--num_processes N]",
+        "                       [--trust_remote_code] [--json] [--quiet]",
         "                       [--SECTION.FIELD VALUE ...]",
         "",
         "Any field of a run file can be given on the command line, e.g. --model FOLDER",
         "--train.beta 2000 --lora.r 8.",
         "--dry_run does one batch forward and backward and says what the run would be.",
         "--print_config writes the whole run file, with options and defaults, and ends.",
+        "--trust_remote_code allows scorers of ./FILE.py:NAME, which runs that file.",
+        "--json prints the result as JSON, --quiet no progress and no notes.",
         "--method NAME --help shows the options of one method.",
         f"methods: {', '.join(METHODS)}",
     ]

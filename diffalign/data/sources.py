@@ -86,6 +86,12 @@ def open_source(
     if source is None and data_dir is not None:
         source, data_dir = data_dir, None
     extra = () if data_dir is None else (_existing(Path(data_dir).expanduser(), "train_data_dir"),)
+    if extra and any((extra[0] / chosen).is_dir() for chosen, _ in PAIR_FOLDERS):
+        raise UserError(
+            f"data.train_data_dir: {str(data_dir)!r} is a dataset of its own, and "
+            f"data.dataset_name ({str(source)[:80]!r}) would be read in its place; name the folder "
+            "as data.dataset_name"
+        )
     if source is None:
         raise UserError(
             "data.dataset_name: give a Hub id, a folder or a file (or data.train_data_dir)"
@@ -234,7 +240,7 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
         if (path / chosen).is_dir() and (path / rejected).is_dir():
             return Source(
                 _in_memory(_pair_folders(path / chosen, path / rejected), split, streaming),
-                name,
+                f"{name} (folders {chosen}/ and {rejected}/)",
                 places,
             )
     if any(path.rglob("*.parquet")):
@@ -417,24 +423,27 @@ def _load(name: str, builder: str, split: str, *, config: str | None = None, **k
 def _hub(name: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Rows:
     import datasets
 
-    alternatives = (
-        "Pick-a-Pic was taken down from the Hub in 2025; use "
-        "data-is-better-together/open-image-preferences-v1-binarized, HPDv2, or your own data "
-        "through `diffalign data convert`"
-    )
+    alternatives = "Check the name"
     if name.startswith("diffalign-quickstart/"):
         alternatives = "`diffalign quickstart` makes this folder; run it here first"
+    elif "pick" in name.lower():
+        alternatives = (
+            "Pick-a-Pic was taken down from the Hub in 2025; use "
+            "data-is-better-together/open-image-preferences-v1-binarized, HPDv2, or your own data "
+            "through `diffalign data convert`"
+        )
     try:
         return _load(name, name, split, config=config, revision=revision, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"dataset {name!r}: not found on the Hub{at} (nor as a local path), or private. "
-            f"{alternatives}"
+            f"dataset {name!r}: there is no file or folder of this name in {Path.cwd()}, and no "
+            f"dataset on the Hub{at}, or it is private. {alternatives}"
         ) from error
     except ConnectionError as error:
         raise UserError(
-            f"dataset {name!r}: the Hub cannot be reached ({error}). {alternatives}"
+            f"dataset {name!r}: there is no file or folder of this name in {Path.cwd()}, and the "
+            f"Hub cannot be reached ({error}). {alternatives}"
         ) from error
 
 

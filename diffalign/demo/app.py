@@ -108,8 +108,8 @@ def build_app(
             if comparisons is not None:
                 gallery_tab.build(app, engine, comparisons, page, tabs)
             if runs is not None:
-                with gr.Tab("Train", id="train"):
-                    train_tab.build(app, runs)
+                with gr.Tab("Train", id="train") as tab:
+                    train_tab.build(app, tab, runs)
     app.queue(max_size=engine.limits.queue, default_concurrency_limit=8)
     return app
 

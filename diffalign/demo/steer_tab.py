@@ -43,7 +43,7 @@ def build(engine: Engine, session: Session, example: str) -> None:
         lmbda = gr.Slider(
             0,
             limits.lmbda,
-            value=min(20.0, limits.lmbda),
+            value=min(2.0, limits.lmbda),
             step=0.5,
             label="Lambda",
             elem_id="steer-lambda",

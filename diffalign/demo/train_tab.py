@@ -57,11 +57,12 @@ class Watch:
         return self._readers.setdefault(folder, RunReader(folder)).read()
 
 
-def build(app: gr.Blocks, watch: Watch) -> None:
+def build(app: gr.Blocks, tab: gr.Tab, watch: Watch) -> None:
     """Add the tab's components and events to the page.
 
     Args:
         app (`gr.Blocks`): The page.
+        tab (`gr.Tab`): The tab. Opening it looks for new runs.
         watch (`Watch`): The runs.
     """
     with gr.Row():
@@ -139,6 +140,7 @@ def build(app: gr.Blocks, watch: Watch) -> None:
 
     # On every load, since a run may have begun after the page was made.
     app.load(list_runs, run, run, **options).then(open_run, run, outputs, **options)
+    tab.select(list_runs, run, run, **options)
     run.input(open_run, run, outputs, **options)
     metrics.input(refresh, [run, metrics, shown], outputs, **options)
     timer.tick(refresh, [run, metrics, shown], outputs, **options)

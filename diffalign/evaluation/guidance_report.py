@@ -60,8 +60,8 @@ def headline(curves: GuidanceCurves) -> str:
     sentences = []
     for name in curves.tuned:
         won = curves.win_rate(name)
-        neither = "shows no significant difference to"
-        verdict = {1: "wins against", -1: "loses against", 0: neither}[won.verdict]
+        words = {1: "wins against", -1: "loses against", 0: "shows no significant difference to"}
+        verdict = words[won.verdict if curves.sign_test(name) < 0.05 else 0]
         sentences.append(
             f"{name} at guidance {curves.best(name):g} {verdict} {against}: {rate(won)} % by "
             f"{scorer} ({count} prompts)."

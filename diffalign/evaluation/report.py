@@ -134,9 +134,14 @@ def headline(c: Comparison) -> str:
     sentences = []
     for model in c.tuned:
         won = c.win_rate(model)
-        neither = f"shows no significant difference ({len(c.prompts.prompts)} prompts)"
-        verdict = {1: "wins", -1: "loses", 0: neither}[won.verdict]
-        sentences.append(f"{model} {verdict}: {rate(won)} % by {c.scorers[0]}.")
+        # An interval of few prompts can leave 50 % where the exact test does not.
+        verdict = won.verdict if c.sign_test(model) < 0.05 else 0
+        words = {
+            1: "wins",
+            -1: "loses",
+            0: f"shows no significant difference ({len(c.prompts.prompts)} prompts)",
+        }[verdict]
+        sentences.append(f"{model} {words}: {rate(won)} % by {c.scorers[0]}.")
     return " ".join(sentences)
 
 
@@ -216,8 +221,10 @@ def _galleries(c: Comparison) -> list[_Gallery]:
     for model in c.tuned:
         wins, losses = c.extremes(model)
         for places, title in ((wins, "largest wins"), (losses, "largest losses")):
-            if places:
-                pairs = [_pair(c, model, *place) for place in places]
+            pairs = [_pair(c, model, *place) for place in places]
+            # Scores that look equal would make a reader search for a difference.
+            pairs = [pair for pair in pairs if len(set(pair.scores.split(" to "))) > 1]
+            if pairs:
                 galleries.append(_Gallery(f"{model}: {title} ({c.scorers[0]})", pairs))
     return galleries
 

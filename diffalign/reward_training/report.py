@@ -181,6 +181,22 @@ def draw_calibration(report: dict[str, Any], path: Path) -> None:
     save_image(picture, path)
 
 
+NO_GAIN = (
+    "**It is not better than its base on these prompts.** More judgements are needed, or others: "
+    "see docs/guides/votes-to-model.md."
+)
+
+
+def gains(report: dict[str, Any]) -> bool:
+    """Return whether a reward is right more often than its base.
+
+    Args:
+        report (`dict[str, Any]`): From `measure`.
+    """
+    reward, base = report["reward"]["accuracy"], report["base"]["accuracy"]
+    return bool(reward is None or base is None or reward > base)
+
+
 def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
     """Write the model card of a reward."""
     reward, base, data = report["reward"], report["base"], facts["data"]
@@ -207,6 +223,7 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         f"the same. Expected calibration error {report['expected_calibration_error']:.3f} "
         "(![confidence against right answers](calibration.png)).",
         "",
+        *([NO_GAIN, ""] if not gains(report) else []),
         "## What it leans on",
         "",
         "Correlation of its differences within pairs with differences that should not decide:",

@@ -286,10 +286,25 @@ def find_class(
     if ":" in name:
         return _from_path(name, trust_remote_code), {}
     known = list_scorers()
+    own = "one of your own is ./FILE.py:NAME"
     close = difflib.get_close_matches(folded, [_fold(key) for key in known], n=3, cutoff=0.5)
     matches = [key for fold in close for key in known if _fold(key) == fold]
     hint = f"did you mean {' or '.join(matches)}? " if matches else ""
-    raise ConfigError("scorer", f"unknown scorer {name!r}; {hint}there are {', '.join(known)}")
+    raise ConfigError(
+        "scorer", f"unknown scorer {name!r}; {hint}there are {', '.join(known)}; {own}"
+    )
+
+
+_trusts_files = False
+
+
+def trust_files() -> None:
+    """Allow scorers of `./FILE.py:NAME` for the rest of this process.
+
+    The commands do it for their option `--trust_remote_code`.
+    """
+    global _trusts_files
+    _trusts_files = True
 
 
 def is_built_in(name: str) -> bool:
@@ -334,11 +349,11 @@ def _from_path(name: str, trust: bool) -> type[Scorer]:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise ConfigError("scorer", f"there is no file {place!r}")
-        if not trust:
+        if not (trust or _trusts_files):
             raise ConfigError(
                 "scorer",
-                f"{name!r} would run the code in {place}; "
-                "read it, then pass trust_remote_code=True",
+                f"{name!r} would run the code in {place}; read it, then pass --trust_remote_code "
+                "(in Python trust_remote_code=True)",
             )
         # A file is run once: it may register scorers, and its classes are to stay the
         # same objects.

@@ -98,8 +98,8 @@ class TrainingConfig(LoopConfig):
     reduction: Literal["mean", "sum"] = "mean"
     """mean | sum over the elements of a latent; `beta` is meant for mean."""
     divergence_patience: Count = 20
-    """Warn when the chosen error stays above the reference's for so many logs in a
-    row."""
+    """Warn when the chosen error stays more than a tenth above the reference's for so
+    many logs in a row."""
     stop_on_divergence: bool = False
     """Stop (with a checkpoint) instead of warning."""
 

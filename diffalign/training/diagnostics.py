@@ -167,8 +167,17 @@ class FiniteCheck:
         self.losses, self.finite = [], None
 
 
+DRIFT = 0.1
+"""Share of the reference's error by which the policy's may be larger.
+
+A policy that gets better at telling images apart gets a few percent worse at both.
+"""
+
+
 class DivergenceGuard:
     """Warns when the policy's error on chosen images stays above the reference's.
+
+    Above means by more than a tenth.
 
     Args:
         patience (`int`): Logs above the reference, one after another, before the
@@ -187,8 +196,7 @@ class DivergenceGuard:
             history (`list[dict[str, float]]`): Logged metrics.
         """
         for entry in history:
-            change = entry.get("change/chosen", math.nan)
-            self.count = self.count if math.isnan(change) else self.count + 1 if change > 0 else 0
+            self._count(entry)
 
     def update(self, metrics: dict[str, float], step: int) -> bool:
         """Count one log.
@@ -200,16 +208,23 @@ class DivergenceGuard:
         Returns:
             `bool`: Whether the run has diverged.
         """
-        change = metrics.get("change/chosen")
-        if change is None or math.isnan(change):
+        change = self._count(metrics)
+        if math.isnan(change):
             return False
-        self.count = self.count + 1 if change > 0 else 0
         if self.count == self.patience:
             self.warn(
-                f"step {step}: the error of the chosen images has been above the reference's "
-                f"for {self.patience} logs "
+                f"step {step}: the error of the chosen images has been more than a tenth "
+                f"above the reference's for {self.patience} logs "
                 f"(now +{change:.3g}): the model is drifting away from what it should "
                 "prefer; lower the learning rate, raise beta "
                 "or set train.sft_weight"
             )
         return self.count >= self.patience
+
+    def _count(self, metrics: dict[str, float]) -> float:
+        """Count a log, and return its change, NaN if it has none."""
+        change = metrics.get("change/chosen", math.nan)
+        if not math.isnan(change):
+            is_above = change > DRIFT * metrics.get("errors/ref_chosen", 0.0)
+            self.count = self.count + 1 if is_above else 0
+        return change

@@ -11,6 +11,7 @@ from typing import Any
 from ..runtime.files import write_atomically
 from ..runtime.templates import render
 from ..runtime.versions import versions
+from ..shapes.models import embedded_name
 from .run_record import RunRecord
 
 
@@ -48,13 +49,17 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
         for name in ("text_encoder_3", "tokenizer_3")
         if name in _parameters(pipeline) and not source.has(name)
     ]
+    embedded = embedded_name(source.name)
+    licence = record.backbone.licence if embedded is None else "Apache-2.0"
     body = render(
         "training/templates/model_card.md",
         title=folder.resolve().name,
         is_lora=is_lora,
         trained="" if record.built is None else record.built.trained,
         base=source.name,
-        licence=record.backbone.licence,
+        base_path=f'weights_dir("{embedded}")' if embedded else f'"{source.name}"',
+        is_embedded=embedded is not None,
+        licence=licence,
         method=record.name,
         paper=record.paper,
         pipeline=pipeline.__name__,
@@ -71,8 +76,8 @@ def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> N
     )
     prompts = record.validation.validation_prompts if record.validation is not None else []
     data = ModelCardData(
-        base_model=source.name,
-        license="other",
+        base_model=source.name if embedded is None else None,
+        license="other" if embedded is None else "apache-2.0",
         library_name="diffusers",
         pipeline_tag="text-to-image",
         widget=[{"text": prompt} for prompt in prompts] or None,

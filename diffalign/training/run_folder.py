@@ -77,8 +77,8 @@ def _claim(lock: FolderLock, overwrite: bool) -> None:
         )
         raise UserError(
             f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it "
-            "with --train.resume_from_checkpoint latest, "
-            "choose another folder, or move it aside with --train.overwrite_output_dir true"
+            "(resume_from_checkpoint latest), "
+            "choose another folder, or move it aside (overwrite_output_dir true)"
         )
     if process_rank() > 0:
         return  # one process of several moves it

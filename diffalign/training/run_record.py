@@ -277,6 +277,11 @@ class RunRecord:
             f"{args.lr_scheduler}, warm-up "
             f"{args.warmup_steps} steps; precision {args.mixed_precision}; images {height}x{width}",
         ]
+        if 0 < built.max_steps <= 2 * args.warmup_steps:
+            lines.append(
+                f"warm-up takes {args.warmup_steps} of {built.max_steps} steps, so the learning "
+                "rate is small for most of the run; lower train.warmup_steps"
+            )
         if self.backbone.embeds_guidance:
             lines.append(
                 f"guidance {self.backbone.guidance:g}, which the network takes as an input"

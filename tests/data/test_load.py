@@ -414,7 +414,7 @@ def test_a_missing_hub_dataset_names_alternatives(monkeypatch):
         load("yuvalkirstain/pickapic_v2", revision="abc")
     assert asked["revision"] == "abc"
     for part in (
-        "not found on the Hub at revision 'abc'",
+        "no dataset on the Hub at revision 'abc'",
         "taken down",
         "open-image-preferences-v1-binarized",
         "data convert",

@@ -137,6 +137,9 @@ def test_divergence_guard_speaks_once_per_episode() -> None:
     assert diverged == [False] * 5 + [True, True] + [False] * 4 + [True]
     assert len(said) == 2 and "step 5" in said[0] and "lower the learning rate" in said[0]
     assert guard.update({}, 20) is False
+    guard = DivergenceGuard(1, said.append)
+    little = {"change/chosen": 0.019, "errors/ref_chosen": 0.2}
+    assert [guard.update(little | {"change/chosen": c}, 0) for c in (0.019, 0.021)] == [False, True]
 
 
 class Worsen(TrainerCallback):
