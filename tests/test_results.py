@@ -151,3 +151,25 @@ def test_two_processes_print_one_result(world: Path, tmp_path: Path) -> None:
 def test_what_json_knows() -> None:
     value = {1: (math.nan, math.inf, 1.5), "path": Path("a"), "array": np.array([1.0, np.nan])}
     assert plain(value) == {"1": [None, None, 1.5], "path": "a", "array": [1.0, None]}
+
+
+def test_train_runs_a_scorer_of_a_file_when_it_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffalign.rewards import registry
+
+    monkeypatch.setattr(registry, "_trusts_files", False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def bright(images):\n    return [1.5] * len(images)\n")
+    run = [
+        "train", "--config", str(world / "run.yaml"), "--train.output_dir", "out",
+        "--validation.validation_prompts", "[a cat]", "--validation.scorers", "[./mine.py:bright]",
+        "--validation.num_inference_steps", "2", "--validation.validation_steps", "2",
+    ]  # fmt: skip
+    assert entry.run(run) == 2
+    assert "read it, then pass --trust_remote_code" in capsys.readouterr().err
+    assert entry.run([*run, "--trust_remote_code"]) == 0
+    text = Path("out/logs/metrics.jsonl").read_text()
+    entries = [json.loads(line) for line in text.splitlines()]
+    values = [entry[name] for entry in entries for name in entry if name.startswith("validation/")]
+    assert 1.5 in values, entries

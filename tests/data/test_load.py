@@ -247,6 +247,16 @@ def test_pair_folders(save, tmp_path, colors, chosen, rejected):
     assert data.report.broken == [(3, "prompt is None, expected text")]
 
 
+def test_pair_folders_beside_another_dataset_are_refused(save, tmp_path):
+    save("mine/chosen/a.png", "red")
+    save("mine/rejected/a.png", "blue")
+    (tmp_path / "mine/chosen/a.txt").write_text("a")
+    assert load(tmp_path / "mine").report.source.endswith("mine (folders chosen/ and rejected/)")
+    assert len(load(None, data_dir=tmp_path / "mine")) == 1
+    with pytest.raises(UserError, match="train_data_dir: .*mine' is a dataset of its own"):
+        load([{"prompt": "p"}], data_dir=tmp_path / "mine")
+
+
 def _tar(path, members):
     with tarfile.open(path, "w") as archive:
         for name, content in members.items():

@@ -65,6 +65,18 @@ def test_each_model_is_compared_at_its_own_best(higher: bool) -> None:
     assert "tuned at guidance 1 loses against base at 7" in headline(curves)
 
 
+def test_few_prompts_win_nothing_by_the_interval_alone() -> None:
+    from diffalign.evaluation.report import headline as plain_headline
+
+    curves = curves_of({"base": [0.5, 0.5, 0.5], "tuned": [0.6, 0.6, 0.6]}, prompts=8)
+    assert curves.comparison.win_rate(model_name("tuned", 1.0)).verdict == 1
+    assert curves.sign_test("tuned") > 0.05  # four prompts report
+    assert "tuned at guidance" in headline(curves) and "no significant difference" in headline(
+        curves
+    )
+    assert "wins: 100.0" in plain_headline(curves.comparison)  # eight of eight do
+
+
 def test_the_half_that_chooses_is_not_the_half_that_reports() -> None:
     curves = curves_of({"base": [0.5, 0.5, 0.5], "tuned": [0.4, 0.6, 0.5]})
     tuned = curves.comparison.scores[model_name("tuned", 1.0)]["scorer"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,21 @@ def test_the_card_says_how_and_with_what(tmp_path: Path) -> None:
         "torch 2",
     ):
         assert part in card
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes-flow"])
+def test_the_card_of_an_embedded_model_loads_it(tmp_path: Path, name: str) -> None:
+    from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer
+
+    config = DiffusionDPOConfig(output_dir=str(tmp_path / "run"), max_steps=1)
+    rows = pair_rows(2, 64)
+    trainer = DiffusionDPOTrainer(name, args=config, train_dataset=rows, peft_config=lora_config())
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "base_model" not in card
+    assert f'from_pretrained(weights_dir("{name}"))' in card
+    code = re.findall(r"```python\n(.*?)```", card, re.S)[0]
+    exec(code.replace("path/to/this/folder", str(tmp_path / "run")), {})
 
 
 def test_loader_workers_change_nothing(tmp_path: Path) -> None:
