@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tiny import build_pipeline, pair_rows
+from tiny import write_world
 
 import diffalign.cli.entry
-from diffalign.data import convert, load_preferences
+from diffalign.data import load_preferences
 
 
 def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -32,21 +31,7 @@ def command(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, pairs and a run file."""
     folder = tmp_path_factory.mktemp("world")
-    build_pipeline("sd").save_pretrained(folder / "model")
-    convert(load_preferences(pair_rows(6), verbose=False), folder / "pairs")
-    values = {
-        "method": "diffusion_dpo",
-        "model": str(folder / "model"),
-        "lora": {"r": 2},
-        "data": {"dataset_name": str(folder / "pairs")},
-        "train": {
-            "output_dir": str(folder / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": "1e-5",
-        },
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    write_world(folder)
     return folder
 
 

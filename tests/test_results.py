@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from tiny import build_pipeline, pair_rows
+from tiny import write_world
 
 from diffalign.cli import entry
 from diffalign.cli.results import plain
-from diffalign.data import convert, load_preferences
 from diffalign.runtime.progress import QUIET
 
 PROMPT = "a small red circle on the left of a gray background"
@@ -26,21 +24,7 @@ PROMPT = "a small red circle on the left of a gray background"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    build_pipeline("sd").save_pretrained(folder / "model")
-    convert(load_preferences(pair_rows(6), verbose=False), folder / "pairs")
-    values = {
-        "method": "diffusion_dpo",
-        "model": str(folder / "model"),
-        "lora": {"r": 2},
-        "data": {"dataset_name": str(folder / "pairs")},
-        "train": {
-            "output_dir": str(folder / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-5,
-        },
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    write_world(folder)
     return folder
 
 

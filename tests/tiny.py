@@ -3,6 +3,7 @@ data, built in code."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -435,3 +436,26 @@ def next_batch(trainer: Any) -> Any:
     trainer.setup()
     batches = trainer.source.batches(trainer.data_pipeline, trainer.state.samples_seen)
     return trainer.prepare(next(batches))
+
+
+def write_world(folder: Path) -> None:
+    """Write a tiny model, pairs and a run file, as a user of the commands has them."""
+    import yaml
+
+    from diffalign.data import convert, load_preferences
+
+    build_pipeline("sd").save_pretrained(folder / "model")
+    convert(load_preferences(pair_rows(6), verbose=False), folder / "pairs")
+    values = {
+        "method": "diffusion_dpo",
+        "model": str(folder / "model"),
+        "lora": {"r": 2},
+        "data": {"dataset_name": str(folder / "pairs")},
+        "train": {
+            "output_dir": str(folder / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": "1e-5",
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
