@@ -5,7 +5,7 @@
 Networks have the released shapes: SD1.5 at 512 px, SDXL and Flux.1 at 1024 px. A step
 of Diffusion-DPO holds one pair, in bf16, from caches of latents and prompts. LoRAs have
 rank 16. The smallest card is the first of 8, 12, 16, 24, 32, 48, 80 and 141 GiB that
-holds the estimate and what CUDA takes beside the tensors. `benchmarks/memory.md`
+holds the estimate and what CUDA takes beside the tensors. `benchmarks/memory.py`
 compares estimates with what a CPU really takes. No GPU was measured.
 """
 

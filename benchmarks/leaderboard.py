@@ -58,7 +58,7 @@ from diffalign.evaluation.statistics import win_rate
 from diffalign.generation.grids import comparison_grid
 from diffalign.recipe import build_trainer, load_run
 from diffalign.rewards import load_scorer
-from diffalign.runtime.files import save_image, write_atomically
+from diffalign.runtime.files import write_atomically
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.sampling_defaults import SAMPLING
 from diffalign.shapes.verifier import attribute_table, score
@@ -362,8 +362,8 @@ def pictures(options: argparse.Namespace, folder: Path) -> None:
         tuned = draw_at_best(name)
         rows = [(p, [a], [b]) for p, a, b in zip(prompts, base, tuned, strict=True)]
         grid = comparison_grid(rows, right=name, cell=112, columns=4)
-        save_image(grid, folder / f"{method}.png")
-        print(folder / f"{method}.png", flush=True)
+        grid.save(folder / f"{method}.jpg", quality=90)
+        print(folder / f"{method}.jpg", flush=True)
 
 
 # Running

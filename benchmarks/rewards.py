@@ -12,10 +12,13 @@ same. The tables have the mean over seeds, and the lowest and highest seed.
 
 *Labels*: u is the verifier's graded score, a share of the labels of 3,600 pairs is
 turned round, with plain likelihood and corrected for it; `shapes-clip` was trained on
-as many pairs with 10 % turned round. *People*: 20 people give 60 votes each. u is the
-share of right attributes times 0.8, plus a taste of 0.3 (or 0.6) for the preferred
-style for one half of them and minus as much for the other. One reward for all, against
-PAL with two prototypes, for each person's own u. A new person gives 8 votes.
+as many pairs with 10 % turned round. *Towers*: all weights of the base, by the very
+images and labels that made `shapes-clip` and with its settings, 5 % of the prompts kept
+to look at the loss; the anchor is ten renderings of every training prompt. *People*: 20
+people give 60 votes each. u is the share of right attributes times 0.8, plus a taste of
+0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
+other. One reward for all, against PAL with two prototypes, for each person's own u. A
+new person gives 8 votes.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or those on
@@ -25,6 +28,7 @@ which 8 heads disagree most, 60 at a time; the accuracy is that of the mean of 8
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -184,6 +188,102 @@ def labels(world: World, seed: int) -> dict[str, float]:
     return found
 
 
+def renderings(path: Path) -> Path:
+    """Captioned images for the anchor: every training prompt rendered ten times, in
+    either style."""
+    import io
+    import random
+
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    from diffalign.shapes.prompts import STYLES, parse_prompt
+    from diffalign.shapes.renderer import render
+
+    if not path.is_file():
+        rng, rows = random.Random(5), []
+        for prompt in train_prompts() * 10:
+            buffer = io.BytesIO()
+            render(parse_prompt(prompt), rng, rng.choice(STYLES)).save(buffer, "PNG")
+            rows.append({"prompt": prompt, "image": {"bytes": buffer.getvalue(), "path": None}})
+        features = Features({"prompt": Value("string"), "image": ImageFeature()})
+        Dataset.from_list(rows, features=features).to_parquet(path)
+    return path
+
+
+def towers(world: World, seed: int) -> dict[str, float]:
+    work = world.folder.parent
+    return dict(kept(work / f"towers-{seed}.json", lambda: trained_towers(world, work, seed)))
+
+
+def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
+    """All weights, from the very images and labels that made `shapes-clip`."""
+    from PIL import Image
+
+    from tools.shapes import pretrain_reward
+
+    settings = pretrain_reward.RewardPretrainConfig()
+    prompts, k = train_prompts(), settings.images_per_prompt
+    drawn = work / "drawn-for-shapes-clip"
+    drawn.mkdir(exist_ok=True)
+    pixels = pretrain_reward.draw(
+        drawn, "train", prompts, k, settings.steps, pretrain_reward.TRAIN_SEED
+    )
+    truth = pretrain_reward.verifier_scores(pixels, prompts)
+    label = pretrain_reward.noisy_labels(truth, settings).ravel().astype(np.float64)
+    flat = pixels.reshape(-1, *pixels.shape[2:])
+    start = np.arange(len(prompts))[:, None] * k
+    first, second = ((start + side).ravel() for side in pretrain_reward.pairs_of(k).T)
+    data = Judgements(
+        prompts, [str(i) for i in range(len(flat))], lambda i: Image.fromarray(flat[i]),
+        first, second, first // k, label, np.full(len(first), -1), users=[],
+    )  # fmt: skip
+    args = RewardConfig(
+        output_dir=str(work / f"towers-{seed}"),
+        overwrite_output_dir=True,
+        seed=seed,
+        towers="full",
+        val=0.05,
+        test=0.02,
+        max_steps=settings.train_steps,
+        eval_steps=settings.train_steps,
+        per_device_train_batch_size=settings.train_batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler="cosine",
+        warmup_steps=settings.train_steps // 10,
+        weight_decay=settings.weight_decay,
+        anchor=settings.anchor,
+        anchor_data=str(renderings(work / "renderings.parquet")),
+        anchor_batch_size=settings.warmup_batch,
+        logging_steps=100,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    begin = time.perf_counter()
+    trainer = RewardTrainer("shapes-clip", args, data, model_path=str(world.folder))
+    folder = trainer.train()
+    minutes = (time.perf_counter() - begin) / 60
+    torch.set_num_threads(threads)
+    a, b = world.pairs(True)
+    held = np.unique(np.concatenate([a, b]))
+    images = [world.judgements.open(int(i)) for i in held]
+    texts = [world.judgements.prompts[world.prompt[i]] for i in held]
+
+    def right(scorer: Any) -> float:
+        scores = np.zeros(len(world.prompt))
+        scores[held] = scorer.score(images, texts).values.numpy()
+        margins = torch.from_numpy(scores[a] - scores[b])
+        return right_share(margins, world.score[a] - world.score[b], world.prompt[a])
+
+    return {
+        "all weights trained, by the images and labels of shapes-clip": right(
+            load_scorer(str(folder), device="cpu")
+        ),
+        "shapes-clip": right(load_scorer("shapes-clip", device="cpu")),
+        "minutes": minutes,
+    }
+
+
 def people(world: World, seed: int) -> dict[str, float]:
     return {
         f"taste {taste:g}: {name}": value
@@ -303,6 +403,7 @@ def active(world: World, seed: int) -> dict[str, float]:
 
 PARTS: dict[str, Callable[[World, int], dict[str, float]]] = {
     "Labels": labels,
+    "Towers": towers,
     "People": people,
     "Nuisance": nuisance,
     "Votes": active,

@@ -97,10 +97,10 @@ def _normal(path: PurePosixPath) -> str:
 def paper(method: str) -> str:
     """One method: paper, idea and equation, options, and a run file."""
     text = re.sub(r"^## ", "# ", papers.section(method), count=1)
-    if (ROOT / "docs" / "papers" / f"{method}.png").is_file():
+    if (ROOT / "docs" / "papers" / f"{method}.jpg").is_file():
         text += (
             "\n\n## What it does\n\n"
-            f"![Images of the base on the left and after {method} on the right]({method}.png)\n\n"
+            f"![Images of the base on the left and after {method} on the right]({method}.jpg)\n\n"
             "The embedded model after the recipe below. Base left, tuned right, from the same\n"
             "noise, each at its own best guidance: the first eight held-out prompts, the first\n"
             "seed of the [leaderboard](../benchmarks.md). People of this world prefer light from\n"
