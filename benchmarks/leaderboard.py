@@ -477,10 +477,11 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         each = " / ".join(interval(rate) for rate in rates(base, runs)) if len(runs) > 1 else ""
         trained = kind not in ("base", "sampling")
         cost = ["", "", ""]
+        star = "*" if any(run.get("disturbed") for run in runs) else ""
         if trained:
             cost = [
                 f"{np.mean([run['rows'] for run in runs]) / 1000:.0f}",
-                f"{np.median([run['seconds'] for run in runs]):.0f} ({runs[0]['steps']})",
+                f"{np.median([run['seconds'] for run in runs]):.0f}{star} ({runs[0]['steps']})",
                 f"{runs[0]['peak_mib']:.0f}",
             ]
         cells = [
@@ -652,7 +653,9 @@ def main() -> None:
         "",
         "Intervals are 95 %, clustered by prompt; the win-rate column pools the seeds. Seconds "
         "are medians over the seeds, of runs side by side. Passes leave out decoding and "
-        "judging, which is most of SPO's time here: it decodes every candidate of every step.",
+        "judging, which is most of SPO's time here: it decodes every candidate of every step. "
+        "A star marks seconds of a machine that was busy with other work (`disturbed` in the "
+        "results).",
     ]
     output.write_text("\n".join(body) + "\n")
     print("\n".join(body))
