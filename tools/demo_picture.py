@@ -59,7 +59,8 @@ def screenshots(seed: int, folder: Path) -> list[Image.Image]:
         for each in (seed + 2, seed + 1, seed):
             visitor.write("compare-seed", str(each))
             visitor.at("compare-go").click()
-            visitor.until(lambda: f"Seed {each}," in visitor.at("compare-status").text)
+            shown = f"Seed {each},"
+            visitor.until(lambda text=shown: text in visitor.at("compare-status").text)
         visitor.until(lambda: len(set(visitor.sources("compare-slider"))) == 2)
         _photograph(visitor, folder / "compare.png")
         visitor.show_pair("ann")

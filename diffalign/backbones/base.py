@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -537,12 +537,35 @@ class Backbone:
         """
         from diffusers.training_utils import _collate_lora_metadata
 
+        told = _collate_lora_metadata({self.network_name: network})
         self.source.pipeline_class().save_lora_weights(
             save_directory=folder,
             safe_serialization=True,
             **{f"{self.network_name}_lora_layers": state},
-            **_collate_lora_metadata({self.network_name: network}),
+            **{name: portable_metadata(config) for name, config in told.items()},
         )
+
+
+_ALWAYS_TOLD = ("r", "lora_alpha", "target_modules", "peft_type")
+
+
+def portable_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what a LoRA's configuration has by default.
+
+    Readers build peft's `LoraConfig` of the metadata, and an older peft does not know
+    the fields of a newer one.
+
+    Args:
+        config (`Mapping[str, Any]`): All fields of a `LoraConfig`.
+    """
+    from peft import LoraConfig
+
+    plain = LoraConfig().to_dict()
+    return {
+        name: value
+        for name, value in config.items()
+        if name != "peft_version" and (name in _ALWAYS_TOLD or value != plain.get(name))
+    }
 
 
 def _reading_any_precision(vae: Any) -> Any:

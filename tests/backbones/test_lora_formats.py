@@ -350,3 +350,15 @@ def test_rank_stabilised_scaling_is_in_alpha(tmp_path: Path) -> None:
     lora = saved("sd", tmp_path / "run", use_rslora=True)
     first = next(iter(lora.layers.values()))
     assert first.scale == pytest.approx(8 / 4**0.5)
+
+
+def test_metadata_holds_what_is_not_a_default_alone() -> None:
+    from peft import LoraConfig
+
+    from diffalign.backbones.base import portable_metadata
+
+    config = LoraConfig(r=8, lora_alpha=4, target_modules=["to_q"], use_dora=True)
+    told = portable_metadata(config.to_dict())
+    assert set(told) == {"r", "lora_alpha", "target_modules", "peft_type", "use_dora"}
+    again = LoraConfig(**{name: told[name] for name in told if name != "peft_type"})
+    assert again.to_dict() == config.to_dict()

@@ -92,8 +92,8 @@ def test_strategies(tmp_path: Path, strategy: str, perturb: str) -> None:
     data = load_preferences(tmp_path / "out" / "data", verbose=False)
     assert data.has_two_prompts and data.dataset["prompt"][:] == prompts  # the base caption is kept
     for group, row in zip(data, rows, strict=True):
-        assert [list(image.get_flattened_data()) for image in group.open_images()] == [
-            list(row[side].get_flattened_data()) for side in ("chosen", "rejected")
+        assert [image.tobytes() for image in group.open_images()] == [
+            row[side].tobytes() for side in ("chosen", "rejected")
         ]
 
 
