@@ -400,6 +400,12 @@ def _spread(network: Module, layout: Layout, dtype: torch.dtype) -> Iterator[Non
                 fully_shard(module, **options)
         fully_shard(network, **options)
         yield
+    except NotImplementedError as error:
+        if "c10d" not in str(error):
+            raise
+        raise UserError(
+            f"--accelerate_config: torch {torch.__version__} cannot simulate sharding; update torch"
+        ) from error
     finally:
         dist.destroy_process_group()
 

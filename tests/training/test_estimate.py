@@ -144,8 +144,11 @@ def test_an_estimate_of_a_sharded_run(tmp_path: Path, capsys: pytest.CaptureFixt
     options += ["--data.resolution", "32", "--train.per_device_train_batch_size", "1"]
 
     def together(*more: str) -> dict[str, float]:
-        assert run([*options, *more]) == 0
-        rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+        code, printed = run([*options, *more]), capsys.readouterr()
+        if "cannot simulate sharding; update torch" in printed.err:
+            pytest.skip("this torch has no simulated collectives")
+        assert code == 0
+        rows = [line.rsplit(maxsplit=2) for line in printed.out.splitlines()]
         return {row[0].strip(): float(row[1]) for row in rows if row[-1:] == ["GiB"]}
 
     one = together()
