@@ -400,7 +400,7 @@ def _spread(network: Module, layout: Layout, dtype: torch.dtype) -> Iterator[Non
                 fully_shard(module, **options)
         fully_shard(network, **options)
         yield
-    except NotImplementedError as error:
+    except RuntimeError as error:  # NotImplementedError is one, too
         if "c10d" not in str(error):
             raise
         raise UserError(
