@@ -61,7 +61,7 @@ def test_train_compare_and_export(
     merged = answer(
         capsys, "merge", "--model", "model", "--inputs", "out", "out", "--output_dir", "merged"
     )
-    assert merged["weights"] == {"out": 0.5}
+    assert merged["parts"] == [{"input": "out", "weight": 0.5}] * 2
     config = answer(capsys, "train", "--config", "run.yaml", "--print_config")
     assert config["train"]["max_steps"] == 2
 

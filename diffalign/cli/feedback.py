@@ -77,18 +77,16 @@ def run(options: argparse.Namespace) -> int | Result:
     output = trainer.train()
     end_training(trainer.accelerator)
     if output.waiting_for is None:
-        print("done: no votes are wanted any more")
-        return 0
+        return Result("done: no votes are wanted any more", {"status": "done"})
     print(f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it)")
     while not options.no_wait:
         if find_votes(output.waiting_for):
-            print(f"{read_votes(output.waiting_for).summary()}; go on with")
-            print(
-                f"  diffalign train --config {options.config} --train.resume_from_checkpoint latest"
-            )
-            break
+            text = read_votes(output.waiting_for).summary()
+            facts = {"status": "votes are there", "folder": output.waiting_for}
+            command = f"diffalign train --config {options.config}"
+            return Result(text, facts, next=f"{command} --train.resume_from_checkpoint latest")
         time.sleep(options.poll)
-    return 0
+    return Result("", {"status": "votes wanted", "folder": output.waiting_for})
 
 
 def status(output_dir: Path) -> dict[str, str]:

@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> Result:
         _merge_pipelines(options.model, options.inputs, weights, out)
     else:
         merge_loras(options.model, options.inputs, weights, out)
-    parts = dict(zip(map(str, options.inputs), weights, strict=True))
-    text = ", ".join(f"{weight:g} x {name}" for name, weight in parts.items())
-    return Result(f"wrote {out}: {text}", {"output": out, "weights": parts})
+    parts = list(zip(map(str, options.inputs), weights, strict=True))
+    text = ", ".join(f"{weight:g} x {name}" for name, weight in parts)
+    facts = {"output": out, "parts": [{"input": name, "weight": w} for name, w in parts]}
+    return Result(f"wrote {out}: {text}", facts)
