@@ -86,7 +86,12 @@ def open_source(
     if source is None and data_dir is not None:
         source, data_dir = data_dir, None
     extra = () if data_dir is None else (_existing(Path(data_dir).expanduser(), "train_data_dir"),)
-    if extra and any((extra[0] / chosen).is_dir() for chosen, _ in PAIR_FOLDERS):
+    if (
+        extra
+        and isinstance(source, (str, Path))
+        and Path(source).expanduser().is_dir()  # a table may well name images of two folders
+        and any(all((extra[0] / side).is_dir() for side in sides) for sides in PAIR_FOLDERS)
+    ):
         raise UserError(
             f"data.train_data_dir: {str(data_dir)!r} is a dataset of its own, and "
             f"data.dataset_name ({str(source)[:80]!r}) would be read in its place; name the folder "

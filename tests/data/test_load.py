@@ -254,7 +254,10 @@ def test_pair_folders_beside_another_dataset_are_refused(save, tmp_path):
     assert load(tmp_path / "mine").report.source.endswith("mine (folders chosen/ and rejected/)")
     assert len(load(None, data_dir=tmp_path / "mine")) == 1
     with pytest.raises(UserError, match="train_data_dir: .*mine' is a dataset of its own"):
-        load([{"prompt": "p"}], data_dir=tmp_path / "mine")
+        load(tmp_path, data_dir=tmp_path / "mine")
+    row = {"prompt": "p", "chosen": "chosen/a.png", "rejected": "rejected/a.png"}
+    (tmp_path / "table.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(load(tmp_path / "table.jsonl", data_dir=tmp_path / "mine")) == 1
 
 
 def _tar(path, members):
