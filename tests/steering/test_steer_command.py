@@ -168,7 +168,7 @@ def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "steering: 100%" in done.stderr and (tmp_path / "out" / "grid.png").is_file()
+    assert "steering: 3/3 prompts" in done.stderr and (tmp_path / "out" / "grid.png").is_file()
     wrong = subprocess.run(
         [*command, "--lmbda", "2", "--output_dir", "other"], cwd=tmp_path, capture_output=True,
         text=True,
