@@ -67,7 +67,7 @@ def test_mistakes_through_the_installed_command(world: Path) -> None:
         (["train", "--config", world / "nowhere.yaml"], "there is no file"),
         (
             ["train", "--config", world / "run.yaml", "--train.beta", "five"],
-            "train.beta: expected float, got 'five'",
+            "train.beta: expected float > 0 or auto, got 'five'",
         ),
         (
             ["train", "--config", world / "run.yaml", "--model", world / "pairs"],
