@@ -495,7 +495,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
             "" if kind == "base" else interval(pooled(base, runs, "learned")),
             f"{np.mean([run['diversity'] for run in runs]):.3f}",
             *cost,
-            f"{1000 * np.median([run['seconds_per_image'] for run in runs]):.0f}",
+            f"{1000 * np.median([run['seconds_per_image'] for run in runs]):.0f}{star}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
