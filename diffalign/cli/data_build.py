@@ -9,7 +9,6 @@ from typing import Any
 
 from ..annotation.drawn import FORMATS, SELECTIONS, BuildOptions
 from ..config.ranges import count, finite, not_negative, seed, side, steps
-from ..shapes.models import embedded_name
 from .results import Result
 
 
@@ -116,6 +115,7 @@ def run(options: argparse.Namespace) -> int | Result:
         UserError: See `diffalign.annotation.build.build`.
     """
     from ..annotation.build import build
+    from ..shapes.models import embedded_name
 
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildOptions)}
     text = build(BuildOptions(**values))
