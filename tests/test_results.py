@@ -15,7 +15,7 @@ import pytest
 from tiny import write_world
 
 from diffalign.cli import entry
-from diffalign.cli.results import plain
+from diffalign.runtime.json_values import plain
 from diffalign.runtime.progress import QUIET
 
 PROMPT = "a small red circle on the left of a gray background"

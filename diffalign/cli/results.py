@@ -6,14 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..runtime.distributed import process_rank
+from ..runtime.json_values import plain
 from ..runtime.progress import QUIET
 
 
@@ -103,29 +103,6 @@ def result_arguments(options: argparse.Namespace) -> list[str]:
         options (`argparse.Namespace`): Options of the command.
     """
     return [f"--{name}" for name in ("json", "quiet") if getattr(options, name)]
-
-
-def plain(value: Any) -> Any:
-    """Turn a value into what JSON knows. NaN and infinity become null.
-
-    Args:
-        value: Mappings, sequences, dataclasses, numbers, texts, paths, tensors.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    if hasattr(value, "tolist"):  # of numpy and torch
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    return str(value)
 
 
 def read_json_file(path: Path) -> Any:

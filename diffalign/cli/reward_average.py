@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from .results import Result
+from .results import Result, read_json_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> Result:
     folder = average_rewards(
         options.folders, options.output_dir, options.data, options.eval_data, force=options.force
     )
-    facts = json.loads((folder / FILE).read_text("utf-8"))["average"]
+    facts = read_json_file(folder / FILE)["average"]
     own = ", ".join(f"{value:.1%}" for value in facts["validation_accuracies"])
     text = [f"right on validation pairs: {own}; their average {facts['validation_accuracy']:.1%}"]
     for pair, rise in facts["barriers"].items():

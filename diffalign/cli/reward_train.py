@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..config.ranges import count
@@ -14,7 +13,7 @@ from ..reward_training.run_file import TOP_LEVEL, RewardRun, reward_run_from_dic
 from ..runtime.distributed import process_rank
 from ..training.sections import LoraSection
 from .launch import launch
-from .results import Result, result_arguments
+from .results import Result, read_json_file, result_arguments
 
 _NAMES = ("model", "model_path", "data", "eval_data")
 
@@ -98,7 +97,7 @@ def _train(reward: RewardRun) -> int | Result:
         )
         facts = {"output_dir": folder, "status": "interrupted"}
         return Result(text, facts, 128 + trainer.interrupted_by)
-    report = json.loads((folder / REPORT).read_text("utf-8"))
+    report = read_json_file(folder / REPORT)
     lines = []
     for name in ("base", "reward"):
         row = report[name]

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..training.callbacks import NO_SCORES
+from ..training.run_folder import sample_pictures
 from ..training.trained_weights import FINAL_FILES
 
 METRICS = Path("logs") / "metrics.jsonl"
@@ -27,7 +29,7 @@ PREFERRED = (
 )
 """Metrics, or their beginnings, that are shown before anybody chooses."""
 
-_NOT_FIRST = ("judge/advantage", "judge/equal_groups", "judge/ties", "online/ties")
+_NOT_FIRST = (*NO_SCORES, "online/ties")
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,13 @@ class RunReader:
             return self._read()
 
     def _read(self) -> RunState:
+        config = self._config()
         file = self.folder / METRICS
         try:
             status = file.stat()
         except OSError:
             self._forget()
-            return RunState(title=self._title())
+            return RunState(title=self._title(config))
         if status.st_size < self._size:  # a run began anew, or went on from a checkpoint
             self._forget()
         with file.open("rb") as stream:
@@ -103,12 +106,12 @@ class RunReader:
         final = [self.folder / name for name in FINAL_FILES if (self.folder / name).is_file()]
         return RunState(
             curves={name: list(points) for name, points in self._curves.items()},
-            samples=self._samples(),
+            samples=sample_pictures(self.folder),
             step=step,
-            last_step=self._config().get("train", {}).get("max_steps"),
+            last_step=config.get("train", {}).get("max_steps"),
             age=max(0.0, time.time() - status.st_mtime),
             finished=any(path.stat().st_mtime >= status.st_mtime for path in final),
-            title=self._title(),
+            title=self._title(config),
         )
 
     def _forget(self) -> None:
@@ -128,10 +131,6 @@ class RunReader:
                     points[:] = [point for point in points if point[0] < entry["step"]]
                 points.append((entry["step"], float(value)))
 
-    def _samples(self) -> list[Path]:
-        pictures = (self.folder / "samples").glob("step-*.png")
-        return sorted(pictures, key=_step_of, reverse=True)
-
     def _config(self) -> dict[str, Any]:
         try:
             config = yaml.safe_load((self.folder / "config.yaml").read_text("utf-8"))
@@ -140,17 +139,11 @@ class RunReader:
         usable = isinstance(config, dict) and isinstance(config.get("train", {}), dict)
         return config if usable else {}
 
-    def _title(self) -> str:
-        config = self._config()
+    def _title(self, config: dict[str, Any]) -> str:
         what = config.get("method") or ("reward" if config else "")
         model = config.get("model")
         name = f"**{self.folder.name}**"
         return f"{name} ({what} on {model})" if what and model else name
-
-
-def _step_of(path: Path) -> int:
-    number = path.stem.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
 
 
 def duration(seconds: float) -> str:

@@ -39,11 +39,12 @@ class Watch:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
         self._readers: dict[Path, RunReader] = {}
-        self.runs()
+        self._known = self.runs()
 
     def runs(self) -> dict[str, Path]:
         """Name -> folder of every run, the newest first."""
-        return find_runs(self.folders)
+        self._known = find_runs(self.folders)
+        return self._known
 
     def read(self, name: object) -> RunState | None:
         """Return a run as it is now, or None when there is no such run.
@@ -51,10 +52,13 @@ class Watch:
         Args:
             name: Its name in `runs`.
         """
-        folder = self.runs().get(str(name))
+        # A page asks every few seconds, and need not search the disk each time.
+        folder = self._known.get(str(name)) or self.runs().get(str(name))
         if folder is None:
             return None
-        return self._readers.setdefault(folder, RunReader(folder)).read()
+        if folder not in self._readers:
+            self._readers[folder] = RunReader(folder)
+        return self._readers[folder].read()
 
 
 def build(app: gr.Blocks, tab: gr.Tab, watch: Watch) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
+from ..runtime.json_values import plain
 from ..runtime.progress import progress_bar
 from ..steering.fk_steering import FKSteering
 from ..steering.result import SteeringResult
@@ -384,15 +385,11 @@ def _mean(arm: ArmScores, of: str, metric: str) -> float:
 
 
 def _means(arm: ArmScores, metric: str) -> dict[str, float | None]:
-    return {of: _number(_mean(arm, of, metric)) for of in ("best", "mean", "weighted")}
+    return {of: plain(_mean(arm, of, metric)) for of in ("best", "mean", "weighted")}
 
 
 def _plain(difference: Difference) -> dict[str, float | None]:
     return {
-        "value": _number(difference.value),
-        "standard_error": _number(difference.standard_error),
+        "value": plain(difference.value),
+        "standard_error": plain(difference.standard_error),
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +16,7 @@ from ..data.prompt_sets import PromptSet
 from ..errors import ConfigError
 from ..generation.sampling import drawn_file
 from ..runtime.files import write_atomically
+from ..runtime.json_values import plain
 from ..runtime.missing import MaybeImage, Missing
 from .formatting import few_prompts, number, percent, rate
 from .models import ModelSpec
@@ -252,13 +251,6 @@ def mean_of(values: Array) -> tuple[float, float, float]:
 def interval(values: tuple[float, float, float]) -> dict[str, float]:
     """Name the parts of (mean, low, high)."""
     return dict(zip(("mean", "low", "high"), values, strict=True))
-
-
-def plain(value: Any) -> Any:
-    """Return values for JSON, None in place of numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Result(Protocol):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from .comparison import Array, Comparison, Table, interval, markdown, mean_of, notes, plain
+from ..runtime.json_values import plain
+from .comparison import Array, Comparison, Table, interval, markdown, mean_of, notes
 from .formatting import few_prompts, number, rate
 from .models import ModelSpec
 from .statistics import WinRate, nanmean, sign_test, win_rate

@@ -130,7 +130,8 @@ class TrainerCallback:
         """Run after the last step, also of an interrupted run."""
 
 
-_NO_SCORES = ("judge/advantage", "judge/equal_groups", "judge/ties")
+NO_SCORES = ("judge/advantage", "judge/equal_groups", "judge/ties")
+"""Metrics under `judge/` that are no scorer's."""
 
 
 class ProgressCallback(TrainerCallback):
@@ -162,7 +163,7 @@ class ProgressCallback(TrainerCallback):
         ):
             if key in logs:
                 shown[name] = f"{logs[key]:.4f}" if name == "loss" else f"{logs[key]:.3g}"
-        scores = [name for name in logs if name.startswith("judge/") and name not in _NO_SCORES]
+        scores = [name for name in logs if name.startswith("judge/") and name not in NO_SCORES]
         for name in ("reward", *scores):
             if name in logs:
                 shown[name.removeprefix("judge/")] = f"{logs[name]:.3g}"

@@ -12,6 +12,7 @@ from ..runtime.files import write_atomically
 from ..runtime.templates import render
 from ..runtime.versions import versions
 from ..shapes.models import embedded_name
+from .run_folder import sample_pictures
 from .run_record import RunRecord
 
 
@@ -22,9 +23,8 @@ def _parameters(cls: Any) -> set[str]:
 
 def _last_picture(folder: Path) -> str | None:
     """Find the picture of the last validation, relative to the folder."""
-    pictures = (folder / "samples").glob("step-*.png")
-    last = max(pictures, key=lambda path: int(path.stem.split("-")[1]), default=None)
-    return None if last is None else f"samples/{last.name}"
+    pictures = sample_pictures(folder)
+    return f"samples/{pictures[0].name}" if pictures else None
 
 
 def write_card(record: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:

@@ -18,6 +18,20 @@ def _is_finished(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FINAL_FILES)
 
 
+def sample_pictures(folder: Path) -> list[Path]:
+    """List the pictures of a run's validations, the newest first.
+
+    Args:
+        folder (`Path`): Output folder of the run.
+    """
+
+    def step_of(path: Path) -> int:
+        number = path.stem.removeprefix("step-")
+        return int(number) if number.isdigit() else -1
+
+    return sorted((folder / "samples").glob("step-*.png"), key=step_of, reverse=True)
+
+
 def begin(lock: FolderLock, resume: str | None, overwrite: bool) -> Path | None:
     """Find the checkpoint to resume, or make the folder free for a new run.
 
