@@ -160,7 +160,7 @@ def make_data(work: Path, model: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     prompts.write_text("\n".join(train_prompts()[:-CHOICE]) + "\n")
     build = ["data", "build", "--prompts", str(prompts), "--models", model, "--scorers", "shapes"]
-    build += ["--num_images", str(IMAGES_PER_PROMPT), "--batch_size", "60"]
+    build += ["--num_images", str(IMAGES_PER_PROMPT), "--batch_size", "60", "--best", "500"]
     recaption = ["data", "recaption", str(work / "data" / "ranked"), "--strategy", "h"]
     recaption += ["--captioner", "shapes", "--perturber", "shapes"]
     # The first command does nothing twice, and refuses a folder of other weights.
@@ -174,7 +174,9 @@ def make_data(work: Path, model: str) -> None:
 
 
 def dataset(work: Path, name: str) -> Path:
-    return {"ranked": work / "data" / "ranked", "recaptioned": work / "recaptioned" / "data"}[name]
+    if name == "recaptioned":
+        return work / "recaptioned" / "data"
+    return work / "data" / name
 
 
 def drawn_rows(arm: Arm) -> int:

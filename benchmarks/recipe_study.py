@@ -1,6 +1,6 @@
 """What single settings of a recipe do, on prompts that no leaderboard reports.
 
-    python benchmarks/recipe_study.py --study guidance|lists|beta [--model shapes]
+    python benchmarks/recipe_study.py --study guidance|lists|beta|dro [--model shapes]
         [--arms NAME ...] [--seeds N] [--work FOLDER] [--output FILE]
 
 A method is trained as its `configs/<method>/shapes.yaml` says, and again with one
@@ -55,8 +55,8 @@ class Arm:
         config: folder of the recipe; None is the base model.
         overrides: options over the recipe.
         spec: what `compare` is told beside the LoRA.
-        data: ``ranked``, ``extremes`` (its best and worst image of each list) or
-            ``recaptioned``.
+        data: ``ranked``, ``extremes`` (its best and worst image of each list), ``best``
+            (the 500 best images of all prompts together) or ``recaptioned``.
     """
 
     config: str | None = "diffusion_dpo"
@@ -111,6 +111,17 @@ STUDIES: dict[str, dict[str, Arm]] = {
         **{f"RankDPO, beta {b:g}": listed(beta=b) for b in (20.0, 50.0, 200.0)},
         **{f"DCPO, beta {b:g}": changed("dcpo", "recaptioned", beta=b) for b in (5.0, 20.0, 50.0)},
     },
+    "dro": {
+        "base": Arm(None),
+        "best of each list, margin 0.1": changed("diffusion_dro", margin=0.1),
+        "500 best, margin 0.1": changed("diffusion_dro", "best", margin=0.1),
+        "500 best, margin 0.01": changed("diffusion_dro", "best", margin=0.01),
+        "500 best, margin 0.3": changed("diffusion_dro", "best", margin=0.3),
+        "500 best, margin 0.1, snapshot every 20": changed(
+            "diffusion_dro", "best", margin=0.1, sync_every=20
+        ),
+        "500 best, SFT": changed("sft", "best"),
+    },
 }
 ABOUT = {
     "guidance": """Why does a tuned model suffer at high guidance, and what helps?
@@ -131,6 +142,11 @@ Diffusion-DPO's recipe, a step has 8 lists, and the gains are the win rates that
 
 The errors of a flow model's velocity are larger than those of a UNet's noise, and so are
 their differences between two images. The same beta then holds the policy back more.""",
+    "dro": """Which images and which margin does Diffusion-DRO want?
+
+The paper trains on the 500 best images of a whole dataset, not on the best image of each
+prompt. Here `diffalign data build --best 500` chooses them among the 3,240 drawn images.
+SFT on the same images is the loss without the policy's own samples.""",
 }
 
 

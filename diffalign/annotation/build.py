@@ -107,6 +107,7 @@ def _check_numbers(options: BuildOptions) -> None:
         ("batch_size", 1),
         ("seed", 0),
         ("max_prompts", 1),
+        ("best", 1),
         ("num_inference_steps", 1),
         ("resolution", 8),
     ):

@@ -1,6 +1,7 @@
 """Write what ``diffalign data build`` leaves.
 
-That is pairs and ranked lists as datasets, all scores, a card, and a picture.
+That is pairs, ranked lists and the best images as datasets, all scores, a card, and a
+picture.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..rewards.panel import Panel
     from .drawn import BuildOptions, Drawn, Generator
 
+DATASETS = ("pairs", "ranked", "best")
 _SHARD_ROWS = 200
 _SHEET_PROMPTS, _SHEET_IMAGES, _SHEET_SIDE = 8, 8, 128
 
@@ -36,6 +38,7 @@ class Labels:
         pairs (`list[tuple[int, int]]`): (better, worse) image indices.
         lists (`list[list[int]]`): Image indices of each prompt, best first. A list has
             at least two images, and they are not all equal.
+        best (`list[int]`): Image indices of the best images of all prompts together.
         dropped (`Counter[str]`): Reason -> number of prompts.
         agreement (`dict`): See `diffalign.rewards.panel.Combined`.
     """
@@ -43,6 +46,7 @@ class Labels:
     combined: list[float]
     pairs: list[tuple[int, int]] = field(default_factory=list)
     lists: list[list[int]] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     agreement: dict[str, Any] = field(default_factory=dict)
 
@@ -134,6 +138,39 @@ def _pick(
     return [pair for pair in pairs if wide(pair)]
 
 
+def best_images(panel: Panel, columns: dict[str, list[float]], count: int) -> list[int]:
+    """Choose the best images of all prompts together.
+
+    Rules such as win-rates compare the images of one prompt. Here every scorer ranks
+    all images, and the weighted mean of the ranks decides. With one scorer that is the
+    order of its scores.
+
+    Args:
+        panel (`Panel`): Its scorers of role `train`, with their weights.
+        columns: Scorer -> N scores.
+        count (`int`): How many images. Those without a score are never chosen.
+
+    Returns:
+        `list[int]`: Image indices, best first; of equal ones the one drawn first.
+    """
+    import torch
+
+    entries = [entry for entry in panel.entries if entry.role == "train"]
+    names = [entry.name for entry in entries]
+    scores = panel.signed(columns, names, len(columns[names[0]]))
+    usable = scores.isfinite().all(1).nonzero()[:, 0].tolist()
+    total = torch.zeros(len(usable), dtype=torch.float64)
+    for column, entry in enumerate(entries):
+        values = scores[usable, column].contiguous()
+        ordered = values.sort().values
+        # Equal scores share the mean of their ranks.
+        first = torch.searchsorted(ordered, values)
+        after = torch.searchsorted(ordered, values, right=True)
+        total += entry.weight * (first + after)
+    order = total.argsort(descending=True, stable=True)[:count]
+    return [usable[i] for i in order.tolist()]
+
+
 def write(
     options: BuildOptions,
     prompts: Sequence[str],
@@ -145,8 +182,8 @@ def write(
 ) -> str:
     """Write all files of a build and summarise them.
 
-    These are ``scores.parquet``, ``pairs/``, ``ranked/``, ``README.md`` and
-    ``sheet.png``.
+    These are ``scores.parquet``, ``pairs/``, ``ranked/``, ``best/`` where it is asked
+    for, ``README.md`` and ``sheet.png``.
 
     Args:
         options (`BuildOptions`): Options of the build.
@@ -162,6 +199,14 @@ def write(
     """
     labels = label(panel, images, columns, options.pair_selection, options.min_margin)
     folder: Path = options.output_dir
+    if options.best is not None:
+        labels.best = best_images(panel, columns, options.best)
+        _write_dataset(
+            folder / "best",
+            lambda: _single_rows(images, columns, labels),
+            len(labels.best),
+            _single_features(list(columns)),
+        )
     _write_scores(folder, images, columns, labels)
     if options.format != "ranked":
         _write_dataset(
@@ -268,6 +313,30 @@ def _list_rows(
         }
 
 
+def _single_features(names: Sequence[str]) -> dict[str, Any]:
+    from datasets import Image, Value
+
+    # Plain names: a column named "score" would look like a judgement that is not read.
+    each = {name: Value("float64") for name in names}
+    return {"prompt": Value("string"), "image": Image(), "model": Value("string"), **each}
+
+
+def _single_rows(
+    images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels
+) -> Iterator[dict[str, Any]]:
+    for i in labels.best:
+        each = {
+            name: values[i] if math.isfinite(values[i]) else None
+            for name, values in columns.items()
+        }
+        yield {
+            "prompt": images[i].prompt,
+            "image": _embedded(images[i]),
+            "model": images[i].model,
+            **each,
+        }
+
+
 def _embedded(image: Drawn) -> dict[str, Any]:
     return {"bytes": image.path.read_bytes(), "path": None}
 
@@ -343,8 +412,12 @@ def summarise(
         losses = Counter(images[worse].model for _, worse in labels.pairs)
         counts = "; ".join(f"{g.name} {wins[g.name]}, {losses[g.name]}" for g in generators)
         lines.append(f"chosen, rejected: {counts}")
-    for kind in ("pairs", "ranked"):
-        if (options.output_dir / kind).is_dir() and options.format in ("both", kind):
+    if labels.best:
+        prompts_of_best = len({images[i].group for i in labels.best})
+        lines.append(f"{len(labels.best)} best images of {prompts_of_best} prompts")
+    asked = {"pairs": options.format != "ranked", "ranked": options.format != "pairs"}
+    for kind in DATASETS:
+        if (options.output_dir / kind).is_dir() and asked.get(kind, bool(labels.best)):
             lines.append(f"wrote {options.output_dir / kind}")
     return "\n".join(lines)
 
@@ -364,7 +437,7 @@ def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -
     settings = {name: getattr(options, name) for name in names}
     return render(
         "annotation/templates/dataset_card.md",
-        datasets=[name for name in ("pairs", "ranked") if (options.output_dir / name).is_dir()],
+        datasets=[name for name in DATASETS if (options.output_dir / name).is_dir()],
         models=generators,
         settings=", ".join(f"{k} {v}" for k, v in settings.items() if v is not None),
         summary=[line for line in summary.split("\n") if not line.startswith("wrote ")],

@@ -29,6 +29,7 @@ class BuildOptions:
     format: str = "both"
     pair_selection: str = "best_worst"
     min_margin: float = 0.0
+    best: int | None = None
     combine: str | None = None
     seed: int = 0
     num_inference_steps: int | None = None

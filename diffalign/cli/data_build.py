@@ -1,4 +1,4 @@
-"""`diffalign data build`: draw images, score them, and write pairs or ranked lists."""
+"""`diffalign data build`: draw images, score them, and write preference data."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="least difference of the combined scores in a pair (default 0: any)",
     )
+    parser.add_argument(
+        "--best",
+        type=count(),
+        help="also write the so many best images of all prompts together, as single images with "
+        "prompts (for Diffusion-DRO and SFT)",
+    )
     parser.add_argument("--combine", help="how scorers are combined (default winrate)")
     parser.add_argument("--seed", type=seed, default=0, help="of the images (default 0)")
     parser.add_argument(
@@ -123,11 +129,15 @@ def run(options: argparse.Namespace) -> int | Result:
         return 0
     folder: Path = options.output_dir
     facts: dict[str, Any] = {"output": folder}
-    for kind in ("pairs", "ranked"):
+    for kind in ("pairs", "ranked", "best"):
         files = sorted((folder / kind).glob("*.parquet"))
         if files:
             facts[kind] = {"folder": folder / kind, "rows": sum(map(_rows, files))}
-    method, kind = ("diffusion_dpo", "pairs") if "pairs" in facts else ("rankdpo", "ranked")
+    method, kind = "rankdpo", "ranked"
+    if options.best is not None:
+        method, kind = "diffusion_dro", "best"
+    elif "pairs" in facts:
+        method, kind = "diffusion_dpo", "pairs"
     embedded = all(embedded_name(model) is not None for model in options.models)
     recipe = "shapes" if embedded else "sdxl_lora"
     command = f"diffalign train --config configs/{method}/{recipe}.yaml"

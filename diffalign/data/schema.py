@@ -523,7 +523,15 @@ def _words(column: str) -> set[str]:
 
 def _unused(columns: Sequence[str], used: Collection[str]) -> tuple[str, ...]:
     """Return the columns that look like judgements or images and are not used."""
-    return tuple(column for column in columns if column not in used and _is_suspect(_words(column)))
+    # `data build` writes each scorer's numbers beside the combined `scores`.
+    details = "scores_" if "scores" in used else None
+    return tuple(
+        column
+        for column in columns
+        if column not in used
+        and not (details and column.startswith(details))
+        and _is_suspect(_words(column))
+    )
 
 
 def _is_suspect(words: set[str]) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign import UserError, load_preferences, register_scorer
-from diffalign.annotation.build_output import label
+from diffalign.annotation.build_output import best_images, label
 from diffalign.cli.entry import run
 from diffalign.data.prompt_sets import read_prompts
 from diffalign.rewards import registry
@@ -123,6 +123,30 @@ def test_from_prompts_to_a_trained_step(prompts, tmp_path, capsys):
     )
     trainer.train()
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_best_of_all_prompts_are_a_dataset_of_single_images(prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert build(prompts, out, "--num_images", "3", "--best", "4") == 0
+    said = capsys.readouterr().out
+    assert "4 best images of" in said and "configs/diffusion_dro/" in said
+    table = pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
+    rows = pyarrow.parquet.read_table(out / "best").to_pylist()
+    scores = sorted((row["score_bright"] for row in table), reverse=True)
+    assert [row["bright"] for row in rows] == scores[:4]
+    data = load_preferences(str(out / "best"), verbose=False)
+    assert (data.kind, len(data)) == ("single", 4)
+    assert "config_name: best" in (out / "README.md").read_text()
+    assert build(prompts, out, "--best", "0") == 2
+
+
+def test_scorers_of_other_scales_count_by_their_ranks_among_all_images():
+    panel = Panel({"bright": 1.0, "dark": 2.0})
+    first = [5.0, 1.0, 2.0, 2.0, NAN]
+    second = [10.0, 4000.0, 2000.0, 2000.0, 9000.0]
+    # Ranks from 0 are 3, 0, 1.5, 1.5 and 0, 3, 1.5, 1.5; the second count twice.
+    assert best_images(panel, {"bright": first, "dark": second}, 9) == [1, 2, 3, 0]
+    assert best_images(panel, {"bright": first, "dark": [0.0] * 5}, 2) == [0, 2]
 
 
 @pytest.mark.nightly
