@@ -3,6 +3,7 @@
     python benchmarks/conditional.py [--seeds 3] [--steps 600] [--work FOLDER]
         [--output benchmarks/conditional.md]
     python benchmarks/conditional.py --make_data FOLDER
+    python benchmarks/conditional.py --picture docs/papers/ctrl_u.jpg
 
 The condition is a silhouette: the object and the background of a rendered scene in
 their two colors, without light and soft edges. 600 scenes of the training prompts
@@ -13,7 +14,8 @@ Guidance is chosen on 60 scenes of training prompts with other places and sizes.
 
 The measure is the mean intersection over union of object and background between the
 palette segmentation of the drawn image and the condition, and the share of images whose
-attributes are all right. Goes on where it stopped.
+attributes are all right. Goes on where it stopped. `--picture` trains two models of the
+first seed if need be, and only draws what they do.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from PIL import Image
 from diffalign.data.images import raw_bytes
 from diffalign.data.inspect import write_canonical
 from diffalign.evaluation.statistics import clustered_bootstrap
+from diffalign.generation.grids import models_grid
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.recipe import build_trainer
 from diffalign.runtime.files import write_atomically
@@ -42,6 +45,7 @@ from diffalign.shapes.verifier import attribute_table
 
 SCALES = (1.0, 2.0, 3.0, 5.0)
 SEED, CHOICE_SEED = 48_000_000, 49_000_000
+PICTURED = 8
 ARMS: dict[str, dict[str, Any]] = {
     "ControlNet": {"train.uncertainty": "false", "train.reward_weight": 0.0},
     "reward at one level (ControlNet++)": {"train.uncertainty": "false"},
@@ -107,8 +111,8 @@ def draw(pipe: Any, prompts: list[str], first: int, scale: float) -> list[tuple[
     return pairs
 
 
-def measure(name: str, seed: int, options: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Train an arm and judge it."""
+def trained(name: str, seed: int, options: argparse.Namespace, data: Path) -> Path:
+    """The folder of a trained ControlNet."""
     folder = options.work / "runs" / f"{folder_name(name)}-{seed}"
     values = {
         "model": "shapes",
@@ -122,12 +126,37 @@ def measure(name: str, seed: int, options: argparse.Namespace, data: Path) -> di
         "train.logging_steps": 25,
         **ARMS[name],
     }
-    train_whole(build_trainer(recipe("ctrl_u/shapes", values)))
+    if not (folder / "config.json").is_file():
+        train_whole(build_trainer(recipe("ctrl_u/shapes", values)))
+    return Path(folder)
+
+
+def pipeline(controlnet: Path) -> Any:
     parts = base_pipeline("shapes").components
     pipe = StableDiffusionControlNetPipeline(
-        **parts, controlnet=ControlNetModel.from_pretrained(folder), requires_safety_checker=False
+        **parts,
+        controlnet=ControlNetModel.from_pretrained(controlnet),
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(options: argparse.Namespace, data: Path) -> None:
+    """Draws the condition and what two ControlNets make of it, from the same noise."""
+    prompts, columns = list(held_out_prompts()[:PICTURED]), []
+    for name in ("ControlNet", "Ctrl-U"):
+        pairs = draw(pipeline(trained(name, 0, options, data)), prompts, SEED, 2.0)
+        columns.append([image for image, _ in pairs])
+    columns.insert(0, [silhouette for _, silhouette in pairs])
+    rows = [(prompt, [[column[i]] for column in columns]) for i, prompt in enumerate(prompts)]
+    grid = models_grid(rows, ["condition", "ControlNet", "Ctrl-U"], cell=112, columns=2)
+    grid.save(options.picture, quality=90)
+
+
+def measure(name: str, seed: int, options: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Train an arm and judge it."""
+    pipe = pipeline(trained(name, seed, options, data))
     choice = {
         scale: float(
             np.mean([overlap(*p) for p in draw(pipe, choice_prompts(), CHOICE_SEED, scale)])
@@ -175,6 +204,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/conditional"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/conditional.md"))
     parser.add_argument("--make_data", type=Path)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     if options.make_data is not None:
         print(f"wrote {make_data(options.make_data)}")
@@ -182,6 +212,9 @@ def main() -> None:
     data = options.work / "data"
     if not data.is_dir():
         make_data(data)
+    if options.picture is not None:
+        picture(options, data)
+        return
     results: dict[str, list[dict[str, Any]]] = {}
     for name in ARMS:
         results[name] = [

@@ -4,6 +4,7 @@
         [--output benchmarks/personalization.md]
     python benchmarks/personalization.py --make_data FOLDER
         [--dataset diffalign-quickstart/dataset]
+    python benchmarks/personalization.py --picture docs/papers/ppd.jpg
 
 Six users judge the ranked images of `benchmarks/leaderboard.py`. All want the prompt
 followed: 0.8 times the share of right attributes. Three of them want lit images and
@@ -16,7 +17,8 @@ which no training has seen.
 Every way of drawing is judged by the grade of one kind of user. It takes its own best
 guidance on the 60 prompts that choose, then draws the 120 held-out prompts, two images
 each, from the same noise. Trained models and scores lie in --work: interrupted, it goes
-on. `--make_data` only writes the pairs of a ranked dataset.
+on. `--make_data` only writes the pairs of a ranked dataset. `--picture` trains the
+first seed if need be, and only draws what two users get from the same noise.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from diffalign import load_preferences, load_users
 from diffalign.data.images import raw_bytes
 from diffalign.data.inspect import write_canonical
 from diffalign.evaluation.statistics import win_rate
+from diffalign.generation.grids import models_grid
 from diffalign.generation.pipelines import base_pipeline
 from diffalign.generation.sampling import generate
 from diffalign.recipe import build_trainer
@@ -56,6 +59,7 @@ from diffalign.shapes.verifier import parse_prompt, verify
 
 STYLES = ("lit", "flat")
 PEOPLE = 3
+PICTURED = 8
 IMAGES = 2
 SEED, CHOICE_SEED, PAIR_SEED = 44_000_000, 45_000_000, 46_000_000
 Array = npt.NDArray[np.float64]
@@ -212,6 +216,26 @@ def measure(options: argparse.Namespace, seed: int, pairs: Path) -> dict[str, An
     return results
 
 
+def picture(options: argparse.Namespace, pairs: Path) -> None:
+    """Draws the base, a lit user and a flat user from the same noise."""
+    pipe, prompts = base_pipeline(options.model), list(held_out_prompts()[:PICTURED])
+    seeds = range(SEED, SEED + len(prompts))
+    settings = {**sampling_settings(options.model), "guidance_scale": 2.0}
+
+    def drawn() -> list[Any]:
+        return generate(pipe, prompts, seeds, batch_size=60, progress=False, **settings)
+
+    columns = [drawn()]
+    users = load_users(pipe, trained("ppd", options, 0, pairs))
+    for style in STYLES:
+        with users.apply(f"{style}-1"):
+            columns.append(drawn())
+    rows = [(prompt, [[column[i]] for column in columns]) for i, prompt in enumerate(prompts)]
+    headings = ["base", *(f"a user who wants {style} images" for style in STYLES)]
+    grid = models_grid(rows, headings, cell=112, columns=2)
+    grid.save(options.picture, quality=90)
+
+
 def lit_share(weights: dict[str, float]) -> float:
     return sum(weight for name, weight in weights.items() if name.startswith("lit"))
 
@@ -267,6 +291,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/personalization"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/personalization.md"))
     parser.add_argument("--make_data", type=Path)
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--dataset", default="diffalign-quickstart/dataset")
     options = parser.parse_args()
     if options.make_data is not None:
@@ -276,6 +301,9 @@ def main() -> None:
     pairs = options.work / "pairs"
     if not pairs.is_dir():
         write_pairs(dataset(options.work, "ranked"), pairs)
+    if options.picture is not None:
+        picture(options, pairs)
+        return
     results = [measure(options, seed, pairs) for seed in range(options.seeds)]
     command = (
         f"python benchmarks/personalization.py --model {options.model} --seeds {options.seeds}"

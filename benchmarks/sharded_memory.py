@@ -7,7 +7,9 @@ Diffusion-DPO with one pair of 256 pixels per process, by two gloo processes on 
 DDP and spread by FSDP2. The highest resident size of a process while it trains counts,
 less that before the model was built. The larger of the two is shown. Simulated: 8 and
 64 processes of the same run. The simulation runs one process of them on tensors without
-content, with torch's process group that only pretends to send.
+content, with torch's process group that only pretends to send. A process first trains
+the embedded model in the same way, so that libraries are loaded and threads run before
+the first reading.
 """
 
 from __future__ import annotations
@@ -92,6 +94,10 @@ def worker(path: str) -> None:
     from diffalign.recipe import build_trainer, load_run
 
     torch.set_num_threads(1)
+    folder = Path(path).parent / f"warm-up-{Path(path).stem}"
+    small = ["--model", "shapes", "--data.resolution", "64", "--train.output_dir", str(folder)]
+    build_trainer(load_run(Path(path), [*small, "--data.cache_latents", f"{folder}/cache"])).train()
+    gc.collect()
     before = resident()
     trainer = build_trainer(load_run(Path(path), []))
     trainer.setup()

@@ -94,11 +94,27 @@ def _normal(path: PurePosixPath) -> str:
 # Pages --------------------------------------------------------------------------------
 
 
+_OWN_PICTURES = {
+    "ppd": "\n\n## What it does\n\n"
+    "![Images of the base, of a user who wants lit images and of one who wants flat ones]"
+    "(ppd.jpg)\n\n"
+    "One embedded model after the recipe below, asked for two of its users: the first eight\n"
+    "held-out prompts, from the same noise, at guidance 2. The figures are on the page of the\n"
+    "[benchmarks](../benchmarks.md); `benchmarks/personalization.py` draws the picture.\n",
+    "ctrl_u": "\n\n## What it does\n\n"
+    "![A silhouette, and the images of a ControlNet and of Ctrl-U for it](ctrl_u.jpg)\n\n"
+    "The condition, plain ControlNet and Ctrl-U after equal steps: the first eight held-out\n"
+    "prompts, from the same noise, at guidance 2. The figures are on the page of the\n"
+    "[benchmarks](../benchmarks.md); `benchmarks/conditional.py` draws the picture.\n",
+}
+"""Method -> what stands under a picture of its own."""
+
+
 def paper(method: str) -> str:
     """One method: paper, idea and equation, options, and a run file."""
     text = re.sub(r"^## ", "# ", papers.section(method), count=1)
     if (ROOT / "docs" / "papers" / f"{method}.jpg").is_file():
-        text += (
+        text += _OWN_PICTURES.get(method) or (
             "\n\n## What it does\n\n"
             f"![Images of the base on the left and after {method} on the right]({method}.jpg)\n\n"
             "The embedded model after the recipe below. Base left, tuned right, from the same\n"
