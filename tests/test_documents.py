@@ -18,6 +18,7 @@ from commands import ROOT, run
 from tiers import by_default
 
 import diffalign.cli.entry
+from diffalign.methods import METHODS
 from diffalign.recipe import load_run
 from diffalign.rewards import registry
 
@@ -276,3 +277,12 @@ def test_every_option_of_the_moving_guide_exists() -> None:
     assert loaded and set(loaded) <= scorers
     for path in re.findall(r"`?(configs/\S+\.yaml)", (ROOT / "docs/guides/moving.md").read_text()):
         assert (ROOT / path).is_file()
+
+
+def test_every_method_has_a_column_in_the_table_of_models():
+    from tools.compatibility import METHODS as columns
+
+    assert set(columns) == set(METHODS)
+    table = (ROOT / "docs" / "models.md").read_text().split("<!-- compatibility: begin -->\n")[1]
+    headings = [cell.strip() for cell in table.splitlines()[0].split("|")[2:-1]]
+    assert headings == list(columns.values())

@@ -38,9 +38,10 @@ FAMILIES = {
 }
 """Name in the tests -> name in the table."""
 METHODS = {
-    "ctrl_u": "Ctrl-U", "d3po": "D3PO", "dcpo": "DCPO", "diffusion_dpo": "DPO",
-    "diffusion_dro": "DRO", "diffusion_kto": "KTO", "diffusion_npo": "NPO",
-    "diffusion_orpo": "ORPO", "mapo": "MaPO", "ppd": "PPD", "rankdpo": "RankDPO",
+    "awm": "AWM", "ctrl_u": "Ctrl-U", "d3po": "D3PO", "dcpo": "DCPO", "dgpo": "DGPO",
+    "diffusion_dpo": "DPO", "diffusion_dro": "DRO", "diffusion_kto": "KTO",
+    "diffusion_nft": "NFT", "diffusion_npo": "NPO", "diffusion_orpo": "ORPO",
+    "grpo": "GRPO", "mapo": "MaPO", "ppd": "PPD", "rankdpo": "RankDPO",
     "reward_backprop": "reward gradient", "self_npo": "Self-NPO", "seppo": "SePPO",
     "sft": "SFT", "spo": "SPO",
 }  # fmt: skip

@@ -14,6 +14,9 @@ SOLVERS = ("default", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 others are schedulers of diffusers of second order, which need fewer steps."""
 
 
+_EPSILON = 1e-6  # that of diffusers' UniPC
+
+
 def build_solver(name: str, schedule: NoiseSchedule, times: torch.Tensor) -> Any:
     """Build a solver that steps from noise through given times to the clean sample.
 
@@ -37,7 +40,9 @@ def build_solver(name: str, schedule: NoiseSchedule, times: torch.Tensor) -> Any
         sigmas = ((1 - bars) / bars).sqrt()
         solver.timesteps = times.clone()
     else:
-        sigmas = times.double()
+        # At pure noise the logarithm of the signal is infinite, and UniPC's linear system
+        # has no solution that every LAPACK finds. diffusers' UniPC starts there as well.
+        sigmas = times.double().clamp(max=1 - _EPSILON)
         # Only the order of these is read, the network gets its own times.
         solver.timesteps = sigmas * schedule.num_timesteps
     solver.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
