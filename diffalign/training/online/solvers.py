@@ -40,8 +40,8 @@ def build_solver(name: str, schedule: NoiseSchedule, times: torch.Tensor) -> Any
         sigmas = ((1 - bars) / bars).sqrt()
         solver.timesteps = times.clone()
     else:
-        # At pure noise the logarithm of the signal is infinite, and UniPC's linear system
-        # has no solution that every LAPACK finds. diffusers' UniPC starts there as well.
+        # At pure noise the logarithm of the signal is infinite, and not every LAPACK
+        # solves UniPC's linear system. diffusers' UniPC starts below 1 as well.
         sigmas = times.double().clamp(max=1 - _EPSILON)
         # Only the order of these is read, the network gets its own times.
         solver.timesteps = sigmas * schedule.num_timesteps
