@@ -15,6 +15,7 @@ the first reading.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -98,6 +99,7 @@ def worker(path: str) -> None:
     small = ["--model", "shapes", "--data.resolution", "64", "--train.output_dir", str(folder)]
     build_trainer(load_run(Path(path), [*small, "--data.cache_latents", f"{folder}/cache"])).train()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     trainer = build_trainer(load_run(Path(path), []))
     trainer.setup()

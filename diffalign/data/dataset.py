@@ -1,4 +1,4 @@
-"""The groups of images that a dataset consists of, and the report on how it was read.
+"""A dataset of groups of images, read lazily.
 
 `PreferenceDataset` returns a `Group` per row. Its images stay undecoded until asked
 for.
@@ -11,14 +11,23 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from diffalign.data import images as image_cells
-from diffalign.data.images import NO_FOLDERS, ImagePlaces, Undecoded
+from diffalign.data.groups import (
+    VIEWS,
+    Group,
+    build_group,
+    inverted_group,
+    labelled_image,
+    lazy_cell,
+    prompt_only,
+)
+from diffalign.data.images import NO_FOLDERS, ImagePlaces
 from diffalign.data.judgements import Verdict, classify_row, user_name
+from diffalign.data.load_report import LoadReport
 from diffalign.data.memory import forget_pages, walk
 from diffalign.data.schema import EXTRAS, KINDS, Layout
 from diffalign.errors import UserError
@@ -27,325 +36,8 @@ if TYPE_CHECKING:
     import datasets
     import numpy as np
     import pyarrow
-    from PIL import Image
 
-T = TypeVar("T")
-
-LISTED_BROKEN_ROWS = 20
 _SAMPLED_ROWS = 1_000
-
-
-def group_number(row_id: int, place: int) -> int:
-    """Number a group by its row and the place of a labelled image in it.
-
-    Args:
-        row_id (`int`): Index of the row in the source.
-        place (`int`): 0, or 1 for the rejected image of a pair.
-    """
-    return row_id + (place << 40)
-
-
-@dataclass
-class Group:
-    """The images of one prompt, to be compared with each other.
-
-    Attributes:
-        row_id (`int`): Index of the row in the source.
-        prompts (`tuple[str, ...]`): One per image, all equal unless each image has its
-            own. A group of kind `prompt` has a single one.
-        images (`list`): Undecoded images, each `{"bytes": bytes | None, "path": str |
-            None}` or a PIL image. The chosen one comes first in a pair, the condition
-            image last in a conditioned group.
-        scores (`tuple[float, ...]`, *optional*): One per image of a ranked group, or of
-            a pair whose data have scores. Higher is better, and NaN marks a missing
-            score. 1 for a liked single image and -1 for a disliked one. None where the
-            data have none.
-        weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
-            kept tie.
-        place (`int`, defaults to `0`): Which image of its row a labelled image is.
-        user (`str`, *optional*): Who judged the row, where the data say it.
-        rating (`float`, *optional*): Of a rated single image.
-
-    Example:
-        >>> from PIL import Image
-        >>> from diffalign.data import load_preferences
-        >>> row = {"prompt": "a cat", "chosen": Image.new("RGB", (64, 48))}
-        >>> row["rejected"] = Image.new("RGB", (64, 64))
-        >>> group = load_preferences([row], verbose=False)[0]
-        >>> group.prompts, group.image_sizes()
-        (('a cat', 'a cat'), [(48, 64), (64, 64)])
-    """
-
-    row_id: int
-    prompts: tuple[str, ...]
-    images: list[Undecoded]
-    scores: tuple[float, ...] | None = None
-    weight: float = 1.0
-    place: int = 0
-    user: str | None = None
-    rating: float | None = None
-
-    @property
-    def key(self) -> int:
-        """A number that no other group of the dataset has: `row_id` for image 0."""
-        return group_number(self.row_id, self.place)
-
-    def open_images(self) -> list[Image.Image]:
-        """Decode all images to RGB, rotated by their EXIF tag, transparency on white.
-
-        Returns:
-            `list[PIL.Image.Image]` in the order of `images`.
-
-        Raises:
-            UserError: An image cannot be decoded. The message names the row.
-        """
-        return [self.open_image(place) for place in range(len(self.images))]
-
-    def open_image(self, place: int) -> Image.Image:
-        """Decode one image as `open_images` does.
-
-        Args:
-            place (`int`): Index of the image in the group.
-
-        Raises:
-            UserError: The image cannot be decoded. The message names the row.
-        """
-        return self._or_name_row(image_cells.decode, self.images[place])
-
-    def image_hashes(self) -> list[str]:
-        """Return the sha256 of every image's encoded bytes, as hexadecimal digits.
-
-        Raises:
-            UserError: An image cannot be read. The message names the row.
-        """
-        return [self._or_name_row(image_cells.content_hash, image) for image in self.images]
-
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """Return the (height, width) of every image as displayed, from the headers.
-
-        Raises:
-            UserError: An image cannot be read. The message names the row.
-        """
-        return [self._or_name_row(image_cells.header, image)[0] for image in self.images]
-
-    def _or_name_row(self, function: Callable[[Undecoded], T], image: Undecoded) -> T:
-        try:
-            return function(image)
-        except image_cells.BrokenImage as error:
-            raise UserError(f"dataset row {self.row_id}: {error}") from error
-
-
-@dataclass
-class LoadReport:
-    """Record what was read from a source and what was left out.
-
-    A run stores it in its configuration and its model card.
-
-    Attributes:
-        source (`str`): Name, path or type of the source.
-        layout (`str`): The recognised layout.
-        kind (`str`): The kind of its rows.
-        mapping (`dict[str, str]`): Role -> column.
-        rows (`int`): Rows of the source.
-        kept (`int`): Groups that can be used.
-        ties (`int`): Tied rows.
-        ties_kept (`bool`): Whether ties are among `kept`, with weight 0.
-        unlabelled (`int`): Rows dropped because nobody judged them.
-        broken_count (`int`): Unusable rows.
-        broken (`list[tuple[int, str]]`): (row id, reason) of the first 20 of them.
-        first_wins (`int`): How often a label preferred the first image column.
-        second_wins (`int`): How often a label preferred the second one.
-        direction (`str`): Which way the judgements are read, in words.
-        unused (`list[str]`): Columns that look like judgements or images and are not
-            read.
-        notes (`list[str]`): What else was done to read the source.
-
-    Example:
-        >>> from diffalign.data import load_preferences
-        >>> rows = [{"prompt": "a cat"}, {"prompt": "a dog"}, {"prompt": None}]
-        >>> dataset = load_preferences(rows, max_broken_fraction=0.5, verbose=False)
-        >>> dataset.report.rows, dataset.report.kept, dataset.report.broken
-        (3, 2, [(2, 'prompt is None, expected text')])
-    """
-
-    source: str
-    layout: str
-    kind: str
-    mapping: dict[str, str]
-    rows: int = 0
-    kept: int = 0
-    ties: int = 0
-    ties_kept: bool = False
-    unlabelled: int = 0
-    broken_count: int = 0
-    broken: list[tuple[int, str]] = field(default_factory=list)
-    first_wins: int = 0
-    second_wins: int = 0
-    direction: str = ""
-    unused: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """Return one paragraph for the terminal and the model card."""
-        columns = ", ".join(
-            role if role == column else f"{role} = {column}"
-            for role, column in self.mapping.items()
-        )
-        text = (
-            f"dataset {self.source}: layout {self.layout} ({columns}), kind {self.kind}; "
-            f"{self.kept} of {self.rows} rows used"
-        )
-        if self.ties:
-            text += f"; {self.ties} ties {'kept with weight 0' if self.ties_kept else 'dropped'}"
-        if self.unlabelled:
-            text += f"; {self.unlabelled} rows without a label dropped"
-        if self.broken_count:
-            text += f"; {self.broken_count} broken rows skipped ({self.first_broken()})"
-        for remark in (*self.notes, self.unused_columns()):
-            text += f"; {remark}" if remark else ""
-        return text
-
-    def unused_columns(self) -> str:
-        """Return a sentence about columns that look useful and are not read.
-
-        It is empty where there are none.
-        """
-        if not self.unused:
-            return ""
-        names = ", ".join(self.unused)
-        return (
-            f"not read, although they look like judgements or images: {names} (data.columns "
-            "says what a column is)"
-        )
-
-    def first_broken(self, count: int = 3) -> str:
-        """Return the first broken rows with their reasons, for a message.
-
-        Args:
-            count (`int`, *optional*, defaults to `3`): Number of rows to name.
-        """
-        rows = "; ".join(f"row {row_id}: {reason}" for row_id, reason in self.broken[:count])
-        return rows + ("; ..." if self.broken_count > count else "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain types, for JSON and YAML."""
-        return dataclasses.asdict(self) | {"broken": [list(row) for row in self.broken]}
-
-    def add_broken(self, row_id: int, reason: str) -> None:
-        """Count an unusable row.
-
-        Args:
-            row_id (`int`): Index of the row in the source.
-            reason (`str`): Why it cannot be used.
-        """
-        self.broken_count += 1
-        if len(self.broken) < LISTED_BROKEN_ROWS:
-            self.broken.append((row_id, reason))
-
-    def admit(self, row_id: int, verdict: Verdict) -> bool:
-        """Count a row by its verdict, except for `rows` and `kept`.
-
-        Args:
-            row_id (`int`): Index of the row in the source.
-            verdict (`Verdict`): What its light cells say.
-
-        Returns:
-            `bool`: Whether the row's group is to be used.
-        """
-        if verdict.status == "broken":
-            self.add_broken(row_id, verdict.reason)
-        self.unlabelled += verdict.status == "unlabelled"
-        self.ties += verdict.status == "tie"
-        self.first_wins += verdict.second_wins is False
-        self.second_wins += verdict.second_wins is True
-        return verdict.status == "keep" or (verdict.status == "tie" and self.ties_kept)
-
-    def check(self, max_broken_fraction: float) -> None:
-        """Refuse a source of which too little can be used.
-
-        Args:
-            max_broken_fraction (`float`): Largest share of broken rows that is
-                accepted.
-
-        Raises:
-            UserError: Too many rows are broken, or none can be used.
-        """
-        if self.broken_count > max_broken_fraction * self.rows:
-            raise UserError(
-                f"dataset {self.source}: {self.broken_count} of {self.rows} rows are broken, "
-                f"more than data.max_broken_fraction = {max_broken_fraction:g} allows "
-                f"({self.first_broken()})"
-            )
-        if self.rows == 0:
-            raise UserError(f"dataset {self.source}: has no rows")
-        if self.kept == 0 and self.ties == self.rows:
-            raise UserError(
-                f"dataset {self.source}: all {self.rows} rows are ties; nothing is left to "
-                "learn from"
-            )
-        if self.kept == 0:
-            raise UserError(
-                f"dataset {self.source}: none of its {self.rows} rows can be used ({self.ties} "
-                f"ties, {self.unlabelled} without a label, {self.broken_count} "
-                f"broken{': ' + self.first_broken() if self.broken_count else ''})"
-            )
-
-
-def build_group(
-    layout: Layout, verdict: Verdict, row_id: int, cells: dict[str, Any], places: ImagePlaces
-) -> Group:
-    """Make the group of a row from its verdict and image cells.
-
-    Args:
-        layout (`Layout`): How the columns are read.
-        verdict (`Verdict`): What the row's light cells say.
-        row_id (`int`): Index of the row in the source.
-        cells (`dict[str, Any]`): Role -> image cell, a list of cells for `images`.
-            Roles that are missing leave the group without images.
-        places (`ImagePlaces`): Where image cells may point to.
-
-    Raises:
-        BrokenImage: An image is missing, or their number differs from that of the
-            scores.
-    """
-    row_cells = [cells[role] for role in verdict.image_roles if role in cells]
-    if "images" in cells:
-        row_cells = cells["images"] or []
-        if len(row_cells) != len(verdict.prompts):
-            raise image_cells.BrokenImage(
-                f"has {len(row_cells)} images and {len(verdict.prompts)} scores"
-            )
-    images = [image_cells.resolve(cell, places) for cell in row_cells]
-    return Group(
-        row_id,
-        verdict.prompts,
-        images,
-        verdict.scores,
-        verdict.weight,
-        user=verdict.user,
-        rating=verdict.rating,
-    )
-
-
-def lazy_cell(scalar: pyarrow.Scalar) -> Any:
-    """Convert a pyarrow scalar to Python values without copying image bytes.
-
-    Bytes become a view of the (memory-mapped) table.
-
-    Args:
-        scalar (`pyarrow.Scalar`): A cell.
-    """
-    from pyarrow import types
-
-    if not scalar.is_valid:
-        return None
-    if types.is_struct(scalar.type):
-        return {name: lazy_cell(value) for name, value in scalar.items()}
-    if types.is_binary(scalar.type) or types.is_large_binary(scalar.type):
-        return memoryview(scalar.as_buffer())
-    if types.is_list(scalar.type) or types.is_large_list(scalar.type):
-        return [lazy_cell(value) for value in scalar.values]
-    return scalar.as_py()
 
 
 class PreferenceDataset:
@@ -430,9 +122,9 @@ class PreferenceDataset:
         if self._one_prompt:
             group = dataclasses.replace(group, prompts=group.prompts[:1] * len(group.prompts))
         if self._inverted:
-            group = _inverted(group, self.layout.kind)
+            group = inverted_group(group, self.layout.kind)
         for source, kind in pairwise((self.layout.kind, *self._views)):
-            group = _prompt_only(group) if kind == "prompt" else _VIEWS[source, kind](group)
+            group = prompt_only(group) if kind == "prompt" else VIEWS[source, kind](group)
         return group
 
     @property
@@ -498,7 +190,7 @@ class PreferenceDataset:
             return self
         if kind not in KINDS:
             raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        if kind != "prompt" and (self.kind, kind) not in _VIEWS:
+        if kind != "prompt" and (self.kind, kind) not in VIEWS:
             remedy = ""
             if kind == "conditioned":
                 remedy = "; add a column conditioning_image with an image per row"
@@ -813,70 +505,3 @@ class PreferenceDataset:
                     for image in group.images:
                         digest.update(image_cells.sampled_digest(image))
             start += len(table)
-
-
-def _best(group: Group) -> int:
-    return (
-        0 if group.scores is None else max(range(len(group.scores)), key=group.scores.__getitem__)
-    )
-
-
-def _pick(group: Group, picked: list[int]) -> Group:
-    return dataclasses.replace(
-        group,
-        prompts=tuple(group.prompts[i] for i in picked),
-        images=[group.images[i] for i in picked],
-        scores=None if group.scores is None else tuple(group.scores[i] for i in picked),
-    )
-
-
-def labelled_image(group: Group, place: int) -> Group:
-    """Return one image of a pair as a liked (chosen) or a disliked (rejected) image.
-
-    Args:
-        group (`Group`): A pair.
-        place (`int`): 0 for the chosen image, 1 for the rejected one.
-    """
-    return dataclasses.replace(
-        group,
-        prompts=group.prompts[place : place + 1],
-        images=group.images[place : place + 1],
-        scores=(1.0,) if place == 0 else (-1.0,),
-        place=place,
-    )
-
-
-def _best_and_worst(group: Group) -> Group:
-    assert group.scores is not None
-    # Of equally bad images take the last, so that a kept tie is a pair of two images.
-    worst = min(reversed(range(len(group.scores))), key=group.scores.__getitem__)
-    return _pick(group, [_best(group), worst])
-
-
-_VIEWS: dict[tuple[str, str], Callable[[Group], Group]] = {
-    ("ranked", "pair"): _best_and_worst,
-    ("ranked", "single"): lambda group: _pick(group, [_best(group)]),
-    ("pair", "single"): lambda group: _pick(group, [0]),
-    # Each group is one image of the pair: `PreferenceDataset._unroll`.
-    ("pair", "labelled"): lambda group: group,
-    ("ranked", "labelled"): _best_and_worst,
-    ("labelled", "single"): lambda group: group,
-    ("conditioned", "single"): lambda group: _pick(group, [0]),
-}
-
-
-def _inverted(group: Group, kind: str) -> Group:
-    if kind == "pair":
-        scores = None if group.scores is None else tuple(-score for score in group.scores[::-1])
-        return dataclasses.replace(
-            group, prompts=group.prompts[::-1], images=group.images[::-1], scores=scores
-        )
-    scores = group.scores or ()
-    if kind == "labelled":
-        return dataclasses.replace(group, scores=tuple(-score for score in scores))
-    top = 1.0 if scores and min(scores) >= 0 and max(scores) <= 1 else 0.0
-    return dataclasses.replace(group, scores=tuple(top - score for score in scores))
-
-
-def _prompt_only(group: Group) -> Group:
-    return dataclasses.replace(group, prompts=group.prompts[:1], images=[], scores=None)

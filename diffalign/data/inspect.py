@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data import images as image_cells
-from diffalign.data.dataset import Group, PreferenceDataset
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.groups import Group
 from diffalign.data.transforms import ASPECT_TOLERANCE, _same_aspect
 from diffalign.errors import UserError
 from diffalign.runtime.files import make_folder, replacing_folder, save_image

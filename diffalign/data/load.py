@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffalign.data.config import CALIBRATE, TIES, VERIFY_IMAGES
-from diffalign.data.dataset import Group, LoadReport, PreferenceDataset
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.groups import Group
 from diffalign.data.images import ImagePlaces
 from diffalign.data.judgements import number
+from diffalign.data.load_report import LoadReport
 from diffalign.data.schema import Layout, recognise
 from diffalign.data.sources import Rows, SourceLike, open_source
 from diffalign.data.verify import usable_rows

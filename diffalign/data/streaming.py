@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from diffalign.data.dataset import (
-    Group,
-    LoadReport,
-    PreferenceDataset,
-    build_group,
-    labelled_image,
-)
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.groups import Group, build_group, labelled_image
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
 from diffalign.data.judgements import classify_row
+from diffalign.data.load_report import LoadReport
 from diffalign.data.schema import EXTRAS, Layout
 from diffalign.data.verify import check_image
 from diffalign.errors import UserError

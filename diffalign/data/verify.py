@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data import images as image_cells
-from diffalign.data.dataset import LoadReport, build_group, lazy_cell
+from diffalign.data.groups import build_group, lazy_cell
 from diffalign.data.images import ImagePlaces, Undecoded
 from diffalign.data.judgements import classify_row
+from diffalign.data.load_report import LoadReport
 from diffalign.data.memory import walk
 from diffalign.data.schema import Layout
 

@@ -36,7 +36,7 @@ from ..backbones.user_adapter import WEIGHTS, UserAdapter
 from ..config.ranges import Count, Positive, Share
 from ..config.section import config_section
 from ..data import PreferenceDataset
-from ..data.dataset import Group
+from ..data.groups import Group
 from ..errors import ConfigError
 from ..rewards.users import ExamplePair, UserEmbedder, embed_users, load_user_embedder
 from ..runtime.distributed import reshard, sharded_modules, whole

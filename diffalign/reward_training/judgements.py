@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..data import PreferenceDataset, load_preferences
-from ..data.dataset import Group
+from ..data.groups import Group
 from ..errors import UserError
 from ..rewards.learned.losses import flip_rate_of
 from .opinions import Opinions

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import PreferenceDataset
 from ..data.cache import TensorCache
-from ..data.dataset import Group, group_number
+from ..data.groups import Group, group_number
 from ..data.streaming import JUDGED_AFTER, StreamingPreferenceDataset
 from ..data.transforms import Geometry, GroupTransform
 from ..errors import UserError
