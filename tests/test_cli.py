@@ -286,6 +286,16 @@ def test_import_and_help_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_options_of_all_methods_load_torch_and_nothing_of_diffusers() -> None:
+    code = (
+        "import sys; from diffalign.methods import METHODS, config_class; "
+        "[config_class(method) for method in METHODS]; sys.exit(','.join(m for m in ('diffusers', "
+        "'transformers', 'peft', 'datasets', 'torch._dynamo') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.nightly
 def test_data_commands(world: Path, tmp_path: Path) -> None:
     seen = command("data", "inspect", world / "pairs")

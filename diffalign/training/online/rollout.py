@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import Module
 
@@ -207,6 +206,8 @@ def make_grid(
             next_times = (times - ratio).clamp(0, count - 1)
             next_times[next_times == times] = -1
         else:
+            from diffusers import DDIMScheduler
+
             sampler = DDIMScheduler.from_config(scheduler.config)
             sampler.set_timesteps(steps)
             times = sampler.timesteps.clamp(max=count - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 
 from ...likelihood.schedules import NoiseSchedule, VariancePreserving
@@ -28,6 +27,8 @@ def build_solver(name: str, schedule: NoiseSchedule, times: torch.Tensor) -> Any
     Returns:
         A scheduler with `timesteps` and `step`.
     """
+    import diffusers
+
     of_noise = isinstance(schedule, VariancePreserving)
     solver = getattr(diffusers, name)(
         num_train_timesteps=schedule.num_timesteps,
