@@ -231,6 +231,8 @@ class _AdapterSnapshot:
     def __init__(self, network: Any) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        # Held, since `restore` can run while Python ends, when nothing can be imported.
+        self.wrapper = BaseTunerLayer
         self.network = network
         self.names = set(getattr(network, "peft_config", {}))
         self.attributes = {name: vars(network).get(name) for name in _PEFT_ATTRIBUTES}
@@ -249,14 +251,12 @@ class _AdapterSnapshot:
 
     def restore(self) -> None:
         """Bring the network back to the state of the snapshot."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         added = [
             name for name in getattr(self.network, "peft_config", {}) if name not in self.names
         ]
         known = {id(layer) for layer, _ in self.layers}
         for path, layer in list(self.network.named_modules()):
-            if not isinstance(layer, BaseTunerLayer):
+            if not isinstance(layer, self.wrapper):
                 continue
             if id(layer) in known:
                 for name in added:
