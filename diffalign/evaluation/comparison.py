@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -218,6 +219,10 @@ class Comparison:
             }
         for name in self.tuned:
             content["comparisons"][name] = {s: self._against_base(name, s) for s in self.scorers}
+        if len(self.tuned) > 1:
+            content["between"] = between(
+                self.tuned, self.scorers, lambda a, b, s: self.win_rate(a, s, against=b)
+            )
         return plain(content)
 
     def _against_base(self, model: str, scorer: str) -> dict[str, Any]:
@@ -298,6 +303,7 @@ def all_tables(c: Comparison) -> list[Table]:
         for m in c.models
     ]
     result.append(("Means (95 %)", ["model", *c.scorers, f"diversity ({c.diversity_kind})"], means))
+    result += head_to_head(c.tuned, c.scorers[0], lambda a, b: c.win_rate(a, against=b))
     by_model = {model: c.categories(model) for model in c.tuned}
     rows = [
         [category, str(prompts), *(rate(by_model[model][category][1]) for model in c.tuned)]
@@ -307,6 +313,45 @@ def all_tables(c: Comparison) -> list[Table]:
         title = f"By category, win-rate % against {c.base} by {c.scorers[0]} (95 %)"
         result.append((title, ["category", "prompts", *c.tuned], rows))
     return result
+
+
+def head_to_head(
+    names: Sequence[str], scorer: str, beats: Callable[[str, str], WinRate]
+) -> list[Table]:
+    """Make the table of the tuned models against each other.
+
+    Args:
+        names (`Sequence[str]`): The tuned models.
+        scorer (`str`): The scorer that decides.
+        beats (`Callable`): Win-rate of the first model against the second.
+
+    Returns:
+        No table of fewer than two models.
+    """
+    if len(names) < 2:
+        return []
+    rows = [[a, *("" if a == b else rate(beats(a, b)) for b in names)] for a in names]
+    title = f"Against each other, win-rate % of the row by {scorer} (95 %)"
+    return [(title, ["", *names], rows)]
+
+
+def between(
+    names: Sequence[str], scorers: Sequence[str], beats: Callable[[str, str, str], WinRate]
+) -> dict[str, Any]:
+    """Collect the win-rates of the tuned models against each other, for JSON.
+
+    Args:
+        names (`Sequence[str]`): The tuned models.
+        scorers (`Sequence[str]`): Names of the scorers.
+        beats (`Callable`): Win-rate of the first model against the second, by a scorer.
+
+    Returns:
+        Model -> other model -> scorer -> win-rate of the first against the second.
+    """
+    return {
+        a: {b: {s: dataclasses.asdict(beats(a, b, s)) for s in scorers} for b in names if b != a}
+        for a in names
+    }
 
 
 def notes(c: Comparison) -> list[str]:

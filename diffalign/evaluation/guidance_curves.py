@@ -16,7 +16,17 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..runtime.json_values import plain
-from .comparison import Array, Comparison, Table, interval, markdown, mean_of, notes
+from .comparison import (
+    Array,
+    Comparison,
+    Table,
+    between,
+    head_to_head,
+    interval,
+    markdown,
+    mean_of,
+    notes,
+)
 from .formatting import few_prompts, number, rate
 from .models import ModelSpec
 from .statistics import WinRate, nanmean, sign_test, win_rate
@@ -151,9 +161,17 @@ class GuidanceCurves:
         """
         return self.signed(arm, self.best(arm), scorer)[REPORTING]
 
-    def win_rate(self, arm: str, scorer: str | None = None) -> WinRate:
-        """Compute how often a model beats the base, both at their best scales."""
-        return win_rate(self.at_best(self.base, scorer), self.at_best(arm, scorer))
+    def win_rate(
+        self, arm: str, scorer: str | None = None, *, against: str | None = None
+    ) -> WinRate:
+        """Compute how often a model beats the base, both at their best scales.
+
+        Args:
+            arm (`str`): Name of the model.
+            scorer (`str`, *optional*): Name of the scorer. Defaults to the first.
+            against (`str`, *optional*): Name of the other model. Defaults to the base.
+        """
+        return win_rate(self.at_best(against or self.base, scorer), self.at_best(arm, scorer))
 
     def sign_test(self, arm: str, scorer: str | None = None) -> float:
         """Compute the p value of the sign test over prompts for `win_rate`."""
@@ -230,6 +248,10 @@ class GuidanceCurves:
                 }
                 for scorer in self.scorers
             }
+        if len(self.tuned) > 1:
+            content["between"] = between(
+                self.tuned, self.scorers, lambda a, b, s: self.win_rate(a, s, against=b)
+            )
         return plain(content)
 
     def table(self) -> str:
@@ -262,6 +284,7 @@ def all_tables(curves: GuidanceCurves) -> list[Table]:
     ]
     at_best = f"Each at its best guidance, against {curves.base} at {curves.best(curves.base):g}"
     result: list[Table] = [(at_best, header, rows)]
+    result += head_to_head(curves.tuned, first, lambda a, b: curves.win_rate(a, against=b))
     columns = ["model", *(f"guidance {scale:g}" for scale in curves.scales)]
     for scorer in curves.scorers:
         means = [
@@ -288,10 +311,11 @@ def all_notes(curves: GuidanceCurves) -> list[str]:
     """Say what a reader must know of the numbers."""
     total = len(curves.comparison.prompts.prompts)
     half = [f"First table: {sentence}" for sentence in few_prompts(total // 2)]
+    which = "first table is" if len(curves.tuned) < 2 else "first two tables are"
     return [
         "The best guidance of each model is the one with the highest mean of "
         f"{curves.scorers[0]} on {(total + 1) // 2} of the prompts (the first, third, ...). The "
-        f"first table is of the other {total // 2}, the other tables are of all.",
+        f"{which} of the other {total // 2}, the other tables are of all.",
         *half,
         *notes(curves.comparison),
     ]

@@ -65,6 +65,20 @@ def test_each_model_is_compared_at_its_own_best(higher: bool) -> None:
     assert "tuned at guidance 1 loses against base at 7" in headline(curves)
 
 
+def test_tuned_models_are_compared_with_each_other_at_their_best() -> None:
+    curves = curves_of({"base": [0.1, 0.5, 0.9], "a": [0.8, 0.7, 0.2], "b": [0.2, 0.6, 0.1]})
+    assert curves.win_rate("a", against="b").rate == 1.0
+    content = curves.to_dict()["between"]
+    assert content["a"]["b"]["scorer"]["rate"] == 1.0
+    assert content["b"]["a"]["scorer"]["rate"] == 0.0
+    table = curves.table()
+    assert "Against each other, win-rate % of the row by scorer" in table
+    assert re.search(r"\| a \|  \| 100\.0 \(.*\) \|", table), table
+    assert "The first two tables are of the other 12" in table
+    two = curves_of({"base": [0.1, 0.5, 0.9], "a": [0.8, 0.7, 0.2]})
+    assert "Against each other" not in two.table() and "between" not in two.to_dict()
+
+
 def test_few_prompts_win_nothing_by_the_interval_alone() -> None:
     from diffalign.evaluation.report import headline as plain_headline
 
