@@ -31,7 +31,11 @@ from ..config.section import config_section
 from ..errors import ConfigError
 from ..training.batch import Batch
 from ..training.denoiser import Denoiser
-from ..training.online.forward_process import ForwardProcessConfig, ForwardProcessTrainer
+from ..training.online.forward_process import (
+    ForwardProcessConfig,
+    ForwardProcessTrainer,
+    output_distance,
+)
 from ..training.online.policy_sampler import PolicySampler
 from ..training.online.source import RolloutSource
 from ..training.reference import BlendedReference, SnapshotReference
@@ -286,14 +290,15 @@ class AWMTrainer(ForwardProcessTrainer):
         errors = (output - target.float()).square().flatten(1).mean(1)
         return awm_log_probs(errors, self.schedule.fraction(times), self.args.weighting)
 
-    def _old_log_probs(self, batch: Batch, log_probs: Tensor) -> Tensor:
-        """Those of the policy that drew the images, at the same noise and times."""
+    def _old_log_probs(self, batch: Batch) -> Tensor | None:
+        """Those of the policy that drew the images, at the same noise and times. None
+        where that is the policy itself."""
         if self.args.off_policy:
             drawing = self.average_policy
         elif self.round_start is not None:
             drawing = self.start_policy
         else:
-            return log_probs.detach()
+            return None
         with torch.no_grad():
             output, _, times = self.output_at(batch, drawing)
             return self._log_probs(batch, output, times)
@@ -301,9 +306,16 @@ class AWMTrainer(ForwardProcessTrainer):
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one time of every image. See `Trainer.compute_loss`."""
         args, shape = self.args, (len(batch), batch.k)
+        old_log_probs = self._old_log_probs(batch)
+        reference = average = None
+        if self.reference is not None:
+            reference = self.fixed_output(batch, self.reference)
+        if args.average_weight:
+            average = self.fixed_output(batch, self.average_policy)
         output, _, times = self.output_at(batch, self.policy)
         log_probs = self._log_probs(batch, output, times)
-        old_log_probs = self._old_log_probs(batch, log_probs)
+        if old_log_probs is None:
+            old_log_probs = log_probs.detach()
         loss = awm_loss(
             log_probs,
             old_log_probs,
@@ -319,12 +331,12 @@ class AWMTrainer(ForwardProcessTrainer):
                 "policy/log_ratio": log_ratios.abs().mean(1),
                 "policy/log_prob": log_probs.unflatten(0, shape).mean(1),
             }
-        if self.reference is not None:
-            distance = self.output_distance(batch, output, self.reference)
+        if reference is not None:
+            distance = output_distance(output, reference).unflatten(0, shape)
             loss = loss + args.kl_weight * distance
             metrics["policy/kl"] = distance.detach().mean(1)
-        if args.average_weight:
-            distance = self.output_distance(batch, output, self.average_policy)
+        if average is not None:
+            distance = output_distance(output, average).unflatten(0, shape)
             loss = loss + args.average_weight * distance
             metrics["policy/since_average"] = distance.detach().mean(1)
         return loss.mean(1), metrics

@@ -161,10 +161,11 @@ class D3POTrainer(TrajectoryTrainer):
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the D3PO loss of all pairs of a group. See `Trainer.compute_loss`."""
-        policy = self.step_log_probs(batch, self.policy)
         assert self.reference is not None
+        # First, while no activations of the policy are kept.
         with torch.no_grad():
             reference = self.step_log_probs(batch, self.reference)
+        policy = self.step_log_probs(batch, self.policy)
         log_ratios = policy - reference
         first, second = torch.triu_indices(log_ratios.shape[1], log_ratios.shape[1], 1)
         pairs = torch.stack([log_ratios[:, first], log_ratios[:, second]], dim=-1)  # (g, pairs, 2)

@@ -33,7 +33,11 @@ from ..config.section import config_section
 from ..errors import ConfigError
 from ..training.batch import Batch
 from ..training.denoiser import Denoiser
-from ..training.online.forward_process import ForwardProcessConfig, ForwardProcessTrainer
+from ..training.online.forward_process import (
+    ForwardProcessConfig,
+    ForwardProcessTrainer,
+    output_distance,
+)
 from ..training.online.policy_sampler import PolicySampler
 from ..training.online.source import RolloutSource
 from ..training.reference import BlendedReference
@@ -265,9 +269,11 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one time of every image. See `Trainer.compute_loss`."""
         args, shape = self.args, (len(batch), batch.k)
+        old_output = self.fixed_output(batch, self.old_policy)
+        reference = None
+        if self.reference is not None:
+            reference = self.fixed_output(batch, self.reference)
         output, noisy, times = self.output_at(batch, self.policy)
-        with torch.no_grad():
-            old_output, _, _ = self.output_at(batch, self.old_policy)
         x0 = batch.x0.flatten(0, 1)
         good = optimality(
             batch.extra["advantages"].to(output), adv_clip=args.adv_clip, mode=args.advantage_mode
@@ -279,16 +285,12 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         metrics = {
             **self.round_metrics(batch),
             "policy/optimality": good.mean(1),
-            "policy/since_old": (output - old_output)
-            .detach()
-            .square()
-            .flatten(1)
-            .mean(1)
+            "policy/since_old": output_distance(output.detach(), old_output)
             .unflatten(0, shape)
             .mean(1),
         }
-        if self.reference is not None:
-            distance = self.output_distance(batch, output, self.reference)
+        if reference is not None:
+            distance = output_distance(output, reference).unflatten(0, shape)
             loss = loss + args.kl_weight * distance
             metrics["policy/kl"] = distance.detach().mean(1)
         return loss.mean(1), metrics

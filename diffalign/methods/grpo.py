@@ -393,6 +393,10 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
         """Compute the loss of one step of every trajectory. See
         `Trainer.compute_loss`."""
         args, (g, k) = self.args, batch.x0.shape[:2]
+        reference = None
+        if self.reference is not None:  # first, while no activations are kept
+            with torch.no_grad():
+                reference = self.step_statistics(batch, self.reference)
         policy = self.step_statistics(batch, self.policy, args.uncond_gradient)
         recorded = batch.extra["recorded"].to(policy.log_probs)
         advantages = batch.extra["advantages"].to(policy.log_probs)
@@ -416,17 +420,16 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
                 "policy/since_sampling": (policy.log_probs - recorded).abs().mean(1),
                 **self.round_metrics(batch),
             }
-        if self.reference is not None:
-            divergence = self._divergence(batch, policy)
+        if reference is not None:
+            divergence = self._divergence(batch, policy, reference)
             loss = loss + args.kl_weight * divergence
             metrics["policy/kl"] = divergence.detach().mean(1)
         return loss.mean(1), metrics
 
-    def _divergence(self, batch: Batch, policy: StepStatistics) -> Tensor:
+    def _divergence(
+        self, batch: Batch, policy: StepStatistics, reference: StepStatistics
+    ) -> Tensor:
         """Distance of the policy's steps to the reference's, (g, k)."""
-        assert self.reference is not None
-        with torch.no_grad():
-            reference = self.step_statistics(batch, self.reference)
         kind, k = self.args.kl_type, batch.x0.shape[1]
         dt = None
         if kind == "x":

@@ -351,7 +351,7 @@ def _step(
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
         def step() -> None:
-            errors = _errors(backbone, network, noisy, times, condition)
+            # As in training: the reference runs before anything is kept for gradients.
             if runs_reference and is_lora:
                 reference = AdapterOffReference(network)
                 with torch.no_grad(), reference.adapters_off():
@@ -359,6 +359,7 @@ def _step(
             elif runs_reference:
                 with torch.no_grad():
                     _errors(backbone, network, noisy, times, condition)
+            errors = _errors(backbone, network, noisy, times, condition)
             torch.nn.functional.softplus(-errors).sum().backward()
 
         with counter, autocast:  # apart, since the counter keeps tensors alive

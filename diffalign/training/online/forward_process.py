@@ -248,17 +248,30 @@ class ForwardProcessTrainer(AdvantageTrainer):
             )
         return output.float(), noisy, times
 
-    def output_distance(self, batch: Batch, output: Tensor, denoiser: Denoiser) -> Tensor:
-        """Measure how far the outputs of policy and another network are apart.
+    @torch.no_grad()
+    def fixed_output(self, batch: Batch, denoiser: Denoiser) -> Tensor:
+        """Run a network that the loss compares the policy with.
+
+        It should run before the policy, while no activations are kept for gradients.
 
         Args:
             batch (`Batch`): A micro-batch of g groups of k images.
-            output (`Tensor`): Outputs of the policy, (g k, C, h, w).
-            denoiser (`Denoiser`): The other network, which runs without gradient.
+            denoiser (`Denoiser`): The network.
 
         Returns:
-            `Tensor`: Mean squared difference, (g, k).
+            `Tensor`: Its outputs, (g k, C, h, w).
         """
-        with torch.no_grad():
-            other, _, _ = self.output_at(batch, denoiser)
-        return (output - other).square().flatten(1).mean(1).unflatten(0, (len(batch), batch.k))
+        return self.output_at(batch, denoiser)[0]
+
+
+def output_distance(output: Tensor, other: Tensor) -> Tensor:
+    """Measure how far two outputs are apart.
+
+    Args:
+        output (`Tensor`): Outputs of the policy, (n, C, h, w).
+        other (`Tensor`): Those of another network.
+
+    Returns:
+        `Tensor`: Mean squared difference, (n,).
+    """
+    return (output - other).square().flatten(1).mean(1)
