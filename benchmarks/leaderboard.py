@@ -6,8 +6,9 @@
 
 The 600 training prompts are split once: 540 make the training data, 60 choose. The base
 draws six images of each of the 540 at its default guidance, and the verifier's graded
-score ranks them (`diffalign data build`). DCPO gets a recaptioned copy, the methods
-that sample for themselves get the prompts and the verifier. Each method is trained as
+score ranks them (`diffalign data build`). DCPO gets a recaptioned copy, Diffusion-DRO
+the 500 best images of all prompts (`--best 500`), as in its paper, and the methods that
+sample for themselves get the prompts and the verifier. Each method is trained as
 its `configs/<method>/shapes.yaml` (for the flow model `shapes_flow.yaml`, where there
 is one) says, from --seeds seeds, under one budget: at most
 260,000 passes of one row through the network, everything counted (a pass with backward
@@ -18,7 +19,7 @@ Every model then draws the 60 prompts that choose, one image each, at guidance 1
 2, 3, 5 and 7. The scale with the highest mean score is its best one. There it draws the
 120 held-out prompts, four images each, from the same noise as the base at the base's
 best scale. Settings of Diffusion-DPO and RankDPO were compared on the choosing prompts
-(`benchmarks/recipe_study.py`). Those of the other methods were chosen on an earlier
+(`benchmarks/recipe_study.py`), and so were Diffusion-DRO's images. Those of the other methods were chosen on an earlier
 embedded world, with other weights, some on half of the held-out prompts, and are
 unchanged. Steering and best of four are no training but four times the work of every
 image. Memory is the peak resident size of a process that trains three steps.
@@ -81,7 +82,7 @@ class Arm:
 
     Args:
         config: file of configs/, or None for what needs no training.
-        data: folder below the working folder: ranked, recaptioned or rendered.
+        data: folder below the working folder: ranked, best or recaptioned.
         kind: ``lora``, ``negative`` (used in guidance), ``online`` (draws its own
             images) or ``sampling`` (no training).
         spec: for ``sampling``, how `compare` would be told the model.
@@ -104,7 +105,7 @@ ARMS: dict[str, Arm] = {
     "Diffusion-DPO": Arm("diffusion_dpo/shapes"),
     "DCPO": Arm("dcpo/shapes", "recaptioned"),
     "RankDPO": Arm("rankdpo/shapes"),
-    "Diffusion-DRO": Arm("diffusion_dro/shapes"),
+    "Diffusion-DRO": Arm("diffusion_dro/shapes", "best"),
     "Diffusion-KTO": Arm("diffusion_kto/shapes"),
     "DGPO": Arm("dgpo/shapes"),
     "MaPO": Arm("mapo/shapes"),
