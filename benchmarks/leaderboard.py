@@ -21,8 +21,9 @@ Every model then draws the 60 prompts that choose, one image each, at guidance 1
 best scale. Settings of Diffusion-DPO and RankDPO were compared on the choosing prompts
 (`benchmarks/recipe_study.py`), and so were Diffusion-DRO's images. Those of the other
 methods were chosen on an earlier embedded world, with other weights, some on half of
-the held-out prompts, and are unchanged. Steering and best of four are no training but four times the work of every
-image. Memory is the peak resident size of a process that trains three steps.
+the held-out prompts, and are unchanged. Steering and best of four are no training but
+four times the work of every image. Memory is the peak resident size of a process that
+trains three steps.
 
 Models are trained and judged --jobs at a time, each in a process of its own with its
 share of the cores. Finished parts lie in --work: interrupted, it goes on. The results
