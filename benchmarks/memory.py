@@ -7,16 +7,18 @@ SD1.5 and SDXL have their full shapes, Flux has 12 of its 57 blocks, all with ra
 weights. Every case is a process of its own on the CPU: it fills its caches, drops the
 encoders and the autoencoder as a run that loads them from a folder does, and trains
 Diffusion-DPO with one pair: two steps of SD1.5, one of the others. Its highest resident
-size while it trains counts, less that before the model was built. Blocks of 128 KiB or
-more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_). By default
-glibc keeps freed blocks of up to 32 MiB, which makes a process larger than its tensors:
---heap measures that. The estimate is of the same run, with what it says of weights,
-optimizer, reference, activations and gradients. Finished cases lie in --work.
+size while it trains counts, less that before the model was built. It first trains the
+embedded model with the same settings, so that libraries are loaded before. Blocks of
+128 KiB or more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_). By
+default glibc keeps freed blocks of up to 32 MiB, which makes a process larger than its
+tensors: --heap measures that. The estimate is of the same run, with what it says of
+weights, optimizer, reference, activations and gradients. Finished cases lie in --work.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -57,6 +59,16 @@ BIG = {"sd15": list(CASES), "sdxl": list(CASES)[2:6], "flux": list(CASES)[2:5]}
 def trainer_of(model: str, case: str, work: Path, **more: Any) -> Any:
     """The trainer of a case, on one pair."""
     from full_size import SIZES, pipeline
+
+    precision = CASES[case].get("mixed_precision", "no")
+    is_half = precision == "bf16" and CASES[case].get("lora", False)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    caches = work / f"cache-{model}-{precision}"
+    return pair_trainer(pipeline(model, dtype, BLOCKS), SIZES[model], caches, case, **more)
+
+
+def pair_trainer(pipe: Any, side: int, caches: Path, case: str, **more: Any) -> Any:
+    """The trainer of any model with the settings of a case, on one pair."""
     from PIL import Image
 
     from diffalign import DataConfig, DiffusionDPOConfig, DiffusionDPOTrainer
@@ -67,16 +79,12 @@ def trainer_of(model: str, case: str, work: Path, **more: Any) -> Any:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian")
-    precision = options.get("mixed_precision", "no")
-    dtype = torch.bfloat16 if precision == "bf16" and peft_config else torch.float32
-    side = SIZES[model]
     images = [Image.new("RGB", (side, side), colour) for colour in ("red", "blue")]
     rows = [{"prompt": "a red square", "chosen": images[0], "rejected": images[1]}] * 2
-    caches = str(work / f"cache-{model}-{precision}")
     return DiffusionDPOTrainer(
-        model=pipeline(model, dtype, BLOCKS),
+        model=pipe,
         args=DiffusionDPOConfig(
-            output_dir=str(work / "run"),
+            output_dir=str(caches.parent / "run"),
             overwrite_output_dir=True,
             per_device_train_batch_size=1,
             ref_error_draws=1,
@@ -85,7 +93,9 @@ def trainer_of(model: str, case: str, work: Path, **more: Any) -> Any:
         ),
         train_dataset=rows,
         peft_config=peft_config,
-        data=DataConfig(resolution=side, cache_latents=caches, cache_text_embeddings=caches),
+        data=DataConfig(
+            resolution=side, cache_latents=str(caches), cache_text_embeddings=str(caches)
+        ),
     )
 
 
@@ -103,6 +113,9 @@ def measure(model: str, case: str, work: Path) -> dict[str, float]:
 
     import diffalign  # noqa: F401
 
+    pair_trainer("shapes", 64, work / "cache-shapes", case, max_steps=1).train()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     trainer = trainer_of(model, case, work, max_steps=2 if model == "sd15" else 1)
     trainer.setup()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,10 @@ from ..errors import UserError
 from ..runtime.progress import close_display
 from . import exit_codes
 from .results import Result, add_result_arguments, run_and_print
+
+
+_NOISY_LOGGERS = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""They warn whenever torchao is installed, of what no user of a command can change."""
 
 
 class Command(NamedTuple):
@@ -156,6 +161,8 @@ def _calm_progress_bars() -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = build_parser()
     try:
         options, rest = parser.parse_known_args(arguments)
