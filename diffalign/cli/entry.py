@@ -20,7 +20,6 @@ from ..runtime.progress import close_display
 from . import exit_codes
 from .results import Result, add_result_arguments, run_and_print
 
-
 _NOISY_LOGGERS = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 """They warn whenever torchao is installed, of what no user of a command can change."""
 
