@@ -113,13 +113,8 @@ STUDIES: dict[str, dict[str, Arm]] = {
     },
     "dro": {
         "base": Arm(None),
-        "best of each list, margin 0.1": changed("diffusion_dro", margin=0.1),
-        "500 best, margin 0.1": changed("diffusion_dro", "best", margin=0.1),
-        "500 best, margin 0.01": changed("diffusion_dro", "best", margin=0.01),
-        "500 best, margin 0.3": changed("diffusion_dro", "best", margin=0.3),
-        "500 best, margin 0.1, snapshot every 20": changed(
-            "diffusion_dro", "best", margin=0.1, sync_every=20
-        ),
+        "best of each list": changed("diffusion_dro", margin=0.1),
+        "500 best": changed("diffusion_dro", "best", margin=0.1),
         "500 best, SFT": changed("sft", "best"),
     },
 }
@@ -142,7 +137,7 @@ Diffusion-DPO's recipe, a step has 8 lists, and the gains are the win rates that
 
 The errors of a flow model's velocity are larger than those of a UNet's noise, and so are
 their differences between two images. The same beta then holds the policy back more.""",
-    "dro": """Which images and which margin does Diffusion-DRO want?
+    "dro": """Which images does Diffusion-DRO want?
 
 The paper trains on the 500 best images of a whole dataset, not on the best image of each
 prompt. Here `diffalign data build --best 500` chooses them among the 3,240 drawn images.
