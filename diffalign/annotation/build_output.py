@@ -7,16 +7,16 @@ picture.
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.files import replacing, replacing_folder, save_image, write_atomically
+from ..runtime.files import replacing, save_image, write_atomically
 from ..runtime.templates import render
+from .best import ranked_images, write_best
+from .dataset_files import write_dataset
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .drawn import BuildOptions, Drawn, Generator
 
 DATASETS = ("pairs", "ranked", "best")
-_SHARD_ROWS = 200
 _SHEET_PROMPTS, _SHEET_IMAGES, _SHEET_SIDE = 8, 8, 128
 
 
@@ -138,39 +137,6 @@ def _pick(
     return [pair for pair in pairs if wide(pair)]
 
 
-def best_images(panel: Panel, columns: dict[str, list[float]], count: int) -> list[int]:
-    """Choose the best images of all prompts together.
-
-    Rules such as win-rates compare the images of one prompt. Here every scorer ranks
-    all images, and the weighted mean of the ranks decides. With one scorer that is the
-    order of its scores.
-
-    Args:
-        panel (`Panel`): Its scorers of role `train`, with their weights.
-        columns: Scorer -> N scores.
-        count (`int`): How many images. Those without a score are never chosen.
-
-    Returns:
-        `list[int]`: Image indices, best first; of equal ones the one drawn first.
-    """
-    import torch
-
-    entries = [entry for entry in panel.entries if entry.role == "train"]
-    names = [entry.name for entry in entries]
-    scores = panel.signed(columns, names, len(columns[names[0]]))
-    usable = scores.isfinite().all(1).nonzero()[:, 0].tolist()
-    total = torch.zeros(len(usable), dtype=torch.float64)
-    for column, entry in enumerate(entries):
-        values = scores[usable, column].contiguous()
-        ordered = values.sort().values
-        # Equal scores share the mean of their ranks.
-        first = torch.searchsorted(ordered, values)
-        after = torch.searchsorted(ordered, values, right=True)
-        total += entry.weight * (first + after)
-    order = total.argsort(descending=True, stable=True)[:count]
-    return [usable[i] for i in order.tolist()]
-
-
 def write(
     options: BuildOptions,
     prompts: Sequence[str],
@@ -200,23 +166,25 @@ def write(
     labels = label(panel, images, columns, options.pair_selection, options.min_margin)
     folder: Path = options.output_dir
     if options.best is not None:
-        labels.best = best_images(panel, columns, options.best)
-        _write_dataset(
+        labels.best = ranked_images(panel, columns)[: options.best]
+        best = [(i, images[i]) for i in labels.best]
+        write_best(
             folder / "best",
-            lambda: _single_rows(images, columns, labels),
-            len(labels.best),
-            _single_features(list(columns)),
+            lambda: ((i, x.prompt, x.path.read_bytes(), x.model) for i, x in best),
+            len(best),
+            columns,
+            "model",
         )
     _write_scores(folder, images, columns, labels)
     if options.format != "ranked":
-        _write_dataset(
+        write_dataset(
             folder / "pairs",
             lambda: _pair_rows(images, labels),
             len(labels.pairs),
             _pair_features(),
         )
     if options.format != "pairs":
-        _write_dataset(
+        write_dataset(
             folder / "ranked",
             lambda: _list_rows(images, columns, labels),
             len(labels.lists),
@@ -313,59 +281,8 @@ def _list_rows(
         }
 
 
-def _single_features(names: Sequence[str]) -> dict[str, Any]:
-    from datasets import Image, Value
-
-    # Plain names: a column named "score" would look like a judgement that is not read.
-    each = {name: Value("float64") for name in names}
-    return {"prompt": Value("string"), "image": Image(), "model": Value("string"), **each}
-
-
-def _single_rows(
-    images: Sequence[Drawn], columns: dict[str, list[float]], labels: Labels
-) -> Iterator[dict[str, Any]]:
-    for i in labels.best:
-        each = {
-            name: values[i] if math.isfinite(values[i]) else None
-            for name, values in columns.items()
-        }
-        yield {
-            "prompt": images[i].prompt,
-            "image": _embedded(images[i]),
-            "model": images[i].model,
-            **each,
-        }
-
-
 def _embedded(image: Drawn) -> dict[str, Any]:
     return {"bytes": image.path.read_bytes(), "path": None}
-
-
-def _write_dataset(
-    target: Path, rows: Callable[[], Iterator[dict[str, Any]]], count: int, features: dict[str, Any]
-) -> None:
-    """Write a dataset as parquet shards and replace the one that was there before.
-
-    The folder is written whole or not at all. Without a row there is no folder.
-
-    Args:
-        target (`Path`): Folder of the dataset.
-        rows: Function that gives the rows.
-        count (`int`): Number of rows.
-        features: Column -> type of the values.
-    """
-    from datasets import Dataset, Features
-
-    shards = -(-count // _SHARD_ROWS)
-    if not shards:
-        shutil.rmtree(target, ignore_errors=True)
-        return
-    with replacing_folder(target) as temporary:
-        source = rows()
-        for number in range(shards):
-            part = list(islice(source, _SHARD_ROWS))
-            name = f"train-{number:05d}-of-{shards:05d}.parquet"
-            Dataset.from_list(part, features=Features(features)).to_parquet(temporary / name)
 
 
 def summarise(

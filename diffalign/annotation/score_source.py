@@ -82,12 +82,20 @@ class Chunk:
         return text_hash(*facts)
 
 
+def as_cell(source: Any) -> Any:
+    """Turn what a chunk holds of an image into a cell that `data.images` reads.
+
+    Args:
+        source: A path, encoded bytes or a PIL image.
+    """
+    if isinstance(source, (str, Path)):
+        return {"bytes": None, "path": str(source)}
+    return {"bytes": source, "path": None} if isinstance(source, (bytes, memoryview)) else source
+
+
 def _content(source: Any) -> str:
-    cell = {"bytes": None, "path": str(source)} if isinstance(source, (str, Path)) else source
     try:
-        return content_hash(
-            {"bytes": cell, "path": None} if isinstance(cell, (bytes, memoryview)) else cell
-        )
+        return content_hash(as_cell(source))
     except BrokenImage:
         return "missing"
 

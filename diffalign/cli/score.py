@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("diffalign-scores"),
         help="default: diffalign-scores",
     )
+    parser.add_argument(
+        "--best",
+        type=count(),
+        help="also write the so many best images of all prompts together, as single images with "
+        "prompts (for Diffusion-DRO and SFT)",
+    )
     parser.add_argument("--cache", type=Path, help="file that keeps scores across output folders")
     parser.add_argument(
         "--batch_size", type=count(), help="images per forward pass (default: the scorer's)"
@@ -99,7 +105,7 @@ def run(options: argparse.Namespace) -> int | Result:
         UserError: Options, images, prompts or scorers do not fit, or an image cannot be
             read under `on_error=raise`.
     """
-    for name in ("chunk_size", "batch_size"):
+    for name in ("chunk_size", "batch_size", "best"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}", f"expected int >= 1, got {value}")
@@ -137,6 +143,8 @@ def run(options: argparse.Namespace) -> int | Result:
     ]
     need_prompts = [spec.key for spec in specs if "prompt" in spec.requires]
     need_metadata = [spec.key for spec in specs if "metadata" in spec.requires]
+    if options.best is not None:
+        need_prompts.append("--best")
     source.check(need_prompts, need_metadata)
     if options.output_dir.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
         raise UserError(
@@ -160,4 +168,11 @@ def run(options: argparse.Namespace) -> int | Result:
     if processes.rank > 0:
         return 0
     text = write_report(table, panel, source, options.output_dir, combine_asked="combine" in config)
-    return Result(text, read_json_file(options.output_dir / "summary.json"))
+    facts = read_json_file(options.output_dir / "summary.json")
+    if options.best is not None:
+        from ..annotation.best import write_best_of_source
+
+        best = options.output_dir / "best"
+        line = write_best_of_source(best, source, work.chunks, table, panel, options.best)
+        text, facts = f"{text}\n{line}", {**facts, "best": best}
+    return Result(text, facts)

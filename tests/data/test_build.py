@@ -18,7 +18,8 @@ from PIL import Image
 from tiny import build_pipeline, lora_config, make_trainer
 
 from diffalign import UserError, load_preferences, register_scorer
-from diffalign.annotation.build_output import best_images, label
+from diffalign.annotation.best import ranked_images
+from diffalign.annotation.build_output import label
 from diffalign.cli.entry import run
 from diffalign.data.prompt_sets import read_prompts
 from diffalign.rewards import registry
@@ -145,8 +146,8 @@ def test_scorers_of_other_scales_count_by_their_ranks_among_all_images():
     first = [5.0, 1.0, 2.0, 2.0, NAN]
     second = [10.0, 4000.0, 2000.0, 2000.0, 9000.0]
     # Ranks from 0 are 3, 0, 1.5, 1.5 and 0, 3, 1.5, 1.5; the second count twice.
-    assert best_images(panel, {"bright": first, "dark": second}, 9) == [1, 2, 3, 0]
-    assert best_images(panel, {"bright": first, "dark": [0.0] * 5}, 2) == [0, 2]
+    assert ranked_images(panel, {"bright": first, "dark": second}) == [1, 2, 3, 0]
+    assert ranked_images(panel, {"bright": first, "dark": [0.0] * 5})[:2] == [0, 2]
 
 
 @pytest.mark.nightly

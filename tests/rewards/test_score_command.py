@@ -19,7 +19,7 @@ import pytest
 from commands import TORCHRUN
 from PIL import Image
 
-from diffalign import load_scorer
+from diffalign import load_preferences, load_scorer
 from diffalign.cli import score as score_command
 from diffalign.cli.entry import Parser
 from diffalign.cli.results import add_result_arguments, run_and_print
@@ -240,6 +240,33 @@ def test_pairs_say_how_often_the_chosen_image_wins(tmp_path, capsys):
     assert found["combined"][::2] == pytest.approx(agree)
     assert facts["agreement"]["pairwise"][0][1] == pytest.approx(np.mean(darker))
     assert "chosen>rejected" in capsys.readouterr().out
+
+
+def test_the_best_images_of_a_dataset_are_a_dataset(tmp_path, capsys):
+    def cell(level):
+        return {"bytes": png(Image.new("RGB", (8, 8), (level,) * 3)), "path": None}
+
+    # As in Pick-a-Pic, a winner stays for the next pair.
+    levels = [("dusk", 90, 10), ("dusk", 90, 50), ("dawn", 70, 90), ("dawn", 20, 30)]
+    rows = [{"prompt": p, "chosen": cell(a), "rejected": cell(b)} for p, a, b in levels]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    given = ("--images", tmp_path / "pairs.parquet", "--scorers", "score-brightness")
+    out = tmp_path / "out"
+    assert score(*given, "--output_dir", out, "--best", 3, "--chunk_size", 2) == 0
+    found = pq.read_table(out / "best").to_pylist()
+    assert [(row["prompt"], row["score-brightness"]) for row in found] == [
+        ("dusk", 90.0),
+        ("dawn", 70.0),
+        ("dawn", 90.0),
+    ]
+    assert [row["source"] for row in found][0] == "row 0, image 0"
+    assert "3 best images of 2 prompts" in capsys.readouterr().out
+    data = load_preferences(str(out / "best"), verbose=False)
+    assert (data.kind, len(data), data[0].open_images()[0].getpixel((0, 0))[0]) == ("single", 3, 90)
+    with pytest.raises(UserError, match="images have no prompt .*--best needs one"):
+        folder = image_folder(tmp_path / "images")
+        (folder / "00.txt").unlink()
+        score("--images", folder, *given[2:], "--output_dir", tmp_path / "o", "--best", 3)
 
 
 def test_ranked_rows_are_groups(tmp_path):
