@@ -11,8 +11,9 @@ errors at x^P_t against y. Expert and policy sample of a row share the time t. T
 snapshot is the policy of at most `sync_every` optimizer steps ago. Only images are
 needed, no pairs: the policy's own samples take the place of rejected images. The paper
 takes the 500 best images of a whole dataset, which `diffalign score --best 500`
-chooses, and `diffalign data build --best 500` among drawn ones. The best image of each prompt, also of prompts whose images
-are all bad, teaches less (`benchmarks/study_dro.md`).
+chooses, and `diffalign data build --best 500` among drawn ones. The best image of each
+prompt, also of prompts whose images are all bad, teaches less
+(`benchmarks/study_dro.md`).
 
 With `sync_every: 1` the snapshot is the policy, so that m_P has no gradient, and the
 update is that of SFT on the rows whose d + margin is above 0. A larger value lets the

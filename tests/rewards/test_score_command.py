@@ -259,13 +259,13 @@ def test_the_best_images_of_a_dataset_are_a_dataset(tmp_path, capsys):
         ("dawn", 70.0),
         ("dawn", 90.0),
     ]
-    assert [row["source"] for row in found][0] == "row 0, image 0"
+    assert found[0]["source"] == "row 0, image 0"
     assert "3 best images of 2 prompts" in capsys.readouterr().out
     data = load_preferences(str(out / "best"), verbose=False)
     assert (data.kind, len(data), data[0].open_images()[0].getpixel((0, 0))[0]) == ("single", 3, 90)
+    folder = image_folder(tmp_path / "images")
+    (folder / "00.txt").unlink()
     with pytest.raises(UserError, match="images have no prompt .*--best needs one"):
-        folder = image_folder(tmp_path / "images")
-        (folder / "00.txt").unlink()
         score("--images", folder, *given[2:], "--output_dir", tmp_path / "o", "--best", 3)
 
 
