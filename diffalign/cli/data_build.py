@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best",
         type=count(),
-        help="also write the so many best images of all prompts together, as single images with "
-        "prompts (for Diffusion-DRO and SFT)",
+        metavar="N",
+        help="also write the N best images of all prompts together, as single images with prompts "
+        "(for Diffusion-DRO and SFT)",
     )
     parser.add_argument("--combine", help="how scorers are combined (default winrate)")
     parser.add_argument("--seed", type=seed, default=0, help="of the images (default 0)")

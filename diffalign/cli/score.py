@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best",
         type=count(),
-        help="also write the so many best images of all prompts together, as single images with "
-        "prompts (for Diffusion-DRO and SFT)",
+        metavar="N",
+        help="also write the N best images of all prompts together, as single images with prompts "
+        "(for Diffusion-DRO and SFT)",
     )
     parser.add_argument("--cache", type=Path, help="file that keeps scores across output folders")
     parser.add_argument(
@@ -145,6 +146,11 @@ def run(options: argparse.Namespace) -> int | Result:
     need_metadata = [spec.key for spec in specs if "metadata" in spec.requires]
     if options.best is not None:
         need_prompts.append("--best")
+        if all(entry.role == "eval" for entry in entries):
+            raise UserError(
+                "--best: all scorers have the role eval, so none says which images are the best; "
+                "give one the role train"
+            )
     source.check(need_prompts, need_metadata)
     if options.output_dir.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
         raise UserError(

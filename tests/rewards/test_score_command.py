@@ -267,6 +267,11 @@ def test_the_best_images_of_a_dataset_are_a_dataset(tmp_path, capsys):
     (folder / "00.txt").unlink()
     with pytest.raises(UserError, match="images have no prompt .*--best needs one"):
         score("--images", folder, *given[2:], "--output_dir", tmp_path / "o", "--best", 3)
+    panel = tmp_path / "panel.yaml"
+    panel.write_text("rewards: [{scorer: score-brightness, role: eval}]\n")
+    with pytest.raises(UserError, match="--best: all scorers have the role eval"):
+        score(*given[:2], "--config", panel, "--output_dir", tmp_path / "e", "--best", 3)
+    assert not (tmp_path / "o").exists() and not (tmp_path / "e").exists()
 
 
 def test_ranked_rows_are_groups(tmp_path):
