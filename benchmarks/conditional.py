@@ -113,7 +113,7 @@ def draw(pipe: Any, prompts: list[str], first: int, scale: float) -> list[tuple[
 
 def trained(name: str, seed: int, options: argparse.Namespace, data: Path) -> Path:
     """The folder of a trained ControlNet."""
-    folder = options.work / "runs" / f"{folder_name(name)}-{seed}"
+    folder = options.work / "runs" / f"{folder_name(name)}-{options.steps}-{seed}"
     values = {
         "model": "shapes",
         "data.dataset_name": data,
