@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,9 +24,11 @@ from diffalign.reward_training import RewardConfig
 from diffalign.training.config import TrainingConfig
 from diffalign.training.loop_config import LoopConfig
 from diffalign.training.sections import HubConfig, LoraSection, ValidationConfig
-from tools import papers
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `mkdocs serve` does not look in the folder where it runs
+from tools import papers  # noqa: E402
+
 CODE = "https://github.com/diffalign/diffalign/blob/main/"
 LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
 
