@@ -37,18 +37,17 @@ def ranked_images(panel: Panel, columns: Mapping[str, Sequence[float]]) -> list[
         `list[int]`: Image indices, best first; of equal ones the first one. Images
         without a score are left out.
     """
-    entries = [entry for entry in panel.entries if entry.role == "train"]
-    names = [entry.name for entry in entries]
+    names, weights = panel.combined_entries()
     scores = panel.signed(columns, names, len(columns[names[0]]))
     usable = scores.isfinite().all(1).nonzero()[:, 0].tolist()
     total = torch.zeros(len(usable), dtype=torch.float64)
-    for column, entry in enumerate(entries):
+    for column, weight in enumerate(weights):
         values = scores[usable, column].contiguous()
         ordered = values.sort().values
         # Equal scores share the mean of their ranks.
         first = torch.searchsorted(ordered, values)
         after = torch.searchsorted(ordered, values, right=True)
-        total += entry.weight * (first + after)
+        total += weight * (first + after)
     return [usable[i] for i in total.argsort(descending=True, stable=True).tolist()]
 
 
@@ -128,11 +127,15 @@ def write_best_of_source(
     ranked = ranked_images(panel, table.columns)
     if not ranked:
         raise UserError("--best: no image has a score, so none is the best")
-    digests = {i: bytes_hash(content) for i, content in contents(set(ranked))}
     chosen: dict[tuple[str | None, str], int] = {}
-    for i in ranked:
-        if i in digests and len(chosen) < count:
-            chosen.setdefault((table.records[i].prompt, digests[i]), i)
+    for start in range(0, len(ranked), 2 * count):  # the rest is not read again
+        part = ranked[start : start + 2 * count]
+        digests = {i: bytes_hash(content) for i, content in contents(set(part))}
+        for i in part:
+            if i in digests and len(chosen) < count:
+                chosen.setdefault((table.records[i].prompt, digests[i]), i)
+        if len(chosen) == count:
+            break
     best = set(chosen.values())
 
     def rows() -> Iterator[tuple[int, str, bytes, str]]:

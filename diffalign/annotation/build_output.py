@@ -332,9 +332,13 @@ def summarise(
     if labels.best:
         prompts_of_best = len({images[i].group for i in labels.best})
         lines.append(f"{len(labels.best)} best images of {prompts_of_best} prompts")
-    asked = {"pairs": options.format != "ranked", "ranked": options.format != "pairs"}
+    asked = {
+        "pairs": options.format != "ranked",
+        "ranked": options.format != "pairs",
+        "best": bool(labels.best),
+    }
     for kind in DATASETS:
-        if (options.output_dir / kind).is_dir() and asked.get(kind, bool(labels.best)):
+        if (options.output_dir / kind).is_dir() and asked[kind]:
             lines.append(f"wrote {options.output_dir / kind}")
     return "\n".join(lines)
 

@@ -524,12 +524,12 @@ def _words(column: str) -> set[str]:
 def _unused(columns: Sequence[str], used: Collection[str]) -> tuple[str, ...]:
     """Return the columns that look like judgements or images and are not used."""
     # `data build` writes each scorer's numbers beside the combined `scores`.
-    details = "scores_" if "scores" in used else None
+    has_scores = "scores" in used
     return tuple(
         column
         for column in columns
         if column not in used
-        and not (details and column.startswith(details))
+        and not (has_scores and column.startswith("scores_"))
         and _is_suspect(_words(column))
     )
 

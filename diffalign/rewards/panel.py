@@ -292,7 +292,7 @@ class Panel:
                 "placement",
                 f"{self.placement} frees a scorer before its gradient is computed; set resident",
             )
-        for name in self._combined_entries()[0]:
+        for name in self.combined_entries()[0]:
             if not self.specs[name].differentiable:
                 raise ConfigError(
                     "rewards",
@@ -314,7 +314,7 @@ class Panel:
             ConfigError: See `check_differentiable`.
         """
         self.check_differentiable()
-        names, weights = self._combined_entries()
+        names, weights = self.combined_entries()
         columns = []
         for name in names:
             sign = 1.0 if self.specs[name].higher_is_better else -1.0
@@ -405,7 +405,7 @@ class Panel:
                 missing scores under ``missing: fail``, or a group too large for a
                 method that compares all images with all.
         """
-        names, weights = self._combined_entries()
+        names, weights = self.combined_entries()
         present = [name for name in self.names if name in columns or name in names]
         scores = self.signed(columns, present, len(groups))
         train = scores[:, [present.index(name) for name in names]]
@@ -435,7 +435,7 @@ class Panel:
         Returns:
             pairs (better, worse) of image indices within groups, sorted.
         """
-        names, _ = self._combined_entries()
+        names, _ = self.combined_entries()
         scores = self.signed(columns, names, len(groups))
         margins = self.combine_config.margins_of(names)
         pairs: list[tuple[int, int]] = []
@@ -445,7 +445,12 @@ class Panel:
             pairs += zip(index[group, better].tolist(), index[group, worse].tolist(), strict=True)
         return sorted(pairs)
 
-    def _combined_entries(self) -> tuple[list[str], list[float]]:
+    def combined_entries(self) -> tuple[list[str], list[float]]:
+        """Return the columns that are combined, and their weights.
+
+        Raises:
+            UserError: All scorers have the role `eval`.
+        """
         train = [entry for entry in self.entries if entry.role == "train"]
         if not train:
             raise UserError(
