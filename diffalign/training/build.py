@@ -47,6 +47,9 @@ def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accele
     Raises:
         ConfigError: The machine lacks this precision or tracker.
     """
+    # torch prefers cuDNN's attention on Hopper. Its backward pass gives NaN for some
+    # lengths (pytorch/pytorch#196678); flash attention, the next in line, does not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.mixed_precision", "fp16 needs a GPU; use bf16 or no")
     if (
@@ -158,7 +161,28 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
         ) from error
     cast_training_params(network, dtype=torch.float32)
     _set_magnitudes(network, args.mixed_precision)
+    if args.mixed_precision != "no" and not config.use_dora:
+        _leave_casts_to_autocast(network)
     return network.train()
+
+
+def _leave_casts_to_autocast(network: Module) -> None:
+    """Do not let peft cast the inputs of a LoRA to float32 under autocast.
+
+    Autocast would cast them straight back: two copies of every activation, of which the
+    backward pass keeps one. Results are the same to the bit.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer._cast_input_dtype = _input_of_lora  # type: ignore[method-assign]
+
+
+def _input_of_lora(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if x is None or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(dtype)
 
 
 @torch.no_grad()
@@ -240,7 +264,7 @@ def set_attention(network: Any, backend: str) -> None:
     Args:
         network: The network of the model.
         backend (`str`): Name in diffusers. `native` is torch's scaled dot product
-            attention.
+            attention, without cuDNN's kernel.
 
     Raises:
         ConfigError: The backend cannot be used here.

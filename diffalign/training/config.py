@@ -34,8 +34,9 @@ class TrainingConfig(LoopConfig):
     """Compile the repeated blocks of the network. The first step takes a minute or
     more, the others less time."""
     attention: str = "native"
-    """Attention backend by diffusers' names: native | xformers | flash | _flash_3 |
-    sage | ..."""
+    """Attention backend by diffusers' names: native | _native_cudnn | xformers |
+    flash | _flash_3 | sage | ... native leaves cuDNN's kernel out, whose gradients can
+    be NaN on Hopper GPUs."""
     use_ema: bool = False
     """Keep an exponential moving average of the trained weights. `save_model` writes
     it."""

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _ADAPTERS = "lora_"
+_BLOCKS_OF_UNETS = ("ResnetBlock2D",)
+"""UNets name only their transformer blocks. Their convolutions and norms are here."""
+_VERSIONS = 64
+"""Of one kind of block: a UNet has some ten widths and sizes, each with and without a
+gradient. torch would stop at eight, and run the rest uncompiled without a word."""
 
 
 def check_memory_options(args: TrainingConfig, peft_config: LoraConfig | None) -> None:
@@ -139,15 +144,18 @@ def compile_blocks(network: Module) -> int:
     Raises:
         ConfigError: The network names no blocks.
     """
-    names = getattr(network, "_repeated_blocks", None) or getattr(
+    repeated = getattr(network, "_repeated_blocks", None) or getattr(
         network, "_no_split_modules", None
     )
-    blocks = [module for module in network.modules() if type(module).__name__ in (names or ())]
+    names = {*(repeated or ()), *_BLOCKS_OF_UNETS}
+    blocks = [module for module in network.modules() if type(module).__name__ in names]
     if not blocks:
         raise ConfigError(
             "train.compile",
             f"a {type(network).__name__} does not say which blocks repeat; set it to false",
         )
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _VERSIONS)
     for block in blocks:
         block.compile()
     return len(blocks)

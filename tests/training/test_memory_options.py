@@ -24,6 +24,7 @@ from tiny_families import size_of
 
 from diffalign import ValidationConfig
 from diffalign.errors import ConfigError
+from diffalign.training import build
 
 LORA = "pytorch_lora_weights.safetensors"
 FAMILIES = ("flux", "sd", "sdxl", "sd3", "z-image", "qwen-image", "sana")
@@ -111,6 +112,41 @@ def test_a_run_in_8_bits_resumes_bit_equal(option: dict[str, Any], tmp_path: Pat
     run("part", resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2")).train()
     assert_same_tensors(load_file(tmp_path / "part" / LORA), load_file(tmp_path / "whole" / LORA))
     build_pipeline("sd").load_lora_weights(str(tmp_path / "whole"))
+
+
+@by_default(values=1)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_keeps_no_float32_copy_of_its_inputs(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast: errors and gradients are those of peft's own casts, to the bit."""
+    results, dtypes = [], []
+
+    def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        dtypes[-1].add(inputs[0].dtype)
+
+    for own in (True, False):
+        if not own:
+            monkeypatch.setattr(build, "_leave_casts_to_autocast", lambda network: None)
+        trainer = trainer_of(tmp_path / str(own), family, mixed_precision="bf16", seed=3)
+        trainer.setup()
+        dtypes.append(set())
+        for name, module in trainer.network.named_modules():
+            if name.endswith("to_out.0.lora_A.default"):
+                module.register_forward_pre_hook(note)
+        for name, weight in trainer.network.named_parameters():
+            if "lora_B" in name:
+                weight.data.fill_(0.05)
+        policy, reference = trainer.errors(first_batch(trainer))
+        policy.sum().backward()
+        gradients = {
+            name: weight.grad
+            for name, weight in trainer.network.named_parameters()
+            if weight.grad is not None
+        }
+        results.append({"policy": policy.detach(), "reference": reference, **gradients})
+    assert_same_tensors(*results)
+    assert dtypes == [{torch.bfloat16}, {torch.float32}]
 
 
 @by_default(values=1)
