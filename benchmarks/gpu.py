@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--peer train_diffusion_dpo.py]
         [--peer_sdxl train_diffusion_dpo_sdxl.py] [--minutes 8] [--parts NAME ...]
-        [--output benchmarks/gpu.md]
+        [--results FILE] [--output benchmarks/gpu.md]
 
 The peers are `examples/research_projects/diffusion_dpo/train_diffusion_dpo.py` and
 `..._sdxl.py` of huggingface/diffusers, which the user downloads.
@@ -11,20 +11,22 @@ Training is LoRA Diffusion-DPO (rank 16, bf16) on rendered pairs: SD1.5 at 512 p
 and Flux at 1024 px with the shapes of the released networks, Flux with as many blocks
 as fill 40 % of the memory. Text encoders have one layer. Ours runs plain (images and
 prompts are encoded in every step, as in the peers), from caches, with precomputed
-reference errors and with compiled blocks. A GPU with less than 40 GiB trains SDXL and
-Flux with checkpointed activations, peers included. The time between optimizer steps is
-measured after the warm-up, its median counts. Peaks are of allocated memory during the
-steps. The work of a step (policy, reference, backward; no encoders and no second
-forward pass of checkpointing) is counted by torch, and divided by the time and by the
-card's dense bf16 rate from its data sheet: MFU. For an unknown card a product of
-matrices is measured instead.
+reference errors and with compiled blocks. All read images with worker processes. A GPU
+with less than 120 GiB trains Flux with checkpointed activations, one with less than 40
+SDXL too, peers included. The time between optimizer steps is measured after the warm-up
+and its median counts. Peaks are of allocated memory during the steps. The work of a
+step (policy, reference, backward; no encoders, no second forward pass of checkpointing)
+is counted by torch, and divided by the time and by the card's dense bf16 rate from its
+data sheet: MFU. For an unknown card a product of matrices is measured instead.
 
 Sampling is a D3PO rollout of the SD1.5 shape beside the plain pipeline, and a steering
 call with a free reward beside the same. Last come the tests with the marker `gpu`.
 
 Every part is a process of its own. A part for which no time is left is left out and
-named. `--tiny` runs all of it on small networks, also without a GPU: the figures say
-nothing then, but the way there is tried.
+named. With `--results` the figures are kept in a file, to which a later call adds its
+parts, and `--report` writes the table from that file on any machine: counting the work
+of a step takes minutes, but no GPU. `--tiny` runs all of it on small networks, also
+without a GPU: the figures say nothing then, but the way there is tried.
 """
 
 from __future__ import annotations
@@ -61,11 +63,12 @@ RATES = {
 """Part of a card's name -> dense bf16 TFLOP/s with float32 accumulation, as NVIDIA's
 data sheets give it."""
 WARM_UP, STEPS = 4, 12
+WORKERS = min(8, (os.cpu_count() or 1) // 2)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "cached": {"cache": True},
     "cached, precomputed": {"cache": True, "precompute_ref_errors": True, "ref_error_draws": 1},
-    "plain, compiled": {"compile": True},
+    "cached, compiled": {"cache": True, "compile": True},
     "cached, precomputed, compiled": {
         "cache": True, "precompute_ref_errors": True, "ref_error_draws": 1, "compile": True,
     },
@@ -86,20 +89,17 @@ class Setup:
         checkpointed: models that train with checkpointed activations.
         flux_blocks: of Flux, or None for all.
         tiny: small networks in place of the full ones.
+        precision: bf16, but on a CPU float32: many of them have no bf16 kernels.
     """
 
     pairs: dict[str, int]
     checkpointed: tuple[str, ...]
     flux_blocks: int | None
     tiny: bool
+    precision: Any
 
     def side(self, model: str) -> int:
         return TINY_SIDE if self.tiny else SIZES[model]
-
-    @property
-    def precision(self) -> Any:
-        """bf16, but on a CPU float32: many of them have no bf16 kernels."""
-        return "bf16" if CUDA else "no"
 
     def pipeline(self, model: str) -> Any:
         """A pipeline of random weights, made on the device."""
@@ -107,28 +107,36 @@ class Setup:
         return pipeline(model, dtype, self.flux_blocks, DEVICE, tiny=self.tiny)
 
 
-def setup_for(memory: float, tiny: bool) -> Setup:
+def setup_for(memory: float, tiny: bool, precision: str = "bf16" if CUDA else "no") -> Setup:
     """Batches and blocks for a card.
 
     Args:
         memory: of the GPU in GiB.
         tiny: whether networks are small.
+        precision: of the passes.
     """
     if tiny:
-        return Setup(dict.fromkeys(SIZES, 1), ("sdxl", "flux"), 3, tiny)
+        return Setup(dict.fromkeys(SIZES, 1), ("sdxl", "flux"), 3, tiny, precision)
     # A block of Flux takes some 0.4 GiB in bf16.
     blocks = int(0.4 * memory / 0.42)
-    big = memory >= 40
+    pairs = (32, 6, 1) if memory >= 120 else (8, 2, 1) if memory >= 40 else (4, 1, 1)
+    checkpointed = ("sdxl", "flux") if memory < 40 else ("flux",) if memory < 120 else ()
     return Setup(
-        {"sd15": 8 if big else 4, "sdxl": 2 if big else 1, "flux": 1},
-        ("flux",) if big else ("sdxl", "flux"),
+        dict(zip(SIZES, pairs, strict=True)),
+        checkpointed,
         None if blocks >= 57 else max(3, blocks),
         tiny,
+        precision,
     )
 
 
 def memory_of_card() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if CUDA else 16.0
+
+
+def emit(row: dict[str, Any]) -> None:
+    """Prints a row on a line of its own, also beside a progress bar."""
+    print("\nrow", json.dumps(row), flush=True)
 
 
 # Training
@@ -197,6 +205,7 @@ def train(model: str, variant: str, setup: Setup, data: Path, work: Path) -> dic
         data=DataConfig(
             dataset_name=str(data),
             resolution=setup.side(model),
+            num_workers=WORKERS,
             cache_latents=caches,
             cache_text_embeddings=caches,
         ),
@@ -217,7 +226,7 @@ def trained(model: str, variants: list[str], setup: Setup, work: Path) -> None:
             row["failed"] = "out of memory"
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        print("row", json.dumps(row), flush=True)
+        emit(row)
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
@@ -226,7 +235,8 @@ def trained(model: str, variants: list[str], setup: Setup, work: Path) -> None:
 def pairs_of(model: str, setup: Setup, work: Path) -> Path:
     folder = work / f"pairs-{setup.side(model)}"
     if not folder.is_dir():
-        make_pairs(folder, 4 * max(setup.pairs.values()), setup.side(model))
+        most = max(setup.pairs[name] for name in SIZES if setup.side(name) == setup.side(model))
+        make_pairs(folder, most, setup.side(model), copies=STEPS + 1)
     return folder
 
 
@@ -244,12 +254,13 @@ def peer(model: str, script: Path, setup: Setup, work: Path) -> None:
         setup.pairs[model], setup.side(model), STEPS + 1,
     )  # fmt: skip
     arguments[arguments.index("--mixed_precision") + 1] = setup.precision
+    arguments += ["--dataloader_num_workers", str(WORKERS)]
     if model in setup.checkpointed:
         arguments.append("--gradient_checkpointing")
 
     def leave() -> None:
         row = {"model": model, "variant": "peer", "seconds": clock.stop(), "peak": peak_gib()}
-        print("row", json.dumps(row), flush=True)
+        emit(row)
         os._exit(0)
 
     clock = StepClock(leave)
@@ -328,7 +339,7 @@ def sampling(setup: Setup, work: Path) -> None:
                 synchronise()
                 times.append(time.perf_counter() - started)
         row = {"way": name, "images": images, "seconds": statistics.median(times[1:])}
-        print("row", json.dumps(row | {"peak": peak_gib()}), flush=True)
+        emit(row | {"peak": peak_gib()})
 
 
 def matrix_rate() -> float:
@@ -376,45 +387,48 @@ def command_of(name: str, options: argparse.Namespace) -> list[str]:
     return [*command, "--tiny"] if options.tiny else command
 
 
-def run_parts(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of all parts, and sentences about what is missing."""
+def run_parts(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Adds the rows of all parts to the results, and what is missing."""
     ends = time.monotonic() + 60 * options.minutes
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
     for name in options.parts:
+        rows: list[dict[str, Any]] = []
+        notes: list[str] = []
+        results["parts"][name] = {"rows": rows, "notes": notes}
         command = command_of(name, options)
+        left = ends - time.monotonic()
         if not command:
             notes.append(f"{name}: not run, no script was given.")
             continue
-        left = ends - time.monotonic()
         if left < 20:
             notes.append(f"{name}: not run, no time was left.")
             continue
         started = time.monotonic()
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=left, cwd=ROOT,
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-            output, failed = done.stdout, done.returncode not in (0, 5)
-            errors = done.stderr
-        except subprocess.TimeoutExpired as expired:
-            output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else ""
-            errors, failed = "out of time", True
-        found = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("row ")]
-        rows += found
+        log = options.work / f"{name.replace(' ', '-')}.log"
+        with log.open("w") as writer:
+            try:
+                done = subprocess.run(
+                    command, stdout=writer, stderr=subprocess.STDOUT, timeout=left, cwd=ROOT,
+                    env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                )  # fmt: skip
+                failed = done.returncode not in (0, 5)
+            except subprocess.TimeoutExpired:
+                writer.write("\nout of time\n")
+                failed = True
+        output = log.read_text()
+        rows += [json.loads(line[4:]) for line in output.splitlines() if line.startswith("row ")]
         seconds = time.monotonic() - started
         state = " FAILED" if failed else ""
-        print(f"{name}: {len(found)} rows, {seconds:.0f} s{state}", flush=True)
+        print(f"{name}: {len(rows)} rows, {seconds:.0f} s{state}", flush=True)
         if name == "tests":
             lines = re.findall(r"(?m)^.*(?:passed|failed|skipped|deselected).*$", output)
             notes.append(f"Tests with the marker gpu: {(lines or ['no summary'])[-1].strip('= ')}.")
         if failed:
-            (options.work / f"{name.replace(' ', '-')}.log").write_text(output + errors)
-            last = (errors.strip().splitlines() or ["no message"])[-1]
+            last = (output.strip().splitlines() or ["no message"])[-1]
             notes.append(f"{name}: failed after {seconds:.0f} s: {last[:300]}")
-            print(errors[-2000:], file=sys.stderr)
-    return rows, notes
+            print(output[-3000:], file=sys.stderr)
+        if options.results is not None:
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(results, indent=1) + "\n")
 
 
 # The report
@@ -492,14 +506,34 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--report", action="store_true")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         do_part(options.part, options)
         return
+    results: dict[str, Any] = {"tiny": options.tiny, "parts": {}}
+    if options.results is not None and options.results.exists():
+        results = json.loads(options.results.read_text())
+    if not options.report:
+        measure(options, results)
+    if options.report or options.results is None:
+        report(results, options.output)
+
+
+def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Runs the parts on this machine."""
     if not CUDA and not options.tiny:
         sys.exit("no CUDA GPU was found; --tiny tries the benchmark itself on the CPU")
+    results |= {
+        "card": torch.cuda.get_device_name(0) if CUDA else "CPU",
+        "memory": memory_of_card(),
+        "torch": torch.__version__,
+        "matrices": matrix_rate(),
+        "precision": "bf16" if CUDA else "no",
+    }
     with tempfile.TemporaryDirectory() as folder:
         if options.work is None:
             options.work = Path(folder)
@@ -507,19 +541,24 @@ def main() -> None:
         for key in ("peer", "peer_sdxl"):
             if getattr(options, key) is not None:
                 setattr(options, key, getattr(options, key).resolve())
-        rows, notes = run_parts(options)
-    card = torch.cuda.get_device_name(0) if CUDA else "CPU"
+        run_parts(options, results)
+
+
+def report(results: dict[str, Any], output: Path) -> None:
+    """Writes the tables."""
+    card, memory, measured = (results[name] for name in ("card", "memory", "matrices"))
+    rows = [row for part in results["parts"].values() for row in part["rows"]]
+    notes = [note for part in results["parts"].values() for note in part["notes"]]
     known = [rate for name, rate in RATES.items() if name in card.lower()]
-    measured = matrix_rate()
     rate = known[0] if known else measured
-    setup = setup_for(memory_of_card(), options.tiny)
+    setup = setup_for(memory, results["tiny"], results["precision"])
     blocks = "all 57" if setup.flux_blocks is None else str(setup.flux_blocks)
     lines = [
         f"# Speed and memory on one {card}",
         "",
         *str(__doc__).split("\n\n", 1)[1].rstrip().split("\n"),
         "",
-        f"{card}, {memory_of_card():.0f} GiB, torch {torch.__version__}. Dense bf16: "
+        f"{card}, {memory:.0f} GiB, torch {results['torch']}. Dense bf16: "
         f"{rate:.0f} TFLOP/s {'by its data sheet' if known else 'measured'}; a product of "
         f"matrices reaches {measured:.0f}. Flux has {blocks} blocks. Checkpointed activations: "
         f"{', '.join(setup.checkpointed) or 'none'}.",
@@ -529,7 +568,7 @@ def main() -> None:
         "",
         *(f"- {note}" for note in notes),
     ]
-    options.output.write_text("\n".join(lines).rstrip() + "\n")
+    output.write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(lines))
 
 

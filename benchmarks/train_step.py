@@ -106,8 +106,11 @@ def bare(result: str, model: str, rows: int, size: int, steps: int, reference: b
     Path(result).write_text(json.dumps({"times": times, "peak_kib": peak}))
 
 
-def make_pairs(folder: Path, count: int, size: int) -> None:
-    """Rendered pairs in Pick-a-Pic columns: a right image and one of another scene."""
+def make_pairs(folder: Path, count: int, size: int, copies: int = 1) -> None:
+    """Rendered pairs in Pick-a-Pic columns: a right image and one of another scene.
+
+    Each of `count` pairs has several rows where `copies` is more than 1.
+    """
     from datasets import Dataset
 
     from diffalign.shapes import all_scenes, render
@@ -134,7 +137,7 @@ def make_pairs(folder: Path, count: int, size: int) -> None:
             }
         )
     folder.mkdir(parents=True)
-    Dataset.from_list(rows).to_parquet(folder / "train-00000-of-00001.parquet")
+    Dataset.from_list(rows * copies).to_parquet(folder / "train-00000-of-00001.parquet")
 
 
 def make_midsize(folder: Path) -> int:

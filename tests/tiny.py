@@ -284,6 +284,7 @@ class SoftBrightness(ModelScorer):
         super().__init__(**options)
         self.tower = torch.nn.Linear(3, 1, bias=False).requires_grad_(False)
         torch.nn.init.constant_(self.tower.weight, 1 / 3)
+        self.tower.to(self.device)
 
     def towers(self) -> Any:
         return [self.tower]

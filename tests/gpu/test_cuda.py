@@ -212,7 +212,8 @@ def test_recorded_log_probabilities_are_those_of_the_policy(method: str, tmp_pat
     )  # fmt: skip
     for micro in trainer.micro_batches(next_batch(trainer)):
         policy = trainer.step_log_probs(micro, trainer.policy).detach()
-        torch.testing.assert_close(policy, micro.extra["recorded"], rtol=1e-3, atol=1e-4)
+        recorded = micro.extra["recorded"].to(policy.device)
+        torch.testing.assert_close(policy, recorded, rtol=1e-3, atol=1e-4)
         with torch.no_grad():
             reference = trainer.step_log_probs(micro, trainer.reference)
         torch.testing.assert_close(policy, reference, rtol=1e-4, atol=1e-5)
@@ -248,16 +249,20 @@ def test_a_scorer_gives_the_scores_of_the_cpu() -> None:
 
 @real_gpu
 def test_a_full_gpu_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from datasets import Dataset
+
     from diffalign.cli import entry
 
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - free + 50 * 2**20) / total))
+    limit = torch.cuda.memory_reserved() + 40 * 2**20
+    total = torch.cuda.mem_get_info()[1]
+    Dataset.from_list(pair_rows(64, 64)).to_parquet(tmp_path / "pairs.parquet")
+    torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         code = entry.run(
             ["train", "--method", "diffusion_dpo", "--model", "shapes", "--data.dataset_name",
-             "shapes", "--train.output_dir", str(tmp_path / "run"), "--train.max_steps", "2",
-             "--train.per_device_train_batch_size", "512"]
+             str(tmp_path / "pairs.parquet"), "--train.output_dir", str(tmp_path / "run"),
+             "--train.max_steps", "2", "--train.per_device_train_batch_size", "64"]
         )  # fmt: skip
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -273,9 +278,10 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path) -> None:
     from diffalign.backbones import load_backbone
     from diffalign.training.estimate import estimate
 
-    trainer = trainer_of(
+    trainer = make_trainer(
         tmp_path, model=large_pipeline(), mixed_precision="bf16", max_steps=3,
-        rows=pair_rows(8, 64), data={"resolution": 64},
+        rows=pair_rows(8, 64), data={"resolution": 64}, per_device_train_batch_size=2,
+        peft_config=lora_config(),
     )  # fmt: skip
     trainer.setup()
     torch.cuda.reset_peak_memory_stats()
