@@ -119,7 +119,7 @@ def test_a_run_in_8_bits_resumes_bit_equal(option: dict[str, Any], tmp_path: Pat
 def test_a_lora_keeps_no_float32_copy_of_its_inputs(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under autocast: errors and gradients are those of peft's own casts, to the bit."""
+    """Errors and gradients are those of peft's own casts, to the bit."""
     results, dtypes = [], []
 
     def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
