@@ -23,7 +23,8 @@ best scale. Settings of Diffusion-DPO and RankDPO were compared on the choosing 
 methods were chosen on an earlier embedded world, with other weights, some on half of
 the held-out prompts, and are unchanged. Steering and best of four are no training but
 four times the work of every image. Memory is the peak resident size of a process that
-trains three steps.
+trains three steps. Runs that draw images themselves leave a checkpoint after every
+tenth, with which the choosing prompts are drawn at guidance 2 (`online_rl.py`).
 
 Models are trained and judged --jobs at a time, each in a process of its own with its
 share of the cores. Finished parts lie in --work: interrupted, it goes on. The results
@@ -37,6 +38,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +74,7 @@ IMAGES_PER_PROMPT = 6
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 IMAGES = 4
 CHOICE_SEED, REPORT_SEED = 41_000_000, 42_000_000
+POINTS, CURVE_SCALE = 10, 2.0
 BATCH = 60
 PICTURED = 8
 Array = npt.NDArray[np.float64]
@@ -127,6 +130,8 @@ ARMS: dict[str, Arm] = {
     "FK steering, 4 particles (shapes-clip)": steered("shapes-clip", lmbda=5.0),
 }
 MUST_WIN = ("Diffusion-DPO", "DCPO", "RankDPO", "D3PO", "SPO")
+ONLINE = ("GRPO", "DiffusionNFT", "AWM", "D3PO", "SPO", "Online Diffusion-DPO")
+"""Arms that draw images and let the verifier judge them."""
 SLOW_FIRST = ("Online Diffusion-DPO", "D3PO", "GRPO", "SPO", "SePPO", "MaPO", "RankDPO")
 
 
@@ -273,17 +278,57 @@ def train(name: str, options: argparse.Namespace, seed: int, facts: dict[str, An
     recipe_steps = run_of(name, options, seed).train.max_steps
     room = int((BUDGET - drawn_rows(ARMS[name])) / facts["rows_per_step"])
     run = run_of(name, options, seed, **{"train.max_steps": min(recipe_steps, room)})
+    if name in ONLINE:
+        run.train.save_steps = max(1, run.train.max_steps // POINTS)
+        run.train.save_total_limit = None
     trainer = build_trainer(run)
     started = time.perf_counter()
     train_whole(trainer)
     seconds = time.perf_counter() - started
     steps = trainer.state.global_step
-    return {
+    result = {
         "seconds": seconds,
         "steps": steps,
         "recipe_steps": recipe_steps,
         "rows": drawn_rows(ARMS[name]) + facts["rows_per_step"] * steps,
     }
+    if name in ONLINE:
+        result["curve"] = curve(run, options)
+    return result
+
+
+def images_per_step(run: Any) -> float:
+    """Images that a run draws for an optimizer step, over all of its groups. SPO's are
+    the candidates of each step, which have a score each."""
+    args = run.train
+    groups = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    online = run.data.online
+    if online is not None:
+        return float(groups * online.k)
+    images = args.images_per_prompt
+    if run.method == "spo":
+        images *= args.num_inference_steps - args.first_step
+    return float(groups * images / args.num_inner_epochs)
+
+
+def curve(run: Any, options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Images drawn, and the mean score of the choosing prompts, of a run's checkpoints.
+    Only the last one stays."""
+    checkpoints = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in Path(run.train.output_dir).glob("checkpoint-*")
+    }
+    points = []
+    for step in (0, *sorted(checkpoints)):
+        tuned = {"name": "tuned", "lora": str(checkpoints.get(step))}
+        spec = read_models(options.model, [tuned])[1] if step else spec_of("base", options, 0)
+        with opened(spec) as draw:
+            images = drawing(draw, choice_prompts(), CHOICE_SEED, CURVE_SCALE)
+        mean = float(score(images, choice_prompts()).mean())
+        points.append((step * images_per_step(run), mean))
+    for step in sorted(checkpoints)[:-1]:
+        shutil.rmtree(checkpoints[step])
+    return points
 
 
 # Judging

@@ -1,127 +1,77 @@
 """Reward by images drawn: GRPO, DiffusionNFT, AWM, D3PO, SPO and online Diffusion-DPO.
 
-    python benchmarks/online_rl.py [--model shapes] [--seeds 3] [--methods NAME ...]
-        [--images 6400] [--jobs 2] [--work FOLDER] [--output benchmarks/online_rl.md]
+    python benchmarks/online_rl.py [--model shapes] [--results FOLDER]
+        [--output benchmarks/online_rl.md]
 
-Every method trains on the verifier's graded score, from its own run file
-(`configs/<method>/shapes.yaml`, for the flow model `shapes_flow.yaml`), until it has
-drawn --images images. SPO's count is of the images whose scores it needs: it draws
+The runs are those of `leaderboard.py`, which trains these methods on the verifier's
+graded score from their own run files, under a common budget of network passes. It
+leaves their results in --results (default `benchmarks/leaderboard/MODEL`). After every
+tenth of a run the 60 prompts that choose are drawn from the same noise, one image each,
+at guidance 2. The picture shows the verifier's mean score there by the number of images
+that the method has drawn. SPO's count is of the images whose scores it needs: it draws
 several candidates per step, and each has a score.
 
-Ten times in a run, and before it, the 60 prompts that choose (`leaderboard.py`) are
-drawn from the same noise, one image each, at guidance 2. The picture shows the
-verifier's mean score by the number of images drawn. At the end each model takes its
-best guidance on these prompts and draws the 120 held-out prompts, four images each,
-against the base at its best, as in `leaderboard.py`. Goes on where it stopped.
+Methods draw different numbers of images for the same passes. The table compares them
+after as many images as the thriftiest one draws in its whole run, between two
+checkpoints along a straight line. Win-rates are of whole runs at their best guidance
+on the held-out prompts, against the base at its best, as in the leaderboard.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import leaderboard
 import numpy as np
-import torch
-from leaderboard import (
-    ROOT,
-    choice_prompts,
-    folder_name,
-    interval,
-    judge,
-    kept,
-    logged,
-    rates,
-    train_whole,
-)
+from leaderboard import ONLINE, ROOT, folder_name, interval, rates
 
-from diffalign.recipe import build_trainer
 from diffalign.runtime.files import write_atomically
-from diffalign.training.sections import ValidationConfig
-
-METHODS = ("GRPO", "DiffusionNFT", "AWM", "D3PO", "SPO", "Online Diffusion-DPO")
-POINTS = 10
 
 
-def images_per_step(run: Any) -> float:
-    """Images that a run draws for an optimizer step, over all of its groups."""
-    args = run.train
-    groups = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    online = run.data.online
-    if online is not None:
-        return groups * online.k
-    images = args.images_per_prompt
-    if run.method == "spo":
-        images *= args.num_inference_steps - args.first_step
-    return groups * images / args.num_inner_epochs
+def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Method -> its results that have a curve, in the order of their seeds."""
+    runs = {}
+    for name in ONLINE:
+        files = sorted(folder.glob(f"{folder_name(name)}-[0-9].json"))
+        rows = [json.loads(file.read_text()) for file in files]
+        runs[name] = [row for row in rows if "curve" in row]
+    return {name: rows for name, rows in runs.items() if rows}
 
 
-def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one method from one seed, and judge it."""
-    arm = f"online-rl {name}"
-    leaderboard.ARMS[arm] = leaderboard.ARMS[name]
-    run = leaderboard.run_of(arm, options, seed)
-    per_step = images_per_step(run)
-    steps = max(POINTS, round(options.images / per_step))
-    run.train.max_steps = steps
-    every = max(1, steps // POINTS)
-    choice = options.work / "choice.txt"
-    options.work.mkdir(parents=True, exist_ok=True)
-    choice.write_text("\n".join(choice_prompts()) + "\n")
-    run.validation = ValidationConfig(
-        prompts=str(choice),
-        scorers=["shapes"],
-        on_hacking="off",
-        num_validation_images=1,
-        validation_steps=every,
-        guidance_scale=2.0,
-    )
-    trainer = build_trainer(run)
-    started = time.perf_counter()
-    train_whole(trainer)
-    seconds = time.perf_counter() - started
-    rows = [row for row in logged(Path(run.train.output_dir)) if "validation/shapes" in row]
-    curve = [(0.0, rows[0]["validation/shapes/base"])]
-    curve += [(row["step"] * per_step, row["validation/shapes"]) for row in rows]
-    return {
-        "curve": curve,
-        "steps": steps,
-        "images": steps * per_step,
-        "seconds": seconds,
-        **judge(arm, options, seed),
-    }
+def score_after(run: dict[str, Any], images: float) -> float:
+    """Score after a number of images drawn, between two points of the curve."""
+    drawn, scores = zip(*run["curve"], strict=True)
+    return float(np.interp(images, drawn, scores))
 
 
-def table(results: dict[str, list[dict[str, Any]]], base: dict[str, Any]) -> list[str]:
+def table(runs: dict[str, list[dict[str, Any]]], base: dict[str, Any]) -> list[str]:
+    common = min(run["curve"][-1][0] for rows in runs.values() for run in rows)
     lines = [
-        "| method | images drawn | steps | training, s | best guidance | win-rate % against the "
-        "base at its best, per seed | score | all correct % | preferred style % | diversity |",
-        "|---" * 10 + "|",
+        f"| method | seeds | images drawn | score after {common:.0f} images, per seed | at the end "
+        "| training, s | best guidance | win-rate % against the base at its best, per seed |",
+        "|---" * 8 + "|",
     ]
-    for name, runs in results.items():
-        shown = " / ".join(interval(rate) for rate in rates(base, runs))
+    for name, rows in runs.items():
         cells = [
             name,
-            f"{runs[0]['images']:.0f}",
-            f"{runs[0]['steps']}",
-            f"{np.median([run['seconds'] for run in runs]):.0f}",
-            ", ".join(f"{run['best']:g}" for run in runs),
-            shown,
-            f"{np.mean([np.mean(run['scores']) for run in runs]):.3f}",
-            f"{100 * np.mean([np.mean(run['right']) for run in runs]):.1f}",
-            f"{100 * np.mean([np.mean(run['style']) for run in runs]):.1f}",
-            f"{np.mean([run['diversity'] for run in runs]):.3f}",
+            f"{len(rows)}",
+            f"{rows[0]['curve'][-1][0]:.0f}",
+            " / ".join(f"{score_after(run, common):.3f}" for run in rows),
+            " / ".join(f"{run['curve'][-1][1]:.3f}" for run in rows),
+            f"{np.median([run['seconds'] for run in rows]):.0f}"
+            + ("*" if any(run.get("disturbed") for run in rows) else ""),
+            ", ".join(f"{run['best']:g}" for run in rows),
+            " / ".join(interval(rate) for rate in rates(base, rows)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def plot(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+def plot(
+    runs: dict[str, list[dict[str, Any]]], base: dict[str, Any], path: Path, title: str
+) -> None:
     """Mean score by images drawn: a line per method, a thin one per seed."""
     import matplotlib
 
@@ -129,73 +79,61 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> No
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for number, (name, runs) in enumerate(results.items()):
+    for number, (name, rows) in enumerate(runs.items()):
         color = pyplot.get_cmap("tab10")(number)
-        curves = [np.array(run["curve"]) for run in runs]
-        for curve in curves:
-            axes.plot(curve[:, 0], curve[:, 1], color=color, lw=0.8, alpha=0.35)
-        short = min(len(curve) for curve in curves)
-        mean = np.mean([curve[:short, 1] for curve in curves], axis=0)
-        axes.plot(curves[0][:short, 0], mean, color=color, lw=2.2, label=name)
+        last = min(run["curve"][-1][0] for run in rows)
+        places = np.linspace(0, last, 21)
+        for run in rows:
+            axes.plot(*zip(*run["curve"], strict=True), color=color, lw=0.8, alpha=0.35)
+        mean = np.mean([[score_after(run, x) for x in places] for run in rows], axis=0)
+        axes.plot(places, mean, color=color, lw=2.2, label=name)
+    best = max(base["choice"].values())
+    axes.axhline(best, color="black", ls="--", lw=1, label="base at its best guidance")
     axes.set(xlabel="images drawn", ylabel="verifier's score at guidance 2", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def result_file(options: argparse.Namespace, name: str, seed: int) -> Path:
-    return options.work / "online_rl" / f"{options.model}-{folder_name(name)}-{seed}.json"
+def missing(runs: dict[str, list[dict[str, Any]]], seeds: int) -> list[str]:
+    """Which runs have no curve yet."""
+    counts = {name: len(runs.get(name, ())) for name in ONLINE}
+    parts = [f"{name} ({n} of {seeds} seeds)" for name, n in counts.items() if n < seeds]
+    return ["", f"Not run yet: {', '.join(parts)}."] if parts else []
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("shapes", "shapes-flow"), default="shapes")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--images", type=int, default=6400)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("runs/online_rl"))
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--unit", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.results = options.work / "results"
-    if options.unit:
-        name, seed = options.unit[0], int(options.unit[1])
-        kept(result_file(options, name, seed), lambda: measure(name, seed, options))
-        return
-    leaderboard.make_data(options.work, options.model)
-    waiting = [
-        (name, seed)
-        for name in options.methods
-        for seed in range(options.seeds)
-        if not result_file(options, name, seed).is_file()
-    ]
-    more = ("--images", options.images, "--unit")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda u: leaderboard.alone(options, *more, *u, script=__file__), waiting))
-    base = kept(
-        options.work / "online_rl" / f"{options.model}-base.json",
-        lambda: judge("base", options, 0),
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    results = {
-        name: [json.loads(result_file(options, name, s).read_text()) for s in range(options.seeds)]
-        for name in options.methods
-    }
+    parser.add_argument("--model", choices=("shapes", "shapes-flow"), default="shapes")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    folder = options.results or ROOT / "benchmarks" / "leaderboard" / options.model
     suffix = "_flow" if options.model == "shapes-flow" else ""
-    output = options.output or ROOT / "benchmarks" / f"online_rl{suffix}.md"
+    output: Path = options.output or ROOT / "benchmarks" / f"online_rl{suffix}.md"
+    base = json.loads((folder / "base-0.json").read_text())
+    runs = read_runs(folder)
+    if not runs:
+        raise SystemExit(f"{folder} has no run with a curve; run benchmarks/leaderboard.py first")
+    picture = output.with_suffix(".png")
     lines = [
         f"# Online methods on `{options.model}`, by images drawn",
         "",
-        f"`python benchmarks/online_rl.py --model {options.model} --seeds {options.seeds}`, "
-        f"{os.cpu_count()} CPU cores, {options.jobs} runs at a time, torch {torch.__version__}. "
-        f"The base at its best guidance, {base['best']:g}, scores {np.mean(base['scores']):.3f}.",
+        *str(__doc__).split("\n\n", 1)[1].rstrip().split("\n"),
         "",
-        *table(results, base),
+        f"The base at its best guidance, {base['best']:g}, scores "
+        f"{max(base['choice'].values()):.3f} on the choosing prompts and "
+        f"{np.mean(base['scores']):.3f} on the held-out ones. * beside other work.",
+        *missing(runs, 3),
         "",
-        f"![Score by images drawn]({output.with_suffix('.png').name})",
+        *table(runs, base),
+        "",
+        f"![Score by images drawn]({picture.name})",
     ]
     write_atomically(output, ("\n".join(lines) + "\n").encode())
-    plot(results, output.with_suffix(".png"), f"{options.model}: thin lines are single seeds")
+    plot(runs, base, picture, f"{options.model}: thin lines are single seeds")
     print("\n".join(lines))
 
 

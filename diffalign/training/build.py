@@ -176,7 +176,7 @@ def _leave_casts_to_autocast(network: Module) -> None:
 
     for layer in network.modules():
         if isinstance(layer, LoraLayer):
-            layer._cast_input_dtype = _input_of_lora  # type: ignore[method-assign]
+            layer._cast_input_dtype = _input_of_lora  # type: ignore[method-assign, assignment]
 
 
 def _input_of_lora(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
