@@ -220,12 +220,14 @@ def trained(model: str, variants: list[str], setup: Setup, work: Path) -> None:
     data = pairs_of(model, setup, work)
     for variant in variants:
         row: dict[str, Any] = {"model": model, "variant": variant}
+        started = time.monotonic()
         try:
             row |= train(model, variant, setup, data, work)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        row["wall"] = time.monotonic() - started
         emit(row)
         gc.collect()
         if CUDA:
@@ -236,7 +238,7 @@ def pairs_of(model: str, setup: Setup, work: Path) -> Path:
     folder = work / f"pairs-{setup.side(model)}"
     if not folder.is_dir():
         most = max(setup.pairs[name] for name in SIZES if setup.side(name) == setup.side(model))
-        make_pairs(folder, most, setup.side(model), copies=STEPS + 1)
+        make_pairs(folder, most, setup.side(model), copies=4)
     return folder
 
 
