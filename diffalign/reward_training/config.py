@@ -20,7 +20,7 @@ _Weight = Annotated[float, Range(0.0, 1e6)]
 _HEAD_SETTINGS = ("output_dir", "overwrite_output_dir", "seed", "max_steps", "learning_rate")
 """Settings of the loop that a head on frozen towers has, too."""
 _TOWER_SETTINGS = ("anchor", "anchor_data", "anchor_batch_size")
-_FROZEN_SETTINGS = ("hidden", "loss", "members", "nuisance", "l2", "cache")
+_FROZEN_SETTINGS = ("hidden", "loss", "members", "nuisance", "l2", "cache", "label_strength")
 """Settings that trained towers do not have."""
 
 
@@ -68,6 +68,15 @@ class RewardConfig(LoopConfig):
     """Label smoothing."""
     margin: _Weight = 0.0
     """Lead that a winner must have."""
+    label_strength: bool = False
+    """Judge the training labels by an ensemble that has not seen their prompts (arXiv
+    2401.06080). The tenth that it believes least is flipped where it is sure of the
+    opposite, labels of which it is not sure become soft ones, and the others get a
+    margin. For a bradley_terry head on frozen towers."""
+    ties: Literal["half", "drop", "rao_kupper"] = "half"
+    """Pairs that were judged equal. half: half a vote for each image. drop: left out.
+    rao_kupper: ties have a probability of their own, whose size is learned (Rao and
+    Kupper 1967); for a bradley_terry head on frozen towers."""
     anchor: _Weight = 0.0
     """Trained towers of CLIP: weight of the contrastive loss beside the preferences, so
     that a few of them do not spoil the towers. Its negatives are the other captions of
@@ -99,13 +108,9 @@ class RewardConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        noise = [name for name in ("flip_rate", "smoothing", "margin") if getattr(self, name)]
-        if len(noise) > 1:
-            raise ConfigError(noise[0], f"give either {' or '.join(noise)}, not both")
-        if self.loss != "pairs" and noise:
-            raise ConfigError(noise[0], f"is for pairs, and loss is {self.loss}; leave it out")
-        others = ("hidden", "loss") if self.head == "pal" else ("prototypes", "user_hidden")
-        for name in others:
+        self._check_labels()
+        others = ("hidden", "loss", "label_strength")
+        for name in others if self.head == "pal" else ("prototypes", "user_hidden"):
             if self._is_set(name):
                 raise ConfigError(name, f"is no setting of a {self.head} head; leave it out")
         if self.head == "pal" and self.members > 1:
@@ -115,6 +120,26 @@ class RewardConfig(LoopConfig):
             self.learning_rate = self._usual_rate()
         if not self.val or not self.test:
             raise ConfigError("val", "expected shares above 0: the report needs prompts of its own")
+
+    def _check_labels(self) -> None:
+        names = ("flip_rate", "smoothing", "margin", "label_strength")
+        noise = [name for name in names if getattr(self, name)]
+        if self.ties == "rao_kupper":
+            noise.append("ties: rao_kupper")
+            if self.head == "pal" or self.towers != "frozen":
+                raise ConfigError(
+                    "ties",
+                    "rao_kupper is for a bradley_terry head on frozen towers; use half or drop",
+                )
+        if len(noise) > 1:
+            raise ConfigError(
+                noise[0].partition(":")[0], f"give either {' or '.join(noise)}, not both"
+            )
+        if self.loss != "pairs":
+            for name in (*noise, *(["ties"] if self.ties == "drop" else [])):
+                raise ConfigError(
+                    name.partition(":")[0], f"is for pairs, and loss is {self.loss}; leave it out"
+                )
 
     def _is_set(self, name: str) -> bool:
         fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(self)}

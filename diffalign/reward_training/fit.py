@@ -15,6 +15,7 @@ from ..rewards.learned.losses import (
     margin_loss,
     nuisance_correlations,
     preference_loss,
+    rao_kupper_loss,
     smoothed_loss,
 )
 from ..runtime.progress import progress_bar
@@ -41,12 +42,14 @@ class Labels:
         weight (`Tensor`): Weight of each pair, mean 1, (n,).
         user (`Tensor`): Index of the judge or -1, (n,).
         prompt (`Tensor`): Index of the prompt, (n,).
+        margin (`Tensor`): Lead that the winner must have, beside the settings', (n,).
     """
 
     label: Tensor
     weight: Tensor
     user: Tensor
     prompt: Tensor
+    margin: Tensor
 
     def __len__(self) -> int:
         return len(self.label)
@@ -120,7 +123,8 @@ def make_labels(part: Judgements, by_prompt: bool) -> Labels:
         totals.index_add_(0, prompt, weight)
         weight = weight / totals[prompt].clamp(min=1e-12)
     weight = weight / weight.mean().clamp(min=1e-12)
-    return Labels(torch.from_numpy(part.label), weight, torch.from_numpy(part.user), prompt)
+    label, user = torch.from_numpy(part.label), torch.from_numpy(part.user)
+    return Labels(label, weight, user, prompt, torch.zeros_like(label))
 
 
 def make_pairs(
@@ -148,13 +152,16 @@ def make_pairs(
     )
 
 
-def label_loss(margins: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
+def label_loss(
+    margins: Tensor, labels: Tensor, config: RewardConfig, lead: Tensor | float = 0.0
+) -> Tensor:
     """Loss of pairs as the settings say. Ties and mixed votes keep their share.
 
     Args:
         margins (`Tensor`): Score of the first image minus that of the second, (n,).
         labels (`Tensor`): (n,).
         config (`RewardConfig`): The settings.
+        lead (`Tensor` or `float`): See `Labels.margin`, (n,) or one.
 
     Returns:
         `Tensor`: (n,).
@@ -166,14 +173,14 @@ def label_loss(margins: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
     elif config.smoothing:
         decided = smoothed_loss(won, config.smoothing)
     else:
-        decided = margin_loss(won, config.margin)
+        decided = margin_loss(won, config.margin + lead)
     mixed = (labels > 0) & (labels < 1)
     return torch.where(mixed, preference_loss(margins, labels), decided)
 
 
 def part_loss(margins: Tensor, pairs: Labels, config: RewardConfig) -> Tensor:
     """Weighted mean of `label_loss` over some pairs."""
-    rows = pairs.weight * label_loss(margins, pairs.label, config)
+    rows = pairs.weight * label_loss(margins, pairs.label, config, pairs.margin)
     return rows.sum() / pairs.weight.sum()
 
 
@@ -246,6 +253,7 @@ def fit_head(
         `tuple[RewardHead, dict]`: The head, and what was chosen.
     """
     dim = train.first.shape[1]
+    thresholds: list[float] = []
     candidates = [config.l2] if config.l2 is not None else list(PENALTIES)
     best: tuple[float, RewardHead, float] | None = None
     for penalty in candidates:
@@ -253,20 +261,27 @@ def fit_head(
         quantiles = config.loss == "quantiles"
         head = RewardHead(dim, config.members, config.hidden, quantiles).double()
         _standardise(head, train)
-        for member in range(config.members):
+        tried = [
             _fit_member(head, member, train, val, penalty, config, items)
+            for member in range(config.members)
+        ]
         with torch.no_grad():
             margins = margins_of(head, val).mean(1)
         loss = _validation_loss(margins, val, config)
         if best is None or loss < best[0]:
-            best = (loss, head, penalty)
+            best, thresholds = (loss, head, penalty), tried
     assert best is not None
-    return best[1], {"validation_loss": best[0], "l2": best[2]}
+    chosen = {"validation_loss": best[0], "l2": best[2]}
+    if config.ties == "rao_kupper":
+        chosen["tie_threshold"] = sum(thresholds) / len(thresholds)
+    return best[1], chosen
 
 
 def _validation_loss(margins: Tensor, val: Pairs, config: RewardConfig) -> float:
-    # Scores that were fitted to opinions have another unit than the logits of pairs.
-    scale = 1.0 if config.loss == "pairs" else fit_scale(margins, val, config)
+    # Scores that were fitted to opinions, to margins or beside a threshold of ties have
+    # another unit than the logits of pairs.
+    in_logits = config.loss == "pairs" and config.ties != "rao_kupper" and not config.label_strength
+    scale = 1.0 if in_logits else fit_scale(margins, val, config)
     return float(part_loss(scale * margins, val, config))
 
 
@@ -299,7 +314,8 @@ def _fit_member(
     penalty: float,
     config: RewardConfig,
     items: Items | None,
-) -> None:
+) -> float:
+    """Fit one member. Returns the threshold of ties, where it is learned."""
     network = head.networks[member]
     features = [head.scaled(image, train.text) for image in (train.first, train.second)]
     leads = train.base[:, 0] - train.base[:, 1]
@@ -308,7 +324,9 @@ def _fit_member(
     fitted = [factor, *network.parameters()]
     weight = train.weight * _drawn(train.prompt, config, member)
     of_items: ItemLoss | None = None
-    parameters = fitted
+    excess = torch.zeros((), dtype=torch.float64, requires_grad=True)  # log(threshold - 1)
+    with_ties = config.ties == "rao_kupper"
+    parameters = [*fitted, excess] if with_ties else fitted
     if items is not None:
         drawn = items.weight * _drawn(items.prompt, config, member)
         of_items, more = item_loss(config.loss, items.opinions, drawn)
@@ -318,7 +336,11 @@ def _fit_member(
 
     def data_loss(margins: Tensor) -> Tensor:
         if of_items is None:
-            return (weight * label_loss(margins, train.label, config)).sum() / weight.sum()
+            if with_ties:
+                rows = rao_kupper_loss(margins, train.label, 1 + excess.exp())
+            else:
+                rows = label_loss(margins, train.label, config, train.margin)
+            return (weight * rows).sum() / weight.sum()
         scores = (factor.exp() * centred)[:, None] + network(shown)
         return of_items(scores if config.loss == "quantiles" else scores[:, 0])
 
@@ -367,6 +389,7 @@ def _fit_member(
                 parameter.copy_(value)
     with torch.no_grad():
         head.log_factor[member] = factor.detach()
+    return float(1 + excess.detach().exp())
 
 
 def fit_pal(

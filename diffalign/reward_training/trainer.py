@@ -52,6 +52,7 @@ from .fit import (
 )
 from .item_losses import check_opinions
 from .judgements import Judgements, check_held_out, read_judgements, read_options, split
+from .label_strength import strengthen
 from .report import measure, write_report
 from .tower_network import check_trainable
 from .tower_run import TowerRun
@@ -126,6 +127,7 @@ class RewardTrainer:
         self.judgements = data = read_judgements(train_dataset, **options)
         test = self.args.test if eval_dataset is None else 0.0
         self.parts = split(data, self.args.val, test, self.args.split_seed)
+        self._treat_ties()
         if self.args.loss != "pairs":
             check_opinions(self.args.loss, self.parts["train"].opinions)
         self.eval_fingerprint: str | None = None
@@ -233,6 +235,18 @@ class RewardTrainer:
             "another folder"
         )
 
+    def _treat_ties(self) -> None:
+        """Leave out ties that are not trained on."""
+        if self.args.ties == "rao_kupper" and not (self.parts["train"].label == 0.5).any():
+            raise UserError(
+                "train.ties: rao_kupper learns from pairs that were judged equal, and the training "
+                "prompts have none; set it to half"
+            )
+        if self.args.ties == "drop":
+            for name in ("train", "val"):
+                part = self.parts[name]
+                self.parts[name] = part.rows(np.flatnonzero(part.label != 0.5))
+
     def _check_users(self) -> None:
         train = self.parts["train"]
         users = train.user[(train.user >= 0) & (train.label != 0.5)]
@@ -262,6 +276,9 @@ class RewardTrainer:
         cache = Path(args.cache) if args.cache else None
         features = embed(self.base, self.judgements, cache)
         train, val = (self._pairs(self.parts[name], features) for name in ("train", "val"))
+        counts: dict[str, float] = {}
+        if args.label_strength:
+            train, counts = strengthen(train, val, args)
         head: RewardHead | PalHead
         if args.head == "pal":
             head, chosen = fit_pal(train, val, len(self.judgements.users), args)
@@ -285,7 +302,8 @@ class RewardTrainer:
         report = measure(
             margins, leads, test.label, test.prompt, test.user, self.held_out.users, test.nuisances
         )
-        facts = self._facts(self._described(head, train.first.shape[1]), temperature, chosen)
+        described = self._described(head, train.first.shape[1])
+        facts = self._facts(described, temperature, chosen | counts)
         self._write(head, facts | {"affine": [0.0, max(spread, 1e-6)]}, report)
         return self.folder
 

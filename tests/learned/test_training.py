@@ -149,8 +149,10 @@ def test_users_are_grouped_by_what_they_prefer() -> None:
     label = (lead > 0).double()
     nothing = torch.zeros(len(user), dim, dtype=torch.float64)
     pairs = Pairs(
-        label, torch.ones_like(label), user, user, difference, nothing, nothing, nothing, nothing
-    )
+        label=label, weight=torch.ones_like(label), user=user, prompt=user,
+        margin=torch.zeros_like(label), first=difference, second=nothing, text=nothing,
+        base=nothing, nuisances=nothing,
+    )  # fmt: skip
     logits = taste_logits(pairs, users, 2)
     groups = logits.argmax(1)
     assert set(groups[0::2].tolist()) != set(groups[1::2].tolist()) and len(groups.unique()) == 2

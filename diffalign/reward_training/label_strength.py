@@ -1,0 +1,88 @@
+"""Judge the labels of pairs by an ensemble that has not seen their prompts.
+
+Wang et al. 2024, arXiv 2401.06080. There the ensemble trains on the labels that it
+judges, which makes memorised labels look right. Here it is fitted on other prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..rewards.learned.losses import label_strength
+from .config import RewardConfig
+from .fit import Pairs, fit_head, margins_of
+
+FOLDS = 5
+MEMBERS = 5
+FLIPPED = 0.1
+"""Largest share of labels that are flipped."""
+
+
+def strengthen(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[Pairs, dict[str, float]]:
+    """Flip weak labels, soften uncertain ones, and give sure ones a margin.
+
+    Ties and mixed votes stay as they are.
+
+    Args:
+        train (`Pairs`): The pairs to train on.
+        val (`Pairs`): Pairs that choose the penalty.
+        config (`RewardConfig`): Settings of the heads.
+
+    Returns:
+        `tuple[Pairs, dict]`: The same pairs with other labels and margins, and how many
+        labels are `flipped`, `softened` or `with_margin`.
+
+    Raises:
+        UserError: There are fewer prompts than folds.
+    """
+    margins = unseen_margins(train, val, config)
+    decided = (train.label == 0) | (train.label == 1)
+    sign = torch.where(train.label >= 0.5, 1.0, -1.0).to(margins)
+    strength, deviation, soft = label_strength(sign[:, None] * margins)
+    weakest = torch.quantile(strength[decided], FLIPPED)
+    is_flipped = decided & (strength <= weakest) & (strength < -deviation)
+    is_sure = decided & (strength > deviation)
+    is_soft = decided & ~is_flipped & ~is_sure
+    label = torch.where(is_flipped, 1 - train.label, train.label)
+    label = torch.where(is_soft, torch.where(sign > 0, soft, 1 - soft), label)
+    changed = dataclasses.replace(train, label=label, margin=torch.where(is_sure, strength, 0.0))
+    counts = {"flipped": is_flipped, "softened": is_soft, "with_margin": is_sure}
+    return changed, {name: float(rows.sum()) for name, rows in counts.items()}
+
+
+def unseen_margins(train: Pairs, val: Pairs, config: RewardConfig) -> Tensor:
+    """Margins of all pairs by ensembles that were fitted without their prompts.
+
+    Arguments and errors as `strengthen`.
+
+    Returns:
+        `Tensor`: First image minus second, (n, members).
+    """
+    prompts = train.prompt.unique()
+    if len(prompts) < FOLDS:
+        raise UserError(
+            f"train.label_strength: {len(prompts)} training prompts are too few, it needs {FOLDS}; "
+            "set it to false"
+        )
+    plain = dataclasses.replace(config, label_strength=False, members=1)
+    _, chosen = fit_head(train, val, plain)
+    several = dataclasses.replace(plain, members=MEMBERS, l2=chosen["l2"])
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
+    fold_of = torch.empty(int(prompts.max()) + 1, dtype=torch.long)
+    fold_of[prompts[order]] = torch.arange(len(prompts)) % FOLDS
+    fold = fold_of[train.prompt]
+    margins = train.base.new_empty(len(train), MEMBERS)
+    for number in range(FOLDS):
+        head, _ = fit_head(_rows(train, fold != number), val, several)
+        held_out = fold == number
+        with torch.no_grad():
+            margins[held_out] = margins_of(head, _rows(train, held_out))
+    return margins
+
+
+def _rows(pairs: Pairs, rows: Tensor) -> Pairs:
+    return Pairs(**{name: values[rows] for name, values in vars(pairs).items()})
