@@ -31,24 +31,50 @@ class Features:
         image (`Tensor`): Unit embeddings, (images, d).
         text (`Tensor`): Unit embeddings, (prompts, d).
         nuisances (`Tensor`): Standardised, (images, 6).
+        joint (`Tensor`, *optional*): Numbers of the images and prompts that a base
+            embeds together, ascending, (rows,). `image` has these rows then, and `text`
+            no columns.
     """
 
     image: Tensor
     text: Tensor
     nuisances: Tensor
+    joint: Tensor | None = None
+
+    def of(self, image: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a head reads of some images with their prompts.
+
+        Args:
+            image (`Tensor`): Indices of images, (n,).
+            prompt (`Tensor`): Indices of prompts, (n,).
+
+        Returns:
+            `tuple[Tensor, Tensor]`: Rows of `image` and of `text`, (n, d) each.
+        """
+        if self.joint is not None:
+            rows = torch.searchsorted(self.joint, image * len(self.text) + prompt)
+            return self.image[rows], self.text[prompt]
+        return self.image[image], self.text[prompt]
 
 
-def check_base(scorer: Any) -> None:
-    """Check that a scorer has one embedding per image and per prompt.
+def check_base(scorer: Any, head: str = "bradley_terry") -> None:
+    """Check that a head can read the embeddings of a scorer.
+
+    Args:
+        scorer: The base.
+        head (`str`): Kind of the head. pal compares images with prompts, so that they
+            need embeddings of their own.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: It cannot.
     """
-    if not hasattr(scorer, "clip"):
+    is_joint = hasattr(scorer, "joint_features")
+    if not hasattr(scorer, "clip") and not (is_joint and head != "pal"):
+        others = "" if head == "pal" else ", imagereward"
         raise ConfigError(
             "model",
-            f"{scorer.name} has no CLIP towers; take clip-l14, clip-h14, pickscore, hpsv2.1, "
-            "open_clip:NAME/TAG or shapes-clip",
+            f"{scorer.name} has no embeddings that a {head} head can read; take clip-l14, "
+            f"clip-h14, pickscore, hpsv2.1, open_clip:NAME/TAG{others} or shapes-clip",
         )
 
 
@@ -57,20 +83,16 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
     """Embed all images and prompts, or read their embeddings from the cache.
 
     Args:
-        scorer: A CLIP scorer.
+        scorer: A CLIP scorer, or one with `joint_features`.
         judgements (`Judgements`): Images and prompts.
         cache (`Path`, *optional*): Folder of the cache. None keeps nothing.
 
     Raises:
         UserError: An embedding is not finite, or an image cannot be read.
     """
-    image_cache = text_cache = None
-    if cache is not None:  # only then, because it reads all weights
-        precision = str(scorer.dtype).removeprefix("torch.")
-        key = f"{base_fingerprint(scorer)[:16]}-{precision}"
-        image_cache, text_cache = (
-            TensorCache(cache / f"{kind}-{key}") for kind in ("images", "texts")
-        )
+    if hasattr(scorer, "joint_features"):
+        return _embed_jointly(scorer, judgements, cache)
+    image_cache, text_cache = _caches(scorer, cache, "images", "texts")
     images = _filled(
         image_cache,
         judgements.images,
@@ -98,6 +120,64 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
             what = judgements.images[index] if name == "image" else judgements.prompts[index]
             raise UserError(f"the embedding of the {name} {what[:60]!r} is not finite")
     return features
+
+
+def _embed_jointly(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
+    data, said = judgements, judgements.opinions
+    pairs = np.unique(
+        np.concatenate(
+            [
+                images * len(data.prompts) + prompts
+                for images, prompts in (
+                    (data.first, data.prompt),
+                    (data.second, data.prompt),
+                    (said.image, said.prompt),
+                )
+            ]
+        )
+    )
+    images, prompts = np.divmod(pairs, len(data.prompts))
+    names = [text_hash(prompt) for prompt in data.prompts]
+
+    def of_pairs(rows: list[int]) -> list[dict[str, Tensor]]:
+        shown = scorer.image_rows([data.open(int(images[i])) for i in rows]).to(scorer.device)
+        said = scorer.text_features([data.prompts[prompts[i]] for i in rows])
+        joint = scorer.joint_features(shown.to(scorer.dtype), said)
+        return [{"joint": row} for row in joint.float().cpu()]
+
+    pair_cache, nuisance_cache = _caches(scorer, cache, "joint", "nuisances")
+    joint = _filled(
+        pair_cache,
+        [f"{data.images[a]}-{names[b]}" for a, b in zip(images, prompts, strict=True)],
+        of_pairs,
+        "embedding images with their prompts",
+    )
+    values = _filled(
+        nuisance_cache,
+        data.images,
+        lambda rows: [{"nuisances": nuisances(data.open(i))} for i in rows],
+        "nuisances",
+    )
+    table = torch.stack([row["joint"] for row in joint]).double()
+    broken = (~table.isfinite().all(1)).nonzero()
+    if len(broken):
+        prompt = data.prompts[prompts[int(broken[0])]]
+        raise UserError(f"the embedding of an image of the prompt {prompt[:60]!r} is not finite")
+    return Features(
+        table,
+        table.new_empty(len(data.prompts), 0),
+        _standardised(torch.stack([row["nuisances"] for row in values]).double()),
+        torch.from_numpy(pairs),
+    )
+
+
+def _caches(scorer: Any, cache: Path | None, *kinds: str) -> list[TensorCache | None]:
+    """A cache of each kind. Without a folder none, and no weights are read."""
+    if cache is None:
+        return [None for _ in kinds]
+    precision = str(scorer.dtype).removeprefix("torch.")
+    key = f"{base_fingerprint(scorer)[:16]}-{precision}"
+    return [TensorCache(cache / f"{kind}-{key}") for kind in kinds]
 
 
 def _filled(

@@ -103,7 +103,7 @@ def make_items(
 ) -> Items:
     """Gather the embeddings of some opinions. Arguments as `make_pairs`."""
     rows, prompt = torch.from_numpy(opinions.image), torch.from_numpy(opinions.prompt)
-    image, text = features.image[rows], features.text[prompt]
+    image, text = features.of(rows, prompt)
     weight = torch.from_numpy(opinions.weight)
     if by_prompt and len(rows):
         weight = weight / torch.bincount(prompt)[prompt]
@@ -139,15 +139,14 @@ def make_pairs(
         by_prompt (`bool`): Whether every prompt counts the same.
     """
     first, second, prompt = map(torch.from_numpy, (part.first, part.second, part.prompt))
-    images = features.image[first], features.image[second]
-    text = features.text[prompt]
+    (shown, text), (other, _) = features.of(first, prompt), features.of(second, prompt)
     labels = make_labels(part, by_prompt)
     return Pairs(
         **vars(labels),
-        first=images[0],
-        second=images[1],
+        first=shown,
+        second=other,
         text=text,
-        base=torch.stack([base(image, text) for image in images], 1),
+        base=torch.stack([base(image, text) for image in (shown, other)], 1),
         nuisances=features.nuisances[first] - features.nuisances[second],
     )
 
@@ -259,7 +258,8 @@ def fit_head(
     for penalty in candidates:
         torch.manual_seed(config.seed)
         quantiles = config.loss == "quantiles"
-        head = RewardHead(dim, config.members, config.hidden, quantiles).double()
+        joint = not train.text.shape[1]
+        head = RewardHead(dim, config.members, config.hidden, quantiles, joint).double()
         _standardise(head, train)
         tried = [
             _fit_member(head, member, train, val, penalty, config, items)

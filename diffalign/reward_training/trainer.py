@@ -149,7 +149,7 @@ class RewardTrainer:
             device = None if self.args.towers == "frozen" else "cpu"
             self.base = load_scorer(model, model=model_path, device=device)
         if self.args.towers == "frozen":
-            check_base(self.base)
+            check_base(self.base, self.args.head)
         else:
             check_trainable(self.base)
         if callbacks and self.args.towers == "frozen":
@@ -365,6 +365,8 @@ class RewardTrainer:
     @torch.no_grad()
     def _score(self, image: Tensor, text: Tensor) -> Tensor:
         base: Any = self.base
+        if not text.shape[1]:
+            return base.joint_score(image.float().to(base.device)).cpu().double()
         rows = image.float().to(base.device), (text.float().to(base.device),)
         return base.similarity(*rows).cpu().double()
 
@@ -392,6 +394,7 @@ class RewardTrainer:
         else:
             described |= {"members": args.members, "hidden": args.hidden}
             described |= {"quantiles": True} if args.loss == "quantiles" else {}
+            described |= {"joint": True} if hasattr(self.base, "joint_features") else {}
         return described
 
     def _facts(

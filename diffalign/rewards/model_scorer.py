@@ -184,18 +184,23 @@ class ModelScorer(Scorer):
             UserError: unreadable images, or a scorer whose features are no single
                 vector per image.
         """
-        rows = []
-        for image_input in read_images(images):
-            pixels = self.preprocess.exact(image_input.image)[None].to(self.device)
-            pixels = self.preprocess.normalise(pixels).to(self.dtype)
-            rows.append(self.image_features(pixels).float().cpu())
-        embeddings = torch.cat(rows)
+        embeddings = self.image_rows(images)
         if embeddings.ndim != 2:
             raise UserError(
                 f"{self.name} has no single embedding per image; "
                 "take a CLIP scorer such as clip-l14 or pickscore"
             )
         return embeddings
+
+    @torch.no_grad()
+    def image_rows(self, images: Images) -> Tensor:
+        """Return `image_features` of images, (n, ...), float32 on the CPU."""
+        rows = []
+        for image_input in read_images(images):
+            pixels = self.preprocess.exact(image_input.image)[None].to(self.device)
+            pixels = self.preprocess.normalise(pixels).to(self.dtype)
+            rows.append(self.image_features(pixels).float().cpu())
+        return torch.cat(rows)
 
     def modules(self) -> Iterable[nn.Module]:
         return [*self.towers(), *self.heads()]

@@ -207,7 +207,7 @@ def test_mistakes(tmp_path: Path) -> None:
             config(tmp_path / "bad", **values)
     with pytest.raises(ConfigError, match="set towers: lora"):
         RewardTrainer("shapes-clip", config(tmp_path), rows(40), peft_config=LoraConfig())
-    with pytest.raises(ConfigError, match="no CLIP scorer"):
+    with pytest.raises(ConfigError, match="no scorer of this package"):
         RewardTrainer("jpeg", config(tmp_path, towers="full"), rows(40))
     args = config(tmp_path / "few", towers="full", anchor=0.3)
     with pytest.raises(UserError, match="two captions"):

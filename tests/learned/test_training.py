@@ -266,7 +266,7 @@ def test_all_ties() -> None:
 def test_mistakes_of_the_settings(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         RewardTrainer("shapes-clip", config(trained), rows(40))
-    with pytest.raises(ConfigError, match="has no CLIP towers"):
+    with pytest.raises(ConfigError, match="has no embeddings that a bradley_terry head can read"):
         RewardTrainer("jpeg_compressibility", config(tmp_path / "a"), rows(40))
     with pytest.raises(UserError, match="pal needs a column user_id"):
         RewardTrainer("shapes-clip", config(tmp_path / "b", head="pal"), rows(40))

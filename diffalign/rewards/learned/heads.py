@@ -1,4 +1,4 @@
-"""Heads of learned rewards, over the embeddings of a CLIP scorer."""
+"""Heads of learned rewards, over the embeddings of their base."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ def pair_features(image: Tensor, text: Tensor) -> Tensor:
     """What a head reads of an image and its prompt: image, image * prompt, cosine.
 
     Args:
-        image (`Tensor`): Unit embeddings, (n, d).
-        text (`Tensor`): Unit embeddings, (n, d).
+        image (`Tensor`): Unit embeddings, (n, d); or embeddings of images together with
+            their prompts.
+        text (`Tensor`): Unit embeddings, (n, d); (n, 0) in the second case.
 
     Returns:
-        `Tensor`: (n, 2 d + 1).
+        `Tensor`: (n, 2 d + 1); `image` itself in the second case.
     """
+    if not text.shape[-1]:
+        return image
     product = image * text
     return torch.cat([image, product, product.sum(-1, keepdim=True)], -1)
 
@@ -39,13 +42,19 @@ class RewardHead(nn.Module):
         hidden (`int`): Width of a hidden layer. 0 is a linear network.
         quantiles (`bool`): Whether each network has an output for each of `QUANTILES`.
             Its score is their mean.
+        joint (`bool`): Whether the base embeds images together with their prompts.
     """
 
     def __init__(
-        self, dim: int, members: int = 1, hidden: int = 0, quantiles: bool = False
+        self,
+        dim: int,
+        members: int = 1,
+        hidden: int = 0,
+        quantiles: bool = False,
+        joint: bool = False,
     ) -> None:
         super().__init__()
-        width, outputs = 2 * dim + 1, len(QUANTILES) if quantiles else 1
+        width, outputs = dim if joint else 2 * dim + 1, len(QUANTILES) if quantiles else 1
         layers: list[nn.Module] = []
         for _ in range(members):
             last = nn.Linear(hidden or width, outputs)
@@ -61,7 +70,7 @@ class RewardHead(nn.Module):
         self.register_buffer("deviation", torch.ones(width))
 
     def scaled(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the standardised features, (n, 2 d + 1)."""
+        """Return the standardised `pair_features`."""
         mean: Tensor = self.get_buffer("mean")
         return (pair_features(image, text) - mean) / self.get_buffer("deviation")
 
@@ -70,8 +79,7 @@ class RewardHead(nn.Module):
 
         Args:
             base (`Tensor`): Scores of the base, (n,).
-            image (`Tensor`): (n, d).
-            text (`Tensor`): (n, d).
+            image, text (`Tensor`): See `pair_features`.
 
         Returns:
             `Tensor`: (n, members).
@@ -96,9 +104,7 @@ class RewardHead(nn.Module):
         Outputs that cross are sorted. Between two of `QUANTILES` they are interpolated.
 
         Args:
-            base (`Tensor`): (n,).
-            image (`Tensor`): (n, d).
-            text (`Tensor`): (n, d).
+            base, image, text (`Tensor`): As for `forward`.
             levels (`Sequence[float]`): In 0.05 to 0.95.
         """
         values = self.outputs(base, image, text).sort(-1).values.mean(1)

@@ -160,12 +160,28 @@ class ImageReward(ModelScorer):
         # Not the pooled output, which goes through the last layer norm twice.
         return self.vision(pixel_values=pixels).last_hidden_state
 
-    def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+    def joint_features(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        """Embed images together with their prompts: h_CLS, which the head reads.
+
+        Args:
+            image (`Tensor`): from `image_features`, (n, patches, width).
+            text (tuple of `Tensor`): from `text_features`, n rows each.
+
+        Returns:
+            `Tensor`: (n, d), float32 or wider.
+        """
         ids, mask = text
         hidden = self.text(
             input_ids=ids, attention_mask=mask, encoder_hidden_states=image, is_decoder=False
         ).last_hidden_state
-        return (self.head(upcast(hidden[:, 0])).squeeze(-1) - MEAN) / STD
+        return upcast(hidden[:, 0])
+
+    def joint_score(self, features: Tensor) -> Tensor:
+        """Score what `joint_features` returns, (n, d) -> (n,)."""
+        return (self.head(features).squeeze(-1) - MEAN) / STD
+
+    def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        return self.joint_score(self.joint_features(image, text))
 
 
 def architecture(config: ConfigLike) -> tuple[dict[str, Any], dict[str, Any]]:

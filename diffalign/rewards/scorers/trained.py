@@ -32,7 +32,7 @@ EVERYBODY = "worst"
 
 
 class TrainedReward(ModelScorer):
-    """A learned reward: a head over a CLIP scorer, or a scorer with trained towers.
+    """A learned reward: a head over a CLIP scorer or ImageReward, or trained towers.
 
     Args:
         folder (path): What `diffalign reward train` wrote.
@@ -183,15 +183,15 @@ class TrainedReward(ModelScorer):
         return self.base.image_features(pixels)
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        base = self.base.similarity(image, text)
         if isinstance(self.head, FactorHead):
+            base = self.base.similarity(image, text)
             return self.temperature * self.head(base.to(self.head.log_factor.dtype))
         wide = torch.promote_types(image.dtype, torch.float32)
+        base, shown, said = (part.to(wide) for part in self._read(image, text))
         if self.quantile is not None:
             assert isinstance(self.head, RewardHead)
-            rows = base.to(wide), image.to(wide), text[0].to(wide)
-            return self.temperature * self.head.quantiles(*rows, [self.quantile])[:, 0]
-        values = self.members(image.to(wide), text[0].to(wide), base)
+            return self.temperature * self.head.quantiles(base, shown, said, [self.quantile])[:, 0]
+        values = self.members(shown, said, base)
         if values.shape[1] == 1 or self.combine == "mean":
             combined = values.mean(1)
         elif self.combine == "min":
@@ -199,6 +199,13 @@ class TrainedReward(ModelScorer):
         else:
             combined = values.mean(1) - values.std(1, correction=0)
         return self.temperature * combined
+
+    def _read(self, image: Tensor, text: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of the base, and the embeddings that the head reads."""
+        if not hasattr(self.base, "joint_features"):
+            return self.base.similarity(image, text), image, text[0]
+        joint = self.base.joint_features(image, text)
+        return self.base.joint_score(joint), joint, joint[:, :0]
 
     def score(
         self,
@@ -229,17 +236,17 @@ class TrainedReward(ModelScorer):
         assert isinstance(self.head, RewardHead)
         with torch.no_grad():
             given = list(prompts or [""] * len(inputs))
-            image, text, base = self._features(inputs, given)
-            values = self.head.quantiles(base, image, text, levels)
+            values = self.head.quantiles(*self._features(inputs, given), levels)
         result.quantiles = self.temperature * values.cpu()
         return result
 
     def _features(self, images: Images, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of images and prompts, and the scores of the base."""
+        """Scores of the base, and embeddings of images and prompts."""
         kind = next(self.head.parameters()).dtype
         text = self.prompt_features(prompts, len(prompts))
-        image = self.embed(images).to(self.device, kind)
-        return image, text[0].to(kind), self.base.similarity(image, text).to(kind)
+        image = self.image_rows(images).to(self.device)
+        base, shown, said = (part.to(kind) for part in self._read(image, text))
+        return base, shown, said
 
     @torch.no_grad()
     def member_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
@@ -257,7 +264,8 @@ class TrainedReward(ModelScorer):
         """
         if isinstance(self.head, FactorHead):
             raise UserError(f"{self.folder} has no members; only heads on frozen towers have some")
-        return self.temperature * self.members(*self._features(images, list(prompts))).cpu()
+        base, image, text = self._features(images, list(prompts))
+        return self.temperature * self.members(image, text, base).cpu()
 
     def members(self, image: Tensor, text: Tensor, base: Tensor) -> Tensor:
         """Return the scores by every member, (n, members)."""
@@ -274,7 +282,7 @@ class TrainedReward(ModelScorer):
 
 
 def check_name(name: str, field: str) -> None:
-    """Check that a base is one of the scorers of this package with CLIP towers.
+    """Check that a base is one of the scorers of this package.
 
     A folder from elsewhere must not name code to run.
 
@@ -286,8 +294,8 @@ def check_name(name: str, field: str) -> None:
     if not is_built_in(name):
         raise ConfigError(
             field,
-            f"{name!r} is no CLIP scorer of this package; take clip-l14, clip-h14, pickscore, "
-            "hpsv2.1, open_clip:NAME/TAG or shapes-clip",
+            f"{name!r} is no scorer of this package; take clip-l14, clip-h14, pickscore, hpsv2.1, "
+            "open_clip:NAME/TAG, imagereward or shapes-clip",
         )
 
 
@@ -326,8 +334,8 @@ def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead | FactorHead:
         return FactorHead()
     if facts["kind"] == "pal":
         return PalHead(facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"])
-    quantiles = bool(facts.get("quantiles"))
-    return RewardHead(facts["dim"], facts["members"], facts["hidden"], quantiles)
+    kinds = bool(facts.get("quantiles")), bool(facts.get("joint"))
+    return RewardHead(facts["dim"], facts["members"], facts["hidden"], *kinds)
 
 
 def base_fingerprint(scorer: Any) -> str:
