@@ -423,11 +423,12 @@ class Backbone:
             autoencoder has no posterior.
         """
         vae = self.component("vae")
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return (
-            self.normalised(vae, posterior.mean.float()),
-            self.normalised(vae, posterior.std.float(), deviation=True),
-        )
+        with own_precision(vae):
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            return (
+                self.normalised(vae, posterior.mean.float()),
+                self.normalised(vae, posterior.std.float(), deviation=True),
+            )
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[MaybeImage]:
@@ -440,7 +441,8 @@ class Backbone:
             `list`: n PIL images, `Missing` where pixels are not finite.
         """
         vae = self.component("vae")
-        return to_images(self.pixels(vae, latents.to(vae.device)).float())
+        with own_precision(vae):
+            return to_images(self.pixels(vae, latents.to(vae.device)).float())
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Decode latents into pixels, with a gradient.
@@ -453,7 +455,9 @@ class Backbone:
             gradient.
         """
         vae = self.component("vae")
-        return (self.pixels(vae, latents.to(vae.device)).float() / 2 + 0.5).clamp(0, 1)
+        with own_precision(vae):
+            pixels = self.pixels(vae, latents.to(vae.device)).float()
+        return (pixels / 2 + 0.5).clamp(0, 1)
 
     @staticmethod
     def call_arguments(settings: dict[str, Any]) -> dict[str, Any]:
@@ -568,6 +572,15 @@ def portable_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def own_precision(module: Any) -> torch.autocast:
+    """Return a context in which autocast leaves the precision of a module alone.
+
+    Args:
+        module: an autoencoder or a head, on its device.
+    """
+    return torch.autocast(torch.device(module.device).type, enabled=False)
+
+
 def _reading_any_precision(vae: Any) -> Any:
     """Copy an autoencoder for a pipeline of another precision.
 
@@ -576,7 +589,8 @@ def _reading_any_precision(vae: Any) -> Any:
     cast = copy.copy(vae)  # of the same weights
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return type(vae).decode(cast, z.to(vae.dtype), *args, **kwargs)
+        with own_precision(vae):
+            return type(vae).decode(cast, z.to(vae.dtype), *args, **kwargs)
 
     cast.decode = decode
     return cast

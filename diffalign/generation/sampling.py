@@ -84,7 +84,9 @@ def generate(
         progress_bar(
             total=len(prompts), desc=description, unit="image", disable=not progress
         ) as bar,
-        _without_gradients(pipe),
+        # Not inference mode: what a network that trains keeps of it (tables of
+        # positions, gathered weights) could not be used in a backward pass.
+        torch.no_grad(),
     ):
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
@@ -95,14 +97,6 @@ def generate(
             images.extend(_draw_batch(pipe, chunk, generators, pipe_kwargs))
             bar.update(len(chunk))
     return images
-
-
-def _without_gradients(pipe: Pipeline) -> Any:
-    """Return the context for drawing.
-
-    What FSDP2 gathers in inference mode could not be trained afterwards.
-    """
-    return torch.no_grad() if _is_sharded(pipe) else torch.inference_mode()
 
 
 def _is_sharded(pipe: Pipeline) -> bool:

@@ -210,7 +210,11 @@ class SePPOTrainer(Trainer):
         """How the reference's images are drawn."""
         args = self.args
         sampler = SamplerConfig(
-            args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size
+            args.num_inference_steps,
+            args.guidance_scale,
+            args.eta,
+            args.rollout_batch_size,
+            keep="final",
         )
         grid = self.make_grid(sampler.num_inference_steps, sampler.eta)
         return Rollout(

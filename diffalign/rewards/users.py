@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config.ranges import suggestion
 from ..errors import ConfigError, UserError
+from ..runtime.devices import read_device
 from .serving.client import ServerFailure, check_url, png_base64, request_json
 
 
@@ -184,8 +185,7 @@ class HiddenStates:
             raise UserError(
                 f"user_embeddings: {str(model)!r} cannot be loaded ({reason})"
             ) from error
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.network: Any = network.requires_grad_(False).eval().to(device)
+        self.network: Any = network.requires_grad_(False).eval().to(read_device(None))
 
     @torch.no_grad()
     def __call__(self, users: Sequence[Sequence[ExamplePair]]) -> Tensor:

@@ -252,14 +252,20 @@ class BatchBuilder:
             entries = [self.prompts[prompt_key(p)] for p in distinct]
             encoded = stack_rows(entries, self.backbone.ragged)
         else:
-            encoded = self.backbone.encode_prompts(distinct)
+            encoded = self._encoded(distinct)
         index = torch.tensor([distinct.index(p) for p in prompts], device=self.device)
         return {name: values.to(self.device)[index] for name, values in encoded.items()}
+
+    def _encoded(self, prompts: list[str]) -> dict[str, Tensor]:
+        # Where a rollout asks for the empty prompt, autocast is on. It would round the
+        # parts of an encoder that are kept in float32.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.backbone.encode_prompts(prompts)
 
     def _add_prompts(self, cache: TensorCache, prompts: Sequence[str]) -> None:
         """Encode and cache the prompts of a stream that are not cached yet."""
         missing = [prompt for prompt in prompts if prompt_key(prompt) not in cache]
         if missing:
-            rows = split_rows(self.backbone.encode_prompts(missing), self.backbone.ragged)
+            rows = split_rows(self._encoded(missing), self.backbone.ragged)
             for prompt, row in zip(missing, rows, strict=True):
                 cache.add(prompt_key(prompt), row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,13 +144,20 @@ class Run:
         return self.state.global_step == self.state.max_steps
 
     def advance(self) -> None:
-        """Count one optimizer step and update the learning rate."""
-        self.learning_rate.step()
+        """Count one optimizer step and update the learning rate.
+
+        A step that fp16's scaler skipped is counted, but changes no average, and the
+        learning rate stays.
+        """
+        was_skipped = self.optimizer.step_was_skipped
+        if not was_skipped:
+            self.learning_rate.step()
         self.state.global_step += 1
         self.state.samples_seen += self.samples_per_step
         if self.rows is not None:
             self.state.epoch = self.state.samples_seen / self.rows
-        self.after_update()
+        if not was_skipped:
+            self.after_update()
 
 
 class LoopCallback:
@@ -230,6 +238,10 @@ def _clip(run: Run) -> Tensor | None:
     norm = torch.as_tensor(
         whole(run.accelerator.clip_grad_norm_(run.parameters(), run.args.max_grad_norm))
     )
-    run.window.add({"train/grad_norm": norm})
-    # Under fp16 the scaler skips such a step and lowers its scale.
-    return norm if run.accelerator.scaler is None else None
+    if run.accelerator.scaler is None:
+        run.window.add({"train/grad_norm": norm})
+        return norm
+    # Under fp16 the scaler skips a step with a norm that is not finite, and lowers its
+    # scale. NaN is left out of the logged mean.
+    run.window.add({"train/grad_norm": torch.where(norm.isfinite(), norm, math.nan)})
+    return None

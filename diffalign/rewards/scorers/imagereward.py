@@ -178,7 +178,8 @@ class ImageReward(ModelScorer):
 
     def joint_score(self, features: Tensor) -> Tensor:
         """Score what `joint_features` returns, (n, d) -> (n,)."""
-        return (self.head(features).squeeze(-1) - MEAN) / STD
+        with torch.autocast(features.device.type, enabled=False):
+            return (self.head(features).squeeze(-1) - MEAN) / STD
 
     def similarity(self, image: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         return self.joint_score(self.joint_features(image, text))

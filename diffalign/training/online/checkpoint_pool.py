@@ -7,6 +7,7 @@ current members are in memory as well.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class CheckpointPool(SnapshotReference):
     def start(self) -> None:
         """Make the starting weights the initial member."""
         super().start()
-        self.kept[0] = self.weights
+        self.kept[0] = self._kept(self.weights)
 
     def choose(self, seed: int, step: int) -> int:
         """Make a member the reference, the same one on every process.
@@ -69,8 +70,19 @@ class CheckpointPool(SnapshotReference):
             chosen = self.members[int(torch.randint(len(self.members), (1,), generator=draw))]
         else:
             chosen = self.members[0 if self.strategy == "initial" else -1]
-        self.current, self.weights = chosen, self.kept[chosen]
+        if chosen != self.current:
+            self.current, self.weights = chosen, self._placed(chosen)
         return chosen
+
+    def _kept(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy weights to the CPU, where all but one member wait. Shards stay."""
+        if self.shards:
+            return {name: weight.detach().clone() for name, weight in weights.items()}
+        return {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
+
+    def _placed(self, step: int) -> dict[str, Tensor]:
+        """Weights of a member on the device of the network."""
+        return {n: w.to(self.parameters[n].device) for n, w in self.kept[step].items()}
 
     def append(self, step: int, is_main: bool) -> None:
         """Add the current weights as a member.
@@ -80,7 +92,7 @@ class CheckpointPool(SnapshotReference):
             is_main (`bool`): Whether this process writes the file.
         """
         self.members.append(step)
-        self.kept[step] = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.kept[step] = self._kept(self.parameters)
         self._write(is_main)
         while len(self.members) > self.size:
             gone = self.members.pop(1)
@@ -146,8 +158,5 @@ class CheckpointPool(SnapshotReference):
             )
         self.members, self.current = values["members"], values["current"]
         self._written = set(self.members)
-        self.kept = {
-            step: {n: w.to(device) for n, w in read_tensors(self._path(step))[0].items()}
-            for step in self.members
-        }
-        self.weights = self.kept.get(self.current, self.kept[0])
+        self.kept = {step: dict(read_tensors(self._path(step))[0]) for step in self.members}
+        self.weights = self._placed(self.current if self.current in self.kept else 0)

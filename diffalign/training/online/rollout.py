@@ -409,6 +409,9 @@ def guide(
     if not unconditional_gradient:
         with torch.no_grad():
             empty = predict(sample, model_times, dict(unconditional)).float()
+        # Before torch 2.11 autocast would give the next pass the weights that it has
+        # cast here, without a graph.
+        torch.clear_autocast_cache()
         full = predict(sample, model_times, dict(condition)).float()
         return rule.combine(full, empty, scale)
     both = joined(unconditional, condition)
