@@ -255,6 +255,7 @@ class TransformersConsistency:
             else (int(size["shortest_edge"]),) * 2
         )
         self.mean, self.std = processor.image_mean, processor.image_std
+        self._map_size: torch.Size | None = None
 
     def predict(self, pixels: Tensor, prompts: Sequence[str] = ()) -> Tensor:
         """See `Consistency.predict`. Depth is scaled to a maximum of 1 per image."""
@@ -276,7 +277,9 @@ class TransformersConsistency:
         Classes are the nearest colors of the palette.
         """
         with torch.no_grad():
-            size = self.predict(control[:1]).shape[-2:]
+            if self._map_size is None:  # images are resized, so there is one
+                self._map_size = self.predict(control[:1]).shape[-2:]
+            size = self._map_size
             if self.colors is not None:
                 return self.colors.label(interpolate(control, size, mode="nearest"))
             depth = interpolate(

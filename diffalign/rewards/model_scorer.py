@@ -195,9 +195,12 @@ class ModelScorer(Scorer):
     @torch.no_grad()
     def image_rows(self, images: Images) -> Tensor:
         """Return `image_features` of images, (n, ...), float32 on the CPU."""
-        rows = []
-        for image_input in read_images(images):
-            pixels = self.preprocess.exact(image_input.image)[None].to(self.device)
+        inputs, rows = read_images(images), []
+        # On a CPU one by one, where a batch gains little and changes last digits.
+        size = 1 if self.device.type == "cpu" else 32
+        for start in range(0, len(inputs), size):
+            prepared = [self.preprocess.exact(x.image) for x in inputs[start : start + size]]
+            pixels = self.preprocess.stack(prepared).to(self.device)
             pixels = self.preprocess.normalise(pixels).to(self.dtype)
             rows.append(self.image_features(pixels).float().cpu())
         return torch.cat(rows)
