@@ -395,15 +395,15 @@ def run_parts(options: argparse.Namespace, results: dict[str, Any]) -> None:
     for name in options.parts:
         rows: list[dict[str, Any]] = []
         notes: list[str] = []
-        results["parts"][name] = {"rows": rows, "notes": notes}
         command = command_of(name, options)
         left = ends - time.monotonic()
-        if not command:
-            notes.append(f"{name}: not run, no script was given.")
+        if not command or left < 20:
+            reason = "no time was left" if command else "no script was given"
+            nothing = {"rows": rows, "notes": [f"{name}: not run, {reason}."]}
+            results["parts"].setdefault(name, nothing)  # figures of an earlier call stay
+            keep(results, options.results)
             continue
-        if left < 20:
-            notes.append(f"{name}: not run, no time was left.")
-            continue
+        results["parts"][name] = {"rows": rows, "notes": notes}
         started = time.monotonic()
         log = options.work / f"{name.replace(' ', '-')}.log"
         with log.open("w") as writer:
@@ -428,9 +428,14 @@ def run_parts(options: argparse.Namespace, results: dict[str, Any]) -> None:
             last = (output.strip().splitlines() or ["no message"])[-1]
             notes.append(f"{name}: failed after {seconds:.0f} s: {last[:300]}")
             print(output[-3000:], file=sys.stderr)
-        if options.results is not None:
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(results, indent=1) + "\n")
+        keep(results, options.results)
+
+
+def keep(results: dict[str, Any], file: Path | None) -> None:
+    """Writes the results into their file, if there is one."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 # The report
@@ -519,6 +524,8 @@ def main() -> None:
     results: dict[str, Any] = {"tiny": options.tiny, "parts": {}}
     if options.results is not None and options.results.exists():
         results = json.loads(options.results.read_text())
+    if options.report and "card" not in results:
+        sys.exit("--report writes the table of --results FILE, and there is no such file")
     if not options.report:
         measure(options, results)
     if options.report or options.results is None:
@@ -529,8 +536,12 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Runs the parts on this machine."""
     if not CUDA and not options.tiny:
         sys.exit("no CUDA GPU was found; --tiny tries the benchmark itself on the CPU")
+    card = torch.cuda.get_device_name(0) if CUDA else "CPU"
+    before = results.get("card", card), results["tiny"]
+    if before != (card, options.tiny):
+        sys.exit(f"{options.results} is of {before[0]} (tiny: {before[1]}); name another file")
     results |= {
-        "card": torch.cuda.get_device_name(0) if CUDA else "CPU",
+        "card": card,
         "memory": memory_of_card(),
         "torch": torch.__version__,
         "matrices": matrix_rate(),

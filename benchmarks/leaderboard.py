@@ -23,8 +23,8 @@ best scale. Settings of Diffusion-DPO and RankDPO were compared on the choosing 
 methods were chosen on an earlier embedded world, with other weights, some on half of
 the held-out prompts, and are unchanged. Steering and best of four are no training but
 four times the work of every image. Memory is the peak resident size of a process that
-trains three steps. Runs that draw images themselves leave a checkpoint after every
-tenth, with which the choosing prompts are drawn at guidance 2 (`online_rl.py`).
+trains three steps. Runs that draw images for the verifier leave ten checkpoints, with
+which the choosing prompts are drawn at guidance 2 (`online_rl.py`).
 
 Models are trained and judged --jobs at a time, each in a process of its own with its
 share of the cores. Finished parts lie in --work: interrupted, it goes on. The results

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,6 +212,8 @@ def _parts(
         raise UserError("--data: these are not the judgements that the members were trained on")
     test = settings["test"] if known["eval_fingerprint"] is None else 0.0
     parts = split(data, settings["val"], test, settings["split_seed"])
+    if settings.get("ties") == "drop":
+        parts["val"] = parts["val"].rows(np.flatnonzero(parts["val"].label != 0.5))
     if known["eval_fingerprint"] is None and eval_dataset is None:
         return parts["val"], parts["test"]
     given = None if eval_dataset is None else read_judgements(eval_dataset, **options)

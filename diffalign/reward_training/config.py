@@ -28,7 +28,7 @@ _FROZEN_SETTINGS = ("hidden", "loss", "members", "nuisance", "l2", "cache", "lab
 class RewardConfig(LoopConfig):
     """How a reward is trained.
 
-    With frozen towers, a head is fitted to cached embeddings of a CLIP scorer. The
+    With frozen towers, a head is fitted to cached embeddings of the base. The
     towers can be trained, too: by the loop of the diffusion trainers, with its
     settings.
 
@@ -70,13 +70,14 @@ class RewardConfig(LoopConfig):
     """Lead that a winner must have."""
     label_strength: bool = False
     """Judge the training labels by an ensemble that has not seen their prompts (arXiv
-    2401.06080). The tenth that it believes least is flipped where it is sure of the
-    opposite, labels of which it is not sure become soft ones, and the others get a
-    margin. For a bradley_terry head on frozen towers."""
+    2401.06080). Labels of which it is sure get a margin, those that it believes least
+    are flipped where it is sure of the opposite (at most a tenth), and the others
+    become soft ones. For a bradley_terry head on frozen towers."""
     ties: Literal["half", "drop", "rao_kupper"] = "half"
     """Pairs that were judged equal. half: half a vote for each image. drop: left out.
     rao_kupper: ties have a probability of their own, whose size is learned (Rao and
-    Kupper 1967); for a bradley_terry head on frozen towers."""
+    Kupper 1967); for a bradley_terry head on frozen towers. As many votes for one
+    image as for the other are a tie, too."""
     anchor: _Weight = 0.0
     """Trained towers of CLIP: weight of the contrastive loss beside the preferences, so
     that a few of them do not spoil the towers. Its negatives are the other captions of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -315,7 +316,7 @@ def _fit_member(
     config: RewardConfig,
     items: Items | None,
 ) -> float:
-    """Fit one member. Returns the threshold of ties, where it is learned."""
+    """Fit one member. Returns the threshold of ties, for margins before calibration."""
     network = head.networks[member]
     features = [head.scaled(image, train.text) for image in (train.first, train.second)]
     leads = train.base[:, 0] - train.base[:, 1]
@@ -324,7 +325,11 @@ def _fit_member(
     fitted = [factor, *network.parameters()]
     weight = train.weight * _drawn(train.prompt, config, member)
     of_items: ItemLoss | None = None
-    excess = torch.zeros((), dtype=torch.float64, requires_grad=True)  # log(threshold - 1)
+    # Logarithm of the threshold of ties less 1. It starts where equal images tie as
+    # often as all pairs do.
+    share = float((train.label == 0.5).double().mean().clamp(1e-3, 0.99))
+    ratio = torch.tensor(2 * share / (1 - share), dtype=torch.float64)
+    excess = ratio.log().requires_grad_()
     with_ties = config.ties == "rao_kupper"
     parameters = [*fitted, excess] if with_ties else fitted
     if items is not None:
@@ -367,7 +372,10 @@ def _fit_member(
         optimizer.step(closure)  # type: ignore[arg-type]
     else:
         assert config.learning_rate is not None
-        adam = torch.optim.Adam(parameters, lr=config.learning_rate)
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p is not excess]}]
+        if with_ties:  # one number, which has far to go
+            groups.append({"params": [excess], "lr": 50 * config.learning_rate})
+        adam = torch.optim.Adam(groups, lr=config.learning_rate)
         best: tuple[float, list[Tensor]] | None = None
         steps = config.max_steps or STEPS
         for step in range(steps + 1):
@@ -382,10 +390,10 @@ def _fit_member(
                     margins = leads_val + (sides[0] - sides[1]).mean(1)
                 loss = _validation_loss(margins, val, config)
                 if best is None or loss < best[0]:
-                    best = (loss, [p.detach().clone() for p in fitted])
+                    best = (loss, [p.detach().clone() for p in (*fitted, excess)])
         assert best is not None
         with torch.no_grad():
-            for parameter, value in zip(fitted, best[1], strict=True):
+            for parameter, value in zip((*fitted, excess), best[1], strict=True):
                 parameter.copy_(value)
     with torch.no_grad():
         head.log_factor[member] = factor.detach()

@@ -362,7 +362,7 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
     Raises:
         UserError: There are too few prompts.
     """
-    groups = _connected(judgements)
+    groups = connected(judgements)
     count = len(set(groups[judgements.prompt].tolist()))
     if count < FEWEST_PROMPTS:
         raise UserError(
@@ -426,8 +426,8 @@ def prompt_key(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def _connected(judgements: Judgements) -> Ints:
-    """Number of the group of each prompt: of equal prompts, and of shared images."""
+def connected(judgements: Judgements) -> Ints:
+    """Return the group of each prompt: of equal prompts, and of shared images."""
     parent = list(range(len(judgements.prompts)))
 
     def root(i: int) -> int:

@@ -22,7 +22,9 @@ FLIPPED = 0.1
 """Largest share of labels that are flipped."""
 
 
-def strengthen(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[Pairs, dict[str, float]]:
+def strengthen(
+    train: Pairs, val: Pairs, groups: Tensor, config: RewardConfig
+) -> tuple[Pairs, dict[str, float]]:
     """Flip weak labels, soften uncertain ones, and give sure ones a margin.
 
     Ties and mixed votes stay as they are.
@@ -30,6 +32,8 @@ def strengthen(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[Pairs, d
     Args:
         train (`Pairs`): The pairs to train on.
         val (`Pairs`): Pairs that choose the penalty.
+        groups (`Tensor`): Group of each pair, (n,). Prompts of one group are equal or
+            share an image, see `connected`.
         config (`RewardConfig`): Settings of the heads.
 
     Returns:
@@ -37,10 +41,15 @@ def strengthen(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[Pairs, d
         labels are `flipped`, `softened` or `with_margin`.
 
     Raises:
-        UserError: There are fewer prompts than folds.
+        UserError: There are fewer groups than folds, or no decided pairs.
     """
-    margins = unseen_margins(train, val, config)
     decided = (train.label == 0) | (train.label == 1)
+    if not decided.any():
+        raise UserError(
+            "train.label_strength: no training pair is decided, all are ties or mixed votes; set "
+            "it to false"
+        )
+    margins = unseen_margins(train, val, groups, config)
     sign = torch.where(train.label >= 0.5, 1.0, -1.0).to(margins)
     strength, deviation, soft = label_strength(sign[:, None] * margins)
     weakest = torch.quantile(strength[decided], FLIPPED)
@@ -54,27 +63,27 @@ def strengthen(train: Pairs, val: Pairs, config: RewardConfig) -> tuple[Pairs, d
     return changed, {name: float(rows.sum()) for name, rows in counts.items()}
 
 
-def unseen_margins(train: Pairs, val: Pairs, config: RewardConfig) -> Tensor:
-    """Margins of all pairs by ensembles that were fitted without their prompts.
+def unseen_margins(train: Pairs, val: Pairs, groups: Tensor, config: RewardConfig) -> Tensor:
+    """Margins of all pairs by ensembles that were fitted without their groups.
 
     Arguments and errors as `strengthen`.
 
     Returns:
         `Tensor`: First image minus second, (n, members).
     """
-    prompts = train.prompt.unique()
-    if len(prompts) < FOLDS:
+    names = groups.unique()
+    if len(names) < FOLDS:
         raise UserError(
-            f"train.label_strength: {len(prompts)} training prompts are too few, it needs {FOLDS}; "
-            "set it to false"
+            f"train.label_strength: {len(names)} training prompts with images of their own are too "
+            f"few, it needs {FOLDS}; set it to false"
         )
     plain = dataclasses.replace(config, label_strength=False, members=1)
     _, chosen = fit_head(train, val, plain)
     several = dataclasses.replace(plain, members=MEMBERS, l2=chosen["l2"])
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
-    fold_of = torch.empty(int(prompts.max()) + 1, dtype=torch.long)
-    fold_of[prompts[order]] = torch.arange(len(prompts)) % FOLDS
-    fold = fold_of[train.prompt]
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed))
+    fold_of = torch.empty(int(names.max()) + 1, dtype=torch.long)
+    fold_of[names[order]] = torch.arange(len(names)) % FOLDS
+    fold = fold_of[groups]
     margins = train.base.new_empty(len(train), MEMBERS)
     for number in range(FOLDS):
         head, _ = fit_head(_rows(train, fold != number), val, several)

@@ -18,8 +18,8 @@ class RewardRun:
     """A whole run file of `diffalign reward train`."""
 
     model: str
-    """The base: clip-l14, clip-h14, pickscore, hpsv2.1, open_clip:NAME/TAG or
-    shapes-clip, or imagereward if its towers are trained."""
+    """The base: clip-l14, clip-h14, pickscore, hpsv2.1, open_clip:NAME/TAG,
+    imagereward or shapes-clip."""
     data: str
     """Pairs, ranked lists, likes and dislikes, or a folder of the demo's votes."""
     train: RewardConfig = field(default_factory=RewardConfig)

@@ -51,7 +51,14 @@ from .fit import (
     spread_of,
 )
 from .item_losses import check_opinions
-from .judgements import Judgements, check_held_out, read_judgements, read_options, split
+from .judgements import (
+    Judgements,
+    check_held_out,
+    connected,
+    read_judgements,
+    read_options,
+    split,
+)
 from .label_strength import strengthen
 from .report import measure, write_report
 from .tower_network import check_trainable
@@ -65,8 +72,8 @@ class RewardTrainer:
     """Trains a reward on judgements: a head over a CLIP scorer, or its towers too.
 
     Args:
-        model (`str` or scorer): The base: a CLIP scorer or its name, or `imagereward`
-            if its towers are trained. The towers of a scorer are trained in place.
+        model (`str` or scorer): The base: a CLIP scorer or its name, or `imagereward`.
+            The towers of a scorer are trained in place.
         args (`RewardConfig`, *optional*): The settings.
         train_dataset (*optional*): Anything that `load_preferences` reads (pairs,
             ranked lists, likes and dislikes), or a folder of the demo's votes.
@@ -278,7 +285,9 @@ class RewardTrainer:
         train, val = (self._pairs(self.parts[name], features) for name in ("train", "val"))
         counts: dict[str, float] = {}
         if args.label_strength:
-            train, counts = strengthen(train, val, args)
+            part = self.parts["train"]
+            groups = torch.from_numpy(connected(part)[part.prompt])
+            train, counts = strengthen(train, val, groups, args)
         head: RewardHead | PalHead
         if args.head == "pal":
             head, chosen = fit_pal(train, val, len(self.judgements.users), args)
@@ -317,6 +326,7 @@ class RewardTrainer:
             "lora": None if lora is None else str(lora_facts(lora)),
             "precision": args.mixed_precision,
             "seed": args.seed,
+            **({} if args.ties == "half" else {"ties": args.ties}),
             "split": [args.val, args.test, args.split_seed, self.eval_fingerprint],
             "anchor": [
                 args.anchor,

@@ -161,7 +161,8 @@ def build_network(backbone: Backbone, args: TrainingConfig, peft_config: LoraCon
         ) from error
     cast_training_params(network, dtype=torch.float32)
     _set_magnitudes(network, args.mixed_precision)
-    if args.mixed_precision != "no" and not config.use_dora:
+    # Dropout would run in the lower precision, with a rounded factor.
+    if args.mixed_precision != "no" and not config.use_dora and not config.lora_dropout:
         _leave_casts_to_autocast(network)
     return network.train()
 

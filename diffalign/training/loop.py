@@ -146,17 +146,14 @@ class Run:
     def advance(self) -> None:
         """Count one optimizer step and update the learning rate.
 
-        A step that fp16's scaler skipped is counted, but changes no average, and the
-        learning rate stays.
+        A step that fp16's scaler skipped counts, but it changes no average.
         """
-        was_skipped = self.optimizer.step_was_skipped
-        if not was_skipped:
-            self.learning_rate.step()
+        self.learning_rate.step()
         self.state.global_step += 1
         self.state.samples_seen += self.samples_per_step
         if self.rows is not None:
             self.state.epoch = self.state.samples_seen / self.rows
-        if not was_skipped:
+        if not self.optimizer.step_was_skipped:
             self.after_update()
 
 

@@ -39,7 +39,8 @@ def build_ema(parameters: list[Parameter], args: TrainingConfig, device: torch.d
             return self.decay
 
     # Of all weights at once on a GPU, in place of three kernels for each.
-    foreach = device.type == "cuda" and not args.offload_ema
+    # Sharded tensors have no such kernel.
+    foreach = device.type == "cuda" and not args.offload_ema and not is_sharded(parameters[0])
     averaging = EMAModel if args.ema_warmup else FixedRate
     ema = averaging(parameters, decay=args.ema_decay, foreach=foreach)
     ema.to("cpu" if args.offload_ema else device)
@@ -54,7 +55,7 @@ def averaged(ema: Any, network: Module) -> Iterator[None]:
         ema: The average. None changes nothing.
         network: Gets its own weights back afterwards.
     """
-    if ema is None:
+    if ema is None or getattr(ema, "is_in_network", False):
         yield
         return
     parameters = trainable_parameters(network)
@@ -64,9 +65,11 @@ def averaged(ema: Any, network: Module) -> Iterator[None]:
         # Nothing is copied: both swap their storage. diffusers' `store` copies all
         # weights to the CPU.
         _swap(parameters, shadows)
+        ema.is_in_network = True
         try:
             yield
         finally:
+            ema.is_in_network = False
             _swap(parameters, shadows)
         return
     ema.store(parameters)

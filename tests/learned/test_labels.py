@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_wrong_labels_are_flipped() -> None:
     wrong = torch.rand(len(true), generator=torch.Generator().manual_seed(5)) < FLIPPED
     pairs.label = torch.where(wrong, 1 - pairs.label, pairs.label)
     given = pairs.label.clone()
-    changed, counts = strengthen(pairs, made(1)[0], settings(label_strength=True))
+    changed, counts = strengthen(pairs, made(1)[0], pairs.prompt, settings(label_strength=True))
     assert torch.equal(pairs.label, given) and not pairs.margin.any()
     flipped = (changed.label == 1 - given) & ((changed.label == 0) | (changed.label == 1))
     assert counts["flipped"] == flipped.sum() <= FLIPPED * len(true) + 1
@@ -68,24 +69,28 @@ def test_wrong_labels_are_flipped() -> None:
 def test_a_label_does_not_judge_itself() -> None:
     """Other labels of a prompt change nothing in its own margins."""
     pairs, _ = made(0)
-    before = unseen_margins(pairs, made(1)[0], settings(label_strength=True))
+    before = unseen_margins(pairs, made(1)[0], pairs.prompt, settings(label_strength=True))
     mine = pairs.prompt == 7
     pairs.label = torch.where(mine, 1 - pairs.label, pairs.label)
-    after = unseen_margins(pairs, made(1)[0], settings(label_strength=True))
+    after = unseen_margins(pairs, made(1)[0], pairs.prompt, settings(label_strength=True))
     assert torch.equal(before[mine], after[mine])
     assert not torch.equal(before[~mine], after[~mine])
 
 
-def test_ties_have_a_probability_of_their_own() -> None:
-    """The threshold that made the ties is found again, and so is the scale."""
-    pairs, true = made(2, threshold=3.0)
-    assert 0.1 < float((pairs.label == 0.5).double().mean()) < 0.4
-    head, chosen = fit_head(pairs, made(3, 3.0)[0], settings(ties="rao_kupper"))
-    assert chosen["tie_threshold"] == pytest.approx(3.0, rel=0.2)
+@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("threshold", [1.3, 3.0, 20.0])
+def test_ties_have_a_probability_of_their_own(threshold: float, hidden: int) -> None:
+    """The threshold that made the ties is found again, and so is the scale. With a
+    hidden layer the best step of the validation pairs is an early one."""
+    pairs, true = made(2, threshold)
+    near = 0.8 if hidden else 0.5
+    args = settings(ties="rao_kupper", hidden=hidden)
+    head, chosen = fit_head(pairs, made(3, threshold)[0], args)
+    assert math.log(chosen["tie_threshold"]) == pytest.approx(math.log(threshold), abs=near)
     with torch.no_grad():
         found = margins_of(head, pairs)[:, 0]
-    assert float((found @ true) / (true @ true)) == pytest.approx(1.0, abs=0.15)
-    assert torch.corrcoef(torch.stack([found, true]))[0, 1] > 0.97
+    assert float((found @ true) / (true @ true)) == pytest.approx(1.0, abs=0.7 * near)
+    assert torch.corrcoef(torch.stack([found, true]))[0, 1] > 0.95
 
 
 @pytest.mark.parametrize(

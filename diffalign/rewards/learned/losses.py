@@ -227,7 +227,8 @@ def rao_kupper_loss(margins: Tensor, labels: Tensor, threshold: Tensor | float) 
 
     Args:
         margins (`Tensor`): z, (n,).
-        labels (`Tensor`): 1, 1/2 or 0 for the first item, (n,).
+        labels (`Tensor`): 1, 1/2 or 0 for the first item, (n,). Others are shares of
+            judges who prefer it.
         threshold (`Tensor` or `float`): k, above 1.
 
     Returns:
@@ -236,7 +237,7 @@ def rao_kupper_loss(margins: Tensor, labels: Tensor, threshold: Tensor | float) 
     log_k = torch.as_tensor(threshold, dtype=margins.dtype).log()
     first, second = softplus(log_k - margins), softplus(log_k + margins)
     tie = first + second - (torch.exp(2 * log_k) - 1).log()
-    return torch.where(labels == 0.5, tie, torch.where(labels > 0.5, first, second))
+    return torch.where(labels == 0.5, tie, labels * first + (1 - labels) * second)
 
 
 def label_strength(margins: Tensor) -> tuple[Tensor, Tensor, Tensor]:

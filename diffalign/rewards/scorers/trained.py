@@ -27,6 +27,7 @@ from ..spec import ScorerSpec
 FILE, WEIGHTS = "reward.json", "head.safetensors"
 COMBINE = ("mean", "min", "mean_minus_std")
 FORMAT = 1
+_TOGETHER = 32
 EVERYBODY = "worst"
 """The value of `user` for the lowest score among the users of the training data."""
 
@@ -244,8 +245,16 @@ class TrainedReward(ModelScorer):
         """Scores of the base, and embeddings of images and prompts."""
         kind = next(self.head.parameters()).dtype
         text = self.prompt_features(prompts, len(prompts))
-        image = self.image_rows(images).to(self.device)
-        base, shown, said = (part.to(kind) for part in self._read(image, text))
+        images = self.image_rows(images)
+        if not hasattr(self.base, "joint_features"):
+            parts = [self._read(images.to(self.device), text)]
+        else:  # through the towers, some at a time
+            rows = images.split(_TOGETHER), zip(*(t.split(_TOGETHER) for t in text), strict=True)
+            parts = [
+                self._read(image.to(self.device, self.dtype), said)
+                for image, said in zip(*rows, strict=True)
+            ]
+        base, shown, said = (torch.cat(column).to(kind) for column in zip(*parts, strict=True))
         return base, shown, said
 
     @torch.no_grad()
