@@ -318,13 +318,18 @@ def curve(run: Any, options: argparse.Namespace) -> list[tuple[float, float]]:
         int(folder.name.rpartition("-")[2]): folder
         for folder in Path(run.train.output_dir).glob("checkpoint-*")
     }
-    points = []
-    for step in (0, *sorted(checkpoints)):
-        tuned = {"name": "tuned", "lora": str(checkpoints.get(step))}
-        spec = read_models(options.model, [tuned])[1] if step else spec_of("base", options, 0)
+
+    def mean_score(spec: Any) -> float:
         with opened(spec) as draw:
             images = drawing(draw, choice_prompts(), CHOICE_SEED, CURVE_SCALE)
-        mean = float(score(images, choice_prompts()).mean())
+        return float(score(images, choice_prompts()).mean())
+
+    # All runs start from the same base.
+    start = kept(options.work / "curve-start.json", lambda: mean_score(spec_of("base", options, 0)))
+    points = [(0.0, start)]
+    for step in sorted(checkpoints):
+        tuned = {"name": "tuned", "lora": str(checkpoints[step])}
+        mean = mean_score(read_models(options.model, [tuned])[1])
         points.append((step * images_per_step(run), mean))
     for step in sorted(checkpoints)[:-1]:
         shutil.rmtree(checkpoints[step])
@@ -480,16 +485,21 @@ def run_all(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 def so_far(options: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """The rows that are there, and a sentence about those that are not."""
     results: dict[str, list[dict[str, Any]]] = {}
-    missing = []
+    counts = {}
     for name in ("base", *options.methods):
         seeds = sorted(seed for arm, seed in units(options) if arm == name)
         files = [result_file(options, name, seed) for seed in seeds]
         rows = [json.loads(file.read_text()) for file in files if file.is_file()]
         if rows:
             results[name] = rows
-        if len(rows) < len(files):
-            missing.append(f"{name} ({len(rows)} of {len(files)} seeds)")
-    return results, f"Not run yet: {', '.join(missing)}." if missing else ""
+        counts[name] = len(rows), len(files)
+    return results, not_run(counts)
+
+
+def not_run(counts: dict[str, tuple[int, int]]) -> str:
+    """A sentence about the arms whose seeds are not all there, "" if there is none."""
+    missing = [f"{name} ({n} of {total} seeds)" for name, (n, total) in counts.items() if n < total]
+    return f"Not run yet: {', '.join(missing)}." if missing else ""
 
 
 # The report

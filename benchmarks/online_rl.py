@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from leaderboard import ONLINE, ROOT, folder_name, interval, rates
+from leaderboard import ONLINE, ROOT, folder_name, interval, not_run, rates
 
 from diffalign.runtime.files import write_atomically
 
@@ -95,13 +95,6 @@ def plot(
     figure.savefig(path, dpi=110)
 
 
-def missing(runs: dict[str, list[dict[str, Any]]], seeds: int) -> list[str]:
-    """Which runs have no curve yet."""
-    counts = {name: len(runs.get(name, ())) for name in ONLINE}
-    parts = [f"{name} ({n} of {seeds} seeds)" for name, n in counts.items() if n < seeds]
-    return ["", f"Not run yet: {', '.join(parts)}."] if parts else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,6 +111,7 @@ def main() -> None:
     if not runs:
         raise SystemExit(f"{folder} has no run with a curve; run benchmarks/leaderboard.py first")
     picture = output.with_suffix(".png")
+    missing = not_run({name: (len(runs.get(name, ())), 3) for name in ONLINE})
     lines = [
         f"# Online methods on `{options.model}`, by images drawn",
         "",
@@ -126,7 +120,7 @@ def main() -> None:
         f"The base at its best guidance, {base['best']:g}, scores "
         f"{max(base['choice'].values()):.3f} on the choosing prompts and "
         f"{np.mean(base['scores']):.3f} on the held-out ones. * beside other work.",
-        *missing(runs, 3),
+        *(["", missing] if missing else []),
         "",
         *table(runs, base),
         "",

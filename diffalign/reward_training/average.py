@@ -7,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,7 +212,7 @@ def _parts(
     test = settings["test"] if known["eval_fingerprint"] is None else 0.0
     parts = split(data, settings["val"], test, settings["split_seed"])
     if settings.get("ties") == "drop":
-        parts["val"] = parts["val"].rows(np.flatnonzero(parts["val"].label != 0.5))
+        parts["val"] = parts["val"].without_ties()
     if known["eval_fingerprint"] is None and eval_dataset is None:
         return parts["val"], parts["test"]
     given = None if eval_dataset is None else read_judgements(eval_dataset, **options)

@@ -124,23 +124,20 @@ class RewardConfig(LoopConfig):
 
     def _check_labels(self) -> None:
         names = ("flip_rate", "smoothing", "margin", "label_strength")
-        noise = [name for name in names if getattr(self, name)]
+        noise = {name: name for name in names if getattr(self, name)}  # field -> as shown
         if self.ties == "rao_kupper":
-            noise.append("ties: rao_kupper")
+            noise["ties"] = "ties: rao_kupper"
             if self.head == "pal" or self.towers != "frozen":
                 raise ConfigError(
                     "ties",
                     "rao_kupper is for a bradley_terry head on frozen towers; use half or drop",
                 )
         if len(noise) > 1:
-            raise ConfigError(
-                noise[0].partition(":")[0], f"give either {' or '.join(noise)}, not both"
-            )
-        if self.loss != "pairs":
-            for name in (*noise, *(["ties"] if self.ties == "drop" else [])):
-                raise ConfigError(
-                    name.partition(":")[0], f"is for pairs, and loss is {self.loss}; leave it out"
-                )
+            either = " or ".join(noise.values())
+            raise ConfigError(next(iter(noise)), f"give either {either}, not both")
+        of_pairs = [*noise, *(["ties"] if self.ties == "drop" else [])]
+        if self.loss != "pairs" and of_pairs:
+            raise ConfigError(of_pairs[0], f"is for pairs, and loss is {self.loss}; leave it out")
 
     def _is_set(self, name: str) -> bool:
         fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(self)}

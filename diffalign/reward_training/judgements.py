@@ -76,6 +76,10 @@ class Judgements:
             self.prompts, self.images, self.open, users=self.users, notes=self.notes, **taken
         )
 
+    def without_ties(self) -> Judgements:
+        """Return the pairs that were not judged equal."""
+        return self.rows(np.flatnonzero(self.label != 0.5))
+
     def of_prompts(self, wanted: npt.NDArray[np.bool_]) -> Judgements:
         """Return the pairs and opinions of some prompts, (prompts,) bool."""
         part = self.rows(np.flatnonzero(wanted[self.prompt]))

@@ -251,8 +251,7 @@ class RewardTrainer:
             )
         if self.args.ties == "drop":
             for name in ("train", "val"):
-                part = self.parts[name]
-                self.parts[name] = part.rows(np.flatnonzero(part.label != 0.5))
+                self.parts[name] = self.parts[name].without_ties()
 
     def _check_users(self) -> None:
         train = self.parts["train"]

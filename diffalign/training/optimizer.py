@@ -61,24 +61,24 @@ def averaged(ema: Any, network: Module) -> Iterator[None]:
     parameters = trainable_parameters(network)
     shadows = ema.shadow_params
     pairs = list(zip(parameters, shadows, strict=True))
-    if all(not is_sharded(p) and p.device == shadow.device for p, shadow in pairs):
-        # Nothing is copied: both swap their storage. diffusers' `store` copies all
-        # weights to the CPU.
+    # Where both can swap their storage nothing is copied. diffusers' `store` copies all
+    # weights to the CPU.
+    can_swap = all(not is_sharded(p) and p.device == shadow.device for p, shadow in pairs)
+    if can_swap:
         _swap(parameters, shadows)
-        ema.is_in_network = True
-        try:
-            yield
-        finally:
-            ema.is_in_network = False
-            _swap(parameters, shadows)
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    else:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    ema.is_in_network = True
     try:
         yield
     finally:
-        reshard(network)
-        ema.restore(parameters)
+        ema.is_in_network = False
+        if can_swap:
+            _swap(parameters, shadows)
+        else:
+            reshard(network)
+            ema.restore(parameters)
 
 
 def _swap(parameters: list[Parameter], others: list[Tensor]) -> None:
