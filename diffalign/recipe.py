@@ -62,8 +62,8 @@ class RunConfig:
     validation: ValidationConfig | None = None
     hub: HubConfig | None = None
     rewards: dict[str, Any] | None = None
-    """Who judges, for methods that sample while they learn: a panel, `{rewards: ...,
-    combine: ...}`, or its rewards alone."""
+    """Scorers of methods that sample while they learn: a list of rewards, or a panel
+    `{rewards: ..., combine: ...}`."""
 
 
 _TOP_LEVEL = tuple(f.name for f in dataclasses.fields(RunConfig))

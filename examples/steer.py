@@ -29,4 +29,4 @@ for name, sampler in (("steered", steering), ("best of 4", steering.best_of_n())
     for number, image in enumerate(result.best):
         image.save(FOLDER / f"{name.replace(' ', '-')}-{number}.png")
     if name == "steered":
-        result.plot(path=FOLDER / "lineage.png")  # who was copied, who died
+        result.plot(path=FOLDER / "lineage.png")  # the resampling genealogy

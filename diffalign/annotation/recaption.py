@@ -370,7 +370,7 @@ def _write(
             f"{len(broken)} of these have an image that cannot be read, e.g. "
             f"{next(iter(broken.values()))}"
         )
-    lines += [f"{same} have equal captions on both sides (no lesson beyond Diffusion-DPO's)"] * (
+    lines += [f"{same} have equal captions on both sides (they train as in Diffusion-DPO)"] * (
         same > 0
     )
     return "\n".join([*lines, f"wrote {folder / 'data'}"])

@@ -271,7 +271,7 @@ class DatasetSource:
         if needs_metadata:
             raise UserError(
                 f"--images: {needs_metadata[0]} needs metadata of every image, which preference "
-                "datasets have not; give a folder of images with metadata.jsonl"
+                "datasets do not have; give a folder of images with metadata.jsonl"
             )
 
 

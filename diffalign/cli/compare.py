@@ -32,14 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tuned", action="append", default=[], help=f"{what}; may be given several times"
     )
     parser.add_argument(
-        "--lora_scales", help="of every LoRA of --tuned, e.g. 0,0.5,1: one model per scale"
+        "--lora_scales", help="LoRA scales such as 0,0.5,1: one model per LoRA of --tuned and scale"
     )
     parser.add_argument(
         "--steer",
         help="also compare the base steered by this scorer (best particle) with the base as it is",
     )
-    parser.add_argument("--num_particles", type=count(), default=4, help="of --steer (default 4)")
-    parser.add_argument("--lmbda", type=not_negative, help="of --steer, in units of 1/reward")
+    parser.add_argument(
+        "--num_particles", type=count(), default=4, help="particles of --steer (default 4)"
+    )
+    parser.add_argument("--lmbda", type=not_negative, help="strength of --steer, in 1/reward")
     parser.add_argument(
         "--prompts",
         default="shapes",
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scorers",
-        help="names with commas between; the first decides (default for shapes: shapes)",
+        help="comma-separated names; the first decides (default for shapes: shapes)",
     )
     parser.add_argument(
         "--rewards_config", type=Path, help="YAML with rewards: instead of --scorers"
@@ -83,10 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
     parser.add_argument(
         "--guidance_scales",
-        help="draw every model at each of these, e.g. 1,2,3,5,7, and compare each at its best",
+        help="guidance scales such as 1,2,3,5,7; models are compared at their best ones",
     )
-    parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
-    parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
+    parser.add_argument(
+        "--height", type=side, help="image height in pixels (default: the pipeline's)"
+    )
+    parser.add_argument(
+        "--width", type=side, help="image width in pixels (default: the pipeline's)"
+    )
     parser.add_argument(
         "--batch_size", type=count(), default=8, help="images per forward pass (default 8)"
     )
@@ -94,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the models (default: bfloat16 on a GPU)",
+        help="precision of the models (default: bfloat16 on a GPU, else float32)",
     )
     parser.add_argument(
         "--output_dir",
@@ -129,7 +135,7 @@ def run(options: argparse.Namespace) -> int | Result:
     scales = _numbers(options.guidance_scales, "--guidance_scales", "1,2,3,5,7")
     if options.guidance_scales is not None:
         if options.guidance_scale is not None:
-            raise ConfigError("--guidance_scale", "--guidance_scales says all scales; leave it out")
+            raise ConfigError("--guidance_scale", "it cannot be combined with --guidance_scales")
         scales = read_scales(scales, "--guidance_scales")
     tuned = _tuned(options)
     call = {
@@ -235,7 +241,7 @@ def _numbers(text: str | None, option: str, example: str) -> list[float]:
         return [float(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:
         raise ConfigError(
-            option, f"expected numbers with commas between, e.g. {example}, got {text!r}"
+            option, f"expected comma-separated numbers, e.g. {example}, got {text!r}"
         ) from None
 
 

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         required=True,
-        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a "
-        "named set as in compare",
+        help="text file with a prompt per line, a dataset with prompts, shapes, shapes-held-out or "
+        "a named set as in compare",
     )
-    parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
+    parser.add_argument("--max_prompts", type=count(), help="use only the first N prompts")
     parser.add_argument(
         "--models",
         nargs="+",
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         default=[],
-        help="LoRA on the first model, as a further model; several times",
+        help="LoRA on the first model, as another model; may be given several times",
     )
-    parser.add_argument("--scorers", help="names with commas between, e.g. imagereward,pickscore")
+    parser.add_argument("--scorers", help="comma-separated names, e.g. imagereward,pickscore")
     parser.add_argument(
         "--rewards_config", type=Path, help="YAML with rewards: and combine: instead of --scorers"
     )
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min_margin",
         type=not_negative,
         default=0.0,
-        help="least difference of the combined scores in a pair (default 0: any)",
+        help="smallest difference of combined scores within a pair (default 0: any)",
     )
     parser.add_argument(
         "--best",
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(for Diffusion-DRO and SFT)",
     )
     parser.add_argument("--combine", help="how scorers are combined (default winrate)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the images (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the images (default 0)")
     parser.add_argument(
         "--num_inference_steps", type=steps, help="sampler steps (default: the pipeline's)"
     )
@@ -90,12 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the models (default: bfloat16 on a GPU)",
+        help="precision of the models (default: bfloat16 on a GPU, else float32)",
     )
     parser.add_argument(
         "--placement",
         default="exclusive",
-        help="of the scorers: exclusive (default), offload or resident",
+        help="where scorers are kept: exclusive (default: one in memory), offload or resident",
     )
     parser.add_argument(
         "--cache",

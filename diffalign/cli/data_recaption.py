@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir",
         type=Path,
         required=True,
-        help="where the recaptioned pairs go; run again to go on",
+        help="output folder; run the command again to continue",
     )
     parser.add_argument(
         "--strategy",
@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--level",
         default="medium",
         choices=("weak", "medium", "strong"),
-        help="of perturbation (medium)",
+        help="strength of the perturbation (default medium)",
     )
     parser.add_argument(
         "--perturb",
         default="rejected",
         choices=("rejected", "chosen"),
-        help="h: whose caption is perturbed (rejected)",
+        help="strategy h: caption to perturb (default rejected)",
     )
     parser.add_argument(
         "--instruction", help="what a chat model is asked; {prompt} stands for the prompt"
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns", help="canonical names to your columns, as in diffalign data inspect"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the perturbations (default 0)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="seed of the perturbations (default 0)"
+    )
     parser.add_argument(
         "--batch_size", type=count(), default=8, help="texts or images at once (default 8)"
     )
@@ -72,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the models (default: bfloat16 on a GPU)",
+        help="precision of the models (default: bfloat16 on a GPU, else float32)",
     )
     parser.add_argument(
         "--max_empty_fraction",
         type=share,
         default=0.05,
-        help="share of pairs without caption that is left out",
+        help="largest share of pairs without a caption; more is an error (default 0.05)",
     )
     parser.add_argument(
         "--trust_remote_code",

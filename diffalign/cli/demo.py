@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scorers",
-        help="names with commas between (default for shapes: shapes,shapes-clip; else none)",
+        help="comma-separated names (default for shapes: shapes,shapes-clip; else none)",
     )
     parser.add_argument(
         "--trust_remote_code",
@@ -114,7 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help="address to listen on (default 127.0.0.1: this machine alone)",
     )
-    parser.add_argument("--port", type=port, default=7860, help="default 7860; 0 takes a free one")
+    parser.add_argument(
+        "--port", type=port, default=7860, help="port (default 7860; 0 picks a free one)"
+    )
     parser.add_argument("--root_path", help="path under which a proxy shows the page")
     parser.add_argument(
         "--share", action="store_true", help="a public link through gradio's servers"
@@ -149,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the models (default: bfloat16 on a GPU)",
+        help="precision of the models (default: bfloat16 on a GPU, else float32)",
     )
 
 
@@ -196,7 +198,7 @@ def run(options: argparse.Namespace) -> int:
         )
     except OSError as error:
         raise UserError(
-            f"--port: {options.port} on {options.host} cannot be had ({error}); name another port"
+            f"--port: cannot listen on {options.host}:{options.port} ({error}); choose another port"
         ) from None
     print(f"the demo runs at {url} (ctrl-c ends it)", flush=True)
     app.block_thread()

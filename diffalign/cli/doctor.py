@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="tokenizer of one of them, where it lies elsewhere",
+        help="tokenizer of one of these models, if it is in another folder",
     )
     parser.add_argument(
         "--assets",

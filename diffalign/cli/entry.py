@@ -79,10 +79,10 @@ DATA_COMMANDS = (
 )
 REWARD_COMMANDS = (
     Command(
-        "train", "reward_train", "a reward from votes, pairs, lists or thumbs", takes_rest=True
+        "train", "reward_train", "train a reward on votes, pairs, lists or thumbs", takes_rest=True
     ),
-    Command("add-user", "reward_add_user", "a new user of a reward with users, from a few pairs"),
-    Command("average", "reward_average", "one reward from the weights of several (WARM)"),
+    Command("add-user", "reward_add_user", "add a user to a per-user reward, from a few pairs"),
+    Command("average", "reward_average", "average the weights of several rewards (WARM)"),
 )
 COMMANDS = (
     Command(
@@ -94,12 +94,12 @@ COMMANDS = (
     Command(
         "estimate",
         "estimate",
-        "parameters, work and memory of a run, without weights, data or GPU",
+        "parameters, FLOPs and memory of a run, without weights, data or GPU",
         takes_rest=True,
     ),
     Command("sample", "sample", "draw images, with a LoRA beside the base"),
-    Group("data", "inspect or convert preference data", DATA_COMMANDS),
-    Group("reward", "train rewards", REWARD_COMMANDS),
+    Group("data", "inspect, convert, build or recaption preference data", DATA_COMMANDS),
+    Group("reward", "train, extend or average reward models", REWARD_COMMANDS),
     Command(
         "compare",
         "compare",

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        help="the model it was trained on, where its names do not tell the family (default: "
-        "that of the run)",
+        help="base model, needed if the layer names do not identify the model family "
+        "(default: that of the run)",
     )
     parser.add_argument(
         "--output",

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int | Result:
     config = load_run(options.config, overrides)
     if getattr(config.train, "feedback", None) != "people":
         raise UserError(
-            f"--config: {options.config} asks no people; set method: d3po and "
+            f"--config: {options.config} uses no human feedback; set method: d3po and "
             "train.feedback: people"
         )
     if list_checkpoints(Path(config.train.output_dir)):
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int | Result:
     output = trainer.train()
     end_training(trainer.accelerator)
     if output.waiting_for is None:
-        return Result("done: no votes are wanted any more", {"status": "done"})
+        return Result("done: no further votes are needed", {"status": "done"})
     print(f"votes wanted: {output.waiting_for} (open index.html; write votes.json beside it)")
     while not options.no_wait:
         if find_votes(output.waiting_for):

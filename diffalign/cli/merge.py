@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRAs, or pipelines of full weights (folders or Hub ids)",
     )
     parser.add_argument(
-        "--weights", type=float, nargs="+", help="one per input (default: equal shares)"
+        "--weights", type=float, nargs="+", help="one weight per input (default: equal shares)"
     )
     parser.add_argument(
         "--model",

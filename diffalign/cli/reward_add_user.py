@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (`argparse.ArgumentParser`): Parser of the command.
     """
     parser.add_argument("folder", type=Path, help="a reward with users (train.head: pal)")
-    parser.add_argument("--name", required=True, help="of the new user")
+    parser.add_argument("--name", required=True, help="name of the new user")
     parser.add_argument("--data", required=True, help="their pairs, or a folder of votes")
 
 

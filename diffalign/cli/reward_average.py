@@ -17,8 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="rewards with trained towers")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
     parser.add_argument("--data", required=True, help="what the rewards were trained on")
-    parser.add_argument("--eval_data", help="judgements for the report, as the rewards had")
-    parser.add_argument("--force", action="store_true", help="write an average that is worse, too")
+    parser.add_argument("--eval_data", help="evaluation data of the rewards, if they had any")
+    parser.add_argument(
+        "--force", action="store_true", help="write the average even if it is worse"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", help="weights of the base (default: the published ones)")
     parser.add_argument("--data", help="pairs, lists, likes, or a folder of the demo's votes")
     parser.add_argument("--eval_data", help="judgements of other prompts, for the report")
-    parser.add_argument("--accelerate_config", help="trained towers: ddp, or a file of accelerate")
-    parser.add_argument("--num_processes", type=count(), help="trained towers: processes")
+    parser.add_argument("--accelerate_config", help="for trained towers: ddp or an accelerate file")
+    parser.add_argument("--num_processes", type=count(), help="for trained towers: processes")
     parser.epilog = "\n".join(
         ["train:", section_help(RewardConfig, "train"), "lora:", section_help(LoraSection, "lora")]
     )

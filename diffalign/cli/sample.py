@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--negative_share",
         type=finite,
         default=1.0,
-        help="share of --negative_lora in it (default 1.0)",
+        help="share of --negative_lora in the negative branch (default 1.0)",
     )
     parser.add_argument(
         "--user_adapter", help="folder of a PPD run; images of a user are drawn beside the base"
@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--user_pairs",
-        help="with --user_adapter: pairs of a new user, who is drawn for as a mixture of the "
-        "known ones",
+        help="with --user_adapter: preference pairs of a new user, who is approximated by a "
+        "mixture of known users",
     )
     for old, new in (("--alpha", "positive_share"), ("--beta", "negative_share")):
         # The default would overwrite that of the new name.
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=argparse.SUPPRESS,
         )
     parser.add_argument(
-        "--prompt", action="append", required=True, help="may be given several times"
+        "--prompt", action="append", required=True, help="prompt; may be given several times"
     )
     parser.add_argument(
         "--num_images", type=count(), default=4, help="images per prompt (default 4)"
@@ -126,7 +126,7 @@ def _check_user_options(options: argparse.Namespace) -> None:
 
 
 def _read_user(pipe: Any, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Read the user adapter and whom it is to draw for, before anything is drawn."""
+    """Load the user adapter and resolve the user, before anything is drawn."""
     from ..data import load_preferences
     from ..generation.users import MOST_PAIRS, load_users, mixture_words, read_mixture
 

@@ -26,17 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", required=True, help="folder of images, or a dataset: Hub id, folder or file"
     )
-    parser.add_argument("--scorers", help="names with commas between, e.g. imagereward,pickscore")
+    parser.add_argument("--scorers", help="comma-separated names, e.g. imagereward,pickscore")
     parser.add_argument(
         "--config", type=Path, help="YAML with rewards: and combine: instead of --scorers"
     )
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="of a folder: one line per image in the order of names, or .json, .jsonl",
+        help="prompts of a folder: a text file with a line per image, or .json, .jsonl",
     )
-    parser.add_argument("--prompt", help="of a folder: one for all images")
-    parser.add_argument("--split", default="train", help="of a dataset (default: train)")
+    parser.add_argument("--prompt", help="one prompt for all images of a folder")
+    parser.add_argument("--split", default="train", help="split of a dataset (default: train)")
     parser.add_argument(
         "--columns",
         help="canonical names to your columns, e.g. '{prompt: text, chosen: good, rejected: bad}'",
@@ -62,10 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk_size",
         type=count(),
         default=256,
-        help="images after which work is safe (default: 256)",
+        help="images scored between two saves (default: 256)",
     )
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", help="of the towers (default: float32, the reference)")
+    parser.add_argument(
+        "--dtype", help="precision of the scorers (default: float32, the reference)"
+    )
     parser.add_argument(
         "--combine", help="how scorers are combined, e.g. winrate, zscore, weighted_sum"
     )
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on_error",
         choices=("raise", "nan"),
-        help="an unreadable image stops (raise, default) or is missing (nan)",
+        help="unreadable images: stop (raise, default) or give a missing score (nan)",
     )
     parser.add_argument(
         "--trust_remote_code",

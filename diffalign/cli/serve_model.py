@@ -10,7 +10,11 @@ from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument("model", help="Hub id, folder or shapes")
     parser.add_argument(
         "--host",
@@ -18,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to listen on (default 127.0.0.1: this machine only)",
     )
     parser.add_argument(
-        "--port", type=port, default=8001, help="0 takes a free one and says which (default 8001)"
+        "--port", type=port, default=8001, help="port; 0 picks a free one (default 8001)"
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default by device)")

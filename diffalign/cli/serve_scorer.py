@@ -28,7 +28,11 @@ _NOT_IN_ARGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of the command.
+    """
     parser.add_argument("name", help="scorer, as for load_scorer")
     parser.add_argument(
         "--host",
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to listen on (default 127.0.0.1: this machine only)",
     )
     parser.add_argument(
-        "--port", type=port, default=8000, help="0 takes a free one and says which (default 8000)"
+        "--port", type=port, default=8000, help="port; 0 picks a free one (default 8000)"
     )
     for name, text in (
         ("model", "weights: file, folder or Hub id"),
@@ -50,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further options of the scorer as YAML, e.g. '{antialias: false}'",
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default auto)")
-    parser.add_argument("--dtype", help="of the towers (default float32)")
+    parser.add_argument("--dtype", help="precision of the scorer (default float32)")
     parser.add_argument("--batch_size", type=count(), help="images per forward pass")
     parser.add_argument("--cache", type=Path, help="file in which scores are kept")
     for name, value in asdict(Limits()).items():
         parser.add_argument(
-            f"--{name}", type=int, default=value, help=f"per request (default {value})"
+            f"--{name}", type=int, default=value, help=f"limit per request (default {value})"
         )
     parser.add_argument(
         "--token",

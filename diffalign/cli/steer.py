@@ -45,18 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
     parser.add_argument(
         "--prompts",
-        help="text file with one per line, any dataset with prompts, shapes, shapes-held-out or a "
-        "named set as in compare",
+        help="text file with a prompt per line, a dataset with prompts, shapes, shapes-held-out or "
+        "a named set as in compare",
     )
     parser.add_argument(
         "--prompt", action="append", help="instead of --prompts; may be given several times"
     )
-    parser.add_argument("--max_prompts", type=count(), help="take only the first so many")
+    parser.add_argument("--max_prompts", type=count(), help="use only the first N prompts")
     parser.add_argument(
         "--num_particles",
         type=count(1, 65_536),
         default=4,
-        help="images per prompt that steering works with (default 4)",
+        help="particles per prompt (default 4)",
     )
     parser.add_argument(
         "--lmbda",
@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resample_steps",
-        help="with commas: fractions of the run (0.2,0.5) or indices (10,20); default five from "
-        "20 to 80 percent",
+        help="comma-separated fractions of the run (0.2,0.5) or step indices (10,20); default: "
+        "five from 20 to 80 percent",
     )
     parser.add_argument(
         "--scheme",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ess_threshold",
         type=float,
         default=0.5,
-        help="resample under this share of the particles; 1 is always (default 0.5)",
+        help="resample when the ESS is below this share of the particles (default 0.5)",
     )
     parser.add_argument(
         "--kernel",
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta",
         type=float,
-        help="of the kernel, or of the pipeline's scheduler with --kernel scheduler",
+        help="stochasticity of the kernel, or of the scheduler with --kernel scheduler",
     )
     parser.add_argument(
         "--tiny_decoder", help="Hub id or folder of an AutoencoderTiny for intermediate images"
@@ -107,10 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sampler steps (default: the pipeline's; 30 for shapes)",
     )
     parser.add_argument("--guidance_scale", type=finite, help="guidance (default: the pipeline's)")
-    parser.add_argument("--height", type=side, help="of the images (default: the pipeline's)")
-    parser.add_argument("--width", type=side, help="of the images (default: the pipeline's)")
     parser.add_argument(
-        "--seed", type=seed, default=0, help="of the first population of a prompt (default 0)"
+        "--height", type=side, help="image height in pixels (default: the pipeline's)"
+    )
+    parser.add_argument(
+        "--width", type=side, help="image width in pixels (default: the pipeline's)"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="seed of a prompt's first population (default 0)"
     )
     parser.add_argument(
         "--num_seeds", type=count(), default=1, help="populations per prompt (default 1)"
@@ -119,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="also draw best-of-n from the same noise and compare"
     )
     parser.add_argument(
-        "--judges", help="scorers that judge the images but do not steer, with commas between"
+        "--judges", help="comma-separated scorers that judge the images but do not steer"
     )
     parser.add_argument(
         "--scorer_args", help="options by scorer, e.g. '{pickscore: {model: FOLDER}}'"
@@ -142,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the model (default: bfloat16 on a GPU)",
+        help="precision of the model (default: bfloat16 on a GPU, else float32)",
     )
     parser.add_argument(
         "--output_dir",
@@ -269,7 +273,7 @@ def _number(text: str) -> int | float:
     except ValueError:
         raise ConfigError(
             "--resample_steps",
-            f"expected numbers with commas between, e.g. 0.2,0.5 or 10,20, got {text!r}",
+            f"expected comma-separated numbers, e.g. 0.2,0.5 or 10,20, got {text!r}",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Store what visitors say so that no crash loses a line of it."""
+"""Store the answers of visitors, each on disk before the next question."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ class Engine:
             request (`Request`): From `read`.
             job (`Job`, *optional*): Gets `("step", (done, of))`, and may cancel.
             lora_scale (`float`, *optional*): LoRA strength in place of the model's own.
-            user (*optional*): Whom the base draws for, of `learn_user`.
+            user (*optional*): User to draw for, as `learn_user` returns it.
 
         Returns:
             `PIL.Image.Image`.

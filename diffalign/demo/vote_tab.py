@@ -174,7 +174,7 @@ class Voting:
 
         Returns:
             `tuple`: The prompt, an image without a user, one for the visitor from the
-            same noise, and whom the visitor is like.
+            same noise, and a description of the visitor's taste.
 
         Raises:
             UserError: The visitor has not voted often enough.

@@ -136,7 +136,7 @@ class VoteStore(AnswerStore):
         with self._lock:
             decided = [vote for vote in self.votes if vote["vote"] in ("left", "right")]
         if not decided:
-            raise UserError("votes: nobody has preferred an image yet; ties teach nothing")
+            raise UserError("votes: there is no decided vote yet; ties are not exported")
         rows: dict[str, list[Any]] = {
             "prompt": [],
             "chosen": [],

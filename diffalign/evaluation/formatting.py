@@ -32,15 +32,15 @@ def number(value: float, low: float = math.nan, high: float = math.nan) -> str:
 
 
 def few_prompts(count: int) -> list[str]:
-    """Warn of too few prompts for an interval to mean much.
+    """Warn if there are too few prompts for reliable intervals.
 
     Returns:
         One sentence, or none where there are enough prompts.
     """
     if count < FEW_PROMPTS:
         return [
-            f"Only {count} prompts: below {FEW_PROMPTS} an interval says little, "
-            "and prompts that agree prove little."
+            f"Only {count} prompts: with fewer than {FEW_PROMPTS}, intervals are unreliable, "
+            "even if all prompts agree."
         ]
     if count < SOME_PROMPTS:
         return [f"{count} prompts are few: intervals are rough, and only large differences show."]

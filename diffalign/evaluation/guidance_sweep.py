@@ -76,13 +76,13 @@ def compare_guidance(
         (True, 0.5)
     """
     if "guidance_scale" in options:
-        raise ConfigError("guidance_scale", "guidance_scales says all scales; leave it out")
+        raise ConfigError("guidance_scale", "it cannot be combined with guidance_scales")
     scales = read_scales(guidance_scales)
     arms = read_models(base, tuned)
     for arm in arms:
         if arm.guidance_scale is not None:
             raise ConfigError(
-                f"{arm.name}.guidance_scale", "guidance_scales says all scales; leave it out"
+                f"{arm.name}.guidance_scale", "it cannot be combined with guidance_scales"
             )
     models = [
         dataclasses.replace(arm, name=model_name(arm.name, scale), guidance_scale=scale)

@@ -61,8 +61,8 @@ class ModelSpec:
         guidance_scale (`float`, *optional*): Guidance of this model alone. Defaults to
             that of the call.
         user_adapter (`str`, *optional*): Folder of a PPD run on the model.
-        user (`str` or `dict`, *optional*): Whom it draws for: a user, or user ->
-            weight. None draws without a user.
+        user (`str` or `dict`, *optional*): User to draw for: a name, or user -> weight.
+            None draws without a user.
     """
 
     name: str

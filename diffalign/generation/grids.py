@@ -1,6 +1,6 @@
 """Make pictures that compare images: models side by side, or one image framed.
 
-The prompt stands beneath its images.
+The prompt is written below its images.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def comparison_grid(
 ) -> Image.Image:
     """Draw the images of two models side by side, one block per prompt.
 
-    The same place holds the same seed. The prompt stands beneath.
+    The same place holds the same seed. The prompt is written below.
 
     Args:
         rows (`Sequence[tuple[str, Sequence[Image], Sequence[Image]]]`): (prompt, base
@@ -129,7 +129,7 @@ def framed_grid(
 ) -> Image.Image:
     """Draw one row of images per prompt, with one of them framed.
 
-    The prompt stands beneath.
+    The prompt is written below.
 
     Args:
         rows (`Sequence[tuple[str, Sequence[Image], int]]`): (prompt, images, index of

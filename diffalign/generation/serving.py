@@ -240,7 +240,7 @@ async def _answered(request: Request, answer: Any) -> JSONResponse:
         return _refused(400, str(error))
     except Exception as error:
         print(f"{type(error).__name__} while drawing: {error}", file=sys.stderr, flush=True)
-        return _refused(500, "drawing failed; the server's own output says why")
+        return _refused(500, "drawing failed; see the log of the server")
 
 
 def _refused(status: int, message: str) -> JSONResponse:

@@ -73,7 +73,7 @@ class CtrlUConfig(TrainingConfig):
     """
 
     consistency: str | None = None
-    """What reads the condition back from an image: shapes (the palette of the embedded
+    """Predictor of the condition from an image: shapes (the palette of the embedded
     world) or depth:MODEL of transformers. In Python also `scorers=`, a `Consistency`,
     such as `TransformersConsistency` for segmentation with its palette, or a
     differentiable scorer. Source: official code, UperNet, DeepLabV3 or DPT."""

@@ -52,7 +52,7 @@ class D3POConfig(TrajectoryConfig):
         ```
     """
 
-    images_per_prompt: Annotated[int, count(2, 65_536)] = 2  # one image has no rival
+    images_per_prompt: Annotated[int, count(2, 65_536)] = 2  # one image cannot be compared
     beta: Positive[float] = 0.1
     """Strength of the pull to the reference, on log-probabilities. Source: official
     code, 0.1."""
@@ -77,8 +77,8 @@ class D3POConfig(TrajectoryConfig):
         if self.eta == 0:
             raise ConfigError(
                 "eta",
-                "0 makes the sampler deterministic, whose steps have no probability; give eta > 0 "
-                "(official 1)",
+                "with 0 the sampler is deterministic and its steps have no log-probability; set it "
+                "above 0 (official code: 1)",
             )
 
     @property

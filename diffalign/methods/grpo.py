@@ -115,8 +115,8 @@ class GRPOConfig(AdvantageConfig, TrajectoryConfig):
         if self.eta == 0:
             raise ConfigError(
                 "eta",
-                "0 makes the sampler deterministic, whose steps have no probability; give eta > 0 "
-                "(Flow-GRPO 0.7)",
+                "with 0 the sampler is deterministic and its steps have no log-probability; set it "
+                "above 0 (Flow-GRPO: 0.7)",
             )
         if self.dynamics == "cps" and self.ratio == "guard":
             raise ConfigError("ratio", "guard needs a variance, which cps leaves out; give plain")

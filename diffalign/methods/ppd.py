@@ -256,7 +256,7 @@ class PPDTrainer(DiffusionDPOTrainer):
         if len(self.user_names) < 2:
             raise ConfigError(
                 "data.dataset_name",
-                f"the pairs are of {len(self.user_names)} users; PPD tells at least two apart",
+                f"the pairs have {len(self.user_names)} users; PPD needs at least two",
             )
         if args.user_embeddings != "table":
             self.embedder = load_user_embedder(args.user_embeddings)
@@ -297,7 +297,7 @@ class PPDTrainer(DiffusionDPOTrainer):
             )
         if few:
             self.notes.append(
-                f"users: {len(few)} left out, who have at most {wanted} pairs: "
+                f"users: {len(few)} left out because they have at most {wanted} pairs: "
                 f"{', '.join(few[:5])}{', ...' if len(few) > 5 else ''}"
             )
         self.user_names, kept = sorted(places), list(without)
@@ -371,8 +371,8 @@ class PPDTrainer(DiffusionDPOTrainer):
             batch (`Batch`): g pairs.
 
         Returns:
-            `Batch`: Its condition also says who judged each image. Users whom the
-            training data do not have are nobody.
+            `Batch`: Its condition also says who judged each image. Users that
+            are not in the training data get no user tokens.
         """
         indices, kept = [], []
         for user, stream in zip(batch.users, batch.generators("ppd"), strict=True):
@@ -390,7 +390,7 @@ class PPDTrainer(DiffusionDPOTrainer):
         return replace(batch, condition={**batch.condition, **users})
 
     def build_source(self) -> BatchSource:
-        """Build the source of batches, and set whom a validation draws for."""
+        """Build the source of batches, and set the user of validation images."""
         self._set_validation_user()
         return super().build_source()
 

@@ -55,27 +55,28 @@ class SelfNPOConfig(TrainingConfig):
     """
 
     start: Literal["noise", "data"] = "noise"
-    """noise (paper): prompts are all it needs; data (official code): noised images, so
-    the data must hold some. Source: paper; the official code starts from noised
-    images."""
+    """noise (paper): start from noise, which needs prompts alone; data (official code):
+    start from noised images of the dataset. Source: paper; the official code starts
+    from noised images."""
     loss_type: LossType = "mse"
     """mse (paper) | huber (official code), in the space of clean latents. Source:
     paper; the official code has Huber's loss."""
     huber_c: Positive[float] = 1e-3
-    """Where Huber's loss turns from square to straight. Source: official code."""
+    """Error at which the Huber loss turns from quadratic to linear. Source: official
+    code."""
     num_inference_steps: Annotated[int, count(2, 1000)] = 25
     """Steps of the whole sampling grid. Source: official code, 25 DDIM steps."""
     truncation_steps: Count = 5
-    """Of these, how many are run before the sample is cut off. Source: official code,
-    5."""
+    """Number of these steps that are run before the sample is truncated. Source:
+    official code, 5."""
     guidance_weight: float = 0.0
     """w of cond + w (cond - uncond) while sampling: 0 conditional, -1 unconditional
     (official SD1.5), -5 (official SDXL). Source: ours: the model's own conditional
     prediction; official code -1 (SD1.5) and -5 (SDXL)."""
     sampler: Literal["frozen_ref", "ema"] = "frozen_ref"
-    """Who samples: frozen_ref, the starting weights | ema (official code), the average
-    of the student; needs use_ema. Source: ours: the model itself; the official code
-    draws with the average of the student, decay 0.999."""
+    """Weights that sample: frozen_ref, the starting weights | ema (official code), the
+    average of the student; needs use_ema. Source: ours: the model itself; the
+    official code draws with the average of the student, decay 0.999."""
     ema_decay: Share = 0.999
     """Decay of the student's average. Source: official code, 0.999."""
     ema_warmup: bool = False

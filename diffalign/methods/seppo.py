@@ -64,11 +64,11 @@ class SePPOConfig(TrainingConfig):
     """Which past checkpoint is the reference of a step: random (the method) | initial |
     latest. Source: paper: random; the others are its ablations."""
     pool_save_steps: Count = 30
-    """A checkpoint joins the pool every so many optimizer steps. Source: paper, every
-    30 updates."""
+    """Optimizer steps between two checkpoints of the pool. Source: paper, every 30
+    updates."""
     pool_size: Annotated[int, count(2)] = 8
-    """Checkpoints in the pool; beyond, the oldest but the initial one leaves. Source:
-    paper, 7 rounds and the initial model."""
+    """Most checkpoints in the pool. The oldest one is dropped, but never the initial
+    one. Source: paper, 7 rounds and the initial model."""
     anchor: Anchor = "sign"
     """sign: a is +1 or -1 | indicator: 1 or 0. Source: paper; indicator is its
     ablation."""

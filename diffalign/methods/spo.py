@@ -54,7 +54,7 @@ class SPOConfig(TrajectoryConfig):
         ```
     """
 
-    images_per_prompt: Annotated[int, count(2, 65_536, "int >= 2: one candidate has no rival")] = 4
+    images_per_prompt: Annotated[int, count(2, 65_536, "int >= 2: candidates are compared")] = 4
     """Candidates for every step, and images drawn for each prompt in an evaluation.
     Source: official code, 4 (2 for SDXL)."""
     eta: Annotated[float, dataclasses.replace(positive, words=_NO_CANDIDATES)] = 1.0
@@ -71,8 +71,8 @@ class SPOConfig(TrajectoryConfig):
     """How much better the best candidate must be than the worst, as a difference of
     softmax probabilities, in [0, 1). Source: official code, 0.3 (0.4 for SDXL)."""
     score_scale: Positive[float] = 1.0
-    """Scores are multiplied by it before the softmax: what makes logits of them.
-    Source: ours; 1 for a model whose scores are logits, as the official one."""
+    """Factor of the scores before the softmax, which turns them into logits. Source:
+    ours; 1 for a model whose scores are logits, as the official one."""
     timestep_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
     """Share of the compared steps that is trained, drawn anew per row, those with a
     decided pair first. Source: official code, all steps."""

@@ -535,7 +535,9 @@ def _fit_pal_once(
 
 
 def pal_margins(head: PalHead, pairs: Pairs) -> Tensor:
-    """Margins of all pairs for their judges. Nobody in particular is the mean user."""
+    """Compute the margins of all pairs for their judges. Unknown judges get the mean
+    user.
+    """
     shares = head.logits.softmax(1)
     everyone = shares.mean(0, keepdim=True)
     table = torch.cat([shares, everyone])  # -1 is the last row

@@ -80,7 +80,7 @@ def _mean(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _of_users(opinions: Opinions) -> tuple[Tensor, Tensor]:
-    """A bias for every user and for nobody, and the row of each opinion."""
+    """A bias per user and one for unnamed users, and the row of each opinion."""
     bias = torch.zeros(int(opinions.user.max(initial=-1)) + 2, dtype=torch.float64)
     return bias.requires_grad_(), torch.from_numpy(opinions.user)  # -1 is the last
 

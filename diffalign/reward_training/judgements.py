@@ -1,4 +1,4 @@
-"""Judgements as arrays: which image of a prompt who prefers."""
+"""Preference judgements as arrays: image pairs, labels and judges."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def read_votes(folder: Path) -> Judgements:
 
 
 def agreement_note(votes: Mapping[tuple[str, int, int, str | None], list[float]]) -> str | None:
-    """Say how often votes on one pair agree, which is the most that a reward can reach.
+    """Describe how often repeated votes differ, which limits the accuracy of a reward.
 
     Args:
         votes (`Mapping`): Prompt, both images and judge -> labels, 1/2 for a tie.
@@ -319,7 +319,7 @@ def agreement_note(votes: Mapping[tuple[str, int, int, str | None], list[float]]
     times = f"{len(shares)} pairs were judged more than once"
     text = f"{times}, and {share:.0%} of the votes on them differ"
     if share >= 0.5:
-        return f"WARNING: {text}, as by chance"
+        return f"WARNING: {text}, no better than chance"
     return f"{text}; {flip_rate_of(share):.0%} wrong labels would explain it (train.flip_rate)"
 
 

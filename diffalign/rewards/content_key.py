@@ -125,8 +125,7 @@ def content_key(
             )
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"metadata: cannot be told apart from other metadata ({error}); "
-                "give text, numbers, lists, mappings"
+                f"metadata: cannot be hashed ({error}); use text, numbers, lists and mappings"
             ) from error
     return bytes_digest(*parts)
 

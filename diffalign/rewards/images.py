@@ -1,4 +1,4 @@
-"""Read what users pass as images into PIL images, and bring these into a network.
+"""Read images in any accepted form, and preprocess them for a network.
 
 There are two ways into a network. The exact way resizes 8-bit PIL images as the
 published code of each scorer does. The differentiable way resizes float tensors with
@@ -238,8 +238,7 @@ def check_pixels(pixels: Tensor, place: str = "pixels") -> None:
     low, high = (float(value) for value in pixels.detach().aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UserError(
-            f"{place}: some values are not finite; "
-            "a generator that returns NaN is to be mended, not scored"
+            f"{place}: some values are not finite; fix the model or decoder that produced them"
         )
     if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(

@@ -1,6 +1,6 @@
 """`rewards:` and `combine:` of a run file.
 
-They say which scorers judge, how much each weighs, and how their numbers become one.
+They list the scorers, their weights, and the rule that combines their scores.
 """
 
 from __future__ import annotations

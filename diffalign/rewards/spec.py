@@ -23,8 +23,8 @@ class ScorerSpec:
         filename (`str` or None): the file inside it. None where the repository is a
             folder of the usual transformers files.
         revision (`str` or None): commit of the weights. None where it is not pinned.
-        sha256 (`str` or None): of the file, checked on loading the published weights.
-            None where it is not known.
+        sha256 (`str` or None): of the file, which `diffalign doctor` checks. None where
+            it is not known.
         requires (tuple of `str`): what a call must give: some of `image`, `prompt` and
             `metadata`.
         range (pair or None): values usually seen. Orientation, not a bound and not a

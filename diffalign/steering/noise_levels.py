@@ -28,7 +28,7 @@ UNREACHABLE = {
     "CogVideoXDPMScheduler": "the pipeline keeps the previous prediction in a variable of its own",
     "CogVideoXDPMPipeline": "the pipeline keeps the previous prediction in a variable of its own",
 }
-"""Classes that keep state of each particle where nobody else can reorder it."""
+"""Schedulers with per-particle state that cannot be reordered from outside."""
 
 
 @dataclass(frozen=True)

@@ -350,8 +350,8 @@ class ParticleWeights:
             )
         if torch.isposinf(rewards).any():
             raise UserError(
-                "reward: the scorer returned +inf, which no finite weight can follow; return a "
-                "finite number"
+                "reward: the scorer returned +inf; rewards must be finite, or -inf to reject a "
+                "particle"
             )
         missing = torch.isnan(rewards)
         blank = torch.zeros_like(missing) if blank is None else blank

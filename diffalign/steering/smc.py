@@ -334,8 +334,8 @@ def _collect(rewards: Tensor, how: str, weights: ParticleWeights) -> Tensor:
     if rewards.ndim == 3:
         if torch.isposinf(rewards).any():
             raise UserError(
-                "reward: the scorer returned +inf, which no finite weight can follow; return a "
-                "finite number"
+                "reward: the scorer returned +inf; rewards must be finite, or -inf to reject a "
+                "particle"
             )
         rewards = aggregate(rewards, how, weights.lmbda)
     if rewards.shape != weights.shape:

@@ -29,7 +29,7 @@ class Look:
 
     Attributes:
         step (`int`): Optimizer step. 0 is before training.
-        reward (`ndarray`): What trains, (prompts, images), higher is better.
+        reward (`ndarray`): The training reward, (prompts, images). Higher is better.
         held_out (`dict[str, ndarray]`): Scores that do not train, of the same shape.
         members (`dict[str, ndarray]`): Single scores of the reward, if it has several.
     """

@@ -136,15 +136,15 @@ class StopOnSignal(LoopCallback):
 
 
 class Work(Protocol):
-    """Work that a step does after its checkpoint."""
+    """Work that is done after a step, once its checkpoint is written."""
 
     name: str
 
     def is_due(self, run: Run) -> bool:
-        """Return whether the step just taken has to do it."""
+        """Return whether the work is due after the last step."""
 
     def do(self, run: Run, checkpoint: Path | None) -> None:
-        """Do it. `checkpoint` is the step's checkpoint, if there is one."""
+        """Do the work. `checkpoint` is the checkpoint of the step, if there is one."""
 
 
 class Evaluate:

@@ -404,7 +404,7 @@ def peak_memory(device: torch.device) -> tuple[float, str]:
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan"), "peak memory, which this system does not tell"
+        return float("nan"), "peak memory (not available on this system)"
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(
         resource.RUSAGE_SELF

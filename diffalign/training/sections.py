@@ -159,7 +159,7 @@ class ValidationConfig:
         if self.guidance_scales:
             self.guidance_scales = read_scales(self.guidance_scales)
             if self.guidance_scale is not None:
-                raise ConfigError("guidance_scale", "guidance_scales says all scales; leave it out")
+                raise ConfigError("guidance_scale", "it cannot be combined with guidance_scales")
             if not self.scorers:
                 raise ConfigError("guidance_scales", "name scorers, which choose the best scale")
         if self.prompts is not None and self.validation_prompts:

@@ -751,8 +751,8 @@ class Trainer:
         """Draw trajectories by the rule of the resumed checkpoint."""
         if rule != self.sampler_rule and self._ready:
             raise UserError(
-                "train.resume_from_checkpoint: it is of an earlier version; resume it before "
-                "anything else is called"
+                "train.resume_from_checkpoint: it is from an earlier version; call train before "
+                "any other method of this trainer"
             )
         self.sampler_rule = self.record.sampler_rule = rule
         if isinstance(self.schedule, RectifiedFlow):

@@ -97,8 +97,8 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
         if name in training:
             raise ConfigError(
                 "validation.guard",
-                f"{name} also trains the model, so it cannot notice that it is hacked; give a "
-                "scorer that does not",
+                f"{name} also trains the model, so it cannot detect reward hacking; name a scorer "
+                "that does not train it",
             )
     if config.keep_best is None or config.keep_best not in training:
         return few
@@ -110,7 +110,7 @@ def check_validation(config: ValidationConfig, training_scorers: Any) -> list[st
 
 
 def unguarded(validation: ValidationConfig | None, training_scorers: Any) -> str | None:
-    """Return a note if nothing notices that a run hacks its reward.
+    """Return a note if no held-out scorer can detect reward hacking.
 
     Args:
         validation (`ValidationConfig`, *optional*): Settings of the validation.
@@ -123,8 +123,8 @@ def unguarded(validation: ValidationConfig | None, training_scorers: Any) -> str
     if held_out:
         return None
     return (
-        "nothing guards this run against hacking its reward: name another scorer in "
-        "validation.scorers, and it ends with the best weights when that one falls"
+        "no guard against reward hacking: name a scorer that does not train in "
+        "validation.scorers, and the run stops with the best weights when its score falls"
     )
 
 

@@ -143,7 +143,7 @@ def test_an_item_on_which_the_scorer_fails_costs_no_other():
         False,
         True,
     ]
-    assert "its own output says why" in reply["errors"][1]
+    assert "see the log of the server" in reply["errors"][1]
 
 
 def test_thin_pictures_are_scored():

@@ -85,7 +85,7 @@ def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         run(["demo", "--votes_dir", str(tmp_path / "v"), "--export", str(tmp_path / "o.parquet")])
         == 2
     )
-    assert "nobody has preferred an image yet" in capsys.readouterr().err
+    assert "there is no decided vote yet" in capsys.readouterr().err
     assert not (tmp_path / "o.parquet").exists()
 
 

@@ -164,13 +164,13 @@ def test_a_model_may_have_a_guidance_of_its_own() -> None:
 def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for options, match in (
-        ({"guidance_scale": 3.0}, "guidance_scale: guidance_scales says all scales"),
+        ({"guidance_scale": 3.0}, "guidance_scale: it cannot be combined with guidance_scales"),
         ({"guidance_scales": [3]}, "guidance_scales: expected at least two"),
         ({"max_prompts": 3}, "prompts: the best guidance is chosen on one half .* got 3"),
     ):
         with pytest.raises(ConfigError, match=match):
             compare_guidance("shapes", "b=shapes", output_dir=out, **{**QUICK, **options})
-    with pytest.raises(ConfigError, match="b.guidance_scale: guidance_scales says all scales"):
+    with pytest.raises(ConfigError, match="b.guidance_scale: it cannot be combined"):
         compare_guidance(
             "shapes", {"name": "b", "model": "shapes", "guidance_scale": 2}, output_dir=out
         )
@@ -218,12 +218,12 @@ def test_mistakes_of_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for more, message in (
-        (["--guidance_scales", "1,x"], "--guidance_scales: expected numbers with commas between"),
+        (["--guidance_scales", "1,x"], "--guidance_scales: expected comma-separated numbers"),
         (["--guidance_scales", "2"], "--guidance_scales: expected at least two different numbers"),
         (["--guidance_scales", ""], "--guidance_scales: expected at least two different numbers"),
         (
             ["--guidance_scales", "1,2", "--guidance_scale", "2"],
-            "--guidance_scale: --guidance_scales says all scales; leave it out",
+            "--guidance_scale: it cannot be combined with --guidance_scales",
         ),
     ):
         assert cli.run(["compare", "--tuned", "shapes", *more]) == 2

@@ -215,7 +215,7 @@ def test_votes_that_differ_are_told() -> None:
     note = agreement_note(votes(25, 8)) or ""
     assert "25 pairs were judged more than once, and 32% of the votes on them differ" in note
     assert "20% wrong labels" in note  # 2 * 0.2 * 0.8 = 0.32
-    assert "as by chance" in (agreement_note(votes(24, 14)) or "")
+    assert "no better than chance" in (agreement_note(votes(24, 14)) or "")
     assert "0% of the votes" in (agreement_note(votes(30, 0)) or "")
     tied = {key: [0.5] for key in votes(30, 0)}
     assert agreement_note(tied) is None

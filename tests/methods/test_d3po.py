@@ -349,7 +349,7 @@ def test_missing_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     for words, options in (
-        ("eta: 0 makes the sampler deterministic", {"eta": 0.0}),
+        ("eta: with 0 the sampler is deterministic", {"eta": 0.0}),
         ("images_per_prompt: expected int >= 2, got 1", {"images_per_prompt": 1}),
         ("clip_range", {"clip_range": 0.0}),
         ("compare: expected one of pareto, majority, combined", {"compare": "best"}),

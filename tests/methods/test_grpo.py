@@ -310,7 +310,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="images_per_prompt: 1 has nothing to be compared with"):
         GRPOConfig(images_per_prompt=1)
     assert GRPOConfig(images_per_prompt=1, advantage="ddpo").images_per_prompt == 1
-    with pytest.raises(ConfigError, match="eta: 0 makes the sampler deterministic"):
+    with pytest.raises(ConfigError, match="eta: with 0 the sampler is deterministic"):
         GRPOConfig(eta=0.0)
     with pytest.raises(ConfigError, match="clip_range"):
         GRPOConfig(clip_range=1.0)

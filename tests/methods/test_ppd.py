@@ -149,7 +149,7 @@ def test_rows_without_a_user(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"rows": pair_rows(4)}, "data.columns: PPD needs to know who judged a pair"),
-        ({"rows": user_rows(2)}, "the pairs are of 1 users; PPD tells at least two apart"),
+        ({"rows": user_rows(2)}, "the pairs have 1 users; PPD needs at least two"),
         ({"validation_user": "eve"}, "validation_user: 'eve' is none of the 2 users"),
         ({"reference_decay": 0.9}, "reference_decay: PPD's reference"),
     ],

@@ -216,7 +216,7 @@ def test_mistakes(tmp_path: Path) -> None:
     for words, options in (
         ("eta: expected float > 0: candidates of a deterministic sampler", {"eta": 0.0}),
         (
-            "images_per_prompt: expected int >= 2: one candidate has no rival",
+            "images_per_prompt: expected int >= 2: candidates are compared",
             {"images_per_prompt": 1},
         ),
         ("first_step: expected int in", {"first_step": 20}),

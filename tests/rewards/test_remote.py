@@ -381,7 +381,7 @@ def test_the_command_serves_until_it_is_told_to_stop():
         )
         assert (
             second.returncode == 2
-            and "cannot be listened on" in second.stderr
+            and "cannot listen on" in second.stderr
             and "Traceback" not in second.stderr
         )
         server.send_signal(signal.SIGTERM)

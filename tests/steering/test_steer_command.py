@@ -189,7 +189,7 @@ def test_a_real_process(tmp_path: Path, prompts: Path) -> None:
          "--num_particles: 1 particle cannot be resampled"),
         (["--num_particles", "1", "--compare"],
          "--num_particles: a comparison with best-of-n needs at least 2"),
-        (["--resample_steps", "0.2,x"], "--resample_steps: expected numbers with commas between"),
+        (["--resample_steps", "0.2,x"], "--resample_steps: expected comma-separated numbers"),
         (["--resample_steps", "6"], "--resample_steps: 6 lies outside the run of 6 steps"),
         (["--resample_steps", "1.5"], "--resample_steps: a fraction of the run lies in"),
         (["--potential", "best"], "--potential: expected one of diff"),

@@ -258,6 +258,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     values["train"]["feedback"] = "scorers"
     config.write_text(yaml.safe_dump(values))
     assert cli.run(collect) == 2
-    assert "asks no people" in capsys.readouterr().err
+    assert "uses no human feedback" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run")
     assert cli.run(["feedback", "status", str(tmp_path / "run")]) == 2

@@ -345,6 +345,6 @@ def test_bad_input_and_notes(tmp_path: Path) -> None:
             options={**judged, "validation": validation},
         )  # fmt: skip
     bare = make_trainer(tmp_path, "sd", "grpo", peft_config=lora_config(), options=judged)
-    assert any(note.startswith("nothing guards this run") for note in bare.notes)
+    assert any(note.startswith("no guard against reward hacking") for note in bare.notes)
     offline = make_trainer(tmp_path, "sd", peft_config=lora_config())
     assert not any("guards" in note for note in offline.notes)

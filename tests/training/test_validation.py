@@ -300,7 +300,7 @@ def test_two_processes_log_and_keep_once(tmp_path: Path) -> None:
         ({"guidance_scales": [3.0]}, "guidance_scales: expected at least two different numbers"),
         (
             {"guidance_scales": [1.0, 3.0], "guidance_scale": 2.0},
-            "guidance_scale: guidance_scales says all scales",
+            "guidance_scale: it cannot be combined with guidance_scales",
         ),
         (
             {"guidance_scales": [1.0, 3.0], "scorers": [], "keep_best": None},

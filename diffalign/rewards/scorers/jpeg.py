@@ -1,6 +1,6 @@
-"""How well an image compresses: a reward without a model.
+"""JPEG file size as a reward that needs no model.
 
-It serves smoke tests of whatever optimises rewards (DDPO, arXiv 2305.13301).
+Use it for smoke tests of reward optimisation (DDPO, arXiv 2305.13301).
 """
 
 from __future__ import annotations

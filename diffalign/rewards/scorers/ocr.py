@@ -1,4 +1,4 @@
-"""Does the text of a prompt stand in the image? Read by an OCR engine.
+"""OCR score: how much of the quoted text of a prompt is readable in the image.
 
     target = the quoted part of the prompt
     score  = 1 if the target is part of what is read,

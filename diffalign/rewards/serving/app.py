@@ -89,7 +89,7 @@ def create_app(service: ScoringService, token: str | None = None) -> FastAPI:
             return _refusal(503, "the server is stopping")
         except Exception as error:
             print(f"{type(error).__name__} while scoring: {error}", file=sys.stderr, flush=True)
-            return _refusal(500, "the scorer failed; its own output says why")
+            return _refusal(500, "the scorer failed; see the log of the server")
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -111,7 +111,7 @@ def create_app(service: ScoringService, token: str | None = None) -> FastAPI:
 
 
 def _answer(request: Request, content: dict[str, Any]) -> Response:
-    """Answer a GET. One with a body ends the connection, for nobody reads the body."""
+    """Answer a GET. The body of a GET is not read, so it ends the connection."""
     has_body = (
         request.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in request.headers
     )

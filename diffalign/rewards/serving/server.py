@@ -88,7 +88,7 @@ class _TimedProtocol(H11Protocol):
         length = _CONTENT_LENGTH.search(self._head)
         status, message = 400, f"the request is not understood; {ROUTES}"
         if length is not None and length[1].startswith(b"-"):
-            status, message = 413, "a body cannot be shorter than nothing"
+            status, message = 413, "Content-Length must not be negative"
         elif length is not None or _TRANSFER_ENCODING.search(self._head):
             status, message = 411, "send a Content-Length"
         body = json.dumps({"error": message}).encode()
@@ -245,7 +245,7 @@ def run_until_told(
         server = ScorerServer(app, host, port)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            "--port", f"{host}:{port} cannot be listened on ({error}); choose another"
+            "--port", f"cannot listen on {host}:{port} ({error}); choose another port"
         ) from error
     # A daemon, as are the threads in which it works: a batch under way does not hold up
     # the end of the process.

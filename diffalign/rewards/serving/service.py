@@ -233,7 +233,7 @@ class ScoringService:
                 reason = (
                     str(error)
                     if isinstance(error, UserError)
-                    else "the scorer failed on this item; its own output says why"
+                    else "the scorer failed on this item; see the log of the server"
                 )
                 rows.append((item[0], None, without_places(reason)))
         if len(failures) == len(ready):

@@ -1,10 +1,9 @@
-"""Check whether a scorer keeps its promises.
+"""Check that a scorer fulfils the contract of `Scorer`.
 
-It serves authors of plug-ins and this package's own tests. The model behind a scorer is
-called directly, past everything that would hide a fault: equal items are not merged,
-nothing comes from a cache, and all prompts of a batch are encoded together. A score
-that depends on what else is in the batch, as MPS's does in its published code, is found
-that way and no other.
+The checks are for authors of plug-ins and for the tests of this package. They call the
+model directly, without anything that could hide a bug: equal items are not merged, no
+score comes from a cache, and all prompts of a batch are encoded together. This reveals
+scores that depend on the rest of the batch, as those of the published MPS code do.
 """
 
 from __future__ import annotations
