@@ -29,6 +29,7 @@ from diffalign.data.images import NO_FOLDERS, ImagePlaces
 from diffalign.data.judgements import Verdict, classify_row, user_name
 from diffalign.data.load_report import LoadReport
 from diffalign.data.memory import forget_pages, walk
+from diffalign.data.prompt_sets import CATEGORY_KEYS
 from diffalign.data.schema import EXTRAS, KINDS, Layout
 from diffalign.errors import UserError
 
@@ -330,6 +331,29 @@ class PreferenceDataset:
             return [None] * len(self.row_ids)
         cells = self._light_column("user_id").take(pyarrow.array(self.row_ids)).to_pylist()
         return [user_name(cell) for cell in cells]
+
+    def categories_of_prompts(self) -> dict[str, str]:
+        """Return the category of each prompt in use.
+
+        It is read from a column `category`, `tag`, `challenge`, `style` or `type`. The
+        first row of a prompt counts. Empty without such a column.
+        """
+        import pyarrow
+
+        assert self.row_ids is not None
+        names = {str(name).lower(): name for name in self.dataset.column_names}
+        column = next((names[key] for key in CATEGORY_KEYS if key in names), None)
+        if column is None or "prompt" not in self.layout.light_columns:
+            return {}
+        rows = pyarrow.array(self.row_ids)
+        prompts = self._light_column("prompt").take(rows).to_pylist()
+        chunks = [c for table in walk(self.dataset, [column]) for c in table[column].chunks]
+        cells = pyarrow.chunked_array(chunks).take(rows).to_pylist() if chunks else []
+        categories: dict[str, str] = {}
+        for prompt, cell in zip(prompts, cells, strict=True):
+            if isinstance(cell, str) and cell:
+                categories.setdefault(prompt, cell)
+        return categories
 
     def distinct_prompts(self) -> list[str]:
         """Return the prompts of all groups in use, each once, sorted."""

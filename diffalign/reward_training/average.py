@@ -16,9 +16,10 @@ from ..rewards.learned.tower_weights import TOWERS, tower_list
 from ..rewards.scorers.trained import WEIGHTS, TrainedReward, read_facts, write_facts
 from ..runtime.files import replacing_folder, save_tensors
 from ..runtime.versions import versions
+from .categories import pair_categories
 from .config import RewardConfig
 from .features import pair_nuisances
-from .fit import fit_scale, make_labels, margins_of_scores, part_loss, spread_of
+from .fit import fit_temperature, make_labels, margins_of_scores, part_loss, spread_of
 from .judgements import Judgements, read_judgements, read_options, split
 from .report import decided_accuracy, measure, write_report
 
@@ -99,7 +100,7 @@ def average_rewards(
     verdict = _verdict(barriers, own, reached)
     if verdict and not force:
         raise UserError(f"{verdict}; train the members from one start, or pass --force")
-    factor = fit_scale(averaged, labels, config)
+    factor = fit_temperature(averaged, labels, config)
     spread = factor * spread_of(averaged)
     report = measure(
         factor * margins_of_scores(score_pairs(scorer, test)),
@@ -109,6 +110,7 @@ def average_rewards(
         torch.from_numpy(test.user),
         test.users,
         pair_nuisances(test),
+        pair_categories(test),
     )
     written = facts[0] | {
         "name": target.resolve().name,

@@ -60,6 +60,10 @@ class RewardConfig(LoopConfig):
     """Heads of an ensemble, each fitted to other draws of the prompts."""
     prototypes: Annotated[int, count(1, 64)] = 2
     """PAL's number of tastes."""
+    pal_form: Literal["a", "b"] = "b"
+    """b: a person's ideal point depends on the prompt, and the score is a cosine
+    (PAL-B). a: it is the same for all prompts, and the score is the distance from it
+    (PAL-A), for tastes that have nothing to do with the prompt."""
     user_hidden: Annotated[int, count(0, 65_536, "0 or more")] = 0
     """Width of PAL's networks. 0 is linear, which suits less than about 5,000 pairs."""
     flip_rate: _Share = 0.0
@@ -111,7 +115,7 @@ class RewardConfig(LoopConfig):
         super().__post_init__()
         self._check_labels()
         others = ("hidden", "loss", "label_strength")
-        for name in others if self.head == "pal" else ("prototypes", "user_hidden"):
+        for name in others if self.head == "pal" else ("prototypes", "pal_form", "user_hidden"):
             if self._is_set(name):
                 raise ConfigError(name, f"is no setting of a {self.head} head; leave it out")
         if self.head == "pal" and self.members > 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.cache import TensorCache
 from ..errors import ConfigError, UserError
+from ..rewards.scorers.clip import ClipScorer
 from ..rewards.scorers.trained import base_fingerprint
 from ..runtime.hashing import text_hash
 from ..runtime.progress import track
@@ -61,19 +62,20 @@ def check_base(scorer: Any, head: str = "bradley_terry") -> None:
     """Check that a head can read the embeddings of a scorer.
 
     Args:
-        scorer: The base.
+        scorer: The base, or its class.
         head (`str`): Kind of the head. pal compares images with prompts, so that they
             need embeddings of their own.
 
     Raises:
         ConfigError: It cannot.
     """
-    is_joint = hasattr(scorer, "joint_features")
-    if not hasattr(scorer, "clip") and not (is_joint and head != "pal"):
+    kind = scorer if isinstance(scorer, type) else type(scorer)
+    is_joint = hasattr(kind, "joint_features")
+    if not issubclass(kind, ClipScorer) and not (is_joint and head != "pal"):
         others = "" if head == "pal" else ", imagereward"
         raise ConfigError(
             "model",
-            f"{scorer.name} has no embeddings that a {head} head can read; take clip-l14, "
+            f"{scorer.spec.key} has no embeddings that a {head} head can read; take clip-l14, "
             f"clip-h14, pickscore, hpsv2.1, open_clip:NAME/TAG{others} or shapes-clip",
         )
 
@@ -192,7 +194,9 @@ def _filled(
         rows = missing[start : start + _BATCH]
         for i, entry in zip(rows, compute(rows), strict=True):
             known[i] = entry
-            if cache is not None:
+            # What is not finite is an error, which must not come back from the cache.
+            finite = all(bool(tensor.isfinite().all()) for tensor in entry.values())
+            if cache is not None and finite:
                 cache.add(keys[i], entry)
     if cache is not None:
         cache.flush()

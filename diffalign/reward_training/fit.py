@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+_LABEL_FIELDS = tuple(field.name for field in fields(Labels))
 
 
 @dataclass
@@ -215,6 +218,25 @@ def fit_scale(margins: Tensor, pairs: Labels, config: RewardConfig) -> float:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     return float(log_factor.detach().clamp(-_WIDEST, _WIDEST).exp())
+
+
+def fit_temperature(margins: Tensor, pairs: Labels, config: RewardConfig) -> float:
+    """Find the factor that makes the margins of a trained reward logits.
+
+    It is judged by the likelihood of decided pairs, whatever the reward was trained
+    with: a margin or label smoothing changes how confident the best factor is.
+
+    Args:
+        margins (`Tensor`): (n,).
+        pairs (`Labels`): Their labels.
+        config (`RewardConfig`): Its share of wrong labels counts here, too.
+    """
+    decided = pairs.label != 0.5
+    if not bool(decided.any()):
+        return fit_scale(margins, pairs, config)
+    rows = {name: getattr(pairs, name)[decided] for name in _LABEL_FIELDS}
+    plain = RewardConfig(flip_rate=config.flip_rate)
+    return fit_scale(margins[decided], Labels(**rows), plain)
 
 
 def spread_of(margins: Tensor) -> float:
@@ -403,7 +425,7 @@ def _fit_member(
 def fit_pal(
     train: Pairs, val: Pairs, users: int, config: RewardConfig
 ) -> tuple[PalHead, dict[str, float]]:
-    """Fit PAL-B: prototypes and the weights of every user.
+    """Fit PAL: prototypes and the weights of every user.
 
     There are local optima, so it starts several times, the first time from users
     grouped by what they prefer (`taste_logits`), and takes the lowest training
@@ -491,7 +513,8 @@ def _fit_pal_once(
 ) -> tuple[float, PalHead, dict[str, float]]:
     """Fit from these users, or the next random ones. Returns the objective too."""
     assert config.learning_rate is not None
-    head = PalHead(train.first.shape[1], users, config.prototypes, config.user_hidden).double()
+    sizes = train.first.shape[1], users, config.prototypes, config.user_hidden
+    head = PalHead(*sizes, config.pal_form).double()
     head.standardise(torch.cat([train.first, train.second]), train.text)
     if logits is not None:
         with torch.no_grad():
@@ -541,6 +564,15 @@ def pal_margins(head: PalHead, pairs: Pairs) -> Tensor:
     shares = head.logits.softmax(1)
     everyone = shares.mean(0, keepdim=True)
     table = torch.cat([shares, everyone])  # -1 is the last row
-    weights = table[pairs.user]
-    first = head.score(pairs.first, pairs.text, weights)
-    return first - head.score(pairs.second, pairs.text, weights)
+    return margins_of_scores(_pal_scores(head, pairs, table[pairs.user]))
+
+
+def mean_user_scores(head: PalHead, pairs: Pairs) -> Tensor:
+    """Compute the scores of both images of all pairs by the mean user, (n, 2)."""
+    everyone = head.logits.softmax(1).mean(0)
+    return _pal_scores(head, pairs, everyone.expand(len(pairs), -1))
+
+
+def _pal_scores(head: PalHead, pairs: Pairs, weights: Tensor) -> Tensor:
+    both = (head.score(image, pairs.text, weights) for image in (pairs.first, pairs.second))
+    return torch.stack(list(both), 1)

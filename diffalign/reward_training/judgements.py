@@ -46,6 +46,8 @@ class Judgements:
         opinions (`Opinions`): What was said of single images and lists.
         users (`list[str]`): Names of the judges.
         notes (`list[str]`): What is remarkable about them.
+        categories (`dict[int, str]`): Category of each prompt, by its index. Empty if
+            the data have none.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Judgements:
     users: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     opinions: Opinions = field(default_factory=Opinions)
+    categories: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.weight) != len(self.label):
@@ -73,7 +76,13 @@ class Judgements:
         names = ("first", "second", "prompt", "label", "user", "weight")
         taken = {name: getattr(self, name)[rows] for name in names}
         return Judgements(
-            self.prompts, self.images, self.open, users=self.users, notes=self.notes, **taken
+            self.prompts,
+            self.images,
+            self.open,
+            users=self.users,
+            notes=self.notes,
+            categories=self.categories,
+            **taken,
         )
 
     def without_ties(self) -> Judgements:
@@ -193,7 +202,7 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
     if not isinstance(source, PreferenceDataset):
         data = load_preferences(source, ties="keep", verbose=False, **options)
     collector, are_thumbs = _Collector(), False
-    likes: dict[tuple[str, str | None], list[tuple[int, float]]] = {}
+    likes: dict[tuple[str, str | None], list[tuple[int, float, float]]] = {}
     for index in range(len(data)):
         group = data[index]
         hashes = group.image_hashes()
@@ -202,6 +211,12 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
             return lambda: data[index].open_image(place)
 
         images = [collector.image(key, opener(i)) for i, key in enumerate(hashes)]
+        if len(set(group.prompts)) > 1:
+            raise UserError(
+                f"dataset {data.report.source}: row {index} has a prompt for each of its images, "
+                "and a reward compares images of one prompt; name the column of that prompt in "
+                "data.columns"
+            )
         if data.kind == "pair":
             tie = group.weight == 0
             label, weight = (0.5, 1.0) if tie else (1.0, group.weight)
@@ -220,17 +235,21 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
             are_thumbs = group.rating is None or not ratings
             value = liked if group.rating is None or are_thumbs else group.rating
             collector.say(group, 0, images[0], value, index)
-            likes.setdefault((group.prompts[0], group.user), []).append((images[0], value))
+            said = images[0], value, group.weight
+            likes.setdefault((group.prompts[0], group.user), []).append(said)
         else:
             raise UserError(
                 f"dataset {data.report.source}: {data.kind} data hold no judgements; give pairs, "
                 "ranked lists, likes and dislikes or a folder of votes"
             )
     for (prompt, user), judged in likes.items():
-        for (a, first), (b, second) in combinations(judged, 2):
+        for (a, first, one), (b, second, other) in combinations(judged, 2):
             if first != second:
-                collector.add(prompt, a, b, float(first > second), user)
+                collector.add(prompt, a, b, float(first > second), user, one * other)
     result = collector.result([], are_thumbs)
+    for group_prompt, category in data.categories_of_prompts().items():
+        if group_prompt in collector.prompts:
+            result.categories[collector.prompts[group_prompt]] = category
     return _checked(result, getattr(data, "report", None), bool(likes))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.statistics import rate_interval
+from ..evaluation.statistics import FEW_PROMPTS, rate_interval
 from ..rewards.learned.calibration import (
     calibration_bins,
     expected_calibration_error,
@@ -26,7 +26,8 @@ from .fit import Labels
 
 REPORT = "report.json"
 BINS = 10
-LISTED_USERS = 20
+LISTED = 20
+"""People and categories in the card."""
 
 
 def hits_of(margins: Tensor, labels: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ def measure(
     users: Tensor,
     names: Sequence[str],
     nuisances: Tensor,
+    categories: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure a reward on held-out pairs.
 
@@ -101,6 +103,7 @@ def measure(
         users (`Tensor`): Index of the judge or -1, (n,).
         names (`Sequence[str]`): Names of the judges.
         nuisances (`Tensor`): Differences, (n, 6).
+        categories (`Sequence[str]`, *optional*): Of each pair, see `pair_categories`.
 
     Returns:
         `dict`: Plain values, for `report.json`.
@@ -141,6 +144,18 @@ def measure(
             "high": high,
             "pairs": len(right),
         }
+    found["categories"] = {}
+    for name in sorted(set(categories) - {""}):
+        mine = torch.tensor([category == name for category in categories])
+        if bool((mine & decided).any()):
+            row = accuracy(margins[mine], labels[mine], prompts[mine])
+            row["base"] = accuracy(base[mine], labels[mine], prompts[mine])["accuracy"]
+            found["categories"][name] = row
+    found["blind_spots"] = [
+        name
+        for name, row in found["categories"].items()
+        if row["prompts"] >= FEW_PROMPTS and row["high"] < found["reward"]["accuracy"]
+    ]
     return found
 
 
@@ -187,6 +202,12 @@ NO_GAIN = (
 )
 
 
+MEAN_USER = (
+    "**The mean user is not better than the base**: tastes differ too much. Name a user, or a "
+    "mixture of users."
+)
+
+
 def gains(report: dict[str, Any]) -> bool:
     """Return whether a reward is right more often than its base.
 
@@ -200,6 +221,7 @@ def gains(report: dict[str, Any]) -> bool:
 def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
     """Write the model card of a reward."""
     reward, base, data = report["reward"], report["base"], facts["data"]
+    own = report.get("mean_user")  # of a reward with users
     lines = [
         f"# {facts['name']}",
         "",
@@ -216,14 +238,26 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         "",
         "| | accuracy | 95 % interval |",
         "|---|---|---|",
-        f"| this reward | {reward['accuracy']:.1%} | {in_words(reward)} |",
+        f"| {'each person’s own taste' if own else 'this reward'} | {reward['accuracy']:.1%} | "
+        f"{in_words(reward)} |",
+        *([f"| the mean user | {own['accuracy']:.1%} | {in_words(own)} |"] if own else []),
         f"| its base | {base['accuracy']:.1%} | {in_words(base)} |",
         "",
         f"{reward['pairs']:,} decided pairs of {reward['prompts']:,} prompts, every prompt counts "
         f"the same. Expected calibration error {report['expected_calibration_error']:.3f} "
         "(![confidence against right answers](calibration.png)).",
         "",
+        *(
+            [
+                '`load_scorer("FOLDER")` is the mean user, `load_scorer("FOLDER", user=NAME)` one '
+                "person.",
+                "",
+            ]
+            if own
+            else []
+        ),
         *([NO_GAIN, ""] if not gains(report) else []),
+        *([MEAN_USER, ""] if own and own["accuracy"] <= base["accuracy"] else []),
         "## What it leans on",
         "",
         "Correlation of its differences within pairs with differences that should not decide:",
@@ -245,10 +279,12 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
             "| | accuracy | 95 % interval | pairs |",
             "|---|---|---|---|",
         ]
-        for name, row in list(report["users"].items())[:LISTED_USERS]:
+        for name, row in list(report["users"].items())[:LISTED]:
             lines.append(f"| {name} | {row['accuracy']:.0%} | {in_words(row)} | {row['pairs']} |")
-        more = len(report["users"]) - LISTED_USERS
+        more = len(report["users"]) - LISTED
         lines += ["", f"and {more} more in `report.json`"] if more > 0 else []
+    if report.get("categories"):
+        lines += _of_categories(report)
     if "average" in facts:
         lines += _of_average(facts["average"])
     backbone = facts["base"].get("backbone")
@@ -258,6 +294,31 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
             f"It shares the backbone {backbone} with other scorers, and with it their blind spots.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _of_categories(report: dict[str, Any]) -> list[str]:
+    """Break the accuracy down by category, and name the blind spots."""
+    lines = [
+        "",
+        "## Categories",
+        "",
+        "| | accuracy | 95 % interval | its base | pairs |",
+        "|---|---|---|---|---|",
+    ]
+    by_size = sorted(report["categories"].items(), key=lambda item: -item[1]["pairs"])
+    for name, row in by_size[:LISTED]:
+        lines.append(
+            f"| {name} | {row['accuracy']:.1%} | {in_words(row)} | {row['base']:.1%} | "
+            f"{row['pairs']} |"
+        )
+    more = len(by_size) - LISTED
+    lines += ["", f"and {more} more in `report.json`"] if more > 0 else []
+    spots = report["blind_spots"]
+    if spots:
+        text = f"Blind spots, whose interval lies below the accuracy above: {', '.join(spots)}."
+    else:
+        text = "No category of enough prompts has an interval below the accuracy above."
+    return [*lines, "", text]
 
 
 def _of_average(facts: dict[str, Any]) -> list[str]:

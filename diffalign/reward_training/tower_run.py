@@ -283,6 +283,10 @@ class TowerRun:
             if self.state.global_step % (self.args.eval_steps or 1) == 0:
                 with undisturbed():
                     self._look()  # the checkpoint was written before its evaluation
+        else:  # a run that only makes its base worse ends with the base
+            labels, factor = self.data["val"].labels, self.network.head.log_factor.detach().exp()
+            margins = factor.cpu() * margins_of_scores(self.base_scores["val"])
+            self.best.offer(float(part_loss(margins, labels, self.args)), 0)
         start_trackers(accelerator, self.args)
         with StopSignals() as signals:
             undone = self.checkpoints.take_over(checkpoint, self.state)

@@ -17,7 +17,8 @@ from ..errors import ConfigError, UserError
 from ..rewards.learned.heads import FactorHead, PalHead, RewardHead
 from ..rewards.learned.pal import fit_user, likely_user
 from ..rewards.learned.tower_weights import TOWERS, lora_facts, trained_state
-from ..rewards.registry import load_scorer
+from ..rewards.registry import find_class, load_scorer
+from ..rewards.scorers.clip import ClipScorer
 from ..rewards.scorers.trained import (
     EVERYBODY,
     FILE,
@@ -36,17 +37,19 @@ from ..runtime.versions import versions
 from ..training.callbacks import TrainerCallback
 from ..training.sections import LoraSection
 from .captions import CaptionData
+from .categories import pair_categories
 from .config import RewardConfig
 from .features import Features, check_base, embed, pair_nuisances
 from .fit import (
     Pairs,
     fit_head,
     fit_pal,
-    fit_scale,
+    fit_temperature,
     make_items,
     make_pairs,
     margins_of,
     margins_of_scores,
+    mean_user_scores,
     pal_margins,
     spread_of,
 )
@@ -60,7 +63,7 @@ from .judgements import (
     split,
 )
 from .label_strength import strengthen
-from .report import measure, write_report
+from .report import accuracy, measure, write_report
 from .tower_network import check_trainable
 from .tower_run import TowerRun
 
@@ -148,10 +151,14 @@ class RewardTrainer:
         if self.args.head == "pal":
             self._check_users()
         self.base_name = model if isinstance(model, str) else model.spec.key
+        if model_path is not None and Path(model_path).exists():
+            model_path = str(Path(model_path).resolve())  # the reward may be used elsewhere
         self.model_path = model_path
         check_name(self.base_name, "model")
         self.base: Any = model
         if isinstance(model, str):
+            if self.args.towers == "frozen":  # before weights are read
+                check_base(find_class(model)[0], self.args.head)
             # Several processes choose their devices later.
             device = None if self.args.towers == "frozen" else "cpu"
             self.base = load_scorer(model, model=model_path, device=device)
@@ -177,7 +184,7 @@ class RewardTrainer:
             if captions is not None:
                 raise ConfigError("anchor_dataset", "has no effect without anchor; set anchor=0.3")
             return None
-        if not hasattr(self.base, "clip"):
+        if not isinstance(self.base, ClipScorer):
             raise ConfigError(
                 "anchor", f"{self.base_name} has no embeddings of prompts; set it to 0"
             )
@@ -302,17 +309,32 @@ class RewardTrainer:
             test = self._pairs(self.held_out, embed(self.base, self.held_out, cache))
         with torch.no_grad():
             unscaled = self._margins(head, val)
-        temperature = fit_scale(unscaled, val, args)
+        temperature = fit_temperature(unscaled, val, args)
         with torch.no_grad():
-            spread = temperature * spread_of(self._margins(head, train))
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
+            mean, spread = 0.0, spread_of(self._margins(head, train))
+            if isinstance(head, PalHead):  # without a name the mean user scores
+                scores = mean_user_scores(head, train)
+                mean, spread = float(scores.mean()), spread_of(margins_of_scores(scores))
         report = measure(
-            margins, leads, test.label, test.prompt, test.user, self.held_out.users, test.nuisances
+            margins,
+            leads,
+            test.label,
+            test.prompt,
+            test.user,
+            self.held_out.users,
+            test.nuisances,
+            pair_categories(self.held_out),
         )
+        if isinstance(head, PalHead):
+            with torch.no_grad():
+                by_mean_user = margins_of_scores(mean_user_scores(head, test))
+            report["mean_user"] = accuracy(by_mean_user, test.label, test.prompt)
         described = self._described(head, train.first.shape[1])
         facts = self._facts(described, temperature, chosen | counts)
-        self._write(head, facts | {"affine": [0.0, max(spread, 1e-6)]}, report)
+        facts["affine"] = [temperature * mean, max(temperature * spread, 1e-6)]
+        self._write(head, facts, report)
         return self.folder
 
     def _train_towers(self) -> Path:
@@ -348,7 +370,7 @@ class RewardTrainer:
         """Measure the trained towers and write them."""
         val, test = (run.data[name].labels for name in ("val", "test"))
         margins = {name: margins_of_scores(values) for name, values in scores.items()}
-        temperature = fit_scale(margins["val"], val, self.args)
+        temperature = fit_temperature(margins["val"], val, self.args)
         spread = temperature * spread_of(margins["val"])
         report = measure(
             temperature * margins["test"],
@@ -358,6 +380,7 @@ class RewardTrainer:
             test.user,
             self.held_out.users,
             pair_nuisances(run.data["test"].part),
+            pair_categories(run.data["test"].part),
         )
         chosen = {"validation_loss": run.best.loss, "step": float(run.best.step)}
         facts = self._facts({"kind": "factor"}, temperature, chosen)
@@ -396,6 +419,7 @@ class RewardTrainer:
                 "users": data.users,
                 "prototypes": args.prototypes,
                 "hidden": args.user_hidden,
+                "form": args.pal_form,
                 # Of those who trained it. Users who are added later change no mean.
                 "population": head.logits.softmax(1).mean(0).tolist(),
                 "trained_users": len(data.users),
@@ -455,7 +479,13 @@ def _write_head(head: RewardHead | PalHead | FactorHead, folder: Path) -> None:
     save_tensors(state, folder / WEIGHTS)
 
 
-def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.0) -> None:
+def add_user(
+    folder: str | Path,
+    name: str,
+    judgements: Any,
+    penalty: float = 1.0,
+    columns: dict[str, str] | None = None,
+) -> None:
     """Fit a new user of a PAL reward to a few of their pairs. Nothing else changes.
 
     Args:
@@ -464,6 +494,8 @@ def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.
         judgements: The user's pairs, see `read_judgements`.
         penalty (`float`, *optional*, defaults to `1.0`): Pull towards the known users
             who would judge the pairs in the same way.
+        columns (`dict`, *optional*): See `load_preferences`. None takes those that the
+            reward was trained with.
 
     Raises:
         UserError: The reward has no users, the name is taken, or the judgements are of
@@ -477,13 +509,15 @@ def add_user(folder: str | Path, name: str, judgements: Any, penalty: float = 1.
         raise UserError(f"no user can be named {EVERYBODY!r}")
     if name in facts["head"]["users"]:
         raise UserError(f"{folder} has a user {name!r} already; choose another name")
-    data = read_judgements(judgements)
+    reading = {"columns": None, "like_threshold": None} | (facts["data"].get("reading") or {})
+    reading |= {"columns": columns} if columns else {}
+    data = read_judgements(judgements, **read_options(reading))
     if name in data.users:
         data = data.rows(np.flatnonzero(data.user == data.users.index(name)))
-    elif len(data.users) > 1:
+    elif len(data.users) + bool((data.user < 0).any()) > 1:
         raise UserError(
-            f"the judgements are of {len(data.users)} people, and none of them is {name!r}; give "
-            "those of one person"
+            f"the judgements are of {len(data.users) + bool((data.user < 0).any())} people, and "
+            f"none of them is {name!r}; give those of one person"
         )
     reward = TrainedReward(folder, device="cpu")
     features = embed(reward.base, data, None)

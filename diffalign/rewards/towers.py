@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
+from ..runtime.hashing import text_hash
 from . import checkpoints
 from .checkpoints import ConfigLike
 from .images import Preprocess
@@ -277,6 +278,25 @@ def load_tokenizer(cls: Any, source: str | Path, name: str) -> Any:
             "pass the folder with its vocabulary files",
         )
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash what decides how a tokenizer splits text.
+
+    Args:
+        tokenizer: of transformers or open_clip.
+    """
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # of open_clip's HFTokenizer
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend is not None:
+        facts = json.loads(backend.to_str())
+        # Every call sets these two.
+        facts = {name: facts[name] for name in facts if name not in ("truncation", "padding")}
+    elif hasattr(inner, "get_vocab"):
+        facts = inner.get_vocab()
+    else:  # open_clip's SimpleTokenizer
+        facts = inner.encoder
+    return text_hash(json.dumps(facts, sort_keys=True))[:16]
 
 
 def check_vocabulary(highest: int, size: int, name: str) -> None:

@@ -106,10 +106,11 @@ def people(users: int, votes: int, first: int = 0) -> list[Any]:
     return data
 
 
-def test_users_of_two_tastes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["a", "b"])
+def test_users_of_two_tastes(form: str, tmp_path: Path) -> None:
     data = people(6, 12)
     shared = RewardTrainer("shapes-clip", config(tmp_path / "shared", split_seed=1), data).train()
-    args = config(tmp_path / "pal", head="pal", seed=1, split_seed=1)
+    args = config(tmp_path / "pal", head="pal", pal_form=form, seed=1, split_seed=1)
     pal = RewardTrainer("shapes-clip", args, data).train()
     found = [report_of(folder)["reward"]["accuracy"] for folder in (shared, pal)]
     assert found[1] > found[0] + 0.1 and found[1] > 0.9

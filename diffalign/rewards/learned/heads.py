@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .pal import pal_b_points, pal_b_scores
+from .pal import pal_a_distances, pal_b_points, pal_b_scores
 
 QUANTILES = tuple(round(0.05 * k, 2) for k in range(1, 20))
 """Levels of a head of quantiles: 0.05, 0.10, ..., 0.95 (QRM, arXiv 2409.10164)."""
@@ -128,21 +128,27 @@ class FactorHead(nn.Module):
 
 
 class PalHead(nn.Module):
-    """PAL-B over the embeddings: scores by the mixture of prototypes of each user.
+    """PAL over the embeddings: scores by the mixture of prototypes of each user.
 
-    f and g_k are residual networks of standardised embeddings. Their last layers start
-    at zero or nearly, so that at the start the score is the cosine of image and prompt,
-    for every user.
+    f and g_k are residual networks of standardised embeddings. In PAL-B a prototype is
+    a point g_k of the prompt and the score is a cosine. Their last layers start at zero
+    or nearly, so that at the start it is the cosine of image and prompt, for every
+    user. In PAL-A a prototype is a point of its own, whatever the prompt, and the score
+    is the negative distance from it.
 
     Args:
         dim (`int`): Size of an embedding.
         users (`int`): Number of users.
         prototypes (`int`): K.
         hidden (`int`): Width of the hidden layer. 0 is a linear network.
+        form (`str`, *optional*, defaults to `"b"`): `a` or `b`.
     """
 
-    def __init__(self, dim: int, users: int, prototypes: int, hidden: int = 0) -> None:
+    def __init__(
+        self, dim: int, users: int, prototypes: int, hidden: int = 0, form: str = "b"
+    ) -> None:
         super().__init__()
+        self.form, self.count = form, prototypes
 
         def network(scale: float) -> nn.Sequential:
             last = nn.Linear(hidden or dim, dim)
@@ -153,7 +159,10 @@ class PalHead(nn.Module):
             return nn.Sequential(*inner, last)
 
         self.item = network(0.0)
-        self.prompts = nn.ModuleList([network(0.01) for _ in range(prototypes)])
+        if form == "a":
+            self.points = nn.Parameter(torch.randn(prototypes, dim))
+        else:
+            self.prompts = nn.ModuleList([network(0.01) for _ in range(prototypes)])
         self.logits = nn.Parameter(0.1 * torch.randn(users, prototypes))
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         for kind in ("image", "text"):
@@ -166,16 +175,21 @@ class PalHead(nn.Module):
             deviation = values.std(0, correction=0).clamp(min=1e-6)
             self.get_buffer(f"{kind}_mean").copy_(values.mean(0))
             self.get_buffer(f"{kind}_deviation").copy_(deviation)
+            if self.form == "a" and kind == "image":  # begin among the images
+                with torch.no_grad():
+                    self.points.mul_(deviation).add_(values.mean(0))
 
     def _scaled(self, kind: str, values: Tensor) -> Tensor:
         mean = self.get_buffer(f"{kind}_mean")
         return (values - mean) / self.get_buffer(f"{kind}_deviation")
 
     def by_prototype(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f(x) (n, d) and g_k(c) (n, K, d)."""
+        """Return f(x) (n, d) and the prototypes' points for the prompts (n, K, d)."""
+        item = image + self.item(self._scaled("image", image))
+        if self.form == "a":
+            return item, self.points.expand(len(image), -1, -1)
         prompt = self._scaled("text", text)
-        points = torch.stack([text + network(prompt) for network in self.prompts], 1)
-        return image + self.item(self._scaled("image", image)), points
+        return item, torch.stack([text + network(prompt) for network in self.prompts], 1)
 
     def score(self, image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
         """Score images for users.
@@ -189,12 +203,14 @@ class PalHead(nn.Module):
             `Tensor`: (n,).
         """
         items, prototypes = self.by_prototype(image, text)
-        points = pal_b_points(prototypes, weights)
-        return pal_b_scores(items, points, scale=self.log_scale.exp().clamp(max=100))
+        points, scale = pal_b_points(prototypes, weights), self.log_scale.exp().clamp(max=100)
+        if self.form == "a":
+            return -scale * pal_a_distances(items, points)
+        return pal_b_scores(items, points, scale=scale)
 
     def prototype_scores(self, image: Tensor, text: Tensor) -> Tensor:
         """Score images as a user who is one prototype alone, (n, K)."""
-        count = len(self.prompts)
+        count = self.count
         weights = torch.eye(count, dtype=image.dtype, device=image.device)
         columns = [self.score(image, text, weights[k].expand(len(image), -1)) for k in range(count)]
         return torch.stack(columns, 1)

@@ -21,7 +21,7 @@ from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
-from ..towers import HFClip, OpenClip, unit
+from ..towers import HFClip, OpenClip, tokenizer_digest, unit
 
 _LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -53,6 +53,7 @@ class ClipScorer(ModelScorer):
             "weights": checkpoints.content_hash(self.clip.source),
             "pixels": self.preprocess.describe(),
             "config": self.config,
+            "tokenizer": tokenizer_digest(self.clip.tokenizer),
         }
 
     def text_features(self, prompts: list[str]) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
-from ..towers import check_vocabulary, load_tokenizer, tokenize, upcast
+from ..towers import check_vocabulary, load_tokenizer, tokenize, tokenizer_digest, upcast
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw head over the training prompts; part of the published model."""
@@ -147,6 +147,7 @@ class ImageReward(ModelScorer):
             "weights": checkpoints.content_hash(self.source),
             "config": self.config,
             "vocabulary": len(self.tokenizer),
+            "tokenizer": tokenizer_digest(self.tokenizer),
             "pixels": self.preprocess.describe(),
         }
 

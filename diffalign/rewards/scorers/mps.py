@@ -23,7 +23,15 @@ from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
 from ..spec import ScorerSpec
-from ..towers import build_clip, clip_tokenizer, merged, preprocess_of_folder, tokenize, unit
+from ..towers import (
+    build_clip,
+    clip_tokenizer,
+    merged,
+    preprocess_of_folder,
+    tokenize,
+    tokenizer_digest,
+    unit,
+)
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
@@ -157,6 +165,7 @@ class MPS(ModelScorer):
             "condition": self.condition,
             "threshold": self.threshold,
             "pixels": self.preprocess.describe(),
+            "tokenizer": tokenizer_digest(self.tokenizer),
         }
 
     def _tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

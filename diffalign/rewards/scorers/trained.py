@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, UserError
 from ...runtime.files import write_atomically
-from ...runtime.hashing import content_hash
+from ...runtime.hashing import content_hash, text_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import explained, loading_errors
 from ..base import Scorer
@@ -83,12 +83,12 @@ class TrainedReward(ModelScorer):
             base["scorer"], model=base.get("model"), device=self.device, dtype=self.dtype
         )
         self.base, self.preprocess = loaded, loaded.preprocess
-        found = base_fingerprint(self.base)
-        if found != base["fingerprint"]:
+        if base["fingerprint"] not in (base_fingerprint(loaded), _earlier_fingerprint(loaded)):
             raise ConfigError(
                 "folder",
-                f"{self.folder} was trained on {base['scorer']} with other weights "
-                f"({base['fingerprint'][:12]}, here {found[:12]}); put these back",
+                f"{self.folder} was trained on {base['scorer']} with other weights or another "
+                f"tokenizer (its fingerprint is {base['fingerprint'][:12]}, here it is "
+                f"{base_fingerprint(loaded)[:12]}); put these back",
             )
         if "towers" in self.facts:
             load_towers(loaded, self.folder, self.facts["towers"])
@@ -342,16 +342,22 @@ def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead | FactorHead:
     if facts["kind"] == "factor":
         return FactorHead()
     if facts["kind"] == "pal":
-        return PalHead(facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"])
+        sizes = facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"]
+        return PalHead(*sizes, facts.get("form", "b"))
     kinds = bool(facts.get("quantiles")), bool(facts.get("joint"))
     return RewardHead(facts["dim"], facts["members"], facts["hidden"], *kinds)
 
 
 def base_fingerprint(scorer: Any) -> str:
     """Hash what decides the embeddings of a base."""
-    from ...runtime.hashing import text_hash
+    facts = {"version": scorer.spec.version, "text": scorer.spec.text, **scorer.identity()}
+    return text_hash(json.dumps(facts, sort_keys=True, default=str))
 
-    return text_hash(json.dumps(scorer.identity(), sort_keys=True, default=str))
+
+def _earlier_fingerprint(scorer: Any) -> str:
+    """The hash of an earlier version, which did not look at the tokenizer."""
+    facts = {name: value for name, value in scorer.identity().items() if name != "tokenizer"}
+    return text_hash(json.dumps(facts, sort_keys=True, default=str))
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -1,0 +1,215 @@
+"""What the report of a trained reward says is true of the scorer that the folder is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judged import config, report_of, rows
+from tiny import picture
+
+from diffalign import load_scorer
+from diffalign.errors import ConfigError, UserError
+from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
+from diffalign.reward_training.categories import pair_categories
+from diffalign.reward_training.features import embed
+from diffalign.reward_training.fit import Labels, fit_temperature
+from diffalign.reward_training.judgements import read_judgements, split
+from diffalign.reward_training.report import card, measure
+from diffalign.rewards.learned.calibration import expected_calibration_error
+from diffalign.shapes import render
+from diffalign.shapes.prompts import Scene
+
+
+def labels_of(values: torch.Tensor) -> Labels:
+    count = len(values)
+    return Labels(
+        values.double(),
+        torch.ones(count).double(),
+        torch.full((count,), -1),
+        torch.arange(count),
+        torch.zeros(count).double(),
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"margin": 3.0}, {"smoothing": 0.3}])
+def test_the_temperature_is_that_of_the_labels(settings: dict[str, float]) -> None:
+    """Whatever the reward was trained with, and however many ties there are."""
+    generator = torch.Generator().manual_seed(0)
+    margins = 2 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    won = torch.rand(4000, generator=generator, dtype=torch.float64) < margins.sigmoid()
+    ties = torch.arange(4000) % 3 == 0
+    values = torch.where(ties, 0.5, won.double())
+    factor = fit_temperature(margins / 4, labels_of(values), RewardConfig(**settings))
+    assert factor == pytest.approx(4, rel=0.1)
+    scaled = (factor * margins / 4)[~ties]
+    hits = (scaled > 0) == won[~ties]
+    confidence = torch.sigmoid(scaled.abs())
+    assert expected_calibration_error(confidence, hits.double(), 10) < 0.03
+
+
+def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> None:
+    data = [
+        row
+        for number in range(6)
+        for row in rows(12, number % 2 == 0, f"user {number}", 12 * number)
+    ]
+    held_out = [row for number in range(2) for row in rows(12, number == 0, f"user {number}", 500)]
+    args = config(tmp_path / "pal", head="pal", seed=1)
+    folder = RewardTrainer("shapes-clip", args, data, held_out).train()
+    report, facts = report_of(folder), json.loads((folder / "reward.json").read_text())
+    judged = read_judgements(held_out)
+    scorer = load_scorer(str(folder), device="cpu")
+    images = [[judged.open(int(i)) for i in side] for side in (judged.first, judged.second)]
+    prompts = [judged.prompts[int(i)] for i in judged.prompt]
+    first, second = (scorer(side, prompts) for side in images)
+    right = ((first > second) == (torch.from_numpy(judged.label) > 0.5)).double()
+    assert report["mean_user"]["by_pairs"] == pytest.approx(float(right.mean()))
+    assert report["reward"]["accuracy"] > report["mean_user"]["accuracy"] + 0.3
+    text = (folder / "README.md").read_text()
+    assert "| the mean user | 50.0%" in text and "The mean user is not better than" in text
+    # Scores on the declared scale have mean 0 and deviation 1, roughly.
+    mean, spread = facts["affine"]
+    scores = (scorer([p for side in images for p in side], prompts * 2) - mean) / spread
+    assert abs(float(scores.mean())) < 0.5
+
+
+def test_towers_that_only_get_worse_end_as_their_base(tmp_path: Path) -> None:
+    base, data = load_scorer("shapes-clip", device="cpu"), []
+    for row in rows(40):  # as the base judges them
+        images = [row["chosen"], row["rejected"]]
+        first, second = base(images, [row["prompt"]] * 2).tolist()
+        data.append(
+            row
+            | dict(zip(("chosen", "rejected"), images[:: 1 if first > second else -1], strict=True))
+        )
+    # What is learned on the training prompts is wrong on the others.
+    train = split(read_judgements(data), 0.2, 0.25, 0)["train"]
+    taught = {train.prompts[int(number)] for number in train.prompt}
+    for row in data:
+        if row["prompt"] in taught:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    settings = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "learning_rate": 1e-2}
+    args = config(tmp_path / "bad", towers="full", per_device_train_batch_size=8, **settings)
+    RewardTrainer("shapes-clip", args, data).train()
+    report = report_of(tmp_path / "bad")
+    facts = json.loads((tmp_path / "bad" / "reward.json").read_text())
+    assert facts["chosen"]["step"] == 0
+    assert report["reward"]["accuracy"] == report["base"]["accuracy"] == 1
+    assert "not better than its base" in (tmp_path / "bad" / "README.md").read_text()
+
+
+def test_accuracy_by_category_and_blind_spots(tmp_path: Path) -> None:
+    data = [row | {"category": "odd" if i % 2 else "even"} for i, row in enumerate(rows(80))]
+    folder = RewardTrainer("shapes-clip", config(tmp_path / "r"), data).train()
+    report = report_of(folder)
+    assert set(report["categories"]) == {"odd", "even"} and report["blind_spots"] == []
+    assert "## Categories" in (folder / "README.md").read_text()
+    # A reward that is wrong about one of two categories.
+    count = 40
+    margins, labels = torch.ones(count).double(), torch.ones(count).double()
+    margins[::2] = -1
+    names = ["bad", "good"] * (count // 2)
+    found = measure(
+        margins, margins, labels, torch.arange(count), torch.full((count,), -1), [],
+        torch.zeros(count, 6).double(), names,
+    )  # fmt: skip
+    assert found["blind_spots"] == ["bad"]
+    facts = json.loads((folder / "reward.json").read_text())
+    assert "Blind spots, whose interval lies below the accuracy above: bad." in card(facts, found)
+
+
+def test_pairs_of_the_embedded_world_differ_in_an_attribute() -> None:
+    scene = Scene("large", "blue", "star", "center", "white")
+    wrong = {
+        "color": dataclasses.replace(scene, color="red"),
+        "shape": dataclasses.replace(scene, shape="circle"),
+        "several": dataclasses.replace(scene, color="red", shape="circle"),
+    }
+    prompt = scene.prompt
+    data = [
+        {"prompt": prompt, "chosen": render(scene), "rejected": render(other)}
+        for other in wrong.values()
+    ]
+    data.append({"prompt": prompt, "chosen": render(scene, style="lit"), "rejected": render(scene)})
+    categories = pair_categories(read_judgements(data))
+    assert categories == [*wrong, "style"]
+    assert pair_categories(read_judgements(rows(3))) == ["", "", ""]
+
+
+def test_a_base_without_embeddings_of_prompts_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    for name in ("aesthetic-v2", "hpsv3"):
+        for head in ("bradley_terry", "pal"):
+            with pytest.raises(ConfigError, match=f"{name} has no embeddings that a {head} head"):
+                RewardTrainer(name, config(tmp_path / "r", head=head), rows(40, user="ann"))
+
+
+def test_a_broken_embedding_is_not_kept(tmp_path: Path) -> None:
+    scorer: Any = load_scorer("shapes-clip", device="cpu")
+    judged, embedding = read_judgements(rows(12)), scorer.embed
+    scorer.embed = lambda images: embedding(images) * torch.nan
+    with pytest.raises(UserError, match="is not finite"):
+        embed(scorer, judged, tmp_path)
+    scorer.embed = embedding
+    assert bool(embed(scorer, judged, tmp_path).image.isfinite().all())
+
+
+def test_another_tokenizer_is_another_base(tmp_path: Path) -> None:
+    folder = RewardTrainer("shapes-clip", config(tmp_path / "r"), rows(40)).train()
+    scorer: Any = load_scorer("shapes-clip", device="cpu")
+    before = scorer.fingerprint()
+    scorer([picture(9, 9, 64)], ["a red star"])  # a call sets truncation and padding
+    scorer._fingerprint = None
+    backend = json.loads(scorer.clip.tokenizer.backend_tokenizer.to_str())
+    vocabulary = backend["model"]["vocab"]
+    words = [word for word in vocabulary if word.startswith(("red", "blue"))][:2]
+    vocabulary[words[0]], vocabulary[words[1]] = vocabulary[words[1]], vocabulary[words[0]]
+    other: Any = load_scorer("shapes-clip", device="cpu")
+    tokenizer = type(scorer.clip.tokenizer.backend_tokenizer).from_str(json.dumps(backend))
+    other.clip.tokenizer._tokenizer = tokenizer
+    assert other.fingerprint() != before == scorer.fingerprint()
+    # Folders of the time before name the weights alone.
+    from diffalign.rewards.scorers.trained import _earlier_fingerprint
+
+    facts = json.loads((folder / "reward.json").read_text())
+    facts["base"]["fingerprint"] = _earlier_fingerprint(scorer)
+    (folder / "reward.json").write_text(json.dumps(facts))
+    load_scorer(str(folder), device="cpu")
+
+
+def test_pairs_with_two_prompts_and_weights_of_likes() -> None:
+    images = [picture(v, v, 64) for v in (200, 40)]
+    row = {"prompt": "a", "chosen": images[0], "rejected": images[1]}
+    with pytest.raises(UserError, match="row 0 has a prompt for each of its images"):
+        read_judgements([row | {"chosen_prompt": "a cat", "rejected_prompt": "a dog"}])
+    liked = [
+        {"prompt": "a", "image": images[0], "label": True, "weight": 5.0},
+        {"prompt": "a", "image": images[1], "label": False, "weight": 0.5},
+    ]
+    assert read_judgements(liked).weight.tolist() == [2.5]
+
+
+def test_a_new_user_has_the_columns_of_the_reward(tmp_path: Path) -> None:
+    renamed = [
+        {"text": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "user_id": user}
+        for number, user in enumerate(("ann", "bob"))
+        for row in rows(20, number == 0, None, 100 * number)
+    ]
+    columns = {"prompt": "text", "chosen": "good", "rejected": "bad"}
+    args = config(tmp_path / "pal", head="pal", max_steps=20)
+    folder = RewardTrainer("shapes-clip", args, renamed, columns=columns).train()
+    new = [{key: row[key] for key in ("text", "good", "bad")} for row in renamed[:4]]
+    add_user(folder, "zoe", new)
+    plain = rows(4, first=700)
+    add_user(folder, "eve", plain, columns={"prompt": "prompt", "chosen": "chosen"})
+    mixed = [*new[:2], *(row | {"user_id": "carl"} for row in new[2:])]
+    with pytest.raises(UserError, match="are of 2 people, and none of them is 'dan'"):
+        add_user(folder, "dan", mixed)
+    users = json.loads((folder / "reward.json").read_text())["head"]["users"]
+    assert users == ["ann", "bob", "zoe", "eve"]
+    assert np.isfinite(load_scorer(str(folder), user="zoe")([renamed[0]["good"]], ["a"])).all()
