@@ -3,32 +3,30 @@
     python benchmarks/guardian.py [--seeds 5] [--work FOLDER] [--output
     benchmarks/guardian.md]
 
-Two kinds of runs on the embedded pipeline, each from --seeds seeds. *Hacking*: ReFL
-(`configs/reward_backprop/shapes.yaml`) follows a reward that was learned from 240 noisy
-preferences, at three times the learning rate.
-*Healthy*: DiffusionNFT (`configs/diffusion_nft/shapes.yaml`) trains on the verifier.
-Both are guarded by `shapes-clip`, which trains neither. The verifier is what people
-want: it is scored at every validation and guards nothing.
+Two kinds of runs of DiffusionNFT (`configs/diffusion_nft/shapes.yaml`) on the embedded
+pipeline, each from --seeds seeds. *Hacking*: the reward is `jpeg_compressibility`,
+which empty images please most. *Healthy*: the verifier. Both are guarded by
+`shapes-clip`, which trains neither. The verifier is what people want: it is scored at
+every validation and guards nothing.
 
 Every run has `on_hacking: warn`, so that it goes on to its end and shows what would
 have come. The guardian's verdicts are those of `shapes-clip` alone. A validation draws
-60 training prompts, two images each, which the healthy runs do not train on. The
-verifier turns at the first validation at which it is lower than at its best one by more
-than the 95 % interval, clustered by prompt. Goes on where it stopped.
+60 training prompts, two images each, which the runs do not train on. The verifier turns
+at the first validation at which it has fallen since an earlier one, by the guardian's
+own test. Goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import torch
-from leaderboard import ROOT, choice_prompts, folder_name, kept, logged, recipe, train_whole
+from leaderboard import choice_prompts, folder_name, kept, logged, recipe, train_whole
 
 from diffalign.recipe import build_trainer
 from diffalign.runtime.files import write_atomically
@@ -37,23 +35,9 @@ from diffalign.training.guardian import Guardian, Look, change_interval
 from diffalign.training.sections import ValidationConfig
 
 GUARD = "shapes-clip"
-FEW = {"warmup_steps": 100, "num_prompts": 40}
-FIRST_SEED = 11
-KINDS = ("hacking", "healthy")
-STEPS = {"hacking": 240, "healthy": 100}
-EVERY = {"hacking": 20, "healthy": 10}
-
-
-def trained_reward(folder: Path) -> Path:
-    """A weak reward of `shapes-clip`'s recipe; trains it if it is not there."""
-    sys.path.append(str(ROOT))
-    from tools.shapes import pretrain_reward
-
-    if not (folder / "accuracy.json").is_file():
-        options = [str(x) for name, value in FEW.items() for x in (f"--{name}", value)]
-        options += ["--seed", str(FIRST_SEED), "--output_dir", str(folder)]
-        pretrain_reward.main(options)
-    return folder
+REWARDS = {"hacking": "jpeg_compressibility", "healthy": "shapes"}
+STEPS = {"hacking": 60, "healthy": 100}
+EVERY = {"hacking": 5, "healthy": 10}
 
 
 def run_of(kind: str, seed: int, work: Path) -> Any:
@@ -68,14 +52,8 @@ def run_of(kind: str, seed: int, work: Path) -> Any:
         "train.max_steps": STEPS[kind],
         "train.save_steps": 100_000,
     }
-    if kind == "hacking":
-        reward = trained_reward(work / "rewards" / f"few-{FIRST_SEED}")
-        run = recipe("reward_backprop/shapes", values | {"train.learning_rate": 3e-3})
-        weak = {"name": "weak", "scorer": "shapes-clip", "model": str(reward), "normalize": "none"}
-        run.rewards = {"rewards": [weak], "combine": {"method": "weighted_sum"}}
-    else:
-        # The verifier trains these runs, so only shapes-clip guards them.
-        run = recipe("diffusion_nft/shapes", values)
+    run = recipe("diffusion_nft/shapes", values)
+    run.rewards = [REWARDS[kind]]
     run.validation = ValidationConfig(
         prompts=str(work / "choice.txt"),
         scorers=[GUARD, "shapes"],
@@ -99,7 +77,8 @@ def measure(kind: str, seed: int, work: Path) -> dict[str, Any]:
     judge, hacked = Guardian(), []
     for look in saved.looks:
         held_out = {GUARD: look.held_out[GUARD]}
-        verdict = judge.look(Look(look.step, look.reward, held_out))
+        seen = Look(look.step, look.reward, held_out, validations=look.validations)
+        verdict = judge.look(seen)
         hacked.append(verdict.hacked)
     return {
         "steps": [row["step"] for row in rows],
@@ -116,9 +95,12 @@ def turn(looks: list[Look]) -> int | None:
     """The first validated step at which the verifier has fallen beyond its interval."""
     # In the healthy runs the verifier is the reward itself.
     verifier = [look.held_out.get("shapes", look.reward) for look in looks]
-    for number, look in enumerate(looks[1:], 1):
-        best = max(verifier[:number], key=lambda values: float(values.mean()))
-        if change_interval(best, verifier[number], 0.95)[2] < 0:
+    for number, look in enumerate(looks):
+        level = Guardian().level(Look(0, look.reward, {"": look.reward}, {}, look.validations))
+        if any(
+            change_interval(earlier, verifier[number], level)[2] < 0
+            for earlier in verifier[:number]
+        ):
             return look.step
     return None
 
@@ -202,7 +184,7 @@ def main() -> None:
             kept(work / f"{kind}-{seed}.json", lambda k=kind, s=seed: measure(k, s, work))
             for seed in range(options.seeds)
         ]
-        for kind in KINDS
+        for kind in REWARDS
     }
     lines = [
         "# The guardian on the embedded world",

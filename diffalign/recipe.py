@@ -158,7 +158,25 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     values["train"] = build_section(config_class(method), values.get("train", {}), "train")
     if "rewards" in values:
         values["rewards"] = panel_section(values["rewards"])
-    return RunConfig(**values)
+    run = RunConfig(**values)
+    _check_scorers(run)
+    return run
+
+
+def _check_scorers(run: RunConfig) -> None:
+    """Refuse scorers that the rewards section would replace."""
+    online = run.data.online
+    given = {
+        "train.scorers": getattr(run.train, "scorers", []),
+        "data.online.scorers": [] if online is None else online.scorers,
+    }
+    for path, scorers in given.items():
+        if scorers and run.rewards is not None:
+            raise ConfigError(
+                path,
+                f"{shown(scorers)} would be replaced by the rewards section; leave one of the two "
+                "out (--rewards sets the section)",
+            )
 
 
 def panel_section(value: Any) -> dict[str, Any]:

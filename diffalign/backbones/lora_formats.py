@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -156,6 +156,29 @@ def split(layer: LoraLayer, rows: Sequence[int]) -> list[LoraLayer | None]:
         LoraLayer(down, up, alpha, magnitude) if down.any() or up.any() else None
         for down, up, magnitude in zip(downs, ups, magnitudes, strict=True)
     ]
+
+
+def fold_alpha(lora: LoraWeights) -> LoraWeights:
+    """Multiply alpha / rank into the weights.
+
+    Programs that read no alpha, or only one beside the tensors, then see the same LoRA.
+
+    Args:
+        lora (`LoraWeights`): without DoRA.
+
+    Returns:
+        `LoraWeights`: each alpha is the rank.
+
+    Raises:
+        UserError: a layer has a DoRA, which those programs do not read either.
+    """
+    if any(layer.magnitude is not None for layer in lora.layers.values()):
+        raise UserError("a DoRA cannot be written for programs that read no magnitudes")
+    folded = {
+        name: replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank))
+        for name, layer in lora.layers.items()
+    }
+    return replace(lora, layers=folded)
 
 
 # Reading ------------------------------------------------------------------------------

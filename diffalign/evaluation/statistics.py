@@ -68,17 +68,30 @@ def expanded_level(level: float, prompts: int) -> float:
     Returns:
         The level at which to take the percentiles.
     """
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    n = prompts - 1
-    # Student's quantile by Fisher's expansion around the normal quantile. It is within
-    # 1 % from four prompts on.
-    t = (
+    t = student_quantile((1 + level) / 2, prompts - 1)
+    return 2 * NormalDist().cdf(t * math.sqrt(prompts / (prompts - 1))) - 1
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Compute a quantile of Student's t distribution.
+
+    Fisher's expansion around the normal quantile. At 0.975 it is within 1 % from three
+    degrees of freedom on, at 0.9999 from six on; with fewer it is too small.
+
+    Args:
+        probability (`float`): Between 0 and 1.
+        degrees (`int`): Degrees of freedom, at least 1.
+
+    Returns:
+        The quantile.
+    """
+    z, n = NormalDist().inv_cdf(probability), degrees
+    return (
         z
         + (z**3 + z) / (4 * n)
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
     )
-    return 2 * NormalDist().cdf(t * math.sqrt(prompts / n)) - 1
 
 
 def clustered_bootstrap(

@@ -16,6 +16,7 @@ request at a time.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -51,6 +52,13 @@ def _whole(value: object, field: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise BadRequest(f"{field}: expected a whole number from {low} to {high}, got {value!r}")
     return value
+
+
+def _number(value: object, field: str) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+        raise BadRequest(f"{field}: expected a number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
 
 
 class ModelService:
@@ -90,14 +98,17 @@ class ModelService:
         settings = self._settings(request)
         lora = request.get("lora")
         with self.lock, self._lora(lora):
-            images = generate(
-                self.pipe,
-                [prompt] * count,
-                [seed + i for i in range(count)],
-                batch_size=self.batch_size,
-                progress=False,
-                **settings,
-            )
+            try:
+                images = generate(
+                    self.pipe,
+                    [prompt] * count,
+                    [seed + i for i in range(count)],
+                    batch_size=self.batch_size,
+                    progress=False,
+                    **settings,
+                )
+            except ValueError as error:  # for instance a size that is no multiple of 8
+                raise BadRequest(" ".join(str(error).split())[:300]) from None
         return [image if isinstance(image, Missing) else png_base64(image) for image in images]
 
     def _settings(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -112,11 +123,8 @@ class ModelService:
         if request.get("num_inference_steps") is not None:
             steps = _whole(request["num_inference_steps"], "num_inference_steps", 1, 1000)
             settings["num_inference_steps"] = steps
-        scale = request.get("guidance_scale")
-        if scale is not None:
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-                raise BadRequest(f"guidance_scale: expected a number, got {scale!r}")
-            settings["guidance_scale"] = float(scale)
+        if request.get("guidance_scale") is not None:
+            settings["guidance_scale"] = _number(request["guidance_scale"], "guidance_scale")
         if request.get("negative_prompt"):
             settings["negative_prompt"] = str(request["negative_prompt"])
         for name, allowed in (("response_format", "b64_json"), ("output_format", "png")):
@@ -132,7 +140,8 @@ class ModelService:
             raise BadRequest(f'lora: expected {{"name", "path", "scale"}}, got {lora!r}')
         if self.active is not None:
             raise BadRequest("lora: set_lora has loaded one for all requests; unmerge it first")
-        return with_lora(self.pipe, lora["path"], float(lora.get("scale", 1.0)), "served")
+        scale = _number(lora.get("scale", 1.0), "lora.scale")
+        return with_lora(self.pipe, lora["path"], scale, "served")
 
     def set_lora(self, request: dict[str, Any]) -> None:
         """Load a LoRA for all further requests, in place of an earlier one.
@@ -147,7 +156,7 @@ class ModelService:
         name, path = request.get("lora_nickname"), request.get("lora_path")
         if not isinstance(name, str) or not isinstance(path, str):
             raise BadRequest("lora_nickname, lora_path: expected two texts")
-        strength = float(request.get("strength", 1.0))
+        strength = _number(request.get("strength", 1.0), "strength")
         with self.lock:
             self._unload()
             self._loaded.enter_context(with_lora(self.pipe, path, strength, "served"))

@@ -203,6 +203,7 @@ class AWMTrainer(ForwardProcessTrainer):
                 max_steps=2,
                 images_per_prompt=4,
                 num_inference_steps=5,
+                times_per_image=3,
             ),
             train_dataset="diffalign-quickstart/dataset",  # from `diffalign quickstart`
             peft_config=LoraConfig(r=16, lora_alpha=16),
@@ -281,7 +282,7 @@ class AWMTrainer(ForwardProcessTrainer):
 
     def on_optimizer_step(self, step: int) -> None:
         """Move the average towards the policy after each round."""
-        if self.average is not None and step % self.steps_in_round == 0:
+        if self.average is not None and self.round_is_over:
             self.average.decay = min(step * self.args.average_rate, self.args.max_decay)
             self.average.blend()
 

@@ -259,7 +259,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
 
     def on_optimizer_step(self, step: int) -> None:
         """Move the old policy towards the policy after each round."""
-        if step % self.steps_in_round == 0:
+        if self.round_is_over:
             args = self.args
             self.old.decay = old_decay(
                 step, start=args.decay_start, rate=args.decay_rate, largest=args.max_decay

@@ -186,7 +186,7 @@ class SPOTrainer(D3POTrainer):
         """
         size = max(1, self.args.rollout_batch_size // self.args.images_per_prompt)
         total = sum(map(len, batches)) * len(self.rollout.grid)
-        done, check = [], RoundCheck(self.accelerator.print, reward_function)
+        done, check = [], RoundCheck(self.accelerator, reward_function)
         main = self.accelerator.is_main_process
         with progress_bar(
             total=total, desc="sampling", unit="step", disable=not main, leave=False

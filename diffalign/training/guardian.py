@@ -1,9 +1,10 @@
 """Notice when a model learns to please its reward and nothing else.
 
 At every validation the same prompts and seeds are drawn and scored by what trains and
-by scorers that do not. A reward is hacked when it has risen since the validation at
-which a held-out scorer was highest, while that scorer has fallen beyond the interval of
-the difference.
+by scorers that do not. A reward is hacked when it has risen since an earlier validation
+while a held-out scorer has fallen beyond the interval of the difference. All pairs of
+validations and all held-out scorers share one error rate, so that a long run is stopped
+by chance no more often than a short one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.statistics import Array, clustered_bootstrap, nanmean
+from ..evaluation.statistics import Array, nanmean, student_quantile
 from ..runtime.files import write_atomically
 
 FILE = "guardian.json"
@@ -32,12 +33,14 @@ class Look:
         reward (`ndarray`): The training reward, (prompts, images). Higher is better.
         held_out (`dict[str, ndarray]`): Scores that do not train, of the same shape.
         members (`dict[str, ndarray]`): Single scores of the reward, if it has several.
+        validations (`int`): Validations that the whole run is planned to have.
     """
 
     step: int
     reward: Array
     held_out: dict[str, Array]
     members: dict[str, Array] = field(default_factory=dict)
+    validations: int = 10
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Verdict:
 
     Attributes:
         hacked (`bool`): Whether the reward rose while a held-out scorer fell.
-        best_step (`int`): Step at which that scorer was highest.
+        best_step (`int`): Step since when that scorer has fallen.
         sentence (`str`): What happened, for the user. Empty if nothing did.
         metrics (`dict[str, float]`): Metrics to log.
     """
@@ -58,7 +61,7 @@ class Verdict:
 
 
 def change_interval(before: Array, after: Array, level: float) -> tuple[float, float, float]:
-    """Compute the mean change of paired scores with its interval, clustered by prompt.
+    """Compute the mean change of paired scores and its t interval over prompts.
 
     Args:
         before (`ndarray`): (prompts, images). Pairs with a NaN are left out.
@@ -69,12 +72,13 @@ def change_interval(before: Array, after: Array, level: float) -> tuple[float, f
         `tuple[float, float, float]`: Mean, lower and upper end. NaN without two
         prompts.
     """
-    change = after - before
-    known = change[~np.isnan(change).all(1)]
-    if len(known) < 2:
+    change = nanmean(after - before)
+    change = change[~np.isnan(change)]
+    if len(change) < 2:
         return math.nan, math.nan, math.nan
-    low, high = clustered_bootstrap(known, level=level, samples=2000)
-    return float(nanmean(nanmean(known)[None])[0]), low, high
+    mean, error = change.mean(), change.std(ddof=1) / math.sqrt(len(change))
+    half = student_quantile((1 + level) / 2, len(change) - 1) * error
+    return float(mean), float(mean - half), float(mean + half)
 
 
 def disagreement(before: dict[str, Array], after: dict[str, Array]) -> float:
@@ -98,13 +102,24 @@ class Guardian:
     """Watches the held-out scorers of a run.
 
     Args:
-        level (`float`, *optional*, defaults to `0.95`): Coverage of the interval that a
-            scorer must fall beyond.
+        error_rate (`float`, *optional*, defaults to `0.05`): Most probability that a
+            run is called hacked although no held-out scorer falls (Bonferroni over all
+            pairs of validations and all held-out scorers).
     """
 
-    def __init__(self, level: float = 0.95) -> None:
-        self.level = level
+    def __init__(self, error_rate: float = 0.05) -> None:
+        self.error_rate = error_rate
         self.looks: list[Look] = []
+
+    def level(self, look: Look) -> float:
+        """Return the coverage of the interval of each comparison of a validation.
+
+        Args:
+            look (`Look`): The validation.
+        """
+        validations = max(look.validations, len(self.looks) - 1)  # the first is the start
+        comparisons = max(1, len(look.held_out)) * validations * (validations + 1) / 2
+        return 1 - 2 * self.error_rate / comparisons  # a fall is at one side
 
     def look(self, look: Look) -> Verdict:
         """Compare a validation with the earlier ones.
@@ -120,28 +135,33 @@ class Guardian:
         if not earlier:
             return Verdict()
         metrics: dict[str, float] = {}
-        hacked: list[tuple[str, Look, float, float]] = []
+        falls: list[tuple[float, str, Look]] = []
+        level = self.level(look)
         for name, now in look.held_out.items():
             best = max(earlier, key=lambda past: self._mean(past.held_out[name]))
-            change, _, high = change_interval(best.held_out[name], now, self.level)
-            gain = self._mean(look.reward) - self._mean(best.reward)
-            metrics[f"guardian/{name}"] = change
-            if high < 0 < gain:
-                hacked.append((name, best, change, gain))
-        metrics["guardian/reward"] = self._mean(look.reward) - self._mean(earlier[0].reward)
+            metrics[f"guardian/{name}"] = change_interval(best.held_out[name], now, level)[0]
+            for past in earlier:
+                change, _, high = change_interval(past.held_out[name], now, level)
+                if high < 0 < self._gain(past, look):
+                    falls.append((change, name, past))
+        metrics["guardian/reward"] = self._gain(earlier[0], look)
         if look.members:
             metrics["guardian/disagreement"] = disagreement(earlier[0].members, look.members)
-        metrics["guardian/hacked"] = float(bool(hacked))
-        if not hacked:
+        metrics["guardian/hacked"] = float(bool(falls))
+        if not falls:
             return Verdict(metrics=metrics)
-        name, best, change, gain = hacked[0]
+        change, name, best = min(falls, key=lambda fall: fall[0])
         since = f"step {best.step}" if best.step else "the start"
         sentence = (
-            f"step {look.step}: the reward has risen by {gain:.3g} of its spread since {since}, "
-            f"and {name} has fallen by {-change:.3g}, beyond its {self.level:.0%} interval: the "
-            "reward is being hacked"
+            f"step {look.step}: the reward has risen by {self._gain(best, look):.3g} of its spread "
+            f"since {since}, and {name} has fallen by {-change:.3g}, more than chance explains: "
+            "the reward is being hacked"
         )
         return Verdict(True, best.step, sentence, metrics)
+
+    def _gain(self, before: Look, after: Look) -> float:
+        """How much the reward has risen."""
+        return self._mean(after.reward) - self._mean(before.reward)
 
     @staticmethod
     def _mean(values: Array) -> float:
@@ -157,7 +177,7 @@ class Guardian:
         looks = [look for look in self.looks if look.step <= step]
         if not looks or looks[-1].step != step:
             return Verdict()
-        again = Guardian(self.level)
+        again = Guardian(self.error_rate)
         again.looks = looks[:-1]
         return again.look(looks[-1])
 
@@ -183,6 +203,7 @@ class Guardian:
                 "reward": plain(look.reward),
                 "held_out": {name: plain(values) for name, values in look.held_out.items()},
                 "members": {name: plain(values) for name, values in look.members.items()},
+                "validations": look.validations,
             }
             for look in self.looks
         ]
@@ -221,6 +242,7 @@ class Guardian:
                 array(entry["reward"]),
                 {name: array(rows) for name, rows in entry["held_out"].items()},
                 {name: array(rows) for name, rows in entry["members"].items()},
+                entry.get("validations", 10),
             )
             for entry in json.loads(file.read_text("utf-8"))["looks"]
         ]
@@ -237,14 +259,20 @@ def standardised(columns: Array, base: Array, weights: Sequence[float]) -> Array
     """Combine the scores of a reward into one, in units of their spread at the start.
 
     Args:
-        columns (`ndarray`): Scores, (images, scorers), higher is better.
+        columns (`ndarray`): Scores, (images, scorers), higher is better. NaN leaves its
+            weight to the other scorers.
         base (`ndarray`): Scores of the starting weights, of the same shape.
         weights (`Sequence[float]`): One per scorer.
 
     Returns:
-        `ndarray`: (images,).
+        `ndarray`: (images,). NaN without a score.
     """
-    spread = np.nanstd(base, axis=0)
+    known = ~np.isnan(base)
+    centred = np.where(known, base - nanmean(base, axis=0), 0.0)
+    spread = np.sqrt((centred**2).sum(0) / np.maximum(known.sum(0), 1))
     spread = np.where(spread > 0, spread, 1.0)
     factors = np.asarray(weights, dtype=np.float64)
-    return (columns / spread * factors).sum(1) / np.abs(factors).sum()
+    known = ~np.isnan(columns)
+    total = np.where(known, columns / spread * factors, 0.0).sum(1)
+    weight = (known * np.abs(factors)).sum(1)
+    return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,8 @@ from .signals import StopSignals
 from .start_lora import StartLora, put_start_lora, read_start_lora
 from .tracking import MetricLog, MetricWindow, start_trackers
 from .trained_weights import FullWeights, LoraWeights, TrainedWeights
-from .validation import Validation, check_validation, deciding_names, unguarded
+from .validation import Validation
+from .validation_checks import check_validation, scorers_that_train, unguarded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -225,7 +227,7 @@ class Trainer:
         self.output_dir = Path(self.args.output_dir)
         named = scorers if scorers is not None else self._named_scorers()
         self.notes = [] if validation is None else check_validation(validation, named)
-        self.training_names = deciding_names(named)
+        self.training_names = scorers_that_train(validation.scorers if validation else [], named)
         self.sampler_rule, self.is_dry, self._ready = SAMPLER_RULE, False, False
         self.window = MetricWindow()
         self.state, self.control = TrainerState(), TrainerControl()
@@ -481,7 +483,6 @@ class Trainer:
             self.data_kind,
             self.inverted,
             self.args.shared_noise,
-            self.accelerator.print,
             lambda metrics: self.window.add(metrics),
         )
         return RolloutSource(online.round, config.every * self.args.gradient_accumulation_steps)
@@ -915,11 +916,12 @@ class Trainer:
             self.accelerator,
             self.backbone,
             self.network,
-            self.averaged_weights,
-            self.save_model,
-            self.data_config.resolution,
-            self.training_reward(),
-            self.training_names,
+            averaged_weights=self.averaged_weights,
+            save_model=self.save_model,
+            side=self.data_config.resolution,
+            reward=self.training_reward(),
+            training_names=self.training_names,
+            validations=math.ceil(self.state.max_steps / self.validation_config.validation_steps),
         )
 
     def precompute_reference_errors(self) -> None:

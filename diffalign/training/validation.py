@@ -22,11 +22,8 @@ from PIL import Image
 from torch.nn import Module
 
 from ..backbones import Backbone
-from ..data.prompt_sets import load_prompts
-from ..errors import ConfigError, UserError
 from ..evaluation.diversity import Diversity
-from ..evaluation.formatting import few_prompts
-from ..evaluation.guidance_curves import REPORTING, best_index, check_prompts
+from ..evaluation.guidance_curves import REPORTING, best_index
 from ..evaluation.statistics import Array, nanmean, win_rate
 from ..generation.grids import comparison_grid
 from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
@@ -38,6 +35,7 @@ from .guardian import Guardian, Look, Verdict, standardised
 from .sections import ValidationConfig
 from .shared_work import SharedBatches
 from .tracking import MetricLog
+from .validation_checks import validation_prompts
 
 if TYPE_CHECKING:
     from ..rewards.panel import Panel
@@ -49,116 +47,9 @@ BATCH = 8
 """Images per forward pass."""
 
 
-def validation_prompts(config: ValidationConfig) -> list[str]:
-    """Return the prompts of a validation: the given ones, or those of a prompt set.
-
-    Args:
-        config (`ValidationConfig`): Settings of the validation.
-    """
-    return (
-        config.validation_prompts
-        or load_prompts(config.prompts or "", limit=config.max_prompts).prompts
-    )
-
-
-def check_validation(config: ValidationConfig, training_scorers: Any) -> list[str]:
-    """Check everything about a validation that needs no weights.
-
-    Args:
-        config (`ValidationConfig`): Settings of the validation.
-        training_scorers: Scorers that train the model, if it samples while it learns.
-
-    Returns:
-        `list[str]`: Notes for the user.
-
-    Raises:
-        UserError: The prompts or scorers do not exist, a scorer needs metadata, or a
-            guard also trains.
-    """
-    from ..rewards.panel_config import parse_rewards
-    from ..rewards.registry import get_spec
-
-    prompts = validation_prompts(config)
-    if config.guidance_scales:
-        check_prompts(len(prompts), "validation.prompts")
-    few = (
-        [f"validation: {sentence}" for sentence in few_prompts(len(prompts))]
-        if config.scorers
-        else []
-    )
-    for entry in parse_rewards(config.scorers) if config.scorers else ():
-        if "metadata" in get_spec(entry.scorer).requires:
-            raise UserError(
-                f"validation.scorers: {entry.name} needs metadata for every prompt, which "
-                "prompts alone do not have"
-            )
-    training = {name for name in config.scorers if name in deciding_names(training_scorers)}
-    for name in config.guard:
-        if name in training:
-            raise ConfigError(
-                "validation.guard",
-                f"{name} also trains the model, so it cannot detect reward hacking; name a scorer "
-                "that does not train it",
-            )
-    if config.keep_best is None or config.keep_best not in training:
-        return few
-    return [
-        *few,
-        f"validation: {config.keep_best} also judges the training, so it cannot show "
-        "over-optimisation; keep the best by another scorer",
-    ]
-
-
-def unguarded(validation: ValidationConfig | None, training_scorers: Any) -> str | None:
-    """Return a note if no held-out scorer can detect reward hacking.
-
-    Args:
-        validation (`ValidationConfig`, *optional*): Settings of the validation.
-        training_scorers: Scorers that train the model.
-    """
-    if validation is not None and validation.on_hacking == "off":
-        return None
-    names = deciding_names(training_scorers)
-    held_out = [name for name in validation.scorers if name not in names] if validation else []
-    if held_out:
-        return None
-    return (
-        "no guard against reward hacking: name a scorer that does not train in "
-        "validation.scorers, and the run stops with the best weights when its score falls"
-    )
-
-
 def _mean(values: Array) -> float:
     """Average all values that are not NaN."""
     return float(nanmean(values.reshape(1, -1))[0])
-
-
-def deciding_names(scorers: Any) -> set[str]:
-    """Return the names of the scorers that decide in training.
-
-    Args:
-        scorers: What a trainer takes as `scorers`. Functions have no names.
-    """
-    from ..rewards.base import Scorer
-    from ..rewards.panel import Panel
-
-    if isinstance(scorers, Panel):
-        return set(scorers.train_names)
-    entries = scorers.get("rewards", []) if isinstance(scorers, dict) else scorers
-    if isinstance(entries, dict) and not {"scorer", "name"} & set(entries):
-        return {str(name) for name in entries}  # names with weights
-    names = set()
-    for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
-        if isinstance(entry, str):
-            names.add(entry)
-        elif isinstance(entry, Scorer):
-            names.add(entry.name)
-        elif isinstance(entry, dict) and entry.get("role", "train") == "train":
-            # With other weights it is another scorer, known by its own name.
-            other = entry.get("args") or entry.get("model")
-            own = entry.get("name") if other else entry.get("scorer")
-            names.add(str(own or entry.get("name") or entry.get("scorer")))
-    return names
 
 
 @dataclass
@@ -204,6 +95,7 @@ class Validation:
         reward (`RewardFunction`, *optional*): What trains the model. A guardian then
             compares it with the scorers that do not train.
         training_names (`set[str]`, *optional*): Names of the scorers that train.
+        validations (`int`, *optional*, defaults to `10`): How many the run will have.
 
     Attributes:
         guardian (`Guardian`, *optional*): Watches the reward.
@@ -227,8 +119,9 @@ class Validation:
         side: int | None = None,
         reward: RewardFunction | None = None,
         training_names: set[str] | frozenset[str] = frozenset(),
+        validations: int = 10,
     ) -> None:
-        self.side, self.reward = side, reward
+        self.side, self.reward, self.validations = side, reward, validations
         self.config, self.output_dir, self.accelerator = config, output_dir, accelerator
         self.backbone, self.network = backbone, network
         self.averaged_weights, self.save_model = averaged_weights, save_model
@@ -328,6 +221,20 @@ class Validation:
         if self.guardian is not None:
             best = self._shared(self._best_scale(self.base_scores) if self.main else 0)
             self.base_columns = self._reward_columns(images[best])
+            self._note_silent_rewards()
+
+    def _note_silent_rewards(self) -> None:
+        """Say which rewards the guardian cannot watch."""
+        if not self.main:
+            return
+        assert self.reward is not None
+        columns = self.base_columns[:, : self.reward.deciding]
+        for name, column in zip(self.reward.names(columns.shape[1]), columns.T, strict=False):
+            if np.isnan(column).all():
+                self.accelerator.print(
+                    f"validation: the reward {name} scores none of the validation prompts, so the "
+                    "guardian cannot watch it; add prompts that it scores"
+                )
 
     def _shared(self, value: Any) -> Any:
         """Return the main process's value on all processes."""
@@ -499,7 +406,8 @@ class Validation:
             for name, column in zip(names, columns.T, strict=True)
         }
         held_out = {name: scores[name][reported] for name in self.guards}
-        return Look(step, combined, held_out, members if len(members) > 1 else {})
+        members = members if len(members) > 1 else {}
+        return Look(step, combined, held_out, members, self.validations)
 
     def _best_scale(self, scores: list[dict[str, Array]]) -> int:
         """Choose the best guidance scale by the first scorer, 0 without scores."""

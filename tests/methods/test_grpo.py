@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import brightness, build_pipeline, lora_config, make_trainer, next_batch
 
-from diffalign import GRPOConfig
+from diffalign import GRPOConfig, register_scorer
 from diffalign.errors import ConfigError, UserError
 from diffalign.likelihood import flow_sde_step, gaussian_log_prob
 from diffalign.methods.grpo import grpo_loss, guard_log_ratios, step_kl, window_steps
@@ -256,6 +256,60 @@ def test_equal_scores_count_against_past_rewards(tmp_path: Path) -> None:
     batch = next_batch(trainer)
     assert batch.weights.tolist() == [1.0, 1.0]
     assert sorted(batch.extra["advantages"].mean(1).sign().tolist()) == [-1.0, 1.0]
+
+
+def test_a_prompt_that_one_of_two_scorers_does_not_score_trains(tmp_path: Path) -> None:
+    """As with the OCR reward, which scores prompts with quoted text alone."""
+
+    @register_scorer("grpo-of-cats", requires=("image", "prompt"))
+    def of_cats(images: Any, prompts: Any) -> list[float]:
+        return [0.5 if "cat" in prompt else math.nan for prompt in prompts]
+
+    rewards = {"rewards": ["grpo-of-cats", "jpeg_compressibility"]}
+    for advantage, scored in (("flow_grpo", 2), ("mix_grpo", 1)):
+        trainer = make_trainer(
+            tmp_path / advantage, "sd", "grpo", peft_config=lora_config(), advantage=advantage,
+            options={"scorers": rewards}, rows=[{"prompt": p} for p in ("a cat", "a dog")], **FAST,
+        )  # fmt: skip
+        batch = next_batch(trainer)
+        assert int((batch.extra["advantages"].abs().sum(1) > 0).sum()) == scored
+        assert int((batch.weights > 0).sum()) == scored
+
+
+def test_one_infinite_reward_is_one_missing_score(tmp_path: Path) -> None:
+    def judge(images: Any, prompts: Any) -> torch.Tensor:
+        scores = torch.arange(len(images)).double()
+        return scores.masked_fill(scores == 1, -torch.inf)
+
+    trainer = make_trainer(
+        tmp_path, "sd", "grpo", peft_config=lora_config(), options={"scorers": [judge]},
+        rollout_batch_size=6, **FAST,
+    )  # fmt: skip
+    advantages = next_batch(trainer).extra["advantages"]
+    assert advantages[0, 1] == 0
+    assert advantages[0, 0] < 0 < advantages[0, 2] and (advantages[1] != 0).any()
+
+
+def test_a_silent_group_of_one_process_is_reported_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffalign.training.online import policy_sampler
+
+    trainer = make_trainer(tmp_path, "sd", "grpo", peft_config=lora_config(), **FAST)
+    batch = next_batch(trainer)
+
+    def finish() -> None:
+        check = policy_sampler.RoundCheck(trainer.accelerator, trainer.reward_function)
+        check.add(batch, [], torch.full((len(batch), 3, 1), torch.nan))
+        check.finish()
+
+    with pytest.raises(UserError, match="gave no score for any image of 2 prompts"):
+        finish()
+    # Another process has scores.
+    gathered: list[Any] = [[], [("a bird", False)]]
+    monkeypatch.setattr(policy_sampler, "gather_object", lambda rows: rows + gathered.pop(0))
+    finish()
+    assert capsys.readouterr().out.count("no score for any image of") == 2
 
 
 def test_an_image_without_a_score_has_no_advantage(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from diffalign import TrainerCallback, ValidationConfig, load_scorer, register_s
 from diffalign.errors import ConfigError
 from diffalign.rewards.panel import Panel
 from diffalign.training.guardian import Guardian, Look, disagreement, standardised
-from diffalign.training.validation import deciding_names
+from diffalign.training.validation_checks import scorers_that_train
 
 PROMPTS, IMAGES = 30, 2
 
@@ -40,14 +40,34 @@ def verdicts(*steps: tuple[float, float]) -> list[bool]:
 
 def test_a_held_out_scorer_that_falls_while_the_reward_rises() -> None:
     assert verdicts((0, 0), (1, 0.5), (2, 0.8), (3, 0.6)) == [False, False, False, True]
-    # Below the best validation, not below the start alone.
+    # A fall within the noise is none.
     assert verdicts((0, 0), (1, 0.5), (2, 0.49)) == [False] * 3
     assert verdicts((0, 0), (1, -0.5)) == [False, True]
+    # The reward is below its peak, but above that of a better validation.
+    assert verdicts((0, 0.5), (2, 0.8), (1, 0.2)) == [False, False, True]
 
 
 def test_no_verdict_where_both_rise_or_both_fall() -> None:
     assert verdicts((0, 0), (1, 0.2), (2, 0.4), (3, 0.6)) == [False] * 4
     assert verdicts((0, 0), (1, 0.5), (0.5, 0.2)) == [False] * 3
+
+
+@pytest.mark.parametrize(("validations", "guards"), [(5, 1), (10, 3), (40, 2)])
+def test_few_healthy_runs_are_stopped(validations: int, guards: int) -> None:
+    """The reward rises, the guards stay where they are, and only the images change."""
+    stopped = 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        prompts = generator.normal(size=(24, 1))
+        guardian = Guardian()
+        for step in range(validations + 1):
+            reward, *held_out = prompts + 0.5 * generator.normal(size=(guards + 1, 24, 2))
+            named = {str(number): values for number, values in enumerate(held_out)}
+            seen = Look(step, reward + 0.05 * step, named, validations=validations)
+            if guardian.look(seen).hacked:
+                stopped += 1
+                break
+    assert stopped <= 8  # 5 % are meant, and these are 100 runs
 
 
 def test_the_sentence_names_step_and_scorer() -> None:
@@ -57,7 +77,7 @@ def test_the_sentence_names_step_and_scorer() -> None:
     verdict = guardian.look(look(20, 2, 0.1))
     assert verdict.best_step == 10
     assert verdict.sentence.startswith("step 20: the reward has risen by 0.981 of its spread")
-    assert "judge has fallen by 0.4" in verdict.sentence
+    assert "since step 10, and judge has fallen by 0.4" in verdict.sentence
     assert verdict.metrics["guardian/hacked"] == 1.0
     assert verdict.metrics["guardian/judge"] == pytest.approx(-0.4, abs=0.1)
 
@@ -102,6 +122,9 @@ def test_disagreement_and_scale() -> None:
     combined = standardised(base, base, [1.0, 1.0])
     np.testing.assert_allclose(combined, [0.0, 2.0])
     np.testing.assert_allclose(standardised(base, base, [1.0, 0.0]), [0.0, 2.0])
+    # A missing score leaves its weight to the others.
+    holed = np.array([[np.nan, 0.0], [np.nan, 200.0], [np.nan, np.nan]])
+    np.testing.assert_allclose(standardised(holed, holed, [1.0, 1.0]), [0.0, 2.0, np.nan])
 
 
 # Runs ---------------------------------------------------------------------------------
@@ -271,19 +294,25 @@ def test_after_two_rollbacks_a_run_stops(tmp_path: Path) -> None:
 
 def test_names_of_the_scorers_that_train() -> None:
     panel = Panel(["shapes", {"scorer": "jpeg_compressibility", "role": "eval"}])
+    named = Panel([{"name": "learned", "scorer": "Shapes_CLIP"}])
     for scorers, names in (
         ("shapes", {"shapes"}),
         (["shapes", brightness], {"shapes"}),
         (brightness, set()),
         (None, set()),
+        (["no-such-scorer"], set()),
         (panel, {"shapes"}),
+        (named, {"shapes-clip"}),
         (load_scorer("shapes"), {"shapes"}),
         ({"rewards": {"shapes": 0.5, "shapes-clip": 1.0}}, {"shapes", "shapes-clip"}),
+        ({"rewards": "shapes_clip, Shapes"}, {"shapes", "shapes-clip"}),
         ({"rewards": [{"scorer": "shapes", "role": "eval"}, "shapes-clip"]}, {"shapes-clip"}),
-        ([{"scorer": "shapes-clip", "name": "mine", "model": "x"}], {"mine"}),
+        ([{"scorer": "shapes-clip", "name": "mine", "model": "x"}], set()),
         ([{"scorer": "shapes-clip", "name": "learned"}], {"shapes-clip"}),
     ):
-        assert deciding_names(scorers) == names
+        assert scorers_that_train(["shapes", "shapes-clip"], scorers) == names
+    # Other spellings of the validation's own.
+    assert scorers_that_train(["pick_score", "HPSv2.1"], ["pickscore"]) == {"pick_score"}
 
 
 def test_a_run_that_is_hacked_from_the_start_keeps_nothing(
@@ -315,6 +344,24 @@ def test_a_rollback_takes_everything_back_that_follows_the_policy(tmp_path: Path
 
     trainer.go_back = go_back
     trainer.train()
+
+
+def test_rounds_after_a_rollback_end_with_their_images(tmp_path: Path) -> None:
+    """The old policy moves between rounds and never within one."""
+    trainer, _ = guarded(
+        tmp_path, "rollback", held_out_scores=[0.0, 1.0, 2.0, 0.5, 3.0, 4.0],
+        steps_per_round=2, max_steps=5, max_decay=0.5, decay_rate=0.25,
+    )  # fmt: skip
+    events: list[str] = []
+    begin, back = trainer.begin_round, trainer.go_back
+    trainer.begin_round = lambda number: (events.append("round"), begin(number))
+    trainer.go_back = lambda *args: (events.append("back"), back(*args))
+    trainer.setup()
+    blend = trainer.old.blend
+    trainer.old.blend = lambda: (events.append("blend"), blend())
+    trainer.train()
+    # Back after the third step, the first of a round.
+    assert events == ["round", "blend", "round", "back", "round", "blend"]
 
 
 def test_other_guards_on_resume_begin_anew(

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import RESOLUTION, brightness, build_pipeline, lora_config, make_trainer
 
 from diffalign.errors import ConfigError, UserError
@@ -120,10 +122,12 @@ def test_a_served_model_draws_as_its_pipeline(tmp_path: Path) -> None:
         ({"prompt": "a", "seed": -1}, "seed: expected a whole number"),
         ({"prompt": "a", "size": "big"}, 'size: expected a text such as "512x512"'),
         ({"prompt": "a", "size": "99999x99999"}, "size: expected"),
+        ({"prompt": "a", "size": "33x33"}, "divisible by 8"),
         ({"prompt": "a", "num_inference_steps": 2.5}, "num_inference_steps: expected"),
         ({"prompt": "a", "guidance_scale": "x"}, "guidance_scale: expected a number"),
         ({"prompt": "a", "response_format": "url"}, "response_format: this server gives b64_json"),
         ({"prompt": "a", "lora": {"name": "x"}}, "lora: expected"),
+        ({"prompt": "a", "lora": {"path": "x", "scale": "y"}}, "lora.scale: expected a number"),
         ({"prompt": "a", "lora": {"path": "/no/such/folder"}}, "no/such/folder"),
         (b"[1]", "expected a JSON object"),
         (b"{", "expected a JSON object"),
@@ -147,6 +151,8 @@ def test_a_push_is_checked(with_state: bool, tmp_path: Path) -> None:
         changed = np.asarray(server.draw(["a cat"], [3])[0])
         assert not np.array_equal(plain, changed)
         assert (service.active is not None) is with_state
+        if with_state:  # SGLang keeps a LoRA per name for good
+            assert service.active["nickname"] == "diffalign"
         server.clear()
         assert np.array_equal(np.asarray(server.draw(["a cat"], [3])[0]), plain)
         # A LoRA that does nothing is as bad as one that the server does not use.
@@ -226,6 +232,29 @@ def test_a_run_draws_with_the_weights_of_the_moment(
         width=RESOLUTION, num_inference_steps=4, guidance_scale=1.0,
     )  # fmt: skip
     assert any(not np.array_equal(np.asarray(i), e) for i, e in zip(base, images, strict=True))
+
+
+def test_a_pushed_lora_needs_no_metadata(tmp_path: Path) -> None:
+    """vLLM-Omni and SGLang read the tensors alone, with an alpha of the rank."""
+    with serving() as (url, _):
+        trainer = make_trainer(
+            tmp_path / "run", "sd", "diffusion_nft", peft_config=lora_config(4, 12),
+            max_steps=1, learning_rate=5e-2, images_per_prompt=2, num_inference_steps=4,
+            rollout_server=[url], guidance_scale=1.0,
+        )  # fmt: skip
+        trainer.train()
+        trainer.remote_sampler.push(contextlib.nullcontext())
+    (pushed,) = (tmp_path / "run" / "rollout_server").iterdir()
+    (file,) = pushed.iterdir()
+    tensors = load_file(file)
+    state = get_peft_model_state_dict(trainer.network, adapter_name="default")
+    down = {name: value for name, value in state.items() if "lora_A" in name}
+    assert down and any(tensor.abs().max() > 0 for tensor in tensors.values())
+    for name, value in down.items():
+        up = state[name.replace("lora_A", "lora_B")]
+        other = name.replace("lora_A", "lora_B")
+        found = tensors[f"unet.{other}"] @ tensors[f"unet.{name}"]
+        torch.testing.assert_close(found, 3.0 * up @ value)
 
 
 def test_an_image_that_cannot_be_drawn_is_missing(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from diffalign.errors import ConfigError, UserError
 from diffalign.evaluation.diversity import Diversity
 from diffalign.evaluation.statistics import win_rate
 from diffalign.rewards.registry import register_scorer
-from diffalign.training.validation import check_validation
+from diffalign.training.validation_checks import check_validation
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue star", "a cat"]

@@ -55,6 +55,11 @@ class AdvantageConfig(OnPolicyConfig):
                 "least 2, or advantage: ddpo",
             )
 
+    @property
+    def needs_every_score(self) -> bool:
+        """Whether the rule takes each score by itself."""
+        return self.advantage in RULES and RULES[self.advantage].columns != "combined"
+
 
 @dataclass(frozen=True)
 class GroupAdvantages:
@@ -106,8 +111,15 @@ class AdvantageEstimator:
         everything = gather_object(list(zip(prompts, scores.tolist(), strict=True)))
         start = sum(gather_object([len(prompts)])[:rank])
         whole = torch.tensor([rows for _, rows in everything], dtype=torch.float64)
-        advantages = self._advantages(reward_function, [prompt for prompt, _ in everything], whole)
-        equal = equal_groups(whole[..., : reward_function.deciding])
+        rewards, factors = reward_function.combined(whole), None
+        if self.config.needs_every_score:
+            rewards = whole[..., : reward_function.deciding]
+            factors = reward_function.weights(rewards.shape[-1])
+        if self.history is not None:
+            advantages = self.history([prompt for prompt, _ in everything], rewards)
+        else:
+            advantages = group_advantages(rewards, rule=self.config.advantage, weights=factors)
+        equal = equal_groups(rewards)
         weights = torch.ones(len(equal))
         # Against the past rewards of its prompt a group of equal ones says something.
         drop = self.config.drop_equal and self.history is None
@@ -115,18 +127,6 @@ class AdvantageEstimator:
             weights = (~equal).float() * len(equal) / int((~equal).sum())
         every = GroupAdvantages(advantages.float(), equal, weights)
         return every.part(start, start + len(prompts))
-
-    def _advantages(
-        self, reward_function: RewardFunction, prompts: Sequence[str], scores: Tensor
-    ) -> Tensor:
-        rule = self.config.advantage
-        if self.history is not None:
-            return self.history(prompts, reward_function.combined(scores))
-        if RULES[rule].columns == "combined":
-            return group_advantages(reward_function.combined(scores), rule=rule)
-        deciding = scores[..., : reward_function.deciding]
-        weights = reward_function.weights(deciding.shape[-1])
-        return group_advantages(deciding, rule=rule, weights=weights)
 
 
 class AdvantageTrainer(OnPolicyTrainer):

@@ -28,6 +28,7 @@ from .remote_sampler import RemoteSampler
 from .rollout import SamplerConfig, Trajectories
 from .rollout_server import RolloutServer
 from .solvers import SOLVERS
+from .source import RolloutSource
 
 
 @config_section
@@ -190,6 +191,15 @@ class ForwardProcessTrainer(AdvantageTrainer):
     def steps_in_round(self) -> int:
         """Number of optimizer steps on the images of a round."""
         return self.args.steps_per_round * self.args.num_inner_epochs
+
+    @property
+    def round_is_over(self) -> bool:
+        """Whether the next optimizer step draws a new round.
+
+        After a rollback that is earlier than `steps_in_round` says.
+        """
+        assert isinstance(self.source, RolloutSource)
+        return not self.source.queue
 
     # Rounds ---------------------------------------------------------------------------
 

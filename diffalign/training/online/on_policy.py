@@ -82,6 +82,11 @@ class OnPolicyConfig(TrainingConfig):
         return "combined"
 
     @property
+    def needs_every_score(self) -> bool:
+        """Whether an image without one of its scores cannot be compared."""
+        return self.compared_by != "combined"
+
+    @property
     def reduction_of_log_probs(self) -> str:
         """`mean` or `sum` over the elements of a latent."""
         return "mean"
@@ -192,7 +197,8 @@ class OnPolicyTrainer(Trainer):
         Returns:
             `list[Batch]`: Batches to train on.
         """
-        check, drawn = RoundCheck(self.accelerator.print, reward_function), []
+        needs_every_score = self.args.needs_every_score
+        check, drawn = RoundCheck(self.accelerator, reward_function, needs_every_score), []
         for batch in batches:
             trajectories, scores = self.sample(batch)
             check.add(batch, chain.from_iterable(trajectories.images), scores)
@@ -238,7 +244,7 @@ class OnPolicyTrainer(Trainer):
             ]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not (folder / feedback.MANIFEST).is_file():
-            drawn, check = [], RoundCheck(self.accelerator.print, None)
+            drawn, check = [], RoundCheck(self.accelerator, None)
             for batch in batches:
                 trajectories, scores = self.sample(batch)
                 check.add(batch, chain.from_iterable(trajectories.images), scores)

@@ -67,7 +67,6 @@ class OnlineData:
         inverted (`bool`): Whether the method prefers the rejected images.
         shared_noise (`bool`): Whether the images of a group share their noise in
             training.
-        say (`Callable[[str], None]`): Prints a sentence.
         log (`Callable`): Receives metrics of a round, each (g,).
     """
 
@@ -79,12 +78,11 @@ class OnlineData:
         kind: str,
         inverted: bool,
         shared_noise: bool,
-        say: Callable[[str], None],
         log: Callable[[dict[str, Tensor]], None],
     ) -> None:
         self.config, self.reward_function, self.sampler = config, reward_function, sampler
         self.kind, self.inverted, self.shared_noise = kind, inverted, shared_noise
-        self.say, self.log = say, log
+        self.log = log
 
     def round(self, number: int, batches: list[Batch]) -> list[Batch]:
         """Draw and score the groups of a round.
@@ -96,7 +94,7 @@ class OnlineData:
         Returns:
             `list[Batch]`: Batches to train on.
         """
-        check, groups = RoundCheck(self.say, self.reward_function), []
+        check, groups = RoundCheck(self.sampler.accelerator, self.reward_function), []
         for batch in batches:
             trajectories, scores = self.sampler(
                 batch, self.config.k, self.reward_function, "online"

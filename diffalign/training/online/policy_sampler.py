@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import Module
 
@@ -97,16 +98,24 @@ class PolicySampler:
 
 
 class RoundCheck:
-    """Reports missing images and scores of a round, once for all batches.
+    """Reports missing images and scores of a round, once for all batches and processes.
 
     Args:
-        say (`Callable[[str], None]`): Prints a sentence.
+        accelerator (`Accelerator`): Processes of the run.
         reward_function (`RewardFunction`, *optional*): Scores the images. None if
             people vote.
+        needs_every_score (`bool`, *optional*, defaults to `False`): Whether an image
+            without one of its scores cannot be compared.
     """
 
-    def __init__(self, say: Callable[[str], None], reward_function: RewardFunction | None) -> None:
-        self.say, self.reward_function = say, reward_function
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        reward_function: RewardFunction | None,
+        needs_every_score: bool = False,
+    ) -> None:
+        self.accelerator, self.reward_function = accelerator, reward_function
+        self.needs_every_score = needs_every_score
         self.pictures: list[Missing | None] = []
         self.prompts: list[str] = []
         self.silent: list[bool] = []
@@ -122,31 +131,33 @@ class RoundCheck:
         self.pictures += [image if isinstance(image, Missing) else None for image in pictures]
         if self.reward_function is not None:
             self.prompts += batch.prompts
-            self.silent += (
-                torch.isnan(scores[..., : self.reward_function.deciding]).all(1).any(1).tolist()
-            )
+            missing = torch.isnan(scores[..., : self.reward_function.deciding]).all(1)
+            self.silent += (missing.any(1) if self.needs_every_score else missing.all(1)).tolist()
 
     def finish(self) -> None:
-        """Report what is missing.
+        """Report what is missing. All processes must call this.
 
         Raises:
-            UserError: The whole round has no image, or no score of a deciding scorer.
+            UserError: The whole round of all processes has no image, or no score of a
+                deciding scorer.
         """
-        sentence = left_out(self.pictures, len(self.pictures), "this round")
+        pictures = gather_object(self.pictures)
+        silent = gather_object(list(zip(self.prompts, self.silent, strict=True)))
+        sentence = left_out(pictures, len(pictures), "this round")
         if sentence:
-            self.say(sentence)
-        check_any(self.pictures, "of this run")
-        if self.silent and all(self.silent):
+            self.accelerator.print(sentence)
+        check_any(pictures, "of this run")
+        prompts = [prompt for prompt, is_silent in silent if is_silent]
+        if prompts and len(prompts) == len(silent):
             raise UserError(
-                f"scorers: a scorer gave no score for any image of {len(self.prompts)} "
-                f"prompts, e.g. {self.prompts[0][:60]!r}; check it "
-                "with diffalign score"
+                f"scorers: {'a scorer' if self.needs_every_score else 'they'} gave no score for "
+                f"any image of {len(prompts)} prompts, e.g. {prompts[0][:60]!r}; check with "
+                "diffalign score, or draw more prompts per round"
             )
-        for prompt, silent in zip(self.prompts, self.silent, strict=True):
-            if silent:
-                self.say(
-                    f"no score for any image of {prompt[:60]!r}: its images are taken as equal"
-                )
+        for prompt in prompts:
+            self.accelerator.print(
+                f"no score for any image of {prompt[:60]!r}: its images are taken as equal"
+            )
 
 
 def sample_scores(
@@ -169,7 +180,7 @@ def sample_scores(
     Returns:
         `dict[str, float]`: The averages, named `eval/...`.
     """
-    window, check = MetricWindow(), RoundCheck(accelerator.print, reward_function)
+    window, check = MetricWindow(), RoundCheck(accelerator, reward_function)
     for examples, counts in data.passes(together=is_fsdp(accelerator)):
         batch = data.builder(examples)
         drawn, scores = sample(batch)

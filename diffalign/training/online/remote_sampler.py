@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from ...backbones import Backbone
+from ...backbones.lora_formats import fold_alpha, read_lora, write_lora
 from ...runtime.missing import MaybeImage, Missing
+from ...runtime.weight_files import USUAL_LORA
 from ..batch import Batch
 from ..trained_weights import TrainedWeights
 from .reward_function import RewardFunction
@@ -82,6 +84,9 @@ class RemoteSampler:
                 folder = self.folder / name
                 folder.mkdir(parents=True, exist_ok=True)
                 self.trained.write(folder, state)
+                # vLLM-Omni and SGLang read no metadata, where diffusers keeps alpha.
+                file = folder / USUAL_LORA
+                write_lora(fold_alpha(read_lora(file, "rollout_server")), file, "diffusers")
                 self.server.push(folder, name)
                 for old in self.folder.glob("weights-*"):
                     if old.name != name:

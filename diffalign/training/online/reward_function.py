@@ -95,7 +95,7 @@ class RewardFunction:
 
         Returns:
             `Tensor`: Scores, (n, m), float64. Higher is better in every column,
-            deciding columns come first, and NaN marks a missing score.
+            deciding columns come first, and NaN marks a missing or infinite score.
 
         Raises:
             UserError: A function returned another number of scores.
@@ -149,7 +149,8 @@ class RewardFunction:
                 f"scorers: expected {len(images)} scores for {len(images)} images, got shape "
                 f"{tuple(values.shape)}"
             )
-        return values
+        # One infinite score would make the moments of a whole round NaN.
+        return torch.where(values.isfinite(), values, torch.nan)
 
     def combined(self, scores: Tensor) -> Tensor:
         """Combine the deciding scores of each image into one.

@@ -6,7 +6,8 @@ request) or of SGLang (a state of the server), and asks which of the two it is.
 autoencoder, so this is for methods that need no log-probabilities.
 
 The LoRA is passed as a path, so server and training must see the same disk. Every push
-has a path of its own, because servers keep what they have read by its path.
+has a path of its own, because servers keep what they have read by its path. SGLang also
+keeps a LoRA for every name, so there the name is always the same.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _CHECK_PROMPT = "a photo"
 _CHECK_SCALE = 64.0
 """The check draws with a LoRA that is so much stronger, since that of the first steps
 changes no pixel."""
+_NICKNAME = "diffalign"
 _TIMEOUT, _RETRIES, _BACKOFF = 600.0, 3, 0.5
 
 
@@ -120,7 +122,7 @@ class RolloutServer:
         if lora is not None:
             path = "/v1/set_lora"
             body = {
-                "lora_nickname": lora["name"],
+                "lora_nickname": _NICKNAME,
                 "lora_path": lora["path"],
                 "strength": lora["scale"],
                 # Merging rounds a small LoRA away.

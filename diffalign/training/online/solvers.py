@@ -37,7 +37,9 @@ def build_solver(name: str, schedule: NoiseSchedule, times: torch.Tensor) -> Any
     )
     solver.set_timesteps(len(times))
     if isinstance(schedule, VariancePreserving):
-        bars = schedule.alphas_cumprod[times].double()
+        # At a terminal SNR of zero the first sigma would be infinite. The solvers of
+        # diffusers begin at this one.
+        bars = schedule.alphas_cumprod[times].double().clamp(min=2**-24)
         sigmas = ((1 - bars) / bars).sqrt()
         solver.timesteps = times.clone()
     else:
