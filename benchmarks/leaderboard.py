@@ -591,6 +591,19 @@ def verdicts(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
+def label_points(figure: Any, axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Write a name beside each point, higher where names would lie on each other."""
+    figure.canvas.draw()
+    renderer, boxes = figure.canvas.get_renderer(), []
+    for name, x, y in sorted(points, key=lambda point: point[2]):
+        text = axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        shift = 4
+        while any(text.get_window_extent(renderer).overlaps(box) for box in boxes):
+            shift += 3
+            text.set_position((5, shift))
+        boxes.append(text.get_window_extent(renderer))
+
+
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Win-rate against passes, and score against diversity."""
     import matplotlib
@@ -606,13 +619,15 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         "base": "#d1242f",
     }
     base = results["base"][0]
+    rates: list[tuple[str, float, float]] = []
+    scores: list[tuple[str, float, float]] = []
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for name, runs in results.items():
         kind = "base" if name == "base" else ARMS[name].kind
         x = float(np.mean([run["diversity"] for run in runs]))
         y = float(np.mean([run["scores"] for run in runs]))
         right.plot(x, y, "o", color=colours[kind])
-        right.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        scores.append((name, x, y))
         if kind == "base":
             continue
         rate = pooled(base, runs, "scores")
@@ -627,9 +642,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         left.errorbar(
             rows, 100 * rate.rate, yerr=[[low], [high]], fmt="o", color=colours[kind], capsize=3
         )
-        left.annotate(
-            name, (rows, 100 * rate.rate), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+        rates.append((name, rows, 100 * rate.rate))
     left.axhline(50, color="black", lw=0.8)
     left.set_xlim(left=0)
     left.set(
@@ -639,7 +652,9 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     right.set(xlabel="diversity (pixel distance of a prompt's images)", ylabel="mean score")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.margins(x=0.12)
+        axes.margins(x=0.2)
+    label_points(figure, left, rates)
+    label_points(figure, right, scores)
     figure.savefig(path, dpi=110)
 
 

@@ -126,6 +126,10 @@ class GRPOConfig(AdvantageConfig, TrajectoryConfig):
             )
         if self.dynamics == "cps" and self.eta > 1:
             raise ConfigError("eta", f"expected a number from 0 to 1 for cps, got {self.eta:g}")
+        if self.window != "random" and self.num_sde_steps is None:
+            raise ConfigError(
+                "window", f"{self.window} needs num_sde_steps, the number of steps in the window"
+            )
         wrong = [step for step in self.sde_steps if not 0 <= step < self.num_inference_steps]
         if wrong:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -374,8 +375,8 @@ def test_scoring_beside_sampling() -> None:
 
     images = [row["chosen"] for row in pair_rows(6)]
     found = []
-    for parallel in (False, True):
-        ahead = ScoreAhead(RewardFunction(brightness), ["x"] * 6, parallel)
+    for pool in (None, ThreadPoolExecutor(1)):
+        ahead = ScoreAhead(RewardFunction(brightness), ["x"] * 6, pool)
         for first in (0, 4):
             ahead(first, images[first : first + 4])
         found.append(ahead.result())

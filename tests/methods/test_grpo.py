@@ -388,6 +388,8 @@ def test_bad_input(tmp_path: Path) -> None:
         trainer(kl_weight=0.1, kl_type="x")
     with pytest.raises(ConfigError, match="eta: expected a number from 0 to 1 for cps"):
         GRPOConfig(dynamics="cps", eta=1.5)
+    with pytest.raises(ConfigError, match="window: progressive needs num_sde_steps"):
+        GRPOConfig(window="progressive")
     for options in ({"ratio": "guard"}, {"dynamics": "cps"}):
         with pytest.raises(ConfigError, match="reduce: ratio: guard and dynamics: cps are means"):
             GRPOConfig(reduce="sum", **options)

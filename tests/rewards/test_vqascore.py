@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def test_an_answer_of_several_tokens_is_their_geometric_mean(folder: Path) -> No
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "silent")
+    for file in ("chat_template.jinja", "chat_template.json"):
+        (tmp_path / "silent" / file).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="it has no chat template, by which it could be asked"):
+        load_scorer("vqascore", model=str(tmp_path / "silent"))
     with pytest.raises(UserError, match="model: expected the folder or the Hub id of a vision"):
         load_scorer("vqascore")
     with pytest.raises(UserError, match="template: expected a text with {prompt} in it"):

@@ -199,8 +199,8 @@ def test_a_run_draws_with_the_weights_of_the_moment(
         trainer.setup()
         draw = trainer.server.draw
 
-        def recording(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-            images = draw(prompts, seeds)
+        def recording(prompts: list[str], seeds: list[int], ahead: Any) -> list[Image.Image]:
+            images = draw(prompts, seeds, ahead)
             drawn.append((prompts, seeds, [np.asarray(image) for image in images]))
             return images
 

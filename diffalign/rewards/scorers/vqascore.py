@@ -83,6 +83,8 @@ class VQAScore(Scorer):
         self.model, self.template, self.answer, self.against = str(model), template, answer, against
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(self.model)
+            if not getattr(self.processor, "chat_template", None):
+                raise ValueError("it has no chat template, by which it could be asked")
             network: Any = transformers.AutoModelForImageTextToText.from_pretrained(
                 self.model, dtype=self.dtype
             )

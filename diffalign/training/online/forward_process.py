@@ -23,7 +23,7 @@ from ..batch import Batch
 from ..data_pipeline import DataPipeline, build_transform
 from ..denoiser import Denoiser
 from .advantage_estimator import AdvantageConfig, AdvantageTrainer
-from .policy_sampler import PolicySampler
+from .policy_sampler import LateScores, PolicySampler
 from .remote_sampler import RemoteSampler
 from .rollout import SamplerConfig, Trajectories
 from .rollout_server import RolloutServer
@@ -140,14 +140,14 @@ class ForwardProcessTrainer(AdvantageTrainer):
         if self.remote_sampler is not None:
             self.remote_sampler.push()
 
-    def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
-        """Draw images here or on a server. See `OnPolicyTrainer.sample`."""
+    def draw(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, LateScores]:
+        """Draw images here or on a server. See `OnPolicyTrainer.draw`."""
         k = self.args.images_per_prompt
         if self.remote_sampler is not None:
             return self.remote_sampler(batch, k, self.reward_function, purpose)
         if purpose == "evaluation":
             return self.evaluation_sampler(batch, k, self.reward_function, purpose)
-        return super().sample(batch, purpose)
+        return super().draw(batch, purpose)
 
     @cached_property
     def evaluation_sampler(self) -> PolicySampler:

@@ -22,7 +22,7 @@ from ..data_pipeline import DataPipeline
 from ..reference import Reference, SnapshotReference
 from ..trainer import Trainer
 from . import feedback
-from .policy_sampler import PolicySampler, RoundCheck, sample_scores
+from .policy_sampler import LateScores, PolicySampler, RoundCheck, sample_scores
 from .reward_function import RewardFunction, preferences
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .source import RolloutSource
@@ -199,8 +199,9 @@ class OnPolicyTrainer(Trainer):
         """
         needs_every_score = self.args.needs_every_score
         check, drawn = RoundCheck(self.accelerator, reward_function, needs_every_score), []
-        for batch in batches:
-            trajectories, scores = self.sample(batch)
+        # Everything is drawn before the first scores are waited for.
+        for batch, (trajectories, late) in [(batch, self.draw(batch)) for batch in batches]:
+            scores = late.wait()
             check.add(batch, chain.from_iterable(trajectories.images), scores)
             drawn.append((batch, dataclasses.replace(trajectories, images=[]), scores))
         check.finish()
@@ -281,8 +282,8 @@ class OnPolicyTrainer(Trainer):
         """
         raise NotImplementedError
 
-    def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
-        """Draw trajectories with the policy and score them.
+    def draw(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, LateScores]:
+        """Draw trajectories with the policy, and begin to score them.
 
         Args:
             batch (`Batch`): g prompts.
@@ -290,11 +291,21 @@ class OnPolicyTrainer(Trainer):
                 streams.
 
         Returns:
-            `tuple[Trajectories, Tensor]`: k trajectories per prompt, and their scores
-            (g, k, m).
+            `tuple[Trajectories, LateScores]`: k trajectories per prompt, and what waits
+            for their scores.
         """
         k, steps = self.args.images_per_prompt, self.stochastic_steps(purpose)
         return self.sampler(batch, k, self.reward_function, purpose, steps)
+
+    def sample(self, batch: Batch, purpose: str = "rollout") -> tuple[Trajectories, Tensor]:
+        """Draw trajectories with the policy and score them. Arguments as `draw`.
+
+        Returns:
+            `tuple[Trajectories, Tensor]`: k trajectories per prompt, and their scores
+            (g, k, m).
+        """
+        trajectories, late = self.draw(batch, purpose)
+        return trajectories, late.wait()
 
     def stochastic_steps(self, purpose: str) -> Tensor | None:
         """Return which steps of the sampler are stochastic, (S,), bool.

@@ -95,10 +95,12 @@ class OnlineData:
             `list[Batch]`: Batches to train on.
         """
         check, groups = RoundCheck(self.sampler.accelerator, self.reward_function), []
-        for batch in batches:
-            trajectories, scores = self.sampler(
-                batch, self.config.k, self.reward_function, "online"
-            )
+        drawn = [
+            (batch, self.sampler(batch, self.config.k, self.reward_function, "online"))
+            for batch in batches
+        ]
+        for batch, (trajectories, late) in drawn:
+            scores = late.wait()
             check.add(batch, chain.from_iterable(trajectories.images), scores)
             groups.append(self._judged(batch, trajectories.final, scores))
         check.finish()

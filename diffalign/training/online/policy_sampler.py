@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,25 @@ from .rollout import Rollout, Trajectories, sampling_mode
 
 if TYPE_CHECKING:
     from ..data_pipeline import DataPipeline
+
+
+@dataclass(frozen=True)
+class LateScores:
+    """Scores of drawn images, which may not be computed yet.
+
+    Attributes:
+        ahead (`ScoreAhead`, *optional*): What scores them. None means people vote.
+        shape (`tuple[int, int]`): Prompts g and images k of each.
+    """
+
+    ahead: ScoreAhead | None
+    shape: tuple[int, int]
+
+    def wait(self) -> Tensor:
+        """Return the scores, (g, k, m). NaN, (g, k, 1), if people vote."""
+        if self.ahead is None:
+            return torch.full((*self.shape, 1), float("nan"), dtype=torch.float64)
+        return self.ahead.result().unflatten(0, self.shape)
 
 
 class PolicySampler:
@@ -49,6 +71,11 @@ class PolicySampler:
         self.rollout, self.policy, self.network = rollout, policy, network
         self.builder, self.accelerator = builder, accelerator
 
+    @cached_property
+    def pool(self) -> Executor | None:
+        """The thread that scores. On a CPU it would save no time."""
+        return ThreadPoolExecutor(1) if self.accelerator.device.type == "cuda" else None
+
     def __call__(
         self,
         batch: Batch,
@@ -56,10 +83,11 @@ class PolicySampler:
         reward_function: RewardFunction | None,
         purpose: str,
         stochastic: Tensor | None = None,
-    ) -> tuple[Trajectories, Tensor]:
+    ) -> tuple[Trajectories, LateScores]:
         """Draw k trajectories for every prompt, and score them.
 
-        On a GPU the scores are computed while the next images are sampled.
+        On a GPU the scores are computed while the next images are sampled, also those
+        of the next batch.
 
         Args:
             batch (`Batch`): g prompts.
@@ -70,15 +98,13 @@ class PolicySampler:
                 None means all.
 
         Returns:
-            `tuple[Trajectories, Tensor]`: The trajectories, and scores (g, k, m).
-            Without a reward function they are NaN, (g, k, 1).
+            `tuple[Trajectories, LateScores]`: The trajectories, and what waits for
+            their scores.
         """
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
-        ahead = (
-            None
-            if reward_function is None
-            else ScoreAhead(reward_function, prompts, self.accelerator.device.type == "cuda")
-        )
+        ahead = None
+        if reward_function is not None:
+            ahead = ScoreAhead(reward_function, prompts, self.pool)
         with sampling_mode(self.network), self.accelerator.autocast():
             main = self.accelerator.is_main_process
             empty = self.builder.unconditional(batch.condition)
@@ -92,9 +118,7 @@ class PolicySampler:
                 progress=main,
                 stochastic=stochastic,
             )
-        if ahead is None:
-            return trajectories, torch.full((len(batch), k, 1), float("nan"), dtype=torch.float64)
-        return trajectories, ahead.result().unflatten(0, (len(batch), k))
+        return trajectories, LateScores(ahead, (len(batch), k))
 
 
 class RoundCheck:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from ...runtime.missing import MaybeImage, Missing
 from ...runtime.weight_files import USUAL_LORA
 from ..batch import Batch
 from ..trained_weights import TrainedWeights
-from .reward_function import RewardFunction
+from .policy_sampler import LateScores
+from .reward_function import RewardFunction, ScoreAhead
 from .rollout import Trajectories
 from .rollout_server import RolloutServer
 
@@ -58,6 +60,8 @@ class RemoteSampler:
         self.trained, self.prepared = trained, prepared
         self.folder, self.weights = folder, weights
         self.pushed = ""
+        # Images come from elsewhere, so scoring overlaps drawing on a CPU as well.
+        self.pool = ThreadPoolExecutor(1)
 
     def push(self, weights: AbstractContextManager[None] | None = None) -> None:
         """Give the server the weights that draw. All processes must call this.
@@ -105,7 +109,7 @@ class RemoteSampler:
         k: int,
         reward_function: RewardFunction | None,
         purpose: str,
-    ) -> tuple[Trajectories, Tensor]:
+    ) -> tuple[Trajectories, LateScores]:
         """Draw k images for every prompt, and score them. See `PolicySampler`."""
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
         seeds = [
@@ -113,14 +117,14 @@ class RemoteSampler:
             for generator in batch.generators(f"{purpose}-server")
             for _ in range(k)
         ]
-        images = self.server.draw(prompts, seeds)
+        ahead = None
+        if reward_function is not None:
+            ahead = ScoreAhead(reward_function, prompts, self.pool)
+        images = self.server.draw(prompts, seeds, ahead)
         shape = (len(batch), k)
         latents = self._encode(images, batch.x0.shape[2:]).unflatten(0, shape)[:, :, None]
         grouped: list[Any] = [images[i : i + k] for i in range(0, len(images), k)]
-        drawn = Trajectories(latents, torch.zeros(*shape, 0), grouped)
-        if reward_function is None:
-            return drawn, torch.full((*shape, 1), float("nan"), dtype=torch.float64)
-        return drawn, reward_function(images, prompts).unflatten(0, shape)
+        return Trajectories(latents, torch.zeros(*shape, 0), grouped), LateScores(ahead, shape)
 
     def _encode(self, images: Sequence[MaybeImage], shape: torch.Size) -> Tensor:
         """Latents of images, (n, C, h, w) on the CPU. Zeros for missing ones."""

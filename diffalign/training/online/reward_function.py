@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -244,19 +245,17 @@ class ScoreAhead:
     Args:
         reward_function (`Callable`): Scores images.
         prompts (`Sequence[str]`): One prompt per image.
-        parallel (`bool`): Score in a thread of its own. On a CPU this saves no time.
+        pool (`Executor`, *optional*): Threads that score. None scores at once.
     """
 
     def __init__(
         self,
         reward_function: Callable[[Sequence[MaybeImage], Sequence[str]], Tensor],
         prompts: Sequence[str],
-        parallel: bool,
+        pool: Executor | None,
     ) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         self.reward_function, self.prompts = reward_function, list(prompts)
-        self.pool = ThreadPoolExecutor(1) if parallel else None
+        self.pool = pool
         self.parts: list[Any] = []
 
     def __call__(self, first: int, images: list[MaybeImage]) -> None:
@@ -274,8 +273,5 @@ class ScoreAhead:
         )
 
     def result(self) -> Tensor:
-        """Return the scores of all chunks, (n, m)."""
-        scores = [part.result() if self.pool else part for part in self.parts]
-        if self.pool:
-            self.pool.shutdown()
-        return torch.cat(scores)
+        """Wait for the scores of all chunks, (n, m)."""
+        return torch.cat([part.result() if self.pool else part for part in self.parts])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ _CHECK_SCALE = 64.0
 """The check draws with a LoRA that is so much stronger, since that of the first steps
 changes no pixel."""
 _NICKNAME = "diffalign"
+_CHUNK = 8  # images that are scored together
 _TIMEOUT, _RETRIES, _BACKOFF = 600.0, 3, 0.5
 
 
@@ -157,12 +158,19 @@ class RolloutServer:
             **self.settings,
         }
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[MaybeImage]:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        on_images: Callable[[int, list[MaybeImage]], None] | None = None,
+    ) -> list[MaybeImage]:
         """Draw one image per prompt and seed.
 
         Args:
             prompts (`Sequence[str]`): n prompts.
             seeds (`Sequence[int]`): n seeds, from 0 to 2^31 - 1.
+            on_images (`Callable`, *optional*): Receives the index of a chunk's first
+                image and the chunk's images, as soon as they are there.
 
         Returns:
             `list`: n images. Some may be `Missing`, if the server says so.
@@ -181,8 +189,17 @@ class RolloutServer:
                 raise UserError(f"rollout_server: {failure}") from None
             return _image(reply, place)
 
+        images: list[MaybeImage] = []
+        told = 0
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(one, prompts, seeds))
+            for image in pool.map(one, prompts, seeds):
+                images.append(image)
+                if on_images is not None and (
+                    len(images) - told == _CHUNK or len(images) == len(prompts)
+                ):
+                    on_images(told, images[told:])
+                    told = len(images)
+        return images
 
 
 def _image(reply: dict[str, Any], place: str) -> MaybeImage:
