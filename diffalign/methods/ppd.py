@@ -67,8 +67,9 @@ class PPDConfig(DiffusionDPOConfig):
     """
 
     user_embeddings: str = "table"
-    """table (learned) | clip_difference:SCORER | transformers:MODEL | server:URL#MODEL,
-    or a registered name. Source: ours; the paper has LLaVA-OneVision."""
+    """table (learned) | clip_difference:SCORER | reward:FOLDER | transformers:MODEL |
+    server:URL#MODEL, or a registered name. Source: ours; the paper has
+    LLaVA-OneVision."""
     num_examples: Count = 4
     """Pairs of each user that an embedder is shown. They do not train. Source: paper,
     4."""

@@ -2,8 +2,8 @@
 
 PPD (Dang et al. 2025, arXiv 2501.06655) reads hidden states of a vision-language model
 that was shown four pairs of a user. Here are that, a cheap difference of CLIP
-embeddings, and a server's description turned into a text embedding. Anything else is
-registered with `register_user_embedder`.
+embeddings, the weights of a PAL reward, and a server's description turned into a text
+embedding. Anything else is registered with `register_user_embedder`.
 """
 
 from __future__ import annotations
@@ -126,6 +126,54 @@ class ClipDifference:
             tokens = torch.stack([(chosen - rejected).mean(0), chosen.mean(0)])
             rows.append(torch.nn.functional.normalize(tokens, dim=1))
         return torch.stack(rows)
+
+
+class RewardTaste:
+    """One token: the weights of a PAL reward's prototypes that explain the pairs.
+
+    These are the users that `diffalign reward add-user` fits, so that a reward and a
+    user adapter agree about what a user is.
+
+    Args:
+        folder (`str`): A reward with users (`train.head: pal`).
+
+    Raises:
+        ConfigError: The reward has no users.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from .learned.heads import PalHead
+        from .scorers.trained import TrainedReward
+
+        self.reward = TrainedReward(folder, device="cpu")
+        self.name = f"reward:{folder}"
+        if not isinstance(self.reward.head, PalHead):
+            raise ConfigError(
+                "user_embeddings", f"{folder} is a reward without users; name one of head: pal"
+            )
+        self.head = self.reward.head
+
+    def __call__(self, users: Sequence[Sequence[ExamplePair]]) -> Tensor:
+        """See `UserEmbedder`: (n, 1, prototypes)."""
+        return torch.stack([self.weights(pairs) for pairs in users])[:, None]
+
+    @torch.no_grad()
+    def _margins(self, pairs: Sequence[ExamplePair]) -> Tensor:
+        base: Any = self.reward.base
+        (text,) = base.text_features([pair.prompt for pair in pairs])
+        chosen, rejected = (
+            self.head.prototype_scores(base.embed(images), text.float().cpu())
+            for images in ([p.chosen for p in pairs], [p.rejected for p in pairs])
+        )
+        return self.reward.temperature * (chosen - rejected)
+
+    def weights(self, pairs: Sequence[ExamplePair]) -> Tensor:
+        """Fit one user, (prototypes,), sums to 1."""
+        from .learned.pal import fit_user, likely_user, user_weights
+
+        margins, labels = self._margins(pairs), torch.ones(len(pairs))
+        start = likely_user(margins, labels, self.head.logits.detach())
+        return user_weights(fit_user(margins, labels, start=start)).float()
 
 
 QUESTION = (
@@ -280,6 +328,7 @@ class TasteServer:
 
 _KINDS: dict[str, Callable[[str], UserEmbedder]] = {
     "clip_difference": ClipDifference,
+    "reward": RewardTaste,
     "transformers": HiddenStates,
     "server": TasteServer,
 }
@@ -289,8 +338,8 @@ def load_user_embedder(name: str) -> UserEmbedder:
     """Make an embedder by its name.
 
     Args:
-        name (`str`): ``clip_difference:SCORER``, ``transformers:MODEL``,
-            ``server:URL#MODEL``, or a registered name.
+        name (`str`): ``clip_difference:SCORER``, ``reward:FOLDER``,
+            ``transformers:MODEL``, ``server:URL#MODEL``, or a registered name.
 
     Raises:
         ConfigError: There is none of this name.

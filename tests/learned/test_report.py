@@ -22,6 +22,7 @@ from diffalign.reward_training.fit import Labels, fit_temperature
 from diffalign.reward_training.judgements import read_judgements, split
 from diffalign.reward_training.report import card, measure
 from diffalign.rewards.learned.calibration import expected_calibration_error
+from diffalign.rewards.users import ExamplePair, embed_users, load_user_embedder
 from diffalign.shapes import render
 from diffalign.shapes.prompts import Scene
 
@@ -77,6 +78,27 @@ def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> 
     mean, spread = facts["affine"]
     scores = (scorer([p for side in images for p in side], prompts * 2) - mean) / spread
     assert abs(float(scores.mean())) < 0.5
+
+
+def test_users_of_a_reward_are_users_of_an_adapter(tmp_path: Path) -> None:
+    """A user that is fitted to pairs has the weights that embed the same pairs."""
+    data = [
+        row for number in range(4) for row in rows(12, number % 2 == 0, f"u{number}", 12 * number)
+    ]
+    folder = RewardTrainer("shapes-clip", config(tmp_path / "pal", head="pal"), data).train()
+    new = rows(4, likes_bright=False, first=900)
+    embedder = load_user_embedder(f"reward:{folder}")
+    pairs = [ExamplePair(row["prompt"], row["chosen"], row["rejected"]) for row in new]
+    turned = [ExamplePair(row["prompt"], row["rejected"], row["chosen"]) for row in new]
+    weights = embed_users(embedder, [pairs, turned])
+    assert weights.shape == (2, 1, 2) and torch.allclose(weights.sum(-1), torch.ones(2, 1))
+    add_user(folder, "zoe", new)
+    reward: Any = load_scorer(str(folder), device="cpu", user="zoe")
+    torch.testing.assert_close(reward.weights, weights[0, 0], atol=1e-3, rtol=0)
+    assert (weights[0, 0] - weights[1, 0]).abs().max() > 0.2
+    plain = RewardTrainer("shapes-clip", config(tmp_path / "r"), rows(40)).train()
+    with pytest.raises(ConfigError, match="is a reward without users"):
+        load_user_embedder(f"reward:{plain}")
 
 
 def test_towers_that_only_get_worse_end_as_their_base(tmp_path: Path) -> None:
