@@ -29,8 +29,7 @@ from diffalign.data.images import NO_FOLDERS, ImagePlaces
 from diffalign.data.judgements import Verdict, classify_row, user_name
 from diffalign.data.load_report import LoadReport
 from diffalign.data.memory import forget_pages, walk
-from diffalign.data.prompt_sets import CATEGORY_KEYS
-from diffalign.data.schema import EXTRAS, KINDS, Layout
+from diffalign.data.schema import CATEGORY_KEYS, EXTRAS, KINDS, Layout
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from ..config.section import suggestion
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
 from ..runtime.hashing import bytes_hash, text_hash
+from .schema import CATEGORY_KEYS
 
 PROMPT_KEYS = ("prompt", "prompts", "caption", "text")
-CATEGORY_KEYS = ("category", "tag", "challenge", "style", "type")
 ENVIRONMENT = "DIFFALIGN_PROMPTS"
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 

@@ -34,6 +34,8 @@ _LABELS: dict[str, tuple[str, ...]] = {
 }
 _WEIGHT: dict[str, tuple[str, ...]] = {"weight": ("weight",)}
 _USER: dict[str, tuple[str, ...]] = {"user_id": ("user_id", "user", "annotator")}
+CATEGORY_KEYS = ("category", "tag", "challenge", "style", "type")
+"""Columns that may hold the category of a prompt."""
 EXTRAS = ("chosen_score", "rejected_score", "user_id")
 """Roles that some methods read. A dataset's fingerprint holds them only for these."""
 

@@ -111,10 +111,11 @@ class AdvantageEstimator:
         everything = gather_object(list(zip(prompts, scores.tolist(), strict=True)))
         start = sum(gather_object([len(prompts)])[:rank])
         whole = torch.tensor([rows for _, rows in everything], dtype=torch.float64)
-        rewards, factors = reward_function.combined(whole), None
         if self.config.needs_every_score:
             rewards = whole[..., : reward_function.deciding]
             factors = reward_function.weights(rewards.shape[-1])
+        else:
+            rewards, factors = reward_function.combined(whole), None
         if self.history is not None:
             advantages = self.history([prompt for prompt, _ in everything], rewards)
         else:
