@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .config.section import build_section, coerce, config_section, short_key, suggestion
-from .config.yaml_text import NotYaml, dump_yaml, read_yaml_file, read_yaml_text, shown
+from .config.yaml_text import (
+    NotYaml,
+    dump_yaml,
+    expand_home,
+    read_yaml_file,
+    read_yaml_text,
+    shown,
+)
 from .data.config import DataConfig
 from .errors import ConfigError, UserError
 from .methods import METHODS, config_class, trainer_class
@@ -154,7 +161,7 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
             "method", f"unknown method {shown(method)}{hint}; there are {', '.join(METHODS)}"
         )
     # An absent section and one without keys (`train:`) take the defaults.
-    values = {key: value for key, value in values.items() if value is not None}
+    values = {key: expand_home(value) for key, value in values.items() if value is not None}
     values["train"] = build_section(config_class(method), values.get("train", {}), "train")
     if "rewards" in values:
         values["rewards"] = panel_section(values["rewards"])

@@ -148,6 +148,23 @@ def _check_nodes(root: yaml.Node) -> None:
     size(root)
 
 
+def expand_home(value: Any) -> Any:
+    """Replace `~/` at the beginning of all texts of a plain value by the home folder.
+
+    A shell does that on a command line only.
+
+    Args:
+        value: Nested mappings, lists and plain values.
+    """
+    if isinstance(value, dict):
+        return {key: expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [expand_home(inner) for inner in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    return value
+
+
 def read_yaml_file(path: str | Path, option: str) -> Any:
     """The value of a YAML file.
 

@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import Any
 
 from ..config.section import config_section, suggestion
-from ..config.yaml_text import shown
+from ..config.yaml_text import expand_home, shown
 from ..errors import ConfigError
 from ..training.sections import LoraSection
 from .config import RewardConfig
@@ -52,4 +52,5 @@ def reward_run_from_dict(values: dict[str, Any]) -> RewardRun:
     for key in ("model", "data"):
         if not isinstance(values.get(key), str):
             raise ConfigError(key, f"expected a name, got {shown(values.get(key))}")
-    return RewardRun(**{key: value for key, value in values.items() if value is not None})
+    given = {key: expand_home(value) for key, value in values.items() if value is not None}
+    return RewardRun(**given)

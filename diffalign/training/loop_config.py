@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from ..config.ranges import BatchSize, Count, Decay, NotNegative, Positive, Range, count
 from ..config.section import check_fields, config_section
+from ..config.yaml_text import expand_home
 from ..errors import ConfigError
 
 
@@ -107,3 +108,4 @@ class LoopConfig:
             raise ConfigError("max_steps", "set either max_steps or num_train_epochs, not both")
         if not self.output_dir:
             raise ConfigError("output_dir", "expected a folder, got an empty name")
+        self.output_dir = expand_home(self.output_dir)

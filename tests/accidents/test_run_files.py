@@ -158,6 +158,23 @@ def test_large_integers_are_never_rounded():
         run_from_dict({**values, "train": {"data_seed": 1e300}})
 
 
+def test_home_folders_and_scorers_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    values = {
+        "method": "grpo",
+        "model": "~/models/mine",
+        "data": {"dataset_name": "~/prompts.parquet"},
+        "train": {"output_dir": "~/runs/a"},
+        "rewards": ["shapes"],
+    }
+    run = run_from_dict(values)
+    assert run.model == "/home/ann/models/mine" and run.train.output_dir == "/home/ann/runs/a"
+    assert run.data.dataset_name == "/home/ann/prompts.parquet"
+    values["train"] = {"scorers": ["pickscore"]}
+    with pytest.raises(ConfigError, match="train.scorers: .*would be replaced by the rewards sec"):
+        run_from_dict(values)
+
+
 def test_the_documented_default_of_mixed_precision_can_be_written_down():
     assert (
         load_run(
