@@ -340,6 +340,8 @@ class RewardTrainer:
     def _train_towers(self) -> Path:
         args, lora = self.args, self.peft_config
         parts = self.parts["train"], self.parts["val"], self.held_out
+        noise = {name: getattr(args, name) for name in ("flip_rate", "smoothing", "margin")}
+        noise = {name: value for name, value in noise.items() if value}
         identity = {
             "method": f"reward, {args.towers} towers",
             "model": self.fingerprint,
@@ -348,6 +350,8 @@ class RewardTrainer:
             "precision": args.mixed_precision,
             "seed": args.seed,
             **({} if args.ties == "half" else {"ties": args.ties}),
+            **({"labels": noise} if noise else {}),
+            **({} if args.prompt_weights else {"prompt_weights": False}),
             "split": [args.val, args.test, args.split_seed, self.eval_fingerprint],
             "anchor": [
                 args.anchor,

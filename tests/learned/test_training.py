@@ -132,6 +132,11 @@ def test_users_of_two_tastes(form: str, tmp_path: Path) -> None:
         for i in range(6)
     ]
     assert (worst <= torch.stack(each).min(0).values + 1e-4).all()
+    for weight in (float("nan"), float("inf"), "2"):
+        with pytest.raises(ConfigError, match="user: expected a number for 'user 0', got"):
+            load_scorer(str(pal), device="cpu", user={"user 0": weight})
+    with pytest.raises(ConfigError, match="user: expected a name or weights of names"):
+        load_scorer(str(pal), device="cpu", user=["user 0"])
     with pytest.raises(ConfigError, match="'bob' is unknown"):
         load_scorer(str(pal), device="cpu", user="bob")
     with pytest.raises(UserError, match="has a user 'zoe' already"):

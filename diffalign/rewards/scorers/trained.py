@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,13 @@ class TrainedReward(ModelScorer):
         shares = self.head.logits.softmax(1)
         if user is None:
             return torch.tensor(self.facts["head"]["population"], dtype=shares.dtype).to(shares)
+        if not isinstance(user, (str, Mapping)):
+            raise ConfigError("user", f"expected a name or weights of names, got {user!r}")
         mixture = {user: 1.0} if isinstance(user, str) else dict(user)
+        for name, share in mixture.items():
+            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not is_number or not math.isfinite(share):
+                raise ConfigError("user", f"expected a number for {name!r}, got {share!r}")
         unknown = [name for name in mixture if name not in self.users]
         total = sum(mixture.values())
         if unknown or min(mixture.values(), default=0) < 0 or total <= 0:
