@@ -556,6 +556,7 @@ class RewardBackpropTrainer(Trainer):
         function = self.reward.function
 
         def sample(batch: Batch) -> Any:
-            return sampler(batch, 1, function, "evaluation")
+            drawn, late = sampler(batch, 1, function, "evaluation")
+            return drawn, late.wait()
 
         return sample_scores(data, sample, function, self.accelerator)

@@ -143,7 +143,8 @@ def test_what_is_written(done: Any) -> None:
     assert Image.open(done.folder / "grid.png").width > 500
     table = (done.folder / "table.md").read_text()
     assert (
-        "| again | shapes | 50.0 (50.0 to 50.0) |" in table and "Only 3 prompts: below 8" in table
+        "| again | shapes | 50.0 (50.0 to 50.0) |" in table
+        and "Only 3 prompts: with fewer than 8" in table
     )
 
 
@@ -461,7 +462,10 @@ def test_the_command_with_scales_and_steering(
         (["--tuned", "shapes", "--prompts", "shape"], "neither a file.*did you mean.*shapes"),
         (["--tuned", "shapes", "--scorers", "pickscor"], "pickscore"),
         (["--tuned", "shapes", "--lora_scales", "0,1"], "no LoRA among --tuned"),
-        (["--tuned", "shapes", "--lora_scales", "a"], "--lora_scales: expected numbers"),
+        (
+            ["--tuned", "shapes", "--lora_scales", "a"],
+            "--lora_scales: expected comma-separated numbers",
+        ),
         (["--steer", "shapes-clip"], "--lmbda: --steer needs one"),
         (
             ["--tuned", "{lora: x.safetensors}"],
