@@ -184,7 +184,8 @@ class MetricLog:
                 trackio.log({name: trackio.Image(np.asarray(image))}, step=step)
             elif hasattr(tracker, "log_images"):
                 payload = [image] if tracker.name == "wandb" else np.asarray(image)[None]
-                tracker.log_images({name: payload}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: payload}, step=step, **layout)
 
 
 def tracker_config(args: LoopConfig) -> dict[str, Any]:
