@@ -253,9 +253,12 @@ class PreferenceDataset:
 
     def _light_column(self, role: str) -> Any:
         """The column of a role, for all rows of the source, as Arrow."""
+        return self._column(self.layout.light_columns[role])
+
+    def _column(self, name: str) -> Any:
+        """A column for all rows of the source, as Arrow."""
         import pyarrow
 
-        name = self.layout.light_columns[role]
         chunks = [chunk for table in walk(self.dataset, [name]) for chunk in table[name].chunks]
         return (
             pyarrow.chunked_array(chunks) if chunks else pyarrow.chunked_array([], pyarrow.null())
@@ -346,8 +349,7 @@ class PreferenceDataset:
             return {}
         rows = pyarrow.array(self.row_ids)
         prompts = self._light_column("prompt").take(rows).to_pylist()
-        chunks = [c for table in walk(self.dataset, [column]) for c in table[column].chunks]
-        cells = pyarrow.chunked_array(chunks).take(rows).to_pylist() if chunks else []
+        cells = self._column(column).take(rows).to_pylist()
         categories: dict[str, str] = {}
         for prompt, cell in zip(prompts, cells, strict=True):
             if isinstance(cell, str) and cell:

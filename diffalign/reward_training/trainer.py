@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..rewards.learned.heads import FactorHead, PalHead, RewardHead
-from ..rewards.learned.pal import fit_user, likely_user
+from ..rewards.learned.pal import fit_new_user
 from ..rewards.learned.tower_weights import TOWERS, lora_facts, trained_state
 from ..rewards.registry import find_class, load_scorer
 from ..rewards.scorers.clip import ClipScorer
@@ -535,9 +535,7 @@ def add_user(
     decided = torch.from_numpy(data.label) != 0.5
     labels = torch.from_numpy(np.where(data.label > 0.5, 1.0, -1.0))
     margins, labels = reward.temperature * margins[decided], labels[decided]
-    # A few pairs fix little, so the new user is first taken to be like a known one.
-    start = likely_user(margins, labels, head.logits.detach())
-    logits = fit_user(margins, labels, penalty, start)
+    logits = fit_new_user(margins, labels, head.logits.detach(), penalty)
     facts["head"]["users"].append(name)
     wider = build_head(facts["head"])
     state = {key: value.float() for key, value in head.state_dict().items()}

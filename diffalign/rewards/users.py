@@ -169,11 +169,12 @@ class RewardTaste:
 
     def weights(self, pairs: Sequence[ExamplePair]) -> Tensor:
         """Fit one user, (prototypes,), sums to 1."""
-        from .learned.pal import fit_user, likely_user, user_weights
+        from .learned.pal import fit_new_user, user_weights
 
-        margins, labels = self._margins(pairs), torch.ones(len(pairs))
-        start = likely_user(margins, labels, self.head.logits.detach())
-        return user_weights(fit_user(margins, labels, start=start)).float()
+        known = self.head.logits.detach()
+        return user_weights(
+            fit_new_user(self._margins(pairs), torch.ones(len(pairs)), known)
+        ).float()
 
 
 QUESTION = (

@@ -155,6 +155,20 @@ def likely_user(margins: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
     return prototype_posterior(by_user, labels) @ logits.to(margins.dtype)
 
 
+def fit_new_user(margins: Tensor, labels: Tensor, known: Tensor, penalty: float = 1.0) -> Tensor:
+    """Find the logits of a new user, who is first taken to be like the known ones.
+
+    A few pairs fix little, so `fit_user` starts from `likely_user`. Arguments as there.
+
+    Args:
+        known (`Tensor`): Logits of the known users, (users, K).
+
+    Returns:
+        `Tensor`: (K,), float64.
+    """
+    return fit_user(margins, labels, penalty, likely_user(margins, labels, known))
+
+
 def prototype_posterior(margins: Tensor, labels: Tensor, prior: Tensor | None = None) -> Tensor:
     """Posterior over the prototypes of a user who is one of them.
 

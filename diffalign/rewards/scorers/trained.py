@@ -84,12 +84,13 @@ class TrainedReward(ModelScorer):
             base["scorer"], model=base.get("model"), device=self.device, dtype=self.dtype
         )
         self.base, self.preprocess = loaded, loaded.preprocess
-        if base["fingerprint"] not in (base_fingerprint(loaded), _earlier_fingerprint(loaded)):
+        known, found = base["fingerprint"], base_fingerprint(loaded)
+        if known != found and known != _earlier_fingerprint(loaded):
             raise ConfigError(
                 "folder",
                 f"{self.folder} was trained on {base['scorer']} with other weights or another "
-                f"tokenizer (its fingerprint is {base['fingerprint'][:12]}, here it is "
-                f"{base_fingerprint(loaded)[:12]}); put these back",
+                f"tokenizer (its fingerprint is {known[:12]}, here it is {found[:12]}); put "
+                "these back",
             )
         if "towers" in self.facts:
             load_towers(loaded, self.folder, self.facts["towers"])
