@@ -13,7 +13,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from .config.section import build_section, coerce, config_section, short_key, suggestion
+from .config.section import (
+    build_section,
+    coerce,
+    config_section,
+    is_text,
+    short_key,
+    suggestion,
+)
 from .config.yaml_text import (
     NotYaml,
     dump_yaml,
@@ -92,21 +99,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(
-    values: dict[str, Any], overrides: Sequence[str], sections: Sequence[str] = _TOP_LEVEL
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    run_class: Any = RunConfig,
 ) -> dict[str, Any]:
     """Dotted command-line options over a mapping.
 
     Args:
         values: of a run file.
         overrides: such as ``["--train.beta", "2000", "--data.resolution=512"]``.
-        sections: the first parts of names.
+        run_class: its fields are the first parts of names, and say which options are
+            text, whatever YAML would read.
 
     Raises:
         UserError: on an option without a value, or one that goes through a value that
             is no section.
     """
     values = dict(values)
-    pending = list(overrides)
+    pending, texts = list(overrides), {}
+    sections = [each.name for each in dataclasses.fields(run_class)]
     while pending:
         option = pending.pop(0)
         if not option.startswith("--"):
@@ -119,10 +130,7 @@ def apply_overrides(
         if name.split(".")[0] not in sections:
             hint = suggestion(name, sections)
             raise UserError(f"{option}: unknown option{hint}; sections are {', '.join(sections)}")
-        try:
-            value = read_yaml_text(text, option.partition("=")[0])
-        except NotYaml:  # a path or a sentence that YAML would have to be told about
-            value = text
+        value = _read_option(text, option.partition("=")[0])
         *path, last = name.split(".")
         if not all((*path, last)):
             raise UserError(
@@ -137,7 +145,34 @@ def apply_overrides(
             target[section] = dict(inner or {})
             target = target[section]
         target[last] = value
+        texts[name] = text
+    for name, text in texts.items():
+        *path, last = name.split(".")
+        target = values
+        for section in path:
+            target = target.get(section, {})
+        is_text_already = target.get(last) is None or isinstance(target[last], str)
+        if not is_text_already and _takes_text([*path, last], values, run_class):
+            target[last] = text
     return values
+
+
+def _read_option(text: str, option: str) -> Any:
+    """The value of an option, as YAML. Plain text has no comments and no escapes."""
+    try:
+        value = read_yaml_text(text, option)
+    except NotYaml:  # a path or a sentence that YAML would have to be told about
+        return text
+    is_plain = isinstance(value, str) and not text.lstrip().startswith(("'", '"', "|", ">"))
+    return text if is_plain else value
+
+
+def _takes_text(path: list[str], values: dict[str, Any], run_class: Any) -> bool:
+    if run_class is RunConfig and path[0] == "train":  # its class depends on the method
+        method = values.get("method")
+        known = isinstance(method, str) and method in METHODS
+        return known and is_text(config_class(str(method)), path[1:])
+    return is_text(run_class, path)
 
 
 def run_from_dict(values: dict[str, Any]) -> RunConfig:
@@ -210,7 +245,8 @@ def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfi
     Raises:
         UserError: as `read_yaml`, `apply_overrides` and `run_from_dict`.
     """
-    return run_from_dict(apply_overrides(read_yaml(path) if path else {}, overrides))
+    values = read_yaml(path) if path else {}
+    return run_from_dict(apply_overrides(values, overrides))
 
 
 def run_to_dict(run: RunConfig) -> dict[str, Any]:

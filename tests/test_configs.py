@@ -135,6 +135,29 @@ def test_yaml_numbers_of_either_spelling_are_equal() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2026", "2026"),
+        ("1.50", "1.50"),
+        ("true", "true"),
+        ("runs/take #2", "runs/take #2"),
+        ("'quoted # text'", "quoted # text"),
+        ("a: b", "a: b"),
+    ],
+)
+def test_text_options_are_taken_as_they_are_typed(text: str, value: str) -> None:
+    run = load_run(None, ["--method", "sft", "--model", "shapes", "--train.output_dir", text])
+    assert run.train.output_dir == value
+
+
+def test_numbers_and_null_stay_what_they_are() -> None:
+    options = ["--method=sft", "--model=shapes", "--train.max_steps=20", "--data.columns={a: b}"]
+    run = load_run(None, [*options, "--train.run_name", "null", "--hub.hub_model_id", "7"])
+    assert (run.train.max_steps, run.train.run_name) == (20, None)
+    assert run.hub is not None and run.hub.hub_model_id == "7"
+
+
 def test_overrides_reach_and_create_sections() -> None:
     values = apply_overrides(
         {"train": {"seed": 1}},

@@ -9,7 +9,7 @@ from ..config.ranges import count
 from ..config.section import section_help
 from ..recipe import apply_overrides, read_yaml
 from ..reward_training.config import RewardConfig
-from ..reward_training.run_file import TOP_LEVEL, RewardRun, reward_run_from_dict
+from ..reward_training.run_file import RewardRun, reward_run_from_dict
 from ..runtime.distributed import process_rank
 from ..training.sections import LoraSection
 from .launch import launch
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int | Result:
         if getattr(options, name) is not None:
             overrides += [f"--{name}", getattr(options, name)]
     values = read_yaml(options.config) if options.config is not None else {}
-    reward = reward_run_from_dict(apply_overrides(values, overrides, TOP_LEVEL))
+    reward = reward_run_from_dict(apply_overrides(values, overrides, RewardRun))
     if options.accelerate_config or (options.num_processes or 1) > 1:
         reward.train.check_processes()
         program = ["reward", "train", *overrides]

@@ -24,7 +24,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from ..errors import ConfigError, UserError
@@ -214,6 +214,21 @@ def build_section(cls: type[S], values: Any, path: str) -> S:
         return cls(**values)
     except ConfigError as error:
         raise error.within(path) from None
+
+
+def is_text(cls: Any, path: Sequence[str]) -> bool:
+    """Whether a field of a section, or of a section inside it, takes text alone.
+
+    Args:
+        cls: the outer section.
+        path: names from the outermost to the field.
+    """
+    for name in path:
+        cls = _plain(cls)
+        if not dataclasses.is_dataclass(cls):
+            return False
+        cls = next((field.type for field in dataclasses.fields(cls) if field.name == name), None)
+    return _plain(cls) is str
 
 
 def _names(cls: Any) -> list[str]:

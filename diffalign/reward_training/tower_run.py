@@ -29,6 +29,7 @@ from ..training.checkpoint import CheckpointManager
 from ..training.loop import Run, fit
 from ..training.optimizer import build_lr_scheduler, build_optimizer
 from ..training.periodic import StopOnSignal, in_order
+from ..training.resume import group_settings, resume_settings
 from ..training.run_folder import begin
 from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, start_trackers
@@ -129,7 +130,7 @@ class TowerRun:
             TowerWeights(self.network),
             self.output_dir,
             args.save_total_limit,
-            self.identity,
+            self.identity | {"optimizer": type(optimizer).__name__},
         )
         self.best = BestStep(self.network)
         self.checkpoints.parts.append(self.best)
@@ -276,9 +277,13 @@ class TowerRun:
         accelerator = self.accelerator
         if checkpoint is not None:
             steps = self.state.max_steps
+            settings = group_settings(self.optimizer)
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
             self.state.max_steps = steps
-            self.schedule.last_epoch = self.state.global_step
+            for line in resume_settings(
+                self.optimizer, self.schedule, settings, self.state.global_step
+            ):
+                accelerator.print(line)
             accelerator.print(f"resuming from {checkpoint} at step {self.state.global_step}")
             if self.state.global_step % (self.args.eval_steps or 1) == 0:
                 with undisturbed():

@@ -10,12 +10,13 @@ A folder `checkpoint-<step>` holds:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +45,8 @@ _LATER_FACTS = (
     "autoencoder",
     "precision",
     "sampler_rule",
+    "data_seed",
+    "optimizer",
 )
 EMA_FILE = "ema.safetensors"
 
@@ -124,6 +127,16 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
             finite if tensor.device not in answers else answers[tensor.device] & finite
         )
     return all(bool(answer) for answer in answers.values())
+
+
+@contextlib.contextmanager
+def _without_optimizers(accelerator: Accelerator) -> Iterator[None]:
+    """Hide the optimizers from accelerate while it loads a checkpoint."""
+    optimizers, accelerator._optimizers = accelerator._optimizers, []
+    try:
+        yield
+    finally:
+        accelerator._optimizers = optimizers
 
 
 def check_archives(folder: Path, names: Iterable[str]) -> None:
@@ -451,11 +464,18 @@ class CheckpointManager:
             check_archives(folder, names)
             self._check_random_state(folder, record["files"])
             check_state(self.accelerator, folder)
-            with without_weights(self.accelerator):
+            same = self._has_this_optimizer(record)
+            hidden = contextlib.nullcontext() if same else _without_optimizers(self.accelerator)
+            with without_weights(self.accelerator), hidden:
                 self.accelerator.load_state(str(folder))
-            load_optimizer(self.accelerator, self.prepared, folder)
+            if same:
+                load_optimizer(self.accelerator, self.prepared, folder)
             if self.ema is not None:
                 self._load_ema(folder, record)
+            elif (folder / EMA_FILE).is_file():
+                self.accelerator.print(
+                    f"train.use_ema: {folder} holds an average of the weights, which is dropped"
+                )
             for part in self.parts:
                 part.load(folder, self.accelerator.process_index, self.accelerator.device)
         except UserError:
@@ -470,6 +490,18 @@ class CheckpointManager:
                 f"{folder} holds weights that are not finite; resume from an earlier checkpoint"
             )
         return record["state"]
+
+    def _has_this_optimizer(self, record: dict[str, Any]) -> bool:
+        """Whether a checkpoint's optimizer state is of the run's optimizer.
+
+        It can be another one only with `force_resume`.
+        """
+        before = record["identity"].get("optimizer")
+        mine = self.identity.get("optimizer")
+        if before is None or before == mine:
+            return True
+        self.accelerator.print(f"the state of {before} is dropped; {mine} starts anew")
+        return False
 
     def _check_random_state(self, folder: Path, files: dict[str, int]) -> None:
         """Raise `UserError` for a damaged file. accelerate would hide the error."""

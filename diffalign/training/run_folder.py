@@ -5,12 +5,49 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..runtime.distributed import process_rank
 from ..runtime.files import move_aside
 from ..runtime.folder_lock import FolderLock
 from .checkpoint import find_checkpoint, list_checkpoints
+from .run_record import is_run_record
 from .trained_weights import FINAL_FILES
+
+REWARD_FILE = "reward.json"
+REPLACED = (
+    "config.yaml",
+    "README.md",
+    "best",
+    "samples/step-*.png",
+    "samples/base*",
+    "pool/*.safetensors",
+    "logs/metrics.jsonl",
+    "reference_errors.safetensors",
+    *FINAL_FILES,
+)
+"""What a run writes under the same names, or removes, when it starts anew."""
+
+
+def check_outside(folder: Path, source: object, field: str) -> None:
+    """Refuse an output folder in the folder of a dataset, whose rows it would become.
+
+    Args:
+        folder (`Path`): Output folder of the run.
+        source: What `load_preferences` reads.
+        field (`str`): How messages name the source.
+
+    Raises:
+        ConfigError: It lies there, or is that folder.
+    """
+    if not isinstance(source, (str, Path)):
+        return
+    data = Path(source).expanduser()
+    if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise ConfigError(
+            "train.output_dir",
+            f"{str(folder)!r} lies in {field} ({str(source)!r}), where files of the run would be "
+            "read as data; name a folder elsewhere",
+        )
 
 
 def _is_finished(folder: Path) -> bool:
@@ -74,11 +111,23 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _check_foreign(folder: Path) -> None:
+    """Refuse a folder whose files are not of a run."""
+    taken = [str(path.relative_to(folder)) for name in REPLACED for path in folder.glob(name)]
+    if taken:
+        raise UserError(
+            f"train.output_dir: {str(folder)!r} is not a run of diffalign, and a run would "
+            f"replace its {', '.join(taken[:3])}; choose another folder"
+        )
+
+
 def _claim(lock: FolderLock, overwrite: bool) -> None:
     folder = lock.folder
     checkpoints = list_checkpoints(folder) if folder.is_dir() else []
     has_votes = any(folder.glob("feedback/round-*/votes*"))
-    is_run = (folder / "config.yaml").is_file()
+    is_run = is_run_record(folder / "config.yaml") or (folder / REWARD_FILE).is_file()
+    if not (is_run or checkpoints or has_votes):
+        _check_foreign(folder)
     has_best = is_run and (folder / "best" / "validation.json").is_file()
     if not (checkpoints or _is_finished(folder) or has_votes or has_best or (overwrite and is_run)):
         # The folder is empty, or its run was killed before the first checkpoint.

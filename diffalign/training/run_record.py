@@ -34,6 +34,8 @@ from .start_lora import StartLora
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_FINGERPRINT = "dataset fingerprint"
+"""Begins a line of every `config.yaml`, by which the folder of a run is known."""
 _DRAW_FIELDS = (
     "seed",
     "ref_error_draws",
@@ -188,6 +190,8 @@ class RunRecord:
         start_lora (`StartLora`, *optional*): The LoRA that the run starts from.
         built (`BuiltFacts`, *optional*): Set when weights and data are loaded.
         lines (`list[str]`): Sentences printed at the start.
+        optimizer (`str`, *optional*): Class of the optimizer, when it is built.
+        trains (`bool`, defaults to `True`): Whether the run takes a step.
     """
 
     name: str
@@ -212,6 +216,8 @@ class RunRecord:
     start_lora: StartLora | None = None
     built: BuiltFacts | None = None
     lines: list[str] = field(default_factory=list)
+    optimizer: str | None = None
+    trains: bool = True
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint must share with a run to be resumed by it."""
@@ -241,6 +247,8 @@ class RunRecord:
             ),
             "sampler_rule": self.sampler_rule,
             "seed": self.args.seed,
+            "data_seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "optimizer": self.optimizer,
             "bucketed_batch": self.args.per_device_train_batch_size if bucketed else None,
         }
 
@@ -253,6 +261,8 @@ class RunRecord:
         draws = {name: getattr(self.args, name) for name in _DRAW_FIELDS}
         changes = {"lora": None, "lora_form": None, "args": draws, "transform": transform}
         facts = {**self.identity(), **changes}
+        for name in ("data_seed", "optimizer"):  # they change no error of the reference
+            del facts[name]
         if self.start_lora is None:  # as in the keys of earlier versions
             del facts["start_lora"]
         return digest(facts)
@@ -372,9 +382,14 @@ class RunRecord:
     def write_config(self, folder: Path) -> None:
         """Write `config.yaml`: a run file with the facts of the run as comments.
 
+        A resumed run that has no step left to take keeps the file of the run that took
+        them.
+
         Args:
             folder (`Path`): Folder of the run.
         """
+        if not self.trains and is_run_record(folder / "config.yaml"):
+            return
         missing = self.not_repeated()
         notes = (
             [
@@ -386,11 +401,24 @@ class RunRecord:
         )
         notes += [
             *self.lines,
-            f"dataset fingerprint {self.dataset.fingerprint}",
+            f"{_FINGERPRINT} {self.dataset.fingerprint}",
             json.dumps(versions()),
         ]
         comments = "".join(f"# {line}\n" for note in notes for line in note.splitlines())
         write_atomically(folder / "config.yaml", (comments + dump_yaml(self.values())).encode())
+
+
+def is_run_record(file: Path) -> bool:
+    """Return whether `RunRecord.write_config` wrote a file.
+
+    Args:
+        file (`Path`): `config.yaml` of a folder. It need not exist.
+    """
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(line.startswith(f"# {_FINGERPRINT} ") for line in lines)
 
 
 def peak_memory(device: torch.device) -> tuple[float, str]:

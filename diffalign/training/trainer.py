@@ -30,6 +30,7 @@ from ..errors import ConfigError, UserError
 from ..likelihood import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank, sharded_modules
 from ..runtime.folder_lock import FolderLock
+from .arguments import check_optimizers, read_argument, read_callbacks
 from .batch import Batch
 from .build import (
     DTYPES,
@@ -75,7 +76,8 @@ from .reference import (
     build_reference,
     check_reference,
 )
-from .run_folder import begin
+from .resume import ScheduleState, group_settings, resume_settings
+from .run_folder import begin, check_outside
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
 from .sections import HubConfig, ValidationConfig
 from .sharding import choose_units, is_fsdp, shard_frozen
@@ -104,18 +106,21 @@ class Trainer:
             `config_class()`.
         train_dataset (*optional*): Anything that `load_preferences` reads, or its
             result. Defaults to the dataset that `data` names.
-        eval_dataset (*optional*): The same, for `evaluate`.
-        callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): Called at
-            fixed moments of the training.
+        eval_dataset (*optional*): The same, for `evaluate`. Of a name, its split is
+            `data.dataset_test_split`, else `test` where it has one, else `train`.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Called at fixed moments of
+            the training. Classes are built without arguments.
         optimizers (`tuple`, *optional*): A function from parameters to an optimizer,
             and a function from the optimizer to a learning-rate schedule. None for
-            either takes that of `args`.
+            either takes that of `args`. An optimizer itself cannot be passed, because
+            the trainable parameters exist only later.
         peft_config (`LoraConfig`, *optional*): The LoRA to train. None trains all
             weights.
-        data (`DataConfig`, *optional*): Source, sizes and caches of the data.
-        validation (`ValidationConfig`, *optional*): Images to draw and score while
-            training. None draws none.
-        hub (`HubConfig`, *optional*): Upload of the result. None uploads nothing.
+        data (`DataConfig` or `dict`, *optional*): Source, sizes and caches of the data.
+        validation (`ValidationConfig` or `dict`, *optional*): Images to draw and score
+            while training. None draws none.
+        hub (`HubConfig` or `dict`, *optional*): Upload of the result. None uploads
+            nothing.
         revision (`str`, *optional*): Revision of the model on the Hub.
         variant (`str`, *optional*): Variant of the weight files, such as `fp16`.
         vae (*optional*): Another autoencoder, as a name or an object.
@@ -202,13 +207,13 @@ class Trainer:
         args: TrainingConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] | None = None,
         peft_config: LoraConfig | None = None,
         *,
-        data: DataConfig | None = None,
-        validation: ValidationConfig | None = None,
-        hub: HubConfig | None = None,
+        data: DataConfig | dict[str, Any] | None = None,
+        validation: ValidationConfig | dict[str, Any] | None = None,
+        hub: HubConfig | dict[str, Any] | None = None,
         revision: str | None = None,
         variant: str | None = None,
         vae: Any = None,
@@ -216,14 +221,14 @@ class Trainer:
         scorers: Any = None,
         start_lora: str | Path | None = None,
     ) -> None:
-        self.args = args if args is not None else self.config_class()
-        if not isinstance(self.args, self.config_class):
-            raise ConfigError(
-                "args", f"expected {self.config_class.__name__}, got {type(self.args).__name__}"
-            )
-        self.data_config = data or DataConfig()
-        self.validation_config, self.hub_config = validation, hub
-        self.peft_config, self.scorers, self.optimizers = peft_config, scorers, optimizers
+        self.args = read_argument(args, self.config_class, "args") or self.config_class()
+        self.data_config = read_argument(data, DataConfig, "data") or DataConfig()
+        validation = read_argument(validation, ValidationConfig, "validation")
+        self.validation_config = validation
+        self.hub_config = read_argument(hub, HubConfig, "hub")
+        self.peft_config, self.scorers = peft_config, scorers
+        self.optimizers = check_optimizers(optimizers)
+        self.callbacks = read_callbacks(callbacks)
         self.output_dir = Path(self.args.output_dir)
         named = scorers if scorers is not None else self._named_scorers()
         self.notes = [] if validation is None else check_validation(validation, named)
@@ -251,8 +256,7 @@ class Trainer:
             "vae": vae if isinstance(vae, str) else None,
             "model_base": model_base,
         }
-        self.record = self._make_record(names, bool(callbacks))
-        self.callbacks = list(callbacks)
+        self.record = self._make_record(names, bool(self.callbacks))
         self.validate()
         if self.training_reward() is not None:
             note = unguarded(validation, named)
@@ -326,14 +330,23 @@ class Trainer:
                 "data.dataset_name",
                 "no training data: name a Hub dataset, a folder or a file (or pass train_dataset)",
             )
+        check_outside(self.output_dir, source, "data.dataset_name")
+        check_outside(self.output_dir, eval_dataset, "eval_dataset")
         self.train_dataset = self._read_training_data(source)
         if eval_dataset is None and config.dataset_test_split and train_dataset is None:
             eval_dataset = source
         # Read once, because evaluations are frequent.
-        test_split = config.dataset_test_split or "test"
-        self.eval_dataset = (
-            None if eval_dataset is None else self.read_dataset(eval_dataset, test_split)
-        )
+        self.eval_dataset = None if eval_dataset is None else self._read_eval_data(eval_dataset)
+
+    def _read_eval_data(self, source: Any) -> PreferenceDataset:
+        """Read the evaluation split, or all of a source that has no such split."""
+        split = self.data_config.dataset_test_split
+        if split is not None or not isinstance(source, (str, Path)):
+            return self.read_dataset(source, split or "test")
+        try:
+            return self.read_dataset(source, "test")
+        except UserError:
+            return self.read_dataset(source, "train")
 
     def _read_training_data(self, source: Any) -> PreferenceDataset:
         if self.data_config.online is None:
@@ -682,6 +695,8 @@ class Trainer:
             self.ema,
         )
         self.source = self.build_source()
+        if not isinstance(self.lr_scheduler, LambdaLR):
+            self.checkpoints.parts.append(ScheduleState(self.lr_scheduler, self.accelerator.print))
         for part in (self.source, self.reference_model, self.data_pipeline):
             if isinstance(part, CheckpointPart):
                 self.checkpoints.parts.append(part)
@@ -711,6 +726,7 @@ class Trainer:
             self.lr_scheduler = make_schedule(optimizer)
         else:
             self.lr_scheduler = build_lr_scheduler(optimizer, args, self.state.max_steps)
+        self.record.optimizer = type(optimizer).__name__
         choose_units(self.accelerator, self.network)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         if self.reference_model is not None:
@@ -723,14 +739,15 @@ class Trainer:
 
     # Public verbs ---------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train to the end, or until the first signal.
 
         Writes checkpoints, logs and the final model into `output_dir`.
 
         Args:
-            resume_from_checkpoint (`str`, *optional*): `latest` or a checkpoint folder.
-                Defaults to the config's.
+            resume_from_checkpoint (`str` or `bool`, *optional*): `latest` or a
+                checkpoint folder. True is `latest`, and False starts anew. Defaults to
+                the config's.
 
         Returns:
             `TrainOutput`: Steps done and the last metrics.
@@ -741,7 +758,11 @@ class Trainer:
             NonFiniteLoss, NonFiniteWeights: Loss, gradient or weights are not finite.
             CheckpointError: A checkpoint could not be written.
         """
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        resume = self.args.resume_from_checkpoint
+        if isinstance(resume_from_checkpoint, bool):
+            resume = "latest" if resume_from_checkpoint else None
+        elif resume_from_checkpoint is not None:
+            resume = str(resume_from_checkpoint)
         with FolderLock(self.output_dir, "train.output_dir") as lock:
             checkpoint = begin(lock, resume, self.args.overwrite_output_dir)
             if checkpoint is not None:
@@ -767,6 +788,8 @@ class Trainer:
         self.control.should_training_stop = self.control.should_save = False
         self.checkpoints.clean()
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:  # from here on the folder is known as this run's
+            self._write_config()
         validation = self._build_validation()
         if validation is not None:
             validation.start(fresh=checkpoint is None)
@@ -775,9 +798,12 @@ class Trainer:
             self._measure_rounding()
         else:
             steps = self.state.max_steps
+            settings = group_settings(self.optimizer)
             self.state = self.checkpoints.load(checkpoint, self.args.force_resume)
             self.state.max_steps = steps
-            self.lr_scheduler.last_epoch = self.state.global_step
+            self.notes += resume_settings(
+                self.optimizer, self.lr_scheduler, settings, self.state.global_step
+            )
             if validation is not None:
                 validation.restore(self.state.global_step)
         self._announce(checkpoint)
@@ -967,9 +993,16 @@ class Trainer:
                 f"resuming from {checkpoint} at step {self.state.global_step} of "
                 f"{self.state.max_steps}"
             )
-        if self.accelerator.is_main_process:
-            record.write_config(self.output_dir)
+            self.record.trains = self.state.global_step < self.state.max_steps
+            if not self.record.trains:
+                say("the checkpoint has all these steps, so none is taken; raise train.max_steps")
+        self._write_config()
         start_trackers(self.accelerator, self.args)
+
+    def _write_config(self) -> None:
+        self.record.lines = self.record.facts()
+        if self.accelerator.is_main_process:
+            self.record.write_config(self.output_dir)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
@@ -1010,7 +1043,7 @@ class Trainer:
         self.setup()
         groups = source
         if eval_dataset is not None or not isinstance(source, PreferenceDataset):
-            groups = self.read_dataset(source, self.data_config.dataset_test_split or "test")
+            groups = self._read_eval_data(source)
         config = dataclasses.replace(
             self.data_config, cache_latents=None, cache_text_embeddings=None
         )
@@ -1019,7 +1052,7 @@ class Trainer:
         )
         return DataPipeline(groups, config, args, self.backbone, self.accelerator)
 
-    def save_model(self, output_dir: str) -> None:
+    def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write weights for inference, `config.yaml` and the model card.
 
         `pipe.load_lora_weights(output_dir)` loads a LoRA. Full fine-tuning writes a
@@ -1027,7 +1060,8 @@ class Trainer:
         must call this.
 
         Args:
-            output_dir (`str`): Created if it does not exist.
+            output_dir (`str`, *optional*): Created if it does not exist. Defaults to
+                the folder of the run.
         """
         self.setup()
         history = self.state.log_history
@@ -1039,7 +1073,7 @@ class Trainer:
                 self.trained,
                 self.prepared,
                 metrics,
-                Path(output_dir),
+                self.output_dir if output_dir is None else Path(output_dir),
             )
 
     def averaged_weights(self) -> AbstractContextManager[None]:

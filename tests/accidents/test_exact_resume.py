@@ -28,7 +28,7 @@ from tiny import (
 from diffalign import TrainerCallback, ValidationConfig
 from diffalign.data.cache import TensorCache
 from diffalign.errors import ConfigError, UserError
-from diffalign.runtime.files import read_tensors, save_tensors
+from diffalign.runtime.files import LOCK, read_tensors, save_tensors
 from diffalign.training.checkpoint import NonFiniteWeights, list_checkpoints
 from diffalign.training.diagnostics import NonFiniteLoss
 
@@ -345,8 +345,7 @@ def test_resuming_from_an_earlier_checkpoint_keeps_its_own_line(tmp_path, capsys
 STARTS = [
     "logs/metrics.jsonl",
     "samples/step-1.png",
-    "best/validation.json",
-    "config.yaml",
+    "samples/base/0000.png",
     ".tmp-checkpoint-1/x",
     "reference_errors.safetensors",
 ]
@@ -359,6 +358,7 @@ def test_a_run_without_a_checkpoint_starts_again_by_the_same_command(left, again
     whole = train(tmp_path / "whole", max_steps=2)
     (tmp_path / "cut" / left).parent.mkdir(parents=True)
     (tmp_path / "cut" / left).write_bytes(b'{"step": 1, "train/loss": 9}\n{"torn')
+    shutil.copy2(tmp_path / "whole/config.yaml", tmp_path / "cut")
     cut = train(tmp_path / "cut", max_steps=2, resume_from_checkpoint=again)
     assert_same_tensors(trained_tensors(whole), trained_tensors(cut))
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
@@ -440,13 +440,51 @@ def test_finished_runs_and_votes_are_never_started_over(tmp_path):
 
 
 def test_a_new_run_removes_nothing_that_is_not_its_own(tmp_path):
-    for name in ("samples", "best", "pool", "feedback"):
+    for name in ("samples", "pool", "feedback", "logs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
     train(tmp_path, max_steps=1)
     assert all(
-        (tmp_path / name / "mine.txt").is_file() for name in ("samples", "best", "pool", "feedback")
+        (tmp_path / name / "mine.txt").is_file() for name in ("samples", "pool", "feedback", "logs")
     )
+
+
+OTHERS_FILES = [
+    "config.yaml",
+    "README.md",
+    "best/mine.txt",
+    "samples/step-1.png",
+    "samples/base/mine.png",
+    "pool/mine.safetensors",
+    "logs/metrics.jsonl",
+    "model_index.json",
+]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", OTHERS_FILES)
+def test_a_folder_of_somebody_elses_files_is_refused(name, overwrite, tmp_path):
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine: 1\n")
+    with pytest.raises(UserError, match="output_dir.*is not a run of diffalign.*replace its"):
+        train(tmp_path / "mine", max_steps=1, overwrite_output_dir=overwrite)
+    assert file.read_text() == "mine: 1\n"
+    left = {path.name for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    assert left <= {file.name, LOCK}
+
+
+@pytest.mark.parametrize("inside", [".", "runs/a"])
+def test_a_run_does_not_write_into_its_dataset(inside, tmp_path):
+    from PIL import Image
+
+    for side, colour in (("chosen", "red"), ("rejected", "blue")):
+        (tmp_path / side).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / side / "a.png")
+    (tmp_path / "chosen/a.txt").write_text("a red square")
+    with pytest.raises(UserError, match=r"output_dir.*lies in data.dataset_name"):
+        train(tmp_path / inside, rows=str(tmp_path), max_steps=1)
+    assert not (tmp_path / "runs").exists()
 
 
 class Stop(TrainerCallback):

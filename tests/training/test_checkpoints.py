@@ -320,3 +320,107 @@ def test_resuming_cuts_the_log_at_the_checkpoint(run: Path) -> None:
 def test_ema_is_asked_for_and_missing(run: Path) -> None:
     with pytest.raises(UserError, match="train.use_ema.*no average"):
         resume(run, use_ema=True)
+
+
+def test_another_optimizer_or_order_of_the_data_is_another_run(run: Path, capsys: Any) -> None:
+    with pytest.raises(UserError, match=r"optimizer is 'Adafactor', there 'AdamW'"):
+        resume(run, optim="adafactor")
+    with pytest.raises(UserError, match=r"data_seed is 7, there 0"):
+        resume(run, data_seed=7)
+    trainer = resume(run, optim="adafactor", force_resume=True)
+    assert trainer.state.global_step == 3
+    assert "the state of AdamW is dropped; Adafactor starts anew" in capsys.readouterr().out
+    # A fused kernel has the same state.
+    shutil.rmtree(run / "checkpoint-3")
+    assert resume(run, optim="adamw_fused").state.global_step == 3
+
+
+class FirstStep(TrainerCallback):
+    """Keeps the settings by which the first step after resuming was taken."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.group = {
+            name: value
+            for name, value in kwargs["trainer"].optimizer.param_groups[0].items()
+            if name != "params"
+        }
+
+
+def test_new_settings_of_the_optimizer_count_from_the_next_step_on(run: Path, capsys: Any) -> None:
+    seen = FirstStep()
+    resume(
+        run,
+        learning_rate=3e-4,
+        lr_scheduler="linear",
+        weight_decay=0.5,
+        adam_beta2=0.9,
+        adam_epsilon=1e-6,
+        options={"callbacks": [seen]},
+    )
+    assert seen.group["lr"] == pytest.approx(3e-4 * (1 - 2 / 3))
+    assert (seen.group["weight_decay"], seen.group["eps"]) == (0.5, 1e-6)
+    assert seen.group["betas"] == (0.9, 0.9)
+    out = capsys.readouterr().out
+    assert "learning_rate is 0.0003, it was 0.001; weight_decay is 0.5, it was 0.0" in out
+    shutil.rmtree(run / "checkpoint-3")
+    resume(run)
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_a_dropped_average_is_said(tmp_path: Path, capsys: Any) -> None:
+    fields: dict[str, Any] = {"peft_config": lora_config(), "save_steps": 1}
+    make_trainer(tmp_path / "run", max_steps=1, use_ema=True, **fields).train()
+    resume(tmp_path / "run")
+    assert "holds an average of the weights, which is dropped" in capsys.readouterr().out
+
+
+def test_a_resumed_run_without_a_step_left_keeps_its_record(run: Path, capsys: Any) -> None:
+    before = (run / "config.yaml").read_text()
+    resume(run, max_steps=2, learning_rate=5e-4)
+    assert "has all these steps, so none is taken" in capsys.readouterr().out
+    assert (run / "config.yaml").read_text() == before
+
+
+def _sequence(optimizer: Any) -> Any:
+    from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LinearLR, SequentialLR
+
+    parts = [LinearLR(optimizer, 0.1, 1.0, 2), CosineAnnealingWarmRestarts(optimizer, 2)]
+    return SequentialLR(optimizer, parts, [2])
+
+
+def _restarts(optimizer: Any) -> Any:
+    from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+    return CosineAnnealingWarmRestarts(optimizer, 2)
+
+
+def _steps(optimizer: Any) -> Any:
+    from torch.optim.lr_scheduler import MultiStepLR
+
+    return MultiStepLR(optimizer, [2, 4], 0.1)
+
+
+def _cycle(optimizer: Any) -> Any:
+    from torch.optim.lr_scheduler import OneCycleLR
+
+    return OneCycleLR(optimizer, 1e-3, total_steps=8)
+
+
+@pytest.mark.parametrize("schedule", [_sequence, _restarts, _steps, _cycle])
+def test_a_schedule_of_the_user_goes_on(schedule: Any, tmp_path: Path) -> None:
+    def run(folder: Path, steps: int, **fields: Any) -> Any:
+        trainer = make_trainer(
+            folder,
+            peft_config=lora_config(),
+            max_steps=steps,
+            options={"optimizers": (None, schedule)},
+            **fields,
+        )
+        trainer.train()
+        return trainer
+
+    whole = run(tmp_path / "whole", 5)
+    run(tmp_path / "cut", 3, save_steps=3)
+    cut = run(tmp_path / "cut", 5, resume_from_checkpoint="latest")
+    assert_same_tensors(trained_tensors(whole), trained_tensors(cut))
+    assert cut.lr_scheduler.get_last_lr() == whole.lr_scheduler.get_last_lr()
