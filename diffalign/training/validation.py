@@ -29,6 +29,7 @@ from ..generation.grids import comparison_grid
 from ..generation.sampling import drawn_file, generate, is_drawn, save_drawn
 from ..runtime.distributed import sharded_modules
 from ..runtime.files import write_atomically
+from ..runtime.hashing import text_hash, value_hash
 from ..runtime.missing import MaybeImage, Missing, check_any, left_out, present
 from .guardian import FILE as GUARDIAN_FILE
 from .guardian import Guardian, Look, Verdict, standardised
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from .online.reward_function import RewardFunction
 
 BEST = "best"
+SETTINGS = "settings.txt"
+"""Beside the images of the starting weights: the identity of their prompts and
+sampler."""
 GRID_PROMPTS = 12
 BATCH = 8
 """Images per forward pass."""
@@ -142,7 +146,7 @@ class Validation:
         self.guardian, self.verdict = Guardian() if watches else None, Verdict()
         self.base_scores: list[dict[str, Array]] = []
         self.base_columns = np.empty((0, 0))
-        self.validated_at, self.restored = -1, False
+        self.validated_at, self.restored, self.redrawn = -1, False, False
         self.keep_best = config.keep_best
         if self.guardian is not None:
             self.keep_best = self.keep_best or self.guards[0]
@@ -152,12 +156,16 @@ class Validation:
         return [] if self.guardian is None else self.guardian.hacked_steps()
 
     def restore(self, step: int) -> None:
-        """Read what the guardian saw up to the resumed step.
+        """Read what the guardian saw up to the resumed step, and drop later weights.
 
         Args:
             step (`int`): Optimizer step of the checkpoint.
         """
-        if self.guardian is not None:
+        if self.main:
+            self._retire_best(step)
+        if self.guardian is not None and self.redrawn:
+            self.validated_at, self.restored = step, True
+        elif self.guardian is not None:
             prompts = self.distinct[REPORTING] if len(self.scales) > 1 else self.distinct
             shape = (len(prompts), self.config.num_validation_images)
             if not self.guardian.read(self.folder / GUARDIAN_FILE, step, self.guards, shape):
@@ -195,6 +203,13 @@ class Validation:
             self._recover()
         for folder, scale in zip(folders, self.scales, strict=True):
             files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
+            if self.main and not self._is_drawn_alike(folder, scale):
+                shutil.rmtree(folder)
+                self.redrawn = True
+                self.accelerator.print(
+                    f"validation: prompts or sampler are others than before, so {folder} is drawn "
+                    "anew"
+                )
             if self._shared(all(is_drawn(file) for file in files)):
                 continue
             images = self.shares.gather(self._draw("validation (base)", scale))
@@ -203,7 +218,19 @@ class Validation:
                 folder.mkdir(parents=True, exist_ok=True)
                 for file, image in zip(files, images, strict=True):
                     save_drawn(image, file)
+                write_atomically(folder / SETTINGS, self._drawing_key(scale).encode())
+        self.redrawn = self._shared(self.redrawn)
         self._score_base()
+
+    def _drawing_key(self, scale: float | None) -> str:
+        """Return the identity of what is drawn at one guidance scale."""
+        sampler = self.backbone.prompt_settings | self.config.pipe_kwargs()
+        return value_hash([self.prompts, self.seeds, self.side, scale, sampler])
+
+    def _is_drawn_alike(self, folder: Path, scale: float | None) -> bool:
+        """Whether a folder may be read back. Those of earlier versions have no key."""
+        file = folder / SETTINGS
+        return not file.is_file() or file.read_text("utf-8") == self._drawing_key(scale)
 
     def _score_base(self) -> None:
         """Score the images of the starting weights.
@@ -488,8 +515,28 @@ class Validation:
     # The best weights
 
     def _best(self) -> float:
+        """Return the value of the weights in `best/`, by the same scorer and images."""
         file = self.output_dir / BEST / "validation.json"
-        return json.loads(file.read_text())["value"] if file.is_file() else -math.inf
+        facts = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        mine = {"scorer": self.keep_best, "images": self._images_key()}
+        if not facts or any(facts.get(name, value) != value for name, value in mine.items()):
+            return -math.inf
+        return facts["value"]
+
+    def _images_key(self) -> str:
+        return text_hash("".join(map(self._drawing_key, self.scales)))
+
+    def _retire_best(self, step: int) -> None:
+        """Move aside the best weights of a later step than the run goes on from."""
+        best = self.best_step()
+        if best is None or best <= step:
+            return
+        retired = self.output_dir / f"abandoned-{BEST}"
+        shutil.rmtree(retired, ignore_errors=True)
+        os.rename(self.output_dir / BEST, retired)
+        self.accelerator.print(
+            f"{BEST}/ is of step {best}, later than this run goes on from; it is now {retired.name}"
+        )
 
     def _recover(self) -> None:
         """Restore the best weights if a run was killed between their two renames."""
@@ -536,6 +583,7 @@ class Validation:
             return
         facts = {
             "scorer": self.keep_best,
+            "images": self._images_key(),
             "value": result.value,
             "step": step,
             **result.metrics,

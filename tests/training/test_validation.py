@@ -206,13 +206,70 @@ def test_a_prompt_set_by_name(tmp_path: Path) -> None:
     assert "validation/diversity" not in metrics(tmp_path / "run")[-1]  # one image has none
 
 
-def test_a_fresh_start_forgets_what_a_broken_one_left(tmp_path: Path) -> None:
+def continued(folder: Path, steps: int, **changes: Any) -> list[dict[str, Any]]:
+    given = {"options": {"validation": config(**changes)}, "resume_from_checkpoint": "latest"}
+    make_trainer(folder, **given, **{**OPTIONS, "max_steps": steps}).train()
+    return metrics(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"validation_prompts": ["a dog", "a tree", "a house"]},
+        {"validation_seed": 7},
+        {"num_inference_steps": 3},
+        {"guidance_scale": 1.5},
+    ],
+)
+def test_a_resumed_run_with_another_validation_draws_its_base_anew(
+    change: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "run"
+    continued(folder, 2)
+    changed = continued(folder, 3, **change)[-1]
+    assert "is drawn anew" in capsys.readouterr().out
+    make_trainer(
+        tmp_path / "other",
+        options={"validation": config(**change)},
+        **{**OPTIONS, "max_steps": 1},
+    ).train()
+    name = "validation/validation-brightness/base"
+    assert changed[name] == metrics(tmp_path / "other")[-1][name]
+    # The earlier best weights were judged on other images.
+    kept = json.loads((folder / "best/validation.json").read_text())
+    assert kept["step"] == 3
+    continued(folder, 4, **change)
+    assert "is drawn anew" not in capsys.readouterr().out
+
+
+def test_the_best_by_another_scorer_is_no_measure(tmp_path: Path) -> None:
+    continued(tmp_path / "run", 2)
+    continued(tmp_path / "run", 3, keep_best="validation-darkness")
+    kept = json.loads((tmp_path / "run/best/validation.json").read_text())
+    assert (kept["scorer"], kept["step"]) == ("validation-darkness", 3)
+
+
+def test_best_weights_of_an_abandoned_branch_are_moved_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    continued(folder, 4)
+    file = folder / "best/validation.json"
+    facts = json.loads(file.read_text()) | {"step": 4, "value": 1e9}
+    file.write_text(json.dumps(facts))
+    trainer = make_trainer(
+        folder,
+        options={"validation": config()},
+        **{**OPTIONS, "max_steps": 3, "resume_from_checkpoint": "checkpoint-2"},
+    )
+    trainer.train()
+    assert json.loads(file.read_text())["step"] == 3
+    assert json.loads((folder / "abandoned-best/validation.json").read_text())["value"] == 1e9
+
+
+def test_best_weights_of_somebody_else_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "validation.json").write_text('{"value": 1e9}')
-    make_trainer(
-        tmp_path / "run", options={"validation": config()}, **{**OPTIONS, "max_steps": 1}
-    ).train()
-    assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text())["value"] < 1e9
+    with pytest.raises(UserError, match="is not a run of diffalign"):
+        continued(tmp_path / "run", 1)
 
 
 @pytest.mark.nightly
