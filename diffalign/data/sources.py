@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffalign.data.images import NO_FOLDERS, BrokenImage, ImagePlaces
@@ -102,8 +105,9 @@ def open_source(
             "data.dataset_name: give a Hub id, a folder or a file (or data.train_data_dir)"
         )
     if not isinstance(source, (str, Path)):
+        read = _in_memory if isinstance(source, Mapping) else _one_split
         return Source(
-            _in_memory(source, split, streaming),
+            read(source, split, streaming),
             f"a {type(source).__name__}",
             ImagePlaces(extra, anywhere=True),
         )
@@ -134,12 +138,8 @@ def _in_memory(source: object, split: str, streaming: bool) -> Rows:
     import datasets
 
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        if split not in source:
-            raise UserError(
-                f"dataset split {split!r} does not exist; there are {', '.join(map(str, source))}"
-            )
-        source = source[split]
-    elif isinstance(source, Sequence):
+        source = _select(functools.partial(_named_split, source), split)
+    elif isinstance(source, Sequence) and not isinstance(source, str):
         if not source:
             raise UserError("dataset a list has no rows")
         for number, row in enumerate(source):
@@ -168,6 +168,24 @@ def _in_memory(source: object, split: str, streaming: bool) -> Rows:
     )
 
 
+def _named_split(source: Mapping[str, Rows], name: str) -> Rows:
+    if name not in source:
+        raise UserError(
+            f"dataset split {name!r} does not exist; there are {', '.join(map(str, source))}"
+        )
+    return source[name]
+
+
+def _only_split(source: Any, name: str) -> Any:
+    """Return rows that have one split, which is called `train`."""
+    if name not in ("train", "all"):
+        raise UserError(
+            f"dataset split {name!r} does not exist; a file, a list and a pair of folders have "
+            "the one split train"
+        )
+    return source
+
+
 def _cell(value: object) -> object:
     """Turn an array or tensor of pixels into a PIL image, also within a list."""
     if decoding.is_array(value) and value.ndim >= 2:
@@ -190,7 +208,7 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
     if path.stat().st_size == 0:
         raise UserError(f"dataset {str(path)!r}: the file is empty")
     if builder in ("json", "csv", "text"):
-        dataset = _in_memory(_part(read_tables([path], str(path)), split), split, streaming)
+        dataset = _one_split(read_tables([path], str(path)), split, streaming)
     else:
         dataset = _load(str(path), builder, split, data_files=str(path), streaming=streaming)
     return Source(
@@ -200,21 +218,47 @@ def _file(path: Path, split: str, streaming: bool) -> Source:
     )
 
 
-def _part(dataset: datasets.Dataset, split: str) -> datasets.Dataset:
-    """Return the slice of `train[:100]`, or everything for another name.
+def _one_split(source: Any, split: str, streaming: bool) -> Rows:
+    """Return the rows of a source that has one split, or a part of them."""
+    rows = _in_memory(source, "train", False)
+    rows = _select(functools.partial(_only_split, rows), split)
+    return _in_memory(rows, "train", streaming)
 
-    A file has one split.
+
+def _select(rows_of: Callable[[str], Rows], split: str) -> Rows:
+    """Return the rows of a split such as `train`, `train[:50%]` or `train+test[:100]`.
+
+    Args:
+        rows_of (`Callable`): Returns the rows of a named split.
+        split (`str`): The split.
+
+    Raises:
+        UserError: There is no such split, or no such part of it.
     """
+    import datasets
+
+    parts: list[Any] = []
+    for piece in split.split("+"):
+        name, bracket, rest = piece.strip().partition("[")
+        rows = rows_of(name)
+        if not bracket:
+            parts.append(rows)
+            continue
+        if not isinstance(rows, datasets.Dataset):
+            raise UserError(
+                f"dataset split {split!r}: a stream has no length; name a whole split, or set "
+                "data.dataset_streaming to false"
+            )
+        parts.append(_part(rows, f"[{rest}", split))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _part(dataset: datasets.Dataset, bounds: str, split: str) -> datasets.Dataset:
+    """Return the rows that bounds such as `[:50%]` name."""
     from datasets import ReadInstruction
 
-    if "[" not in split:
-        if split not in ("train", "all"):
-            raise UserError(
-                f"dataset split {split!r} does not exist; a file has the one split train"
-            )
-        return dataset
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+        parts = ReadInstruction.from_spec(f"train{bounds}").to_absolute({"train": len(dataset)})
     except (ValueError, AssertionError, KeyError) as error:
         raise UserError(f"dataset split {split!r}: {' '.join(str(error).split())[:200]}") from None
     indices = [
@@ -236,7 +280,9 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
 
     name, places = str(path), ImagePlaces((path,))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return Source(_in_memory(datasets.load_from_disk(name), split, streaming), name, places)
+        stored = datasets.load_from_disk(name)
+        read = _in_memory if isinstance(stored, datasets.DatasetDict) else _one_split
+        return Source(read(stored, split, streaming), name, places)
     for table in [*path.rglob("metadata.jsonl"), *path.rglob("metadata.csv")]:
         _check_metadata(table)
     if _has_configurations(path) or any(any(path.rglob(pattern)) for pattern in _METADATA):
@@ -244,7 +290,7 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
     for chosen, rejected in PAIR_FOLDERS:
         if (path / chosen).is_dir() and (path / rejected).is_dir():
             return Source(
-                _in_memory(_pair_folders(path / chosen, path / rejected), split, streaming),
+                _one_split(_pair_folders(path / chosen, path / rejected), split, streaming),
                 f"{name} (folders {chosen}/ and {rejected}/)",
                 places,
             )
@@ -257,8 +303,11 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
     for suffix in (".jsonl", ".json", ".csv"):
         files = sorted(path.rglob(f"*{suffix}"))
         if files:
-            files = _files_of_split(path, files, split)
-            dataset = _in_memory(read_tables(files, name), split, streaming)
+
+            def rows_of(part: str, files: list[Path] = files) -> Rows:
+                return read_tables(_files_of_split(path, files, part), name)
+
+            dataset = _in_memory(_select(rows_of, split), "train", streaming)
             return Source(dataset, name, ImagePlaces((path, *_image_folders(files))))
     raise UserError(
         f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no "
@@ -290,32 +339,31 @@ def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
     text}`) or prompts.jsonl (`{"file_name" | "id": stem or name, "prompt" | "text" |
     "caption": text}` per line) in the folder above or in chosen/.
     """
-    captions: dict[str, Any] = {}
-    for folder in (chosen.parent, chosen):
-        if (folder / "captions.json").is_file():
-            values = text_files.read_json(folder / "captions.json", dict)
-            captions |= {_without_image_suffix(name): text for name, text in values.items()}
-        if (folder / "prompts.jsonl").is_file():
-            for _, row in text_files.read_json_objects(folder / "prompts.jsonl"):
-                stem = _without_image_suffix(str(row.get("file_name", row.get("id"))))
-                captions[stem] = row.get("prompt", row.get("text", row.get("caption")))
-    images = [{_stem(path, side): path for path in _images_in(side)} for side in (chosen, rejected)]
+    captions = _captions(chosen)
+    images = [_images_by_stem(side) for side in (chosen, rejected)]
+    stems = sorted(set(images[0]) | set(images[1]))
+    counts = Counter(PurePosixPath(stem).name for stem in stems)
     rows: list[dict[str, Any]] = []
     without: list[str] = []
-    for stem in sorted(set(images[0]) | set(images[1])):
-        beside = [
-            (chosen / stem).parent / f"{Path(stem).name}{ending}" for ending in CAPTION_SUFFIXES
+    for stem in stems:
+        # The path that a missing image of one side should have, for the message.
+        pair = [
+            side.get(stem) or folder / other[stem].relative_to(other_folder)
+            for side, folder, other, other_folder in (
+                (images[0], chosen, images[1], rejected),
+                (images[1], rejected, images[0], chosen),
+            )
         ]
+        beside = [pair[0].with_suffix(ending) for ending in CAPTION_SUFFIXES]
         file = next((file for file in beside if file.is_file()), None)
-        caption = (
-            text_files.read_text(file).strip()
-            if file is not None
-            else captions.get(stem, captions.get(Path(stem).name))
-        )
+        name = PurePosixPath(stem).name
+        caption = captions.get(stem, captions.get(name) if counts[name] == 1 else None)
+        if file is not None:
+            caption = text_files.read_text(file).strip()
         if not isinstance(caption, str):
             without.append(stem)
             caption = None
-        paths = [str(side[stem]) if stem in side else None for side in images]
+        paths = [str(path) for path in pair]
         rows.append({"prompt": caption, "chosen": paths[0], "rejected": paths[1], "id": stem})
     if not rows:
         raise UserError(
@@ -324,23 +372,60 @@ def _pair_folders(chosen: Path, rejected: Path) -> list[dict[str, Any]]:
     if len(without) == len(rows):
         raise UserError(
             f"dataset {str(chosen.parent)!r}: no image has a caption; write "
-            f"{Path(without[0]).name}.txt (or {', '.join(CAPTION_SUFFIXES[1:])}) beside each "
+            f"{without[0]}.txt (or {', '.join(CAPTION_SUFFIXES[1:])}) beside each "
             f"image of {chosen.name}/, or captions.json or prompts.jsonl beside the folders"
         )
     return rows
 
 
-def _without_image_suffix(name: str) -> str:
-    path = Path(name)
-    return path.with_suffix("").name if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+def _captions(chosen: Path) -> dict[str, Any]:
+    """Read captions.json and prompts.jsonl beside or in the folder of chosen images.
+
+    Returns:
+        By the image's path in the folder, without its suffix.
+    """
+    captions: dict[str, Any] = {}
+    for folder in (chosen.parent, chosen):
+        entries: list[tuple[str, Any]] = []
+        if (folder / "captions.json").is_file():
+            entries += text_files.read_json(folder / "captions.json", dict).items()
+        if (folder / "prompts.jsonl").is_file():
+            entries += [
+                (
+                    str(row.get("file_name", row.get("id"))),
+                    row.get("prompt", row.get("text", row.get("caption"))),
+                )
+                for _, row in text_files.read_json_objects(folder / "prompts.jsonl")
+            ]
+        for name, caption in entries:
+            path = PurePosixPath(unicodedata.normalize("NFC", name))
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                path = path.with_suffix("")
+            if len(path.parts) > 1 and path.parts[0] == chosen.name:
+                path = path.relative_to(chosen.name)
+            captions[str(path)] = caption
+    return captions
 
 
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    """Return the images of a folder by their path in it, without suffix.
 
-
-def _stem(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
+    Some systems store the letters of names decomposed (NFD), so names are compared
+    composed. Hidden files, such as the `._*` of macOS archives, do not count.
+    """
+    images: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = unicodedata.normalize("NFC", stem)
+        if stem in images:
+            raise UserError(
+                f"dataset {str(folder)!r}: {images[stem].name} and {path.name} are images of one "
+                "pair; keep one of them"
+            )
+        images[stem] = path
+    return images
 
 
 def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:

@@ -11,7 +11,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -341,8 +341,10 @@ class Trainer:
     def _read_eval_data(self, source: Any) -> PreferenceDataset:
         """Read the evaluation split, or all of a source that has no such split."""
         split = self.data_config.dataset_test_split
-        if split is not None or not isinstance(source, (str, Path)):
-            return self.read_dataset(source, split or "test")
+        if not isinstance(source, (str, Path, Mapping)):  # rows without splits
+            return self.read_dataset(source, "train")
+        if split is not None:
+            return self.read_dataset(source, split)
         try:
             return self.read_dataset(source, "test")
         except UserError:

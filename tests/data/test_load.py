@@ -454,3 +454,91 @@ def test_a_split_that_is_not_there(image_pairs, tmp_path):
 def test_select(pairs):
     data = load(pairs).select([2, 0])
     assert ([group.row_id for group in data], len(data)) == ([2, 0], 2)
+
+
+@pytest.mark.parametrize(
+    "names", [("a/cat", "b/cat"), ("a/cat.png", "b/cat.png"), ("chosen/a/cat.png", "chosen/b/cat")]
+)
+def test_captions_of_nested_pair_folders_are_those_of_their_path(save, tmp_path, names):
+    for side, color in (("chosen", "red"), ("rejected", "blue")):
+        save(f"{side}/a/cat.png", color)
+        save(f"{side}/b/cat.png", color)
+        save(f"{side}/c/dog.png", color)
+    captions = dict(zip(names, ("of a", "of b"), strict=True)) | {"dog": "of c"}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    assert [group.prompts[0] for group in load(tmp_path)] == ["of a", "of b", "of c"]
+    lines = [{"file_name": name, "text": text} for name, text in captions.items()]
+    (tmp_path / "captions.json").unlink()
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [group.prompts[0] for group in load(tmp_path)] == ["of a", "of b", "of c"]
+
+
+def test_one_caption_for_two_images_of_a_name_is_given_to_neither(save, tmp_path):
+    for side, color in (("chosen", "red"), ("rejected", "blue")):
+        for name in ("a/cat", "b/cat", "dog"):
+            save(f"{side}/{name}.png", color)
+    (tmp_path / "captions.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
+    data = load(tmp_path, max_broken_fraction=0.9)
+    assert [group.prompts[0] for group in data] == ["a dog"]
+
+
+def test_names_of_pair_folders_are_compared_composed_and_hidden_files_do_not_count(save, tmp_path):
+    save("chosen/caf\u00e9.png", "red")
+    save("rejected/cafe\u0301.png", "blue")
+    (tmp_path / "chosen/._caf\u00e9.png").write_bytes(b"\0\5\26\7")
+    (tmp_path / "captions.json").write_text(json.dumps({"cafe\u0301": "a caf\u00e9"}))
+    (group,) = load(tmp_path)
+    assert group.prompts[0] == "a caf\u00e9"
+
+
+def test_a_missing_side_names_its_file_and_one_stem_twice_is_refused(save, tmp_path):
+    for number in range(3):
+        save(f"chosen/{number}.png", "red")
+        (tmp_path / f"chosen/{number}.txt").write_text("p")
+    save("rejected/0.png", "blue")
+    save("rejected/1.png", "blue")
+    with pytest.raises(UserError, match=r"row 2: .*rejected/2\.png"):
+        load(tmp_path)
+    save("chosen/1.jpg", "red")
+    with pytest.raises(UserError, match=r"1\.jpg and 1\.png are images of one pair"):
+        load(tmp_path)
+
+
+@pytest.fixture
+def sources(image_pairs, pairs, save, tmp_path):
+    """One dataset of three rows in every form that has one split."""
+    image_pairs.save_to_disk(tmp_path / "saved")
+    lines = []
+    for number in range(3):
+        for side in ("chosen", "rejected"):
+            save(f"folders/{side}/{number}.png", "red" if side == "chosen" else "blue")
+            save(f"table/{side}-{number}.png", "red" if side == "chosen" else "blue")
+        (tmp_path / f"folders/chosen/{number}.txt").write_text(f"p{number}")
+        sides = {side: f"{side}-{number}.png" for side in ("chosen", "rejected")}
+        lines.append(json.dumps({"prompt": f"p{number}", **sides}) + "\n")
+    (tmp_path / "table/train.jsonl").write_text("".join(lines))
+    return {
+        "list": pairs,
+        "object": image_pairs,
+        "saved": tmp_path / "saved",
+        "folders": tmp_path / "folders",
+        "file": tmp_path / "table/train.jsonl",
+        "table": tmp_path / "table",
+        "dict": datasets.DatasetDict(train=image_pairs),
+    }
+
+
+@pytest.mark.parametrize("form", ["list", "object", "saved", "folders", "file", "table", "dict"])
+def test_parts_of_splits_are_the_same_for_every_form(sources, form):
+    def prompts(split):
+        return [group.prompts[0] for group in load(sources[form], split=split)]
+
+    assert prompts("train") == ["p0", "p1", "p2"]
+    assert prompts("train[:2]") == ["p0", "p1"]
+    assert prompts("train[-1:]+train[:1]") == ["p2", "p0"]
+    with pytest.raises(UserError, match=r"split"):
+        prompts("nonsense")
+    with pytest.raises(UserError, match=r"split"):
+        prompts("nonsense[:2]")
+    with pytest.raises(UserError, match=r"split 'train\[:x\]'"):
+        prompts("train[:x]")
