@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,13 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
         args (`TrainingConfig`): Settings of the run.
 
     Raises:
-        ConfigError: A stream has precomputed errors, these have changing pixels, or
-            prompts have buckets.
+        ConfigError: A stream has precomputed errors or no `max_steps`, precomputed
+            errors have changing pixels, or prompts have buckets.
     """
-    if config.dataset_streaming and args.precompute_ref_errors:
+    is_stream = isinstance(dataset, StreamingPreferenceDataset)
+    if is_stream and args.max_steps is None:
+        raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
+    if is_stream and args.precompute_ref_errors:
         raise ConfigError(
             "data.dataset_streaming",
             "precompute_ref_errors needs a dataset of known size; set it to false",
@@ -174,7 +178,7 @@ class DataPipeline:
             accelerator,
         )
         self.transform = build_transform(config, backbone)
-        self.streaming = config.dataset_streaming
+        self.streaming = isinstance(dataset, StreamingPreferenceDataset)
         self.dropped_sizes = 0
         self.buckets: list[int] | None = None
         if config.aspect_ratio_buckets and not self.streaming:
@@ -379,6 +383,9 @@ class DataPipeline:
             `Iterator[tuple[list[Example], bool]]`: The micro-batches, and whether they
             count. One that only keeps up with other processes does not.
         """
+        if self.stream is not None:
+            yield from self._streamed_pass(self.stream, together)
+            return
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = [(0, i) for i in range(len(self.dataset))]
         mine = self.chunks(rows[rank::world])
@@ -387,6 +394,46 @@ class DataPipeline:
         if together:
             for _ in range(self.most_chunks(rows) - len(mine)):
                 yield [self.reader[rows[0]]], False
+
+    def _streamed_pass(
+        self, stream: StreamingPreferenceDataset, together: bool
+    ) -> Iterator[tuple[list[Example], bool]]:
+        """Read this process's share of a stream once. See `passes`."""
+        stream.load_state_dict(None)
+        chunks = self._streamed_chunks(stream)
+        last: list[Example] | None = None
+        while True:
+            chunk = next(chunks, None)
+            if not together and chunk is None:
+                return
+            if together and not self._any_process(chunk is not None):
+                return
+            last = chunk or last
+            if last is None:
+                raise UserError(
+                    "data.dataset_streaming: the evaluation data have fewer rows than there are "
+                    "processes; set it to false"
+                )
+            yield last, chunk is not None
+
+    def _any_process(self, answer: bool) -> bool:
+        flag = torch.tensor([float(answer)], device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, reduction="sum")) > 0
+
+    def _streamed_chunks(self, stream: StreamingPreferenceDataset) -> Iterator[list[Example]]:
+        """Read the groups of a stream in micro-batches whose images have one size."""
+        by_size: dict[tuple[int, int], list[Example]] = {}
+        for group in stream:
+            try:
+                example = self.reader.read_streamed(group, 0)
+            except UserError as error:
+                warnings.warn(f"{error}; it is left out", stacklevel=2)
+                continue
+            batch = by_size.setdefault(example.geometry.target_size, [])
+            batch.append(example)
+            if len(batch) == self.args.per_device_train_batch_size:
+                yield by_size.pop(example.geometry.target_size)
+        yield from by_size.values()
 
     def most_chunks(self, keys: list[tuple[int, int]]) -> int:
         """Count the micro-batches of the process with the most of them.

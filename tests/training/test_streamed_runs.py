@@ -14,7 +14,7 @@ from tiny import labelled_rows, lora_config, make_trainer, pair_rows, trained_te
 
 from diffalign.data import load_preferences
 from diffalign.data.streaming import StreamingPreferenceDataset
-from diffalign.errors import UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.training.group_reader import StreamPosition
 
 
@@ -214,3 +214,39 @@ if __name__ == "__main__":
         [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_streamed_evaluation_split_is_evaluated_like_a_loaded_one(tmp_path: Path) -> None:
+    place = Path(shards(tmp_path / "data", numbered(8)))
+    test = datasets.Dataset.from_list(numbered(5))
+    test.to_parquet(place / "test-00000-of-00001.parquet")
+
+    def trainer(streaming: bool) -> Any:
+        return make_trainer(
+            tmp_path / f"run-{streaming}",
+            rows=str(place),
+            peft_config=lora_config(),
+            data={"dataset_streaming": streaming, "dataset_test_split": "test"},
+            options={"eval_dataset": str(place)},
+            per_device_train_batch_size=2,
+            max_steps=2,
+            eval_steps=1,
+        )
+
+    streamed, loaded = trainer(True), trainer(False)
+    assert isinstance(streamed.eval_dataset, StreamingPreferenceDataset)
+    first = [t.evaluate() for t in (streamed, loaded)]
+    assert first[0] == pytest.approx(first[1], nan_ok=True)
+    assert streamed.train().global_step == 2
+    assert streamed.evaluate() == streamed.evaluate()
+    assert len(list(streamed.evaluation_data().passes())) == 3
+
+
+def test_a_stream_without_steps_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_steps: a streamed dataset has no length"):
+        make_trainer(
+            tmp_path,
+            rows=shards(tmp_path / "data", numbered(8)),
+            data={"dataset_streaming": True},
+            max_steps=None,
+        )
