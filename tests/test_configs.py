@@ -34,6 +34,22 @@ def test_every_run_file_parses_and_round_trips(path: Path) -> None:
     assert "#" in path.read_text(), "recipes are commented"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if load_run(path).rewards is not None],
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
+)
+def test_the_rewards_of_every_run_file_fit_its_method(path: Path) -> None:
+    from diffalign.rewards.panel import Panel
+
+    run = load_run(path)
+    panel = Panel.from_config({**(run.rewards or {}), "placement": "exclusive", "cache": None})
+    assert panel.train_names
+    if run.method == "reward_backprop":
+        panel.placement = "resident"  # built so, it would load the weights
+        panel.check_differentiable()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "reward").glob("*.yaml")))
 def test_every_run_file_of_a_reward_parses(path: Path) -> None:
     from diffalign.reward_training.run_file import reward_run_from_dict

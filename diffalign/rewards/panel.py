@@ -277,11 +277,19 @@ class Panel:
         """Refuse a panel that `score_tensor` cannot score with.
 
         Raises:
-            ConfigError: The rule compares images with each other, scorers wait on the
-                CPU or are freed between calls, or a scorer of role `train` has no
-                gradient.
+            ConfigError: A scorer of role `train` has no gradient, the rule compares
+                images with each other, or scorers wait on the CPU or are freed between
+                calls.
         """
-        if self.combine_config.method not in ADDITIVE:
+        names = self.combined_entries()[0]
+        for name in names:
+            if not self.specs[name].differentiable:
+                raise ConfigError(
+                    "rewards",
+                    f"{name} ({self.specs[name].key}) gives no gradient; give it the role eval, "
+                    "or take a differentiable scorer (diffalign scorers lists them)",
+                )
+        if len(names) > 1 and self.combine_config.method not in ADDITIVE:
             raise ConfigError(
                 "combine.method",
                 f"{self.combine_config.method} compares images and has no gradient; take one of "
@@ -292,16 +300,11 @@ class Panel:
                 "placement",
                 f"{self.placement} frees a scorer before its gradient is computed; set resident",
             )
-        for name in self.combined_entries()[0]:
-            if not self.specs[name].differentiable:
-                raise ConfigError(
-                    "rewards",
-                    f"{name} ({self.specs[name].key}) gives no gradient; give it the role eval, "
-                    "or take a differentiable scorer (diffalign scorers lists them)",
-                )
 
     def score_tensor(self, pixels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         """Combine the scores of role `train`, with a gradient.
+
+        The score of a single scorer is the reward itself, unless the rule adds scores.
 
         Args:
             pixels (`Tensor`): (n, 3, H, W) in [0, 1].
@@ -320,6 +323,8 @@ class Panel:
             sign = 1.0 if self.specs[name].higher_is_better else -1.0
             with self.using(name) as scorer:
                 columns.append(sign * scorer.score_tensor(pixels, prompts).to(pixels.device))
+        if self.combine_config.method not in ADDITIVE:
+            return columns[0]
         return self._combined(torch.stack(columns, dim=-1)[None], names, weights)[0]
 
     def _combined(

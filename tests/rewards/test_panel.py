@@ -418,3 +418,17 @@ def test_combine_config_reads_margins_by_name_and_in_order():
     for wrong in ([1.0], [-1.0, 0.0], {"a": "x"}):
         with pytest.raises(ConfigError, match=r"combine\.margins"):
             CombineConfig(margins=wrong).margins_of(["a", "b"])
+
+
+def test_the_gradient_of_one_scorer_needs_no_rule():
+    import torch
+
+    from diffalign.rewards.registry import load_scorer
+
+    pixels, prompts = torch.rand(2, 3, 64, 64, requires_grad=True), ["a red circle", "a star"]
+    expected = load_scorer("shapes-clip").score_tensor(pixels, prompts)
+    panel = Panel.from_config({"rewards": ["shapes-clip"], "cache": None})
+    assert torch.equal(panel.score_tensor(pixels, prompts), expected)
+    both = Panel.from_config({"rewards": ["shapes-clip", "jpeg_compressibility"], "cache": None})
+    with pytest.raises(ConfigError, match=r"jpeg_compressibility.* gives no gradient"):
+        both.check_differentiable()
