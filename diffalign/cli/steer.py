@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..steering.reward_fn import Rewarder
 
 # Options that change no result, so a run may go on with other values.
+_CONTENTS = "files of the model or the scorers"
 _FREE = ("output_dir", "device", "model_batch_size", "decode_batch_size", "command", "handler")
 
 
@@ -179,6 +180,7 @@ def run(options: argparse.Namespace) -> int | Result:
     settings = {k: v for k, v in sorted(vars(options).items()) if k not in _FREE} | {
         "prompts": prompts,
         "prompt": None,
+        _CONTENTS: _contents(options, arguments),
     }
     if _claim(options.output_dir, settings):
         print(f"{options.output_dir} holds a finished run; nothing was run again")
@@ -334,13 +336,34 @@ def _scorer_arguments(options: argparse.Namespace) -> dict[str, Mapping[str, Any
     return {name: arguments.get(name, {}) for name in names}
 
 
+def _contents(
+    options: argparse.Namespace, arguments: dict[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Hash the local files that decide the result, by the option that names them.
+
+    A model that was trained further in its folder is another model.
+    """
+    from ..evaluation.models import ModelSpec
+    from ..runtime.hashing import path_hash
+
+    places = {"tiny_decoder": options.tiny_decoder}
+    for name, own_args in arguments.items():
+        places[name] = name.rpartition(".py:")[0] + ".py" if ".py:" in name else name
+        places |= {f"{name}.{key}": value for key, value in own_args.items()}
+    return {"model": ModelSpec("model", options.model).fingerprint()} | {
+        name: path_hash(Path(place))
+        for name, place in places.items()
+        if isinstance(place, str) and Path(place).exists()
+    }
+
+
 def _claim(folder: Path, settings: dict[str, Any]) -> bool:
     """Take the folder for these settings, and return whether its run is finished.
 
     Raises:
         UserError: The folder holds something else, or a run with other settings.
     """
-    claim_output_dir(folder, "settings.json", settings, long=("prompts",))
+    claim_output_dir(folder, "settings.json", settings, long=("prompts", _CONTENTS))
     return (folder / "results.json").is_file()
 
 

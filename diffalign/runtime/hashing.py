@@ -111,6 +111,22 @@ _WHOLE, _SAMPLES = 1 << 20, 1 << 16
 """Elements of a tensor that counts as a whole, and about those that count of others."""
 
 
+def path_hash(path: Path) -> str:
+    """Hash a file, or the weights and settings anywhere in a folder, by samples.
+
+    Args:
+        path (`Path`): the file or folder.
+
+    Returns:
+        `str`: SHA-256, 64 hexadecimal digits.
+    """
+    if path.is_file():
+        return sampled_hash(path)
+    suffixes = (*WEIGHT_SUFFIXES, ".json", ".txt", ".model")
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+    return text_hash(*(f"{p.relative_to(path)}\0{sampled_hash(p)}\0" for p in files))
+
+
 def module_hash(module: torch.nn.Module) -> str:
     """Hash the weights of a loaded module.
 

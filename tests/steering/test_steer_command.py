@@ -246,3 +246,41 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, capsys: pytest.Capture
         and "holds a run with --seed 0, not 1" in capsys.readouterr().err
     )
     assert steer(out, "--prompt", PROMPTS[1]) == 2 and "other prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["model", "scorer"])
+def test_a_model_or_scorer_changed_in_its_place_is_another_run(
+    part: str, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from diffalign.shapes.models import weights_dir
+
+    model, scorer = tmp_path / "model", tmp_path / "scorer.py"
+    shutil.copytree(weights_dir("shapes"), model)
+    code = (
+        "class Size:\n"
+        "    def __call__(self, images):\n"
+        "        return [float(image.width) for image in images]\n"
+    )
+    scorer.write_text(code)
+    options = ["--prompts", prompts, "--max_prompts", 1, "--num_particles", 2, "--model", model]
+    options += ["--num_inference_steps", 4]
+    options += ["--scorer", "shapes-clip" if part == "model" else f"{scorer}:Size"]
+    options += [] if part == "model" else ["--trust_remote_code"]
+    out = tmp_path / "out"
+    assert steer(out, *options) == 0, capsys.readouterr()
+    assert steer(out, *options) == 0
+    assert "nothing was run again" in capsys.readouterr().out
+    if part == "model":
+        file = next((model / "unet").glob("*.safetensors"))
+        weights = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+        save_file(weights, file)
+    else:
+        scorer.write_text(code.replace("width", "height"))
+    assert steer(out, *options) == 2
+    assert "holds a run with other files of the model or the scorers" in capsys.readouterr().err
