@@ -32,7 +32,7 @@ from ..training.periodic import StopOnSignal, in_order
 from ..training.resume import group_settings, resume_settings
 from ..training.run_folder import begin
 from ..training.signals import StopSignals
-from ..training.tracking import MetricLog, MetricWindow, start_trackers
+from ..training.tracking import MetricLog, MetricWindow, finish_trackers, start_trackers
 from .captions import CaptionData
 from .config import RewardConfig
 from .fit import fit_scale, label_loss, make_labels, margins_of_scores, part_loss
@@ -309,9 +309,7 @@ class TowerRun:
             fit(self, run, callbacks)
             # All processes agree, also if a signal came after the last step.
             interrupted = StopOnSignal(signals).interrupted(run)
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.trackers = []
+        finish_trackers(accelerator)
         if not interrupted:
             if self.state.global_step % (self.args.eval_steps or 1):
                 self.evaluate()  # the last step may be the best one

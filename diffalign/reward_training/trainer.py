@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,9 @@ from ..rewards.scorers.trained import (
 from ..runtime.distributed import end_training
 from ..runtime.files import LOCK, replacing_folder, save_tensors
 from ..runtime.versions import versions
-from ..training.callbacks import TrainerCallback
+from ..training.arguments import read_callbacks
 from ..training.sections import LoraSection
+from ..training.tracking import check_tracker
 from .captions import CaptionData
 from .categories import pair_categories
 from .config import RewardConfig
@@ -86,7 +86,7 @@ class RewardTrainer:
         columns (`dict`, *optional*): See `load_preferences`.
         peft_config (`LoraConfig`, *optional*): The LoRA of `towers: lora`. None takes
             rank 16 on the attention projections (on open_clip's feed-forward layers).
-        callbacks (`Sequence[TrainerCallback]`, *optional*, defaults to `()`): Called
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Called
             while towers are trained.
         anchor_dataset (*optional*): Captioned images for `anchor`, in place of
             `anchor_data`.
@@ -119,12 +119,13 @@ class RewardTrainer:
         model_path: str | None = None,
         columns: dict[str, str] | None = None,
         peft_config: LoraConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Any = None,
         anchor_dataset: Any = None,
         like_threshold: float | None = None,
     ) -> None:
         self.args = args or RewardConfig()
-        self.callbacks = callbacks
+        check_tracker(self.args.report_to)
+        self.callbacks = read_callbacks(callbacks)
         self.interrupted_by: int | None = None
         self.peft_config = self._lora(peft_config)
         self.folder = Path(self.args.output_dir)
@@ -166,7 +167,7 @@ class RewardTrainer:
             check_base(self.base, self.args.head)
         else:
             check_trainable(self.base)
-        if callbacks and self.args.towers == "frozen":
+        if self.callbacks and self.args.towers == "frozen":
             raise ConfigError("callbacks", "are called while towers are trained; leave them out")
         self.captions = self._read_captions(anchor_dataset)
         self._check_again(model)

@@ -5,6 +5,7 @@ It imports no torch: the command line makes its help from it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from ..config.ranges import BatchSize, Count, Decay, NotNegative, Positive, Range, count
@@ -108,4 +109,6 @@ class LoopConfig:
             raise ConfigError("max_steps", "set either max_steps or num_train_epochs, not both")
         if not self.output_dir:
             raise ConfigError("output_dir", "expected a folder, got an empty name")
+        if Path(self.project).is_absolute() or ".." in Path(self.project).parts:
+            raise ConfigError("project", f"expected a name, got the path {self.project!r}")
         self.output_dir = expand_home(self.output_dir)

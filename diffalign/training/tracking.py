@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from ..config.ranges import suggestion
+from ..errors import ConfigError
 from ..runtime.files import write_atomically
+from ..runtime.weight_files import explained
 from .loop_config import LoopConfig
 
 
@@ -165,7 +170,22 @@ class MetricLog:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.accelerator.log(finite, step=step)
+        self._send(lambda tracker: tracker.log(finite, step=step))
+
+    def _send(self, send: Callable[[Any], None]) -> None:
+        """Give something to every tracker. One that fails is left out from then on."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in list(self.accelerator.trackers):
+            try:
+                send(tracker)
+            except Exception as error:  # of any library, a network's for instance
+                self.accelerator.trackers.remove(tracker)
+                warnings.warn(
+                    f"train.report_to: {tracker.name} failed ({explained(error)}); the run goes on "
+                    f"without it, and the metrics are in {self.path}",
+                    stacklevel=2,
+                )
 
     def images(self, name: str, image: Any, step: int) -> None:
         """Send an image to every tracker that can show one.
@@ -177,7 +197,7 @@ class MetricLog:
         """
         import numpy as np
 
-        for tracker in self.accelerator.trackers:
+        def send(tracker: Any) -> None:
             if tracker.name == "trackio":
                 import trackio
 
@@ -186,6 +206,8 @@ class MetricLog:
                 payload = [image] if tracker.name == "wandb" else np.asarray(image)[None]
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: payload}, step=step, **layout)
+
+        self._send(send)
 
 
 def tracker_config(args: LoopConfig) -> dict[str, Any]:
@@ -211,8 +233,60 @@ def start_trackers(accelerator: Accelerator, args: LoopConfig) -> None:
     Args:
         accelerator (`Accelerator`): Processes of the run.
         args (`LoopConfig`): Settings of the run.
+
+    Raises:
+        ConfigError: The tracker cannot be started.
     """
-    if args.report_to != "none":
+    if args.report_to == "none":
+        return
+    try:
         accelerator.init_trackers(
             args.project, config=tracker_config(args), init_kwargs=tracker_options(args)
+        )
+    except Exception as error:  # of any library: no login, no server
+        raise ConfigError(
+            "train.report_to", f"{args.report_to} could not start ({explained(error)})"
+        ) from error
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """End the trackers. One that fails loses what it had not sent, and nothing else.
+
+    Args:
+        accelerator (`Accelerator`): Processes of the run.
+    """
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            warnings.warn(
+                f"train.report_to: {tracker.name} failed at the end ({explained(error)})",
+                stacklevel=2,
+            )
+    accelerator.trackers = []
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that is not installed, before weights are loaded.
+
+    Args:
+        name (`str`): `train.report_to`.
+
+    Raises:
+        ConfigError: There is no such tracker, or its package is missing.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    names = sorted(str(each.value) for each in LoggerType)
+    if name == "none":
+        return
+    if name not in names:
+        raise ConfigError(
+            "train.report_to",
+            f"expected one of none, {', '.join(names)}, got {name!r}{suggestion(name, names)}",
+        )
+    if name != "all" and name not in [str(each.value) for each in get_available_trackers()]:
+        raise ConfigError(
+            "train.report_to", f"{name} is not installed; pip install {name}, or set it to none"
         )

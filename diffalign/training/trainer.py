@@ -83,7 +83,7 @@ from .sections import HubConfig, ValidationConfig
 from .sharding import choose_units, is_fsdp, shard_frozen
 from .signals import StopSignals
 from .start_lora import StartLora, put_start_lora, read_start_lora
-from .tracking import MetricLog, MetricWindow, start_trackers
+from .tracking import MetricLog, MetricWindow, check_tracker, finish_trackers, start_trackers
 from .trained_weights import FullWeights, LoraWeights, TrainedWeights
 from .validation import Validation
 from .validation_checks import check_validation, scorers_that_train, unguarded
@@ -305,7 +305,8 @@ class Trainer:
         return start
 
     def _check_settings(self) -> None:
-        """Refuse settings that exclude each other."""
+        """Refuse settings that exclude each other, or need what is not installed."""
+        check_tracker(self.args.report_to)
         if not self.args.precompute_ref_errors:
             return
         if self.reference_free:
@@ -832,9 +833,7 @@ class Trainer:
                 validation.restore_best()
             if self.hub_config is not None and self.hub_config.push_to_hub:
                 self.push_to_hub()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.trackers = []
+        finish_trackers(self.accelerator)
         return TrainOutput(
             self.state.global_step, run.metrics, signals.received, run.paused_for, run.hacked_at
         )
