@@ -302,6 +302,26 @@ class PreferenceDataset:
             "caption_1",
         } <= self.layout.mapping.keys()
 
+    def reversed_scores(self) -> int:
+        """Count the pairs in use whose rejected image has the higher score."""
+        import numpy as np
+        import pyarrow.compute
+
+        light = self.layout.light_columns
+        if not {"chosen_score", "rejected_score"} <= light.keys() or self.row_ids is None:
+            return 0
+        chosen, rejected = (
+            pyarrow.compute.cast(self._light_column(role), "float64").to_numpy()
+            for role in ("chosen_score", "rejected_score")
+        )
+        return int(np.count_nonzero(chosen[self.row_ids] < rejected[self.row_ids]))
+
+    def liked_share(self) -> float | None:
+        """Return the share of liked images of labelled rows in use, None for others."""
+        if self.layout.kind != "labelled" or self.row_ids is None:
+            return None
+        return float((self._liked()[self.row_ids] > 0).mean())
+
     def using(self, *roles: str) -> PreferenceDataset:
         """Return the same dataset, whose fingerprint covers what a method also reads.
 

@@ -213,6 +213,7 @@ def _with_layout(
         rows_to_lists=gathers,
         like_threshold=like_threshold,
         wanted=kind,
+        flags=flag_columns(data),
     )
     report.direction, report.unused = layout.direction, list(layout.unused)
     if layout.name == "image_rows":
@@ -272,6 +273,18 @@ def _tell(report: LoadReport, verbose: bool) -> None:
 
 
 _LOOKED_AT = 100  # rows of a stream without features
+
+
+def flag_columns(data: Rows) -> set[str]:
+    """Name the columns of true and false.
+
+    Args:
+        data: A `datasets.Dataset` or `IterableDataset`.
+    """
+    if data.features is not None:
+        return {n for n, kind in data.features.items() if getattr(kind, "dtype", "") == "bool"}
+    rows = list(itertools.islice(data, _LOOKED_AT))
+    return {n for row in rows for n, value in row.items() if isinstance(value, bool)}
 
 
 def list_columns(data: Rows) -> dict[str, bool]:

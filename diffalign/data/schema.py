@@ -390,6 +390,7 @@ def recognise(
     rows_to_lists: bool = True,
     like_threshold: float | None = None,
     wanted: str | None = None,
+    flags: Collection[str] = (),
 ) -> Layout:
     """Recognise the layout of a dataset by its columns.
 
@@ -408,6 +409,8 @@ def recognise(
         wanted (`str`, *optional*): Kind that a method trains on. Columns whose names
             also mean other things, such as `label`, are read as likes or as conditions
             only for a method that wants these, or where they are mapped.
+        flags (`Collection[str]`, *optional*): Columns of true and false. `label` is
+            then read as likes for single images, too.
 
     Returns:
         `Layout`.
@@ -429,7 +432,7 @@ def recognise(
     fitting = [spec for spec in _SPECS if _reads(spec, mapping)]
     for spec in (*fitting, *(spec for spec in _SPECS if spec not in fitting)):
         roles = _fitting(spec, names, lists or {})
-        if roles is not None and not _is_meant(spec, roles, mapping, wanted):
+        if roles is not None and not _is_meant(spec, roles, mapping, wanted, flags):
             continue
         if roles is None or (spec.name == "image_rows" and not rows_to_lists):
             continue
@@ -446,6 +449,7 @@ def recognise(
             if name is not None:
                 roles[role] = name
         used = {role: names[name] for role, name in roles.items()}
+        _check_images_differ(used)
         return Layout(
             spec.name,
             spec.kind,
@@ -477,8 +481,22 @@ _CLEAR = ("liked", "thumbs_up", "rating", "stars", "conditioning_image", "contro
 """Names that mean nothing else beside an image and its prompt."""
 
 
+def _check_images_differ(columns: Mapping[str, str]) -> None:
+    """Refuse one column as both images of a pair."""
+    for first, second in (("chosen", "rejected"), ("jpg_0", "jpg_1")):
+        if first in columns and columns[first] == columns.get(second):
+            raise ConfigError(
+                "data.columns",
+                f"{first} and {second} are both {columns[first]!r}; name two columns",
+            )
+
+
 def _is_meant(
-    spec: _Spec, roles: Mapping[str, str], mapping: Mapping[str, str], wanted: str | None
+    spec: _Spec,
+    roles: Mapping[str, str],
+    mapping: Mapping[str, str],
+    wanted: str | None,
+    flags: Collection[str],
 ) -> bool:
     """Whether likes or conditions are meant by columns that look like them."""
     if spec.kind not in ("labelled", "conditioned") or wanted == spec.kind:
@@ -488,7 +506,7 @@ def _is_meant(
         return True
     if spec.kind == "conditioned":
         return wanted is None and name in _CLEAR
-    return wanted is None or (wanted == "single" and name in _CLEAR)
+    return wanted is None or (wanted == "single" and (name in _CLEAR or name in flags))
 
 
 def _first_present(aliases: Sequence[str], names: Collection[str]) -> str | None:

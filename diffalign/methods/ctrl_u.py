@@ -227,6 +227,7 @@ class CtrlUTrainer(Trainer):
         "Seeds of the ablations, and how the paper's equation of two branches became the code's "
         "of one."
     )
+    takes_scorers = True
     config_class = CtrlUConfig
     data_kind = "conditioned"
     can_be_online = False

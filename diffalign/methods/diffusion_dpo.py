@@ -341,6 +341,13 @@ class DiffusionDPOTrainer(Trainer):
                 or `score_margin` without a range of scores.
         """
         super().validate()
+        if self.args.needs_scores:
+            reverse, pairs = self.train_dataset.reversed_scores(), self.train_dataset.report.kept
+            if reverse:
+                self.notes.append(
+                    f"WARNING: {reverse} of {pairs} pairs have a chosen_score below their "
+                    "rejected_score; check the columns (data.columns)"
+                )
         if self.args.score_margin is not None:
             self.score_range = self.args.score_range or self._range_of_scores()
         if self.args.reference_decay is None:

@@ -234,6 +234,17 @@ class DiffusionKTOTrainer(Trainer):
     baseline: RunningBaseline | None = None
     """Q of past steps, with `baseline: running`."""
 
+    def validate(self) -> None:
+        """Note data of one kind alone. See `Trainer.validate`."""
+        super().validate()
+        share = self.train_dataset.liked_share()
+        if share in (0.0, 1.0):
+            kind = "liked" if share else "disliked"
+            self.notes.append(
+                f"WARNING: all images are {kind}, and Diffusion-KTO learns from liked and disliked "
+                "ones; check the column of labels (data.columns), or add the other kind"
+            )
+
     def build_source(self) -> BatchSource:
         """Build the source of batches, and the running baseline."""
         if self.args.baseline == "running":

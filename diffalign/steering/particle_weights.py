@@ -446,11 +446,11 @@ def check_options(
             "ess_target",
             f"expected a share of the particles in (1/{num_particles}, 1), got {ess_target!r}",
         )
-    if ess_threshold is not None and not ess_threshold >= 0:
+    if ess_threshold is not None and not 0 <= ess_threshold <= 1:
         raise ConfigError(
             "ess_threshold",
-            "expected a share of the particles >= 0 (0 never resamples, 1 always), got "
-            f"{ess_threshold!r}",
+            "expected a share of the particles from 0 to 1 (0 never resamples, 1 almost always, "
+            f"null always), got {ess_threshold!r}",
         )
     if adaptive_tempering is not None and not 0 < adaptive_tempering < 1:
         raise ConfigError(

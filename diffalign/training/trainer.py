@@ -150,6 +150,8 @@ class Trainer:
     """Whether the method prefers the rejected images."""
     start_message: ClassVar[str] = LOG2_MESSAGE
     """What a method with a reference says about its first losses."""
+    takes_scorers: ClassVar[bool] = False
+    """Whether the method uses scorers other than as a reward of drawn images."""
     can_be_online: ClassVar[bool] = True
     """Whether the method can train on images drawn online."""
 
@@ -258,9 +260,16 @@ class Trainer:
         }
         self.record = self._make_record(names, bool(self.callbacks))
         self.validate()
+        self._check_evaluation()
         if self.training_reward() is not None:
             note = unguarded(validation, named)
             self.notes += [note] if note else []
+        elif scorers is not None and not self.takes_scorers:
+            raise ConfigError(
+                "rewards",
+                f"{self._name} scores no images here; leave the section out, or let a scorer judge "
+                "images drawn while training (data.online)",
+            )
         self._call("on_init_end")
 
     def _named_scorers(self) -> Any:
@@ -317,6 +326,20 @@ class Trainer:
             raise ConfigError(
                 "train.precompute_ref_errors",
                 "the images of data.online do not exist beforehand; set it to false",
+            )
+
+    def _check_evaluation(self) -> None:
+        """Refuse periodic evaluations without data, and note data never evaluated."""
+        if self.args.eval_steps is not None and self.eval_dataset is None:
+            raise ConfigError(
+                "train.eval_steps",
+                "there are no evaluation data; name their split (data.dataset_test_split), pass "
+                "eval_dataset, or leave eval_steps out",
+            )
+        if self.args.eval_steps is None and self.data_config.dataset_test_split is not None:
+            self.notes.append(
+                "data.dataset_test_split is evaluated only when evaluate() is called; set "
+                "train.eval_steps to evaluate while training"
             )
 
     def _read_data(self, train_dataset: Any, eval_dataset: Any) -> None:

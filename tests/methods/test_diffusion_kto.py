@@ -166,14 +166,14 @@ def test_disliked_images_do_not_train_sft(tmp_path: Path) -> None:
     assert len(trainer.train_dataset) == 4
     inverted = make_trainer(tmp_path, "sd", "sft", rows=rows, data={"invert_preferences": True})
     assert [g.row_id for g in inverted.train_dataset] == [1, 3, 5, 7]
-    # A column `label` may mean anything: it counts where it is mapped.
-    unclear = make_trainer(tmp_path, "sd", "sft", rows=labelled_rows(8))
+    # Numbers in a column `label` may be classes: they count where it is mapped.
+    flags = make_trainer(tmp_path, "sd", "sft", rows=labelled_rows(8))
+    assert len(flags.train_dataset) == 4
+    numbers = [{**row, "label": int(row["label"])} for row in labelled_rows(8)]
+    unclear = make_trainer(tmp_path, "sd", "sft", rows=numbers)
     assert len(unclear.train_dataset) == 8
-    mapped = {"columns": {"label": "label"}}
-    assert (
-        len(make_trainer(tmp_path, "sd", "sft", rows=labelled_rows(8), data=mapped).train_dataset)
-        == 4
-    )
+    mapped = make_trainer(tmp_path, "sd", "sft", rows=numbers, data={"columns": {"label": "label"}})
+    assert len(mapped.train_dataset) == 4
 
 
 def test_evaluations_of_inverted_data_are_inverted_once(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ FACTS = {
     "reference_free",
     "inverted",
     "can_be_online",
+    "takes_scorers",
     "start_message",
 }
 

@@ -280,7 +280,9 @@ def test_validation_grids_and_kept_base_images(tmp_path: Path, lora: bool) -> No
     make_trainer(tmp_path / "run", options={"validation": config}, **options).train()
     samples = tmp_path / "run" / "samples"
     assert sorted(p.name for p in samples.glob("*.png")) == ["step-2.png", "step-3.png"]
-    base = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (samples / "base").iterdir()}
+    base = {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (samples / "base").glob("*.png")
+    }
     assert sorted(base) == ["0000.png", "0001.png", "0002.png", "0003.png"]
     make_trainer(
         tmp_path / "run",
@@ -520,8 +522,13 @@ def test_a_window_is_logged_alike_when_resumed_in_its_middle(tmp_path: Path) -> 
 
 
 def test_evaluation_during_training_is_logged(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "out", max_steps=4, eval_steps=2, logging_steps=4)
-    trainer.eval_dataset = pair_rows(4)
+    trainer = make_trainer(
+        tmp_path / "out",
+        max_steps=4,
+        eval_steps=2,
+        logging_steps=4,
+        options={"eval_dataset": pair_rows(4)},
+    )
     trainer.train()
     entries = [
         json.loads(x)

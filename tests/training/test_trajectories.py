@@ -99,7 +99,7 @@ def test_draws_of_a_row_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 
 def test_two_processes_are_one_process(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "config.yaml").write_text("# an older run, to be moved aside once\n")
+    (tmp_path / "two" / "config.yaml").write_text("# dataset fingerprint 0\n# moved aside once\n")
     done = torchrun(SCRIPT, "plain", tmp_path / "two", 2, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 groups x 1 passes x 2 processes = 4 per optimizer step" in done.stdout
