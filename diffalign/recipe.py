@@ -191,7 +191,8 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
             raise ConfigError(key, f"expected a name, got {shown(values.get(key))}")
     method = values["method"]
     if method not in METHODS:
-        hint = suggestion(method, METHODS)
+        family = next((name for name in METHODS if name.endswith(f"_{method}")), None)
+        hint = f" (did you mean {family!r}?)" if family else suggestion(method, METHODS)
         raise ConfigError(
             "method", f"unknown method {shown(method)}{hint}; there are {', '.join(METHODS)}"
         )

@@ -335,3 +335,73 @@ def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
         (tmp_path / "s" / f"000-seed1-{side}.png").read_bytes() for side in ("base", "tuned")
     )
     assert base == tuned, "a LoRA at scale 0 must be the base, bit for bit"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command says that ends with exit code 2."""
+    assert cli.run([str(each) for each in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_results_are_not_written_over_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, "doctor", "--report", tmp_path)
+    assert "--report" in said and "is a folder; name a file" in said
+    said = refusal(capsys, "data", "inspect", tmp_path, "--picture", tmp_path)
+    assert "--picture" in said and "is a folder; name a file" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "dpo", "--model", "shapes"], "did you mean 'diffusion_dpo'?"),
+        (["--method", "sft", "--dry-run"], "--dry-run: unknown option (did you mean --dry_run?)"),
+        (
+            ["--method", "sft", "--model", "shapes", "--ref_model", "nowhere"],
+            "ref_model: there is no folder 'nowhere'",
+        ),
+        (
+            ["--method", "sft", "--model", "shapes", "--hub.push_to_hub", "true"],
+            "hub.push_to_hub: HF_HUB_OFFLINE is set",
+        ),
+    ],
+)
+def test_mistakes_of_a_training_command_are_answered(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert words in refusal(capsys, "train", *arguments)
+
+
+def test_sample_replaces_no_other_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sample(prompt: str) -> int:
+        options = ["--num_images", "1", "--num_inference_steps", "2", "--model", "shapes"]
+        return cli.run(
+            ["sample", *options, "--prompt", prompt, "--output_dir", str(tmp_path / "s")]
+        )
+
+    assert sample("a small red circle") == 0
+    before = (tmp_path / "s/000-seed0-base.png").read_bytes()
+    assert sample("a small red circle") == 0
+    assert sample("a large blue star") == 2
+    assert "holds a run with other prompt" in capsys.readouterr().err
+    assert (tmp_path / "s/000-seed0-base.png").read_bytes() == before
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
+    import shlex
+
+    from diffalign.cli.train import _next_command
+    from diffalign.recipe import load_run
+
+    folder = tmp_path / "my run #1"
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    run = load_run(None, ["--method", "sft", "--model", "shapes"])
+    words = shlex.split(_next_command(run, folder) or "", comments=True)
+    assert words[-4:] == ["--tuned", str(folder), "--output_dir", f"{folder}-compared"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def run(options: argparse.Namespace) -> int | Result:
     embedded = all(embedded_name(model) is not None for model in options.models)
     recipe = "shapes" if embedded else "sdxl_lora"
     command = f"diffalign train --config configs/{method}/{recipe}.yaml"
-    command += f" --data.dataset_name {folder / kind}"
+    command += f" --data.dataset_name {shlex.quote(str(folder / kind))}"
     return Result(text, facts, next=command if len(facts) > 1 else None)
 
 

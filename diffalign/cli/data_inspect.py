@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..runtime.files import check_output_file
 from .data_source import add_source_arguments, source_arguments
 from .results import Result
 
@@ -43,6 +44,9 @@ def run(options: argparse.Namespace) -> Result:
     """
     from ..data import format_inspection, load_preferences
     from ..data.inspect import first_group_picture, inspect
+
+    if options.picture is not None:
+        check_output_file(options.picture.expanduser(), "--picture")
 
     # Inspecting shows what is broken, so any share of broken rows is accepted. Images
     # are decoded by `inspect`.

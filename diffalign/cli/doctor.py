@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..runtime.files import write_atomically
+from ..runtime.files import check_output_file, write_atomically
 from .results import Result
 
 
@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> Result:
     if isinstance(options.json, str):
         print("--json FILE is now --report FILE", file=sys.stderr)
         options.report, options.json = Path(options.json), False
+    if options.report:
+        check_output_file(options.report, "--report")
     findings = list(
         examine(
             options.scorers,

@@ -19,6 +19,7 @@ _PERMISSION = (
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
+    errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
@@ -67,6 +68,8 @@ def report(error: BaseException) -> int | None:
         return say(str(error), 1)
     if name == "OutOfMemoryError":
         return say(_NO_MEMORY, 1)
+    if type(error).__module__.split(".")[0] in _WRITERS and _REFUSED.search(str(error)):
+        return say(f"cannot write a file ({error}); name a folder that you may write to", 2)
     if no_space(error):
         return say(f"cannot write a file (no space left on device); {_FREE_SPACE}", 1)
     if name == "Interrupted":
@@ -96,6 +99,7 @@ _FULL = re.compile(
     r"|requested and \d+ written|inline_container.cc.*unexpected pos",
     re.IGNORECASE,
 )
+_REFUSED = re.compile(r"Permission denied|Read-only file system|readonly database")
 # Libraries whose errors are no OSError when the disk is full.
 _WRITERS = ("safetensors", "sqlite3", "pyarrow")
 

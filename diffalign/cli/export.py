@@ -9,6 +9,7 @@ from ..backbones import ModelSource
 from ..backbones.lora_formats import FORMATS, default_file, read_lora, write_lora
 from ..config.yaml_text import read_yaml_file
 from ..errors import ConfigError, UserError
+from ..runtime.files import make_folder
 from .results import Result
 
 
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> Result:
     file = output if is_file else default_file(output, options.format)
     if file.exists() and (file.is_file() or any(file.iterdir())):
         raise UserError(f"--output: {str(file)!r} exists already; name another")
+    make_folder(file.parent, "--output")
     lora = read_lora(options.lora, "--lora", pipeline_class(options.lora, options.model))
     write_lora(lora, file, options.format)
     title = f" of {lora.naming.title}" if lora.naming else ""

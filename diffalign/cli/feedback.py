@@ -8,6 +8,7 @@ votes until the next round.
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int | Result:
         if find_votes(output.waiting_for):
             text = read_votes(output.waiting_for).summary()
             facts = {"status": "votes are there", "folder": output.waiting_for}
-            command = f"diffalign train --config {options.config}"
+            command = f"diffalign train --config {shlex.quote(str(options.config))}"
             return Result(text, facts, next=f"{command} --train.resume_from_checkpoint latest")
         time.sleep(options.poll)
     return Result("", {"status": "votes wanted", "folder": output.waiting_for})

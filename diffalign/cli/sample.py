@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..config.ranges import count, finite, seed, steps
 from ..errors import ConfigError
-from ..runtime.files import make_folder, save_image
+from ..runtime.files import claim_output_dir, save_image
 from ..runtime.missing import check_any, left_out, present
 from .results import Result
 
@@ -109,6 +110,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_DECIDING = (
+    "model",
+    "prompt",
+    "num_images",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "lora",
+    "lora_scale",
+    "negative_lora",
+    "positive_share",
+    "negative_share",
+    "user_adapter",
+    "user",
+    "user_pairs",
+)
+"""Options that decide the images."""
+
+
 def _check_user_options(options: argparse.Namespace) -> None:
     """Refuse options of users that do not fit together."""
     if not options.user_adapter:
@@ -157,7 +177,8 @@ def run(options: argparse.Namespace) -> Result:
         `int` or `Result`: Exit code, or what was done.
 
     Raises:
-        UserError: A model or LoRA is missing, or a number is out of range.
+        UserError: A model or LoRA is missing, a number is out of range, or the folder
+            holds other images.
     """
     from ..generation.grids import comparison_grid
     from ..generation.pipelines import default_settings, load_pipeline
@@ -169,6 +190,12 @@ def run(options: argparse.Namespace) -> Result:
                 f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}"
             )
     _check_user_options(options)
+    asked = {name: value for name, value in vars(options).items() if name in _DECIDING}
+    claim = functools.partial(
+        claim_output_dir, options.output_dir, "settings.json", asked, long=("prompt",)
+    )
+    if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
+        claim()  # refuses other images, which these would replace
     pipe = load_pipeline(options.model)
     settings: dict[str, Any] = {
         name: getattr(options, name)
@@ -216,7 +243,7 @@ def run(options: argparse.Namespace) -> Result:
             sides["tuned"] = generate(
                 pipe, prompts, seeds, batch_size=options.batch_size, description="user", **settings
             )
-    make_folder(options.output_dir)
+    claim()
     files = []
     for name, images in sides.items():
         check_any(images, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,16 @@ from .launch import launch
 from .results import Result, result_arguments
 
 _NEGATIVE = ("self_npo", "diffusion_npo")  # `compare` needs a mapping with `negative:`
+
+
+_FLAGS = (
+    "--config",
+    "--dry_run",
+    "--print_config",
+    "--accelerate_config",
+    "--num_processes",
+    "--trust_remote_code",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +73,10 @@ def run(options: argparse.Namespace) -> int | Result:
             "--config: name a run file, e.g. diffalign train --config "
             "configs/diffusion_dpo/shapes.yaml"
         )
+    for text in options.overrides:
+        name = text.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if name in _FLAGS:
+            raise UserError(f"{text}: unknown option (did you mean {name}?)")
     if options.trust_remote_code:
         trust_files()
     run_config = load_run(options.config, options.overrides)
@@ -120,15 +135,16 @@ def _next_command(run: RunConfig, folder: Path) -> str | None:
     is_adapter = (folder / LORA_FILE).is_file()
     if not is_adapter and not (folder / "model_index.json").is_file():
         return None
-    command = f"diffalign compare --base {run.model} --tuned {folder}"
+    base, tuned = shlex.quote(run.model), shlex.quote(str(folder))
+    command = f"diffalign compare --base {base} --tuned {tuned}"
     if embedded_name(run.model) is None:
         scorers = ["pickscore"]
         prompts = "partiprompts"
         if run.validation is not None:
             scorers = run.validation.scorers or scorers
             prompts = run.validation.prompts or prompts
-        command += f" --prompts {prompts} --scorers {','.join(scorers)}"
-    return f"{command} --output_dir {folder}-compared"
+        command += f" --prompts {shlex.quote(prompts)} --scorers {shlex.quote(','.join(scorers))}"
+    return f"{command} --output_dir {shlex.quote(f'{folder}-compared')}"
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
-from ..runtime.files import read_tensors, remove_temporaries, save_tensors
+from ..runtime.files import make_folder, read_tensors, remove_temporaries, save_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +155,7 @@ class TensorCache:
         """Write the pending entries as one new shard."""
         if not self._pending:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, "the cache")
         remove_temporaries(self.folder, _DEAD_AFTER)
         path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
         save_tensors(

@@ -24,6 +24,7 @@ BUILDERS = {
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "csv",
     ".txt": "text",
     ".tar": "webdataset",
 }
@@ -273,8 +274,8 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
     """Open a folder in the first of these forms that fits.
 
     They are save_to_disk, a README.md with configurations, imagefolder metadata, pair
-    folders, parquet, tar, and then json, jsonl and csv tables whose images lie beside
-    them.
+    folders, parquet, tar, and then json, jsonl, csv and tsv tables whose images lie
+    beside them.
     """
     import datasets
 
@@ -300,7 +301,7 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
         return Source(
             _plain_tar(_load(name, name, split, config=config, streaming=streaming)), name, places
         )
-    for suffix in (".jsonl", ".json", ".csv"):
+    for suffix in (".jsonl", ".json", ".csv", ".tsv"):
         files = sorted(path.rglob(f"*{suffix}"))
         if files:
 
@@ -311,7 +312,7 @@ def _folder(path: Path, split: str, config: str | None, streaming: bool) -> Sour
             return Source(dataset, name, ImagePlaces((path, *_image_folders(files))))
     raise UserError(
         f"dataset {name!r}: found no chosen/ and rejected/ (or w/ and l/) folders, no "
-        "metadata.jsonl, and no parquet, jsonl, json, csv or tar files in this folder"
+        "metadata.jsonl, and no parquet, jsonl, json, csv, tsv or tar files in this folder"
     )
 
 

@@ -60,9 +60,9 @@ def read_tables(paths: Sequence[Path], name: str) -> datasets.Dataset:
 
 
 def _rows(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Read a file's rows from its content. The reader of .csv opens the file itself."""
+    """Read a file's rows from its content. The reader of tables opens the file."""
     what, suffix = "dataset ", path.suffix.lower()
-    if suffix == ".csv":
+    if suffix in (".csv", ".tsv"):
         return [row.cells for row in text_files.read_table(path, what).rows]
     text = text_files.decode(content, f"{what}{path}")
     if suffix == ".txt":

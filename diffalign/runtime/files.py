@@ -129,6 +129,23 @@ def make_folder(folder: Path, option: str = "--output_dir") -> bool:
     return not there
 
 
+def check_output_file(file: Path, option: str) -> None:
+    """Check that a file can be written, before the work whose result it is to hold.
+
+    Args:
+        file (`Path`): the file. The folder that it lies in is made.
+        option (`str`): how messages name it.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made or written to.
+    """
+    if file.is_dir():
+        raise UserError(f"{option}: {str(file)!r} is a folder; name a file")
+    make_folder(file.parent, option)
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{option}: {str(file)!r} cannot be written; name a file elsewhere")
+
+
 def move_aside(folder: Path, option: str) -> Path:
     """Rename a folder to ``<folder>.old-<n>`` and make it anew.
 

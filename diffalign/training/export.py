@@ -61,6 +61,31 @@ def save_model(
     accelerator.wait_for_everyone()
 
 
+def check_hub(config: HubConfig) -> None:
+    """Refuse an upload that cannot work, before the training that it follows.
+
+    Args:
+        config (`HubConfig`): Name and visibility of the repository.
+
+    Raises:
+        ConfigError: There is no login, the Hub is switched off, or the name is none.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError("hub.push_to_hub", "HF_HUB_OFFLINE is set; unset it, or set this false")
+    if get_token() is None:
+        raise ConfigError(
+            "hub.push_to_hub", "there is no login; run `hf auth login`, or set HF_TOKEN"
+        )
+    if config.hub_model_id is not None:
+        try:
+            validate_repo_id(config.hub_model_id)
+        except HFValidationError as error:
+            raise ConfigError("hub.hub_model_id", " ".join(str(error).split())[:200]) from None
+
+
 def push_to_hub(folder: Path, config: HubConfig) -> str:
     """Upload the final model to the Hub, without checkpoints, logs or caches.
 

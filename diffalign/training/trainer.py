@@ -29,6 +29,7 @@ from ..data import DataConfig, PreferenceDataset
 from ..errors import ConfigError, UserError
 from ..likelihood import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank, sharded_modules
+from ..runtime.files import make_folder
 from ..runtime.folder_lock import FolderLock
 from .arguments import check_optimizers, read_argument, read_callbacks
 from .batch import Batch
@@ -59,7 +60,7 @@ from .data_pipeline import (
 from .denoiser import Denoiser, Forward
 from .diagnostics import LOG2_MESSAGE, DivergenceGuard, FiniteCheck
 from .evaluate import evaluate, measure_rounding
-from .export import push_to_hub, save_model
+from .export import check_hub, push_to_hub, save_model
 from .loop import BatchSource, DatasetSource, Run, fit
 from .memory import check_memory_options, compile_blocks, store_in_8_bits
 from .online.online_data import OnlineData, online_reward_function, online_sampler
@@ -90,6 +91,15 @@ from .validation_checks import check_validation, scorers_that_train, unguarded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+def _load_reference(model: Any) -> Backbone:
+    """Find the backbone of `ref_model`. Messages name that argument."""
+    try:
+        return load_backbone(model)
+    except ConfigError as error:
+        field = "ref_model" if error.field == "model" else error.field
+        raise ConfigError(field, error.problem) from None
 
 
 class Trainer:
@@ -228,6 +238,8 @@ class Trainer:
         validation = read_argument(validation, ValidationConfig, "validation")
         self.validation_config = validation
         self.hub_config = read_argument(hub, HubConfig, "hub")
+        if self.hub_config is not None and self.hub_config.push_to_hub:
+            check_hub(self.hub_config)
         self.peft_config, self.scorers = peft_config, scorers
         self.optimizers = check_optimizers(optimizers)
         self.callbacks = read_callbacks(callbacks)
@@ -242,7 +254,7 @@ class Trainer:
         self.backbone = load_backbone(
             model, revision=revision, variant=variant, vae=vae, base=model_base
         )
-        self.ref_backbone = None if ref_model is None else load_backbone(ref_model)
+        self.ref_backbone = None if ref_model is None else _load_reference(ref_model)
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
         self._fit_backbone()
@@ -672,7 +684,11 @@ class Trainer:
         """
         if self._ready:
             return
-        args = self.args
+        args, data = self.args, self.data_config
+        for name in ("cache_latents", "cache_text_embeddings"):
+            place = getattr(data, name)
+            if place and process_rank() == 0:
+                make_folder(Path(place), f"data.{name}")
         passes = args.gradient_accumulation_steps * self.passes_per_batch
         self.accelerator = build_accelerator(args, self.output_dir, passes)
         set_seed(args.seed)  # equal on every process, so that a LoRA starts equal

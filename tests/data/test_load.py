@@ -542,3 +542,14 @@ def test_parts_of_splits_are_the_same_for_every_form(sources, form):
         prompts("nonsense[:2]")
     with pytest.raises(UserError, match=r"split 'train\[:x\]'"):
         prompts("train[:x]")
+
+
+def test_a_table_with_tabs_is_read(save, tmp_path):
+    for side, color in (("chosen", "red"), ("rejected", "blue")):
+        save(f"t/{side}.png", color)
+    (tmp_path / "t/pairs.tsv").write_text(
+        'prompt\tchosen\trejected\nsay "hi"\tchosen.png\trejected.png\n'
+    )
+    for source in ("t/pairs.tsv", "t"):
+        (group,) = load(tmp_path / source)
+        assert group.prompts[0] == 'say "hi"'
