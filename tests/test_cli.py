@@ -339,7 +339,7 @@ def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What a command says that ends with exit code 2."""
-    assert cli.run([str(each) for each in arguments]) == 2
+    assert diffalign.cli.entry.run([str(each) for each in arguments]) == 2
     return capsys.readouterr().err
 
 
@@ -381,7 +381,7 @@ def test_sample_replaces_no_other_images(
 ) -> None:
     def sample(prompt: str) -> int:
         options = ["--num_images", "1", "--num_inference_steps", "2", "--model", "shapes"]
-        return cli.run(
+        return diffalign.cli.entry.run(
             ["sample", *options, "--prompt", prompt, "--output_dir", str(tmp_path / "s")]
         )
 
