@@ -22,11 +22,12 @@ on frozen towers, and an ensemble of 8 heads (`members: 8`), by mean and by mean
 one standard deviation; the embedded reward `shapes-clip`; and the verifier itself,
 which is as good as picking can be.
 
-The second picture is of training: online Diffusion-DPO (`configs/diffusion_dpo/
-shapes_online.yaml`, with --steps steps) optimises the first of the rewards, the mean of
-all less one standard deviation, and the verifier. Every round samples from the policy
-for training prompts. Its log has the mean of the optimised reward and of the verifier
-over these samples. Goes on where it stopped.
+The second picture is of training: DiffusionNFT (`configs/diffusion_nft/shapes.yaml`,
+with --steps steps) optimises the first of the rewards, the mean of all less one
+standard deviation, and the verifier, each from --seeds seeds. Every step samples from
+the policy for training prompts. The log has the mean of the optimised reward, in
+standard deviations of the base's images, and of the verifier over these samples. Goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -327,23 +328,33 @@ def train(section: dict[str, Any], name: str, seed: int, options: argparse.Names
         "train.max_steps": options.steps,
         "train.overwrite_output_dir": "true",
         "train.save_steps": 100_000,
-        "train.logging_steps": 10,
+        "train.logging_steps": 5,
     }
-    train_whole(build_trainer(recipe("diffusion_dpo/shapes_online", values)))
+    train_whole(build_trainer(recipe("diffusion_nft/shapes", values)))
     return folder
 
 
-def rounds(folder: Path) -> dict[str, list[float]]:
-    """Step, optimised reward and verifier of every round's samples, from the log."""
+def rounds(folder: Path, scale: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
+    """Step, optimised rewards and verifier of the samples between two logs.
+
+    The optimised reward is the mean over its members, in standard deviations of the
+    base's images.
+    """
     lines = [json.loads(x) for x in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "online/verifier" in line]
-    learned = [key for key in lines[0] if key.startswith("online/few-") and "/ties" not in key]
+    lines = [line for line in lines if "judge/verifier" in line]
+    learned = [key for key in lines[0] if key.startswith("judge/few-")]
+    own = []
+    for line in lines:
+        units = [
+            (line[key] - scale[key.removeprefix("judge/")][0])
+            / scale[key.removeprefix("judge/")][1]
+            for key in learned or ["judge/verifier"]
+        ]
+        own.append(float(np.mean(units)))
     return {
         "step": [line["step"] for line in lines],
-        "own": [
-            float(np.mean([line[key] for key in learned or ["online/verifier"]])) for line in lines
-        ],
-        "verifier": [line["online/verifier"] for line in lines],
+        "own": own,
+        "verifier": [line["judge/verifier"] for line in lines],
     }
 
 
@@ -361,7 +372,7 @@ def plot_training(found: dict[str, list[dict[str, list[float]]]], path: Path) ->
             if name != "verifier":
                 left.plot(run["step"], run["own"], color=colour, label=label)
             right.plot(run["step"], run["verifier"], color=colour, label=label)
-    left.set(title="optimised reward of the samples (mean of its members)", xlabel="step")
+    left.set(title="optimised reward of the samples (standard deviations)", xlabel="step")
     right.set(title="verifier of the same samples", xlabel="step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -374,9 +385,9 @@ def plot_training(found: dict[str, list[dict[str, list[float]]]], path: Path) ->
 def training_table(found: dict[str, list[dict[str, list[float]]]]) -> list[str]:
     lines = [
         "",
-        "Training, verifier of the samples: at the first round, at its highest and at the end "
-        "(means of three rounds), and the optimised reward at the end less that at the first "
-        "round:",
+        "Training, verifier of the samples: first, at its highest and at the end "
+        "(means of three logs), and the optimised reward at the end less the first "
+        "one:",
         "",
         "| optimised | seed | first | highest (step) | last | optimised reward |",
         "|---|---|---|---|---|---|",
@@ -399,7 +410,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--seeds", type=int, default=2, help="of training, 0 for none")
     parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")
@@ -414,8 +425,9 @@ def main() -> None:
     picture = options.output.with_suffix(".png")
     plot(found, powers, picture)
     sections = reward_sections(scores, members) if options.seeds else {}
+    scale = {name: (float(each.mean()), float(each.std())) for name, each in scores.items()}
     trained = {
-        name: [rounds(train(section, name, seed, options)) for seed in range(options.seeds)]
+        name: [rounds(train(section, name, seed, options), scale) for seed in range(options.seeds)]
         for name, section in sections.items()
     }
     training_picture = picture.with_stem(f"{picture.stem}_training")
