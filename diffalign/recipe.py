@@ -209,11 +209,11 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
 def _check_scorers(run: RunConfig) -> None:
     """Refuse scorers that the rewards section would replace."""
     online = run.data.online
-    given = {
+    options = {
         "train.scorers": getattr(run.train, "scorers", []),
         "data.online.scorers": [] if online is None else online.scorers,
     }
-    for path, scorers in given.items():
+    for path, scorers in options.items():
         if scorers and run.rewards is not None:
             raise ConfigError(
                 path,

@@ -92,17 +92,17 @@ def fuse(parts: Sequence[LoraLayer | None], rows: Sequence[int]) -> LoraLayer:
     Raises:
         UserError: some of the layers have a DoRA and others do not.
     """
-    given = [(place, part) for place, part in enumerate(parts) if part is not None]
+    present = [(place, part) for place, part in enumerate(parts) if part is not None]
     if len(parts) == 1:
-        return given[0][1]
-    rank = max(part.rank for _, part in given)
-    one_scale = len({part.scale for _, part in given}) == 1
-    place, first = given[0]
+        return present[0][1]
+    rank = max(part.rank for _, part in present)
+    one_scale = len({part.scale for _, part in present}) == 1
+    place, first = present[0]
     unit = first.up.shape[0] // rows[place]
     heights = [unit * row for row in rows]
     down = first.down.new_zeros(len(parts) * rank, first.down.shape[1])
     up = first.up.new_zeros(sum(heights), len(parts) * rank)
-    for place, part in given:
+    for place, part in present:
         start, column = sum(heights[:place]), place * rank
         down[column : column + part.rank] = part.down
         block = part.up if one_scale else part.up * part.scale

@@ -210,7 +210,7 @@ def _export(options: argparse.Namespace) -> None:
     from ..demo.votes import VoteStore
 
     missing: list[UserError] = []
-    wanted = [path for path in (options.export, options.export_likes) if path is not None]
+    files = [path for path in (options.export, options.export_likes) if path is not None]
     for store_class, path, what in (
         (VoteStore, options.export, "preferences"),
         (LikeStore, options.export_likes, "likes and dislikes"),
@@ -227,7 +227,7 @@ def _export(options: argparse.Namespace) -> None:
         if store.lost:
             remark = f"; {len(store.lost)} left out, whose pictures are lost or damaged"
         print(f"wrote {count} {what} to {path}{remark}")
-    if missing and len(missing) == len(wanted):
+    if missing and len(missing) == len(files):
         raise missing[0]
     for problem in missing:
         print(problem)

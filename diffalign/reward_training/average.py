@@ -217,10 +217,10 @@ def _parts(
         parts["val"] = parts["val"].without_ties()
     if known["eval_fingerprint"] is None and eval_dataset is None:
         return parts["val"], parts["test"]
-    given = None if eval_dataset is None else read_judgements(eval_dataset, **options)
-    if given is None or given.fingerprint() != known["eval_fingerprint"]:
+    evaluation = None if eval_dataset is None else read_judgements(eval_dataset, **options)
+    if evaluation is None or evaluation.fingerprint() != known["eval_fingerprint"]:
         raise UserError("--eval_data: give what the members had, and nothing if they had nothing")
-    return parts["val"], given
+    return parts["val"], evaluation
 
 
 def _base_margins(facts: dict[str, Any], part: Judgements, device: str | None) -> Tensor:

@@ -125,7 +125,7 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
 
 
 def _embed_jointly(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
-    data, said = judgements, judgements.opinions
+    data, opinions = judgements, judgements.opinions
     pairs = np.unique(
         np.concatenate(
             [
@@ -133,7 +133,7 @@ def _embed_jointly(scorer: Any, judgements: Judgements, cache: Path | None) -> F
                 for images, prompts in (
                     (data.first, data.prompt),
                     (data.second, data.prompt),
-                    (said.image, said.prompt),
+                    (opinions.image, opinions.prompt),
                 )
             ]
         )
@@ -143,8 +143,8 @@ def _embed_jointly(scorer: Any, judgements: Judgements, cache: Path | None) -> F
 
     def of_pairs(rows: list[int]) -> list[dict[str, Tensor]]:
         shown = scorer.image_rows([data.open(int(images[i])) for i in rows]).to(scorer.device)
-        said = scorer.text_features([data.prompts[prompts[i]] for i in rows])
-        joint = scorer.joint_features(shown.to(scorer.dtype), said)
+        text_features = scorer.text_features([data.prompts[prompts[i]] for i in rows])
+        joint = scorer.joint_features(shown.to(scorer.dtype), text_features)
         return [{"joint": row} for row in joint.float().cpu()]
 
     pair_cache, nuisance_cache = _caches(scorer, cache, "joint", "nuisances")

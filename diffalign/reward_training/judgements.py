@@ -115,7 +115,7 @@ class _Collector:
         self.openers: list[Callable[[], Image.Image]] = []
         self.users: dict[str, int] = {}
         self.pairs: list[tuple[int, int, int, float, int, float]] = []
-        self.said: list[tuple[int, int, int, float, int, float]] = []
+        self.opinion_rows: list[tuple[int, int, int, float, int, float]] = []
 
     def image(self, key: str, opener: Callable[[], Image.Image]) -> int:
         if key not in self.images:
@@ -144,17 +144,17 @@ class _Collector:
     def say(self, group: Group, place: int, image: int, value: float, row: int) -> None:
         """Add an opinion on one image of a group."""
         number, _, judge = self._who(group.prompts[place], group.user, value)
-        self.said.append((image, number, judge, value, row, group.weight))
+        self.opinion_rows.append((image, number, judge, value, row, group.weight))
 
     def result(self, notes: list[str], are_thumbs: bool = False) -> Judgements:
-        said = list(zip(*self.said, strict=True)) or [()] * 6
+        columns = list(zip(*self.opinion_rows, strict=True)) or [()] * 6
         opinions = Opinions(
-            np.array(said[0], np.int64),
-            np.array(said[1], np.int64),
-            np.array(said[2], np.int64),
-            np.array(said[3], np.float64),
-            np.array(said[4], np.int64),
-            np.array(said[5], np.float64),
+            np.array(columns[0], np.int64),
+            np.array(columns[1], np.int64),
+            np.array(columns[2], np.int64),
+            np.array(columns[3], np.float64),
+            np.array(columns[4], np.int64),
+            np.array(columns[5], np.float64),
             are_thumbs,
         )
         columns = list(zip(*self.pairs, strict=True)) or [()] * 6
@@ -235,8 +235,8 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
             are_thumbs = group.rating is None or not ratings
             value = liked if group.rating is None or are_thumbs else group.rating
             collector.say(group, 0, images[0], value, index)
-            said = images[0], value, group.weight
-            likes.setdefault((group.prompts[0], group.user), []).append(said)
+            opinion = images[0], value, group.weight
+            likes.setdefault((group.prompts[0], group.user), []).append(opinion)
         else:
             raise UserError(
                 f"dataset {data.report.source}: {data.kind} data hold no judgements; give pairs, "
@@ -422,8 +422,8 @@ def read_options(reading: dict[str, Any]) -> dict[str, Any]:
     """
     threshold, columns = reading["like_threshold"], reading["columns"]
     options: dict[str, Any] = {"columns": columns} if columns else {}
-    given = 0.0 if threshold is None else threshold
-    return options | {"ratings": threshold is None, "like_threshold": given}
+    liked_from = 0.0 if threshold is None else threshold
+    return options | {"ratings": threshold is None, "like_threshold": liked_from}
 
 
 def check_held_out(held: Judgements, data: Judgements) -> None:
@@ -463,8 +463,8 @@ def connected(judgements: Judgements) -> Ints:
     links = [(prompt_key(prompt), i) for i, prompt in enumerate(judgements.prompts)]
     pairs = zip(judgements.first, judgements.second, judgements.prompt, strict=True)
     image_links = [(int(image), int(p)) for a, b, p in pairs for image in (a, b)]
-    said = judgements.opinions
-    image_links += list(zip(said.image.tolist(), said.prompt.tolist(), strict=True))
+    opinions = judgements.opinions
+    image_links += list(zip(opinions.image.tolist(), opinions.prompt.tolist(), strict=True))
     for key, number in [*links, *image_links]:
         other = by_key.setdefault(key, number)
         parent[root(number)] = root(other)

@@ -301,8 +301,8 @@ class RewardTrainer:
         else:
             items = None
             if args.loss != "pairs":
-                said = self.parts["train"].opinions
-                items = make_items(said, features, self._score, args.prompt_weights)
+                opinions = self.parts["train"].opinions
+                items = make_items(opinions, features, self._score, args.prompt_weights)
             head, chosen = fit_head(train, val, args, items)
         if self.held_out is self.parts.get("test"):
             test = self._pairs(self.held_out, features)

@@ -315,13 +315,13 @@ class Trainer:
         """Read the LoRA to go on from. Its layers and ranks become the run's."""
         if place is None:
             return None
-        given = self.peft_config
-        if given is not None and (given.target_modules or given.rank_pattern):
+        config = self.peft_config
+        if config is not None and (config.target_modules or config.rank_pattern):
             raise ConfigError(
                 "peft_config",
                 "start_lora has layers and ranks of its own; leave peft_config out",
             )
-        start = read_start_lora(place, self.backbone, given.lora_dropout if given else 0.0)
+        start = read_start_lora(place, self.backbone, config.lora_dropout if config else 0.0)
         self.peft_config = start.config
         return start
 

@@ -124,8 +124,8 @@ def _loaded(entry: RewardEntry) -> tuple[str, str | None]:
         return entry.scorer.spec.key, None
     scorer_class, named = find_class(entry.scorer)
     options = {"model": entry.model, "config": entry.config, **entry.args, **named}
-    given = {name: value for name, value in options.items() if value is not None}
-    return scorer_class.spec.key, json.dumps(given, sort_keys=True, default=str)
+    settings = {name: value for name, value in options.items() if value is not None}
+    return scorer_class.spec.key, json.dumps(settings, sort_keys=True, default=str)
 
 
 def _deciding_entries(scorers: Any) -> list[RewardEntry]:

@@ -68,12 +68,12 @@ def text_score(recognised: str, target: str) -> float:
     """
     from rapidfuzz.distance import Levenshtein
 
-    found, wanted = (text.replace(" ", "").lower() for text in (recognised, target))
-    if not wanted:
+    text, target = (each.replace(" ", "").lower() for each in (recognised, target))
+    if not target:
         raise ValueError("target: expected a text, got only spaces")
-    if wanted in found:
+    if target in text:
         return 1.0
-    return 1.0 - min(Levenshtein.distance(found, wanted), len(wanted)) / len(wanted)
+    return 1.0 - min(Levenshtein.distance(text, target), len(target)) / len(target)
 
 
 class _RapidOCR:

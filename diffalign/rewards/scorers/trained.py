@@ -84,12 +84,12 @@ class TrainedReward(ModelScorer):
             base["scorer"], model=base.get("model"), device=self.device, dtype=self.dtype
         )
         self.base, self.preprocess = loaded, loaded.preprocess
-        known, found = base["fingerprint"], base_fingerprint(loaded)
-        if known != found and known != _earlier_fingerprint(loaded):
+        before, now = base["fingerprint"], base_fingerprint(loaded)
+        if before != now and before != _earlier_fingerprint(loaded):
             raise ConfigError(
                 "folder",
                 f"{self.folder} was trained on {base['scorer']} with other weights or another "
-                f"tokenizer (its fingerprint is {known[:12]}, here it is {found[:12]}); put "
+                f"tokenizer (its fingerprint is {before[:12]}, here it is {now[:12]}); put "
                 "these back",
             )
         if "towers" in self.facts:
@@ -196,11 +196,14 @@ class TrainedReward(ModelScorer):
             base = self.base.similarity(image, text)
             return self.temperature * self.head(base.to(self.head.log_factor.dtype))
         wide = torch.promote_types(image.dtype, torch.float32)
-        base, shown, said = (part.to(wide) for part in self._read(image, text))
+        base, image_features, text_features = (part.to(wide) for part in self._read(image, text))
         if self.quantile is not None:
             assert isinstance(self.head, RewardHead)
-            return self.temperature * self.head.quantiles(base, shown, said, [self.quantile])[:, 0]
-        values = self.members(shown, said, base)
+            return (
+                self.temperature
+                * self.head.quantiles(base, image_features, text_features, [self.quantile])[:, 0]
+            )
+        values = self.members(image_features, text_features, base)
         if values.shape[1] == 1 or self.combine == "mean":
             combined = values.mean(1)
         elif self.combine == "min":
@@ -244,8 +247,8 @@ class TrainedReward(ModelScorer):
         result = super().score(inputs, prompts, metadata, **options)
         assert isinstance(self.head, RewardHead)
         with torch.no_grad():
-            given = list(prompts or [""] * len(inputs))
-            values = self.head.quantiles(*self._features(inputs, given), levels)
+            texts = list(prompts or [""] * len(inputs))
+            values = self.head.quantiles(*self._features(inputs, texts), levels)
         result.quantiles = self.temperature * values.cpu()
         return result
 
@@ -259,11 +262,13 @@ class TrainedReward(ModelScorer):
         else:  # through the towers, some at a time
             rows = images.split(_TOGETHER), zip(*(t.split(_TOGETHER) for t in text), strict=True)
             parts = [
-                self._read(image.to(self.device, self.dtype), said)
-                for image, said in zip(*rows, strict=True)
+                self._read(image.to(self.device, self.dtype), text_features)
+                for image, text_features in zip(*rows, strict=True)
             ]
-        base, shown, said = (torch.cat(column).to(kind) for column in zip(*parts, strict=True))
-        return base, shown, said
+        base, image_features, text_features = (
+            torch.cat(column).to(kind) for column in zip(*parts, strict=True)
+        )
+        return base, image_features, text_features
 
     @torch.no_grad()
     def member_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
