@@ -118,6 +118,7 @@ class FolderSource:
 
     kind = "folder"
     skipped: tuple[tuple[int, str], ...] = ()
+    skipped_count = 0
 
     def __init__(
         self,
@@ -201,6 +202,7 @@ class DatasetSource:
         kind (`str`): `pair`, `ranked` or `single`.
         skipped (`tuple[tuple[int, str], ...]`): (row id, reason) of rows whose images
             cannot be opened, the first 20 of them.
+        skipped_count (`int`): Number of these rows.
 
     Raises:
         UserError: The dataset holds prompts only.
@@ -214,6 +216,7 @@ class DatasetSource:
             len(dataset),
         )
         self.skipped = tuple(dataset.report.broken)
+        self.skipped_count = dataset.report.broken_count
         if self.kind == "prompt":
             raise UserError(
                 f"--images: {self.name} holds prompts and no images; draw some with diffalign "
@@ -239,10 +242,13 @@ class DatasetSource:
         for group in (self._dataset[row] for row in rows):
             roles = _ROLES.get(self.kind, ("",) * len(group.images))
             unlabelled: tuple[float | None, ...] = (None,) * len(group.images)
-            labels = group.scores or ((1.0, 0.0) if self.kind == "pair" else unlabelled)
+            # Whom people chose counts, also where a column has scores of a model.
+            labels = (1.0, 0.0) if self.kind == "pair" else group.scores or unlabelled
             if group.weight == 0:  # a tie is no judgement
                 labels = unlabelled
-            for position, image in enumerate(group.images):
+            # The condition of an image is no result.
+            images = group.images[:1] if self.kind == "conditioned" else group.images
+            for position, image in enumerate(images):
                 name = self._name(image) or f"row {group.row_id}, image {position}"
                 prompt = group.prompts[position]
                 records.append(

@@ -50,6 +50,8 @@ class Group:
         place (`int`, defaults to `0`): Which image of its row a labelled image is.
         user (`str`, *optional*): Who judged the row, where the data say it.
         rating (`float`, *optional*): Of a rated single image.
+        tie_weight (`float`, *optional*): Weight of the row of a kept tie. None for
+            other groups.
 
     Example:
         >>> from PIL import Image
@@ -69,6 +71,7 @@ class Group:
     place: int = 0
     user: str | None = None
     rating: float | None = None
+    tie_weight: float | None = None
 
     @property
     def key(self) -> int:
@@ -153,6 +156,7 @@ def build_group(
         verdict.weight,
         user=verdict.user,
         rating=verdict.rating,
+        tie_weight=verdict.tie_weight,
     )
 
 

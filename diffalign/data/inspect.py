@@ -283,7 +283,7 @@ def first_group_picture(dataset: PreferenceDataset, file: str | Path, *, side: i
         names = ["liked" if scores[0] > 0 else "disliked"]
     elif scores:
         order.sort(key=lambda i: -scores[i])
-    if group.weight == 0:
+    if group.tie_weight is not None:
         names = ["tie"] * len(images)
     # Ranks are kept negated, so that higher is better.
     sign = -1.0 if dataset.score_name == "rank" else 1.0

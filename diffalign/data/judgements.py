@@ -33,6 +33,7 @@ class Verdict:
         rating (`float`, *optional*): Of a rated single image.
         weight (`float`, defaults to `1.0`): Weight of the group in the loss, 0 for a
             tie.
+        tie_weight (`float`, *optional*): Of a tie, the weight that its row has.
         second_wins (`bool`, *optional*): Whether the labels preferred the second image.
             None where the columns themselves are ordered.
         user (`str`, *optional*): Who judged the row, where the data say it.
@@ -47,6 +48,7 @@ class Verdict:
     second_wins: bool | None = None
     user: str | None = None
     rating: float | None = None
+    tie_weight: float | None = None
 
 
 def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
@@ -65,8 +67,14 @@ def classify_row(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
 
 
 def user_name(cell: object) -> str | None:
-    """Read who judged a row, None where the cell holds nobody."""
-    return None if _is_missing(cell) else str(cell)
+    """Read who judged a row, None where the cell holds nobody.
+
+    Of numbers, 2.0 and 2 are one user: a column with missing cells holds floats.
+    """
+    if _is_missing(cell):
+        return None
+    whole = isinstance(cell, float) and cell.is_integer()
+    return str(int(cell)) if isinstance(cell, float) and whole else str(cell)
 
 
 def _classified(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
@@ -150,7 +158,7 @@ def _compared(
 ) -> Verdict:
     """Judge two images by a number each, of which the larger wins."""
     if first == second:
-        tie = Verdict("tie", image_roles=("jpg_0", "jpg_1"), weight=0.0)
+        tie = Verdict("tie", image_roles=("jpg_0", "jpg_1"), weight=0.0, tie_weight=weight)
         return _with_prompts(cells, prompt_roles, tie)
     swap = first < second
     roles = ("jpg_1", "jpg_0") if swap else ("jpg_0", "jpg_1")
@@ -217,6 +225,7 @@ def _judge_scores(cells: Mapping[str, Any], weight: float) -> Verdict:
         image_roles=("images",),
         scores=scores,
         weight=0.0 if tie else weight,
+        tie_weight=weight if tie else None,
     )
     return _with_prompts(cells, ("prompt",) * len(scores), verdict)
 

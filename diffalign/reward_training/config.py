@@ -157,6 +157,15 @@ class RewardConfig(LoopConfig):
                         f"{shown(getattr(self, name))} is for trained towers, and towers is "
                         "frozen; set towers: lora or full, or leave it out",
                     )
+            if self.head == "bradley_terry" and not self.hidden:
+                usual = {"max_steps": (None,), "learning_rate": (None, self._usual_rate())}
+                for name, values in usual.items():
+                    if getattr(self, name) not in values:
+                        raise ConfigError(
+                            name,
+                            "a linear head is fitted to the end by L-BFGS, which has none; leave "
+                            "it out, or set hidden",
+                        )
             return
         if self.head == "pal":
             raise ConfigError("towers", "pal is a head on frozen towers; set towers: frozen")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..rewards.learned.losses import (
     rao_kupper_loss,
     smoothed_loss,
 )
+from ..rewards.scorers.trained import EVERYBODY
 from ..runtime.progress import progress_bar
 from .config import RewardConfig
 from .features import Features
@@ -571,6 +572,40 @@ def mean_user_scores(head: PalHead, pairs: Pairs) -> Tensor:
     """Compute the scores of both images of all pairs by the mean user, (n, 2)."""
     everyone = head.logits.softmax(1).mean(0)
     return _pal_scores(head, pairs, everyone.expand(len(pairs), -1))
+
+
+def scale_of(scores: Tensor, temperature: float) -> list[float]:
+    """Return mean and spread of a reward's scores of both images of pairs.
+
+    Args:
+        scores (`Tensor`): (n, 2), without the temperature.
+        temperature (`float`): Multiplies them.
+    """
+    spread = temperature * spread_of(margins_of_scores(scores))
+    return [temperature * float(scores.mean()), max(spread, 1e-6)]
+
+
+@torch.no_grad()
+def user_scales(
+    head: PalHead, pairs: Pairs, users: Sequence[str], temperature: float
+) -> dict[str, list[float]]:
+    """Return the scale of the reward for every user, and for the worst-off one.
+
+    Args:
+        head (`PalHead`): The trained head.
+        pairs (`Pairs`): n pairs.
+        users (`Sequence[str]`): Names, in the order of the head's weights.
+        temperature (`float`): Multiplies the scores.
+    """
+    shares = head.logits.softmax(1)
+    scales, worst = {}, None
+    for number, name in enumerate(users):
+        scores = _pal_scores(head, pairs, shares[number].expand(len(pairs), -1))
+        scales[name] = scale_of(scores, temperature)
+        worst = scores if worst is None else torch.minimum(worst, scores)
+    if worst is not None:
+        scales[EVERYBODY] = scale_of(worst, temperature)
+    return scales
 
 
 def _pal_scores(head: PalHead, pairs: Pairs, weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data import PreferenceDataset, load_preferences
 from ..data.groups import Group
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..rewards.learned.losses import flip_rate_of
 from .opinions import Opinions
 
@@ -193,14 +193,25 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
 
     Raises:
         UserError: Nothing can be compared.
+        ConfigError: `like_threshold` or `columns` have no meaning for the source.
     """
     if isinstance(source, Judgements):
         return _checked(source, None, False)
     if isinstance(source, (str, Path)) and (Path(source) / "votes.jsonl").is_file():
+        for name, is_given in (
+            ("like_threshold", not ratings),
+            ("columns", options.get("columns")),
+        ):
+            if is_given:
+                raise ConfigError(name, "a folder of the demo's votes takes none; leave it out")
         return read_votes(Path(source))
     data = source
     if not isinstance(source, PreferenceDataset):
         data = load_preferences(source, ties="keep", verbose=False, **options)
+    if not ratings and data.layout.name != "rated":
+        raise ConfigError(
+            "like_threshold", f"dataset {data.report.source} has no ratings; leave it out"
+        )
     collector, are_thumbs = _Collector(), False
     likes: dict[tuple[str, str | None], list[tuple[int, float, float]]] = {}
     for index in range(len(data)):
@@ -218,9 +229,11 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
                 "data.columns"
             )
         if data.kind == "pair":
-            tie = group.weight == 0
-            label, weight = (0.5, 1.0) if tie else (1.0, group.weight)
-            collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
+            tie = group.tie_weight is not None
+            weight = group.weight if group.tie_weight is None else group.tie_weight
+            if weight:  # rows of weight 0 do not count
+                label = 0.5 if tie else 1.0
+                collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
         elif data.kind == "ranked":
             scores = group.scores or ()
             for place, (image, score) in enumerate(zip(images, scores, strict=True)):

@@ -51,7 +51,9 @@ from .fit import (
     margins_of_scores,
     mean_user_scores,
     pal_margins,
+    scale_of,
     spread_of,
+    user_scales,
 )
 from .item_losses import check_opinions
 from .judgements import (
@@ -212,6 +214,20 @@ class RewardTrainer:
         held, data = self.held_out, self.judgements
         numbers = {name: number for number, name in enumerate(data.users)}
         table = np.array([*(numbers.get(name, -1) for name in held.users), -1])
+        unknown = [name for name in held.users if name not in numbers]
+        if unknown and self.args.head == "pal":
+            listed = f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
+            if len(unknown) == len(held.users):
+                raise ConfigError(
+                    "eval_data",
+                    f"none of its people ({listed}) is in the training data "
+                    f"({', '.join(data.users[:5])}); write their names alike",
+                )
+            count = int(np.isin(held.user, [held.users.index(name) for name in unknown]).sum())
+            data.notes.append(
+                f"WARNING: {count} judgements of the evaluation are of people who did not train "
+                f"({listed}), and are measured as the mean user"
+            )
         held.user, held.users = table[held.user], data.users
 
     def _check_again(self, model: Any) -> None:
@@ -335,6 +351,8 @@ class RewardTrainer:
         described = self._described(head, train.first.shape[1])
         facts = self._facts(described, temperature, chosen | counts)
         facts["affine"] = [temperature * mean, max(temperature * spread, 1e-6)]
+        if isinstance(head, PalHead):
+            facts["affine_of_users"] = user_scales(head, train, self.judgements.users, temperature)
         self._write(head, facts, report)
         return self.folder
 
@@ -538,13 +556,16 @@ def add_user(
     margins, labels = reward.temperature * margins[decided], labels[decided]
     logits = fit_new_user(margins, labels, head.logits.detach(), penalty)
     facts["head"]["users"].append(name)
+    if "affine_of_users" in facts:
+        with torch.no_grad():
+            shares = logits.softmax(0).to(text).expand(len(text), -1)
+            scores = torch.stack([head.score(image, text, shares) for image in images], 1)
+        facts["affine_of_users"][name] = scale_of(scores, reward.temperature)
     wider = build_head(facts["head"])
     state = {key: value.float() for key, value in head.state_dict().items()}
     state["logits"] = torch.cat([state["logits"], logits[None].float()])
     wider.load_state_dict(state)
     with replacing_folder(folder) as temporary:
-        for file in folder.iterdir():
-            if file.is_file():
-                shutil.copy2(file, temporary / file.name)
+        shutil.copytree(folder, temporary, symlinks=True, dirs_exist_ok=True)
         _write_head(wider, temporary)
         write_facts(temporary, facts)

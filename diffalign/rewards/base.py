@@ -103,6 +103,15 @@ class Scorer:
         """
         return {}
 
+    @classmethod
+    def spec_for(cls, options: Mapping[str, Any]) -> ScorerSpec:
+        """Return the card of a scorer built with these options.
+
+        Args:
+            options (`Mapping[str, Any]`): Keyword arguments of the class.
+        """
+        return cls.spec
+
     def modules(self) -> Iterable[nn.Module]:
         """Return the networks, for `to` and `close`."""
         return ()

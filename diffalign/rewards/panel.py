@@ -536,7 +536,7 @@ class Panel:
                 default=str,
             )
             slots.setdefault(
-                key, _Slot(path, [], scorer_class.spec, where, cache_of_entry)
+                key, _Slot(path, [], scorer_class.spec_for(entry.args), where, cache_of_entry)
             ).entries.append(entry)
         return list(slots.values())
 

@@ -97,9 +97,15 @@ def test_ties_have_a_probability_of_their_own(threshold: float, hidden: int) -> 
     "options", [{"label_strength": True}, {"ties": "rao_kupper"}, {"ties": "drop"}], ids=str
 )
 def test_a_reward_is_trained(options: dict[str, Any], tmp_path: Path) -> None:
-    data = rows(60)
-    for row in data[::6]:
-        row["weight"] = 0.0  # a tie
+    data = [
+        {
+            "prompt": row["prompt"],
+            "jpg_0": row["chosen"],
+            "jpg_1": row["rejected"],
+            "label_0": 0.5 if number % 6 == 0 else 1.0,
+        }
+        for number, row in enumerate(rows(60))
+    ]
     folder = RewardTrainer("shapes-clip", config(tmp_path / "mine", **options), data).train()
     report, facts = report_of(folder), read_facts(folder)
     assert report["reward"]["accuracy"] > report["base"]["accuracy"]

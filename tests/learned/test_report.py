@@ -235,3 +235,85 @@ def test_a_new_user_has_the_columns_of_the_reward(tmp_path: Path) -> None:
     users = json.loads((folder / "reward.json").read_text())["head"]["users"]
     assert users == ["ann", "bob", "zoe", "eve"]
     assert np.isfinite(load_scorer(str(folder), user="zoe")([renamed[0]["good"]], ["a"])).all()
+
+
+def test_every_user_of_a_reward_has_a_scale_and_the_folder_keeps_its_files(tmp_path: Path) -> None:
+    from diffalign.rewards.panel import Panel
+
+    data = [
+        row for number in range(4) for row in rows(12, number % 2 == 0, f"u{number}", 12 * number)
+    ]
+    folder = RewardTrainer("shapes-clip", config(tmp_path / "pal", head="pal"), data).train()
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes.txt").write_text("mine")
+    add_user(folder, "zoe", rows(4, likes_bright=False, first=900))
+    assert (folder / "mine" / "notes.txt").read_text() == "mine"
+    judged = read_judgements(data)
+    images = [judged.open(int(i)) for side in (judged.first, judged.second) for i in side]
+    prompts = [judged.prompts[int(i)] for i in judged.prompt] * 2
+    for user in (None, "u0", "u1", "zoe", "worst"):
+        scorer: Any = load_scorer(str(folder), device="cpu", user=user)
+        mean, spread = scorer.spec.affine
+        scores = (scorer(images, prompts) - mean) / spread
+        margins = scores[: len(judged.first)] - scores[len(judged.first) :]
+        assert abs(float(scores.mean())) < 1.0, user
+        assert 0.5 < float((margins.square().mean() / 2).sqrt()) < 2.0, user
+    mixture: Any = load_scorer(str(folder), device="cpu", user={"u0": 1.0, "u1": 1.0})
+    assert mixture.spec.affine is None
+    entries = [
+        {"name": name, "scorer": str(folder), "args": {"user": user}}
+        for name, user in (("one", "u0"), ("both", {"u0": 1, "u1": 1}))
+    ]
+    panel = Panel.from_config({"rewards": entries[:1], "combine": {"method": "weighted_sum"}})
+    assert panel.train_names
+    with pytest.raises(UserError, match="both declares none; give each a normalize"):
+        Panel.from_config({"rewards": entries, "combine": {"method": "weighted_sum"}})
+
+
+def test_numbers_of_users_are_spelled_alike_and_strangers_are_named(tmp_path: Path) -> None:
+    data = [
+        row | {"user_id": float(1 + number)}
+        for number in range(3)
+        for row in rows(12, number % 2 == 0, None, 12 * number)
+    ]
+    held_out = [
+        row | {"user_id": 1 + number} for number in range(2) for row in rows(8, True, None, 500)
+    ]
+    trainer = RewardTrainer("shapes-clip", config(tmp_path / "a", head="pal"), data, held_out)
+    assert trainer.judgements.users == ["1", "2", "3"]
+    folder = trainer.train()
+    assert set(report_of(folder)["users"]) == {"1", "2"}
+    load_scorer(str(folder), device="cpu", user=2)
+    strange = [row | {"user_id": "eve" if i < 8 else "2"} for i, row in enumerate(held_out)]
+    trainer = RewardTrainer("shapes-clip", config(tmp_path / "b", head="pal"), data, strange)
+    assert "8 judgements of the evaluation are of people who did not train (eve)" in str(
+        trainer.judgements.notes
+    )
+    with pytest.raises(ConfigError, match=r"none of its people \(eve\) is in the training data"):
+        RewardTrainer("shapes-clip", config(tmp_path / "c", head="pal"), data, strange[:8])
+
+
+def test_rows_of_weight_0_do_not_count(tmp_path: Path) -> None:
+    data = [row | {"weight": float(number % 3 > 0)} for number, row in enumerate(rows(30))]
+    assert len(read_judgements(data)) == 20
+    ties = [
+        {
+            "prompt": row["prompt"],
+            "jpg_0": row["chosen"],
+            "jpg_1": row["rejected"],
+            "label_0": 0.5,
+        }
+        for row in rows(4)
+    ]
+    judged = read_judgements([*ties, ties[0] | {"label_0": 1.0, "prompt": "p"}])
+    assert judged.label.tolist().count(0.5) == 4
+
+
+def test_settings_without_an_effect_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_steps: a linear head is fitted to the end"):
+        RewardConfig(max_steps=5)
+    with pytest.raises(ConfigError, match="learning_rate: a linear head"):
+        RewardConfig(learning_rate=5.0)
+    assert RewardConfig(max_steps=5, hidden=8).max_steps == 5
+    with pytest.raises(ConfigError, match="like_threshold: dataset .* has no ratings"):
+        RewardTrainer("shapes-clip", config(tmp_path / "x"), rows(40), like_threshold=3)

@@ -112,7 +112,8 @@ class TrainedReward(ModelScorer):
         if user is not None and not self.users:
             raise ConfigError("user", f"{self.folder} is a reward without users; leave it out")
         self.weights = None if user == EVERYBODY else self._weights(user)
-        self.spec = spec_of(self.folder, self.facts)  # type: ignore[misc]
+        chosen = {"user": user, "combine": combine, "quantile": quantile}
+        self.spec = spec_of(self.folder, self.facts, chosen)  # type: ignore[misc]
 
     def _rule(self, combine: str | None) -> str:
         if combine is not None and combine not in COMBINE:
@@ -141,9 +142,11 @@ class TrainedReward(ModelScorer):
         shares = self.head.logits.softmax(1)
         if user is None:
             return torch.tensor(self.facts["head"]["population"], dtype=shares.dtype).to(shares)
+        if isinstance(user, int) and not isinstance(user, bool):  # YAML reads 2 as a number
+            user = str(user)
         if not isinstance(user, (str, Mapping)):
             raise ConfigError("user", f"expected a name or weights of names, got {user!r}")
-        mixture = {user: 1.0} if isinstance(user, str) else dict(user)
+        mixture = {user: 1.0} if isinstance(user, str) else {str(n): s for n, s in user.items()}
         for name, share in mixture.items():
             is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
             if not is_number or not math.isfinite(share):
@@ -321,8 +324,29 @@ def check_name(name: str, field: str) -> None:
         )
 
 
-def spec_of(folder: Path, facts: Mapping[str, Any]) -> ScorerSpec:
-    """Return the card of a folder's reward."""
+def affine_of(facts: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the scale of a folder's reward, (mean, standard deviation).
+
+    Each user of a PAL reward has a scale of their own. None for mixtures of users, for
+    quantiles and for rules that lower the level, whose scale was not measured.
+    """
+    user, rule = options.get("user"), options.get("combine")
+    if options.get("quantile") is not None or rule not in (None, "mean"):
+        return None
+    if isinstance(user, Mapping) and len(user) == 1:
+        user = next(iter(user))
+    if user is None:
+        scale = facts.get("affine")
+    else:
+        scales = facts.get("affine_of_users", {})
+        scale = None if isinstance(user, Mapping) else scales.get(str(user))
+    return None if scale is None else (float(scale[0]), float(scale[1]))
+
+
+def spec_of(
+    folder: Path, facts: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> ScorerSpec:
+    """Return the card of a folder's reward, with the scale that its options give."""
     from ..registry import get_spec
 
     plain = TrainedReward.spec
@@ -332,7 +356,7 @@ def spec_of(folder: Path, facts: Mapping[str, Any]) -> ScorerSpec:
         summary=facts.get("summary", plain.summary),
         backbone=facts["base"].get("backbone"),
         differentiable=get_spec(facts["base"]["scorer"]).differentiable,
-        affine=tuple(facts["affine"]) if "affine" in facts else None,
+        affine=affine_of(facts, options or {}),
     )
 
 
@@ -346,6 +370,10 @@ def class_of(folder: str | Path) -> type[TrainedReward]:
 
     class OfFolder(TrainedReward):
         spec = spec_of(place, read_facts(place))
+
+        @classmethod
+        def spec_for(cls, options: Mapping[str, Any]) -> ScorerSpec:
+            return spec_of(place, read_facts(place), options)
 
     return OfFolder
 
