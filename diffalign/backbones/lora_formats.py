@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..runtime.files import make_folder
 from ..runtime.weight_files import USUAL_LORA, find_lora_file, read_header, what_is_wrong
 from .lora_names import NAMINGS, Naming, Part, naming_of
 
@@ -219,12 +221,25 @@ def read_lora(place: str | Path, role: str, pipeline_class: str | None = None) -
         form = original_format(names)
         if form is not None:
             return _from_original(names, form, hint)
+        if not names:
+            raise _Unknown("holds no tensors")
         if file.name == _PEFT_WEIGHTS and config.is_file():
-            return _from_peft(names, json.loads(config.read_text()), hint)
+            return _from_peft(names, _read_config(config), hint)
         metadata = read_header(file).metadata.get(_METADATA)
         return _from_diffusers(names, json.loads(metadata) if metadata else {}, hint)
     except _Unknown as error:
         raise UserError(f"{role}: {str(file)!r} {error}") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read the config of peft beside a LoRA."""
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise _Unknown(f"has a damaged {file.name} beside it")
+    return config
 
 
 def original_format(names: Iterable[str]) -> LoraFormat | None:
@@ -286,30 +301,67 @@ def _layer(parts: Mapping[str, Tensor], alpha: float | None) -> LoraLayer:
     if "alpha" in parts:
         alpha = float(parts["alpha"])
     rank = parts["down"].shape[0]
-    magnitude = parts.get("magnitude")
     return LoraLayer(
-        parts["down"],
-        parts["up"],
-        rank if alpha is None else alpha,
-        None if magnitude is None else magnitude.flatten(),
+        parts["down"], parts["up"], rank if alpha is None else alpha, _magnitude(parts)
     )
+
+
+def _magnitude(parts: Mapping[str, Tensor]) -> Tensor | None:
+    """The scales of a DoRA, one per output, (out,).
+
+    kohya's scripts write (out, 1) or (out, 1, 1, 1), peft (out,) or (1, out, 1, 1).
+    """
+    magnitude, outputs = parts.get("magnitude"), parts["up"].shape[0]
+    if magnitude is None:
+        return None
+    per_input = magnitude.dim() == 2 and magnitude.shape[0] == 1 < magnitude.shape[1]
+    if per_input or magnitude.numel() != outputs:
+        raise _Unknown(
+            f"has DoRA scales of shape {tuple(magnitude.shape)} for a layer with {outputs} "
+            "outputs; only scales per output can be written in other formats"
+        )
+    return magnitude.flatten()
 
 
 def _from_original(
     names: Mapping[str, Tensor], source: LoraFormat, hint: Naming | None
 ) -> LoraWeights:
     layers = _by_layer(names)
-    naming = hint or _likeliest(layers)
-    return LoraWeights(_renamed(layers, naming), naming, source)
+    if hint is not None:
+        return LoraWeights(_renamed(layers, hint), hint, source)
+    best, others = _likeliest(layers)
+    result = _renamed(layers, best)
+    return LoraWeights(result, _family(result) if others else best, source)
 
 
-def _likeliest(layers: Mapping[str, Mapping[str, Tensor]]) -> Naming:
-    """The family whose table has the most of the layers."""
+def _likeliest(layers: Mapping[str, Mapping[str, Tensor]]) -> tuple[Naming, list[Naming]]:
+    """The family whose table has most of the layers, and others that have as many."""
 
     def known(naming: Naming) -> int:
-        return sum(naming.find(_bare(layer)) is not None for layer in layers)
+        places = [(naming.find(_bare(layer)), parts) for layer, parts in layers.items()]
+        # Flux.2 fuses other layers than Flux.1 under one name, so sizes must divide.
+        return sum(
+            part is not None and parts["up"].shape[0] % sum(part.rows) == 0
+            for part, parts in places
+        )
 
     best = max(NAMINGS.values(), key=known)
+    others = [
+        naming
+        for naming in NAMINGS.values()
+        if naming.network == best.network == "transformer"
+        and naming is not best
+        and known(naming) == known(best)
+    ]
+    paths = [
+        [part and part.paths for part in (naming.find(_bare(layer)) for layer in layers)]
+        for naming in (best, *others)
+    ]
+    if any(each != paths[0] for each in paths[1:]):
+        raise _Unknown(
+            f"may be of {' or '.join(naming.title for naming in (best, *others))} by its names; "
+            "name its model with --model"
+        )
     if best is NAMINGS["sdxl"]:
         # Of diffusers' names in kohya's form SDXL's table has all that SD's has.
         dotted = {
@@ -319,7 +371,7 @@ def _likeliest(layers: Mapping[str, Mapping[str, Tensor]]) -> Naming:
         }
         if not any("input_blocks" in layer or "output_blocks" in layer for layer in layers):
             best = _unet_family(dotted) or NAMINGS["sd"]
-    return best
+    return best, others
 
 
 _PREFIXES = ("lora_unet_", "lora_transformer_", "diffusion_model.")
@@ -403,7 +455,7 @@ def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
     from peft.utils.other import get_pattern_key
 
     patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(list(patterns), path)
+    key = path if path in patterns else get_pattern_key(list(patterns), path)
     alpha = float(patterns.get(key, config["lora_alpha"]))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
@@ -416,10 +468,23 @@ def _family(layers: Mapping[str, LoraLayer]) -> Naming | None:
         paths.setdefault(component, []).append(path)
     if "unet" in paths:
         return _unet_family(layers)
-    for naming in NAMINGS.values():
-        if all(naming.part(path) is not None for path in paths.get(naming.network, [""])):
-            return naming
-    return None
+    fitting = [
+        (naming, [naming.part(path) for path in paths.get(naming.network, [""])])
+        for naming in NAMINGS.values()
+    ]
+    fitting = [(naming, parts) for naming, parts in fitting if None not in parts]
+    widths = {layer.down.shape[1] for name, layer in layers.items() if name.endswith(".to_q")}
+    if widths and widths <= _SD3_WIDTHS:
+        fitting = [each for each in fitting if each[0] is NAMINGS["sd3"]] or fitting
+    elif widths and min(widths) > max(_SD3_WIDTHS):
+        fitting = [each for each in fitting if each[0] is not NAMINGS["sd3"]]
+    # Several families share names of attention, which each fuses in its own way.
+    if not fitting or any(parts != fitting[0][1] for _, parts in fitting[1:]):
+        return None
+    return fitting[0][0]
+
+
+_SD3_WIDTHS = {1536, 2432}  # of Stable Diffusion 3 and 3.5, medium and large
 
 
 def _unet_family(layers: Mapping[str, LoraLayer]) -> Naming | None:
@@ -463,7 +528,7 @@ def write_lora(lora: LoraWeights, file: Path, form: LoraFormat) -> None:
         tensors, metadata = _to_diffusers(lora)
     else:
         tensors = _to_original(lora, form)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent, "--output")
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         file,
@@ -492,7 +557,7 @@ def _to_original(lora: LoraWeights, form: LoraFormat) -> dict[str, Tensor]:
     if naming is None:
         raise UserError(
             f"--format: {form} has no names for this LoRA's family, or its layers do not tell "
-            "Stable Diffusion from SDXL: name its model with --model; families with names are "
+            "which family it is of: name its model with --model; families with names are "
             f"{', '.join(naming.title for naming in NAMINGS.values())}"
         )
     tensors: dict[str, Tensor] = {}
@@ -521,6 +586,23 @@ def _to_original(lora: LoraWeights, form: LoraFormat) -> dict[str, Tensor]:
     return tensors
 
 
+def pattern_keys(paths: Iterable[str]) -> dict[str, str]:
+    """Return the keys by which peft finds a layer's own rank or alpha.
+
+    peft compares ends of names. A layer whose name ends those of others, as `proj_out`
+    of Flux does, gets a key that stands for its whole name.
+
+    Args:
+        paths (iterable of `str`): the layers.
+
+    Returns:
+        `dict[str, str]`: path -> key.
+    """
+    paths = list(paths)
+    ends = {path[i + 1 :] for path in paths for i, letter in enumerate(path) if letter == "."}
+    return {path: f"^{re.escape(path)}" if path in ends else path for path in paths}
+
+
 def peft_config(layers: Mapping[str, LoraLayer]) -> Any:
     """Make the config of peft for layers.
 
@@ -535,8 +617,9 @@ def peft_config(layers: Mapping[str, LoraLayer]) -> Any:
     def whole(alpha: float) -> Any:
         return int(alpha) if alpha == int(alpha) else alpha  # peft takes both
 
-    ranks = {path: layer.rank for path, layer in layers.items()}
-    alphas = {path: layer.alpha for path, layer in layers.items()}
+    keys = pattern_keys(layers)
+    ranks = {keys[path]: layer.rank for path, layer in layers.items()}
+    alphas = {keys[path]: layer.alpha for path, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(

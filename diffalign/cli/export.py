@@ -9,7 +9,6 @@ from ..backbones import ModelSource
 from ..backbones.lora_formats import FORMATS, default_file, read_lora, write_lora
 from ..config.yaml_text import read_yaml_file
 from ..errors import ConfigError, UserError
-from ..runtime.files import make_folder
 from .results import Result
 
 
@@ -61,10 +60,13 @@ def run(options: argparse.Namespace) -> Result:
     is_file = output.suffix == ".safetensors"
     if is_file and options.format == "peft":
         raise ConfigError("--output", f"peft's format is a folder, got the file {str(output)!r}")
+    if output.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ConfigError(
+            "--output", f"expected a folder or a .safetensors file, got {str(output)!r}"
+        )
     file = output if is_file else default_file(output, options.format)
     if file.exists() and (file.is_file() or any(file.iterdir())):
         raise UserError(f"--output: {str(file)!r} exists already; name another")
-    make_folder(file.parent, "--output")
     lora = read_lora(options.lora, "--lora", pipeline_class(options.lora, options.model))
     write_lora(lora, file, options.format)
     title = f" of {lora.naming.title}" if lora.naming else ""

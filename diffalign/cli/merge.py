@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, UserError
 from ..generation.merge import _is_pipeline, _merge_pipelines, merge_loras
+from ..runtime.files import check_replaceable
 from .results import Result
 
 
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> Result:
     if not all(-1e6 < weight < 1e6 for weight in weights):
         raise ConfigError("--weights", f"expected numbers, got {weights}")
     out: Path = options.output_dir
+    check_replaceable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {str(out)!r} exists and is not empty; name another folder")
     full = [_is_pipeline(name) for name in options.inputs]

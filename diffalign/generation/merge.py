@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backbones.lora_formats import pattern_keys
 from ..errors import UserError
 from ..runtime.files import replacing_folder
 from ..shapes.models import embedded_name
@@ -122,7 +123,8 @@ def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Add an adapter `default` with these factors, its alpha equal to its rank."""
     from peft import LoraConfig
 
-    ranks = {name: len(down) for name, (down, _) in factors.items()}
+    keys = pattern_keys(factors)
+    ranks = {keys[name]: len(down) for name, (down, _) in factors.items()}
     most = max(ranks.values())
     pattern = {name: rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(

@@ -14,7 +14,7 @@ from ..errors import ConfigError, UserError
 from ..rewards.learned.heads import FactorHead
 from ..rewards.learned.tower_weights import TOWERS, tower_list
 from ..rewards.scorers.trained import WEIGHTS, TrainedReward, read_facts, write_facts
-from ..runtime.files import replacing_folder, save_tensors
+from ..runtime.files import check_replaceable, replacing_folder, save_tensors
 from ..runtime.versions import versions
 from .categories import pair_categories
 from .config import RewardConfig
@@ -63,6 +63,7 @@ def average_rewards(
             worst member.
     """
     target = Path(output_dir)
+    check_replaceable(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output_dir: {str(target)!r} is not empty; choose another folder")
     places = [Path(folder) for folder in folders]

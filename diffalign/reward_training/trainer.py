@@ -31,7 +31,7 @@ from ..rewards.scorers.trained import (
     write_facts,
 )
 from ..runtime.distributed import end_training
-from ..runtime.files import LOCK, replacing_folder, save_tensors
+from ..runtime.files import LOCK, check_replaceable, replacing_folder, save_tensors
 from ..runtime.versions import versions
 from ..training.arguments import read_callbacks
 from ..training.sections import LoraSection
@@ -525,6 +525,7 @@ def add_user(
             several people.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     facts = read_facts(folder)
     if facts["head"]["kind"] != "pal":
         raise UserError(f"{folder} is a reward without users; train one with train.head: pal")

@@ -223,6 +223,23 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace the folder in which the command runs.
+
+    Args:
+        folder (`Path`): the folder.
+
+    Raises:
+        UserError: the working directory is this folder, or lies in it.
+    """
+    real, here = folder.resolve(), Path.cwd()
+    if real == here or real in here.parents:
+        raise UserError(
+            f"{str(folder)!r} is where this command runs, so it cannot be replaced; run the "
+            "command from another folder"
+        )
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder in a block, which then takes the place of a folder.
@@ -231,7 +248,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
     Args:
         path (`Path`): the folder to replace.
+
+    Raises:
+        UserError: see `check_replaceable`.
     """
+    check_replaceable(path)
+    if path.name in ("", ".."):
+        path = path.resolve()
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)

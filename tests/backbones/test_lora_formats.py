@@ -312,7 +312,7 @@ def test_mistakes_are_one_sentence(
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((run / FILE).read_bytes())
     said = refusal(capsys, "--lora", alone, "--format", "kohya", *out)
-    assert "do not tell Stable Diffusion from SDXL: name its model with --model" in said
+    assert "do not tell which family it is of: name its model with --model" in said
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors")
     said = refusal(capsys, "--lora", tmp_path / "half.safetensors", "--format", "peft", *out)
     assert "has only one of the two matrices of 'lora_unet_x'" in said
@@ -328,6 +328,17 @@ def test_mistakes_are_one_sentence(
         capsys, "--lora", run, "--format", "peft", "--output", tmp_path / "a.safetensors"
     )
     assert "peft's format is a folder" in said
+    said = refusal(capsys, "--lora", run, "--format", "kohya", "--output", tmp_path / "a.ckpt")
+    assert "expected a folder or a .safetensors file" in said
+    save_file({}, tmp_path / "nothing.safetensors")
+    for form in ("peft", "diffusers", "kohya"):
+        said = refusal(capsys, "--lora", tmp_path / "nothing.safetensors", "--format", form, *out)
+        assert "nothing.safetensors' holds no tensors" in said
+    folder = tmp_path / "damaged"
+    write_lora(read_lora(run, "--lora"), folder, "peft")
+    (folder / "adapter_config.json").write_text("{")
+    said = refusal(capsys, "--lora", folder, "--format", "diffusers", *out)
+    assert "has a damaged adapter_config.json beside it" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -362,3 +373,85 @@ def test_metadata_holds_what_is_not_a_default_alone() -> None:
     assert set(told) == {"r", "lora_alpha", "target_modules", "peft_type", "use_dora"}
     again = LoraConfig(**{name: told[name] for name in told if name != "peft_type"})
     assert again.to_dict() == config.to_dict()
+
+
+def attention(family_width: int, blocks: int = 2) -> dict[str, LoraLayer]:
+    """LoRA of attention layers whose names SD3, Flux and Qwen-Image share."""
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    return {
+        f"transformer.transformer_blocks.{block}.attn.{name}": LoraLayer(
+            torch.randn(2, family_width), torch.randn(family_width, 2), 4.0
+        )
+        for block in range(blocks)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    ("width", "title"), [(96, None), (3072, None), (1536, "Stable Diffusion 3")]
+)
+def test_names_that_families_share_are_of_none(
+    width: int, title: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "shared.safetensors"
+    write_lora(LoraWeights(attention(width), None, "diffusers"), file, "diffusers")
+    lora = read_lora(file, "--lora")
+    assert (lora.naming.title if lora.naming else None) == title
+    if title is None:
+        with pytest.raises(UserError, match="do not tell which family it is of"):
+            write_lora(lora, tmp_path / "out.safetensors", "comfy")
+    named = read_lora(file, "--lora", "QwenImagePipeline")
+    write_lora(named, tmp_path / "q.safetensors", "comfy")
+    assert all("joint_blocks" not in key for key in load_file(tmp_path / "q.safetensors"))
+    # A file of ComfyUI with such names says it too.
+    tensors = {
+        key.replace("transformer.", "diffusion_model.", 1): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, tmp_path / "comfy.safetensors")
+    lora = read_lora(tmp_path / "comfy.safetensors", "--lora")
+    assert (lora.naming.title if lora.naming else None) == title
+    assert read_lora(tmp_path / "comfy.safetensors", "--lora", "QwenImagePipeline").layers
+
+
+def test_an_alpha_is_of_its_own_layer_alone(tmp_path: Path) -> None:
+    """Flux has a layer `proj_out`, whose name ends those of all single blocks."""
+    layers = {
+        "transformer.proj_out": LoraLayer(torch.randn(8, 6), torch.randn(6, 8), 2.0),
+        **{
+            f"transformer.single_transformer_blocks.{i}.proj_out": LoraLayer(
+                torch.randn(4, 6), torch.randn(6, 4), 4.0
+            )
+            for i in range(3)
+        },
+    }
+    for form in ("diffusers", "peft"):
+        file = tmp_path / (f"{form}.safetensors" if form != "peft" else form)
+        write_lora(LoraWeights(layers, NAMINGS["flux"], "kohya"), file, form)
+        again = read_lora(file, "--lora").layers
+        assert {name: (each.rank, each.alpha) for name, each in again.items()} == {
+            name: (each.rank, each.alpha) for name, each in layers.items()
+        }
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (4,), (6, 1, 2)])
+def test_scales_of_a_dora_that_are_none_per_output_are_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, 6),
+        f"{name}.lora_up.weight": torch.ones(6, 2),
+        f"{name}.dora_scale": torch.ones(shape),
+    }
+    save_file(tensors, tmp_path / "dora.safetensors")
+    with pytest.raises(UserError, match=r"DoRA scales of shape .* for a layer with 6 outputs"):
+        read_lora(tmp_path / "dora.safetensors", "--lora", "StableDiffusionPipeline")
+
+
+def test_flux2_is_told_from_flux_by_its_sizes(tmp_path: Path) -> None:
+    lora = saved("flux2-klein", tmp_path / "run")
+    write_lora(lora, tmp_path / "comfy.safetensors", "comfy")
+    again = read_lora(tmp_path / "comfy.safetensors", "--lora")
+    assert again.naming is lora.naming
+    assert_same(again, lora)

@@ -313,13 +313,22 @@ def test_the_sample_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         list((tmp_path / "out").glob("*-tuned.png"))
     ) == 1
     assert (
-        cli.run([*arguments[:-1], str(tmp_path / "missing"), "--output_dir", str(tmp_path / "out")])
+        cli.run(
+            [
+                *arguments[:-1],
+                str(tmp_path / "missing"),
+                "--output_dir",
+                str(tmp_path / "out-missing"),
+            ]
+        )
         == 2
     )
     assert "there is no file or folder" in capsys.readouterr().err
     build_pipeline("sd").save_pretrained(tmp_path / "other")
     assert (
-        cli.run([*arguments[:-1], str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
+        cli.run(
+            [*arguments[:-1], str(tmp_path / "other"), "--output_dir", str(tmp_path / "out-other")]
+        )
         == 2
     )
     assert "negative: " in capsys.readouterr().err
