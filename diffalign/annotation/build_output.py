@@ -191,7 +191,7 @@ def write(
             _list_features(list(columns)),
         )
     summary = summarise(options, prompts, notes, generators, images, columns, labels, panel)
-    write_atomically(folder / "README.md", card(options, generators, summary).encode())
+    write_atomically(folder / "README.md", card(options, generators, labels, summary).encode())
     if labels.lists:
         save_image(sheet(images, labels), folder / "sheet.png")
     return summary
@@ -332,23 +332,44 @@ def summarise(
     if labels.best:
         prompts_of_best = len({images[i].group for i in labels.best})
         lines.append(f"{len(labels.best)} best images of {prompts_of_best} prompts")
+    asked = written(options, labels)
+    for kind in DATASETS:
+        if not (options.output_dir / kind).is_dir():
+            continue
+        if kind in asked:
+            lines.append(f"wrote {options.output_dir / kind}")
+        else:
+            lines.append(
+                f"{options.output_dir / kind} is of an earlier run of this command, and may have "
+                "other labels"
+            )
+    return "\n".join(lines)
+
+
+def written(options: BuildOptions, labels: Labels) -> list[str]:
+    """Name the datasets that a build writes.
+
+    Args:
+        options (`BuildOptions`): Options of the build.
+        labels (`Labels`): What it labelled.
+    """
     asked = {
         "pairs": options.format != "ranked",
         "ranked": options.format != "pairs",
         "best": bool(labels.best),
     }
-    for kind in DATASETS:
-        if (options.output_dir / kind).is_dir() and asked[kind]:
-            lines.append(f"wrote {options.output_dir / kind}")
-    return "\n".join(lines)
+    return [name for name in DATASETS if asked[name]]
 
 
-def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -> str:
+def card(
+    options: BuildOptions, generators: Sequence[Generator], labels: Labels, summary: str
+) -> str:
     """Fill in the dataset card.
 
     Args:
         options (`BuildOptions`): Options of the build.
         generators (`Sequence[Generator]`): The models that drew.
+        labels (`Labels`): What was labelled.
         summary (`str`): See `summarise`.
 
     Returns:
@@ -358,7 +379,9 @@ def card(options: BuildOptions, generators: Sequence[Generator], summary: str) -
     settings = {name: getattr(options, name) for name in names}
     return render(
         "annotation/templates/dataset_card.md",
-        datasets=[name for name in DATASETS if (options.output_dir / name).is_dir()],
+        datasets=[
+            name for name in written(options, labels) if (options.output_dir / name).is_dir()
+        ],
         models=generators,
         settings=", ".join(f"{k} {v}" for k, v in settings.items() if v is not None),
         summary=[line for line in summary.split("\n") if not line.startswith("wrote ")],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, UserError
+from ..runtime.hashing import place_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.weight_files import check_component, explained, load_transformers, loading_errors
 
@@ -115,6 +116,10 @@ class TransformersCaptioner:
             .eval()
         )
         self.asks = bool(getattr(self.processor, "chat_template", None))
+
+    def fingerprint(self) -> str:
+        """Return what decides the captions: instruction and the model's files."""
+        return f"{self.instruction}|{self.max_new_tokens}|{place_hash(self.name)}"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         """Return one caption per image, decoded greedily in one batch.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, UserError
-from ..runtime.hashing import text_hash
+from ..runtime.hashing import place_hash, text_hash, value_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.seeds import text_seed
 from .captioners import _placement, load_callable, load_part
@@ -163,9 +163,14 @@ class RulePerturber:
         categories: Mapping[str, Sequence[str]] = CATEGORIES,
     ) -> None:
         self.level, self.seed, self.name = check_level(level), seed, "rules"
+        self.words = value_hash({name: list(words) for name, words in categories.items()})
         self.category = {word: words for words in categories.values() for word in words}
         phrases = sorted(self.category, key=len, reverse=True)
         self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
+
+    def fingerprint(self) -> str:
+        """Return what decides the texts: level, seed and words."""
+        return f"{self.level}|{self.seed}|{self.words}"
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Return one perturbed text per text, empty where nothing can be changed.
@@ -216,6 +221,10 @@ class ShapesPerturber:
 
     def __init__(self, level: str = "medium", seed: int = 0) -> None:
         self.level, self.seed = check_level(level), seed
+
+    def fingerprint(self) -> str:
+        """Return what decides the texts: level and seed."""
+        return f"{self.level}|{self.seed}"
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Return one sentence of the grammar per sentence.
@@ -311,6 +320,10 @@ class TransformersPerturber:
         device, dtype = _placement(device, dtype)
         cls = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
         self.model = load_part(cls, model, "--perturber", dtype=dtype).to(device).eval()
+
+    def fingerprint(self) -> str:
+        """Return what decides the texts: level, seed, template and model."""
+        return f"{self.level}|{self.seed}|{self.template}|{self.max_length}|{place_hash(self.name)}"
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Return one paraphrase per text, sampled with top_p 0.75 as in the paper.

@@ -14,6 +14,7 @@ on, and another strategy in the same folder reuses the captions.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections import Counter
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
 from ..runtime.files import check_output_dir
-from ..runtime.hashing import text_hash
+from ..runtime.hashing import text_hash, value_hash
 
 if TYPE_CHECKING:
     from ..data.dataset import PreferenceDataset
@@ -165,11 +166,19 @@ def recaption(
 
 
 def _name(tool: object) -> str:
+    """Name a captioner or perturber so that another one has another name.
+
+    An object without a method `fingerprint` counts by its name alone.
+    """
     if tool is None:
         return ""
-    return str(
+    name = str(
         getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__)
     )
+    fingerprint = getattr(tool, "fingerprint", None)
+    if callable(fingerprint):
+        return f"{name}|{fingerprint()}"
+    return f"{name}|{value_hash(tool)}" if inspect.isfunction(tool) else name
 
 
 class TextStore:

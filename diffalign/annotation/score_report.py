@@ -61,7 +61,8 @@ def write_report(
         "rows": source.rows,
         "images": len(table.records),
         "groups": len(set(groups)),
-        "skipped_rows": [list(row) for row in source.skipped],
+        "skipped_rows": [list(row) for row in source.skipped],  # the first 20
+        "skipped": source.skipped_count,
         "scorers": {},
     }
     for entry in panel.entries:
@@ -225,9 +226,7 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
             for name, row in zip(names, agreement["pairwise"], strict=True)
         ]
         text.append(_aligned(matrix))
-    missing = sum(row["missing"] for row in summary["scorers"].values()) + len(
-        summary["skipped_rows"]
-    )
+    missing = sum(row["missing"] for row in summary["scorers"].values()) + summary["skipped"]
     if missing:
         text.append(
             f"{missing} scores or rows are missing; see {folder / 'errors.jsonl'}, and run "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from ..config.ranges import count, finite, not_negative, read_scales, seed, side, steps
 from ..config.yaml_text import read_yaml_text
 from ..errors import ConfigError, UserError
+from ..rewards.registry import trust_files
 from ..runtime.distributed import process_rank
 from .results import Result, read_json_file
 
@@ -132,6 +134,8 @@ def run(options: argparse.Namespace) -> int | Result:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}", f"expected int >= {least}, got {value}")
+    if options.trust_remote_code:
+        trust_files()
     scales = _numbers(options.guidance_scales, "--guidance_scales", "1,2,3,5,7")
     if options.guidance_scales is not None:
         if options.guidance_scale is not None:
@@ -250,11 +254,18 @@ def _scorers(options: argparse.Namespace) -> Any:
         return None
     from ..rewards.panel_file import panel_config
 
+    arguments = options.scorer_args
+    judges = (options.scorers or "").split(",")
+    if options.steer is not None and options.steer not in judges and arguments:
+        values = read_yaml_text(arguments, "--scorer_args")
+        if isinstance(values, dict) and options.steer in values:  # of the steering scorer alone
+            rest = {name: value for name, value in values.items() if name != options.steer}
+            arguments = json.dumps(rest) if rest else None
     config = panel_config(
         scorers=options.scorers,
         file=options.rewards_config,
         file_option="--rewards_config",
-        scorer_args=options.scorer_args,
+        scorer_args=arguments,
         trust_remote_code=options.trust_remote_code,
         overrides={"on_error": "nan"},
     )

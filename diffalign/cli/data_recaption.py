@@ -11,6 +11,7 @@ from ..config.ranges import count, seed, share
 from ..data.config import read_columns
 from ..errors import ConfigError
 from ..runtime.files import check_output_dir
+from ..runtime.hashing import place_hash
 from .results import Result
 
 
@@ -122,14 +123,20 @@ def run(options: argparse.Namespace) -> Result:
         perturber=perturber,
         perturb=options.perturb,
         names=(
-            f"{options.captioner}|{options.instruction or ''}",
-            f"{options.perturber}|{options.level}|{options.seed}|"
+            f"{options.captioner}|{options.instruction or ''}{_content(options.captioner)}",
+            f"{options.perturber}{_content(options.perturber)}|{options.level}|{options.seed}|"
             f"{options.perturber_template or ''}",
         ),
         batch_size=options.batch_size,
         max_empty_fraction=options.max_empty_fraction,
     )
     return Result(text, {"output": options.output_dir / "data", "summary": text.splitlines()})
+
+
+def _content(name: str | None) -> str:
+    """Hash a tool of this machine. One that was changed in its place is another one."""
+    content = place_hash(name)
+    return f"|{content}" if content else ""
 
 
 def _tools(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from ..config.ranges import count
 from ..errors import ConfigError, UserError
 from ..rewards.panel_file import _mapping, panel_config
 from ..runtime.distributed import DistributedContext
+from ..runtime.files import LOCK
 from .results import Result, read_json_file
 
 if TYPE_CHECKING:
@@ -91,6 +92,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_WRITTEN = ("parts", "scores.parquet", "errors.jsonl", "summary.json", "best")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder with other files than those of this command.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names -= {LOCK, ".best.tmp", ".best.old"}
+    others = sorted(names - set(_WRITTEN))
+    if others or (names and "parts" not in names):
+        shown = others or sorted(names)
+        raise UserError(
+            f"--output_dir: {str(folder)!r} holds something else ({', '.join(shown[:3])}); name "
+            "another folder"
+        )
+
+
 def run(options: argparse.Namespace) -> int | Result:
     """Score the images and write `scores.parquet`, `errors.jsonl` and `summary.json`.
 
@@ -160,6 +181,7 @@ def run(options: argparse.Namespace) -> int | Result:
             "elsewhere"
         )
     parts = options.output_dir / "parts"
+    _check_folder(options.output_dir)
     parts.mkdir(parents=True, exist_ok=True)
     try:
         panel = Panel.from_config(

@@ -344,16 +344,14 @@ def _contents(
     A model that was trained further in its folder is another model.
     """
     from ..evaluation.models import ModelSpec
-    from ..runtime.hashing import path_hash
+    from ..runtime.hashing import place_hash
 
     places = {"tiny_decoder": options.tiny_decoder}
     for name, own_args in arguments.items():
-        places[name] = name.rpartition(".py:")[0] + ".py" if ".py:" in name else name
-        places |= {f"{name}.{key}": value for key, value in own_args.items()}
+        places |= {name: name} | {f"{name}.{key}": value for key, value in own_args.items()}
+    hashes = {name: place_hash(place) for name, place in places.items()}
     return {"model": ModelSpec("model", options.model).fingerprint()} | {
-        name: path_hash(Path(place))
-        for name, place in places.items()
-        if isinstance(place, str) and Path(place).exists()
+        name: content for name, content in hashes.items() if content
     }
 
 

@@ -18,6 +18,7 @@ from ..config.section import suggestion
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
 from ..runtime.hashing import bytes_hash, text_hash
+from .dataset import PreferenceDataset
 from .schema import CATEGORY_KEYS
 
 PROMPT_KEYS = ("prompt", "prompts", "caption", "text")
@@ -119,7 +120,8 @@ def load_prompts(
     Args:
         source (`str` or `Iterable[str]`): `shapes` (the held-out prompts of the
             embedded world), a name of `NAMED`, a `.txt`, `.csv`, `.tsv`, `.json`,
-            `.jsonl` or `.parquet` file, or prompts.
+            `.jsonl` or `.parquet` file, prompts, rows with a column of prompts, or a
+            dataset.
         path (`str` or `Path`, *optional*): The file of a named set, or a folder that
             holds it. None looks into the folder that DIFFALIGN_PROMPTS names.
         limit (`int`, *optional*): Largest number of prompts. They are taken evenly over
@@ -140,7 +142,7 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise ConfigError("max_prompts", f"expected int >= 1, got {limit}")
     if not isinstance(source, (str, Path)):
-        prompt_set = _finish("prompts", [{"prompt": prompt} for prompt in source], "")
+        prompt_set = _finish("prompts", _given_rows(source), "")
     elif str(source) in NAMED and not Path(source).is_file():
         prompt_set = _named(str(source), path)
     elif str(source) in (EMBEDDED, "shapes-held-out") and not Path(source).is_file():
@@ -150,6 +152,33 @@ def load_prompts(
     if limit is None or limit >= len(prompt_set.prompts):
         return prompt_set
     return _thinned(prompt_set, limit)
+
+
+def _given_rows(source: Any) -> list[Mapping[str, Any]]:
+    """Read prompts that are given in Python: texts, rows with a prompt, or a dataset.
+
+    Raises:
+        ConfigError: something else is among them.
+    """
+    if isinstance(source, PreferenceDataset):
+        return [{"prompt": prompt} for prompt in source.distinct_prompts()]
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        source = source.to_dict("records")
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise ConfigError(
+            "prompts", f"expected a name, a file or texts, got {type(source).__name__}"
+        )
+    rows: list[Mapping[str, Any]] = []
+    for number, value in enumerate(source):
+        row = value if isinstance(value, Mapping) else {"prompt": value}
+        key = next((key for key in row if str(key).lower() in PROMPT_KEYS), None)
+        if key is None or not isinstance(row[key], str):
+            shown = (
+                f"the columns {', '.join(map(str, row))}" if key is None else repr(row[key])[:60]
+            )
+            raise ConfigError("prompts", f"number {number} is no text but {shown}")
+        rows.append({**{k: v for k, v in row.items() if k != key}, "prompt": row[key]})
+    return rows
 
 
 def _thinned(prompt_set: PromptSet, limit: int) -> PromptSet:

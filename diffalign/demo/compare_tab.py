@@ -63,7 +63,7 @@ def build(
             high,
             value=1.0,
             step=0.05,
-            label="LoRA scale (of LoRAs)",
+            label="LoRA scale (times each LoRA's own)",
             elem_id="compare-scale",
             min_width=200,
         )
@@ -101,8 +101,9 @@ def build(
                 engine.pipe(name)
             images = []
             for i, name in enumerate((left, right)):
+                own = engine.models[name].lora_scale
                 for kind, value in session.run(
-                    request, partial(engine.draw, name, image_request, lora_scale=scale)
+                    request, partial(engine.draw, name, image_request, lora_scale=scale * own)
                 ):
                     if kind == "step":
                         progress((i * value[1] + value[0], 2 * value[1]), desc=f"drawing {name}")

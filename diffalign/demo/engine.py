@@ -103,6 +103,7 @@ class Engine:
 
         self.limits = limits or Limits()
         self.models = {model.name: model for model in models}
+        self._fingerprints: dict[str, str] = {}
         self._pipes: dict[Any, Any] = {}
         self._original_adapters: dict[int, dict[str, dict[str, float]]] = {}
         """id of a pipeline -> the adapters that it came with, and their weights."""
@@ -165,6 +166,16 @@ class Engine:
             )
         model = self.models[name].model
         return self._pipes[model if isinstance(model, str) else id(model)]
+
+    def fingerprint(self, name: str) -> str:
+        """Return the hash of what decides a model's images, as in a comparison.
+
+        Args:
+            name (`str`): Name of the model.
+        """
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self.models[name].fingerprint()
+        return self._fingerprints[name]
 
     def defaults(self, name: str) -> dict[str, Any]:
         """Return steps, guidance and side that the model's pipeline takes by itself.
@@ -278,9 +289,12 @@ class Engine:
                 stack.enter_context(self._users_of[name].apply(model.user))
             if user is not None and self.users is not None:
                 stack.enter_context(self.users.apply(user))
-            more = _step_callback(pipe, job, request.settings["num_inference_steps"])
+            settings = dict(request.settings)
+            if model.guidance_scale is not None:  # the model's own goes before the visitor's
+                settings["guidance_scale"] = model.guidance_scale
+            more = _step_callback(pipe, job, settings["num_inference_steps"])
             image = generate(
-                pipe, [request.prompt], [request.seed], progress=False, **request.settings, **more
+                pipe, [request.prompt], [request.seed], progress=False, **settings, **more
             )[0]
         if isinstance(image, Missing):
             raise UserError(
@@ -321,6 +335,11 @@ class Engine:
             pipe.set_adapters(list(adapters), list(adapters.values()))
         else:
             pipe.disable_lora()
+
+    @property
+    def lower_is_better(self) -> set[str]:
+        """Names of the scorers whose lowest score is the best."""
+        return {name for name, s in self.scorers.items() if not s.spec.higher_is_better}
 
     def score(self, images: Sequence[Image.Image], prompt: str) -> dict[str, list[float | None]]:
         """Score images with every scorer.

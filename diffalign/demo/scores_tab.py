@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def build(engine: Engine, example: str) -> None:
         with explained():
             text = engine.read(prompt, 0, 1, 1).prompt
             names, pictures = _read(files or ())
-            return scores_table(engine.score(pictures, text), names)
+            return scores_table(engine.score(pictures, text), names, engine.lower_is_better)
 
     options: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
     go.click(score, [images, prompt], table, api_name="scores", **options)
@@ -100,19 +100,27 @@ def _read(files: Sequence[tuple[str, str | None]]) -> tuple[list[str], list[Imag
     return names, pictures
 
 
-def scores_table(scores: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> str:
+def scores_table(
+    scores: Mapping[str, Sequence[float | None]],
+    names: Sequence[str],
+    lower_is_better: Collection[str] = (),
+) -> str:
     """Format scores as a Markdown table, a row per image and a column per scorer.
 
-    The highest score of a scorer is bold.
+    The best score of a scorer is bold.
 
     Args:
         scores (`Mapping[str, Sequence[float | None]]`): Scorer -> B scores, None where
             one is missing.
         names (`Sequence[str]`): Names of the B images.
+        lower_is_better (`Collection[str]`, *optional*): Scorers whose lowest score is
+            the best.
     """
     columns = list(scores)
     best = {
-        scorer: max((v for v in values if v is not None), default=None)
+        scorer: (min if scorer in lower_is_better else max)(
+            (v for v in values if v is not None), default=None
+        )
         for scorer, values in scores.items()
     }
     lines = [

@@ -127,7 +127,8 @@ class Voting:
         sides = list(self.models)
         rng.shuffle(sides)
         images = [self.engine.draw(name, image_request) for name in sides]
-        facts = {"seed": seed, **image_request.settings}
+        weights = {name: self.engine.fingerprint(name) for name in self.models}
+        facts = {"seed": seed, **image_request.settings, "models": weights}
         return Pair(
             uuid.uuid4().hex,
             image_request.prompt,
@@ -215,12 +216,15 @@ class Voting:
                 "`--train.resume_from_checkpoint latest`."
             )
             return votes + self.store.remarks()
-        count, win_rate = self.store.rate(*self.models)
+        weights = {name: self.engine.fingerprint(name) for name in self.models}
+        count, win_rate = self.store.rate(*self.models, weights=weights)
+        others = self.store.rate(*self.models)[0] - count
+        note = f" {others} votes are on other weights of these names." if others else ""
         if not count:
-            return "No votes yet." + self.store.remarks()
+            return f"No votes yet.{note}{self.store.remarks()}"
         return (
             f"{count} votes: **{self.models[1]}** wins {rate(win_rate)} % against "
-            f"{self.models[0]}.{self.store.remarks()}"
+            f"{self.models[0]}.{note}{self.store.remarks()}"
         )
 
 

@@ -85,7 +85,9 @@ class VoteStore(AnswerStore):
             **pair.facts,
         }
 
-    def rate(self, base: str, tuned: str) -> tuple[int, WinRate]:
+    def rate(
+        self, base: str, tuned: str, weights: Mapping[str, str] | None = None
+    ) -> tuple[int, WinRate]:
         """Compute how often one model wins against another.
 
         Every prompt counts the same, however many votes it has.
@@ -93,6 +95,9 @@ class VoteStore(AnswerStore):
         Args:
             base (`str`): Name of the base model.
             tuned (`str`): Name of the tuned model.
+            weights (`Mapping[str, str]`, *optional*): Fingerprints of both models.
+                Votes on other weights are left out, and votes of earlier versions,
+                which hold none, count. None counts all.
 
         Returns:
             `tuple[int, WinRate]`: The number of votes on this pair of models, and the
@@ -104,6 +109,7 @@ class VoteStore(AnswerStore):
                 vote
                 for vote in self.votes
                 if {vote.get("left"), vote.get("right")} == {base, tuned}
+                and (weights is None or vote.get("models", weights) == weights)
             ]
         for vote in votes:
             won = vote.get(vote["vote"]) if vote["vote"] != "tie" else None

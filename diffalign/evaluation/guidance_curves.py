@@ -61,7 +61,12 @@ def best_index(scores: Sequence[Array]) -> int:
     Returns:
         `int`: The index of the scale, the first of equal ones.
     """
-    means = np.array([nanmean(nanmean(values[CHOOSING])[None])[0] for values in scores])
+    choosing = np.stack([np.asarray(values, dtype=np.float64)[CHOOSING] for values in scores])
+    # Images that have no score at one scale must not favour another one.
+    complete = ~np.isnan(choosing).any(0)
+    if complete.any():
+        choosing = np.where(complete, choosing, np.nan)
+    means = np.array([nanmean(nanmean(values)[None])[0] for values in choosing])
     return int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
 
 

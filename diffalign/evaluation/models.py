@@ -24,9 +24,17 @@ from ..generation.guidance import NegativeGuidance, load_negative
 from ..generation.pipelines import default_settings, load_for_scoring, with_lora
 from ..generation.sampling import generate
 from ..generation.users import load_users
-from ..runtime.hashing import module_hash, text_hash
+from ..runtime.hashing import (
+    content_hash,
+    module_hash,
+    path_hash,
+    place_hash,
+    text_hash,
+    value_hash,
+)
 from ..runtime.seeds import image_seed
 from ..runtime.weight_files import could_be_hub_id
+from ..shapes.models import embedded_name
 
 if TYPE_CHECKING:
     import torch
@@ -105,27 +113,50 @@ class ModelSpec:
         Raises:
             ConfigError: The model or LoRA is not there.
         """
-        from ..runtime.hashing import content_hash
-
         if isinstance(self.model, str):
             source = ModelSource(self.model)
             text = source.fingerprint(*source.component_names())
         else:
-            text = f"{module_hash(denoiser(self.model))}{adapter_state(self.model) or ''}"
+            text = f"{_pipeline_hash(self.model)}{adapter_state(self.model) or ''}"
         for part in (self.lora, self.negative):
-            if part is not None and Path(part).exists():
-                text += f"-{content_hash(Path(part))}"
+            place = None if part is None else Path(part).expanduser()
+            if place is not None and (place / "model_index.json").is_file():
+                text += f"-{path_hash(place)}"
+            elif place is not None and place.exists():
+                text += f"-{content_hash(place)}"
             else:
                 text += f"-{part}"
         steer: object = self.steer
-        if self.steer is not None and not isinstance(self.steer, Mapping):
+        if isinstance(self.steer, Mapping):
+            arguments = self.steer.get("scorer_args") or {}
+            files = [place_hash(v) for v in (self.steer.get("scorer"), *arguments.values())]
+            text += "".join(f"-{content}" for content in files if content)
+        elif self.steer is not None:
             steer = self.steer.fingerprint()
         text += repr((self.lora_scale, self.alpha, self.beta, steer))
+        if isinstance(self.model, str) and embedded_name(self.model) is None:
+            defaults = default_settings(self.model)
+            text += f"-{defaults}" if defaults else ""
         if self.guidance_scale is not None:
             text += f"-guidance {self.guidance_scale}"
         if self.user_adapter is not None:
             text += f"-{content_hash(Path(self.user_adapter))}-user {self.user}"
         return text_hash(text)[:16]
+
+
+def _pipeline_hash(pipe: Any) -> str:
+    """Hash the networks of a loaded pipeline and the settings of its scheduler."""
+    from torch.nn import Module
+
+    components = getattr(pipe, "components", None) or {"denoiser": denoiser(pipe)}
+    parts = []
+    for name, part in sorted(components.items()):
+        if isinstance(part, Module):
+            parts.append(f"{name} {module_hash(part)}")
+        elif name == "scheduler":
+            config = {k: v for k, v in part.config.items() if not k.startswith("_")}
+            parts.append(f"{type(part).__name__} {value_hash(config)}")
+    return text_hash(*parts)
 
 
 def parse_model(
@@ -272,6 +303,13 @@ def _check_files(values: Mapping[str, Any], field: str) -> None:
             f"{field}.steer",
             "names no scorer; write for example steer: {scorer: pickscore, lmbda: 10}",
         )
+    if isinstance(steer, Mapping) and isinstance(steer["scorer"], str):
+        from ..rewards.registry import find_class
+
+        try:
+            find_class(steer["scorer"])
+        except ConfigError as error:
+            raise ConfigError(f"{field}.steer.scorer", error.problem) from None
 
 
 def _name(values: Mapping[str, Any], base: ModelSpec | None) -> str:

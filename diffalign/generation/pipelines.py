@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..backbones.loading import ModelSource
 from ..backbones.lora import adapter_state, adapters_kept, load_lora
 from ..runtime.weight_files import check_filled
-from ..shapes.models import SHAPES_MODEL, embedded_name, weights_dir
+from ..shapes.models import SHAPES_MODEL, embedded_origin, weights_dir
 from ..shapes.sampling_defaults import sampling_settings
 
 if TYPE_CHECKING:
@@ -112,12 +112,12 @@ def load_for_scoring(
 def default_settings(model: object) -> dict[str, Any]:
     """Return arguments of the pipeline's call that it would not choose by itself.
 
-    Only the embedded models have some.
+    Only the embedded models have some, and pipelines that were trained from them.
 
     Args:
         model (`str`): Hub id, folder or name of an embedded model.
     """
-    name = embedded_name(model)
+    name = embedded_origin(model)
     return {} if name is None else sampling_settings(name)
 
 

@@ -474,10 +474,11 @@ class CallableScorer(Scorer):
         self.count = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
 
     def identity(self) -> dict[str, Any]:
-        try:
-            source = inspect.getsource(self.target)
-        except (OSError, TypeError):  # written in an interactive session
+        try:  # the whole file, for the functions and numbers that the target uses
+            source = Path(inspect.getsourcefile(self.target) or "").read_text("utf-8")
+        except (OSError, TypeError, UnicodeDecodeError):  # written in an interactive session
             source = getattr(self.target, "__qualname__", repr(self.target))
+        source = f"{source}\0{getattr(self.target, '__qualname__', '')}"
         # Two functions from one factory have one source. What they closed over tells
         # them apart (by address where there is no better).
         cells = [

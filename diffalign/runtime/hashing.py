@@ -127,6 +127,22 @@ def path_hash(path: Path) -> str:
     return text_hash(*(f"{p.relative_to(path)}\0{sampled_hash(p)}\0" for p in files))
 
 
+def place_hash(name: object) -> str:
+    """Hash what an option names, if it is a file or folder of this machine.
+
+    Args:
+        name: a path, `FILE.py:object`, or anything else.
+
+    Returns:
+        `str`: "" for a name that is no path, such as a Hub id.
+    """
+    if not isinstance(name, (str, Path)) or not str(name):
+        return ""
+    text = str(name)
+    path = Path(text.rpartition(".py:")[0] + ".py" if ".py:" in text else text).expanduser()
+    return path_hash(path) if path.exists() else ""
+
+
 def module_hash(module: torch.nn.Module) -> str:
     """Hash the weights of a loaded module.
 

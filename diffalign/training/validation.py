@@ -367,9 +367,11 @@ class Validation:
                     for scale, at_scale in zip(self.config.guidance_scales, scores, strict=True)
                 }
             if name == self.keep_best:
-                # If images are missing, the mean is that of the others alone. NaN is
-                # never better.
-                result.value = float("nan") if len(present(tuned)) < len(present(base)) else mean
+                # If images or scores are missing, the mean is that of the others alone.
+                # NaN is never better.
+                unscored = np.isnan(values).sum() > np.isnan(base_values).sum()
+                incomplete = unscored or len(present(tuned)) < len(present(base))
+                result.value = float("nan") if incomplete else mean
         if columns is not None:
             result.verdict = self._judge(step, columns, scores[best], base_best, reported)
             result.metrics |= result.verdict.metrics

@@ -22,10 +22,9 @@ def validation_prompts(config: ValidationConfig) -> list[str]:
     Args:
         config (`ValidationConfig`): Settings of the validation.
     """
-    return (
-        config.validation_prompts
-        or load_prompts(config.prompts or "", limit=config.max_prompts).prompts
-    )
+    if config.validation_prompts:  # each once: equal prompts would be equal images
+        return list(dict.fromkeys(config.validation_prompts))
+    return load_prompts(config.prompts or "", limit=config.max_prompts).prompts
 
 
 def check_validation(config: ValidationConfig, training_scorers: Any) -> list[str]:

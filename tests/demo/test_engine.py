@@ -179,3 +179,14 @@ def test_small_images_are_enlarged_by_whole_factors() -> None:
 
     assert enlarged(Image.new("RGB", (64, 32))).size == (320, 160)
     assert enlarged(Image.new("RGB", (512, 512))).size == (512, 512)
+
+
+def test_a_models_own_guidance_and_strength_are_drawn_with(lora: Path) -> None:
+    models = read_models("shapes", ["{name: strong, model: shapes, guidance_scale: 7}"])
+    engine = Engine(models)
+    wanted = request(engine, steps=2)
+    high = request(engine, steps=2, guidance=7.0)
+    assert not np.array_equal(
+        pixels(engine.draw("strong", wanted)), pixels(engine.draw("base", wanted))
+    )
+    assert np.array_equal(pixels(engine.draw("strong", wanted)), pixels(engine.draw("base", high)))

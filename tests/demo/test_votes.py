@@ -142,3 +142,16 @@ def test_pairs_with_the_fewest_votes_come_first(waiting: Path) -> None:
 def test_no_round_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--feedback", str(tmp_path)]) == 2
     assert "holds no round of images" in capsys.readouterr().err
+
+
+def test_votes_on_other_weights_of_a_name_are_not_counted(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    store = VoteStore(tmp_path)
+    for number, weights in enumerate(({"base": "1", "tuned": "2"}, {"base": "1", "tuned": "3"})):
+        one = pair(number, f"p{number}")
+        store.add(replace(one, facts={**one.facts, "models": weights}), "right", "")
+    store.add(pair(7, "p7"), "left", "")  # of an earlier version, which kept no weights
+    assert store.rate("base", "tuned")[0] == 3
+    count, rate = store.rate("base", "tuned", weights={"base": "1", "tuned": "2"})
+    assert count == 2 and rate.rate == 0.5
