@@ -405,3 +405,16 @@ def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
     run = load_run(None, ["--method", "sft", "--model", "shapes"])
     words = shlex.split(_next_command(run, folder) or "", comments=True)
     assert words[-4:] == ["--tuned", str(folder), "--output_dir", f"{folder}-compared"]
+
+
+def test_sample_without_a_folder_takes_a_free_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--num_images", "1", "--num_inference_steps", "2", "--model", "shapes"]
+    for prompt in ("a small red circle", "a large blue star", "a small red circle"):
+        assert diffalign.cli.entry.run(["sample", *options, "--prompt", prompt]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "diffalign-samples",
+        "diffalign-samples-2",
+    ]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..config.ranges import count, finite, seed, steps
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from ..runtime.files import claim_output_dir, save_image
 from ..runtime.missing import check_any, left_out, present
 from .results import Result
@@ -105,11 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir",
         type=Path,
-        default=Path("diffalign-samples"),
-        help="default: diffalign-samples",
+        help=f"default: {_DEFAULT_DIR}, with a number if that holds other images",
     )
 
 
+_DEFAULT_DIR = "diffalign-samples"
 _DECIDING = (
     "model",
     "prompt",
@@ -127,6 +126,36 @@ _DECIDING = (
     "user_pairs",
 )
 """Options that decide the images."""
+
+
+def _claim(folder: Path, options: argparse.Namespace) -> None:
+    """Take a folder for these images. Other images there would be replaced.
+
+    Raises:
+        UserError: it holds them, or something else.
+    """
+    asked = {name: value for name, value in vars(options).items() if name in _DECIDING}
+    claim_output_dir(folder, "settings.json", asked, long=("prompt",))
+
+
+def _free_folder(options: argparse.Namespace) -> Path:
+    """Return the folder that the user named, or the first free one.
+
+    Raises:
+        UserError: the user's folder holds other images.
+    """
+    names = [_DEFAULT_DIR, *(f"{_DEFAULT_DIR}-{number}" for number in range(2, 1000))]
+    for folder in [options.output_dir] if options.output_dir else map(Path, names):
+        if not (folder.is_dir() and any(folder.iterdir())):
+            return folder
+        try:
+            _claim(folder, options)
+        except UserError:
+            if options.output_dir is None:
+                continue
+            raise
+        return folder
+    raise UserError(f"--output_dir: {_DEFAULT_DIR} and 998 others are taken; name a folder")
 
 
 def _check_user_options(options: argparse.Namespace) -> None:
@@ -190,12 +219,7 @@ def run(options: argparse.Namespace) -> Result:
                 f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}"
             )
     _check_user_options(options)
-    asked = {name: value for name, value in vars(options).items() if name in _DECIDING}
-    claim = functools.partial(
-        claim_output_dir, options.output_dir, "settings.json", asked, long=("prompt",)
-    )
-    if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
-        claim()  # refuses other images, which these would replace
+    output_dir = _free_folder(options)
     pipe = load_pipeline(options.model)
     settings: dict[str, Any] = {
         name: getattr(options, name)
@@ -243,13 +267,13 @@ def run(options: argparse.Namespace) -> Result:
             sides["tuned"] = generate(
                 pipe, prompts, seeds, batch_size=options.batch_size, description="user", **settings
             )
-    claim()
+    _claim(output_dir, options)
     files = []
     for name, images in sides.items():
         check_any(images, name)
         for i in present(images):
             number = i // options.num_images
-            files.append(options.output_dir / f"{number:03d}-seed{seeds[i]}-{name}.png")
+            files.append(output_dir / f"{number:03d}-seed{seeds[i]}-{name}.png")
             save_image(images[i], files[-1])
     if "tuned" in sides:
         n = options.num_images
@@ -257,10 +281,10 @@ def run(options: argparse.Namespace) -> Result:
             (p, sides["base"][i * n : (i + 1) * n], sides["tuned"][i * n : (i + 1) * n])
             for i, p in enumerate(options.prompt)
         ]
-        save_image(comparison_grid(rows), options.output_dir / "comparison.png")
+        save_image(comparison_grid(rows), output_dir / "comparison.png")
     for name, images in sides.items():
         if len(present(images)) < len(images):
             print(left_out(images, len(images), name))
     missing = len(sides) * len(prompts) - len(files)
-    text = f"wrote {len(files)} images to {options.output_dir}"
+    text = f"wrote {len(files)} images to {output_dir}"
     return Result(text, {"images": files, "missing": missing})
