@@ -304,17 +304,11 @@ class PreferenceDataset:
 
     def reversed_scores(self) -> int:
         """Count the pairs in use whose rejected image has the higher score."""
-        import numpy as np
-        import pyarrow.compute
-
         light = self.layout.light_columns
         if not {"chosen_score", "rejected_score"} <= light.keys() or self.row_ids is None:
             return 0
-        chosen, rejected = (
-            pyarrow.compute.cast(self._light_column(role), "float64").to_numpy()
-            for role in ("chosen_score", "rejected_score")
-        )
-        return int(np.count_nonzero(chosen[self.row_ids] < rejected[self.row_ids]))
+        pairs = (verdict.scores or (0.0, 0.0) for _, verdict in self._verdicts())
+        return sum(chosen < rejected for chosen, rejected in pairs)
 
     def liked_share(self) -> float | None:
         """Return the share of liked images of labelled rows in use, None for others."""

@@ -73,8 +73,7 @@ def user_name(cell: object) -> str | None:
     """
     if _is_missing(cell):
         return None
-    whole = isinstance(cell, float) and cell.is_integer()
-    return str(int(cell)) if isinstance(cell, float) and whole else str(cell)
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
 def _classified(layout: Layout, cells: Mapping[str, Any]) -> Verdict:
