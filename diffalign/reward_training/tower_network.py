@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from ..rewards.learned.tower_weights import (
 from ..rewards.model_scorer import ModelScorer
 from ..runtime.files import read_tensors, save_tensors
 from ..training.build import check_peft_config
+from ..training.guardian import change_interval
 from .pair_groups import PairBatch
 
 _TRAINED = "_towers_are_trained"
@@ -193,13 +196,17 @@ class TowerWeights:
 class BestStep:
     """Keeps the weights with the lowest validation loss. See `CheckpointPart`.
 
+    The base is kept, too. It replaces the best trained weights if it is better than
+    they are beyond chance. A few prompts, some with wrong labels, cannot tell.
+
     Args:
-        network (`TowerNetwork`): Its weights are kept.
+        network (`TowerNetwork`): Its weights are kept. They are the base's.
 
     Attributes:
         loss (`float`): The lowest validation loss.
-        step (`int`): Where it was.
+        step (`int`): Where it was, 0 for the base.
         state (`dict[str, Tensor]`): The weights there.
+        losses (`list[float]`): Loss of each validation prompt there.
     """
 
     FILE = "best.safetensors"
@@ -208,20 +215,42 @@ class BestStep:
         self.network = network
         self.loss, self.step = float("inf"), 0
         self.state: dict[str, Tensor] = {}
+        self.losses: list[float] = []
+        self.base = trained_state(network)
 
-    def offer(self, loss: float, step: int) -> None:
-        """Keep the weights as they are if this is the lowest loss."""
+    def offer(self, loss: float, step: int, losses: list[float]) -> None:
+        """Keep the weights as they are if this is the lowest loss.
+
+        Args:
+            loss (`float`): On all validation pairs.
+            step (`int`): Optimizer steps done.
+            losses (`list[float]`): Of each validation prompt, at the factor of the
+                margins that fits best.
+        """
         if loss < self.loss:
             self.loss, self.step, self.state = loss, step, trained_state(self.network)
+            self.losses = losses
 
-    def put_back(self) -> None:
-        """Load the kept weights into the network."""
+    def put_back(self, base_loss: float, base_losses: list[float]) -> None:
+        """Load the kept weights into the network, or the base's if these are better.
+
+        Args:
+            base_loss (`float`): Validation loss of the base.
+            base_losses (`list[float]`): Of each prompt.
+        """
+        trained, base = np.array(self.losses)[:, None], np.array(base_losses)[:, None]
+        is_worse = not self.state  # no loss was finite
+        if len(trained) == len(base):
+            is_worse |= change_interval(trained, base, level=0.95)[2] < 0
+        if is_worse:
+            self.loss, self.step, self.state = base_loss, 0, self.base
         put_state(self.network, self.state)
 
     def save(self, folder: Path, rank: int) -> None:
         """See `CheckpointPart.save`."""
         if rank == 0 and self.state:
             facts = {"loss": repr(self.loss), "step": str(self.step)}
+            facts["losses"] = json.dumps(self.losses)
             save_tensors(self.state, folder / self.FILE, metadata=facts)
 
     def load(self, folder: Path, rank: int, device: torch.device) -> None:
@@ -229,3 +258,4 @@ class BestStep:
         if (folder / self.FILE).is_file():
             self.state, facts = read_tensors(folder / self.FILE)
             self.loss, self.step = float(facts["loss"]), int(facts["step"])
+            self.losses = json.loads(facts.get("losses", "[]"))

@@ -35,7 +35,7 @@ from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, finish_trackers, start_trackers
 from .captions import CaptionData
 from .config import RewardConfig
-from .fit import fit_scale, label_loss, make_labels, margins_of_scores, part_loss
+from .fit import fit_scale, fit_temperature, label_loss, make_labels, margins_of_scores, part_loss
 from .judgements import Judgements
 from .pair_groups import PairBatch, PairData
 from .report import decided_accuracy, hits_of
@@ -240,8 +240,21 @@ class TowerRun:
     def _look(self) -> dict[str, float]:
         labels, margins = self.data["val"].labels, margins_of_scores(self.scores("val"))
         loss = float(part_loss(margins, labels, self.args))
-        self.best.offer(loss, self.state.global_step)
+        self.best.offer(loss, self.state.global_step, self._losses(margins))
         return {"eval/loss": loss, "eval/accuracy": decided_accuracy(margins, labels)}
+
+    def _losses(self, margins: Tensor) -> list[float]:
+        """Loss of each validation prompt, at the best factor of the margins."""
+        data = self.data["val"]
+        margins = fit_temperature(margins, data.labels, self.args) * margins
+        rows = label_loss(margins, data.labels.label, self.args, data.labels.margin)
+        prompts = torch.as_tensor(data.part.prompt)
+        weighted = data.labels.weight * rows
+        return [
+            float(weighted[prompts == number].sum() / data.labels.weight[prompts == number].sum())
+            for number in prompts.unique()
+            if data.labels.weight[prompts == number].sum() > 0
+        ]
 
     # Running --------------------------------------------------------------------------
 
@@ -288,10 +301,6 @@ class TowerRun:
             if self.state.global_step % (self.args.eval_steps or 1) == 0:
                 with undisturbed():
                     self._look()  # the checkpoint was written before its evaluation
-        else:  # a run that only makes its base worse ends with the base
-            labels, factor = self.data["val"].labels, self.network.head.log_factor.detach().exp()
-            margins = factor.cpu() * margins_of_scores(self.base_scores["val"])
-            self.best.offer(float(part_loss(margins, labels, self.args)), 0)
         start_trackers(accelerator, self.args)
         with StopSignals() as signals:
             undone = self.checkpoints.take_over(checkpoint, self.state)
@@ -313,7 +322,10 @@ class TowerRun:
         if not interrupted:
             if self.state.global_step % (self.args.eval_steps or 1):
                 self.evaluate()  # the last step may be the best one
-            self.best.put_back()
+            labels, margins = self.data["val"].labels, margins_of_scores(self.base_scores["val"])
+            margins = fit_temperature(margins, labels, self.args) * margins
+            base_loss = float(part_loss(margins, labels, self.args))
+            self.best.put_back(base_loss, self._losses(margins))
         return TrainOutput(
             self.state.global_step, run.metrics, signals.received if interrupted else None
         )
