@@ -375,7 +375,9 @@ def test_mistakes_before_weights_are_loaded() -> None:
         check_validation(ValidationConfig(["a cat"], scorers=["pickscor"]), None)
     with pytest.raises(UserError, match="neither a file"):
         check_validation(ValidationConfig(prompts="nowhere"), None)
-    scales = ValidationConfig(["a cat"] * 3, scorers=["shapes"], guidance_scales=[1, 3])
+    scales = ValidationConfig(
+        ["a cat", "a dog", "a cow"], scorers=["shapes"], guidance_scales=[1, 3]
+    )
     with pytest.raises(UserError, match="validation.prompts: .* needs at least 4, got 3"):
         check_validation(scales, None)
     with pytest.raises(UserError, match="geneval needs metadata"):
@@ -384,7 +386,9 @@ def test_mistakes_before_weights_are_loaded() -> None:
 
 def test_keeping_the_best_by_the_judge_itself_is_said() -> None:
     given = ValidationConfig(
-        ["a cat"] * 20, scorers=["shapes", "shapes-clip"], keep_best="shapes-clip"
+        [f"{number} cats" for number in range(20)],
+        scorers=["shapes", "shapes-clip"],
+        keep_best="shapes-clip",
     )
     assert (
         "cannot show over-optimisation"
