@@ -22,12 +22,11 @@ on frozen towers, and an ensemble of 8 heads (`members: 8`), by mean and by mean
 one standard deviation; the embedded reward `shapes-clip`; and the verifier itself,
 which is as good as picking can be.
 
-The second picture is of training: DiffusionNFT (`configs/diffusion_nft/shapes.yaml`,
-with --steps steps) optimises the first of the rewards, the mean of all less one
-standard deviation, and the verifier, each from --seeds seeds. Every step samples from
-the policy for training prompts. The log has the mean of the optimised reward, in
-standard deviations of the base's images, and of the verifier over these samples. Goes
-on where it stopped.
+The second picture is of training: ReFL (`configs/reward_backprop/shapes.yaml`, with
+--steps steps) optimises the first of the rewards, and the mean of all less one standard
+deviation, each from --seeds seeds. The log has the mean of the optimised reward, in
+standard deviations of the base's images, and of the verifier over the images of every
+ten steps, which are drawn for training prompts. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -308,7 +307,6 @@ def reward_sections(
             "rewards": [*entries, truth],
             "combine": method,
         },
-        "verifier": {"rewards": [{"name": "verifier", "scorer": "shapes"}]},
     }
 
 
@@ -328,33 +326,27 @@ def train(section: dict[str, Any], name: str, seed: int, options: argparse.Names
         "train.max_steps": options.steps,
         "train.overwrite_output_dir": "true",
         "train.save_steps": 100_000,
-        "train.logging_steps": 5,
+        "train.logging_steps": 10,
     }
-    train_whole(build_trainer(recipe("diffusion_nft/shapes", values)))
+    train_whole(build_trainer(recipe("reward_backprop/shapes", values)))
     return folder
 
 
-def rounds(folder: Path, scale: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
-    """Step, optimised rewards and verifier of the samples between two logs.
+def rounds(folder: Path, scale: tuple[float, float] | None) -> dict[str, list[float]]:
+    """Step, optimised reward and verifier of the images between two logs.
 
-    The optimised reward is the mean over its members, in standard deviations of the
-    base's images.
+    Args:
+        folder: of the run.
+        scale: mean and standard deviation of the reward over the base's images. None
+            for a reward that is on this scale already.
     """
     lines = [json.loads(x) for x in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "judge/verifier" in line]
-    learned = [key for key in lines[0] if key.startswith("judge/few-")]
-    own = []
-    for line in lines:
-        units = [
-            (line[key] - scale[key.removeprefix("judge/")][0])
-            / scale[key.removeprefix("judge/")][1]
-            for key in learned or ["judge/verifier"]
-        ]
-        own.append(float(np.mean(units)))
+    lines = [line for line in lines if "watched/verifier" in line]
+    mean, spread = scale or (0.0, 1.0)
     return {
         "step": [line["step"] for line in lines],
-        "own": own,
-        "verifier": [line["judge/verifier"] for line in lines],
+        "own": [(line["reward"] - mean) / spread for line in lines],
+        "verifier": [line["watched/verifier"] for line in lines],
     }
 
 
@@ -366,14 +358,13 @@ def plot_training(found: dict[str, list[dict[str, list[float]]]], path: Path) ->
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (name, runs), colour in zip(found.items(), ("#d1242f", "#1a7f37", "#6e7781"), strict=True):
+    for (name, runs), colour in zip(found.items(), ("#d1242f", "#1a7f37"), strict=True):
         for i, run in enumerate(runs):
             label = name if i == 0 else None
-            if name != "verifier":
-                left.plot(run["step"], run["own"], color=colour, label=label)
+            left.plot(run["step"], run["own"], color=colour, label=label)
             right.plot(run["step"], run["verifier"], color=colour, label=label)
-    left.set(title="optimised reward of the samples (standard deviations)", xlabel="step")
-    right.set(title="verifier of the same samples", xlabel="step")
+    left.set(title="optimised reward of the images (standard deviations)", xlabel="step")
+    right.set(title="verifier of the same images", xlabel="step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(
@@ -410,7 +401,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--steps", type=int, default=250, help="of training")
     parser.add_argument("--seeds", type=int, default=2, help="of training, 0 for none")
     parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")
@@ -425,9 +416,13 @@ def main() -> None:
     picture = options.output.with_suffix(".png")
     plot(found, powers, picture)
     sections = reward_sections(scores, members) if options.seeds else {}
-    scale = {name: (float(each.mean()), float(each.std())) for name, each in scores.items()}
+    first = scores[next(iter(members))]
+    scale = {ONE: (float(first.mean()), float(first.std()))}
     trained = {
-        name: [rounds(train(section, name, seed, options), scale) for seed in range(options.seeds)]
+        name: [
+            rounds(train(section, name, seed, options), scale.get(name))
+            for seed in range(options.seeds)
+        ]
         for name, section in sections.items()
     }
     training_picture = picture.with_stem(f"{picture.stem}_training")
