@@ -175,10 +175,8 @@ def _name(tool: object) -> str:
     name = str(
         getattr(tool, "name", None) or getattr(tool, "__qualname__", type(tool).__qualname__)
     )
-    fingerprint = getattr(tool, "fingerprint", None)
-    if callable(fingerprint):
-        return f"{name}|{fingerprint()}"
-    return f"{name}|{value_hash(tool)}" if inspect.isfunction(tool) else name
+    is_known = inspect.isfunction(tool) or callable(getattr(tool, "fingerprint", None))
+    return f"{name}|{value_hash(tool)}" if is_known else name
 
 
 class TextStore:

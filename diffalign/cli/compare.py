@@ -214,10 +214,7 @@ def _tuned(options: argparse.Namespace) -> list[Any]:
             raise ConfigError(
                 "--num_particles", f"steering needs at least 2, got {options.num_particles}"
             )
-        arguments = (
-            read_yaml_text(options.scorer_args, "--scorer_args") if options.scorer_args else {}
-        )
-        scorer_options = arguments.get(options.steer) if isinstance(arguments, dict) else None
+        scorer_options = _scorer_options(options).get(options.steer)
         models.append(
             {
                 "name": "steered",
@@ -249,18 +246,22 @@ def _numbers(text: str | None, option: str, example: str) -> list[float]:
         ) from None
 
 
+def _scorer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the options by scorer. `panel_config` refuses what is no mapping."""
+    text = options.scorer_args
+    values = read_yaml_text(text, "--scorer_args") if text else None
+    return values if isinstance(values, dict) else {}
+
+
 def _scorers(options: argparse.Namespace) -> Any:
     if options.scorers is None and options.rewards_config is None:
         return None
     from ..rewards.panel_file import panel_config
 
-    arguments = options.scorer_args
-    judges = (options.scorers or "").split(",")
-    if options.steer is not None and options.steer not in judges and arguments:
-        values = read_yaml_text(arguments, "--scorer_args")
-        if isinstance(values, dict) and options.steer in values:  # of the steering scorer alone
-            rest = {name: value for name, value in values.items() if name != options.steer}
-            arguments = json.dumps(rest) if rest else None
+    arguments, values = options.scorer_args, _scorer_options(options)
+    if options.steer in values and options.steer not in (options.scorers or "").split(","):
+        del values[options.steer]  # of the steering scorer alone
+        arguments = json.dumps(values) if values else None
     config = panel_config(
         scorers=options.scorers,
         file=options.rewards_config,

@@ -127,8 +127,7 @@ class Voting:
         sides = list(self.models)
         rng.shuffle(sides)
         images = [self.engine.draw(name, image_request) for name in sides]
-        weights = {name: self.engine.fingerprint(name) for name in self.models}
-        facts = {"seed": seed, **image_request.settings, "models": weights}
+        facts = {"seed": seed, **image_request.settings, "models": self._weights()}
         return Pair(
             uuid.uuid4().hex,
             image_request.prompt,
@@ -136,6 +135,10 @@ class Voting:
             (sides[0], sides[1]),
             facts,
         )
+
+    def _weights(self) -> dict[str, str]:
+        """Return the fingerprints of both models by their names."""
+        return {name: self.engine.fingerprint(name) for name in self.models}
 
     def vote(self, visitor: str, shown: object, choice: str, annotator: object) -> bool:
         """Take a vote on the pair that the visitor sees.
@@ -216,8 +219,7 @@ class Voting:
                 "`--train.resume_from_checkpoint latest`."
             )
             return votes + self.store.remarks()
-        weights = {name: self.engine.fingerprint(name) for name in self.models}
-        count, win_rate = self.store.rate(*self.models, weights=weights)
+        count, win_rate = self.store.rate(*self.models, weights=self._weights())
         others = self.store.rate(*self.models)[0] - count
         note = f" {others} votes are on other weights of these names." if others else ""
         if not count:

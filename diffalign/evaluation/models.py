@@ -29,6 +29,7 @@ from ..runtime.hashing import (
     module_hash,
     path_hash,
     place_hash,
+    scheduler_facts,
     text_hash,
     value_hash,
 )
@@ -154,8 +155,7 @@ def _pipeline_hash(pipe: Any) -> str:
         if isinstance(part, Module):
             parts.append(f"{name} {module_hash(part)}")
         elif name == "scheduler":
-            config = {k: v for k, v in part.config.items() if not k.startswith("_")}
-            parts.append(f"{type(part).__name__} {value_hash(config)}")
+            parts.append(value_hash(scheduler_facts(part)))
     return text_hash(*parts)
 
 

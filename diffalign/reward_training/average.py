@@ -19,7 +19,7 @@ from ..runtime.versions import versions
 from .categories import pair_categories
 from .config import RewardConfig
 from .features import pair_nuisances
-from .fit import fit_temperature, make_labels, margins_of_scores, part_loss, spread_of
+from .fit import fit_temperature, make_labels, margins_of_scores, part_loss, scale_of
 from .judgements import Judgements, read_judgements, read_options, split
 from .report import decided_accuracy, measure, write_report
 
@@ -102,7 +102,6 @@ def average_rewards(
     if verdict and not force:
         raise UserError(f"{verdict}; train the members from one start, or pass --force")
     factor = fit_temperature(averaged, labels, config)
-    spread = factor * spread_of(averaged)
     report = measure(
         factor * margins_of_scores(score_pairs(scorer, test)),
         before,
@@ -117,7 +116,7 @@ def average_rewards(
         "name": target.resolve().name,
         "summary": f"the mean of the weights of {count} rewards",
         "temperature": factor,
-        "affine": [factor * float(values.mean()), max(spread, 1e-6)],
+        "affine": scale_of(values, factor),
         "towers": {"kind": "full"},
         "versions": versions(),
         "chosen": {},

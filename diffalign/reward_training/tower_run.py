@@ -240,21 +240,20 @@ class TowerRun:
     def _look(self) -> dict[str, float]:
         labels, margins = self.data["val"].labels, margins_of_scores(self.scores("val"))
         loss = float(part_loss(margins, labels, self.args))
-        self.best.offer(loss, self.state.global_step, self._losses(margins))
+        self.best.offer(loss, self.state.global_step, self._losses(margins)[1])
         return {"eval/loss": loss, "eval/accuracy": decided_accuracy(margins, labels)}
 
-    def _losses(self, margins: Tensor) -> list[float]:
-        """Loss of each validation prompt, at the best factor of the margins."""
-        data = self.data["val"]
-        margins = fit_temperature(margins, data.labels, self.args) * margins
-        rows = label_loss(margins, data.labels.label, self.args, data.labels.margin)
-        prompts = torch.as_tensor(data.part.prompt)
-        weighted = data.labels.weight * rows
-        return [
-            float(weighted[prompts == number].sum() / data.labels.weight[prompts == number].sum())
-            for number in prompts.unique()
-            if data.labels.weight[prompts == number].sum() > 0
-        ]
+    def _losses(self, margins: Tensor) -> tuple[float, list[float]]:
+        """Loss of all validation pairs and of each prompt, at the best factor."""
+        part, labels = self.data["val"].part, self.data["val"].labels
+        margins = fit_temperature(margins, labels, self.args) * margins
+        losses = labels.weight * label_loss(margins, labels.label, self.args, labels.margin)
+        _, prompts = torch.as_tensor(part.prompt).unique(return_inverse=True)
+        totals = torch.bincount(prompts, losses)
+        weights = torch.bincount(prompts, labels.weight)
+        counted = weights > 0
+        by_prompt = (totals[counted] / weights[counted]).tolist()
+        return float(part_loss(margins, labels, self.args)), by_prompt
 
     # Running --------------------------------------------------------------------------
 
@@ -322,10 +321,7 @@ class TowerRun:
         if not interrupted:
             if self.state.global_step % (self.args.eval_steps or 1):
                 self.evaluate()  # the last step may be the best one
-            labels, margins = self.data["val"].labels, margins_of_scores(self.base_scores["val"])
-            margins = fit_temperature(margins, labels, self.args) * margins
-            base_loss = float(part_loss(margins, labels, self.args))
-            self.best.put_back(base_loss, self._losses(margins))
+            self.best.put_back(*self._losses(margins_of_scores(self.base_scores["val"])))
         return TrainOutput(
             self.state.global_step, run.metrics, signals.received if interrupted else None
         )

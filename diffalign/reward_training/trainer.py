@@ -330,10 +330,11 @@ class RewardTrainer:
         with torch.no_grad():
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
-            mean, spread = 0.0, spread_of(self._margins(head, train))
             if isinstance(head, PalHead):  # without a name the mean user scores
-                scores = mean_user_scores(head, train)
-                mean, spread = float(scores.mean()), spread_of(margins_of_scores(scores))
+                affine = scale_of(mean_user_scores(head, train), temperature)
+            else:
+                spread = temperature * spread_of(self._margins(head, train))
+                affine = [0.0, max(spread, 1e-6)]
         report = measure(
             margins,
             leads,
@@ -350,7 +351,7 @@ class RewardTrainer:
             report["mean_user"] = accuracy(by_mean_user, test.label, test.prompt)
         described = self._described(head, train.first.shape[1])
         facts = self._facts(described, temperature, chosen | counts)
-        facts["affine"] = [temperature * mean, max(temperature * spread, 1e-6)]
+        facts["affine"] = affine
         if isinstance(head, PalHead):
             facts["affine_of_users"] = user_scales(head, train, self.judgements.users, temperature)
         self._write(head, facts, report)
@@ -394,7 +395,6 @@ class RewardTrainer:
         val, test = (run.data[name].labels for name in ("val", "test"))
         margins = {name: margins_of_scores(values) for name, values in scores.items()}
         temperature = fit_temperature(margins["val"], val, self.args)
-        spread = temperature * spread_of(margins["val"])
         report = measure(
             temperature * margins["test"],
             margins_of_scores(run.base_scores["test"]),
@@ -407,7 +407,7 @@ class RewardTrainer:
         )
         chosen = {"validation_loss": run.best.loss, "step": float(run.best.step)}
         facts = self._facts({"kind": "factor"}, temperature, chosen)
-        facts["affine"] = [temperature * float(scores["val"].mean()), max(spread, 1e-6)]
+        facts["affine"] = scale_of(scores["val"], temperature)
         facts["towers"] = {"kind": self.args.towers}
         if run.network.lora is not None:
             facts["towers"]["lora"] = lora_facts(run.network.lora)

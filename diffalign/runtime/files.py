@@ -146,6 +146,11 @@ def check_output_file(file: Path, option: str) -> None:
         raise UserError(f"{option}: {str(file)!r} cannot be written; name a file elsewhere")
 
 
+def _holds_this_command(folder: Path) -> bool:
+    """Whether the working directory is a resolved folder, or lies in it."""
+    return Path.cwd().is_relative_to(folder)
+
+
 def move_aside(folder: Path, option: str) -> Path:
     """Rename a folder to ``<folder>.old-<n>`` and make it anew.
 
@@ -161,8 +166,8 @@ def move_aside(folder: Path, option: str) -> Path:
     Raises:
         UserError: the command runs in it, or it is a mounted file system.
     """
-    real, here = folder.resolve(), Path.cwd()
-    if real == here or real in here.parents or os.path.ismount(real):
+    real = folder.resolve()
+    if _holds_this_command(real) or os.path.ismount(real):
         where = "a mounted file system" if os.path.ismount(real) else "where this command runs"
         raise UserError(
             f"{option}: {str(folder)!r} is {where}, so it cannot be moved aside; name another "
@@ -232,8 +237,7 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         UserError: the working directory is this folder, or lies in it.
     """
-    real, here = folder.resolve(), Path.cwd()
-    if real == here or real in here.parents:
+    if _holds_this_command(folder.resolve()):
         raise UserError(
             f"{str(folder)!r} is where this command runs, so it cannot be replaced; run the "
             "command from another folder"

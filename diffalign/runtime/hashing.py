@@ -127,6 +127,20 @@ def path_hash(path: Path) -> str:
     return text_hash(*(f"{p.relative_to(path)}\0{sampled_hash(p)}\0" for p in files))
 
 
+def scheduler_facts(scheduler: Any) -> list[Any]:
+    """Return what a scheduler of diffusers is, for a hash: its class and settings.
+
+    diffusers' own notes begin with an underscore. One lists a set, whose order differs
+    from process to process.
+
+    Args:
+        scheduler: the scheduler, or an object without settings.
+    """
+    config = getattr(scheduler, "config", {})
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    return [type(scheduler).__qualname__, settings]
+
+
 def place_hash(name: object) -> str:
     """Hash what an option names, if it is a file or folder of this machine.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 from ..generation.micro_batches import Batches, batched, perturbs_attention
 from ..generation.sampling import call_arguments
-from ..runtime.hashing import value_hash
+from ..runtime.hashing import scheduler_facts, value_hash
 from ..runtime.missing import watched
 from ..runtime.protocols import Numbers, Pipeline
 from .decoding import LatentDecoder
@@ -289,14 +289,6 @@ class FKSteering:
             `str`: 64 hexadecimal digits. Rewards, decoders and other functions count as
             in `diffalign.runtime.hashing.value_hash`.
         """
-        scheduler = self.pipe.scheduler
-        # diffusers' own notes begin with an underscore. One lists a set, whose order
-        # differs from process to process.
-        config = {
-            name: value
-            for name, value in getattr(scheduler, "config", {}).items()
-            if not name.startswith("_")
-        }
         return value_hash(
             {
                 **self.weighting,
@@ -313,7 +305,7 @@ class FKSteering:
                 "decode_batch_size": self.decode_batch_size,
                 "reward_batch_size": self.rewarder.batch_size,
                 "prompts_per_call": self.prompts_per_call,
-                "scheduler": [type(scheduler).__qualname__, config],
+                "scheduler": scheduler_facts(self.pipe.scheduler),
             }
         )
 

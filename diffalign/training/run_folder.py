@@ -11,9 +11,8 @@ from ..runtime.files import move_aside
 from ..runtime.folder_lock import FolderLock
 from .checkpoint import find_checkpoint, list_checkpoints
 from .run_record import is_run_record
-from .trained_weights import FINAL_FILES
+from .trained_weights import FINAL_FILES, REWARD_FILE
 
-REWARD_FILE = "reward.json"
 REPLACED = (
     "config.yaml",
     "README.md",

@@ -19,12 +19,13 @@ from ..runtime.distributed import reshard, sharded_modules, whole
 from .sharding import load_weights, plain_network
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+REWARD_FILE = "reward.json"
 FINAL_FILES = (
     LORA_FILE,
     "model_index.json",
     "user_adapter.safetensors",
     "diffusion_pytorch_model.safetensors",
-    "reward.json",
+    REWARD_FILE,
 )
 """Files by which a folder with finished weights is known."""
 State = dict[str, Tensor]

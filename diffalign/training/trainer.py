@@ -1019,8 +1019,10 @@ class Trainer:
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Print the facts of the run, write its config and start the trackers."""
+        if checkpoint is not None:
+            self.record.trains = self.state.global_step < self.state.max_steps
+        self._write_config()
         say, record = self.accelerator.print, self.record
-        record.lines = record.facts()
         for line in [
             *record.lines,
             *self.notes,
@@ -1033,10 +1035,8 @@ class Trainer:
                 f"resuming from {checkpoint} at step {self.state.global_step} of "
                 f"{self.state.max_steps}"
             )
-            self.record.trains = self.state.global_step < self.state.max_steps
-            if not self.record.trains:
+            if not record.trains:
                 say("the checkpoint has all these steps, so none is taken; raise train.max_steps")
-        self._write_config()
         start_trackers(self.accelerator, self.args)
 
     def _write_config(self) -> None:
