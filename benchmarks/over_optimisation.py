@@ -23,10 +23,13 @@ one standard deviation; the embedded reward `shapes-clip`; and the verifier itse
 which is as good as picking can be.
 
 The second picture is of training: ReFL (`configs/reward_backprop/shapes.yaml`, with
---steps steps) optimises the first of the rewards, and the mean of all less one standard
-deviation, each from --seeds seeds. The log has the mean of the optimised reward, in
-standard deviations of the base's images, and of the verifier over the images of every
-ten steps, which are drawn for training prompts. Goes on where it stopped.
+--steps steps at a constant learning rate) optimises the first of the rewards, and the
+mean of all less one standard deviation, each from --seeds seeds. Every 50 steps the
+same 60 prompts, which the runs do not train on, are drawn from the same noise, two
+images each. Shown are the optimised reward, in standard deviations of the first of
+these drawings, and the verifier. The verifier turns at the first drawing at which it
+has fallen since an earlier one, by the test of the guardian (95 % over all pairs of
+drawings, clustered by prompt). Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from leaderboard import ROOT, folder_name, kept, recipe, train_whole
+from guardian import turn
+from leaderboard import ROOT, choice_prompts, folder_name, kept, recipe, train_whole
 from rewards import World, drawn_labels
 
 from diffalign.evaluation.statistics import clustered_bootstrap
@@ -55,10 +59,13 @@ from diffalign.runtime.files import write_atomically
 from diffalign.runtime.seeds import image_seed
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.sampling_defaults import SAMPLING
+from diffalign.training.guardian import Guardian, Look
+from diffalign.training.sections import ValidationConfig
 
 ONE = "one reward from few preferences"
 FLIPS, PROMPTS = 0.25, 60
-LEARNING_RATES = (5e-4, 3e-4)
+LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
+LEARNING_RATE, EVERY = 1e-3, 50  # of the training against them
 OTHERS = {
     "average of the weights": "average",
     "one head": "head",
@@ -287,7 +294,6 @@ def reward_sections(
     scores: dict[str, Array], members: dict[str, Path]
 ) -> dict[str, dict[str, Any]]:
     """Arm -> its `rewards:` section; rewards are on the scale of the base's images."""
-    truth = {"name": "verifier", "scorer": "shapes", "role": "eval"}
     entries = [
         {
             "name": name,
@@ -302,21 +308,30 @@ def reward_sections(
     ]
     method = {"method": "mean_minus_std", "k": 1.0}
     return {
-        ONE: {"rewards": [entries[0], truth]},
+        ONE: {"rewards": entries[:1]},
         f"mean of {len(entries)} less one standard deviation": {
-            "rewards": [*entries, truth],
+            "rewards": entries,
             "combine": method,
         },
     }
 
 
-def train(section: dict[str, Any], name: str, seed: int, options: argparse.Namespace) -> Path:
-    """Trains one arm, if it has not been trained, and returns its folder."""
+def train(section: dict[str, Any], name: str, seed: int, options: argparse.Namespace) -> list[Look]:
+    """Trains one arm, if that has not been done. Returns the scores on the way."""
     folder = options.work / "runs" / f"{folder_name(name)}-{seed}"
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
-        return folder
-    prompts = options.work / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in train_prompts()))
+    if not (folder / "pytorch_lora_weights.safetensors").is_file():
+        train_anew(section, folder, seed, options)
+    guardian = Guardian()
+    assert guardian.read(folder / "samples" / "guardian.json", options.steps)
+    return guardian.looks
+
+
+def train_anew(
+    section: dict[str, Any], folder: Path, seed: int, options: argparse.Namespace
+) -> None:
+    prompts, choice = options.work / "train.jsonl", choice_prompts()
+    texts = train_prompts()[: -len(choice)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     values = {
         "rewards": json.dumps(section),
         "data.dataset_name": prompts,
@@ -326,45 +341,54 @@ def train(section: dict[str, Any], name: str, seed: int, options: argparse.Names
         "train.max_steps": options.steps,
         "train.overwrite_output_dir": "true",
         "train.save_steps": 100_000,
-        "train.logging_steps": 10,
+        "train.learning_rate": LEARNING_RATE,
+        "train.lr_scheduler": "constant_with_warmup",
     }
-    train_whole(build_trainer(recipe("reward_backprop/shapes", values)))
-    return folder
+    run = recipe("reward_backprop/shapes", values)
+    run.validation = ValidationConfig(
+        validation_prompts=choice,
+        scorers=["shapes"],
+        on_hacking="warn",
+        validation_steps=EVERY,
+        num_inference_steps=10,
+        guidance_scale=2.0,
+    )
+    train_whole(build_trainer(run))
 
 
-def rounds(folder: Path, scale: tuple[float, float] | None) -> dict[str, list[float]]:
-    """Step, optimised reward and verifier of the images between two logs.
-
-    Args:
-        folder: of the run.
-        scale: mean and standard deviation of the reward over the base's images. None
-            for a reward that is on this scale already.
-    """
-    lines = [json.loads(x) for x in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "watched/verifier" in line]
-    mean, spread = scale or (0.0, 1.0)
-    return {
-        "step": [line["step"] for line in lines],
-        "own": [(line["reward"] - mean) / spread for line in lines],
-        "verifier": [line["watched/verifier"] for line in lines],
-    }
+def own(looks: list[Look]) -> Array:
+    """(looks, prompts, images): the optimised reward, in spreads of the first look."""
+    first = looks[0].reward
+    return np.stack([(look.reward - first.mean()) / first.std() for look in looks])
 
 
-def plot_training(found: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
-    """The optimised reward (left) and the verifier (right) of the same samples."""
+def verified(looks: list[Look]) -> Array:
+    """(looks, prompts, images): the verifier."""
+    return np.stack([look.held_out["shapes"] for look in looks])
+
+
+def plot_training(trained: dict[str, list[list[Look]]], path: Path) -> None:
+    """The optimised reward (left) and the verifier (right) of the same images."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (name, runs), colour in zip(found.items(), ("#d1242f", "#1a7f37"), strict=True):
-        for i, run in enumerate(runs):
-            label = name if i == 0 else None
-            left.plot(run["step"], run["own"], color=colour, label=label)
-            right.plot(run["step"], run["verifier"], color=colour, label=label)
-    left.set(title="optimised reward of the images (standard deviations)", xlabel="step")
-    right.set(title="verifier of the same images", xlabel="step")
+    for (name, runs), colour in zip(trained.items(), ("#d1242f", "#1a7f37"), strict=True):
+        steps = [look.step for look in runs[0]]
+        for axes, values in ((left, own), (right, verified)):
+            scores = [values(looks) for looks in runs]
+            for score in scores:
+                axes.plot(steps, score.mean((1, 2)), color=colour, lw=0.7, alpha=0.6)
+            together = np.concatenate(scores, axis=2)
+            axes.plot(
+                steps, together.mean((1, 2)), color=colour, lw=2, marker="o", ms=4, label=name
+            )
+            bounds = np.array([clustered_bootstrap(each) for each in together])
+            axes.fill_between(steps, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.12, lw=0)
+    left.set(title="the optimised reward (standard deviations)", xlabel="optimizer step")
+    right.set(title="verifier of the same images", xlabel="optimizer step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(
@@ -373,26 +397,34 @@ def plot_training(found: dict[str, list[dict[str, list[float]]]], path: Path) ->
     figure.savefig(path, dpi=110)
 
 
-def training_table(found: dict[str, list[dict[str, list[float]]]]) -> list[str]:
+def training_table(trained: dict[str, list[list[Look]]]) -> list[str]:
+    """Verifier at the start, at its highest and at the end, and where it turns."""
     lines = [
         "",
-        "Training, verifier of the samples: first, at its highest and at the end "
-        "(means of three logs), and the optimised reward at the end less the first "
-        "one:",
+        "Training. *Optimised reward*: at the end, in standard deviations since the start:",
         "",
-        "| optimised | seed | first | highest (step) | last | optimised reward |",
-        "|---|---|---|---|---|---|",
+        "| optimised | seed | optimised reward | verifier at the start | at its highest (step) | "
+        "at the end | it turns at step |",
+        "|---" * 7 + "|",
     ]
-    for name, runs in found.items():
-        for seed, run in enumerate(runs):
-            smooth = np.convolve(run["verifier"], np.ones(3) / 3, "valid")
-            top = int(smooth.argmax())
-            own = np.mean(run["own"][-3:]) - np.mean(run["own"][:3])
+    for name, runs in trained.items():
+        for seed, looks in enumerate(runs):
+            verifier = verified(looks).mean((1, 2))
+            top = int(verifier.argmax())
             lines.append(
-                f"| {name} | {seed} | {smooth[0]:.3f} | {smooth[top]:.3f} ({run['step'][top + 1]}) "
-                f"| {smooth[-1]:.3f} | {own:+.2f} |"
+                f"| {name} | {seed} | {own(looks)[-1].mean():+.2f} | {verifier[0]:.3f} | "
+                f"{verifier[top]:.3f} ({looks[top].step}) | {verifier[-1]:.3f} | "
+                f"{turn(looks) or 'never'} |"
             )
-    return lines
+    single, ensemble = (
+        np.concatenate([verified(looks)[-1] for looks in runs], axis=1) for runs in trained.values()
+    )
+    return [
+        *lines,
+        "",
+        "Verifier at the end, the ensemble less the single reward, all seeds: "
+        f"{said((ensemble - single).mean(1))}.",
+    ]
 
 
 def main() -> None:
@@ -401,8 +433,8 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=250, help="of training")
-    parser.add_argument("--seeds", type=int, default=2, help="of training, 0 for none")
+    parser.add_argument("--steps", type=int, default=500, help="of training")
+    parser.add_argument("--seeds", type=int, default=3, help="of training, 0 for none")
     parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")
     options = parser.parse_args()
@@ -416,13 +448,8 @@ def main() -> None:
     picture = options.output.with_suffix(".png")
     plot(found, powers, picture)
     sections = reward_sections(scores, members) if options.seeds else {}
-    first = scores[next(iter(members))]
-    scale = {ONE: (float(first.mean()), float(first.std()))}
     trained = {
-        name: [
-            rounds(train(section, name, seed, options), scale.get(name))
-            for seed in range(options.seeds)
-        ]
+        name: [train(section, name, seed, options) for seed in range(options.seeds)]
         for name, section in sections.items()
     }
     training_picture = picture.with_stem(f"{picture.stem}_training")
