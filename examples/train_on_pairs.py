@@ -36,7 +36,11 @@ trainer = DiffusionDPOTrainer(
     peft_config=LoraConfig(r=16, lora_alpha=16),
     # Images drawn while it trains, judged by a scorer; the best weights are kept.
     validation=ValidationConfig(
-        prompts="shapes", max_prompts=4, validation_steps=30, scorers=["shapes"]
+        prompts="shapes",
+        max_prompts=4,
+        validation_steps=30,
+        scorers=["shapes"],
+        keep_best="shapes",
     ),
 )
 output = trainer.train()

@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--accelerate_config",
-        help="ddp (default), fsdp2, hsdp, zero2 or a file: how several GPUs share the run",
+        help="ddp (default), fsdp2, hsdp or an accelerate file: how several GPUs share the run; "
+        "DeepSpeed is not estimated",
     )
 
 

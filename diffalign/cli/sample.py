@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="shapes",
-        help="Hub id or folder of a pipeline, shapes (default) or shapes-flow",
+        help="Hub id, folder or single file of a pipeline, shapes (default) or shapes-flow",
     )
     parser.add_argument(
-        "--lora", help="folder or Hub id of LoRA weights; base images are drawn beside"
+        "--lora", help="folder, file or Hub id of LoRA weights; base images are drawn beside"
     )
     parser.add_argument(
         "--lora_scale", type=finite, default=1.0, help="strength of the LoRA (default 1.0)"
@@ -170,7 +170,7 @@ def _check_user_options(options: argparse.Namespace) -> None:
     for name in ("lora", "negative_lora"):
         if getattr(options, name):
             raise ConfigError(
-                f"--{name}", "a user adapter is drawn with alone; leave it or --user_adapter out"
+                f"--{name}", "cannot be combined with --user_adapter; leave out one of them"
             )
 
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): Parser of the command.
     """
-    parser.add_argument("model", help="Hub id, folder or shapes")
+    parser.add_argument("model", help="Hub id, folder, shapes or shapes-flow")
     parser.add_argument(
         "--host",
         default="127.0.0.1",

@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="shapes",
         help="Hub id or folder of a pipeline, shapes (default) or shapes-flow",
     )
-    parser.add_argument("--scorer", required=True, help="the reward: a name of `diffalign scorers`")
+    parser.add_argument(
+        "--scorer",
+        required=True,
+        help="the reward: a name of `diffalign scorers`, the folder of a trained reward, or "
+        "./FILE.py:NAME",
+    )
     parser.add_argument(
         "--prompts",
         help="text file with a prompt per line, a dataset with prompts, shapes, shapes-held-out or "

@@ -65,7 +65,8 @@ class DataConfig:
     """
 
     dataset_name: str | None = None
-    """Hub id, local folder, or a .parquet, .jsonl, .json, .csv or .tar file."""
+    """Hub id, local folder, or a .parquet, .jsonl, .json, .csv, .tsv, .txt or .tar
+    file."""
     dataset_config: str | None = None
     """Name of the dataset's configuration (subset) on the Hub."""
     dataset_revision: str | None = None

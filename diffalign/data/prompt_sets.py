@@ -176,7 +176,7 @@ def _given_rows(source: Any) -> list[Mapping[str, Any]]:
             shown = (
                 f"the columns {', '.join(map(str, row))}" if key is None else repr(row[key])[:60]
             )
-            raise ConfigError("prompts", f"number {number} is no text but {shown}")
+            raise ConfigError("prompts", f"number {number} must be text, got {shown}")
         rows.append({**{k: v for k, v in row.items() if k != key}, "prompt": row[key]})
     return rows
 

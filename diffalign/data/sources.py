@@ -142,7 +142,7 @@ def _in_memory(source: object, split: str, streaming: bool) -> Rows:
         source = _select(functools.partial(_named_split, source), split)
     elif isinstance(source, Sequence) and not isinstance(source, str):
         if not source:
-            raise UserError("dataset a list has no rows")
+            raise UserError("dataset: the list has no rows")
         for number, row in enumerate(source):
             if not isinstance(row, Mapping):
                 raise UserError(

@@ -85,7 +85,7 @@ class Voting:
         self._decided: dict[str, list[tuple[str, str, str]]] = {}
         self._lock = threading.Lock()
         if not self.prompts and not self.from_round:
-            raise UserError("--prompts: there is none to vote on")
+            raise UserError("--prompts: there are no prompts to vote on")
 
     @property
     def from_round(self) -> bool:

@@ -114,7 +114,7 @@ class CtrlUConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.snr_gamma is not None:
-            raise ConfigError("snr_gamma", "Ctrl-U's errors are of two noise levels; set null")
+            raise ConfigError("snr_gamma", "Ctrl-U does not support it; set null")
         if self.reward_min_timestep > self.reward_max_timestep:
             raise ConfigError(
                 "reward_min_timestep",

@@ -354,7 +354,8 @@ class DiffusionDPOTrainer(Trainer):
             return
         if self.ref_backbone is not None:
             raise ConfigError(
-                "train.reference_decay", "ref_model is a fixed reference; leave out one of both"
+                "train.reference_decay",
+                "cannot be combined with ref_model, which stays fixed; leave out one of them",
             )
         if self.args.precompute_ref_errors:
             raise ConfigError(

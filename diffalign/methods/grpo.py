@@ -318,8 +318,8 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
         if wrong:
             raise ConfigError(
                 "train.sde_steps",
-                f"step {wrong[0]} of {len(grid)} has no density; steps {allowed[0]} to "
-                f"{allowed[-1]} have one",
+                f"step {wrong[0]} of {len(grid)} is deterministic and cannot be trained; give "
+                f"steps from {allowed[0]} to {allowed[-1]}",
             )
         chosen = len(args.sde_steps or allowed)
         if args.num_sde_steps is not None and args.num_sde_steps > chosen:

@@ -219,7 +219,9 @@ def _parts(
         return parts["val"], parts["test"]
     evaluation = None if eval_dataset is None else read_judgements(eval_dataset, **options)
     if evaluation is None or evaluation.fingerprint() != known["eval_fingerprint"]:
-        raise UserError("--eval_data: give what the members had, and nothing if they had nothing")
+        raise UserError(
+            "--eval_data: give the evaluation data of the members; leave it out if they had none"
+        )
     return parts["val"], evaluation
 
 

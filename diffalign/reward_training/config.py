@@ -163,8 +163,8 @@ class RewardConfig(LoopConfig):
                     if getattr(self, name) not in values:
                         raise ConfigError(
                             name,
-                            "a linear head is fitted to the end by L-BFGS, which has none; leave "
-                            "it out, or set hidden",
+                            "has no effect on a linear head, which L-BFGS fits to convergence; "
+                            "leave it out, or set hidden",
                         )
             return
         if self.head == "pal":

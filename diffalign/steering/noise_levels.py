@@ -251,7 +251,7 @@ def refuse_replaced_noise(scheduler: Scheduler) -> None:
     if scheduler.config.get("stochastic_sampling", False):
         raise UserError(
             "scheduler: stochastic_sampling=True replaces all noise at every step and does not "
-            "sample the model's law at any number of steps; "
+            "sample the model's distribution at any number of steps; "
             "use kernel='ddim' or kernel='euler_maruyama' on this scheduler"
         )
 

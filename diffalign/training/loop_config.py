@@ -79,9 +79,9 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     logging_steps: Count = 10
-    """Log every so many optimizer steps, averaged over them."""
+    """Log every N optimizer steps, averaged over them."""
     eval_steps: Count | None = None
-    """Evaluate on the evaluation data every so many optimizer steps; null: only when
+    """Evaluate on the evaluation data every N optimizer steps; null: only when
     `evaluate` is called."""
     report_to: str = "none"
     """Tracker by accelerate's names: tensorboard | wandb | trackio | swanlab | comet_ml
@@ -91,7 +91,7 @@ class LoopConfig:
     run_name: str | None = None
     """Tracker run name."""
     save_steps: Count | None = None
-    """Write `checkpoint-<step>` every so many optimizer steps; null: only at the end
+    """Write `checkpoint-<step>` every N optimizer steps; null: only at the end
     and when interrupted."""
     save_total_limit: Count | None = 2
     """Keep this many newest checkpoints; null keeps all."""

@@ -40,7 +40,8 @@ class LoraSection:
     """Dropout on the input of the adapters while training."""
     target_modules: list[str] | str | None = None
     """Names (or one regular expression) of the layers that get adapters. None takes the
-    model family's attention projections."""
+    family's default: the attention, and for most large transformers the MLPs too
+    (docs/models.md)."""
     init: Literal["gaussian", "default"] = "gaussian"
     """How A is drawn: `gaussian` (diffusers' choice) or `default` (peft's
     Kaiming-uniform). B starts at zero in both."""
@@ -100,8 +101,7 @@ def _check_targets(targets: Any) -> None:
     if targets is not None and (not targets or not all(targets)):
         raise ConfigError(
             "target_modules",
-            f"expected names of layers, got {shown(targets)}; leave it out for the attention "
-            "layers",
+            f"expected names of layers, got {shown(targets)}; leave it out for the default layers",
         )
 
 
@@ -143,7 +143,7 @@ class ValidationConfig:
     num_validation_images: BatchSize = 2
     """Images per prompt."""
     validation_steps: Count = 200
-    """Draw every so many optimizer steps, and at the end."""
+    """Draw every N optimizer steps, and at the end."""
     validation_seed: Seed = 0
     """Seed of the first image; image i of a prompt has seed + i under both models."""
     num_inference_steps: Steps | None = None

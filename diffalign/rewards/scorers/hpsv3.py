@@ -304,7 +304,9 @@ class HPSv3(Scorer):
         """
         for token in (REWARD_TOKEN, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"):
             if token in prompt:
-                raise UserError(f"hpsv3: a prompt holds {token}, which the model reads as a mark")
+                raise UserError(
+                    f"hpsv3: a prompt holds {token}, a special token of the model; remove it"
+                )
         question = INSTRUCTION.replace("{text_prompt}", prompt) + RATING
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template(
