@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..errors import ConfigError
 from ..likelihood import NoiseSchedule, schedule_from_scheduler
 from ..runtime.missing import MaybeImage, to_images
 from ..runtime.offload import offload_layers
@@ -86,6 +87,13 @@ class Backbone:
         """Configuration of the model's scheduler, before `pipeline_scheduler`."""
         self._pipe: Any = None
         self.schedule: NoiseSchedule = schedule_from_scheduler(self.scheduler)
+        if self.source.component_config(self.network_name).get("time_cond_proj_dim"):
+            raise ConfigError(
+                "model",
+                f"{source.name}: its UNet is distilled with guidance as an input "
+                "(time_cond_proj_dim), which is not supported; give the model that it was "
+                "distilled from",
+            )
 
     @property
     def process(self) -> NoiseSchedule:

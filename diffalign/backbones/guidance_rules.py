@@ -14,6 +14,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 class GuidanceRule(Protocol):
     """Combines a conditional and an unconditional prediction."""
 
+    def of_run(self, scale: float) -> float:
+        """Return the pipelines' scale for a run's, which is without guidance at 1."""
+
     def active(self, scale: float) -> bool:
         """Tell whether the unconditional prediction is needed at a scale."""
 
@@ -27,6 +30,10 @@ class ClassifierFree:
     empty + s (full - empty), which at a scale s is its guidance strength s - 1.
     """
 
+    def of_run(self, scale: float) -> float:
+        """Return the same scale."""
+        return scale
+
     def active(self, scale: float) -> bool:
         """Above 1."""
         return scale > 1
@@ -38,6 +45,10 @@ class ClassifierFree:
 
 class OffsetByOne:
     """Classifier-free guidance of which 0 is no guidance: full + s (full - empty)."""
+
+    def of_run(self, scale: float) -> float:
+        """Return 0 for scales up to 1."""
+        return scale if scale > 1 else 0.0
 
     def active(self, scale: float) -> bool:
         """Above 0."""
@@ -70,6 +81,10 @@ class NormRescaled(ClassifierFree):
 
 class Embedded:
     """No second prediction: the scale is an input of the network, or has no effect."""
+
+    def of_run(self, scale: float) -> float:
+        """Return the same scale."""
+        return scale
 
     def active(self, scale: float) -> bool:
         """Never."""

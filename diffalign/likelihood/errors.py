@@ -238,7 +238,9 @@ def group_noise(
     return torch.stack(draws)
 
 
-def winner_safeguard(prediction: Tensor, target: Tensor, strength: float) -> Tensor:
+def winner_safeguard(
+    prediction: Tensor, target: Tensor, strength: float, winner: Tensor | None = None
+) -> Tensor:
     """Compute how much of a rejected image's gradient lets no chosen error rise.
 
     lambda = (1 - mu) <E_w, E_w> / <E_w, E_l> within [0, 1], and 1 where the residuals
@@ -252,6 +254,8 @@ def winner_safeguard(prediction: Tensor, target: Tensor, strength: float) -> Ten
         target (`Tensor`): output of a perfect network, (2 g, ...).
         strength (`float`): mu in [0, 1]. 0 leaves most gradients as they are, 1 takes
             away every one that could raise a chosen error.
+        winner (`Tensor`, *optional*): index of the image to protect, (g,). Defaults to
+            the chosen one of every pair.
 
     Returns:
         `Tensor`: lambda per pair, (g,), without gradient.
@@ -266,5 +270,7 @@ def winner_safeguard(prediction: Tensor, target: Tensor, strength: float) -> Ten
     residuals = _residuals(prediction.detach(), target).flatten(1)
     chosen, rejected = residuals.unflatten(0, (-1, 2)).unbind(1)
     own, shared = chosen.square().sum(1), (chosen * rejected).sum(1)
+    if winner is not None:
+        own = torch.where(winner == 0, own, rejected.square().sum(1))
     share = (1 - strength) * own / torch.where(shared > 0, shared, 1.0)
     return torch.where(shared > 0, share.clamp(0, 1), 1.0)

@@ -48,8 +48,9 @@ sigmoid(-z) stays at `gradient_factor`. It is ours.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -190,6 +191,35 @@ def score_factors(scores: Tensor, *, scale: float, score_range: Sequence[float])
     """
     low, high = score_range
     return scale * (2 * torch.sigmoid((scores[:, 0] - scores[:, 1]) / (high - low)) - 1)
+
+
+def safeguarded(
+    errors: Tensor, share: Tensor, winner: Tensor, loss_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Scale the gradient of the worse image of each pair.
+
+    A pair whose loss raises the better image's error by itself keeps its gradient:
+    `ipo`, `dmpo` and `regression` beyond their optimum, and smoothed labels at a large
+    margin.
+
+    Args:
+        errors (`Tensor`): (g, 2), of the policy.
+        share (`Tensor`): Factor of the gradient, (g,), from `winner_safeguard`.
+        winner (`Tensor`): Index of the better image, (g,).
+        loss_of (`Callable`): Loss of errors, (g, 2) to (g,).
+
+    Returns:
+        `tuple[Tensor, Tensor]`: The same errors with scaled gradients, and the factor
+        that was used, (g,).
+    """
+    with torch.enable_grad():
+        probe = errors.detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(loss_of(probe).sum(), probe)
+    rows, loser = torch.arange(len(errors), device=errors.device), 1 - winner
+    share = torch.where(slopes[rows, loser] > 0, 1.0, share)
+    factor = torch.ones_like(errors)
+    factor[rows, loser] = share
+    return errors.detach() + factor * (errors - errors.detach()), share
 
 
 def diffusion_dpo_loss(
@@ -405,12 +435,13 @@ class DiffusionDPOTrainer(Trainer):
             policy, reference = self.errors(batch)
         else:
             reference = self.reference_errors(batch)
-            policy, share = self._safeguarded_errors(batch, args.preserve_winner)
+            prediction, target = self.policy.outputs(batch)
+            policy = self.policy.errors_of(batch, prediction, target)
         assert reference is not None
         factors, targets = self._from_scores(batch.scores)
-        loss = diffusion_dpo_loss(
-            policy,
-            reference,
+        loss_of = functools.partial(
+            diffusion_dpo_loss,
+            reference_errors=reference,
             beta=beta,
             loss_type=args.loss_type,
             label_smoothing=args.label_smoothing,
@@ -420,6 +451,13 @@ class DiffusionDPOTrainer(Trainer):
             factors=factors,
             targets=targets,
         )
+        if args.preserve_winner is not None:
+            winner = torch.zeros(len(policy), dtype=torch.long, device=policy.device)
+            if factors is not None:
+                winner = (factors < 0).long().to(policy.device)  # scores against the order
+            share = winner_safeguard(prediction, target, args.preserve_winner, winner).to(policy)
+            policy, share = safeguarded(policy, share, winner, loss_of)
+        loss = loss_of(policy)
         if args.sft_weight:
             loss = loss + args.sft_weight * policy[:, 0]
         metrics = pair_metrics(policy, reference, beta, self.schedule.fraction(batch.times))
@@ -444,12 +482,3 @@ class DiffusionDPOTrainer(Trainer):
             factors = score_factors(scores, scale=args.score_margin, score_range=self.score_range)
             factors = factors.nan_to_num(0.0)  # a pair without scores has no gradient
         return factors, scores[:, 0] - scores[:, 1]
-
-    def _safeguarded_errors(self, batch: Batch, strength: float) -> tuple[Tensor, Tensor]:
-        """Errors whose rejected half has a scaled gradient, and the scale, (g,)."""
-        prediction, target = self.policy.outputs(batch)
-        errors = self.policy.errors_of(batch, prediction, target)
-        share = winner_safeguard(prediction, target, strength).to(errors)
-        chosen, rejected = errors.unbind(1)
-        scaled = rejected.detach() + share * (rejected - rejected.detach())
-        return torch.stack([chosen, scaled], dim=1), share

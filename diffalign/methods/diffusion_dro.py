@@ -249,7 +249,7 @@ class DiffusionDROTrainer(Trainer):
         times = shifted_grid(self.schedule, grid.times, uniforms[:, 1], args.perturb_times)
         last = (uniforms[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)
         empty = None
-        if self.backbone.guidance_rule.active(args.guidance_scale):
+        if self.backbone.guidance_rule.active(self.guidance_scale):
             empty = self.data_pipeline.builder.unconditional(batch.condition)
         # Processes of a sharded network must run equal numbers of passes.
         equal = bool(sharded_modules(self.network))
@@ -289,7 +289,7 @@ class DiffusionDROTrainer(Trainer):
             now,
             condition,
             unconditional,
-            self.args.guidance_scale,
+            self.guidance_scale,
             self.backbone.guidance_rule,
         )
         ends, moves = index[last[part] == step], last[part] > step

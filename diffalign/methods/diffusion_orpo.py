@@ -50,11 +50,6 @@ class DiffusionORPOConfig(TrainingConfig):
     error to be the lower one. Source: ours: the published script's sign rewards a
     larger error of the chosen image."""
 
-    @property
-    def error_beta(self) -> float | None:
-        """`beta`. See `TrainingConfig.error_beta`."""
-        return self.beta
-
 
 def diffusion_orpo_loss(
     policy_errors: Tensor, *, beta: float = 0.1, sign: str = "correct"

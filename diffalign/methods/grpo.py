@@ -312,6 +312,12 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
             ConfigError: There is no scorer, or a setting does not fit the model.
         """
         check_dynamics(self.schedule, self.args.dynamics, "train.dynamics")
+        if self.peft_config is not None and self.peft_config.lora_dropout:
+            raise ConfigError(
+                "lora.dropout",
+                "GRPO clips the ratio of the policy to itself when it drew the images, and "
+                "dropout moves that ratio; set it to 0",
+            )
         grid, args = self.sampling_grid(), self.args
         allowed = self._candidates(grid).tolist()
         wrong = [step for step in args.sde_steps if step not in allowed]

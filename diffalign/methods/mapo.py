@@ -27,6 +27,7 @@ from torch.nn.functional import softplus
 
 from ..config.ranges import Positive
 from ..config.section import config_section
+from ..errors import ConfigError
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.trainer import Trainer
@@ -64,10 +65,13 @@ class MaPOConfig(TrainingConfig):
     """T of the code form, its number of training timesteps. Source: official code, the
     1000 training timesteps."""
 
-    @property
-    def error_beta(self) -> float | None:
-        """`beta`. See `TrainingConfig.error_beta`."""
-        return self.beta
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduction == "sum":
+            raise ConfigError(
+                "reduction",
+                "the link of MaPO is 0 at errors that are summed over the elements; set mean",
+            )
 
 
 def mapo_link(errors: Tensor, scale: float = 1.0) -> Tensor:
@@ -86,7 +90,9 @@ def mapo_link(errors: Tensor, scale: float = 1.0) -> Tensor:
     q = scale * errors
     small = q.abs() < 1e-3
     safe = torch.where(small, torch.ones_like(q), q)
-    return torch.where(small, 1 - q / 2 + q.square() / 12, safe / torch.expm1(safe))
+    # exp(-q) / (1 - exp(-q)) is 1 / (exp(q) - 1), and has a finite gradient at large q.
+    link = safe * torch.exp(-safe) / -torch.expm1(-safe)
+    return torch.where(small, 1 - q / 2 + q.square() / 12, link)
 
 
 def mapo_loss(policy_errors: Tensor, *, beta: float, link_form: str = "scale") -> Tensor:

@@ -322,7 +322,7 @@ class RewardBackpropTrainer(Trainer):
         self.reward = DifferentiableReward(scorers)
         live = self._most_live_steps()
         passes = live * (args.lv_samples if args.mode == "draft_lv" else 1)
-        guided = self.backbone.guidance_rule.active(args.guidance_scale)
+        guided = self.backbone.guidance_rule.active(self.guidance_scale)
         rows = args.per_device_train_batch_size * (2 if guided else 1)
         self.notes.append(
             f"graph: up to {passes} passes of {rows} rows, {passes} times the activations of a "
@@ -422,7 +422,7 @@ class RewardBackpropTrainer(Trainer):
         return replace(batch, extra=extra)
 
     def _unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        if not self.backbone.guidance_rule.active(self.args.guidance_scale):
+        if not self.backbone.guidance_rule.active(self.guidance_scale):
             return None
         return self.data_pipeline.builder.unconditional(condition)
 
@@ -442,7 +442,7 @@ class RewardBackpropTrainer(Trainer):
                 times,
                 condition,
                 unconditional,
-                self.args.guidance_scale,
+                self.guidance_scale,
                 self.backbone.guidance_rule,
             )
 
@@ -550,7 +550,7 @@ class RewardBackpropTrainer(Trainer):
         """
         args = self.args
         config = SamplerConfig(
-            args.num_inference_steps, args.guidance_scale, args.eta, args.rollout_batch_size
+            args.num_inference_steps, self.guidance_scale, args.eta, args.rollout_batch_size
         )
         sampler = self.policy_sampler(config, "evaluation")
         function = self.reward.function

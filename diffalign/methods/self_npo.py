@@ -99,19 +99,21 @@ class SelfNPOConfig(TrainingConfig):
             )
 
 
-def sampling_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+def sampling_grid(schedule: NoiseSchedule, steps: int, shift: float | None = None) -> Tensor:
     """Build the times of the truncated sampler, from least to most noisy.
 
     Args:
         schedule (`NoiseSchedule`): Noise schedule of the model.
         steps (`int`): N, the number of steps.
+        shift (`float`, *optional*): Of the sigmas of a flow model, where it depends on
+            the image's size. None takes the schedule's.
 
     Returns:
         `Tensor`: (steps,). Timesteps T/steps * i - 1, or shifted sigmas i / steps.
     """
     index = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     if isinstance(schedule, RectifiedFlow):
-        shift = schedule.shift
+        shift = schedule.shift if shift is None else shift
         return shift * index / (1 + (shift - 1) * index)
     return (schedule.num_timesteps * index).round().long() - 1
 
@@ -272,7 +274,9 @@ class SelfNPOTrainer(Trainer):
         again = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators]).to(
             batch.x0.device
         )
-        grid = sampling_grid(schedule, args.num_inference_steps)
+        height, width = (side * self.backbone.vae_scale for side in batch.x0.shape[-2:])
+        shift = self.backbone.timestep_shift(height, width)
+        grid = sampling_grid(schedule, args.num_inference_steps, shift)
         index = torch.full((len(batch),), len(grid) - 1)
         if args.start == "data":
             index = (uniforms[:, 0] * len(grid)).long().clamp(max=len(grid) - 1)

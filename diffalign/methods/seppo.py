@@ -29,7 +29,7 @@ from torch.nn.functional import softplus
 from ..config.ranges import BatchSize, Count, NotNegative, OneOf, Positive, count
 from ..config.section import config_section
 from ..errors import ConfigError
-from ..likelihood import implicit_rewards
+from ..likelihood import group_noise, implicit_rewards
 from ..training.batch import Batch
 from ..training.config import TrainingConfig
 from ..training.diagnostics import pair_metrics
@@ -211,7 +211,7 @@ class SePPOTrainer(Trainer):
         args = self.args
         sampler = SamplerConfig(
             args.num_inference_steps,
-            args.guidance_scale,
+            self.guidance_scale,
             args.eta,
             args.rollout_batch_size,
             keep="final",
@@ -283,10 +283,12 @@ class SePPOTrainer(Trainer):
         if self.args.shared_noise:
             rival = noise
         else:
-            draws = [
-                torch.randn(noise.shape[2:], generator=g) for g in batch.generators("rival-noise")
-            ]
-            rival = torch.stack(draws)[:, None].to(noise.device)
+            rival = group_noise(
+                noise.shape[2:],
+                1,
+                batch.generators("rival-noise"),
+                offset=self.args.noise_offset,
+            ).to(noise.device)
         return dataclasses.replace(
             batch,
             x0=torch.cat([batch.x0, drawn.final.to(batch.x0.device)], 1),
@@ -327,9 +329,7 @@ class SePPOTrainer(Trainer):
             uniforms = torch.cat(
                 [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
             )
-            noise = torch.stack([torch.randn(batch.x0.shape[2:], generator=g) for g in generators])[
-                :, None
-            ]
+            noise = group_noise(batch.x0.shape[2:], 1, generators, offset=self.args.noise_offset)
             times = builder.times(uniforms, batch.x0.shape[2:])
             drawn = dataclasses.replace(
                 batch,

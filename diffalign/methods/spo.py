@@ -322,7 +322,7 @@ class SPOTrainer(D3POTrainer):
                 times,
                 condition,
                 nothing,
-                args.guidance_scale,
+                self.guidance_scale,
                 self.backbone.guidance_rule,
             )
             if candidates is not None:

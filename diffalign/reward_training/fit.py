@@ -418,6 +418,10 @@ def _fit_member(
         with torch.no_grad():
             for parameter, value in zip((*fitted, excess), best[1], strict=True):
                 parameter.copy_(value)
+            if config.loss in ("pairs", "plackett_luce"):
+                # Such losses see differences alone. Without this, members would differ
+                # by arbitrary constants, and so would their minimum and their spread.
+                network[-1].bias -= torch.cat([network(each) for each in features]).mean(0)  # type: ignore[index]
     with torch.no_grad():
         head.log_factor[member] = factor.detach()
     return float(1 + excess.detach().exp())

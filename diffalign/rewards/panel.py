@@ -116,6 +116,9 @@ class Panel:
         trust_remote_code (`bool`, *optional*, defaults to False): allow scorers of
             ``./file.py:Class``, which runs that file.
 
+    Attributes:
+        names_rule (`bool`): whether `combine` was given.
+
     Raises:
         ConfigError: see `parse_rewards`. Also options that a scorer does not have, and
             scales that the method needs and nobody declares.
@@ -149,6 +152,7 @@ class Panel:
         self.placement, self.trust_remote_code = placement, trust_remote_code
         self.entries = parse_rewards(entries, trust_remote_code=trust_remote_code)
         self.combine_config = _combine_config(combine)
+        self.names_rule = combine is not None
         self._caches: dict[str, ScoreCache] = {}
         self._slots = self._make_slots(device, cache)
         self.specs = {entry.name: slot.spec for slot in self._slots for entry in slot.entries}

@@ -394,7 +394,7 @@ class Trainer:
                 "data.online",
                 f"{self._name} cannot train on pairs that the policy draws; leave the section out",
             )
-        # Only prompts are read here. The drawn images get inverted preferences.
+        # Only prompts are read here. `OnlineData` inverts the preferences.
         config = dataclasses.replace(self.data_config, invert_preferences=False)
         return as_preferences(source, config, "prompt", self.data_config.dataset_train_split)
 
@@ -530,10 +530,13 @@ class Trainer:
         online = OnlineData(
             config,
             self.online_reward,
-            self.policy_sampler(online_sampler(config), "sampling online data"),
+            self.policy_sampler(
+                online_sampler(config, self.backbone.guidance_rule), "sampling online data"
+            ),
             self.data_kind,
-            self.inverted,
+            self.inverted != self.data_config.invert_preferences,
             self.args.shared_noise,
+            self.args.noise_offset,
             lambda metrics: self.window.add(metrics),
         )
         return RolloutSource(online.round, config.every * self.args.gradient_accumulation_steps)
@@ -629,6 +632,12 @@ class Trainer:
     def noising(self) -> NoiseSchedule:
         """Noise schedule of the training images, see `training_schedule`."""
         return training_schedule(self.schedule, self.args, self.sampler_rule)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of a method that samples, in the scale of the family's pipelines."""
+        scale: float = vars(self.args)["guidance_scale"]
+        return self.backbone.guidance_rule.of_run(scale)
 
     def make_grid(self, steps: int, eta: float) -> Grid:
         """Build the times of the run's sampler.

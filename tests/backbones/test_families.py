@@ -18,7 +18,7 @@ from diffalign import FKSteering
 from diffalign.backbones import load_backbone
 from diffalign.backbones.conditions import joined, split_rows, stack_rows
 from diffalign.backbones.packing import packed, unpacked
-from diffalign.errors import UserError
+from diffalign.errors import ConfigError, UserError
 from diffalign.generation.sampling import call_arguments
 from diffalign.steering.decoding import LatentDecoder
 from diffalign.training.online.rollout import Rollout, SamplerConfig, sampling_mode
@@ -390,3 +390,11 @@ def test_files_of_a_model_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_steering_knows_the_size_that_a_pipeline_does_not_name(family: str) -> None:
     decoder = LatentDecoder(build_pipeline(family), None, 1)
     assert decoder._size() == (1024, 1024)
+
+
+def test_a_unet_that_takes_guidance_as_an_input_is_refused() -> None:
+    pipe = build_pipeline("sd")
+    config = {name: v for name, v in pipe.unet.config.items() if not name.startswith("_")}
+    pipe.register_modules(unet=type(pipe.unet).from_config(config | {"time_cond_proj_dim": 8}))
+    with pytest.raises(ConfigError, match="model: .* is distilled with guidance as an input"):
+        load_backbone(pipe)

@@ -18,7 +18,12 @@ from diffalign.evaluation import (
     sign_test,
     win_rate,
 )
-from diffalign.evaluation.statistics import expanded_level, rate_interval, rate_of
+from diffalign.evaluation.statistics import (
+    expanded_level,
+    rate_interval,
+    rate_of,
+    student_quantile,
+)
 
 
 def test_the_same_model_on_both_sides_is_exactly_one_half() -> None:
@@ -222,3 +227,18 @@ def test_a_grid_of_three_models_has_three_columns() -> None:
     assert [len(place) for place in places] == [96 * 96] * 3
     lefts = [place[:, 1].min() for place in places]
     assert lefts == sorted(lefts) and len({place[:, 0].min() for place in places}) == 1
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.975, 1 - 0.05 / 210])
+def test_student_quantiles_are_exact(p: float) -> None:
+    assert student_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9)
+    second = (2 * p - 1) / math.sqrt(2 * p * (1 - p))
+    assert student_quantile(p, 2) == pytest.approx(second, rel=1e-9)
+    assert student_quantile(p, 10**6) == pytest.approx(NormalDist().inv_cdf(p), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "value"), [(3, 3.182446305284), (4, 2.776445105198), (29, 2.045229642133)]
+)
+def test_student_quantiles_of_tables(degrees: int, value: float) -> None:
+    assert student_quantile(0.975, degrees) == pytest.approx(value, rel=1e-9)

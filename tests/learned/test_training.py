@@ -88,6 +88,22 @@ def test_hidden_layers_and_noisy_labels(tmp_path: Path) -> None:
     assert report["reward"]["accuracy"] >= report["base"]["accuracy"]
 
 
+def test_members_have_no_arbitrary_level(tmp_path: Path) -> None:
+    """Losses of pairs see differences alone, so a member's level means nothing."""
+    args = config(tmp_path / "mlp", hidden=16, members=3, max_steps=60, learning_rate=1e-2)
+    data = rows(40)
+    trainer = RewardTrainer("shapes-clip", args, data)
+    part = trainer.parts["train"]
+    folder = trainer.train()
+    scorer = load_scorer(str(folder), device="cpu")
+    places = [(int(i), int(p)) for i, p in zip(part.first, part.prompt, strict=True)]
+    places += [(int(i), int(p)) for i, p in zip(part.second, part.prompt, strict=True)]
+    images = [trainer.judgements.open(i) for i, _ in places]
+    prompts = [trainer.judgements.prompts[p] for _, p in places]
+    levels = scorer.member_scores(images, prompts).mean(0)  # type: ignore[attr-defined]
+    assert float((levels - levels.mean()).abs().max()) < 0.1 * float(levels.abs().max() + 1)
+
+
 def test_a_penalty_takes_a_nuisance_away(tmp_path: Path) -> None:
     found = {}
     for weight in (0.0, 30.0):

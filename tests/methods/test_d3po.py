@@ -310,6 +310,15 @@ def test_judges(tmp_path: Path) -> None:
     panel = RewardFunction({"rewards": ["shapes", "jpeg_compressibility"], "combine": "zscore"})
     scores = panel(images, prompts)
     assert scores.shape == (4, 2) and panel.combined(scores[None]).shape == (1, 4)
+    for rule in ("winrate", "zscore", "weighted_sum"):  # a rule that is named counts for one
+        entry = {"scorer": "jpeg_compressibility", "weight": 2.0, "normalize": "none"}
+        one = RewardFunction({"rewards": [entry], "combine": rule})
+        scores = one(images, prompts)
+        columns = {"jpeg_compressibility": scores[:, 0]}
+        expected = one.panel.combine(columns, [0] * 4).values.double()
+        torch.testing.assert_close(one.combined(scores[None])[0], expected)
+    plain = RewardFunction({"rewards": ["jpeg_compressibility"]})
+    assert torch.equal(plain.combined(scores[None])[0], scores[:, 0])
     watched = RewardFunction(
         {"rewards": ["jpeg_compressibility", {"scorer": "shapes", "role": "eval"}]}
     )

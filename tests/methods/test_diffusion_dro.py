@@ -204,3 +204,20 @@ def test_bad_settings(options: dict[str, Any], words: str) -> None:
 def test_online_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot train on pairs that the policy draws"):
         dro(tmp_path, data={"online": {"scorers": ["shapes"]}})
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "z-image"])
+def test_a_guidance_of_one_is_none_in_every_family(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = dro(tmp_path, family, data={"resolution": 32})
+    rows: list[int] = []
+    predict = trainer.backbone.predict
+
+    def watched(network: Any, noisy: Any, times: Any, condition: Any) -> Any:
+        rows.append(len(noisy))
+        return predict(network, noisy, times, condition)
+
+    monkeypatch.setattr(trainer.backbone, "predict", watched)
+    trainer.prepare(first_batch(trainer))
+    assert max(rows) <= 4  # and not twice as many

@@ -361,6 +361,10 @@ def test_every_rule_trains_and_resumes(advantage: str, tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
+    config, scorers = lora_config(), {"scorers": brightness}
+    config.lora_dropout = 0.1
+    with pytest.raises(ConfigError, match="lora.dropout: GRPO clips the ratio"):
+        make_trainer(tmp_path, "sd", "grpo", peft_config=config, options=scorers)
     with pytest.raises(ConfigError, match="images_per_prompt: 1 has nothing to be compared with"):
         GRPOConfig(images_per_prompt=1)
     assert GRPOConfig(images_per_prompt=1, advantage="ddpo").images_per_prompt == 1

@@ -111,6 +111,7 @@ def test_orpo_golden_values_and_signs() -> None:
         (lambda: MaPOConfig(form="v3"), "form: expected one of code, paper"),
         (lambda: MaPOConfig(link_form="log"), "link_form: expected one of scale, power"),
         (lambda: MaPOConfig(beta=0.0), "beta"),
+        (lambda: MaPOConfig(reduction="sum"), "reduction: the link of MaPO is 0"),
         (lambda: MaPOConfig(margin_scale=-1.0), "margin_scale"),
         (lambda: DiffusionORPOConfig(sign="plus"), "sign: expected one of correct, legacy"),
     ],
@@ -122,3 +123,14 @@ def test_mistakes(make, words: str) -> None:
         mapo_loss(errors((0.1, 0.2)), beta=1.0, link_form="log")
     with pytest.raises(ValueError, match="sign"):
         diffusion_orpo_loss(errors((0.1, 0.2)), sign="plus")
+
+
+@pytest.mark.parametrize("value", [50.0, 200.0, 2000.0])
+def test_the_link_has_a_finite_gradient_at_large_errors(value: float) -> None:
+    q = torch.tensor(value, requires_grad=True)
+    mapo_link(q).backward()
+    assert q.grad is not None and torch.isfinite(q.grad) and float(q.grad) <= 0
+
+
+def test_a_beta_that_multiplies_no_errors_is_not_explained_as_one() -> None:
+    assert MaPOConfig().error_beta is None and DiffusionORPOConfig().error_beta is None

@@ -112,6 +112,31 @@ def test_grids_and_later_times() -> None:
     assert torch.equal(ddim_move(vp, torch.randn(2, 3, dtype=F64), x, same, same), x)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen-image", "z-image"])
+def test_the_truncated_sampler_walks_at_the_shift_of_the_pipelines(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(
+        tmp_path, family, "self_npo", num_inference_steps=5, truncation_steps=2,
+        rows=[{"prompt": "a"}], data={"resolution": 64}, peft_config=lora_config(),
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    seen: list[float] = []
+    predict = trainer.backbone.predict
+
+    def watched(network: Any, noisy: Any, times: Any, condition: Any) -> Any:
+        seen.append(float(times[0]) / 1000)
+        return predict(network, noisy, times, condition)
+
+    monkeypatch.setattr(trainer.backbone, "predict", watched)
+    trainer.prepare(first_batch(trainer))
+    shift = trainer.backbone.timestep_shift(64, 64)
+    walked = [shift * x / (1 + (shift - 1) * x) for x in (1.0, 0.8, 0.6)]
+    assert sorted({round(t, 6) for t in seen}, reverse=True) == pytest.approx(walked, abs=1e-5)
+    if family == "qwen-image":
+        assert shift != getattr(trainer.schedule, "shift", None)
+
+
 @by_default()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start", ["noise", "data"])

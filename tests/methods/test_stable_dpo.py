@@ -22,7 +22,7 @@ from tiny import (
 
 from diffalign.errors import ConfigError
 from diffalign.likelihood import VariancePreserving, denoising_errors, winner_safeguard
-from diffalign.methods.diffusion_dpo import DiffusionDPOConfig, diffusion_dpo_loss
+from diffalign.methods.diffusion_dpo import DiffusionDPOConfig, diffusion_dpo_loss, safeguarded
 
 
 def g1b() -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,5 +196,47 @@ def test_an_average_resumes_bit_equal(tmp_path: Path) -> None:
 def test_a_fixed_reference_and_an_average_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precompute_ref_errors: with reference_decay"):
         blended(tmp_path, 0.9, precompute_ref_errors=True)
-    with pytest.raises(ConfigError, match="reference_decay: ref_model is a fixed reference"):
+    with pytest.raises(ConfigError, match="reference_decay: cannot be combined with ref_model"):
         blended(tmp_path, 0.9, options={"ref_model": build_pipeline("sd")})
+
+
+@pytest.mark.parametrize("z", [-3.0, 0.0, 3.0, 6.0])
+@pytest.mark.parametrize(
+    ("options", "winner"),
+    [
+        ({}, 0),
+        ({"label_smoothing": 0.1}, 0),
+        ({"loss_type": "ipo"}, 0),
+        ({"loss_type": "dmpo"}, 0),
+        ({"loss_type": "regression", "targets": torch.tensor([1.0])}, 0),
+        ({"factors": torch.tensor([-1.0])}, 1),
+    ],
+)
+def test_the_better_image_is_preserved_whatever_the_loss(
+    options: dict[str, Any], winner: int, z: float
+) -> None:
+    """A step raises the better image's error only where the loss asks for it."""
+    weights = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    prediction = torch.stack([weights * 0.5, weights * torch.tensor([0.9, 1.0])])
+    target = torch.zeros_like(prediction)
+    errors = denoising_errors(prediction, target)[None]
+    beta = 10.0
+    shift = torch.tensor([[2 * z / beta, 0.0]])  # of the margin
+    reference = errors.detach() + shift
+
+    def loss_of(policy: torch.Tensor) -> torch.Tensor:
+        return diffusion_dpo_loss(policy, reference, beta=beta, **options)
+
+    chosen = torch.tensor([winner])
+    share = winner_safeguard(prediction, target, 0.9, chosen).to(errors)
+    policy, used = safeguarded(errors, share, chosen, loss_of)
+    assert torch.equal(policy.detach(), errors.detach())
+    (step,) = torch.autograd.grad(loss_of(policy).sum(), weights, retain_graph=True)
+    (own,) = torch.autograd.grad(errors[0, winner], weights, retain_graph=True)
+    probe = errors.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_of(probe).sum(), probe)
+    change = -float(step @ own)
+    if float(slope[0, winner]) >= 0:  # the loss lowers this error
+        assert change <= 1e-9 and float(used) < 1
+    else:
+        assert float(used) == 1

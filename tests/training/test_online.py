@@ -39,12 +39,13 @@ def online(
     family: str = "sd",
     method: str = "diffusion_dpo",
     section: Any = None,
+    inverted: bool = False,
     **options: Any,
 ) -> Any:
     options.setdefault("peft_config", lora_config())
     options.setdefault("per_device_train_batch_size", 2)
     options.setdefault("options", {"scorers": brightness})
-    data = {"online": {**ONLINE, **(section or {})}}
+    data = {"online": {**ONLINE, **(section or {})}, "invert_preferences": inverted}
     return make_trainer(folder, family, method, rows=PROMPTS, data=data, **options)
 
 
@@ -60,6 +61,10 @@ def test_pairs_are_the_best_and_the_worst_image(tmp_path: Path, family: str) -> 
     inverted = online(tmp_path / "n", family, "diffusion_npo")
     turned = next_batch(inverted)
     torch.testing.assert_close(turned.x0.flip(1), batch.x0)
+    turned = next_batch(online(tmp_path / "i", family, inverted=True))
+    torch.testing.assert_close(turned.x0.flip(1), batch.x0)
+    twice = next_batch(online(tmp_path / "t", family, "diffusion_npo", inverted=True))
+    torch.testing.assert_close(twice.x0, batch.x0)
 
 
 @pytest.mark.parametrize("method", ["rankdpo", "mapo", "sft", "diffusion_orpo", "diffusion_npo"])
@@ -115,3 +120,10 @@ def test_the_section_of_a_run_file(tmp_path: Path) -> None:
             online(tmp_path, method=method)
     with pytest.raises(ConfigError, match="precompute_ref_errors: the images of data.online"):
         online(tmp_path, precompute_ref_errors=True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_noise_offsets_reach_the_drawn_images(tmp_path: Path, shared: bool) -> None:
+    trainer = online(tmp_path, method="rankdpo", shared_noise=shared, noise_offset=5.0)
+    means = next_batch(trainer).noise.mean((-2, -1))
+    assert float(means.std()) > 1  # without an offset 1 / 8

@@ -77,14 +77,7 @@ class ForwardProcessTrainer(AdvantageTrainer):
             super().sampler_config(),
             keep="final",
             solver=self.args.solver,
-            guidance_scale=self.guidance_scale,
         )
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the sampler. Some families, as Z-Image, have none at 0 alone."""
-        scale = self.args.guidance_scale
-        return scale if scale > 1 else 0.0
 
     def validate(self) -> None:
         """Check the scorers, and that a server can take the weights.

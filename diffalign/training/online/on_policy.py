@@ -108,7 +108,7 @@ class OnPolicyTrainer(Trainer):
         args = self.args
         return SamplerConfig(
             args.num_inference_steps,
-            args.guidance_scale,
+            self.guidance_scale,
             args.eta,
             args.rollout_batch_size,
             args.shared_init,

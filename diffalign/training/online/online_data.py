@@ -10,27 +10,33 @@ import dataclasses
 import math
 from collections.abc import Callable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...data.config import OnlineConfig
 from ...errors import ConfigError
+from ...likelihood import group_noise
 from ..batch import Batch
 from .policy_sampler import PolicySampler, RoundCheck
 from .reward_function import RewardFunction
 from .rollout import SamplerConfig
 
+if TYPE_CHECKING:
+    from ...backbones.guidance_rules import GuidanceRule
 
-def online_sampler(config: OnlineConfig) -> SamplerConfig:
+
+def online_sampler(config: OnlineConfig, rule: GuidanceRule) -> SamplerConfig:
     """Return the sampler settings of `data.online`.
 
     Args:
         config (`OnlineConfig`): The section.
+        rule (`GuidanceRule`): Of the model's family.
     """
     return SamplerConfig(
         config.num_inference_steps,
-        config.guidance_scale,
+        rule.of_run(config.guidance_scale),
         config.eta,
         config.rollout_batch_size,
         shared_init=False,
@@ -67,6 +73,7 @@ class OnlineData:
         inverted (`bool`): Whether the method prefers the rejected images.
         shared_noise (`bool`): Whether the images of a group share their noise in
             training.
+        noise_offset (`float`): Of the noise in training, see `group_noise`.
         log (`Callable`): Receives metrics of a round, each (g,).
     """
 
@@ -78,11 +85,12 @@ class OnlineData:
         kind: str,
         inverted: bool,
         shared_noise: bool,
+        noise_offset: float,
         log: Callable[[dict[str, Tensor]], None],
     ) -> None:
         self.config, self.reward_function, self.sampler = config, reward_function, sampler
         self.kind, self.inverted, self.shared_noise = kind, inverted, shared_noise
-        self.log = log
+        self.noise_offset, self.log = noise_offset, log
 
     def round(self, number: int, batches: list[Batch]) -> list[Batch]:
         """Draw and score the groups of a round.
@@ -141,8 +149,11 @@ class OnlineData:
     def _noise(self, batch: Batch, k: int) -> Tensor:
         if self.shared_noise:
             return batch.noise.expand(-1, k, *batch.noise.shape[2:])
-        draws = [
-            torch.randn((k, *batch.noise.shape[2:]), generator=g)
-            for g in batch.generators("online-noise")
-        ]
-        return torch.stack(draws).to(batch.noise.device)
+        noise = group_noise(
+            batch.noise.shape[2:],
+            k,
+            batch.generators("online-noise"),
+            shared=False,
+            offset=self.noise_offset,
+        )
+        return noise.to(batch.noise.device)

@@ -156,7 +156,8 @@ class RewardFunction:
     def combined(self, scores: Tensor) -> Tensor:
         """Combine the deciding scores of each image into one.
 
-        The panel's rule combines them, or else the mean of their win rates.
+        The panel's rule combines them, or else the mean of their win rates. A single
+        score stays as it is where no rule was named.
 
         Args:
             scores (`Tensor`): (g, k, m).
@@ -165,7 +166,7 @@ class RewardFunction:
             `Tensor`: (g, k), higher is better.
         """
         scores = scores[..., : self.deciding]
-        if scores.shape[-1] == 1:
+        if scores.shape[-1] == 1 and not (self.panel is not None and self.panel.names_rule):
             return scores[..., 0]
         if self.panel is None:
             from ...rewards.ensemble import win_rates

@@ -181,7 +181,7 @@ class TrajectoryTrainer(OnPolicyTrainer):
                 rows(times, states),
                 condition,
                 empty,
-                self.args.guidance_scale,
+                self.guidance_scale,
                 self.backbone.guidance_rule,
                 unconditional_gradient,
             )
