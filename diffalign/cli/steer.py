@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ from ..config.ranges import count, finite, not_negative, seed, side, steps
 from ..config.yaml_text import NotYaml, read_yaml_text
 from ..errors import ConfigError, UserError
 from ..runtime.distributed import DistributedContext
-from ..runtime.files import claim_output_dir, save_image
-from ..runtime.missing import Missing
+from ..runtime.files import claim_output_dir, holds_run, save_image
+from ..runtime.json_values import plain
+from ..runtime.missing import MaybeImage, Missing
 from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
 from ..shapes.models import embedded_name
 from .results import Result, read_json_file
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
 # Options that change no result, so a run may go on with other values.
 _CONTENTS = "files of the model or the scorers"
+_SETTINGS = "settings.json"
+_MOST_UNSCORED = 8
+_LONG = ("prompts", _CONTENTS, "scorers")
+_PARTS = ("records", "images", "lineage")
 _FREE = ("output_dir", "device", "model_batch_size", "decode_batch_size", "command", "handler")
 
 
@@ -187,19 +193,29 @@ def run(options: argparse.Namespace) -> int | Result:
         "prompt": None,
         _CONTENTS: _contents(options, arguments),
     }
-    if _claim(options.output_dir, settings):
-        print(f"{options.output_dir} holds a finished run; nothing was run again")
-        table = (options.output_dir / "table.md").read_text("utf-8")
-        return Result(table, read_json_file(options.output_dir / "results.json"))
+    folder = options.output_dir
+    begun = not _is_unstarted(folder)
+    # What a remote scorer is, its server says.
+    asks = "remote" in arguments
+    if begun and holds_run(folder, _SETTINGS, settings, _LONG) and not asks and _ended(folder):
+        return _finished(folder)
     processes = DistributedContext.start(options.device)
-    processes.wait()  # the first one has claimed the folder
     work = _Work.load(options, steps, arguments, processes.device)
+    settings["scorers"] = work.fingerprints()
+    if processes.rank == 0:
+        if not begun:
+            _forget(folder)
+        claim_output_dir(folder, _SETTINGS, settings, _LONG)
+    processes.wait()
+    if begun and _ended(folder):
+        processes.stop()
+        return _finished(folder)
     units = [(i, s) for s in range(options.num_seeds) for i in range(len(prompts))]
     size = options.prompts_per_call or (1 if embedded_name(options.model) is None else 8)
     chunks = [units[start : start + size] for start in range(0, len(units), size)]
     from ..runtime.progress import progress_bar
 
-    for name in ("records", "images", "lineage"):
+    for name in _PARTS:
         (options.output_dir / name).mkdir(exist_ok=True)
     files = [options.output_dir / "records" / f"{number:05d}.json" for number in range(len(chunks))]
     mine = list(zip(chunks, files, strict=True))[processes.rank :: processes.world]
@@ -360,14 +376,30 @@ def _contents(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> bool:
-    """Take the folder for these settings, and return whether its run is finished.
+def _is_unstarted(folder: Path) -> bool:
+    """Whether a run claimed the folder and drew nothing, so that another may have it."""
+    if not (folder / _SETTINGS).is_file():
+        return False
+    parts = [folder / name for name in _PARTS]
+    others = [p for p in folder.iterdir() if p not in parts and p.name != _SETTINGS]
+    return not others and not any(any(part.iterdir()) for part in parts if part.is_dir())
 
-    Raises:
-        UserError: The folder holds something else, or a run with other settings.
-    """
-    claim_output_dir(folder, "settings.json", settings, long=("prompts", _CONTENTS))
+
+def _forget(folder: Path) -> None:
+    """Remove what a run that drew nothing has left."""
+    (folder / _SETTINGS).unlink(missing_ok=True)
+    for name in _PARTS:
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
+
+
+def _ended(folder: Path) -> bool:
     return (folder / "results.json").is_file()
+
+
+def _finished(folder: Path) -> Result:
+    print(f"{folder} holds a finished run; nothing was run again")
+    return Result((folder / "table.md").read_text("utf-8"), read_json_file(folder / "results.json"))
 
 
 @dataclass
@@ -378,6 +410,9 @@ class _Work:
     steering: FKSteering
     judges: dict[str, Rewarder]
     call: dict[str, Any]
+    scorers: dict[str, Any]
+    unscored: int = 0
+    """Populations so far without any score, -1 after the first that has one."""
 
     @classmethod
     def load(
@@ -426,14 +461,15 @@ class _Work:
             decoder=decoder,
             model_batch_size=options.model_batch_size,
             decode_batch_size=options.decode_batch_size,
+            unscored="degenerate",
         )
-        call = {
-            name: getattr(options, name)
-            for name in ("num_inference_steps", "guidance_scale", "height", "width")
-        }
+        if by_scheduler and options.eta is not None:
+            _check_scheduler_eta(pipe, options.eta)
+        call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
         call = {name: value for name, value in call.items() if value is not None} | (
             {"eta": options.eta} if by_scheduler and options.eta is not None else {}
         )
+        call |= _sides(pipe, options)
         if embedded_name(options.model) is not None:
             call = {**default_settings(options.model), "num_inference_steps": 30, **call}
         return cls(
@@ -441,7 +477,12 @@ class _Work:
             steering,
             read_judges(dict(zip(list(arguments)[1:], scorers[1:], strict=True))),
             call,
+            dict(zip(arguments, scorers, strict=True)),
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Identify the scorers whose options do not say what they are, by name."""
+        return {name: self.scorers[name].fingerprint() for name in self.scorers if name == "remote"}
 
     def do(self, units: list[tuple[int, int]], prompts: list[str], path: Path) -> None:
         """Steer some prompts, and draw their best-of-n with `--compare`.
@@ -464,11 +505,33 @@ class _Work:
             with warnings.catch_warnings():
                 # `_report` repeats them once, for all prompts.
                 warnings.simplefilter("ignore", UserWarning)
-                result = sampler(texts, seed=seeds, **self.call)
+                try:
+                    result = sampler(texts, seed=seeds, **self.call)
+                except UserError as error:
+                    raise UserError(_as_options(str(error))) from error
+            self._check_scored(result)
             judged = score_arms(result, self.judges)
             record["arms"][arm] = _arm_record(result, judged)
             self._write_images(arm, units, result)
         write_atomically(path, json.dumps(record).encode())
+
+    def _check_scored(self, result: SteeringResult) -> None:
+        """Stop where the scorer cannot score the first prompts.
+
+        Raises:
+            UserError: None of the first populations has a score.
+        """
+        if self.unscored < 0:
+            return
+        if not bool(result.rewards.isnan().all()):
+            self.unscored = -1
+            return
+        self.unscored += len(result.prompts)
+        if self.unscored >= _MOST_UNSCORED:
+            raise UserError(
+                f"--scorer: {self.options.scorer} gave no score to any image of the first "
+                f"{self.unscored} populations; take a scorer that knows these prompts"
+            )
 
     def _write_images(self, arm: str, units: list[tuple[int, int]], result: SteeringResult) -> None:
         folder = self.options.output_dir
@@ -480,6 +543,54 @@ class _Work:
             for k, image in enumerate(result.images[row]):
                 _save(image, folder / "images" / f"{name}-particle{k}.png")
             result.plot(row, folder / "lineage" / f"{name}.png")
+
+
+def _as_options(text: str) -> str:
+    """Word a message about the Python API for the command line."""
+    for python, option in (
+        ("pass eta=1.0 to the call", "give --eta 1"),
+        ("use kernel='ddim'", "use --kernel ddim"),
+        (" (or mode='prune' to only drop the worst)", ""),
+    ):
+        text = text.replace(python, option)
+    return text
+
+
+def _check_scheduler_eta(pipe: Any, eta: float) -> None:
+    """Check the `eta` that goes to the pipeline's own scheduler.
+
+    Raises:
+        ConfigError: Pipeline or scheduler have none, or it is out of range.
+    """
+    takes = "eta" in inspect.signature(pipe.__call__).parameters
+    if not takes or "eta" not in inspect.signature(pipe.scheduler.step).parameters:
+        raise ConfigError(
+            "--eta",
+            f"{type(pipe.scheduler).__name__} of {type(pipe).__name__} has none; leave it out",
+        )
+    if not 0 <= eta <= 1:
+        raise ConfigError("--eta", f"expected a number from 0 to 1, got {eta:g}")
+
+
+def _sides(pipe: Any, options: argparse.Namespace) -> dict[str, int]:
+    """Read `--height` and `--width`. One alone leaves the other at the default.
+
+    Raises:
+        ConfigError: A side that the model cannot draw.
+    """
+    if options.height is None and options.width is None:
+        return {}
+    from ..backbones import backbone_class, load_backbone
+    from ..data.transforms import check_resolution
+
+    given = {name: getattr(options, name) for name in ("height", "width")}
+    if backbone_class(type(pipe).__name__) is None:
+        return {name: side for name, side in given.items() if side is not None}
+    backbone = load_backbone(pipe)
+    for name, side in given.items():
+        if side is not None:
+            check_resolution(side, backbone.size_factor, f"--{name}")
+    return {name: side or backbone.default_resolution for name, side in given.items()}
 
 
 def _tiny_decoder(name: str, dtype: Any) -> Any:
@@ -532,6 +643,8 @@ def _report(
     records: list[dict[str, Any]],
 ) -> str:
     """Write the files of the whole run, and return what the command prints."""
+    import numpy as np
+
     from ..runtime.files import write_atomically
     from ..runtime.versions import versions
 
@@ -558,6 +671,18 @@ def _report(
     )
     missing = sum(arm["nan_count"] for arm in steered)
     notes += [f"{missing} rewards were NaN and counted as minus infinity"] if missing else []
+    rewards = comparison.arms["steering"].scores["reward"]
+    silent = [p for p, row in zip(prompts, rewards, strict=True) if np.isnan(row).all()]
+    if len(silent) == len(prompts):
+        raise UserError(
+            f"--scorer: {options.scorer} gave no score to any image; take a scorer that knows "
+            "these prompts"
+        )
+    if silent:
+        notes.append(
+            f"{len(silent)} of {len(prompts)} prompts have no score, so nothing was steered "
+            f"there; the first is {silent[0]!r:.100}"
+        )
     results = {
         "settings": settings,
         "versions": versions(),
@@ -577,9 +702,7 @@ def _report(
         "warnings": notes,
     }
     write_atomically(folder / "table.md", (table + "\n").encode())
-    write_atomically(
-        folder / "results.json", json.dumps(results, indent=1, allow_nan=True).encode()
-    )
+    write_atomically(folder / "results.json", json.dumps(plain(results), indent=1).encode())
     return "\n".join(
         [table, *notes, f"wrote {folder}: images/, lineage/, grid.png, table.md, results.json"]
     )
@@ -607,6 +730,16 @@ def _save(image: Any, path: Path) -> None:
         save_image(image, path)
 
 
+def _shown(path: Path) -> MaybeImage:
+    """Read an image for a picture. Its file is closed at once."""
+    from PIL import Image
+
+    if not path.is_file():
+        return Missing("not drawn")
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def _comparison(
     options: argparse.Namespace, prompts: list[str], records: list[dict[str, Any]]
 ) -> BestOfNComparison:
@@ -615,7 +748,6 @@ def _comparison(
     Without `--compare` they are of steering alone.
     """
     import numpy as np
-    from PIL import Image
 
     from ..evaluation.best_of_n import REWARD, ArmScores, BestOfNComparison
 
@@ -640,7 +772,7 @@ def _comparison(
                 files[at[0]][at[1]] = (
                     options.output_dir / "images" / f"{at[0]:04d}-seed{at[1]}-{end}.png"
                 )
-        shown = [[Image.open(file) for file in row[:4]] for row in files[:24]]
+        shown = [[_shown(file) for file in row[:4]] for row in files[:24]]
         totals = {
             key: sum(record["arms"][arm]["counts"][key] for record in records)
             for key in ("model_rows", "decodes", "scored_images", "reward_calls")
@@ -671,7 +803,6 @@ def _plain_table(comparison: BestOfNComparison) -> str:
 def _particle_grid(options: argparse.Namespace, comparison: BestOfNComparison) -> Any:
     """Draw all particles of the first prompts, with a frame around the best."""
     import numpy as np
-    from PIL import Image
 
     from ..generation.grids import framed_grid
 
@@ -679,7 +810,7 @@ def _particle_grid(options: argparse.Namespace, comparison: BestOfNComparison) -
     rows = []
     for i, prompt in enumerate(comparison.prompts[:24]):
         images = [
-            Image.open(options.output_dir / "images" / f"{i:04d}-seed0-particle{k}.png")
+            _shown(options.output_dir / "images" / f"{i:04d}-seed0-particle{k}.png")
             for k in range(options.num_particles)
         ]
         rows.append((prompt, images, int(np.nan_to_num(rewards[i, 0], nan=-np.inf).argmax())))

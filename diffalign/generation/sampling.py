@@ -148,7 +148,13 @@ def call_arguments(
         prompts (`list[str]`): Its prompts.
         settings (`Mapping[str, Any]`): The settings, by this package's names.
     """
-    arguments = {"prompt": prompts, **settings}
+    # Some pipelines want a negative prompt of the type of the prompt.
+    arguments = {"prompt": prompts} | {
+        name: [value] * len(prompts)
+        if name.startswith("negative_prompt") and isinstance(value, str)
+        else value
+        for name, value in settings.items()
+    }
     family = backbone_class(type(pipe).__name__)
     return arguments if family is None else family.call_arguments(arguments)
 

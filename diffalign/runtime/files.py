@@ -65,24 +65,40 @@ def claim_output_dir(
     Raises:
         UserError: it is a file, or holds something else or a run with other settings.
     """
+    if not holds_run(folder, marker, settings, long) and process_rank() == 0:
+        make_folder(folder)
+        text = json.dumps(settings, default=str, indent=2)
+        write_atomically(folder / marker, (text + "\n").encode())
+
+
+def holds_run(
+    folder: Path, marker: str, settings: Mapping[str, Any], long: tuple[str, ...] = ()
+) -> bool:
+    """Tell whether an output folder was claimed for a run with these settings.
+
+    Nothing is written.
+
+    Args:
+        folder, marker, settings, long: as for `claim_output_dir`.
+
+    Raises:
+        UserError: it is a file, or holds something else or a run with other settings.
+    """
     file = folder / marker
     check_output_dir(folder, marker)
-    requested = json.loads(json.dumps(settings, default=str))
-    if file.is_file():
-        there = json.loads(file.read_text("utf-8"))
-        for name, value in requested.items():
-            if there.get(name) != value:
-                difference = (
-                    f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
-                )
-                raise UserError(
-                    f"--output_dir: {str(folder)!r} holds a run with {difference}; use those "
-                    "settings or another folder"
-                )
-        return
-    if process_rank() == 0:
-        make_folder(folder)
-        write_atomically(file, (json.dumps(requested, indent=2) + "\n").encode())
+    if not file.is_file():
+        return False
+    there = json.loads(file.read_text("utf-8"))
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if there.get(name) != value:
+            difference = (
+                f"other {name}" if name in long else f"--{name} {there.get(name)}, not {value}"
+            )
+            raise UserError(
+                f"--output_dir: {str(folder)!r} holds a run with {difference}; use those "
+                "settings or another folder"
+            )
+    return True
 
 
 def _temporary(path: Path, rank: int) -> Path:

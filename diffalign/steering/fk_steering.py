@@ -28,6 +28,7 @@ from ..runtime.protocols import Numbers, Pipeline
 from .decoding import LatentDecoder
 from .kernels import check_kernel
 from .noise_levels import check_reachable, refuse_replaced_noise
+from .particle_weights import UNSCORED
 from .resampling import Generators
 from .result import SteeringResult
 from .reward_fn import Rewarder
@@ -92,6 +93,9 @@ class FKSteering:
             all of them, or the scorer's own batch size.
         prompts_per_call (`int`, *optional*): prompts that share a call of the pipeline.
             None is all of them.
+        unscored (`str`, *optional*, defaults to `"error"`): what a prompt without any
+            score is: an ``error``, or ``degenerate``, which draws its particles with
+            equal weights.
 
     Raises:
         ConfigError: an option out of range, or options that exclude each other.
@@ -139,7 +143,10 @@ class FKSteering:
         decode_batch_size: int | None = None,
         reward_batch_size: int | None = None,
         prompts_per_call: int | None = None,
+        unscored: str = "error",
     ) -> None:
+        if resample_steps is not None:
+            resample_steps = [_plain_number(step) for step in resample_steps]
         self.weighting: dict[str, Any] = {
             "lmbda": lmbda,
             "ess_target": ess_target,
@@ -150,6 +157,11 @@ class FKSteering:
             "temperatures": temperatures,
         }
         check_options(num_particles=num_particles, **self.weighting)
+        if unscored not in UNSCORED:
+            raise ConfigError(
+                "unscored", f"expected one of {', '.join(UNSCORED)}, got {unscored!r}"
+            )
+        self.unscored = unscored
         check_schedule(resample_steps)
         if num_particles == 1 and resample_steps:
             raise ConfigError(
@@ -180,7 +192,7 @@ class FKSteering:
                 f"pipe: {type(pipe).__name__} has no scheduler with a step; give a diffusers "
                 "pipeline"
             )
-        self.eta = check_kernel(kernel, eta)
+        self.eta, self.eta_given = check_kernel(kernel, eta), eta is not None
         self.pipe, self.num_particles, self.kernel, self.mode = pipe, num_particles, kernel, mode
         self.resample_steps: Sequence[int | float] | None = (
             () if num_particles == 1 else resample_steps
@@ -231,6 +243,8 @@ class FKSteering:
                 does not fit. The scheduler is afterwards as before.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if seed is not None and not isinstance(seed, int):
+            seed = [int(each) for each in seed] if hasattr(seed, "__len__") else int(seed)
         self._check_call(texts, generator, seed, metadata, pipe_kwargs)
         seeds = _seeds(seed, generator, len(texts))
         size = self.prompts_per_call or len(texts)
@@ -403,7 +417,15 @@ class FKSteering:
         )
         rewarder = self.rewarder.start(texts, metadata, k)
         options = SteeringOptions(
-            self.pipe, k, self.resample_steps, self.predict_x0, self.kernel, self.eta, self.mode
+            self.pipe,
+            k,
+            self.resample_steps,
+            self.predict_x0,
+            self.kernel,
+            self.eta,
+            self.mode,
+            self.eta_given,
+            self.unscored,
         )
         run = SteeredRun(options, weighting, rewarder, decoder, streams, models, groups, on_step)
         arguments = self._pipeline_arguments(texts, streams, pipe_kwargs)
@@ -444,6 +466,11 @@ class FKSteering:
         if "return_dict" in parameters:
             arguments["return_dict"] = True
         return arguments
+
+
+def _plain_number(value: Any) -> int | float:
+    """Return a number of numpy or torch as Python's."""
+    return value.item() if hasattr(value, "item") else value  # type: ignore[no-any-return]
 
 
 def _seeds(seed: Any, generator: Generators, prompts: int) -> list[int] | None:

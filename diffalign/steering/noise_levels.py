@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -268,8 +268,9 @@ def detached(scheduler: T) -> T:
 def is_stochastic(scheduler: Scheduler, arguments: Mapping[str, Any], position: int = 0) -> bool:
     """Test whether a scheduler adds noise as it is called.
 
-    Two steps are taken twice, with different seeds, on copies of the scheduler. Two,
-    because second-order schedulers add their noise in the second half of an interval.
+    The rest of the time grid is walked twice, with different seeds, on copies of the
+    scheduler, until the results differ. Some add noise in a part of the grid alone, and
+    second-order schedulers in the second half of an interval.
 
     Args:
         scheduler: of diffusers, with its timesteps set.
@@ -281,23 +282,25 @@ def is_stochastic(scheduler: Scheduler, arguments: Mapping[str, Any], position: 
     Returns:
         `bool`: whether the results differ.
     """
-    outcomes = []
-    for seed in (1, 2):
-        clone, row = detached(scheduler), dict(arguments)
-        for name in ("model_output", "sample"):
-            row[name] = row[name][:1]
-        row |= (
-            {"generator": torch.Generator("cpu").manual_seed(seed)}
-            if "generator" in step_parameters(scheduler)
-            else {}
-        )
-        row["return_dict"] = False
-        device = row["sample"].device
-        with seeded(seed, device):
-            for timestep in clone.timesteps[position : position + 2]:
-                row["sample"] = type(clone).step(clone, **{**row, "timestep": timestep})[0]
-        outcomes.append(row["sample"])
-    return not torch.equal(*outcomes)
+    walks = [_walk(scheduler, arguments, position, seed) for seed in (1, 2)]
+    return any(not torch.equal(*pair) for pair in zip(*walks, strict=True))
+
+
+def _walk(
+    scheduler: Scheduler, arguments: Mapping[str, Any], position: int, seed: int
+) -> Iterator[Tensor]:
+    """Walk the rest of the time grid with the first row, and yield its samples."""
+    clone, row = detached(scheduler), dict(arguments)
+    for name in ("model_output", "sample"):
+        row[name] = row[name][:1]
+    if "generator" in step_parameters(scheduler):
+        row["generator"] = torch.Generator("cpu").manual_seed(seed)
+    row["return_dict"] = False
+    for number, timestep in enumerate(clone.timesteps[position:]):
+        # The two walks take turns, so each step sets the global generator.
+        with seeded(1_000 * seed + number, row["sample"].device):
+            row["sample"] = type(clone).step(clone, **{**row, "timestep": timestep})[0]
+        yield row["sample"]
 
 
 def step_parameters(scheduler: Scheduler) -> list[str]:

@@ -20,6 +20,7 @@ from ..errors import ConfigError, UserError
 from .resampling import SCHEMES, Generators, ess, resample
 
 POTENTIALS = ("diff", "max", "sum", "rt", "max_inc", "tempered")
+UNSCORED = ("error", "degenerate")
 FLOOR_NATS = 10.0
 """How far an intermediate reward of -inf or NaN counts under the lowest finite one.
 
@@ -135,6 +136,9 @@ class ParticleWeights:
         temperatures (sequence of `float`, *optional*): c_i of ``tempered``, one per
             scored step.
         generator (`torch.Generator` or one per group, *optional*): of resampling.
+        unscored (`str`, *optional*, defaults to `"error"`): what a group whose rewards
+            are all NaN is: an ``error``, or ``degenerate``.
+        names (sequence of `str`, *optional*): of the groups, for messages.
 
     Attributes:
         log_z (`Tensor`): estimate of log E[exp(lmbda r)], (groups,).
@@ -165,6 +169,8 @@ class ParticleWeights:
         adaptive_tempering: float | None = None,
         temperatures: Sequence[float] | None = None,
         generator: Generators = None,
+        unscored: str = "error",
+        names: Sequence[str] | None = None,
     ) -> None:
         check_options(
             num_particles=num_particles,
@@ -178,6 +184,11 @@ class ParticleWeights:
         )
         if groups < 1:
             raise ConfigError("groups", f"expected int >= 1, got {groups}")
+        if unscored not in UNSCORED:
+            raise ConfigError(
+                "unscored", f"expected one of {', '.join(UNSCORED)}, got {unscored!r}"
+            )
+        self.unscored, self.names = unscored, names
         shape = (groups, num_particles)
         self.shape, self.potential, self.scheme, self.generator = (
             shape,
@@ -357,10 +368,11 @@ class ParticleWeights:
         blank = torch.zeros_like(missing) if blank is None else blank
         # A group without images is degenerate, one without scores is an error.
         silent = missing.all(1) & ~blank.any(1)
-        if silent.any():
+        if silent.any() and self.unscored == "error":
             group = int(silent.nonzero()[0])
+            name = f"group {group}" if self.names is None else f"{self.names[group]!r:.100}"
             raise UserError(
-                f"reward: the scorer returned NaN for every particle of group {group}; check its "
+                f"reward: the scorer returned NaN for every particle of {name}; check its "
                 "inputs, or return -inf for 'impossible'"
             )
         self.nan_count += int(missing.sum())

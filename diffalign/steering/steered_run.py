@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..generation.micro_batches import Batches
 from ..runtime.missing import MaybeImage, Missing, check_any, read_output
 from ..runtime.protocols import Pipeline
@@ -51,6 +51,8 @@ class SteeringOptions:
     kernel: str | None
     eta: float | None
     mode: str
+    eta_given: bool
+    unscored: str
 
 
 class SteeredRun:
@@ -167,16 +169,24 @@ class SteeredRun:
             weighting["potential"], weighting["temperatures"], len(self.steps)
         )
         self.weights = ParticleWeights(
-            self.groups, self.k, generator=self.streams.resampling, **weighting
+            self.groups,
+            self.k,
+            generator=self.streams.resampling,
+            unscored=self.options.unscored,
+            names=self.rewarder.prompts[:: self.k],
+            **weighting,
         )
         resampling = self.k > 1 and bool(self.steps) and self.weighting["ess_threshold"] != 0
         if self.kernel == AUTO:
             replaced = self.scheduler.config.get("stochastic_sampling", False)
-            self.kernel = (
-                None
-                if is_stochastic(self.scheduler, arguments, self.first_position) and not replaced
-                else "ddim"
-            )
+            own = not replaced and is_stochastic(self.scheduler, arguments, self.first_position)
+            self.kernel = None if own else "ddim"
+            if own and self.options.eta_given:
+                raise ConfigError(
+                    "eta",
+                    f"{type(self.scheduler).__name__} adds its own noise, which has none; leave "
+                    "eta out, or give kernel='ddim'",
+                )
         elif resampling and self.kernel is None:
             self._check_noise(arguments)
 

@@ -36,6 +36,8 @@ GPUS = {
     "l40s": 48, "a6000": 48, "a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180,
 }  # fmt: skip
 """Name of a GPU -> its memory in GiB."""
+LARGEST = 300
+"""GiB of a GPU that are believed: larger numbers are names of cards."""
 CONTEXT = 0.8
 """GiB that CUDA, its libraries and fragments of memory take beside the tensors."""
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_fused": 8.0, "adamw_8bit": 2.0, "adafactor": 0.1}
@@ -103,10 +105,12 @@ def gpu_memory(name: str) -> float:
         size = float(number)
     except ValueError:
         size = 0.0
-    if not 0 < size < 10_000:
+    if f"rtx{text}" in GPUS:  # 4090 alone is a card
+        return float(GPUS[f"rtx{text}"])
+    if not 0 < size <= LARGEST:
         raise ConfigError(
             "--gpu",
-            f"{name!r} is neither a size such as 24GB nor one of {', '.join(sorted(GPUS))}",
+            f"{name!r} is neither a size such as 24GB (up to {LARGEST}) nor one of {', '.join(sorted(GPUS))}",
         )
     return size
 

@@ -158,6 +158,23 @@ class RolloutServer:
             **self.settings,
         }
 
+    def _of_size(self, image: MaybeImage, place: str) -> MaybeImage:
+        """Refuse an image of another size than the run's.
+
+        Raises:
+            UserError: It has another size.
+        """
+        asked = self.settings.get("size")
+        if isinstance(image, Missing) or asked is None:
+            return image
+        size = "{}x{}".format(*image.size)
+        if size != asked:
+            raise UserError(
+                f"rollout_server: {place} drew an image of {size} pixels where {asked} were asked "
+                "for; serve the model at the run's resolution"
+            )
+        return image
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -187,7 +204,7 @@ class RolloutServer:
                 place, reply = self.pool.request("/v1/images/generations", body)
             except ServerFailure as failure:
                 raise UserError(f"rollout_server: {failure}") from None
-            return _image(reply, place)
+            return self._of_size(_image(reply, place), place)
 
         images: list[MaybeImage] = []
         told = 0
