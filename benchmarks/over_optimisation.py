@@ -26,10 +26,11 @@ The second picture is of training: AWM (`configs/awm/shapes.yaml`, with --steps 
 a constant learning rate) optimises the weakest of the rewards, which is right least
 often on the pairs that it was not trained on, and the mean of all less one standard
 deviation, each from --seeds seeds. Every 25 steps the same 60 prompts, which the runs
-do not train on, are drawn from the same noise, two images each. Shown are the optimised reward, in standard deviations of the first of
-these drawings, and the verifier. The verifier turns at the first drawing at which it
-has fallen since an earlier one, by the test of the guardian (95 % over all pairs of
-drawings, clustered by prompt). Goes on where it stopped.
+do not train on, are drawn from the same noise, two images each. Shown are the optimised
+reward, in standard deviations of the first of these drawings, and the verifier. The
+verifier turns at the first drawing at which it has fallen since an earlier one, by the
+test of the guardian (95 % over all pairs of drawings, clustered by prompt). Goes on
+where it stopped.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ def test_sample_draws_base_and_lora(world: Path, tmp_path: Path) -> None:
         "--output_dir", tmp_path / "s",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    names = sorted(p.name for p in (tmp_path / "s").iterdir())
+    names = sorted(p.name for p in (tmp_path / "s").glob("*.png"))
     assert names == [
         "000-seed0-base.png",
         "000-seed0-tuned.png",

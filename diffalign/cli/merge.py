@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError, UserError
-from ..generation.merge import _is_pipeline, _merge_pipelines, merge_loras
+from ..generation.merge import is_pipeline, merge_loras, merge_pipelines
 from ..runtime.files import check_replaceable
 from .results import Result
 
@@ -60,17 +60,19 @@ def run(options: argparse.Namespace) -> Result:
     check_replaceable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {str(out)!r} exists and is not empty; name another folder")
-    full = [_is_pipeline(name) for name in options.inputs]
+    full = [is_pipeline(name) for name in options.inputs]
     if any(full) and not all(full):
         lora = options.inputs[full.index(False)]
         raise UserError(
             f"--inputs: {lora!r} is a LoRA and others are pipelines; merge one kind at a time"
         )
+    notes: list[str] = []
     if all(full):
-        _merge_pipelines(options.model, options.inputs, weights, out)
+        notes = merge_pipelines(options.model, options.inputs, weights, out)
     else:
         merge_loras(options.model, options.inputs, weights, out)
     parts = list(zip(map(str, options.inputs), weights, strict=True))
     text = ", ".join(f"{weight:g} x {name}" for name, weight in parts)
     facts = {"output": out, "parts": [{"input": name, "weight": w} for name, w in parts]}
-    return Result(f"wrote {out}: {text}", facts)
+    facts["notes"] = notes
+    return Result("\n".join([*notes, f"wrote {out}: {text}"]), facts)

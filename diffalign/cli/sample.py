@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config.ranges import count, finite, seed, steps
 from ..errors import ConfigError, UserError
-from ..runtime.files import claim_output_dir, save_image
+from ..runtime.files import claim_output_dir, holds_run, save_image
+from ..runtime.folder_lock import FolderLock
 from ..runtime.missing import check_any, left_out, present
 from .results import Result
 
@@ -128,34 +130,61 @@ _DECIDING = (
 """Options that decide the images."""
 
 
-def _claim(folder: Path, options: argparse.Namespace) -> None:
-    """Take a folder for these images. Other images there would be replaced.
+_SETTINGS, _LONG = "settings.json", ("prompt", "files of the models")
 
-    Raises:
-        UserError: it holds them, or something else.
-    """
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides the images, with the content of local files."""
+    from ..runtime.hashing import place_hash
+
+    places = ("model", "lora", "negative_lora", "user_adapter", "user_pairs")
+    hashes = {name: place_hash(getattr(options, name)) for name in places}
     asked = {name: value for name, value in vars(options).items() if name in _DECIDING}
-    claim_output_dir(folder, "settings.json", asked, long=("prompt",))
+    return asked | {_LONG[1]: {name: content for name, content in hashes.items() if content}}
 
 
-def _free_folder(options: argparse.Namespace) -> Path:
-    """Return the folder that the user named, or the first free one.
+def _take_folder(options: argparse.Namespace, settings: dict[str, Any]) -> FolderLock:
+    """Hold the folder that the user named, or the first free one.
 
     Raises:
-        UserError: the user's folder holds other images.
+        UserError: the user's folder holds other images, or another command draws there.
     """
     names = [_DEFAULT_DIR, *(f"{_DEFAULT_DIR}-{number}" for number in range(2, 1000))]
     for folder in [options.output_dir] if options.output_dir else map(Path, names):
-        if not (folder.is_dir() and any(folder.iterdir())):
-            return folder
+        lock = FolderLock(folder)
         try:
-            _claim(folder, options)
+            holds_run(folder, _SETTINGS, settings, _LONG)
+            lock.take()
+            holds_run(folder, _SETTINGS, settings, _LONG)  # another one may just have ended
         except UserError:
+            lock.release()
             if options.output_dir is None:
                 continue
             raise
-        return folder
+        return lock
     raise UserError(f"--output_dir: {_DEFAULT_DIR} and 998 others are taken; name a folder")
+
+
+def _check_lora_options(options: argparse.Namespace) -> None:
+    """Refuse options of LoRAs that would have no effect.
+
+    Raises:
+        ConfigError: A scale or share without its model, or a negative model without
+            guidance.
+    """
+    for name, model in (
+        ("lora_scale", "lora"),
+        ("positive_share", "negative_lora"),
+        ("negative_share", "negative_lora"),
+    ):
+        if getattr(options, name) != 1 and not getattr(options, model):
+            raise ConfigError(f"--{name}", f"has no effect without --{model}; leave it out")
+    scale = options.guidance_scale
+    if options.negative_lora and scale is not None and scale <= 1:
+        raise ConfigError(
+            "--guidance_scale",
+            f"at {scale:g} the negative model has no effect; give a scale above 1",
+        )
 
 
 def _check_user_options(options: argparse.Namespace) -> None:
@@ -209,17 +238,27 @@ def run(options: argparse.Namespace) -> Result:
         UserError: A model or LoRA is missing, a number is out of range, or the folder
             holds other images.
     """
-    from ..generation.grids import comparison_grid
-    from ..generation.pipelines import default_settings, load_pipeline
-    from ..generation.sampling import generate
-
     for name, lowest in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < lowest:
             raise ConfigError(
                 f"--{name}", f"expected int >= {lowest}, got {getattr(options, name)}"
             )
     _check_user_options(options)
-    output_dir = _free_folder(options)
+    _check_lora_options(options)
+    taken = _settings(options)
+    lock = _take_folder(options, taken)
+    try:
+        return _draw(options, lock.folder, taken)
+    finally:
+        lock.release()
+
+
+def _draw(options: argparse.Namespace, output_dir: Path, taken: dict[str, Any]) -> Result:
+    """Draw the images and write them. Bad weights show before the first image."""
+    from ..generation.grids import comparison_grid
+    from ..generation.pipelines import default_settings, load_pipeline
+    from ..generation.sampling import generate
+
     pipe = load_pipeline(options.model)
     settings: dict[str, Any] = {
         name: getattr(options, name)
@@ -229,20 +268,14 @@ def run(options: argparse.Namespace) -> Result:
     settings = {**default_settings(options.model), **settings}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompt for i in range(options.num_images)]
+    draw = partial(generate, pipe, prompts, seeds, batch_size=options.batch_size, **settings)
     users, user = _read_user(pipe, options) if options.user_adapter else (None, None)
-    sides = {
-        "base": generate(
-            pipe, prompts, seeds, batch_size=options.batch_size, description="base", **settings
-        )
-    }
+    tuned = None
     if options.lora:
         from ..backbones.lora import load_lora
 
         load_lora(pipe, options.lora, "tuned", "--lora")
         pipe.set_adapters("tuned", options.lora_scale)
-        sides["tuned"] = generate(
-            pipe, prompts, seeds, batch_size=options.batch_size, description="tuned", **settings
-        )
     if options.negative_lora:
         from ..generation.guidance import NegativeGuidance, load_negative
 
@@ -254,20 +287,16 @@ def run(options: argparse.Namespace) -> Result:
             beta=options.negative_share,
         )
         with guidance:
-            sides["tuned"] = generate(
-                pipe,
-                prompts,
-                seeds,
-                batch_size=options.batch_size,
-                description="negative guidance",
-                **settings,
-            )
+            tuned = draw(description="negative guidance")
+    elif options.lora:
+        tuned = draw(description="tuned")
+    if options.lora:
+        pipe.unload_lora_weights()
     if users is not None:
         with users.apply(user):
-            sides["tuned"] = generate(
-                pipe, prompts, seeds, batch_size=options.batch_size, description="user", **settings
-            )
-    _claim(output_dir, options)
+            tuned = draw(description="user")
+    sides = {"base": draw(description="base")} | ({} if tuned is None else {"tuned": tuned})
+    claim_output_dir(output_dir, _SETTINGS, taken, _LONG)
     files = []
     for name, images in sides.items():
         check_any(images, name)

@@ -15,7 +15,7 @@ from ..config.ranges import count, finite, not_negative, seed, side, steps
 from ..config.yaml_text import NotYaml, read_yaml_text
 from ..errors import ConfigError, UserError
 from ..runtime.distributed import DistributedContext
-from ..runtime.files import claim_output_dir, holds_run, save_image
+from ..runtime.files import LOCK, claim_output_dir, holds_run, save_image
 from ..runtime.json_values import plain
 from ..runtime.missing import MaybeImage, Missing
 from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
@@ -377,12 +377,14 @@ def _contents(
 
 
 def _is_unstarted(folder: Path) -> bool:
-    """Whether a run claimed the folder and drew nothing, so that another may have it."""
+    """Whether a run claimed the folder and drew nothing."""
     if not (folder / _SETTINGS).is_file():
         return False
+    ours = (*_PARTS, _SETTINGS, LOCK)
+    if any(path.name not in ours for path in folder.iterdir()):
+        return False
     parts = [folder / name for name in _PARTS]
-    others = [p for p in folder.iterdir() if p not in parts and p.name != _SETTINGS]
-    return not others and not any(any(part.iterdir()) for part in parts if part.is_dir())
+    return not any(any(part.iterdir()) for part in parts if part.is_dir())
 
 
 def _forget(folder: Path) -> None:
@@ -585,12 +587,12 @@ def _sides(pipe: Any, options: argparse.Namespace) -> dict[str, int]:
 
     given = {name: getattr(options, name) for name in ("height", "width")}
     if backbone_class(type(pipe).__name__) is None:
-        return {name: side for name, side in given.items() if side is not None}
+        return {name: pixels for name, pixels in given.items() if pixels is not None}
     backbone = load_backbone(pipe)
-    for name, side in given.items():
-        if side is not None:
-            check_resolution(side, backbone.size_factor, f"--{name}")
-    return {name: side or backbone.default_resolution for name, side in given.items()}
+    for name, pixels in given.items():
+        if pixels is not None:
+            check_resolution(pixels, backbone.size_factor, f"--{name}")
+    return {name: pixels or backbone.default_resolution for name, pixels in given.items()}
 
 
 def _tiny_decoder(name: str, dtype: Any) -> Any:

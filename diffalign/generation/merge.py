@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..backbones.base import Backbone
+
 
 def merge_states(
     base: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
@@ -59,8 +61,21 @@ def merge_states(
     return merged
 
 
-def _is_pipeline(name: str) -> bool:
-    return embedded_name(name) is not None or (Path(name) / "model_index.json").is_file()
+def is_pipeline(name: str) -> bool:
+    """Tell whether an input is a whole pipeline, and not a LoRA.
+
+    Args:
+        name (`str`): Folder, file or Hub id.
+    """
+    if embedded_name(name) is not None or Path(name).exists():
+        return embedded_name(name) is not None or (Path(name) / "model_index.json").is_file()
+    from ..backbones.loading import ModelSource
+
+    try:
+        ModelSource(name)
+    except UserError:
+        return False
+    return True
 
 
 def merge_loras(
@@ -141,9 +156,23 @@ def _put(network: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         layer.lora_B["default"].weight.data.copy_(up)
 
 
-def _merge_pipelines(
+def merge_pipelines(
     model: str, inputs: Sequence[str], weights: Sequence[float], output_dir: Path
-) -> None:
+) -> list[str]:
+    """Write the weighted sum of full weights as a pipeline.
+
+    Args:
+        model (`str`): The base.
+        inputs (`Sequence[str]`): N pipelines of its family.
+        weights (`Sequence[float]`): N factors.
+        output_dir (`Path`): Where the pipeline goes.
+
+    Returns:
+        `list[str]`: What was not merged, in words.
+
+    Raises:
+        UserError: A pipeline of another family, or a sum that is not finite.
+    """
     import torch
 
     from ..backbones import load_backbone
@@ -151,7 +180,7 @@ def _merge_pipelines(
     backbone = load_backbone(model)
     backbone.place(torch.device("cpu"), torch.float32)
     network = backbone.load_network(torch.float32)
-    states = []
+    states, notes = [], []
     for name in inputs:
         other = load_backbone(name)
         if other.network_name != backbone.network_name:
@@ -167,6 +196,12 @@ def _merge_pipelines(
             )
         other.place(torch.device("cpu"), torch.float32)
         states.append(other.load_network(torch.float32).state_dict())
+        for part in ("vae", *backbone.text_encoder_names):
+            if _differs(backbone, other, part):
+                notes.append(
+                    f"WARNING: the {part} of {name} is another one than the base's and is not "
+                    "merged; the result has the base's"
+                )
     merged = merge_states(network.state_dict(), states, weights)
     for name, value in merged.items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -177,3 +212,22 @@ def _merge_pipelines(
     network.load_state_dict(merged)
     with replacing_folder(output_dir) as temporary:
         backbone.pipeline(network=network).save_pretrained(temporary)
+    return notes
+
+
+def _differs(first: Backbone, second: Backbone, name: str) -> bool:
+    """Whether a component has other weights, beyond the rounding of half precision."""
+    import torch
+
+    if not (first.source.has(name) and second.source.has(name)):
+        return first.source.has(name) != second.source.has(name)
+    if first.source.fingerprint(name) == second.source.fingerprint(name):
+        return False
+    states = [b.source.load(name, torch.float32).state_dict() for b in (first, second)]
+    if {n: v.shape for n, v in states[0].items()} != {n: v.shape for n, v in states[1].items()}:
+        return True
+    norm = sum(float(v.double().square().sum()) for v in states[0].values())
+    change = sum(
+        float((v.double() - states[1][n].double()).square().sum()) for n, v in states[0].items()
+    )
+    return change > 1e-6 * norm

@@ -11,7 +11,7 @@ import copy
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -243,8 +243,8 @@ class FKSteering:
                 does not fit. The scheduler is afterwards as before.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if seed is not None and not isinstance(seed, int):
-            seed = [int(each) for each in seed] if hasattr(seed, "__len__") else int(seed)
+        if isinstance(seed, Iterable):
+            seed = [int(each) for each in seed]  # a range, an array, a tensor
         self._check_call(texts, generator, seed, metadata, pipe_kwargs)
         seeds = _seeds(seed, generator, len(texts))
         size = self.prompts_per_call or len(texts)

@@ -110,7 +110,8 @@ def gpu_memory(name: str) -> float:
     if not 0 < size <= LARGEST:
         raise ConfigError(
             "--gpu",
-            f"{name!r} is neither a size such as 24GB (up to {LARGEST}) nor one of {', '.join(sorted(GPUS))}",
+            f"{name!r} is neither a size such as 24GB (up to {LARGEST}) nor one of "
+            f"{', '.join(sorted(GPUS))}",
         )
     return size
 

@@ -95,6 +95,19 @@ def test_full_weights_are_interpolated(model: Path, tmp_path: Path) -> None:
     assert_close_tensors(all_tensors(merged.unet), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_parts_that_are_not_merged_are_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pipe = type(build_pipeline("sd")).from_pretrained(model)
+    with torch.no_grad():
+        for value in pipe.text_encoder.parameters():
+            value.mul_(1.5)
+    pipe.save_pretrained(tmp_path / "tuned")
+    assert merge(model, tmp_path / "out", [tmp_path / "tuned"], 1.0) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: the text_encoder of" in said and "vae" not in said
+
+
 def test_mistakes(
     model: Path, loras: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

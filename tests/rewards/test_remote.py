@@ -572,3 +572,30 @@ def test_servers_must_offer_one_scorer_at_distinct_addresses():
             load_scorer("remote", url=[one, one + "/"])
     with pytest.raises(UserError, match="url: expected the address of a server, or several"):
         load_scorer("remote", url=[])
+
+
+def test_steering_by_another_scorer_at_the_same_address_is_another_run(tmp_path, capsys):
+    from diffalign import cli
+
+    class Dark(Bright):
+        spec = ScorerSpec(key="dark", summary="mean", requires=("image", "prompt"))
+
+    scorer = Bright(device="cpu")
+    with serving(scorer) as url:
+        port = int(url.rpartition(":")[2])
+        command = ["steer", "--scorer", "remote", "--scorer_args", f"{{remote: {{url: '{url}'}}}}"]
+        command += ["--prompt", "a small red circle", "--num_particles", "2", "--lmbda", "0.1"]
+        command += ["--num_inference_steps", "4", "--output_dir", str(tmp_path / "out")]
+        assert cli.run(command) == 0, capsys.readouterr()
+        assert cli.run(command) == 0
+        assert "nothing was run again" in capsys.readouterr().out
+    server = make_server(Dark(device="cpu"), port=port)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        assert cli.run(command) == 2
+        assert "holds a run with other scorers" in capsys.readouterr().err
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

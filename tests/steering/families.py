@@ -144,3 +144,7 @@ def steer(
 
 def stacked(result: Any) -> np.ndarray:
     return np.stack([np.asarray(image) for row in result.images for image in row])
+
+
+def zeros(images, prompts) -> torch.Tensor:
+    return torch.zeros(len(images))

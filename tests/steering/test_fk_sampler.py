@@ -19,13 +19,14 @@ from families import (
     stacked,
     steer,
     with_scheduler,
+    zeros,
 )
 from PIL import Image
 from tiers import by_default
 from tiny import build_pipeline
 
 from diffalign import FKSteering
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts:UserWarning")
 # Equal to the plain pipeline
@@ -357,3 +358,34 @@ def test_the_signature_of_step_is_kept_during_the_call() -> None:
 
     steer(pipe, scorer=look, call={"eta": 1.0})
     assert set(map(str, seen)) == {str(plain)}
+
+
+def test_arguments_as_numpy_and_diffusers_write_them() -> None:
+    """A negative prompt as one text, seeds as a range, steps as an array."""
+    pipe = family("sd")
+    texts = ["a cat", "a dog"]
+    steering = FKSteering(
+        pipe, zeros, num_particles=2, lmbda=1.0, kernel="ddim",
+        resample_steps=np.linspace(0.2, 0.8, 3),
+    )  # fmt: skip
+    result = steering(texts, seed=range(2), negative_prompt="blurry", num_inference_steps=4)
+    again = steering(texts, seed=[0, 1], negative_prompt=["blurry"] * 2, num_inference_steps=4)
+    assert torch.equal(result.latents, again.latents)
+
+
+def test_an_eta_that_nothing_reads_is_refused() -> None:
+    pipe = with_scheduler(family("sd"), "EulerAncestralDiscreteScheduler")
+    steering = FKSteering(pipe, zeros, num_particles=2, lmbda=1.0, kernel="auto", eta=0.5)
+    with pytest.raises(ConfigError, match="eta: EulerAncestralDiscreteScheduler adds its own"):
+        steering(["a cat"], seed=0, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+def test_noise_in_a_part_of_the_grid_is_noticed(steps: int) -> None:
+    """SA-Solver adds noise between timesteps 200 and 800."""
+    pipe = with_scheduler(family("sd"), "SASolverScheduler")
+    auto = FKSteering(pipe, zeros, num_particles=2, lmbda=1.0, kernel="auto")
+    assert auto(["a cat"], seed=0, num_inference_steps=steps).kernel is None
+    prune = FKSteering(pipe, zeros, num_particles=2, lmbda=1.0, mode="prune")
+    with pytest.raises(UserError, match="SASolverScheduler adds noise"):
+        prune(["a cat"], seed=0, num_inference_steps=steps)

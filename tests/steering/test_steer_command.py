@@ -284,3 +284,83 @@ def test_a_model_or_scorer_changed_in_its_place_is_another_run(
         scorer.write_text(code.replace("width", "height"))
     assert steer(out, *options) == 2
     assert "holds a run with other files of the model or the scorers" in capsys.readouterr().err
+
+
+def test_options_that_draw_nothing_leave_the_folder_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    common = ["--prompt", PROMPTS[0], "--num_particles", 2]
+    for options, words in (
+        (["--kernel", "scheduler"], "use --kernel ddim"),
+        (["--scorer_args", "{shapes-clip: {foo: 1}}"], "foo"),
+        (["--tiny_decoder", tmp_path / "nowhere"], "--tiny_decoder"),
+        (["--height", 100], "--height: 100 is not divisible by 8"),
+        (["--kernel", "scheduler", "--eta", 5], "--eta: expected a number from 0 to 1, got 5"),
+    ):
+        assert steer(out, *common, *options) == 2
+        assert words in capsys.readouterr().err
+    assert steer(out, *common) == 0, capsys.readouterr()
+
+
+def test_one_side_leaves_the_other_at_the_models(tmp_path: Path) -> None:
+    common = ["--prompt", PROMPTS[0], "--num_particles", 2, "--height", 128]
+    assert steer(tmp_path / "out", *common) == 0
+    with Image.open(tmp_path / "out/images/0000-seed0-particle0.png") as image:
+        assert image.size == (64, 128)
+
+
+def test_a_flow_scheduler_takes_no_eta(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--prompt", PROMPTS[0], "--model", "shapes-flow", "--kernel", "scheduler"]
+    assert steer(tmp_path / "out", *options, "--eta", 0.5) == 2
+    assert "--eta: FlowMatchEulerDiscreteScheduler of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_a_particle_without_an_image_is_left_out(
+    compare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    decode = AutoencoderKL.decode
+
+    def broken(self: object, latents: object, *args: object, **kwargs: object) -> tuple:
+        pixels = decode(self, latents, *args, **kwargs)[0].clone()  # type: ignore[arg-type]
+        pixels[1:2, :, 3:, 3:] = float("nan")
+        return (pixels,)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", broken)
+    out = tmp_path / "out"
+    options = ["--prompt", PROMPTS[0], *(["--compare"] if compare else [])]
+    assert steer(out, *options) == 0
+    assert not (out / "images/0000-seed0-particle1.png").exists()
+    text = (out / "results.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert results["populations"][0]["steering"]["rewards"][1] is None
+
+
+def test_a_prompt_that_the_scorer_does_not_know_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--scorer", "shapes", "--num_particles", 2, "--prompts_per_call", 1]
+    options += ["--prompt", "a cat on a mat", "--prompt", PROMPTS[0]]
+    assert steer(tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 prompts have no score" in said and "'a cat on a mat'" in said
+    assert steer(tmp_path / "none", *options[:6], "--prompt", "a cat") == 2
+    assert "--scorer: shapes gave no score to any image" in capsys.readouterr().err
+
+
+def test_pictures_need_few_open_files(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    out = tmp_path / "out"
+    options = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num_particles", 48]
+    assert steer(out, *options) == 0
+    (out / "results.json").unlink()  # the pictures are made again
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, limit[1]))
+    try:
+        assert steer(out, *options) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import call_options, family, with_scheduler
+from families import call_options, family, with_scheduler, zeros
 
 from diffalign import FKSteering
 from diffalign.errors import ConfigError, UserError
@@ -29,10 +29,6 @@ def untouched(pipe: Any) -> bool:
         and "forward" not in vars(pipe.unet)
         and "decode" not in vars(pipe.vae)
     )
-
-
-def zeros(images, prompts) -> torch.Tensor:
-    return torch.zeros(len(images))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +127,7 @@ def test_lambda_per_prompt_of_the_wrong_length(pipe: Any) -> None:
         (lambda images, prompts: [math.inf, 0.0, 0.0, 0.0], r"reward: the scorer returned \+inf"),
         (
             lambda images, prompts: [math.nan] * 4,
-            "reward: the scorer returned NaN for every particle of group 0",
+            "reward: the scorer returned NaN for every particle of 'a small red",
         ),
     ],
 )

@@ -117,15 +117,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert any("gradient_checkpointing" in line for line in changes)
     assert not (tmp_path / "out").exists()
     code, said = run(capsys, *fields, "--gpu", "RTX9999")
-    assert code == 2 and "'RTX9999' is neither a size such as 24GB nor one of a10, a100" in said
+    assert (
+        code == 2 and "'RTX9999' is neither a size such as 24GB (up to 300) nor one of a10" in said
+    )
     code, said = run(capsys)
     assert code == 2 and "--config: name a run file" in said
 
 
 def test_memory_of_gpus() -> None:
     assert gpu_memory("RTX 4090") == gpu_memory("24GB") == gpu_memory("24 GiB") == 24
-    assert gpu_memory("NVIDIA H100") == 80
-    for name in ("0GB", "-3", "huge", ""):
+    assert gpu_memory("NVIDIA H100") == 80 and gpu_memory("4090") == 24
+    for name in ("0GB", "-3", "huge", "", "4095"):
         with pytest.raises(ConfigError, match="--gpu"):
             gpu_memory(name)
 

@@ -94,6 +94,8 @@ def test_a_served_model_draws_as_its_pipeline(tmp_path: Path) -> None:
         assert status == 200 and [picture(reply, i).tolist() for i in range(2)] == [
             image.tolist() for image in plain
         ]
+        negative = {**request, "negative_prompt": "blurry"}
+        assert post(url, "/v1/images/generations", negative)[0] == 200
         # As a field of the request, which leaves the server as it was.
         own = {**request, "n": 1, "lora": {"name": "x", "path": str(lora), "scale": 1.0}}
         assert np.array_equal(picture(post(url, "/v1/images/generations", own)[1]), changed)
@@ -272,6 +274,16 @@ def test_an_image_that_cannot_be_drawn_is_missing(tmp_path: Path) -> None:
             tmp_path, "sd", "diffusion_nft", peft_config=lora_config(), max_steps=2,
             rollout_server=[url], images_per_prompt=4, per_device_train_batch_size=2,
         ).train()  # fmt: skip
+
+
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    with serving() as (url, service):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 24)).save(file, "PNG")
+        text = base64.b64encode(file.getvalue()).decode()
+        service.draw = lambda request: [text]  # type: ignore[method-assign]
+        with pytest.raises(UserError, match=r"drew an image of 16x24 pixels where 32x32 were"):
+            RolloutServer(url, SETTINGS).draw(["a"], [0])
 
 
 def test_two_servers_share_a_run(tmp_path: Path) -> None:
