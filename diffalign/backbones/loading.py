@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..config.yaml_text import expand_home
 from ..errors import ConfigError
 from ..runtime import text_files
 from ..runtime.hashing import module_hash, sampled_hash, text_hash
@@ -83,7 +84,7 @@ class ModelSource:
             self.name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
             self.pipeline_class_name = type(self.pipe).__name__
             return
-        self.name = str(model)
+        self.name = model = str(expand_home(str(model)))
         if self.embedded is not None:
             self.location, self.local = str(weights_dir(self.embedded)), True
         elif is_single_file(model):

@@ -340,6 +340,7 @@ class TowerRun:
             control=self.control,
             samples_per_step=self._groups_per_step,
             rows=len(data),
+            passes=args.gradient_accumulation_steps,
             after_update=lambda: None,
             window=MetricWindow(),
         )

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..config.yaml_text import expand_home
 from ..errors import ConfigError, UserError
-from ..runtime.hashing import bytes_hash, text_hash
+from ..runtime.hashing import bytes_hash, text_hash, value_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.weight_files import explained, loading_errors
 from .base import Item, Scorer
@@ -264,6 +265,7 @@ def find_class(
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError("scorer", f"expected a name, got {name!r}")
+    name = expand_home(name)
     folded = _fold(name)
     table = _table()
     if folded in _AMBIGUOUS and folded not in _registered:
@@ -479,14 +481,11 @@ class CallableScorer(Scorer):
         except (OSError, TypeError, UnicodeDecodeError):  # written in an interactive session
             source = getattr(self.target, "__qualname__", repr(self.target))
         source = f"{source}\0{getattr(self.target, '__qualname__', '')}"
-        # Two functions from one factory have one source. What they closed over tells
-        # them apart (by address where there is no better).
-        cells = [
-            repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()
-        ]
         return {
             "source": text_hash(source),
-            "closure": cells,
+            # Two functions from one factory have one source, and a function that was
+            # written again in a notebook has none. Code, closure and object differ.
+            "target": value_hash(self.target),
             "arguments": self.arguments,
         }
 

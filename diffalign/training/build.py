@@ -86,6 +86,19 @@ def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accele
     return accelerator
 
 
+def keep_precision(accelerator: Accelerator, mixed_precision: str) -> None:
+    """Restore the precision of a run that another Accelerator may have changed.
+
+    accelerate has one precision for the whole process.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        mixed_precision (`str`): Of the run.
+    """
+    if accelerator.distributed_type.value != "DEEPSPEED":
+        accelerator.state._shared_state["_mixed_precision"] = mixed_precision
+
+
 def load_plain_network(backbone: Backbone, args: TrainingConfig, dtype: torch.dtype) -> Any:
     """Load the network with the run's attention backend and checkpoints of activations.
 
