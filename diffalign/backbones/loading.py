@@ -36,6 +36,17 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 
 
+def _component_hash(component: Any) -> str:
+    """Hash weights and settings of a component in memory."""
+    config: Any = getattr(component, "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    facts = {name: value for name, value in facts.items() if not str(name).startswith("_")}
+    if not isinstance(component, torch.nn.Module):
+        facts |= {"length": getattr(component, "model_max_length", None)}
+    text = json.dumps(facts, default=str, sort_keys=True)
+    return text_hash(module_hash(component) if isinstance(component, torch.nn.Module) else "", text)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value of a model_index.json is an option, and not a component."""
     if isinstance(value, list):
@@ -291,10 +302,8 @@ class ModelSource:
         if name == "vae" and self.vae is not None:
             if not isinstance(self.vae, (str, Path)):
                 return self.vae
-            from diffusers import AutoencoderKL
-
             subfolder = "vae" if (Path(self.vae) / "vae").is_dir() else None
-            return self._load_vae(AutoencoderKL, subfolder, dtype)
+            return self._load_vae(self._class("vae"), subfolder, dtype)
         if self.pipe is not None:
             component = unwrapped(getattr(self.pipe, name))
             return (
@@ -403,11 +412,7 @@ class ModelSource:
                 parts.append(self._vae_identity())
             elif self.pipe is not None:
                 component = getattr(self.pipe, name)
-                parts.append(
-                    module_hash(component)
-                    if isinstance(component, torch.nn.Module)
-                    else json.dumps(dict(component.config), default=str)
-                )
+                parts.append(_component_hash(component))
             elif self.local:
                 folder = Path(self.location) / name
                 files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -430,7 +435,7 @@ class ModelSource:
         It is its content, or its name on the Hub.
         """
         if not isinstance(self.vae, (str, Path)):
-            return module_hash(self.vae)
+            return _component_hash(self.vae)
         folder = Path(self.vae)
         files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
         return str([f"{path.name}:{sampled_hash(path)}" for path in files] or str(self.vae))

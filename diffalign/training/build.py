@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -74,7 +75,12 @@ def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accele
             project_config=ProjectConfiguration(
                 project_dir=str(output_dir), logging_dir=str(output_dir / "logs")
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                # No buffer changes while training. A process without rows to evaluate
+                # would keep the others waiting for its buffers.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
     except (ValueError, ImportError) as error:
         if args.report_to == "none":
@@ -315,7 +321,7 @@ def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
         return args.max_steps
     if data.streaming:
         raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
-    return steps_of_epochs(args, len(data.dataset), data.global_batch)
+    return steps_of_epochs(args, data.epoch_rows, data.global_batch)
 
 
 def steps_of_epochs(args: LoopConfig, groups: int, groups_per_step: int) -> int:

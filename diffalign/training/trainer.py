@@ -33,6 +33,7 @@ from ..likelihood import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank, sharded_modules
 from ..runtime.files import make_folder
 from ..runtime.folder_lock import FolderLock
+from ..runtime.hashing import scheduler_facts, value_hash
 from ..runtime.seeds import undisturbed
 from .arguments import check_optimizers, read_argument, read_callbacks
 from .batch import Batch
@@ -441,6 +442,10 @@ class Trainer:
             model_fingerprint=source.fingerprint(network),
             ref_fingerprint=None if other is None else other.source.fingerprint(other.network_name),
             vae_fingerprint=source.fingerprint("vae"),
+            scheduler_hash=value_hash(
+                [scheduler_facts(b.scheduler) for b in (self.backbone, other) if b is not None]
+            )[:16],
+            text_fingerprint=source.fingerprint(*self.backbone.encoders()),
             sampler_rule=self.sampler_rule,
             start_lora=self.start_lora,
             passed_in_python=[*passed, *(["callbacks"] if has_callbacks else [])],
@@ -1010,7 +1015,7 @@ class Trainer:
             state=self.state,
             control=self.control,
             samples_per_step=data.global_batch,
-            rows=None if data.streaming else len(data.dataset),
+            rows=None if data.streaming else data.epoch_rows,
             passes=self.args.gradient_accumulation_steps * self.passes_per_batch,
             after_update=functools.partial(self._update_average, parameters),
             window=self.window,
