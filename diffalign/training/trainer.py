@@ -216,7 +216,10 @@ class Trainer:
     window: MetricWindow
     sampler_rule: int
     is_dry: bool
+    borrowed: BorrowedPipeline | None
+    """The pipeline that the user passed as an object."""
     _ready: bool
+    _depth: int
 
     def __init__(
         self,
