@@ -434,7 +434,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=150, help="of training")
+    parser.add_argument("--steps", type=int, default=250, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="of training, 0 for none")
     parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")
