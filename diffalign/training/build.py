@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
 from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from ..backbones import Backbone
 from ..backbones.lora import unwrapped
@@ -75,12 +75,7 @@ def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accele
             project_config=ProjectConfiguration(
                 project_dir=str(output_dir), logging_dir=str(output_dir / "logs")
             ),
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
-                # No buffer changes while training. A process without rows to evaluate
-                # would keep the others waiting for its buffers.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except (ValueError, ImportError) as error:
         if args.report_to == "none":
@@ -90,6 +85,18 @@ def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accele
         ) from error
     check_engine(accelerator)
     return accelerator
+
+
+def keep_buffers(prepared: Module) -> None:
+    """Let no forward pass of DDP broadcast buffers, which do not change in training.
+
+    A process without rows to evaluate would keep the others waiting for its buffers.
+
+    Args:
+        prepared (`Module`): The network as accelerate prepared it.
+    """
+    if isinstance(prepared, DistributedDataParallel):
+        prepared.broadcast_buffers = False
 
 
 def keep_precision(accelerator: Accelerator, mixed_precision: str) -> None:

@@ -42,6 +42,7 @@ from .build import (
     DTYPES,
     build_accelerator,
     build_network,
+    keep_buffers,
     keep_precision,
     planned_steps,
     trainable_parameters,
@@ -822,6 +823,7 @@ class Trainer:
         self.record.optimizer = type(optimizer).__name__
         choose_units(self.accelerator, self.network)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        keep_buffers(self.prepared)
         if self.reference_model is not None:
             self.reference_model.start()
         self.policy = self._denoiser(self.predictor(self.prepared))
