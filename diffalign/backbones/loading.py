@@ -41,10 +41,12 @@ def _component_hash(component: Any) -> str:
     config: Any = getattr(component, "config", None)
     facts = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
     facts = {name: value for name, value in facts.items() if not str(name).startswith("_")}
-    if not isinstance(component, torch.nn.Module):
-        facts |= {"length": getattr(component, "model_max_length", None)}
-    text = json.dumps(facts, default=str, sort_keys=True)
-    return text_hash(module_hash(component) if isinstance(component, torch.nn.Module) else "", text)
+    weights = ""
+    if isinstance(component, torch.nn.Module):
+        weights = module_hash(component)
+    else:
+        facts["length"] = getattr(component, "model_max_length", None)
+    return text_hash(weights, json.dumps(facts, default=str, sort_keys=True))
 
 
 def _is_plain(value: Any) -> bool:
@@ -303,7 +305,7 @@ class ModelSource:
             if not isinstance(self.vae, (str, Path)):
                 return self.vae
             subfolder = "vae" if (Path(self.vae) / "vae").is_dir() else None
-            return self._load_vae(self._class("vae"), subfolder, dtype)
+            return self._load_vae(subfolder, dtype)
         if self.pipe is not None:
             component = unwrapped(getattr(self.pipe, name))
             return (
@@ -354,7 +356,7 @@ class ModelSource:
                 )
             return cls(config).to(dtype)
 
-    def _load_vae(self, cls: Any, subfolder: str | None, dtype: torch.dtype) -> Any:
+    def _load_vae(self, subfolder: str | None, dtype: torch.dtype) -> Any:
         """Load the autoencoder that replaces the pipeline's own."""
         folder = Path(self.vae) / (subfolder or "")
         variant = None
@@ -367,7 +369,7 @@ class ModelSource:
                 "the form 'user/name'",
             )
         try:
-            module = cls.from_pretrained(
+            module = self._class("vae").from_pretrained(
                 self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True, variant=variant
             )
         except loading_errors() as error:

@@ -475,8 +475,7 @@ def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
         raise NoSuchSplit(
             f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are "
             f"{listed}",
-            [name for name in ("train", *usual[1:]) if any(is_named(f, name) for f in files)]
-            or ["train"],
+            [name for name in usual if any(is_named(f, name) for f in files)] or ["train"],
         )
     return mine
 

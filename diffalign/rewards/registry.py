@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -435,6 +435,20 @@ def _wrap(target: Callable[..., Any], spec: ScorerSpec) -> type[Scorer]:
     return Wrapped
 
 
+def positional_count(parameters: Iterable[inspect.Parameter], most: int) -> int:
+    """Count the positional arguments of a function.
+
+    Args:
+        parameters (`Iterable[inspect.Parameter]`): of the function.
+        most (`int`): the answer for one with ``*args``.
+    """
+    kinds = [p.kind for p in parameters]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return most
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return kinds.count(inspect.Parameter.POSITIONAL_ONLY) + kinds.count(either)
+
+
 class CallableScorer(Scorer):
     """A scorer around a function of images, prompts and metadata, or fewer of them.
 
@@ -469,11 +483,8 @@ class CallableScorer(Scorer):
                 "write __call__(images, prompts, metadata)",
             )
         parameters = inspect.signature(self.function).parameters.values()
-        positional = [
-            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
         self.keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        self.count = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+        self.count = positional_count(parameters, 3)
 
     def identity(self) -> dict[str, Any]:
         try:  # the whole file, for the functions and numbers that the target uses

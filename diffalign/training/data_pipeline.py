@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .batch import Batch
 from .batch_builder import BatchBuilder
 from .config import TrainingConfig
 from .fill_caches import fill_latent_cache, fill_prompt_cache
-from .group_reader import Example, GroupReader, StreamPosition, StreamReader
+from .group_reader import Example, GroupReader, StreamPosition, StreamReader, check_broken
 from .row_order import PositionSampler, RowOrder, endless_loader
 
 REFERENCE_FILE = "reference_errors.safetensors"
@@ -211,11 +212,9 @@ class DataPipeline:
         broken: list[str] = []
         assigned = [self._bucket(dataset, row, broken) for row in range(len(dataset))]
         keep = [i for i, bucket in enumerate(assigned) if bucket is not None]
-        if len(broken) > self.config.max_broken_fraction * len(dataset):
-            raise UserError(
-                f"{len(broken)} of {len(dataset)} rows cannot be used, more than "
-                f"data.max_broken_fraction: {broken[0]}"
-            )
+        if broken:
+            most = self.config.max_broken_fraction
+            check_broken(len(broken), len(dataset), most, broken[0])
         self.dropped_sizes = len(assigned) - len(keep) - len(broken)
         if not keep:
             raise UserError(
@@ -328,7 +327,7 @@ class DataPipeline:
         seed = args.seed if args.data_seed is None else args.data_seed
         return RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
 
-    @property
+    @cached_property
     def epoch_rows(self) -> int:
         """Positions of one epoch: the rows, and what fills up batches of buckets."""
         return len(self.dataset) if self.buckets is None else self._order().length

@@ -61,6 +61,24 @@ class Example:
         return group_number(self.row_id, self.place)
 
 
+def check_broken(broken: int, rows: int, most: float, reason: str) -> None:
+    """Refuse a dataset with too many broken rows.
+
+    Args:
+        broken (`int`): Rows that cannot be used.
+        rows (`int`): All rows.
+        most (`float`): Share of them that may be broken.
+        reason (`str`): What is wrong with one of them.
+
+    Raises:
+        UserError: Too many rows are broken.
+    """
+    if broken > most * rows:
+        raise UserError(
+            f"{broken} of {rows} rows cannot be used, more than data.max_broken_fraction: {reason}"
+        )
+
+
 class GroupReader(torch.utils.data.Dataset):
     """Reads a group by its epoch and index.
 
@@ -128,11 +146,7 @@ class GroupReader(torch.utils.data.Dataset):
         if index not in self.broken:
             warnings.warn(f"{reason}; the next row takes its place", stacklevel=2)
         self.broken[index] = reason
-        if len(self.broken) > self.max_broken_fraction * len(self.dataset):
-            raise UserError(
-                f"{len(self.broken)} of {len(self.dataset)} rows cannot be used, more than "
-                f"data.max_broken_fraction: {reason}"
-            )
+        check_broken(len(self.broken), len(self.dataset), self.max_broken_fraction, reason)
 
     def read_streamed(self, group: Group, epoch: int) -> Example:
         """Read one group of a stream, whose latents may not be cached yet.

@@ -14,11 +14,6 @@ from ...errors import ConfigError, UserError
 from ...runtime.missing import MaybeImage, present
 
 COMPARE = ("pareto", "majority", "combined")
-_POSITIONAL, _POSITIONAL_ONLY, _VARIABLE = (
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.VAR_POSITIONAL,
-)
 
 
 def _of_present(function: Any, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
@@ -49,15 +44,14 @@ def _by_name(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
     Arguments that are not called `images` and `prompts` are given in this order.
     """
+    from ...rewards.registry import positional_count
+
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built in, without a signature
         return function
     names = [p.name for p in parameters]
-    kinds = [p.kind for p in parameters]
-    positional = sum(kind in (_POSITIONAL_ONLY, _POSITIONAL) for kind in kinds)
-    if _VARIABLE in kinds:
-        positional = 2
+    positional = positional_count(parameters, 2)
 
     def called(images: Any, prompts: Any) -> Any:
         given = {"images": images, "prompts": prompts}
