@@ -559,7 +559,8 @@ class Trainer:
             config,
             self.online_reward,
             self.policy_sampler(
-                online_sampler(config, self.backbone.guidance_rule), "sampling online data"
+                online_sampler(config, self.backbone.guidance_rule, self.schedule),
+                "sampling online data",
             ),
             self.data_kind,
             self.inverted != self.data_config.invert_preferences,
