@@ -78,6 +78,7 @@ from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
 from .periodic import ActOnHacking, Rollback, StopOnDivergence, in_order
 from .reference import (
+    FrozenCopyReference,
     Reference,
     SnapshotReference,
     StartLoraReference,
@@ -732,13 +733,18 @@ class Trainer:
                 make_folder(Path(place), f"data.{name}")
         passes = args.gradient_accumulation_steps * self.passes_per_batch
         self.accelerator = build_accelerator(args, self.output_dir, passes)
-        set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
         self.backbone.place(
             self.accelerator.device,
             DTYPES[args.mixed_precision],
             offload=args.offload == "group",
             shard=is_fsdp(self.accelerator),
         )
+        self.data_pipeline = DataPipeline(
+            self.train_dataset, self.data_config, args, self.backbone, self.accelerator
+        )
+        # Before the network is there, so that the encoders have the memory.
+        self.notes += self.data_pipeline.fill_caches()
+        set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
         self.network = self.build_network()
         self.trained = self.build_trained_weights()
         if self.start_lora is not None:
@@ -754,10 +760,6 @@ class Trainer:
             self.reference = self._denoiser(
                 functools.partial(self.reference_model.predict, self.backbone)
             )
-        self.data_pipeline = DataPipeline(
-            self.train_dataset, self.data_config, args, self.backbone, self.accelerator
-        )
-        self.notes += self.data_pipeline.fill_caches()
         self._build_optimizer()
         model = self.reference_model
         self.record.built = BuiltFacts.of(
@@ -1077,6 +1079,8 @@ class Trainer:
         computed = precomputed.fill(self.reference_errors, is_fsdp(self.accelerator))
         state = "computed" if computed else "read back"
         self.source = DatasetSource(precomputed)
+        if isinstance(self.reference_model, FrozenCopyReference):
+            self.reference_model.rest()
         self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {state}")
 
     def _measure_rounding(self) -> None:
