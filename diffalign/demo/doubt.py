@@ -15,7 +15,7 @@ from .votes import Pair
 class Doubt:
     """The disagreement about pairs of an ensemble's members or of a PAL reward's users.
 
-    What the users disagree about tells soonest whom of them a new user is like.
+    Pairs on which known users disagree show soonest which of them a new user resembles.
 
     Args:
         folder (`Path`): A reward of `diffalign reward train` with `train.members` of 2

@@ -96,7 +96,7 @@ class AWMConfig(ForwardProcessConfig):
 
 
 def awm_log_probs(errors: Tensor, fractions: Tensor, weighting: str = "ghuber") -> Tensor:
-    """Compute what stands for the log-probability of a sample (paper, section 4).
+    """Compute the surrogate log-probability of a sample (paper, section 4).
 
     Args:
         errors (`Tensor`): l, mean squared error at a noised copy, (n,).

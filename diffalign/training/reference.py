@@ -53,9 +53,9 @@ class Reference(Protocol):
 def without_dropout(network: Module) -> Any:
     """Put a network into training mode, with its dropout off.
 
-    `eval()` would not do. diffusers' residual blocks choose memory layouts by the mode,
-    and other layouts round differently. Equal policy and reference would then predict
-    differently.
+    `eval()` must not be called here. diffusers' residual blocks choose memory layouts
+    by the mode, and other layouts round differently. Equal policy and reference would
+    then predict differently.
 
     Args:
         network: Changed in place.

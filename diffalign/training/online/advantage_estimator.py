@@ -123,7 +123,7 @@ class AdvantageEstimator:
             advantages = group_advantages(rewards, rule=self.config.advantage, weights=factors)
         equal = equal_groups(rewards)
         weights = torch.ones(len(equal))
-        # Against the past rewards of its prompt a group of equal ones says something.
+        # A group of equal rewards still differs from past rewards of its prompt.
         drop = self.config.drop_equal and self.history is None
         if drop and bool(equal.any()) and not bool(equal.all()):
             weights = (~equal).float() * len(equal) / int((~equal).sum())
