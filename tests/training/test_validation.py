@@ -396,7 +396,7 @@ def test_mistakes_before_weights_are_loaded() -> None:
     scales = ValidationConfig(
         ["a cat", "a dog", "a cow"], scorers=["shapes"], guidance_scales=[1, 3]
     )
-    with pytest.raises(UserError, match="validation.prompts: .* needs at least 4, got 3"):
+    with pytest.raises(UserError, match="validation.prompts: expected at least 4 prompts, got 3"):
         check_validation(scales, None)
     with pytest.raises(UserError, match="geneval needs metadata"):
         check_validation(ValidationConfig(["a cat"], scorers=["geneval"]), None)
