@@ -149,12 +149,11 @@ def _uncast(network: Any) -> tuple[str, ...]:
     return (*DEFAULT_SKIP_MODULES_PATTERN, *own, _ADAPTERS)
 
 
-def cast_layers(network: Module, prefix: str = "") -> Iterator[Linear]:
+def cast_layers(network: Module) -> Iterator[Linear]:
     """Yield the linear layers that `store_in_8_bits` casts.
 
     Args:
-        network (`Module`): Of diffusers, or a part of one.
-        prefix (`str`, *optional*): Name of the part.
+        network (`Module`): Of diffusers, with its adapter.
     """
     patterns = _uncast(network)
 
@@ -167,7 +166,7 @@ def cast_layers(network: Module, prefix: str = "") -> Iterator[Linear]:
         for child_name, child in module.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
-    return walk(network, prefix)
+    return walk(network, "")
 
 
 def compile_blocks(network: Module) -> int:

@@ -124,7 +124,10 @@ def _loaded(entry: RewardEntry) -> tuple[str, str | None]:
     scorer_class, named = find_class(entry.scorer)
     served = entry.args.get("scorer") if scorer_class.spec.key == "remote" else None
     if isinstance(served, str):  # how the server loads it is not known here
-        return find_class(served)[0].spec.key, None
+        try:
+            return find_class(served)[0].spec.key, None
+        except ConfigError:  # a scorer that the server alone knows
+            return served, None
     options = {"model": entry.model, "config": entry.config, **entry.args, **named}
     settings = {name: value for name, value in options.items() if value is not None}
     return scorer_class.spec.key, json.dumps(settings, sort_keys=True, default=str)
