@@ -24,7 +24,7 @@ ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 _PIXELS_AT_ONCE = 1024 * 1024
-"""That go through an autoencoder together."""
+"""Pixels that go through an autoencoder together."""
 
 
 class Backbone:
@@ -421,6 +421,19 @@ class Backbone:
             height, width (`int`): of the image, in pixels.
         """
         return latents
+
+    def check_lora(self) -> None:
+        """Check that a LoRA of this family can be used.
+
+        Raises:
+            ConfigError: diffusers cannot load one.
+        """
+        if not self.supports_lora:
+            raise ConfigError(
+                "lora",
+                f"diffusers cannot load a LoRA into a {self.source.pipeline_class_name}; leave "
+                "lora out to train all weights",
+            )
 
     def images_at_once(self, height: int, width: int) -> int:
         """Return how many images go through the autoencoder together.

@@ -143,17 +143,14 @@ def estimate_run(run: RunConfig, layout: Layout | None = None) -> Estimate:
         raise ConfigError("method", f"{run.method} has no estimate yet: {UNKNOWN[run.method]}")
     backbone = _backbone(run)
     trainer, args, data = trainer_class(run.method), run.train, run.data
-    if run.lora is not None and not backbone.supports_lora:
-        raise ConfigError(
-            "lora",
-            f"diffusers cannot load a LoRA into a {backbone.source.pipeline_class_name}; leave "
-            "lora out to train all weights",
-        )
-    peft_config = run.lora.to_peft() if run.lora is not None else None
-    if run.lora is not None and run.lora.start_from:
-        peft_config = read_start_lora(run.lora.start_from, backbone, 0.0).config
+    peft_config = None
+    if run.lora is not None:
+        backbone.check_lora()
+        peft_config = run.lora.to_peft()
+        if run.lora.start_from:
+            peft_config = read_start_lora(run.lora.start_from, backbone, 0.0).config
     check_combinations(args, peft_config)
-    build_transform(data, backbone)
+    sizes = build_transform(data, backbone).sizes
     kinds = {
         "pair": 2,
         "ranked": LIST_LENGTH,
@@ -169,11 +166,6 @@ def estimate_run(run: RunConfig, layout: Layout | None = None) -> Estimate:
         images = 1 if run.method == "spo" else args.images_per_prompt
     if isinstance(args, TrajectoryConfig) and backbone.guidance_rule.active(args.guidance_scale):
         images *= 2  # steps are trained with guidance, whose two branches are one pass
-    side = data.resolution or backbone.default_resolution
-    size = side if isinstance(side, tuple) else (side, side)
-    if data.aspect_ratio_buckets:
-        buckets = [tuple(map(int, b.split(","))) for b in data.aspect_ratio_buckets.split(";")]
-        size = max(buckets, key=lambda bucket: bucket[0] * bucket[1])  # type: ignore[assignment]
     with _quiet():
         return estimate(
             backbone,
@@ -181,7 +173,7 @@ def estimate_run(run: RunConfig, layout: Layout | None = None) -> Estimate:
             peft_config,
             images_per_group=images,
             has_reference=not trainer.reference_free,
-            size=size,
+            size=max(sizes, key=lambda size: size[0] * size[1]),
             caches_latents=bool(data.cache_latents) and not _draws(run),
             caches_prompts=bool(data.cache_text_embeddings),
             other_reference=run.ref_model is not None,
@@ -255,16 +247,12 @@ def alternatives(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         words = f"train.per_device_train_batch_size: {half}, and twice the accumulation"
         passes = 2 * args.gradient_accumulation_steps
         yield words, trained(per_device_train_batch_size=half, gradient_accumulation_steps=passes)
-    if lora is None and _backbone(run).supports_lora:
+    if lora is None:
         from ..training.sections import LoraSection
 
-        yield "lora: {r: 16}", replace(run, lora=LoraSection())
-    elif (
-        lora is not None
-        and not args.quantization
-        and not args.layerwise_casting
-        and not lora.use_dora
-    ):
+        if _backbone(run).supports_lora:
+            yield "lora: {r: 16}", replace(run, lora=LoraSection())
+    elif not args.quantization and not args.layerwise_casting and not lora.use_dora:
         yield "train.quantization: nf4", trained(quantization="nf4")
         words = "train.layerwise_casting: true"
         if not args.gradient_checkpointing:  # alone it keeps copies for the backward pass

@@ -49,8 +49,8 @@ class Doubt:
         images = [image for pair in pairs for image in pair.images]
         prompts = [pair.prompt for pair in pairs for _ in pair.images]
         by_user = self.scorer.facts["head"]["kind"] == "pal"
-        opinions = self.scorer.user_scores if by_user else self.scorer.member_scores
-        scores = opinions(images, prompts)
+        score = self.scorer.user_scores if by_user else self.scorer.member_scores
+        scores = score(images, prompts)
         doubts = disagreement(scores[0::2] - scores[1::2])
         return pairs[int(doubts.argmax())]
 

@@ -209,9 +209,8 @@ def _bytes(module: Module) -> float:
 def _weight_bytes(network: Module, args: TrainingConfig) -> float:
     """Bytes of the network's weights, the frozen linear ones as they are stored."""
     total = _bytes(network)
-    stored = 1.0 if args.layerwise_casting else _QUANTISED_BYTES.get(args.quantization or "")
+    stored = 1.0 if args.layerwise_casting else _QUANTISED_BYTES.get(args.quantization or "", 0.0)
     for module in _small_layers(network, args):
-        assert stored is not None
         total -= module.weight.numel() * (module.weight.element_size() - stored)
     return total
 

@@ -309,12 +309,8 @@ class Trainer:
     def _fit_backbone(self) -> None:
         """Check the settings against the model's family, and tell it the guidance."""
         args, backbone = self.args, self.backbone
-        name = backbone.source.pipeline_class_name
-        if self.peft_config is not None and not backbone.supports_lora:
-            raise ConfigError(
-                "lora",
-                f"diffusers cannot load a LoRA into a {name}; leave lora out to train all weights",
-            )
+        if self.peft_config is not None:
+            backbone.check_lora()
         if backbone.few_steps and args.timestep_sampling != "grid":
             self.notes.append(
                 f"WARNING: {backbone.source.name} draws in {backbone.few_steps} steps, and "

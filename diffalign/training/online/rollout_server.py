@@ -90,8 +90,7 @@ class RolloutServer:
         """
         path = str(folder.resolve())
         with ThreadPoolExecutor(len(self.urls)) as pool:
-            for _ in pool.map(lambda address: self._push_to(address, path, name), self.urls):
-                pass  # raises what a server's push raised
+            list(pool.map(lambda address: self._push_to(address, path, name), self.urls))
         self.lora = {"name": name, "path": path, "scale": 1.0}
 
     def _push_to(self, address: str, path: str, name: str) -> None:

@@ -78,15 +78,14 @@ class TrajectoryTrainer(OnPolicyTrainer):
         if not len(steps):
             raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
         zeros = torch.zeros(len(steps), 1, 1, 1)
-        times, dynamics = (
-            (grid.times[steps], grid.next_times[steps]),
-            self.sampler_config().dynamics,
-        )
-        std = transition(self.schedule, zeros, zeros, *times, self.args.eta, dynamics)[1]
-        if float(std.min()) < MIN_STD:
+        times, next_times = grid.times[steps], grid.next_times[steps]
+        eta, dynamics = self.args.eta, self.sampler_config().dynamics
+        _, std = transition(self.schedule, zeros, zeros, times, next_times, eta, dynamics)
+        least = float(std.min())
+        if least < MIN_STD:
             raise ConfigError(
                 "train.eta",
-                f"at {self.args.eta:g} a step has a standard deviation of {float(std.min()):.2g}, "
+                f"at {eta:g} a step has a standard deviation of {least:.2g}, "
                 f"and its log-probability needs {MIN_STD:g}; raise it",
             )
 
