@@ -506,7 +506,7 @@ class Trainer:
             config.rollout_server,
             self.backbone,
             self.data_config,
-            self.peft_config is not None,
+            self.peft_config,
             config.num_inference_steps,
             self.backbone.guidance_rule.of_run(config.guidance_scale),
         )

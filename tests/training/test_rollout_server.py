@@ -180,6 +180,9 @@ def test_servers_that_cannot_be_used(tmp_path: Path) -> None:
                 make_trainer(tmp_path, "sd", "diffusion_nft", **options)
 
         refused("train.rollout_server: a server can only take a LoRA", peft_config=None)
+        dora = lora_config()
+        dora.use_dora = True
+        refused("train.rollout_server: servers read no DoRA; set lora.use_dora", peft_config=dora)
         refused("leave out solver, eta and shared_init", solver="UniPCMultistepScheduler")
         refused("leave out solver, eta and shared_init", eta=0.5)
     with pytest.raises(ConfigError, match="url: expected an address such as"):

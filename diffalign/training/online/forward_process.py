@@ -103,7 +103,7 @@ class ForwardProcessTrainer(AdvantageTrainer):
             args.rollout_server,
             self.backbone,
             self.data_config,
-            self.peft_config is not None,
+            self.peft_config,
             args.num_inference_steps,
             self.guidance_scale,
         )

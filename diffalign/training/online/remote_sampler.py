@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,13 +30,16 @@ from .reward_function import RewardFunction, ScoreAhead
 from .rollout import Trajectories
 from .rollout_server import RolloutServer
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 
 def connect_servers(
     field: str,
     addresses: Sequence[str],
     backbone: Backbone,
     data_config: DataConfig,
-    has_lora: bool,
+    peft_config: LoraConfig | None,
     num_inference_steps: int,
     guidance_scale: float,
 ) -> RolloutServer:
@@ -47,19 +50,21 @@ def connect_servers(
         addresses (`Sequence[str]`): Addresses of servers with the run's model.
         backbone (`Backbone`): The model.
         data_config (`DataConfig`): Gives the size of the images.
-        has_lora (`bool`): Whether a LoRA trains.
+        peft_config (`LoraConfig`, *optional*): The LoRA that trains.
         num_inference_steps (`int`): Steps of the sampler.
         guidance_scale (`float`): In the scale of the family's pipelines. A model with
             embedded guidance draws with that.
 
     Raises:
-        ConfigError: All weights train, or an address is none.
+        ConfigError: All weights train, or a DoRA does, or an address is none.
         UserError: A server cannot be reached.
     """
-    if not has_lora:
+    if peft_config is None:
         raise ConfigError(
             field, "a server can only take a LoRA; give a lora section, or leave it out"
         )
+    if peft_config.use_dora:
+        raise ConfigError(field, "servers read no DoRA; set lora.use_dora to false")
     width, height = reversed(build_transform(data_config, backbone).sizes[0])
     embedded = backbone.guidance if backbone.embeds_guidance else None
     settings = {
