@@ -25,6 +25,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import RESOLUTION, brightness, build_pipeline, lora_config, make_trainer
+from tiny_families import SIZES
 
 from diffalign.data.config import OnlineConfig
 from diffalign.errors import ConfigError, UserError
@@ -277,6 +278,28 @@ def test_an_offline_method_draws_on_a_server(tmp_path: Path) -> None:
         make_trainer(tmp_path / "full", "sd", "diffusion_dpo", data={"online": online})
     with pytest.raises(ConfigError, match="eta: the server draws by its own rules; leave it out"):
         OnlineConfig(rollout_server=[url], eta=0.5)
+
+
+def test_servers_get_the_guidance_by_the_name_that_they_read(tmp_path: Path) -> None:
+    """vLLM-Omni and SGLang guide Qwen-Image by `true_cfg_scale`, vLLM-Omni only beside
+    a negative prompt."""
+    with serving() as (url, _):
+
+        def sent(family: str, scale: float) -> dict[str, Any]:
+            trainer = make_trainer(
+                tmp_path, family, "diffusion_nft", peft_config=lora_config(), rollout_server=[url],
+                guidance_scale=scale, data={"resolution": SIZES.get(family, RESOLUTION)},
+            )  # fmt: skip
+            names = ("guidance_scale", "true_cfg_scale", "negative_prompt")
+            return {name: trainer.server.settings.get(name) for name in names}
+
+        guided = {"guidance_scale": 3.0, "true_cfg_scale": 3.0, "negative_prompt": ""}
+        assert sent("qwen-image", 3.0) == sent("qwen-image-21", 3.0) == guided
+        assert sent("qwen-image", 1.0) == {
+            "guidance_scale": 1.0, "true_cfg_scale": 1.0, "negative_prompt": None
+        }  # fmt: skip
+        assert sent("sd3", 3.0) == {**guided, "true_cfg_scale": None}
+        assert sent("flux", 3.0)["negative_prompt"] is None
 
 
 def test_a_pushed_lora_needs_no_metadata(tmp_path: Path) -> None:

@@ -67,11 +67,17 @@ def connect_servers(
         raise ConfigError(field, "servers read no DoRA; set lora.use_dora to false")
     width, height = reversed(build_transform(data_config, backbone).sizes[0])
     embedded = backbone.guidance if backbone.embeds_guidance else None
-    settings = {
+    settings: dict[str, Any] = {
         "size": f"{width}x{height}",
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale if embedded is None else embedded,
     }
+    if backbone.guidance_rule.active(guidance_scale):
+        # Some servers have another negative prompt by default, or none and no guidance.
+        settings["negative_prompt"] = ""
+    scale = backbone.call_arguments(settings).get("true_cfg_scale")
+    if scale is not None:  # servers read this name for the families that have it
+        settings["true_cfg_scale"] = scale
     return RolloutServer(addresses, settings)
 
 
