@@ -151,9 +151,9 @@ class RemoteSampler:
             else:
                 self.server.clear()
         self.accelerator.wait_for_everyone()
-        if active and not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
             path = str((self.folder / name).resolve())
-            self.server.lora = {"name": name, "path": path, "scale": 1.0}
+            self.server.lora = {"name": name, "path": path, "scale": 1.0} if active else None
         self.pushed = name
 
     def __call__(
