@@ -1309,6 +1309,8 @@ class Trainer:
         finally:
             self.is_dry = False
             vars(self.source).update(before)
+            if self.remote_sampler is not None:
+                self.remote_sampler.withdraw()
         check.finish()
         self.optimizer.zero_grad()
         return loss, tuple(batch.x0.shape[2:])

@@ -280,6 +280,20 @@ def test_an_offline_method_draws_on_a_server(tmp_path: Path) -> None:
         OnlineConfig(rollout_server=[url], eta=0.5)
 
 
+def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A LoRA to go on from is pushed before the first step."""
+    lora = trained_lora(tmp_path / "lora")
+    with serving() as (url, service):
+        trainer = make_trainer(
+            tmp_path / "run", "sd", "diffusion_nft", max_steps=1, rollout_server=[url],
+            options={"start_lora": lora},
+        )  # fmt: skip
+        trainer.dry_run()
+        assert service.active is None and not (tmp_path / "run").exists()
+        trainer.train()
+        assert service.active is not None
+
+
 def test_servers_get_the_guidance_by_the_name_that_they_read(tmp_path: Path) -> None:
     """vLLM-Omni and SGLang guide Qwen-Image by `true_cfg_scale`, vLLM-Omni only beside
     a negative prompt."""

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +155,17 @@ class RemoteSampler:
             path = str((self.folder / name).resolve())
             self.server.lora = {"name": name, "path": path, "scale": 1.0} if active else None
         self.pushed = name
+
+    def withdraw(self) -> None:
+        """Take what was pushed from the servers and from the disk. All processes must
+        call this."""
+        if self.pushed and self.accelerator.is_main_process:
+            self.server.clear()
+            shutil.rmtree(self.folder / self.pushed, ignore_errors=True)
+            for folder in (self.folder, self.folder.parent):
+                with suppress(OSError):  # something else is in there
+                    folder.rmdir()
+        self.pushed, self.server.lora = "", None
 
     def __call__(
         self,
