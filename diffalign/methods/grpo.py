@@ -352,6 +352,15 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
             return steps
         return steps[steps < len(grid) - 1]
 
+    def steps_of_rounds(self, grid: Grid) -> Tensor:
+        """Return the steps that windows are chosen from, (u,).
+
+        Args:
+            grid (`Grid`): Times of the sampler.
+        """
+        chosen = sorted(set(self.args.sde_steps))
+        return torch.tensor(chosen) if chosen else self._candidates(grid)
+
     def usable_steps(self, grid: Grid) -> Tensor:
         """Return the steps that are stochastic and trained in the current round, (u,).
 
@@ -359,9 +368,8 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
             grid (`Grid`): Times of the sampler.
         """
         args = self.args
-        candidates = torch.tensor(sorted(set(args.sde_steps))) if args.sde_steps else None
         return window_steps(
-            self._candidates(grid) if candidates is None else candidates,
+            self.steps_of_rounds(grid),
             args.num_sde_steps,
             args.window,
             self.round_number,

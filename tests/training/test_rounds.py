@@ -150,6 +150,10 @@ def test_settings_that_would_train_nothing(tmp_path: Path) -> None:
         trainer_of(tmp_path, "grpo", advantage="ddpo", images_per_prompt=1, options=two)
     with pytest.raises(ConfigError, match=r"train.eta: at 1e-05 a step has a standard deviation"):
         trainer_of(tmp_path, "grpo", eta=1e-5)
+    # Steps of later windows as well, which are the less noisy ones.
+    window = {"window": "progressive", "num_sde_steps": 1, "num_inference_steps": 5}
+    with pytest.raises(ConfigError, match=r"train.eta: at 0.001 a step has a standard deviation"):
+        trainer_of(tmp_path, "grpo", eta=1e-3, **window)
 
 
 def test_a_dry_run_remembers_no_rewards(tmp_path: Path) -> None:

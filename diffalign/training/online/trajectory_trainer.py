@@ -74,7 +74,7 @@ class TrajectoryTrainer(OnPolicyTrainer):
         """
         super().validate()
         grid = self.sampling_grid()
-        steps = self.usable_steps(grid)
+        steps = self.steps_of_rounds(grid)
         if not len(steps):
             raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
         zeros = torch.zeros(len(steps), 1, 1, 1)
@@ -107,6 +107,14 @@ class TrajectoryTrainer(OnPolicyTrainer):
             grid (`Grid`): Times of the sampler.
         """
         return grid.trainable.nonzero()[:, 0]
+
+    def steps_of_rounds(self, grid: Grid) -> Tensor:
+        """Return the indices of the steps that any round may train, (u,).
+
+        Args:
+            grid (`Grid`): Times of the sampler.
+        """
+        return self.usable_steps(grid)
 
     def step_order(self, batch: Batch, usable: Tensor) -> Tensor:
         """Draw the steps that each group trains, at random, (g, trained steps).
