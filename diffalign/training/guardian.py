@@ -159,9 +159,13 @@ class Guardian:
         )
         return Verdict(True, best.step, sentence, metrics)
 
-    def _gain(self, before: Look, after: Look) -> float:
-        """How much the reward has risen."""
-        return self._mean(after.reward) - self._mean(before.reward)
+    @staticmethod
+    def _gain(before: Look, after: Look) -> float:
+        """How much the reward has risen, on the images that it scored both times.
+
+        NaN if there are none.
+        """
+        return float(nanmean(nanmean(after.reward - before.reward)[None])[0])
 
     @staticmethod
     def _mean(values: Array) -> float:

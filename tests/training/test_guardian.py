@@ -92,6 +92,21 @@ def test_missing_scores_are_left_out() -> None:
     assert not guardian.look(empty).hacked
 
 
+def test_a_reward_rises_on_what_it_scored_before() -> None:
+    """A server of rewards may be out of reach in one validation."""
+    guardian, silent = Guardian(), look(0, 0, 0)
+    silent.reward[:] = np.nan
+    guardian.look(silent)
+    verdict = guardian.look(look(1, 1, -0.5))
+    assert not verdict.hacked and np.isnan(verdict.metrics["guardian/reward"])
+    # The reward falls on every prompt, and is missing on those with the low ones.
+    guardian, first, partly = Guardian(), look(0, 0, 0), look(1, -0.5, -0.5)
+    first.reward[: PROMPTS // 2] -= 10
+    partly.reward[: PROMPTS // 2] = np.nan
+    guardian.look(first)
+    assert not guardian.look(partly).hacked
+
+
 def test_looks_survive_a_file(tmp_path: Path) -> None:
     guardian = Guardian()
     for step, reward, held_out in ((0, 0, 0), (5, 1, 0.5), (10, 2, 0.1), (15, 3, 0.6)):
