@@ -110,6 +110,7 @@ class BuiltFacts:
         dropped_sizes (`int`): Groups left out because their images differ in aspect.
         reference (`str`, *optional*): Description of the reference model.
         trained (`str`): What trains, in words.
+        passes (`int`, defaults to `1`): How often a group trains in an epoch.
     """
 
     trainable: int
@@ -122,6 +123,7 @@ class BuiltFacts:
     dropped_sizes: int
     reference: str | None
     trained: str
+    passes: int = 1
 
     @classmethod
     def of(
@@ -131,6 +133,7 @@ class BuiltFacts:
         max_steps: int,
         reference: str | None,
         trained: str,
+        passes: int = 1,
     ) -> BuiltFacts:
         """Collect the facts.
 
@@ -140,6 +143,8 @@ class BuiltFacts:
             max_steps (`int`): Optimizer steps of the run.
             reference (`str`, *optional*): Description of the reference model.
             trained (`str`): What trains, in words.
+            passes (`int`, *optional*, defaults to `1`): How often a group trains in an
+                epoch.
         """
         return cls(
             trainable=sum(p.numel() for p in trainable_parameters(network)),
@@ -152,12 +157,13 @@ class BuiltFacts:
             dropped_sizes=data.dropped_sizes,
             reference=reference,
             trained=trained,
+            passes=passes,
         )
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps per pass over the data. None if it is streamed."""
-        return None if self.rows is None else -(-self.rows // self.global_batch)
+        """Optimizer steps per epoch. None if the data are streamed."""
+        return None if self.rows is None else -(-self.rows * self.passes // self.global_batch)
 
 
 @dataclass

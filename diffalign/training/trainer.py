@@ -807,6 +807,7 @@ class Trainer:
             self.state.max_steps,
             None if model is None or self.reference_free else model.description,
             self.trained.description,
+            self.passes_per_group,
         )
         self.checkpoints = CheckpointManager(
             self.accelerator,

@@ -95,6 +95,7 @@ def test_an_epoch_has_every_pass_over_its_rounds(tmp_path: Path) -> None:
     once.setup()
     twice.train()
     assert twice.state.max_steps == twice.state.global_step == 2 * once.state.max_steps
+    assert twice.record.built.steps_per_epoch == twice.state.max_steps
     assert twice.state.epoch == 1.0
 
 
