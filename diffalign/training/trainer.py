@@ -194,6 +194,8 @@ class Trainer:
     optimizers: tuple[Any, Any]
     callbacks: list[TrainerCallback]
     source: BatchSource
+    server: RolloutServer | None
+    """Draws the images of rounds. None where the policy draws here."""
     reference_model: Reference | None
 
     # Runtime, set by `setup`
