@@ -3,7 +3,7 @@
     python benchmarks/rewards.py [--seeds 3] [--work FOLDER] [--output FILE]
 
 The base is a CLIP of the embedded world that has seen captions and no preference:
-`tools.shapes.pretrain_reward` without its second stage. Images are drawn by the
+the ``base`` of `tools.shapes.reward_data`. Images are drawn by the
 embedded pipeline: four for each of the 600 training prompts, at guidance 1, 2, 3 and 5,
 and six for each of 60 held-out prompts. A label is drawn by P(a over b) =
 sigmoid((u_a - u_b) / 0.05). All accuracies are on held-out prompts and without noise:
@@ -12,9 +12,8 @@ same. The tables have the mean over seeds, and the lowest and highest seed.
 
 *Labels*: u is the verifier's graded score, a share of the labels of 3,600 pairs is
 turned round, with plain likelihood and corrected for it; `shapes-clip` was trained on
-as many pairs with 10 % turned round. *Towers*: all weights of the base, by the very
-images and labels that made `shapes-clip` and with its settings, 5 % of the prompts kept
-to look at the loss; the anchor is ten renderings of every training prompt. *People*: 20
+as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
+(`configs/reward/shapes_clip.yaml`) and its data, from other seeds. *People*: 20
 people give 60 votes each. u is the share of right attributes times 0.8, plus a taste of
 0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
 other. One reward for all, against PAL with two prototypes, for each person's own u. A
@@ -28,6 +27,7 @@ which 8 heads disagree most, 60 at a time; the accuracy is that of the mean of 8
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -64,23 +64,23 @@ class World:
         sys.path.append(str(ROOT))
         from PIL import Image
 
-        from tools.shapes import pretrain_reward
+        from tools.shapes import reward_data
 
         folder = self.folder = work / "captions"
         if not (folder / "config.json").is_file():
-            config = pretrain_reward.RewardPretrainConfig()
+            config = reward_data.RewardDataConfig()
             torch.manual_seed(config.seed)
             tokenizer = build_tokenizer()
-            model = pretrain_reward.build_model(tokenizer)
-            pretrain_reward.warm_up(config, model, tokenizer, train_prompts())
-            pretrain_reward.save(folder, model.eval(), tokenizer)
+            model = reward_data.build_model(tokenizer)
+            reward_data.warm_up(config, model, tokenizer, train_prompts())
+            reward_data.save(folder, model.eval(), tokenizer)
         self.base = load_scorer("shapes-clip", model=str(folder), device="cpu")
         prompts = [*train_prompts()[:count], *held_out_prompts()[:TESTED]]
         drawn = work / "drawn"
         drawn.mkdir(parents=True, exist_ok=True)
         pixels = [
-            pretrain_reward.draw(drawn, "train", prompts[:count], TRAINED, STEPS, 51_000_000),
-            pretrain_reward.draw(drawn, "held-out", prompts[count:], HELD_OUT, STEPS, 52_000_000),
+            reward_data.draw(drawn, "train", prompts[:count], TRAINED, STEPS, 51_000_000),
+            reward_data.draw(drawn, "held-out", prompts[count:], HELD_OUT, STEPS, 52_000_000),
         ]
         flat = np.concatenate([part.reshape(-1, 64, 64, 3) for part in pixels])
         counts = [TRAINED] * count + [HELD_OUT] * (len(prompts) - count)
@@ -88,8 +88,8 @@ class World:
 
         def truth() -> Any:
             sides = [(pixels[0], prompts[:count]), (pixels[1], prompts[count:])]
-            scores = [pretrain_reward.verifier_scores(*side) for side in sides]
-            parts = [pretrain_reward.verifier_parts(*side) for side in sides]
+            scores = [reward_data.verifier_scores(*side) for side in sides]
+            parts = [reward_data.verifier_parts(*side) for side in sides]
             return [
                 np.concatenate([each.ravel() for each in scores]).tolist(),
                 np.concatenate([right.ravel() for right, _ in parts]).tolist(),
@@ -188,80 +188,34 @@ def labels(world: World, seed: int) -> dict[str, float]:
     return found
 
 
-def renderings(path: Path) -> Path:
-    """Captioned images for the anchor: every training prompt rendered ten times, in
-    either style."""
-    import io
-    import random
-
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
-    from diffalign.shapes.prompts import STYLES, parse_prompt
-    from diffalign.shapes.renderer import render
-
-    if not path.is_file():
-        rng, rows = random.Random(5), []
-        for prompt in train_prompts() * 10:
-            buffer = io.BytesIO()
-            render(parse_prompt(prompt), rng, rng.choice(STYLES)).save(buffer, "PNG")
-            rows.append({"prompt": prompt, "image": {"bytes": buffer.getvalue(), "path": None}})
-        features = Features({"prompt": Value("string"), "image": ImageFeature()})
-        Dataset.from_list(rows, features=features).to_parquet(path)
-    return path
-
-
 def towers(world: World, seed: int) -> dict[str, float]:
     work = world.folder.parent
     return dict(kept(work / f"towers-{seed}.json", lambda: trained_towers(world, work, seed)))
 
 
 def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
-    """All weights, from the very images and labels that made `shapes-clip`."""
-    from PIL import Image
+    """All weights, by the recipe of `shapes-clip` and its data."""
+    sys.path.append(str(ROOT))
+    from diffalign.recipe import read_yaml
+    from diffalign.reward_training.run_file import reward_run_from_dict
+    from tools.shapes import reward_data
 
-    from tools.shapes import pretrain_reward
-
-    settings = pretrain_reward.RewardPretrainConfig()
-    prompts, k = train_prompts(), settings.images_per_prompt
-    drawn = work / "drawn-for-shapes-clip"
-    drawn.mkdir(exist_ok=True)
-    pixels = pretrain_reward.draw(
-        drawn, "train", prompts, k, settings.steps, pretrain_reward.TRAIN_SEED
-    )
-    truth = pretrain_reward.verifier_scores(pixels, prompts)
-    label = pretrain_reward.noisy_labels(truth, settings).ravel().astype(np.float64)
-    flat = pixels.reshape(-1, *pixels.shape[2:])
-    start = np.arange(len(prompts))[:, None] * k
-    first, second = ((start + side).ravel() for side in pretrain_reward.pairs_of(k).T)
-    data = Judgements(
-        prompts, [str(i) for i in range(len(flat))], lambda i: Image.fromarray(flat[i]),
-        first, second, first // k, label, np.full(len(first), -1), users=[],
-    )  # fmt: skip
-    args = RewardConfig(
+    data = work / "shapes-clip"
+    reward_data.run(data, reward_data.RewardDataConfig())
+    run = reward_run_from_dict(read_yaml(ROOT / "configs" / "reward" / "shapes_clip.yaml"))
+    args = dataclasses.replace(
+        run.train,
         output_dir=str(work / f"towers-{seed}"),
         overwrite_output_dir=True,
         seed=seed,
-        towers="full",
-        val=0.05,
-        test=0.02,
-        max_steps=settings.train_steps,
-        eval_steps=settings.train_steps,
-        per_device_train_batch_size=settings.train_batch,
-        learning_rate=settings.learning_rate,
-        lr_scheduler="cosine",
-        warmup_steps=settings.train_steps // 10,
-        weight_decay=settings.weight_decay,
-        anchor=settings.anchor,
-        anchor_data=str(renderings(work / "renderings.parquet")),
-        anchor_batch_size=settings.warmup_batch,
+        anchor_data=str(data / "captions.parquet"),
         logging_steps=100,
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     begin = time.perf_counter()
-    trainer = RewardTrainer("shapes-clip", args, data, model_path=str(world.folder))
-    folder = trainer.train()
+    source = str(data / "preferences")
+    folder = RewardTrainer("shapes-clip", args, source, model_path=str(data / "base")).train()
     minutes = (time.perf_counter() - begin) / 60
     torch.set_num_threads(threads)
     a, b = world.pairs(True)
@@ -276,9 +230,7 @@ def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
         return right_share(margins, world.score[a] - world.score[b], world.prompt[a])
 
     return {
-        "all weights trained, by the images and labels of shapes-clip": right(
-            load_scorer(str(folder), device="cpu")
-        ),
+        "the recipe of shapes-clip": right(load_scorer(str(folder), device="cpu")),
         "shapes-clip": right(load_scorer("shapes-clip", device="cpu")),
         "minutes": minutes,
     }
