@@ -61,7 +61,6 @@ from diffalign.evaluation.models import opened
 from diffalign.evaluation.statistics import win_rate
 from diffalign.generation.grids import comparison_grid
 from diffalign.recipe import build_trainer, load_run
-from diffalign.rewards import load_scorer
 from diffalign.runtime.files import write_atomically
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.sampling_defaults import SAMPLING
@@ -387,7 +386,6 @@ def judge(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "scores": shaped(score(images, prompts)),
         "right": shaped(row["all"] for row in table),
         "style": shaped(row["style"] for row in table),
-        "learned": shaped(load_scorer("shapes-clip")(images, prompts).tolist()),
         "diversity": float(np.mean([distance(group) for group in groups])),
         "seconds_per_image": drawing_seconds / len(images),
         "judging_seconds": time.perf_counter() - started,
@@ -527,9 +525,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     base = results["base"][0]
     lines = [
         "| method | best guidance | win-rate % against the base at its best | per seed | "
-        "all correct % | preferred style % | score | win-rate % by shapes-clip | diversity | "
+        "all correct % | preferred style % | score | diversity | "
         "passes, thousand | training, s (steps) | peak, MiB | ms an image |",
-        "|---" * 13 + "|",
+        "|---" * 12 + "|",
     ]
     for name, runs in results.items():
         kind = "base" if name == "base" else ARMS[name].kind
@@ -551,7 +549,6 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"{percent([run['right'] for run in runs]):.1f}",
             f"{percent([run['style'] for run in runs]):.1f}",
             f"{np.mean([run['scores'] for run in runs]):.3f}",
-            "" if kind == "base" else interval(pooled(base, runs, "learned")),
             f"{np.mean([run['diversity'] for run in runs]):.3f}",
             *cost,
             f"{1000 * np.median([run['seconds_per_image'] for run in runs]):.0f}{star}",
